@@ -1,0 +1,79 @@
+"""Argument checks with one form of message: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def fail(argument: str, expected: str, got: str, do: str = "") -> ValueError:
+    """The error for a bad argument, in the form every public function uses.
+
+    >>> raise fail("lr", "a positive number", "-1")
+    Traceback (most recent call last):
+    ...
+    ValueError: lr: expected a positive number, got -1
+    """
+    message = f"{argument}: expected {expected}, got {got}"
+    return ValueError(f"{message}; {do}" if do else message)
+
+
+def positive(argument: str, value: float) -> float:
+    """`value` if it is a finite number above zero."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise fail(argument, "a finite number above 0", repr(value))
+    return value
+
+
+def at_least(argument: str, value: float, minimum: float) -> float:
+    """`value` if it is a finite number not below `minimum`."""
+    if not (isinstance(value, int | float) and math.isfinite(value) and value >= minimum):
+        raise fail(argument, f"a finite number of at least {minimum}", repr(value))
+    return value
+
+
+def whole(argument: str, value: int, minimum: int = 0) -> int:
+    """`value` if it is a whole number not below `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise fail(argument, f"a whole number of at least {minimum}", repr(value))
+    return value
+
+
+def one_of(argument: str, value: str, choices: Iterable[str]) -> str:
+    """`value` if it is one of `choices`."""
+    allowed = tuple(choices)
+    if value not in allowed:
+        raise fail(argument, "one of " + ", ".join(map(repr, allowed)), repr(value))
+    return value
+
+
+def vector(argument: str, value: Tensor, size: int) -> Tensor:
+    """`value` if it is a finite floating-point tensor of shape [size]."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != (size,):
+        raise fail(argument, f"a tensor of shape [{size}]", describe(value))
+    return finite(argument, value)
+
+
+def finite(argument: str, value: Tensor) -> Tensor:
+    """`value` if it is a floating-point tensor without NaN or infinity."""
+    if not value.is_floating_point():
+        raise fail(argument, "a floating-point tensor", describe(value))
+    bad = ~torch.isfinite(value)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise fail(
+            argument,
+            "finite values only",
+            f"{int(bad.sum())} NaN or infinite of {value.numel()}, the first at index {first}",
+        )
+    return value
+
+
+def describe(value: object) -> str:
+    """A tensor's shape and dtype, or a value's type, for an error message."""
+    if isinstance(value, Tensor):
+        return f"shape {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"{type(value).__name__} {value!r}"[:120]

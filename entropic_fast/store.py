@@ -1,0 +1,118 @@
+"""Files written atomically: text, JSON, and weights as safetensors with a JSON manifest.
+
+A file appears under its name only when it is whole: it is written beside its place,
+flushed to disk and renamed. Weights are safetensors, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+
+class DamagedFileError(ValueError):
+    """A stored file that is truncated, changed or not of the kind expected."""
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the old file is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` for text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON document, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        DamagedFileError: not valid JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(
+            f"{path}: expected a JSON document, got one that does not parse ({error}); "
+            "delete it and run the same command again"
+        ) from error
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+                 ) -> None:
+    """Write tensors to `path` (safetensors) and `manifest` beside it (`.json`).
+
+    The manifest records the SHA-256 of the tensor file, and is written last: a tensor file
+    without its manifest was never finished.
+    """
+    path = Path(path)
+    data = safetensors.torch.save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    )
+    write_bytes(path, data)
+    write_json(path.with_suffix(".json"), {**manifest, "sha256": sha256(data)})
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors and the manifest.
+
+    Raises:
+        FileNotFoundError: the file or its manifest is missing.
+        DamagedFileError: content that does not match its hash, or is not safetensors.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(f"{folder}/w.safetensors", {"theta": torch.ones(2)}, {"seed": 1})
+    ...     tensors, manifest = load_tensors(f"{folder}/w.safetensors")
+    >>> tensors["theta"].tolist(), manifest["seed"]
+    ([1.0, 1.0], 1)
+    """
+    path = Path(path)
+    manifest = read_json(path.with_suffix(".json"))
+    data = path.read_bytes()
+    advice = "delete it and run the same command again"
+    if not isinstance(manifest, dict) or manifest.get("sha256") != sha256(data):
+        raise DamagedFileError(
+            f"{path}: expected the content its manifest records (SHA-256), got another "
+            f"({len(data)} bytes); the file is truncated or changed: {advice}"
+        )
+    try:
+        return safetensors.torch.load(data), manifest
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"{path}: not a safetensors file ({error}); {advice}") from error
