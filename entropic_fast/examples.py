@@ -1,0 +1,210 @@
+"""The data of an Objective: tensors, a Dataset or batches, read in one fixed order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from . import checks
+
+DEFAULT_BATCH_SIZE = 256
+
+
+class Batch(NamedTuple):
+    """Consecutive examples: index of the first, inputs [n, ...], targets [n, ...]."""
+
+    start: int
+    inputs: Tensor
+    targets: Tensor
+
+
+class Examples:
+    """Examples in a fixed order, in batches, on a device.
+
+    Args:
+        data: a pair of tensors, a Dataset of (input, target), or a re-iterable of batches.
+        device: where batches are delivered.
+        dtype: floating-point inputs are cast to it.
+        batch_size: examples a batch; None for 256, or for the batches as they come.
+
+    Raises:
+        ValueError: empty data, lengths that differ, data that change between two readings.
+    """
+
+    def __init__(
+        self, data: Any, device: torch.device, dtype: torch.dtype, batch_size: int | None
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self._tensors: tuple[Tensor, Tensor] | None = None
+        self._source: Iterable[Any] = ()
+        if batch_size is not None:
+            checks.whole("batch_size", batch_size, 1)
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        if isinstance(data, tuple | list) and len(data) == 2 and _are_tensors(data):
+            self._take_tensors(*data)
+            return
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            if len(data) == 0:  # type: ignore[arg-type]
+                raise _empty()
+            data = DataLoader(data, batch_size=self.batch_size, shuffle=False)
+        elif isinstance(data, IterableDataset):
+            data = DataLoader(data, batch_size=self.batch_size)
+        elif batch_size is not None:
+            raise checks.fail(
+                "batch_size", "None for data that come in batches", str(batch_size)
+            )
+        self._take_batches(data)
+
+    def _take_tensors(self, inputs: Tensor, targets: Tensor) -> None:
+        if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
+            raise checks.fail(
+                "data",
+                "inputs [N, ...] and targets [N, ...] of one length",
+                f"{list(inputs.shape)} and {list(targets.shape)}",
+            )
+        if len(inputs) == 0:
+            raise _empty()
+        self._tensors = (self._convert(inputs), targets.to(self.device))
+        self.count = len(inputs)
+
+    def _take_batches(self, data: Any) -> None:
+        if not isinstance(data, Iterable) or isinstance(data, str | bytes | dict):
+            raise checks.fail(
+                "data",
+                "(inputs, targets), a Dataset, or a re-iterable of batches",
+                checks.describe(data),
+            )
+        if iter(data) is data:
+            raise checks.fail(
+                "data",
+                "data that can be read many times",
+                f"a one-shot iterator ({type(data).__name__})",
+                "pass list(iterator) or a DataLoader",
+            )
+        self._source = data
+        self.count = 0
+        first: Batch | None = None
+        for batch in self.batches():
+            first = first or batch
+            self.count += len(batch.inputs)
+        if first is None:
+            raise _empty()
+        again = next(self.batches())
+        if not (_same(first.inputs, again.inputs) and _same(first.targets, again.targets)):
+            raise checks.fail(
+                "data",
+                "the same examples in the same order at every reading",
+                "another first batch at the second reading",
+                "pass shuffle=False, and no random augmentation",
+            )
+
+    def cast(self, dtype: torch.dtype) -> Examples:
+        """The same examples with floating-point inputs in another dtype."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        if self._tensors is not None:
+            other._tensors = (other._convert(self._tensors[0]), self._tensors[1])
+        return other
+
+    def batches(self, max_examples: int | None = None, batch_size: int | None = None
+                ) -> Iterator[Batch]:
+        """Batches in order.
+
+        Args:
+            max_examples: stop after so many; None for all.
+            batch_size: cut batches into pieces of at most so many (tensors: exactly so many).
+        """
+        size = batch_size or self.batch_size
+        left = self.count if self._tensors is not None else -1
+        left = left if max_examples is None else max_examples
+        start = 0
+        for inputs, targets in self._raw(size):
+            for i in range(0, len(inputs), batch_size or max(1, len(inputs))):
+                piece = slice(i, i + (batch_size or len(inputs)))
+                x, y = inputs[piece], targets[piece]
+                if left >= 0:
+                    x, y = x[:left], y[:left]
+                    left -= len(x)
+                if len(x) == 0:
+                    return
+                yield Batch(start, x, y)
+                start += len(x)
+
+    def require_count(self, max_examples: int) -> None:
+        """Refuse a number of examples that is not in 1 .. N."""
+        if checks.whole("max_examples", max_examples, 1) > self.count:
+            raise checks.fail(
+                "max_examples", f"at most the {self.count} examples there are", str(max_examples)
+            )
+
+    def require_labels(self, outputs: Tensor) -> None:
+        """Refuse targets that do not fit the outputs' classes, for cross-entropy.
+
+        Targets are either whole numbers in [0, C) or probabilities of the outputs' shape.
+        """
+        for batch in self.batches():
+            if batch.targets.is_floating_point():
+                if batch.targets.shape[1:] != outputs.shape[1:]:
+                    raise checks.fail(
+                        "targets",
+                        f"whole class numbers [N], or probabilities {[*outputs.shape[1:]]} each",
+                        checks.describe(batch.targets),
+                    )
+                continue
+            if outputs.ndim < 2 or batch.targets.shape[1:] != outputs.shape[2:]:
+                raise checks.fail(
+                    "targets",
+                    f"one class number for each output of shape {list(outputs.shape[1:])}",
+                    checks.describe(batch.targets),
+                )
+            classes = outputs.shape[1]
+            bad = (batch.targets < 0) | (batch.targets >= classes)
+            if bool(bad.any()):
+                where = tuple(int(i) for i in bad.nonzero()[0])
+                raise checks.fail(
+                    "targets",
+                    f"labels in 0 .. {classes - 1} (the model has {classes} outputs)",
+                    f"{int(batch.targets[where])} for example {batch.start + where[0]}",
+                )
+
+    def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._tensors is not None:
+            inputs, targets = self._tensors
+            for i in range(0, len(inputs), size):
+                yield inputs[i : i + size], targets[i : i + size]
+            return
+        for item in self._source:
+            if not isinstance(item, tuple | list) or len(item) != 2 or not _are_tensors(item):
+                raise checks.fail(
+                    "data", "batches that are (inputs, targets) tensors", checks.describe(item)
+                )
+            if len(item[0]) != len(item[1]):
+                raise checks.fail(
+                    "data",
+                    "as many targets as inputs in a batch",
+                    f"{list(item[0].shape)} and {list(item[1].shape)}",
+                )
+            if len(item[0]):
+                yield self._convert(item[0]), item[1].to(self.device)
+
+    def _convert(self, inputs: Tensor) -> Tensor:
+        if inputs.is_floating_point():
+            return inputs.to(self.device, self.dtype)
+        return inputs.to(self.device)
+
+
+def _are_tensors(pair: Any) -> bool:
+    return all(isinstance(item, Tensor) for item in pair)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _empty() -> ValueError:
+    return checks.fail("data", "at least one example", "none")
