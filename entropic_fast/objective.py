@@ -196,6 +196,16 @@ class Objective:
         other._check_model()
         return other
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All inputs [N, ...] and targets [N, ...] on the device, for minibatches by index.
+
+        Tensors given as data come without a copy: read them, do not change them.
+        """
+        whole = list(self.batches(batch_size=self.num_examples))
+        if len(whole) == 1:
+            return whole[0].inputs, whole[0].targets
+        return torch.cat([b.inputs for b in whole]), torch.cat([b.targets for b in whole])
+
     def double(self) -> Objective:
         """The same objective in float64."""
         other = copy.copy(self)
@@ -285,6 +295,32 @@ class Objective:
     def has_running_statistics(self) -> bool:
         """Whether any normalisation layer uses stored statistics."""
         return any(m.track_running_stats for m in self._norm_layers())
+
+    def with_norm(self, norm: str) -> Objective:
+        """This objective with normalisation layers in another mode, "running" or "batch".
+
+        `obj.with_norm("batch")` is the objective that ordinary training descends: same model,
+        loss and data, each batch normalised by its own statistics.
+
+        Raises:
+            ValueError: from "batch" to "running": the stored statistics are no longer there.
+        """
+        checks.one_of("norm", norm, ("running", "batch"))
+        if norm == self.norm:
+            return self
+        if norm == "running" and any(self._norm_layers()):
+            raise checks.fail(
+                "norm",
+                "an objective that keeps running statistics",
+                'one built with norm="batch"',
+                'build it with norm="running"; with_norm("batch") is its training twin',
+            )
+        other = copy.copy(self)
+        other.norm, other._per_example = norm, None
+        other._model = _private_copy(self._model, norm)
+        kept = dict(other._model.named_buffers())
+        other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
+        return other
 
     def recalibrated(self, theta: Tensor | None = None, *, max_examples: int | None = None
                      ) -> Objective:

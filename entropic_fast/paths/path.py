@@ -150,14 +150,11 @@ class Path:
         many, single = self._checked(s)
         index, _ = self.segment(many)
         along = self._pivots[index + 1].double() - self._pivots[index].double()
-        unit = (along / torch.linalg.vector_norm(along, dim=1, keepdim=True)).to(self._pivots.dtype)
+        along = along / torch.linalg.vector_norm(along, dim=1, keepdim=True)
+        unit: Tensor = along.to(self._pivots.dtype)
         return unit[0] if single else unit
 
-    @overload
-    def project(self, theta: Tensor) -> tuple[float, Tensor, float]: ...
-    @overload
-    def project(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def project(self, theta: Tensor) -> Any:
+    def project(self, theta: Tensor) -> tuple[Any, Tensor, Any]:
         """The nearest point of the path, over all segments; of equally near ones, the first.
 
         Distances are summed from the differences themselves, in float64, so that nothing
