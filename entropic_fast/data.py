@@ -93,8 +93,8 @@ class ImageData:
         """SHA-256 of everything a result can depend on: pixels, labels, scale, classes."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.mean, self.std,
                                       self.class_names)).encode())
-        digest.update(self.images.cpu().contiguous().numpy())
-        digest.update(self.labels.cpu().contiguous().numpy())
+        digest.update(self.images.cpu().contiguous().numpy().data)
+        digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -344,4 +344,6 @@ def batches(n: int, batch_size: int, epoch: int, seed: int) -> Iterator[Tensor]:
     [4, 4, 2]
     """
     whole("batch_size", batch_size, 1)
-    yield from epoch_order(n, epoch, seed).split(batch_size)
+    order = epoch_order(n, epoch, seed)
+    for start in range(0, n, batch_size):
+        yield order[start : start + batch_size]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -247,11 +248,10 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
 def _reset(module: nn.Module, seed: int) -> None:
     # On a copy on the CPU, under a private state of the CPU generator: the same values whatever
     # the device, and no global generator moves.
-    twin = copy.deepcopy(module).cpu()
+    twin: Any = copy.deepcopy(module).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        reset = getattr(twin, "reset_parameters", None) or twin._reset_parameters
-        reset()
+        torch.default_generator.manual_seed(seed)
+        (getattr(twin, "reset_parameters", None) or twin._reset_parameters)()
     for mine, fresh in ((module.parameters, twin.parameters), (module.buffers, twin.buffers)):
         for old, new in zip(mine(), fresh(), strict=True):
             old.copy_(new)

@@ -160,7 +160,7 @@ def train(model: nn.Module, data: ImageData, config: TrainConfig, *, seed: int,
         order_seed: of the data order and augmentation; default `seed`.
         start_epoch: first epoch to run.
         stop_epoch: run up to here, exclusive; default `config.epochs`.
-        optimizer_state: momentum buffers to start from, by parameter name.
+        optimizer_state: momentum buffers to start from, by parameter name; default, none.
         initialise: whether to set the weights from `seed` first; default, when `start_epoch`
             is 0 and no `optimizer_state` is given.
         on_epoch: called after each epoch.
@@ -258,17 +258,14 @@ def _optimizer(named: Mapping[str, nn.Parameter], config: TrainConfig,
         weight_decay=config.weight_decay, nesterov=config.nesterov,
         fused=device in ("cpu", "cuda"),  # a third of foreach's time on a small network, CPU
     )
-    if state is None:
+    if not state:
         return optimizer
-    wanted = set(named) if state or config.momentum else set()
-    if set(state) != wanted:
-        different = sorted(set(state) ^ wanted)
+    if set(state) != set(named):
+        different = sorted(set(state) ^ set(named))
         raise fail("optimizer_state", "one momentum buffer a parameter of the model",
                    f"{len(different)} that differ, as {different[0]!r}",
                    "pass the optimizer_state that train() returned for this model")
     for name, parameter in named.items():
-        if name not in state:
-            continue
         if state[name].shape != parameter.shape:
             raise fail(f"optimizer_state[{name!r}]", f"shape {list(parameter.shape)}",
                        str(list(state[name].shape)))
