@@ -1,0 +1,131 @@
+"""The geometry of a nudged elastic band: tangents, forces, insertion.
+
+Functions of pivots and energies alone; they know no model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
+    """Unit tangents at the interior pivots, upwind by energy.
+
+    Henkelman and Jonsson, *Improved tangent estimate in the nudged elastic band method*
+    (J. Chem. Phys. 113, 9978, 2000), equations 8 to 11: towards the higher neighbour on a
+    slope; at an extremum both directions, weighted by the energy differences.
+
+    Args:
+        pivots: [M, P].
+        energies: [M].
+
+    Returns:
+        [M - 2, P]; a zero row where a pivot and both neighbours coincide.
+
+    >>> band = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    >>> improved_tangents(band, torch.tensor([0.0, 1.0, 2.0])).tolist()
+    [[0.0, 1.0]]
+    """
+    forward = pivots[2:] - pivots[1:-1]
+    backward = pivots[1:-1] - pivots[:-2]
+    before, here, after = energies[:-2], energies[1:-1], energies[2:]
+    up, down = (after - here).abs(), (before - here).abs()
+    largest, smallest = torch.maximum(up, down), torch.minimum(up, down)
+    rises = after > before
+    w_forward = torch.where(rises, largest, smallest)
+    w_backward = torch.where(rises, smallest, largest)
+    ascending = (after > here) & (here > before)
+    descending = (after < here) & (here < before)
+    slope = ascending | descending
+    w_forward = torch.where(slope, ascending.to(w_forward.dtype), w_forward)
+    w_backward = torch.where(slope, descending.to(w_backward.dtype), w_backward)
+    flat = largest == 0  # three equal energies: the bisector
+    w_forward = torch.where(flat, torch.ones_like(w_forward), w_forward)
+    w_backward = torch.where(flat, torch.ones_like(w_backward), w_backward)
+    # Scaled first, so that tiny energy differences do not underflow.
+    scale = torch.maximum(w_forward, w_backward)
+    tangents = _unit(
+        (w_forward / scale)[:, None] * forward + (w_backward / scale)[:, None] * backward
+    )
+    lost = (tangents == 0).all(1, keepdim=True)  # a neighbour coincides, or a full turn
+    return torch.where(lost, _unit(pivots[2:] - pivots[:-2]), tangents)
+
+
+def band_gradients(
+    pivots: Tensor, gradients: Tensor, tangents: Tensor, springs: float = torch.inf
+) -> Tensor:
+    """The descent direction's opposite at the interior pivots.
+
+    The energy's gradient without its part along the tangent; with finite springs, minus the
+    spring force k (|R_i+1 - R_i| - |R_i - R_i-1|) along the tangent (equation 12 there).
+
+    Args:
+        pivots: [M, P].
+        gradients: of the energy, at the interior pivots.  # [M - 2, P]
+        tangents: unit vectors.  # [M - 2, P]
+        springs: k, or infinity for none (redistribution along the path then keeps the spacing).
+
+    Returns:
+        [M - 2, P].
+    """
+    along = (gradients * tangents).sum(1, keepdim=True)
+    across: Tensor = gradients - along * tangents
+    if springs == torch.inf:
+        return across
+    lengths = torch.linalg.vector_norm(pivots[1:] - pivots[:-1], dim=1)
+    pull = springs * (lengths[1:] - lengths[:-1])
+    sprung: Tensor = across - pull[:, None] * tangents
+    return sprung
+
+
+def insertions(
+    s: Sequence[float] | np.ndarray,
+    losses: Sequence[float] | np.ndarray,
+    is_pivot: Sequence[bool] | np.ndarray,
+    threshold: float,
+    room: int,
+) -> list[float]:
+    """Positions at which the band misses a rise of the loss between two pivots.
+
+    Between each pair of neighbouring pivots, the point where the loss most exceeds the one
+    interpolated linearly between the two; taken if the excess is above `threshold` times the
+    range of all the losses (Kolsbjerg, Groves and Hammer, *An automated nudged elastic band
+    method*, J. Chem. Phys. 145, 094107, 2016). If there is not room for all, the greatest ones.
+
+    Args:
+        s: positions, ascending, the first and last at pivots.  # [K]
+        losses: dense evaluation.  # [K]
+        is_pivot: which positions are pivots'.  # [K]
+        threshold: share of the range.
+        room: how many may be inserted.
+
+    Returns:
+        positions, ascending; at most one in each gap and `room` in all.
+
+    >>> insertions([0, 0.25, 0.5, 0.75, 1], [0, 1, 0, 0.1, 0], [1, 0, 1, 0, 1], 0.2, room=5)
+    [0.25]
+    """
+    s, losses = np.asarray(s, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    pivot = np.asarray(is_pivot, dtype=bool)
+    excess = losses - np.interp(s, s[pivot], losses[pivot])
+    limit = threshold * (losses.max() - losses.min())
+    edges = np.flatnonzero(pivot)
+    found: list[tuple[float, float]] = []
+    for left, right in itertools.pairwise(edges):
+        inside = np.arange(left + 1, right)
+        if len(inside):
+            best = inside[np.argmax(excess[inside])]
+            if excess[best] > limit:
+                found.append((float(excess[best]), float(s[best])))
+    found.sort(reverse=True)
+    return sorted(position for _, position in found[: max(0, room)])
+
+
+def _unit(rows: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(norms > 0, rows / norms, torch.zeros_like(rows))

@@ -1,0 +1,206 @@
+"""The loss along a path: dense evaluation, barrier, saddle."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objective import NonFiniteLossError, Objective
+from ..table import Table
+from .path import Path
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """How far the loss rises along a path.
+
+    Attributes:
+        over_max: highest loss minus the higher end's.
+        over_mean: highest loss minus the mean of the two ends'.
+        max_loss: highest loss evaluated.
+        position: where, s in [0, 1].
+    """
+
+    over_max: float
+    over_mean: float
+    max_loss: float
+    position: float
+
+
+@dataclass(frozen=True)
+class Saddle:
+    """The highest point of a path, from a dense evaluation.
+
+    Attributes:
+        position: s of the parabola's vertex through the highest point and its neighbours.
+        loss: the vertex's loss.
+        bracket: positions of the neighbours evaluated, between which the maximum lies if the
+            evaluation was dense enough to see one maximum between them: the position's
+            uncertainty.
+        sampled_loss: the highest loss evaluated; `loss` exceeds it by what interpolation adds.
+
+    At an end (a path that only rises or falls) nothing is interpolated: position and loss are
+    the end's, and the bracket reaches to its neighbour.
+    """
+
+    position: float
+    loss: float
+    bracket: tuple[float, float]
+    sampled_loss: float
+
+
+def path_losses(
+    obj: Objective,
+    path: Path,
+    points: int | Sequence[float] | Tensor = 9,
+    *,
+    recalibration_examples: int | None = None,
+    on_point: Callable[[int, int], None] | None = None,
+) -> Table:
+    """The loss over all of the objective's examples, densely along a path.
+
+    At every point, the ends included, running statistics of normalisation layers are
+    re-estimated first (`Objective.recalibrated`), so all points are treated alike.
+
+    Args:
+        obj: the objective.
+        path: a path in its parameters.
+        points: how many points between each two pivots (the pivots are evaluated too), or
+            the positions themselves [K], each in [0, 1].
+        recalibration_examples: examples for the statistics; None for all.
+        on_point: called with (points done, points in all).
+
+    Returns:
+        columns s, loss, is_pivot, and accuracy for a classifier (scores [N, C] and whole
+        targets [N]).
+
+    Raises:
+        ValueError: a path of another model, or positions outside [0, 1].
+        NonFiniteLossError: a NaN or infinite loss; the message names the position.
+
+    >>> x = torch.tensor([[1.0]])
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 0 * x))
+    >>> line = Path(torch.tensor([[-1.0], [1.0]]))
+    >>> path_losses(obj, line, points=1)["loss"].tolist()
+    [1.0, 0.0, 1.0]
+    """
+    require_same_parameters(obj, path)
+    pivots_at = path.positions.tolist()
+    s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
+    classifier = _is_classifier(obj)
+    rows: list[dict[str, Any]] = []
+    for done, position in enumerate(s, 1):
+        theta = path.point(position)
+        here = obj.recalibrated(theta, max_examples=recalibration_examples)
+        loss, accuracy = here.evaluate(theta) if classifier else (math.nan, math.nan)
+        if not math.isfinite(loss):
+            try:
+                loss = here.loss(theta)  # the error, if there is one, names the example
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
+        row = {"s": position, "loss": loss, "is_pivot": position in pivots_at}
+        rows.append({**row, "accuracy": accuracy} if classifier else row)
+        if on_point is not None:
+            on_point(done, len(s))
+    return Table.from_rows(rows)
+
+
+def barrier(table: Table) -> Barrier:
+    """The rise of `loss` along a table that `path_losses` made.
+
+    >>> barrier(Table({"s": [0.0, 0.5, 1.0], "loss": [0.0, 3.0, 1.0]}))
+    Barrier(over_max=2.0, over_mean=2.5, max_loss=3.0, position=0.5)
+    """
+    s, losses = _profile(table)
+    top = int(np.argmax(losses))
+    highest, ends = float(losses[top]), (float(losses[0]), float(losses[-1]))
+    return Barrier(highest - max(ends), highest - sum(ends) / 2, highest, float(s[top]))
+
+
+def saddle(table: Table) -> Saddle:
+    """The highest point of a table that `path_losses` made, interpolated by a parabola.
+
+    >>> s = np.linspace(0, 1, 5)
+    >>> found = saddle(Table({"s": s, "loss": 1 - (s - 0.4) ** 2}))
+    >>> round(found.position, 9), round(found.loss, 9), found.bracket
+    (0.4, 1.0, (0.25, 0.75))
+    """
+    s, losses = _profile(table)
+    top = int(np.argmax(losses))
+    left, right = max(0, top - 1), min(len(s) - 1, top + 1)
+    position, height = float(s[top]), float(losses[top])
+    bracket = (float(s[left]), float(s[right]))
+    if left < top < right:
+        # Newton's form of the parabola through the three points, about the middle one.
+        u, v = float(s[left]) - position, float(s[right]) - position
+        slope_u, slope_v = (losses[left] - height) / u, (losses[right] - height) / v
+        bend = float((slope_v - slope_u) / (v - u))
+        slope = float(slope_u - bend * u)
+        if bend < 0:
+            shift = min(max(-slope / (2 * bend), u), v)
+            return Saddle(position + shift, height + shift * (slope + bend * shift), bracket,
+                          height)
+    return Saddle(position, height, bracket, height)
+
+
+def require_same_parameters(obj: Objective, path: Path) -> None:
+    """Refuse a path that is not in the objective's parameters.
+
+    Raises:
+        ValueError: another number of parameters, dtype or device.
+    """
+    got = (path.num_params, path.pivots.dtype, path.pivots.device)
+    want = (obj.num_params, obj.dtype, obj.device)
+    if got != want:
+        raise checks.fail(
+            "path",
+            "pivots of {} parameters, {} on {}".format(*want),
+            "{} parameters, {} on {}".format(*got),
+            "use a path of this model, converted with path.to(...)",
+        )
+
+
+def _dense(pivots_at: list[float], points: int) -> list[float]:
+    checks.whole("points", points)
+    s = [0.0]
+    for left, right in itertools.pairwise(pivots_at):
+        if right > left:
+            s += [left + (right - left) * i / (points + 1) for i in range(1, points + 1)]
+            s.append(right)
+    return s
+
+
+def _given(points: Sequence[float] | Tensor) -> list[float]:
+    s = torch.as_tensor(points, dtype=torch.float64)
+    if s.ndim != 1 or len(s) == 0:
+        raise checks.fail("points", "a whole number, or positions [K]", checks.describe(s))
+    return [float(value) for value in s]
+
+
+def _is_classifier(obj: Objective) -> bool:
+    batch = next(obj.batches(batch_size=2))
+    if batch.targets.ndim != 1 or batch.targets.is_floating_point():
+        return False
+    with torch.no_grad():
+        return obj.outputs(obj.parameters_vector(), batch.inputs).ndim == 2
+
+
+def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:
+    s = np.asarray(table["s"], dtype=np.float64)
+    losses = np.asarray(table["loss"], dtype=np.float64)
+    if len(s) < 2 or s[0] != 0 or s[-1] != 1 or bool((np.diff(s) <= 0).any()):
+        raise checks.fail(
+            "table", "rows with s ascending from 0 to 1", f"s = {s.tolist()[:9]}",
+            "evaluate both ends and give the positions in order",
+        )
+    if not bool(np.isfinite(losses).all()):
+        raise checks.fail("table", "finite losses", f"{losses[~np.isfinite(losses)][0]}")
+    return s, losses

@@ -1,0 +1,277 @@
+"""AutoNEB: the minimum energy path between two minima of an objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, random
+from ..objective import Objective
+from ..table import Table
+from .band import band_gradients, improved_tangents, insertions
+from .config import AutoNEBConfig
+from .losses import path_losses, saddle
+from .path import Path, linear_path
+from .state import NEBResult, NEBState
+
+Row = dict[str, Any]
+
+
+class NEBDivergedError(ValueError):
+    """A pivot with a NaN or infinite loss; the message names it, the cycle and the rate."""
+
+
+def auto_neb(
+    obj: Objective,
+    a: Tensor,
+    b: Tensor,
+    config: AutoNEBConfig | None = None,
+    *,
+    train_obj: Objective | None = None,
+    on_step: Callable[[int, int, Row], None] | None = None,
+    on_cycle: Callable[[NEBState], None] | None = None,
+    resume: NEBState | None = None,
+) -> NEBResult:
+    """Connect two minima by a path of low loss.
+
+    A nudged elastic band with improved tangents (Henkelman and Jonsson 2000), descended by SGD
+    on minibatches, its pivots redistributed to equal arc length; between cycles, pivots are
+    inserted where the dense loss rises above the interpolated one (Kolsbjerg et al. 2016;
+    Draxler et al. 2018). In a step every pivot, the ends too, sees the same examples, so that
+    energies compare and the noise is common. The same arguments give the same path, bit for
+    bit, on one machine.
+
+    The band descends `train_obj`, normalised by batch statistics as in training, plus the
+    weight decay; dense evaluations are of `obj` (without weight decay), whose running
+    statistics are re-estimated at each point. The path holds parameters only.
+
+    Args:
+        obj: the objective, in evaluation mode (norm="running") for models that keep statistics.
+        a, b: the minima; neither moves.  # [P]
+        config: settings; default, `AutoNEBConfig()`.
+        train_obj: what the band descends: default, `obj` itself or, if it keeps running
+            statistics, `obj.with_norm("batch")`.
+        on_step: called after each step with (steps done, steps in all, the step's row of
+            `NEBResult.history`).
+        on_cycle: called after each cycle with a state from which a run can be resumed.
+        resume: such a state; the result is the same, bit for bit, as without interruption.
+
+    Raises:
+        ValueError: ends that do not fit the objective or are equal; a state of another run.
+        NEBDivergedError: a NaN or infinite loss, gradient or pivot.
+
+    >>> def double_well(outputs, targets):
+    ...     return (outputs[:, 0] ** 2 - 1) ** 2 + 4 * (outputs[:, 1] - 1 + outputs[:, 0] ** 2) ** 2
+    >>> class Point(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.theta = torch.nn.Parameter(torch.zeros(2))
+    ...     def forward(self, x):
+    ...         return self.theta.expand(len(x), 2)
+    >>> obj = Objective(Point(), double_well, (torch.zeros(1, 1), torch.zeros(1)))
+    >>> config = AutoNEBConfig(pivots=5, cycles=[(60, 0.05)], momentum=0, weight_decay=0)
+    >>> result = auto_neb(obj, torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 0.0]), config)
+    >>> [round(x, 2) for x in result.path.point(0.5).tolist()]  # the saddle, above the line
+    [0.0, 1.0]
+    """
+    config = AutoNEBConfig() if config is None else config
+    for name, end in (("a", a), ("b", b)):
+        checks.vector(name, end, obj.num_params)
+    a, b = obj.point(a), obj.point(b)
+    state = _start(a, b, config) if resume is None else _resumed(resume, a, b, config)
+    train = _training_objective(obj, train_obj)
+    losses: Table | None = None
+    for cycle in range(state.cycle, len(config.cycles)):
+        pivots, rows = _run_cycle(train, state, cycle, on_step)
+        steps, lr = config.cycles[cycle]
+        path = Path(pivots)
+        losses = _dense(obj, path, config)
+        inserted: list[float] = []
+        if cycle + 1 < len(config.cycles):
+            inserted = insertions(
+                losses["s"], losses["loss"], losses["is_pivot"],
+                config.insert_threshold, config.max_pivots - path.num_pivots,
+            )
+        summary = {
+            "cycle": cycle, "steps": steps, "lr": lr, "pivots": path.num_pivots,
+            "max_loss": float(losses["loss"].max()), "length": path.length,
+            "inserted": len(inserted),
+        }
+        state = NEBState(
+            cycle + 1,
+            _with_points(path, inserted),
+            Table.from_rows([*state.history.rows(), *rows]),
+            Table.from_rows([*state.cycles.rows(), summary]),
+            config,
+        )
+        if on_cycle is not None:
+            on_cycle(state)
+    path = Path(state.pivots)
+    losses = _dense(obj, path, config) if losses is None else losses
+    return NEBResult(path, losses, state.history, state.cycles, saddle(losses))
+
+
+def minibatches(count: int, batch_size: int | None, seed: int, cycle: int
+                ) -> Iterator[Tensor | None]:
+    """The examples of each step of a cycle: a pure function of its arguments.
+
+    Each pass over the data is a new random order, cut into whole batches.
+
+    Args:
+        count: examples there are.
+        batch_size: examples a step, or None.
+
+    Yields:
+        indices [batch_size]; None for all the examples.
+
+    >>> steps = minibatches(4, 2, seed=0, cycle=0)
+    >>> sorted([*next(steps).tolist(), *next(steps).tolist()])
+    [0, 1, 2, 3]
+    """
+    key = random.derive(seed, "neb", cycle)
+    epoch = 0
+    while True:
+        if batch_size is None or batch_size >= count:
+            yield None
+            continue
+        order = random.permutation(count, key, stream=epoch)
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+        epoch += 1
+
+
+def _run_cycle(
+    train: Objective,
+    state: NEBState,
+    cycle: int,
+    on_step: Callable[[int, int, Row], None] | None,
+) -> tuple[Tensor, list[Row]]:
+    config = state.config
+    steps, lr = config.cycles[cycle]
+    done = sum(n for n, _ in config.cycles[:cycle])
+    pivots = state.pivots.clone()
+    velocity = torch.zeros_like(pivots[1:-1])
+    where = f"cycle {cycle} (learning rate {lr:g})"
+    data = train.tensors()
+    rows: list[Row] = []
+    batches = minibatches(train.num_examples, config.batch_size, config.seed, cycle)
+    for step in range(steps):
+        index = next(batches)
+        losses, gradients = _energies(train, pivots, data, index)
+        _require_finite(losses, f"step {step} of {where}", "loss")
+        energies = losses
+        if config.weight_decay:
+            energies = losses + 0.5 * config.weight_decay * (pivots.double() ** 2).sum(1)
+            gradients.add_(pivots[1:-1], alpha=config.weight_decay)
+        across = band_gradients(
+            pivots, gradients, improved_tangents(pivots, energies.to(pivots.dtype)),
+            config.springs,
+        )
+        velocity.mul_(config.momentum).add_(across)
+        pivots[1:-1].sub_(velocity, alpha=lr)
+        _require_finite(pivots.sum(1), f"step {step} of {where}", "position")
+        band = Path(pivots)
+        if config.springs == math.inf:
+            band = band.resampled(band.num_pivots)
+        pivots = band.pivots.clone()
+        interior = losses[1:-1]
+        row = {
+            "cycle": cycle, "step": step, "lr": lr, "pivots": len(pivots),
+            "mean_loss": float(interior.mean()), "max_loss": float(interior.max()),
+            "force": float(torch.linalg.vector_norm(across, dim=1).max()),
+            "length": band.length,
+        }
+        rows.append(row)
+        if on_step is not None:
+            on_step(done + step + 1, config.steps, row)
+    return pivots, rows
+
+
+def _energies(
+    train: Objective, pivots: Tensor, data: tuple[Tensor, Tensor], index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P].
+
+    All on the same examples: those at `index`, or all in the objective's own batches.
+    """
+    if index is None:
+        batches = [(batch.inputs, batch.targets) for batch in train.batches()]
+    else:
+        index = index.to(train.device)
+        batches = [(data[0][index], data[1][index])]
+    count = sum(len(inputs) for inputs, _ in batches)
+    losses = torch.zeros(len(pivots), dtype=torch.float64, device=pivots.device)
+    gradients = torch.zeros_like(pivots[1:-1])
+    for inputs, targets in batches:
+        for i, pivot in enumerate(pivots):
+            if i in (0, len(pivots) - 1):
+                with torch.no_grad():
+                    losses[i] += train.losses(pivot, inputs, targets).double().sum() / count
+                continue
+            leaf = pivot.detach().requires_grad_()
+            loss = train.losses(leaf, inputs, targets).sum() / count
+            gradients[i - 1] += torch.autograd.grad(loss, leaf)[0]
+            losses[i] += loss.detach().double()
+    return losses, gradients
+
+
+def _training_objective(obj: Objective, train_obj: Objective | None) -> Objective:
+    if train_obj is None:
+        return obj.with_norm("batch") if obj.has_running_statistics else obj
+    want = (obj.num_params, obj.dtype, obj.device)
+    got = (train_obj.num_params, train_obj.dtype, train_obj.device)
+    if got != want:
+        raise checks.fail(
+            "train_obj",
+            "an objective of {} parameters, {} on {}, as obj".format(*want),
+            "{} parameters, {} on {}".format(*got),
+            "build both from one model",
+        )
+    return train_obj
+
+
+def _start(a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
+    line = linear_path(a, b, config.pivots)
+    return NEBState(0, line.pivots, Table({}), Table({}), config)
+
+
+def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
+    if state.config != config:
+        raise checks.fail(
+            "resume", f"a state of a run with {config}", f"one with {state.config}",
+            "resume with the same settings, or start anew",
+        )
+    pivots = state.pivots.to(a.device)
+    if pivots.dtype != a.dtype or not (torch.equal(pivots[0], a) and torch.equal(pivots[-1], b)):
+        raise checks.fail(
+            "resume", "a state between the same ends a and b", "one between other ends",
+            "resume with the same minima, or start anew",
+        )
+    return NEBState(state.cycle, pivots, state.history, state.cycles, config)
+
+
+def _dense(obj: Objective, path: Path, config: AutoNEBConfig) -> Table:
+    return path_losses(
+        obj, path, config.eval_points, recalibration_examples=config.recalibration_examples
+    )
+
+
+def _with_points(path: Path, s: list[float]) -> Tensor:
+    """The pivots and the path's points at `s`, in order.  # [M + len(s), P]"""
+    positions = torch.cat((path.positions, path.positions.new_tensor(s)))
+    extra = path.point(path.positions.new_tensor(s))
+    return torch.cat((path.pivots, extra))[torch.argsort(positions, stable=True)]
+
+
+def _require_finite(values: Tensor, where: str, what: str) -> None:
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        pivot = int((~finite).nonzero()[0])
+        raise NEBDivergedError(
+            f"pivot {pivot} of {len(values)}: expected a finite {what}, got "
+            f"{float(values[pivot])} at {where}; lower the learning rate, or check the ends"
+        )
