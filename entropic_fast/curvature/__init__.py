@@ -1,0 +1,27 @@
+"""Curvature at a point of an Objective, and along a path."""
+
+from .krylov import top_eigenvalues
+from .operators import GGNOperator, HessianOperator
+from .score import (
+    fisher_trace,
+    gradient_norms,
+    score_gram,
+    score_matrix,
+    score_spectrum,
+    score_spectrum_floor,
+)
+from .trace import hessian_trace, operator_trace
+
+__all__ = [
+    "score_matrix",
+    "score_gram",
+    "score_spectrum",
+    "score_spectrum_floor",
+    "gradient_norms",
+    "fisher_trace",
+    "HessianOperator",
+    "GGNOperator",
+    "hessian_trace",
+    "operator_trace",
+    "top_eigenvalues",
+]

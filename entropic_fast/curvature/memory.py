@@ -1,0 +1,107 @@
+"""How much memory there is, and how much one example's gradient takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objective import Objective
+
+# Share of the free memory that a computation takes when no budget is given.
+DEFAULT_SHARE = 0.25
+_GIB = 2**30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device; for the CPU what the system and its control group allow."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [_read_meminfo(), _read_cgroup()]
+    known = [limit for limit in limits if limit is not None]
+    if known:
+        return min(known)
+    try:  # systems without /proc: half of the physical memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 * _GIB
+
+
+def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
+    """The budget in bytes: as given, or a quarter of the device's free memory."""
+    if memory_budget is None:
+        return int(DEFAULT_SHARE * available_bytes(device))
+    return checks.whole("memory_budget", memory_budget, 1)
+
+
+def too_small(needed: int, budget: int, what: str, do: str) -> ValueError:
+    """The error for a budget under what the smallest step takes."""
+    return checks.fail(
+        "memory_budget", f"at least {readable(needed)} for {what}", readable(budget), do
+    )
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> readable(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit, scale in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def activation_bytes(obj: Objective, theta: Tensor) -> int:
+    """Bytes that autograd saves for the backward pass of the loss of one example.
+
+    Measured on the first example: storages saved for backward, each once, without theta.
+    """
+    batch = next(obj.batches(1))
+    leaf = theta.detach().requires_grad_()
+    own = {leaf.untyped_storage().data_ptr()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = obj.losses(leaf, batch.inputs, batch.targets).sum()
+    del loss
+    return sum(saved.values()) + batch.inputs.nbytes
+
+
+def _read_meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _read_cgroup() -> int | None:
+    """What is left under the control group's memory limit (containers), if it sets one."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit() and int(most) < 2**60:
+            return max(0, int(most) - now)
+    return None

@@ -1,0 +1,46 @@
+"""What the algorithms ask of an operator: `shape` (P, P), `dtype`, and `@` on [P] and [P, K].
+
+`device` is the CPU where an operator does not say. Dense tensors qualify.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+
+def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
+    """Order, dtype and device of a square operator.
+
+    Raises:
+        ValueError: no shape, dtype or product; not square; empty; not of floating point.
+    """
+    shape, dtype = getattr(operator, "shape", None), getattr(operator, "dtype", None)
+    if shape is None or not hasattr(operator, "__matmul__"):
+        raise checks.fail(
+            "operator", "something with shape, dtype and @", checks.describe(operator)
+        )
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise checks.fail("operator", "a square shape [P, P], P at least 1", str(list(shape)))
+    if dtype not in (torch.float32, torch.float64):
+        raise checks.fail("operator", "dtype torch.float32 or torch.float64", str(dtype))
+    return int(shape[0]), dtype, torch.device(getattr(operator, "device", "cpu"))
+
+
+def multiply(operator: Any, vectors: Tensor) -> Tensor:
+    """operator @ vectors, refused if the shape is another or a value is not finite."""
+    product = operator @ vectors
+    if not isinstance(product, Tensor) or product.shape != vectors.shape:
+        raise checks.fail(
+            "operator", f"a product of shape {list(vectors.shape)}", checks.describe(product)
+        )
+    if not bool(torch.isfinite(product).all()):
+        raise checks.fail(
+            "operator", "finite products", "NaN or infinity",
+            "check the point, or scale the operator",
+        )
+    return product
