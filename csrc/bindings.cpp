@@ -1,11 +1,34 @@
-// The only pybind11 file. Entry points take addresses, sizes and strides, and on a GPU a stream
-// handle: no torch header anywhere, so one build serves every torch version. Whoever calls them
-// (entropic_fast/ops, nobody else) has already checked dtype, device, shape and contiguity.
+// The only pybind11 file. Entry points take addresses and sizes, and on a GPU a device number, a
+// stream handle and scratch memory: no torch header anywhere, so one build serves every torch
+// version. Whoever calls them (entropic_fast/ops, nobody else) has already checked dtype, device,
+// shape, contiguity and overlap.
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/isa.h"
+#include "cpu/step.h"
+#ifdef ENTROPIC_HAS_CUDA
+#include "cuda/step.h"
+#endif
 
 namespace py = pybind11;
 
 namespace {
+
+using entropic::AdamOptions;
+using entropic::i64;
+using entropic::SgdOptions;
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 
 py::dict build_config() {
   py::dict config;
@@ -19,15 +42,85 @@ py::dict build_config() {
 #else
   config["openmp"] = 0;
 #endif
-  config["isas"] = ENTROPIC_ISAS;
+  config["isas"] = py::str(ENTROPIC_ISAS).attr("split")();
 #ifdef ENTROPIC_HAS_CUDA
   config["cuda"] = true;
 #else
   config["cuda"] = false;
 #endif
   config["cuda_compiler"] = ENTROPIC_CUDA_STORY;
-  config["cuda_archs"] = ENTROPIC_CUDA_ARCHS;
+  config["cuda_archs"] = py::str(ENTROPIC_CUDA_ARCHS).attr("split")();
   return config;
+}
+
+// Threads a parallel region gets when nobody asks for a number: torch.set_num_threads governs it
+// where the module shares torch's OpenMP runtime.
+int default_threads() {
+  int threads = 1;
+#ifdef _OPENMP
+#pragma omp parallel
+#pragma omp single
+  threads = omp_get_num_threads();
+#endif
+  return threads;
+}
+
+// The shape of a call: theta, pivots and products, sizes, then where it runs.
+template <typename T>
+struct Cpu {
+  static entropic::cpu::StepShape<T> shape(const py::tuple& t) {
+    return {at<T>(t[0].cast<Address>()), at<const T>(t[1].cast<Address>()),
+            at<double>(t[2].cast<Address>()), t[3].cast<i64>(), t[4].cast<i64>(),
+            t[5].cast<i64>(), t[6].cast<int>()};
+  }
+};
+
+#ifdef ENTROPIC_HAS_CUDA
+template <typename T>
+struct Gpu {
+  static entropic::cuda::StepShape<T> shape(const py::tuple& t) {
+    return {at<T>(t[0].cast<Address>()), at<const T>(t[1].cast<Address>()),
+            at<double>(t[2].cast<Address>()), at<double>(t[6].cast<Address>()),
+            t[3].cast<i64>(), t[4].cast<i64>(), t[5].cast<i64>(), t[7].cast<int>(),
+            at<void>(t[8].cast<Address>())};
+  }
+};
+#endif
+
+template <typename T, template <typename> class Where>
+void sgd_step(const py::tuple& where, Address grad, Address buffer, Address lr, double momentum,
+              double dampening, double weight_decay, bool nesterov, bool first) {
+  const auto shape = Where<T>::shape(where);
+  const SgdOptions options{momentum, dampening, weight_decay, nesterov, first};
+  py::gil_scoped_release release;
+  sgd_step(shape, at<const T>(grad), at<T>(buffer), at<const double>(lr), options);
+}
+
+template <typename T, template <typename> class Where>
+void adam_step(const py::tuple& where, Address grad, Address exp_avg, Address exp_avg_sq,
+               Address step, Address lr, double beta1, double beta2, double eps,
+               double weight_decay, bool decoupled) {
+  const auto shape = Where<T>::shape(where);
+  const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled};
+  py::gil_scoped_release release;
+  adam_step(shape, at<const T>(grad), at<T>(exp_avg), at<T>(exp_avg_sq), at<const i64>(step),
+            at<const double>(lr), options);
+}
+
+template <typename T, template <typename> class Where>
+void project_step(const py::tuple& where, Address segment_squares, Address segment, Address t,
+                  Address distance) {
+  const auto shape = Where<T>::shape(where);
+  py::gil_scoped_release release;
+  project_step(shape, at<const double>(segment_squares), at<i64>(segment), at<double>(t),
+               at<double>(distance));
+}
+
+template <typename T, template <typename> class Where>
+void define_step(py::module_& m, const std::string& suffix) {
+  m.def(("sgd_step" + suffix).c_str(), &sgd_step<T, Where>);
+  m.def(("adam_step" + suffix).c_str(), &adam_step<T, Where>);
+  m.def(("project_step" + suffix).c_str(), &project_step<T, Where>);
 }
 
 }  // namespace
@@ -35,4 +128,15 @@ py::dict build_config() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of entropic_fast; called by entropic_fast.ops only.";
   m.def("build_config", &build_config, "What this module was built with.");
+  m.def("default_threads", &default_threads, "Threads a parallel region gets by default.");
+  m.def("current_isa", [] { return entropic::cpu::isa_name(entropic::cpu::current_isa()); });
+  m.def("runnable_isas", [] { return py::str(entropic::cpu::runnable_isas()).attr("split")(); });
+  m.def("use_isa", &entropic::cpu::use_isa, "Force an instruction set by name; '' undoes it.");
+  define_step<float, Cpu>(m, "_cpu_float32");
+  define_step<double, Cpu>(m, "_cpu_float64");
+#ifdef ENTROPIC_HAS_CUDA
+  define_step<float, Gpu>(m, "_cuda_float32");
+  define_step<double, Gpu>(m, "_cuda_float64");
+  m.def("step_workspace", &entropic::cuda::step_workspace, "Doubles of scratch a step needs.");
+#endif
 }

@@ -1,0 +1,189 @@
+// Walks blocks and replicas. Every block's sums depend on the block alone and are added in a fixed
+// tree afterwards, so results do not depend on the number of threads.
+#include "cpu/step.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/step_blocks.h"
+
+namespace entropic::cpu {
+namespace {
+
+// Below this many elements a second thread costs more than it brings (a parallel region costs
+// some microseconds, 32768 float32 elements are 128 kB).
+constexpr i64 PARALLEL_FROM = 32768;
+
+// Replicas handled together, so that a block of a pivot read from memory serves all of them.
+constexpr i64 GROUP = 8;
+
+template <typename T>
+const StepBlocks<T>& blocks();
+
+template <>
+const StepBlocks<float>& blocks<float>() {
+  switch (current_isa()) {
+#ifdef ENTROPIC_HAS_AVX512
+    case AVX512:
+      return avx512::step_f32;
+#endif
+#ifdef ENTROPIC_HAS_AVX2
+    case AVX2:
+      return avx2::step_f32;
+#endif
+    default:
+      return portable::step_f32;
+  }
+}
+
+template <>
+const StepBlocks<double>& blocks<double>() {
+  switch (current_isa()) {
+#ifdef ENTROPIC_HAS_AVX512
+    case AVX512:
+      return avx512::step_f64;
+#endif
+#ifdef ENTROPIC_HAS_AVX2
+    case AVX2:
+      return avx2::step_f64;
+#endif
+    default:
+      return portable::step_f64;
+  }
+}
+
+// Pairwise sum of values[0], values[stride], ...: error grows with log(count), order is fixed.
+double tree_sum(const double* values, i64 stride, i64 count) {
+  if (count <= 8) {
+    double sum = 0.0;
+    for (i64 i = 0; i < count; ++i) sum += values[i * stride];
+    return sum;
+  }
+  const i64 half = count / 2;
+  return tree_sum(values, stride, half) + tree_sum(values + half * stride, stride, count - half);
+}
+
+// update(r, begin, n) advances elements begin .. begin + n of replica r; the products of the new
+// values follow at once, while the block is in cache.
+template <typename T, typename Update>
+void update_and_products(const StepShape<T>& s, const Update& update) {
+  const StepBlocks<T>& kernel = blocks<T>();
+  const i64 block_count = ceil_div(s.size, STEP_BLOCK);
+  const i64 sums = 2 * s.pivot_count;
+  std::vector<double> partial(static_cast<size_t>(s.replicas * block_count * sums));
+  const i64 groups = ceil_div(s.replicas, GROUP);
+  [[maybe_unused]] const int threads = s.replicas * s.size < PARALLEL_FROM ? 1 : s.threads;
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (i64 task = 0; task < groups * block_count; ++task) {
+    const i64 block = task / groups;
+    const i64 first = (task % groups) * GROUP;
+    const i64 last = first + GROUP < s.replicas ? first + GROUP : s.replicas;
+    const i64 begin = block * STEP_BLOCK;
+    const i64 n = begin + STEP_BLOCK < s.size ? STEP_BLOCK : s.size - begin;
+    for (i64 r = first; r < last; ++r) {
+      update(r, begin, n);
+      double* out = partial.data() + (r * block_count + block) * sums;
+      kernel.products(s.theta + r * s.size + begin, s.pivots + begin, s.size, s.pivot_count, n,
+                      out, out + s.pivot_count);
+    }
+  }
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (i64 i = 0; i < s.replicas * sums; ++i) {
+    const double* from = partial.data() + (i / sums) * block_count * sums + i % sums;
+    s.products[i] = tree_sum(from, sums, block_count);
+  }
+}
+
+// Lowest segment among the nearest; t is NaN when any product is not finite.
+template <typename T>
+void choose_segment(const StepShape<T>& s, const double* products, const double* segment_squares,
+                    i64* segment, double* t) {
+  const double* squares = products;
+  const double* along = products + s.pivot_count;
+  double best = std::numeric_limits<double>::infinity();
+  *segment = 0;
+  *t = std::numeric_limits<double>::quiet_NaN();
+  for (i64 m = 0; m < s.pivot_count; ++m)
+    if (!std::isfinite(squares[m]) || !std::isfinite(along[m])) return;
+  for (i64 m = 0; m + 1 < s.pivot_count; ++m)
+    if (!std::isfinite(segment_squares[m])) return;
+  for (i64 m = 0; m + 1 < s.pivot_count; ++m) {
+    const double length = segment_squares[m];
+    const Candidate c = nearest_on_segment(squares[m], squares[m + 1], along[m], length);
+    if (c.squared_distance < best) {
+      best = c.squared_distance;
+      *segment = m;
+      *t = c.t;
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void sgd_step(const StepShape<T>& s, const T* grad, T* buffer, const double* lr,
+              const SgdOptions& options) {
+  const StepBlocks<T>& kernel = blocks<T>();
+  const SgdKind kind = sgd_kind(options);
+  update_and_products(s, [&](i64 r, i64 begin, i64 n) {
+    const i64 at = r * s.size + begin;
+    T* velocity = kind == SGD_PLAIN ? nullptr : buffer + at;
+    kernel.sgd(s.theta + at, grad + at, velocity, n, kind, sgd_coefficients<T>(options, lr[r]));
+  });
+}
+
+template <typename T>
+void adam_step(const StepShape<T>& s, const T* grad, T* exp_avg, T* exp_avg_sq, const i64* step,
+               const double* lr, const AdamOptions& options) {
+  const StepBlocks<T>& kernel = blocks<T>();
+  std::vector<AdamCoefficients<T>> coefficients(static_cast<size_t>(s.replicas));
+  for (i64 r = 0; r < s.replicas; ++r) {
+    const double power1 = std::pow(options.beta1, double(step[r]));
+    const double power2 = std::pow(options.beta2, double(step[r]));
+    coefficients[r] = adam_coefficients<T>(options, lr[r], power1, power2);
+  }
+  update_and_products(s, [&](i64 r, i64 begin, i64 n) {
+    const i64 at = r * s.size + begin;
+    kernel.adam(s.theta + at, grad + at, exp_avg + at, exp_avg_sq + at, n, coefficients[r]);
+  });
+}
+
+template <typename T>
+void project_step(const StepShape<T>& s, const double* segment_squares, i64* segment, double* t,
+                  double* distance) {
+  const StepBlocks<T>& kernel = blocks<T>();
+  for (i64 r = 0; r < s.replicas; ++r)
+    choose_segment(s, s.products + r * 2 * s.pivot_count, segment_squares, segment + r, t + r);
+
+  const i64 block_count = ceil_div(s.size, STEP_BLOCK);
+  std::vector<double> partial(static_cast<size_t>(s.replicas * block_count));
+  [[maybe_unused]] const int threads = s.replicas * s.size < PARALLEL_FROM ? 1 : s.threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (i64 task = 0; task < s.replicas * block_count; ++task) {
+    const i64 r = task / block_count;
+    const i64 begin = (task % block_count) * STEP_BLOCK;
+    const i64 n = begin + STEP_BLOCK < s.size ? STEP_BLOCK : s.size - begin;
+    const T* p = s.pivots + segment[r] * s.size + begin;
+    partial[task] = kernel.project(s.theta + r * s.size + begin, p, p + s.size, t[r], n);
+  }
+  for (i64 r = 0; r < s.replicas; ++r) {
+    const double squared = tree_sum(partial.data() + r * block_count, 1, block_count);
+    // With no elements there is nothing to carry a NaN, so t carries it.
+    distance[r] = std::isnan(t[r]) ? t[r] : std::sqrt(squared);
+  }
+}
+
+#define ENTROPIC_INSTANTIATE(T)                                                                   \
+  template void sgd_step<T>(const StepShape<T>&, const T*, T*, const double*, const SgdOptions&); \
+  template void adam_step<T>(const StepShape<T>&, const T*, T*, T*, const i64*, const double*,    \
+                             const AdamOptions&);                                                 \
+  template void project_step<T>(const StepShape<T>&, const double*, i64*, double*, double*);
+ENTROPIC_INSTANTIATE(float)
+ENTROPIC_INSTANTIATE(double)
+#undef ENTROPIC_INSTANTIATE
+
+}  // namespace entropic::cpu

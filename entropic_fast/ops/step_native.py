@@ -1,0 +1,95 @@
+"""Family `step` on the compiled module: C++ for CPU tensors, CUDA C++ for CUDA tensors.
+
+Called by `entropic_fast.ops.step` with checked tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropic_fast.ops import native
+
+
+def _call(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *arguments: Any) -> None:
+    """Passes addresses, sizes and place of execution; tensors among `arguments` as addresses."""
+    module = native.module()
+    replicas, size = theta.shape
+    count = pivots.shape[0]
+    where: tuple[int, ...] = (
+        theta.data_ptr(), pivots.data_ptr(), products.data_ptr(), replicas, size, count
+    )  # fmt: skip
+    dtype = "float32" if theta.dtype == torch.float32 else "float64"
+    if theta.device.type == "cpu":
+        entry = getattr(module, f"{op}_cpu_{dtype}")
+        where += (native.threads(),)
+    else:
+        entry = getattr(module, f"{op}_cuda_{dtype}")
+        # Freed when this returns: the caching allocator reuses it in stream order.
+        workspace = torch.empty(
+            module.step_workspace(replicas, size, count), dtype=torch.float64, device=theta.device
+        )
+        stream = torch.cuda.current_stream(theta.device).cuda_stream
+        index = theta.device.index
+        where += (workspace.data_ptr(), index, stream)
+    entry(where, *(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+
+
+def _new_products(theta: Tensor, pivots: Tensor) -> Tensor:
+    shape = (theta.shape[0], 2, pivots.shape[0])
+    return torch.empty(shape, dtype=torch.float64, device=theta.device)
+
+
+def sgd_step(
+    theta: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    lr: Tensor,
+    pivots: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    first: bool,
+) -> Tensor:
+    products = _new_products(theta, pivots)
+    _call(
+        "sgd_step", theta, pivots, products, grad, momentum_buffer, lr,
+        momentum, dampening, weight_decay, nesterov, first,
+    )  # fmt: skip
+    return products
+
+
+def adam_step(
+    theta: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    pivots: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> Tensor:
+    products = _new_products(theta, pivots)
+    _call(
+        "adam_step", theta, pivots, products, grad, exp_avg, exp_avg_sq, step, lr,
+        beta1, beta2, eps, weight_decay, decoupled,
+    )  # fmt: skip
+    return products
+
+
+def project_step(
+    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    replicas, device = theta.shape[0], theta.device
+    segment = torch.empty(replicas, dtype=torch.int64, device=device)
+    t = torch.empty(replicas, dtype=torch.float64, device=device)
+    distance = torch.empty(replicas, dtype=torch.float64, device=device)
+    _call("project_step", theta, pivots, products, segment_squares, segment, t, distance)
+    return segment, t, distance
