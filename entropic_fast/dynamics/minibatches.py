@@ -1,0 +1,77 @@
+"""Minibatches of many replicas, each a function of (seed, replica's id, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objective import Objective
+from ..random import derive, permutation
+
+
+class Minibatches:
+    """Epochs of permutations without replacement, one order a replica.
+
+    An epoch is floor(N / B) batches of distinct examples; the N mod B left over are not used in
+    that epoch, so every batch has B examples. The order of epoch e of the replica with id i is
+    `permutation(N, derive(seed, "relax", i), stream=e)`: no replica's noise depends on which
+    others there are, on the device or on what was drawn before.
+
+    Args:
+        objective: whose examples to draw; held in memory, not copied if they were tensors.
+        batch_size: B, examples a batch, at most N.
+        seed: of the whole run.
+        ids: one number a replica.  # R of them
+
+    Raises:
+        ValueError: a batch size outside 1 .. N.
+
+    >>> obj = Objective(torch.nn.Linear(1, 1), "mse", (torch.zeros(5, 1), torch.zeros(5, 1)))
+    >>> batches = Minibatches(obj, batch_size=2, seed=0, ids=[0, 1])
+    >>> tuple(batches.indices(7).shape), batches.per_epoch
+    ((2, 2), 2)
+    """
+
+    def __init__(
+        self, objective: Objective, batch_size: int, seed: int, ids: Sequence[int]
+    ) -> None:
+        n = objective.num_examples
+        if checks.whole("batch_size", batch_size, 1) > n:
+            raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
+        self.batch_size, self.seed, self.ids = batch_size, checks.whole("seed", seed), list(ids)
+        self.num_examples, self.per_epoch = n, n // batch_size
+        self._inputs, self._targets = objective.tensors()
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def indices(self, step: int) -> Tensor:
+        """Examples of update `step` (from 0) of each replica, int64.  # [R, B]"""
+        epoch, batch = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            used = self.per_epoch * self.batch_size
+            orders = [
+                permutation(self.num_examples, derive(self.seed, "relax", i), epoch)[:used]
+                for i in self.ids
+            ]
+            shape = (len(self.ids), self.per_epoch, self.batch_size)
+            self._order = torch.stack(orders).view(shape).to(self._inputs.device)
+            self._epoch = epoch
+        return self._order[:, batch]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs [R, B, ...] and targets [R, B, ...] of update `step` (from 0)."""
+        index = self.indices(step)
+        inputs = self._inputs.index_select(0, index.reshape(-1))
+        targets = self._targets.index_select(0, index.reshape(-1))
+        return (
+            inputs.view(*index.shape, *self._inputs.shape[1:]),
+            targets.view(*index.shape, *self._targets.shape[1:]),
+        )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with only these rows of the replicas (positions in the present order)."""
+        self.ids = [self.ids[r] for r in rows]
+        if self._epoch >= 0:
+            self._order = self._order[list(rows)]

@@ -1,0 +1,128 @@
+"""Trajectory: what replicas did along a path, record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..table import Table
+
+
+class DivergenceError(ValueError):
+    """Every replica diverged; the message names a replica, the step and the learning rate."""
+
+
+class Record(NamedTuple):
+    """One record of a run under way: update number, and of each replica its position on the
+    path, distance from it before projection and mean minibatch loss since the last record
+    (NaN for a replica that diverged).  # [R] each
+    """
+
+    step: int
+    position: Tensor
+    distance: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Replicas of projected dynamics along a path. Tensors are float64 on the CPU.
+
+    Attributes:
+        position: relative Euclidean distance along the path, 0 and 1 at its ends, just after a
+            projection.  # [R, T]
+        distance: Euclidean distance from the path just before that projection.  # [R, T]
+        loss: mean minibatch loss over the updates since the record before; at the first
+            record, the loss of the first minibatch at the start.  # [R, T]
+        full_loss: mean loss over all examples at the projected point, NaN where it was not
+            asked for.  # [R, T]
+        steps: updates made, from 0.  # [T], int64
+        lr: learning rate of each replica.  # [R]
+        ids: the number that names each replica's noise.  # [R], int64
+        diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
+            from there on.  # [R], int64
+        optimizer, batch_size, project_every, seed: as given.
+        engine: "vmap" or "loop", how the gradients were computed.
+        notes: what a reader of the numbers should know (replicas lost, engine refused).
+    """
+
+    position: Tensor
+    distance: Tensor
+    loss: Tensor
+    full_loss: Tensor
+    steps: Tensor
+    lr: Tensor
+    ids: Tensor
+    diverged_at: Tensor
+    optimizer: str
+    batch_size: int
+    project_every: int
+    seed: int
+    engine: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_replicas(self) -> int:
+        """R."""
+        return int(self.position.shape[0])
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which replicas diverged.  # [R], bool"""
+        return self.diverged_at >= 0
+
+    @property
+    def start(self) -> Tensor:
+        """Where each replica started.  # [R]"""
+        return self.position[:, 0]
+
+    @property
+    def effective_times(self) -> Tensor:
+        """Updates times learning rate, of each replica.  # [R, T]"""
+        return self.lr[:, None] * self.steps
+
+    @property
+    def effective_time(self) -> Tensor:
+        """Updates times learning rate, where all replicas have one learning rate.  # [T]
+
+        Raises:
+            ValueError: replicas with different learning rates.
+        """
+        if bool((self.lr != self.lr[0]).any()):
+            raise checks.fail(
+                "effective_time", "one learning rate for all replicas",
+                str(sorted(set(self.lr.tolist()))), "use effective_times [R, T], or select()",
+            )
+        return self.lr[0] * self.steps
+
+    def select(self, replicas: Sequence[int] | Tensor) -> Trajectory:
+        """Some of the replicas: their indices, or a mask [R]. Notes are kept."""
+        rows = torch.as_tensor(replicas)
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
+        if rows.ndim != 1 or rows.numel() == 0:
+            raise checks.fail("replicas", "at least one index", checks.describe(rows))
+        names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def to_table(self) -> Table:
+        """One row a replica and record, replica by replica."""
+        r, t = self.position.shape
+        replica = torch.arange(r).repeat_interleave(t)
+        columns = {
+            "replica": replica,
+            "id": self.ids[replica],
+            "step": self.steps.repeat(r),
+            "effective_time": self.effective_times.flatten(),
+            "lr": self.lr[replica],
+            "start": self.start[replica],
+            "position": self.position.flatten(),
+            "distance": self.distance.flatten(),
+            "loss": self.loss.flatten(),
+            "full_loss": self.full_loss.flatten(),
+        }
+        return Table({name: column.numpy() for name, column in columns.items()})

@@ -1,0 +1,282 @@
+"""relax against a hand-written loop with torch.optim, and its promises about replicas."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from entropic_fast.dynamics import DivergenceError, relax
+from entropic_fast.dynamics.minibatches import Minibatches
+from entropic_fast.models import digits_cnn, initialise
+from entropic_fast.objective import Objective
+from entropic_fast.paths import Path, linear_path
+
+
+def images(n=40, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 1, 8, 8, generator=g, dtype=dtype), torch.randint(10, (n,), generator=g)
+
+
+def mlp_problem(dtype=torch.float64, n=24, seed=0):
+    """A small classifier and a bent path of three pivots."""
+    g = torch.Generator().manual_seed(seed)
+    model = initialise(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), seed).to(dtype)
+    x = torch.randn(n, 5, generator=g, dtype=dtype)
+    obj = Objective(model, "cross_entropy", (x, torch.randint(3, (n,), generator=g)))
+    theta = obj.parameters_vector()
+    bends = 0.5 * torch.randn(2, obj.num_params, generator=g, dtype=dtype)
+    return model, obj, Path(torch.stack((theta, theta + bends[0], theta + bends[1])))
+
+
+def conv_problem(norm, channels=(4, 4, 4), norm_of_objective="running"):
+    obj = Objective(initialise(digits_cnn(norm, channels=channels), 1), "cross_entropy", images(),
+                    norm=norm_of_objective)
+    a = obj.parameters_vector()
+    g = torch.Generator().manual_seed(3)
+    return obj, linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=3)
+
+
+def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):
+    """k-SGD with torch.optim on a module in training mode and Path.project."""
+    model = copy.deepcopy(model).train()
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(parameters)
+    nn.utils.vector_to_parameters(path.point(start), parameters)
+    minibatches = Minibatches(obj, batch_size, seed, [replica])
+    positions, distances, losses = [start], [0.0], []
+    for step in range(1, steps + 1):
+        x, y = minibatches(step - 1)
+        loss = nn.functional.cross_entropy(model(x[0]), y[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step % k == 0 or step == steps:
+            with torch.no_grad():
+                theta = nn.utils.parameters_to_vector(parameters)
+                s, nearest, distance = path.project(theta)
+                for p, q in zip(parameters, nearest.split([p.numel() for p in parameters]),
+                                strict=True):
+                    p.copy_(q.view_as(p))  # in place: the optimizer's state stays
+            positions.append(s)
+            distances.append(distance)
+    return positions, distances, losses
+
+
+OPTIMIZERS = {
+    "sgd": (dict(optimizer="sgd"), lambda p: torch.optim.SGD(p, 0.1)),
+    "sgd with decay": (dict(optimizer="sgd", weight_decay=0.03),
+                       lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.03)),
+    "heavy ball": (dict(optimizer="sgd", momentum=0.7, weight_decay=0.03),
+                   lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, weight_decay=0.03)),
+    "nesterov": (dict(optimizer="nesterov", weight_decay=0.01),
+                 lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True,
+                                           weight_decay=0.01)),
+    "adam": (dict(optimizer="adam", weight_decay=0.02),
+             lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.02)),
+    "adam, other betas": (dict(optimizer="adam", betas=(0.5, 0.9), eps=1e-3),
+                          lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.9), eps=1e-3)),
+}
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
+    settings, make = OPTIMIZERS[name]
+    model, obj, path = mlp_problem()
+    run = relax(obj, path, [0.3, 0.8], lr=0.1, batch_size=5, project_every=4, steps=30, seed=7,
+                engine=engine, max_distance=math.inf, **settings)
+    assert run.engine == engine
+    for r, start in enumerate((0.3, 0.8)):
+        s, d, losses = by_hand(model, obj, path, start, make, 5, 4, 30, 7, r)
+        assert run.steps.tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 30]
+        torch.testing.assert_close(run.position[r], torch.tensor(s).double(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(run.distance[r], torch.tensor(d).double(), rtol=1e-9, atol=1e-10)
+        losses = torch.tensor(losses).double()
+        means = [losses[0], *(c.mean() for c in losses.split(4))]
+        torch.testing.assert_close(run.loss[r], torch.stack(means), rtol=1e-10, atol=0)
+
+
+def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
+    # The reference runs the module itself in training mode.
+    model = initialise(digits_cnn("batch", channels=(2, 3, 3)), 1).double()
+    obj = Objective(model, "cross_entropy", images(dtype=torch.float64))
+    a = obj.parameters_vector()
+    g = torch.Generator().manual_seed(3)
+    path = linear_path(a, a + 0.1 * torch.randn(len(a), generator=g, dtype=a.dtype))
+    s, d, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.05), 8, 3, 12, 0, 0)
+    batch = obj.with_norm("batch")
+    for objective in (obj, batch):
+        run = relax(objective, path, 0.5, lr=0.05, batch_size=8, project_every=3, steps=12)
+        torch.testing.assert_close(run.position[0], torch.tensor(s).double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(run.distance[0], torch.tensor(d).double(), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_a_replica_does_what_it_would_do_alone(norm):
+    obj, path = conv_problem(norm)
+    common = dict(batch_size=4, project_every=3, steps=9, seed=5, max_distance=math.inf)
+    together = relax(obj, path, [0.2, 0.2, 0.5, 0.7], lr=[0.05, 0.05, 0.02, 0.1],
+                     ids=[0, 4, 2, 9], **common)
+    assert together.engine == "vmap" and together.notes == ()
+    for r, i in enumerate(together.ids.tolist()):
+        alone = relax(obj, path, float(together.start[r]), lr=float(together.lr[r]), ids=[i],
+                      **common)
+        assert alone.engine == "loop"
+        torch.testing.assert_close(together.position[r], alone.position[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.loss[r], alone.loss[0], rtol=1e-4, atol=1e-5)
+    assert float((together.position[0] - together.position[1]).abs().max()) > 1e-5
+
+
+def test_replicas_are_named_by_their_order_and_repeatable():
+    _, obj, path = mlp_problem()
+    common = dict(lr=0.1, batch_size=5, steps=30, seed=2)
+    three, five = (relax(obj, path, 0.4, replicas=n, **common) for n in (3, 5))
+    torch.testing.assert_close(three.position, five.position[:3], rtol=0, atol=1e-12)
+    again = relax(obj, path, 0.4, replicas=3, **common)
+    assert torch.equal(three.position, again.position)
+    other = relax(obj, path, 0.4, replicas=3, **{**common, "seed": 3})
+    assert not torch.allclose(three.position[:, -1], other.position[:, -1])
+
+
+def test_minibatches_are_permutations_that_no_other_replica_changes():
+    _, obj, _ = mlp_problem(n=11)
+    some = Minibatches(obj, 3, 0, [5, 1])
+    more = Minibatches(obj, 3, 0, [1, 2, 5])
+    epoch = torch.stack([some.indices(step) for step in range(3)], 1)  # [2, 3, 3]
+    for row in epoch:
+        assert len(set(row.flatten().tolist())) == 9
+    for step in (0, 2, 3, 10, 1):  # any order of asking
+        assert torch.equal(some.indices(step), more.indices(step)[[2, 0]])
+    assert not torch.equal(some.indices(0), some.indices(3))
+    inputs, targets = some(4)
+    x, y = obj.tensors()
+    assert torch.equal(inputs[1], x[some.indices(4)[1]])
+    assert torch.equal(targets[0], y[some.indices(4)[0]])
+    some.keep([1])
+    assert torch.equal(some.indices(4), more.indices(4)[[0]])
+
+
+class Branching(nn.Module):
+    """Asks for a value in the forward pass, which vmap cannot give."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y if float(y.detach().sum()) > 0 else 2 * y
+
+
+def test_a_model_that_vmap_cannot_do_falls_back_to_the_loop_and_says_so():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 5, generator=g), torch.randint(3, (20,), generator=g)
+    model = initialise(Branching(), 0)
+    obj = Objective(model, "cross_entropy", (x, y))
+    a = obj.parameters_vector()
+    path = linear_path(a, a + 1)
+    settings = dict(lr=0.1, batch_size=4, project_every=5, steps=10, replicas=4)
+    run = relax(obj, path, 0.5, **settings)
+    assert run.engine == "loop" and "vmap was not used" in run.notes[0]
+    s, _, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.1), 4, 5, 10, 0, 3)
+    torch.testing.assert_close(run.position[3], torch.tensor(s).double(), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="engine: expected a model that .*vmap can do"):
+        relax(obj, path, 0.5, engine="vmap", **settings)
+
+
+def test_a_replica_that_diverges_is_marked_and_the_others_go_on():
+    obj, path = conv_problem("none")
+    common = dict(batch_size=4, project_every=4, steps=16)
+    run = relax(obj, path, 0.5, lr=[0.01, 1e12, 0.01, 30.0], **common)
+    assert run.diverged.tolist() == [False, True, False, True]
+    assert 1 <= run.diverged_at[1] <= 4
+    assert run.position[1, 0] == 0.5 and bool(run.position[1, 1:].isnan().all())
+    assert len(run.notes) == 2 and "replica 1 (id 1, lr 1000000000000.0)" in run.notes[0]
+    kept = relax(obj, path, 0.5, lr=[0.01, 0.01], ids=[0, 2], **common)
+    torch.testing.assert_close(run.position[[0, 2]], kept.position, rtol=0, atol=1e-5)
+    with pytest.raises(DivergenceError, match=r"all 2 replicas.*replica 0 \(id 0\).*lr 1e\+12"):
+        relax(obj, path, 0.5, lr=[1e12, 1e12], **common)
+
+
+def test_records_table_and_callback_agree():
+    _, obj, path = mlp_problem()
+    seen = []
+    run = relax(obj, path, [0.2, 0.9], lr=[0.1, 0.2], batch_size=6, project_every=3, steps=20,
+                record_every=6, loss_every=12, on_record=seen.append)
+    assert run.steps.tolist() == [0, 6, 12, 18, 20] == [r.step for r in seen]
+    assert torch.equal(torch.stack([r.position for r in seen], 1), run.position)
+    assert torch.equal(torch.stack([r.loss for r in seen], 1), run.loss)
+    assert run.full_loss.isfinite().any(0).tolist() == [True, False, True, False, False]
+    for t in (0, 2):
+        expected = [obj.loss(path.point(float(s))) for s in run.position[:, t]]
+        torch.testing.assert_close(run.full_loss[:, t], torch.tensor(expected).double())
+    table = run.to_table()
+    assert table.num_rows == 10
+    last = table.rows()[-1]
+    assert last["replica"] == 1 and last["step"] == 20 and last["effective_time"] == 4.0
+    assert last["position"] == float(run.position[1, -1]) and last["start"] == 0.9
+    with pytest.raises(ValueError, match="effective_time: expected one learning rate"):
+        _ = run.effective_time
+    assert torch.allclose(run.select([1]).effective_time, 0.2 * run.steps)
+    chosen = run.select(torch.tensor([False, True]))
+    assert torch.equal(chosen.position, run.position[1:])
+    assert torch.equal(pickle.loads(pickle.dumps(run)).position, run.position)
+
+
+def test_a_full_batch_has_no_noise():
+    _, obj, path = mlp_problem()
+    run = relax(obj, path, 0.4, lr=0.1, batch_size=obj.num_examples, steps=30, replicas=3)
+    torch.testing.assert_close(run.position[1:], run.position[:1].expand(2, -1),
+                               rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(start=1.2), r"start: expected positions in \[0, 1\]"),
+    (dict(start=[0.1, math.nan]), "start: expected positions"),
+    (dict(start="middle"), "start: expected a number"),
+    (dict(lr=-0.1), "lr: expected finite numbers above 0"),
+    (dict(lr=[0.1, 0.2], start=[0.1, 0.2, 0.3]), "replicas: .* 3 for start, 2 for lr"),
+    (dict(lr=[0.1, 0.2], replicas=3), "replicas: .* 2 for lr, 3 for replicas"),
+    (dict(start=[]), "replicas: .*0 for start"),
+    (dict(replicas=0), "replicas: expected a whole number"),
+    (dict(ids=[-1]), "ids: expected a whole number"),
+    (dict(optimizer="lion"), "optimizer: expected one of 'sgd', 'nesterov', 'adam'"),
+    (dict(optimizer="adam", momentum=0.9), "momentum: expected None"),
+    (dict(optimizer="nesterov", momentum=0.0), "momentum: expected a number"),
+    (dict(momentum=1.0), "momentum: expected a number"),
+    (dict(weight_decay=-1.0), "weight_decay: expected"),
+    (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
+    (dict(batch_size=25), "batch_size: expected at most the 24 examples"),
+    (dict(batch_size=0), "batch_size: expected a whole number"),
+    (dict(steps=0), "steps: expected a whole number"),
+    (dict(project_every=0), "project_every: expected a whole number"),
+    (dict(record_every=20), "record_every: expected a multiple of project_every"),
+    (dict(loss_every=10), "loss_every: expected a multiple of record_every"),
+    (dict(max_distance=0.0), "max_distance: expected a number above 0"),
+    (dict(engine="fast"), "engine: expected one of"),
+    (dict(seed=-1), "seed: expected a whole number"),
+])
+def test_bad_arguments_are_refused_by_name(change, message):
+    _, obj, path = mlp_problem()
+    good = dict(start=0.5, lr=0.1, batch_size=4, steps=30)
+    with pytest.raises(ValueError, match=message):
+        relax(obj, path, **{**good, **change})
+
+
+def test_a_path_that_is_not_the_objectives_is_refused():
+    _, obj, path = mlp_problem()
+    good = dict(lr=0.1, batch_size=4, steps=30)
+    with pytest.raises(ValueError, match="path: expected a path in the objective's 66 parameters"):
+        relax(obj, Path(torch.eye(3).double()), 0.5, **good)
+    with pytest.raises(ValueError, match="path: expected pivots of torch.float64"):
+        relax(obj, path.to(torch.float32), 0.5, **good)
+    with pytest.raises(ValueError, match="path: expected a Path"):
+        relax(obj, path.pivots, 0.5, **good)
+    with pytest.raises(ValueError, match="pivots: expected at least 2 pivots"):
+        relax(obj, Path(path.pivots[:1]), 0.5, **good)
+    with pytest.raises(ValueError, match="obj: expected an Objective"):
+        relax(nn.Linear(1, 1), path, 0.5, **good)
