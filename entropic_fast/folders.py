@@ -80,6 +80,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
     folder = root / split
     if not folder.is_dir():
         raise fail("data_dir", f"a folder {split!r} of one folder a class", f"none in {root}")
+    _inside(root, folder, folder.is_symlink())
     found: dict[str, list[Path]] = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
