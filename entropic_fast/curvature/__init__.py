@@ -1,7 +1,9 @@
 """Curvature at a point of an Objective, and along a path."""
 
+from .density import spectral_density
 from .krylov import top_eigenvalues
 from .operators import GGNOperator, HessianOperator
+from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
     fisher_trace,
     gradient_norms,
@@ -24,4 +26,8 @@ __all__ = [
     "hessian_trace",
     "operator_trace",
     "top_eigenvalues",
+    "spectral_density",
+    "curvature_profile",
+    "profile_point",
+    "profile_positions",
 ]

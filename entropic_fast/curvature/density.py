@@ -1,0 +1,173 @@
+"""Spectral density by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, random
+from ..results import Density
+from .memory import resolve_budget, too_small
+from .protocol import multiply, require_operator
+
+# Default width of the smoothing Gaussian, as a share of the range of Ritz values.
+SIGMA_SHARE = 0.01
+# Smoothing widths that the default grid goes beyond the Ritz values: the tails are there.
+MARGIN = 5.0
+
+
+def spectral_density(
+    operator: Any,
+    probes: int = 8,
+    steps: int = 60,
+    sigma: float | None = None,
+    grid: Tensor | None = None,
+    points: int = 512,
+    seed: int = 0,
+    memory_budget: int | None = None,
+) -> Density:
+    """Density of the eigenvalues of a symmetric operator, smoothed by a Gaussian.
+
+    For each probe, `steps` Lanczos steps with full two-pass reorthogonalisation give a Gauss
+    quadrature rule: nodes are the Ritz values, weights the *squared first components* of the
+    eigenvectors of the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J.
+    Matrix Anal. Appl. 38, 2017). The mean over probes of sum_i w_i f(node_i) estimates
+    tr f(A) / P without bias for polynomials f of degree up to 2 steps - 1.
+
+    Args:
+        operator: symmetric; anything with `shape`, `dtype` and `@` on blocks, a matrix too.
+        probes: V, normal vectors scaled to length 1.
+        steps: m, Lanczos steps a probe, at most P of use.
+        sigma: width of the Gaussian, in units of the eigenvalues; None for 1 % of the range
+            of the Ritz values.
+        grid: eigenvalues at which to give the density; None for `points` evenly spaced ones
+            from 5 sigma under the least Ritz value to 5 sigma over the greatest.  # [G]
+        points: G, for the default grid.
+        seed: of the probes; they do not depend on the device or the memory.
+        memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory. It
+            decides how many probes advance together.
+
+    Returns:
+        see `Density`; a probe whose Krylov space is exhausted early has rows padded with its
+        last node at weight 0.
+
+    Raises:
+        ValueError: an operator that is not square; counts, sigma or grid out of range; a
+            budget under one probe's needs; a product that is not finite.
+
+    >>> import torch
+    >>> d = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), probes=2, steps=3)
+    >>> [round(v, 3) for v in d.nodes[0].tolist()], round(float(d.weights.sum()), 4)
+    ([1.0, 2.0, 4.0], 2.0)
+    """
+    size, dtype, device = require_operator(operator)
+    checks.whole("probes", probes, 1)
+    checks.whole("points", points, 2)
+    steps = min(checks.whole("steps", steps, 1), size)
+    if sigma is not None:
+        checks.positive("sigma", sigma)
+    if grid is not None and (not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) == 0):
+        raise checks.fail("grid", "a tensor [G] of eigenvalues", checks.describe(grid))
+    budget = resolve_budget(memory_budget, device)
+    each = (steps + 4) * size * torch.finfo(dtype).bits // 8
+    if budget < each:
+        raise too_small(each, budget, f"{steps} Lanczos vectors of length {size}",
+                        "give more memory, or fewer steps")
+    together = min(probes, budget // each)
+    rules: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, probes, together):
+        starts = torch.stack(
+            [
+                random.normal((size,), random.derive(seed, "density"), i,
+                              dtype=dtype, device=device)
+                for i in range(first, min(first + together, probes))
+            ]
+        )
+        rules += [_gauss_rule(*t) for t in _lanczos(operator, starts, steps)]
+    nodes = torch.stack([_padded(n, steps, float(n[-1])) for n, _ in rules])
+    weights = torch.stack([_padded(w, steps, 0.0) for _, w in rules])
+    low, high = float(nodes.min()), float(nodes.max())
+    if sigma is None:
+        # An operator with one eigenvalue has no range: a width to its scale instead.
+        sigma = SIGMA_SHARE * (high - low)
+        if sigma <= 1e-6 * max(abs(low), abs(high)):
+            sigma = SIGMA_SHARE * (max(abs(low), abs(high)) or 1.0)
+    if grid is None:
+        margin = MARGIN * sigma
+        grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
+    where = checks.finite("grid", grid).detach().double().cpu()
+    curves = torch.stack(
+        [_smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
+    )
+    error = curves.std(0) / math.sqrt(probes) if probes > 1 else torch.full_like(where, math.nan)
+    return Density(where, curves.mean(0), error, nodes, weights, sigma, size)
+
+
+def _lanczos(operator: Any, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Lanczos for several starting vectors [V, P] in step, one block product a step.
+
+    Returns:
+        diagonal [m] and off-diagonal [m - 1] of each tridiagonal matrix; m under `steps`
+        where a Krylov space was exhausted.
+    """
+    probes, size = starts.shape
+    basis = starts.new_zeros(probes, steps, size)
+    alphas = torch.zeros(probes, steps, dtype=torch.float64)
+    betas = torch.zeros(probes, steps, dtype=torch.float64)
+    lengths = [steps] * probes
+    current = starts / starts.norm(dim=1, keepdim=True)
+    active = list(range(probes))
+    scale = torch.zeros(probes, dtype=torch.float64)
+    for j in range(steps):
+        products = multiply(operator, current.T.contiguous()).T
+        following = []
+        going = []
+        for row, v in enumerate(active):
+            basis[v, j] = current[row]
+            used, rest = basis[v, : j + 1], products[row]
+            alpha = 0.0
+            scale[v] = max(float(scale[v]), float(rest.norm()))
+            for _ in range(2):
+                coordinates = used @ rest
+                rest = rest - coordinates @ used
+                alpha += float(coordinates[-1])
+            alphas[v, j] = alpha
+            beta = float(rest.norm())
+            if j + 1 == steps:
+                continue
+            if beta > 10 * torch.finfo(starts.dtype).eps * float(scale[v]):
+                rest = rest / beta
+                # A short remainder is mostly rounding: make it orthogonal once more.
+                rest = rest - (used @ rest) @ used
+                length = float(rest.norm())
+                if length > 0.5:
+                    betas[v, j] = beta
+                    following.append(rest / length)
+                    going.append(v)
+                    continue
+            lengths[v] = j + 1
+        active = going
+        if not active:
+            break
+        current = torch.stack(following)
+    return [(alphas[v, :m], betas[v, : m - 1]) for v, m in enumerate(lengths)]
+
+
+def _gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes [m], ascending, and weights [m] of the quadrature of a tridiagonal matrix."""
+    matrix = torch.diag(diagonal)
+    matrix += torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    nodes, vectors = torch.linalg.eigh(matrix)
+    return nodes, vectors[0].square()
+
+
+def _padded(values: Tensor, length: int, fill: float) -> Tensor:
+    return torch.cat([values, values.new_full((length - len(values),), fill)])
+
+
+def _smoothed(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
+    z = (grid[:, None] - nodes) / sigma
+    return torch.exp(-0.5 * z.square()) @ weights / (sigma * math.sqrt(2 * math.pi))
