@@ -50,7 +50,7 @@ def vmap_gradients(objective: Objective) -> Gradients:
 
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         rows, losses = batched(theta, inputs, targets)
-        return losses, rows
+        return losses, rows.contiguous()
 
     return gradients
 

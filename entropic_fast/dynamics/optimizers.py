@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..ops.step import adam_step, sgd_step
 
 OPTIMIZERS = ("sgd", "nesterov", "adam")
 
@@ -14,11 +15,11 @@ class Optimizer:
     """SGD (with or without momentum), Nesterov momentum or Adam on rows of parameters.
 
     Each row gets the update that `torch.optim.SGD` or `torch.optim.Adam` would give it alone;
-    weight decay is added to the gradient, as they do.
+    weight decay is added to the gradient, as they do. The arithmetic is the fused `ops.step`.
 
     Args:
         name: "sgd", "nesterov" or "adam".
-        lr: learning rate of each replica.  # [R]
+        lr: learning rate of each replica, float64, on theta's device.  # [R]
         momentum: None for the default (0 for "sgd", 0.9 for "nesterov"); not for "adam".
         weight_decay: L2 coefficient.
         betas, eps: Adam's.
@@ -26,9 +27,9 @@ class Optimizer:
     Raises:
         ValueError: an unknown name, or settings that do not fit it.
 
-    >>> optimizer = Optimizer("sgd", torch.tensor([0.5, 1.0]))
+    >>> optimizer = Optimizer("sgd", torch.tensor([0.5, 1.0]).double())
     >>> theta = torch.ones(2, 1)
-    >>> optimizer.update(theta, torch.ones(2, 1)); theta.tolist()
+    >>> products = optimizer.update(theta, torch.ones(2, 1)); theta.tolist()
     [[0.5], [0.0]]
     """
 
@@ -52,45 +53,38 @@ class Optimizer:
             raise checks.fail("momentum", "a number in [0, 1), above 0 for Nesterov",
                               repr(momentum))
         self.momentum = float(momentum)
-        self.updates = 0
-        self._first: Tensor | None = None   # momentum buffer, or Adam's first moment  # [R, P]
-        self._second: Tensor | None = None  # Adam's second moment  # [R, P]
+        # The momentum buffer; for Adam both moments and the count of updates. Made at the first.
+        self._state: list[Tensor] = []
 
-    def update(self, theta: Tensor, gradient: Tensor) -> None:
-        """One update of theta, in place.  # [R, P], [R, P]"""
-        self.updates += 1
+    def update(self, theta: Tensor, gradient: Tensor, pivots: Tensor | None = None) -> Tensor:
+        """One update of theta, in place.
+
+        Args:
+            theta, gradient: contiguous.  # [R, P]
+            pivots: of the path theta is projected on next; None if it is not.  # [M, P]
+
+        Returns:
+            the products that `ops.step.project_step` needs.  # [R, 2, M]
+        """
+        first = not self._state
         if self.name == "adam":
-            self._adam(theta, gradient)
-        else:
-            self._sgd(theta, gradient)
+            if first:
+                count = torch.zeros_like(theta[:, 0], dtype=torch.int64)
+                self._state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
+            mean, square, count = self._state
+            return adam_step(
+                theta, gradient, mean, square, count, lr=self.lr, pivots=pivots,
+                betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
+            )
+        if first and self.momentum:
+            self._state = [torch.zeros_like(theta)]
+        return sgd_step(
+            theta, gradient, self._state[0] if self._state else None, lr=self.lr, pivots=pivots,
+            momentum=self.momentum, weight_decay=self.weight_decay,
+            nesterov=self.name == "nesterov", first=first,
+        )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with only these rows of the replicas."""
         self.lr = self.lr[rows]
-        self._first = None if self._first is None else self._first[rows]
-        self._second = None if self._second is None else self._second[rows]
-
-    def _sgd(self, theta: Tensor, gradient: Tensor) -> None:
-        if self.weight_decay:
-            gradient = gradient.add(theta, alpha=self.weight_decay)
-        if self.momentum:
-            if self._first is None:
-                self._first = torch.zeros_like(theta)
-            self._first.mul_(self.momentum).add_(gradient)
-            if self.name == "nesterov":
-                gradient = gradient.add(self._first, alpha=self.momentum)
-            else:
-                gradient = self._first
-        theta.addcmul_(self.lr[:, None], gradient, value=-1.0)
-
-    def _adam(self, theta: Tensor, gradient: Tensor) -> None:
-        if self._first is None or self._second is None:
-            self._first, self._second = torch.zeros_like(theta), torch.zeros_like(theta)
-        if self.weight_decay:
-            gradient = gradient.add(theta, alpha=self.weight_decay)
-        b1, b2 = self.betas
-        self._first.lerp_(gradient, 1 - b1)
-        self._second.mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-        c1, c2 = 1 - b1**self.updates, 1 - b2**self.updates
-        denominator = (self._second.sqrt() / c2**0.5).add_(self.eps)
-        theta.addcdiv_(self._first * (self.lr / c1)[:, None], denominator, value=-1.0)
+        self._state = [part[rows] for part in self._state]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
+from ..ops.step import project_step, segment_squares
 from ..paths.path import Path
 from . import engines
 from .minibatches import Minibatches
@@ -105,18 +106,19 @@ def relax(
         _multiple("loss_every", loss_every, "record_every", record_every)
     if not max_distance > 0:
         raise checks.fail("max_distance", "a number above 0, or math.inf", repr(max_distance))
-    rule = Optimizer(optimizer, lrs.to(path.pivots), momentum, weight_decay, betas, eps)
+    rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
     run = _Run(obj, path, starts, rule, Minibatches(obj, batch_size, seed, names), engine,
                max_distance)
 
     records: list[tuple[Record, Tensor]] = []
     for step in range(1, steps + 1):
-        run.update(step)
+        projects = step % project_every == 0 or step == steps
+        products = run.update(step, projects)
         if step == 1:
             records.append(run.record(0, loss_every, on_record))
-        if step % project_every == 0 or step == steps:
-            run.project(step)
+        if projects:
+            run.project(step, products)
             if run.position.numel() == 0:
                 first = int(run.diverged_at.argmin())
                 raise DivergenceError(
@@ -149,7 +151,8 @@ class _Run:
                  minibatches: Minibatches, engine: str, max_distance: float) -> None:
         self.obj, self.path, self.rule, self.minibatches = obj, path, rule, minibatches
         self.max_distance = max_distance * path.length
-        self.theta = path.point(starts)                          # [R, P]
+        self.squares = segment_squares(path.pivots)              # [M - 1]
+        self.theta = path.point(starts).contiguous()             # [R, P]
         self.position = starts.to(path.positions)                # [R]
         self.distance = torch.zeros_like(self.position)          # [R]
         self.losses = torch.zeros_like(self.position)            # [R], summed since a record
@@ -161,18 +164,24 @@ class _Run:
             engine, obj, self.theta, *minibatches(0)
         )
 
-    def update(self, step: int) -> None:
+    def update(self, step: int, projects: bool) -> Tensor:
+        """One update of all; the products for projection, if it is next.  # [R, 2, M]"""
         loss, gradient = self.gradients(self.theta, *self.minibatches(step - 1))
         # Noted without waiting for a GPU; acted upon at the next projection.
         self.bad = torch.where((self.bad == 0) & ~torch.isfinite(loss), step, self.bad)
         self.losses += loss
         self.summed += 1
-        self.rule.update(self.theta, gradient)
+        return self.rule.update(self.theta, gradient, self.path.pivots if projects else None)
 
-    def project(self, step: int) -> None:
-        self._drop((self.bad > 0) | ~torch.isfinite(self.theta).all(1), step)
-        self.position, self.theta, self.distance = self.path.project(self.theta)
-        self._drop(self.distance > self.max_distance, step)
+    def project(self, step: int, products: Tensor) -> None:
+        """Put every replica on the nearest point of the path; drop those that diverged."""
+        segment, t, self.distance = project_step(
+            self.theta, products, self.path.pivots, self.squares
+        )
+        here, there = self.path.positions[segment], self.path.positions[segment + 1]
+        self.position = torch.lerp(here, there, t)
+        # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
+        self._drop((self.bad > 0) | ~(self.distance <= self.max_distance), step)
 
     def record(self, step: int, loss_every: int | None,
                on_record: Callable[[Record], None] | None) -> tuple[Record, Tensor]:

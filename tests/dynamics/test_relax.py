@@ -15,6 +15,10 @@ from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, linear_path
 
 
+def float64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def images(n=40, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 1, 8, 8, generator=g, dtype=dtype), torch.randint(10, (n,), generator=g)
@@ -93,9 +97,9 @@ def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
     for r, start in enumerate((0.3, 0.8)):
         s, d, losses = by_hand(model, obj, path, start, make, 5, 4, 30, 7, r)
         assert run.steps.tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 30]
-        torch.testing.assert_close(run.position[r], torch.tensor(s).double(), rtol=0, atol=1e-10)
-        torch.testing.assert_close(run.distance[r], torch.tensor(d).double(), rtol=1e-9, atol=1e-10)
-        losses = torch.tensor(losses).double()
+        torch.testing.assert_close(run.position[r], float64(s), rtol=0, atol=1e-10)
+        torch.testing.assert_close(run.distance[r], float64(d), rtol=1e-9, atol=1e-10)
+        losses = float64(losses)
         means = [losses[0], *(c.mean() for c in losses.split(4))]
         torch.testing.assert_close(run.loss[r], torch.stack(means), rtol=1e-10, atol=0)
 
@@ -111,8 +115,8 @@ def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
     batch = obj.with_norm("batch")
     for objective in (obj, batch):
         run = relax(objective, path, 0.5, lr=0.05, batch_size=8, project_every=3, steps=12)
-        torch.testing.assert_close(run.position[0], torch.tensor(s).double(), rtol=0, atol=1e-9)
-        torch.testing.assert_close(run.distance[0], torch.tensor(d).double(), rtol=1e-8, atol=0)
+        torch.testing.assert_close(run.position[0], float64(s), rtol=0, atol=1e-9)
+        torch.testing.assert_close(run.distance[0], float64(d), rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
@@ -183,7 +187,7 @@ def test_a_model_that_vmap_cannot_do_falls_back_to_the_loop_and_says_so():
     run = relax(obj, path, 0.5, **settings)
     assert run.engine == "loop" and "vmap was not used" in run.notes[0]
     s, _, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.1), 4, 5, 10, 0, 3)
-    torch.testing.assert_close(run.position[3], torch.tensor(s).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.position[3], float64(s), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="engine: expected a model that .*vmap can do"):
         relax(obj, path, 0.5, engine="vmap", **settings)
 
@@ -198,7 +202,7 @@ def test_a_replica_that_diverges_is_marked_and_the_others_go_on():
     assert len(run.notes) == 2 and "replica 1 (id 1, lr 1000000000000.0)" in run.notes[0]
     kept = relax(obj, path, 0.5, lr=[0.01, 0.01], ids=[0, 2], **common)
     torch.testing.assert_close(run.position[[0, 2]], kept.position, rtol=0, atol=1e-5)
-    with pytest.raises(DivergenceError, match=r"all 2 replicas.*replica 0 \(id 0\).*lr 1e\+12"):
+    with pytest.raises(DivergenceError, match=r"all 2 replicas.*replica 0 \(id 0\).*lr 10+\.0"):
         relax(obj, path, 0.5, lr=[1e12, 1e12], **common)
 
 
@@ -213,7 +217,7 @@ def test_records_table_and_callback_agree():
     assert run.full_loss.isfinite().any(0).tolist() == [True, False, True, False, False]
     for t in (0, 2):
         expected = [obj.loss(path.point(float(s))) for s in run.position[:, t]]
-        torch.testing.assert_close(run.full_loss[:, t], torch.tensor(expected).double())
+        torch.testing.assert_close(run.full_loss[:, t], float64(expected))
     table = run.to_table()
     assert table.num_rows == 10
     last = table.rows()[-1]
@@ -221,7 +225,7 @@ def test_records_table_and_callback_agree():
     assert last["position"] == float(run.position[1, -1]) and last["start"] == 0.9
     with pytest.raises(ValueError, match="effective_time: expected one learning rate"):
         _ = run.effective_time
-    assert torch.allclose(run.select([1]).effective_time, 0.2 * run.steps)
+    assert run.select([1]).effective_time.tolist() == [0.2 * t for t in run.steps.tolist()]
     chosen = run.select(torch.tensor([False, True]))
     assert torch.equal(chosen.position, run.position[1:])
     assert torch.equal(pickle.loads(pickle.dumps(run)).position, run.position)
