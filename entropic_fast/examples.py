@@ -156,6 +156,13 @@ class Examples:
                         checks.describe(batch.targets),
                     )
                 continue
+            if batch.targets.dtype not in (torch.int64, torch.uint8):
+                raise checks.fail(
+                    "targets",
+                    "class numbers of dtype int64",
+                    checks.describe(batch.targets),
+                    "convert them with targets.long()",
+                )
             if outputs.ndim < 2 or batch.targets.shape[1:] != outputs.shape[2:]:
                 raise checks.fail(
                     "targets",

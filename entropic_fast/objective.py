@@ -93,7 +93,7 @@ class Objective:
 
     def _read_parameters(self, device: torch.device | str | None) -> None:
         named = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        if not named:
+        if not any(p.numel() for p in named.values()):
             raise checks.fail(
                 "model",
                 "at least one parameter that requires a gradient",
@@ -146,8 +146,22 @@ class Objective:
         }
 
     def load_into(self, model: nn.Module, theta: Tensor) -> None:
-        """Copy theta [P] and this objective's buffers into a model of the same architecture."""
+        """Copy theta [P] and this objective's buffers into a model of the same architecture.
+
+        Raises:
+            ValueError: a model whose parameters have other names or shapes; it is unchanged.
+        """
         values = self.split(self.point(theta))
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        for name, value in values.items():
+            if shapes.get(name) != value.shape:
+                got = list(shapes[name]) if name in shapes else "no such parameter"
+                raise checks.fail(
+                    "model",
+                    f"parameter {name!r} of shape {list(value.shape)}",
+                    str(got),
+                    "build it as the model of this objective was",
+                )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name in values:
@@ -193,6 +207,7 @@ class Objective:
         """The same model, loss and statistics over other data."""
         other = copy.copy(self)
         other._examples = Examples(data, self.device, self.dtype, batch_size)
+        other._per_example = None
         other._check_model()
         return other
 
@@ -221,10 +236,22 @@ class Objective:
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
         """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both."""
-        with exact_attention():
-            return functional_call(
-                self._model, {**self.split(theta), **self.buffers}, (inputs,), tie_weights=True
-            )
+        values = {**self.split(theta), **self.buffers}
+        try:
+            with exact_attention():
+                outputs: Tensor = functional_call(
+                    self._model, values, (inputs,), tie_weights=True
+                )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise checks.fail(
+                "batch_size",
+                "at least 2 examples in every batch, to normalise by batch statistics",
+                f"a batch of {len(inputs)}",
+                "choose one that leaves no single example over",
+            ) from error
+        return outputs
 
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example at theta [P]; differentiable.  # [n]"""
@@ -245,13 +272,7 @@ class Objective:
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        if not bool(torch.isfinite(losses.detach()).all()):
-            bad = int((~torch.isfinite(losses.detach())).nonzero()[0])
-            raise NonFiniteLossError(
-                f"loss: expected finite losses, got {float(losses[bad])} for example "
-                f"{batch.start + bad} at a point of norm {float(theta.detach().norm()):.4g}; "
-                "check that example's values, or the learning rate that led here"
-            )
+        _require_finite(losses.detach(), theta, batch.start)
         return losses
 
     def loss(self, theta: Tensor | None = None) -> float:
@@ -273,6 +294,7 @@ class Objective:
 
         Raises:
             ValueError: outputs that are not class scores [N, C] with whole targets [N].
+            NonFiniteLossError: a loss that is NaN or infinite.
         """
         theta = self.point(theta)
         loss = correct = 0.0
@@ -285,7 +307,9 @@ class Objective:
                         "a classifier (outputs [N, C], whole targets [N])",
                         f"outputs {list(outputs.shape)}, targets of {batch.targets.dtype}",
                     )
-                loss += float(self._loss(outputs, batch.targets).double().sum())
+                losses = self._loss(outputs, batch.targets)
+                _require_finite(losses, theta, batch.start)
+                loss += float(losses.double().sum())
                 correct += int((outputs.argmax(1) == batch.targets).sum())
         return loss / self.num_examples, correct / self.num_examples
 
@@ -381,7 +405,9 @@ class Objective:
             )
 
     def _examples_interact(self) -> str:
-        if self.norm == "batch" and any(self._norm_layers()):
+        # Instance normalisation without stored statistics is each example's own affair.
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        if self.norm == "batch" and any(isinstance(m, batch_norm) for m in self._norm_layers()):
             return 'normalisation by batch statistics (norm="batch")'
         batch = next(self._examples.batches(3))
         with torch.no_grad():
@@ -399,7 +425,14 @@ class Objective:
     def _check_model(self) -> None:
         batch = next(self._examples.batches(8))
         with torch.no_grad():
-            first = self.outputs(self._theta, batch.inputs)
+            try:
+                first = self.outputs(self._theta, batch.inputs)
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise checks.fail(
+                    "data",
+                    "inputs that the model takes",
+                    f"{checks.describe(batch.inputs)}, for which it fails: {error}",
+                ) from error
             if not isinstance(first, Tensor) or first.shape[:1] != batch.inputs.shape[:1]:
                 got = checks.describe(first)
                 raise checks.fail(
@@ -419,6 +452,14 @@ class Objective:
             if self.loss_name == "cross_entropy":
                 self._examples.require_labels(first)
             losses = self._loss(first, batch.targets)
+        leaf = self._theta.detach().requires_grad_()
+        if not self.losses(leaf, batch.inputs, batch.targets).requires_grad:
+            raise checks.fail(
+                "model",
+                "a loss that depends on the trainable parameters",
+                "one that does not",
+                "look for torch.no_grad or detach in the model or the loss",
+            )
         if losses.shape != batch.inputs.shape[:1]:
             raise checks.fail(
                 "loss",
@@ -438,6 +479,18 @@ def exact_attention() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
+    """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
+    bad = ~torch.isfinite(losses)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise NonFiniteLossError(
+            f"loss: expected finite losses, got {float(losses[first])} for example "
+            f"{start + first} at a point of norm {float(theta.detach().norm()):.4g}; "
+            "check that example's values, or the learning rate that led here"
+        )
 
 
 def _private_copy(model: nn.Module, norm: str) -> nn.Module:
