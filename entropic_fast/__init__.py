@@ -1,0 +1,57 @@
+"""Geometry of loss landscapes: curvature, minimum energy paths and entropic forces."""
+
+from ._version import __version__
+from .curvature import (
+    GGNOperator,
+    HessianOperator,
+    curvature_profile,
+    fisher_trace,
+    gradient_norms,
+    hessian_trace,
+    score_gram,
+    score_matrix,
+    score_spectrum,
+    score_spectrum_floor,
+    spectral_density,
+    top_eigenvalues,
+)
+from .dynamics import Trajectory, relax
+from .lmc import LMCResult, linear_mode_connectivity
+from .objective import NonFiniteLossError, Objective
+from .ops.backend import set_backend
+from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
+from .results import Density, Eigenpairs, Estimate
+from .table import Table
+
+__all__ = [
+    "__version__",
+    "Objective",
+    "NonFiniteLossError",
+    "score_matrix",
+    "score_gram",
+    "score_spectrum",
+    "score_spectrum_floor",
+    "gradient_norms",
+    "fisher_trace",
+    "HessianOperator",
+    "GGNOperator",
+    "hessian_trace",
+    "top_eigenvalues",
+    "spectral_density",
+    "curvature_profile",
+    "Path",
+    "linear_path",
+    "path_losses",
+    "auto_neb",
+    "AutoNEBConfig",
+    "NEBResult",
+    "relax",
+    "Trajectory",
+    "linear_mode_connectivity",
+    "LMCResult",
+    "Estimate",
+    "Eigenpairs",
+    "Density",
+    "Table",
+    "set_backend",
+]

@@ -1,0 +1,130 @@
+"""The command line: `entropic-fast reproduce` and the parts it is made of."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from rich.console import Console
+
+from . import __version__, info
+from .experiments import stages
+from .experiments.config import load_preset
+from .experiments.run import RunFolder
+from .experiments.schedule import UnitError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Curvature along minimum energy paths, and the entropic force it exerts on SGD.",
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+PRESET = Annotated[str, typer.Option(help="demo, small or paper.")]
+OUT = Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")]
+DATA_DIR = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation on Python 3.10
+    typer.Option(help="Image folder with train/<class>/* and test/<class>/*, or a download."),
+]
+SET = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.epochs=10."),
+]
+WORKERS = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Processes; default one a core (one on a GPU)."),
+]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda where there is one).")]
+
+
+def _run(
+    last_stage: str,
+    preset: str,
+    out: Path,
+    data_dir: Path | None,
+    overrides: list[str] | None,
+    workers: int | None,
+    device: str,
+) -> None:
+    config = load_preset(preset, overrides or ())
+    run = RunFolder.create(
+        out, config, stages.choose_device(device), str(data_dir) if data_dir else None
+    )
+    stages.execute_until(run, last_stage, workers, _errors)
+    if last_stage == "report":
+        stages.write_report(run, _console)
+    else:
+        _console.print(f"{last_stage}: finished; its files are under {out / 'units'}")
+
+
+def _command(stage: str, text: str) -> None:
+    def command(
+        preset: PRESET = "demo",
+        out: OUT = Path("RUN"),
+        data_dir: DATA_DIR = None,
+        set_: SET = None,
+        workers: WORKERS = None,
+        device: DEVICE = "auto",
+    ) -> None:
+        _run(stage, preset, out, data_dir, set_, workers, device)
+
+    command.__doc__ = text
+    app.command("reproduce" if stage == "report" else stage)(command)
+
+
+_command("report", "Run everything: figures 1 to 5, claims and the report.")
+_command("train", "Train the minima.")
+_command("path", "Find the minimum energy paths (trains what is missing).")
+_command("curvature", "Measure curvature along the paths (figure 2).")
+_command("relax", "Relax along the first path (figures 3 and 4).")
+_command("lmc", "Branch training and measure linear mode connectivity (figure 5).")
+_command("toy", "Simulate the toys (figure 1).")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
+    """Draw the figures, test the claims and write report.html of a finished run again."""
+    stages.write_report(RunFolder.open(run), _console)
+
+
+@app.command("info")
+def info_command() -> None:
+    """Show versions, what is compiled, and which backend each operation will use."""
+    info.render(_console)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        _console.print(f"entropic_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Curvature along minimum energy paths, and the entropic force it exerts on SGD."""
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one readable message, without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _errors.print("interrupted; finished units are kept, the same command goes on from them")
+        sys.exit(130)
+    except (ValueError, OSError, UnitError, torch.OutOfMemoryError) as error:
+        _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        _errors.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The paper's experiments: presets, run folders, figures, claims and the report."""

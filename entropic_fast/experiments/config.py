@@ -1,0 +1,278 @@
+"""Presets: readable TOML files, checked against these sections, with overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+from .. import checks
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which images, and how many of them for training (0: all) and for curvature."""
+
+    name: str = "digits"
+    train_limit: int = 0
+    test_limit: int = 0
+    curvature_examples: int = 512
+    norm_examples: int = 1024
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The network, by the name `models.build` knows."""
+
+    name: str = "digits-cnn"
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """Training of the minima: one for each seed."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 200
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class PathSection:
+    """Minimum energy paths: every pair of minima, once for each AutoNEB seed.
+
+    `steps` and `lrs` give one entry a cycle.
+    """
+
+    pairs: tuple[tuple[int, int], ...] = ((0, 1), (0, 2), (1, 2))
+    seeds: tuple[int, ...] = (0, 1)
+    pivots: int = 9
+    max_pivots: int = 13
+    steps: tuple[int, ...] = (100, 100, 100, 100)
+    lrs: tuple[float, ...] = (0.1, 0.03, 0.01, 0.001)
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    dense_points: int = 33
+
+
+@dataclass(frozen=True)
+class CurvatureSection:
+    """Curvature along the paths: at every pivot, and spectra at `spectrum_points` positions."""
+
+    probes: int = 16
+    tol: float = 1e-2
+    spectrum_examples: int = 1024
+    spectrum_points: int = 5
+
+
+@dataclass(frozen=True)
+class RelaxSection:
+    """Projected SGD on the first path.
+
+    `lr` is the learning rate of figures 3A, 3B and 4; 0 chooses, among `lrs`, the lowest one
+    at which the median displacement exceeds its 95 % interval.
+    """
+
+    model: str = ""
+    lr: float = 0.02
+    batch_size: int = 16
+    project_every: int = 15
+    steps: int = 4500
+    replicas: int = 4
+    starts: tuple[float, ...] = ()
+    start: float = 0.0
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    lrs: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
+    optimizers: tuple[str, ...] = ("sgd", "nesterov", "adam")
+    adam_lr_factor: float = 1.0
+    records: int = 100
+
+
+@dataclass(frozen=True)
+class LMCSection:
+    """Linear mode connectivity: branch at epoch k with two data orders, for several k."""
+
+    model: str = ""
+    epochs: int = 0
+    branch_epochs: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    seeds: tuple[int, ...] = (0,)
+    points: int = 11
+    eigenvalue_points: int = 5
+
+
+@dataclass(frozen=True)
+class ToySection:
+    """Langevin particles in the ring and ridge potentials of figure 1."""
+
+    particles: int = 20000
+    temperature: float = 0.02
+    dt: float = 0.005
+    steps: int = 4000
+    trace_particles: int = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is computed from; stored with it as `config.json`."""
+
+    preset: str
+    seed: int = 0
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    path: PathSection = field(default_factory=PathSection)
+    curvature: CurvatureSection = field(default_factory=CurvatureSection)
+    relax: RelaxSection = field(default_factory=RelaxSection)
+    lmc: LMCSection = field(default_factory=LMCSection)
+    toy: ToySection = field(default_factory=ToySection)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON holds it (tuples as lists)."""
+        return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(self)))
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the presets that ship with the package.
+
+    >>> presets()
+    ('demo', 'paper', 'small')
+    """
+    folder = resources.files(__package__) / "presets"
+    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
+    """A preset with `section.key=value` overrides (values in TOML's syntax).
+
+    Raises:
+        ValueError: an unknown preset, section or key, or a value of another type.
+
+    >>> load_preset("demo", ["train.epochs=3"]).train.epochs
+    3
+    """
+    checks.one_of("preset", name, presets())
+    text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    document: dict[str, Any] = {"preset": name, **tomllib.loads(text)}
+    for override in overrides:
+        _apply(document, override)
+    return from_dict(document)
+
+
+def from_dict(document: Mapping[str, Any]) -> Config:
+    """A checked configuration from TOML's or JSON's values."""
+    config = _build(Config, document, "")
+    _check(config)
+    return config
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """Lines `section.key: stored -> asked` for all that differs."""
+    before, after = _flatten(stored.to_dict()), _flatten(asked.to_dict())
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise checks.fail("--set", "section.key=value", repr(override))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *sections, last = key.strip().split(".")
+    target = document
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise checks.fail("--set", "section.key=value", repr(override))
+    target[last] = value
+
+
+def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
+    kinds = typing.get_type_hints(cls)
+    unknown = document.keys() - kinds.keys()
+    if unknown:
+        raise checks.fail(
+            f"{where}{sorted(unknown)[0]}", "one of " + ", ".join(kinds), "an unknown key"
+        )
+    return cls(**{k: _value(kinds[k], v, f"{where}{k}") for k, v in document.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise checks.fail(where, "a section", repr(value))
+        return _build(kind, value, f"{where}.")
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, list | tuple):
+            raise checks.fail(where, "a list", repr(value))
+        if items[-1] is Ellipsis:
+            return tuple(_value(items[0], v, where) for v in value)
+        if len(items) != len(value):
+            raise checks.fail(where, f"a list of {len(items)}", repr(value))
+        return tuple(_value(k, v, where) for k, v in zip(items, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        name = kind.__name__ if not isinstance(kind, types.GenericAlias) else str(kind)
+        raise checks.fail(where, f"a value of type {name}", repr(value))
+    return value
+
+
+def _check(config: Config) -> None:
+    seeds = config.train.seeds
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise checks.fail("train.seeds", "at least two different seeds", repr(seeds))
+    for pair in config.path.pairs:
+        if pair[0] == pair[1] or not set(pair) <= set(seeds):
+            raise checks.fail("path.pairs", f"two different seeds of {seeds}", repr(pair))
+    if not config.path.pairs or not config.path.seeds:
+        raise checks.fail("path.pairs", "at least one pair and one AutoNEB seed", "none")
+    if len(config.path.steps) != len(config.path.lrs) or not config.path.steps:
+        raise checks.fail(
+            "path.steps",
+            "as many cycles as path.lrs",
+            f"{len(config.path.steps)} and {len(config.path.lrs)}",
+        )
+    for key, value in _flatten(config.to_dict()).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number < 0:
+                raise checks.fail(key, "a number of at least 0", repr(number))
+    for start in (*config.relax.starts, config.relax.start):
+        if start > 1:
+            raise checks.fail("relax.starts", "positions in [0, 1]", repr(start))
+
+
+def _flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,239 @@
+"""Figure 2: curvature, loss and spectrum along minimum energy paths between minima."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..curvature import profile_point, score_spectrum, spectrum_floor
+from ..paths import AutoNEBConfig, auto_neb, linear_path, path_losses
+from ..table import Table
+from . import pieces, plots
+from .run import RunFolder
+from .schedule import Report, Unit
+
+QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue")
+
+
+def path_units(run: RunFolder) -> list[Unit]:
+    """One unit for each pair of minima and AutoNEB seed."""
+    work = sum(run.config.path.steps) * run.config.path.pivots
+    return [
+        Unit(
+            f"path/{name}",
+            find_path,
+            (a, b, seed),
+            (f"train/{a}", f"train/{b}"),
+            weight=work / 150,
+        )
+        for name, a, b, seed in pieces.path_names(run)
+    ]
+
+
+def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict[str, Any]:
+    """AutoNEB between two minima, and the loss along it and along the straight line."""
+    section = run.config.path
+    examples = run.config.data.norm_examples or None
+    objective = pieces.objective(run, pieces.minimum(run, a))
+    start = objective.parameters_vector()
+    end = pieces.objective(run, pieces.minimum(run, b)).parameters_vector()
+    result = auto_neb(
+        objective,
+        start,
+        end,
+        AutoNEBConfig(
+            pivots=section.pivots,
+            max_pivots=section.max_pivots,
+            cycles=tuple(zip(section.steps, section.lrs, strict=True)),
+            batch_size=section.batch_size,
+            momentum=section.momentum,
+            weight_decay=section.weight_decay,
+            recalibration_examples=pieces.limited(run, examples),
+            seed=seed,
+        ),
+        on_step=lambda done, total, _: report(0.9 * done / total),
+    )
+    limit = pieces.limited(run, examples)
+    line = path_losses(
+        objective,
+        linear_path(start, end),
+        section.dense_points,
+        recalibration_examples=limit,
+    )
+    saddle = result.saddle
+    return {
+        "pivots": {"pivots": result.path.pivots},
+        "losses": result.losses,
+        "history": result.history,
+        "line": line,
+        "saddle": {
+            "position": saddle.position,
+            "bracket": list(saddle.bracket),
+            "loss": saddle.loss,
+            "length_over_chord": result.path.length / float((end - start).norm()),
+        },
+    }
+
+
+def curvature_units(run: RunFolder) -> list[Unit]:
+    """One unit for the curvature along each path; the spectrum along the first."""
+    names = [name for name, *_ in pieces.path_names(run)]
+    weight = run.config.path.pivots * run.config.curvature.probes / 5
+    units = [Unit(f"curvature/{n}", measure, (n,), (f"path/{n}",), weight) for n in names]
+    first = names[0]
+    return [*units, Unit(f"spectrum/{first}", spectrum, (first,), (f"path/{first}",), weight / 2)]
+
+
+def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
+    """Traces, largest eigenvalue and loss at every pivot of a path."""
+    path = pieces.load_path(run, name)
+    whole = pieces.objective(run, pieces.minimum(run, _first_minimum(run, name)))
+    inputs = pieces.images(run)[0].tensors(run.config.data.curvature_examples or None)
+    rows = []
+    for i, s in enumerate(path.positions.tolist()):
+        theta = path.point(s)
+        here = whole.recalibrated(
+            theta, max_examples=pieces.limited(run, run.config.data.norm_examples or None)
+        )
+        row = profile_point(
+            here.with_data(inputs),
+            theta,
+            QUANTITIES,
+            probes=run.config.curvature.probes,
+            tol=run.config.curvature.tol,
+            seed=run.config.seed,
+            recalibrate=False,
+        )
+        rows.append({"path": name, "s": s, **row})
+        report((i + 1) / path.num_pivots)
+    return {"profile": Table.from_rows(rows)}
+
+
+def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
+    """Eigenvalues of the score matrix's second moment at several positions of a path."""
+    section = run.config.curvature
+    path = pieces.load_path(run, name)
+    training, _ = pieces.images(run)
+    whole = pieces.objective(run, pieces.minimum(run, _first_minimum(run, name)))
+    inputs = training.tensors(min(section.spectrum_examples, len(training)))
+    rows = []
+    for i, s in enumerate(np.linspace(0, 1, section.spectrum_points)):
+        theta = path.point(float(s))
+        here = whole.recalibrated(
+            theta, max_examples=pieces.limited(run, run.config.data.norm_examples or None)
+        ).with_data(inputs)
+        values = score_spectrum(here, theta)
+        floor = spectrum_floor(values)
+        rows += [
+            {"path": name, "s": float(s), "rank": rank + 1, "eigenvalue": value,
+             "above_floor": value > floor}
+            for rank, value in enumerate(values.tolist())
+        ]
+        report((i + 1) / section.spectrum_points)
+    return {"eigenvalues": Table.from_rows(rows)}
+
+
+def _first_minimum(run: RunFolder, name: str) -> int:
+    return next(a for n, a, _, _ in pieces.path_names(run) if n == name)
+
+
+def collect(run: RunFolder) -> dict[str, Table]:
+    """The numbers behind the figure."""
+    curvature, losses, summaries = [], [], []
+    for name, a, b, seed in pieces.path_names(run):
+        curvature += run.table(f"curvature/{name}", "profile").rows()
+        for kind, table in (("path", "losses"), ("line", "line")):
+            rows = run.table(f"path/{name}", table)
+            losses += [
+                {"path": name, "kind": kind, "s": s, "loss": loss}
+                for s, loss in zip(rows["s"].tolist(), rows["loss"].tolist(), strict=True)
+            ]
+        saddle = run.document(f"path/{name}", "saddle")
+        summaries.append(
+            {
+                "path": name,
+                "from": a,
+                "to": b,
+                "neb_seed": seed,
+                "saddle_position": saddle["position"],
+                "saddle_low": saddle["bracket"][0],
+                "saddle_high": saddle["bracket"][1],
+                "saddle_loss": saddle["loss"],
+                "length_over_chord": saddle["length_over_chord"],
+            }
+        )
+    first = pieces.path_names(run)[0][0]
+    return {
+        "fig2_curvature": Table.from_rows(curvature),
+        "fig2_loss": Table.from_rows(losses),
+        "fig2_paths": Table.from_rows(summaries),
+        "fig2_spectrum": run.table(f"spectrum/{first}", "eigenvalues"),
+    }
+
+
+def draw(tables: dict[str, Table]) -> Figure:
+    """Panels A to D of the paper's figure 2."""
+    figure, (trace, eigenvalue, loss, spectrum) = plots.panels(2, 2, width=4.4, height=3.1)
+    curvature = tables["fig2_curvature"]
+    styles = _styles(tables["fig2_paths"])
+    for ax, column, error, label in (
+        (trace, "hessian_trace", "hessian_trace_std_error", "Hessian trace"),
+        (eigenvalue, "top_eigenvalue", "top_eigenvalue_residual", "largest Hessian eigenvalue"),
+    ):
+        for name, (colour, marker, text) in styles.items():
+            rows = curvature.where(path=name)
+            ax.errorbar(
+                rows["s"], rows[column], plots.BAND * rows[error], fmt=f"{marker}-",
+                color=colour, capsize=2, label=text,
+            )
+        ax.set_ylabel(label)
+        ax.set_ylim(bottom=0)
+    trace.legend(title="minima, AutoNEB seed", title_fontsize=7.5, ncols=2)
+    plots.letter(trace, "A", "trace of the Hessian (± 95 %)")
+    plots.letter(eigenvalue, "B", "largest eigenvalue (± residual bound)")
+
+    table = tables["fig2_loss"]
+    for name, (colour, _, _) in styles.items():
+        for kind, dash in (("path", "-"), ("line", ":")):
+            rows = table.where(path=name, kind=kind)
+            loss.plot(rows["s"], rows["loss"], dash, color=colour)
+    loss.plot([], [], "k-", label="minimum energy path")
+    loss.plot([], [], "k:", label="straight line")
+    loss.set_yscale("log")
+    loss.set_ylabel("cross-entropy [nats]")
+    loss.legend()
+    plots.letter(loss, "C", "loss along the paths")
+    for ax in (trace, eigenvalue, loss):
+        ax.set_xlabel("relative distance along the path")
+    _draw_spectrum(spectrum, tables["fig2_spectrum"])
+    return figure
+
+
+def _draw_spectrum(ax: Axes, table: Table) -> None:
+    positions = sorted(set(table["s"].tolist()))
+    for s, colour in zip(positions, plots.shades(len(positions)), strict=True):
+        rows = table.where(s=s, above_floor=True)
+        ax.plot(rows["rank"], rows["eigenvalue"], color=colour, label=f"s = {s:.2f}")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("rank")
+    ax.set_ylabel("eigenvalue of the score matrix, σ²/E")
+    ax.legend()
+    plots.letter(ax, "D", f"spectrum along path {table['path'][0]}")
+
+
+def _styles(paths: Table) -> dict[str, tuple[str, str, str]]:
+    """Colour by pair of minima, marker by AutoNEB seed, as in the paper."""
+    pairs = list(dict.fromkeys((r["from"], r["to"]) for r in paths.rows()))
+    seeds = list(dict.fromkeys(paths["neb_seed"].tolist()))
+    return {
+        str(row["path"]): (
+            plots.COLOURS[pairs.index((row["from"], row["to"])) % len(plots.COLOURS)],
+            plots.MARKERS[seeds.index(row["neb_seed"]) % len(plots.MARKERS)],
+            f"{row['from']}-{row['to']}, {row['neb_seed']}",
+        )
+        for row in paths.rows()
+    }

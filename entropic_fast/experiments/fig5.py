@@ -1,0 +1,188 @@
+"""Figure 5: entropic barriers appear later in training (linear mode connectivity)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ..lmc import Trunk, branch, measure_line, summarise
+from ..table import Table
+from ..training import Trained
+from . import pieces, plots
+from .run import RunFolder
+from .schedule import Report, Unit
+
+
+def units(run: RunFolder) -> list[Unit]:
+    """One trunk a seed, and one unit for every epoch k at which it branches."""
+    section = run.config.lmc
+    epochs = section.epochs or run.config.train.epochs
+    found = []
+    for seed in section.seeds:
+        trunk = f"lmc/s{seed}-trunk"
+        found.append(Unit(trunk, train_trunk, (seed,), weight=max(section.branch_epochs)))
+        for k in section.branch_epochs:
+            weight = 2.0 * (epochs - k) + epochs / 4
+            found.append(Unit(f"lmc/s{seed}-k{k}", measure, (seed, k), (trunk,), weight))
+    return found
+
+
+def train_trunk(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
+    """Train to the last branching epoch and keep the network and momentum at each."""
+    training, _ = pieces.images(run)
+    config = pieces.recipe(run, run.config.lmc.epochs)
+    last = max(run.config.lmc.branch_epochs)
+    trunk = Trunk(
+        lambda: pieces.network(run, run.config.lmc.model),
+        training,
+        config,
+        seed,
+        lambda _, done, __: report(done / max(1, last)),
+    )
+    return {f"k{k}": _pack(trunk.at(k)) for k in sorted(run.config.lmc.branch_epochs)}
+
+
+def measure(run: RunFolder, report: Report, seed: int, k: int) -> dict[str, Any]:
+    """Finish two branches and measure the line between them."""
+    section = run.config.lmc
+    training, test = pieces.images(run)
+    config = pieces.recipe(run, section.epochs)
+    start = _unpack(
+        run.tensors(f"lmc/s{seed}-trunk", f"k{k}"), pieces.network(run, section.model), k
+    )
+    share = {"branch 1": (0.0, 0.4), "branch 2": (0.4, 0.4), "line": (0.8, 0.2)}
+
+    def progress(what: str, done: int, total: int) -> None:
+        first, part = share[what]
+        report(first + part * done / total)
+
+    a, b = (
+        branch(start, training, config, number, seed=seed, progress=progress) for number in (1, 2)
+    )
+    line = measure_line(
+        a,
+        b,
+        training,
+        eval_data=test,
+        points=section.points,
+        curvature_examples=run.config.data.curvature_examples or None,
+        tol=run.config.curvature.tol,
+        seed=seed,
+        progress=progress,
+    )
+    rows = line.num_rows
+    return {"line": Table({"seed": [seed] * rows, "k": [k] * rows, **line})}
+
+
+def collect(run: RunFolder) -> dict[str, Table]:
+    """The numbers behind the figure: the lines, and the instability for each seed and k."""
+    section = run.config.lmc
+    lines, summaries = [], []
+    for seed in section.seeds:
+        tables = [run.table(f"lmc/s{seed}-k{k}", "line") for k in section.branch_epochs]
+        rows = [row for table in tables for row in table.rows()]
+        lines += rows
+        summaries += [{"seed": seed, **row} for row in summarise(Table.from_rows(rows)).rows()]
+    return {"fig5_lines": Table.from_rows(lines), "fig5_instability": Table.from_rows(summaries)}
+
+
+def draw(tables: dict[str, Table]) -> Figure:
+    """Panels A to D of the paper's figure 5."""
+    lines, instability = tables["fig5_lines"], tables["fig5_instability"]
+    figure, axes = plots.panels(2, 3)
+    schematic, mean, loss, eigenvalue, unstable, rest = axes
+    rest.remove()
+    _draw_schematic(schematic)
+    k_values = sorted(set(lines["k"].tolist()))
+    seeds = sorted(set(lines["seed"].tolist()))
+
+    averages = np.array(
+        [[lines.where(seed=s, k=k)["loss"].mean() for k in k_values] for s in seeds]
+    )
+    plots.mean_and_points(mean, np.array(k_values), averages, plots.COLOURS[0])
+    mean.set_ylabel("mean loss on the line [nats]")
+    plots.letter(mean, "B", "loss on the line")
+
+    shades = plots.shades(len(k_values))
+    for column, ax in (("loss", loss), ("eigenvalue", eigenvalue)):
+        for colour, k in zip(shades, k_values, strict=True):
+            x = lines.where(seed=seeds[0], k=k)["point"]
+            y = np.mean([lines.where(seed=s, k=k)[column] for s in seeds], axis=0)
+            ax.plot(x, y, "o-", color=colour, label=f"k = {k}")
+        ax.set_xlabel("position on the line")
+        ax.set_yscale("log")
+    loss.legend(ncols=2)
+    loss.set_ylabel("loss [nats]")
+    eigenvalue.set_ylabel("largest Hessian eigenvalue")
+    plots.letter(loss, "C", "loss along the line")
+    plots.letter(eigenvalue, "C", "curvature along the line")
+
+    for column, colour, label in (
+        ("loss_instability", plots.COLOURS[0], "loss"),
+        ("eigenvalue_instability", plots.COLOURS[1], "largest eigenvalue"),
+    ):
+        values = np.array([instability.where(seed=s)[column] for s in seeds])
+        plots.mean_and_points(unstable, np.array(k_values), values, colour, label)
+    unstable.set_yscale("symlog", linthresh=0.1)
+    unstable.set_ylabel("instability (relative rise)")
+    unstable.legend()
+    plots.letter(unstable, "D", "instability")
+    for ax in (mean, unstable):
+        ax.set_xlabel("branching epoch k")
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xticks(k_values, [str(k) for k in k_values])
+    return figure
+
+
+def _draw_schematic(ax: Axes) -> None:
+    ax.axis("off")
+    ax.set_xlim(-0.05, 1.05)
+    ax.set_ylim(-0.05, 1.05)
+    for start, end, bend in (
+        ((0.0, 0.5), (0.45, 0.5), 0.0),
+        ((0.45, 0.5), (0.95, 0.9), -0.25),
+        ((0.45, 0.5), (0.95, 0.1), 0.25),
+    ):
+        ax.annotate(
+            "",
+            end,
+            start,
+            arrowprops={
+                "arrowstyle": "-|>",
+                "lw": 1.5,
+                "color": "#444444",
+                "connectionstyle": f"arc3,rad={bend}",
+            },
+        )
+    ax.plot([0.95, 0.95], [0.87, 0.13], "--", color=plots.COLOURS[1], lw=1.5)
+    for x, y, text, side in (
+        (0.0, 0.56, "start", "left"),
+        (0.37, 0.38, "epoch k", "center"),
+        (0.6, 0.93, "data order 1", "center"),
+        (0.6, 0.04, "data order 2", "center"),
+        (0.91, 0.5, "straight line", "right"),
+    ):
+        ax.text(x, y, text, ha=side, fontsize=8)
+    plots.letter(ax, "A", "branch, then connect")
+
+
+def _pack(state: Trained) -> dict[str, Tensor]:
+    named = [
+        *((f"parameter:{n}", p) for n, p in state.model.named_parameters()),
+        *((f"buffer:{n}", b) for n, b in state.model.named_buffers()),
+        *((f"momentum:{n}", m) for n, m in state.optimizer_state.items()),
+    ]
+    return {name: value.detach().clone() for name, value in named}
+
+
+def _unpack(tensors: dict[str, Tensor], model: nn.Module, epoch: int) -> Trained:
+    kinds: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "momentum": {}}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(":")
+        kinds[kind][rest] = value
+    model.load_state_dict({**kinds["parameter"], **kinds["buffer"]})
+    return Trained(model, epoch, kinds["momentum"], Table({}))

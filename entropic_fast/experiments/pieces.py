@@ -1,0 +1,127 @@
+"""What the figures' units share: data, models, minima and paths of a run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from .. import checks
+from ..data import ImageData, load
+from ..models import build
+from ..objective import Objective
+from ..paths import Path
+from ..table import Table
+from ..training import (
+    TrainConfig,
+    evaluate,
+    load_minimum,
+    save_minimum,
+    train,
+    training_manifest,
+)
+from .run import RunFolder
+from .schedule import Report, Unit
+
+
+@lru_cache(maxsize=2)
+def _load(name: str, data_dir: str | None, device: str, train_limit: int, test_limit: int
+          ) -> tuple[ImageData, ImageData]:
+    training, test = load(name, data_dir=data_dir, device=device)
+    return training.limited(train_limit or None), test.limited(test_limit or None)
+
+
+def images(run: RunFolder) -> tuple[ImageData, ImageData]:
+    """The run's training and test images, on its device."""
+    section = run.config.data
+    return _load(section.name, run.data_dir, run.device, section.train_limit, section.test_limit)
+
+
+def network(run: RunFolder, name: str = "") -> nn.Module:
+    """A network of the run's kind (or of the name given), on its device."""
+    training, _ = images(run)
+    model = build(
+        name or run.config.model.name, training.num_classes, in_channels=training.images.shape[1]
+    )
+    return model.to(run.device)
+
+
+def recipe(run: RunFolder, epochs: int = 0) -> TrainConfig:
+    """The run's training recipe, over `epochs` if given."""
+    section = run.config.train
+    return TrainConfig(
+        lr=section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        batch_size=section.batch_size,
+        epochs=epochs or section.epochs,
+        augment=section.augment,
+    )
+
+
+def train_units(run: RunFolder) -> list[Unit]:
+    """One unit for each minimum."""
+    return [
+        Unit(f"train/{seed}", train_minimum, (seed,), weight=run.config.train.epochs)
+        for seed in run.config.train.seeds
+    ]
+
+
+def train_minimum(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
+    """Train one minimum; its weights and manifest go beside the unit's tables."""
+    training, test = images(run)
+    model, config = network(run), recipe(run)
+    trained = train(
+        model, training, config, seed=seed, on_epoch=lambda r: report(r.epoch / r.epochs)
+    )
+    loss, accuracy = evaluate(model, training)
+    test_loss, test_accuracy = evaluate(model, test)
+    metrics = {
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+    }
+    manifest = training_manifest(
+        run.config.model.name, training, config, seed, metrics=metrics
+    )
+    save_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
+    return {"history": trained.history, "metrics": {"seed": seed, **metrics}}
+
+
+def minimum(run: RunFolder, seed: int) -> nn.Module:
+    """A network with a trained minimum's weights and statistics."""
+    model = network(run)
+    load_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model)
+    return model
+
+
+def objective(run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool = False
+              ) -> Objective:
+    """Mean cross-entropy of a network over a run's images (0: all of them)."""
+    training, testing = images(run)
+    data = testing if test else training
+    if examples > len(data):
+        raise checks.fail(
+            "data.curvature_examples", f"at most the {len(data)} images there are", str(examples)
+        )
+    inputs, targets = data.tensors(examples or None)
+    return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
+
+
+def path_names(run: RunFolder) -> list[tuple[str, int, int, int]]:
+    """Every path of the run: its name, its two minima, its AutoNEB seed."""
+    section = run.config.path
+    return [(f"{a}-{b}-s{s}", a, b, s) for a, b in section.pairs for s in section.seeds]
+
+
+def load_path(run: RunFolder, name: str) -> Path:
+    """A minimum energy path that is finished."""
+    return Path(run.tensors(f"path/{name}", "pivots")["pivots"])
+
+
+def summary(run: RunFolder) -> Table:
+    """Loss and accuracy of every minimum."""
+    rows = [run.document(f"train/{s}", "metrics") for s in run.config.train.seeds]
+    return Table.from_rows(rows)

@@ -1,0 +1,83 @@
+"""The figures' common look: colour-blind-safe, legible when printed, PNG and SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .. import store
+
+# Okabe and Ito's palette, without its yellow (too light on white).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BAND = 1.96  # half-width of a 95 % band, in standard errors
+
+_STYLE = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "svg.hashsalt": "entropic_fast",
+    "svg.fonttype": "none",
+}
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """The figures' style, for the time of drawing."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7
+           ) -> tuple[Figure, list[Axes]]:
+    """A figure (inches a panel) without any window system, and its axes row by row."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
+
+
+def letter(ax: Axes, name: str, title: str) -> None:
+    """A panel's letter and title."""
+    ax.set_title(f"{name}   {title}", loc="left")
+
+
+def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, colour: str) -> None:
+    """A 95 % band about a mean, from its standard error."""
+    ax.fill_between(x, mean - BAND * error, mean + BAND * error, color=colour, alpha=0.18, lw=0)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name`.png (160 dpi) and `name`.svg, atomically and without a date."""
+    for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
+        data = io.BytesIO()
+        figure.savefig(data, format=kind, **options)
+        store.write_bytes(folder / f"{name}.{kind}", data.getvalue())
+
+
+def shades(count: int) -> list[tuple[float, float, float, float]]:
+    """Ordered colours for an ordered quantity (viridis, without its lightest end)."""
+    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.88, max(2, count))][:count]
+
+
+def mean_and_points(ax: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str = ""
+                    ) -> None:
+    """The mean over rows of `values` [R, X] as a line, each row's values as points."""
+    ax.plot(x, values.mean(0), "-", color=colour, label=label or None)
+    for row in values:
+        ax.plot(x, row, "o", color=colour, alpha=0.6)

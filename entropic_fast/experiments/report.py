@@ -1,0 +1,89 @@
+"""The report: one HTML file with every figure and claim inside, readable offline."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .. import store
+from ..table import Table
+from .claims import FAILS, HOLDS, UNDECIDED, Claim
+from .run import RunFolder
+
+
+@dataclass(frozen=True)
+class FigureEntry:
+    """A figure of the report: its file's stem, title, caption and the tables behind it."""
+
+    name: str
+    title: str
+    caption: str
+    tables: Sequence[str]
+
+
+def write(run: RunFolder, claims: Sequence[Claim], figures: Sequence[FigureEntry], minima: Table,
+          notes: Sequence[str]) -> None:
+    """Write `report.html` from the run's figures and the claims."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True
+    )
+    environment.filters |= {"figure": _figure, "css": _css}
+    environment.tests["finite"] = math.isfinite
+    html = environment.get_template("report.html.jinja").render(
+        config=run.config,
+        claims=claims,
+        figures=[_entry(run, f) for f in figures],
+        minima=minima.rows(),
+        num_paths=len(run.config.path.pairs) * len(run.config.path.seeds),
+        verdicts=_count(claims),
+        environment=store.read_json(run.path / "environment.json"),
+        stages=run.stage_seconds(),
+        configuration=json.dumps(run.config.to_dict(), indent=1),
+        notes=notes,
+    )
+    store.write_text(run.path / "report.html", html)
+
+
+def print_claims(console: Console, claims: Sequence[Claim]) -> None:
+    """The claims as a table on the terminal."""
+    table = RichTable("figure", "claim", "effect", "95 % interval", "verdict", "measure")
+    colour = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
+    for claim in claims:
+        interval = (
+            f"{_figure(claim.low)} to {_figure(claim.high)}" if math.isfinite(claim.low) else ""
+        )
+        verdict = f"[{colour[claim.verdict]}]{claim.verdict}[/]"
+        table.add_row(
+            claim.figure, claim.name, _figure(claim.effect), interval, verdict, claim.measure
+        )
+    console.print(table)
+    console.print(_count(claims))
+
+
+def _entry(run: RunFolder, figure: FigureEntry) -> Mapping[str, Any]:
+    svg = (run.path / "figures" / f"{figure.name}.svg").read_bytes()
+    return {**vars(figure), "svg": base64.b64encode(svg).decode()}
+
+
+def _count(claims: Sequence[Claim]) -> str:
+    parts = [(sum(c.verdict == v for c in claims), v) for v in (HOLDS, FAILS, UNDECIDED)]
+    held, *others = [f"{n} {v}" for n, v in parts if n] or ["none"]
+    return f"Of {len(claims)} claims: " + ", ".join([held, *others]) + "."
+
+
+def _figure(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if math.isfinite(value) else "-"
+
+
+def _css(verdict: str) -> str:
+    return {HOLDS: "holds", FAILS: "fails"}.get(verdict, "undecided")

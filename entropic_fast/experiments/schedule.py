@@ -1,0 +1,251 @@
+"""Runs units in order of their needs, over processes, with progress; finished ones are kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from ..store import DamagedFileError
+from .run import RunFolder
+
+Report = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of a run that is stored whole or not at all.
+
+    Attributes:
+        name: "<stage>/<key>", the folder it is stored in.
+        function: called with (run, report, *args); returns what is stored. Importable by name.
+        args: further arguments.
+        needs: names of the units that must be finished before.
+        weight: expected seconds on one core, for the time that is left.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    needs: tuple[str, ...] = ()
+    weight: float = 1.0
+
+
+class UnitError(RuntimeError):
+    """A unit that failed; the message names it. What was finished stays in the folder."""
+
+
+class _Monitor(Protocol):
+    def advance(self, unit: Unit, fraction: float) -> None: ...
+    def done(self, unit: Unit, seconds: float) -> None: ...
+
+
+def execute(run: RunFolder, units: Sequence[Unit], *, workers: int | None = None,
+            console: Console | None = None) -> None:
+    """Compute every unit that is not finished yet.
+
+    Args:
+        run: where units read their needs and are stored.
+        units: in any order; needs must be among them.
+        workers: processes; default one a core on the CPU, one on a GPU. Results do not depend
+            on it as long as each process has the same number of threads.
+        console: where progress is shown.
+
+    Raises:
+        UnitError: a unit failed. Units under way are finished first, so nothing is lost.
+        KeyboardInterrupt: as it came; only the units under way are lost.
+    """
+    console = console or Console(stderr=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    todo = {u.name: u for u in units if not _finished(run, u, console)}
+    if not todo:
+        return
+    workers = min(workers or (1 if run.device == "cuda" else cores), len(todo))
+    kept = len(units) - len(todo)
+    if kept:
+        console.print(f"{kept} of {len(units)} units are finished already and kept")
+    with _monitor(console, list(todo.values()), workers) as monitor:
+        if workers == 1:
+            _in_process(run, todo, monitor)
+        else:
+            _over_processes(run, todo, monitor, workers, max(1, cores // workers))
+
+
+def _finished(run: RunFolder, unit: Unit, console: Console) -> bool:
+    try:
+        return run.is_done(unit.name)
+    except (DamagedFileError, KeyError, TypeError, AttributeError) as error:
+        console.print(f"[yellow]damaged unit {unit.name}:[/] {error}")
+        (run.unit_folder(unit.name) / "done.json").unlink()
+        return False
+
+
+def _ready(todo: dict[str, Unit], unfinished: set[str]) -> Unit | None:
+    ready = [u for u in todo.values() if not unfinished.intersection(u.needs)]
+    return max(ready, key=lambda u: u.weight, default=None)
+
+
+def _in_process(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor) -> None:
+    unfinished = set(todo)
+    while todo:
+        unit = _ready(todo, unfinished)
+        assert unit is not None, f"units that need one another: {sorted(todo)}"
+        del todo[unit.name]
+        try:
+            seconds = _compute(run, unit, lambda f, u=unit: monitor.advance(u, f))  # type: ignore[misc]
+        except Exception as error:
+            raise UnitError(f"{unit.name}: {error}") from error
+        unfinished.discard(unit.name)
+        monitor.done(unit, seconds)
+
+
+def _over_processes(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor, workers: int,
+                    threads: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    by_name, unfinished = dict(todo), set(todo)
+    failed: list[tuple[Unit, BaseException]] = []
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)
+    )
+    running: dict[concurrent.futures.Future[float], Unit] = {}
+    try:
+        while running or (todo and not failed):
+            while not failed and len(running) < workers and (unit := _ready(todo, unfinished)):
+                del todo[unit.name]
+                running[pool.submit(_compute_in_worker, run, unit)] = unit
+            assert running, f"units that need one another: {sorted(todo)}"
+            finished, _ = concurrent.futures.wait(
+                running, timeout=0.25, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            while not queue.empty():
+                name, fraction = queue.get()
+                monitor.advance(by_name[name], fraction)
+            for future in finished:
+                unit = running.pop(future)
+                if error := future.exception():
+                    failed.append((unit, error))
+                else:
+                    unfinished.discard(unit.name)
+                    monitor.done(unit, future.result())
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failed:
+        unit, error = failed[0]
+        raise UnitError(f"{unit.name}: {error}") from error
+
+
+_progress_queue: Any = None
+
+
+def _start_worker(queue: Any, threads: int) -> None:
+    global _progress_queue
+    _progress_queue = queue
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def follow_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+
+def _compute_in_worker(run: RunFolder, unit: Unit) -> float:
+    last = 0.0
+
+    def report(fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.5:
+            last = now
+            _progress_queue.put((unit.name, fraction))
+
+    return _compute(run, unit, report)
+
+
+def _compute(run: RunFolder, unit: Unit, report: Report) -> float:
+    start = time.perf_counter()
+    output = unit.function(run, report, *unit.args)
+    seconds = time.perf_counter() - start
+    run.finish(unit.name, output, seconds)
+    return seconds
+
+
+@dataclass
+class _Status:
+    """Progress over all units, by weight."""
+
+    progress: Progress
+    task: TaskID
+    total: float
+    count: int
+    workers: int
+    plain: Callable[[str], None] | None
+    finished: int = 0
+    weight: float = 0.0
+    partial: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.monotonic)
+
+    def advance(self, unit: Unit, fraction: float) -> None:
+        self.partial[unit.name] = unit.weight * min(fraction, 1.0)
+        self._show(unit.name)
+
+    def done(self, unit: Unit, seconds: float) -> None:
+        self.partial.pop(unit.name, None)
+        self.weight += unit.weight
+        self.finished += 1
+        self._show(unit.name)
+        if self.plain:
+            self.plain(
+                f"[{self.finished}/{self.count}] {unit.name} in {seconds:.1f} s, {self._left()}"
+            )
+
+    def _left(self) -> str:
+        share = (self.weight + sum(self.partial.values())) / self.total
+        elapsed = time.monotonic() - self.start
+        seconds = elapsed * (1 - share) / share if share > 0 else float("nan")
+        return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left" if share > 0 else ""
+
+    def _show(self, name: str) -> None:
+        self.progress.update(
+            self.task,
+            completed=self.weight + sum(self.partial.values()),
+            description=f"{self.finished}/{self.count} {name}",
+            left=self._left(),
+        )
+
+
+@contextlib.contextmanager
+def _monitor(console: Console, units: list[Unit], workers: int) -> Iterator[_Monitor]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    total = sum(u.weight for u in units)
+    with progress:
+        task = progress.add_task(f"{len(units)} units", total=total, left="")
+        plain = None if console.is_terminal else lambda text: console.print(text, markup=False)
+        yield _Status(progress, task, total, len(units), workers, plain)

@@ -1,0 +1,130 @@
+"""The whole run: every unit in order, then figures, claims and report from their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from .. import checks, store
+from ..table import Table
+from . import claims as claim_tests
+from . import fig1, fig2, fig3, fig4, fig5, pieces, plots, relaxation, report
+from .run import RunFolder
+from .schedule import Unit, execute
+
+Collect = Callable[[RunFolder], dict[str, Table]]
+Draw = Callable[[dict[str, Table]], Figure]
+
+# Units of each stage, and the stages each one needs.
+_STAGES: dict[str, tuple[Callable[[RunFolder], list[Unit]], tuple[str, ...]]] = {
+    "toy": (fig1.units, ()),
+    "train": (pieces.train_units, ()),
+    "path": (fig2.path_units, ("train",)),
+    "curvature": (fig2.curvature_units, ("train", "path")),
+    "relax": (relaxation.units, ("train", "path")),
+    "lmc": (fig5.units, ()),
+    "report": (lambda run: [], ("toy", "train", "path", "curvature", "relax", "lmc")),
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    module: ModuleType
+    title: str
+    caption: str
+
+
+_FIGURES = {
+    "fig1": _Entry(
+        fig1,
+        "Figure 1. Curvature produces an entropic force.",
+        "A: particles in a ring potential whose stiffness varies with angle; uniform without "
+        "noise, gathered where the ring is flat with it. B: particles on a ridge drift to its "
+        "broad side. Effective potential (T/2) ln det H across the slow direction [D].",
+    ),
+    "fig2": _Entry(
+        fig2,
+        "Figure 2. Entropy induces barriers between minima.",
+        "Hessian trace (A), its largest eigenvalue (B) and the loss (C) along minimum energy "
+        "paths; colours are pairs of minima, markers AutoNEB seeds, each marker a pivot. "
+        "D: spectrum of the score matrix along the first path. Normalisation statistics, where "
+        "a network keeps them, are re-estimated at every point.",
+    ),
+    "fig3": _Entry(
+        fig3,
+        "Figure 3. Relaxation by entropic forces.",
+        "Projected SGD on the first path; thin lines are replicas, thick ones their means. "
+        "Replicas see the same minibatches at every setting.",
+    ),
+    "fig4": _Entry(
+        fig4,
+        "Figure 4. Relaxation under different optimizers.",
+        "The same start and batch size for vanilla SGD, Nesterov momentum 0.9 and Adam.",
+    ),
+    "fig5": _Entry(
+        fig5,
+        "Figure 5. Entropic barriers matter later in training.",
+        "Two branches from epoch k with different data orders, joined by a straight line. "
+        "Instability: (highest on the line - mean of the ends) / mean of the ends [D].",
+    ),
+}
+
+
+def choose_device(name: str) -> str:
+    """"cpu" or "cuda", from "auto" too.
+
+    Raises:
+        ValueError: another name, or "cuda" where torch finds no GPU.
+    """
+    checks.one_of("--device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise checks.fail("--device", "a GPU that torch can use", "none", "pass --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
+    """Compute every unit of a stage and of the stages it needs that is not finished yet."""
+    pieces.images(run)  # data that cannot be read are an error before anything starts
+    names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
+    units = [unit for name in names for unit in _STAGES[name][0](run)]
+    execute(run, units, workers=workers, console=console)
+
+
+def write_report(run: RunFolder, console: Console) -> None:
+    """Figures, tables, claims and report of a finished run; prints the claims.
+
+    Raises:
+        ValueError: units are missing; says which and how to compute them.
+    """
+    missing = [u.name for name in _STAGES for u in _STAGES[name][0](run) if not run.is_done(u.name)]
+    if missing:
+        raise checks.fail(
+            "RUN",
+            "a finished run",
+            f"one without {len(missing)} units, as {missing[0]}",
+            "run `entropic-fast reproduce` with the same --out and preset",
+        )
+    entries = []
+    for name, entry in _FIGURES.items():
+        tables = entry.module.collect(run)
+        for table_name, table in tables.items():
+            table.to_csv(run.path / "data" / f"{table_name}.csv")
+        with plots.look():
+            plots.save(entry.module.draw(tables), run.path / "figures", name)
+        entries.append(report.FigureEntry(name, entry.title, entry.caption, tuple(tables)))
+    minima = pieces.summary(run)
+    minima.to_csv(run.path / "data" / "minima.csv")
+    claims = claim_tests.evaluate(run.path / "data")
+    store.write_json(run.path / "claims.json", claim_tests.to_json(claims))
+    notes = [
+        f"Relaxation of figures 3A, 3B and 4: {relaxation.choice_text(run)}; Adam at "
+        f"{run.config.relax.adam_lr_factor:g} times that rate.",
+    ]
+    report.write(run, claims, entries, minima, notes)
+    report.print_claims(console, claims)
+    console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
