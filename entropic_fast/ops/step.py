@@ -167,7 +167,7 @@ def segment_squares(
     """
     if pivots.dim() != 2 or pivots.shape[0] < 1:
         raise fail("pivots", "shape [M, P] with M >= 1", f"shape {list(pivots.shape)}")
-    squares = [(b.double() - a.double()).square().sum() for a, b in zip(pivots, pivots[1:])]  # noqa: B905
+    squares = [(b.double() - a.double()).square().sum() for a, b in zip(pivots, pivots[1:], strict=False)]
     if not squares:
         return torch.zeros(0, dtype=torch.float64, device=pivots.device)
     return torch.stack(squares)
@@ -387,7 +387,9 @@ def _check_sgd(
         raise fail("dampening", "a finite number", repr(dampening))
     if nesterov and (momentum <= 0 or dampening != 0):
         raise fail(
-            "nesterov", "momentum > 0 and dampening = 0", f"momentum {momentum}, {dampening}"
+            "nesterov",
+            "momentum > 0 and dampening 0",
+            f"momentum {momentum} and dampening {dampening}",
         )
 
 
