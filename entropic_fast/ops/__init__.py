@@ -1,1 +1,3 @@
 """Kernel families: schema, checks and dispatch of every compiled operation, one module a family."""
+
+from entropic_fast.ops import step as step  # registers the family

@@ -157,7 +157,7 @@ def _choose(family: str, device_type: str, setting: str) -> str:
                 f"tensors: {reason}. Use set_backend('auto') or unset {VARIABLE}."
             )
         return setting
-    reasons = []
+    reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("reference",)):
         reason = unusable(backend, device_type) if backend in modules else "not implemented"
         if reason is None:

@@ -19,7 +19,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return import_module("entropic_fast._C"), ""
     except ImportError as error:
-        return None, f"entropic_fast._C cannot be imported ({error}); reinstall with `pip install .`"
+        return None, f"entropic_fast._C cannot be imported ({error}); run `pip install .` again"
 
 
 _C, problem = _load()

@@ -26,7 +26,7 @@ Results do not depend on the number of threads, and are the same bits run after 
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def sgd_step(
     _refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
     buffer = theta.new_empty(0) if momentum_buffer is None else momentum_buffer
-    products = torch.ops.entropic_fast.sgd_step(
+    products: Tensor = torch.ops.entropic_fast.sgd_step(
         rows, _rows(grad), _rows(buffer), _rates(lr, rows), pivots,
         momentum, dampening, weight_decay, nesterov, first,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def adam_step(
     """
     _refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
-    products = torch.ops.entropic_fast.adam_step(
+    products: Tensor = torch.ops.entropic_fast.adam_step(
         rows, _rows(grad), _rows(exp_avg), _rows(exp_avg_sq), step.reshape(-1),
         _rates(lr, rows), pivots, betas[0], betas[1], eps, weight_decay, decoupled,
     )  # fmt: skip
@@ -151,8 +151,10 @@ def project_step(
     """
     _refuse_autograd(theta)
     single = theta.dim() == 1
+    if single and products.dim() == 2:
+        products = products[None]
     segment, t, distance = torch.ops.entropic_fast.project_step(
-        _rows(theta), products[None] if single and products.dim() == 2 else products, pivots, squares
+        _rows(theta), products, pivots, squares
     )
     return (segment[0], t[0], distance[0]) if single else (segment, t, distance)
 
@@ -167,7 +169,7 @@ def segment_squares(
     """
     if pivots.dim() != 2 or pivots.shape[0] < 1:
         raise fail("pivots", "shape [M, P] with M >= 1", f"shape {list(pivots.shape)}")
-    squares = [(b.double() - a.double()).square().sum() for a, b in zip(pivots, pivots[1:], strict=False)]
+    squares = [(b.double() - a.double()).square().sum() for a, b in pairwise(pivots)]
     if not squares:
         return torch.zeros(0, dtype=torch.float64, device=pivots.device)
     return torch.stack(squares)
@@ -237,9 +239,7 @@ def _adam_step(
     weight_decay: float,
     decoupled: bool,
 ) -> Tensor:
-    _check_adam(
-        theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay
-    )
+    _check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
     written = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
     _check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
     step += 1
@@ -265,9 +265,7 @@ def _(
     weight_decay: float,
     decoupled: bool,
 ) -> Tensor:
-    _check_adam(
-        theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay
-    )
+    _check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
     return _fake_products(theta, pivots)
 
 

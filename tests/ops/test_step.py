@@ -58,17 +58,17 @@ def path(count: int, size: int, seed: int, dtype: torch.dtype, device: str = "cp
 
 
 def run_optimizer(
-    make: Callable[[list[Tensor]], torch.optim.Optimizer], start: Tensor, grads: list[Tensor]
+    make: Callable[..., torch.optim.Optimizer], start: Tensor, grads: list[Tensor], **options: Any
 ) -> Tensor:
     parameter = start.clone().requires_grad_()
-    optimizer = make([parameter])
+    optimizer = make([parameter], foreach=False, **options)
     for grad in grads:
         parameter.grad = grad.clone()
         optimizer.step()
     return parameter.detach()
 
 
-# ---- pass one against torch.optim ----------------------------------------------------------------
+# ---- pass one against torch.optim ---------------------------------------------------------------
 
 SGD_OPTIONS: list[dict[str, Any]] = [
     {},
@@ -83,17 +83,15 @@ SGD_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(o) or "plain")
-def test_sgd_steps_are_those_of_torch(place: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_sgd_steps_are_those_of_torch(
+    place: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
     size, rates = 2049, torch.tensor([0.1, 0.02], dtype=torch.float64, device=place)
     theta = randn(2, size, seed=1, dtype=dtype, device=place)
     grads = [randn(2, size, seed=s, dtype=dtype, device=place) for s in range(2, 7)]
     expected = [
-        run_optimizer(
-            lambda p, lr=rates[r].item(): torch.optim.SGD(p, lr=lr, foreach=False, **options),
-            theta[r],
-            [g[r] for g in grads],
-        )
-        for r in range(2)
+        run_optimizer(torch.optim.SGD, theta[r], [g[r] for g in grads], lr=rate, **options)
+        for r, rate in enumerate(rates.tolist())
     ]
     buffer = torch.full_like(theta, torch.nan)  # must not be read before it is written
     for i, grad in enumerate(grads):
@@ -113,12 +111,8 @@ def test_adam_steps_are_those_of_torch(
     grads = [randn(2, size, seed=s, dtype=dtype, device=place) for s in range(2, 7)]
     options: dict[str, Any] = {"betas": (0.85, 0.99), "eps": 1e-6, "weight_decay": weight_decay}
     expected = [
-        run_optimizer(
-            lambda p, lr=rates[r].item(): make(p, lr=lr, foreach=False, **options),
-            theta[r],
-            [g[r] for g in grads],
-        )
-        for r in range(2)
+        run_optimizer(make, theta[r], [g[r] for g in grads], lr=rate, **options)
+        for r, rate in enumerate(rates.tolist())
     ]
     mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
     step = torch.zeros(2, dtype=torch.int64, device=place)
@@ -138,7 +132,7 @@ def test_adam_without_memory_is_sign_descent(place: str) -> None:
     assert_close(theta, -0.5 * grad.sign())
 
 
-# ---- products --------------------------------------------------------------------------------------
+# ---- products -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,7 +188,7 @@ def test_products_do_not_cancel_far_from_the_origin(place: str) -> None:
     assert distance.item() < 1e-8
 
 
-# ---- pass two ----------------------------------------------------------------------------------------
+# ---- pass two -----------------------------------------------------------------------------------
 
 
 def nearest(pivots: Tensor, theta: Tensor) -> tuple[int, float, float, Tensor]:
@@ -223,7 +217,7 @@ def test_projection_is_the_nearest_point(
     before = theta.cpu().clone()
     products = sgd_step(theta, torch.zeros_like(theta), lr=0.0, pivots=pivots)
     segment, t, distance = project_step(theta, products, pivots, segment_squares(pivots))
-    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[:, None]
+    grid = torch.linspace(0, 1, 201, dtype=torch.float64)[:, None]
     for r in range(replicas):
         i, position, apart, point = nearest(pivots.cpu(), before[r])
         assert distance[r].item() == pytest.approx(apart, rel=1e-12)
@@ -279,7 +273,7 @@ def test_not_finite_pivot_makes_all_nan(place: str) -> None:
     assert t.isnan().all() and distance.isnan().all() and theta.isnan().all()
 
 
-# ---- sizes nobody thinks of ----------------------------------------------------------------------------
+# ---- sizes nobody thinks of ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
@@ -339,11 +333,12 @@ def test_offsets_beyond_32_bits_on_a_gpu(name: str) -> None:
     assert (segment.item(), t.item()) == (7, pytest.approx(0.25, abs=1e-12))
 
 
-# ---- the same bits ---------------------------------------------------------------------------------------
+# ---- the same bits ------------------------------------------------------------------------------
 
 
-def one_step_of_everything(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    size = 70_001
+def one_step_of_everything(
+    dtype: torch.dtype, device: str = "cpu", size: int = 70_001
+) -> list[Tensor]:
     theta, grad, buffer = (randn(2, size, seed=s, dtype=dtype, device=device) for s in (1, 2, 3))
     pivots = path(6, size, 4, dtype, device)
     step = torch.ones(2, dtype=torch.int64, device=device)
@@ -379,12 +374,11 @@ def test_results_do_not_depend_on_the_instruction_set(dtype: torch.dtype) -> Non
 
 
 def test_results_are_the_same_bits_run_after_run(place: str) -> None:
-    assert same_bits(
-        one_step_of_everything(torch.float32, place), one_step_of_everything(torch.float32, place)
-    )
+    first, second = (one_step_of_everything(torch.float32, place, size=5001) for _ in range(2))
+    assert same_bits(first, second)
 
 
-# ---- torch.library -----------------------------------------------------------------------------------------
+# ---- torch.library ------------------------------------------------------------------------------
 
 
 def operands(device: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
@@ -433,7 +427,9 @@ def test_a_whole_step_compiles_to_one_graph() -> None:
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_whole_step_is_captured_in_a_cuda_graph(name: str) -> None:
     backend.set_backend(name)
-    theta, grad, mean = (randn(2, 5000, seed=s, dtype=torch.float32, device="cuda") for s in range(3))
+    theta, grad, mean = (
+        randn(2, 5000, seed=s, dtype=torch.float32, device="cuda") for s in range(3)
+    )
     square, pivots = mean.square(), path(4, 5000, 4, torch.float32, "cuda")
     squares, step = segment_squares(pivots), torch.ones(2, dtype=torch.int64, device="cuda")
     lr = torch.full((2,), 0.1, dtype=torch.float64, device="cuda")
@@ -457,7 +453,7 @@ def test_a_whole_step_is_captured_in_a_cuda_graph(name: str) -> None:
     assert same_bits(replayed, eager)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------
+# ---- refusals -----------------------------------------------------------------------------------
 
 
 def call_sgd(**changes: Any) -> Tensor:
@@ -476,7 +472,7 @@ def call_sgd(**changes: Any) -> Tensor:
         ({"theta": torch.zeros(2, 3, dtype=torch.float16)}, "theta: expected dtype float32"),
         ({"theta": torch.zeros(1, 2, 3)}, r"theta: expected shape \[R, P\]"),
         ({"theta": torch.zeros(3, 2).t()}, "theta: expected a contiguous tensor"),
-        ({"theta": torch.zeros(2, 3, requires_grad=True)}, "theta: expected a tensor that autograd"),
+        ({"theta": torch.zeros(2, 3, requires_grad=True)}, "theta: .* that autograd"),
         ({"grad": torch.zeros(3, 2).t()}, "grad: expected a contiguous tensor"),
         ({"grad": torch.zeros(2, 4)}, r"grad: expected shape \[2, 3\], got shape \[2, 4\]"),
         ({"grad": torch.zeros(2, 3).double()}, "grad: expected dtype torch.float32"),
@@ -531,7 +527,7 @@ def test_bad_adam_input_is_refused_by_name() -> None:
 def test_projection_refuses_a_path_of_one_pivot_and_products_of_another() -> None:
     theta, pivots = torch.zeros(1, 3), torch.zeros(2, 3)
     products, squares = torch.zeros(1, 2, 2, dtype=torch.float64), segment_squares(pivots)
-    with pytest.raises(ValueError, match="pivots: expected shape .* a path has at least one"):
+    with pytest.raises(ValueError, match=r"pivots: expected shape .* a path has at least one"):
         project_step(theta, products, pivots[:1], squares[:0])
     with pytest.raises(ValueError, match=r"products: expected shape \[1, 2, 2\]"):
         project_step(theta, products[:, :1], pivots, squares)

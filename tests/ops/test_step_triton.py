@@ -14,6 +14,8 @@ import pytest
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 
+PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
+
 INTS = {"replicas": "i32", "size": "i32", "pivot_count": "i32", "block_count": "i32"}
 SGD = {"MOMENTUM": 0.9, "TAKE": 1.0, "WEIGHT_DECAY": 5e-4, "NESTEROV": True, "FIRST": False}
 ADAM = {
@@ -54,8 +56,7 @@ def test_triton_agrees_with_the_reference_under_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when kernels are defined, hence a process of its own."""
     suite = Path(__file__).with_name("test_step.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(suite), "-q", "-k", "triton and cpu", "-p", "no:cacheprovider"]
-        + ["-p", "no:xdist", "-p", "no:benchmark"],
+        [sys.executable, "-m", "pytest", str(suite), "-q", "-k", "triton and cpu", *PLUGINS_OFF],
         env={**os.environ, "TRITON_INTERPRET": "1", "ENTROPIC_FAST_BACKEND": "auto"},
         cwd=suite.parents[2],
         capture_output=True,
@@ -73,7 +74,11 @@ def test_triton_agrees_with_the_reference_under_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     # Kernels without a tensor of theta's dtype are the same for both.
-    [(name, dtype) for name in KERNELS for dtype in ("fp32", "fp64")[: 2 if KERNELS[name][0] else 1]],
+    [
+        (name, dtype)
+        for name, (values, *_) in KERNELS.items()
+        for dtype in (("fp32", "fp64") if values else ("fp32",))
+    ],
 )
 def test_triton_kernel_compiles_ahead_of_time(name: str, dtype: str, arch: int) -> None:
     import triton

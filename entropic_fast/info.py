@@ -1,0 +1,150 @@
+"""What is installed, what is compiled, and which backend each op will run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from entropic_fast._version import __version__
+from entropic_fast.ops import backend, native
+
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "safetensors")
+VARIABLES = (backend.VARIABLE, native.ISA_VARIABLE, "OMP_NUM_THREADS", "TRITON_INTERPRET")
+
+
+def collect() -> dict[str, Any]:
+    """Everything `entropic-fast info` shows, as plain values that json can hold.
+
+    Keys: "versions", "build" (what the compiled module says of itself, or {"problem": reason}),
+    "cpu" (instruction set chosen and runnable, threads of torch and of the compiled module),
+    "gpu" (one entry a device), "backends" (family -> device -> backend, or why none), "backend"
+    (the setting in force) and "environment" (the variables that matter and are set).
+
+    >>> sorted(collect())
+    ['backend', 'backends', 'build', 'cpu', 'environment', 'gpu', 'versions']
+    """
+    return {
+        "versions": _versions(),
+        "build": native.build_config(),
+        "cpu": _cpu(),
+        "gpu": _gpus(),
+        "backend": _setting(),
+        "backends": {
+            family: {device: _backend(family, device) for device in ("cpu", "cuda")}
+            for family in backend.families()
+        },
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def render(console: Console | None = None) -> None:
+    """Prints `collect()` as tables."""
+    console = console or Console()
+    facts = collect()
+    build, cpu = facts["build"], facts["cpu"]
+
+    console.print(_table("Versions", facts["versions"]))
+    if "problem" in build:
+        compiled = {"entropic_fast._C": f"missing: {build['problem']}"}
+    else:
+        cuda = f"{' '.join(build['cuda_archs'])} ({build['cuda_compiler']})"
+        compiled = {
+            "compiler": build["compiler"],
+            "OpenMP": str(build["openmp"] or "no"),
+            "instruction sets": " ".join(build["isas"]),
+            "CUDA": cuda if build["cuda"] else f"no ({build['cuda_compiler']})",
+        }
+    console.print(_table("Compiled", compiled))
+    console.print(
+        _table(
+            "CPU",
+            {
+                "instruction set": f"{cpu['isa']} (can run: {' '.join(cpu['runnable_isas'])})",
+                "threads": f"torch {cpu['torch_threads']}, kernels {cpu['kernel_threads']}, "
+                f"cores {cpu['cores']}",
+            },
+        )
+    )
+    gpus = {
+        f"cuda:{i}": f"{g['name']}, sm_{g['capability']}, {g['memory_gib']:.0f} GiB"
+        for i, g in enumerate(facts["gpu"])
+    }
+    console.print(_table("GPU", gpus or {"": "none that torch can see"}))
+
+    table = Table(title=f"Backends (setting: {facts['backend']})", title_justify="left")
+    for column in ("ops", "on CPU tensors", "on CUDA tensors"):
+        table.add_column(column)
+    for family, places in facts["backends"].items():
+        table.add_row(family, Text(places["cpu"]), Text(places["cuda"]))
+    console.print(table)
+    if facts["environment"]:
+        console.print(_table("Environment", facts["environment"]))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"entropic_fast": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _cpu() -> dict[str, Any]:
+    loaded = not native.problem
+    return {
+        "isa": native.module().current_isa() if loaded else "none",
+        "runnable_isas": native.module().runnable_isas() if loaded else [],
+        "torch_threads": torch.get_num_threads(),
+        "kernel_threads": native.module().default_threads() if loaded else 0,
+        "cores": os.cpu_count(),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": device.name,
+                "capability": f"{device.major}{device.minor}",
+                "memory_gib": device.total_memory / 2**30,
+            }
+        )
+    return found
+
+
+def _setting() -> str:
+    try:
+        return backend.current_backend()
+    except ValueError as error:
+        return str(error)
+
+
+def _backend(family: str, device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        return backend.backend_for(family, device)
+    except (backend.BackendError, ValueError) as error:
+        return str(error)
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
