@@ -431,7 +431,7 @@ def _faster(figure: str, name: str, statement: str, fast: list[_Run], slow: list
 
 def _lmc(instability: Table) -> list[Claim]:
     k = _floats(instability["k"])
-    barrier = _floats(instability["loss_barrier"])
+    barrier = _floats(instability["barrier"])
     loss, eigen = (
         _floats(instability[f"{name}_instability"]) for name in ("loss", "eigenvalue")
     )

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..curvature import profile_point, score_spectrum, spectrum_floor
+from ..curvature import profile_point, score_spectrum, score_spectrum_floor
 from ..paths import AutoNEBConfig, auto_neb, linear_path, path_losses
 from ..table import Table
 from . import pieces, plots
@@ -36,7 +36,6 @@ def path_units(run: RunFolder) -> list[Unit]:
 def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict[str, Any]:
     """AutoNEB between two minima, and the loss along it and along the straight line."""
     section = run.config.path
-    examples = run.config.data.norm_examples or None
     objective = pieces.objective(run, pieces.minimum(run, a))
     start = objective.parameters_vector()
     end = pieces.objective(run, pieces.minimum(run, b)).parameters_vector()
@@ -51,17 +50,16 @@ def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict
             batch_size=section.batch_size,
             momentum=section.momentum,
             weight_decay=section.weight_decay,
-            recalibration_examples=pieces.limited(run, examples),
+            recalibration_examples=pieces.norm_examples(run),
             seed=seed,
         ),
         on_step=lambda done, total, _: report(0.9 * done / total),
     )
-    limit = pieces.limited(run, examples)
     line = path_losses(
         objective,
         linear_path(start, end),
         section.dense_points,
-        recalibration_examples=limit,
+        recalibration_examples=pieces.norm_examples(run),
     )
     saddle = result.saddle
     return {
@@ -95,9 +93,7 @@ def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
     rows = []
     for i, s in enumerate(path.positions.tolist()):
         theta = path.point(s)
-        here = whole.recalibrated(
-            theta, max_examples=pieces.limited(run, run.config.data.norm_examples or None)
-        )
+        here = whole.recalibrated(theta, max_examples=pieces.norm_examples(run))
         row = profile_point(
             here.with_data(inputs),
             theta,
@@ -122,11 +118,10 @@ def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
     rows = []
     for i, s in enumerate(np.linspace(0, 1, section.spectrum_points)):
         theta = path.point(float(s))
-        here = whole.recalibrated(
-            theta, max_examples=pieces.limited(run, run.config.data.norm_examples or None)
-        ).with_data(inputs)
+        here = whole.recalibrated(theta, max_examples=pieces.norm_examples(run))
+        here = here.with_data(inputs)
         values = score_spectrum(here, theta)
-        floor = spectrum_floor(values)
+        floor = score_spectrum_floor(values, here.dtype)
         rows += [
             {"path": name, "s": float(s), "rank": rank + 1, "eigenvalue": value,
              "above_floor": value > floor}

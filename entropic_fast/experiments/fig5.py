@@ -93,9 +93,8 @@ def collect(run: RunFolder) -> dict[str, Table]:
 def draw(tables: dict[str, Table]) -> Figure:
     """Panels A to D of the paper's figure 5."""
     lines, instability = tables["fig5_lines"], tables["fig5_instability"]
-    figure, axes = plots.panels(2, 3)
-    schematic, mean, loss, eigenvalue, unstable, rest = axes
-    rest.remove()
+    figure, axes = plots.mosaic(["ACD", "BcD"], width=3.9, height=2.7)
+    schematic, mean, loss, eigenvalue, unstable = (axes[name] for name in "ABCcD")
     _draw_schematic(schematic)
     k_values = sorted(set(lines["k"].tolist()))
     seeds = sorted(set(lines["seed"].tolist()))

@@ -110,6 +110,11 @@ def objective(run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool
     return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
 
 
+def norm_examples(run: RunFolder) -> int | None:
+    """How many examples running statistics are re-estimated on; None for all."""
+    return run.config.data.norm_examples or None
+
+
 def path_names(run: RunFolder) -> list[tuple[str, int, int, int]]:
     """Every path of the run: its name, its two minima, its AutoNEB seed."""
     section = run.config.path

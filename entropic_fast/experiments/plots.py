@@ -52,6 +52,13 @@ def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7
     return figure, list(axes.flat)
 
 
+def mosaic(rows: list[str], width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
+    """Like `panels`, laid out by letters: a row of the grid is a string."""
+    figure = Figure(figsize=(width * len(rows[0]), height * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplot_mosaic([list(row) for row in rows])
+
+
 def letter(ax: Axes, name: str, title: str) -> None:
     """A panel's letter and title."""
     ax.set_title(f"{name}   {title}", loc="left")

@@ -1,0 +1,187 @@
+"""Figure 1: toys in which curvature alone produces a force (ring and ridge)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..dynamics import RidgePotential, RingPotential, simulate_langevin
+from ..random import derive, uniform
+from ..table import Table
+from . import plots
+from .run import RunFolder
+from .schedule import Report, Unit
+
+BINS = 24  # of the angle
+RING = RingPotential(stiffness=10.0, contrast=0.9)
+RIDGE = RidgePotential(stiff=100.0, broad=4.0, length=2.0)
+
+
+def units(run: RunFolder) -> list[Unit]:
+    """The ring without and with noise, and the ridge."""
+    weight = run.config.toy.particles * run.config.toy.steps / 2e7
+    return [
+        Unit("toy/ring-cold", ring, (0.0,), weight=weight),
+        Unit("toy/ring-hot", ring, (run.config.toy.temperature,), weight=weight),
+        Unit("toy/ridge", ridge, weight=weight),
+    ]
+
+
+def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
+    """Angular histogram of independent particles, started uniformly in angle near r = 1."""
+    section = run.config.toy
+    seed = derive(run.config.seed, "toy", "ring", str(temperature))
+    draw = uniform((section.particles, 2), seed)
+    # Started off the ring, so that at T = 0 too there is something to relax.
+    start = RING.on_ring(2 * math.pi * draw[:, 0], 0.8 + 0.4 * draw[:, 1])
+    final = simulate_langevin(
+        RING, start, temperature, section.dt, section.steps, seed=seed
+    ).final
+    report(1.0)
+    angle = torch.atan2(final[:, 1], final[:, 0]).numpy()
+    edges = np.linspace(-math.pi, math.pi, BINS + 1)
+    count = np.histogram(angle, edges)[0]
+    middle = (edges[:-1] + edges[1:]) / 2
+    fine = torch.from_numpy(np.linspace(edges[:-1], edges[1:], 33))  # [33, BINS]
+    share = np.trapezoid(RING.analytic_density(temperature, fine).numpy(), fine.numpy(), axis=0)
+    width = edges[1] - edges[0]
+    return {
+        "density": Table(
+            {
+                "temperature": [temperature] * BINS,
+                "angle": middle,
+                "stiffness": RING.stiffness(torch.from_numpy(middle)).numpy(),
+                "count": count,
+                "expected": share * section.particles,
+                "density": count / section.particles / width,
+                "std_error": np.sqrt(np.maximum(count, 1)) / section.particles / width,
+                "analytic": share / width,
+            }
+        ),
+        "sample": {"positions": final[:400].contiguous()},
+    }
+
+
+def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
+    """Particles released on the stiff side of the ridge; mean position and a few tracks."""
+    section = run.config.toy
+    seed = derive(run.config.seed, "toy", "ridge")
+    start = torch.zeros(section.particles, 2, dtype=torch.float64)
+    start[:, 1] = 0.25 * RIDGE.length
+    every = max(1, section.steps // 100)
+    result = simulate_langevin(
+        RIDGE, start, section.temperature, section.dt, section.steps, seed=seed,
+        record_every=every,
+    )
+    report(1.0)
+    y = result.positions[:, :, 1].numpy()  # [T, N]
+    times = result.times.tolist()
+    tracks = [
+        {"particle": i, "time": t, "x": float(p[0]), "y": float(p[1])}
+        for i in range(section.trace_particles)
+        for t, p in zip(times, result.positions[:, i].tolist(), strict=True)
+    ]
+    mean = Table(
+        {
+            "time": times,
+            "mean": y.mean(1),
+            "std_error": y.std(1, ddof=1) / math.sqrt(y.shape[1]),
+            "force": [RIDGE.effective_force(section.temperature)] * len(times),
+        }
+    )
+    return {"mean": mean, "tracks": Table.from_rows(tracks)}
+
+
+def collect(run: RunFolder) -> dict[str, Table]:
+    """The numbers behind the figure."""
+    rows = [
+        row for unit in ("ring-cold", "ring-hot")
+        for row in run.table(f"toy/{unit}", "density").rows()
+    ]
+    return {
+        "fig1_ring": Table.from_rows(rows),
+        "fig1_ridge": run.table("toy/ridge", "mean"),
+        "fig1_tracks": run.table("toy/ridge", "tracks"),
+    }
+
+
+def draw(tables: dict[str, Table]) -> Figure:
+    """Panels A (ring and its angular density) and B (ridge) of the paper's figure 1."""
+    figure, (potential, density, tracks, mean) = plots.panels(2, 2, width=4.2, height=3.1)
+    hot = float(tables["fig1_ring"]["temperature"].max())
+    _draw_ring(potential)
+    _draw_density(density, tables["fig1_ring"])
+    _draw_tracks(tracks, tables["fig1_tracks"])
+    _draw_mean(mean, tables["fig1_ridge"])
+    plots.letter(potential, "A", "ring potential, V = ½ g(θ) (r - 1)²")
+    plots.letter(density, "A", f"angular density (T = 0 and {hot:g})")
+    plots.letter(tracks, "B", "particles on a ridge, V = ½ g(y) x²")
+    plots.letter(mean, "B", "drift to the broad side")
+    return figure
+
+
+def _draw_ring(ax: Axes) -> None:
+    grid = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)
+    x, y = torch.meshgrid(grid, grid, indexing="xy")
+    energy = RING(torch.stack((x.flatten(), y.flatten()), 1)).reshape(x.shape)
+    shown = ax.contourf(x, y, energy.clamp(max=2.0), levels=np.linspace(0, 2, 21), cmap="cividis_r")
+    angle = torch.linspace(0, 2 * math.pi, 200)
+    ax.plot(torch.cos(angle), torch.sin(angle), "w--", lw=1)
+    for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
+        ax.text(x0, 0.0, text, ha="center", va="center", fontsize=8,
+                bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5})
+    ax.set_aspect("equal")
+    ax.set_xlabel("x")
+    ax.set_ylabel("y")
+    ax.figure.colorbar(shown, ax=ax, label="V (clipped at 2)")
+
+
+def _draw_density(ax: Axes, table: Table) -> None:
+    for temperature, colour in zip(sorted(set(table["temperature"].tolist())), plots.COLOURS,
+                                   strict=False):
+        rows = table.where(temperature=temperature)
+        ax.errorbar(rows["angle"], rows["density"], plots.BAND * rows["std_error"], fmt="o",
+                    color=colour, capsize=2, label=f"simulated, T = {temperature:g}")
+        ax.plot(rows["angle"], rows["analytic"], "-", color=colour,
+                label=f"analytic, T = {temperature:g}")
+    ax.set_xlabel("angle θ [rad] (0 is stiff, ±π is flat)")
+    ax.set_ylabel("density P(θ) [1/rad]")
+    ax.set_ylim(bottom=0)
+    ax.legend()
+
+
+def _draw_tracks(ax: Axes, table: Table) -> None:
+    y = torch.linspace(-0.2, RIDGE.length + 0.2, 120, dtype=torch.float64)
+    x = torch.linspace(-0.6, 0.6, 121, dtype=torch.float64)
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
+    energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
+    ax.contourf(grid_y, grid_x, energy.clamp(max=2.0), levels=np.linspace(0, 2, 21),
+                cmap="cividis_r")
+    last = float(table["time"].max())
+    shown = None
+    for particle in sorted(set(table["particle"].tolist()))[:1]:
+        rows = table.where(particle=particle)
+        ax.plot(rows["y"], rows["x"], color="#ffffff", lw=0.5, alpha=0.6)
+        shown = ax.scatter(rows["y"], rows["x"], c=rows["time"], cmap="plasma", s=7, vmin=0,
+                           vmax=last, zorder=3)
+    if shown is not None:
+        ax.figure.colorbar(shown, ax=ax, label="time")
+    ax.set_xlabel("y, along the ridge (stiff to broad)")
+    ax.set_ylabel("x, across")
+
+
+def _draw_mean(ax: Axes, table: Table) -> None:
+    ax.plot(table["time"], table["mean"], "-", color=plots.COLOURS[0], label="mean of particles")
+    plots.band(ax, table["time"], table["mean"], table["std_error"], plots.COLOURS[0])
+    start = float(table["mean"][0])
+    early = table["time"] <= 0.4 * table["time"].max()
+    ax.plot(table["time"][early], start + table["force"][early] * table["time"][early], "k--",
+            label="force of V_eff = (T/2) ln g")
+    ax.set_xlabel("time")
+    ax.set_ylabel("mean y")
+    ax.legend()
