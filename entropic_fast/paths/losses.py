@@ -100,14 +100,15 @@ def path_losses(
     for done, position in enumerate(s, 1):
         theta = path.point(position)
         here = obj.recalibrated(theta, max_examples=recalibration_examples)
-        loss, accuracy = here.evaluate(theta) if classifier else (math.nan, math.nan)
-        if not math.isfinite(loss):
-            try:
-                loss = here.loss(theta)  # the error, if there is one, names the example
-            except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
-        row = {"s": position, "loss": loss, "is_pivot": position in pivots_at}
-        rows.append({**row, "accuracy": accuracy} if classifier else row)
+        row: dict[str, Any] = {"s": position, "loss": math.nan, "is_pivot": position in pivots_at}
+        try:
+            if classifier:
+                row["loss"], row["accuracy"] = here.evaluate(theta)
+            else:
+                row["loss"] = here.loss(theta)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
+        rows.append(row)
         if on_point is not None:
             on_point(done, len(s))
     return Table.from_rows(rows)

@@ -165,7 +165,7 @@ def _run_cycle(
         _require_finite(losses, f"step {step} of {where}", "loss")
         energies = losses
         if config.weight_decay:
-            energies = losses + 0.5 * config.weight_decay * (pivots.double() ** 2).sum(1)
+            energies = losses + 0.5 * config.weight_decay * _norms(pivots) ** 2
             gradients.add_(pivots[1:-1], alpha=config.weight_decay)
         across = band_gradients(
             pivots, gradients, improved_tangents(pivots, energies.to(pivots.dtype)),
@@ -173,7 +173,7 @@ def _run_cycle(
         )
         velocity.mul_(config.momentum).add_(across)
         pivots[1:-1].sub_(velocity, alpha=lr)
-        _require_finite(pivots.sum(1), f"step {step} of {where}", "position")
+        _require_finite(_norms(pivots), f"step {step} of {where}", "norm")
         band = Path(pivots)
         if config.springs == math.inf:
             band = band.resampled(band.num_pivots)
@@ -217,6 +217,11 @@ def _energies(
             gradients[i - 1] += torch.autograd.grad(loss, leaf)[0]
             losses[i] += loss.detach().double()
     return losses, gradients
+
+
+def _norms(pivots: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(pivots, dim=1, dtype=torch.float64)
+    return norms
 
 
 def _training_objective(obj: Objective, train_obj: Objective | None) -> Objective:
