@@ -99,12 +99,9 @@ def _versions() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    loaded = not native.problem
     return {
-        "isa": native.module().current_isa() if loaded else "none",
-        "runnable_isas": native.module().runnable_isas() if loaded else [],
+        **native.cpu_facts(),
         "torch_threads": torch.get_num_threads(),
-        "kernel_threads": native.module().default_threads() if loaded else 0,
         "cores": os.cpu_count(),
     }
 

@@ -51,6 +51,17 @@ def build_config() -> dict[str, object]:
     return dict(_C.build_config()) if _C is not None else {"problem": problem}
 
 
+def cpu_facts() -> dict[str, object]:
+    """Instruction set in use, those that can run here, and threads of a parallel region."""
+    if _C is None:
+        return {"isa": "none", "runnable_isas": [], "kernel_threads": 0}
+    return {
+        "isa": _C.current_isa(),
+        "runnable_isas": _C.runnable_isas(),
+        "kernel_threads": _C.default_threads(),
+    }
+
+
 def module() -> ModuleType:
     """The compiled module; RuntimeError with the reason if it cannot be loaded."""
     if _C is None:

@@ -1,0 +1,218 @@
+"""The compiled module: what it includes, how it is built with and without CUDA."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import setuptools
+
+from entropic_fast.ops import native
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu"))
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, without setting anything up."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "setup_script", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_module_says_what_it_was_built_with() -> None:
+    config = native.build_config()
+    assert "portable" in config["isas"]  # type: ignore[operator]
+    assert config["compiler"]
+    assert bool(config["cuda"]) == bool(config["cuda_archs"])
+
+
+def test_no_source_includes_torch_and_only_bindings_include_pybind() -> None:
+    assert len(SOURCES) > 5
+    includes = {p: re.findall(r'#include [<"](.+?)[>"]', p.read_text()) for p in SOURCES}
+    for path, names in includes.items():
+        assert not [n for n in names if re.match(r"(torch|ATen|c10)/", n)], path
+        if any("pybind11" in n or "Python.h" in n for n in names):
+            assert path.name == "bindings.cpp"
+
+
+def test_only_ops_touch_the_compiled_module() -> None:
+    for path in (ROOT / "entropic_fast").rglob("*.py"):
+        if path.parent.name != "ops":
+            code = path.read_text()
+            calls = r"import entropic_fast\._C|import _C\b|import_module\(.*_C|native\.module\("
+            assert not re.search(calls, code), path
+
+
+# ---- finding nvcc --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch, setup_script: ModuleType) -> ModuleType:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("ENTROPIC_FAST_CUDA", raising=False)
+    monkeypatch.setattr(setup_script.os, "access", lambda *_: False)
+    monkeypatch.setattr(setup_script.shutil, "which", lambda _: None)
+    monkeypatch.setattr(setup_script, "LINUX", True)
+    return setup_script
+
+
+def test_without_nvcc_cuda_is_left_out(no_cuda: ModuleType) -> None:
+    nvcc, story = no_cuda.choose_cuda()
+    assert nvcc is None and "looked for $CUDA_HOME/bin/nvcc (not set)" in story
+
+
+def test_insisting_on_cuda_without_nvcc_says_what_was_looked_for(
+    no_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENTROPIC_FAST_CUDA", "1")
+    with pytest.raises(no_cuda.BuildError, match=r"/usr/local/cuda/bin/nvcc .*nvcc on PATH"):
+        no_cuda.choose_cuda()
+    monkeypatch.setenv("ENTROPIC_FAST_CUDA", "yes")
+    with pytest.raises(no_cuda.BuildError, match="must be 0, 1 or unset, got 'yes'"):
+        no_cuda.choose_cuda()
+
+
+def test_cuda_can_be_turned_off(setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTROPIC_FAST_CUDA", "0")
+    assert setup_script.choose_cuda()[0] is None
+
+
+def fake_nvcc(folder: Path, release: str, with_runtime: bool = True) -> Path:
+    """A compiler whose own folder says nothing of where its libraries are, as a wrapper's does."""
+    libraries = folder / "elsewhere"
+    libraries.mkdir(parents=True)
+    if with_runtime:
+        (libraries / "libcudart_static.a").touch()
+    script = folder / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "Cuda compilation tools, '
+        f'release {release}, V{release}.1"; else echo \'#$ LIBRARIES=  "-L{libraries}"\' >&2; fi\n'
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fakes a compiler with a shell script")
+def test_compiler_is_asked_for_its_libraries(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = fake_nvcc(tmp_path, "12.4")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc, story = setup_script.find_nvcc()
+    assert nvcc.path == str(script) and nvcc.version == (12, 4)
+    assert nvcc.library_dirs == [str(tmp_path / "elsewhere")]
+    assert "release 12.4" in story
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fakes a compiler with a shell script")
+def test_unfit_compilers_are_passed_over_with_a_reason(
+    setup_script: ModuleType, tmp_path: Path
+) -> None:
+    old = setup_script.inspect_nvcc(str(fake_nvcc(tmp_path / "old", "11.2")))
+    assert old[0] is None and "release 11.2 is older than 11.8" in old[1]
+    bare = setup_script.inspect_nvcc(str(fake_nvcc(tmp_path / "bare", "12.4", with_runtime=False)))
+    assert bare[0] is None and "libcudart_static.a" in bare[1]
+    assert "does not run" in setup_script.inspect_nvcc(str(tmp_path / "none"))[1]
+
+
+def test_cuda_sources_compile(setup_script: ModuleType, tmp_path: Path) -> None:
+    nvcc, story = setup_script.find_nvcc()
+    if nvcc is None:
+        pytest.skip(f"no CUDA compiler: {story}")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert sources
+    for source in sources:
+        command = [nvcc.path, "-c", str(source), "-o", str(tmp_path / "out.o"), "-std=c++17"]
+        command += ["-I", str(ROOT / "csrc"), "-arch=sm_90", "-Werror", "all-warnings"]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+# ---- a build without CUDA, from nothing ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cpu_build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, str]]:
+    """(module, folder of objects, compiler output) of a build with ENTROPIC_FAST_CUDA=0."""
+    library, objects = (tmp_path_factory.mktemp(name) for name in ("library", "objects"))
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", library, "--build-temp", objects],
+        cwd=ROOT,
+        env={**os.environ, "ENTROPIC_FAST_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    [module] = library.rglob("_C*.so")
+    yield module, objects, run.stdout + run.stderr
+
+
+def test_build_without_cuda_imports_without_torch(cpu_build: tuple[Path, Path, str]) -> None:
+    module, _, output = cpu_build
+    assert "CUDA not built: left out: ENTROPIC_FAST_CUDA=0" in output
+    code = (
+        "import importlib.util as u, sys\n"
+        f"s = u.spec_from_file_location('_C', {str(module)!r})\n"
+        "m = u.module_from_spec(s); s.loader.exec_module(m)\n"
+        "c = m.build_config()\n"
+        "assert c['cuda'] is False and c['cuda_archs'] == [], c\n"
+        "assert not hasattr(m, 'sgd_step_cuda_float32') and hasattr(m, 'sgd_step_cpu_float32')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_sources_compile_without_warnings(cpu_build: tuple[Path, Path, str]) -> None:
+    assert "csrc/" not in "\n".join(
+        line for line in cpu_build[2].splitlines() if "warning:" in line
+    )
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_only_the_variants_hold_wide_instructions(cpu_build: tuple[Path, Path, str]) -> None:
+    """A processor without AVX runs everything but the variants chosen for those that have it."""
+    _, objects, _ = cpu_build
+    found = sorted(objects.rglob("*.o"))
+    assert len(found) >= 4
+    for path in found:
+        code = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", path],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if "avx512" in path.parts:
+            assert "%zmm" in code
+        elif "avx2" in path.parts:
+            assert "%ymm" in code and "%zmm" not in code
+        else:
+            assert "%ymm" not in code and "%zmm" not in code, path
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
+def test_variants_share_no_function_the_linker_could_merge(
+    cpu_build: tuple[Path, Path, str],
+) -> None:
+    _, objects, _ = cpu_build
+    variants = [p for p in objects.rglob("*.o") if {"avx2", "avx512"} & set(p.parts)]
+    for path in variants:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"^\S+ [WwVvu] ", symbols, re.MULTILINE), symbols

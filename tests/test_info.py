@@ -1,0 +1,42 @@
+"""`entropic-fast info` says what runs where."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from rich.console import Console
+
+from entropic_fast import info
+from entropic_fast.ops import backend
+
+
+def test_facts_are_plain_and_complete() -> None:
+    facts = json.loads(json.dumps(info.collect()))
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["backends"]["step"]["cpu"] == backend.backend_for("step", "cpu")
+    assert facts["cpu"]["isa"] in facts["cpu"]["runnable_isas"]
+    assert facts["cpu"]["torch_threads"] == torch.get_num_threads()
+    assert "portable" in facts["build"]["isas"]
+
+
+def test_page_names_versions_build_and_backends() -> None:
+    console = Console(record=True, width=120)
+    info.render(console)
+    text = console.export_text()
+    for expected in (
+        "Versions",
+        "Compiled",
+        "instruction set",
+        "OpenMP",
+        "step",
+        torch.__version__,
+    ):
+        assert expected in text
+
+
+def test_forced_backend_that_cannot_run_is_shown_not_raised(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv(backend.VARIABLE, "fortran")
+    facts = info.collect()
+    assert "expected one of" in facts["backend"]
+    assert "expected one of" in facts["backends"]["step"]["cpu"]
