@@ -203,6 +203,10 @@ def load(name: str = "digits", data_dir: str | Path | None = None, download: boo
     (100, 360, [10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
     """
     parts: Any
+    if data_dir is not None and name != "digits" and not Path(data_dir).is_dir():
+        raise FileNotFoundError(
+            f"data_dir: expected a folder, got {data_dir}, which is none; check the path"
+        )
     if name == "digits":
         if data_dir is not None:
             raise fail("data_dir", "None for 'digits', which scikit-learn holds", repr(data_dir),

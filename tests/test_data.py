@@ -283,6 +283,12 @@ def test_cifar_comes_from_torchvision(torchvision, tmp_path):
     assert torchvision.calls[:2] == [(str(tmp_path), True, True), (str(tmp_path), False, True)]
 
 
+def test_a_mistyped_folder_is_refused_before_any_download(torchvision, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load("cifar10", data_dir=tmp_path / "nowhere")
+    assert not torchvision.calls and not list(tmp_path.iterdir())
+
+
 def test_downloads_go_to_the_cache_folder(torchvision, tmp_path, monkeypatch):
     monkeypatch.setenv("ENTROPIC_FAST_CACHE", str(tmp_path / "cache"))
     load("cifar100")
@@ -302,3 +308,16 @@ def test_a_failed_download_is_explained(torchvision, monkeypatch, tmp_path):
     monkeypatch.setattr(torchvision, "__init__", fail)
     with pytest.raises(RuntimeError, match=r"'cifar10'.*not found or corrupted.*data_dir"):
         load("cifar10", data_dir=tmp_path, download=False)
+
+
+@pytest.mark.gpu
+def test_a_gpu_augments_and_orders_as_the_cpu_does():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    data, _ = load("digits", limit=100)
+    there = data.to("cuda")
+    index = torch.arange(100)
+    got = augment(there.images, index.cuda(), 3, 4)
+    assert torch.equal(got.cpu(), augment(data.images, index, 3, 4))
+    assert torch.equal(there.order.cpu(), data.order) and there.hash == data.hash
+    assert torch.allclose(there.inputs().cpu(), data.inputs(), atol=1e-6)

@@ -167,6 +167,18 @@ def test_the_model_given_can_be_kept_as_the_start():
     assert same(model, initialise(kept, 1))
 
 
+@pytest.mark.gpu
+def test_a_gpu_starts_from_the_same_weights_and_learns():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    data, test = (d.to("cuda") for d in DIGITS)
+    model = initialise(build("digits-cnn-bn").cuda(), 4)
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(
+        model.parameters(), initialise(build("digits-cnn-bn"), 4).parameters(), strict=True))
+    train(model, data, TrainConfig(epochs=10, batch_size=64, augment=False), seed=0)
+    assert evaluate(model, test).accuracy > 0.9
+
+
 def test_frozen_parameters_stay():
     model = build("digits-cnn")
     model[0].weight.requires_grad_(False)
