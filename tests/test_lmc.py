@@ -24,6 +24,15 @@ TRAIN, TEST = load("digits", limit=80, test_limit=40)
 CONFIG = TrainConfig(epochs=4, batch_size=20, augment=False, lr=0.05)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small(norm="batch"):
     from entropic_fast.models import digits_cnn
 

@@ -27,6 +27,15 @@ DIGITS = load("digits")
 SMALL = DIGITS[0].limited(150)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
