@@ -60,11 +60,13 @@ def readable(size: int) -> str:
 def activation_bytes(obj: Objective, theta: Tensor) -> int:
     """Bytes that autograd saves for the backward pass of the loss of one example.
 
-    Measured on the first example: storages saved for backward, each once, without theta.
+    Measured on the first example: storages saved for backward, each once, without those that
+    all examples share (theta, buffers, the data).
     """
     batch = next(obj.batches(1))
     leaf = theta.detach().requires_grad_()
-    own = {leaf.untyped_storage().data_ptr()}
+    shared = [leaf, batch.inputs, batch.targets, *obj.buffers.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Any:

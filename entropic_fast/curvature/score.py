@@ -88,6 +88,7 @@ def score_gram(
     gradients, block_rows, scratch = _plan_gram(obj, theta, count, budget - result, budget)
     gram = torch.zeros(count, count, dtype=torch.float64, device=obj.device)
     block = torch.empty(block_rows, obj.num_params, dtype=obj.dtype, device=obj.device)
+    products = _Products(scratch, obj.device)
     for begin in range(0, count, block_rows):
         end = min(begin + block_rows, count)
         rows = block[: end - begin]
@@ -97,10 +98,10 @@ def score_gram(
             if low < high:
                 block[low - begin : high - begin] = chunk[low - start : high - start]
             if start < end <= stop:  # the block is full
-                _add_product(gram[begin:end, begin:end], rows, rows, scratch)
+                products.add(gram[begin:end, begin:end], rows, rows)
             after = max(start, end)
             if after < stop:
-                _add_product(gram[begin:end, after:stop], rows, chunk[after - start :], scratch)
+                products.add(gram[begin:end, after:stop], rows, chunk[after - start :])
     upper = gram.triu()
     return upper + upper.triu(1).T
 
@@ -232,13 +233,14 @@ def _plan_gram(
     """Gradients in chunks, rows of S to hold, and bytes of scratch, that fit in `room`."""
     itemsize = torch.finfo(obj.dtype).bits // 8
     row = obj.num_params * itemsize
-    scratch = min(max(room, 0) // 8, 64 * 2**20)
+    # Float64 columns of every row of a product: at the least one column.
+    scratch = max(16 * count, min(max(room, 0) // 8, 64 * 2**20))
     gradients = ExampleGradients(obj, theta, memory_budget=2**62)
     needed = gradients.example_bytes + row
     left = room - scratch
     if left < needed:
         raise too_small(
-            budget - room + needed * 8 // 7 + 1, budget, f"the Gram matrix of {count} examples",
+            budget - room + max(needed * 8 // 7 + 1, needed + scratch), budget, f"the Gram matrix of {count} examples",
             "give more memory, or fewer max_examples",
         )
     # A quarter for the chunk is enough to vectorise; every row more held saves recomputing.
@@ -270,14 +272,29 @@ def _second_moment(obj: Objective, theta: Tensor | None, count: int, room: int) 
     return moment
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, scratch: int) -> None:
-    """out += a b^T in float64, converting `scratch` bytes of columns at a time.
+class _Products:
+    """out += a b^T in float64, converting as many columns at a time as the scratch holds.
 
     The squares of small singular values drown in float32 products, whose rounding is 1e-7 of
-    the largest; so the products are float64 even where the scores are float32.
+    the largest; so the products are float64 even where the scores are float32. One scratch
+    serves all products: fresh buffers for each left holes in the heap that took 1.7 times the
+    budget.
     """
-    width = max(1, scratch // (8 * (len(a) + len(b))))
-    for i in range(0, a.shape[1], width):
-        left = a[:, i : i + width].double()
-        right = left if b is a else b[:, i : i + width].double()
-        out.addmm_(left, right.T)
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.scratch = torch.empty(max(2, size // 8), dtype=torch.float64, device=device)
+
+    def add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        same = b is a
+        rows = len(a) if same else len(a) + len(b)
+        width = max(1, len(self.scratch) // rows)
+        for i in range(0, a.shape[1], width):
+            left = self._double(a[:, i : i + width], 0)
+            right = left if same else self._double(b[:, i : i + width], left.numel())
+            out.addmm_(left, right.T)
+
+    def _double(self, columns: Tensor, at: int) -> Tensor:
+        if columns.dtype == torch.float64:
+            return columns
+        place = self.scratch[at : at + columns.numel()].view(columns.shape)
+        return place.copy_(columns)
