@@ -37,6 +37,7 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-g0",
     "-Wall",
     "-Wextra",
 ]
