@@ -52,7 +52,8 @@ class RingPotential:
 
     def __call__(self, x: Tensor) -> Tensor:  # [N, 2] -> [N]
         r = torch.linalg.vector_norm(x, dim=1)
-        return 0.5 * self.stiffness(torch.atan2(x[:, 1], x[:, 0])) * (r - 1).square()
+        energy: Tensor = 0.5 * self.stiffness(torch.atan2(x[:, 1], x[:, 0])) * (r - 1).square()
+        return energy
 
     def force(self, x: Tensor) -> Tensor:
         """-grad V in closed form.  # [N, 2] -> [N, 2]
@@ -108,8 +109,9 @@ class RingPotential:
 
     def _radial_integral(self, temperature: float, angle: Tensor) -> Tensor:
         v = temperature / self.stiffness(angle)
-        phi = torch.special.ndtr(v.rsqrt())
-        return torch.sqrt(2 * math.pi * v) * phi + v * torch.exp(-0.5 / v)
+        phi: Tensor = torch.special.ndtr(v.rsqrt())
+        integral: Tensor = torch.sqrt(2 * math.pi * v) * phi + v * torch.exp(-0.5 / v)
+        return integral
 
 
 class RidgePotential:

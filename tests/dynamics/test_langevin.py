@@ -1,6 +1,7 @@
 """Langevin dynamics against densities and variances known in closed form."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def chi_square_p(samples, density, low, high, bins=24):
     fine = torch.linspace(0, 1, 201, dtype=torch.float64)
     inside = torch.stack([
         torch.trapezoid(density(a + (b - a) * fine), a + (b - a) * fine)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
     ])
     observed = torch.histc(samples.double(), bins, low, high)
     expected = inside * len(samples)
@@ -42,7 +43,8 @@ def chi_square_p(samples, density, low, high, bins=24):
         observed = torch.cat((observed, (len(samples) - observed.sum()).reshape(1)))
         expected = torch.cat((expected, (len(samples) - expected.sum()).reshape(1)))
     assert float(expected.min()) > 5
-    return stats.chisquare(observed.numpy(), (expected * observed.sum() / expected.sum()).numpy())[1]
+    expected = expected * observed.sum() / expected.sum()
+    return stats.chisquare(observed.numpy(), expected.numpy())[1]
 
 
 @pytest.mark.parametrize("potential", [

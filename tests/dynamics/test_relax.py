@@ -188,7 +188,7 @@ def test_a_model_that_vmap_cannot_do_falls_back_to_the_loop_and_says_so():
     assert run.engine == "loop" and "vmap was not used" in run.notes[0]
     s, _, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.1), 4, 5, 10, 0, 3)
     torch.testing.assert_close(run.position[3], float64(s), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="engine: expected a model that .*vmap can do"):
+    with pytest.raises(ValueError, match=r"engine: expected a model that .*vmap can do"):
         relax(obj, path, 0.5, engine="vmap", **settings)
 
 
@@ -204,6 +204,27 @@ def test_a_replica_that_diverges_is_marked_and_the_others_go_on():
     torch.testing.assert_close(run.position[[0, 2]], kept.position, rtol=0, atol=1e-5)
     with pytest.raises(DivergenceError, match=r"all 2 replicas.*replica 0 \(id 0\).*lr 10+\.0"):
         relax(obj, path, 0.5, lr=[1e12, 1e12], **common)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
+def test_those_that_go_on_keep_their_own_optimizer_state(optimizer):
+    _, obj, path = mlp_problem()
+    common = dict(batch_size=4, project_every=4, steps=24)
+    run = relax(obj, path, 0.5, optimizer, lr=[0.02, 1e9, 0.05, 0.03], **common)
+    assert run.diverged.tolist() == [False, True, False, False]
+    alone = relax(obj, path, 0.5, optimizer, lr=[0.02, 0.05, 0.03], ids=[0, 2, 3], **common)
+    torch.testing.assert_close(run.position[[0, 2, 3]], alone.position, rtol=0, atol=1e-10)
+    torch.testing.assert_close(run.distance[[0, 2, 3]], alone.distance, rtol=0, atol=1e-10)
+
+
+def test_a_replica_too_far_from_the_path_has_diverged_unless_that_is_allowed():
+    _, obj, path = mlp_problem()
+    settings = dict(lr=[0.01, 20.0], batch_size=4, steps=30)
+    run = relax(obj, path, 0.5, max_distance=0.5, **settings)
+    assert run.diverged_at.tolist() == [-1, 15]
+    free = relax(obj, path, 0.5, max_distance=math.inf, **settings)
+    assert not bool(free.diverged.any())
+    assert float(free.distance[1, 1]) > 0.5 * path.length > float(free.distance[0].max())
 
 
 def test_records_table_and_callback_agree():
@@ -276,7 +297,7 @@ def test_a_path_that_is_not_the_objectives_is_refused():
     good = dict(lr=0.1, batch_size=4, steps=30)
     with pytest.raises(ValueError, match="path: expected a path in the objective's 66 parameters"):
         relax(obj, Path(torch.eye(3).double()), 0.5, **good)
-    with pytest.raises(ValueError, match="path: expected pivots of torch.float64"):
+    with pytest.raises(ValueError, match=r"path: expected pivots of torch\.float64"):
         relax(obj, path.to(torch.float32), 0.5, **good)
     with pytest.raises(ValueError, match="path: expected a Path"):
         relax(obj, path.pivots, 0.5, **good)
