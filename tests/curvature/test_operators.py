@@ -99,7 +99,9 @@ def test_soft_labels_and_dense_outputs():
         nn.Linear(3, 4).double(), "cross_entropy", (randn(5, 3), randn(5, 4, seed=1).softmax(1))
     )
     dense = Objective(
-        nn.Conv1d(2, 3, 1).double(), "cross_entropy", (randn(5, 2, 6), torch.arange(30).view(5, 6) % 3)
+        nn.Conv1d(2, 3, 1).double(),
+        "cross_entropy",
+        (randn(5, 2, 6), torch.arange(30).view(5, 6) % 3),
     )
     for obj in (soft, dense):  # linear models: the two matrices agree
         matrix = HessianOperator(obj) @ identity(obj)
@@ -227,7 +229,7 @@ def test_bad_input_is_refused(operator):
         (torch.ones(16, dtype=torch.float64), r"expected a tensor of shape \[17\] or \[17, K\]"),
         (torch.ones(17, 1, 1, dtype=torch.float64), "vectors: expected a tensor of shape"),
         (np.ones(17), "vectors: expected a tensor of shape"),
-        (torch.ones(17), "vectors: expected torch.float64"),
+        (torch.ones(17), r"vectors: expected torch\.float64"),
         (torch.full((17,), float("nan"), dtype=torch.float64), "vectors: expected finite"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -304,7 +304,7 @@ def test_points_that_do_not_fit_are_refused():
     theta = obj.parameters_vector()
     with pytest.raises(ValueError, match=r"theta: expected a tensor of shape \[17\]"):
         score_matrix(obj, theta[:-1])
-    with pytest.raises(ValueError, match="theta: expected torch.float64"):
+    with pytest.raises(ValueError, match=r"theta: expected torch\.float64"):
         score_gram(obj, theta.float())
     with pytest.raises(ValueError, match="theta: expected finite"):
         fisher_trace(obj, theta * float("inf"))

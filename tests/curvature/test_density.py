@@ -1,0 +1,175 @@
+"""Stochastic Lanczos quadrature against spectra known exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import by_name
+from torch import Tensor
+
+from entropic_fast import random
+from entropic_fast.curvature import HessianOperator, density, spectral_density
+
+
+def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    q = torch.linalg.qr(random.normal((len(values), len(values)), seed))[0]
+    return q * values @ q.T
+
+
+def test_full_steps_give_the_exact_measure_of_each_probe():
+    """With P steps the nodes are the eigenvalues, the weights the squared components."""
+    values = torch.tensor([-2.0, -0.5, 0.1, 1.0, 3.0, 7.0]).double()
+    matrix = with_spectrum(values)
+    got = spectral_density(matrix, probes=3, steps=50)
+    assert got.nodes.shape == got.weights.shape == (3, 6)
+    eigenvectors = torch.linalg.eigh(matrix).eigenvectors
+    for i in range(3):
+        probe = random.normal((6,), random.derive(0, "density"), i)
+        expected = (eigenvectors.T @ (probe / probe.norm())).square()
+        assert torch.allclose(got.nodes[i], values, atol=1e-11)
+        assert torch.allclose(got.weights[i], expected, atol=1e-10)
+
+
+def test_quadrature_is_exact_for_polynomials_up_to_twice_the_steps():
+    matrix = with_spectrum(random.normal((40,), 7))
+    steps = 6
+    got = spectral_density(matrix, probes=2, steps=steps)
+    for i in range(2):
+        v = random.normal((40,), random.derive(0, "density"), i)
+        v = v / v.norm()
+        power = v
+        for degree in range(1, 2 * steps):
+            power = matrix @ power
+            moment = float((got.weights[i] * got.nodes[i] ** degree).sum())
+            assert moment == pytest.approx(float(v @ power), rel=1e-9, abs=1e-10)
+
+
+def test_weights_of_each_probe_sum_to_one_and_the_density_integrates_to_one():
+    got = spectral_density(with_spectrum(torch.linspace(-1, 2, 70).double()), probes=5, steps=20)
+    assert torch.allclose(got.weights.sum(1), torch.ones(5).double(), atol=1e-12)
+    assert bool((got.weights >= 0).all())
+    assert float(torch.trapezoid(got.density, got.grid)) == pytest.approx(1, abs=1e-3)
+    assert got.size == 70
+
+
+def test_moments_agree_with_the_traces():
+    values = torch.cat([torch.zeros(80), torch.linspace(1, 3, 20)]).double()
+    got = spectral_density(with_spectrum(values), probes=60, steps=30)
+    for power in (1, 2):
+        samples = (got.weights * got.nodes**power).sum(1)
+        error = float(samples.std()) / 60**0.5
+        assert abs(float(samples.mean()) - float((values**power).mean())) < 4 * error
+
+
+def test_wishart_matrices_follow_marchenko_and_pastur():
+    n, p = 1200, 400
+    ratio = p / n
+    x = random.normal((n, p), 1)
+    got = spectral_density(x.T @ x / n, probes=20, steps=60, sigma=0.05)
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    fine = torch.linspace(low, high, 4001).double()
+    law = ((high - fine) * (fine - low)).clamp(min=0).sqrt() / (2 * math.pi * ratio * fine)
+    kernel = torch.exp(-0.5 * ((got.grid[:, None] - fine) / 0.05) ** 2)
+    smooth = torch.trapezoid(kernel * law, fine) / (0.05 * math.sqrt(2 * math.pi))
+    gap = (got.density - smooth).abs()  # of 400 eigenvalues from the law of infinitely many
+    assert bool((gap <= 5 * got.std_error + 0.01 * float(smooth.max())).all())
+    assert float(got.std_error.max()) < 0.05 * float(smooth.max())
+
+
+def test_standard_error_is_calibrated():
+    """The exact smoothed density lies within two standard errors 95 % of the time."""
+    values = torch.linspace(-1, 1, 40).double()
+    matrix = with_spectrum(values)
+    grid = torch.tensor([-0.5, 0.0, 0.7]).double()
+    exact = torch.exp(-0.5 * ((grid[:, None] - values) / 0.1) ** 2).mean(1)
+    exact /= 0.1 * math.sqrt(2 * math.pi)
+    covered = []
+    for seed in range(60):
+        got = spectral_density(matrix, probes=12, steps=40, sigma=0.1, grid=grid, seed=seed)
+        covered.append(((got.density - exact).abs() <= 2 * got.std_error).numpy())
+    assert 0.85 < np.mean(covered) < 0.99
+
+
+def test_one_probe_has_no_standard_error():
+    assert spectral_density(torch.eye(3), probes=1).std_error.isnan().all()
+
+
+def test_the_default_grid_covers_the_ritz_values():
+    got = spectral_density(with_spectrum(random.normal((50,), 3)), steps=25, points=77)
+    assert got.grid.shape == got.density.shape == got.std_error.shape == (77,)
+    assert float(got.grid[0]) < float(got.nodes.min()) - 4 * got.sigma
+    assert float(got.grid[-1]) > float(got.nodes.max()) + 4 * got.sigma
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -3.0])
+def test_a_single_eigenvalue_is_one_peak(scale: float):
+    got = spectral_density(scale * torch.eye(5).double(), probes=2, steps=4)
+    assert torch.allclose(got.nodes, torch.tensor(scale).double(), atol=1e-12)
+    assert torch.allclose(got.weights[:, 1:], torch.tensor(0.0).double(), atol=1e-12)
+    assert float(torch.trapezoid(got.density, got.grid)) == pytest.approx(1, abs=1e-3)
+
+
+def test_one_parameter():
+    got = spectral_density(torch.tensor([[2.0]]), probes=2)
+    assert got.nodes.tolist() == [[2.0], [2.0]] and got.weights.tolist() == [[1.0], [1.0]]
+
+
+def test_probes_do_not_depend_on_the_memory(monkeypatch: pytest.MonkeyPatch):
+    matrix = with_spectrum(random.normal((30,), 3))
+    together = []
+    original = density._lanczos
+
+    def record(operator, starts, steps):
+        together.append(len(starts))
+        return original(operator, starts, steps)
+
+    monkeypatch.setattr(density, "_lanczos", record)
+    whole = spectral_density(matrix, probes=5, steps=10)
+    pieces = spectral_density(matrix, probes=5, steps=10, memory_budget=2 * 14 * 30 * 8)
+    assert together == [5, 2, 2, 1]
+    assert torch.allclose(whole.nodes, pieces.nodes, atol=1e-11)
+    assert torch.allclose(whole.weights, pieces.weights, atol=1e-11)
+
+
+def test_float32_hessians_agree_with_float64():
+    case = by_name("attention")
+    exact, rounded = (
+        spectral_density(
+            HessianOperator(case.objective(dtype=dtype)), probes=4, steps=20, sigma=0.05,
+            grid=torch.linspace(-0.5, 1, 50),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert torch.allclose(exact.density, rounded.density, atol=1e-3 * float(exact.density.max()))
+
+
+def test_smoothed_density_of_a_hessian_is_that_of_its_eigenvalues():
+    obj = by_name("tied weight").objective()
+    operator = HessianOperator(obj)
+    matrix = operator @ torch.eye(obj.num_params).double()
+    values = torch.linalg.eigvalsh(matrix)
+    got = spectral_density(matrix, probes=300, steps=40, sigma=0.1)
+    exact = torch.exp(-0.5 * ((got.grid[:, None] - values) / 0.1) ** 2).mean(1)
+    exact /= 0.1 * math.sqrt(2 * math.pi)
+    few = spectral_density(operator, probes=2, steps=40, sigma=0.1)
+    assert torch.allclose(few.nodes, got.nodes[:2], atol=1e-9)
+    assert bool(((got.density - exact).abs() <= 5 * got.std_error + 1e-9).all())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"probes": 0}, "probes"),
+        ({"steps": 0}, "steps"),
+        ({"points": 1}, "points"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"grid": torch.zeros(0)}, "grid"),
+        ({"grid": torch.zeros(2, 2)}, "grid"),
+        ({"grid": torch.tensor([float("nan")])}, "grid"),
+        ({"memory_budget": 10}, "memory_budget: expected at least"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        spectral_density(torch.eye(4), **arguments)
