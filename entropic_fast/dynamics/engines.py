@@ -75,6 +75,14 @@ def choose(
 
     Raises:
         ValueError: an unknown engine, or engine="vmap" and a model that it cannot do.
+
+    >>> x, y = torch.ones(4, 2, 3), torch.zeros(4, 2, 1)
+    >>> obj = Objective(torch.nn.Linear(3, 1), "mse", (x[0], y[0]))
+    >>> theta = obj.parameters_vector().repeat(4, 1)
+    >>> name, gradients, note = choose("auto", obj, theta, x, y)
+    >>> losses, rows = gradients(theta, x, y)
+    >>> name, note, tuple(losses.shape), tuple(rows.shape)
+    ('vmap', '', (4,), (4, 4))
     """
     checks.one_of("engine", engine, ENGINES)
     loop = loop_gradients(objective)

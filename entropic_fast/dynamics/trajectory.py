@@ -49,6 +49,15 @@ class Trajectory:
         optimizer, batch_size, project_every, seed: as given.
         engine: "vmap" or "loop", how the gradients were computed.
         notes: what a reader of the numbers should know (replicas lost, engine refused).
+
+    >>> from entropic_fast import Objective, linear_path, relax
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
+    >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, project_every=1, steps=2)
+    >>> run.position.tolist(), run.effective_time.tolist()
+    ([[0.5, 0.75, 0.875], [0.25, 0.625, 0.8125]], [0.0, 0.25, 0.5])
+    >>> run.to_table().rows()[4]["lr"]
+    0.25
     """
 
     position: Tensor
