@@ -25,8 +25,17 @@ def test_two_cycles_of_projected_sgd(benchmark, provenance, model, replicas, eng
     a = obj.parameters_vector()
     path = linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=PIVOTS)
     benchmark.extra_info.update(provenance, replicas=replicas, updates=STEPS)
-    run = benchmark(relax, obj, path, 0.5, lr=0.01, batch_size=BATCH, steps=STEPS,
-                    replicas=replicas, engine=engine)
+    run = benchmark(
+        relax,
+        obj,
+        path,
+        0.5,
+        lr=0.01,
+        batch_size=BATCH,
+        steps=STEPS,
+        replicas=replicas,
+        engine=engine,
+    )
     assert run.engine == engine
 
 
