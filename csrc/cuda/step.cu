@@ -1,4 +1,4 @@
-// Pass one: every thread block owns STEP_BLOCK elements of one replica, advances them and keeps
+// Pass one: every thread block owns BLOCK elements of one replica, advances them and keeps
 // them in registers while it reads each pivot once. Pass two: a warp per replica chooses the
 // segment, then all blocks move theta there. Sums over blocks are taken in a fixed order by a
 // kernel of their own: no atomics, so the same input gives the same bits.
@@ -10,10 +10,10 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int ITEMS = int(STEP_BLOCK) / THREADS;
+constexpr int ITEMS = 8;
+constexpr i64 BLOCK = THREADS * ITEMS;
 // Pivots whose warp sums wait in shared memory between two barriers (32 x 8 x 16 bytes = 4 kB).
 constexpr int TILE = 32;
-static_assert(ITEMS * THREADS == STEP_BLOCK, "a block is a whole number of rounds");
 
 __device__ __forceinline__ double warp_sum(double value) {
   for (int offset = 16; offset > 0; offset /= 2)
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(THREADS)
   __shared__ typename Rule::Coefficients shared_coefficients;
   const i64 r = i64(blockIdx.x) % replicas;
   const i64 block = i64(blockIdx.x) / replicas;
-  const i64 begin = block * STEP_BLOCK + threadIdx.x;
+  const i64 begin = block * BLOCK + threadIdx.x;
   // Adam's two powers are dear in double precision: one thread takes them for all.
   if (threadIdx.x == 0) shared_coefficients = rule.coefficients(r);
 
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(THREADS)
   double value = 0.0;
 #pragma unroll
   for (int k = 0; k < ITEMS; ++k) {
-    const i64 j = block * STEP_BLOCK + k * THREADS + threadIdx.x;
+    const i64 j = block * BLOCK + k * THREADS + threadIdx.x;
     if (j < size) {
       const double point = point_on_segment(p[j], p[size + j], position);
       const double moved = double(theta[r * size + j]) - point;
@@ -269,7 +269,7 @@ void launch_update(const StepShape<T>& s, const Rule& rule) {
   if (s.replicas == 0) return;
   const DeviceGuard guard(s.device);
   const auto stream = static_cast<cudaStream_t>(s.stream);
-  const i64 block_count = ceil_div(s.size, STEP_BLOCK);
+  const i64 block_count = ceil_div(s.size, BLOCK);
   if (block_count > 0) {
     update_and_products<T, Rule><<<grid_size(s.replicas * block_count), THREADS, 0, stream>>>(
         s.theta, s.pivots, s.workspace, rule, s.replicas, s.size, s.pivot_count, block_count);
@@ -286,7 +286,7 @@ void launch_update(const StepShape<T>& s, const Rule& rule) {
 
 i64 step_workspace(i64 replicas, i64 size, i64 pivot_count) {
   const i64 rows = 2 * pivot_count > 1 ? 2 * pivot_count : 1;
-  return replicas * rows * ceil_div(size, STEP_BLOCK);
+  return replicas * rows * ceil_div(size, BLOCK);
 }
 
 template <typename T>
@@ -318,7 +318,7 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
   if (s.replicas == 0) return;
   const DeviceGuard guard(s.device);
   const auto stream = static_cast<cudaStream_t>(s.stream);
-  const i64 block_count = ceil_div(s.size, STEP_BLOCK);
+  const i64 block_count = ceil_div(s.size, BLOCK);
   choose_segments<<<grid_size(s.replicas), 32, 0, stream>>>(s.products, segment_squares,
                                                             s.pivot_count, segment, t);
   check_launch("choose_segments");

@@ -6,10 +6,6 @@
 
 namespace entropic {
 
-// Elements of one replica that are summed as one unit. It fixes the order of every reduction,
-// whatever the number of threads: 2048 float32 of theta and two pivots fill 24 kB of L1.
-constexpr i64 STEP_BLOCK = 2048;
-
 // ---- stochastic gradient descent -------------------------------------------------------------
 
 struct SgdOptions {

@@ -13,7 +13,7 @@ The products of theta with pivots p_0 ... p_{M-1} are
 
 as float64 sums of differences taken in float64. Inner products with the pivots themselves and a
 Gram matrix would be fewer, but cancel: their error is that of |theta|^2. Here, with u = 1.1e-16
-and g = 300 u (at most 128 + 15 terms in sequence, then trees), the errors are at most
+and g = 600 u (at most 512 + 15 terms in sequence, then trees), the errors are at most
 
     g |theta - p_m|^2   and   g |theta - p_m| |p_{m+1} - p_m|,
 
