@@ -139,7 +139,7 @@ class Objective:
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """Views of theta [P] by parameter name, each in its parameter's shape."""
-        parts = theta.split(self._sizes)
+        parts = theta.split_with_sizes(list(self._sizes))
         return {
             name: part.view(shape)
             for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
