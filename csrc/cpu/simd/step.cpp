@@ -18,6 +18,7 @@ constexpr int WIDTH = 2;
 // to fused multiply-adds (-ffp-contract=off), so all of them return the same bits.
 constexpr int LANES = 16;
 constexpr int REGISTERS = LANES / WIDTH;
+constexpr int CACHE_LINE = 64;  // bytes
 
 template <typename T>
 struct Vector {
@@ -81,14 +82,18 @@ void adam(T* __restrict theta, const T* __restrict grad, T* __restrict exp_avg,
 }
 
 // |theta - p|^2 and <theta - p, next - p>. Differences first, in double: products of theta with
-// the pivots themselves would lose |theta|^2 / |theta - p|^2 in cancellation.
+// the pivots themselves would lose |theta|^2 / |theta - p|^2 in cancellation. Meanwhile `ahead`,
+// what is read next, is called from memory: it lies megabytes away, where the hardware does not
+// look, and the loop took 1.5 to 1.9 times as long without (float32, 20 pivots of 2.7 million).
 template <typename T>
-void pair_products(const T* theta, const T* p, const T* next, i64 n, double* square,
-                   double* along) {
+void pair_products(const T* theta, const T* p, const T* next, const T* ahead, i64 n,
+                   double* square, double* along) {
   Doubles squares[REGISTERS] = {};
   Doubles alongs[REGISTERS] = {};
   i64 j = 0;
   for (; j + LANES <= n; j += LANES) {
+    for (int byte = 0; byte < LANES * int(sizeof(T)); byte += CACHE_LINE)
+      __builtin_prefetch(reinterpret_cast<const char*>(ahead + j) + byte);
     for (int k = 0; k < REGISTERS; ++k) {
       const i64 at = j + k * WIDTH;
       const Doubles start = load(p + at);
@@ -116,7 +121,8 @@ void products(const T* theta, const T* pivots, i64 stride, i64 count, i64 n, dou
   for (i64 m = 0; m < count; ++m) {
     const T* p = pivots + m * stride;
     const T* next = m + 1 < count ? p + stride : p;
-    pair_products(theta, p, next, n, squares + m, along + m);
+    const T* ahead = m + 2 < count ? next + stride : next;
+    pair_products(theta, p, next, ahead, n, squares + m, along + m);
   }
   if (count > 0) along[count - 1] = 0.0;
 }
