@@ -3,7 +3,8 @@
 One program owns BLOCK elements of one replica, advances them and keeps them while it reads each
 pivot once; sums over blocks are taken in a fixed order by a second kernel. Hyper-parameters other
 than the learning rate are compile-time constants: as run-time arguments Triton would round them
-to float32. They rarely change within a run.
+to float32. So are the bounds of loops, which Triton 3.6 cannot interpret under NumPy 2.4 as
+run-time arguments. None of them changes often within a run.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -27,28 +28,29 @@ FUSE = {"enable_fp_fusion": True}
 
 @triton.jit
 def store_products(
-    theta, offset, mask, pivots, partial, r, block, size, pivot_count, block_count
+    theta, offset, mask, pivots, partial, r, block, size, block_count,
+    PIVOT_COUNT: tl.constexpr,
 ):  # fmt: skip
     """partial[r, :, :, block] from this program's elements of theta and of every pivot."""
-    if pivot_count > 0:
+    if PIVOT_COUNT > 0:
         here = theta.to(tl.float64)
         p = tl.load(pivots + offset, mask=mask, other=0.0).to(tl.float64)
-        for m in range(pivot_count):
-            following = tl.cast(tl.minimum(m + 1, pivot_count - 1), tl.int64)
+        for m in range(PIVOT_COUNT):
+            following = m + 1 - (m + 1) // PIVOT_COUNT  # the last pivot follows itself
             after = tl.load(pivots + following * size + offset, mask=mask, other=0.0).to(tl.float64)
             delta = tl.where(mask, here - p, 0.0)
             square = tl.sum(delta * delta, axis=0)
-            along = tl.where(m + 1 < pivot_count, tl.sum(delta * (after - p), axis=0), 0.0)
-            row = (r * 2 * pivot_count + m) * block_count + block
+            along = tl.where(following > m, tl.sum(delta * (after - p), axis=0), 0.0)
+            row = (r * 2 * PIVOT_COUNT + m) * block_count + block
             tl.store(partial + row, square)
-            tl.store(partial + row + pivot_count * block_count, along)
+            tl.store(partial + row + PIVOT_COUNT * block_count, along)
             p = after
 
 
 @triton.jit
 def sgd_kernel(
     theta, grad, buffer, lr, pivots, partial,
-    replicas, size, pivot_count, block_count,
+    replicas, size, block_count, PIVOT_COUNT: tl.constexpr,
     MOMENTUM: tl.constexpr, TAKE: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -75,13 +77,13 @@ def sgd_kernel(
             direction = velocity
     x = x - tl.load(lr + r).to(x.dtype) * direction
     tl.store(theta + at, x, mask=mask)
-    store_products(x, offset, mask, pivots, partial, r, block, size, pivot_count, block_count)
+    store_products(x, offset, mask, pivots, partial, r, block, size, block_count, PIVOT_COUNT)
 
 
 @triton.jit
 def adam_kernel(
     theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, partial,
-    replicas, size, pivot_count, block_count,
+    replicas, size, block_count, PIVOT_COUNT: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, BETA2: tl.constexpr,
     TAKE1: tl.constexpr, TAKE2: tl.constexpr, EPS: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr, BLOCK: tl.constexpr,
@@ -113,18 +115,18 @@ def adam_kernel(
     # Past the end every state is 0 and eps may be 0 too.
     x = x - tl.where(mask, step_size * (mean / tl.where(mask, denominator, 1.0)), 0.0)
     tl.store(theta + at, x, mask=mask)
-    store_products(x, offset, mask, pivots, partial, r, block, size, pivot_count, block_count)
+    store_products(x, offset, mask, pivots, partial, r, block, size, block_count, PIVOT_COUNT)
 
 
 @triton.jit
-def sum_kernel(partial, sums, count, ROOT: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[row] = sum of partial[row, :count], or its square root."""
+def sum_kernel(partial, sums, COUNT: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[row] = sum of partial[row, :COUNT], or its square root."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, count, BLOCK):
-        inside = start + lanes < count
-        total += tl.load(partial + row * count + start + lanes, mask=inside, other=0.0)
+    for start in range(0, COUNT, BLOCK):
+        inside = start + lanes < COUNT
+        total += tl.load(partial + row * COUNT + start + lanes, mask=inside, other=0.0)
     value = tl.sum(total, axis=0)
     if ROOT:
         value = tl.sqrt(value)
@@ -197,8 +199,9 @@ def _workspace(theta: Tensor, rows: int) -> tuple[Tensor, int]:
 
 def _sum_rows(partial: Tensor, sums: Tensor, root: bool) -> None:
     if sums.numel() > 0:
-        count = partial.shape[1]
-        sum_kernel[(sums.numel(),)](partial, sums, count, ROOT=root, BLOCK=SUM_BLOCK, **FUSE)
+        sum_kernel[(sums.numel(),)](
+            partial, sums, COUNT=partial.shape[1], ROOT=root, BLOCK=SUM_BLOCK, **FUSE
+        )
 
 
 def _update_and_products(kernel, theta: Tensor, pivots: Tensor, *state: Tensor, **constants):
@@ -209,8 +212,8 @@ def _update_and_products(kernel, theta: Tensor, pivots: Tensor, *state: Tensor, 
     with _device(theta):
         if replicas * block_count > 0:
             kernel[(replicas * block_count,)](
-                theta, *state, pivots, partial, replicas, size, count, block_count,
-                **constants, BLOCK=BLOCK, **FUSE,
+                theta, *state, pivots, partial, replicas, size, block_count,
+                PIVOT_COUNT=count, **constants, BLOCK=BLOCK, **FUSE,
             )  # fmt: skip
         _sum_rows(partial, products, root=False)
     return products

@@ -16,9 +16,17 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is 
 
 PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
 
-INTS = {"replicas": "i32", "size": "i32", "pivot_count": "i32", "block_count": "i32"}
-SGD = {"MOMENTUM": 0.9, "TAKE": 1.0, "WEIGHT_DECAY": 5e-4, "NESTEROV": True, "FIRST": False}
+INTS = {"replicas": "i32", "size": "i32", "block_count": "i32"}
+SGD = {
+    "PIVOT_COUNT": 9,
+    "MOMENTUM": 0.9,
+    "TAKE": 1.0,
+    "WEIGHT_DECAY": 5e-4,
+    "NESTEROV": True,
+    "FIRST": False,
+}
 ADAM = {
+    "PIVOT_COUNT": 9,
     "LOG_BETA1": -0.10536051565782628, "LOG_BETA2": -0.0010005003335835344, "BETA2": 0.999,
     "TAKE1": 0.1, "TAKE2": 0.001, "EPS": 1e-8, "WEIGHT_DECAY": 0.01, "DECOUPLED": True,
 }  # fmt: skip
@@ -26,6 +34,13 @@ ADAM = {
 # kernel -> (pointers of theta's dtype, float64 pointers, int64 pointers, integers, constants)
 KERNELS = {
     "sgd_kernel": (("theta", "grad", "buffer", "pivots"), ("lr", "partial"), (), INTS, SGD),
+    "sgd_kernel without pivots": (
+        ("theta", "grad", "buffer", "pivots"),
+        ("lr", "partial"),
+        (),
+        INTS,
+        {**SGD, "PIVOT_COUNT": 0},
+    ),
     "adam_kernel": (
         ("theta", "grad", "exp_avg", "exp_avg_sq", "pivots"),
         ("lr", "partial"),
@@ -33,7 +48,7 @@ KERNELS = {
         INTS,
         ADAM,
     ),
-    "sum_kernel": ((), ("partial", "sums"), (), {"count": "i32"}, {"ROOT": True}),
+    "sum_kernel": ((), ("partial", "sums"), (), {}, {"COUNT": 3000, "ROOT": True}),
     "choose_kernel": (
         (),
         ("products", "segment_squares", "position"),
@@ -45,7 +60,7 @@ KERNELS = {
         ("theta", "pivots"),
         ("position", "partial"),
         ("segment",),
-        {k: v for k, v in INTS.items() if k != "pivot_count"},
+        INTS,
         {},
     ),
 }
@@ -96,7 +111,7 @@ def test_triton_kernel_compiles_ahead_of_time(name: str, dtype: str, arch: int) 
         **integers,
         **dict.fromkeys(constants, "constexpr"),
     }
-    kernel = getattr(step, name)
+    kernel = getattr(step, name.split()[0])
     signature = {argument: signature[argument] for argument in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=step.FUSE)
