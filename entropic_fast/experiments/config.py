@@ -83,11 +83,11 @@ class CurvatureSection:
 class RelaxSection:
     """Projected SGD on the first path.
 
-    `lr` is the learning rate of figures 3A, 3B and 4; 0 chooses, among `lrs`, the lowest one
-    at which the median displacement exceeds its 95 % interval.
+    `lr` is the learning rate of figures 3A and 3B; 0 chooses, among `lrs`, the lowest one at
+    which the median displacement exceeds its 95 % interval. `optimizer_lr` is that of figure 4
+    (0: the same), of which Adam takes `adam_lr_factor`.
     """
 
-    model: str = ""
     lr: float = 0.02
     batch_size: int = 16
     project_every: int = 15
@@ -98,16 +98,21 @@ class RelaxSection:
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     lrs: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
     optimizers: tuple[str, ...] = ("sgd", "nesterov", "adam")
+    optimizer_lr: float = 0.0
     adam_lr_factor: float = 1.0
     records: int = 100
 
 
 @dataclass(frozen=True)
 class LMCSection:
-    """Linear mode connectivity: branch at epoch k with two data orders, for several k."""
+    """Linear mode connectivity: branch at epoch k with two data orders, for several k.
+
+    An empty `model`, and 0 for `epochs` or `batch_size`, stand for those of the minima.
+    """
 
     model: str = ""
     epochs: int = 0
+    batch_size: int = 0
     branch_epochs: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (0,)
     points: int = 11
@@ -118,10 +123,11 @@ class LMCSection:
 class ToySection:
     """Langevin particles in the ring and ridge potentials of figure 1."""
 
-    particles: int = 20000
-    temperature: float = 0.02
-    dt: float = 0.005
-    steps: int = 4000
+    particles: int = 10000
+    temperature: float = 0.25
+    ridge_temperature: float = 0.05
+    dt: float = 0.006
+    steps: int = 5000
     trace_particles: int = 4
 
 

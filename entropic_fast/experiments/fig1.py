@@ -18,8 +18,10 @@ from .run import RunFolder
 from .schedule import Report, Unit
 
 BINS = 24  # of the angle
-RING = RingPotential(stiffness=10.0, contrast=0.9)
-RIDGE = RidgePotential(stiff=100.0, broad=4.0, length=2.0)
+RING = RingPotential(stiffness=20.0, contrast=0.8)
+# d ln g / dy = -0.8; long enough that the walls are not felt at first.
+RIDGE = RidgePotential(stiff=100.0, broad=100.0 * math.exp(-6.4), length=8.0)
+RIDGE_START = 3.0
 
 
 def units(run: RunFolder) -> list[Unit]:
@@ -72,10 +74,10 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
     section = run.config.toy
     seed = derive(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
-    start[:, 1] = 0.25 * RIDGE.length
+    start[:, 1] = RIDGE_START
     every = max(1, section.steps // 100)
     result = simulate_langevin(
-        RIDGE, start, section.temperature, section.dt, section.steps, seed=seed,
+        RIDGE, start, section.ridge_temperature, section.dt, section.steps, seed=seed,
         record_every=every,
     )
     report(1.0)
@@ -91,7 +93,7 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
             "time": times,
             "mean": y.mean(1),
             "std_error": y.std(1, ddof=1) / math.sqrt(y.shape[1]),
-            "force": [RIDGE.effective_force(section.temperature)] * len(times),
+            "force": [RIDGE.effective_force(section.ridge_temperature)] * len(times),
         }
     )
     return {"mean": mean, "tracks": Table.from_rows(tracks)}
@@ -157,10 +159,10 @@ def _draw_density(ax: Axes, table: Table) -> None:
 
 def _draw_tracks(ax: Axes, table: Table) -> None:
     y = torch.linspace(-0.2, RIDGE.length + 0.2, 120, dtype=torch.float64)
-    x = torch.linspace(-0.6, 0.6, 121, dtype=torch.float64)
+    x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
     energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
-    ax.contourf(grid_y, grid_x, energy.clamp(max=2.0), levels=np.linspace(0, 2, 21),
+    ax.contourf(grid_y, grid_x, energy.clamp(max=1.0), levels=np.linspace(0, 1, 21),
                 cmap="cividis_r")
     last = float(table["time"].max())
     shown = None

@@ -50,6 +50,7 @@ def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict
             batch_size=section.batch_size,
             momentum=section.momentum,
             weight_decay=section.weight_decay,
+            eval_points=3,
             recalibration_examples=pieces.norm_examples(run),
             seed=seed,
         ),

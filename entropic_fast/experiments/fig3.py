@@ -49,4 +49,7 @@ def curves(ax: Axes, table: Table, column: str, label: Callable[[float], str], t
         ax.plot(replicas[0][time][alive], mean, color=colour, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
     ax.set_ylabel("relative distance along the path")
-    ax.legend(ncols=2 if len(values) > 4 else 1)
+    if len(values) > 5:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    else:
+        ax.legend()

@@ -34,7 +34,7 @@ def units(run: RunFolder) -> list[Unit]:
 def train_trunk(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
     """Train to the last branching epoch and keep the network and momentum at each."""
     training, _ = pieces.images(run)
-    config = pieces.recipe(run, run.config.lmc.epochs)
+    config = pieces.recipe(run, run.config.lmc.epochs, run.config.lmc.batch_size)
     last = max(run.config.lmc.branch_epochs)
     trunk = Trunk(
         lambda: pieces.network(run, run.config.lmc.model),
@@ -50,7 +50,7 @@ def measure(run: RunFolder, report: Report, seed: int, k: int) -> dict[str, Any]
     """Finish two branches and measure the line between them."""
     section = run.config.lmc
     training, test = pieces.images(run)
-    config = pieces.recipe(run, section.epochs)
+    config = pieces.recipe(run, section.epochs, section.batch_size)
     start = _unpack(
         run.tensors(f"lmc/s{seed}-trunk", f"k{k}"), pieces.network(run, section.model), k
     )

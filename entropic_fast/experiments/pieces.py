@@ -47,14 +47,14 @@ def network(run: RunFolder, name: str = "") -> nn.Module:
     return model.to(run.device)
 
 
-def recipe(run: RunFolder, epochs: int = 0) -> TrainConfig:
-    """The run's training recipe, over `epochs` if given."""
+def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
+    """The run's training recipe, with other epochs and batches if given."""
     section = run.config.train
     return TrainConfig(
         lr=section.lr,
         momentum=section.momentum,
         weight_decay=section.weight_decay,
-        batch_size=section.batch_size,
+        batch_size=batch_size or section.batch_size,
         epochs=epochs or section.epochs,
         augment=section.augment,
     )

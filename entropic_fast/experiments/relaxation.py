@@ -68,15 +68,20 @@ def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]
     """Figure 4: one optimizer at the base batch size; Adam at its own multiple of the rate."""
     section = run.config.relax
     factor = section.adam_lr_factor if name == "adam" else 1.0
-    rates = [chosen_rate(run) * factor]
+    rates = [optimizer_rate(run) * factor]
     return {
         "trajectory": _relax(run, report, "4", [_start(run)], rates, section.batch_size, name)
     }
 
 
 def chosen_rate(run: RunFolder) -> float:
-    """The learning rate of panels A and B and of figure 4."""
+    """The learning rate of panels A and B."""
     return float(run.document(SCAN, "choice")["lr"])
+
+
+def optimizer_rate(run: RunFolder) -> float:
+    """The learning rate of figure 4."""
+    return run.config.relax.optimizer_lr or chosen_rate(run)
 
 
 def choice_text(run: RunFolder) -> str:

@@ -122,8 +122,9 @@ def write_report(run: RunFolder, console: Console) -> None:
     claims = claim_tests.evaluate(run.path / "data")
     store.write_json(run.path / "claims.json", claim_tests.to_json(claims))
     notes = [
-        f"Relaxation of figures 3A, 3B and 4: {relaxation.choice_text(run)}; Adam at "
-        f"{run.config.relax.adam_lr_factor:g} times that rate.",
+        f"Relaxation of figures 3A and 3B: {relaxation.choice_text(run)}. Figure 4: learning "
+        f"rate {relaxation.optimizer_rate(run):g}, Adam at "
+        f"{run.config.relax.adam_lr_factor:g} times that.",
     ]
     report.write(run, claims, entries, minima, notes)
     report.print_claims(console, claims)
