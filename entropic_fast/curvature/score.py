@@ -240,7 +240,9 @@ def _plan_gram(
     left = room - scratch
     if left < needed:
         raise too_small(
-            budget - room + max(needed * 8 // 7 + 1, needed + scratch), budget, f"the Gram matrix of {count} examples",
+            budget - room + max(needed * 8 // 7 + 1, needed + scratch),
+            budget,
+            f"the Gram matrix of {count} examples",
             "give more memory, or fewer max_examples",
         )
     # A quarter for the chunk is enough to vectorise; every row more held saves recomputing.

@@ -368,11 +368,8 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
     starts = sorted({r.start for r in runs})
     for start in starts:
         drift = np.array([r.position[-1] - r.position[0] for r in runs if r.start == start])
-        drift = drift[np.isfinite(drift)]
-        if len(drift) < 2 or drift.std() == 0:
-            continue
-        interval = stats.ttest_1samp(drift, 0.0).confidence_interval(LEVEL)
-        if interval.low <= 0 <= interval.high:
+        low, high = _mean_interval(drift[np.isfinite(drift)])
+        if not (low > 0 or high < 0):
             continue  # did not move beyond its own interval: no direction to compare
         moving += 1
         agree += bool(np.sign(drift.mean()) == -np.sign(np.interp(start, s, slope)))
@@ -410,9 +407,7 @@ def _faster(figure: str, name: str, statement: str, fast: list[_Run], slow: list
     effect, low, high = np.nan, np.nan, np.nan
     if len(a) > 1 and len(b) > 1:
         effect = float(a.mean() - b.mean())
-        if a.std() + b.std() > 0:
-            interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(LEVEL)
-            low, high = float(interval.low), float(interval.high)
+        low, high = _welch_interval(a, b)
     return [
         Claim(
             figure,
@@ -438,8 +433,9 @@ def _lmc(instability: Table) -> list[Claim]:
         _floats(instability[f"{name}_instability"]) for name in ("loss", "eigenvalue")
     )
     first, last = k == k.min(), k == k.max()
-    fall = barrier[first] - barrier[last]
-    lead_early, lead_late = loss[first] - eigen[first], eigen[last] - loss[last]
+    late = k >= np.median(np.unique(k))
+    seeds = instability["seed"]
+    lead_late = np.array([(eigen - loss)[late & (seeds == seed)].mean() for seed in set(seeds)])
     rho = float(stats.spearmanr(k, barrier).statistic) if len(set(barrier)) > 1 else np.nan
     return [
         _paired(
@@ -447,7 +443,7 @@ def _lmc(instability: Table) -> list[Claim]:
             "the barrier falls with k",
             "the loss on the line falls as the branches share more epochs k [S]",
             f"loss barrier at k = {k.min():g} less that at k = {k.max():g}, nats",
-            fall,
+            barrier[first] - barrier[last],
             f"rank correlation of barrier and k {rho:.2f}",
         ),
         _paired(
@@ -455,27 +451,23 @@ def _lmc(instability: Table) -> list[Claim]:
             "loss leads at small k",
             "at small k the loss is less stable along the line than the curvature [S]",
             f"instability of loss less that of curvature, k = {k.min():g}",
-            lead_early,
+            loss[first] - eigen[first],
             f"loss {loss[first].mean():.3g}, curvature {eigen[first].mean():.3g}",
         ),
         _paired(
             "5D",
             "curvature leads at large k",
             "at large k the curvature is less stable along the line than the loss [S]",
-            f"instability of curvature less that of loss, k = {k.max():g}",
+            f"instability of curvature less that of loss, mean over k >= {k[late].min():g}",
             lead_late,
-            f"curvature {eigen[last].mean():.3g}, loss {loss[last].mean():.3g}",
+            f"curvature {eigen[late].mean():.3g}, loss {loss[late].mean():.3g}",
         ),
     ]
 
 
 def _paired(figure: str, name: str, statement: str, measure: str, values: Array, detail: str
             ) -> Claim:
-    low, high = np.nan, np.nan
-    if len(values) > 1:
-        spread = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)
-        error = values.std(ddof=1) / np.sqrt(len(values))
-        low, high = float(values.mean() - spread * error), float(values.mean() + spread * error)
+    low, high = _mean_interval(values)
     return Claim(
         figure,
         name,
@@ -503,13 +495,30 @@ def _normal_interval(value: float, error: float) -> tuple[float, float]:
     return float(value) - spread, float(value) + spread
 
 
+def _mean_interval(values: Array) -> tuple[float, float]:
+    """Student's interval of a mean; NaN from fewer than two values."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    spread = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * error)
+    return float(values.mean()) - spread, float(values.mean()) + spread
+
+
+def _welch_interval(a: Array, b: Array) -> tuple[float, float]:
+    """Welch's interval of the difference of two means (degrees of freedom by Satterthwaite)."""
+    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference = float(a.mean() - b.mean())
+    if va + vb == 0:
+        return difference, difference
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    spread = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(va + vb))
+    return difference - spread, difference + spread
+
+
 def _geometric_mean(values: Array) -> tuple[float, float, float]:
     logs = np.log(values)
-    mean = logs.mean()
-    if len(logs) < 2:
-        return float(np.exp(mean)), np.nan, np.nan
-    spread = stats.t.ppf((1 + LEVEL) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
-    return float(np.exp(mean)), float(np.exp(mean - spread)), float(np.exp(mean + spread))
+    low, high = _mean_interval(logs)
+    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
 def _bootstrap_rank_correlation(x: Array, y: Array) -> tuple[float, float]:

@@ -180,7 +180,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
 
 def from_dict(document: Mapping[str, Any]) -> Config:
     """A checked configuration from TOML's or JSON's values."""
-    config = _build(Config, document, "")
+    config: Config = _build(Config, document, "")
     _check(config)
     return config
 

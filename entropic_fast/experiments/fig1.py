@@ -26,7 +26,7 @@ RIDGE_START = 3.0
 
 def units(run: RunFolder) -> list[Unit]:
     """The ring without and with noise, and the ridge."""
-    weight = run.config.toy.particles * run.config.toy.steps / 2e7
+    weight = run.config.toy.particles * run.config.toy.steps / 500  # a step is far cheaper
     return [
         Unit("toy/ring-cold", ring, (0.0,), weight=weight),
         Unit("toy/ring-hot", ring, (run.config.toy.temperature,), weight=weight),
@@ -166,7 +166,7 @@ def _draw_tracks(ax: Axes, table: Table) -> None:
                 cmap="cividis_r")
     last = float(table["time"].max())
     shown = None
-    for particle in sorted(set(table["particle"].tolist()))[:1]:
+    for particle in sorted(set(table["particle"].tolist())):
         rows = table.where(particle=particle)
         ax.plot(rows["y"], rows["x"], color="#ffffff", lw=0.5, alpha=0.6)
         shown = ax.scatter(rows["y"], rows["x"], c=rows["time"], cmap="plasma", s=7, vmin=0,

@@ -20,14 +20,15 @@ QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue")
 
 def path_units(run: RunFolder) -> list[Unit]:
     """One unit for each pair of minima and AutoNEB seed."""
-    work = sum(run.config.path.steps) * run.config.path.pivots
+    section = run.config.path
+    work = sum(section.steps) * section.pivots * section.batch_size
     return [
         Unit(
             f"path/{name}",
             find_path,
             (a, b, seed),
             (f"train/{a}", f"train/{b}"),
-            weight=work / 150,
+            weight=work,
         )
         for name, a, b, seed in pieces.path_names(run)
     ]
@@ -80,10 +81,10 @@ def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict
 def curvature_units(run: RunFolder) -> list[Unit]:
     """One unit for the curvature along each path; the spectrum along the first."""
     names = [name for name, *_ in pieces.path_names(run)]
-    weight = run.config.path.pivots * run.config.curvature.probes / 5
+    weight = pieces.curvature_work(run, run.config.path.pivots * (run.config.curvature.probes + 10))
     units = [Unit(f"curvature/{n}", measure, (n,), (f"path/{n}",), weight) for n in names]
     first = names[0]
-    return [*units, Unit(f"spectrum/{first}", spectrum, (first,), (f"path/{first}",), weight / 2)]
+    return [*units, Unit(f"spectrum/{first}", spectrum, (first,), (f"path/{first}",), weight / 5)]
 
 
 def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:

@@ -21,12 +21,14 @@ def units(run: RunFolder) -> list[Unit]:
     """One trunk a seed, and one unit for every epoch k at which it branches."""
     section = run.config.lmc
     epochs = section.epochs or run.config.train.epochs
+    examples = len(pieces.images(run)[0])
     found = []
     for seed in section.seeds:
         trunk = f"lmc/s{seed}-trunk"
-        found.append(Unit(trunk, train_trunk, (seed,), weight=max(section.branch_epochs)))
+        longest = max(section.branch_epochs) * examples
+        found.append(Unit(trunk, train_trunk, (seed,), weight=longest))
         for k in section.branch_epochs:
-            weight = 2.0 * (epochs - k) + epochs / 4
+            weight = 2.0 * (epochs - k) * examples + pieces.curvature_work(run, 10 * section.points)
             found.append(Unit(f"lmc/s{seed}-k{k}", measure, (seed, k), (trunk,), weight))
     return found
 
@@ -108,10 +110,10 @@ def draw(tables: dict[str, Table]) -> Figure:
 
     shades = plots.shades(len(k_values))
     for column, ax in (("loss", loss), ("eigenvalue", eigenvalue)):
-        for colour, k in zip(shades, k_values, strict=True):
+        for shade, k in zip(shades, k_values, strict=True):
             x = lines.where(seed=seeds[0], k=k)["point"]
             y = np.mean([lines.where(seed=s, k=k)[column] for s in seeds], axis=0)
-            ax.plot(x, y, "o-", color=colour, label=f"k = {k}")
+            ax.plot(x, y, "o-", color=shade, label=f"k = {k}")
         ax.set_xlabel("position on the line")
         ax.set_yscale("log")
     loss.legend(ncols=2)

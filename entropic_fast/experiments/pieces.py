@@ -61,9 +61,10 @@ def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
 
 
 def train_units(run: RunFolder) -> list[Unit]:
-    """One unit for each minimum."""
+    """One unit for each minimum. Weights of all units count gradients of single examples."""
+    weight = run.config.train.epochs * len(images(run)[0])
     return [
-        Unit(f"train/{seed}", train_minimum, (seed,), weight=run.config.train.epochs)
+        Unit(f"train/{seed}", train_minimum, (seed,), weight=weight)
         for seed in run.config.train.seeds
     ]
 
@@ -108,6 +109,11 @@ def objective(run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool
         )
     inputs, targets = data.tensors(examples or None)
     return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
+
+
+def curvature_work(run: RunFolder, products: int) -> float:
+    """Weight of so many Hessian-vector products; one costs about three gradients."""
+    return 3.0 * products * (run.config.data.curvature_examples or len(images(run)[0]))
 
 
 def norm_examples(run: RunFolder) -> int | None:

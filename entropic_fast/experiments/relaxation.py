@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
-import numpy as np
-from scipy import stats
-
-from ..dynamics import Trajectory, relax
+from ..dynamics import Trajectory, displacement, relax
 from ..table import Table
 from . import pieces
 from .run import RunFolder
@@ -25,43 +22,44 @@ def units(run: RunFolder) -> list[Unit]:
     """
     section = run.config.relax
     path = f"path/{pieces.path_names(run)[0][0]}"
-    per = section.steps * section.batch_size / 40_000  # expected seconds a replica
-    many = section.replicas
-    found = [Unit(SCAN, scan_rates, (), (path,), per * many * len(section.lrs))]
-    after = (path, SCAN)
+
+    def work(settings: int, batch_size: int) -> float:
+        # An update costs about as much as 8 more examples, whatever its batch.
+        return float(settings * section.replicas * section.steps * (batch_size + 8))
+
     starts = len(section.starts) or run.config.path.pivots - 1
-    found.append(Unit("relax/A", relax_starts, (), after, per * many * starts))
-    for size in section.batch_sizes:
-        weight = per * many * size / section.batch_size
-        found.append(Unit(f"relax/B-{size}", relax_batch, (size,), after, weight))
-    for name in section.optimizers:
-        found.append(Unit(f"relax/{name}", relax_optimizer, (name,), after, per * many))
-    return found
+    base, after = section.batch_size, (path, SCAN)
+    return [
+        Unit(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
+        Unit("relax/A", relax_starts, (), after, work(starts, base)),
+        *(Unit(f"relax/B-{b}", relax_batch, (b,), after, work(1, b)) for b in section.batch_sizes),
+        *(Unit(f"relax/{o}", relax_optimizer, (o,), after, work(1, base))
+          for o in section.optimizers),
+    ]
 
 
 def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
     section = run.config.relax
-    table = _relax(run, report, "C", [_start(run)], section.lrs, section.batch_size, "sgd")
-    return {"trajectory": table, "choice": _choose(table, section.lr)}
+    trajectory, table = _relax(
+        run, report, "C", [_start(run)], section.lrs, section.batch_size, "sgd"
+    )
+    return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
 
 def relax_starts(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel A: several starting points."""
     section = run.config.relax
     starts = section.starts or tuple(_midpoints(run))
-    return {
-        "trajectory": _relax(
-            run, report, "A", starts, [chosen_rate(run)], section.batch_size, "sgd"
-        )
-    }
+    rates = [chosen_rate(run)]
+    _, table = _relax(run, report, "A", starts, rates, section.batch_size, "sgd")
+    return {"trajectory": table}
 
 
 def relax_batch(run: RunFolder, report: Report, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
-    return {
-        "trajectory": _relax(run, report, "B", [_start(run)], [chosen_rate(run)], size, "sgd")
-    }
+    _, table = _relax(run, report, "B", [_start(run)], [chosen_rate(run)], size, "sgd")
+    return {"trajectory": table}
 
 
 def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
@@ -69,9 +67,8 @@ def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]
     section = run.config.relax
     factor = section.adam_lr_factor if name == "adam" else 1.0
     rates = [optimizer_rate(run) * factor]
-    return {
-        "trajectory": _relax(run, report, "4", [_start(run)], rates, section.batch_size, name)
-    }
+    _, table = _relax(run, report, "4", [_start(run)], rates, section.batch_size, name)
+    return {"trajectory": table}
 
 
 def chosen_rate(run: RunFolder) -> float:
@@ -101,7 +98,7 @@ def collect(run: RunFolder, names: Sequence[str]) -> Table:
 
 
 def _relax(run: RunFolder, report: Report, panel: str, starts: Sequence[float],
-           rates: Sequence[float], batch_size: int, optimizer: str) -> Table:
+           rates: Sequence[float], batch_size: int, optimizer: str) -> tuple[Trajectory, Table]:
     section = run.config.relax
     name, first, *_ = pieces.path_names(run)[0]
     settings = [(s, lr) for s, lr in product(starts, rates) for _ in range(section.replicas)]
@@ -121,7 +118,7 @@ def _relax(run: RunFolder, report: Report, panel: str, starts: Sequence[float],
         record_every=max(1, section.steps // (section.records * every)) * every,
         on_record=lambda record: report(record.step / section.steps),
     )
-    return _long(trajectory, panel, settings)
+    return trajectory, _long(trajectory, panel, settings)
 
 
 def _long(trajectory: Trajectory, panel: str, settings: Sequence[tuple[float, float]]) -> Table:
@@ -147,38 +144,33 @@ def _long(trajectory: Trajectory, panel: str, settings: Sequence[tuple[float, fl
     return Table(columns)
 
 
-def _choose(table: Table, fixed: float) -> dict[str, Any]:
+def _choose(trajectory: Trajectory, fixed: float) -> dict[str, Any]:
     """The learning rate asked for; if 0, the lowest that moves beyond its interval."""
     if fixed:
         return {"lr": fixed, "why": f"learning rate {fixed:g} as configured"}
-    rates = sorted(set(table["lr"].tolist()))
-    last = table["step"].max()
+    rates = sorted(set(trajectory.lr.tolist()))
+    listed = ", ".join(f"{r:g}" for r in rates)
     for lr in rates:
-        rows = table.where(lr=lr)
-        moved = np.asarray(rows["position"] - rows["start"], dtype=float)[rows["step"] == last]
-        moved = moved[np.isfinite(moved)]
-        if len(moved) < 2:
+        replicas = trajectory.select((trajectory.lr == lr) & ~trajectory.diverged)
+        if not replicas.num_replicas:
             continue
-        half = stats.t.ppf(0.975, len(moved) - 1) * moved.std(ddof=1) / np.sqrt(len(moved))
-        if abs(np.median(moved)) > max(half, MINIMUM_DISPLACEMENT):
+        moved = displacement(replicas, statistic="median")
+        if moved.low * moved.high > 0 and abs(moved.value) > MINIMUM_DISPLACEMENT:
             return {
                 "lr": lr,
-                "why": f"learning rate {lr:g}: the lowest of {_list(rates)} at which the median "
-                f"displacement ({np.median(moved):+.4f}) exceeds its 95 % interval "
-                f"(± {half:.4f}) and {MINIMUM_DISPLACEMENT:g}",
+                "why": f"learning rate {lr:g}, the lowest of {listed} at which the median "
+                f"displacement ({moved.value:+.4f} of the path) is beyond "
+                f"{MINIMUM_DISPLACEMENT:g} and its {100 * moved.confidence:.0f} % interval "
+                f"({moved.low:+.4f} to {moved.high:+.4f}) leaves out 0",
             }
     return {
         "lr": rates[-1],
-        "why": f"learning rate {rates[-1]:g}: at none of {_list(rates)} did the median "
-        "displacement exceed its 95 % interval; the largest is used",
+        "why": f"learning rate {rates[-1]:g}, the largest: at none of {listed} was the median "
+        f"displacement beyond {MINIMUM_DISPLACEMENT:g} of the path and its own interval",
     }
 
 
 MINIMUM_DISPLACEMENT = 0.01  # of the path: below it nothing can be seen in a figure
-
-
-def _list(rates: Sequence[float]) -> str:
-    return ", ".join(f"{r:g}" for r in rates)
 
 
 def _start(run: RunFolder) -> float:
@@ -187,4 +179,4 @@ def _start(run: RunFolder) -> float:
 
 def _midpoints(run: RunFolder) -> list[float]:
     positions = pieces.load_path(run, pieces.path_names(run)[0][0]).positions.tolist()
-    return [(a + b) / 2 for a, b in zip(positions, positions[1:], strict=False)]
+    return [(a + b) / 2 for a, b in pairwise(positions)]

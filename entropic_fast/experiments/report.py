@@ -54,16 +54,14 @@ def write(run: RunFolder, claims: Sequence[Claim], figures: Sequence[FigureEntry
 
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:
     """The claims as a table on the terminal."""
-    table = RichTable("figure", "claim", "effect", "95 % interval", "verdict", "measure")
+    table = RichTable("figure", "claim", "effect", "95 % interval", "verdict")
     colour = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
     for claim in claims:
         interval = (
             f"{_figure(claim.low)} to {_figure(claim.high)}" if math.isfinite(claim.low) else ""
         )
         verdict = f"[{colour[claim.verdict]}]{claim.verdict}[/]"
-        table.add_row(
-            claim.figure, claim.name, _figure(claim.effect), interval, verdict, claim.measure
-        )
+        table.add_row(claim.figure, claim.name, _figure(claim.effect), interval, verdict)
     console.print(table)
     console.print(_count(claims))
 

@@ -32,7 +32,7 @@ class Unit:
         function: called with (run, report, *args); returns what is stored. Importable by name.
         args: further arguments.
         needs: names of the units that must be finished before.
-        weight: expected seconds on one core, for the time that is left.
+        weight: expected work, in any one unit, for the time that is left.
     """
 
     name: str
@@ -220,7 +220,7 @@ class _Status:
             )
 
     def _left(self) -> str:
-        share = (self.weight + sum(self.partial.values())) / self.total
+        share = min(1.0, (self.weight + sum(self.partial.values())) / self.total)
         elapsed = time.monotonic() - self.start
         seconds = elapsed * (1 - share) / share if share > 0 else float("nan")
         return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left" if share > 0 else ""
