@@ -56,8 +56,10 @@ class ImageData:
             raise fail("images", "a uint8 tensor of shape [N, C, H, W]", describe(images))
         if images.numel() == 0:
             raise fail("images", "at least one image", describe(images))
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or (
-            labels.shape != images.shape[:1]
+        if (
+            not isinstance(labels, Tensor)
+            or labels.dtype != torch.int64
+            or (labels.shape != images.shape[:1])
         ):
             raise fail("labels", f"an int64 tensor of shape [{len(images)}]", describe(labels))
         if labels.device != images.device:
@@ -65,13 +67,17 @@ class ImageData:
         bad = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if len(bad):
             first = int(bad[0])
-            raise fail("labels", f"values from 0 to {self.num_classes - 1}, one a class name",
-                       f"{int(labels[first])} at index {first}")
+            raise fail(
+                "labels",
+                f"values from 0 to {self.num_classes - 1}, one a class name",
+                f"{int(labels[first])} at index {first}",
+            )
         for argument in ("mean", "std"):
             values = getattr(self, argument)
             if len(values) != images.shape[1] or not np.isfinite(values).all():
-                raise fail(argument, f"{images.shape[1]} finite numbers, one a channel",
-                           repr(values))
+                raise fail(
+                    argument, f"{images.shape[1]} finite numbers, one a channel", repr(values)
+                )
         if min(self.std) <= 0:
             raise fail("std", "numbers above 0", repr(self.std))
 
@@ -91,8 +97,9 @@ class ImageData:
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 of everything a result can depend on: pixels, labels, scale, classes."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.mean, self.std,
-                                      self.class_names)).encode())
+        digest = hashlib.sha256(
+            repr((tuple(self.images.shape), self.mean, self.std, self.class_names)).encode()
+        )
         digest.update(self.images.cpu().contiguous().numpy().data)
         digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -103,8 +110,9 @@ class ImageData:
         std = torch.tensor(self.std, dtype=dtype, device=images.device).mul_(255.0)
         return images.to(dtype).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
-    def inputs(self, index: Tensor | slice | None = None, dtype: torch.dtype = torch.float32
-               ) -> Tensor:
+    def inputs(
+        self, index: Tensor | slice | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Normalised images, all or those at `index` [n].  # [n, C, H, W]"""
         return self.normalise(self.images if index is None else self.images[index], dtype)
 
@@ -125,8 +133,9 @@ class ImageData:
         rank[by_class] = torch.arange(len(self)) - starts[labels[by_class]]
         return shuffled[torch.argsort(rank, stable=True)].to(self.device)
 
-    def tensors(self, limit: int | None = None, dtype: torch.dtype = torch.float32
-                ) -> tuple[Tensor, Tensor]:
+    def tensors(
+        self, limit: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         """Inputs [n, C, H, W] and targets [n], in `order`: what an Objective takes.
 
         Args:
@@ -173,9 +182,14 @@ class ImageData:
         return len(self) if limit is None else limit
 
 
-def load(name: str = "digits", data_dir: str | Path | None = None, download: bool = True,
-         device: torch.device | str = "cpu", limit: int | None = None,
-         test_limit: int | None = None) -> tuple[ImageData, ImageData]:
+def load(
+    name: str = "digits",
+    data_dir: str | Path | None = None,
+    download: bool = True,
+    device: torch.device | str = "cpu",
+    limit: int | None = None,
+    test_limit: int | None = None,
+) -> tuple[ImageData, ImageData]:
     """A training and a test set.
 
     Args:
@@ -209,22 +223,31 @@ def load(name: str = "digits", data_dir: str | Path | None = None, download: boo
         )
     if name == "digits":
         if data_dir is not None:
-            raise fail("data_dir", "None for 'digits', which scikit-learn holds", repr(data_dir),
-                       "leave it out, or give the data set another name")
+            raise fail(
+                "data_dir",
+                "None for 'digits', which scikit-learn holds",
+                repr(data_dir),
+                "leave it out, or give the data set another name",
+            )
         parts = _digits()
-    elif data_dir is not None and (
-        name not in NAMES or (Path(data_dir) / "train").is_dir()
-    ):
+    elif data_dir is not None and (name not in NAMES or (Path(data_dir) / "train").is_dir()):
         parts = folders.read_tree(data_dir)
         if len(parts[2]) != _CLASSES.get(name, len(parts[2])):
-            raise fail("data_dir", f"{_CLASSES[name]} classes for {name!r}",
-                       f"{len(parts[2])} in {data_dir}", "give the data set another name")
+            raise fail(
+                "data_dir",
+                f"{_CLASSES[name]} classes for {name!r}",
+                f"{len(parts[2])} in {data_dir}",
+                "give the data set another name",
+            )
     elif name in ("cifar10", "cifar100"):
         parts = _torchvision(name, data_dir, download)
     else:
-        raise fail("data set", "one of " + ", ".join(map(repr, NAMES)), repr(name),
-                   "for images of your own, pass data_dir, a folder of train/<class>/* and "
-                   "test/<class>/*")
+        raise fail(
+            "data set",
+            "one of " + ", ".join(map(repr, NAMES)),
+            repr(name),
+            "for images of your own, pass data_dir, a folder of train/<class>/* and test/<class>/*",
+        )
     (images, labels), (test_images, test_labels), classes = parts
     mean, std = _channel_statistics(images)
     train = ImageData(images, labels, mean, std, tuple(classes), name)
@@ -251,8 +274,9 @@ def _digits() -> tuple[Arrays, Arrays, list[str]]:
     )
 
 
-def _torchvision(name: str, data_dir: str | Path | None, download: bool
-                 ) -> tuple[Arrays, Arrays, list[str]]:
+def _torchvision(
+    name: str, data_dir: str | Path | None, download: bool
+) -> tuple[Arrays, Arrays, list[str]]:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -273,8 +297,10 @@ def _torchvision(name: str, data_dir: str | Path | None, download: bool
             "pass data_dir, a folder of train/<class>/* and test/<class>/*"
         ) from error
     train, test = (
-        (torch.from_numpy(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2))),
-         torch.tensor(s.targets, dtype=torch.int64))
+        (
+            torch.from_numpy(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2))),
+            torch.tensor(s.targets, dtype=torch.int64),
+        )
         for s in sets
     )
     return train, test, list(sets[0].classes)
@@ -292,8 +318,9 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
     return tuple(means), tuple(stds)
 
 
-def augment(images: Tensor, index: Tensor, epoch: int, seed: int, pad: int = 4,
-            flip: bool = True) -> Tensor:
+def augment(
+    images: Tensor, index: Tensor, epoch: int, seed: int, pad: int = 4, flip: bool = True
+) -> Tensor:
     """Random crops of the zero-padded images and horizontal flips.
 
     What happens to an example depends on (seed, epoch, its index) only, so a run is the same

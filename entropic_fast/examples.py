@@ -55,9 +55,7 @@ class Examples:
         elif isinstance(data, IterableDataset):
             data = DataLoader(data, batch_size=self.batch_size)
         elif batch_size is not None:
-            raise checks.fail(
-                "batch_size", "None for data that come in batches", str(batch_size)
-            )
+            raise checks.fail("batch_size", "None for data that come in batches", str(batch_size))
         self._take_batches(data)
 
     def _take_tensors(self, inputs: Tensor, targets: Tensor) -> None:
@@ -111,8 +109,9 @@ class Examples:
             other._tensors = (other._convert(self._tensors[0]), self._tensors[1])
         return other
 
-    def batches(self, max_examples: int | None = None, batch_size: int | None = None
-                ) -> Iterator[Batch]:
+    def batches(
+        self, max_examples: int | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
         """Batches in order.
 
         Args:

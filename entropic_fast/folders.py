@@ -65,8 +65,11 @@ def read_tree(data_dir: str | Path) -> tuple[Arrays, Arrays, list[str]]:
     classes = list(splits["train"])
     if classes != list(splits["test"]):
         different = sorted(set(classes) ^ set(splits["test"]))
-        raise fail("data_dir", "the same classes in train and test",
-                   f"{len(different)} in one of them only, as {different[0]!r}")
+        raise fail(
+            "data_dir",
+            "the same classes in train and test",
+            f"{len(different)} in one of them only, as {different[0]!r}",
+        )
     path = cache_dir() / f"{root.name}-{_digest(root, splits)[:24]}.safetensors"
     arrays = _from_cache(path) or _decode(root, splits, path)
     return (
@@ -95,8 +98,12 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
             if image.is_file():
                 files.append(Path(image.path))
         if not files:
-            raise fail("data_dir", "at least one image in every class folder", f"none in {path}",
-                       f"images end in one of {', '.join(SUFFIXES)}")
+            raise fail(
+                "data_dir",
+                "at least one image in every class folder",
+                f"none in {path}",
+                f"images end in one of {', '.join(SUFFIXES)}",
+            )
         found[entry.name] = files
     if not found:
         raise fail("data_dir", "one folder a class", f"none in {folder}")
@@ -105,8 +112,12 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
 
 def _inside(root: Path, path: Path, link: bool) -> None:
     if link and not path.resolve().is_relative_to(root):
-        raise fail("data_dir", "links that stay inside the folder",
-                   f"{path} -> {path.resolve()}", "replace the link by a copy")
+        raise fail(
+            "data_dir",
+            "links that stay inside the folder",
+            f"{path} -> {path.resolve()}",
+            "replace the link by a copy",
+        )
 
 
 def _digest(root: Path, splits: dict[str, dict[str, list[Path]]]) -> str:
@@ -127,18 +138,24 @@ def _from_cache(path: Path) -> dict[str, Tensor] | None:
         return None  # absent or damaged: it is decoded and written again
 
 
-def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path
-            ) -> dict[str, Tensor]:
-    files = [(f, label) for classes in splits.values()
-             for label, members in enumerate(classes.values()) for f in members]
+def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) -> dict[str, Tensor]:
+    files = [
+        (f, label)
+        for classes in splits.values()
+        for label, members in enumerate(classes.values())
+        for f in members
+    ]
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         images = list(pool.map(_read_image, [f for f, _ in files]))
     size = images[0].shape[:2]
     for (file, _), image in zip(files, images, strict=True):
         if image.shape[:2] != size:
-            raise fail("data_dir", f"images of one size ({size[1]} x {size[0]}, as {files[0][0]})",
-                       f"{image.shape[1]} x {image.shape[0]} in {file}",
-                       "resize the images to one size first")
+            raise fail(
+                "data_dir",
+                f"images of one size ({size[1]} x {size[0]}, as {files[0][0]})",
+                f"{image.shape[1]} x {image.shape[0]} in {file}",
+                "resize the images to one size first",
+            )
     channels = max(image.shape[2] for image in images)
     stacked = np.empty((len(images), channels, *size), np.uint8)
     for i, image in enumerate(images):
@@ -147,8 +164,10 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path
     train = sum(map(len, splits["train"].values()))
     pixels = torch.from_numpy(stacked)
     arrays = {
-        "train_images": pixels[:train].clone(), "train_labels": labels[:train].clone(),
-        "test_images": pixels[train:].clone(), "test_labels": labels[train:].clone(),
+        "train_images": pixels[:train].clone(),
+        "train_labels": labels[:train].clone(),
+        "test_images": pixels[train:].clone(),
+        "test_labels": labels[train:].clone(),
     }
     try:
         store.save_tensors(path, arrays, {"folder": str(root), "files": len(files)})
@@ -156,7 +175,8 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path
         warnings.warn(
             f"{path}: the decoded images could not be kept ({error}) and will be decoded again "
             "next time; set ENTROPIC_FAST_CACHE to a folder that can be written",
-            RuntimeWarning, stacklevel=4,
+            RuntimeWarning,
+            stacklevel=4,
         )
     return arrays
 
@@ -170,10 +190,18 @@ def _read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:  # [H, W, 1 
                 raise ValueError(f"mode {image.mode}, more than 8 bits a pixel")
             grey = image.mode in ("L", "1", "LA")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error,
-            Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
         raise fail(
-            "data_dir", "8-bit images that can be read", f"{path} ({error})",
+            "data_dir",
+            "8-bit images that can be read",
+            f"{path} ({error})",
             "delete or replace that file",
         ) from error
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -57,8 +57,14 @@ class Trunk:
         progress: called with (what, epochs done, epochs in all).
     """
 
-    def __init__(self, model: str | Callable[[], nn.Module], data: ImageData,
-                 config: TrainConfig, seed: int = 0, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Callable[[], nn.Module],
+        data: ImageData,
+        config: TrainConfig,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
         self._model, self._data, self._config = model, data, config
         self._seed, self._progress = seed, progress
         self._state: Trained | None = None
@@ -71,8 +77,14 @@ class Trunk:
         if state is None or state.epoch > k:
             state = train(self._make(), self._data, self._config, seed=self._seed, stop_epoch=0)
         state = train(
-            state.model, self._data, self._config, seed=self._seed, start_epoch=state.epoch,
-            stop_epoch=k, optimizer_state=state.optimizer_state, initialise=False,
+            state.model,
+            self._data,
+            self._config,
+            seed=self._seed,
+            start_epoch=state.epoch,
+            stop_epoch=k,
+            optimizer_state=state.optimizer_state,
+            initialise=False,
             on_epoch=lambda r: _tell(self._progress, "trunk", r.epoch, k),
         )
         self._state = state
@@ -85,25 +97,46 @@ class Trunk:
         return made.to(self._data.device)
 
 
-def branch(start: Trained, data: ImageData, config: TrainConfig, number: int, *, seed: int = 0,
-           progress: Progress | None = None) -> nn.Module:
+def branch(
+    start: Trained,
+    data: ImageData,
+    config: TrainConfig,
+    number: int,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> nn.Module:
     """Finish training from `start` with the data order of branch `number`; `start` is kept.
 
     Branches differ in the order of the data and its augmentation, and in nothing else.
     """
     start = copy.deepcopy(start)
     return train(
-        start.model, data, config, seed=seed, initialise=False,
-        order_seed=derive(seed, "branch", whole("number", number)), start_epoch=start.epoch,
+        start.model,
+        data,
+        config,
+        seed=seed,
+        initialise=False,
+        order_seed=derive(seed, "branch", whole("number", number)),
+        start_epoch=start.epoch,
         optimizer_state=start.optimizer_state,
         on_epoch=lambda r: _tell(progress, f"branch {number}", r.epoch, config.epochs),
     ).model
 
 
-def measure_line(a: nn.Module, b: nn.Module, data: ImageData, *, eval_data: ImageData | None = None,
-                 points: int = 11, loss_examples: int | None = None,
-                 curvature_examples: int | None = None, tol: float = 1e-2, seed: int = 0,
-                 progress: Progress | None = None) -> Table:
+def measure_line(
+    a: nn.Module,
+    b: nn.Module,
+    data: ImageData,
+    *,
+    eval_data: ImageData | None = None,
+    points: int = 11,
+    loss_examples: int | None = None,
+    curvature_examples: int | None = None,
+    tol: float = 1e-2,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Table:
     """Loss, accuracy and largest Hessian eigenvalue on the straight line from `a` to `b`.
 
     Normalisation statistics are re-estimated from the training examples at every point, the
@@ -129,13 +162,13 @@ def measure_line(a: nn.Module, b: nn.Module, data: ImageData, *, eval_data: Imag
     whole("points", points, 3)
     positive("tol", tol)
     objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
-    shapes_a, shapes_b = ({n: tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad}
-                          for m in (a, b))
+    shapes_a, shapes_b = (
+        {n: tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad} for m in (a, b)
+    )
     if shapes_a != shapes_b:
         raise fail("b", "a network with the parameters of a", "other names or shapes")
     ends = [
-        torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad])
-        for m in (a, b)
+        torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad]) for m in (a, b)
     ]
     curvature_data = data.tensors(curvature_examples)
     test_data = None if eval_data is None else eval_data.tensors()
@@ -148,8 +181,9 @@ def measure_line(a: nn.Module, b: nn.Module, data: ImageData, *, eval_data: Imag
         row: dict[str, float] = {"point": t, "loss": loss, "accuracy": accuracy}
         if test_data is not None:
             row["test_loss"], row["test_accuracy"] = here.with_data(test_data).evaluate(theta)
-        pairs = top_eigenvalues(HessianOperator(here.with_data(curvature_data), theta), k=1,
-                                tol=tol, seed=seed)
+        pairs = top_eigenvalues(
+            HessianOperator(here.with_data(curvature_data), theta), k=1, tol=tol, seed=seed
+        )
         row["eigenvalue"] = float(pairs.values[0])
         row["residual"] = float(pairs.residuals[0])
         row["distance"] = float((ends[1] - ends[0]).norm())
@@ -186,7 +220,8 @@ def summarise(table: Table) -> Table:
         line = table.where(k=k)
         loss = line["loss"]
         row = {
-            "k": k, "loss_instability": instability(loss),
+            "k": k,
+            "loss_instability": instability(loss),
             "eigenvalue_instability": instability(line["eigenvalue"]),
             "barrier": float(loss.max() - (loss[0] + loss[-1]) / 2),
         }
@@ -246,10 +281,15 @@ def linear_mode_connectivity(
     """
     chosen = sorted(whole("epochs", k) for k in epochs)
     if not chosen or len(set(chosen)) < len(chosen) or chosen[-1] > config.epochs:
-        raise fail("epochs", f"different numbers from 0 to {config.epochs}, at least one",
-                   repr(tuple(epochs)))
-    for argument, count in (("loss_examples", loss_examples),
-                            ("curvature_examples", curvature_examples)):
+        raise fail(
+            "epochs",
+            f"different numbers from 0 to {config.epochs}, at least one",
+            repr(tuple(epochs)),
+        )
+    for argument, count in (
+        ("loss_examples", loss_examples),
+        ("curvature_examples", curvature_examples),
+    ):
         if count is not None and whole(argument, count, 1) > len(data):
             raise fail(argument, f"at most {len(data)}, the training examples", str(count))
     whole("points", points, 3)
@@ -263,8 +303,16 @@ def linear_mode_connectivity(
         start = trunk.at(k)
         a, b = (branch(start, data, config, i, seed=seed, progress=tell) for i in (1, 2))
         line = measure_line(
-            a, b, data, eval_data=eval_data, points=points, loss_examples=loss_examples,
-            curvature_examples=curvature_examples, tol=tol, seed=seed, progress=tell,
+            a,
+            b,
+            data,
+            eval_data=eval_data,
+            points=points,
+            loss_examples=loss_examples,
+            curvature_examples=curvature_examples,
+            tol=tol,
+            seed=seed,
+            progress=tell,
         )
         return Table({"k": [k] * points, **line})
 

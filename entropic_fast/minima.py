@@ -26,7 +26,6 @@ class MismatchError(ValueError):
     """Stored weights that belong to another model: other names, shapes or types."""
 
 
-
 @dataclass(frozen=True)
 class Minimum:
     """A trained network as stored: weights, statistics, and how they came about.
@@ -47,8 +46,10 @@ class Minimum:
         Raises:
             MismatchError: names, shapes or types that are not the model's.
         """
-        pairs = ((self.parameters, dict(model.named_parameters())),
-                 (self.buffers, dict(model.named_buffers())))
+        pairs = (
+            (self.parameters, dict(model.named_parameters())),
+            (self.buffers, dict(model.named_buffers())),
+        )
         differences = []
         for stored, own in pairs:
             differences += [f"{n} is missing" for n in own if n not in stored]
@@ -56,7 +57,8 @@ class Minimum:
             differences += [
                 f"{n} is {list(stored[n].shape)} of {stored[n].dtype}, "
                 f"not {list(own[n].shape)} of {own[n].dtype}"
-                for n in own if n in stored
+                for n in own
+                if n in stored
                 and (stored[n].shape != own[n].shape or stored[n].dtype != own[n].dtype)
             ]
         if differences:
@@ -73,16 +75,29 @@ class Minimum:
                     tensor.copy_(stored[name])
 
 
-def training_manifest(model_name: str, data: ImageData, config: TrainConfig, seed: int, *,
-                      order_seed: int | None = None, metrics: Mapping[str, float] | None = None
-                      ) -> dict[str, Any]:
+def training_manifest(
+    model_name: str,
+    data: ImageData,
+    config: TrainConfig,
+    seed: int,
+    *,
+    order_seed: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """What a minimum's manifest says of its training."""
     return {
-        "model": model_name, "seed": seed,
+        "model": model_name,
+        "seed": seed,
         "order_seed": seed if order_seed is None else order_seed,
-        "data": {"name": data.name, "examples": len(data), "sha256": data.hash,
-                 "classes": data.num_classes, "shape": list(data.images.shape[1:])},
-        "recipe": asdict(config), "metrics": dict(metrics or {}),
+        "data": {
+            "name": data.name,
+            "examples": len(data),
+            "sha256": data.hash,
+            "classes": data.num_classes,
+            "shape": list(data.images.shape[1:]),
+        },
+        "recipe": asdict(config),
+        "metrics": dict(metrics or {}),
     }
 
 
@@ -113,14 +128,23 @@ def save_minimum(path: str | Path, model: nn.Module, manifest: Mapping[str, Any]
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise fail(f"{kind} {name}", "finite values", "NaN or infinity", "train again")
             tensors[f"{kind}/{name}"] = tensor.detach().clone()
-    store.save_tensors(path, tensors, {
-        **manifest,
-        "kind": "entropic-fast minimum", "format": 1,
-        "num_params": sum(p.numel() for p in model.parameters()),
-        "versions": {"entropic_fast": __version__, "torch": str(torch.__version__),
-                     "numpy": np.__version__, "python": platform.python_version()},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    })
+    store.save_tensors(
+        path,
+        tensors,
+        {
+            **manifest,
+            "kind": "entropic-fast minimum",
+            "format": 1,
+            "num_params": sum(p.numel() for p in model.parameters()),
+            "versions": {
+                "entropic_fast": __version__,
+                "torch": str(torch.__version__),
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    )
 
 
 def read_minimum(path: str | Path) -> Minimum:

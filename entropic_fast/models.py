@@ -19,8 +19,14 @@ from .checks import fail, one_of, whole
 from .random import derive, normal
 
 NAMES = (
-    "resnet20", "resnet20-w8", "resnet8", "resnet110", "wrn16-4", "wrn10-1",
-    "digits-cnn", "digits-cnn-bn",
+    "resnet20",
+    "resnet20-w8",
+    "resnet8",
+    "resnet110",
+    "wrn16-4",
+    "wrn10-1",
+    "digits-cnn",
+    "digits-cnn-bn",
 )
 _FORMS = (
     "; any resnet<6n+2> and wrn<6n+4>-<widen> exist, and -w<width> sets the first stage's width"
@@ -78,8 +84,9 @@ class PreActivationBlock(nn.Module):
         return out
 
 
-def resnet(depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16
-           ) -> nn.Sequential:
+def resnet(
+    depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16
+) -> nn.Sequential:
     """Residual network for 32x32 images (He et al. 2016, section 4.2), projection shortcuts.
 
     Args:
@@ -101,13 +108,17 @@ def resnet(depth: int, num_classes: int = 10, in_channels: int = 3, width: int =
     _sizes(num_classes, in_channels, width)
     stem = nn.Sequential(_conv3(in_channels, width, 1), nn.BatchNorm2d(width), nn.ReLU())
     return nn.Sequential(
-        *stem, *_stages(BasicBlock, n, width, (width, 2 * width, 4 * width)),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes),
+        *stem,
+        *_stages(BasicBlock, n, width, (width, 2 * width, 4 * width)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, num_classes),
     )
 
 
-def wide_resnet(depth: int, widen: int, num_classes: int = 10, in_channels: int = 3,
-                width: int = 16) -> nn.Sequential:
+def wide_resnet(
+    depth: int, widen: int, num_classes: int = 10, in_channels: int = 3, width: int = 16
+) -> nn.Sequential:
     """Wide residual network WRN-depth-widen (Zagoruyko and Komodakis 2016), no dropout.
 
     Args:
@@ -131,14 +142,22 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, in_channels: int 
     _sizes(num_classes, in_channels, width)
     stages = (width * widen, 2 * width * widen, 4 * width * widen)
     return nn.Sequential(
-        _conv3(in_channels, width, 1), *_stages(PreActivationBlock, n, width, stages),
-        nn.BatchNorm2d(stages[-1]), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[-1], num_classes),
+        _conv3(in_channels, width, 1),
+        *_stages(PreActivationBlock, n, width, stages),
+        nn.BatchNorm2d(stages[-1]),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(stages[-1], num_classes),
     )
 
 
-def digits_cnn(norm: str = "none", num_classes: int = 10, in_channels: int = 1,
-               channels: tuple[int, int, int] = (16, 32, 32)) -> nn.Sequential:
+def digits_cnn(
+    norm: str = "none",
+    num_classes: int = 10,
+    in_channels: int = 1,
+    channels: tuple[int, int, int] = (16, 32, 32),
+) -> nn.Sequential:
     """Three 3x3 convolutions (the second halves the image), global mean, linear layer.
 
     Args:
@@ -169,8 +188,9 @@ def digits_cnn(norm: str = "none", num_classes: int = 10, in_channels: int = 1,
             layers.append(nn.BatchNorm2d(after))
         layers.append(nn.ReLU())
         before = after
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(before, num_classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes)
+    )
 
 
 def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> nn.Sequential:
@@ -261,8 +281,9 @@ def _conv3(channels_in: int, channels_out: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
 
 
-def _stages(block: type[BasicBlock] | type[PreActivationBlock], n: int, before: int,
-            stages: tuple[int, ...]) -> list[nn.Module]:
+def _stages(
+    block: type[BasicBlock] | type[PreActivationBlock], n: int, before: int, stages: tuple[int, ...]
+) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for number, after in enumerate(stages):
         for i in range(n):

@@ -191,8 +191,9 @@ class Objective:
         """N, the number of examples."""
         return self._examples.count
 
-    def batches(self, max_examples: int | None = None, batch_size: int | None = None
-                ) -> Iterator[Batch]:
+    def batches(
+        self, max_examples: int | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
         """Batches in order, on the device: (index of the first example, inputs, targets).
 
         Args:
@@ -239,9 +240,7 @@ class Objective:
         values = {**self.split(theta), **self.buffers}
         try:
             with exact_attention():
-                outputs: Tensor = functional_call(
-                    self._model, values, (inputs,), tie_weights=True
-                )
+                outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -265,9 +264,7 @@ class Objective:
         """
         theta = self.point(theta)
         with torch.no_grad():
-            return torch.cat(
-                [self.finite_losses(theta, batch) for batch in self.batches()]
-            )
+            return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
@@ -346,8 +343,9 @@ class Objective:
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other
 
-    def recalibrated(self, theta: Tensor | None = None, *, max_examples: int | None = None
-                     ) -> Objective:
+    def recalibrated(
+        self, theta: Tensor | None = None, *, max_examples: int | None = None
+    ) -> Objective:
         """This objective with running statistics re-estimated at theta [P].
 
         Statistics belong to the point where they were gathered; at a point that was not

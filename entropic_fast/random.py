@@ -60,17 +60,28 @@ def philox(counter: Tensor, seed: int, stream: int = 0) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def words(count: int, seed: int, stream: int = 0, *, start: int = 0,
-          device: torch.device | str | None = None) -> Tensor:
+def words(
+    count: int,
+    seed: int,
+    stream: int = 0,
+    *,
+    start: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Words `start` to `start + count` of a stream, each uniform in [0, 2^32).  # [count]"""
     first, last = start // 4, -(-(start + count) // 4)
     counter = torch.arange(first, last, dtype=torch.int64, device=device)
     return philox(counter, seed, stream).flatten()[start - 4 * first :][:count]
 
 
-def uniform(shape: tuple[int, ...], seed: int, stream: int = 0, *,
-            dtype: torch.dtype = torch.float64,
-            device: torch.device | str | None = None) -> Tensor:
+def uniform(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Uniform numbers in (0, 1), from 32 bits each (a multiple of 2^-32, plus 2^-33).
 
     >>> u = uniform((1000,), seed=0)
@@ -81,9 +92,14 @@ def uniform(shape: tuple[int, ...], seed: int, stream: int = 0, *,
     return ((w.to(torch.float64) + 0.5) * 2.0**-32).reshape(shape).to(dtype)
 
 
-def normal(shape: tuple[int, ...], seed: int, stream: int = 0, *,
-           dtype: torch.dtype = torch.float64,
-           device: torch.device | str | None = None) -> Tensor:
+def normal(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Standard normal numbers by the Box-Muller transform of `uniform`.
 
     >>> bool(normal((4000,), seed=1).std().sub(1).abs() < 0.05)
@@ -97,9 +113,14 @@ def normal(shape: tuple[int, ...], seed: int, stream: int = 0, *,
     return pairs.flatten()[:count].reshape(shape).to(dtype)
 
 
-def rademacher(shape: tuple[int, ...], seed: int, stream: int = 0, *,
-               dtype: torch.dtype = torch.float64,
-               device: torch.device | str | None = None) -> Tensor:
+def rademacher(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Signs, -1 or 1 with equal probability.
 
     >>> sorted(set(rademacher((100,), seed=3).tolist()))
@@ -109,8 +130,9 @@ def rademacher(shape: tuple[int, ...], seed: int, stream: int = 0, *,
     return (2 * bits - 1).reshape(shape).to(dtype)
 
 
-def permutation(n: int, seed: int, stream: int = 0, *,
-                device: torch.device | str | None = None) -> Tensor:
+def permutation(
+    n: int, seed: int, stream: int = 0, *, device: torch.device | str | None = None
+) -> Tensor:
     """A random order of 0 .. n-1 (sorts 64-bit keys: equal keys have probability n^2 2^-64).
 
     >>> sorted(permutation(5, seed=0).tolist())

@@ -74,8 +74,9 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
-                 ) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+) -> None:
     """Write tensors to `path` (safetensors) and `manifest` beside it (`.json`).
 
     The manifest records the SHA-256 of the tensor file, and is written last: a tensor file

@@ -30,9 +30,20 @@ from .random import derive
 from .table import Table
 
 __all__ = [
-    "DivergedError", "EpochRecord", "Evaluation", "Minimum", "MismatchError", "TrainConfig",
-    "Trained", "evaluate", "learning_rate", "load_minimum", "read_minimum", "save_minimum",
-    "train", "training_manifest",
+    "DivergedError",
+    "EpochRecord",
+    "Evaluation",
+    "Minimum",
+    "MismatchError",
+    "TrainConfig",
+    "Trained",
+    "evaluate",
+    "learning_rate",
+    "load_minimum",
+    "read_minimum",
+    "save_minimum",
+    "train",
+    "training_manifest",
 ]
 
 
@@ -89,8 +100,9 @@ class TrainConfig:
         if list(self.milestones) != sorted(self.milestones) or not all(
             0 < m < 1 for m in self.milestones
         ):
-            raise fail("milestones", "ascending shares of training in (0, 1)",
-                       repr(self.milestones))
+            raise fail(
+                "milestones", "ascending shares of training in (0, 1)", repr(self.milestones)
+            )
         if positive("gamma", self.gamma) > 1:
             raise fail("gamma", "a number in (0, 1]", repr(self.gamma))
         if self.nesterov and self.momentum == 0:
@@ -142,10 +154,19 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return config.lr * config.gamma**passed
 
 
-def train(model: nn.Module, data: ImageData, config: TrainConfig, *, seed: int,
-          order_seed: int | None = None, start_epoch: int = 0, stop_epoch: int | None = None,
-          optimizer_state: Mapping[str, Tensor] | None = None, initialise: bool | None = None,
-          on_epoch: Callable[[EpochRecord], None] | None = None) -> Trained:
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    seed: int,
+    order_seed: int | None = None,
+    start_epoch: int = 0,
+    stop_epoch: int | None = None,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    initialise: bool | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> Trained:
     """Train `model` in place on epochs `start_epoch` to `stop_epoch` of the recipe.
 
     A run cut at any epoch and continued with the state it returned equals the unbroken run. To
@@ -205,13 +226,20 @@ def train(model: nn.Module, data: ImageData, config: TrainConfig, *, seed: int,
     finally:
         model.eval()
     if stop > start_epoch and not all(bool(torch.isfinite(p).all()) for p in named.values()):
-        raise _diverged("weights that are NaN or infinite", stop - 1, None,
-                        learning_rate(config, stop - 1))
+        raise _diverged(
+            "weights that are NaN or infinite", stop - 1, None, learning_rate(config, stop - 1)
+        )
     return Trained(model, stop, _momentum(named, optimizer), Table.from_rows(records))
 
 
-def _epoch(model: nn.Module, data: ImageData, config: TrainConfig,
-           optimizer: torch.optim.Optimizer, epoch: int, order_seed: int) -> EpochRecord:
+def _epoch(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    order_seed: int,
+) -> EpochRecord:
     lr = learning_rate(config, epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -248,34 +276,45 @@ def _diverged(what: str, epoch: int, update: int | None, lr: float) -> DivergedE
     )
 
 
-def _optimizer(named: Mapping[str, nn.Parameter], config: TrainConfig,
-               state: Mapping[str, Tensor] | None) -> torch.optim.SGD:
+def _optimizer(
+    named: Mapping[str, nn.Parameter], config: TrainConfig, state: Mapping[str, Tensor] | None
+) -> torch.optim.SGD:
     if not named:
         raise fail("model", "at least one parameter that requires a gradient", "none")
     device = next(iter(named.values())).device.type
     optimizer = torch.optim.SGD(
-        named.values(), lr=config.lr, momentum=config.momentum,
-        weight_decay=config.weight_decay, nesterov=config.nesterov,
+        named.values(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
         fused=device in ("cpu", "cuda"),  # a third of foreach's time on a small network, CPU
     )
     if not state:
         return optimizer
     if set(state) != set(named):
         different = sorted(set(state) ^ set(named))
-        raise fail("optimizer_state", "one momentum buffer a parameter of the model",
-                   f"{len(different)} that differ, as {different[0]!r}",
-                   "pass the optimizer_state that train() returned for this model")
+        raise fail(
+            "optimizer_state",
+            "one momentum buffer a parameter of the model",
+            f"{len(different)} that differ, as {different[0]!r}",
+            "pass the optimizer_state that train() returned for this model",
+        )
     for name, parameter in named.items():
         if state[name].shape != parameter.shape:
-            raise fail(f"optimizer_state[{name!r}]", f"shape {list(parameter.shape)}",
-                       str(list(state[name].shape)))
+            raise fail(
+                f"optimizer_state[{name!r}]",
+                f"shape {list(parameter.shape)}",
+                str(list(state[name].shape)),
+            )
         # A copy: branches that share a state must not move each other's momentum.
         optimizer.state[parameter]["momentum_buffer"] = state[name].to(parameter).clone()
     return optimizer
 
 
-def _momentum(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-              ) -> dict[str, Tensor]:
+def _momentum(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in named.items()}
     return {name: b.detach().clone() for name, b in buffers.items() if b is not None}
 
@@ -283,8 +322,12 @@ def _momentum(named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimize
 def _check_device(model: nn.Module, data: ImageData) -> None:
     devices = {p.device for p in model.parameters()}
     if devices - {data.device}:
-        raise fail("model", f"parameters on the data's device, {data.device}",
-                   ", ".join(sorted(map(str, devices))), "call model.to(...) or data.to(...)")
+        raise fail(
+            "model",
+            f"parameters on the data's device, {data.device}",
+            ", ".join(sorted(map(str, devices))),
+            "call model.to(...) or data.to(...)",
+        )
 
 
 def _check_classes(model: nn.Module, data: ImageData) -> None:
@@ -294,15 +337,22 @@ def _check_classes(model: nn.Module, data: ImageData) -> None:
         with torch.no_grad():
             outputs = model(data.inputs(slice(0, 1)))
     except RuntimeError as error:
-        raise fail("model", f"a network for images of shape {list(data.images.shape[1:])}",
-                   str(error).splitlines()[0]) from error
+        raise fail(
+            "model",
+            f"a network for images of shape {list(data.images.shape[1:])}",
+            str(error).splitlines()[0],
+        ) from error
     finally:
         for module, state in training.items():
             module.training = state
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < data.num_classes:
         got = str(list(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise fail("model", f"outputs of shape [N, at least {data.num_classes}], one a class", got,
-                   f"build it with num_classes={data.num_classes}")
+        raise fail(
+            "model",
+            f"outputs of shape [N, at least {data.num_classes}], one a class",
+            got,
+            f"build it with num_classes={data.num_classes}",
+        )
 
 
 class Evaluation(NamedTuple):
@@ -342,9 +392,12 @@ def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1024) -> Evalu
             bad = (~torch.isfinite(losses)).nonzero()
             if len(bad):
                 first = int(bad[0])
-                raise fail("loss", "a finite loss for every example",
-                           f"{float(losses[first])} for example {start + first}",
-                           "the weights are not those of a trained model: train again")
+                raise fail(
+                    "loss",
+                    "a finite loss for every example",
+                    f"{float(losses[first])} for example {start + first}",
+                    "the weights are not those of a trained model: train again",
+                )
             total += losses.double().sum()
             correct += int((outputs.argmax(1) == targets).sum())
     finally:

@@ -41,12 +41,11 @@ class Case:
             targets = torch.randint(0, self.classes, (examples,))
         return model, inputs, targets
 
-    def objective(self, examples: int = 7, dtype: torch.dtype = torch.float64,
-                  batch_size: int | None = 4) -> Objective:
+    def objective(
+        self, examples: int = 7, dtype: torch.dtype = torch.float64, batch_size: int | None = 4
+    ) -> Objective:
         model, inputs, targets = self.build(examples)
-        return Objective(
-            model.to(dtype), "cross_entropy", (inputs, targets), batch_size=batch_size
-        )
+        return Objective(model.to(dtype), "cross_entropy", (inputs, targets), batch_size=batch_size)
 
 
 class Head(nn.Module):

@@ -12,8 +12,14 @@ from entropic_fast.data import ImageData, augment, batches, epoch_order, load
 def images(n=6, channels=3, size=5, classes=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
-    return ImageData(pixels, torch.arange(n) % classes, (0.5,) * channels, (0.25,) * channels,
-                     tuple("abcdefghij"[:classes]), "toy")
+    return ImageData(
+        pixels,
+        torch.arange(n) % classes,
+        (0.5,) * channels,
+        (0.25,) * channels,
+        tuple("abcdefghij"[:classes]),
+        "toy",
+    )
 
 
 # -- ImageData -------------------------------------------------------------------------------
@@ -21,8 +27,9 @@ def images(n=6, channels=3, size=5, classes=3, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inputs_are_normalised_by_channel(dtype):
-    data = ImageData(images().images, images().labels, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6),
-                     ("a", "b", "c"), "toy")
+    data = ImageData(
+        images().images, images().labels, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ("a", "b", "c"), "toy"
+    )
     mean = torch.tensor(data.mean, dtype=dtype).view(3, 1, 1)
     std = torch.tensor(data.std, dtype=dtype).view(3, 1, 1)
     expected = (data.images.to(dtype) / 255 - mean) / std
@@ -51,8 +58,9 @@ def test_every_beginning_of_the_order_is_balanced(classes):
 
 def test_an_unbalanced_set_is_balanced_until_a_class_runs_out():
     labels = torch.tensor([0] * 2 + [1] * 20)
-    data = ImageData(torch.zeros(22, 1, 2, 2, dtype=torch.uint8), labels, (0.0,), (1.0,),
-                     ("a", "b"), "toy")
+    data = ImageData(
+        torch.zeros(22, 1, 2, 2, dtype=torch.uint8), labels, (0.0,), (1.0,), ("a", "b"), "toy"
+    )
     assert data.tensors(4)[1].bincount().tolist() == [2, 2]
     assert data.tensors(10)[1].bincount().tolist() == [2, 8]
 
@@ -86,8 +94,14 @@ def test_label_noise_redraws_the_share_asked_for():
 
 
 IMAGES, LABELS = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])
-GOOD = {"images": IMAGES, "labels": LABELS, "mean": (0.0,), "std": (1.0,),
-        "class_names": ("a", "b"), "name": "x"}
+GOOD = {
+    "images": IMAGES,
+    "labels": LABELS,
+    "mean": (0.0,),
+    "std": (1.0,),
+    "class_names": ("a", "b"),
+    "name": "x",
+}
 
 
 @pytest.mark.parametrize(
@@ -229,8 +243,9 @@ def test_digits_are_split_by_class_without_overlap():
     # Together they are scikit-learn's images, each with its label, none lost and none twice.
     pixels = torch.cat([train.images, test.images]).flatten(1).numpy()
     labels = torch.cat([train.labels, test.labels]).numpy()
-    ours = sorted((label, tuple(np.rint(p / 15.9375))) for label, p in zip(labels, pixels,
-                                                                          strict=True))
+    ours = sorted(
+        (label, tuple(np.rint(p / 15.9375))) for label, p in zip(labels, pixels, strict=True)
+    )
     theirs = load_digits()
     assert ours == sorted(zip(theirs.target, map(tuple, theirs.data), strict=True))
 

@@ -46,20 +46,32 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def result():
-    return linear_mode_connectivity(small, TRAIN, CONFIG, epochs=(2, 0, 4), eval_data=TEST,
-                                    points=5, seed=7)
+    return linear_mode_connectivity(
+        small, TRAIN, CONFIG, epochs=(2, 0, 4), eval_data=TEST, points=5, seed=7
+    )
 
 
 def test_the_tables_have_their_columns(result):
     assert result.table.columns == (
-        "k", "point", "loss", "accuracy", "test_loss", "test_accuracy", "eigenvalue", "residual",
+        "k",
+        "point",
+        "loss",
+        "accuracy",
+        "test_loss",
+        "test_accuracy",
+        "eigenvalue",
+        "residual",
         "distance",
     )
     assert result.table["k"].tolist() == [0] * 5 + [2] * 5 + [4] * 5
     assert result.table.where(k=2)["point"].tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert result.instability["k"].tolist() == [0, 2, 4]
-    assert "test_loss" not in linear_mode_connectivity(
-        small, TRAIN, TrainConfig(epochs=0), epochs=[0], points=3).table.columns
+    assert (
+        "test_loss"
+        not in linear_mode_connectivity(
+            small, TRAIN, TrainConfig(epochs=0), epochs=[0], points=3
+        ).table.columns
+    )
 
 
 def test_branching_at_the_end_leaves_nothing_between(result):
@@ -75,8 +87,9 @@ def test_later_branches_end_closer_together(result):
 
 
 def test_each_k_is_the_same_alone_as_together(result):
-    alone = linear_mode_connectivity(small, TRAIN, CONFIG, epochs=(2,), eval_data=TEST, points=5,
-                                     seed=7)
+    alone = linear_mode_connectivity(
+        small, TRAIN, CONFIG, epochs=(2,), eval_data=TEST, points=5, seed=7
+    )
     for name in alone.table.columns:
         assert alone.table[name].tolist() == result.table.where(k=2)[name].tolist()
 
@@ -89,8 +102,15 @@ def test_the_whole_agrees_with_its_parts_by_hand(result):
     ends = []
     for i in (1, 2):
         model = copy.deepcopy(start.model)
-        train(model, TRAIN, CONFIG, seed=7, order_seed=derive(7, "branch", i), start_epoch=2,
-              optimizer_state=start.optimizer_state)
+        train(
+            model,
+            TRAIN,
+            CONFIG,
+            seed=7,
+            order_seed=derive(7, "branch", i),
+            start_epoch=2,
+            optimizer_state=start.optimizer_state,
+        )
         ends.append(model)
     middle = small()
     with torch.no_grad():
@@ -133,8 +153,9 @@ def test_the_branches_differ_in_order_alone():
 
 def test_the_trunk_is_trained_once_and_only_as_far_as_asked():
     epochs = []
-    trunk = Trunk(small, TRAIN, CONFIG, seed=1, progress=lambda what, done, total:
-                  epochs.append(done))
+    trunk = Trunk(
+        small, TRAIN, CONFIG, seed=1, progress=lambda what, done, total: epochs.append(done)
+    )
     at1, at3, at3_again = trunk.at(1), trunk.at(3), trunk.at(3)
     assert epochs == [1, 2, 3]
     assert same(at3.model, at3_again.model) and at3.model is not at3_again.model
@@ -171,8 +192,16 @@ def test_units_are_stored_and_resumed(result):
         return stored[name]
 
     again = linear_mode_connectivity(
-        small, TRAIN, CONFIG, epochs=(0, 2, 4), eval_data=TEST, points=5, seed=7, unit=unit,
-        progress=lambda *what: told.append(what))
+        small,
+        TRAIN,
+        CONFIG,
+        epochs=(0, 2, 4),
+        eval_data=TEST,
+        points=5,
+        seed=7,
+        unit=unit,
+        progress=lambda *what: told.append(what),
+    )
     assert made == ["k2", "k4"]
     for name in result.table.columns:
         assert again.table[name].tolist() == result.table[name].tolist()
@@ -182,8 +211,9 @@ def test_units_are_stored_and_resumed(result):
 
 def test_a_line_between_a_network_and_itself_is_flat():
     model = initialise(small("none"), 3)
-    line = measure_line(model, copy.deepcopy(model), TRAIN, points=4, loss_examples=30,
-                        curvature_examples=20)
+    line = measure_line(
+        model, copy.deepcopy(model), TRAIN, points=4, loss_examples=30, curvature_examples=20
+    )
     assert len(set(line["loss"])) == len(set(line["eigenvalue"])) == 1
     objective = Objective(model, "cross_entropy", TRAIN.tensors(30))
     assert line["loss"][0] == objective.loss()
@@ -200,8 +230,9 @@ def test_the_ends_are_met_exactly():
 
 
 def test_models_can_be_named():
-    result = linear_mode_connectivity("digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0],
-                                      points=3, curvature_examples=10)
+    result = linear_mode_connectivity(
+        "digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0], points=3, curvature_examples=10
+    )
     assert result.table.num_rows == 3
     model = initialise(build("digits-cnn"), 0)
     objective = Objective(model, "cross_entropy", TRAIN.tensors())
@@ -227,8 +258,15 @@ def test_instability_of_no_path_is_refused(values):
 
 
 def test_a_summary_takes_the_worst_point():
-    table = Table({"k": [3] * 3, "point": [0, 0.5, 1], "loss": [1.0, 4.0, 3.0],
-                   "test_accuracy": [0.9, 0.5, 0.7], "eigenvalue": [2.0, 3.0, 2.0]})
+    table = Table(
+        {
+            "k": [3] * 3,
+            "point": [0, 0.5, 1],
+            "loss": [1.0, 4.0, 3.0],
+            "test_accuracy": [0.9, 0.5, 0.7],
+            "eigenvalue": [2.0, 3.0, 2.0],
+        }
+    )
     row = summarise(table).rows()[0]
     assert row["k"] == 3 and row["barrier"] == 2
     assert row["loss_instability"] == 1 and row["eigenvalue_instability"] == 0.5

@@ -47,9 +47,11 @@ def test_every_name_builds_a_network_that_runs_and_trains(name):
 
 @pytest.mark.parametrize(
     ("model", "depth", "sizes"),
-    [(lambda: resnet(8, width=4), 7, [32, 16, 8]),
-     (lambda: wide_resnet(10, 2, width=4), 7, [32, 16, 8]),
-     (lambda: wide_resnet(16, 1, width=4), 13, [32, 16, 8])],
+    [
+        (lambda: resnet(8, width=4), 7, [32, 16, 8]),
+        (lambda: wide_resnet(10, 2, width=4), 7, [32, 16, 8]),
+        (lambda: wide_resnet(16, 1, width=4), 13, [32, 16, 8]),
+    ],
 )
 def test_a_network_has_the_depth_its_name_says(model, depth, sizes):
     model = model()
@@ -149,8 +151,13 @@ def test_initialisation_depends_on_the_seed_alone():
     torch.manual_seed(2)
     second, other = states(5, 6)
     assert all(torch.equal(first[k], second[k]) for k in first)
-    for part in ("conv.weight", "linear.weight", "lstm.weight_ih_l0", "attention.in_proj_weight",
-                 "embedding.weight"):
+    for part in (
+        "conv.weight",
+        "linear.weight",
+        "lstm.weight_ih_l0",
+        "attention.in_proj_weight",
+        "embedding.weight",
+    ):
         assert not torch.equal(first[part], other[part])
 
 

@@ -150,8 +150,9 @@ def test_cross_entropy_takes_probabilities_and_dense_labels():
     soft = Objective(model, "cross_entropy", (x, nn.functional.one_hot(y, 3).double()))
     assert soft.loss() == pytest.approx(hard.loss(), rel=1e-13)
     dense = Objective(
-        nn.Conv1d(4, 3, 1).double(), "cross_entropy", (x[:, :, None].repeat(1, 1, 2),
-                                                       y[:, None].repeat(1, 2))
+        nn.Conv1d(4, 3, 1).double(),
+        "cross_entropy",
+        (x[:, :, None].repeat(1, 1, 2), y[:, None].repeat(1, 2)),
     )
     assert dense.example_losses().shape == (9,)
 
@@ -162,8 +163,9 @@ def test_float32_and_float64_agree():
     assert double.dtype == torch.float64 and obj.dtype == torch.float32
     assert double.loss() == pytest.approx(obj.loss(), rel=1e-6)
     assert relative_error(obj.gradient(), double.gradient()) < 1e-5
-    soft = Objective(nn.Linear(4, 3), "cross_entropy",
-                     (torch.randn(5, 4), torch.rand(5, 3).softmax(1)))
+    soft = Objective(
+        nn.Linear(4, 3), "cross_entropy", (torch.randn(5, 4), torch.rand(5, 3).softmax(1))
+    )
     assert soft.double().loss() == pytest.approx(soft.loss(), rel=1e-6)
 
 

@@ -20,8 +20,12 @@ FULL = 2**64 - 1
 KNOWN = [
     (0, 0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     (FULL, FULL, FULL, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    (0x85A308D3_243F6A88, 0x299F31D0_A4093822, 0x03707344_13198A2E,
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        0x85A308D3_243F6A88,
+        0x299F31D0_A4093822,
+        0x03707344_13198A2E,
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 
 
@@ -37,8 +41,12 @@ def test_philox_agrees_with_plain_integers_at_random_keys():
     def reference(c, k):
         for _ in range(10):
             p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-            c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF,
-                 (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
+            c = [
+                (p1 >> 32) ^ c[1] ^ k[0],
+                p1 & 0xFFFFFFFF,
+                (p0 >> 32) ^ c[3] ^ k[1],
+                p0 & 0xFFFFFFFF,
+            ]
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
         return c
 
@@ -121,8 +129,15 @@ def test_numbers_do_not_depend_on_threads_or_the_global_generator():
 def test_derive_is_fixed_and_separates_names():
     expected = int.from_bytes(hashlib.sha256(b"5\x1fa\x1fb").digest()[:8], "little") >> 1
     assert derive(5, "a", "b") == expected
-    seeds = {derive(0), derive(0, "a"), derive(0, "a", 1), derive(0, "a", 11), derive(0, "ab"),
-             derive(1, "a"), derive(0, "a", "b")}
+    seeds = {
+        derive(0),
+        derive(0, "a"),
+        derive(0, "a", 1),
+        derive(0, "a", 11),
+        derive(0, "ab"),
+        derive(1, "a"),
+        derive(0, "a", "b"),
+    }
     assert len(seeds) == 7 and all(0 <= s < 2**63 for s in seeds)
 
 

@@ -17,8 +17,10 @@ def test_what_is_written_is_read(tmp_path):
 def test_tensors_keep_values_types_and_shapes(tmp_path):
     path = tmp_path / "w.safetensors"
     tensors = {
-        "a": torch.randn(3, 4, dtype=torch.float64).T, "empty": torch.zeros(0, 2),
-        "count": torch.tensor(7), "pixels": torch.arange(6, dtype=torch.uint8),
+        "a": torch.randn(3, 4, dtype=torch.float64).T,
+        "empty": torch.zeros(0, 2),
+        "count": torch.tensor(7),
+        "pixels": torch.arange(6, dtype=torch.uint8),
     }
     store.save_tensors(path, tensors, {"seed": 3})
     read, manifest = store.load_tensors(path)
@@ -113,8 +115,9 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 def test_the_manifest_comes_last(tmp_path, monkeypatch):
     order = []
     write = store.write_bytes
-    monkeypatch.setattr(store, "write_bytes",
-                        lambda path, data: (order.append(path.suffix), write(path, data)))
+    monkeypatch.setattr(
+        store, "write_bytes", lambda path, data: (order.append(path.suffix), write(path, data))
+    )
     store.save_tensors(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {})
     assert order == [".safetensors", ".json"]
 

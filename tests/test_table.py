@@ -48,8 +48,9 @@ def test_a_csv_file_restores_every_number_exactly(tmp_path_factory, rows):
 
 def test_csv_keeps_nan_infinity_text_and_truth(tmp_path):
     path = tmp_path / "t.csv"
-    Table({"x": [math.nan, math.inf], "s": ['a,"b"', "line\nbreak"], "t": [True, False]}
-          ).to_csv(path)
+    Table({"x": [math.nan, math.inf], "s": ['a,"b"', "line\nbreak"], "t": [True, False]}).to_csv(
+        path
+    )
     again = Table.from_csv(path)
     assert math.isnan(again["x"][0]) and again["x"][1] == math.inf
     assert again["s"].tolist() == ['a,"b"', "line\nbreak"]

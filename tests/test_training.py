@@ -60,12 +60,20 @@ def test_a_share_that_is_not_exact_in_binary_falls_on_its_epoch():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr": 0}, "lr"), ({"lr": float("nan")}, "lr"), ({"momentum": 1.0}, r"momentum.*\[0, 1\)"),
-        ({"momentum": -0.1}, "momentum"), ({"weight_decay": -1}, "weight_decay"),
-        ({"batch_size": 0}, "batch_size"), ({"batch_size": 1.5}, "batch_size"),
-        ({"epochs": -1}, "epochs"), ({"milestones": (0.5, 0.3)}, "milestones: expected ascending"),
-        ({"milestones": (0.0,)}, "milestones"), ({"gamma": 0}, "gamma"), ({"gamma": 2}, "gamma"),
-        ({"nesterov": True, "momentum": 0}, "nesterov"), ({"pad": -1}, "pad"),
+        ({"lr": 0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"momentum": 1.0}, r"momentum.*\[0, 1\)"),
+        ({"momentum": -0.1}, "momentum"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 1.5}, "batch_size"),
+        ({"epochs": -1}, "epochs"),
+        ({"milestones": (0.5, 0.3)}, "milestones: expected ascending"),
+        ({"milestones": (0.0,)}, "milestones"),
+        ({"gamma": 0}, "gamma"),
+        ({"gamma": 2}, "gamma"),
+        ({"nesterov": True, "momentum": 0}, "nesterov"),
+        ({"pad": -1}, "pad"),
         ({"label_noise": 1.1}, "label_noise"),
     ],
 )
@@ -103,8 +111,9 @@ def plain_sgd(model, data, config, seed):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("augmented", [False, True])
 def test_training_is_the_written_out_update(nesterov, augmented):
-    config = TrainConfig(epochs=3, batch_size=64, milestones=(0.5,), nesterov=nesterov,
-                         augment=augmented, pad=1)
+    config = TrainConfig(
+        epochs=3, batch_size=64, milestones=(0.5,), nesterov=nesterov, augment=augmented, pad=1
+    )
     ours, theirs = build("digits-cnn-bn"), build("digits-cnn-bn")
     train(ours, SMALL, config, seed=4)
     plain_sgd(theirs, SMALL, config, seed=4)
@@ -115,8 +124,13 @@ def test_training_is_the_written_out_update(nesterov, augmented):
 def test_digits_are_learnt():
     model = build("digits-cnn-bn")
     seen = []
-    trained = train(model, DIGITS[0], TrainConfig(epochs=10, batch_size=64, augment=False), seed=0,
-                    on_epoch=seen.append)
+    trained = train(
+        model,
+        DIGITS[0],
+        TrainConfig(epochs=10, batch_size=64, augment=False),
+        seed=0,
+        on_epoch=seen.append,
+    )
     loss, accuracy = evaluate(model, DIGITS[1])
     assert accuracy > 0.9 and loss < 0.4
     history = trained.history
@@ -135,8 +149,15 @@ def test_a_cut_run_equals_the_unbroken_one(cut):
     first = train(parts, SMALL, config, seed=3, stop_epoch=cut)
     model = build("digits-cnn-bn")
     model.load_state_dict(parts.state_dict())
-    second = train(model, SMALL, config, seed=3, start_epoch=cut, initialise=False,
-                   optimizer_state=first.optimizer_state)
+    second = train(
+        model,
+        SMALL,
+        config,
+        seed=3,
+        start_epoch=cut,
+        initialise=False,
+        optimizer_state=first.optimizer_state,
+    )
     assert same(whole, model)
     assert end.optimizer_state.keys() == second.optimizer_state.keys()
     assert all(torch.equal(v, second.optimizer_state[k]) for k, v in end.optimizer_state.items())
@@ -149,8 +170,15 @@ def test_branches_share_their_start_and_leave_it_alone():
     models = []
     for order_seed in (1, 2, 1):
         model = copy.deepcopy(start.model)
-        train(model, SMALL, config, seed=3, order_seed=order_seed, start_epoch=1,
-              optimizer_state=start.optimizer_state)
+        train(
+            model,
+            SMALL,
+            config,
+            seed=3,
+            order_seed=order_seed,
+            start_epoch=1,
+            optimizer_state=start.optimizer_state,
+        )
         models.append(model)
     assert same(models[0], models[2]) and not same(models[0], models[1])
     assert all(torch.equal(state[k], start.optimizer_state[k]) for k in state)
@@ -182,8 +210,12 @@ def test_a_gpu_starts_from_the_same_weights_and_learns():
         pytest.skip("needs a CUDA device")
     data, test = (d.to("cuda") for d in DIGITS)
     model = initialise(build("digits-cnn-bn").cuda(), 4)
-    assert all(torch.equal(p.cpu(), q) for p, q in zip(
-        model.parameters(), initialise(build("digits-cnn-bn"), 4).parameters(), strict=True))
+    assert all(
+        torch.equal(p.cpu(), q)
+        for p, q in zip(
+            model.parameters(), initialise(build("digits-cnn-bn"), 4).parameters(), strict=True
+        )
+    )
     train(model, data, TrainConfig(epochs=10, batch_size=64, augment=False), seed=0)
     assert evaluate(model, test).accuracy > 0.9
 
@@ -236,8 +268,13 @@ def test_a_state_of_other_shapes_is_refused():
     start = train(build("digits-cnn"), SMALL, TrainConfig(epochs=1), seed=0)
     start.optimizer_state["0.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"optimizer_state\['0.bias'\]: expected shape \[16\]"):
-        train(build("digits-cnn"), SMALL, TrainConfig(epochs=1), seed=0,
-              optimizer_state=start.optimizer_state)
+        train(
+            build("digits-cnn"),
+            SMALL,
+            TrainConfig(epochs=1),
+            seed=0,
+            optimizer_state=start.optimizer_state,
+        )
 
 
 @pytest.mark.parametrize(
@@ -290,8 +327,9 @@ def test_an_infinite_loss_names_its_example():
 
     pixels = torch.zeros(9, 1, 2, 2, dtype=torch.uint8)
     pixels[6] = 255
-    data = ImageData(pixels, torch.zeros(9, dtype=torch.int64), (0.0,), (0.001,),
-                     tuple("0123456789"), "x")
+    data = ImageData(
+        pixels, torch.zeros(9, dtype=torch.int64), (0.0,), (0.001,), tuple("0123456789"), "x"
+    )
     with pytest.raises(ValueError, match="nan for example 6"):
         evaluate(Faulty(), data, batch_size=4)
 

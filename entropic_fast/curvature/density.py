@@ -74,15 +74,20 @@ def spectral_density(
     budget = resolve_budget(memory_budget, device)
     each = (steps + 4) * size * torch.finfo(dtype).bits // 8
     if budget < each:
-        raise too_small(each, budget, f"{steps} Lanczos vectors of length {size}",
-                        "give more memory, or fewer steps")
+        raise too_small(
+            each,
+            budget,
+            f"{steps} Lanczos vectors of length {size}",
+            "give more memory, or fewer steps",
+        )
     together = min(probes, budget // each)
     rules: list[tuple[Tensor, Tensor]] = []
     for first in range(0, probes, together):
         starts = torch.stack(
             [
-                random.normal((size,), random.derive(seed, "density"), i,
-                              dtype=dtype, device=device)
+                random.normal(
+                    (size,), random.derive(seed, "density"), i, dtype=dtype, device=device
+                )
                 for i in range(first, min(first + together, probes))
             ]
         )

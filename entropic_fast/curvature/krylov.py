@@ -103,8 +103,9 @@ def _capacity(k: int, size: int, dtype: torch.dtype, device: torch.device) -> in
     return int(min(size, k + EXTRA_COLUMNS, fits))
 
 
-def _verified(basis: _Basis, coordinates: Tensor, which: str, tol: float, floor: float
-              ) -> Eigenpairs:
+def _verified(
+    basis: _Basis, coordinates: Tensor, which: str, tol: float, floor: float
+) -> Eigenpairs:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
     vectors, _ = torch.linalg.qr(basis.columns[:, : basis.size] @ coordinates.to(basis.columns))
     products = multiply(basis.operator, vectors)
@@ -233,8 +234,11 @@ class _Basis:
 
     def _random(self) -> Tensor:
         vector = random.normal(
-            (self.order,), random.derive(self.seed, "lanczos"), self.draws,
-            dtype=self.dtype, device=self.device,
+            (self.order,),
+            random.derive(self.seed, "lanczos"),
+            self.draws,
+            dtype=self.dtype,
+            device=self.device,
         )
         self.draws += 1
         return _unit(vector)

@@ -85,7 +85,11 @@ class CurvatureOperator:
             return (self @ values).cpu().numpy()
 
         return LinearOperator(
-            self.shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product,
+            self.shape,
+            matvec=product,
+            rmatvec=product,
+            matmat=product,
+            rmatmat=product,
             dtype=dtype,
         )
 

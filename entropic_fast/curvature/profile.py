@@ -74,7 +74,12 @@ def curvature_profile(
     for index, s in enumerate(positions):
         row: Row = {"s": s}
         row |= profile_point(
-            obj, path.point(s), quantities, seed=seed, recalibrate=recalibrate, probes=probes,
+            obj,
+            path.point(s),
+            quantities,
+            seed=seed,
+            recalibrate=recalibrate,
+            probes=probes,
             tol=tol,
         )
         rows.append(row)

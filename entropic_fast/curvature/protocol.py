@@ -40,7 +40,9 @@ def multiply(operator: Any, vectors: Tensor) -> Tensor:
         )
     if not bool(torch.isfinite(product).all()):
         raise checks.fail(
-            "operator", "finite products", "NaN or infinity",
+            "operator",
+            "finite products",
+            "NaN or infinity",
             "check the point, or scale the operator",
         )
     return product

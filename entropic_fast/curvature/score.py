@@ -137,7 +137,9 @@ def score_spectrum(
     solver = 2 * 8 * size * size
     if budget <= solver:
         raise too_small(
-            solver, budget, f"the eigenvalues of a matrix of order {size}",
+            solver,
+            budget,
+            f"the eigenvalues of a matrix of order {size}",
             "give more memory, or fewer max_examples",
         )
     if count <= obj.num_params:
@@ -259,16 +261,15 @@ def _second_moment(obj: Objective, theta: Tensor | None, count: int, room: int) 
     # Each product has the result's size before it is added.
     if room < 2 * size + per_example:
         raise too_small(
-            4 * size + per_example, room + 2 * size,
+            4 * size + per_example,
+            room + 2 * size,
             f"the spectrum of {count} examples and {obj.num_params} parameters",
             "give more memory, or fewer max_examples",
         )
     gradients.chunk = gradients.chunk_within(
         max(gradients.example_bytes, room - 2 * size - 8 * obj.num_params * 32)
     )
-    moment = torch.zeros(
-        obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device
-    )
+    moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
     for _, chunk in gradients.chunks(count):
         moment.addmm_(chunk.double().T, chunk.double())
     return moment

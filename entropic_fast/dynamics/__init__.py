@@ -15,8 +15,19 @@ from .relaxation import (
 from .trajectory import DivergenceError, Record, Trajectory
 
 __all__ = [
-    "relax", "Trajectory", "Record", "DivergenceError",
-    "displacement", "drift", "relaxation_time", "RelaxationTime",
-    "Interval", "mean_interval", "median_interval",
-    "simulate_langevin", "LangevinResult", "RingPotential", "RidgePotential",
+    "relax",
+    "Trajectory",
+    "Record",
+    "DivergenceError",
+    "displacement",
+    "drift",
+    "relaxation_time",
+    "RelaxationTime",
+    "Interval",
+    "mean_interval",
+    "median_interval",
+    "simulate_langevin",
+    "LangevinResult",
+    "RingPotential",
+    "RidgePotential",
 ]

@@ -93,8 +93,9 @@ def choose(
     if not reason:
         return "vmap", batched, ""
     if engine == "vmap":
-        raise checks.fail("engine", "a model that torch.func.vmap can do", reason,
-                          'pass engine="loop"')
+        raise checks.fail(
+            "engine", "a model that torch.func.vmap can do", reason, 'pass engine="loop"'
+        )
     return "loop", loop, f"vmap was not used: {reason}"
 
 

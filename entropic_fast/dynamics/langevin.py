@@ -87,8 +87,9 @@ def simulate_langevin(
     checks.finite("start", start)
     dim = getattr(potential, "dim", start.shape[1])
     if dim != start.shape[1]:
-        raise checks.fail("start", f"positions [N, {dim}] for this potential",
-                          checks.describe(start))
+        raise checks.fail(
+            "start", f"positions [N, {dim}] for this potential", checks.describe(start)
+        )
     checks.at_least("temperature", temperature, 0.0)
     checks.positive("dt", dt)
     checks.whole("steps", steps, 1)
@@ -108,15 +109,20 @@ def simulate_langevin(
             bad = ~torch.isfinite(x).all(1)
             if bool(bad.any()):
                 raise checks.fail(
-                    "dt", "a step at which every particle stays finite",
+                    "dt",
+                    "a step at which every particle stays finite",
                     f"{dt}, with particle {int(bad.nonzero()[0])} not finite by step {step}",
                     "lower dt, or start away from singular points",
                 )
             times.append(step * dt)
             records.append(x.clone())
     return LangevinResult(
-        torch.tensor(times, dtype=torch.float64), torch.stack(records), float(temperature),
-        float(dt), scheme, seed,
+        torch.tensor(times, dtype=torch.float64),
+        torch.stack(records),
+        float(temperature),
+        float(dt),
+        scheme,
+        seed,
     )
 
 
@@ -141,8 +147,7 @@ class _Noise:
         return normal(tuple(like.shape), self.seed, step, dtype=like.dtype, device=like.device)
 
 
-def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor
-              ) -> Callable[[Tensor], Tensor]:
+def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Callable[[Tensor], Tensor]:
     """-grad V: the potential's own closed form, or autograd; checked at the start."""
     own = getattr(potential, "force", None)
 
@@ -150,14 +155,16 @@ def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor
         leaf = x.detach().requires_grad_()
         energy = potential(leaf)
         if energy.shape != leaf.shape[:1]:
-            raise checks.fail("potential", f"energies of shape [{len(leaf)}]",
-                              checks.describe(energy))
+            raise checks.fail(
+                "potential", f"energies of shape [{len(leaf)}]", checks.describe(energy)
+            )
         return -torch.autograd.grad(energy.sum(), leaf)[0]
 
     force: Callable[[Tensor], Tensor] = own if callable(own) else by_autograd
     first = force(start)
     if first.shape != start.shape:
-        raise checks.fail("potential.force", f"forces of shape {list(start.shape)}",
-                          checks.describe(first))
+        raise checks.fail(
+            "potential.force", f"forces of shape {list(start.shape)}", checks.describe(first)
+        )
     checks.finite("force at the start", first.detach())
     return force

@@ -34,8 +34,13 @@ class Optimizer:
     """
 
     def __init__(
-        self, name: str, lr: Tensor, momentum: float | None = None, weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        self,
+        name: str,
+        lr: Tensor,
+        momentum: float | None = None,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ) -> None:
         self.name = checks.one_of("optimizer", name, OPTIMIZERS)
         self.lr = lr
@@ -47,11 +52,13 @@ class Optimizer:
         if momentum is None:
             momentum = 0.9 if name == "nesterov" else 0.0
         elif name == "adam":
-            raise checks.fail("momentum", 'None with optimizer="adam"', repr(momentum),
-                              "set betas instead")
+            raise checks.fail(
+                "momentum", 'None with optimizer="adam"', repr(momentum), "set betas instead"
+            )
         if not 0 <= momentum < 1 or (name == "nesterov" and momentum == 0):
-            raise checks.fail("momentum", "a number in [0, 1), above 0 for Nesterov",
-                              repr(momentum))
+            raise checks.fail(
+                "momentum", "a number in [0, 1), above 0 for Nesterov", repr(momentum)
+            )
         self.momentum = float(momentum)
         # The momentum buffer; for Adam both moments and the count of updates. Made at the first.
         self._state: list[Tensor] = []
@@ -73,15 +80,29 @@ class Optimizer:
                 self._state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
             mean, square, count = self._state
             return adam_step(
-                theta, gradient, mean, square, count, lr=self.lr, pivots=pivots,
-                betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
+                theta,
+                gradient,
+                mean,
+                square,
+                count,
+                lr=self.lr,
+                pivots=pivots,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
             )
         if first and self.momentum:
             self._state = [torch.zeros_like(theta)]
         return sgd_step(
-            theta, gradient, self._state[0] if self._state else None, lr=self.lr, pivots=pivots,
-            momentum=self.momentum, weight_decay=self.weight_decay,
-            nesterov=self.name == "nesterov", first=first,
+            theta,
+            gradient,
+            self._state[0] if self._state else None,
+            lr=self.lr,
+            pivots=pivots,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.name == "nesterov",
+            first=first,
         )
 
     def keep(self, rows: Tensor) -> None:

@@ -78,7 +78,8 @@ class RingPotential:
     def on_ring(self, angle: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         """Points of given angles [N], on the ring unless a radius is given.  # [N, 2]"""
         return torch.stack((torch.cos(angle), torch.sin(angle)), 1) * torch.as_tensor(
-            radius, dtype=angle.dtype).reshape(-1, 1)
+            radius, dtype=angle.dtype
+        ).reshape(-1, 1)
 
     def effective_potential(self, temperature: float, angle: Tensor) -> Tensor:
         """V_eff = (T/2) ln g(theta): one fast direction, the radius."""
@@ -136,8 +137,14 @@ class RidgePotential:
     [12.5, 0.0]
     """
 
-    def __init__(self, stiff: float = 100.0, broad: float = 10.0, length: float = 1.0,
-                 fast: int = 1, wall: float = 100.0) -> None:
+    def __init__(
+        self,
+        stiff: float = 100.0,
+        broad: float = 10.0,
+        length: float = 1.0,
+        fast: int = 1,
+        wall: float = 100.0,
+    ) -> None:
         self.stiff = float(checks.positive("stiff", stiff))
         self.broad = float(checks.positive("broad", broad))
         self.length = float(checks.positive("length", length))

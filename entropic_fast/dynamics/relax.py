@@ -108,8 +108,9 @@ def relax(
         raise checks.fail("max_distance", "a number above 0, or math.inf", repr(max_distance))
     rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
-    run = _Run(obj, path, starts, rule, Minibatches(obj, batch_size, seed, names), engine,
-               max_distance)
+    run = _Run(
+        obj, path, starts, rule, Minibatches(obj, batch_size, seed, names), engine, max_distance
+    )
 
     records: list[tuple[Record, Tensor]] = []
     for step in range(1, steps + 1):
@@ -130,32 +131,49 @@ def relax(
             records.append(run.record(step, loss_every, on_record))
 
     lost = [r for r in range(len(names)) if run.diverged_at[r] >= 0]
-    notes = [f"replica {r} (id {names[r]}, lr {float(lrs[r])}) diverged at update "
-             f"{int(run.diverged_at[r])} and is NaN from there on" for r in lost]
+    notes = [
+        f"replica {r} (id {names[r]}, lr {float(lrs[r])}) diverged at update "
+        f"{int(run.diverged_at[r])} and is NaN from there on"
+        for r in lost
+    ]
     return Trajectory(
         position=torch.stack([r.position for r, _ in records], 1),
         distance=torch.stack([r.distance for r, _ in records], 1),
         loss=torch.stack([r.loss for r, _ in records], 1),
         full_loss=torch.stack([full for _, full in records], 1),
         steps=torch.tensor([r.step for r, _ in records]),
-        lr=lrs, ids=torch.tensor(names), diverged_at=run.diverged_at,
-        optimizer=optimizer, batch_size=batch_size, project_every=project_every, seed=seed,
-        engine=run.engine, notes=tuple(filter(None, [run.note, *notes])),
+        lr=lrs,
+        ids=torch.tensor(names),
+        diverged_at=run.diverged_at,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        project_every=project_every,
+        seed=seed,
+        engine=run.engine,
+        notes=tuple(filter(None, [run.note, *notes])),
     )
 
 
 class _Run:
     """The state of the replicas that have not diverged; `alive` says which they are."""
 
-    def __init__(self, obj: Objective, path: Path, starts: Tensor, rule: Optimizer,
-                 minibatches: Minibatches, engine: str, max_distance: float) -> None:
+    def __init__(
+        self,
+        obj: Objective,
+        path: Path,
+        starts: Tensor,
+        rule: Optimizer,
+        minibatches: Minibatches,
+        engine: str,
+        max_distance: float,
+    ) -> None:
         self.obj, self.path, self.rule, self.minibatches = obj, path, rule, minibatches
         self.max_distance = max_distance * path.length
-        self.squares = segment_squares(path.pivots)              # [M - 1]
-        self.theta = path.point(starts).contiguous()             # [R, P]
-        self.position = starts.to(path.positions)                # [R]
-        self.distance = torch.zeros_like(self.position)          # [R]
-        self.losses = torch.zeros_like(self.position)            # [R], summed since a record
+        self.squares = segment_squares(path.pivots)  # [M - 1]
+        self.theta = path.point(starts).contiguous()  # [R, P]
+        self.position = starts.to(path.positions)  # [R]
+        self.distance = torch.zeros_like(self.position)  # [R]
+        self.losses = torch.zeros_like(self.position)  # [R], summed since a record
         self.summed = 0
         self.bad = torch.zeros_like(self.position, dtype=torch.int64)  # [R], first bad update
         self.alive = torch.arange(len(starts))
@@ -183,11 +201,13 @@ class _Run:
         # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
         self._drop((self.bad > 0) | ~(self.distance <= self.max_distance), step)
 
-    def record(self, step: int, loss_every: int | None,
-               on_record: Callable[[Record], None] | None) -> tuple[Record, Tensor]:
+    def record(
+        self, step: int, loss_every: int | None, on_record: Callable[[Record], None] | None
+    ) -> tuple[Record, Tensor]:
         """The record of this moment, and the loss over all examples if it is due."""
-        record = Record(step, *map(self._spread, (
-            self.position, self.distance, self.losses / self.summed)))
+        record = Record(
+            step, *map(self._spread, (self.position, self.distance, self.losses / self.summed))
+        )
         if step > 0:
             self.losses, self.summed = torch.zeros_like(self.losses), 0
         full = torch.full_like(self.position, torch.nan)
@@ -208,8 +228,9 @@ class _Run:
         if not bool(lost.any()):
             return
         gone, kept = lost.nonzero()[:, 0], (~lost).nonzero()[:, 0]
-        self.diverged_at[self.alive[gone.cpu()]] = torch.where(
-            self.bad > 0, self.bad, step)[gone].cpu()
+        self.diverged_at[self.alive[gone.cpu()]] = torch.where(self.bad > 0, self.bad, step)[
+            gone
+        ].cpu()
         self.alive = self.alive[kept.cpu()]
         for name in ("theta", "position", "distance", "losses", "bad"):
             setattr(self, name, getattr(self, name)[kept])
@@ -217,8 +238,9 @@ class _Run:
         self.minibatches.keep(kept.tolist())
 
 
-def _replicas(start: PerReplica, lr: PerReplica, ids: Sequence[int] | None, replicas: int
-              ) -> tuple[Tensor, Tensor, list[int]]:
+def _replicas(
+    start: PerReplica, lr: PerReplica, ids: Sequence[int] | None, replicas: int
+) -> tuple[Tensor, Tensor, list[int]]:
     """Start and learning rate of each replica, float64 [R], and their ids."""
     checks.whole("replicas", replicas, 1)
     values = {"start": _numbers("start", start), "lr": _numbers("lr", lr)}
@@ -228,13 +250,17 @@ def _replicas(start: PerReplica, lr: PerReplica, ids: Sequence[int] | None, repl
     if replicas > 1:
         lengths["replicas"] = replicas
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise checks.fail("replicas", "one number of replicas, at least 1",
-                          ", ".join(f"{n} for {k}" for k, n in lengths.items()))
+        raise checks.fail(
+            "replicas",
+            "one number of replicas, at least 1",
+            ", ".join(f"{n} for {k}" for k, n in lengths.items()),
+        )
     count = next(iter(lengths.values()), 1)
     starts, lrs = (v.expand(count).clone() for v in values.values())
     if not bool(((starts >= 0) & (starts <= 1)).all()):
-        raise checks.fail("start", "positions in [0, 1] (relative arc length)",
-                          str(starts.tolist()))
+        raise checks.fail(
+            "start", "positions in [0, 1] (relative arc length)", str(starts.tolist())
+        )
     if not bool((torch.isfinite(lrs) & (lrs > 0)).all()):
         raise checks.fail("lr", "finite numbers above 0", str(lrs.tolist()))
     names = list(range(count)) if ids is None else [checks.whole("ids", int(i)) for i in ids]
@@ -245,8 +271,7 @@ def _numbers(argument: str, value: PerReplica) -> Tensor:
     try:
         numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise checks.fail(argument, "a number, or one a replica",
-                          checks.describe(value)) from error
+        raise checks.fail(argument, "a number, or one a replica", checks.describe(value)) from error
     if numbers.ndim > 1:
         raise checks.fail(argument, "a number, or one a replica [R]", checks.describe(value))
     return numbers
@@ -256,16 +281,27 @@ def _check_path(obj: Objective, path: Path) -> None:
     if not isinstance(obj, Objective):
         raise checks.fail("obj", "an Objective", checks.describe(obj))
     if not isinstance(path, Path):
-        raise checks.fail("path", "a Path", checks.describe(path),
-                          "build one with Path(pivots) or linear_path(a, b)")
+        raise checks.fail(
+            "path",
+            "a Path",
+            checks.describe(path),
+            "build one with Path(pivots) or linear_path(a, b)",
+        )
     theta = obj.parameters_vector()
     if path.num_params != obj.num_params:
-        raise checks.fail("path", f"a path in the objective's {obj.num_params} parameters",
-                          f"one in {path.num_params}", "give the path of this model")
+        raise checks.fail(
+            "path",
+            f"a path in the objective's {obj.num_params} parameters",
+            f"one in {path.num_params}",
+            "give the path of this model",
+        )
     if path.pivots.dtype != theta.dtype or path.pivots.device != theta.device:
-        raise checks.fail("path", f"pivots of {theta.dtype} on {theta.device}",
-                          f"{path.pivots.dtype} on {path.pivots.device}",
-                          "convert it with path.to(objective.parameters_vector())")
+        raise checks.fail(
+            "path",
+            f"pivots of {theta.dtype} on {theta.device}",
+            f"{path.pivots.dtype} on {path.pivots.device}",
+            "convert it with path.to(objective.parameters_vector())",
+        )
 
 
 def _multiple(argument: str, value: int | None, of: str, unit: int) -> int:

@@ -54,8 +54,10 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return (f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] ({100 * self.confidence:.3g}"
-                f" %, {self.kind}, {len(self.samples)} replicas)")
+        return (
+            f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] ({100 * self.confidence:.3g}"
+            f" %, {self.kind}, {len(self.samples)} replicas)"
+        )
 
 
 def mean_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
@@ -98,8 +100,9 @@ def median_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     return Interval(_median(ordered), low, high, reached, samples, "median, order statistics")
 
 
-def displacement(trajectory: Trajectory, *, statistic: str = "mean", confidence: float = 0.95
-                 ) -> Interval:
+def displacement(
+    trajectory: Trajectory, *, statistic: str = "mean", confidence: float = 0.95
+) -> Interval:
     """Position at the end less position at the start, over the replicas that did not diverge.
 
     Args:
@@ -116,8 +119,9 @@ def displacement(trajectory: Trajectory, *, statistic: str = "mean", confidence:
     return (mean_interval if statistic == "mean" else median_interval)(moved, confidence)
 
 
-def drift(trajectory: Trajectory, *, first: float = 0.0, last: float = math.inf,
-          confidence: float = 0.95) -> Interval:
+def drift(
+    trajectory: Trajectory, *, first: float = 0.0, last: float = math.inf, confidence: float = 0.95
+) -> Interval:
     """Mean velocity along the path: position per unit of effective time (updates x lr).
 
     Each replica's velocity is the least-squares slope of its position against its effective
@@ -137,9 +141,12 @@ def drift(trajectory: Trajectory, *, first: float = 0.0, last: float = math.inf,
     for time, position in zip(kept.effective_times, kept.position, strict=True):
         use = (time >= first) & (time <= last)
         if int(use.sum()) < 2:
-            raise checks.fail("first, last", "at least 2 records between them",
-                              f"{int(use.sum())} between {first} and {last}",
-                              f"records end at effective time {float(time[-1])}")
+            raise checks.fail(
+                "first, last",
+                "at least 2 records between them",
+                f"{int(use.sum())} between {first} and {last}",
+                f"records end at effective time {float(time[-1])}",
+            )
         t, s = time[use] - time[use].mean(), position[use]
         slopes.append((t @ s) / (t @ t))
     return mean_interval(torch.stack(slopes), confidence)
@@ -176,9 +183,13 @@ class RelaxationTime:
         return f"{sign}{self.median}; {arrived} of {len(self.times)} arrived"
 
 
-def relaxation_time(trajectory: Trajectory, *, fraction: float = 0.5,
-                    target: str | float = "nearest", confidence: float = 0.95
-                    ) -> RelaxationTime:
+def relaxation_time(
+    trajectory: Trajectory,
+    *,
+    fraction: float = 0.5,
+    target: str | float = "nearest",
+    confidence: float = 0.95,
+) -> RelaxationTime:
     """Effective time until a replica's distance from `target` is a fraction of what it was.
 
     First passage, at the resolution of the records: the first record at which
@@ -210,9 +221,11 @@ def relaxation_time(trajectory: Trajectory, *, fraction: float = 0.5,
     low = median_interval(values, confidence)
     high = median_interval(values.where(~censored, torch.inf), confidence)
     return RelaxationTime(
-        times=values, censored=censored,
+        times=values,
+        censored=censored,
         median=Interval(low.value, low.low, high.high, low.confidence, values, low.kind),
-        lower_bound=low.value != high.value, horizon=horizon,
+        lower_bound=low.value != high.value,
+        horizon=horizon,
         restricted_mean=mean_interval(values.clamp(max=horizon), confidence),
     )
 
@@ -221,16 +234,24 @@ def _goal(start: Tensor, target: str | float) -> Tensor:
     """The position that each replica is to reach.  # [R]"""
     if target == "nearest":
         if bool((start == 0.5).any()):
-            raise checks.fail("target", "a position, where a start is half-way between the ends",
-                              "'nearest' and a start of 0.5", "pass target=0.0 or 1.0")
+            raise checks.fail(
+                "target",
+                "a position, where a start is half-way between the ends",
+                "'nearest' and a start of 0.5",
+                "pass target=0.0 or 1.0",
+            )
         goal = (start > 0.5).double()
     elif isinstance(target, int | float) and 0 <= target <= 1:
         goal = torch.full_like(start, float(target))
     else:
         raise checks.fail("target", "'nearest' or a position in [0, 1]", repr(target))
     if bool((start == goal).any()):
-        raise checks.fail("target", "another position than the start", f"{float(goal[0])}",
-                          "a replica that starts there has no relaxation time")
+        raise checks.fail(
+            "target",
+            "another position than the start",
+            f"{float(goal[0])}",
+            "a replica that starts there has no relaxation time",
+        )
     return goal
 
 
@@ -245,8 +266,9 @@ def _samples(samples: Tensor, confidence: float) -> Tensor:
         raise checks.fail("confidence", "a number between 0 and 1", repr(confidence))
     samples = torch.as_tensor(samples, dtype=torch.float64)
     if samples.ndim != 1 or len(samples) == 0 or bool(samples.isnan().any()):
-        raise checks.fail("samples", "numbers [R], at least one, none NaN",
-                          checks.describe(samples))
+        raise checks.fail(
+            "samples", "numbers [R], at least one, none NaN", checks.describe(samples)
+        )
     return samples
 
 

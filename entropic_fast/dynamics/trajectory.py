@@ -104,8 +104,10 @@ class Trajectory:
         """
         if bool((self.lr != self.lr[0]).any()):
             raise checks.fail(
-                "effective_time", "one learning rate for all replicas",
-                str(sorted(set(self.lr.tolist()))), "use effective_times [R, T], or select()",
+                "effective_time",
+                "one learning rate for all replicas",
+                str(sorted(set(self.lr.tolist()))),
+                "use effective_times [R, T], or select()",
             )
         return self.lr[0] * self.steps
 

@@ -143,9 +143,7 @@ def _curvature(curvature: Table) -> list[Claim]:
     return [
         _rises(curvature, "2A", "hessian_trace", "hessian_trace_std_error", "Hessian trace"),
         _rises(curvature, "2A", "fisher_trace", "fisher_trace_std_error", "Fisher trace"),
-        _rises(
-            curvature, "2B", "top_eigenvalue", "top_eigenvalue_residual", "largest eigenvalue"
-        ),
+        _rises(curvature, "2B", "top_eigenvalue", "top_eigenvalue_residual", "largest eigenvalue"),
     ]
 
 
@@ -211,9 +209,7 @@ def _spectrum(spectrum: Table) -> list[Claim]:
     above = spectrum["above_floor"].astype(bool)
     rank = spectrum["rank"].astype(int)
     value = _floats(spectrum["eigenvalue"])
-    common = [
-        r for r in np.unique(rank) if (above & (rank == r)).sum() == len(positions)
-    ]
+    common = [r for r in np.unique(rank) if (above & (rank == r)).sum() == len(positions)]
     ratio = np.array(
         [
             np.exp(
@@ -394,8 +390,14 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
     ]
 
 
-def _faster(figure: str, name: str, statement: str, fast: list[_Run], slow: list[_Run],
-            label: Callable[[_Run], str]) -> list[Claim]:
+def _faster(
+    figure: str,
+    name: str,
+    statement: str,
+    fast: list[_Run],
+    slow: list[_Run],
+    label: Callable[[_Run], str],
+) -> list[Claim]:
     if not fast or not slow or label(fast[0]) == label(slow[0]):
         return []
     a, b = (np.array([r.approach for r in runs]) for runs in (fast, slow))
@@ -429,9 +431,7 @@ def _faster(figure: str, name: str, statement: str, fast: list[_Run], slow: list
 def _lmc(instability: Table) -> list[Claim]:
     k = _floats(instability["k"])
     barrier = _floats(instability["barrier"])
-    loss, eigen = (
-        _floats(instability[f"{name}_instability"]) for name in ("loss", "eigenvalue")
-    )
+    loss, eigen = (_floats(instability[f"{name}_instability"]) for name in ("loss", "eigenvalue"))
     first, last = k == k.min(), k == k.max()
     late = k >= np.median(np.unique(k))
     seeds = instability["seed"]
@@ -465,8 +465,9 @@ def _lmc(instability: Table) -> list[Claim]:
     ]
 
 
-def _paired(figure: str, name: str, statement: str, measure: str, values: Array, detail: str
-            ) -> Claim:
+def _paired(
+    figure: str, name: str, statement: str, measure: str, values: Array, detail: str
+) -> Claim:
     low, high = _mean_interval(values)
     return Claim(
         figure,

@@ -41,9 +41,7 @@ def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
     draw = uniform((section.particles, 2), seed)
     # Started off the ring, so that at T = 0 too there is something to relax.
     start = RING.on_ring(2 * math.pi * draw[:, 0], 0.8 + 0.4 * draw[:, 1])
-    final = simulate_langevin(
-        RING, start, temperature, section.dt, section.steps, seed=seed
-    ).final
+    final = simulate_langevin(RING, start, temperature, section.dt, section.steps, seed=seed).final
     report(1.0)
     angle = torch.atan2(final[:, 1], final[:, 0]).numpy()
     edges = np.linspace(-math.pi, math.pi, BINS + 1)
@@ -77,7 +75,12 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
     start[:, 1] = RIDGE_START
     every = max(1, section.steps // 100)
     result = simulate_langevin(
-        RIDGE, start, section.ridge_temperature, section.dt, section.steps, seed=seed,
+        RIDGE,
+        start,
+        section.ridge_temperature,
+        section.dt,
+        section.steps,
+        seed=seed,
         record_every=every,
     )
     report(1.0)
@@ -102,7 +105,8 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     rows = [
-        row for unit in ("ring-cold", "ring-hot")
+        row
+        for unit in ("ring-cold", "ring-hot")
         for row in run.table(f"toy/{unit}", "density").rows()
     ]
     return {
@@ -135,8 +139,15 @@ def _draw_ring(ax: Axes) -> None:
     angle = torch.linspace(0, 2 * math.pi, 200)
     ax.plot(torch.cos(angle), torch.sin(angle), "w--", lw=1)
     for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
-        ax.text(x0, 0.0, text, ha="center", va="center", fontsize=8,
-                bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5})
+        ax.text(
+            x0,
+            0.0,
+            text,
+            ha="center",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
+        )
     ax.set_aspect("equal")
     ax.set_xlabel("x")
     ax.set_ylabel("y")
@@ -144,13 +155,26 @@ def _draw_ring(ax: Axes) -> None:
 
 
 def _draw_density(ax: Axes, table: Table) -> None:
-    for temperature, colour in zip(sorted(set(table["temperature"].tolist())), plots.COLOURS,
-                                   strict=False):
+    for temperature, colour in zip(
+        sorted(set(table["temperature"].tolist())), plots.COLOURS, strict=False
+    ):
         rows = table.where(temperature=temperature)
-        ax.errorbar(rows["angle"], rows["density"], plots.BAND * rows["std_error"], fmt="o",
-                    color=colour, capsize=2, label=f"simulated, T = {temperature:g}")
-        ax.plot(rows["angle"], rows["analytic"], "-", color=colour,
-                label=f"analytic, T = {temperature:g}")
+        ax.errorbar(
+            rows["angle"],
+            rows["density"],
+            plots.BAND * rows["std_error"],
+            fmt="o",
+            color=colour,
+            capsize=2,
+            label=f"simulated, T = {temperature:g}",
+        )
+        ax.plot(
+            rows["angle"],
+            rows["analytic"],
+            "-",
+            color=colour,
+            label=f"analytic, T = {temperature:g}",
+        )
     ax.set_xlabel("angle θ [rad] (0 is stiff, ±π is flat)")
     ax.set_ylabel("density P(θ) [1/rad]")
     ax.set_ylim(bottom=0)
@@ -162,15 +186,17 @@ def _draw_tracks(ax: Axes, table: Table) -> None:
     x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
     energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
-    ax.contourf(grid_y, grid_x, energy.clamp(max=1.0), levels=np.linspace(0, 1, 21),
-                cmap="cividis_r")
+    ax.contourf(
+        grid_y, grid_x, energy.clamp(max=1.0), levels=np.linspace(0, 1, 21), cmap="cividis_r"
+    )
     last = float(table["time"].max())
     shown = None
     for particle in sorted(set(table["particle"].tolist())):
         rows = table.where(particle=particle)
         ax.plot(rows["y"], rows["x"], color="#ffffff", lw=0.5, alpha=0.6)
-        shown = ax.scatter(rows["y"], rows["x"], c=rows["time"], cmap="plasma", s=7, vmin=0,
-                           vmax=last, zorder=3)
+        shown = ax.scatter(
+            rows["y"], rows["x"], c=rows["time"], cmap="plasma", s=7, vmin=0, vmax=last, zorder=3
+        )
     if shown is not None:
         ax.figure.colorbar(shown, ax=ax, label="time")
     ax.set_xlabel("y, along the ridge (stiff to broad)")
@@ -182,8 +208,12 @@ def _draw_mean(ax: Axes, table: Table) -> None:
     plots.band(ax, table["time"], table["mean"], table["std_error"], plots.COLOURS[0])
     start = float(table["mean"][0])
     early = table["time"] <= 0.4 * table["time"].max()
-    ax.plot(table["time"][early], start + table["force"][early] * table["time"][early], "k--",
-            label="force of V_eff = (T/2) ln g")
+    ax.plot(
+        table["time"][early],
+        start + table["force"][early] * table["time"][early],
+        "k--",
+        label="force of V_eff = (T/2) ln g",
+    )
     ax.set_xlabel("time")
     ax.set_ylabel("mean y")
     ax.legend()

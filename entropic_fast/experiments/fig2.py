@@ -125,8 +125,13 @@ def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
         values = score_spectrum(here, theta)
         floor = score_spectrum_floor(values, here.dtype)
         rows += [
-            {"path": name, "s": float(s), "rank": rank + 1, "eigenvalue": value,
-             "above_floor": value > floor}
+            {
+                "path": name,
+                "s": float(s),
+                "rank": rank + 1,
+                "eigenvalue": value,
+                "above_floor": value > floor,
+            }
             for rank, value in enumerate(values.tolist())
         ]
         report((i + 1) / section.spectrum_points)
@@ -183,8 +188,13 @@ def draw(tables: dict[str, Table]) -> Figure:
         for name, (colour, marker, text) in styles.items():
             rows = curvature.where(path=name)
             ax.errorbar(
-                rows["s"], rows[column], plots.BAND * rows[error], fmt=f"{marker}-",
-                color=colour, capsize=2, label=text,
+                rows["s"],
+                rows[column],
+                plots.BAND * rows[error],
+                fmt=f"{marker}-",
+                color=colour,
+                capsize=2,
+                label=text,
             )
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)

@@ -34,8 +34,14 @@ def draw(tables: dict[str, Table]) -> Figure:
     return figure
 
 
-def curves(ax: Axes, table: Table, column: str, label: Callable[[float], str], time: str,
-           colours: Sequence[object] = ()) -> None:
+def curves(
+    ax: Axes,
+    table: Table,
+    column: str,
+    label: Callable[[float], str],
+    time: str,
+    colours: Sequence[object] = (),
+) -> None:
     """Each replica's position as a thin line, each setting's mean as a thick one."""
     values = list(dict.fromkeys(table[column].tolist()))
     for value, colour in zip(values, colours or plots.shades(len(values)), strict=False):

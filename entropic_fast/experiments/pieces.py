@@ -26,8 +26,9 @@ from .schedule import Report, Unit
 
 
 @lru_cache(maxsize=2)
-def _load(name: str, data_dir: str | None, device: str, train_limit: int, test_limit: int
-          ) -> tuple[ImageData, ImageData]:
+def _load(
+    name: str, data_dir: str | None, device: str, train_limit: int, test_limit: int
+) -> tuple[ImageData, ImageData]:
     training, test = load(name, data_dir=data_dir, device=device)
     return training.limited(train_limit or None), test.limited(test_limit or None)
 
@@ -84,9 +85,7 @@ def train_minimum(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
     }
-    manifest = training_manifest(
-        run.config.model.name, training, config, seed, metrics=metrics
-    )
+    manifest = training_manifest(run.config.model.name, training, config, seed, metrics=metrics)
     save_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
     return {"history": trained.history, "metrics": {"seed": seed, **metrics}}
 
@@ -98,8 +97,9 @@ def minimum(run: RunFolder, seed: int) -> nn.Module:
     return model
 
 
-def objective(run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool = False
-              ) -> Objective:
+def objective(
+    run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool = False
+) -> Objective:
     """Mean cross-entropy of a network over a run's images (0: all of them)."""
     training, testing = images(run)
     data = testing if test else training

@@ -44,8 +44,9 @@ def look() -> Iterator[None]:
         yield
 
 
-def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7
-           ) -> tuple[Figure, list[Axes]]:
+def panels(
+    rows: int, columns: int, width: float = 3.4, height: float = 2.7
+) -> tuple[Figure, list[Axes]]:
     """A figure (inches a panel) without any window system, and its axes row by row."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -83,8 +84,9 @@ def shades(count: int) -> list[tuple[float, float, float, float]]:
     return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.88, max(2, count))][:count]
 
 
-def mean_and_points(ax: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str = ""
-                    ) -> None:
+def mean_and_points(
+    ax: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str = ""
+) -> None:
     """The mean over rows of `values` [R, X] as a line, each row's values as points."""
     ax.plot(x, values.mean(0), "-", color=colour, label=label or None)
     for row in values:

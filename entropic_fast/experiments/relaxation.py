@@ -33,8 +33,10 @@ def units(run: RunFolder) -> list[Unit]:
         Unit(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
         Unit("relax/A", relax_starts, (), after, work(starts, base)),
         *(Unit(f"relax/B-{b}", relax_batch, (b,), after, work(1, b)) for b in section.batch_sizes),
-        *(Unit(f"relax/{o}", relax_optimizer, (o,), after, work(1, base))
-          for o in section.optimizers),
+        *(
+            Unit(f"relax/{o}", relax_optimizer, (o,), after, work(1, base))
+            for o in section.optimizers
+        ),
     ]
 
 
@@ -97,8 +99,15 @@ def collect(run: RunFolder, names: Sequence[str]) -> Table:
     return Table.from_rows(rows)
 
 
-def _relax(run: RunFolder, report: Report, panel: str, starts: Sequence[float],
-           rates: Sequence[float], batch_size: int, optimizer: str) -> tuple[Trajectory, Table]:
+def _relax(
+    run: RunFolder,
+    report: Report,
+    panel: str,
+    starts: Sequence[float],
+    rates: Sequence[float],
+    batch_size: int,
+    optimizer: str,
+) -> tuple[Trajectory, Table]:
     section = run.config.relax
     name, first, *_ = pieces.path_names(run)[0]
     settings = [(s, lr) for s, lr in product(starts, rates) for _ in range(section.replicas)]
@@ -125,8 +134,19 @@ def _long(trajectory: Trajectory, panel: str, settings: Sequence[tuple[float, fl
     count = len(trajectory.steps)
     columns: dict[str, list[Any]] = {
         key: []
-        for key in ("panel", "run", "optimizer", "start", "lr", "batch_size", "step",
-                    "effective_time", "position", "distance", "loss")
+        for key in (
+            "panel",
+            "run",
+            "optimizer",
+            "start",
+            "lr",
+            "batch_size",
+            "step",
+            "effective_time",
+            "position",
+            "distance",
+            "loss",
+        )
     }
     steps = trajectory.steps.tolist()
     for i, (start, lr) in enumerate(settings):

@@ -29,8 +29,13 @@ class FigureEntry:
     tables: Sequence[str]
 
 
-def write(run: RunFolder, claims: Sequence[Claim], figures: Sequence[FigureEntry], minima: Table,
-          notes: Sequence[str]) -> None:
+def write(
+    run: RunFolder,
+    claims: Sequence[Claim],
+    figures: Sequence[FigureEntry],
+    minima: Table,
+    notes: Sequence[str],
+) -> None:
     """Write `report.html` from the run's figures and the claims."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True

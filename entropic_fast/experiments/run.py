@@ -1,11 +1,11 @@
 """A run folder: the configuration, one folder a finished unit, figures and the report.
 
-    RUN/config.json             the effective configuration
-    RUN/environment.json        versions and hardware
-    RUN/units/<unit>/...        what a unit computed; done.json, written last, holds the hashes
-    RUN/data/*.csv              the numbers behind the figures
-    RUN/figures/*.png, *.svg
-    RUN/claims.json  RUN/report.html
+RUN/config.json             the effective configuration
+RUN/environment.json        versions and hardware
+RUN/units/<unit>/...        what a unit computed; done.json, written last, holds the hashes
+RUN/data/*.csv              the numbers behind the figures
+RUN/figures/*.png, *.svg
+RUN/claims.json  RUN/report.html
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ class RunFolder:
         device: where units compute, "cpu" or "cuda".
     """
 
-    def __init__(self, path: Path, config: Config, device: str = "cpu",
-                 data_dir: str | None = None) -> None:
+    def __init__(
+        self, path: Path, config: Config, device: str = "cpu", data_dir: str | None = None
+    ) -> None:
         self.path, self.config, self.device, self.data_dir = path, config, device, data_dir
 
     @classmethod
-    def create(cls, path: str | Path, config: Config, device: str = "cpu",
-               data_dir: str | None = None) -> RunFolder:
+    def create(
+        cls, path: str | Path, config: Config, device: str = "cpu", data_dir: str | None = None
+    ) -> RunFolder:
         """Open the folder for `config`, making it if it does not exist.
 
         Raises:
@@ -82,9 +84,7 @@ class RunFolder:
         path = Path(path)
         stored = path / "config.json"
         if not stored.exists():
-            raise checks.fail(
-                "RUN", "a run folder (with config.json)", str(path), "check the path"
-            )
+            raise checks.fail("RUN", "a run folder (with config.json)", str(path), "check the path")
         return cls(path, from_dict(store.read_json(stored)))
 
     def unit_folder(self, unit: str) -> Path:

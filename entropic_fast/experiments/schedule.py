@@ -51,8 +51,13 @@ class _Monitor(Protocol):
     def done(self, unit: Unit, seconds: float) -> None: ...
 
 
-def execute(run: RunFolder, units: Sequence[Unit], *, workers: int | None = None,
-            console: Console | None = None) -> None:
+def execute(
+    run: RunFolder,
+    units: Sequence[Unit],
+    *,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> None:
     """Compute every unit that is not finished yet.
 
     Args:
@@ -111,8 +116,9 @@ def _in_process(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor) -> Non
         monitor.done(unit, seconds)
 
 
-def _over_processes(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor, workers: int,
-                    threads: int) -> None:
+def _over_processes(
+    run: RunFolder, todo: dict[str, Unit], monitor: _Monitor, workers: int, threads: int
+) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     by_name, unfinished = dict(todo), set(todo)

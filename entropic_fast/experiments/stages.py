@@ -76,7 +76,7 @@ _FIGURES = {
 
 
 def choose_device(name: str) -> str:
-    """"cpu" or "cuda", from "auto" too.
+    """ "cpu" or "cuda", from "auto" too.
 
     Raises:
         ValueError: another name, or "cuda" where torch finds no GPU.

@@ -7,7 +7,17 @@ from .path import Path, linear_path
 from .state import NEBResult, NEBState
 
 __all__ = [
-    "Path", "linear_path",
-    "AutoNEBConfig", "annealed", "auto_neb", "NEBResult", "NEBState", "NEBDivergedError",
-    "path_losses", "barrier", "Barrier", "saddle", "Saddle",
+    "Path",
+    "linear_path",
+    "AutoNEBConfig",
+    "annealed",
+    "auto_neb",
+    "NEBResult",
+    "NEBState",
+    "NEBDivergedError",
+    "path_losses",
+    "barrier",
+    "Barrier",
+    "saddle",
+    "Saddle",
 ]

@@ -147,8 +147,9 @@ def saddle(table: Table) -> Saddle:
         slope = float(slope_u - bend * u)
         if bend < 0:
             shift = min(max(-slope / (2 * bend), u), v)
-            return Saddle(position + shift, height + shift * (slope + bend * shift), bracket,
-                          height)
+            return Saddle(
+                position + shift, height + shift * (slope + bend * shift), bracket, height
+            )
     return Saddle(position, height, bracket, height)
 
 
@@ -199,7 +200,9 @@ def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:
     losses = np.asarray(table["loss"], dtype=np.float64)
     if len(s) < 2 or s[0] != 0 or s[-1] != 1 or bool((np.diff(s) <= 0).any()):
         raise checks.fail(
-            "table", "rows with s ascending from 0 to 1", f"s = {s.tolist()[:9]}",
+            "table",
+            "rows with s ascending from 0 to 1",
+            f"s = {s.tolist()[:9]}",
             "evaluate both ends and give the positions in order",
         )
     if not bool(np.isfinite(losses).all()):

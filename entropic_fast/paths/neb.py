@@ -93,12 +93,19 @@ def auto_neb(
         inserted: list[float] = []
         if cycle + 1 < len(config.cycles):
             inserted = insertions(
-                losses["s"], losses["loss"], losses["is_pivot"],
-                config.insert_threshold, config.max_pivots - path.num_pivots,
+                losses["s"],
+                losses["loss"],
+                losses["is_pivot"],
+                config.insert_threshold,
+                config.max_pivots - path.num_pivots,
             )
         summary = {
-            "cycle": cycle, "steps": steps, "lr": lr, "pivots": path.num_pivots,
-            "max_loss": float(losses["loss"].max()), "length": path.length,
+            "cycle": cycle,
+            "steps": steps,
+            "lr": lr,
+            "pivots": path.num_pivots,
+            "max_loss": float(losses["loss"].max()),
+            "length": path.length,
             "inserted": len(inserted),
         }
         state = NEBState(
@@ -115,8 +122,9 @@ def auto_neb(
     return NEBResult(path, losses, state.history, state.cycles, saddle(losses))
 
 
-def minibatches(count: int, batch_size: int | None, seed: int, cycle: int
-                ) -> Iterator[Tensor | None]:
+def minibatches(
+    count: int, batch_size: int | None, seed: int, cycle: int
+) -> Iterator[Tensor | None]:
     """The examples of each step of a cycle: a pure function of its arguments.
 
     Each pass over the data is a new random order, cut into whole batches.
@@ -168,7 +176,9 @@ def _run_cycle(
             energies = losses + 0.5 * config.weight_decay * _norms(pivots) ** 2
             gradients.add_(pivots[1:-1], alpha=config.weight_decay)
         across = band_gradients(
-            pivots, gradients, improved_tangents(pivots, energies.to(pivots.dtype)),
+            pivots,
+            gradients,
+            improved_tangents(pivots, energies.to(pivots.dtype)),
             config.springs,
         )
         velocity.mul_(config.momentum).add_(across)
@@ -180,8 +190,12 @@ def _run_cycle(
         pivots = band.pivots.clone()
         interior = losses[1:-1]
         row = {
-            "cycle": cycle, "step": step, "lr": lr, "pivots": len(pivots),
-            "mean_loss": float(interior.mean()), "max_loss": float(interior.max()),
+            "cycle": cycle,
+            "step": step,
+            "lr": lr,
+            "pivots": len(pivots),
+            "mean_loss": float(interior.mean()),
+            "max_loss": float(interior.max()),
             "force": float(torch.linalg.vector_norm(across, dim=1).max()),
             "length": band.length,
         }
@@ -247,13 +261,17 @@ def _start(a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
 def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
     if state.config != config:
         raise checks.fail(
-            "resume", f"a state of a run with {config}", f"one with {state.config}",
+            "resume",
+            f"a state of a run with {config}",
+            f"one with {state.config}",
             "resume with the same settings, or start anew",
         )
     pivots = state.pivots.to(a.device)
     if pivots.dtype != a.dtype or not (torch.equal(pivots[0], a) and torch.equal(pivots[-1], b)):
         raise checks.fail(
-            "resume", "a state between the same ends a and b", "one between other ends",
+            "resume",
+            "a state between the same ends a and b",
+            "one between other ends",
             "resume with the same minima, or start anew",
         )
     return NEBState(state.cycle, pivots, state.history, state.cycles, config)

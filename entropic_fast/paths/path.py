@@ -54,8 +54,10 @@ class Path:
         self._pivots = checks.finite("pivots", pivots).detach().clone()
         # One segment at a time: differences in float64 without a float64 copy of the path.
         lengths = torch.stack(
-            [torch.linalg.vector_norm(b.double() - a.double())
-             for a, b in zip(self._pivots[:-1], self._pivots[1:], strict=True)]
+            [
+                torch.linalg.vector_norm(b.double() - a.double())
+                for a, b in zip(self._pivots[:-1], self._pivots[1:], strict=True)
+            ]
         )
         arc = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
         self._length = float(arc[-1])
@@ -185,8 +187,13 @@ class Path:
         size = max(1, _CHUNK // self.num_params)
         parts = [self._project_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
         if not parts:
-            parts = [(rows.new_zeros(0).double(), rows.to(self._pivots.dtype),
-                      rows.new_zeros(0).double())]
+            parts = [
+                (
+                    rows.new_zeros(0).double(),
+                    rows.to(self._pivots.dtype),
+                    rows.new_zeros(0).double(),
+                )
+            ]
         s, nearest, distance = (torch.cat(column) for column in zip(*parts, strict=True))
         if theta.ndim == 1:
             return float(s[0]), nearest[0], float(distance[0])
@@ -203,8 +210,9 @@ class Path:
             offset = rows - start
             t = ((offset @ along) / along.dot(along)).clamp(0.0, 1.0)
             # From the nearer end, as lerp does, so that t = 1 is the pivot itself.
-            candidate = torch.lerp(start.expand_as(rows), (start + along).expand_as(rows),
-                                   t[:, None])
+            candidate = torch.lerp(
+                start.expand_as(rows), (start + along).expand_as(rows), t[:, None]
+            )
             distance = torch.linalg.vector_norm(rows - candidate, dim=1)
             closer = distance < best
             best = torch.where(closer, distance, best)
@@ -281,7 +289,9 @@ class Path:
             )
         if num_params is not None and shape[1] != num_params:
             raise checks.fail(
-                str(file), f"a path in {num_params} parameters", f"one in {shape[1]}",
+                str(file),
+                f"a path in {num_params} parameters",
+                f"one in {shape[1]}",
                 "give the path of this model",
             )
         return cls(tensors["pivots"])
@@ -299,9 +309,7 @@ class Path:
             raise checks.fail("s", "a number or positions [K]", checks.describe(many))
         if not bool(((many >= 0) & (many <= 1)).all()):
             bad = many[~((many >= 0) & (many <= 1))] if many.ndim else many.reshape(1)
-            raise checks.fail(
-                "s", "positions in [0, 1] (relative arc length)", str(float(bad[0]))
-            )
+            raise checks.fail("s", "positions in [0, 1] (relative arc length)", str(float(bad[0])))
         return many.reshape(-1), many.ndim == 0
 
 

@@ -136,7 +136,10 @@ def test_float32_hessians_agree_with_float64():
     case = by_name("attention")
     exact, rounded = (
         spectral_density(
-            HessianOperator(case.objective(dtype=dtype)), probes=4, steps=20, sigma=0.05,
+            HessianOperator(case.objective(dtype=dtype)),
+            probes=4,
+            steps=20,
+            sigma=0.05,
             grid=torch.linspace(-0.5, 1, 50),
         )
         for dtype in (torch.float64, torch.float32)

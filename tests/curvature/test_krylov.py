@@ -35,8 +35,11 @@ def require_eigenpairs(matrix: Tensor, pairs, k: int, tol: float) -> None:
     n = len(matrix)
     assert pairs.values.shape == (k,) and pairs.vectors.shape == (n, k)
     gram = pairs.vectors.T @ pairs.vectors
-    assert torch.allclose(gram, torch.eye(k, dtype=matrix.dtype), atol=1e-5 if
-                          matrix.dtype == torch.float32 else 1e-12)
+    assert torch.allclose(
+        gram,
+        torch.eye(k, dtype=matrix.dtype),
+        atol=1e-5 if matrix.dtype == torch.float32 else 1e-12,
+    )
     true = (matrix @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
     scale = float(torch.linalg.matrix_norm(matrix, 2)) or 1.0
     eps = torch.finfo(matrix.dtype).eps
@@ -65,7 +68,11 @@ def test_scipy_agrees_on_a_hessian():
     for which in WHICH:
         pairs = top_eigenvalues(operator, 4, tol=1e-8, which=which)
         expected = eigsh(
-            operator.to_scipy(), k=4, which=which, tol=1e-10, v0=np.ones(obj.num_params),
+            operator.to_scipy(),
+            k=4,
+            which=which,
+            tol=1e-10,
+            v0=np.ones(obj.num_params),
             return_eigenvectors=False,
         )
         assert pairs.converged
@@ -108,8 +115,9 @@ def test_multiple_eigenvalues_are_found_once_the_krylov_space_is_exhausted():
         for which in WHICH:
             pairs = top_eigenvalues(matrix, len(values), which=which)
             assert pairs.converged
-            assert torch.allclose(pairs.values, wanted(values.double(), which, len(values)),
-                                  atol=1e-12)
+            assert torch.allclose(
+                pairs.values, wanted(values.double(), which, len(values)), atol=1e-12
+            )
 
 
 def test_low_rank_matrices():

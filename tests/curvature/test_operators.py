@@ -72,9 +72,7 @@ def test_least_squares_has_its_closed_form(operator):
 def test_logistic_regression_has_its_closed_form(operator):
     x, y = randn(13, 4), (randn(13, seed=1) > 0).double()
     loss = nn.BCEWithLogitsLoss(reduction="none")
-    obj = Objective(
-        nn.Linear(4, 1, bias=False).double(), lambda out, t: loss(out[:, 0], t), (x, y)
-    )
+    obj = Objective(nn.Linear(4, 1, bias=False).double(), lambda out, t: loss(out[:, 0], t), (x, y))
     p = torch.sigmoid(x @ obj.parameters_vector())
     expected = x.T @ (x * (p * (1 - p))[:, None]) / 13
     assert torch.allclose(operator(obj) @ identity(obj), expected, atol=1e-14)
@@ -149,9 +147,7 @@ def test_batch_statistics_are_differentiated_through():
 
 @pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
 def test_a_linear_loss_has_no_curvature(operator):
-    obj = Objective(
-        nn.Linear(4, 1).double(), lambda out, y: out[:, 0] * y, (randn(6, 4), randn(6))
-    )
+    obj = Objective(nn.Linear(4, 1).double(), lambda out, y: out[:, 0] * y, (randn(6, 4), randn(6)))
     assert not (operator(obj) @ identity(obj)).any()
 
 

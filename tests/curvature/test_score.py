@@ -162,9 +162,7 @@ def test_float32_scores_keep_eigenvalues_far_under_their_own_rounding():
     generator = torch.Generator().manual_seed(0)
     scales = torch.logspace(0, -6, 7)
     x = torch.linalg.qr(torch.randn(7, 7, generator=generator))[0] * scales[:, None]
-    obj = Objective(
-        nn.Linear(7, 1, bias=False), lambda out, y: out[:, 0] * y, (x, torch.ones(7))
-    )
+    obj = Objective(nn.Linear(7, 1, bias=False), lambda out, y: out[:, 0] * y, (x, torch.ones(7)))
     values = score_spectrum(obj)
     assert torch.allclose(values, scales.double().square() / 7, rtol=1e-2)
 
@@ -285,9 +283,7 @@ def test_nan_names_the_example(function):
 
 def test_an_infinite_gradient_of_a_finite_loss_names_the_example():
     x = torch.tensor([[1.0], [0.0], [2.0]])
-    obj = Objective(
-        nn.Linear(1, 1, bias=False), lambda out, y: out[:, 0].abs().sqrt(), (x, x)
-    )
+    obj = Objective(nn.Linear(1, 1, bias=False), lambda out, y: out[:, 0].abs().sqrt(), (x, x))
     with pytest.raises(ValueError, match=r"gradient: .* example 1 at a point of norm"):
         score_matrix(obj)
 

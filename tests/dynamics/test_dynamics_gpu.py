@@ -26,15 +26,26 @@ def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, engine):
         obj = Objective(model, "cross_entropy", data, device=device)
         a = obj.parameters_vector()
         b = a + torch.linspace(-0.1, 0.1, len(a), device=device, dtype=a.dtype)
-        runs.append(relax(obj, linear_path(a, b, pivots=3), [0.2, 0.6, 0.6], optimizer,
-                          lr=[lr, lr, 1e200 if optimizer == "sgd" else lr], batch_size=8,
-                          project_every=4, steps=12, engine=engine))
+        runs.append(
+            relax(
+                obj,
+                linear_path(a, b, pivots=3),
+                [0.2, 0.6, 0.6],
+                optimizer,
+                lr=[lr, lr, 1e200 if optimizer == "sgd" else lr],
+                batch_size=8,
+                project_every=4,
+                steps=12,
+                engine=engine,
+            )
+        )
     cpu, cuda = runs
     assert cuda.position.device.type == "cpu"
     assert cuda.diverged.tolist() == [False, False, optimizer == "sgd"] == cpu.diverged.tolist()
     for name in ("position", "distance", "loss"):
-        torch.testing.assert_close(getattr(cuda, name), getattr(cpu, name), rtol=1e-6, atol=1e-9,
-                                   equal_nan=True)
+        torch.testing.assert_close(
+            getattr(cuda, name), getattr(cpu, name), rtol=1e-6, atol=1e-9, equal_nan=True
+        )
 
 
 def test_langevin_on_a_gpu_has_the_noise_of_the_cpu():

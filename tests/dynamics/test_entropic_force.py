@@ -63,13 +63,28 @@ def predicted_velocity(y, lr, batch_size, k):
     return -0.5 * SLOPE * g * FAST * mean_square
 
 
-@pytest.mark.parametrize(("lr", "batch_size", "k"), [
-    (0.02, 4, 15), (0.04, 4, 15), (0.02, 8, 15), (0.02, 4, 5),
-])
+@pytest.mark.parametrize(
+    ("lr", "batch_size", "k"),
+    [
+        (0.02, 4, 15),
+        (0.04, 4, 15),
+        (0.02, 8, 15),
+        (0.02, 4, 5),
+    ],
+)
 def test_drift_is_the_predicted_one(lr, batch_size, k):
     obj, path = valley()
-    run = relax(obj, path, 0.3, lr=lr, batch_size=batch_size, project_every=k, steps=900,
-                replicas=16, seed=1)
+    run = relax(
+        obj,
+        path,
+        0.3,
+        lr=lr,
+        batch_size=batch_size,
+        project_every=k,
+        steps=900,
+        replicas=16,
+        seed=1,
+    )
     measured = drift(run, confidence=0.999)
     predicted = float(predicted_velocity(run.position, lr, batch_size, k).mean())
     assert measured.low < predicted < measured.high
@@ -82,8 +97,9 @@ def test_drift_is_the_predicted_one(lr, batch_size, k):
 def test_drift_grows_with_temperature_and_reverses_with_the_slope():
     obj, path = valley()
     common = dict(batch_size=4, steps=600, seed=2)
-    cold, hot = (displacement(relax(obj, path, 0.3, lr=lr, replicas=12, **common))
-                 for lr in (0.01, 0.03))
+    cold, hot = (
+        displacement(relax(obj, path, 0.3, lr=lr, replicas=12, **common)) for lr in (0.01, 0.03)
+    )
     assert hot.low > cold.high > 0  # nine times farther in as many updates
     other = displacement(relax(valley(-SLOPE)[0], path, 0.6, lr=0.03, replicas=12, **common))
     assert other.high < 0

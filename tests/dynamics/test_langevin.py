@@ -33,10 +33,12 @@ def chi_square_p(samples, density, low, high, bins=24):
     """p-value of the samples' histogram on [low, high] under a density; outside is two bins."""
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     fine = torch.linspace(0, 1, 201, dtype=torch.float64)
-    inside = torch.stack([
-        torch.trapezoid(density(a + (b - a) * fine), a + (b - a) * fine)
-        for a, b in pairwise(edges)
-    ])
+    inside = torch.stack(
+        [
+            torch.trapezoid(density(a + (b - a) * fine), a + (b - a) * fine)
+            for a, b in pairwise(edges)
+        ]
+    )
     observed = torch.histc(samples.double(), bins, low, high)
     expected = inside * len(samples)
     if len(samples) - float(observed.sum()) > 0:
@@ -47,10 +49,16 @@ def chi_square_p(samples, density, low, high, bins=24):
     return stats.chisquare(observed.numpy(), expected.numpy())[1]
 
 
-@pytest.mark.parametrize("potential", [
-    RingPotential(7.0, 0.8), RingPotential(7.0, 0.5, modes=3), RingPotential(2.0, 0.0, modes=2),
-    RidgePotential(50.0, 3.0), RidgePotential(5.0, 9.0, length=0.4, fast=3, wall=0.0),
-])
+@pytest.mark.parametrize(
+    "potential",
+    [
+        RingPotential(7.0, 0.8),
+        RingPotential(7.0, 0.5, modes=3),
+        RingPotential(2.0, 0.0, modes=2),
+        RidgePotential(50.0, 3.0),
+        RidgePotential(5.0, 9.0, length=0.4, fast=3, wall=0.0),
+    ],
+)
 def test_closed_form_forces_are_minus_the_gradient(potential):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(40, potential.dim, generator=g, dtype=torch.float64).requires_grad_()
@@ -66,34 +74,47 @@ def test_ring_density_is_the_radial_integral(temperature):
 
     def weight(a):
         g = float(ring.stiffness(torch.tensor(a, dtype=torch.float64)))
-        return integrate.quad(lambda r: r * math.exp(-0.5 * g * (r - 1) ** 2 / temperature),
-                              0, 1 + 40 * math.sqrt(temperature / g), points=[1.0],
-                              epsabs=0, epsrel=1e-11)[0]
+        return integrate.quad(
+            lambda r: r * math.exp(-0.5 * g * (r - 1) ** 2 / temperature),
+            0,
+            1 + 40 * math.sqrt(temperature / g),
+            points=[1.0],
+            epsabs=0,
+            epsrel=1e-11,
+        )[0]
 
     norm = integrate.quad(weight, 0, 2 * math.pi, epsrel=1e-9)[0]
     expected = torch.tensor([weight(float(a)) / norm for a in angle], dtype=torch.float64)
-    torch.testing.assert_close(ring.analytic_density(temperature, angle), expected,
-                               rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        ring.analytic_density(temperature, angle), expected, rtol=1e-8, atol=0
+    )
 
 
 def test_densities_are_boltzmanns_of_the_effective_potential():
     angle = torch.linspace(0, 6, 50, dtype=torch.float64)
     ring, cold = RingPotential(8.0, 0.7), 1e-4
     ratio = ring.analytic_density(cold, angle) * torch.exp(
-        ring.effective_potential(cold, angle) / cold)
+        ring.effective_potential(cold, angle) / cold
+    )
     torch.testing.assert_close(ratio / ratio[0], torch.ones(50).double(), rtol=1e-4, atol=0)
     y = torch.linspace(-0.3, 1.3, 50, dtype=torch.float64)
     for fast in (1, 2):
         ridge = RidgePotential(fast=fast)
         for temperature in (0.01, 1.0):
             ratio = ridge.analytic_density(temperature, y) * torch.exp(
-                ridge.effective_potential(temperature, y) / temperature)
-            torch.testing.assert_close(ratio / ratio[0], torch.ones(50).double(),
-                                       rtol=1e-10, atol=0)
+                ridge.effective_potential(temperature, y) / temperature
+            )
+            torch.testing.assert_close(
+                ratio / ratio[0], torch.ones(50).double(), rtol=1e-10, atol=0
+            )
             total = integrate.quad(
                 lambda v, r=ridge, t=temperature: float(
-                    r.analytic_density(t, torch.tensor(v, dtype=torch.float64))),
-                -3, 4, points=[0, 1])[0]
+                    r.analytic_density(t, torch.tensor(v, dtype=torch.float64))
+                ),
+                -3,
+                4,
+                points=[0, 1],
+            )[0]
             assert total == pytest.approx(1, rel=1e-8)
 
 
@@ -110,8 +131,12 @@ def test_at_temperature_zero_a_uniform_ring_stays_uniform():
     assert float(turned.abs().max()) < 0.05**2
     density = ring.analytic_density(0.0, even[:1])
     assert float(density) == pytest.approx(1 / (2 * math.pi))
-    assert chi_square_p(angles(run.final), lambda a: torch.full_like(a, 1 / (2 * math.pi)),
-                        -math.pi, math.pi) > LEVEL
+    assert (
+        chi_square_p(
+            angles(run.final), lambda a: torch.full_like(a, 1 / (2 * math.pi)), -math.pi, math.pi
+        )
+        > LEVEL
+    )
 
 
 def test_at_positive_temperature_the_ring_has_the_analytic_density():
@@ -127,8 +152,9 @@ def test_at_positive_temperature_the_ring_has_the_analytic_density():
 
     assert chi_square_p(at, exact, -math.pi, math.pi) > LEVEL
     # The test has the power to tell: neither the uniform density nor the seed's exponent pass.
-    assert chi_square_p(at, lambda a: torch.full_like(a, 1 / (2 * math.pi)),
-                        -math.pi, math.pi) < 1e-12
+    assert (
+        chi_square_p(at, lambda a: torch.full_like(a, 1 / (2 * math.pi)), -math.pi, math.pi) < 1e-12
+    )
     grid = torch.linspace(-math.pi, math.pi, 4001, dtype=torch.float64)
     norm = torch.trapezoid(1 / ring.stiffness(grid), grid)
     assert chi_square_p(at, lambda a: 1 / ring.stiffness(a) / norm, -math.pi, math.pi) < 1e-12
@@ -137,8 +163,9 @@ def test_at_positive_temperature_the_ring_has_the_analytic_density():
 @pytest.mark.parametrize("fast", [1, 2])
 def test_the_ridge_has_the_analytic_density(fast):
     ridge, temperature = RidgePotential(30.0, 3.0, fast=fast, wall=60.0), 0.3
-    run = simulate_langevin(ridge, torch.full((6000, fast + 1), 0.1).double(), temperature,
-                            0.004, 2000, seed=fast)
+    run = simulate_langevin(
+        ridge, torch.full((6000, fast + 1), 0.1).double(), temperature, 0.004, 2000, seed=fast
+    )
     y = run.final[:, -1]
 
     def exact(v):
@@ -190,24 +217,41 @@ class Washboard:
 
     def mean_cosine(self):
         """Mean of cos(w x) under exp(-V), by quadrature."""
+
         def mass(power):
             return integrate.quad(
-                lambda x: math.cos(self.w * x) ** power
-                * math.exp(-0.5 * x * x - self.c * math.cos(self.w * x)), -12, 12)[0]
+                lambda x: (
+                    math.cos(self.w * x) ** power
+                    * math.exp(-0.5 * x * x - self.c * math.cos(self.w * x))
+                ),
+                -12,
+                12,
+            )[0]
+
         return mass(1) / mass(0)
 
 
 # At these steps errors are 20 or more times their standard error of 0.001. The second scheme's
 # still hold terms of higher order (ratios of 5 to 6 instead of 4), the first's hardly.
-@pytest.mark.parametrize(("scheme", "well", "dt", "low", "high"), [
-    ("euler-maruyama", Washboard(2.0, 1.0), 0.6, 1.8, 2.4),
-    ("leimkuhler-matthews", Washboard(1.0, 2.0), 0.4, 3.5, 8.0),
-])
+@pytest.mark.parametrize(
+    ("scheme", "well", "dt", "low", "high"),
+    [
+        ("euler-maruyama", Washboard(2.0, 1.0), 0.6, 1.8, 2.4),
+        ("leimkuhler-matthews", Washboard(1.0, 2.0), 0.4, 3.5, 8.0),
+    ],
+)
 def test_weak_order_is_one_for_euler_and_two_for_leimkuhler_matthews(scheme, well, dt, low, high):
     def error(step):
-        run = simulate_langevin(well, torch.zeros(20_000, 1).double(), 1.0, step,
-                                round(48 / step), seed=5, scheme=scheme,
-                                record_every=round(2.4 / step))
+        run = simulate_langevin(
+            well,
+            torch.zeros(20_000, 1).double(),
+            1.0,
+            step,
+            round(48 / step),
+            seed=5,
+            scheme=scheme,
+            record_every=round(2.4 / step),
+        )
         cosines = torch.cos(well.w * run.positions[5:, :, 0]).mean(0)  # [N], over time
         return float(cosines.mean()) - well.mean_cosine()
 
@@ -237,34 +281,44 @@ def test_a_plain_function_is_differentiated_and_records_are_where_they_were_aske
     torch.testing.assert_close(closed.positions, plain.positions, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(start=torch.ones(3)), r"start: expected positions \[N, D\]"),
-    (dict(start=torch.ones(0, 2)), r"start: expected positions \[N, D\]"),
-    (dict(start=torch.ones(3, 3)), r"start: expected positions \[N, 2\] for this potential"),
-    (dict(start=torch.full((3, 2), math.nan)), "start: expected finite values"),
-    (dict(temperature=-0.1), "temperature: expected a finite number of at least"),
-    (dict(dt=0.0), "dt: expected a finite number above 0"),
-    (dict(steps=0), "steps: expected a whole number"),
-    (dict(record_every=0), "record_every: expected a whole number"),
-    (dict(scheme="heun"), "scheme: expected one of"),
-    (dict(potential=lambda x: x), r"potential: expected energies of shape \[3\]"),
-    (dict(dt=1e6, steps=200), "dt: expected a step at which .* particle 0 not finite"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(start=torch.ones(3)), r"start: expected positions \[N, D\]"),
+        (dict(start=torch.ones(0, 2)), r"start: expected positions \[N, D\]"),
+        (dict(start=torch.ones(3, 3)), r"start: expected positions \[N, 2\] for this potential"),
+        (dict(start=torch.full((3, 2), math.nan)), "start: expected finite values"),
+        (dict(temperature=-0.1), "temperature: expected a finite number of at least"),
+        (dict(dt=0.0), "dt: expected a finite number above 0"),
+        (dict(steps=0), "steps: expected a whole number"),
+        (dict(record_every=0), "record_every: expected a whole number"),
+        (dict(scheme="heun"), "scheme: expected one of"),
+        (dict(potential=lambda x: x), r"potential: expected energies of shape \[3\]"),
+        (dict(dt=1e6, steps=200), "dt: expected a step at which .* particle 0 not finite"),
+    ],
+)
 def test_bad_arguments_are_refused_by_name(change, message):
-    good = dict(potential=RingPotential(), start=torch.full((3, 2), 2.0), temperature=0.1, dt=0.01,
-                steps=10)
+    good = dict(
+        potential=RingPotential(), start=torch.full((3, 2), 2.0), temperature=0.1, dt=0.01, steps=10
+    )
     with pytest.raises(ValueError, match=message):
         simulate_langevin(**{**good, **change})
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: RingPotential(0.0), "stiffness"), (lambda: RingPotential(contrast=1.0), "contrast"),
-    (lambda: RingPotential(modes=0), "modes"), (lambda: RidgePotential(broad=-1.0), "broad"),
-    (lambda: RidgePotential(fast=0), "fast"), (lambda: RidgePotential(length=0.0), "length"),
-    (lambda: RidgePotential(wall=0.0).analytic_density(1.0, torch.zeros(1)), "wall"),
-    (lambda: RidgePotential().analytic_density(0.0, torch.zeros(1)), "temperature"),
-    (lambda: RingPotential().analytic_density(-1.0, torch.zeros(1)), "temperature"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RingPotential(0.0), "stiffness"),
+        (lambda: RingPotential(contrast=1.0), "contrast"),
+        (lambda: RingPotential(modes=0), "modes"),
+        (lambda: RidgePotential(broad=-1.0), "broad"),
+        (lambda: RidgePotential(fast=0), "fast"),
+        (lambda: RidgePotential(length=0.0), "length"),
+        (lambda: RidgePotential(wall=0.0).analytic_density(1.0, torch.zeros(1)), "wall"),
+        (lambda: RidgePotential().analytic_density(0.0, torch.zeros(1)), "temperature"),
+        (lambda: RingPotential().analytic_density(-1.0, torch.zeros(1)), "temperature"),
+    ],
+)
 def test_bad_potentials_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"{message}: expected"):
         make()

@@ -36,8 +36,12 @@ def mlp_problem(dtype=torch.float64, n=24, seed=0):
 
 
 def conv_problem(norm, channels=(4, 4, 4), norm_of_objective="running"):
-    obj = Objective(initialise(digits_cnn(norm, channels=channels), 1), "cross_entropy", images(),
-                    norm=norm_of_objective)
+    obj = Objective(
+        initialise(digits_cnn(norm, channels=channels), 1),
+        "cross_entropy",
+        images(),
+        norm=norm_of_objective,
+    )
     a = obj.parameters_vector()
     g = torch.Generator().manual_seed(3)
     return obj, linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=3)
@@ -62,8 +66,9 @@ def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed,
             with torch.no_grad():
                 theta = nn.utils.parameters_to_vector(parameters)
                 s, nearest, distance = path.project(theta)
-                for p, q in zip(parameters, nearest.split([p.numel() for p in parameters]),
-                                strict=True):
+                for p, q in zip(
+                    parameters, nearest.split([p.numel() for p in parameters]), strict=True
+                ):
                     p.copy_(q.view_as(p))  # in place: the optimizer's state stays
             positions.append(s)
             distances.append(distance)
@@ -72,17 +77,26 @@ def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed,
 
 OPTIMIZERS = {
     "sgd": (dict(optimizer="sgd"), lambda p: torch.optim.SGD(p, 0.1)),
-    "sgd with decay": (dict(optimizer="sgd", weight_decay=0.03),
-                       lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.03)),
-    "heavy ball": (dict(optimizer="sgd", momentum=0.7, weight_decay=0.03),
-                   lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, weight_decay=0.03)),
-    "nesterov": (dict(optimizer="nesterov", weight_decay=0.01),
-                 lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True,
-                                           weight_decay=0.01)),
-    "adam": (dict(optimizer="adam", weight_decay=0.02),
-             lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.02)),
-    "adam, other betas": (dict(optimizer="adam", betas=(0.5, 0.9), eps=1e-3),
-                          lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.9), eps=1e-3)),
+    "sgd with decay": (
+        dict(optimizer="sgd", weight_decay=0.03),
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.03),
+    ),
+    "heavy ball": (
+        dict(optimizer="sgd", momentum=0.7, weight_decay=0.03),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, weight_decay=0.03),
+    ),
+    "nesterov": (
+        dict(optimizer="nesterov", weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    ),
+    "adam": (
+        dict(optimizer="adam", weight_decay=0.02),
+        lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.02),
+    ),
+    "adam, other betas": (
+        dict(optimizer="adam", betas=(0.5, 0.9), eps=1e-3),
+        lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.9), eps=1e-3),
+    ),
 }
 
 
@@ -91,8 +105,19 @@ OPTIMIZERS = {
 def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
     settings, make = OPTIMIZERS[name]
     model, obj, path = mlp_problem()
-    run = relax(obj, path, [0.3, 0.8], lr=0.1, batch_size=5, project_every=4, steps=30, seed=7,
-                engine=engine, max_distance=math.inf, **settings)
+    run = relax(
+        obj,
+        path,
+        [0.3, 0.8],
+        lr=0.1,
+        batch_size=5,
+        project_every=4,
+        steps=30,
+        seed=7,
+        engine=engine,
+        max_distance=math.inf,
+        **settings,
+    )
     assert run.engine == engine
     for r, start in enumerate((0.3, 0.8)):
         s, d, losses = by_hand(model, obj, path, start, make, 5, 4, 30, 7, r)
@@ -123,12 +148,14 @@ def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
 def test_a_replica_does_what_it_would_do_alone(norm):
     obj, path = conv_problem(norm)
     common = dict(batch_size=4, project_every=3, steps=9, seed=5, max_distance=math.inf)
-    together = relax(obj, path, [0.2, 0.2, 0.5, 0.7], lr=[0.05, 0.05, 0.02, 0.1],
-                     ids=[0, 4, 2, 9], **common)
+    together = relax(
+        obj, path, [0.2, 0.2, 0.5, 0.7], lr=[0.05, 0.05, 0.02, 0.1], ids=[0, 4, 2, 9], **common
+    )
     assert together.engine == "vmap" and together.notes == ()
     for r, i in enumerate(together.ids.tolist()):
-        alone = relax(obj, path, float(together.start[r]), lr=float(together.lr[r]), ids=[i],
-                      **common)
+        alone = relax(
+            obj, path, float(together.start[r]), lr=float(together.lr[r]), ids=[i], **common
+        )
         assert alone.engine == "loop"
         torch.testing.assert_close(together.position[r], alone.position[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(together.loss[r], alone.loss[0], rtol=1e-4, atol=1e-5)
@@ -230,8 +257,18 @@ def test_a_replica_too_far_from_the_path_has_diverged_unless_that_is_allowed():
 def test_records_table_and_callback_agree():
     _, obj, path = mlp_problem()
     seen = []
-    run = relax(obj, path, [0.2, 0.9], lr=[0.1, 0.2], batch_size=6, project_every=3, steps=20,
-                record_every=6, loss_every=12, on_record=seen.append)
+    run = relax(
+        obj,
+        path,
+        [0.2, 0.9],
+        lr=[0.1, 0.2],
+        batch_size=6,
+        project_every=3,
+        steps=20,
+        record_every=6,
+        loss_every=12,
+        on_record=seen.append,
+    )
     assert run.steps.tolist() == [0, 6, 12, 18, 20] == [r.step for r in seen]
     assert torch.equal(torch.stack([r.position for r in seen], 1), run.position)
     assert torch.equal(torch.stack([r.loss for r in seen], 1), run.loss)
@@ -255,36 +292,38 @@ def test_records_table_and_callback_agree():
 def test_a_full_batch_has_no_noise():
     _, obj, path = mlp_problem()
     run = relax(obj, path, 0.4, lr=0.1, batch_size=obj.num_examples, steps=30, replicas=3)
-    torch.testing.assert_close(run.position[1:], run.position[:1].expand(2, -1),
-                               rtol=0, atol=1e-12)
+    torch.testing.assert_close(run.position[1:], run.position[:1].expand(2, -1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(start=1.2), r"start: expected positions in \[0, 1\]"),
-    (dict(start=[0.1, math.nan]), "start: expected positions"),
-    (dict(start="middle"), "start: expected a number"),
-    (dict(lr=-0.1), "lr: expected finite numbers above 0"),
-    (dict(lr=[0.1, 0.2], start=[0.1, 0.2, 0.3]), "replicas: .* 3 for start, 2 for lr"),
-    (dict(lr=[0.1, 0.2], replicas=3), "replicas: .* 2 for lr, 3 for replicas"),
-    (dict(start=[]), "replicas: .*0 for start"),
-    (dict(replicas=0), "replicas: expected a whole number"),
-    (dict(ids=[-1]), "ids: expected a whole number"),
-    (dict(optimizer="lion"), "optimizer: expected one of 'sgd', 'nesterov', 'adam'"),
-    (dict(optimizer="adam", momentum=0.9), "momentum: expected None"),
-    (dict(optimizer="nesterov", momentum=0.0), "momentum: expected a number"),
-    (dict(momentum=1.0), "momentum: expected a number"),
-    (dict(weight_decay=-1.0), "weight_decay: expected"),
-    (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
-    (dict(batch_size=25), "batch_size: expected at most the 24 examples"),
-    (dict(batch_size=0), "batch_size: expected a whole number"),
-    (dict(steps=0), "steps: expected a whole number"),
-    (dict(project_every=0), "project_every: expected a whole number"),
-    (dict(record_every=20), "record_every: expected a multiple of project_every"),
-    (dict(loss_every=10), "loss_every: expected a multiple of record_every"),
-    (dict(max_distance=0.0), "max_distance: expected a number above 0"),
-    (dict(engine="fast"), "engine: expected one of"),
-    (dict(seed=-1), "seed: expected a whole number"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(start=1.2), r"start: expected positions in \[0, 1\]"),
+        (dict(start=[0.1, math.nan]), "start: expected positions"),
+        (dict(start="middle"), "start: expected a number"),
+        (dict(lr=-0.1), "lr: expected finite numbers above 0"),
+        (dict(lr=[0.1, 0.2], start=[0.1, 0.2, 0.3]), "replicas: .* 3 for start, 2 for lr"),
+        (dict(lr=[0.1, 0.2], replicas=3), "replicas: .* 2 for lr, 3 for replicas"),
+        (dict(start=[]), "replicas: .*0 for start"),
+        (dict(replicas=0), "replicas: expected a whole number"),
+        (dict(ids=[-1]), "ids: expected a whole number"),
+        (dict(optimizer="lion"), "optimizer: expected one of 'sgd', 'nesterov', 'adam'"),
+        (dict(optimizer="adam", momentum=0.9), "momentum: expected None"),
+        (dict(optimizer="nesterov", momentum=0.0), "momentum: expected a number"),
+        (dict(momentum=1.0), "momentum: expected a number"),
+        (dict(weight_decay=-1.0), "weight_decay: expected"),
+        (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
+        (dict(batch_size=25), "batch_size: expected at most the 24 examples"),
+        (dict(batch_size=0), "batch_size: expected a whole number"),
+        (dict(steps=0), "steps: expected a whole number"),
+        (dict(project_every=0), "project_every: expected a whole number"),
+        (dict(record_every=20), "record_every: expected a multiple of project_every"),
+        (dict(loss_every=10), "loss_every: expected a multiple of record_every"),
+        (dict(max_distance=0.0), "max_distance: expected a number above 0"),
+        (dict(engine="fast"), "engine: expected one of"),
+        (dict(seed=-1), "seed: expected a whole number"),
+    ],
+)
 def test_bad_arguments_are_refused_by_name(change, message):
     _, obj, path = mlp_problem()
     good = dict(start=0.5, lr=0.1, batch_size=4, steps=30)

@@ -22,10 +22,19 @@ def trajectory(position, lr=0.1, every=10, diverged_at=None):
     r, t = position.shape
     empty = torch.zeros_like(position)
     return Trajectory(
-        position=position, distance=empty, loss=empty, full_loss=empty,
-        steps=every * torch.arange(t), lr=torch.as_tensor(lr, dtype=torch.float64).expand(r),
-        ids=torch.arange(r), diverged_at=torch.as_tensor(diverged_at or [-1] * r),
-        optimizer="sgd", batch_size=4, project_every=every, seed=0, engine="loop",
+        position=position,
+        distance=empty,
+        loss=empty,
+        full_loss=empty,
+        steps=every * torch.arange(t),
+        lr=torch.as_tensor(lr, dtype=torch.float64).expand(r),
+        ids=torch.arange(r),
+        diverged_at=torch.as_tensor(diverged_at or [-1] * r),
+        optimizer="sgd",
+        batch_size=4,
+        project_every=every,
+        seed=0,
+        engine="loop",
     )
 
 
@@ -62,8 +71,9 @@ def test_median_interval_says_what_few_samples_attain():
 
 
 def test_displacement_is_the_end_less_the_start_of_those_that_finished():
-    run = trajectory([[0.2, 0.3, 0.25], [0.2, 0.1, 0.35], [0.2, math.nan, math.nan]],
-                     diverged_at=[-1, -1, 7])
+    run = trajectory(
+        [[0.2, 0.3, 0.25], [0.2, 0.1, 0.35], [0.2, math.nan, math.nan]], diverged_at=[-1, -1, 7]
+    )
     moved = displacement(run)
     assert moved.value == pytest.approx(0.1) and len(moved.samples) == 2
     half = stats.t.ppf(0.975, 1) * 0.05
@@ -92,11 +102,13 @@ def test_drift_is_the_slope_against_effective_time_whatever_the_lr():
 
 
 def test_relaxation_time_is_the_first_passage_to_the_nearest_end():
-    run = trajectory([
-        [0.4, 0.3, 0.19, 0.3],    # 0.2 is half-way to 0: third record
-        [0.6, 0.9, 0.7, 0.7],     # 0.8 is half-way to 1: second record
-        [0.4, 0.2, 0.4, 0.4],     # on the threshold
-    ])
+    run = trajectory(
+        [
+            [0.4, 0.3, 0.19, 0.3],  # 0.2 is half-way to 0: third record
+            [0.6, 0.9, 0.7, 0.7],  # 0.8 is half-way to 1: second record
+            [0.4, 0.2, 0.4, 0.4],  # on the threshold
+        ]
+    )
     times = relaxation_time(run)
     assert times.times.tolist() == [2.0, 1.0, 1.0] and not bool(times.censored.any())
     assert times.median.value == 1.0 and not times.lower_bound
@@ -120,8 +132,10 @@ def test_replicas_that_do_not_arrive_are_censored_and_bound_the_median_from_belo
 
 def test_a_replica_that_diverged_is_censored_where_it_was_last_seen():
     nan = math.nan
-    run = trajectory([[0.4, 0.3, 0.3, 0.1], [0.4, 0.35, nan, nan], [0.4, 0.1, nan, nan]],
-                     diverged_at=[-1, 17, 15])
+    run = trajectory(
+        [[0.4, 0.3, 0.3, 0.1], [0.4, 0.35, nan, nan], [0.4, 0.1, nan, nan]],
+        diverged_at=[-1, 17, 15],
+    )
     times = relaxation_time(run)
     assert times.times.tolist() == [3.0, 1.0, 1.0]
     assert times.censored.tolist() == [False, True, False]
@@ -130,15 +144,18 @@ def test_a_replica_that_diverged_is_censored_where_it_was_last_seen():
     assert times.horizon == 1.0 and times.restricted_mean.value == 1.0
 
 
-@pytest.mark.parametrize(("start", "settings", "message"), [
-    (0.5, {}, "target: expected a position, where a start is half-way"),
-    (0.3, dict(target=0.3), "target: expected another position than the start"),
-    (0.0, {}, "target: expected another position than the start"),
-    (0.3, dict(target=1.5), "target: expected 'nearest' or a position"),
-    (0.3, dict(target="end"), "target: expected 'nearest' or a position"),
-    (0.3, dict(fraction=1.0), "fraction: expected a number in"),
-    (0.3, dict(confidence=95), "confidence: expected a number between"),
-])
+@pytest.mark.parametrize(
+    ("start", "settings", "message"),
+    [
+        (0.5, {}, "target: expected a position, where a start is half-way"),
+        (0.3, dict(target=0.3), "target: expected another position than the start"),
+        (0.0, {}, "target: expected another position than the start"),
+        (0.3, dict(target=1.5), "target: expected 'nearest' or a position"),
+        (0.3, dict(target="end"), "target: expected 'nearest' or a position"),
+        (0.3, dict(fraction=1.0), "fraction: expected a number in"),
+        (0.3, dict(confidence=95), "confidence: expected a number between"),
+    ],
+)
 def test_questions_without_an_answer_are_refused(start, settings, message):
     with pytest.raises(ValueError, match=message):
         relaxation_time(trajectory([[start, 0.1]]), **settings)

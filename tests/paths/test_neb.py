@@ -97,8 +97,15 @@ def steepest_descent(energy, top, along):
         return -torch.autograd.grad(energy(leaf).sum(), leaf)[0][0].numpy()
 
     sides = [
-        solve_ivp(velocity, (0, 20), np.array(top) + sign * 1e-5 * np.array(along),
-                  method="LSODA", rtol=1e-8, atol=1e-10, max_step=0.1).y.T
+        solve_ivp(
+            velocity,
+            (0, 20),
+            np.array(top) + sign * 1e-5 * np.array(along),
+            method="LSODA",
+            rtol=1e-8,
+            atol=1e-10,
+            max_step=0.1,
+        ).y.T
         for sign in (-1, 1)
     ]
     return Path(torch.tensor(np.concatenate([sides[0][::-1], sides[1]])))
@@ -124,8 +131,9 @@ def test_the_path_converges_to_steepest_descent_from_the_saddle(springs):
 def test_the_saddle_estimate_sharpens_as_pivots_are_inserted():
     errors = []
     for room in (6, 15):
-        config = plain(pivots=6, max_pivots=room, cycles=annealed(4, 60, 0.03, 0.02),
-                       insert_threshold=0.01)
+        config = plain(
+            pivots=6, max_pivots=room, cycles=annealed(4, 60, 0.03, 0.02), insert_threshold=0.01
+        )
         result = auto_neb(surface(mueller_brown), DEEP, SHALLOW, config)
         assert result.path.num_pivots <= room
         errors.append(abs(result.saddle.loss - SADDLE_ENERGY))
@@ -138,7 +146,8 @@ def test_inserted_pivots_are_counted_and_never_after_the_last_cycle():
     result = auto_neb(surface(mueller_brown), DEEP, SHALLOW, config)
     cycles = result.cycles
     assert cycles["pivots"].tolist() == [
-        3, *(cycles["pivots"][:-1] + cycles["inserted"][:-1]).tolist()
+        3,
+        *(cycles["pivots"][:-1] + cycles["inserted"][:-1]).tolist(),
     ]
     assert cycles["inserted"][-1] == 0 and sum(cycles["inserted"]) == 3
     assert result.path.num_pivots == 6
@@ -146,8 +155,9 @@ def test_inserted_pivots_are_counted_and_never_after_the_last_cycle():
 
 
 def test_the_ends_do_not_move():
-    result = auto_neb(surface(double_well), tensor(-1, 0.1), tensor(1, 0.2),
-                      plain(pivots=4, cycles=[(30, 0.05)]))
+    result = auto_neb(
+        surface(double_well), tensor(-1, 0.1), tensor(1, 0.2), plain(pivots=4, cycles=[(30, 0.05)])
+    )
     assert result.path.pivots[0].tolist() == [-1.0, 0.1]
     assert result.path.pivots[-1].tolist() == [1.0, 0.2]
 
@@ -225,8 +235,12 @@ def test_minibatches_depend_on_seed_and_cycle_only():
 def test_a_batch_of_everything_is_the_full_gradient():
     obj = noisy_wells(7)
     paths = [
-        auto_neb(obj, tensor(-1, 0), tensor(1, 0),
-                 plain(pivots=4, cycles=[(10, 0.05)], batch_size=size, seed=seed)).path.pivots
+        auto_neb(
+            obj,
+            tensor(-1, 0),
+            tensor(1, 0),
+            plain(pivots=4, cycles=[(10, 0.05)], batch_size=size, seed=seed),
+        ).path.pivots
         for size, seed in ((None, 0), (7, 1), (99, 2))
     ]
     assert torch.equal(paths[0], paths[1]) and torch.equal(paths[0], paths[2])
@@ -247,7 +261,10 @@ def test_a_seed_gives_one_path_and_another_seed_another():
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path):
     config = AutoNEBConfig(
-        pivots=4, max_pivots=8, cycles=annealed(3, 12, 0.05, 0.01), batch_size=5,
+        pivots=4,
+        max_pivots=8,
+        cycles=annealed(3, 12, 0.05, 0.01),
+        batch_size=5,
         insert_threshold=0.02,
     )
     ends = tensor(-1, 0), tensor(1, 0)
@@ -279,8 +296,13 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 def test_a_damaged_state_is_refused(tmp_path):
     file = tmp_path / "state.safetensors"
     states = []
-    auto_neb(noisy_wells(), tensor(-1, 0), tensor(1, 0), plain(cycles=[(1, 0.05)]),
-             on_cycle=states.append)
+    auto_neb(
+        noisy_wells(),
+        tensor(-1, 0),
+        tensor(1, 0),
+        plain(cycles=[(1, 0.05)]),
+        on_cycle=states.append,
+    )
     states[0].save(file)
     manifest = (tmp_path / "state.json").read_text()
     for old, new in (('"momentum"', '"mass"'), ("neb-state/1", "neb-state/0")):
@@ -296,8 +318,9 @@ def test_a_damaged_state_is_refused(tmp_path):
 def test_progress_is_reported_after_each_step():
     seen = []
     config = plain(pivots=3, cycles=[(2, 0.05), (3, 0.01)])
-    result = auto_neb(noisy_wells(), tensor(-1, 0), tensor(1, 0), config,
-                      on_step=lambda *step: seen.append(step))
+    result = auto_neb(
+        noisy_wells(), tensor(-1, 0), tensor(1, 0), config, on_step=lambda *step: seen.append(step)
+    )
     assert [step[:2] for step in seen] == [(i, 5) for i in range(1, 6)]
     assert [step[2] for step in seen] == result.history.rows()
 
@@ -333,18 +356,35 @@ def test_ends_that_do_not_fit_are_refused(a, b, message):
 
 def test_a_training_objective_of_another_model_is_refused():
     with pytest.raises(ValueError, match="train_obj"):
-        auto_neb(surface(double_well), tensor(-1, 0), tensor(1, 0), plain(),
-                 train_obj=surface(double_well, size=3))
+        auto_neb(
+            surface(double_well),
+            tensor(-1, 0),
+            tensor(1, 0),
+            plain(),
+            train_obj=surface(double_well, size=3),
+        )
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"pivots": 2}, {"pivots": 9, "max_pivots": 8}, {"cycles": ()}, {"cycles": [(0, 0.1)]},
-        {"cycles": [(10, -0.1)]}, {"cycles": [10, 0.1]}, {"batch_size": 0}, {"momentum": 1.0},
-        {"weight_decay": -1.0}, {"springs": 0.0}, {"springs": math.nan},
-        {"insert_threshold": 0.0}, {"eval_points": 0}, {"recalibration_examples": 0},
-        {"seed": -1}, {"cycles": [(10, math.inf)]}, {"pivots": 5.0},
+        {"pivots": 2},
+        {"pivots": 9, "max_pivots": 8},
+        {"cycles": ()},
+        {"cycles": [(0, 0.1)]},
+        {"cycles": [(10, -0.1)]},
+        {"cycles": [10, 0.1]},
+        {"batch_size": 0},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"springs": 0.0},
+        {"springs": math.nan},
+        {"insert_threshold": 0.0},
+        {"eval_points": 0},
+        {"recalibration_examples": 0},
+        {"seed": -1},
+        {"cycles": [(10, math.inf)]},
+        {"pivots": 5.0},
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings):

@@ -9,8 +9,12 @@ from entropic_fast.objective import Objective
 from entropic_fast.paths import AutoNEBConfig, auto_neb, barrier, linear_path, path_losses
 
 CONFIG = AutoNEBConfig(
-    pivots=7, max_pivots=9, cycles=[(120, 0.1), (80, 0.03), (60, 0.01)], batch_size=100,
-    weight_decay=0.0, eval_points=3,
+    pivots=7,
+    max_pivots=9,
+    cycles=[(120, 0.1), (80, 0.03), (60, 0.01)],
+    batch_size=100,
+    weight_decay=0.0,
+    eval_points=3,
 )
 
 
@@ -73,8 +77,9 @@ def test_the_record_of_a_run_is_whole(connected):
 def test_buffers_are_neither_in_the_path_nor_of_consequence():
     """Useless running statistics at the ends change neither the path nor its losses."""
     models = [minimum(seed, True) for seed in (2, 3)]
-    config = AutoNEBConfig(pivots=4, max_pivots=5, cycles=[(5, 0.1)] * 2, batch_size=100,
-                           eval_points=2)
+    config = AutoNEBConfig(
+        pivots=4, max_pivots=5, cycles=[(5, 0.1)] * 2, batch_size=100, eval_points=2
+    )
     results = []
     for spoilt in (False, True):
         if spoilt:

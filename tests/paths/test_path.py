@@ -28,7 +28,9 @@ def brute_force_distance(path, theta, count=4001):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    pivots=st.integers(2, 7), params=st.integers(1, 9), seed=st.integers(0, 10**6),
+    pivots=st.integers(2, 7),
+    params=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
     scale=st.sampled_from([1e-3, 1.0, 30.0]),
 )
 def test_projection_is_the_nearest_point_of_all_segments(pivots, params, seed, scale):
