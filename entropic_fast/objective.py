@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checks
+from .exact import exact_math
 from .examples import Batch, Examples
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+from .loss_functions import LossFunction, loss_function
 
 # Layers whose evaluation-mode output uses statistics gathered in training.
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -82,7 +80,7 @@ class Objective:
         checks.one_of("norm", norm, ("running", "batch"))
         self.norm = norm
         self.loss_name = loss if isinstance(loss, str) else "custom"
-        self._loss = _loss_function(loss)
+        self._loss = loss_function(loss)
         self._model = _private_copy(model, norm)
         self._read_parameters(device)
         self._examples = Examples(data, self.device, self.dtype, batch_size)
@@ -239,7 +237,7 @@ class Objective:
         """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both."""
         values = {**self.split(theta), **self.buffers}
         try:
-            with exact_attention():
+            with exact_math():
                 outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -276,6 +274,7 @@ class Objective:
         """Mean loss over all examples at theta [P], summed in float64."""
         return float(self.example_losses(theta).double().mean())
 
+    @exact_math()
     def gradient(self, theta: Tensor | None = None) -> Tensor:
         """Gradient of `loss` at theta [P].  # [P]"""
         theta = self.point(theta)
@@ -467,18 +466,6 @@ class Objective:
             )
 
 
-@contextlib.contextmanager
-def exact_attention() -> Iterator[None]:
-    """Attention by plain matrix products: the fused kernels lack second derivatives."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def _require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
     """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
     bad = ~torch.isfinite(losses)
@@ -521,23 +508,3 @@ def _private_copy(model: nn.Module, norm: str) -> nn.Module:
                 'pass norm="batch"',
             )
     return private
-
-
-def _loss_function(loss: str | LossFunction) -> LossFunction:
-    if callable(loss):
-        return loss
-    checks.one_of("loss", loss, ("cross_entropy", "mse"))
-    return _cross_entropy if loss == "cross_entropy" else _mean_squared_error
-
-
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
-    return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
-
-
-def _mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    if outputs.shape != targets.shape:
-        raise checks.fail(
-            "targets", f"the outputs' shape {list(outputs.shape)}", str(list(targets.shape))
-        )
-    return (outputs - targets).square().reshape(len(outputs), -1).mean(1)

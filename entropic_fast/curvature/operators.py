@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..examples import Batch
 from ..objective import Objective
 
@@ -122,6 +123,7 @@ class HessianOperator(CurvatureOperator):
 
     name = "HessianOperator"
 
+    @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
         loss = self.obj.finite_losses(leaf, batch).sum()
@@ -158,6 +160,7 @@ class GGNOperator(CurvatureOperator):
 
     name = "GGNOperator"
 
+    @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
         outputs = self.obj.outputs(leaf, batch.inputs)

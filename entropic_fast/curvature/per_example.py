@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from ..exact import exact_math
 from ..examples import Batch
 from ..objective import Objective
 from .memory import activation_bytes, resolve_budget, too_small
@@ -85,6 +86,7 @@ class ExampleGradients:
             if batch.start + len(batch.inputs) > first:
                 yield batch.start, self._gradients(batch)
 
+    @exact_math()
     def _gradients(self, batch: Batch) -> Tensor:
         if self._vmap_works:
             try:
