@@ -37,11 +37,8 @@ def _full_float32() -> Iterator[None]:
         yield
         return
     # All three together: torch refuses to read its older single flag where they differ.
-    settings: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
-        torch.backends.cudnn.rnn,
-    )
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
