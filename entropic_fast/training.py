@@ -17,34 +17,9 @@ from torch.nn import functional
 
 from .checks import at_least, fail, positive, whole
 from .data import ImageData, augment, batches
-from .minima import (
-    Minimum,
-    MismatchError,
-    load_minimum,
-    read_minimum,
-    save_minimum,
-    training_manifest,
-)
 from .models import initialise as initialise_model
 from .random import derive
 from .table import Table
-
-__all__ = [
-    "DivergedError",
-    "EpochRecord",
-    "Evaluation",
-    "Minimum",
-    "MismatchError",
-    "TrainConfig",
-    "Trained",
-    "evaluate",
-    "learning_rate",
-    "load_minimum",
-    "read_minimum",
-    "save_minimum",
-    "train",
-    "training_manifest",
-]
 
 
 class DivergedError(ValueError):

@@ -8,19 +8,21 @@ from torch import nn
 
 from entropic_fast import store
 from entropic_fast.data import ImageData, load
-from entropic_fast.models import build, initialise
-from entropic_fast.training import (
-    DivergedError,
+from entropic_fast.minima import (
     Minimum,
     MismatchError,
-    TrainConfig,
-    evaluate,
-    learning_rate,
     load_minimum,
     read_minimum,
     save_minimum,
-    train,
     training_manifest,
+)
+from entropic_fast.models import build, initialise
+from entropic_fast.training import (
+    DivergedError,
+    TrainConfig,
+    evaluate,
+    learning_rate,
+    train,
 )
 
 DIGITS = load("digits")

@@ -148,11 +148,15 @@ def _curvature(curvature: Table) -> list[Claim]:
 
 
 def _rises(table: Table, figure: str, column: str, error: str, label: str) -> Claim:
-    ratios, certain = [], []
+    ratios, certain, without = [], [], 0
     for name in dict.fromkeys(table["path"].tolist()):
         rows = table.where(path=name)
         value, errors = _floats(rows[column]), _floats(rows[error])
         inner, ends = slice(1, -1), [0, -1]
+        if not (value[inner].mean() > 0 and value[ends].mean() > 0):
+            without += 1  # a ratio has no meaning
+            certain.append(UNDECIDED)
+            continue
         ratio = value[inner].mean() / value[ends].mean()
         relative = np.hypot(
             _mean_error(errors[inner]) / value[inner].mean(),
@@ -162,6 +166,11 @@ def _rises(table: Table, figure: str, column: str, error: str, label: str) -> Cl
         spread = stats.norm.ppf((1 + LEVEL) / 2) * relative
         certain.append(_verdict(ratio * (1 - spread), ratio * (1 + spread), 1.0))
     effect, low, high = _geometric_mean(np.array(ratios))
+    detail = f"{certain.count(HOLDS)} of {len(certain)} paths above 1 beyond their own error"
+    if ratios:
+        detail += f"; range {min(ratios):.2f} to {max(ratios):.2f}"
+    if without:
+        detail += f"; {without} without a ratio, as a mean is not above 0"
     return Claim(
         figure,
         f"{label} rises inside",
@@ -171,21 +180,30 @@ def _rises(table: Table, figure: str, column: str, error: str, label: str) -> Cl
         low,
         high,
         FAILS if FAILS in certain else UNDECIDED if UNDECIDED in certain else HOLDS,
-        f"{certain.count(HOLDS)} of {len(certain)} paths above 1 beyond their own error; "
-        f"range {min(ratios):.2f} to {max(ratios):.2f}",
+        detail,
     )
 
 
 def _path_loss(loss: Table) -> list[Claim]:
     shares, excess, barriers = [], [], []
-    for name in dict.fromkeys(loss["path"].tolist()):
+    names = list(dict.fromkeys(loss["path"].tolist()))
+    for name in names:
         rows = loss.where(path=name)
         path, line = (_floats(rows.where(kind=k)["loss"]) for k in ("path", "line"))
-        end = max(path[0], path[-1])
-        excess.append(path.max() - end)
+        excess.append(path.max() - max(path[0], path[-1]))
         barriers.append(line.max() - max(line[0], line[-1]))
-        shares.append(excess[-1] / barriers[-1] if barriers[-1] > 0 else np.inf)
+        if barriers[-1] > 0:
+            shares.append(excess[-1] / barriers[-1])
     effect, low, high = _geometric_mean(np.maximum(np.array(shares), 1e-12))
+    detail = (
+        f"barriers: path at most {max(excess):.3g}, line at least {min(barriers):.3g} nats, "
+        f"{len(names)} paths"
+    )
+    if len(shares) < len(names):
+        detail += f", {len(names) - len(shares)} of them left out: their line has no barrier"
+    verdict = UNDECIDED
+    if shares:
+        verdict = HOLDS if max(shares) < 0.1 else FAILS
     return [
         Claim(
             "2C",
@@ -196,9 +214,8 @@ def _path_loss(loss: Table) -> list[Claim]:
             effect,
             low,
             high,
-            HOLDS if max(shares) < 0.1 else FAILS,
-            f"barriers: path at most {max(excess):.3g}, line at least {min(barriers):.3g} nats, "
-            f"{len(shares)} paths",
+            verdict,
+            detail,
         )
     ]
 
@@ -218,22 +235,25 @@ def _spectrum(spectrum: Table) -> list[Claim]:
             for r in common
         ]
     )
-    if len(ratio) == 0:
-        return []
-    share = float((ratio > 1).mean())
-    low, high = np.quantile(ratio, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    share = median = low = high = np.nan
+    if len(ratio):
+        share = float((ratio > 1).mean())
+        tail = (1 - LEVEL) / 2
+        low, median, high = (float(q) for q in np.quantile(ratio, [tail, 0.5, 1 - tail]))
     return [
         Claim(
             "2D",
             "the whole spectrum shifts up",
             "the spectrum of the score matrix shifts upward in the interior, at every rank [S]",
             "interior / ends eigenvalue, median over ranks (interval: 2.5 to 97.5 % of ranks)",
-            float(np.median(ratio)),
-            float(low),
-            float(high),
-            HOLDS if share >= LEVEL else FAILS,
+            median,
+            low,
+            high,
+            (HOLDS if share >= LEVEL else FAILS) if len(ratio) else UNDECIDED,
             f"{100 * share:.1f} % of {len(common)} ranks above the numerical floor are higher "
-            "inside",
+            "inside"
+            if len(ratio)
+            else "no rank is above the numerical floor at every position",
         )
     ]
 
@@ -326,7 +346,9 @@ class _Run:
         return float(self.step[reached[0]]) if len(reached) else np.inf
 
 
-def _deeper_takes_longer(runs: list[_Run]) -> list[Claim]:
+def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
+    # A start at an end has nowhere to go, and a diverged replica says nothing of time.
+    runs = [r for r in asked if np.isfinite(r.approach) and r.depth > 0]
     if not runs:
         return []
     depth = np.array([r.depth for r in runs])
@@ -338,6 +360,10 @@ def _deeper_takes_longer(runs: list[_Run]) -> list[Claim]:
     if len(set(ranked)) > 1 and len(set(depth)) > 1:
         rho = float(stats.spearmanr(depth, ranked).statistic)
         low, high = _bootstrap_rank_correlation(depth, ranked)
+    detail = (
+        f"{int(arrived.sum())} of {len(runs)} replicas came within {target:.3g} of an end in "
+        f"{int(runs[0].step[-1])} updates; the others rank last"
+    )
     return [
         Claim(
             "3A",
@@ -348,8 +374,7 @@ def _deeper_takes_longer(runs: list[_Run]) -> list[Claim]:
             low,
             high,
             _verdict(low, high, 0.0),
-            f"{int(arrived.sum())} of {len(runs)} replicas came within {target:.3g} of an end in "
-            f"{int(runs[0].step[-1])} updates; the others rank last",
+            detail + _left_out(sum(not np.isfinite(r.approach) for r in asked)),
         )
     ]
 
@@ -359,16 +384,19 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
         return []
     first = curvature.where(path=curvature["path"][0])
     s, trace = _floats(first["s"]), _floats(first["hessian_trace"])
-    slope = np.gradient(np.log(trace), s)
-    agree, moving = 0, 0
+    known = trace > 0  # an estimate that is not has no logarithm
+    slope = np.gradient(np.log(trace[known]), s[known]) if known.sum() > 1 else None
+    agree, moving, lost = 0, 0, 0
     starts = sorted({r.start for r in runs})
     for start in starts:
         drift = np.array([r.position[-1] - r.position[0] for r in runs if r.start == start])
-        low, high = _mean_interval(drift[np.isfinite(drift)])
-        if not (low > 0 or high < 0):
+        lost += int(np.isnan(drift).sum())
+        drift = drift[np.isfinite(drift)]
+        low, high = _mean_interval(drift)
+        if slope is None or not (low > 0 or high < 0):
             continue  # did not move beyond its own interval: no direction to compare
         moving += 1
-        agree += bool(np.sign(drift.mean()) == -np.sign(np.interp(start, s, slope)))
+        agree += bool(np.sign(drift.mean()) == -np.sign(np.interp(start, s[known], slope)))
     share = low = high = np.nan
     if moving:
         test = stats.binomtest(agree, moving)
@@ -385,7 +413,8 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
             low,
             high,
             _verdict(low, high, 0.5),
-            f"{agree} of {moving} starts that moved beyond their interval, of {len(starts)}",
+            f"{agree} of {moving} starts that moved beyond their interval, of {len(starts)}"
+            + _left_out(lost),
         )
     ]
 
@@ -404,8 +433,7 @@ def _faster(
     lost = int(np.isnan(a).sum() + np.isnan(b).sum())
     a, b = a[~np.isnan(a)], b[~np.isnan(b)]
     detail = f"{label(fast[0])}: {_mean_text(a)}; {label(slow[0])}: {_mean_text(b)}"
-    if lost:
-        detail += f"; {lost} diverged replicas left out"
+    detail += _left_out(lost)
     effect, low, high = np.nan, np.nan, np.nan
     if len(a) > 1 and len(b) > 1:
         effect = float(a.mean() - b.mean())
@@ -425,6 +453,10 @@ def _faster(
     ]
 
 
+def _left_out(lost: int) -> str:
+    return f"; {lost} diverged replicas left out" if lost else ""
+
+
 # -- figure 5 ------------------------------------------------------------------------------
 
 
@@ -435,8 +467,11 @@ def _lmc(instability: Table) -> list[Claim]:
     first, last = k == k.min(), k == k.max()
     late = k >= np.median(np.unique(k))
     seeds = instability["seed"]
-    lead_late = np.array([(eigen - loss)[late & (seeds == seed)].mean() for seed in set(seeds)])
-    rho = float(stats.spearmanr(k, barrier).statistic) if len(set(barrier)) > 1 else np.nan
+    lead_late = np.array(
+        [(eigen - loss)[late & (seeds == seed)].mean() for seed in np.unique(seeds)]
+    )
+    varies = len(set(barrier)) > 1 < len(set(k))
+    rho = float(stats.spearmanr(k, barrier).statistic) if varies else np.nan
     return [
         _paired(
             "5B",
@@ -468,17 +503,21 @@ def _lmc(instability: Table) -> list[Claim]:
 def _paired(
     figure: str, name: str, statement: str, measure: str, values: Array, detail: str
 ) -> Claim:
-    low, high = _mean_interval(values)
+    known = values[np.isfinite(values)]  # an instability has no value where the ends' mean is 0
+    low, high = _mean_interval(known)
+    detail += f"; {len(known)} trunks"
+    if len(known) < len(values):
+        detail += f", {len(values) - len(known)} without a value left out"
     return Claim(
         figure,
         name,
         statement,
         measure,
-        float(values.mean()),
+        float(known.mean()) if len(known) else np.nan,
         low,
         high,
         _verdict(low, high, 0.0),
-        f"{detail}; {len(values)} trunks",
+        detail,
     )
 
 
@@ -517,6 +556,8 @@ def _welch_interval(a: Array, b: Array) -> tuple[float, float]:
 
 
 def _geometric_mean(values: Array) -> tuple[float, float, float]:
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
     logs = np.log(values)
     low, high = _mean_interval(logs)
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))

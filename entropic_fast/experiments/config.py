@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from .. import checks
+from ..dynamics.optimizers import OPTIMIZERS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -204,6 +205,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     *sections, last = key.strip().split(".")
+    if not last or key.strip() == "preset":
+        raise checks.fail("--set", "section.key=value", repr(override), "use --preset for presets")
     target = document
     for section in sections:
         target = target.setdefault(section, {})
@@ -214,6 +217,10 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
     kinds = typing.get_type_hints(cls)
+    if not isinstance(document, Mapping):
+        raise checks.fail(where or "configuration", "sections and keys", repr(document)[:80])
+    if cls is Config and not isinstance(document.get("preset"), str):
+        raise checks.fail("preset", "the preset's name", repr(document.get("preset")))
     unknown = document.keys() - kinds.keys()
     if unknown:
         raise checks.fail(
@@ -244,6 +251,54 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+# The least value of each number, where it is not 0.
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(
+        (
+            "train.epochs",
+            "train.batch_size",
+            "path.steps",
+            "path.batch_size",
+            "curvature.probes",
+            "curvature.spectrum_examples",
+            "relax.batch_size",
+            "relax.project_every",
+            "relax.steps",
+            "relax.replicas",
+            "relax.batch_sizes",
+            "relax.records",
+            "toy.steps",
+            "toy.trace_particles",
+        ),
+        1,
+    ),
+    "path.dense_points": 2,
+    "toy.particles": 2,
+    "path.pivots": 3,
+    "curvature.spectrum_points": 3,
+    "lmc.points": 3,
+}
+_POSITIVE = (
+    "train.lr",
+    "path.lrs",
+    "curvature.tol",
+    "relax.lrs",
+    "relax.adam_lr_factor",
+    "toy.temperature",
+    "toy.ridge_temperature",
+    "toy.dt",
+)
+_SETS = (  # lists of which every entry names a unit or a curve, so none may come twice
+    "path.pairs",
+    "path.seeds",
+    "relax.batch_sizes",
+    "relax.lrs",
+    "relax.optimizers",
+    "lmc.branch_epochs",
+    "lmc.seeds",
+)
+
+
 def _check(config: Config) -> None:
     seeds = config.train.seeds
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
@@ -251,21 +306,43 @@ def _check(config: Config) -> None:
     for pair in config.path.pairs:
         if pair[0] == pair[1] or not set(pair) <= set(seeds):
             raise checks.fail("path.pairs", f"two different seeds of {seeds}", repr(pair))
-    if not config.path.pairs or not config.path.seeds:
-        raise checks.fail("path.pairs", "at least one pair and one AutoNEB seed", "none")
     if len(config.path.steps) != len(config.path.lrs) or not config.path.steps:
         raise checks.fail(
             "path.steps",
-            "as many cycles as path.lrs",
+            "as many cycles as path.lrs, at least one",
             f"{len(config.path.steps)} and {len(config.path.lrs)}",
         )
-    for key, value in _flatten(config.to_dict()).items():
+    flat = _flatten(config.to_dict())
+    for key in _SETS:
+        entries = [repr(entry) for entry in flat[key]]
+        if not entries or len(set(entries)) < len(entries):
+            raise checks.fail(key, "at least one entry, and none twice", repr(flat[key]))
+    for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and number < 0:
-                raise checks.fail(key, "a number of at least 0", repr(number))
+            if isinstance(number, int | float):
+                checks.at_least(key, number, _LEAST.get(key, 0))
+                if key in _POSITIVE:
+                    checks.positive(key, number)
     for start in (*config.relax.starts, config.relax.start):
         if start > 1:
             raise checks.fail("relax.starts", "positions in [0, 1]", repr(start))
+    for name in config.relax.optimizers:
+        checks.one_of("relax.optimizers", name, OPTIMIZERS)
+    for key in ("train.momentum", "path.momentum"):
+        if flat[key] >= 1:
+            raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
+    for key, limit in (
+        ("lmc.branch_epochs", config.lmc.epochs or config.train.epochs),
+        ("toy.trace_particles", config.toy.particles),
+    ):
+        largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
+        if largest > limit:
+            raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
+    if config.path.max_pivots < config.path.pivots:
+        raise checks.fail(
+            "path.max_pivots", f"at least path.pivots ({config.path.pivots})",
+            str(config.path.max_pivots),
+        )
 
 
 def _flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

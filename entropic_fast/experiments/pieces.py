@@ -9,18 +9,12 @@ from torch import nn
 
 from .. import checks
 from ..data import ImageData, load
+from ..minima import load_minimum, save_minimum, training_manifest
 from ..models import build
 from ..objective import Objective
 from ..paths import Path
 from ..table import Table
-from ..training import (
-    TrainConfig,
-    evaluate,
-    load_minimum,
-    save_minimum,
-    train,
-    training_manifest,
-)
+from ..training import TrainConfig, evaluate, train
 from .run import RunFolder
 from .schedule import Report, Unit
 
