@@ -15,7 +15,7 @@ from .curvature import (
     spectral_density,
     top_eigenvalues,
 )
-from .dynamics import Trajectory, relax
+from .dynamics import RidgePotential, RingPotential, Trajectory, relax, simulate_langevin
 from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
@@ -49,6 +49,9 @@ __all__ = [
     "Trajectory",
     "linear_mode_connectivity",
     "LMCResult",
+    "simulate_langevin",
+    "RingPotential",
+    "RidgePotential",
     "Estimate",
     "Eigenpairs",
     "Density",

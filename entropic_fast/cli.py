@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 _console = Console()
 _errors = Console(stderr=True)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 PRESET = Annotated[str, typer.Option(help="demo, small or paper.")]
 OUT = Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")]
@@ -55,11 +57,17 @@ def _run(
     run = RunFolder.create(
         out, config, stages.choose_device(device), str(data_dir) if data_dir else None
     )
-    stages.execute_until(run, last_stage, workers, _errors)
-    if last_stage == "report":
-        stages.write_report(run, _console)
-    else:
-        _console.print(f"{last_stage}: finished; its files are under {out / 'units'}")
+    try:
+        stages.execute_until(run, last_stage, workers, _errors)
+        if last_stage == "report":
+            stages.write_report(run, _console)
+    except KeyboardInterrupt:
+        # Here, and not in main: typer turns it into an exit without a word.
+        _errors.print("interrupted; finished units are kept, the same command goes on from them")
+        raise typer.Exit(130) from None
+    if last_stage != "report":
+        text = f"{last_stage}: finished; its files are under {out / 'units'}"
+        _console.print(text, markup=False, soft_wrap=True)
 
 
 def _command(stage: str, text: str) -> None:
@@ -117,12 +125,15 @@ def main() -> None:
     """Entry point: errors a user can act on are one readable message, without a traceback."""
     try:
         app()
-    except KeyboardInterrupt:
-        _errors.print("interrupted; finished units are kept, the same command goes on from them")
-        sys.exit(130)
     except (ValueError, OSError, UnitError, torch.OutOfMemoryError) as error:
         _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        _errors.print(str(error), markup=False, highlight=False)
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        cause = error.__cause__ if isinstance(error, UnitError) else error
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            _errors.print(
+                "Nothing that was finished is lost: free some space (or make the folder writable) "
+                "and run the same command again, or choose another --out."
+            )
         sys.exit(1)
 
 

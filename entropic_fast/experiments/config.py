@@ -340,7 +340,8 @@ def _check(config: Config) -> None:
             raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
     if config.path.max_pivots < config.path.pivots:
         raise checks.fail(
-            "path.max_pivots", f"at least path.pivots ({config.path.pivots})",
+            "path.max_pivots",
+            f"at least path.pivots ({config.path.pivots})",
             str(config.path.max_pivots),
         )
 

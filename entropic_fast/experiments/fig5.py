@@ -21,7 +21,7 @@ def units(run: RunFolder) -> list[Unit]:
     """One trunk a seed, and one unit for every epoch k at which it branches."""
     section = run.config.lmc
     epochs = section.epochs or run.config.train.epochs
-    examples = len(pieces.images(run)[0])
+    examples = pieces.training_examples(run)
     found = []
     for seed in section.seeds:
         trunk = f"lmc/s{seed}-trunk"

@@ -33,6 +33,40 @@ def images(run: RunFolder) -> tuple[ImageData, ImageData]:
     return _load(section.name, run.data_dir, run.device, section.train_limit, section.test_limit)
 
 
+def prepare(run: RunFolder) -> None:
+    """Refuse, before anything is computed, images and networks that cannot be had.
+
+    Raises:
+        ValueError: images other than those the run was begun with, an unknown network, or
+            settings that ask for more images than there are.
+    """
+    training, test = images(run)
+    network(run)
+    network(run, run.config.lmc.model)
+    relax = run.config.relax
+    for key, asked in (
+        ("data.curvature_examples", run.config.data.curvature_examples),
+        ("relax.batch_size", relax.batch_size),
+        ("relax.batch_sizes", max(relax.batch_sizes)),
+    ):
+        if asked > len(training):
+            raise checks.fail(key, f"at most the {len(training)} training images", str(asked))
+    run.record_images(
+        {
+            "train_examples": len(training),
+            "train_sha256": training.hash,
+            "test_examples": len(test),
+            "test_sha256": test.hash,
+        }
+    )
+
+
+def training_examples(run: RunFolder) -> int:
+    """How many training images there are, without them once the run has begun."""
+    recorded = run.images()
+    return int(recorded["train_examples"]) if recorded else len(images(run)[0])
+
+
 def network(run: RunFolder, name: str = "") -> nn.Module:
     """A network of the run's kind (or of the name given), on its device."""
     training, _ = images(run)
@@ -57,7 +91,7 @@ def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
 
 def train_units(run: RunFolder) -> list[Unit]:
     """One unit for each minimum. Weights of all units count gradients of single examples."""
-    weight = run.config.train.epochs * len(images(run)[0])
+    weight = run.config.train.epochs * training_examples(run)
     return [
         Unit(f"train/{seed}", train_minimum, (seed,), weight=weight)
         for seed in run.config.train.seeds
@@ -107,7 +141,7 @@ def objective(
 
 def curvature_work(run: RunFolder, products: int) -> float:
     """Weight of so many Hessian-vector products; one costs about three gradients."""
-    return 3.0 * products * (run.config.data.curvature_examples or len(images(run)[0]))
+    return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
 
 
 def norm_examples(run: RunFolder) -> int | None:

@@ -2,6 +2,7 @@
 
 RUN/config.json             the effective configuration
 RUN/environment.json        versions and hardware
+RUN/images.json             how many images there are, and their hashes
 RUN/units/<unit>/...        what a unit computed; done.json, written last, holds the hashes
 RUN/data/*.csv              the numbers behind the figures
 RUN/figures/*.png, *.svg
@@ -64,6 +65,8 @@ class RunFolder:
                     f"{path}, which differs (stored -> asked):\n  " + "\n  ".join(changes) + "\n",
                     "choose another folder, or ask for the stored configuration",
                 )
+        elif path.exists() and not path.is_dir():
+            raise checks.fail("--out", "a folder", f"{path}, which is a file", "choose another")
         elif path.is_dir() and any(f for f in path.iterdir() if not f.name.endswith(".part")):
             raise checks.fail(
                 "--out", "a new or empty folder, or a run's", f"{path}, which holds other files"
@@ -85,7 +88,35 @@ class RunFolder:
         stored = path / "config.json"
         if not stored.exists():
             raise checks.fail("RUN", "a run folder (with config.json)", str(path), "check the path")
-        return cls(path, from_dict(store.read_json(stored)))
+        try:
+            return cls(path, from_dict(json.loads(stored.read_text(encoding="utf-8"))))
+        except ValueError as error:
+            raise store.DamagedFileError(
+                f"{stored}: expected a run's configuration, got a damaged one ({error}); "
+                "restore the file, or choose a new folder"
+            ) from error
+
+    def images(self) -> dict[str, Any] | None:
+        """What `record_images` wrote; None if nothing yet."""
+        file = self.path / "images.json"
+        return dict(store.read_json(file)) if file.exists() else None
+
+    def record_images(self, facts: dict[str, Any]) -> None:
+        """Keep what identifies the images, or compare with what was kept.
+
+        Raises:
+            ValueError: the run was begun with other images.
+        """
+        recorded = self.images()
+        if recorded is None:
+            store.write_json(self.path / "images.json", facts)
+        elif recorded != facts:
+            raise checks.fail(
+                "--data-dir",
+                f"the images that {self.path} was begun with ({recorded})",
+                f"others ({facts})",
+                "give the same images, or another --out",
+            )
 
     def unit_folder(self, unit: str) -> Path:
         """The folder of a unit's files."""
@@ -101,13 +132,16 @@ class RunFolder:
         if not (folder / "done.json").exists():
             return False
         record = store.read_json(folder / "done.json")
+        if not isinstance(record, dict) or not {"unit", "seconds", "files"} <= record.keys():
+            raise store.DamagedFileError(
+                f"{folder / 'done.json'}: expected the record of a finished unit, got another file"
+            )
         for name, expected in record["files"].items():
             file = folder / name
             if not file.exists() or store.sha256(file.read_bytes()) != expected:
                 raise store.DamagedFileError(
                     f"{file}: expected the content recorded when it was written, got "
                     + ("another" if file.exists() else "no file")
-                    + "; the unit is computed again"
                 )
         return True
 
@@ -144,7 +178,7 @@ class RunFolder:
         """Compute seconds by stage, summed over the finished units."""
         seconds: dict[str, float] = {}
         for done in sorted((self.path / "units").glob("**/done.json")):
-            record = json.loads(done.read_text(encoding="utf-8"))
+            record = store.read_json(done)
             stage = record["unit"].split("/")[0]
             seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
         return seconds

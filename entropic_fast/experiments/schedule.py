@@ -63,8 +63,9 @@ def execute(
     Args:
         run: where units read their needs and are stored.
         units: in any order; needs must be among them.
-        workers: processes; default one a core on the CPU, one on a GPU. Results do not depend
-            on it as long as each process has the same number of threads.
+        workers: processes; default one a core on the CPU, one on a GPU. The cores are shared
+            out among as many, even while fewer units are left: how a sum is split over threads
+            changes its last digits, and a resumed run must repeat an unbroken one exactly.
         console: where progress is shown.
 
     Raises:
@@ -77,22 +78,36 @@ def execute(
     todo = {u.name: u for u in units if not _finished(run, u, console)}
     if not todo:
         return
-    workers = min(workers or (1 if run.device == "cuda" else cores), len(todo))
+    asked = workers or (1 if run.device == "cuda" else cores)
+    threads = max(1, min(cores // asked, torch.get_num_threads()))
+    workers = min(asked, len(todo))
     kept = len(units) - len(todo)
     if kept:
         console.print(f"{kept} of {len(units)} units are finished already and kept")
     with _monitor(console, list(todo.values()), workers) as monitor:
         if workers == 1:
-            _in_process(run, todo, monitor)
+            with _threads(threads):
+                _in_process(run, todo, monitor)
         else:
-            _over_processes(run, todo, monitor, workers, max(1, cores // workers))
+            _over_processes(run, todo, monitor, workers, threads)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _finished(run: RunFolder, unit: Unit, console: Console) -> bool:
     try:
         return run.is_done(unit.name)
-    except (DamagedFileError, KeyError, TypeError, AttributeError) as error:
-        console.print(f"[yellow]damaged unit {unit.name}:[/] {error}")
+    except DamagedFileError as error:
+        text = f"damaged unit {unit.name}: {error}; it is computed again"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         (run.unit_folder(unit.name) / "done.json").unlink()
         return False
 
@@ -131,8 +146,11 @@ def _over_processes(
         while running or (todo and not failed):
             while not failed and len(running) < workers and (unit := _ready(todo, unfinished)):
                 del todo[unit.name]
-                running[pool.submit(_compute_in_worker, run, unit)] = unit
-            assert running, f"units that need one another: {sorted(todo)}"
+                try:
+                    running[pool.submit(_compute_in_worker, run, unit)] = unit
+                except concurrent.futures.BrokenExecutor as broken:
+                    failed.append((unit, broken))
+            assert running or failed, f"units that need one another: {sorted(todo)}"
             finished, _ = concurrent.futures.wait(
                 running, timeout=0.25, return_when=concurrent.futures.FIRST_COMPLETED
             )
@@ -154,6 +172,12 @@ def _over_processes(
         pool.shutdown(wait=True, cancel_futures=True)
     if failed:
         unit, error = failed[0]
+        if isinstance(error, concurrent.futures.BrokenExecutor):
+            names = ", ".join(sorted(u.name for u, _ in failed))
+            raise UnitError(
+                f"a worker process died while {names} ran (killed, or out of memory); "
+                "run the same command again, with fewer --workers if memory is short"
+            ) from error
         raise UnitError(f"{unit.name}: {error}") from error
 
 
@@ -226,10 +250,11 @@ class _Status:
             )
 
     def _left(self) -> str:
-        share = min(1.0, (self.weight + sum(self.partial.values())) / self.total)
-        elapsed = time.monotonic() - self.start
-        seconds = elapsed * (1 - share) / share if share > 0 else float("nan")
-        return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left" if share > 0 else ""
+        share = (self.weight + sum(self.partial.values())) / max(self.total, 1e-9)
+        if share <= 0:
+            return ""
+        seconds = (time.monotonic() - self.start) * max(0.0, 1 - share) / share
+        return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     def _show(self, name: str) -> None:
         self.progress.update(

@@ -89,7 +89,8 @@ def choose_device(name: str) -> str:
 
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every unit of a stage and of the stages it needs that is not finished yet."""
-    pieces.images(run)  # data that cannot be read are an error before anything starts
+    if stage != "toy":
+        pieces.prepare(run)
     names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
     units = [unit for name in names for unit in _STAGES[name][0](run)]
     execute(run, units, workers=workers, console=console)
@@ -101,13 +102,13 @@ def write_report(run: RunFolder, console: Console) -> None:
     Raises:
         ValueError: units are missing; says which and how to compute them.
     """
-    missing = [u.name for name in _STAGES for u in _STAGES[name][0](run) if not run.is_done(u.name)]
+    missing = [u.name for name in _STAGES for u in _STAGES[name][0](run) if not _whole(run, u)]
     if missing:
         raise checks.fail(
             "RUN",
             "a finished run",
-            f"one without {len(missing)} units, as {missing[0]}",
-            "run `entropic-fast reproduce` with the same --out and preset",
+            f"one with {len(missing)} units missing or damaged, as {missing[0]}",
+            "run `entropic-fast reproduce` with the same --out, preset and overrides",
         )
     entries = []
     for name, entry in _FIGURES.items():
@@ -129,3 +130,10 @@ def write_report(run: RunFolder, console: Console) -> None:
     report.write(run, claims, entries, minima, notes)
     report.print_claims(console, claims)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
+
+
+def _whole(run: RunFolder, unit: Unit) -> bool:
+    try:
+        return run.is_done(unit.name)
+    except store.DamagedFileError:
+        return False
