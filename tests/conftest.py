@@ -1,0 +1,103 @@
+"""What all tests share: one torch thread, and one tiny finished run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+# Every stage at a size of seconds; what such a run finds is of no meaning.
+TINY = [
+    "train.seeds=[0,1]",
+    "train.epochs=4",
+    "data.train_limit=200",
+    "data.test_limit=60",
+    "data.curvature_examples=32",
+    "path.pairs=[[0,1]]",
+    "path.seeds=[0]",
+    "path.steps=[3,3]",
+    "path.lrs=[0.1,0.01]",
+    "path.dense_points=9",
+    "path.batch_size=64",
+    "curvature.probes=2",
+    "curvature.tol=0.2",
+    "curvature.spectrum_examples=32",
+    "relax.steps=30",
+    "relax.replicas=2",
+    "relax.records=2",
+    "lmc.epochs=3",
+    "lmc.branch_epochs=[0,1]",
+    "lmc.seeds=[0,1]",
+    "lmc.points=3",
+    "toy.particles=500",
+    "toy.steps=200",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Networks this small gain nothing from threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@dataclass
+class Ended:
+    """How a command of the command line ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def entropic_fast(*arguments: object) -> Ended:
+    """Run `entropic-fast` with these arguments in this process."""
+    from entropic_fast import cli
+
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["entropic-fast", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.argv = before
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`entropic-fast` as a function of its arguments."""
+    return entropic_fast
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The overrides of the tiny run, as arguments."""
+    return [word for override in TINY for word in ("--set", override)]
+
+
+@dataclass
+class Finished:
+    """A finished tiny run, and what each command that made it said. Copy it before a change."""
+
+    path: Path
+    ended: dict[str, Ended]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny) -> Finished:
+    """A run made part by part, then reported."""
+    path = tmp_path_factory.mktemp("tiny") / "run"
+    stages = ("toy", "train", "path", "curvature", "relax", "lmc", "reproduce")
+    return Finished(
+        path,
+        {s: entropic_fast(s, "--out", path, "--workers", 1, *tiny) for s in stages},
+    )

@@ -1,0 +1,136 @@
+import io
+import json
+import os
+import re
+import time
+
+import pytest
+import schedule_units
+import torch
+from rich.console import Console
+
+from entropic_fast.experiments import schedule
+from entropic_fast.experiments.config import load_preset
+from entropic_fast.experiments.run import RunFolder
+from entropic_fast.experiments.schedule import Unit, UnitError, execute
+
+
+def units(count=3):
+    seeds = tuple(range(count))
+    names = tuple(f"first/{seed}" for seed in seeds)
+    return [
+        Unit("second/sum", schedule_units.second, seeds, names, weight=100.0),
+        *(Unit(n, schedule_units.first, (s,), weight=1.0 + s) for s, n in zip(seeds, names)),  # noqa: B905
+    ]
+
+
+def new(path):
+    return RunFolder.create(path, load_preset("demo"))
+
+
+def run_all(run, todo, workers=1):
+    text = io.StringIO()
+    execute(run, todo, workers=workers, console=Console(file=text, width=300))
+    return text.getvalue()
+
+
+def computed(run):
+    log = run.path / "log.txt"
+    return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def results(run):
+    files = (run.path / "units").rglob("*.*")
+    return {
+        str(p.relative_to(run.path)): p.read_bytes()
+        for p in files
+        if p.name not in ("done.json", "about.json")
+    }
+
+
+def test_needs_come_first_and_heavier_units_before_lighter_ones(tmp_path):
+    run = new(tmp_path)
+    run_all(run, units())
+    assert computed(run) == ["first/2", "first/1", "first/0", "second"]
+
+
+def test_in_process_and_over_processes_give_the_same_files(tmp_path):
+    here, there = new(tmp_path / "here"), new(tmp_path / "there")
+    run_all(here, units(), workers=1)
+    said = run_all(there, units(), workers=2)
+    assert results(here) == results(there) and len(results(here)) == 10
+    assert sorted(computed(there)) == sorted(computed(here)) and computed(there)[-1] == "second"
+    pids = {line.split()[1] for line in (there.path / "log.txt").read_text().splitlines()}
+    assert str(os.getpid()) not in pids
+    assert "[4/4] second/sum in" in said
+    # Nothing is left to do, and nothing is said.
+    assert run_all(there, units(), workers=2) == ""
+    assert len(computed(there)) == 4
+
+
+def test_a_unit_that_fails_is_named_and_what_is_finished_stays(tmp_path):
+    for workers in (1, 2):
+        run = new(tmp_path / str(workers))
+        todo = [*units(2), Unit("bad/one", schedule_units.fails, needs=("first/1",), weight=1.5)]
+        with pytest.raises(UnitError, match="bad/one: that cannot be computed"):
+            run_all(run, todo, workers)
+        assert run.is_done("first/1") and not run.is_done("bad/one")
+        assert not run.unit_folder("bad/one").exists()
+
+
+def test_a_worker_that_dies_is_reported_with_what_it_ran(tmp_path):
+    run = new(tmp_path)
+    todo = [Unit("bad/dies", schedule_units.dies), Unit("bad/too", schedule_units.dies)]
+    with pytest.raises(UnitError, match="a worker process died while .*bad/.*--workers"):
+        run_all(run, todo, workers=2)
+
+
+def test_a_full_disk_in_a_unit_keeps_its_number_and_file(tmp_path):
+    with pytest.raises(UnitError, match="unit/full: .*No space left on device: 'somewhere'") as info:
+        run_all(new(tmp_path), [Unit("unit/full", schedule_units.full_disk)])
+    assert isinstance(info.value.__cause__, OSError) and info.value.__cause__.errno == 28
+
+
+def test_every_process_gets_its_share_of_the_threads_however_few_units_are_left(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(schedule.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    torch.set_num_threads(4)
+    try:
+        for workers, expected in ((1, 4), (2, 4), (4, 2), (100, 1)):
+            run = new(tmp_path / str(workers))
+            run_all(run, units(1)[1:], workers)  # one unit: computed in this process
+            about = json.loads((run.unit_folder("first/0") / "about.json").read_text())
+            assert about["threads"] == expected
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_progress_off_a_terminal_is_one_plain_line_a_unit(tmp_path):
+    lines = run_all(new(tmp_path), units()).splitlines()
+    assert len(lines) == 4
+    for i, line in enumerate(lines, 1):
+        pattern = rf"\[{i}/4\] (first/\d|second/sum) in \d+\.\d s, about \d+:\d\d left"
+        assert re.fullmatch(pattern, line), line
+    assert lines[-1].endswith("about 0:00 left")
+
+
+def test_progress_on_a_terminal_shows_how_far_it_is(tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, width=100, force_terminal=True, color_system=None)
+    execute(new(tmp_path), units(), workers=1, console=console)
+    assert "4/4 second/sum" in text.getvalue() and "100 %" in text.getvalue()
+
+
+def test_units_of_no_weight_are_computed_too(tmp_path):
+    run = new(tmp_path)
+    run_all(run, [Unit("first/0", schedule_units.first, (0,), weight=0.0)])
+    assert run.is_done("first/0")
+
+
+def test_time_left_follows_the_share_done():
+    status = schedule._Status(None, None, 10.0, 2, 1, None)
+    assert status._left() == ""
+    status.weight, status.start = 2.5, time.monotonic() - 60
+    assert re.fullmatch("about (3:00|2:59|3:01) left", status._left())
