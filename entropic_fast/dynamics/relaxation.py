@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from .. import checks
@@ -71,7 +71,7 @@ def mean_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     n, mean = len(samples), float(samples.mean())
     half = math.inf
     if n > 1:
-        half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * samples.std()) / math.sqrt(n)
+        half = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * samples.std()) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, confidence, samples, "mean, Student's t")
 
 
@@ -91,7 +91,7 @@ def median_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     ordered, n = samples.sort().values, len(samples)
 
     def attained(j: int) -> float:
-        return 1 - 2 * float(stats.binom.cdf(j - 1, n, 0.5))
+        return 1 - 2 * float(special.bdtr(j - 1, n, 0.5))
 
     j = max((j for j in range(1, (n + 1) // 2 + 1) if attained(j) >= confidence), default=1)
     low, high, reached = float(ordered[j - 1]), float(ordered[n - j]), attained(j)

@@ -41,7 +41,9 @@ def ring(cold, hot, expected=None):
             "temperature": [0.0] * n + [0.25] * n,
             "stiffness": np.tile(stiffness, 2),
             "count": np.concatenate((cold, hot)),
-            "expected": np.concatenate((np.full(n, sum(cold) / n), hot if expected is None else expected)),
+            "expected": np.concatenate(
+                (np.full(n, sum(cold) / n), hot if expected is None else expected)
+            ),
         }
     )
 
@@ -49,7 +51,9 @@ def ring(cold, hot, expected=None):
 def test_the_ring_holds_where_counts_follow_the_expected_density(judge):
     hot = np.linspace(800, 200, 8).astype(int)
     found = judge(fig1_ring=ring([500, 510, 490, 500, 505, 495, 500, 500], hot))
-    assert [found[n].verdict for n in ("uniform at T = 0", "analytic density at T > 0")] == [HOLDS] * 2
+    assert [found[n].verdict for n in ("uniform at T = 0", "analytic density at T > 0")] == [
+        HOLDS
+    ] * 2
     gather = found["concentrates where curvature is low"]
     flat, stiff = hot[:2], hot[-2:]
     assert gather.verdict == HOLDS
@@ -80,7 +84,9 @@ def test_even_counts_do_not_decide_where_particles_gather(judge):
     ("moved", "error", "verdict"), [(1.0, 0.1, HOLDS), (-1.0, 0.1, FAILS), (0.1, 0.1, UNDECIDED)]
 )
 def test_the_ridge_is_judged_by_its_drift(judge, moved, error, verdict):
-    table = Table({"time": [0.0, 1.0, 2.0], "mean": [3.0, 3.2, 3 + moved], "std_error": [0, 1, error]})
+    table = Table(
+        {"time": [0.0, 1.0, 2.0], "mean": [3.0, 3.2, 3 + moved], "std_error": [0, 1, error]}
+    )
     claim = judge(fig1_ridge=table)["drifts to the broad side"]
     assert claim.verdict == verdict and claim.effect == pytest.approx(moved)
     assert (claim.low, claim.high) == pytest.approx(stats.norm.interval(0.95, moved, error))
@@ -88,7 +94,11 @@ def test_the_ridge_is_judged_by_its_drift(judge, moved, error, verdict):
 
 # -- figure 2 ------------------------------------------------------------------------------
 
-NAMES = ("Hessian trace rises inside", "Fisher trace rises inside", "largest eigenvalue rises inside")
+NAMES = (
+    "Hessian trace rises inside",
+    "Fisher trace rises inside",
+    "largest eigenvalue rises inside",
+)
 
 
 def curvature(*profiles, error=0.01):
@@ -390,10 +400,11 @@ def test_connectivity_holds_where_the_barrier_falls_and_curvature_leads_late(jud
 
 
 def test_connectivity_fails_where_it_is_the_other_way_round(judge):
-    rows = [(s, 8 - k, b, e, lo) for s, k, b, lo, e in GOOD]
-    found = judge(fig5_instability=instability(sorted(rows)))
-    assert found[LMC[0]].verdict == FAILS
-    assert found[LMC[2]].verdict == FAILS
+    reversed_k = sorted((seed, 8 - k, *rest) for seed, k, *rest in GOOD)
+    assert judge(fig5_instability=instability(reversed_k))[LMC[0]].verdict == FAILS
+    swapped = [(seed, k, b, eigen, loss) for seed, k, b, loss, eigen in GOOD]
+    found = judge(fig5_instability=instability(swapped))
+    assert [found[n].verdict for n in LMC] == [HOLDS, FAILS, FAILS]
 
 
 def test_one_trunk_is_not_enough_data(judge):

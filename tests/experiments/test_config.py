@@ -53,7 +53,7 @@ def test_differences_list_what_differs_and_nothing_else():
 
 
 def test_an_unknown_preset_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="preset: expected one of 'demo', 'paper', 'small'.*huge"):
+    with pytest.raises(ValueError, match=r"preset: expected one of 'demo', 'paper', 'small'.*huge"):
         load_preset("huge")
 
 

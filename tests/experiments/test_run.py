@@ -54,14 +54,14 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
 
 def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="--out: expected a new or empty folder.*other files"):
+    with pytest.raises(ValueError, match=r"--out: expected a new or empty folder.*other files"):
         new(tmp_path)
     assert list(content(tmp_path)) == [(tmp_path / "thesis.tex").relative_to(tmp_path)]
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--out: expected a folder, got .*which is a file"):
+    with pytest.raises(ValueError, match=r"--out: expected a folder, got .*which is a file"):
         new(tmp_path / "file")
 
 
@@ -89,7 +89,7 @@ def test_other_images_than_those_the_run_was_begun_with_are_refused(tmp_path):
     assert run.images() is None
     run.record_images({"train_examples": 5, "train_sha256": "aa"})
     run.record_images({"train_examples": 5, "train_sha256": "aa"})
-    with pytest.raises(ValueError, match="--data-dir: expected the images.*begun with"):
+    with pytest.raises(ValueError, match=r"--data-dir: expected the images.*begun with"):
         run.record_images({"train_examples": 5, "train_sha256": "bb"})
     assert run.images() == {"train_examples": 5, "train_sha256": "aa"}
 
@@ -173,7 +173,7 @@ def test_a_full_or_read_only_disk_is_an_error_that_harms_no_file(
         patch.setattr(broken, error)
         with pytest.raises(UnitError, match=r"first/1: .*(No space left|Read-only)"):
             run_units(run)
-        with pytest.raises(OSError, match="No space left|Read-only"):
+        with pytest.raises(OSError, match=r"No space left|Read-only"):
             new(tmp_path / "other")
     assert content(run.path / "units") == before  # neither changed, nor partial, nor left over
     assert not content(tmp_path / "other")
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_between_two_files_leaves_the_unit_unfinished(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fills_up)
-        with pytest.raises(UnitError, match="No space left on device: '.*first"):
+        with pytest.raises(UnitError, match=r"No space left on device: '.*first"):
             execute(run, UNITS[:1], workers=1, console=Console(quiet=True))
     assert not run.is_done("first/0")
     assert not list(tmp_path.rglob("*.part"))

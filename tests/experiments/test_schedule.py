@@ -81,12 +81,14 @@ def test_a_unit_that_fails_is_named_and_what_is_finished_stays(tmp_path):
 def test_a_worker_that_dies_is_reported_with_what_it_ran(tmp_path):
     run = new(tmp_path)
     todo = [Unit("bad/dies", schedule_units.dies), Unit("bad/too", schedule_units.dies)]
-    with pytest.raises(UnitError, match="a worker process died while .*bad/.*--workers"):
+    with pytest.raises(UnitError, match=r"a worker process died while .*bad/.*--workers"):
         run_all(run, todo, workers=2)
 
 
 def test_a_full_disk_in_a_unit_keeps_its_number_and_file(tmp_path):
-    with pytest.raises(UnitError, match="unit/full: .*No space left on device: 'somewhere'") as info:
+    with pytest.raises(
+        UnitError, match=r"unit/full: .*No space left on device: 'somewhere'"
+    ) as info:
         run_all(new(tmp_path), [Unit("unit/full", schedule_units.full_disk)])
     assert isinstance(info.value.__cause__, OSError) and info.value.__cause__.errno == 28
 
