@@ -79,6 +79,7 @@ def test_info_says_what_runs_where(command):
         (["train", "--set", "data.name=mnist"], ["mnist"]),
         (["train", "--set", "relax.batch_sizes=[8,9999]"], ["relax.batch_sizes", "9999"]),
         (["train", "--set", "data.curvature_examples=9999"], ["data.curvature_examples", "9999"]),
+        (["train", "--set", "data.norm_examples=9999"], ["data.norm_examples", "9999"]),
     ],
 )
 def test_bad_input_is_one_readable_message(command, tmp_path, monkeypatch, arguments, words):

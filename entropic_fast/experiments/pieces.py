@@ -46,6 +46,7 @@ def prepare(run: RunFolder) -> None:
     relax = run.config.relax
     for key, asked in (
         ("data.curvature_examples", run.config.data.curvature_examples),
+        ("data.norm_examples", run.config.data.norm_examples),
         ("relax.batch_size", relax.batch_size),
         ("relax.batch_sizes", max(relax.batch_sizes)),
     ):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
-from ..dynamics import Trajectory, displacement, relax
+import torch
+
+from ..dynamics import DivergenceError, Trajectory, displacement, relax
 from ..table import Table
 from . import pieces
 from .run import RunFolder
 from .schedule import Report, Unit
 
+Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
 SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 
 
@@ -43,9 +47,9 @@ def units(run: RunFolder) -> list[Unit]:
 def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
     section = run.config.relax
-    trajectory, table = _relax(
-        run, report, "C", [_start(run)], section.lrs, section.batch_size, "sgd"
-    )
+    settings = _settings(run, [_start(run)], section.lrs)
+    trajectory = _relax(run, report, settings, section.batch_size, "sgd")
+    table = _long(trajectory, "C", settings)
     return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
 
@@ -53,24 +57,22 @@ def relax_starts(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel A: several starting points."""
     section = run.config.relax
     starts = section.starts or tuple(_midpoints(run))
-    rates = [chosen_rate(run)]
-    _, table = _relax(run, report, "A", starts, rates, section.batch_size, "sgd")
-    return {"trajectory": table}
+    settings = _settings(run, starts, [chosen_rate(run)])
+    return {"trajectory": _panel(run, report, "A", settings, section.batch_size, "sgd")}
 
 
 def relax_batch(run: RunFolder, report: Report, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
-    _, table = _relax(run, report, "B", [_start(run)], [chosen_rate(run)], size, "sgd")
-    return {"trajectory": table}
+    settings = _settings(run, [_start(run)], [chosen_rate(run)])
+    return {"trajectory": _panel(run, report, "B", settings, size, "sgd")}
 
 
 def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
     """Figure 4: one optimizer at the base batch size; Adam at its own multiple of the rate."""
     section = run.config.relax
     factor = section.adam_lr_factor if name == "adam" else 1.0
-    rates = [optimizer_rate(run) * factor]
-    _, table = _relax(run, report, "4", [_start(run)], rates, section.batch_size, name)
-    return {"trajectory": table}
+    settings = _settings(run, [_start(run)], [optimizer_rate(run) * factor])
+    return {"trajectory": _panel(run, report, "4", settings, section.batch_size, name)}
 
 
 def chosen_rate(run: RunFolder) -> float:
@@ -99,20 +101,50 @@ def collect(run: RunFolder, names: Sequence[str]) -> Table:
     return Table.from_rows(rows)
 
 
-def _relax(
+def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -> Settings:
+    return [(s, lr) for s, lr in product(starts, rates) for _ in range(run.config.relax.replicas)]
+
+
+def _panel(
     run: RunFolder,
     report: Report,
     panel: str,
-    starts: Sequence[float],
-    rates: Sequence[float],
+    settings: Settings,
     batch_size: int,
     optimizer: str,
-) -> tuple[Trajectory, Table]:
+) -> Table:
+    try:
+        trajectory = _relax(run, report, settings, batch_size, optimizer)
+    except DivergenceError:
+        # A result too, and no reason to lose the rest of the run: a start, then nothing.
+        starts = [s for s, _ in settings]
+        lost = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
+        none = torch.full_like(lost, math.nan)
+        trajectory = Trajectory(
+            position=lost,
+            distance=none,
+            loss=none,
+            full_loss=none,
+            steps=torch.tensor([0, run.config.relax.steps]),
+            lr=torch.tensor([lr for _, lr in settings], dtype=torch.float64),
+            ids=torch.arange(len(settings)),
+            diverged_at=torch.zeros(len(settings), dtype=torch.int64),
+            optimizer=optimizer,
+            batch_size=batch_size,
+            project_every=run.config.relax.project_every,
+            seed=run.config.seed,
+            engine="",
+        )
+    return _long(trajectory, panel, settings)
+
+
+def _relax(
+    run: RunFolder, report: Report, settings: Settings, batch_size: int, optimizer: str
+) -> Trajectory:
     section = run.config.relax
     name, first, *_ = pieces.path_names(run)[0]
-    settings = [(s, lr) for s, lr in product(starts, rates) for _ in range(section.replicas)]
     every = section.project_every
-    trajectory = relax(
+    return relax(
         pieces.objective(run, pieces.minimum(run, first)),
         pieces.load_path(run, name),
         [s for s, _ in settings],
@@ -127,10 +159,9 @@ def _relax(
         record_every=max(1, section.steps // (section.records * every)) * every,
         on_record=lambda record: report(record.step / section.steps),
     )
-    return trajectory, _long(trajectory, panel, settings)
 
 
-def _long(trajectory: Trajectory, panel: str, settings: Sequence[tuple[float, float]]) -> Table:
+def _long(trajectory: Trajectory, panel: str, settings: Settings) -> Table:
     count = len(trajectory.steps)
     columns: dict[str, list[Any]] = {
         key: []

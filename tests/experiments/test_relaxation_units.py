@@ -1,0 +1,53 @@
+import math
+import shutil
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from entropic_fast.experiments import relaxation, stages
+from entropic_fast.experiments.run import RunFolder
+from entropic_fast.experiments.schedule import execute
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    return RunFolder.open(shutil.copytree(tiny_run.path, tmp_path / "run"))
+
+
+def test_panels_share_their_noise_and_hold_what_was_asked(run):
+    table = relaxation.collect(run, ["A", "C"])
+    a, c = table.where(panel="A"), table.where(panel="C")
+    assert set(a["start"]) == set(relaxation._midpoints(run)) and len(set(a["lr"])) == 1
+    assert set(c["lr"]) == set(run.config.relax.lrs) and len(set(c["start"])) == 1
+    assert np.unique(table["run"]).tolist() == list(range(2 * (8 + 4)))
+    assert np.allclose(table["effective_time"], table["lr"] * table["step"])
+    # The scan's rate is panel A's rate, its start one of panel A's: the same trajectory.
+    rate, start = float(a["lr"][0]), float(c["start"][0])
+    both = [p.where(lr=rate, start=start)["position"] for p in (a, c)]
+    assert np.array_equal(*both) and len(both[0]) == 2 * 3
+
+
+def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_on(
+    run, monkeypatch
+):
+    monkeypatch.setattr(relaxation, "optimizer_rate", lambda _: 1e30)
+    todo = [u for u in relaxation.units(run) if u.name == "relax/sgd"]
+    (run.unit_folder("relax/sgd") / "done.json").unlink()
+    execute(run, todo, workers=1, console=Console(quiet=True))
+    table = run.table("relax/sgd", "trajectory")
+    assert table.num_rows == 4 and set(table["step"]) == {0, 30}
+    assert np.isfinite(table.where(step=0)["position"]).all()
+    assert np.isnan(table.where(step=30)["position"]).all()
+    stages.write_report(run, Console(quiet=True))
+    assert "2 diverged replicas left out" in (run.path / "report.html").read_text()
+
+
+def test_the_rate_asked_for_is_taken_and_otherwise_the_rule_says_why(run):
+    assert relaxation._choose(None, 0.25) == {
+        "lr": 0.25,
+        "why": "learning rate 0.25 as configured",
+    }
+    assert relaxation.chosen_rate(run) in run.config.relax.lrs
+    assert "at none of" in relaxation.choice_text(run) or "lowest of" in relaxation.choice_text(run)
+    assert math.isclose(relaxation.optimizer_rate(run), run.config.relax.optimizer_lr)
