@@ -117,7 +117,6 @@ class LMCSection:
     branch_epochs: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (0,)
     points: int = 11
-    eigenvalue_points: int = 5
 
 
 @dataclass(frozen=True)

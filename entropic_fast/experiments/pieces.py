@@ -126,18 +126,10 @@ def minimum(run: RunFolder, seed: int) -> nn.Module:
     return model
 
 
-def objective(
-    run: RunFolder, model: nn.Module, examples: int = 0, *, test: bool = False
-) -> Objective:
-    """Mean cross-entropy of a network over a run's images (0: all of them)."""
-    training, testing = images(run)
-    data = testing if test else training
-    if examples > len(data):
-        raise checks.fail(
-            "data.curvature_examples", f"at most the {len(data)} images there are", str(examples)
-        )
-    inputs, targets = data.tensors(examples or None)
-    return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
+def objective(run: RunFolder, model: nn.Module) -> Objective:
+    """Mean cross-entropy of a network over the run's training images."""
+    training, _ = images(run)
+    return Objective(model, "cross_entropy", training.tensors(), device=run.device)
 
 
 def curvature_work(run: RunFolder, products: int) -> float:

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from entropic_fast.experiments import claims
-from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED, evaluate, to_json
+from entropic_fast.experiments.claims import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    Claim,
+    evaluate,
+    intervals,
+    to_json,
+)
 from entropic_fast.table import Table
 
 
@@ -433,19 +440,19 @@ def test_intervals_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(1, 1, rng.integers(2, 9)), rng.normal(0, 3, rng.integers(2, 9))
     welch = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert claims._welch_interval(a, b) == pytest.approx((welch.low, welch.high))
+    assert intervals.welch_interval(a, b) == pytest.approx((welch.low, welch.high))
     student = stats.ttest_1samp(a, 0).confidence_interval(0.95)
-    assert claims._mean_interval(a) == pytest.approx((student.low, student.high))
+    assert intervals.mean_interval(a) == pytest.approx((student.low, student.high))
 
 
 def test_equal_values_have_an_interval_of_no_width():
     same = np.full(3, 0.25)
-    assert claims._welch_interval(same, same + 1) == (-1.0, -1.0)
-    assert claims._mean_interval(same) == (0.25, 0.25)
-    assert np.isnan(claims._mean_interval(same[:1])).all()
+    assert intervals.welch_interval(same, same + 1) == (-1.0, -1.0)
+    assert intervals.mean_interval(same) == (0.25, 0.25)
+    assert np.isnan(intervals.mean_interval(same[:1])).all()
 
 
 def test_json_has_null_for_what_is_not_a_number():
-    claim = claims.Claim("1", "n", "s", "m", float("inf"), float("nan"), 1.0, HOLDS, "d")
+    claim = Claim("1", "n", "s", "m", float("inf"), float("nan"), 1.0, HOLDS, "d")
     (row,) = to_json([claim])
     assert (row["effect"], row["low"], row["high"]) == (None, None, 1.0)

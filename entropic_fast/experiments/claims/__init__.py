@@ -1,0 +1,50 @@
+"""The paper's claims as tests on a run's CSV files: effect, interval, verdict.
+
+Every claim is computed from `RUN/data/*.csv` alone, so that anyone can recompute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...table import Table
+from .claim import FAILS, HOLDS, UNDECIDED, Claim
+from .connectivity import lmc
+from .curvature import curvature, path_loss, spectrum
+from .relaxation import optimizers, relaxation
+from .toys import ridge, ring
+
+__all__ = ["Claim", "HOLDS", "FAILS", "UNDECIDED", "evaluate", "to_json"]
+
+_TESTS: tuple[tuple[tuple[str, ...], Callable[..., list[Claim]]], ...] = (
+    (("fig1_ring",), ring),
+    (("fig1_ridge",), ridge),
+    (("fig2_curvature",), curvature),
+    (("fig2_loss",), path_loss),
+    (("fig2_spectrum",), spectrum),
+    (("fig3_relaxation", "fig2_curvature"), relaxation),
+    (("fig4_optimizers",), optimizers),
+    (("fig5_instability",), lmc),
+)
+
+
+def evaluate(data: Path) -> list[Claim]:
+    """Every claim whose tables are in the folder `data`, in the figures' order."""
+    claims: list[Claim] = []
+    for tables, test in _TESTS:
+        if all((data / f"{name}.csv").exists() for name in tables):
+            claims += test(*(Table.from_csv(data / f"{name}.csv") for name in tables))
+    return claims
+
+
+def to_json(claims: list[Claim]) -> list[dict[str, Any]]:
+    """Claims as JSON holds them; NaN becomes null."""
+    return [
+        {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        for row in map(asdict, claims)
+    ]

@@ -1,0 +1,83 @@
+"""Intervals behind the claims, all at one level."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from ...table import Table
+
+LEVEL = 0.95  # of every interval
+
+Array = NDArray[np.float64]
+
+
+def normal_interval(value: float, error: float) -> tuple[float, float]:
+    """A normal interval from a standard error."""
+    spread = float(stats.norm.ppf((1 + LEVEL) / 2)) * float(error)
+    return float(value) - spread, float(value) + spread
+
+
+def mean_interval(values: Array) -> tuple[float, float]:
+    """Student's interval of a mean; NaN from fewer than two values."""
+    if len(values) < 2:
+        return np.nan, np.nan
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    spread = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * error)
+    return float(values.mean()) - spread, float(values.mean()) + spread
+
+
+def welch_interval(a: Array, b: Array) -> tuple[float, float]:
+    """Welch's interval of the difference of two means (degrees of freedom by Satterthwaite)."""
+    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    difference = float(a.mean() - b.mean())
+    if va + vb == 0:
+        return difference, difference
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    spread = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(va + vb))
+    return difference - spread, difference + spread
+
+
+def geometric_mean(values: Array) -> tuple[float, float, float]:
+    """Geometric mean and its interval by Student's t on the logarithms; NaN from nothing."""
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
+    logs = np.log(values)
+    low, high = mean_interval(logs)
+    return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
+
+
+def bootstrap_rank_correlation(x: Array, y: Array) -> tuple[float, float]:
+    """Percentile interval of Spearman's correlation over 2,000 resamples of the pairs."""
+
+    def correlation(a: Array, b: Array) -> float:
+        return float(stats.spearmanr(a, b).statistic) if len(set(a)) * len(set(b)) > 1 else 0.0
+
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(len(x), size=len(x)) for _ in range(2000)]
+    values = [correlation(x[d], y[d]) for d in draws if len(set(x[d])) > 1 < len(set(y[d]))]
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def mean_error(errors: Array) -> float:
+    """Standard error of a mean of independent numbers from theirs."""
+    return float(np.sqrt(np.square(errors).sum()) / len(errors))
+
+
+def mean_text(values: Array) -> str:
+    """A mean ± its standard error, for a claim's detail."""
+    if len(values) < 2:
+        return "no interval" if len(values) == 0 else f"{values[0]:+.4f}"
+    return f"{values.mean():+.4f} ± {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
+
+
+def select(table: Table, keep: np.ndarray) -> Table:
+    """The rows of a table where `keep` is true."""
+    return Table({name: table[name][keep] for name in table.columns})
+
+
+def floats(values: np.ndarray) -> Array:
+    """A column in float64."""
+    return np.asarray(values, dtype=np.float64)

@@ -1,0 +1,219 @@
+"""Claims of figures 3 and 4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from ...table import Table
+from .claim import Claim, verdict
+from .intervals import (
+    LEVEL,
+    Array,
+    bootstrap_rank_correlation,
+    floats,
+    mean_interval,
+    mean_text,
+    welch_interval,
+)
+
+
+def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
+    """Starts, batch sizes and learning rates; direction of the drift."""
+    runs = [_Run.of(relaxation, i) for i in np.unique(relaxation["run"])]
+    depth = [r for r in runs if r.panel == "A"]
+    batch = sorted((r for r in runs if r.panel == "B"), key=lambda r: r.batch_size)
+    rate = sorted((r for r in runs if r.panel == "C"), key=lambda r: r.lr)
+    return [
+        *_deeper_takes_longer(depth),
+        *_down_the_curvature(depth, curvature),
+        *_faster(
+            "3B",
+            "smaller batches relax faster",
+            "at one learning rate, smaller batches relax faster [S]",
+            [r for r in batch if r.batch_size == batch[0].batch_size],
+            [r for r in batch if r.batch_size == batch[-1].batch_size],
+            lambda r: f"B = {r.batch_size}",
+        ),
+        *_faster(
+            "3C",
+            "larger learning rates relax faster",
+            "at one batch size, larger learning rates relax faster [S]",
+            [r for r in rate if r.lr == rate[-1].lr],
+            [r for r in rate if r.lr == rate[0].lr],
+            lambda r: f"lr = {r.lr:g}",
+        ),
+    ]
+
+
+def optimizers(optimizers: Table) -> list[Claim]:
+    """Nesterov momentum and Adam against vanilla SGD."""
+    runs = [_Run.of(optimizers, i) for i in np.unique(optimizers["run"])]
+    claims = []
+    for name in ("nesterov", "adam"):
+        claims += _faster(
+            "4",
+            f"{name} relaxes faster",
+            f"{name} relaxes faster than vanilla SGD, after as many updates [S]",
+            [r for r in runs if r.optimizer == name],
+            [r for r in runs if r.optimizer == "sgd"],
+            lambda r: r.optimizer,
+        )
+    return claims
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One replica's trajectory."""
+
+    panel: str
+    optimizer: str
+    start: float
+    lr: float
+    batch_size: int
+    step: Array
+    position: Array
+
+    @classmethod
+    def of(cls, table: Table, run: int) -> _Run:
+        rows = table.where(run=run)
+        return cls(
+            str(rows["panel"][0]),
+            str(rows["optimizer"][0]),
+            float(rows["start"][0]),
+            float(rows["lr"][0]),
+            int(rows["batch_size"][0]),
+            floats(rows["step"]),
+            floats(rows["position"]),
+        )
+
+    @property
+    def depth(self) -> float:
+        """Starting distance from the nearest end."""
+        return min(self.start, 1 - self.start)
+
+    @property
+    def approach(self) -> float:
+        """Displacement towards the nearest end; NaN if the replica diverged."""
+        moved = self.position[-1] - self.position[0]
+        return float(-moved if self.start <= 0.5 else moved)
+
+    def arrival(self, target: float) -> float:
+        """Updates until the nearest end is no farther than `target`; inf: never."""
+        left = self.position if self.start <= 0.5 else 1 - self.position
+        reached = np.flatnonzero(left <= target)
+        return float(self.step[reached[0]]) if len(reached) else np.inf
+
+
+def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
+    # A start at an end has nowhere to go, and a diverged replica says nothing of time.
+    runs = [r for r in asked if np.isfinite(r.approach) and r.depth > 0]
+    if not runs:
+        return []
+    depth = np.array([r.depth for r in runs])
+    target = 0.8 * depth.min()
+    times = np.array([r.arrival(target) for r in runs])
+    arrived = np.isfinite(times)
+    ranked = np.where(arrived, times, times[arrived].max(initial=0.0) + 1)  # the others last
+    rho = low = high = np.nan
+    if len(set(ranked)) > 1 and len(set(depth)) > 1:
+        rho = float(stats.spearmanr(depth, ranked).statistic)
+        low, high = bootstrap_rank_correlation(depth, ranked)
+    detail = (
+        f"{int(arrived.sum())} of {len(runs)} replicas came within {target:.3g} of an end in "
+        f"{int(runs[0].step[-1])} updates; the others rank last"
+    )
+    return [
+        Claim(
+            "3A",
+            "deeper starts take longer",
+            "models that start deeper along the path take longer to relax to the end [S]",
+            "rank correlation of starting depth and time to reach the end's neighbourhood",
+            rho,
+            low,
+            high,
+            verdict(low, high, 0.0),
+            detail + _left_out(sum(not np.isfinite(r.approach) for r in asked)),
+        )
+    ]
+
+
+def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
+    if not runs:
+        return []
+    first = curvature.where(path=curvature["path"][0])
+    s, trace = floats(first["s"]), floats(first["hessian_trace"])
+    known = trace > 0  # an estimate that is not has no logarithm
+    slope = np.gradient(np.log(trace[known]), s[known]) if known.sum() > 1 else None
+    agree, moving, lost = 0, 0, 0
+    starts = sorted({r.start for r in runs})
+    for start in starts:
+        drift = np.array([r.position[-1] - r.position[0] for r in runs if r.start == start])
+        lost += int(np.isnan(drift).sum())
+        drift = drift[np.isfinite(drift)]
+        low, high = mean_interval(drift)
+        if slope is None or not (low > 0 or high < 0):
+            continue  # did not move beyond its own interval: no direction to compare
+        moving += 1
+        agree += bool(np.sign(drift.mean()) == -np.sign(np.interp(start, s[known], slope)))
+    share = low = high = np.nan
+    if moving:
+        test = stats.binomtest(agree, moving)
+        share, interval = test.statistic, test.proportion_ci(LEVEL)
+        low, high = float(interval.low), float(interval.high)
+    return [
+        Claim(
+            "3A",
+            "drifts down the curvature",
+            "where replicas move, they move down the Hessian trace across the path, as the "
+            "effective potential says [D]",
+            "share of moving starts whose drift has the sign of -d ln(tr H)/ds",
+            float(share),
+            low,
+            high,
+            verdict(low, high, 0.5),
+            f"{agree} of {moving} starts that moved beyond their interval, of {len(starts)}"
+            + _left_out(lost),
+        )
+    ]
+
+
+def _faster(
+    figure: str,
+    name: str,
+    statement: str,
+    fast: list[_Run],
+    slow: list[_Run],
+    label: Callable[[_Run], str],
+) -> list[Claim]:
+    if not fast or not slow or label(fast[0]) == label(slow[0]):
+        return []
+    a, b = (np.array([r.approach for r in runs]) for runs in (fast, slow))
+    lost = int(np.isnan(a).sum() + np.isnan(b).sum())
+    a, b = a[~np.isnan(a)], b[~np.isnan(b)]
+    detail = f"{label(fast[0])}: {mean_text(a)}; {label(slow[0])}: {mean_text(b)}"
+    detail += _left_out(lost)
+    effect, low, high = np.nan, np.nan, np.nan
+    if len(a) > 1 and len(b) > 1:
+        effect = float(a.mean() - b.mean())
+        low, high = welch_interval(a, b)
+    return [
+        Claim(
+            figure,
+            name,
+            statement,
+            "difference of displacement towards the end, in path lengths",
+            effect,
+            low,
+            high,
+            verdict(low, high, 0.0),
+            detail,
+        )
+    ]
+
+
+def _left_out(lost: int) -> str:
+    return f"; {lost} diverged replicas left out" if lost else ""
