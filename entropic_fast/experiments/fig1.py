@@ -135,7 +135,7 @@ def _draw_ring(ax: Axes) -> None:
     grid = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)
     x, y = torch.meshgrid(grid, grid, indexing="xy")
     energy = RING(torch.stack((x.flatten(), y.flatten()), 1)).reshape(x.shape)
-    shown = ax.contourf(x, y, energy.clamp(max=2.0), levels=np.linspace(0, 2, 21), cmap="cividis_r")
+    shown = ax.pcolormesh(x, y, energy.clamp(max=2.0), cmap="cividis_r", rasterized=True)
     angle = torch.linspace(0, 2 * math.pi, 200)
     ax.plot(torch.cos(angle), torch.sin(angle), "w--", lw=1)
     for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
@@ -186,9 +186,7 @@ def _draw_tracks(ax: Axes, table: Table) -> None:
     x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
     energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
-    ax.contourf(
-        grid_y, grid_x, energy.clamp(max=1.0), levels=np.linspace(0, 1, 21), cmap="cividis_r"
-    )
+    ax.pcolormesh(grid_y, grid_x, energy.clamp(max=1.0), cmap="cividis_r", rasterized=True)
     last = float(table["time"].max())
     shown = None
     for particle in sorted(set(table["particle"].tolist())):
