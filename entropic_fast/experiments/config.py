@@ -125,10 +125,9 @@ class ToySection:
 
     particles: int = 10000
     temperature: float = 0.25
-    ridge_temperature: float = 0.05
+    ridge_temperature: float = 0.075
     dt: float = 0.006
     steps: int = 5000
-    trace_particles: int = 4
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,6 @@ _LEAST: dict[str, float] = {
             "relax.batch_sizes",
             "relax.records",
             "toy.steps",
-            "toy.trace_particles",
         ),
         1,
     ),
@@ -330,10 +328,7 @@ def _check(config: Config) -> None:
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
             raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
-    for key, limit in (
-        ("lmc.branch_epochs", config.lmc.epochs or config.train.epochs),
-        ("toy.trace_particles", config.toy.particles),
-    ):
+    for key, limit in (("lmc.branch_epochs", config.lmc.epochs or config.train.epochs),):
         largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
         if largest > limit:
             raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))

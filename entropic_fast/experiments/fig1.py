@@ -19,9 +19,9 @@ from .schedule import Report, Unit
 
 BINS = 24  # of the angle
 RING = RingPotential(stiffness=20.0, contrast=0.8)
-# d ln g / dy = -0.8; long enough that the walls are not felt at first.
-RIDGE = RidgePotential(stiff=100.0, broad=100.0 * math.exp(-6.4), length=8.0)
-RIDGE_START = 3.0
+# d ln g / dy = -1; long enough that the walls are not felt at first.
+RIDGE = RidgePotential(stiff=100.0, broad=100.0 * math.exp(-7.0), length=7.0)
+RIDGE_START = 2.5
 
 
 def units(run: RunFolder) -> list[Unit]:
@@ -68,7 +68,7 @@ def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
 
 
 def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
-    """Particles released on the stiff side of the ridge; mean position and a few tracks."""
+    """Particles released on the stiff side of the ridge: their mean, and a typical one's track."""
     section = run.config.toy
     seed = derive(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
@@ -86,11 +86,9 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
     report(1.0)
     y = result.positions[:, :, 1].numpy()  # [T, N]
     times = result.times.tolist()
-    tracks = [
-        {"particle": i, "time": t, "x": float(p[0]), "y": float(p[1])}
-        for i in range(section.trace_particles)
-        for t, p in zip(times, result.positions[:, i].tolist(), strict=True)
-    ]
+    # A typical particle to show: the one that ends nearest to the mean.
+    typical = int(np.abs(y[-1] - y[-1].mean()).argmin())
+    x, slow = result.positions[:, typical].T.tolist()
     mean = Table(
         {
             "time": times,
@@ -99,7 +97,7 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
             "force": [RIDGE.effective_force(section.ridge_temperature)] * len(times),
         }
     )
-    return {"mean": mean, "tracks": Table.from_rows(tracks)}
+    return {"mean": mean, "track": Table({"time": times, "x": x, "y": slow})}
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
@@ -112,21 +110,21 @@ def collect(run: RunFolder) -> dict[str, Table]:
     return {
         "fig1_ring": Table.from_rows(rows),
         "fig1_ridge": run.table("toy/ridge", "mean"),
-        "fig1_tracks": run.table("toy/ridge", "tracks"),
+        "fig1_track": run.table("toy/ridge", "track"),
     }
 
 
 def draw(tables: dict[str, Table]) -> Figure:
     """Panels A (ring and its angular density) and B (ridge) of the paper's figure 1."""
-    figure, (potential, density, tracks, mean) = plots.panels(2, 2, width=4.2, height=3.1)
+    figure, (potential, density, track, mean) = plots.panels(2, 2, width=4.2, height=3.1)
     hot = float(tables["fig1_ring"]["temperature"].max())
     _draw_ring(potential)
     _draw_density(density, tables["fig1_ring"])
-    _draw_tracks(tracks, tables["fig1_tracks"])
+    _draw_track(track, tables["fig1_track"])
     _draw_mean(mean, tables["fig1_ridge"])
     plots.letter(potential, "A", "ring potential, V = ½ g(θ) (r - 1)²")
     plots.letter(density, "A", f"angular density (T = 0 and {hot:g})")
-    plots.letter(tracks, "B", "particles on a ridge, V = ½ g(y) x²")
+    plots.letter(track, "B", "a particle on a ridge, V = ½ g(y) x²")
     plots.letter(mean, "B", "drift to the broad side")
     return figure
 
@@ -181,22 +179,15 @@ def _draw_density(ax: Axes, table: Table) -> None:
     ax.legend()
 
 
-def _draw_tracks(ax: Axes, table: Table) -> None:
+def _draw_track(ax: Axes, table: Table) -> None:
     y = torch.linspace(-0.2, RIDGE.length + 0.2, 120, dtype=torch.float64)
     x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
     energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
     ax.pcolormesh(grid_y, grid_x, energy.clamp(max=1.0), cmap="cividis_r", rasterized=True)
-    last = float(table["time"].max())
-    shown = None
-    for particle in sorted(set(table["particle"].tolist())):
-        rows = table.where(particle=particle)
-        ax.plot(rows["y"], rows["x"], color="#ffffff", lw=0.5, alpha=0.6)
-        shown = ax.scatter(
-            rows["y"], rows["x"], c=rows["time"], cmap="plasma", s=7, vmin=0, vmax=last, zorder=3
-        )
-    if shown is not None:
-        ax.figure.colorbar(shown, ax=ax, label="time")
+    ax.plot(table["y"], table["x"], color="#ffffff", lw=0.4, alpha=0.5)
+    shown = ax.scatter(table["y"], table["x"], c=table["time"], cmap="plasma", s=8, zorder=3)
+    ax.figure.colorbar(shown, ax=ax, label="time")
     ax.set_xlabel("y, along the ridge (stiff to broad)")
     ax.set_ylabel("x, across")
 

@@ -100,7 +100,6 @@ def test_an_unknown_preset_is_refused_with_the_choices():
         ("lmc.branch_epochs=[0,41]", r"lmc.branch_epochs: expected at most 40.*\[0, 41\]"),
         ("lmc.seeds=[0,0]", "lmc.seeds: .*none twice"),
         ("toy.temperature=0", "toy.temperature: expected a finite number above 0"),
-        ("toy.trace_particles=100000", "toy.trace_particles: expected at most 10000"),
     ],
 )
 def test_a_bad_override_is_refused_by_name(override, message):

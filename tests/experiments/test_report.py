@@ -18,7 +18,7 @@ FIGURES = tuple(f"fig{i}" for i in range(1, 6))
 TABLES = [
     "fig1_ring",
     "fig1_ridge",
-    "fig1_tracks",
+    "fig1_track",
     "fig2_curvature",
     "fig2_loss",
     "fig2_paths",
