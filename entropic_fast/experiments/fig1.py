@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..dynamics import RidgePotential, RingPotential, simulate_langevin
 from ..random import derive, uniform
@@ -133,9 +135,9 @@ def _draw_ring(ax: Axes) -> None:
     grid = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)
     x, y = torch.meshgrid(grid, grid, indexing="xy")
     energy = RING(torch.stack((x.flatten(), y.flatten()), 1)).reshape(x.shape)
-    shown = ax.pcolormesh(x, y, energy.clamp(max=2.0), cmap="cividis_r", rasterized=True)
+    shown = _shade(ax, x, y, energy, 2.0)
     angle = torch.linspace(0, 2 * math.pi, 200)
-    ax.plot(torch.cos(angle), torch.sin(angle), "w--", lw=1)
+    ax.plot(torch.cos(angle).numpy(), torch.sin(angle).numpy(), "w--", lw=1)
     for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
         ax.text(
             x0,
@@ -150,6 +152,13 @@ def _draw_ring(ax: Axes) -> None:
     ax.set_xlabel("x")
     ax.set_ylabel("y")
     ax.figure.colorbar(shown, ax=ax, label="V (clipped at 2)")
+
+
+def _shade(ax: Axes, x: Tensor, y: Tensor, energy: Tensor, top: float) -> QuadMesh:
+    """A potential as an image, clipped at `top`; as contours its SVG would show seams."""
+    return ax.pcolormesh(
+        x.numpy(), y.numpy(), energy.clamp(max=top).numpy(), cmap="cividis_r", rasterized=True
+    )
 
 
 def _draw_density(ax: Axes, table: Table) -> None:
@@ -184,7 +193,7 @@ def _draw_track(ax: Axes, table: Table) -> None:
     x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
     grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
     energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
-    ax.pcolormesh(grid_y, grid_x, energy.clamp(max=1.0), cmap="cividis_r", rasterized=True)
+    _shade(ax, grid_y, grid_x, energy, 1.0)
     ax.plot(table["y"], table["x"], color="#ffffff", lw=0.4, alpha=0.5)
     shown = ax.scatter(table["y"], table["x"], c=table["time"], cmap="plasma", s=8, zorder=3)
     ax.figure.colorbar(shown, ax=ax, label="time")
