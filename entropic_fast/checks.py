@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -37,9 +38,13 @@ def at_least(argument: str, value: float, minimum: float) -> float:
 
 def whole(argument: str, value: int, minimum: int = 0) -> int:
     """`value` if it is a whole number not below `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    try:
+        number = operator.index(value)  # NumPy's integers too
+    except TypeError:
+        number = minimum - 1
+    if isinstance(value, bool) or number < minimum:
         raise fail(argument, f"a whole number of at least {minimum}", repr(value))
-    return value
+    return number
 
 
 def one_of(argument: str, value: str, choices: Iterable[str]) -> str:

@@ -12,10 +12,12 @@ import typer
 from rich.console import Console
 
 from . import __version__, info
+from .data import DataUnavailableError
 from .experiments import stages
 from .experiments.config import load_preset
 from .experiments.run import RunFolder
 from .experiments.schedule import UnitError
+from .ops.backend import BackendError
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +27,14 @@ app = typer.Typer(
 )
 _console = Console()
 _errors = Console(stderr=True)
+_READABLE = (
+    ValueError,
+    OSError,
+    UnitError,
+    DataUnavailableError,
+    BackendError,
+    torch.OutOfMemoryError,
+)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 PRESET = Annotated[str, typer.Option(help="demo, small or paper.")]
@@ -125,7 +135,7 @@ def main() -> None:
     """Entry point: errors a user can act on are one readable message, without a traceback."""
     try:
         app()
-    except (ValueError, OSError, UnitError, torch.OutOfMemoryError) as error:
+    except _READABLE as error:
         _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         cause = error.__cause__ if isinstance(error, UnitError) else error

@@ -255,6 +255,10 @@ def load(
     return train.limited(limit).to(device), test.limited(test_limit).to(device)
 
 
+class DataUnavailableError(RuntimeError):
+    """Images that cannot be had: no torchvision, or a download that failed."""
+
+
 Arrays = tuple[Tensor, Tensor]  # images [N, C, H, W] of uint8, labels [N] of int64
 
 
@@ -280,7 +284,7 @@ def _torchvision(
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise RuntimeError(
+        raise DataUnavailableError(
             f"data set {name!r}: expected torchvision to read the originals, got {error}; "
             "install torchvision, or pass data_dir, a folder of train/<class>/* and "
             "test/<class>/*"
@@ -292,7 +296,7 @@ def _torchvision(
             root.mkdir(parents=True, exist_ok=True)
         sets = [kind(str(root), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
+        raise DataUnavailableError(
             f"data set {name!r}: could not be had from {root} ({error}); check the network, or "
             "pass data_dir, a folder of train/<class>/* and test/<class>/*"
         ) from error

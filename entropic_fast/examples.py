@@ -86,18 +86,15 @@ class Examples:
             )
         self._source = data
         self.count = 0
-        first: Batch | None = None
-        for batch in self.batches():
-            first = first or batch
-            self.count += len(batch.inputs)
-        if first is None:
+        first = [_checksum(batch) for batch in self.batches()]
+        self.count = sum(size for size, _, _ in first)
+        if not first:
             raise _empty()
-        again = next(self.batches())
-        if not (_same(first.inputs, again.inputs) and _same(first.targets, again.targets)):
+        if first != [_checksum(batch) for batch in self.batches()]:
             raise checks.fail(
                 "data",
                 "the same examples in the same order at every reading",
-                "another first batch at the second reading",
+                "others at the second reading",
                 "pass shuffle=False, and no random augmentation",
             )
 
@@ -154,6 +151,16 @@ class Examples:
                         f"whole class numbers [N], or probabilities {[*outputs.shape[1:]]} each",
                         checks.describe(batch.targets),
                     )
+                sums = batch.targets.sum(1)
+                if bool((batch.targets < 0).any()) or not torch.allclose(
+                    sums, torch.ones_like(sums), atol=1e-3
+                ):
+                    raise checks.fail(
+                        "targets",
+                        "probabilities of at least 0 that sum to 1 over the classes",
+                        f"values from {float(batch.targets.min()):.3g} with sums from "
+                        f"{float(sums.min()):.3g} to {float(sums.max()):.3g}",
+                    )
                 continue
             if batch.targets.dtype not in (torch.int64, torch.uint8):
                 raise checks.fail(
@@ -208,8 +215,15 @@ def _are_tensors(pair: Any) -> bool:
     return all(isinstance(item, Tensor) for item in pair)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+def _checksum(batch: Batch) -> tuple[int, float, float]:
+    """Size of a batch, and sums over it that depend on the order of its examples."""
+    n = len(batch.inputs)
+    order = torch.arange(1, n + 1, device=batch.inputs.device, dtype=torch.float64)
+    sums = [
+        float((order * part.reshape(n, -1).double().nan_to_num().sum(1)).sum())
+        for part in (batch.inputs, batch.targets)
+    ]
+    return n, sums[0], sums[1]
 
 
 def _empty() -> ValueError:

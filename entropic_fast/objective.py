@@ -421,6 +421,7 @@ class Objective:
 
     def _check_model(self) -> None:
         batch = next(self._examples.batches(8))
+        drawn = _random_state(self.device)
         with torch.no_grad():
             try:
                 first = self.outputs(self._theta, batch.inputs)
@@ -439,7 +440,9 @@ class Objective:
                     "wrap it in a module that returns the tensor the loss needs",
                 )
             second = self.outputs(self._theta, batch.inputs)
-            if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+            # Rare noise may spare these examples, but not the generator it is drawn from.
+            same = torch.equal(first.nan_to_num(), second.nan_to_num())
+            if not same or not torch.equal(drawn, _random_state(self.device)):
                 raise checks.fail(
                     "model",
                     "the same outputs for the same inputs",
@@ -464,6 +467,12 @@ class Objective:
                 checks.describe(losses),
                 'a torch loss needs reduction="none" (and a mean over all but the first axis)',
             )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
 
 
 def _require_finite(losses: Tensor, theta: Tensor, start: int) -> None:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from entropic_fast.examples import Examples
+from entropic_fast.objective import Objective
 
 CPU = torch.device("cpu")
 
@@ -136,3 +137,23 @@ def test_nan_inputs_are_the_same_at_every_reading():
     x, y = tensors(3)
     x[0, 0] = float("nan")
     assert make([(x, y)]).count == 3
+
+
+def test_batches_that_change_after_the_first_are_refused():
+    class Reshuffled:
+        def __init__(self):
+            self.readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            yield torch.zeros(2, 3), torch.zeros(2)
+            rest = torch.arange(12.0).reshape(4, 3)
+            yield (rest if self.readings % 2 else rest.flip(0)), torch.zeros(4)
+
+    with pytest.raises(ValueError, match="others at the second reading"):
+        Objective(nn.Linear(3, 1), lambda o, t: o[:, 0] - t, Reshuffled())
+
+
+def test_targets_that_are_no_probabilities_are_refused():
+    with pytest.raises(ValueError, match="sum to 1 over the classes"):
+        Objective(nn.Linear(3, 2), "cross_entropy", (torch.randn(4, 3), torch.full((4, 2), -7.0)))

@@ -369,3 +369,16 @@ def test_a_loss_that_is_not_finite_names_the_example_and_the_point(value: float)
 def test_unknown_norm_mode_is_refused():
     with pytest.raises(ValueError, match="norm: expected one of 'running', 'batch'"):
         Objective(nn.Linear(4, 3).double(), "cross_entropy", classification(), norm="eval")
+
+
+def test_rare_noise_is_refused_by_the_generator_it_draws_from():
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.linear(x), 1e-6, training=True)
+
+    with pytest.raises(ValueError, match="dropout or noise is active"):
+        Objective(Rare(), "cross_entropy", (torch.randn(4, 3), torch.tensor([0, 1, 1, 0])))

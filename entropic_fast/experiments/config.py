@@ -320,9 +320,12 @@ def _check(config: Config) -> None:
                 checks.at_least(key, number, _LEAST.get(key, 0))
                 if key in _POSITIVE:
                     checks.positive(key, number)
-    for start in (*config.relax.starts, config.relax.start):
-        if start > 1:
-            raise checks.fail("relax.starts", "positions in [0, 1]", repr(start))
+    for key, starts in (
+        ("relax.starts", config.relax.starts),
+        ("relax.start", (config.relax.start,)),
+    ):
+        if any(start > 1 for start in starts):
+            raise checks.fail(key, "positions in [0, 1]", repr(starts))
     for name in config.relax.optimizers:
         checks.one_of("relax.optimizers", name, OPTIMIZERS)
     for key in ("train.momentum", "path.momentum"):

@@ -77,9 +77,11 @@ def _entry(run: RunFolder, figure: FigureEntry) -> Mapping[str, Any]:
 
 
 def _count(claims: Sequence[Claim]) -> str:
-    parts = [(sum(c.verdict == v for c in claims), v) for v in (HOLDS, FAILS, UNDECIDED)]
-    held, *others = [f"{n} {v}" for n, v in parts if n] or ["none"]
-    return f"Of {len(claims)} claims: " + ", ".join([held, *others]) + "."
+    words = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "have not enough data"}
+    counts = {v: sum(c.verdict == v for c in claims) for v in words}
+    return f"Of {len(claims)} claims " + ", ".join(
+        f"{n} {words[v]}" for v, n in counts.items() if n
+    )
 
 
 def _figure(value: object) -> str:

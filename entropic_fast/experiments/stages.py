@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from .. import checks, store
+from ..ops.backend import backend_for
 from ..table import Table
 from . import claims as claim_tests
 from . import fig1, fig2, fig3, fig4, fig5, pieces, plots, relaxation, report
@@ -44,8 +45,9 @@ _FIGURES = {
         fig1,
         "Figure 1. Curvature produces an entropic force.",
         "A: particles in a ring potential whose stiffness varies with angle; uniform without "
-        "noise, gathered where the ring is flat with it. B: particles on a ridge drift to its "
-        "broad side. Effective potential (T/2) ln det H across the slow direction [D].",
+        "noise, gathered where the ring is flat with it. B: a particle on a ridge (of all, the "
+        "one that ends nearest to the mean), and the mean of all, which drifts to the broad side. "
+        "Effective potential (T/2) ln det H across the slow direction [D].",
     ),
     "fig2": _Entry(
         fig2,
@@ -89,6 +91,8 @@ def choose_device(name: str) -> str:
 
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every unit of a stage and of the stages it needs that is not finished yet."""
+    if stage in ("relax", "report"):
+        backend_for("step", run.device)  # a forced backend that cannot run is an error now
     if stage != "toy":
         pieces.prepare(run)
     names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
@@ -125,7 +129,14 @@ def write_report(run: RunFolder, console: Console) -> None:
     notes = [
         f"Relaxation of figures 3A and 3B: {relaxation.choice_text(run)}. Figure 4: learning "
         f"rate {relaxation.optimizer_rate(run):g}, Adam at "
-        f"{run.config.relax.adam_lr_factor:g} times that.",
+        f"{run.config.relax.adam_lr_factor:g} times that; with momentum 0.9 a step is in effect "
+        "ten times as large, and Adam's is of another kind altogether, so effective time, "
+        "updates x lr, compares them only in the paper's sense.",
+        "What no figure subtracts: the loss along a path is low but not flat, so part of every "
+        "drift is descent. The displacement at the largest batch size bounds that part.",
+        "A path is a choice: descended longer, or with smaller batches, it is flatter, because "
+        "the noise of its own updates is an entropic force too. Between pivots the polyline cuts "
+        "corners, and its loss is higher there (figure 2C).",
     ]
     report.write(run, claims, entries, minima, notes)
     report.print_claims(console, claims)

@@ -113,6 +113,7 @@ def curvature(*profiles, error=0.01):
         {
             "path": f"0-{i}-s0",
             "s": s,
+            "loss": v,
             "hessian_trace": v,
             "hessian_trace_std_error": error,
             "fisher_trace": v / 2,
@@ -324,6 +325,31 @@ def test_a_negative_trace_is_no_direction(judge):
     runs = Runs().add([0.3, 0.2]).add([0.3, 0.21])
     found = judge(fig3_relaxation=runs.table, fig2_curvature=curvature([-1, -2, -3, -2, -1]))
     assert found["drifts down the curvature"].verdict == UNDECIDED
+
+
+def test_a_drift_that_is_the_losss_too_is_said_to_be(judge):
+    runs = Runs().add([0.3, 0.2]).add([0.3, 0.21])
+    found = judge(fig3_relaxation=runs.table, fig2_curvature=PEAK)["drifts down the curvature"]
+    assert "at 1 of them the loss falls the same way" in found.detail
+
+
+def test_few_arrivals_decide_nothing(judge):
+    runs = Runs()
+    for start in (0.1, 0.2, 0.3):
+        for noise in (-0.001, 0.0, 0.001):
+            runs.add(decays(0.1, 0.2, noise) if start == 0.1 else [start] * 20)
+    claim = judge(fig3_relaxation=runs.table, fig2_curvature=PEAK)["deeper starts take longer"]
+    assert claim.verdict == UNDECIDED and "3 of 9 replicas" in claim.detail
+
+
+def test_speed_is_per_effective_time_and_ends_at_the_end_of_the_path(judge):
+    runs = Runs()
+    for noise in (0.0, 0.001):  # twice as far at four times the rate: half the speed
+        runs.add([0.4, 0.4 - 0.1 - noise], "C", lr=0.1)
+        runs.add([0.4, 0.4 - 0.2 - noise], "C", lr=0.4)
+    found = judge(fig3_relaxation=runs.table, fig2_curvature=PEAK)
+    assert found["larger learning rates relax faster"].effect == pytest.approx(0.1)
+    assert found["larger learning rates relax faster per effective time"].effect < 0
 
 
 def panel(panel_name, fast, slow, **settings):

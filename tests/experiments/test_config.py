@@ -92,7 +92,10 @@ def test_an_unknown_preset_is_refused_with_the_choices():
         ("train.lr=nan", "train.lr: expected a finite number"),
         ("train.lr=inf", "train.lr: expected a finite number"),
         ("train.momentum=1.0", r"train.momentum: expected a number in \[0, 1\), got 1.0"),
-        ("relax.starts=[0.5,1.5]", r"relax.starts: expected positions in \[0, 1\], got 1.5"),
+        (
+            "relax.starts=[0.5,1.5]",
+            r"relax.starts: expected positions in \[0, 1\], got \(0.5, 1.5\)",
+        ),
         ("relax.start=-0.5", "relax.start: .*at least 0, got -0.5"),
         ("relax.records=0", "relax.records: .*at least 1"),
         ("relax.lrs=[]", "relax.lrs: expected at least one entry"),

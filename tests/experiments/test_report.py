@@ -78,7 +78,7 @@ def test_claims_can_be_computed_again_from_the_csv_files_alone(tiny_run, tmp_pat
     data = shutil.copytree(tiny_run.path / "data", tmp_path / "data")
     again = claims.to_json(claims.evaluate(data))
     stored = json.loads((tiny_run.path / "claims.json").read_text())
-    assert again == stored and len(stored) == 18
+    assert again == stored and len(stored) == 21
     assert {c["verdict"] for c in stored} <= {claims.HOLDS, claims.FAILS, claims.UNDECIDED}
 
 
@@ -162,4 +162,4 @@ def test_claims_are_printed_with_effect_interval_and_verdict():
     assert rows["one"] == ["1A", "one", "1.5", "1.25 to 1.75", "holds"]
     assert rows["two"] == ["2B", "two", "0.5", "", "does not hold"]
     assert rows["three"] == ["3C", "three", "-", "", "not enough data"]
-    assert lines[-1] == "Of 3 claims: 1 holds, 1 does not hold, 1 not enough data."
+    assert lines[-1] == "Of 3 claims 1 hold, 1 do not hold, 1 have not enough data"

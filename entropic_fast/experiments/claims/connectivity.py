@@ -27,7 +27,7 @@ def lmc(instability: Table) -> list[Claim]:
         _paired(
             "5B",
             "the barrier falls with k",
-            "the loss on the line falls as the branches share more epochs k [S]",
+            "the loss on the line (here its barrier) falls as the branches share more epochs k [S]",
             f"loss barrier at k = {k.min():g} less that at k = {k.max():g}, nats",
             barrier[first] - barrier[last],
             f"rank correlation of barrier and k {rho:.2f}",

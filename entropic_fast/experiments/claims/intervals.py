@@ -69,8 +69,8 @@ def mean_error(errors: Array) -> float:
 def mean_text(values: Array) -> str:
     """A mean ± its standard error, for a claim's detail."""
     if len(values) < 2:
-        return "no interval" if len(values) == 0 else f"{values[0]:+.4f}"
-    return f"{values.mean():+.4f} ± {values.std(ddof=1) / np.sqrt(len(values)):.4f}"
+        return "no interval" if len(values) == 0 else f"{values[0]:+.4g}"
+    return f"{values.mean():+.3g} ± {values.std(ddof=1) / np.sqrt(len(values)):.2g}"
 
 
 def select(table: Table, keep: np.ndarray) -> Table:

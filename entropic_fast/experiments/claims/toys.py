@@ -31,7 +31,8 @@ def ring(ring: Table) -> list[Claim]:
                 np.nan,
                 np.nan,
                 HOLDS if test.pvalue > CHI_SQUARE_LEVEL else FAILS,
-                f"chi-square {test.statistic:.1f} on {len(count) - 1} degrees of freedom, "
+                ("" if hot else "a check of the simulation, as nothing turns a particle then; ")
+                + f"chi-square {test.statistic:.1f} on {len(count) - 1} degrees of freedom, "
                 f"p = {test.pvalue:.3g} (rejected below {CHI_SQUARE_LEVEL})",
             )
         )
