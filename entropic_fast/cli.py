@@ -64,6 +64,7 @@ def _run(
     device: str,
 ) -> None:
     config = load_preset(preset, overrides or ())
+    fresh = not (out / "config.json").exists()
     run = RunFolder.create(
         out, config, stages.choose_device(device), str(data_dir) if data_dir else None
     )
@@ -75,6 +76,10 @@ def _run(
         # Here, and not in main: typer turns it into an exit without a word.
         _errors.print("interrupted; finished units are kept, the same command goes on from them")
         raise typer.Exit(130) from None
+    except _READABLE:
+        if fresh and not (out / "units").exists():
+            run.forget()  # nothing was computed: the corrected command may use the folder
+        raise
     if last_stage != "report":
         text = f"{last_stage}: finished; its files are under {out / 'units'}"
         _console.print(text, markup=False, soft_wrap=True)

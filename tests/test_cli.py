@@ -261,3 +261,16 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
     assert command("train", "--out", whole, "--workers", 1, *settings).code == 0
     assert tables(folder) == tables(whole)
     assert len(tables(whole)) == 6
+
+
+def test_a_folder_refused_before_anything_was_computed_takes_the_corrected_command(
+    command, tmp_path
+):
+    out = ["--out", str(tmp_path / "run")]
+    refused = command("toy", *out, "--set", "data.name=foo", "--set", "toy.steps=0")
+    assert refused.code == 1
+    asks_too_much = ["train", *out, "--set", "data.curvature_examples=99999"]
+    refused = command(*asks_too_much)
+    assert refused.code == 1 and "99999" in refused.err
+    tiny_toy = ["--set", "toy.particles=500", "--set", "toy.steps=20"]
+    assert command("toy", *out, *tiny_toy).code == 0

@@ -92,8 +92,8 @@ class RunFolder:
             return cls(path, from_dict(json.loads(stored.read_text(encoding="utf-8"))))
         except ValueError as error:
             raise store.DamagedFileError(
-                f"{stored}: expected a run's configuration, got a damaged one ({error}); "
-                "restore the file, or choose a new folder"
+                f"{stored}: expected a run's configuration, got a damaged one, or one of "
+                f"another version ({error}); restore the file, or choose a new folder"
             ) from error
 
     def images(self) -> dict[str, Any] | None:
@@ -117,6 +117,11 @@ class RunFolder:
                 f"others ({facts})",
                 "give the same images, or another --out",
             )
+
+    def forget(self) -> None:
+        """Remove the run's own records, so that the folder can take another configuration."""
+        for name in ("config.json", "environment.json", "images.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def unit_folder(self, unit: str) -> Path:
         """The folder of a unit's files."""
