@@ -21,7 +21,7 @@ from entropic_fast.random import rademacher
 
 EXAMPLES, PROBES = 64, 4
 # Forward-mode differentiation compiles its decompositions with the deprecated torch.jit.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
 class Plain:

@@ -16,7 +16,8 @@ from .run import RunFolder
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     names = ["A", *(f"B-{size}" for size in run.config.relax.batch_sizes), "C"]
-    return {"fig3_relaxation": relaxation.collect(run, names)}
+    table = relaxation.collect(run, names)
+    return {"fig3_relaxation": table, "fig3_times": relaxation.times(table)}
 
 
 def draw(tables: dict[str, Table]) -> Figure:

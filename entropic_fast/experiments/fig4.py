@@ -14,7 +14,8 @@ COLOURS = {"sgd": "#000000", "nesterov": "#D55E00", "adam": "#009E73"}  # the pa
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    return {"fig4_optimizers": relaxation.collect(run, run.config.relax.optimizers)}
+    table = relaxation.collect(run, run.config.relax.optimizers)
+    return {"fig4_optimizers": table, "fig4_times": relaxation.times(table)}
 
 
 def draw(tables: dict[str, Table]) -> Figure:

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from ..dynamics import DivergenceError, Trajectory, displacement, relax
+from ..dynamics import DivergenceError, Trajectory, displacement, relax, relaxation_time
 from ..table import Table
 from . import pieces
 from .run import RunFolder
@@ -101,6 +103,69 @@ def collect(run: RunFolder, names: Sequence[str]) -> Table:
     return Table.from_rows(rows)
 
 
+def times(table: Table) -> Table:
+    """Relaxation times by setting: updates until half the distance from the nearest end is left.
+
+    The median over replicas with its interval between order statistics; replicas that did not
+    get there are censored, and then the median may be a lower bound, or unbounded above.
+    """
+    keys = ("panel", "optimizer", "start", "lr", "batch_size")
+    rows = []
+    for setting in dict.fromkeys(zip(*(table[k].tolist() for k in keys), strict=True)):
+        values = dict(zip(keys, setting, strict=True))
+        part = table.where(**values)
+        replicas = [part.where(run=r) for r in np.unique(part["run"])]
+        position = torch.tensor(np.stack([r["position"] for r in replicas]), dtype=torch.float64)
+        if not 0 < values["start"] < 1:
+            continue
+        found = relaxation_time(
+            _trajectory(
+                position,
+                torch.as_tensor(replicas[0]["step"]),
+                torch.full((len(replicas),), values["lr"], dtype=torch.float64),
+                str(values["optimizer"]),
+                int(values["batch_size"]),
+            ),
+            target=0.0 if values["start"] <= 0.5 else 1.0,
+        )
+        median = found.median
+        rows.append(
+            {
+                **values,
+                "median_updates": median.value / values["lr"],
+                "low": median.low / values["lr"],
+                "high": median.high / values["lr"],
+                "confidence": median.confidence,
+                "lower_bound": found.lower_bound,
+                "arrived": int((~found.censored).sum()),
+                "replicas": len(replicas),
+            }
+        )
+    return Table.from_rows(rows)
+
+
+def _trajectory(
+    position: Tensor, steps: Tensor, lr: Tensor, optimizer: str, batch_size: int
+) -> Trajectory:
+    """A trajectory of which only the positions are known."""
+    unknown = torch.full_like(position, math.nan)
+    return Trajectory(
+        position=position,
+        distance=unknown,
+        loss=unknown,
+        full_loss=unknown,
+        steps=steps,
+        lr=lr,
+        ids=torch.arange(len(position)),
+        diverged_at=torch.where(position.isfinite().all(1), -1, 0),
+        optimizer=optimizer,
+        batch_size=batch_size,
+        project_every=1,
+        seed=0,
+        engine="",
+    )
+
+
 def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -> Settings:
     return [(s, lr) for s, lr in product(starts, rates) for _ in range(run.config.relax.replicas)]
 
@@ -119,22 +184,9 @@ def _panel(
         # A result too, and no reason to lose the rest of the run: a start, then nothing.
         starts = [s for s, _ in settings]
         lost = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
-        none = torch.full_like(lost, math.nan)
-        trajectory = Trajectory(
-            position=lost,
-            distance=none,
-            loss=none,
-            full_loss=none,
-            steps=torch.tensor([0, run.config.relax.steps]),
-            lr=torch.tensor([lr for _, lr in settings], dtype=torch.float64),
-            ids=torch.arange(len(settings)),
-            diverged_at=torch.zeros(len(settings), dtype=torch.int64),
-            optimizer=optimizer,
-            batch_size=batch_size,
-            project_every=run.config.relax.project_every,
-            seed=run.config.seed,
-            engine="",
-        )
+        steps = torch.tensor([0, run.config.relax.steps])
+        rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
+        trajectory = _trajectory(lost, steps, rates, optimizer, batch_size)
     return _long(trajectory, panel, settings)
 
 

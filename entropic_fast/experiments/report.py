@@ -34,6 +34,7 @@ def write(
     claims: Sequence[Claim],
     figures: Sequence[FigureEntry],
     minima: Table,
+    times: Sequence[Table],
     notes: Sequence[str],
 ) -> None:
     """Write `report.html` from the run's figures and the claims."""
@@ -47,6 +48,7 @@ def write(
         claims=claims,
         figures=[_entry(run, f) for f in figures],
         minima=minima.rows(),
+        times=[row for table in times for row in table.rows()],
         num_paths=len(run.config.path.pairs) * len(run.config.path.seeds),
         verdicts=_count(claims),
         environment=store.read_json(run.path / "environment.json"),

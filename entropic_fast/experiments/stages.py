@@ -138,7 +138,8 @@ def write_report(run: RunFolder, console: Console) -> None:
         "the noise of its own updates is an entropic force too. Between pivots the polyline cuts "
         "corners, and its loss is higher there (figure 2C).",
     ]
-    report.write(run, claims, entries, minima, notes)
+    times = [Table.from_csv(run.path / "data" / f"{name}_times.csv") for name in ("fig3", "fig4")]
+    report.write(run, claims, entries, minima, times, notes)
     report.print_claims(console, claims)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
 

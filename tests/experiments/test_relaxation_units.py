@@ -8,6 +8,7 @@ from rich.console import Console
 from entropic_fast.experiments import relaxation, stages
 from entropic_fast.experiments.run import RunFolder
 from entropic_fast.experiments.schedule import execute
+from entropic_fast.table import Table
 
 
 @pytest.fixture
@@ -51,3 +52,37 @@ def test_the_rate_asked_for_is_taken_and_otherwise_the_rule_says_why(run):
     assert relaxation.chosen_rate(run) in run.config.relax.lrs
     assert "at none of" in relaxation.choice_text(run) or "lowest of" in relaxation.choice_text(run)
     assert math.isclose(relaxation.optimizer_rate(run), run.config.relax.optimizer_lr)
+
+
+def test_relaxation_times_count_updates_and_say_who_is_missing():
+    steps = [0, 10, 20, 30]
+
+    def rows(run, start, positions):
+        return [
+            {
+                "panel": "A",
+                "run": run,
+                "optimizer": "sgd",
+                "start": start,
+                "lr": 0.1,
+                "batch_size": 8,
+                "step": s,
+                "position": p,
+            }
+            for s, p in zip(steps, positions, strict=True)
+        ]
+
+    table = Table.from_rows(
+        [
+            *rows(0, 0.2, [0.2, 0.15, 0.09, 0.0]),
+            *rows(1, 0.2, [0.2, 0.09, 0.05, 0.0]),
+            *rows(2, 0.2, [0.2, 0.15, 0.12, 0.1]),
+            *rows(3, 0.9, [0.9, 0.9, 0.9, 0.9]),
+        ]
+    )
+    near, far = relaxation.times(table).rows()
+    assert near["median_updates"] == pytest.approx(20)
+    assert (near["arrived"], near["replicas"], near["lower_bound"]) == (3, 3, False)
+    assert (near["low"], near["high"]) == (pytest.approx(10), pytest.approx(30))
+    assert (far["arrived"], far["lower_bound"]) == (0, True)
+    assert far["median_updates"] == pytest.approx(30)

@@ -24,7 +24,9 @@ TABLES = [
     "fig2_paths",
     "fig2_spectrum",
     "fig3_relaxation",
+    "fig3_times",
     "fig4_optimizers",
+    "fig4_times",
     "fig5_lines",
     "fig5_instability",
     "minima",
@@ -140,7 +142,7 @@ def test_text_that_comes_from_the_run_is_escaped(tiny_run, tmp_path):
     claim = claims.Claim(evil, evil, evil, evil, 1.0, 0.5, 1.5, claims.HOLDS, evil)
     entry = report.FigureEntry("fig1", evil, evil, (evil,))
     minima = Table({evil: [1.0], "name": [evil]})
-    report.write(RunFolder.open(copy), [claim], [entry], minima, [evil])
+    report.write(RunFolder.open(copy), [claim], [entry], minima, [], [evil])
     html = (copy / "report.html").read_text(encoding="utf-8")
     assert "<script" not in html and html.count("&lt;script&gt;") >= 13
     assert "script" not in Links(html).tags
