@@ -176,3 +176,8 @@ def test_smoothed_density_of_a_hessian_is_that_of_its_eigenvalues():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         spectral_density(torch.eye(4), **arguments)
+
+
+def test_a_grid_too_coarse_for_its_peaks_is_refused():
+    with pytest.raises(ValueError, match=r"points: expected at least .* 1.5 sigma"):
+        spectral_density(with_spectrum(random.normal((50,), 3)), steps=5, sigma=1e-4)

@@ -229,6 +229,9 @@ def _faster(
     lost = int(np.isnan(a).sum() + np.isnan(b).sum())
     a, b = a[~np.isnan(a)], b[~np.isnan(b)]
     detail = f"{label(fast[0])}: {mean_text(a)}; {label(slow[0])}: {mean_text(b)}"
+    ended = sum(r.approach >= r.depth * (1 - 1e-9) for r in (*fast, *slow))
+    if ended:
+        detail += f"; {ended} replicas are at the end of the path, which bounds displacement"
     detail += _left_out(lost)
     effect, low, high = np.nan, np.nan, np.nan
     if len(a) > 1 and len(b) > 1:
