@@ -107,7 +107,8 @@ def spectral_density(
         if points < needed:
             raise checks.fail(
                 "points",
-                f"at least {needed}, a spacing of 1.5 sigma (sigma = {sigma:.3g}) over the eigenvalues' range",
+                f"at least {needed}, a spacing of 1.5 sigma (sigma = {sigma:.3g}) over the "
+                "eigenvalues' range",
                 str(points),
                 "ask for more points, or a larger sigma",
             )
