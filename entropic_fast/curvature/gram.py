@@ -25,7 +25,7 @@ from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
-from .memory import readable, resolve_budget, too_small
+from .memory import readable, too_small
 from .per_example import ExampleGradients, PassCost, require_finite
 from .pieces import Piece, Rows
 from .records import Records, kept_form, spill_folder
@@ -291,10 +291,3 @@ def mirror_lower(matrix: Tensor, block: int = 512) -> None:
         corner.copy_(corner.tril() + corner.tril(-1).T)
         matrix[rows, rows.stop :] = matrix[rows.stop :, rows].T
 
-
-def plan_for(
-    obj: Objective, theta: Tensor | None, count: int, memory_budget: int | None, strategy: str
-) -> ScorePlan:
-    """The plan of a Gram matrix, without taking it."""
-    budget = resolve_budget(memory_budget, obj.device)
-    return GramTask(obj, theta, count, budget, strategy, True).plan

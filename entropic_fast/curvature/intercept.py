@@ -123,7 +123,8 @@ class _Batched(torch.autograd.Function):
             raise NestedTransformError("parameters batched by a transform of the model's own")
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             raise NestedTransformError("a transform of the model's own")
-        return _Physical.apply(x.movedim(in_dims[0], 0), weight, bias, layer, sink), 0
+        x = x.movedim(in_dims[0], 0)
+        return layer.shaped(_Physical.apply(x, weight, bias, layer, sink), x), 0
 
 
 class _Physical(torch.autograd.Function):

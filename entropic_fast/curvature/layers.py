@@ -54,7 +54,15 @@ class Layer(ABC):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """Output [n, ...] for x [n, ...], and what backward needs besides x and weight."""
+        """Output for x [n, ...], and what backward needs besides x and weight.
+
+        The output is a tensor of its own, which the model may overwrite: `shaped` makes it
+        [n, ...] where it is not.
+        """
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002
+        """The output with the examples' axis of x [n, ...] first."""
+        return out
 
     @abstractmethod
     def backward(
@@ -66,7 +74,7 @@ class Layer(ABC):
         need_x: bool,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Pieces]:
-        """Gradient of x if needed, and the pieces of weight and bias if wanted, from G [n, ...]."""
+        """Gradient of x if needed, and the pieces of weight and bias if wanted; g as `forward`'s."""
 
 
 class Linear(Layer):
@@ -148,8 +156,10 @@ class Convolution(Layer):
             # oneDNN's float32 convolutions are up to twice as fast this way, and the rule for
             # the weight reads channels last.
             images = images.contiguous(memory_format=torch.channels_last)
-        out = self.plain(images, weight, bias)
-        return out.unflatten(0, self._counts(x)), (images,)
+        return self.plain(images, weight, bias), (images,)
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        return out.unflatten(0, self._counts(x))
 
     def backward(
         self,
@@ -161,16 +171,15 @@ class Convolution(Layer):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Pieces]:
         images = saved[0]
-        out = self._images(g)
         gradient = None
         if need_x:
             gradient = torch.ops.aten.convolution_backward(
-                out, images, weight, None, self.stride, self.padding, self.dilation,
+                g, images, weight, None, self.stride, self.padding, self.dilation,
                 self.transposed, self.output_padding, self.groups, (True, False, False),
             )[0].unflatten(0, self._counts(x))  # fmt: skip
         counts = self._counts(x)
         a, b = (
-            t.movedim(1, -1).unflatten(0, counts) for t in full_precision((images, out))
+            t.movedim(1, -1).unflatten(0, counts) for t in full_precision((images, g))
         )  # [n, *m, *space, channels]
         bias = _bias(b.flatten(1, -2), wanted[1])
         if not wanted[0]:
@@ -218,7 +227,10 @@ class BatchNorm(Layer):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2]), ()
+        return self.plain(x.flatten(0, 1), weight, bias), ()
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        return out.unflatten(0, x.shape[:2])
 
     def backward(
         self,
@@ -229,7 +241,7 @@ class BatchNorm(Layer):
         need_x: bool,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Pieces]:
-        inputs, gradients = full_precision((x, g))
+        inputs, gradients = full_precision((x, self.shaped(g, x)))
         mean, variance = full_precision(self.statistics)
         rstd = (variance.to(inputs.dtype) + self.eps).rsqrt()
         scale = torch.ones_like(rstd) if weight is None else weight.to(inputs.dtype)
@@ -261,7 +273,10 @@ class GroupNorm(Layer):
         out, mean, rstd = torch.native_group_norm(
             images, weight, bias, *self._sizes(images), self.groups, self.eps
         )
-        return out.unflatten(0, x.shape[:2]), (images, mean, rstd)
+        return out, (images, mean, rstd)
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        return out.unflatten(0, x.shape[:2])
 
     def backward(
         self,
@@ -273,7 +288,7 @@ class GroupNorm(Layer):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Pieces]:
         images, mean, rstd = saved
-        out = g.flatten(0, 1).contiguous()
+        out = g.contiguous()
         gradient = None
         if need_x:
             gradient = torch.ops.aten.native_group_norm_backward(
