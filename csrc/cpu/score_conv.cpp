@@ -75,6 +75,19 @@ struct Layout {
         elements(size[0] * plane) {}
 };
 
+// The compiler makes a few moves of a copy of known length.
+template <typename T>
+EF_FN void copy_channels(const T* from, i64 count, T* to) {
+  if (count * sizeof(T) == 64)
+    std::memcpy(to, from, 64);
+  else if (count * sizeof(T) == 16)
+    std::memcpy(to, from, 16);
+  else if (count * sizeof(T) < 64)
+    for (i64 c = 0; c < count; ++c) to[c] = from[c];
+  else
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+}
+
 // Copies `count` channels, `step` apart, of size[0] x size[1] x size[2] pixels.
 template <typename T>
 void copy_pixels(const i64 (&size)[3], i64 count, i64 step, const T* from, const i64 (&stride)[3],
@@ -89,7 +102,10 @@ void copy_pixels(const i64 (&size)[3], i64 count, i64 step, const T* from, const
         continue;
       }
       for (i64 k = 0; k < size[2]; ++k, source += stride[2], target += layout.pixel)
-        for (i64 c = 0; c < count; ++c) target[c] = source[c * step];
+        if (step == 1)
+          copy_channels(source, count, target);
+        else
+          for (i64 c = 0; c < count; ++c) target[c] = source[c * step];
     }
 }
 

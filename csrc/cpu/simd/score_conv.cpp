@@ -22,7 +22,7 @@ constexpr int ROWS = 4;
 constexpr int VECTORS = 2;
 #endif
 // Kernel offsets of a depthwise convolution that are summed together.
-constexpr int TAPS = 2 * ROWS;
+constexpr int TAPS = 12;
 
 template <typename T>
 constexpr int WIDTH = BYTES / int(sizeof(T));
@@ -160,20 +160,20 @@ constexpr Tiles<T> all_tiles() {
 template <typename T>
 constexpr Tiles<T> TILES = all_tiles<T>();
 
-// Calls tile(first, count) for groups of vectors of nearly equal size.
+// Calls tile(first, count) for parts of nearly equal size, of at most `most`.
 template <typename Tile>
-EF_FN void for_each_tile(i64 vectors, const Tile& tile) {
-  const i64 tiles = ceil_div(vectors, VECTORS);
+EF_FN void for_each_tile(i64 total, i64 most, const Tile& tile) {
+  const i64 tiles = ceil_div(total, most);
   for (i64 t = 0; t < tiles; ++t) {
-    const i64 first = t * vectors / tiles;
-    tile(first, int((t + 1) * vectors / tiles - first));
+    const i64 first = t * total / tiles;
+    tile(first, int((t + 1) * total / tiles - first));
   }
 }
 
 template <typename T>
 void store(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
            i64 vectors, T* out, i64 row_stride) {
-  for_each_tile(vectors, [&](i64 first, int count) {
+  for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
     TILES<T>.store[rows - 1][count - 1](walk, a, g, columns + first, out, row_stride);
   });
 }
@@ -182,7 +182,7 @@ template <typename T>
 double squares(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
                i64 vectors) {
   double sum = 0.0;
-  for_each_tile(vectors, [&](i64 first, int count) {
+  for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
     sum += TILES<T>.squares[rows - 1][count - 1](walk, a, g, columns + first);
   });
   return sum;
@@ -209,13 +209,34 @@ void lanes_of_taps(const ConvWalk& walk, const T* a, const T* g, const i64* taps
 }
 
 template <typename T>
+using LaneTile = void (*)(const ConvWalk&, const T*, const T*, const i64*, T*);
+
+template <typename T>
+struct LaneTiles {
+  LaneTile<T> sum[TAPS];
+};
+
+template <typename T, int N>
+constexpr void fill(LaneTiles<T>& tiles) {
+  tiles.sum[N - 1] = lanes_of_taps<T, N>;
+  if constexpr (N > 1) fill<T, N - 1>(tiles);
+}
+
+template <typename T>
+constexpr LaneTiles<T> all_lane_tiles() {
+  LaneTiles<T> tiles{};
+  fill<T, TAPS>(tiles);
+  return tiles;
+}
+
+template <typename T>
+constexpr LaneTiles<T> LANE_TILES = all_lane_tiles<T>();
+
+template <typename T>
 void lanes(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 count, T* sums) {
-  i64 t = 0;
-  for (; t + TAPS <= count; t += TAPS)
-    lanes_of_taps<T, TAPS>(walk, a, g, taps + t, sums + t * WIDTH<T>);
-  for (; t + 3 <= count; t += 3)
-    lanes_of_taps<T, 3>(walk, a, g, taps + t, sums + t * WIDTH<T>);
-  for (; t < count; ++t) lanes_of_taps<T, 1>(walk, a, g, taps + t, sums + t * WIDTH<T>);
+  for_each_tile(count, TAPS, [&](i64 first, int n) {
+    LANE_TILES<T>.sum[n - 1](walk, a, g, taps + first, sums + first * WIDTH<T>);
+  });
 }
 
 }  // namespace
