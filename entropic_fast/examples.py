@@ -131,12 +131,16 @@ class Examples:
                 yield Batch(start, x, y)
                 start += len(x)
 
-    def require_count(self, max_examples: int) -> None:
-        """Refuse a number of examples that is not in 1 .. N."""
-        if checks.whole("max_examples", max_examples, 1) > self.count:
+    def require_count(self, max_examples: int | None) -> int:
+        """`max_examples` if it is in 1 .. N, or N for None."""
+        if max_examples is None:
+            return self.count
+        number = checks.whole("max_examples", max_examples, 1)
+        if number > self.count:
             raise checks.fail(
                 "max_examples", f"at most the {self.count} examples there are", str(max_examples)
             )
+        return number
 
     def require_labels(self, outputs: Tensor) -> None:
         """Refuse targets that do not fit the outputs' classes, for cross-entropy.
@@ -151,9 +155,10 @@ class Examples:
                         f"whole class numbers [N], or probabilities {[*outputs.shape[1:]]} each",
                         checks.describe(batch.targets),
                     )
-                sums = batch.targets.sum(1)
+                sums = batch.targets.double().sum(1)
+                rounding = max(1e-3, torch.finfo(batch.targets.dtype).eps)
                 if bool((batch.targets < 0).any()) or not torch.allclose(
-                    sums, torch.ones_like(sums), atol=1e-3
+                    sums, torch.ones_like(sums), atol=rounding
                 ):
                     raise checks.fail(
                         "targets",

@@ -28,6 +28,7 @@ class CurvatureOperator:
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
         if not isinstance(obj, Objective):
             raise checks.fail("obj", "an Objective", checks.describe(obj))
+        checks.full_precision("obj", obj.dtype, self.name)
         self.obj = obj
         self.theta = obj.point(theta).clone()
         self.shape = (obj.num_params, obj.num_params)
@@ -111,7 +112,8 @@ class HessianOperator(CurvatureOperator):
         theta: the point; None for the model's own.  # [P]
 
     Raises:
-        ValueError: a point that does not fit; in products, as `CurvatureOperator.__matmul__`.
+        ValueError: a model in half precision, a point that does not fit; in products, as
+            `CurvatureOperator.__matmul__`.
         RuntimeError: from torch, a function of the model that has no second derivative.
 
     >>> import torch
@@ -165,7 +167,7 @@ class GGNOperator(CurvatureOperator):
         leaf = self.theta.detach().requires_grad_()
         outputs = self.obj.outputs(leaf, batch.inputs)
         free = outputs.detach().requires_grad_()
-        losses = self.obj._loss(free, batch.targets)
+        losses = self.obj.output_losses(free, batch.targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             self.obj.finite_losses(self.theta, batch)  # raises, naming the example
         (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
