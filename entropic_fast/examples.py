@@ -216,6 +216,41 @@ class Examples:
         return inputs.to(self.device)
 
 
+class RepeatedExamples(Examples):
+    """Every example of other data `times` times in a row, each with a target of its own.
+
+    Inputs are repeated as batches are read, so they are held once.
+
+    Args:
+        source: the examples to repeat.
+        times: how often.
+        targets: for each repetition, on the source's device.  # [N * times, ...]
+    """
+
+    def __init__(self, source: Examples, times: int, targets: Tensor) -> None:
+        self.device, self.dtype = source.device, source.dtype
+        self.batch_size = source.batch_size
+        self.count = source.count * checks.whole("times", times, 1)
+        if len(targets) != self.count:
+            raise checks.fail(
+                "targets", f"{self.count}, {times} for each example", checks.describe(targets)
+            )
+        self._tensors = None
+        self._base, self._times, self._targets = source, times, targets
+
+    def cast(self, dtype: torch.dtype) -> RepeatedExamples:
+        """The same examples with floating-point inputs in another dtype."""
+        return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
+
+    def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._base.batches(batch_size=max(1, size // self._times)):
+            inputs = batch.inputs
+            if self._times > 1:
+                inputs = inputs.repeat_interleave(self._times, 0)
+            start = batch.start * self._times
+            yield inputs, self._targets[start : start + len(inputs)]
+
+
 def _are_tensors(pair: Any) -> bool:
     return all(isinstance(item, Tensor) for item in pair)
 

@@ -53,7 +53,7 @@ def require_model(obj: Objective) -> None:
                 "use nn.Dropout, or F.dropout(..., training=self.training)",
             )
         if obj.loss_name == "cross_entropy":
-            obj.require_labels(first)
+            obj.examples.require_labels(first)
         losses = obj.output_losses(first, batch.targets)
     leaf = theta.detach().requires_grad_()
     if not obj.losses(leaf, batch.inputs, batch.targets).requires_grad:
@@ -104,6 +104,16 @@ def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
             f"loss: expected finite losses, got {float(losses[first])} for example "
             f"{start + first} at a point of norm {norm:.4g}; "
             "check that example's values, or the learning rate that led here"
+        )
+
+
+def require_classifier(outputs: Tensor, targets: Tensor) -> None:
+    """Refuse outputs and targets that are not class scores [n, C] and whole numbers [n]."""
+    if outputs.ndim != 2 or targets.is_floating_point():
+        raise checks.fail(
+            "evaluate",
+            "a classifier (outputs [N, C], whole targets [N])",
+            f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
         )
 
 

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import checks
+from . import checks, model_checks
 from .exact import exact_math
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
-from .model_checks import (
-    NonFiniteLossError,
-    interaction,
-    require_finite,
-    require_in_range,
-    require_model,
-)
+from .model_checks import NonFiniteLossError
 from .normalisation import gather_statistics, norm_layers, private_copy
 from .parameters import load_tensors, trainable
 
@@ -59,6 +53,7 @@ class Objective:
     Attributes:
         num_params: P, the length of theta.
         num_examples: N.
+        examples: the data, in a fixed order.
         dtype, device: of theta.
 
     Raises:
@@ -92,8 +87,8 @@ class Objective:
         self._loss = loss_function(loss)
         self._model = private_copy(model, norm)
         self._read_parameters(device)
-        self._examples = Examples(data, self.device, self.dtype, batch_size)
-        require_model(self)
+        self.examples = Examples(data, self.device, self.dtype, batch_size)
+        model_checks.require_model(self)
         self._per_example: str | None = None  # why single examples are undefined; "" if defined
 
     # -- parameters ------------------------------------------------------------------------
@@ -164,7 +159,7 @@ class Objective:
     @property
     def num_examples(self) -> int:
         """N, the number of examples."""
-        return self._examples.count
+        return self.examples.count
 
     def batches(
         self, max_examples: int | None = None, batch_size: int | None = None
@@ -176,7 +171,7 @@ class Objective:
             batch_size: cut batches into pieces of at most so many examples.
         """
         self.count(max_examples)
-        return self._examples.batches(max_examples, batch_size)
+        return self.examples.batches(max_examples, batch_size)
 
     def count(self, max_examples: int | None = None) -> int:
         """How many examples `max_examples` stands for: itself, or N for None.
@@ -184,18 +179,22 @@ class Objective:
         Raises:
             ValueError: not a whole number in 1 .. N.
         """
-        return self._examples.require_count(max_examples)
-
-    def require_labels(self, outputs: Tensor) -> None:
-        """Refuse targets that are no labels for cross-entropy of outputs [n, C, ...]."""
-        self._examples.require_labels(outputs)
+        return self.examples.require_count(max_examples)
 
     def with_data(self, data: Any, *, batch_size: int | None = None) -> Objective:
         """The same model, loss and statistics over other data."""
+        return self.derived(Examples(data, self.device, self.dtype, batch_size))
+
+    def derived(
+        self, examples: Examples, loss: LossFunction | None = None, theta: Tensor | None = None
+    ) -> Objective:
+        """The same model and statistics over other examples, with another loss or point [P]."""
         other = copy.copy(self)
-        other._examples = Examples(data, self.device, self.dtype, batch_size)
-        other._per_example = None
-        require_model(other)
+        other.examples, other._per_example = examples, None
+        other._theta = self.point(theta).clone()
+        if loss is not None:
+            other.loss_name, other._loss = "custom", loss
+        model_checks.require_model(other)
         return other
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -224,7 +223,7 @@ class Objective:
             n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
         }
         other._theta, other.dtype = self._theta.to(dtype), dtype
-        other._examples = self._examples.cast(dtype)
+        other.examples = self.examples.cast(dtype)
         return other
 
     # -- evaluation ------------------------------------------------------------------------
@@ -273,7 +272,7 @@ class Objective:
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        require_finite(losses.detach(), theta, batch.start)
+        model_checks.require_finite(losses.detach(), theta, batch.start)
         return losses
 
     def loss(self, theta: Tensor | None = None) -> float:
@@ -298,7 +297,7 @@ class Objective:
             leaf = theta.detach().requires_grad_()
             loss = self.finite_losses(leaf, batch).sum()
             total += torch.autograd.grad(loss, leaf)[0]
-        require_in_range(total, theta.dtype)
+        model_checks.require_in_range(total, theta.dtype)
         return (total / self.num_examples).to(theta.dtype)
 
     def evaluate(self, theta: Tensor | None = None) -> tuple[float, float]:
@@ -313,14 +312,9 @@ class Objective:
         with torch.no_grad():
             for batch in self.batches():
                 outputs = self.outputs(theta, batch.inputs)
-                if outputs.ndim != 2 or batch.targets.is_floating_point():
-                    raise checks.fail(
-                        "evaluate",
-                        "a classifier (outputs [N, C], whole targets [N])",
-                        f"outputs {list(outputs.shape)}, targets of {batch.targets.dtype}",
-                    )
+                model_checks.require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
-                require_finite(losses, theta, batch.start)
+                model_checks.require_finite(losses, theta, batch.start)
                 loss += float(losses.double().sum())
                 correct += int((outputs.argmax(1) == batch.targets).sum())
         return loss / self.num_examples, correct / self.num_examples
@@ -391,7 +385,7 @@ class Objective:
             ValueError: an example's loss depends on the rest of its batch.
         """
         if self._per_example is None:
-            self._per_example = interaction(self, self._model)
+            self._per_example = model_checks.interaction(self, self._model)
         if self._per_example:
             raise checks.fail(
                 "objective",

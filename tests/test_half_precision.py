@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, Case, by_name, relative_error
+from cases import CASES, Case, relative_error
 from torch import Tensor, nn
 
 from entropic_fast.curvature import (
