@@ -107,6 +107,18 @@ def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
         )
 
 
+def require_finite_outputs(outputs: Tensor, start: int) -> None:
+    """Refuse NaN and infinite outputs [n, ...] of the examples from `start` on."""
+    finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
+    if not bool(finite.all()):
+        raise checks.fail(
+            "outputs",
+            "finite values",
+            f"NaN or infinity for example {start + int((~finite).nonzero()[0])}",
+            "check that example's values, or the point",
+        )
+
+
 def require_classifier(outputs: Tensor, targets: Tensor) -> None:
     """Refuse outputs and targets that are not class scores [n, C] and whole numbers [n]."""
     if outputs.ndim != 2 or targets.is_floating_point():

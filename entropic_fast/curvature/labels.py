@@ -16,6 +16,7 @@ from .. import checks, random
 from ..exact import exact_math
 from ..examples import RepeatedExamples
 from ..loss_functions import widened
+from ..model_checks import require_finite_outputs
 from ..objective import Objective
 
 
@@ -81,7 +82,7 @@ def sampled_labels(
     for batch in obj.batches():
         with torch.no_grad(), exact_math():
             outputs = widened(obj.outputs(theta, batch.inputs))
-        _require_finite(outputs, batch.start)
+        require_finite_outputs(outputs, batch.start)
         labels = [draw(outputs, batch.start, key, d) for d in range(draws)]
         parts.append(torch.stack(labels, 1).flatten(0, 1))  # [n * draws, ...]
     examples = RepeatedExamples(obj.examples, draws, torch.cat(parts))
@@ -110,15 +111,3 @@ def _noisy(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
     )
     noisy = outputs.double() + math.sqrt(count / 2) * noise.reshape(outputs.shape)
     return noisy.to(outputs.dtype)
-
-
-def _require_finite(outputs: Tensor, first: int) -> None:
-    finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
-    if not bool(finite.all()):
-        example = first + int((~finite).nonzero()[0])
-        raise checks.fail(
-            "outputs",
-            "finite values, to draw labels from",
-            f"NaN or infinity for example {example}",
-            "check that example's values",
-        )
