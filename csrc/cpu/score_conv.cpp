@@ -1,0 +1,405 @@
+// Copies one example's input into zero-padded scratch memory of its thread, where the columns of a
+// kernel row lie side by side, and sums tiles of the weight gradient over all positions. Nothing is
+// unfolded. A tile depends on its example alone and the squares of tiles are added in a fixed
+// order, so results do not depend on the number of threads.
+#include "cpu/score_conv.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/isa.h"
+#include "cpu/score_conv_blocks.h"
+
+namespace entropic::cpu {
+namespace {
+
+template <typename T>
+const ConvBlocks<T>& blocks();
+
+template <>
+const ConvBlocks<float>& blocks<float>() {
+  switch (current_isa()) {
+#ifdef ENTROPIC_HAS_AVX512
+    case AVX512:
+      return avx512::score_conv_f32;
+#endif
+#ifdef ENTROPIC_HAS_AVX2
+    case AVX2:
+      return avx2::score_conv_f32;
+#endif
+    default:
+      return portable::score_conv_f32;
+  }
+}
+
+template <>
+const ConvBlocks<double>& blocks<double>() {
+  switch (current_isa()) {
+#ifdef ENTROPIC_HAS_AVX512
+    case AVX512:
+      return avx512::score_conv_f64;
+#endif
+#ifdef ENTROPIC_HAS_AVX2
+    case AVX2:
+      return avx2::score_conv_f64;
+#endif
+    default:
+      return portable::score_conv_f64;
+  }
+}
+
+// A kernel of size 1 without padding looks at every stride-th pixel: the others do not exist.
+ConvShape without_skipped_pixels(ConvShape s) {
+  for (int d = 0; d < 3; ++d)
+    if (s.kernel[d] == 1 && s.padding[d] == 0) {
+      s.a.size[d] = ceil_div(s.a.size[d], s.stride[d]);
+      s.a.stride[d] *= s.stride[d];
+      s.stride[d] = 1;
+    }
+  return s;
+}
+
+// How pixels of some channels lie in scratch memory.
+struct Layout {
+  i64 plane, row, pixel, elements;
+
+  Layout(i64 depth, i64 height, i64 width, i64 channels)
+      : plane(height * width * channels),
+        row(width * channels),
+        pixel(channels),
+        elements(depth * plane) {}
+};
+
+// The compiler makes a few moves of a copy of known length.
+template <typename T>
+EF_FN void copy_channels(const T* from, i64 count, T* to) {
+  if (count * sizeof(T) == 64)
+    std::memcpy(to, from, 64);
+  else if (count * sizeof(T) == 16)
+    std::memcpy(to, from, 16);
+  else if (count * sizeof(T) < 64)
+    for (i64 c = 0; c < count; ++c) to[c] = from[c];
+  else
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Copies `count` channels, `step` apart, of size[0] x size[1] x size[2] pixels.
+template <typename T>
+void copy_pixels(const i64 (&size)[3], i64 count, i64 step, const T* from, const i64 (&stride)[3],
+                 T* to, const Layout& layout) {
+  const bool whole_rows = step == 1 && count == layout.pixel && stride[2] == count;
+  for (i64 i = 0; i < size[0]; ++i)
+    for (i64 j = 0; j < size[1]; ++j) {
+      const T* source = from + i * stride[0] + j * stride[1];
+      T* target = to + i * layout.plane + j * layout.row;
+      if (whole_rows) {
+        std::memcpy(target, source, static_cast<size_t>(size[2] * count) * sizeof(T));
+        continue;
+      }
+      for (i64 k = 0; k < size[2]; ++k, source += stride[2], target += layout.pixel)
+        if (step == 1)
+          copy_channels(source, count, target);
+        else
+          for (i64 c = 0; c < count; ++c) target[c] = source[c * step];
+    }
+}
+
+// Output positions that are summed together, a box of whole rows.
+struct Box {
+  i64 first[3], size[3];
+};
+
+// Input and gradient of a box stay in the second-level cache while all tiles read them.
+constexpr i64 BOX_BYTES = 384 * 1024;
+
+// At least one, and the first is the largest.
+std::vector<Box> cut_positions(const ConvShape& s, i64 bytes_of_a_position) {
+  const i64 fit = std::max<i64>(1, BOX_BYTES / std::max<i64>(1, s.g.size[2] * bytes_of_a_position));
+  const i64 rows = std::min(fit, s.g.size[1]);
+  const i64 planes = std::min(fit / std::max<i64>(1, rows), s.g.size[0]);
+  std::vector<Box> boxes;
+  for (i64 i = 0; i < s.g.size[0] && rows > 0; i += planes)
+    for (i64 j = 0; j < s.g.size[1]; j += rows)
+      boxes.push_back({{i, j, 0},
+                       {std::min(planes, s.g.size[0] - i), std::min(rows, s.g.size[1] - j),
+                        s.g.size[2]}});
+  if (boxes.empty()) boxes.push_back({{0, 0, 0}, {0, 0, 0}});
+  return boxes;
+}
+
+// Scratch memory for everything a box's positions look at, with zeros where the input ends.
+struct Padded {
+  Layout layout;
+
+  Padded(const ConvShape& s, const Box& largest, i64 channels)
+      : layout(reach(s, largest, 0), reach(s, largest, 1), reach(s, largest, 2), channels) {}
+
+  // Input pixels between the first and the last that positions of the box look at.
+  static i64 reach(const ConvShape& s, const Box& box, int d) {
+    return box.size[d] == 0
+               ? 0
+               : (box.size[d] - 1) * s.stride[d] + (s.kernel[d] - 1) * s.dilation[d] + 1;
+  }
+
+  // Where kernel offset (i, j, k) finds the pixel of the box's first position.
+  i64 offset(const ConvShape& s, i64 i, i64 j, i64 k) const {
+    return i * s.dilation[0] * layout.plane + j * s.dilation[1] * layout.row +
+           k * s.dilation[2] * layout.pixel;
+  }
+
+  ConvWalk walk(const ConvShape& s, const Box& box, i64 g_plane, i64 g_row, i64 g_pixel) const {
+    return {{box.size[0], box.size[1], box.size[2]},
+            {s.stride[0] * layout.plane, s.stride[1] * layout.row, s.stride[2] * layout.pixel},
+            {g_plane, g_row, g_pixel}};
+  }
+
+  // `clear` if another box has been here, whose zeros were elsewhere.
+  template <typename T>
+  void fill(const ConvShape& s, const Box& box, bool clear, const T* a, i64 count,
+            T* padded) const {
+    if (clear) std::fill_n(padded, layout.elements, T(0));
+    const i64 steps[3] = {layout.plane, layout.row, layout.pixel};
+    i64 inside[3];
+    for (int d = 0; d < 3; ++d) {
+      const i64 start = box.first[d] * s.stride[d] - s.padding[d];  // pixel of `a`, or before it
+      const i64 before = std::max<i64>(0, -start), skipped = std::max<i64>(0, start);
+      inside[d] = std::max<i64>(0, std::min(reach(s, box, d) - before, s.a.size[d] - skipped));
+      a += skipped * s.a.stride[d];
+      padded += before * steps[d];
+    }
+    copy_pixels(inside, count, 1, a, s.a.stride, padded, layout);
+  }
+};
+
+// Zeroed memory for each thread, starting on a cache line.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int threads, i64 elements)
+      : stride_(ceil_div(elements, LINE) * LINE + LINE),
+        memory_(static_cast<size_t>(threads * stride_ + LINE)) {}
+
+  T* of_this_thread() {
+    i64 thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+#endif
+    const i64 misplaced = reinterpret_cast<std::uintptr_t>(memory_.data()) % 64 / sizeof(T);
+    return memory_.data() + (LINE - misplaced) + thread * stride_;
+  }
+
+ private:
+  static constexpr i64 LINE = 64 / sizeof(T);
+  i64 stride_;
+  std::vector<T> memory_;
+};
+
+// Kernel offsets times input channels of one group, cut into vectors. Without dilation the pixels
+// of a kernel row are neighbours and are cut as one.
+std::vector<ConvColumns> cut_columns(const ConvShape& s, const Padded& padded, int width) {
+  const i64 channels = padded.layout.pixel;
+  const i64 joined = s.dilation[2] == 1 ? s.kernel[2] : 1;
+  std::vector<ConvColumns> columns;
+  i64 to = 0;
+  for (i64 i = 0; i < s.kernel[0]; ++i)
+    for (i64 j = 0; j < s.kernel[1]; ++j)
+      for (i64 k = 0; k < s.kernel[2]; k += joined) {
+        const i64 from = padded.offset(s, i, j, k);
+        const i64 length = joined * channels;
+        for (i64 c = 0; c < length; c += width)
+          columns.push_back({from + c, to + c, int(std::min<i64>(width, length - c))});
+        to += length;
+      }
+  return columns;
+}
+
+// Below this many multiplications a second thread costs more than it brings.
+constexpr double PARALLEL_FROM = 200000;
+
+int useful_threads(const ConvShape& s) {
+  const double kernel = double(s.kernel[0]) * double(s.kernel[1]) * double(s.kernel[2]);
+  const double positions = double(s.g.size[0]) * double(s.g.size[1]) * double(s.g.size[2]);
+  const double channels = double(s.a.channels) / double(s.groups) * double(s.g.channels);
+  return double(s.examples) * positions * kernel * channels < PARALLEL_FROM ? 1 : s.threads;
+}
+
+// What is asked for: the gradients, or the squared norms if `out` is null.
+template <typename T>
+struct Result {
+  T* out;          // [n, O, row]
+  i64 row_stride;  // from example to example
+  double* norms;   // [n]
+  i64 row;         // elements of one output channel's weights
+};
+
+template <typename T>
+double sum_of_squares(const T* values, i64 count) {
+  constexpr int LANES = 8;
+  double lanes[LANES] = {};
+  i64 at = 0;
+  for (; at + LANES <= count; at += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] += double(values[at + l]) * double(values[at + l]);
+  for (int l = 0; at < count; ++at, ++l) lanes[l] += double(values[at]) * double(values[at]);
+  for (int l = 1; l < LANES; ++l) lanes[0] += lanes[l];
+  return lanes[0];
+}
+
+// Squares of an example's parts, added in their order.
+void add_up(const std::vector<double>& partial, i64 examples, double* norms) {
+  const i64 parts = i64(partial.size()) / std::max<i64>(1, examples);
+  for (i64 e = 0; e < examples; ++e) {
+    norms[e] = 0.0;
+    for (i64 part = 0; part < parts; ++part) norms[e] += partial[e * parts + part];
+  }
+}
+
+// Dense and grouped convolutions, group by group: some output channels times all columns at once.
+template <typename T>
+void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& result) {
+  const ConvBlocks<T>& kernel = blocks<T>();
+  const i64 inputs = s.a.channels / s.groups, outputs = s.g.channels / s.groups, row = result.row;
+  const i64 bytes = (s.stride[1] * s.stride[2] * inputs + outputs) * i64(sizeof(T));
+  const std::vector<Box> boxes = cut_positions(s, bytes);
+  const bool whole = boxes.size() == 1;
+  const Padded padded(s, boxes[0], inputs);
+  const std::vector<ConvColumns> columns = cut_columns(s, padded, kernel.width);
+  const i64 vectors = i64(columns.size());
+  const i64 tiles = ceil_div(outputs, kernel.rows);  // of one group, of nearly equal height
+  const i64 parts = s.groups * tiles;
+  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * parts));
+
+  [[maybe_unused]] const int threads = useful_threads(s);
+  // Groups of few examples are shared among threads, each with a copy of the input.
+  const i64 units = s.examples * s.groups;
+  const i64 wanted = threads == 1 || units >= 4 * threads ? 1 : 4 * threads / std::max<i64>(1, units);
+  const i64 slices = std::min(wanted, tiles);
+  const i64 image_elements = padded.layout.elements + kernel.width;
+  Scratch<T> scratch(threads, image_elements + (result.out || whole ? 0 : outputs * row));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (i64 task = 0; task < units * slices; ++task) {
+    const i64 slice = task % slices, group = task / slices % s.groups;
+    const i64 e = task / slices / s.groups;
+    const i64 begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
+    const T* a_of_group = a + e * s.a.example_stride + group * inputs;
+    const T* g_of_group = g + e * s.g.example_stride + group * outputs;
+    T* image = scratch.of_this_thread();
+    T* gradient = result.out ? result.out + e * result.row_stride + group * outputs * row
+                             : image + image_elements;
+    double* squares = partial.data() + e * parts + group * tiles;
+    for (const Box& box : boxes) {
+      const bool first = &box == &boxes[0];
+      padded.fill(s, box, !whole, a_of_group, inputs, image);
+      const ConvWalk walk =
+          padded.walk(s, box, s.g.stride[0], s.g.stride[1], s.g.stride[2]);
+      const T* g_of_box =
+          g_of_group + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      for (i64 t = begin; t < end; ++t) {
+        const i64 from = t * outputs / tiles;
+        const int rows = int((t + 1) * outputs / tiles - from);
+        if (whole && !result.out)
+          squares[t] = kernel.squares(walk, image, g_of_box + from, rows, columns.data(), vectors);
+        else
+          kernel.store(walk, image, g_of_box + from, rows, columns.data(), vectors,
+                       gradient + from * row, row, !first);
+      }
+    }
+    for (i64 t = begin; t < end && !whole && !result.out; ++t) {
+      const i64 from = t * outputs / tiles;
+      squares[t] = sum_of_squares(gradient + from * row, ((t + 1) * outputs / tiles - from) * row);
+    }
+  }
+  if (!result.out) add_up(partial, s.examples, result.norms);
+}
+
+// Depthwise convolutions: one lane for each input channel. Output channels of one input channel
+// come one after the other.
+template <typename T>
+void in_lanes(const ConvShape& s, const T* a, const T* g, const Result<T>& result) {
+  const ConvBlocks<T>& kernel = blocks<T>();
+  const i64 width = kernel.width, outputs = s.g.channels / s.groups, row = result.row;
+  const i64 bytes = (s.stride[1] * s.stride[2] + 1) * width * i64(sizeof(T));
+  const std::vector<Box> boxes = cut_positions(s, bytes);
+  const Padded padded(s, boxes[0], width);
+  const Layout packed(boxes[0].size[0], boxes[0].size[1], boxes[0].size[2], width);
+  std::vector<i64> taps;
+  for (i64 i = 0; i < s.kernel[0]; ++i)
+    for (i64 j = 0; j < s.kernel[1]; ++j)
+      for (i64 k = 0; k < s.kernel[2]; ++k) taps.push_back(padded.offset(s, i, j, k));
+  const i64 vectors = ceil_div(s.groups, width);
+  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * vectors));
+
+  [[maybe_unused]] const int threads = useful_threads(s);
+  const i64 sums_elements = outputs * row * width;
+  Scratch<T> scratch(threads, padded.layout.elements + packed.elements + sums_elements);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (i64 task = 0; task < s.examples * vectors; ++task) {
+    const i64 e = task / vectors, channel = task % vectors * width;
+    const i64 lanes = std::min(width, s.groups - channel);
+    const T* a_of_lanes = a + e * s.a.example_stride + channel;
+    const T* g_of_lanes = g + e * s.g.example_stride + channel * outputs;
+    T* image = scratch.of_this_thread();
+    T* gradient = image + padded.layout.elements;
+    T* sums = gradient + packed.elements;  // [outputs, row, width]
+    std::fill_n(sums, sums_elements, T(0));
+    for (const Box& box : boxes) {
+      padded.fill(s, box, boxes.size() > 1, a_of_lanes, lanes, image);
+      const ConvWalk walk = padded.walk(s, box, packed.plane, packed.row, packed.pixel);
+      const T* g_of_box =
+          g_of_lanes + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      for (i64 o = 0; o < outputs; ++o) {
+        copy_pixels(box.size, lanes, outputs, g_of_box + o, s.g.stride, gradient, packed);
+        kernel.lanes(walk, image, gradient, taps.data(), row, sums + o * row * width);
+      }
+    }
+    double square = 0.0;
+    for (i64 l = 0; l < lanes; ++l)
+      for (i64 o = 0; o < outputs; ++o)
+        for (i64 t = 0; t < row; ++t) {
+          const T value = sums[(o * row + t) * width + l];
+          square += double(value) * double(value);
+          if (result.out)
+            result.out[e * result.row_stride + ((channel + l) * outputs + o) * row + t] = value;
+        }
+    if (!result.out) partial[task] = square;
+  }
+  if (!result.out) add_up(partial, s.examples, result.norms);
+}
+
+template <typename T>
+void run(const ConvShape& given, const T* a, const T* g, const Result<T>& result) {
+  const ConvShape s = without_skipped_pixels(given);
+  const bool depthwise = s.groups > 1 && s.a.channels == s.groups;
+  depthwise ? in_lanes(s, a, g, result) : in_tiles(s, a, g, result);
+}
+
+// Elements of one output channel's weights.
+i64 weights_of_a_channel(const ConvShape& s) {
+  return s.kernel[0] * s.kernel[1] * s.kernel[2] * (s.a.channels / s.groups);
+}
+
+}  // namespace
+
+template <typename T>
+void conv_weight_grads(const ConvShape& s, const T* a, const T* g, T* out, i64 row_stride) {
+  if (out == nullptr) return;  // nothing to write
+  run(s, a, g, Result<T>{out, row_stride, nullptr, weights_of_a_channel(s)});
+}
+
+template <typename T>
+void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms) {
+  run(s, a, g, Result<T>{nullptr, 0, norms, weights_of_a_channel(s)});
+}
+
+#define ENTROPIC_INSTANTIATE(T)                                                         \
+  template void conv_weight_grads<T>(const ConvShape&, const T*, const T*, T*, i64);    \
+  template void conv_weight_norms<T>(const ConvShape&, const T*, const T*, double*);
+ENTROPIC_INSTANTIATE(float)
+ENTROPIC_INSTANTIATE(double)
+#undef ENTROPIC_INSTANTIATE
+
+}  // namespace entropic::cpu
