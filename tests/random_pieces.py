@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 
 Shape = tuple[int, ...]
 Made = tuple[nn.Module, Shape]
@@ -163,20 +164,44 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x) + self.bias
 
 
+class Centred(nn.Module):
+    """A weight less its mean."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight - weight.mean()
+
+
 def unusual_linear(draw: Draw, shape: Shape) -> Made:
     """Linear modules that are more than their weight and bias."""
     d, out = shape[-1], draw.width()
-    kind = draw.one("subclass", "hook", "pre-hook", "expanded input")
+    uses: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "subclass": lambda m, x: m[0](x),
+        "hook": lambda m, x: m[0](x),
+        "pre-hook": lambda m, x: m[0](x),
+        "parametrization": lambda m, x: m[0](x),
+        "forward called directly": lambda m, x: m[0].forward(x),
+        "expanded input": lambda m, x: m[0](x.unsqueeze(1).expand(-1, 3, *x.shape[1:])).sum(1),
+        "functional_call inside": lambda m, x: functional_call(
+            m[0], {"weight": m[0].weight.sin()}, (x,)
+        ),
+        "overwritten output": lambda m, x: m[0](x).mul_(2).add_(m[0].bias),
+        "one example at a time": lambda m, x: torch.stack([m[0](one) for one in x]),
+        "views beside the examples": lambda m, x: sum(m[0](torch.cat([x, x.sin()])).chunk(2)),
+        "examples repeated": lambda m, x: (
+            m[0](x.repeat_interleave(2, 0)).view(len(x), 2, *x.shape[1:-1], -1).prod(1)
+        ),
+        "examples reversed": lambda m, x: m[0](x.flip(0)).flip(0),
+    }
+    kind = draw.one(*uses)
     draw.note(kind)
     layer = Doubling(d, out) if kind == "subclass" else nn.Linear(d, out)
-    made: nn.Module = layer
     if kind == "hook":
         layer.register_forward_hook(_squash)
     elif kind == "pre-hook":
         layer.register_forward_pre_hook(_squash_input)
-    elif kind == "expanded input":
-        made = Apply(lambda m, x: m[0](x.unsqueeze(1).expand(-1, 3, *x.shape[1:])).sum(1), layer)
-    return made, (*shape[:-1], out)
+    elif kind == "parametrization":
+        parametrize.register_parametrization(layer, "weight", Centred())
+    return Apply(uses[kind], layer), (*shape[:-1], out)
 
 
 def _squash(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -201,6 +226,15 @@ def functional_linear(draw: Draw, shape: Shape) -> Made:
             lambda m, x: F.linear(x, m.w.expand(len(m.b), -1), m.b),
             (1, d),
         ),
+        "F.linear of a rounded weight": (
+            lambda m, x: F.linear(x, m.w + (m.w.round() - m.w).detach(), m.b),
+            (out, d),
+        ),
+        "F.linear of parts": (
+            lambda m, x: F.linear(x, torch.cat([m.w[:1], m.w[1:].tanh()]), m.b),
+            (out, d),
+        ),
+        "aten linear": (lambda m, x: torch.ops.aten.linear(x, m.w, m.b), (out, d)),
         "matmul": (lambda m, x: x @ m.w + m.b, (d, out)),
         "einsum": (lambda m, x: torch.einsum("...i,ji->...j", x, m.w) + m.b, (out, d)),
     }
@@ -233,6 +267,7 @@ def shared_linear(draw: Draw, shape: Shape) -> Made:
         "layer of a parameter": lambda m, x: m[0](x) + m[1](m.row),
         "layer of a constant": lambda m, x: m[0](x) + m[1](torch.ones_like(m.row)),
         "weight made by a layer": lambda m, x: F.linear(x, m[0](m[1].weight)),
+        "bias alone": lambda m, x: x + m[0].bias,
         "weight is a bias too": lambda m, x: F.linear(x, m[0].weight, m[0].weight[0]),
     }
     kind = draw.one(*uses)
@@ -261,6 +296,28 @@ def shared_norm(draw: Draw, shape: Shape) -> Made:
     return Apply(function, nn.LayerNorm(shape[-1])), shape
 
 
+def functional_norm(draw: Draw, shape: Shape) -> Made:
+    """Normalisation by functions, with parameters of the module's own."""
+    d = shape[-1]
+    if d < 4:
+        return activation(draw, shape)
+    mean, var = torch.randn(d, dtype=torch.float64), torch.rand(d, dtype=torch.float64) + 0.5
+    uses: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "F.layer_norm": lambda m, x: F.layer_norm(x, (d,), m.w, m.b),
+        "F.layer_norm of expressions": lambda m, x: F.layer_norm(x, (d,), m.w.exp(), m.w),
+        "F.rms_norm": lambda m, x: F.rms_norm(x, (d,), weight=m.w) + m.b,
+        "F.group_norm": lambda m, x: F.group_norm(x.reshape(-1, d), 1, m.w, m.b).view_as(x),
+        "F.batch_norm": lambda m, x: F.batch_norm(
+            x.reshape(-1, d), mean.to(x), var.to(x), m.w, m.b
+        ).view_as(x),
+        "F.prelu": lambda m, x: F.prelu(x, m.w[:1]) + m.b,
+        "F.embedding": lambda m, x: x + F.embedding(torch.arange(d), m.w[:, None])[:, 0] + m.b,
+    }
+    kind = draw.one(*uses)
+    draw.note(kind)
+    return Apply(uses[kind], w=torch.randn(d), b=torch.randn(d)), shape
+
+
 def untraceable(draw: Draw, shape: Shape) -> Made:
     """What vmap refuses: control flow, sizes and writes that depend on the data."""
     d = shape[-1]
@@ -270,11 +327,25 @@ def untraceable(draw: Draw, shape: Shape) -> Made:
         ),
         "size from data": lambda m, x: m[0](x)
         + torch.stack([r[r > 0].sum() for r in m[1](x)]).view(-1, *[1] * (x.ndim - 1)),
+        "autograd function": lambda m, x: Cube.apply(m[0](x)) + m[1](x),
         "write into a constant": lambda m, x: _interleaved(m[0](x), torch.tanh(m[1](x))),
     }
     kind = draw.one(*uses)
     draw.note(kind)
     return Apply(uses[kind], nn.Linear(d, d), nn.Linear(d, d)), shape
+
+
+class Cube(torch.autograd.Function):
+    """Written as before torch.func, which refuses it."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        context.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return 3 * context.saved_tensors[0] ** 2 * gradient
 
 
 def _interleaved(a: Tensor, b: Tensor) -> Tensor:
@@ -599,6 +670,12 @@ def shared_conv(draw: Draw, shape: Shape) -> Made:
         "batch norm twice": lambda m, x: m[2](tanh(m[2](m[0](x)))),
         "conv on two scales": lambda m, x: m[0](x) + m[0](x * 2 + 1).mean((-1,), keepdim=True),
         "conv output discarded": lambda m, x: (m[0](x), m[1](x))[1],
+        "conv of one example at a time": lambda m, x: torch.stack([m[0](one) for one in x]),
+        "conv of views beside the examples": lambda m, x: sum(m[0](torch.cat([x, x.sin()])).chunk(2)),
+        "conv, examples reversed": lambda m, x: m[0](x.flip(0)).flip(0),
+        "conv of a constant": lambda m, x: m[0](x) + m[1](torch.ones_like(x[:1])),
+        "conv output overwritten": lambda m, x: torch.relu_(m[0](x).mul_(2)),
+        "conv under no_grad too": lambda m, x: m[0](x) + _without_grad(m[0], tanh(x)),
     }
     kind = draw.one(*uses)
     draw.note(kind)
@@ -649,15 +726,15 @@ def draw_fold(draw: Draw, sizes: list[int]) -> tuple[int, list[int]]:
 
 
 ROWS = [
-    linear, linear, linear, layer_norm, layer_norm, activation, activation, dropout, raw_scale,
-    frozen_linear, bilinear, weight_normed_linear, unusual_linear, functional_linear,
-    functional_linear, shared_linear, shared_linear, shared_linear, shared_norm, untraceable,
+    linear, linear, linear, layer_norm, layer_norm, activation, activation, activation, dropout,
+    raw_scale, frozen_linear, bilinear, weight_normed_linear, shared_norm, functional_norm,
+    functional_norm, untraceable, *[unusual_linear, functional_linear] * 3, *[shared_linear] * 4,
 ]  # fmt: skip
 SEQUENCE = [
     attention, attention, transformer, tokens_beside, examples_moved, examples_moved,
     examples_moved, mixing, recurrent,
 ]  # fmt: skip
 IMAGE = [
-    conv, conv, conv, conv, transposed, transposed, image_norm, image_norm, image_norm,
-    activation, raw_scale, pool, functional_conv, shared_conv, shared_conv, folded_conv,
+    *[conv, image_norm] * 4, transposed, transposed, transposed, activation, activation,
+    raw_scale, pool, functional_conv, functional_conv, *[shared_conv] * 4, folded_conv,
 ]  # fmt: skip

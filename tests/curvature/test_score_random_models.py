@@ -12,8 +12,8 @@ from random_models import RandomCase, random_case
 
 from entropic_fast.curvature import fisher_trace, gradient_norms, score_gram, score_matrix
 
-SEEDS = range(300)
-SOME = range(0, 300, 6)
+SEEDS = range(700)
+SOME = range(0, 700, 7)
 # Padding of even kernels by "same" is announced as slow.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -22,9 +22,9 @@ def assert_rows_match(case: RandomCase, got: torch.Tensor, expected: torch.Tenso
     """Each parameter's scores, to 1e-11 of their own norm.
 
     A score that is zero in exact arithmetic (a bias before a normalisation) is rounding, which
-    has the size of the other scores times eps: hence the second term.
+    has the size of what cancels times eps: hence the second term.
     """
-    noise = 1e-14 * float(expected.norm())
+    noise = 1e-12 * float(expected.norm())
     begin = 0
     for name, parameter in case.named_parameters().items():
         columns = slice(begin, begin + parameter.numel())
