@@ -40,9 +40,7 @@ class RandomCase:
         if len(self.batches) == 1:
             data: Any = (self.inputs, self.targets)
             return Objective(model, self.loss, data, batch_size=self.batches[0])
-        parts = zip(
-            self.inputs.split(self.batches), self.targets.split(self.batches), strict=True
-        )
+        parts = zip(self.inputs.split(self.batches), self.targets.split(self.batches), strict=True)
         return Objective(model, self.loss, list(parts))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -209,7 +207,9 @@ def _block(draw: Draw, shape: Shape, images: bool, depth: int) -> Made:
         return Apply(lambda m, x: torch.cat([m[0](x), m[1](x)], axis), inner, other), out
     draw.note("branches gated")
     gate = Apply(
-        lambda m, x: m[0](x) * torch.sigmoid(m[1](x).flatten(1).mean(1)).view(-1, *[1] * len(after)),
+        lambda m, x: (
+            m[0](x) * torch.sigmoid(m[1](x).flatten(1).mean(1)).view(-1, *[1] * len(after))
+        ),
         inner,
         other,
     )

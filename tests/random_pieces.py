@@ -325,8 +325,9 @@ def untraceable(draw: Draw, shape: Shape) -> Made:
         "branch on data": lambda m, x: torch.stack(
             [m[0](r) if float(r.detach().sum()) > 0 else torch.tanh(m[1](r)) for r in x]
         ),
-        "size from data": lambda m, x: m[0](x)
-        + torch.stack([r[r > 0].sum() for r in m[1](x)]).view(-1, *[1] * (x.ndim - 1)),
+        "size from data": lambda m, x: (
+            m[0](x) + torch.stack([r[r > 0].sum() for r in m[1](x)]).view(-1, *[1] * (x.ndim - 1))
+        ),
         "autograd function": lambda m, x: Cube.apply(m[0](x)) + m[1](x),
         "write into a constant": lambda m, x: _interleaved(m[0](x), torch.tanh(m[1](x))),
     }
@@ -671,7 +672,9 @@ def shared_conv(draw: Draw, shape: Shape) -> Made:
         "conv on two scales": lambda m, x: m[0](x) + m[0](x * 2 + 1).mean((-1,), keepdim=True),
         "conv output discarded": lambda m, x: (m[0](x), m[1](x))[1],
         "conv of one example at a time": lambda m, x: torch.stack([m[0](one) for one in x]),
-        "conv of views beside the examples": lambda m, x: sum(m[0](torch.cat([x, x.sin()])).chunk(2)),
+        "conv of views beside the examples": lambda m, x: sum(
+            m[0](torch.cat([x, x.sin()])).chunk(2)
+        ),
         "conv, examples reversed": lambda m, x: m[0](x.flip(0)).flip(0),
         "conv of a constant": lambda m, x: m[0](x) + m[1](torch.ones_like(x[:1])),
         "conv output overwritten": lambda m, x: torch.relu_(m[0](x).mul_(2)),
