@@ -1,7 +1,8 @@
 """Small random models with data, each a function of its seed, for tests of exactness.
 
-A model is a stem, a few pieces (`random_pieces`), some of them in residual blocks or in
-branches, and a head. The oracle is one ordinary backward pass an example of the plain module.
+A model is a stem, a few pieces (`random_pieces` and the modules beside it), some of them in
+residual blocks or in branches, and a head. The oracle is one ordinary backward pass an example
+of the plain module.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_pieces import IMAGE, ROWS, SEQUENCE, Apply, Draw, Made, Shape, linear, settle
+from random_images import IMAGE
+from random_pieces import Apply, Draw, Made, Shape, settle
+from random_rows import ROWS, linear
+from random_sequences import SEQUENCE
 from torch import Tensor, nn
 
 from entropic_fast.objective import Objective
