@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -253,6 +253,20 @@ class Objective:
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example at theta [P]; differentiable.  # [n]"""
         return self._loss(self.outputs(theta, inputs), targets)
+
+    def losses_with(
+        self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> Tensor:
+        """`losses` with the parameters given one by one, by name; for use under transforms."""
+        outputs = functional_call(
+            self._model, {**values, **self.buffers}, (inputs,), tie_weights=True
+        )
+        return self._loss(outputs, targets)
+
+    def constants(self) -> list[Tensor]:
+        """The model's buffers and frozen parameters, the very tensors that it computes with."""
+        frozen = [p for name, p in self._model.named_parameters() if name not in self._names]
+        return [*self.buffers.values(), *frozen]
 
     def example_losses(self, theta: Tensor | None = None) -> Tensor:
         """Loss of every example, without gradient.  # [N]

@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..table import Table
+from .fisher import fisher_trace
 from .krylov import top_eigenvalues
 from .operators import HessianOperator
-from .score import fisher_trace
 from .trace import DEFAULT_PROBES, hessian_trace
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm")
