@@ -159,9 +159,7 @@ class Problem:
 
         if not hasattr(self, "ef_operator"):
             batches = list(zip(self.x.split(CHUNK), self.y.split(CHUNK), strict=True))
-            parameters: Any = dict(self.model.named_parameters())
-            if "torch.nn.parameter" in str(inspect.signature(EFLinearOperator.__init__)):
-                parameters = list(self.model.parameters())
+            parameters = list(self.model.parameters())
             self.ef_operator = EFLinearOperator(
                 self.model, nn.CrossEntropyLoss(), parameters, batches, check_deterministic=False
             )

@@ -59,7 +59,7 @@ def synchronize() -> None:
 
 
 def release() -> None:
-    """Frees what is no longer used, for the rival that comes next."""
+    """Gives the system back what is no longer used, for a rival that needs gigabytes."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
@@ -72,7 +72,8 @@ def take_turns(
     most: dict[str, int] | None = None,
     warm_up: bool = True,
     limit: float = 270.0,
-    keep: bool = True,
+    large: bool = False,
+    repeats: dict[str, int] | None = None,
 ) -> Rounds:
     """Runs all rivals in turns.
 
@@ -81,7 +82,8 @@ def take_turns(
         rounds: rounds to take, fewer if `limit` seconds have passed after one.
         most: rounds for those rivals that are too slow for all.
         warm_up: one round before that is not counted.
-        keep: keep what they return.
+        large: return freed memory to the system before each turn.
+        repeats: calls in one turn of rivals too quick to be timed alone; their mean counts.
     """
     out, begin = Rounds(), time.perf_counter()
     for turn in range(-1 if warm_up else 0, rounds):
@@ -90,23 +92,35 @@ def take_turns(
         for name, rival in rivals.items():
             if name in out.failed or turn >= (most or {}).get(name, rounds):
                 continue
-            release()
+            if large:
+                release()
+            calls = (repeats or {}).get(name, 1)
             started = time.perf_counter()
             try:
-                value = rival()
+                for _ in range(calls):
+                    value = rival()
             except Exception as error:  # of whatever kind: peers fail in their own ways
                 if name.startswith("ours"):
                     raise
                 out.failed[name] = f"{type(error).__name__}: {error}"[:300]
                 continue
             synchronize()
-            seconds = time.perf_counter() - started
+            seconds = (time.perf_counter() - started) / calls
             if turn >= 0:
                 out.seconds.setdefault(name, []).append(seconds)
-            if keep:
-                out.values[name] = value
+            out.values[name] = value
             del value
     return out
+
+
+def calls_for(rival: Callable[[], Any], seconds: float) -> int:
+    """How many calls take about so many seconds, judged by the second of two."""
+    rival()
+    synchronize()
+    begin = time.perf_counter()
+    rival()
+    synchronize()
+    return max(1, min(1000, int(seconds / (time.perf_counter() - begin))))
 
 
 def store(name: str, record: dict[str, Any], folder: Path | None = None) -> Path:

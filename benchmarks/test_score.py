@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peers import Problem, importable, missing, products, spectra
-from rounds import DEVICE, FULL, Rounds, peak_in_subprocess, store, take_turns
+from rounds import DEVICE, FULL, Rounds, calls_for, peak_in_subprocess, store, take_turns
 from score_kernels import Kernel, convolutions, grams, norms, on, yardsticks
 
 import entropic_fast as ef
@@ -76,7 +76,7 @@ def test_norms(name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     }
     if importable("BackPACK"):
         rivals["BackPACK BatchL2Grad"] = problem.backpack_norms
-    rounds = take_turns(rivals, (21 if name == "resnet20" else 11) if FULL else 1)
+    rounds = take_turns(rivals, (21 if name == "resnet20" else 11) if FULL else 1, warm_up=FULL)
     for other in rounds.values.keys() - {PLAIN, PLAIN_LAST, "ours"}:
         assert difference(rounds.values["ours"], rounds.values[other]) < 1e-3, other
     units = {
@@ -144,7 +144,7 @@ def test_spectrum_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
     slow |= dict.fromkeys(products(problem), 1)
     if FULL:
         take_turns({n: r for n, r in rivals.items() if n not in slow}, 1, warm_up=False)
-    rounds = take_turns(rivals, 5 if FULL else 1, most=slow, warm_up=not FULL)
+    rounds = take_turns(rivals, 5 if FULL else 1, most=slow, warm_up=False, large=True)
     for name in whole:
         if name in rounds.values:
             assert difference(rounds.values[name], rounds.values["ours"]) < 1e-3, name
@@ -163,7 +163,7 @@ def test_spectrum_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     rivals |= {n: way for n, way in ways.items() if n.startswith("ours")}
     rivals["vmap(grad) + Gram"] = ways["vmap(grad) + Gram"]
     most = {"vmap(grad) + Gram": 1 if matrix_fits(problem) else 0, PLAIN: 2}
-    rounds = take_turns(rivals, 3 if FULL else 1, most=most, warm_up=False, limit=150)
+    rounds = take_turns(rivals, 3 if FULL else 1, most=most, warm_up=False, limit=150, large=True)
     for name in rounds.values.keys() & ways.keys():
         assert difference(rounds.values[name], rounds.values["ours"]) < 1e-3, name
     record = spectrum_record(problem, rounds, operations, provenance)
@@ -219,7 +219,7 @@ def test_growth(provenance: dict[str, Any], tmp_path: Path) -> None:
             "ours": problem.ours,
             "vmap(grad) + Gram": problem.vmap_gram,
         }
-        rounds = take_turns(rivals, 3 if FULL else 1, limit=40)
+        rounds = take_turns(rivals, 3 if FULL else 1, warm_up=FULL, limit=40, large=True)
         assert difference(rounds.values["vmap(grad) + Gram"], rounds.values["ours"]) < 1e-3
         record[axis].append({**facts(problem, {}), **table(rounds)})
         del problem, rivals, rounds
@@ -245,8 +245,10 @@ def test_kernels(provenance: dict[str, Any], tmp_path: Path) -> None:
             label = f"{kernel.name} [{name}]"
             rivals[label] = on(name if name == "reference" else None, kernel)
             of[label] = (kernel, name)
+    # Some 30 ms a turn, so that threads and caches are warm; few turns for what is slow.
+    repeats = {label: calls_for(rival, 0.03 if FULL else 0) for label, rival in rivals.items()}
     slow = {label: 3 for label, (_, name) in of.items() if name == "reference"}
-    rounds = take_turns(rivals, 15 if FULL else 1, most=slow, limit=200, keep=False)
+    rounds = take_turns(rivals, 15 if FULL else 1, most=slow, warm_up=False, repeats=repeats)
     assert not rounds.failed
     peak: dict[torch.dtype, float] = {}
     bandwidth = 0.0
