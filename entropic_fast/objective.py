@@ -254,9 +254,7 @@ class Objective:
         """Loss of each example at theta [P]; differentiable.  # [n]"""
         return self._loss(self.outputs(theta, inputs), targets)
 
-    def losses_with(
-        self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
-    ) -> Tensor:
+    def losses_with(self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
         outputs = functional_call(
             self._model, {**values, **self.buffers}, (inputs,), tie_weights=True

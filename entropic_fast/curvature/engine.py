@@ -20,7 +20,7 @@ from torch.func import vmap
 
 from ..exact import exact_math
 from ..examples import Batch
-from ..objective import Objective
+from ..objective import NonFiniteLossError, Objective
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .intercept import Intercept, Sink, reached_by_rules
 from .pieces import Piece, Rows, full_precision
@@ -168,11 +168,22 @@ class ScoreEngine:
 
     def _check(self) -> None:
         """Compare with the fallback on two examples, once for a model."""
-        batch = next(self.obj.batches(2))
+        batch = next(self.obj.batches(min(2, self.obj.num_examples)))
         expected, _ = self._fallback.rows(batch)
         got = torch.zeros_like(expected, dtype=full_precision((expected,))[0].dtype)
         parts = self.split(got)
-        self.run(batch, lambda name, piece: parts[name].copy_(piece.rows()))
+
+        def keep(name: str, piece: Piece) -> None:
+            parts[name].copy_(piece.rows())
+
+        try:
+            self.run(batch, keep)
+        except NonFiniteLossError:
+            raise
+        except UNTRACEABLE as why:  # in the backward pass: recomputed activations, for one
+            logger.info("per-example gradients without layer rules, which fail: %s", why)
+            self._ways.traceable = False
+            self.run(batch, keep)
         relative, absolute = AGREEMENT[self.theta.dtype]
         whole = float(expected.double().norm())
         for name, part in self.split(expected).items():

@@ -73,16 +73,18 @@ def gradient_norms(
     }
     for batch in obj.batches(batch_size=chunk):
         where = slice(batch.start, batch.start + len(batch.inputs))
-        engine.run(
-            batch, lambda name, piece, at=where: norms[key(name)][at].add_(piece.norms())
-        )
+        engine.run(batch, lambda name, piece, at=where: norms[key(name)][at].add_(piece.norms()))
         require_finite(sum(n[where] for n in norms.values()), batch.start, engine.theta)
     return norms[""] if by is None else norms
 
 
 @overload
 def fisher_trace(
-    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None, by: None = None
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: None = None,
 ) -> Estimate: ...
 
 

@@ -28,7 +28,7 @@ from .engine import ScoreEngine
 from .memory import readable, too_small
 from .per_example import ExampleGradients, PassCost, require_finite
 from .pieces import Piece, Rows
-from .records import Records, kept_form, spill_folder
+from .records import Records, ShapesDifferError, kept_form, spill_folder
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +114,19 @@ class GramTask:
             key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
             for key in self.keys
         }
+        try:
+            if self.plan.strategy == "memory":
+                self._by_records(grams, None)
+            elif self.plan.strategy == "disk":
+                with tempfile.TemporaryDirectory(
+                    prefix="entropic-fast-", dir=self.plan.folder
+                ) as folder:
+                    self._by_records(grams, Path(folder))
+        except ShapesDifferError as why:  # raised before anything is multiplied
+            self.plan = self._choose(self.plan.budget, "recompute")
+            logger.info("examples of different shapes (%s): %s", why, self.plan)
         if self.plan.strategy == "recompute":
             self._by_blocks(grams)
-        elif self.plan.folder is None:
-            self._by_records(grams, None)
-        else:
-            with tempfile.TemporaryDirectory(
-                prefix="entropic-fast-", dir=self.plan.folder
-            ) as folder:
-                self._by_records(grams, Path(folder))
         for gram in grams.values():
             mirror_lower(gram)
         self._require_finite(grams)
@@ -148,7 +152,9 @@ class GramTask:
         made = [p for p in self.survey.values() if not isinstance(p, Rows)]
         least = max((count * p.row_bytes // p.groups for p in made), default=0)
         one_pass = cost.activations + cost.rules + record
-        size = min(max(least, SLICE), max(least, max((count * p.row_bytes for p in made), default=0)))
+        size = min(
+            max(least, SLICE), max(least, max((count * p.row_bytes for p in made), default=0))
+        )
 
         def chunk(left: int) -> int:
             return cost.chunk_within(max(left, one_pass), record)
@@ -200,9 +206,7 @@ class GramTask:
         window = max(1, min(self.count, self.plan.budget // 8 // max(1, record)))
         records = Records(self.survey, self.count, folder, window)
         for batch in self.obj.batches(self.count, self.plan.chunk):
-            self.engine.run(
-                batch, lambda name, piece, at=batch.start: records.put(name, at, piece)
-            )
+            self.engine.run(batch, lambda name, piece, at=batch.start: records.put(name, at, piece))
         for name in self.survey:
             self._multiply(records, name, grams[self.group(name)])
             records.drop(name)
@@ -290,4 +294,3 @@ def mirror_lower(matrix: Tensor, block: int = 512) -> None:
         corner = matrix[rows, rows]
         corner.copy_(corner.tril() + corner.tril(-1).T)
         matrix[rows, rows.stop :] = matrix[rows.stop :, rows].T
-

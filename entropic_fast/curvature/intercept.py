@@ -46,9 +46,7 @@ class Intercept(TorchFunctionMode):
         self._constants = {id(tensor) for tensor in constants}
         self._sink = sink
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         make = LAYERS.get(func)
         if make is not None:
@@ -177,6 +175,4 @@ def reached_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str,
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return {
-        name: edges[id(p)] == [True] for name, p in parameters.items() if edges[id(p)]
-    }
+    return {name: edges[id(p)] == [True] for name, p in parameters.items() if edges[id(p)]}

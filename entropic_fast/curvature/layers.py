@@ -302,9 +302,12 @@ class GroupNorm(Layer):
             gradients.reshape(*inputs.shape[:2], -1).transpose(1, 2),
             *(t.repeat_interleave(each, 1)[:, None].to(inputs.dtype) for t in (mean, rstd)),
         )
-        return gradient, tuple(  # type: ignore[return-value]
-            Rows(r.unflatten(0, x.shape[:2]).sum(1)) if w else None
-            for r, w in zip(rows, wanted, strict=True)
+        return (
+            gradient,
+            tuple(  # type: ignore[return-value]
+                Rows(r.unflatten(0, x.shape[:2]).sum(1)) if w else None
+                for r, w in zip(rows, wanted, strict=True)
+            ),
         )
 
     @staticmethod

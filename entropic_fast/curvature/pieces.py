@@ -202,7 +202,9 @@ class ConvPiece(Piece):
     its input and output exchanged.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, geometry: Geometry) -> None:  # [n, *in, C] [n, *out, O]
+    def __init__(
+        self, a: Tensor, g: Tensor, geometry: Geometry
+    ) -> None:  # [n, *in, C] [n, *out, O]
         self.tensors, self.geometry = (a, g), geometry
 
     def again(self, tensors: tuple[Tensor, ...]) -> ConvPiece:
@@ -244,7 +246,10 @@ class ConvPiece(Piece):
 
     def pairs(self, other: Piece) -> Tensor | None:
         positions = math.prod(self.tensors[1].shape[1:-1])
-        outputs, inputs = self.tensors[1].shape[-1], math.prod(self.geometry.kernel) * self._channels
+        outputs, inputs = (
+            self.tensors[1].shape[-1],
+            math.prod(self.geometry.kernel) * self._channels,
+        )
         if self.geometry.groups > 1 or 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
             return None
         assert isinstance(other, ConvPiece)
@@ -262,7 +267,9 @@ class ConvPiece(Piece):
             )
         ]
         pads: list[int] = [0, 0]
-        for size, before, need in zip(a.shape[-2:0:-1], geometry.padding[::-1], room[::-1], strict=True):
+        for size, before, need in zip(
+            a.shape[-2:0:-1], geometry.padding[::-1], room[::-1], strict=True
+        ):
             pads += [before, max(0, need - size - before)]
         padded = torch.nn.functional.pad(a, pads)
         for i in range(len(out)):
@@ -338,9 +345,7 @@ class EmbeddingPiece(Piece):
         for j in range(0, m, step):
             products = left @ h[j : j + step].double().flatten(0, 1).T
             same = tokens.flatten()[:, None] == others[j : j + step].flatten()[None]
-            out[:, j : j + step] = (
-                products.mul_(same).view(n, positions, -1, positions).sum((1, 3))
-            )
+            out[:, j : j + step] = products.mul_(same).view(n, positions, -1, positions).sum((1, 3))
         return out
 
 

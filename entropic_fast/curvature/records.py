@@ -31,6 +31,10 @@ def kept_form(piece: Piece) -> Piece:
     return Rows(out)
 
 
+class ShapesDifferError(RuntimeError):
+    """Examples of different shapes: what is kept of them does not fit one array."""
+
+
 class Records:
     """Pieces of E examples, filled chunk by chunk and read parameter by parameter.
 
@@ -62,6 +66,9 @@ class Records:
     def put(self, name: str, start: int, piece: Piece) -> None:
         """Keep a chunk's piece; `start` is the index of its first example."""
         kept = kept_form(piece)
+        expected = [t.shape[1:] for t in self.survey[name].tensors]
+        if expected != [t.shape[1:] for t in kept.tensors]:
+            raise ShapesDifferError(f"records of {name!r}")
         if self.folder is None:
             for whole, part in zip(self._memory[name], kept.tensors, strict=True):
                 whole[start : start + kept.count] = part
@@ -78,9 +85,7 @@ class Records:
             return
         for start in range(0, self.count, self.window):
             n = min(self.window, self.count - start)
-            tensors = tuple(
-                self._map(name, i, start, n, "r") for i in range(len(sample.tensors))
-            )
+            tensors = tuple(self._map(name, i, start, n, "r") for i in range(len(sample.tensors)))
             yield start, sample.again(tensors)
 
     def drop(self, name: str) -> None:

@@ -84,22 +84,21 @@ EF_FN void accumulate(const ConvWalk& walk, const T* a, const T* g, const ConvCo
 
 template <typename T, int M, int V>
 void store_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns, T* out,
-                i64 row_stride) {
+                i64 row_stride, bool add) {
   Vec<T> sums[M][V];
   accumulate<T, M, V>(walk, a, g, columns, sums);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
     T* to = out + columns[v].to;
     const int count = columns[v].count;
-    if (count == WIDTH<T>) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) save(to + m * row_stride, sums[m][v]);
-    } else {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m, to += row_stride) {
+      if (count == WIDTH<T>) {
+        save(to, add ? load(to) + sums[m][v] : sums[m][v]);
+      } else {
         T lanes[WIDTH<T>];
         save(lanes, sums[m][v]);
-        for (int l = 0; l < count; ++l) to[m * row_stride + l] = lanes[l];
+        for (int l = 0; l < count; ++l) to[l] = add ? to[l] + lanes[l] : lanes[l];
       }
     }
   }
@@ -129,7 +128,7 @@ double square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColum
 }
 
 template <typename T>
-using StoreTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, T*, i64);
+using StoreTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, T*, i64, bool);
 template <typename T>
 using SquareTile = double (*)(const ConvWalk&, const T*, const T*, const ConvColumns*);
 
@@ -172,9 +171,9 @@ EF_FN void for_each_tile(i64 total, i64 most, const Tile& tile) {
 
 template <typename T>
 void store(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
-           i64 vectors, T* out, i64 row_stride) {
+           i64 vectors, T* out, i64 row_stride, bool add) {
   for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
-    TILES<T>.store[rows - 1][count - 1](walk, a, g, columns + first, out, row_stride);
+    TILES<T>.store[rows - 1][count - 1](walk, a, g, columns + first, out, row_stride, add);
   });
 }
 
@@ -205,7 +204,7 @@ void lanes_of_taps(const ConvWalk& walk, const T* a, const T* g, const i64* taps
       }
     }
 #pragma GCC unroll 16
-  for (int t = 0; t < N; ++t) save(out + t * WIDTH<T>, sums[t]);
+  for (int t = 0; t < N; ++t) save(out + t * WIDTH<T>, load(out + t * WIDTH<T>) + sums[t]);
 }
 
 template <typename T>
