@@ -1,3 +1,4 @@
 """Kernel families: schema, checks and dispatch of every compiled operation, one module a family."""
 
-from entropic_fast.ops import step as step  # registers the family
+from entropic_fast.ops import score_conv as score_conv  # each registers its family
+from entropic_fast.ops import step as step

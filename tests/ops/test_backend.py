@@ -41,7 +41,7 @@ def test_auto_takes_the_compiled_kernels_on_the_cpu() -> None:
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend: expected one of auto, reference, cpp"):
         backend.set_backend("fortran")
-    with pytest.raises(ValueError, match=r"family: expected one of step.*got 'leap'"):
+    with pytest.raises(ValueError, match=r"family: expected one of .*step.*got 'leap'"):
         backend.backend_for("leap", "cpu")
     monkeypatch.setenv(backend.VARIABLE, "fortran")
     with pytest.raises(ValueError, match="ENTROPIC_FAST_BACKEND: expected one of"):
