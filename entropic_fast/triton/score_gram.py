@@ -1,9 +1,10 @@
 """Family `score_gram` in Triton: rows rows^T, lower triangle, and a b^T, added to float64 sums.
 
 One program owns a tile of the result and a range of columns. Products of float32 rows are summed
-in float32 over CHUNK columns, then added to the program's float64 tile. When there are few tiles,
-the columns are split among several programs; a second kernel adds their tiles in order, so the
-result is the same bits run after run.
+in float32 over a few columns, then added to the program's float64 tile: 16 columns in full float32,
+where such a sum is a chain of rounded additions, and CHUNK on tensor cores. When there are
+few tiles, the columns are split among several programs; a second kernel adds their tiles in order,
+so the result is the same bits run after run.
 
 Per column a tile of B x B loads 2 B numbers for B^2 multiply-adds: B / 4 operations a byte in
 float32, 16 for B = 64, and a third of those loads or less reach device memory, as programs that
@@ -22,7 +23,9 @@ from entropic_fast.ops.precision import matmul_precision
 from entropic_fast.triton.launch import FUSE, INPUT_PRECISION, on_device
 from entropic_fast.triton.loops import count
 
-# Columns whose products are summed in float32 before they join the float64 sum.
+# Columns whose products tensor cores sum in float32 before they join the float64 sum. A chain of
+# 256 rounded additions would miss the family's accuracy for sums without cancellation (5 eps where
+# 3 are allowed, simulated); 16 columns stay at 1, for one conversion and addition in 16.
 CHUNK = tl.constexpr(256)
 # Rows of a tile that one program of the second kernel adds up.
 SLICE = 16
@@ -35,10 +38,11 @@ WORKSPACE = 2**22
 MIN_RANGE = 1024
 
 # What runs -> rows of a tile, columns loaded at once, warps, stages of the software pipeline. A
-# thread holds 64 x 64 / 128 = 32 sums in float32 (32 registers) and in float64 (64); compiled for
-# compute capability 8.0 and 9.0 none of these spills, and float32 has 9 multiply-adds to a 16-byte
-# load from shared memory. TF32 is quick enough for L2 to be the limit: 128 x 128 halves the traffic
-# and costs a few spilled registers, once every CHUNK columns.
+# thread holds 64 x 64 / 128 = 32 sums in float32 (32 registers) and in float64 (64). Compiled for
+# compute capability 8.0 and 9.0 by Triton 3.6 and 3.9 the first three use at most 255 registers
+# without spilling (32 columns at once in float32 do not), so two programs fit on a multiprocessor;
+# float32 has 9 multiply-adds to a 16-byte load from shared memory. TF32 is quick enough for L2 to
+# be the limit: 128 x 128 halves the traffic, for a few registers spilled once every CHUNK columns.
 TILES = {
     "float64": (64, 16, 4, 3),
     "float32": (64, 16, 4, 3),
@@ -52,7 +56,7 @@ def add_products(
     total, a, b, start, stop,
     MASKED: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """total + a[:, start:stop] b[:, start:stop]^T."""
+    """total + a[:, start:stop] b[:, start:stop]^T, by sums of BLOCK_K columns if it is wider."""
     lanes = tl.arange(0, BLOCK_K)
     for k in count(start, stop, BLOCK_K):
         columns = k + lanes[None, :]
@@ -64,7 +68,11 @@ def add_products(
             y = tl.load(b + columns)
         if DOUBLE:
             x, y = x.to(tl.float64), y.to(tl.float64)
-        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION, out_dtype=total.dtype)
+        y = tl.trans(y)
+        if total.dtype == x.dtype:
+            total = tl.dot(x, y, total, input_precision=PRECISION, out_dtype=total.dtype)
+        else:
+            total += tl.dot(x, y, input_precision=PRECISION).to(total.dtype)
     return total
 
 
@@ -106,8 +114,7 @@ def gram_kernel(
         stop = tl.minimum(start + column_range, K)
         full = start + (stop - start) // CHUNK * CHUNK
         total = tl.zeros([BLOCK, BLOCK], dtype=tl.float64)
-        WIDE: tl.constexpr = DOUBLE or a.dtype.element_ty == tl.float64
-        if WIDE:
+        if PRECISION == "ieee":
             total = add_products(
                 total, a_tile, b_tile, start, full, False, DOUBLE, PRECISION, BLOCK_K
             )
@@ -116,14 +123,14 @@ def gram_kernel(
             )
         else:
             for k in count(start, full, CHUNK):
-                zeros = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+                part = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
                 part = add_products(
-                    zeros, a_tile, b_tile, k, k + CHUNK, False, DOUBLE, PRECISION, BLOCK_K
+                    part, a_tile, b_tile, k, k + CHUNK, False, DOUBLE, PRECISION, BLOCK_K
                 )
                 total += part.to(tl.float64)
-            zeros = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+            part = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
             part = add_products(
-                zeros, a_tile, b_tile, full, stop, True, DOUBLE, PRECISION, BLOCK_K
+                part, a_tile, b_tile, full, stop, True, DOUBLE, PRECISION, BLOCK_K
             )
             total += part.to(tl.float64)
         if SPLIT:
