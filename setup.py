@@ -29,7 +29,8 @@ LINUX = sys.platform.startswith("linux")
 OLDEST_NVCC = (11, 8)
 CUDA_ARCHS = ("80", "90")
 
-# No -ffast-math: sums keep their order. No contraction: every instruction set gives the same bits.
+# No -ffast-math: sums keep their order. No contraction: every instruction set gives the same bits,
+# except in the families below, which live on fused multiply-adds.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -44,6 +45,7 @@ CXX_FLAGS = [
 # Registers wider than the baseline's never cross a translation unit here, so GCC's remark about
 # their calling convention does not apply.
 SIMD_FLAGS = ["-Wno-psabi"]
+FUSED_FLAGS = ["-ffp-contract=fast"]  # csrc/cpu/simd/score_*.cpp
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
 
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
@@ -169,7 +171,9 @@ class BuildExt(build_ext):
 
     def compile_simd(self, ext: Extension, source: str, isa: str, flags: list[str]) -> str:
         folder = os.path.join(self.build_temp, isa)
-        return self.compile_cpp(ext, source, folder, [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *flags])
+        fused = FUSED_FLAGS if Path(source).name.startswith("score_") else []
+        flags = [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *fused, *flags]
+        return self.compile_cpp(ext, source, folder, flags)
 
     def compile_cpp(self, ext: Extension, source: str, folder: str, flags: list[str]) -> str:
         [output] = self.compiler.compile(

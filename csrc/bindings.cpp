@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu/isa.h"
+#include "cpu/score_conv.h"
 #include "cpu/step.h"
 #ifdef ENTROPIC_HAS_CUDA
 #include "cuda/step.h"
@@ -123,6 +124,46 @@ void define_step(py::module_& m, const std::string& suffix) {
   m.def(("project_step" + suffix).c_str(), &project_step<T, Where>);
 }
 
+// Examples and groups; size, strides, example stride and channels of a, then of g; kernel, stride,
+// padding and dilation; threads.
+entropic::cpu::ConvShape conv_shape(const py::tuple& t) {
+  entropic::cpu::ConvShape s;
+  int at = 0;
+  const auto next = [&] { return t[at++].cast<i64>(); };
+  s.examples = next();
+  s.groups = next();
+  for (entropic::cpu::ConvTensor* tensor : {&s.a, &s.g}) {
+    for (i64& value : tensor->size) value = next();
+    for (i64& value : tensor->stride) value = next();
+    tensor->example_stride = next();
+    tensor->channels = next();
+  }
+  for (auto* values : {&s.kernel, &s.stride, &s.padding, &s.dilation})
+    for (i64& value : *values) value = next();
+  s.threads = int(next());
+  return s;
+}
+
+template <typename T>
+void conv_weight_grads(const py::tuple& shape, Address a, Address g, Address out, i64 row_stride) {
+  const auto s = conv_shape(shape);
+  py::gil_scoped_release release;
+  entropic::cpu::conv_weight_grads(s, at<const T>(a), at<const T>(g), at<T>(out), row_stride);
+}
+
+template <typename T>
+void conv_weight_norms(const py::tuple& shape, Address a, Address g, Address norms) {
+  const auto s = conv_shape(shape);
+  py::gil_scoped_release release;
+  entropic::cpu::conv_weight_norms(s, at<const T>(a), at<const T>(g), at<double>(norms));
+}
+
+template <typename T>
+void define_score_conv(py::module_& m, const std::string& suffix) {
+  m.def(("conv_weight_grads" + suffix).c_str(), &conv_weight_grads<T>);
+  m.def(("conv_weight_norms" + suffix).c_str(), &conv_weight_norms<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -134,6 +175,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &entropic::cpu::use_isa, "Force an instruction set by name; '' undoes it.");
   define_step<float, Cpu>(m, "_cpu_float32");
   define_step<double, Cpu>(m, "_cpu_float64");
+  define_score_conv<float>(m, "_cpu_float32");
+  define_score_conv<double>(m, "_cpu_float64");
 #ifdef ENTROPIC_HAS_CUDA
   define_step<float, Gpu>(m, "_cuda_float32");
   define_step<double, Gpu>(m, "_cuda_float64");

@@ -29,12 +29,14 @@ from entropic_fast.ops.backend import implementation, register_family
 
 FAMILY = "score_conv"
 DTYPES = (torch.float32, torch.float64)
+Sizes = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 _SIZES = ("kernel", "stride", "padding", "dilation")
 
 register_family(
     FAMILY,
     {
         "reference": "entropic_fast.reference.score_conv",
+        "cpp": "entropic_fast.ops.score_conv_native",
         "triton": "entropic_fast.triton.score_conv",
     },
 )
@@ -176,7 +178,7 @@ def _(
 
 def _in_three_dimensions(
     a: Tensor, g: Tensor, *sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, list[list[int]]]:
+) -> tuple[Tensor, Tensor, Sizes]:
     """Adds leading spatial dimensions of size 1, and copies what is not channels-last."""
     spatial = a.dim() - 2
     if not 1 <= spatial <= 3:
@@ -191,7 +193,7 @@ def _in_three_dimensions(
     for _ in range(3 - spatial):
         a, g = a.unsqueeze(1), g.unsqueeze(1)
     a, g = (t if _channels_are_last(t) else t.contiguous() for t in (a, g))
-    return a, g, filled
+    return a, g, (filled[0], filled[1], filled[2], filled[3])
 
 
 def _channels_are_last(tensor: Tensor) -> bool:

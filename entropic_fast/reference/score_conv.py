@@ -23,7 +23,7 @@ def conv_weight_grads(
     groups: int,
 ) -> None:
     shape = (g.shape[-1], *kernel, a.shape[-1] // groups)
-    weights = out.unflatten(1, shape)  # [n, O, *kernel, C / groups]
+    weights = out.view(len(out), *shape)  # [n, O, *kernel, C / groups]
     for (i, j, k), block in _blocks(a, g, kernel, stride, padding, dilation, groups):
         weights[:, :, i, j, k] = block
 

@@ -18,6 +18,7 @@ from entropic_fast.ops.score_conv import conv_weight_grads, conv_weight_norms
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
+    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
     *[
         pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
         for name in ("reference", "triton")
