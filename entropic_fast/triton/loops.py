@@ -15,7 +15,9 @@ if triton.knobs.runtime.interpret:
     def count(start, stop, step=1):
         """range(start, stop, step) of numbers or one-element tensors."""
         bounds = (start, stop, step)
-        return range(*(int(b.handle.data.item()) if isinstance(b, tl.tensor) else b for b in bounds))
+        return range(
+            *(int(b.handle.data.item()) if isinstance(b, tl.tensor) else b for b in bounds)
+        )
 
 else:
     count = tl.range

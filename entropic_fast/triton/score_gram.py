@@ -129,9 +129,7 @@ def gram_kernel(
                 )
                 total += part.to(tl.float64)
             part = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
-            part = add_products(
-                part, a_tile, b_tile, full, stop, True, DOUBLE, PRECISION, BLOCK_K
-            )
+            part = add_products(part, a_tile, b_tile, full, stop, True, DOUBLE, PRECISION, BLOCK_K)
             total += part.to(tl.float64)
         if SPLIT:
             slot = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + program
