@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,9 @@ PLACES = [
         for name in ("reference", "triton")
     ],
 ]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
+
 DTYPES = [torch.float32, torch.float64]
 ISAS: list[str] = native.module().runnable_isas()
 # Sums of a few hundred products in float32, in another order than the oracle's float64.
