@@ -224,13 +224,15 @@ void in_lanes(const ConvShape& s, const T* a, const T* g, const Result<T>& resul
     }
     double square = 0.0;
     for (i64 l = 0; l < lanes; ++l)
-      for (i64 o = 0; o < outputs; ++o)
-        for (i64 t = 0; t < row; ++t) {
-          const T value = sums[((l / width * outputs + o) * row + t) * width + l % width];
-          square += double(value) * double(value);
-          if (result.out)
-            result.out[e * result.row_stride + ((channel + l) * outputs + o) * row + t] = value;
+      for (i64 o = 0; o < outputs; ++o) {
+        const T* from = sums + (l / width * outputs + o) * row * width + l % width;
+        if (result.out) {
+          T* to = result.out + e * result.row_stride + ((channel + l) * outputs + o) * row;
+          for (i64 t = 0; t < row; ++t) to[t] = from[t * width];
+        } else {
+          for (i64 t = 0; t < row; ++t) square += double(from[t * width]) * double(from[t * width]);
         }
+      }
     if (!result.out) partial[task] = square;
   }
   if (!result.out) add_up(partial, s.examples, result.norms);
