@@ -12,6 +12,8 @@
 
 #include "cpu/isa.h"
 #include "cpu/score_conv.h"
+#include "cpu/score_gram.h"
+#include "cpu/score_norm.h"
 #include "cpu/step.h"
 #ifdef ENTROPIC_HAS_CUDA
 #include "cuda/step.h"
@@ -164,6 +166,31 @@ void define_score_conv(py::module_& m, const std::string& suffix) {
   m.def(("conv_weight_norms" + suffix).c_str(), &conv_weight_norms<T>);
 }
 
+template <typename Source, typename Product>
+void gram_update(Address out, i64 out_stride, Address a, i64 a_count, i64 a_stride, Address b,
+                 i64 b_count, i64 b_stride, i64 columns, bool lower, int threads) {
+  py::gil_scoped_release release;
+  entropic::cpu::gram_update<Source, Product>(
+      at<double>(out), out_stride, {at<const Source>(a), a_count, a_stride},
+      {at<const Source>(b), b_count, b_stride}, columns, lower, threads);
+}
+
+// Addresses of x, g, mean, rstd, weight, grad_x (0 for no grad_x), dscale and dshift; sizes
+// n, S, C; strides of mean and rstd along them, 0 where they do not depend on that index.
+template <typename T>
+void norm_grads(const py::tuple& addresses, const py::tuple& sizes, const py::tuple& strides,
+                int threads) {
+  const auto address = [&](int i) { return addresses[i].cast<Address>(); };
+  const auto number = [](const py::tuple& t, int i) { return t[i].cast<i64>(); };
+  const entropic::cpu::NormGrads<T> call{
+      at<const T>(address(0)), at<const T>(address(1)), at<const T>(address(2)),
+      at<const T>(address(3)), at<const T>(address(4)), at<T>(address(5)), at<T>(address(6)),
+      at<T>(address(7)), number(sizes, 0), number(sizes, 1), number(sizes, 2), number(strides, 0),
+      number(strides, 1), number(strides, 2)};
+  py::gil_scoped_release release;
+  entropic::cpu::norm_grads(call, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -177,6 +204,11 @@ PYBIND11_MODULE(_C, m) {
   define_step<double, Cpu>(m, "_cpu_float64");
   define_score_conv<float>(m, "_cpu_float32");
   define_score_conv<double>(m, "_cpu_float64");
+  m.def("gram_update_float32", &gram_update<float, float>);
+  m.def("gram_update_float32_in_double", &gram_update<float, double>);
+  m.def("gram_update_float64", &gram_update<double, double>);
+  m.def("norm_grads_float32", &norm_grads<float>);
+  m.def("norm_grads_float64", &norm_grads<double>);
 #ifdef ENTROPIC_HAS_CUDA
   define_step<float, Gpu>(m, "_cuda_float32");
   define_step<double, Gpu>(m, "_cuda_float64");

@@ -68,11 +68,11 @@ ConvShape without_skipped_pixels(ConvShape s) {
 struct Layout {
   i64 plane, row, pixel, elements;
 
-  Layout(const i64 (&size)[3], i64 channels)
-      : plane(size[1] * size[2] * channels),
-        row(size[2] * channels),
+  Layout(i64 depth, i64 height, i64 width, i64 channels)
+      : plane(height * width * channels),
+        row(width * channels),
         pixel(channels),
-        elements(size[0] * plane) {}
+        elements(depth * plane) {}
 };
 
 // The compiler makes a few moves of a copy of known length.
@@ -109,40 +109,69 @@ void copy_pixels(const i64 (&size)[3], i64 count, i64 step, const T* from, const
     }
 }
 
-// Some channels of one example with zeros around them: everything that some position looks at.
+// Output positions that are summed together, a box of whole rows.
+struct Box {
+  i64 first[3], size[3];
+};
+
+// Input and gradient of a box stay in the second-level cache while all tiles read them.
+constexpr i64 BOX_BYTES = 384 * 1024;
+
+// At least one, and the first is the largest.
+std::vector<Box> cut_positions(const ConvShape& s, i64 bytes_of_a_position) {
+  const i64 fit = std::max<i64>(1, BOX_BYTES / std::max<i64>(1, s.g.size[2] * bytes_of_a_position));
+  const i64 rows = std::min(fit, s.g.size[1]);
+  const i64 planes = std::min(fit / std::max<i64>(1, rows), s.g.size[0]);
+  std::vector<Box> boxes;
+  for (i64 i = 0; i < s.g.size[0] && rows > 0; i += planes)
+    for (i64 j = 0; j < s.g.size[1]; j += rows)
+      boxes.push_back({{i, j, 0},
+                       {std::min(planes, s.g.size[0] - i), std::min(rows, s.g.size[1] - j),
+                        s.g.size[2]}});
+  if (boxes.empty()) boxes.push_back({{0, 0, 0}, {0, 0, 0}});
+  return boxes;
+}
+
+// Scratch memory for everything a box's positions look at, with zeros where the input ends.
 struct Padded {
-  i64 size[3];    // pixels
-  i64 inside[3];  // how many of them, after the padding, the input has
   Layout layout;
 
-  Padded(const ConvShape& s, i64 channels) : layout(reach(s), channels) {
-    for (int d = 0; d < 3; ++d) inside[d] = std::clamp<i64>(size[d] - s.padding[d], 0, s.a.size[d]);
+  Padded(const ConvShape& s, const Box& largest, i64 channels)
+      : layout(reach(s, largest, 0), reach(s, largest, 1), reach(s, largest, 2), channels) {}
+
+  // Input pixels between the first and the last that positions of the box look at.
+  static i64 reach(const ConvShape& s, const Box& box, int d) {
+    return box.size[d] == 0
+               ? 0
+               : (box.size[d] - 1) * s.stride[d] + (s.kernel[d] - 1) * s.dilation[d] + 1;
   }
 
-  const i64 (&reach(const ConvShape& s))[3] {
-    for (int d = 0; d < 3; ++d) {
-      const i64 last = (s.g.size[d] - 1) * s.stride[d] + (s.kernel[d] - 1) * s.dilation[d];
-      size[d] = std::max<i64>(0, last + 1);
-    }
-    return size;
-  }
-
-  // Where kernel offset (i, j, k) finds the pixel of position 0.
+  // Where kernel offset (i, j, k) finds the pixel of the box's first position.
   i64 offset(const ConvShape& s, i64 i, i64 j, i64 k) const {
     return i * s.dilation[0] * layout.plane + j * s.dilation[1] * layout.row +
            k * s.dilation[2] * layout.pixel;
   }
 
-  ConvWalk walk(const ConvShape& s, i64 g_plane, i64 g_row, i64 g_pixel) const {
-    return {{s.g.size[0], s.g.size[1], s.g.size[2]},
+  ConvWalk walk(const ConvShape& s, const Box& box, i64 g_plane, i64 g_row, i64 g_pixel) const {
+    return {{box.size[0], box.size[1], box.size[2]},
             {s.stride[0] * layout.plane, s.stride[1] * layout.row, s.stride[2] * layout.pixel},
             {g_plane, g_row, g_pixel}};
   }
 
-  // The zeros are there already, and nothing else writes on them.
+  // `clear` if another box has been here, whose zeros were elsewhere.
   template <typename T>
-  void fill(const ConvShape& s, const T* a, i64 count, T* padded) const {
-    padded += s.padding[0] * layout.plane + s.padding[1] * layout.row + s.padding[2] * layout.pixel;
+  void fill(const ConvShape& s, const Box& box, bool clear, const T* a, i64 count,
+            T* padded) const {
+    if (clear) std::fill_n(padded, layout.elements, T(0));
+    const i64 steps[3] = {layout.plane, layout.row, layout.pixel};
+    i64 inside[3];
+    for (int d = 0; d < 3; ++d) {
+      const i64 start = box.first[d] * s.stride[d] - s.padding[d];  // pixel of `a`, or before it
+      const i64 before = std::max<i64>(0, -start), skipped = std::max<i64>(0, start);
+      inside[d] = std::max<i64>(0, std::min(reach(s, box, d) - before, s.a.size[d] - skipped));
+      a += skipped * s.a.stride[d];
+      padded += before * steps[d];
+    }
     copy_pixels(inside, count, 1, a, s.a.stride, padded, layout);
   }
 };
@@ -199,131 +228,158 @@ int useful_threads(const ConvShape& s) {
   return double(s.examples) * positions * kernel * channels < PARALLEL_FROM ? 1 : s.threads;
 }
 
-// What becomes of a tile: written to its place, or squared and summed. `part` counts an example's
-// tiles.
+// What is asked for: the gradients, or the squared norms if `out` is null.
 template <typename T>
-struct Store {
-  T* out;
-  i64 row_stride, row;  // elements from example to example, and of one output channel
-
-  void prepare(i64, i64) {}
-  void tile(const ConvBlocks<T>& kernel, const ConvWalk& walk, i64 e, i64, i64 channel, int rows,
-            const T* a, const T* g, const std::vector<ConvColumns>& columns) {
-    kernel.store(walk, a, g, rows, columns.data(), i64(columns.size()),
-                 out + e * row_stride + channel * row, row);
-  }
-  void lane(i64 e, i64, i64 channel, const T* sums, i64 width) {
-    T* to = out + e * row_stride + channel * row;
-    for (i64 t = 0; t < row; ++t) to[t] = sums[t * width];
-  }
-  void finish() {}
+struct Result {
+  T* out;          // [n, O, row]
+  i64 row_stride;  // from example to example
+  double* norms;   // [n]
+  i64 row;         // elements of one output channel's weights
 };
 
 template <typename T>
-struct Square {
-  double* norms;
-  i64 row;
-  i64 examples = 0, parts = 0;
-  std::vector<double> partial = {};  // [n, parts]
+double sum_of_squares(const T* values, i64 count) {
+  constexpr int LANES = 8;
+  double lanes[LANES] = {};
+  i64 at = 0;
+  for (; at + LANES <= count; at += LANES)
+    for (int l = 0; l < LANES; ++l) lanes[l] += double(values[at + l]) * double(values[at + l]);
+  for (int l = 0; at < count; ++at, ++l) lanes[l] += double(values[at]) * double(values[at]);
+  for (int l = 1; l < LANES; ++l) lanes[0] += lanes[l];
+  return lanes[0];
+}
 
-  void prepare(i64 n, i64 count) {
-    examples = n;
-    parts = count;
-    partial.assign(static_cast<size_t>(n * count), 0.0);
+// Squares of an example's parts, added in their order.
+void add_up(const std::vector<double>& partial, i64 examples, double* norms) {
+  const i64 parts = i64(partial.size()) / std::max<i64>(1, examples);
+  for (i64 e = 0; e < examples; ++e) {
+    norms[e] = 0.0;
+    for (i64 part = 0; part < parts; ++part) norms[e] += partial[e * parts + part];
   }
-  void tile(const ConvBlocks<T>& kernel, const ConvWalk& walk, i64 e, i64 part, i64, int rows,
-            const T* a, const T* g, const std::vector<ConvColumns>& columns) {
-    partial[e * parts + part] =
-        kernel.squares(walk, a, g, rows, columns.data(), i64(columns.size()));
-  }
-  void lane(i64 e, i64 part, i64, const T* sums, i64 width) {
-    for (i64 t = 0; t < row; ++t)
-      partial[e * parts + part] += double(sums[t * width]) * double(sums[t * width]);
-  }
-  void finish() {
-    for (i64 e = 0; e < examples; ++e) {
-      norms[e] = 0.0;
-      for (i64 part = 0; part < parts; ++part) norms[e] += partial[e * parts + part];
-    }
-  }
-};
+}
 
 // Dense and grouped convolutions, group by group: some output channels times all columns at once.
-template <typename T, typename End>
-void in_tiles(const ConvShape& s, const T* a, const T* g, End& end) {
+template <typename T>
+void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& result) {
   const ConvBlocks<T>& kernel = blocks<T>();
-  const i64 inputs = s.a.channels / s.groups, outputs = s.g.channels / s.groups;
-  const Padded padded(s, inputs);
-  const ConvWalk walk = padded.walk(s, s.g.stride[0], s.g.stride[1], s.g.stride[2]);
+  const i64 inputs = s.a.channels / s.groups, outputs = s.g.channels / s.groups, row = result.row;
+  const i64 bytes = (s.stride[1] * s.stride[2] * inputs + outputs) * i64(sizeof(T));
+  const std::vector<Box> boxes = cut_positions(s, bytes);
+  const bool whole = boxes.size() == 1;
+  const Padded padded(s, boxes[0], inputs);
   const std::vector<ConvColumns> columns = cut_columns(s, padded, kernel.width);
+  const i64 vectors = i64(columns.size());
   const i64 tiles = ceil_div(outputs, kernel.rows);  // of one group, of nearly equal height
-  end.prepare(s.examples, s.groups * tiles);
+  const i64 parts = s.groups * tiles;
+  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * parts));
 
-  const int threads = useful_threads(s);
+  [[maybe_unused]] const int threads = useful_threads(s);
   // Groups of few examples are shared among threads, each with a copy of the input.
   const i64 units = s.examples * s.groups;
-  const i64 wanted = threads == 1 || units >= 4 * threads ? 1 : ceil_div(4 * threads, units);
+  const i64 wanted = threads == 1 || units >= 4 * threads ? 1 : 4 * threads / std::max<i64>(1, units);
   const i64 slices = std::min(wanted, tiles);
-  Scratch<T> scratch(threads, padded.layout.elements + kernel.width);
+  const i64 image_elements = padded.layout.elements + kernel.width;
+  Scratch<T> scratch(threads, image_elements + (result.out || whole ? 0 : outputs * row));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (i64 task = 0; task < units * slices; ++task) {
     const i64 slice = task % slices, group = task / slices % s.groups;
     const i64 e = task / slices / s.groups;
+    const i64 begin = slice * tiles / slices, end = (slice + 1) * tiles / slices;
+    const T* a_of_group = a + e * s.a.example_stride + group * inputs;
+    const T* g_of_group = g + e * s.g.example_stride + group * outputs;
     T* image = scratch.of_this_thread();
-    padded.fill(s, a + e * s.a.example_stride + group * inputs, inputs, image);
-    for (i64 t = slice * tiles / slices; t < (slice + 1) * tiles / slices; ++t) {
-      const i64 first = t * outputs / tiles, last = (t + 1) * outputs / tiles;
-      const i64 channel = group * outputs + first;
-      end.tile(kernel, walk, e, group * tiles + t, channel, int(last - first), image,
-               g + e * s.g.example_stride + channel, columns);
+    T* gradient = result.out ? result.out + e * result.row_stride + group * outputs * row
+                             : image + image_elements;
+    double* squares = partial.data() + e * parts + group * tiles;
+    for (const Box& box : boxes) {
+      const bool first = &box == &boxes[0];
+      padded.fill(s, box, !whole, a_of_group, inputs, image);
+      const ConvWalk walk =
+          padded.walk(s, box, s.g.stride[0], s.g.stride[1], s.g.stride[2]);
+      const T* g_of_box =
+          g_of_group + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      for (i64 t = begin; t < end; ++t) {
+        const i64 from = t * outputs / tiles;
+        const int rows = int((t + 1) * outputs / tiles - from);
+        if (whole && !result.out)
+          squares[t] = kernel.squares(walk, image, g_of_box + from, rows, columns.data(), vectors);
+        else
+          kernel.store(walk, image, g_of_box + from, rows, columns.data(), vectors,
+                       gradient + from * row, row, !first);
+      }
+    }
+    for (i64 t = begin; t < end && !whole && !result.out; ++t) {
+      const i64 from = t * outputs / tiles;
+      squares[t] = sum_of_squares(gradient + from * row, ((t + 1) * outputs / tiles - from) * row);
     }
   }
-  end.finish();
+  if (!result.out) add_up(partial, s.examples, result.norms);
 }
+
+// Vectors of channels copied together: neighbours in memory come from afar at one go.
+constexpr i64 LANE_VECTORS = 4;
 
 // Depthwise convolutions: one lane for each input channel. Output channels of one input channel
 // come one after the other.
-template <typename T, typename End>
-void in_lanes(const ConvShape& s, const T* a, const T* g, End& end) {
+template <typename T>
+void in_lanes(const ConvShape& s, const T* a, const T* g, const Result<T>& result) {
   const ConvBlocks<T>& kernel = blocks<T>();
-  const i64 width = kernel.width, outputs = s.g.channels / s.groups;
-  const Padded padded(s, width);
-  const Layout gradient(s.g.size, width);
-  const ConvWalk walk = padded.walk(s, gradient.plane, gradient.row, gradient.pixel);
+  const i64 width = kernel.width, outputs = s.g.channels / s.groups, row = result.row;
+  const i64 block = width * std::min(LANE_VECTORS, ceil_div(s.groups, width));  // channels
+  const i64 bytes = (s.stride[1] * s.stride[2] + 1) * block * i64(sizeof(T));
+  const std::vector<Box> boxes = cut_positions(s, bytes);
+  const Padded padded(s, boxes[0], block);
+  const Layout packed(boxes[0].size[0], boxes[0].size[1], boxes[0].size[2], block);
   std::vector<i64> taps;
   for (i64 i = 0; i < s.kernel[0]; ++i)
     for (i64 j = 0; j < s.kernel[1]; ++j)
       for (i64 k = 0; k < s.kernel[2]; ++k) taps.push_back(padded.offset(s, i, j, k));
-  const i64 count = i64(taps.size()), vectors = ceil_div(s.groups, width);
-  end.prepare(s.examples, vectors);
+  const i64 parts = ceil_div(s.groups, block);
+  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * parts));
 
-  const int threads = useful_threads(s);
-  Scratch<T> scratch(threads, padded.layout.elements + gradient.elements + count * width);
+  [[maybe_unused]] const int threads = useful_threads(s);
+  const i64 sums_elements = outputs * row * block;
+  Scratch<T> scratch(threads, padded.layout.elements + packed.elements + sums_elements);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (i64 task = 0; task < s.examples * vectors; ++task) {
-    const i64 e = task / vectors, first = task % vectors * width;
-    const i64 lanes = std::min(width, s.groups - first);
+  for (i64 task = 0; task < s.examples * parts; ++task) {
+    const i64 e = task / parts, channel = task % parts * block;
+    const i64 lanes = std::min(block, s.groups - channel);
+    const T* a_of_lanes = a + e * s.a.example_stride + channel;
+    const T* g_of_lanes = g + e * s.g.example_stride + channel * outputs;
     T* image = scratch.of_this_thread();
-    T* packed = image + padded.layout.elements;
-    T* sums = packed + gradient.elements;
-    padded.fill(s, a + e * s.a.example_stride + first, lanes, image);
-    for (i64 output = 0; output < outputs; ++output) {
-      copy_pixels(s.g.size, lanes, outputs,
-                  g + e * s.g.example_stride + first * outputs + output, s.g.stride, packed,
-                  gradient);
-      kernel.lanes(walk, image, packed, taps.data(), count, sums);
-      for (i64 l = 0; l < lanes; ++l)
-        end.lane(e, task % vectors, (first + l) * outputs + output, sums + l, width);
+    T* gradient = image + padded.layout.elements;
+    T* sums = gradient + packed.elements;  // [block / width, outputs, row, width]
+    std::fill_n(sums, sums_elements, T(0));
+    for (const Box& box : boxes) {
+      padded.fill(s, box, boxes.size() > 1, a_of_lanes, lanes, image);
+      const ConvWalk walk = padded.walk(s, box, packed.plane, packed.row, packed.pixel);
+      const T* g_of_box = g_of_lanes + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      for (i64 o = 0; o < outputs; ++o) {
+        copy_pixels(box.size, lanes, outputs, g_of_box + o, s.g.stride, gradient, packed);
+        for (i64 l = 0; l < lanes; l += width)
+          kernel.lanes(walk, image + l, gradient + l, taps.data(), row,
+                       sums + (l * outputs + o * width) * row);
+      }
     }
+    double square = 0.0;
+    for (i64 l = 0; l < lanes; ++l)
+      for (i64 o = 0; o < outputs; ++o)
+        for (i64 t = 0; t < row; ++t) {
+          const T value = sums[((l / width * outputs + o) * row + t) * width + l % width];
+          square += double(value) * double(value);
+          if (result.out)
+            result.out[e * result.row_stride + ((channel + l) * outputs + o) * row + t] = value;
+        }
+    if (!result.out) partial[task] = square;
   }
-  end.finish();
+  if (!result.out) add_up(partial, s.examples, result.norms);
 }
 
-template <typename T, typename End>
-void run(const ConvShape& given, const T* a, const T* g, End end) {
+template <typename T>
+void run(const ConvShape& given, const T* a, const T* g, const Result<T>& result) {
   const ConvShape s = without_skipped_pixels(given);
   const bool depthwise = s.groups > 1 && s.a.channels == s.groups;
-  depthwise ? in_lanes(s, a, g, end) : in_tiles(s, a, g, end);
+  depthwise ? in_lanes(s, a, g, result) : in_tiles(s, a, g, result);
 }
 
 // Elements of one output channel's weights.
@@ -335,12 +391,13 @@ i64 weights_of_a_channel(const ConvShape& s) {
 
 template <typename T>
 void conv_weight_grads(const ConvShape& s, const T* a, const T* g, T* out, i64 row_stride) {
-  run(s, a, g, Store<T>{out, row_stride, weights_of_a_channel(s)});
+  if (out == nullptr) return;  // nothing to write
+  run(s, a, g, Result<T>{out, row_stride, nullptr, weights_of_a_channel(s)});
 }
 
 template <typename T>
 void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms) {
-  run(s, a, g, Square<T>{norms, weights_of_a_channel(s)});
+  run(s, a, g, Result<T>{nullptr, 0, norms, weights_of_a_channel(s)});
 }
 
 #define ENTROPIC_INSTANTIATE(T)                                                         \

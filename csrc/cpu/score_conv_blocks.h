@@ -27,14 +27,14 @@ struct ConvBlocks {
   int width;  // columns of one vector
   int rows;   // output channels of one tile, at most
   // out[m * row_stride + columns[v].to + lane] = sum_p g[p, m] a[p, columns[v].from + lane] for m
-  // < rows. Reads up to `width` elements from the start of each vector.
+  // < rows, added to what is there if `add`. Reads `width` elements of `a` for each vector.
   void (*store)(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
-                i64 vectors, T* out, i64 row_stride);
+                i64 vectors, T* out, i64 row_stride, bool add);
   // The sum of the squares of the same.
   double (*squares)(const ConvWalk& walk, const T* a, const T* g, int rows,
                     const ConvColumns* columns, i64 vectors);
   // One lane for each group of a depthwise convolution:
-  // sums[t, lane] = sum_p g[p, lane] a[p, taps[t] + lane].
+  // sums[t, lane] += sum_p g[p, lane] a[p, taps[t] + lane].
   void (*lanes)(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 count, T* sums);
 };
 

@@ -1,14 +1,15 @@
 """Curvature at a point of an Objective, and along a path."""
 
 from .density import spectral_density
+from .fisher import fisher_trace, gradient_norms
+from .gram import ScorePlan
 from .krylov import top_eigenvalues
 from .operators import GGNOperator, HessianOperator
 from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
-    fisher_trace,
-    gradient_norms,
     score_gram,
     score_matrix,
+    score_plan,
     score_spectrum,
     score_spectrum_floor,
 )
@@ -19,6 +20,8 @@ __all__ = [
     "score_gram",
     "score_spectrum",
     "score_spectrum_floor",
+    "score_plan",
+    "ScorePlan",
     "gradient_norms",
     "fisher_trace",
     "HessianOperator",

@@ -1,37 +1,61 @@
-"""Gradients of single examples' losses, chunk by chunk."""
+"""Rows of the score matrix, chunk by chunk."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
 
-from ..exact import exact_math
 from ..examples import Batch
 from ..objective import Objective
+from .engine import ScoreEngine
 from .memory import activation_bytes, resolve_budget, too_small
+from .pieces import Piece
 
-logger = logging.getLogger(__name__)
-
-# More examples at once are no faster: on a CPU their activations leave the caches.
-MAX_CHUNK = {"cpu": 32}
-MAX_CHUNK_ELSEWHERE = 256
-# A gradient is held by parameter, flattened, as the chunk before, and once more by a layer
-# that computes it; activations with their gradients and a layer's workspace. Measured peaks
-# are 0.9 to 1.05 of the estimate for wide linear layers, less for convolutions.
-GRADIENT_COPIES = 4
+# Activations of a chunk, in bytes, up to which more examples at once are faster on a CPU: the
+# steps of Python in between are shared by more, while the caches hold none of it either way.
+CPU_ACTIVATIONS = 512 * 2**20
+MAX_CHUNK = {"cpu": 256}
+MAX_CHUNK_ELSEWHERE = 1024
+# Activations, their gradients and a layer's workspace, as measured.
 ACTIVATION_COPIES = 3
+# Rows that torch.func makes: by parameter, flattened, as the chunk before, once more in a layer.
+FALLBACK_COPIES = 4
+
+
+class PassCost:
+    """What one pass over the examples needs in memory, and the chunks that fit.
+
+    Attributes:
+        activations: bytes of activations and their gradients, an example.
+        rules: bytes that rules and copies take beside the result, an example.
+    """
+
+    def __init__(self, engine: ScoreEngine) -> None:
+        obj, self.device = engine.obj, engine.theta.device
+        itemsize = max(4, engine.theta.element_size())
+        sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
+        self.activations = ACTIVATION_COPIES * activation_bytes(obj, engine.theta)
+        if engine.traceable:
+            copies = 3 * sum(sizes[name] for name in engine.batched)
+            self.rules = itemsize * (2 * max(sizes.values()) + copies)
+        else:
+            self.rules = itemsize * FALLBACK_COPIES * obj.num_params
+
+    def chunk_within(self, budget: int, result: int) -> int:
+        """Examples to take at once under a budget in bytes, `result` bytes of them returned."""
+        each = self.activations + self.rules + result
+        if budget < each:
+            raise too_small(each, budget, "the gradient of one example", "give more memory")
+        most = MAX_CHUNK_ELSEWHERE
+        if self.device.type == "cpu":
+            most = min(MAX_CHUNK["cpu"], max(32, CPU_ACTIVATIONS // max(1, self.activations)))
+        return max(1, min(most, budget // each))
 
 
 class ExampleGradients:
     """Per-example gradients of an objective at one point, `chunk` examples at a time.
-
-    `torch.func.vmap(grad)` where it handles the model; else one example after another, with a
-    note in the log (the numbers are the same, the time is not).
 
     Args:
         obj: an objective whose examples do not influence one another.
@@ -50,29 +74,25 @@ class ExampleGradients:
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, memory_budget: int | None = None
     ) -> None:
-        obj.require_single_examples()
-        self.obj, self.theta = obj, obj.point(theta).detach()
-        itemsize = self.theta.element_size()
-        self.example_bytes = (
-            GRADIENT_COPIES * obj.num_params * itemsize
-            + ACTIVATION_COPIES * activation_bytes(obj, self.theta)
-        )
+        self.engine = ScoreEngine(obj, theta)
+        self.obj, self.theta = obj, self.engine.theta
+        self.cost = PassCost(self.engine)
+        self.dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
+        self.row_bytes = obj.num_params * torch.finfo(self.dtype).bits // 8
+        self.example_bytes = self.cost.activations + self.cost.rules + self.row_bytes
         self.chunk = self.chunk_within(resolve_budget(memory_budget, obj.device))
-        self._vmap_works = True
 
     def chunk_within(self, budget: int) -> int:
         """The number of examples to take at once under a budget in bytes."""
-        if budget < self.example_bytes:
-            raise too_small(
-                self.example_bytes, budget, "the gradient of one example", "give more memory"
-            )
-        most = MAX_CHUNK.get(self.theta.device.type, MAX_CHUNK_ELSEWHERE)
-        return min(most, budget // self.example_bytes)
+        return self.cost.chunk_within(budget, self.row_bytes)
 
     def chunks(
         self, max_examples: int | None = None, first: int = 0
     ) -> Iterator[tuple[int, Tensor]]:
         """(index of the first example, gradients [n, P]) of consecutive chunks.
+
+        The next chunk overwrites nothing: each is a tensor of its own. Half-precision models
+        give float32.
 
         Args:
             max_examples: only the first so many examples; None for all.
@@ -84,51 +104,31 @@ class ExampleGradients:
         """
         for batch in self.obj.batches(max_examples, self.chunk):
             if batch.start + len(batch.inputs) > first:
-                yield batch.start, self._gradients(batch)
+                yield batch.start, self.rows(batch)
 
-    @exact_math()
-    def _gradients(self, batch: Batch) -> Tensor:
-        if self._vmap_works:
-            try:
-                gradients, losses = self._by_vmap(batch)
-            except (RuntimeError, NotImplementedError, ValueError, TypeError, UserWarning) as why:
-                logger.info("gradients one example at a time, as vmap fails: %s", why)
-                self._vmap_works = False
-        if not self._vmap_works:
-            gradients, losses = self._one_by_one(batch)
-        if not bool(torch.isfinite(losses).all()):
-            self.obj.finite_losses(self.theta, batch)  # raises, naming the example
+    def rows(self, batch: Batch) -> Tensor:
+        """Gradients of a batch's examples.  # [n, P]"""
+        rows = self.theta.new_zeros(len(batch.inputs), self.obj.num_params, dtype=self.dtype)
+        parts = self.engine.split(rows)
+
+        def keep(name: str, piece: Piece) -> None:
+            parts[name].copy_(piece.rows())
+
+        self.engine.run(batch, keep)
         # The largest entry of each row, without the copy that isfinite makes of its argument.
-        finite = torch.isfinite(torch.linalg.vector_norm(gradients, ord=float("inf"), dim=1))
-        if not bool(finite.all()):
-            bad = batch.start + int((~finite).nonzero()[0])
-            raise ValueError(
-                f"gradient: expected finite values, got NaN or infinity for example {bad} at a "
-                f"point of norm {float(self.theta.norm()):.4g}, where its loss is finite; look "
-                "for a function without a derivative there (a square root at 0, say)"
-            )
-        return gradients
+        require_finite(
+            torch.linalg.vector_norm(rows, ord=float("inf"), dim=1), batch.start, self.theta
+        )
+        return rows
 
-    def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            return self.obj.losses(theta, x[None], y[None]).sum()
 
-        with warnings.catch_warnings():
-            # An operator without a batching rule: a loop inside, so the plain loop is as good.
-            warnings.filterwarnings("error", message="There is a performance drop")
-            gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(
-                self.theta, batch.inputs, batch.targets
-            )
-        return gradients.detach(), losses.detach()
-
-    def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        n = len(batch.inputs)
-        gradients = self.theta.new_empty(n, len(self.theta))
-        losses = self.theta.new_empty(n)
-        for i in range(n):
-            leaf = self.theta.detach().requires_grad_()
-            one = slice(i, i + 1)
-            loss = self.obj.losses(leaf, batch.inputs[one], batch.targets[one]).sum()
-            gradients[i] = torch.autograd.grad(loss, leaf)[0]
-            losses[i] = loss.detach()
-        return gradients, losses
+def require_finite(sizes: Tensor, start: int, theta: Tensor) -> None:
+    """Refuse gradients whose size is NaN or infinite; `sizes` [n] from example `start` on."""
+    finite = torch.isfinite(sizes)
+    if not bool(finite.all()):
+        bad = start + int((~finite).nonzero()[0])
+        raise ValueError(
+            f"gradient: expected finite values, got NaN or infinity for example {bad} at a "
+            f"point of norm {float(theta.norm()):.4g}, where its loss is finite; look "
+            "for a function without a derivative there (a square root at 0, say)"
+        )

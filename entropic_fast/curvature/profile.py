@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..table import Table
+from .fisher import fisher_trace
 from .krylov import top_eigenvalues
 from .operators import HessianOperator
-from .score import fisher_trace
 from .trace import DEFAULT_PROBES, hessian_trace
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm")
@@ -168,6 +168,8 @@ def _require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         raise checks.fail("quantities", "a sequence of names", repr(quantities), 'as ("loss",)')
     for name in quantities:
         checks.one_of("quantities", name, QUANTITIES)
+        if name in ("hessian_trace", "top_eigenvalue"):
+            checks.full_precision("obj", obj.dtype, name)
     if "fisher_trace" in quantities:
         obj.require_single_examples()  # before work is spent on the other quantities
 

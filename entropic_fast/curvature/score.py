@@ -1,4 +1,4 @@
-"""The score matrix, its Gram matrix and spectrum, and per-example gradient norms.
+"""The score matrix, its Gram matrix and its spectrum.
 
 S [E, P] holds in row e the score of example e: the gradient of its loss, which for
 cross-entropy is that of the negative log-likelihood of the given label. F = S^T S / E is the
@@ -8,14 +8,21 @@ Schwab, arXiv 2512.06297, figure 2D), which are those of the small Gram matrix S
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import overload
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
-from ..results import Estimate
+from ..ops.score_gram import symmetric_update_
+from .gram import GramTask, ScorePlan, mirror_lower
 from .memory import available_bytes, readable, resolve_budget, too_small
 from .per_example import ExampleGradients
+
+PRODUCTS = ("float64", "float32")
+BY = ("parameter", "module")
 
 
 def score_matrix(
@@ -28,6 +35,9 @@ def score_matrix(
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
 
+    Returns:
+        in the objective's dtype; in float32 for a model of half precision.
+
     Raises:
         ValueError: normalisation by batch statistics; a matrix larger than the free memory
             (`score_gram` needs no whole matrix); a NaN or infinite gradient.
@@ -39,8 +49,8 @@ def score_matrix(
     [[-2.0], [-8.0]]
     """
     obj.require_single_examples()
-    count = _count(obj, max_examples)
-    itemsize = torch.finfo(obj.dtype).bits // 8
+    count = example_count(obj, max_examples)
+    itemsize = 8 if obj.dtype == torch.float64 else 4
     free = available_bytes(obj.device)
     if count * obj.num_params * itemsize > free:
         raise checks.fail(
@@ -49,10 +59,37 @@ def score_matrix(
             f"E = {count}, {readable(count * obj.num_params * itemsize)}",
             "take fewer examples, or score_gram, which needs no whole score matrix",
         )
-    scores = torch.empty(count, obj.num_params, dtype=obj.dtype, device=obj.device)
-    for start, gradients in ExampleGradients(obj, theta).chunks(count):
-        scores[start : start + len(gradients)] = gradients
+    gradients = ExampleGradients(obj, theta)
+    scores = torch.empty(count, obj.num_params, dtype=gradients.dtype, device=obj.device)
+    for start, rows in gradients.chunks(count):
+        scores[start : start + len(rows)] = rows
     return scores
+
+
+@overload
+def score_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: None = None,
+) -> Tensor: ...
+
+
+@overload
+def score_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: str,
+) -> dict[str, Tensor]: ...
 
 
 def score_gram(
@@ -60,17 +97,26 @@ def score_gram(
     theta: Tensor | None = None,
     max_examples: int | None = None,
     memory_budget: int | None = None,
-) -> Tensor:
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: str | None = None,
+) -> Tensor | dict[str, Tensor]:
     """The Gram matrix S S^T of the scores, accumulated in float64.  # [E, E]
 
-    Rows of S are held in blocks as large as the budget allows; the examples after a block are
-    recomputed against it. With everything in one block that is one pass over the examples,
-    with B blocks (B + 1) / 2.
+    The score matrix is never whole in memory. `score_plan` says beforehand how it is done, and
+    the log (logger "entropic_fast", level INFO) while it is.
 
     Args:
         obj, theta, max_examples: as for `score_matrix`.
         memory_budget: bytes to stay under, the result included; None for a quarter of the
             free memory. What the process holds beforehand is not counted.
+        products: "float64", exact to float64's rounding for the scores as computed; or
+            "float32", about twice as fast on most processors: sums of 256 products of float32
+            accumulated in float64, so that entry (i, j) is off by some 1e-8 |s_i| |s_j|.
+        strategy: "auto", or one of "memory", "disk", "recompute" (see `score_plan`).
+        by: None for the whole; "parameter" or "module" for the share of each, by name. The
+            shares add up to the whole.
 
     Raises:
         ValueError: as for `score_matrix`; a budget too small for one example at a time.
@@ -82,28 +128,69 @@ def score_gram(
     [[4.0, 16.0], [16.0, 64.0]]
     """
     obj.require_single_examples()
-    count = _count(obj, max_examples)
+    count = example_count(obj, max_examples)
+    checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
-    result = 8 * count * count
-    gradients, block_rows, scratch = _plan_gram(obj, theta, count, budget - result, budget)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=obj.device)
-    block = torch.empty(block_rows, obj.num_params, dtype=obj.dtype, device=obj.device)
-    products = _Products(scratch, obj.device)
-    for begin in range(0, count, block_rows):
-        end = min(begin + block_rows, count)
-        rows = block[: end - begin]
-        for start, chunk in gradients.chunks(count, first=begin):
-            stop = start + len(chunk)
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                block[low - begin : high - begin] = chunk[low - start : high - start]
-            if start < end <= stop:  # the block is full
-                products.add(gram[begin:end, begin:end], rows, rows)
-            after = max(start, end)
-            if after < stop:
-                products.add(gram[begin:end, after:stop], rows, chunk[after - start :])
-    upper = gram.triu()
-    return upper + upper.triu(1).T
+    task = GramTask(obj, theta, count, budget, strategy, products == "float64", grouping(by))
+    grams = task.grams()
+    return grams[""] if by is None else grams
+
+
+def score_plan(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    strategy: str = "auto",
+) -> ScorePlan:
+    """How `score_gram` would go about it, without doing it: `print(score_plan(obj))`.
+
+    "memory": one pass, keeping for every parameter each example's gradient or the activations
+    and output gradients that make it, whichever is smaller; "disk": the same in temporary
+    files, removed afterwards; "recompute": blocks of rows, more than one pass, where there is
+    no disk. The first that fits the budget is taken.
+
+    Args:
+        obj, theta, max_examples, memory_budget, strategy: as for `score_gram`.
+
+    Raises:
+        ValueError: as for `score_gram`.
+
+    >>> import torch
+    >>> obj = Objective(torch.nn.Linear(3, 2), "mse", (torch.zeros(5, 3), torch.zeros(5, 2)))
+    >>> score_plan(obj, memory_budget=10**6).strategy
+    'memory'
+    """
+    count = example_count(obj, max_examples)
+    budget = resolve_budget(memory_budget, obj.device)
+    return GramTask(obj, theta, count, budget, strategy, True).plan
+
+
+@overload
+def score_spectrum(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: None = None,
+) -> Tensor: ...
+
+
+@overload
+def score_spectrum(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: str,
+) -> dict[str, Tensor]: ...
 
 
 def score_spectrum(
@@ -111,14 +198,19 @@ def score_spectrum(
     theta: Tensor | None = None,
     max_examples: int | None = None,
     memory_budget: int | None = None,
-) -> Tensor:
+    *,
+    products: str = "float64",
+    strategy: str = "auto",
+    by: str | None = None,
+) -> Tensor | dict[str, Tensor]:
     """Leading eigenvalues of the empirical Fisher matrix S^T S / E, descending.  # [min(E, P)]
 
     In float64, from the smaller of S S^T and S^T S. Negative values, which only rounding
     makes, are returned as 0. Eigenvalues under `score_spectrum_floor` are rounding, not data.
 
     Args:
-        obj, theta, max_examples, memory_budget: as for `score_gram`.
+        obj, theta, max_examples, memory_budget, products, strategy: as for `score_gram`.
+        by: None for the whole; "parameter" or "module" for the diagonal block of each, by name.
 
     Raises:
         ValueError: as for `score_gram`.
@@ -130,9 +222,11 @@ def score_spectrum(
     [34.0]
     """
     obj.require_single_examples()
-    count = _count(obj, max_examples)
+    count = example_count(obj, max_examples)
+    checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
-    size = min(count, obj.num_params)
+    tall = by is None and count > obj.num_params
+    size = obj.num_params if tall else count
     # The eigenvalue solver overwrites a copy and has a workspace of its own.
     solver = 2 * 8 * size * size
     if budget <= solver:
@@ -142,25 +236,39 @@ def score_spectrum(
             f"the eigenvalues of a matrix of order {size}",
             "give more memory, or fewer max_examples",
         )
-    if count <= obj.num_params:
-        matrix = score_gram(obj, theta, count, budget - solver)
-    else:
-        matrix = _second_moment(obj, theta, count, budget - solver)
-    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
-    return (eigenvalues / count).clamp(min=0).flip(0)
+    if tall:
+        moment = _second_moment(obj, theta, count, budget - solver, products == "float64")
+        return _eigenvalues(moment, count, size)
+    key = grouping(by)
+    task = GramTask(obj, theta, count, budget - solver, strategy, products == "float64", key)
+    sizes: dict[str, int] = {}
+    for name, part in obj.split(obj.parameters_vector()).items():
+        sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
+    spectra = {k: _eigenvalues(g, count, min(count, sizes[k])) for k, g in task.grams().items()}
+    return spectra[""] if by is None else spectra
 
 
-def score_spectrum_floor(spectrum: Tensor, dtype: torch.dtype) -> float:
+def score_spectrum_floor(
+    spectrum: Tensor,
+    dtype: torch.dtype,
+    *,
+    products: str = "float64",
+    num_params: int | None = None,
+) -> float:
     """The level under which eigenvalues of `score_spectrum` are rounding.
 
-    Two sources: scores rounded to `dtype` move each singular value of S by up to about
+    Three sources. Scores rounded to `dtype` move each singular value of S by up to about
     8 eps ||S||_F (8 for the growth of rounding through a network's layers), so an eigenvalue
-    that is zero comes out as much as (8 eps)^2 times the sum of all; and the float64
-    eigenvalue solver errs by the matrix's order times its eps times the largest.
+    that is zero comes out as much as (8 eps)^2 times the sum of all. The float64 eigenvalue
+    solver errs by the matrix's order times its eps times the largest. And float32 products add
+    an error of at most some 8 eps |s_i| |s_j| / sqrt(P / 256) to entry (i, j), so of 8 eps
+    times the sum of all eigenvalues over sqrt(P / 256).
 
     Args:
         spectrum: eigenvalues from `score_spectrum`.  # [n]
         dtype: the objective's dtype, in which the scores were computed.
+        products: as given to `score_spectrum`.
+        num_params: P, for float32 products; None counts it as if it were at most 256.
 
     >>> import torch
     >>> score_spectrum_floor(torch.tensor([1.0, 0.1]), torch.float32) < 1e-11
@@ -168,57 +276,17 @@ def score_spectrum_floor(spectrum: Tensor, dtype: torch.dtype) -> float:
     """
     values = spectrum.double()
     eps = torch.finfo(dtype).eps
+    total = float(values.sum())
     solver = len(values) * torch.finfo(torch.float64).eps * float(values.max())
-    return (8 * eps) ** 2 * float(values.sum()) + solver
+    floor = (8 * eps) ** 2 * total + solver
+    if checks.one_of("products", products, PRODUCTS) == "float32" and dtype != torch.float64:
+        sums = max(1.0, (num_params or 0) / 256)
+        floor += 8 * torch.finfo(torch.float32).eps * total / sums**0.5
+    return floor
 
 
-def gradient_norms(obj: Objective, theta: Tensor | None = None) -> Tensor:
-    """Squared norm of each example's gradient, in float64.  # [N]
-
-    Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-
-    Raises:
-        ValueError: normalisation by batch statistics; a NaN or infinite gradient.
-
-    >>> import torch
-    >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> gradient_norms(obj, torch.tensor([2.0])).tolist()
-    [4.0, 64.0]
-    """
-    chunks = ExampleGradients(obj, theta).chunks()
-    norms = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for _, g in chunks]
-    return torch.cat(norms).square()
-
-
-def fisher_trace(obj: Objective, theta: Tensor | None = None) -> Estimate:
-    """Trace of the empirical Fisher matrix: the mean squared per-example gradient norm.
-
-    Empirical: the scores are those of the given labels, not of labels drawn from the model.
-    The value is exact for the data; the standard error is that of a mean over N examples
-    taken as a sample (NaN for one example).
-
-    Args:
-        obj, theta: as for `gradient_norms`.
-
-    Raises:
-        ValueError: as for `gradient_norms`.
-
-    >>> import torch
-    >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> fisher_trace(obj, torch.tensor([2.0])).value
-    34.0
-    """
-    norms = gradient_norms(obj, theta)
-    n = len(norms)
-    error = float(norms.std()) / n**0.5 if n > 1 else float("nan")
-    return Estimate(float(norms.mean()), error, n)
-
-
-def _count(obj: Objective, max_examples: int | None) -> int:
+def example_count(obj: Objective, max_examples: int | None) -> int:
+    """E: `max_examples` checked, or all examples."""
     if max_examples is None:
         return obj.num_examples
     checks.whole("max_examples", max_examples, 1)
@@ -229,75 +297,38 @@ def _count(obj: Objective, max_examples: int | None) -> int:
     return max_examples
 
 
-def _plan_gram(
-    obj: Objective, theta: Tensor | None, count: int, room: int, budget: int
-) -> tuple[ExampleGradients, int, int]:
-    """Gradients in chunks, rows of S to hold, and bytes of scratch, that fit in `room`."""
-    itemsize = torch.finfo(obj.dtype).bits // 8
-    row = obj.num_params * itemsize
-    # Float64 columns of every row of a product: at the least one column.
-    scratch = max(16 * count, min(max(room, 0) // 8, 64 * 2**20))
-    gradients = ExampleGradients(obj, theta, memory_budget=2**62)
-    needed = gradients.example_bytes + row
-    left = room - scratch
-    if left < needed:
-        raise too_small(
-            budget - room + max(needed * 8 // 7 + 1, needed + scratch),
-            budget,
-            f"the Gram matrix of {count} examples",
-            "give more memory, or fewer max_examples",
-        )
-    # A quarter for the chunk is enough to vectorise; every row more held saves recomputing.
-    gradients.chunk = gradients.chunk_within(max(gradients.example_bytes, left // 4))
-    rows = min(count, (left - gradients.chunk * gradients.example_bytes) // row)
-    return gradients, max(1, rows), scratch
+def grouping(by: str | None) -> Callable[[str], str]:
+    """The group that a parameter's name belongs to: one for all, itself, or its module."""
+    if by is None:
+        return lambda name: ""
+    if checks.one_of("by", by, BY) == "parameter":
+        return lambda name: name
+    return lambda name: name.rpartition(".")[0]
 
 
-def _second_moment(obj: Objective, theta: Tensor | None, count: int, room: int) -> Tensor:
+def _second_moment(
+    obj: Objective, theta: Tensor | None, count: int, room: int, double_products: bool
+) -> Tensor:
     """S^T S accumulated in float64.  # [P, P]"""
     size = 8 * obj.num_params**2
     gradients = ExampleGradients(obj, theta, memory_budget=2**62)
-    per_example = gradients.example_bytes + 8 * obj.num_params
-    # Each product has the result's size before it is added.
-    if room < 2 * size + per_example:
+    # A chunk's rows are transposed once more.
+    each = gradients.example_bytes + gradients.row_bytes
+    if room < size + each:
         raise too_small(
-            4 * size + per_example,
+            3 * size + each,
             room + 2 * size,
             f"the spectrum of {count} examples and {obj.num_params} parameters",
             "give more memory, or fewer max_examples",
         )
-    gradients.chunk = gradients.chunk_within(
-        max(gradients.example_bytes, room - 2 * size - 8 * obj.num_params * 32)
-    )
+    gradients.chunk = gradients.chunk_within((room - size) * gradients.example_bytes // each)
     moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
     for _, chunk in gradients.chunks(count):
-        moment.addmm_(chunk.double().T, chunk.double())
+        symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
+    mirror_lower(moment)
     return moment
 
 
-class _Products:
-    """out += a b^T in float64, converting as many columns at a time as the scratch holds.
-
-    The squares of small singular values drown in float32 products, whose rounding is 1e-7 of
-    the largest; so the products are float64 even where the scores are float32. One scratch
-    serves all products: fresh buffers for each left holes in the heap that took 1.7 times the
-    budget.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.scratch = torch.empty(max(2, size // 8), dtype=torch.float64, device=device)
-
-    def add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        same = b is a
-        rows = len(a) if same else len(a) + len(b)
-        width = max(1, len(self.scratch) // rows)
-        for i in range(0, a.shape[1], width):
-            left = self._double(a[:, i : i + width], 0)
-            right = left if same else self._double(b[:, i : i + width], left.numel())
-            out.addmm_(left, right.T)
-
-    def _double(self, columns: Tensor, at: int) -> Tensor:
-        if columns.dtype == torch.float64:
-            return columns
-        place = self.scratch[at : at + columns.numel()].view(columns.shape)
-        return place.copy_(columns)
+def _eigenvalues(matrix: Tensor, count: int, size: int) -> Tensor:
+    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
+    return (eigenvalues / count).clamp(min=0).flip(0)[:size]

@@ -9,9 +9,10 @@ added to the float64 matrix. With u = 2^-24 the error of an entry is at most
 
     BLOCK u sum_k |a_k b_k|,
 
-whatever K, and about 2 u |a| |b| / sqrt(K / BLOCK) for sums whose rounding errors are not aligned,
-where one float32 sum over all K columns would grow with K. With `double_products`, and for float64
-rows, products and sums are float64 throughout.
+whatever K. In practice rounding errors have random signs and the error falls as K grows: below
+2 u |a| |b| / sqrt(K / BLOCK) where products have random signs, below 16 u |a| |b| / sqrt(K / BLOCK)
+where all have one sign, as on the diagonal. One float32 sum over all K columns would err more as K
+grows. With `double_products`, and for float64 rows, products and sums are float64 throughout.
 
 Results do not depend on the number of threads, and are the same bits run after run on one backend.
 """
@@ -32,6 +33,7 @@ register_family(
     FAMILY,
     {
         "reference": "entropic_fast.reference.score_gram",
+        "cpp": "entropic_fast.ops.score_gram_native",
         "triton": "entropic_fast.triton.score_gram",
     },
 )

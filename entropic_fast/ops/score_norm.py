@@ -27,6 +27,7 @@ register_family(
     FAMILY,
     {
         "reference": "entropic_fast.reference.score_norm",
+        "cpp": "entropic_fast.ops.score_norm_native",
         "triton": "entropic_fast.triton.score_norm",
     },
 )

@@ -197,6 +197,49 @@ def test_a_large_mean_does_not_cancel(place: str) -> None:
     assert_sums(affine_grads(x, g, mean, rstd), x, g, mean, rstd)
 
 
+# ---- instruction sets and threads ---------------------------------------------------------------
+
+
+def everything(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    n, s, c = shape
+    x, g = (randn(n, s, c, seed=i, dtype=dtype) for i in (1, 2))
+    results: list[Tensor] = []
+    for form in ((1, 1, c), (n, 1, c), (n, s, 1), (n, s, c)):
+        mean, rstd = statistics(form, dtype)
+        sums = affine_grads(x, g, mean, rstd)
+        assert_sums(sums, x, g, mean, rstd)
+        results += sums
+    mean, rstd = statistics((c,), dtype)
+    weight = randn(c, seed=5, dtype=dtype)
+    grad_x, *sums = batch_norm_backward(x, g, mean, rstd, weight)
+    assert_close(grad_x, g * (rstd * weight))
+    assert_sums((sums[0], sums[1]), x, g, mean, rstd)
+    return [*results, grad_x, *sums]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_every_instruction_set_is_right(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    backend.set_backend("cpp")
+    isas = native.module().runnable_isas()
+    assert "portable" in isas
+    for isa in isas:
+        native.use_isa(isa)
+        assert native.module().current_isa() == isa
+        everything(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    backend.set_backend("cpp")
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(everything((5, 400, 37), dtype))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 # ---- torch.library ------------------------------------------------------------------------------
 
 

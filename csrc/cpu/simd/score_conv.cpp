@@ -21,6 +21,8 @@ constexpr int BYTES = 16;
 constexpr int ROWS = 4;
 constexpr int VECTORS = 2;
 #endif
+// Sums of squares are held in eight registers of doubles.
+constexpr int LANES = BYTES;
 // Kernel offsets of a depthwise convolution that are summed together.
 constexpr int TAPS = 12;
 
@@ -84,35 +86,33 @@ EF_FN void accumulate(const ConvWalk& walk, const T* a, const T* g, const ConvCo
 
 template <typename T, int M, int V>
 void store_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns, T* out,
-                i64 row_stride) {
+                i64 row_stride, bool add) {
   Vec<T> sums[M][V];
   accumulate<T, M, V>(walk, a, g, columns, sums);
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
     T* to = out + columns[v].to;
     const int count = columns[v].count;
-    if (count == WIDTH<T>) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) save(to + m * row_stride, sums[m][v]);
-    } else {
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < M; ++m, to += row_stride) {
+      if (count == WIDTH<T>) {
+        save(to, add ? load(to) + sums[m][v] : sums[m][v]);
+      } else {
         T lanes[WIDTH<T>];
         save(lanes, sums[m][v]);
-        for (int l = 0; l < count; ++l) to[m * row_stride + l] = lanes[l];
+        for (int l = 0; l < count; ++l) to[l] = add ? to[l] + lanes[l] : lanes[l];
       }
     }
   }
 }
 
+// Adds the squares of a tile to `lanes`. In double: the square of a float32 gradient can underflow.
 template <typename T, int M, int V>
-double square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns) {
+void square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns,
+                 double* lanes) {
   Vec<T> sums[M][V];
   accumulate<T, M, V>(walk, a, g, columns, sums);
-  // In double: the square of a float32 gradient can underflow. Lane by lane, in a fixed order.
-  constexpr int LANES = 16;
-  constexpr int TOTAL = (M * V * WIDTH<T> + LANES - 1) / LANES * LANES;
-  T values[TOTAL] = {};
+  T values[(M * V * WIDTH<T> + LANES - 1) / LANES * LANES] = {};
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -120,18 +120,14 @@ double square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColum
   for (int v = 0; v < V; ++v)
     for (int l = columns[v].count; l < WIDTH<T>; ++l)
       for (int m = 0; m < M; ++m) values[(m * V + v) * WIDTH<T> + l] = T(0);
-  double lanes[LANES] = {};
-  for (int at = 0; at < TOTAL; at += LANES)
+  for (int at = 0; at < M * V * WIDTH<T>; at += LANES)
     for (int l = 0; l < LANES; ++l) lanes[l] += double(values[at + l]) * double(values[at + l]);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
 }
 
 template <typename T>
-using StoreTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, T*, i64);
+using StoreTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, T*, i64, bool);
 template <typename T>
-using SquareTile = double (*)(const ConvWalk&, const T*, const T*, const ConvColumns*);
+using SquareTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, double*);
 
 // Tile functions by rows and vectors, both counted from 1.
 template <typename T>
@@ -172,20 +168,22 @@ EF_FN void for_each_tile(i64 total, i64 most, const Tile& tile) {
 
 template <typename T>
 void store(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
-           i64 vectors, T* out, i64 row_stride) {
+           i64 vectors, T* out, i64 row_stride, bool add) {
   for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
-    TILES<T>.store[rows - 1][count - 1](walk, a, g, columns + first, out, row_stride);
+    TILES<T>.store[rows - 1][count - 1](walk, a, g, columns + first, out, row_stride, add);
   });
 }
 
 template <typename T>
 double squares(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
                i64 vectors) {
-  double sum = 0.0;
+  double lanes[LANES] = {};
   for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
-    sum += TILES<T>.squares[rows - 1][count - 1](walk, a, g, columns + first);
+    TILES<T>.squares[rows - 1][count - 1](walk, a, g, columns + first, lanes);
   });
-  return sum;
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
 template <typename T, int N>
@@ -205,7 +203,7 @@ void lanes_of_taps(const ConvWalk& walk, const T* a, const T* g, const i64* taps
       }
     }
 #pragma GCC unroll 16
-  for (int t = 0; t < N; ++t) save(out + t * WIDTH<T>, sums[t]);
+  for (int t = 0; t < N; ++t) save(out + t * WIDTH<T>, load(out + t * WIDTH<T>) + sums[t]);
 }
 
 template <typename T>

@@ -1,0 +1,93 @@
+// Walks the examples. An example is summed by one thread in a fixed order, so results do not depend
+// on the number of threads.
+#include "cpu/score_norm.h"
+
+#include <cstddef>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/score_norm_blocks.h"
+
+namespace entropic::cpu {
+namespace {
+
+// Below this many elements a second thread costs more than it brings.
+constexpr i64 PARALLEL_FROM = 32768;
+
+template <typename T>
+using Norm = void (*)(const NormExample<T>&);
+
+template <typename T>
+Norm<T> choose([[maybe_unused]] Norm<T> avx512, [[maybe_unused]] Norm<T> avx2, Norm<T> portable) {
+  switch (current_isa()) {
+    case AVX512:
+      return avx512;
+    case AVX2:
+      return avx2;
+    default:
+      return portable;
+  }
+}
+
+#ifdef ENTROPIC_HAS_AVX512
+#define ENTROPIC_AVX512(table) avx512::table
+#else
+#define ENTROPIC_AVX512(table) portable::table
+#endif
+#ifdef ENTROPIC_HAS_AVX2
+#define ENTROPIC_AVX2(table) avx2::table
+#else
+#define ENTROPIC_AVX2(table) portable::table
+#endif
+
+template <typename T>
+Norm<T> kernel();
+template <>
+Norm<float> kernel<float>() {
+  return choose<float>(ENTROPIC_AVX512(norm_f32), ENTROPIC_AVX2(norm_f32), portable::norm_f32);
+}
+template <>
+Norm<double> kernel<double>() {
+  return choose<double>(ENTROPIC_AVX512(norm_f64), ENTROPIC_AVX2(norm_f64), portable::norm_f64);
+}
+
+}  // namespace
+
+template <typename T>
+void norm_grads(const NormGrads<T>& call, int threads) {
+  const Norm<T> norm = kernel<T>();
+  const i64 channels = call.channels;
+  const i64 size = call.positions * channels;
+  std::vector<T> factor;
+  if (call.grad_x != nullptr)
+    for (i64 c = 0; c < channels; ++c) factor.push_back(call.rstd[c] * call.weight[c]);
+  if (call.examples * size < PARALLEL_FROM) threads = 1;
+
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> sums(static_cast<std::size_t>(norm_scratch(channels)));
+#pragma omp for schedule(static)
+    for (i64 e = 0; e < call.examples; ++e) {
+      NormExample<T> one;
+      one.x = call.x + e * size;
+      one.g = call.g + e * size;
+      one.mean = call.mean + e * call.mean_example;
+      one.rstd = call.rstd + e * call.mean_example;
+      one.factor = call.grad_x == nullptr ? nullptr : factor.data();
+      one.grad_x = call.grad_x == nullptr ? nullptr : call.grad_x + e * size;
+      one.dscale = call.dscale + e * channels;
+      one.dshift = call.dshift + e * channels;
+      one.positions = call.positions;
+      one.channels = channels;
+      one.stat_position = call.mean_position;
+      one.stat_channel = call.mean_channel;
+      one.sums = sums.data();
+      norm(one);
+    }
+  }
+}
+
+template void norm_grads<float>(const NormGrads<float>&, int);
+template void norm_grads<double>(const NormGrads<double>&, int);
+
+}  // namespace entropic::cpu

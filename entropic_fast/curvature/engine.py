@@ -1,0 +1,209 @@
+"""The score engine: gradients of single examples at about the cost of one backward pass.
+
+Exactness is kept by parameter. One that a layer rule sees all of (one use, as the weight or bias
+of a layer we know, with inputs that depend on the example; read from autograd's graph in every
+chunk) goes by its rule. Any other, tied, used twice, raw, or in a module we do not know, is given
+to vmap as a copy an example, whose gradients autograd itself returns. A model that vmap cannot
+trace goes to `Fallback`. Before the first result for a model, both ways are compared on two
+examples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from ..exact import exact_math
+from ..examples import Batch
+from ..objective import NonFiniteLossError, Objective
+from .fallback import UNTRACEABLE, Fallback, no_slow_loops
+from .intercept import Intercept, Sink, reached_by_rules
+from .pieces import Piece, Rows, full_precision
+
+logger = logging.getLogger(__name__)
+
+# Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
+# them is wrong; and differences that are small against the whole gradient, as roundings are.
+AGREEMENT = {
+    torch.float64: (1e-6, 1e-11),
+    torch.float32: (1e-2, 1e-5),
+    torch.bfloat16: (0.2, 0.05),
+    torch.float16: (0.1, 0.02),
+}
+
+
+class DisagreementError(RuntimeError):
+    """The fast way and the fallback give different gradients; the message names the parameter."""
+
+
+class ScoreEngine:
+    """Per-example gradients of an objective at one point, parameter by parameter.
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point; None for the model's own.  # [P]
+
+    Attributes:
+        by_rule: names of the parameters that layer rules see all of.
+        batched: names of those given to vmap as a copy an example.
+        traceable: whether vmap can trace the model; if not, all parameters go to `Fallback`.
+
+    Raises:
+        ValueError: examples that influence one another.
+        DisagreementError: the two ways differ on the first examples.
+    """
+
+    def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
+        obj.require_single_examples()
+        self.obj, self.theta = obj, obj.point(theta).detach()
+        self._fallback = Fallback(obj, self.theta)
+        self._ways = _known_ways.setdefault(obj._model, _Ways())
+        if not self._ways.checked:
+            self._check()
+
+    @property
+    def traceable(self) -> bool:
+        return self._ways.traceable
+
+    @property
+    def batched(self) -> frozenset[str]:
+        return frozenset(self._ways.batched)
+
+    @property
+    def by_rule(self) -> frozenset[str]:
+        return frozenset(self.obj.parameter_names) - self.batched if self.traceable else frozenset()
+
+    def pieces(self, batch: Batch) -> dict[str, Piece]:
+        """The gradients of a batch's examples, all at once, by parameter."""
+        found: dict[str, Piece] = {}
+        self.run(batch, found.__setitem__)
+        return found
+
+    def run(self, batch: Batch, sink: Sink) -> Tensor:
+        """Hand each parameter's piece for a batch to the sink, once, as it becomes known.
+
+        Parameters that no loss of the batch depends on are not handed over: their gradient is 0.
+
+        Returns:
+            the losses.  # [n]
+
+        Raises:
+            NonFiniteLossError: a loss that is NaN or infinite.
+        """
+        if self._ways.traceable:
+            try:
+                losses, backward = self._forward(batch, sink)
+            except UNTRACEABLE as why:
+                # A loss that is not finite is no reason to change the way.
+                self.obj.finite_losses(self.theta, batch)
+                logger.info("per-example gradients without layer rules, as vmap fails: %s", why)
+                self._ways.traceable = False
+            else:
+                self._require_finite(losses, batch)
+                backward()
+                return losses
+        rows, losses = self._fallback.rows(batch)
+        self._require_finite(losses, batch)
+        (rows,) = full_precision((rows,))
+        for name, part in self.split(rows).items():
+            sink(name, Rows(part))
+        return losses
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Column slices of rows [n, P] by parameter.  # [n, p]"""
+        sizes = [part.numel() for part in self.obj.split(self.theta).values()]
+        return dict(zip(self.obj.parameter_names, rows.split_with_sizes(sizes, 1), strict=True))
+
+    @exact_math()
+    def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:
+        """Losses, and the backward pass that calls the sink."""
+        n = len(batch.inputs)
+        while True:
+            tracked, copies = {}, {}
+            for name, value in self.obj.split(self.theta).items():
+                if name in self._ways.batched:
+                    copies[name] = value.detach().expand(n, *value.shape).requires_grad_()
+                else:
+                    tracked[name] = value.detach().requires_grad_()
+            mode = Intercept(tracked, self.obj.constants(), sink)
+            losses = self._losses(batch, tracked, copies, mode)
+            reached = reached_by_rules(losses, tracked)
+            others = {name for name, by_rule in reached.items() if not by_rule}
+            if not others:
+                break
+            logger.info("no layer rule covers %s", ", ".join(sorted(others)))
+            self._ways.batched |= others
+
+        @exact_math()
+        def backward() -> None:
+            leaves = {name: tracked[name] for name in reached} | copies
+            if not leaves:
+                return
+            gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if name in copies and gradient is not None:
+                    sink(name, Rows(*full_precision((gradient.reshape(n, -1),))))
+
+        return losses.detach(), backward
+
+    def _losses(
+        self, batch: Batch, tracked: dict[str, Tensor], copies: dict[str, Tensor], mode: Intercept
+    ) -> Tensor:
+        def loss(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            with mode:
+                return self.obj.losses_with({**tracked, **own}, x[None], y[None]).sum()
+
+        with torch.enable_grad(), no_slow_loops():
+            losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets)
+        return losses
+
+    def _require_finite(self, losses: Tensor, batch: Batch) -> None:
+        if not bool(torch.isfinite(losses).all()):
+            self.obj.finite_losses(self.theta, batch)  # raises, naming the example
+
+    def _check(self) -> None:
+        """Compare with the fallback on two examples, once for a model."""
+        batch = next(self.obj.batches(min(2, self.obj.num_examples)))
+        expected, _ = self._fallback.rows(batch)
+        got = torch.zeros_like(expected, dtype=full_precision((expected,))[0].dtype)
+        parts = self.split(got)
+
+        def keep(name: str, piece: Piece) -> None:
+            parts[name].copy_(piece.rows())
+
+        try:
+            self.run(batch, keep)
+        except NonFiniteLossError:
+            raise
+        except UNTRACEABLE as why:  # in the backward pass: recomputed activations, for one
+            logger.info("per-example gradients without layer rules, which fail: %s", why)
+            self._ways.traceable = False
+            self.run(batch, keep)
+        relative, absolute = AGREEMENT[self.theta.dtype]
+        whole = float(expected.double().norm())
+        for name, part in self.split(expected).items():
+            gap = float((parts[name].double() - part.double()).norm())
+            if gap > relative * float(part.double().norm()) + absolute * whole:
+                raise DisagreementError(
+                    f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
+                    f"rules and torch.func, where their norm is {float(part.double().norm()):.3g}; "
+                    "this is a bug in entropic_fast: please report the model"
+                )
+        self._ways.checked = True
+
+
+class _Ways:
+    """What is known of a model, whatever the point and the data."""
+
+    def __init__(self) -> None:
+        self.traceable, self.checked = True, False
+        self.batched: set[str] = set()
+
+
+# Objectives at other points or on other data share the model, and what is known of it.
+_known_ways: WeakKeyDictionary[torch.nn.Module, _Ways] = WeakKeyDictionary()

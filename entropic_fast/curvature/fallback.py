@@ -1,0 +1,74 @@
+"""Gradients of single examples for any model: `torch.func.vmap(grad)`, or one by one."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from ..exact import exact_math
+from ..examples import Batch
+from ..objective import Objective
+
+logger = logging.getLogger(__name__)
+
+# What a model that vmap cannot trace raises: control flow that depends on the data, an operation
+# without a batching rule (a warning, made an error here).
+UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, UserWarning)
+
+
+class Fallback:
+    """Rows of the score matrix of an objective at one point, by means of torch alone.
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point.  # [P]
+    """
+
+    def __init__(self, obj: Objective, theta: Tensor) -> None:
+        self.obj, self.theta = obj, theta
+        self._vmap_works = True
+
+    @exact_math()
+    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients and losses of a batch.  # [n, P], [n]"""
+        if self._vmap_works:
+            try:
+                return self._by_vmap(batch)
+            except UNTRACEABLE as why:
+                logger.info("gradients one example at a time, as vmap fails: %s", why)
+                self._vmap_works = False
+        return self._one_by_one(batch)
+
+    def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return self.obj.losses(theta, x[None], y[None]).sum()
+
+        with no_slow_loops():
+            gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(
+                self.theta, batch.inputs, batch.targets
+            )
+        return gradients.detach(), losses.detach()
+
+    def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        n = len(batch.inputs)
+        gradients = self.theta.new_empty(n, len(self.theta))
+        losses = self.theta.new_empty(n)
+        for i in range(n):
+            leaf = self.theta.detach().requires_grad_()
+            one = slice(i, i + 1)
+            loss = self.obj.losses(leaf, batch.inputs[one], batch.targets[one]).sum()
+            gradients[i] = torch.autograd.grad(loss, leaf)[0]
+            losses[i] = loss.detach()
+        return gradients, losses
+
+
+class no_slow_loops(warnings.catch_warnings):
+    """Within it, an operation that vmap would run in a loop raises UserWarning."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("error", message="There is a performance drop")

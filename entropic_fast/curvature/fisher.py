@@ -1,0 +1,138 @@
+"""Norms of per-example gradients, and the trace of the Fisher matrix from them.
+
+No gradient is stored: each layer's rule squares and sums as it goes.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..objective import Objective
+from ..results import Estimate
+from .engine import ScoreEngine
+from .memory import resolve_budget
+from .per_example import PassCost, require_finite
+from .pieces import Piece
+from .score import grouping
+
+
+@overload
+def gradient_norms(
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: None = None,
+) -> Tensor: ...
+
+
+@overload
+def gradient_norms(
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: str,
+) -> dict[str, Tensor]: ...
+
+
+def gradient_norms(
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: str | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """Squared norm of each example's gradient, in float64.  # [N]
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes to stay under; None for a quarter of the free memory.
+        by: None for the whole; "parameter" or "module" for the share of each, by name.
+
+    Raises:
+        ValueError: normalisation by batch statistics; a NaN or infinite gradient; a budget
+            under one example's needs.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
+    >>> gradient_norms(obj, torch.tensor([2.0])).tolist()
+    [4.0, 64.0]
+    """
+    obj.require_single_examples()
+    key = grouping(by)
+    engine = ScoreEngine(obj, theta)
+    chunk = PassCost(engine).chunk_within(resolve_budget(memory_budget, obj.device), 0)
+    norms = {
+        k: torch.zeros(obj.num_examples, dtype=torch.float64, device=obj.device)
+        for k in dict.fromkeys(map(key, obj.parameter_names))
+    }
+    for batch in obj.batches(batch_size=chunk):
+        where = slice(batch.start, batch.start + len(batch.inputs))
+        found = {k: n[where] for k, n in norms.items()}
+
+        def add(name: str, piece: Piece, found: dict[str, Tensor] = found) -> None:
+            found[key(name)] += piece.norms()
+
+        engine.run(batch, add)
+        require_finite(torch.stack(list(found.values())).sum(0), batch.start, engine.theta)
+    return norms[""] if by is None else norms
+
+
+@overload
+def fisher_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: None = None,
+) -> Estimate: ...
+
+
+@overload
+def fisher_trace(
+    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None, by: str
+) -> dict[str, Estimate]: ...
+
+
+def fisher_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: str | None = None,
+) -> Estimate | dict[str, Estimate]:
+    """Trace of the empirical Fisher matrix: the mean squared per-example gradient norm.
+
+    Empirical: the scores are those of the given labels. For the true Fisher matrix, whose
+    labels are drawn from the model, pass `sampled_labels(obj, theta)`.
+    The value is exact for the data; the standard error is that of a mean over N examples
+    taken as a sample (NaN for one example).
+
+    Args:
+        obj, theta, memory_budget, by: as for `gradient_norms`.
+
+    Raises:
+        ValueError: as for `gradient_norms`.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
+    >>> fisher_trace(obj, torch.tensor([2.0])).value
+    34.0
+    """
+    if by is None:
+        return _mean(gradient_norms(obj, theta, memory_budget=memory_budget))
+    norms = gradient_norms(obj, theta, memory_budget=memory_budget, by=by)
+    return {name: _mean(share) for name, share in norms.items()}
+
+
+def _mean(norms: Tensor) -> Estimate:
+    n = len(norms)
+    error = float(norms.std()) / n**0.5 if n > 1 else float("nan")
+    return Estimate(float(norms.mean()), error, n)

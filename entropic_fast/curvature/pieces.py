@@ -1,0 +1,382 @@
+"""Gradients of single examples, one parameter at a time, in the form a layer's rule leaves them.
+
+A piece holds the gradients of n examples with respect to one parameter. Small ones are rows
+[n, p]. Those of a linear or convolution layer stay products of the layer's input A and the
+gradient G of its output until something asks for more: rows, squared norms, or columns for a
+Gram matrix, by whichever contraction takes fewer operations.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.score_conv import conv_weight_grads, conv_weight_norms
+
+# Bytes of scratch a rule may take for rows it does not keep.
+SCRATCH = 64 * 2**20
+
+
+class Piece(ABC):
+    """Gradients of n examples with respect to one parameter of p elements.
+
+    `columns` may come in another order than the parameter's elements, the same for all examples
+    and all pieces of one layer: norms and Gram matrices do not depend on it. `rows` are in order.
+    """
+
+    tensors: tuple[Tensor, ...]  # [n, ...] each: all that is needed to make the piece again
+
+    @abstractmethod
+    def again(self, tensors: tuple[Tensor, ...]) -> Piece:
+        """The same rule for other examples."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """p, the number of the parameter's elements."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> int:
+        """Output channels: `columns` is asked for whole ones, each of width / groups columns."""
+
+    @abstractmethod
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        """Write the columns of output channels begin .. end to out [n, ...], a column slice."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Squared norms in float64.  # [n]"""
+
+    def rows(self) -> Tensor:
+        """The gradients in the order of the parameter's elements.  # [n, p]"""
+        out = self.tensors[-1].new_empty(self.count, self.width)
+        self.columns(0, self.groups, out)
+        return self.ordered(out)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Columns put in the order of the parameter's elements.  # [n, p]"""
+        return rows
+
+    def pairs(self, other: Piece) -> Tensor | None:
+        """Inner products with other examples' gradients in float64, where that is cheaper.
+
+        None where making the rows first takes fewer operations.  # [n, m]
+        """
+        return None
+
+    @property
+    def count(self) -> int:
+        """n, the number of examples."""
+        return len(self.tensors[0])
+
+    @property
+    def example_bytes(self) -> int:
+        """Bytes that `tensors` take for one example."""
+        return sum(t[:1].numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the row of one example takes."""
+        return self.width * self.tensors[-1].element_size()
+
+
+class Rows(Piece):
+    """Rows as they are; for parameters whose gradients are no larger than what makes them."""
+
+    def __init__(self, rows: Tensor) -> None:  # [n, p]
+        self.tensors = (rows,)
+
+    def again(self, tensors: tuple[Tensor, ...]) -> Rows:
+        return Rows(tensors[0])
+
+    @property
+    def width(self) -> int:
+        return self.tensors[0].shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.width
+
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        out.copy_(self.tensors[0][:, begin:end])
+
+    def norms(self) -> Tensor:
+        return squared_norms(self.tensors[0])
+
+    def rows(self) -> Tensor:
+        return self.tensors[0]
+
+
+class LinearPiece(Piece):
+    """dW[o, i] = sum_t G[t, o] A[t, i]: the weight of a linear layer, T positions an example."""
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:  # [n, T, I], [n, T, O]
+        self.tensors = (a, g)
+
+    def again(self, tensors: tuple[Tensor, ...]) -> LinearPiece:
+        return LinearPiece(tensors[0], tensors[1])
+
+    @property
+    def width(self) -> int:
+        a, g = self.tensors
+        return a.shape[2] * g.shape[2]
+
+    @property
+    def groups(self) -> int:
+        return self.tensors[1].shape[2]
+
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        a, g = self.tensors
+        block = g[:, :, begin:end]
+        view = out.view(len(a), end - begin, a.shape[2])
+        if a.shape[1] == 1:
+            torch.mul(block.transpose(1, 2), a, out=view)
+        elif view.is_contiguous():
+            torch.bmm(block.transpose(1, 2), a, out=view)
+        else:
+            view.copy_(torch.bmm(block.transpose(1, 2), a))
+
+    def norms(self) -> Tensor:
+        a, g = self.tensors
+        positions, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
+        if positions == 1:
+            return squared_norms(a[:, 0]) * squared_norms(g[:, 0])
+        # T^2 (I + O) operations by the two small Gram matrices, T I O by the rows.
+        if positions * (inputs + outputs) < inputs * outputs:
+            both = torch.bmm(a, a.transpose(1, 2)).double()
+            both *= torch.bmm(g, g.transpose(1, 2))
+            return both.sum((1, 2)).clamp_(min=0)
+        return norms_by_columns(self)
+
+    def pairs(self, other: Piece) -> Tensor | None:
+        a, g = self.tensors
+        positions, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
+        # A pair of examples takes T^2 (I + O) operations here, I O by rows (which take T I O
+        # an example to make); in float64, which counts double.
+        if 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
+            return None
+        b, h = other.tensors
+        n, m = len(a), len(b)
+        out = a.new_empty(n, m, dtype=torch.float64)
+        left = [t.double().flatten(0, 1) for t in (a, g)]
+        step = max(1, SCRATCH // (16 * max(1, n * positions**2)))
+        for j in range(0, m, step):
+            products = [
+                x @ t[j : j + step].double().flatten(0, 1).T
+                for x, t in zip(left, (b, h), strict=True)
+            ]
+            both = products[0].mul_(products[1]).view(n, positions, -1, positions)
+            out[:, j : j + step] = both.sum((1, 3))
+        return out
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of a convolution: one entry a spatial dimension; padding is that before each."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def spread(self) -> Geometry:
+        """With a leading dimension of kernel size 1, for images that belong to one example."""
+        return Geometry(
+            (1, *self.kernel),
+            (1, *self.stride),
+            (0, *self.padding),
+            (1, *self.dilation),
+            self.groups,
+        )
+
+
+class ConvPiece(Piece):
+    """dW[o, c, k] = sum_p G[p, o] A[p stride + k dilation - padding, c], channels last.
+
+    The weight [O, C / groups, *kernel] of a convolution; of a transposed one with the roles of
+    its input and output exchanged.
+    """
+
+    def __init__(
+        self, a: Tensor, g: Tensor, geometry: Geometry
+    ) -> None:  # [n, *in, C] [n, *out, O]
+        self.tensors, self.geometry = (a, g), geometry
+
+    def again(self, tensors: tuple[Tensor, ...]) -> ConvPiece:
+        return ConvPiece(tensors[0], tensors[1], self.geometry)
+
+    @property
+    def _channels(self) -> int:
+        return self.tensors[0].shape[-1] // self.geometry.groups
+
+    @property
+    def width(self) -> int:
+        return self.tensors[1].shape[-1] * math.prod(self.geometry.kernel) * self._channels
+
+    @property
+    def groups(self) -> int:
+        # Columns of one group of a grouped convolution need that group's inputs alone.
+        outputs = self.tensors[1].shape[-1]
+        return outputs if self.geometry.groups == 1 else self.geometry.groups
+
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        a, g = self.tensors
+        geometry, groups = self.geometry, 1
+        if geometry.groups > 1:
+            groups, each = end - begin, g.shape[-1] // geometry.groups
+            a = a[..., begin * self._channels : end * self._channels]
+            begin, end = begin * each, end * each
+        self._call(conv_weight_grads, a, g[..., begin:end], groups, out=out)
+
+    def norms(self) -> Tensor:
+        a, g = self.tensors
+        return self._call(conv_weight_norms, a, g, self.geometry.groups)
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        taps = math.prod(self.geometry.kernel)
+        outputs = self.tensors[1].shape[-1]
+        if taps == 1 or self._channels == 1:
+            return rows
+        return rows.view(-1, outputs, taps, self._channels).transpose(2, 3).flatten(1)
+
+    def pairs(self, other: Piece) -> Tensor | None:
+        positions = math.prod(self.tensors[1].shape[1:-1])
+        outputs, inputs = (
+            self.tensors[1].shape[-1],
+            math.prod(self.geometry.kernel) * self._channels,
+        )
+        if self.geometry.groups > 1 or 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
+            return None
+        assert isinstance(other, ConvPiece)
+        return self._unfolded().pairs(other._unfolded())
+
+    def _unfolded(self) -> LinearPiece:
+        """As a linear layer over patches, for few output positions.  # A [n, T, taps * C]"""
+        a, g = self.tensors
+        geometry = self.geometry
+        out = g.shape[1:-1]
+        room = [
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(
+                out, geometry.stride, geometry.kernel, geometry.dilation, strict=True
+            )
+        ]
+        pads: list[int] = [0, 0]
+        for size, before, need in zip(
+            a.shape[-2:0:-1], geometry.padding[::-1], room[::-1], strict=True
+        ):
+            pads += [before, max(0, need - size - before)]
+        padded = torch.nn.functional.pad(a, pads)
+        for i in range(len(out)):
+            padded = padded.unfold(
+                1 + i, (geometry.kernel[i] - 1) * geometry.dilation[i] + 1, geometry.stride[i]
+            )[..., :: geometry.dilation[i]].narrow(1 + i, 0, out[i])
+        # [n, *out, C, *kernel] -> [n, T, taps * C]
+        dims = len(out)
+        patches = padded.movedim(1 + dims, -1).flatten(1, dims).flatten(2)
+        return LinearPiece(patches, g.flatten(1, -2))
+
+    def _call(
+        self, op: Callable[..., Tensor], a: Tensor, g: Tensor, groups: int, **out: Tensor
+    ) -> Tensor:
+        geometry = self.geometry
+        return op(
+            a,
+            g,
+            geometry.kernel,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=groups,
+            **out,
+        )
+
+
+class EmbeddingPiece(Piece):
+    """dW[v, d] = sum over positions t of token v of G[t, d]."""
+
+    def __init__(self, tokens: Tensor, g: Tensor, vocabulary: int) -> None:  # [n, T], [n, T, D]
+        self.tensors, self.vocabulary = (tokens, g), vocabulary
+
+    def again(self, tensors: tuple[Tensor, ...]) -> EmbeddingPiece:
+        return EmbeddingPiece(tensors[0], tensors[1], self.vocabulary)
+
+    @property
+    def width(self) -> int:
+        return self.vocabulary * self.tensors[1].shape[2]
+
+    @property
+    def groups(self) -> int:
+        return self.tensors[1].shape[2]
+
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        """Columns [n, channels of the embedding, vocabulary]."""
+        tokens, g = self.tensors
+        view = out.view(len(g), end - begin, self.vocabulary)
+        index = tokens[:, None].expand(-1, end - begin, -1)
+        view.zero_().scatter_add_(2, index, g[:, :, begin:end].transpose(1, 2))
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        return rows.view(-1, self.groups, self.vocabulary).transpose(1, 2).flatten(1)
+
+    def norms(self) -> Tensor:
+        tokens, g = self.tensors
+        n = len(tokens)
+        example = torch.arange(n, device=tokens.device)[:, None]
+        distinct, place = torch.unique(
+            (example * self.vocabulary + tokens).flatten(), return_inverse=True
+        )
+        sums = g.new_zeros(len(distinct), g.shape[2], dtype=torch.float64)
+        sums.index_add_(0, place, g.flatten(0, 1).double())
+        norms: Tensor = g.new_zeros(n, dtype=torch.float64)
+        norms.index_add_(0, distinct // self.vocabulary, sums.square().sum(1))
+        return norms
+
+    def pairs(self, other: Piece) -> Tensor | None:
+        tokens, g = self.tensors
+        others, h = other.tensors
+        positions = g.shape[1]
+        if 2 * positions**2 >= self.vocabulary:
+            return None
+        n, m = len(tokens), len(others)
+        out = g.new_empty(n, m, dtype=torch.float64)
+        left = g.double().flatten(0, 1)
+        step = max(1, SCRATCH // (16 * max(1, n * positions**2)))
+        for j in range(0, m, step):
+            products = left @ h[j : j + step].double().flatten(0, 1).T
+            same = tokens.flatten()[:, None] == others[j : j + step].flatten()[None]
+            out[:, j : j + step] = products.mul_(same).view(n, positions, -1, positions).sum((1, 3))
+        return out
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Squared norm of each row in float64.  # [n, p] -> [n]"""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+
+
+def norms_by_columns(piece: Piece) -> Tensor:
+    """Squared norms from columns, as many at a time as the scratch holds.  # [n]"""
+    total = piece.tensors[-1].new_zeros(piece.count, dtype=torch.float64)
+    if not piece.width or not piece.count:
+        return total
+    each = piece.width // piece.groups
+    step = max(1, SCRATCH // max(1, piece.count * piece.row_bytes // piece.groups))
+    for begin in range(0, piece.groups, step):
+        end = min(begin + step, piece.groups)
+        out = piece.tensors[-1].new_empty(piece.count, (end - begin) * each)
+        piece.columns(begin, end, out)
+        total += squared_norms(out)
+    return total
+
+
+def full_precision(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Half-precision tensors as float32, others as they are."""
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if t.dtype in half else t for t in tensors)

@@ -1,0 +1,137 @@
+"""What is kept of every example's gradient until its Gram matrix is taken.
+
+For each parameter either rows or what makes them (a layer's input and the gradient of its
+output), whichever is smaller: for WRN-16-4 a fifth of the score matrix. In memory, or in a
+temporary folder on disk that is mapped a window at a time and removed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .pieces import Piece, Rows
+
+# Files under these mount types are memory.
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+def kept_form(piece: Piece) -> Piece:
+    """The piece, or its rows where they take no more memory."""
+    if isinstance(piece, Rows) or piece.example_bytes < piece.row_bytes:
+        return piece
+    out = piece.tensors[-1].new_empty(piece.count, piece.width)
+    piece.columns(0, piece.groups, out)
+    return Rows(out)
+
+
+class ShapesDifferError(RuntimeError):
+    """Examples of different shapes: what is kept of them does not fit one array."""
+
+
+class Records:
+    """Pieces of E examples, filled chunk by chunk and read parameter by parameter.
+
+    Args:
+        survey: a piece of a few examples for each parameter, in the form it is kept.
+        count: E.
+        folder: where files go; None to keep everything in memory.
+        window: examples that are mapped at once, for files.
+    """
+
+    def __init__(
+        self, survey: dict[str, Piece], count: int, folder: Path | None, window: int
+    ) -> None:
+        self.survey, self.count, self.folder = survey, count, folder
+        self.window = count if folder is None else window
+        self._memory: dict[str, tuple[Tensor, ...]] = {}
+        if folder is None:
+            self._memory = {
+                name: tuple(t.new_zeros(count, *t.shape[1:]) for t in piece.tensors)
+                for name, piece in survey.items()
+            }
+        else:
+            for index, (_, piece) in enumerate(survey.items()):
+                for i, t in enumerate(piece.tensors):
+                    with open(self._path(index, i), "wb") as file:
+                        file.truncate(count * t[:1].numel() * t.element_size())
+        self._index = {name: index for index, name in enumerate(survey)}
+
+    def put(self, start: int, name: str, piece: Piece) -> None:
+        """Keep a chunk's piece; `start` is the index of its first example."""
+        kept = kept_form(piece)
+        expected = [t.shape[1:] for t in self.survey[name].tensors]
+        if expected != [t.shape[1:] for t in kept.tensors]:
+            raise ShapesDifferError(f"records of {name!r}")
+        if self.folder is None:
+            for whole, part in zip(self._memory[name], kept.tensors, strict=True):
+                whole[start : start + kept.count] = part
+            return
+        for i, part in enumerate(kept.tensors):
+            mapped = self._map(name, i, start, kept.count, "r+")
+            mapped.copy_(part)  # unmapped with the last reference, and written by the system
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Piece]]:
+        """(index of the first example, piece) for each window of examples."""
+        sample = self.survey[name]
+        if self.folder is None:
+            yield 0, sample.again(self._memory[name])
+            return
+        for start in range(0, self.count, self.window):
+            n = min(self.window, self.count - start)
+            tensors = tuple(self._map(name, i, start, n, "r") for i in range(len(sample.tensors)))
+            yield start, sample.again(tensors)
+
+    def drop(self, name: str) -> None:
+        """Give back the memory of one parameter."""
+        self._memory.pop(name, None)
+
+    def _path(self, index: int, i: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index}-{i}"
+
+    def _map(self, name: str, i: int, start: int, n: int, mode: str) -> Tensor:
+        sample = self.survey[name].tensors[i]
+        each = sample[:1].numel() * sample.element_size()
+        if n == 0 or each == 0:
+            return sample.new_zeros(n, *sample.shape[1:])
+        # Copy-on-write for reading: torch takes no read-only arrays.
+        mapped = np.memmap(
+            self._path(self._index[name], i),
+            dtype=np.uint8,
+            mode="c" if mode == "r" else "r+",
+            offset=start * each,
+            shape=(n * each,),
+        )
+        return torch.from_numpy(mapped).view(sample.dtype).view(n, *sample.shape[1:])
+
+
+def spill_folder(needed: int) -> Path | None:
+    """A folder on disk with room for `needed` bytes and a tenth more; None if there is none.
+
+    The system's temporary folder (TMPDIR), then /var/tmp; not one that is kept in memory.
+    """
+    for place in (tempfile.gettempdir(), "/var/tmp"):
+        try:
+            state = os.statvfs(place)
+        except (OSError, AttributeError):
+            continue
+        if state.f_bavail * state.f_frsize > 1.1 * needed and not _is_memory(place):
+            return Path(place)
+    return None
+
+
+def _is_memory(place: str) -> bool:
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    path = os.path.realpath(place)
+    holding = [(len(m), kind) for m, kind in mounts if (path + "/").startswith(m.rstrip("/") + "/")]
+    return bool(holding) and max(holding)[1] in _IN_MEMORY
