@@ -33,13 +33,16 @@ CHUNK = tl.constexpr(1024)
 # A coordinate that no image contains, wherever a kernel moves it.
 OUTSIDE = tl.constexpr(-(2**30))
 
-# Output channels and weight columns of a tile, in order of preference at equal padding.
-TILES_O = (64, 32, 16)
-TILES_KC = (64, 32, 16)
+# Rows (output channels) and columns of a tile. A larger tile loads less for each product; a smaller
+# one is padded less.
+TILES = tuple((rows, columns) for rows in (64, 32, 16) for columns in (64, 32, 16))
+# What loading one number costs a tile beside one multiply-add: index arithmetic, the way to shared
+# memory and from there to registers. An estimate; it decides between tiles of nearly equal cost.
+LOAD_COST = 16
 
 
 @triton.jit
-def coordinates(index, depth, height, width, DIMS: tl.constexpr):
+def coordinates(index, height, width, DIMS: tl.constexpr):
     """(z, y, x) of positions numbered x fastest; leading dimensions of size 1 cost nothing."""
     z = tl.zeros_like(index)
     y = tl.zeros_like(index)
@@ -69,7 +72,7 @@ def tile_kernel(
     a, g, out, partial,
     tiles_o, tiles_kc, groups, group_c, group_o, width_kc,
     a_example, a_pixel, g_example, g_pixel, out_example,
-    in_z, in_y, in_x, out_z, out_y, out_x, kernel_z, kernel_y, kernel_x,
+    in_z, in_y, in_x, out_z, out_y, out_x, kernel_y, kernel_x,
     stride_z, stride_y, stride_x, pad_z, pad_y, pad_x, dilation_z, dilation_y, dilation_x,
     NORMS: tl.constexpr, DIMS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_KC: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -84,7 +87,7 @@ def tile_kernel(
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     kc = tile_kc * BLOCK_KC + tl.arange(0, BLOCK_KC)
     # Where each weight column reads, from the corner of a position's window.
-    kz, ky, kx = coordinates(kc // group_c, kernel_z, kernel_y, kernel_x, DIMS)
+    kz, ky, kx = coordinates(kc // group_c, kernel_y, kernel_x, DIMS)
     kz, ky, kx = kz * dilation_z, ky * dilation_y, kx * dilation_x
     column = ((kz * in_y + ky) * in_x + kx).to(tl.int64) * a_pixel + kc % group_c
     kx = tl.where(kc < width_kc, kx, OUTSIDE)
@@ -97,7 +100,7 @@ def tile_kernel(
         part = tl.zeros([BLOCK_O, BLOCK_KC], dtype=a.dtype.element_ty)
         for start in count(chunk, tl.minimum(chunk + CHUNK, positions), BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            z, y, x = coordinates(p, out_z, out_y, out_x, DIMS)
+            z, y, x = coordinates(p, out_y, out_x, DIMS)
             z = z * stride_z - pad_z
             y = y * stride_y - pad_y
             x = x * stride_x - pad_x
@@ -131,7 +134,7 @@ def column_kernel(
     a, g, out, partial,
     tiles_o, width_kc, channels_o, group_c, group_o,
     a_example, a_pixel, g_example, g_pixel, out_example,
-    in_z, in_y, in_x, out_z, out_y, out_x, kernel_z, kernel_y, kernel_x,
+    in_z, in_y, in_x, out_z, out_y, out_x, kernel_y, kernel_x,
     stride_z, stride_y, stride_x, pad_z, pad_y, pad_x, dilation_z, dilation_y, dilation_x,
     NORMS: tl.constexpr, DIMS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +146,7 @@ def column_kernel(
 
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     c = o // group_o * group_c + kc % group_c
-    kz, ky, kx = coordinates(kc // group_c, kernel_z, kernel_y, kernel_x, DIMS)
+    kz, ky, kx = coordinates(kc // group_c, kernel_y, kernel_x, DIMS)
     kz, ky, kx = kz * dilation_z, ky * dilation_y, kx * dilation_x
     a += example * a_example
     g += example * g_example
@@ -152,7 +155,7 @@ def column_kernel(
     total = tl.zeros([BLOCK_P, BLOCK_O], dtype=a.dtype.element_ty)
     for start in count(0, positions, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        z, y, x = coordinates(p, out_z, out_y, out_x, DIMS)
+        z, y, x = coordinates(p, out_y, out_x, DIMS)
         z = z * stride_z - pad_z + kz
         y = y * stride_y - pad_y + ky
         x = x * stride_x - pad_x + kx
@@ -172,9 +175,14 @@ def column_kernel(
         tl.store(at, value, mask=o < channels_o)
 
 
-def _least_padded(size: int, blocks: tuple[int, ...]) -> int:
-    """The block that covers `size` with the least padding; the largest of them."""
-    return min(blocks, key=lambda block: triton.cdiv(size, block) * block)
+def _tile(rows: int, columns: int) -> tuple[int, int]:
+    """The tile that covers a gradient of this size at the least cost a position."""
+
+    def cost(tile: tuple[int, int]) -> int:
+        count = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+        return int(count * (tile[0] * tile[1] + LOAD_COST * (tile[0] + tile[1])))
+
+    return min(TILES, key=cost)
 
 
 def _pixel_stride(tensor: Tensor) -> int | None:
@@ -194,6 +202,14 @@ def _evenly_spaced(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if _pixel_stride(tensor) is None else tensor
 
 
+def _trivial_dimensions(
+    inputs: Sequence[int], outputs: Sequence[int], kernel: Sequence[int], padding: Sequence[int]
+) -> int:
+    """Leading dimensions in which the one position reads the one pixel."""
+    sizes = zip(inputs, outputs, kernel, padding, strict=True)
+    return next((d for d, size in enumerate(sizes) if size != (1, 1, 1, 0)), 3)
+
+
 def _launch(
     a: Tensor,  # [n, D, H, W, C]
     g: Tensor,  # [n, d, h, w, O]
@@ -210,9 +226,8 @@ def _launch(
     width_kc = prod(kernel) * group_c
     if n * group_o * width_kc == 0:
         return a.new_zeros((n, 0), dtype=torch.float64)
-    sizes = (*a.shape[1:4], *g.shape[1:4], *kernel, *stride, *padding, *dilation)
-    shape = (a.shape[1:4], g.shape[1:4], kernel)
-    dims = max((3 - d for d in range(3) if any(s[d] != 1 for s in shape)), default=1)
+    sizes = (*a.shape[1:4], *g.shape[1:4], *kernel[1:], *stride, *padding, *dilation)
+    dims = 3 - min(_trivial_dimensions(a.shape[1:4], g.shape[1:4], kernel, padding), 2)
     strides = (
         a.stride(0), _pixel_stride(a), g.stride(0), _pixel_stride(g),
         0 if out is None else out.stride(0),
@@ -230,7 +245,7 @@ def _launch(
             )  # fmt: skip
         return partial
     precision = "float64" if a.dtype == torch.float64 else matmul_precision()
-    block_o, block_kc = _least_padded(group_o, TILES_O), _least_padded(width_kc, TILES_KC)
+    block_o, block_kc = _tile(group_o, width_kc)
     tiles_o, tiles_kc = triton.cdiv(group_o, block_o), triton.cdiv(width_kc, block_kc)
     partial = a.new_empty((n, groups * tiles_o * tiles_kc), dtype=torch.float64)
     with on_device(a):
@@ -238,7 +253,7 @@ def _launch(
             a, g, partial if out is None else out, partial,
             tiles_o, tiles_kc, groups, group_c, group_o, width_kc, *strides, *sizes,
             PRECISION=INPUT_PRECISION[precision], BLOCK_O=block_o, BLOCK_KC=block_kc, BLOCK_P=32,
-            num_warps=4 if block_o * block_kc >= 2048 else 2, num_stages=3, **options,
+            num_warps=min(4, max(1, block_o * block_kc // 512)), num_stages=3, **options,
         )  # fmt: skip
     return partial
 

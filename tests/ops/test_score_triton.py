@@ -246,6 +246,17 @@ def test_pixels_unevenly_spaced_are_copied_first(place: str) -> None:
     assert torch.equal(conv_weight_grads(a, g, **SIZES), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 4], ids=["tiles", "columns"])
+@pytest.mark.parametrize("padding", [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_a_dimension_of_one_pixel_that_no_position_reads_gives_zeros(
+    place: str, padding: tuple[int, int, int], groups: int
+) -> None:
+    a, g = (randn(2, 1, 1, 1, 8, seed=s, device=place) for s in (1, 2))
+    one = [1, 1, 1]
+    grads = conv_weight_grads(a, g, one, stride=one, padding=padding, dilation=one, groups=groups)
+    assert torch.equal(grads, torch.zeros_like(grads))
+
+
 @pytest.mark.parametrize("groups", [1, 12], ids=["tiles", "columns"])
 def test_more_positions_than_one_float32_sum_takes(place: str, groups: int) -> None:
     a, g = (randn(1, 1500, 12, seed=s, device=place) for s in (1, 2))
