@@ -2,13 +2,17 @@
 
 from ._version import __version__
 from .curvature import (
+    FisherOperator,
     GGNOperator,
     HessianOperator,
     ScorePlan,
     curvature_profile,
+    fisher_eigenvalues,
     fisher_trace,
     gradient_norms,
     hessian_trace,
+    ntk_gram,
+    sampled_labels,
     score_gram,
     score_matrix,
     score_plan,
@@ -37,6 +41,10 @@ __all__ = [
     "ScorePlan",
     "gradient_norms",
     "fisher_trace",
+    "sampled_labels",
+    "ntk_gram",
+    "FisherOperator",
+    "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",

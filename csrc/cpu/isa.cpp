@@ -14,7 +14,7 @@ bool runs(Isa isa) {
       return true;
     case AVX2:
 #ifdef ENTROPIC_HAS_AVX2
-      return __builtin_cpu_supports("avx2");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
       return false;
 #endif

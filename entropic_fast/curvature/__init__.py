@@ -2,8 +2,11 @@
 
 from .density import spectral_density
 from .fisher import fisher_trace, gradient_norms
+from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .gram import ScorePlan
 from .krylov import top_eigenvalues
+from .labels import sampled_labels
+from .ntk import ntk_gram
 from .operators import GGNOperator, HessianOperator
 from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
@@ -24,6 +27,10 @@ __all__ = [
     "ScorePlan",
     "gradient_norms",
     "fisher_trace",
+    "sampled_labels",
+    "ntk_gram",
+    "FisherOperator",
+    "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",

@@ -346,7 +346,7 @@ class EmbeddingPiece(Piece):
         if 2 * positions**2 >= self.vocabulary:
             return None
         n, m = len(tokens), len(others)
-        out = g.new_empty(n, m, dtype=torch.float64)
+        out: Tensor = g.new_empty(n, m, dtype=torch.float64)
         left = g.double().flatten(0, 1)
         step = max(1, SCRATCH // (16 * max(1, n * positions**2)))
         for j in range(0, m, step):
@@ -358,7 +358,8 @@ class EmbeddingPiece(Piece):
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row in float64.  # [n, p] -> [n]"""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.square()
 
 
 def norms_by_columns(piece: Piece) -> Tensor:

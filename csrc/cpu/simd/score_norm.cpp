@@ -57,32 +57,52 @@ EF_FN void block(const NormExample<T>& e, i64 position, i64 rows, const i64* cha
                  double* scale_sums, double* shift_sums) {
   Lanes<T> scale[CHAINS * COUNT] = {};
   Lanes<T> shift[CHAINS * COUNT] = {};
-  const auto row = [&](i64 s, int chain) __attribute__((always_inline)) {
-    const T* x = e.x + s * e.channels;
-    const T* g = e.g + s * e.channels;
-    const i64 at = s * e.stat_position;
+  // In locals, which a store to grad_x cannot change.
+  Lanes<T> mean[COUNT], factor[COUNT];
+  i64 offset[COUNT];
+#pragma GCC unroll 4
+  for (int v = 0; v < COUNT; ++v) {
+    offset[v] = channel[v];
+    if constexpr (KIND == CHANNEL) mean[v] = load(e.mean + channel[v]);
+    if constexpr (GRAD) factor[v] = load(e.factor + channel[v]);
+  }
+  const i64 width = e.channels, stat_step = e.stat_position;
+  const T* x = e.x + position * width;
+  const T* g = e.g + position * width;
+  T* grad_x = GRAD ? e.grad_x + position * width : nullptr;
+  const T* means = e.mean + position * stat_step;
+  const T* rstds = e.rstd + position * stat_step;
+  const auto row = [&](int chain) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int v = 0; v < COUNT; ++v) {
-      const Lanes<T> value = load(x + channel[v]);
-      const Lanes<T> grad = load(g + channel[v]);
+      if constexpr (COUNT == 4) {  // what follows in this row: the loop goes down the rows first
+        __builtin_prefetch(x + offset[v] + COUNT * LANES<T>);
+        __builtin_prefetch(g + offset[v] + COUNT * LANES<T>);
+      }
+      const Lanes<T> value = load(x + offset[v]);
+      const Lanes<T> grad = load(g + offset[v]);
       Lanes<T> centred;
       if constexpr (KIND == CHANNEL)
-        centred = value - load(e.mean + channel[v]);
+        centred = value - mean[v];
       else if constexpr (KIND == POSITION)
-        centred = (value - e.mean[at]) * e.rstd[at];
+        centred = (value - *means) * *rstds;
       else
-        centred = (value - load(e.mean + at + channel[v])) * load(e.rstd + at + channel[v]);
+        centred = (value - load(means + offset[v])) * load(rstds + offset[v]);
       scale[chain * COUNT + v] += grad * centred;
       shift[chain * COUNT + v] += grad;
-      if constexpr (GRAD)
-        store(e.grad_x + s * e.channels + channel[v], grad * load(e.factor + channel[v]));
+      if constexpr (GRAD) store(grad_x + offset[v], grad * factor[v]);
     }
+    x += width;
+    g += width;
+    if constexpr (GRAD) grad_x += width;
+    means += stat_step;
+    rstds += stat_step;
   };
   i64 r = 0;
   for (; r + CHAINS <= rows; r += CHAINS)
 #pragma GCC unroll 4
-    for (int chain = 0; chain < CHAINS; ++chain) row(position + r + chain, chain);
-  for (; r < rows; ++r) row(position + r, 0);
+    for (int chain = 0; chain < CHAINS; ++chain) row(chain);
+  for (; r < rows; ++r) row(0);
 #pragma GCC unroll 4
   for (int v = 0; v < COUNT; ++v) {
     flush<CHAINS, T>(scale + v, COUNT, scale_sums + v * LANES<T>);
