@@ -229,10 +229,7 @@ class Objective:
     # -- evaluation ------------------------------------------------------------------------
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
-        """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both.
-
-        In the model's dtype.
-        """
+        """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable."""
         values = {**self.split(theta), **self.buffers}
         try:
             with exact_math():
