@@ -15,7 +15,7 @@ from .exact import exact_math
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
-from .normalisation import gather_statistics, norm_layers, private_copy, explain_too_few
+from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
 from .parameters import load_tensors, trainable
 
 __all__ = ["NonFiniteLossError", "Objective"]
