@@ -58,6 +58,17 @@ def gather_statistics(
             layer.momentum = momentum
 
 
+def explain_too_few(error: ValueError, size: int) -> None:
+    """Raise a clearer error, if a model's says that a batch of `size` examples is too small."""
+    if "more than 1 value per channel" in str(error):
+        raise checks.fail(
+            "batch_size",
+            "at least 2 examples in every batch, to normalise by batch statistics",
+            f"a batch of {size}",
+            "choose one that leaves no single example over",
+        ) from error
+
+
 def private_copy(model: nn.Module, norm: str) -> nn.Module:
     """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
 

@@ -15,7 +15,7 @@ from .exact import exact_math
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
-from .normalisation import gather_statistics, norm_layers, private_copy
+from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
 from .parameters import load_tensors, trainable
 
 __all__ = ["NonFiniteLossError", "Objective"]
@@ -229,23 +229,14 @@ class Objective:
     # -- evaluation ------------------------------------------------------------------------
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
-        """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both.
-
-        In the model's dtype.
-        """
+        """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable."""
         values = {**self.split(theta), **self.buffers}
         try:
             with exact_math():
                 outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise checks.fail(
-                "batch_size",
-                "at least 2 examples in every batch, to normalise by batch statistics",
-                f"a batch of {len(inputs)}",
-                "choose one that leaves no single example over",
-            ) from error
+            explain_too_few(error, len(inputs))
+            raise
         return outputs
 
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -264,7 +255,7 @@ class Objective:
         outputs = functional_call(
             self._model, {**values, **self.buffers}, (inputs,), tie_weights=True
         )
-        return self._loss(outputs, targets)
+        return self.output_losses(outputs, targets)
 
     def constants(self) -> list[Tensor]:
         """The model's buffers and frozen parameters, the very tensors that it computes with."""

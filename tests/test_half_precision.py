@@ -77,6 +77,9 @@ def test_a_cross_entropy_is_computed_in_float32(dtype: torch.dtype):
         model.weight.copy_(torch.tensor([[9.25, 0.0], [0.0, 0.0]]))
     obj = Objective(model, "cross_entropy", (torch.tensor([[1.0, 0.0]]), torch.tensor([0])))
     assert obj.loss() == pytest.approx(9.611e-05, rel=1e-3)
+    theta, (inputs, targets) = obj.parameters_vector(), obj.tensors()
+    named = obj.losses_with(obj.split(theta), inputs, targets)
+    assert named.dtype == torch.float32 and torch.equal(named, obj.losses(theta, inputs, targets))
 
 
 def test_losses_over_the_largest_float16_are_finite():

@@ -293,22 +293,20 @@ fisher_eigenvalues(obj, 1, max_examples=2, memory_budget=2**27, max_passes=2)
 gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = status("VmRSS")
-print(fisher_eigenvalues(obj, 2, memory_budget=int(sys.argv[1]), block=3, max_passes=8).matvecs)
+print(fisher_eigenvalues(obj, 2, memory_budget=int(sys.argv[1]), block=3, max_passes=11).matvecs)
 print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_memory_stays_near_the_budget():
-    """P is 75,010: a column takes 0.57 MiB, the least basis and its workspace 11.5 MiB."""
-    for mebibytes in (24, 64):
-        run = subprocess.run(
-            [sys.executable, "-c", PEAK, str(mebibytes * 2**20)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert int(run.stdout.split()[1]) < 1.15 * mebibytes * 2**20
+    """P is 75,010: a column takes 0.57 MiB, so 25 fit beside the workspace, and are restarted."""
+    budget = 32 * 2**20
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(budget)], capture_output=True, text=True, check=True
+    )
+    products, grown = map(int, run.stdout.split())
+    assert products > 25 and grown < 1.15 * budget
 
 
 def test_a_budget_too_small_is_refused_with_what_is_needed():
