@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def fail(argument: str, expected: str, got: str, do: str = "") -> ValueError:
     """The error for a bad argument, in the form every public function uses.
@@ -60,6 +62,24 @@ def vector(argument: str, value: Tensor, size: int) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != (size,):
         raise fail(argument, f"a tensor of shape [{size}]", describe(value))
     return finite(argument, value)
+
+
+def full_precision(argument: str, dtype: torch.dtype, what: str) -> None:
+    """Refuse half precision for a quantity (`what`) that its rounding would drown.
+
+    >>> full_precision("obj", torch.bfloat16, "the Hessian")
+    Traceback (most recent call last):
+    ...
+    ValueError: obj: expected float32 or float64 for the Hessian, got bfloat16; convert the model
+    with model.float()
+    """
+    if dtype in HALF:
+        raise fail(
+            argument,
+            f"float32 or float64 for {what}",
+            str(dtype).removeprefix("torch."),
+            "convert the model with model.float()",
+        )
 
 
 def finite(argument: str, value: Tensor) -> Tensor:

@@ -131,12 +131,16 @@ class Examples:
                 yield Batch(start, x, y)
                 start += len(x)
 
-    def require_count(self, max_examples: int) -> None:
-        """Refuse a number of examples that is not in 1 .. N."""
-        if checks.whole("max_examples", max_examples, 1) > self.count:
+    def require_count(self, max_examples: int | None) -> int:
+        """`max_examples` if it is in 1 .. N, or N for None."""
+        if max_examples is None:
+            return self.count
+        number = checks.whole("max_examples", max_examples, 1)
+        if number > self.count:
             raise checks.fail(
                 "max_examples", f"at most the {self.count} examples there are", str(max_examples)
             )
+        return number
 
     def require_labels(self, outputs: Tensor) -> None:
         """Refuse targets that do not fit the outputs' classes, for cross-entropy.
@@ -151,9 +155,10 @@ class Examples:
                         f"whole class numbers [N], or probabilities {[*outputs.shape[1:]]} each",
                         checks.describe(batch.targets),
                     )
-                sums = batch.targets.sum(1)
+                sums = batch.targets.double().sum(1)
+                rounding = max(1e-3, torch.finfo(batch.targets.dtype).eps)
                 if bool((batch.targets < 0).any()) or not torch.allclose(
-                    sums, torch.ones_like(sums), atol=1e-3
+                    sums, torch.ones_like(sums), atol=rounding
                 ):
                     raise checks.fail(
                         "targets",
@@ -209,6 +214,41 @@ class Examples:
         if inputs.is_floating_point():
             return inputs.to(self.device, self.dtype)
         return inputs.to(self.device)
+
+
+class RepeatedExamples(Examples):
+    """Every example of other data `times` times in a row, each with a target of its own.
+
+    Inputs are repeated as batches are read, so they are held once.
+
+    Args:
+        source: the examples to repeat.
+        times: how often.
+        targets: for each repetition, on the source's device.  # [N * times, ...]
+    """
+
+    def __init__(self, source: Examples, times: int, targets: Tensor) -> None:
+        self.device, self.dtype = source.device, source.dtype
+        self.batch_size = source.batch_size
+        self.count = source.count * checks.whole("times", times, 1)
+        if len(targets) != self.count:
+            raise checks.fail(
+                "targets", f"{self.count}, {times} for each example", checks.describe(targets)
+            )
+        self._tensors = None
+        self._base, self._times, self._targets = source, times, targets
+
+    def cast(self, dtype: torch.dtype) -> RepeatedExamples:
+        """The same examples with floating-point inputs in another dtype."""
+        return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
+
+    def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._base.batches(batch_size=max(1, size // self._times)):
+            inputs = batch.inputs
+            if self._times > 1:
+                inputs = inputs.repeat_interleave(self._times, 0)
+            start = batch.start * self._times
+            yield inputs, self._targets[start : start + len(inputs)]
 
 
 def _are_tensors(pair: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checks import fail, positive, whole
+from .checks import fail, full_precision, positive, whole
 from .curvature import HessianOperator, top_eigenvalues
 from .data import ImageData
 from .models import build
@@ -162,6 +162,7 @@ def measure_line(
     whole("points", points, 3)
     positive("tol", tol)
     objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
+    full_precision("a", objective.dtype, "a line between networks")
     shapes_a, shapes_b = (
         {n: tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad} for m in (a, b)
     )

@@ -24,6 +24,16 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
     return cross_entropy if loss == "cross_entropy" else mean_squared_error
 
 
+def widened(outputs: Tensor) -> Tensor:
+    """Outputs as a loss takes them: half precision, of 2 or 3 digits, in float32.
+
+    >>> import torch
+    >>> widened(torch.ones(2, dtype=torch.bfloat16)).dtype, widened(torch.ones(2).double()).dtype
+    (torch.float32, torch.float64)
+    """
+    return outputs.float() if outputs.dtype in checks.HALF else outputs
+
+
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats; a mean over positions for outputs [N, C, ...].  # [N]"""
     losses = functional.cross_entropy(outputs, targets, reduction="none")

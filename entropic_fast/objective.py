@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import checks
+from . import checks, model_checks
 from .exact import exact_math
 from .examples import Batch, Examples
-from .loss_functions import LossFunction, loss_function
+from .loss_functions import LossFunction, loss_function, widened
+from .model_checks import NonFiniteLossError
+from .normalisation import gather_statistics, norm_layers, private_copy
+from .parameters import load_tensors, trainable
 
-# Layers whose evaluation-mode output uses statistics gathered in training.
-NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
-
-
-class NonFiniteLossError(ValueError):
-    """A loss that is NaN or infinite; the message names the example and the point."""
+__all__ = ["NonFiniteLossError", "Objective"]
 
 
 class Objective:
@@ -33,6 +31,11 @@ class Objective:
 
     Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is random
     even so (functional dropout) is refused, because nothing exact can be said of it.
+
+    A model may be in half precision (float16, bfloat16). It then runs in its own dtype, its
+    outputs are converted to float32 before the loss, and sums over examples are float32 or
+    more; theta and gradients have the model's dtype. What needs second derivatives, or moves
+    along paths, refuses half precision: its rounding is as large as what is sought.
 
     Args:
         model: any `nn.Module` that maps inputs [N, ...] to one output tensor [N, ...].
@@ -50,6 +53,7 @@ class Objective:
     Attributes:
         num_params: P, the length of theta.
         num_examples: N.
+        examples: the data, in a fixed order.
         dtype, device: of theta.
 
     Raises:
@@ -81,31 +85,16 @@ class Objective:
         self.norm = norm
         self.loss_name = loss if isinstance(loss, str) else "custom"
         self._loss = loss_function(loss)
-        self._model = _private_copy(model, norm)
+        self._model = private_copy(model, norm)
         self._read_parameters(device)
-        self._examples = Examples(data, self.device, self.dtype, batch_size)
-        self._check_model()
+        self.examples = Examples(data, self.device, self.dtype, batch_size)
+        model_checks.require_model(self)
         self._per_example: str | None = None  # why single examples are undefined; "" if defined
 
     # -- parameters ------------------------------------------------------------------------
 
     def _read_parameters(self, device: torch.device | str | None) -> None:
-        named = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        if not any(p.numel() for p in named.values()):
-            raise checks.fail(
-                "model",
-                "at least one parameter that requires a gradient",
-                "none",
-                "call requires_grad_(True) on the parameters to study",
-            )
-        dtypes = {p.dtype for p in named.values()}
-        if len(dtypes) > 1 or dtypes - {torch.float32, torch.float64}:
-            raise checks.fail(
-                "model",
-                "parameters of one dtype, float32 or float64",
-                ", ".join(sorted(str(d) for d in dtypes)),
-                "cast it with model.float() or model.double()",
-            )
+        trainable(self._model)
         devices = {t.device for t in (*self._model.parameters(), *self._model.buffers())}
         if device is None and len(devices) > 1:
             raise checks.fail(
@@ -113,8 +102,8 @@ class Objective:
             )
         self.device = torch.device(device) if device is not None else devices.pop()
         self._model.to(self.device)
-        named = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
-        self.dtype = dtypes.pop()
+        named = trainable(self._model)
+        self.dtype = next(iter(named.values())).dtype
         self._names = tuple(named)
         self._shapes = tuple(p.shape for p in named.values())
         self._sizes = tuple(p.numel() for p in named.values())
@@ -149,24 +138,7 @@ class Objective:
         Raises:
             ValueError: a model whose parameters have other names or shapes; it is unchanged.
         """
-        values = self.split(self.point(theta))
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        for name, value in values.items():
-            if shapes.get(name) != value.shape:
-                got = list(shapes[name]) if name in shapes else "no such parameter"
-                raise checks.fail(
-                    "model",
-                    f"parameter {name!r} of shape {list(value.shape)}",
-                    str(got),
-                    "build it as the model of this objective was",
-                )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
-            for name, buffer in model.named_buffers():
-                if name in self.buffers:
-                    buffer.copy_(self.buffers[name])
+        load_tensors(model, self.split(self.point(theta)), self.buffers)
 
     def point(self, theta: Tensor | None) -> Tensor:
         """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]"""
@@ -187,7 +159,7 @@ class Objective:
     @property
     def num_examples(self) -> int:
         """N, the number of examples."""
-        return self._examples.count
+        return self.examples.count
 
     def batches(
         self, max_examples: int | None = None, batch_size: int | None = None
@@ -198,16 +170,31 @@ class Objective:
             max_examples: only the first so many examples; None for all.
             batch_size: cut batches into pieces of at most so many examples.
         """
-        if max_examples is not None:
-            self._examples.require_count(max_examples)
-        return self._examples.batches(max_examples, batch_size)
+        self.count(max_examples)
+        return self.examples.batches(max_examples, batch_size)
+
+    def count(self, max_examples: int | None = None) -> int:
+        """How many examples `max_examples` stands for: itself, or N for None.
+
+        Raises:
+            ValueError: not a whole number in 1 .. N.
+        """
+        return self.examples.require_count(max_examples)
 
     def with_data(self, data: Any, *, batch_size: int | None = None) -> Objective:
         """The same model, loss and statistics over other data."""
+        return self.derived(Examples(data, self.device, self.dtype, batch_size))
+
+    def derived(
+        self, examples: Examples, loss: LossFunction | None = None, theta: Tensor | None = None
+    ) -> Objective:
+        """The same model and statistics over other examples, with another loss or point [P]."""
         other = copy.copy(self)
-        other._examples = Examples(data, self.device, self.dtype, batch_size)
-        other._per_example = None
-        other._check_model()
+        other.examples, other._per_example = examples, None
+        other._theta = self.point(theta).clone()
+        if loss is not None:
+            other.loss_name, other._loss = "custom", loss
+        model_checks.require_model(other)
         return other
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -222,19 +209,30 @@ class Objective:
 
     def double(self) -> Objective:
         """The same objective in float64."""
+        return self.cast(torch.float64)
+
+    def cast(self, dtype: torch.dtype) -> Objective:
+        """The same objective in another floating-point dtype.
+
+        Numbers keep what rounding they have: a half-precision model in float32 has the same
+        parameters, and inputs given as tensors are those already rounded to half.
+        """
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).double()
+        other._model = copy.deepcopy(self._model).to(dtype)
         other.buffers = {
-            n: b.double() if b.is_floating_point() else b for n, b in self.buffers.items()
+            n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
         }
-        other._theta, other.dtype = self._theta.double(), torch.float64
-        other._examples = self._examples.cast(torch.float64)
+        other._theta, other.dtype = self._theta.to(dtype), dtype
+        other.examples = self.examples.cast(dtype)
         return other
 
     # -- evaluation ------------------------------------------------------------------------
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
-        """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both."""
+        """The model's outputs at theta [P] for inputs [n, ...]; differentiable in both.
+
+        In the model's dtype.
+        """
         values = {**self.split(theta), **self.buffers}
         try:
             with exact_math():
@@ -251,8 +249,15 @@ class Objective:
         return outputs
 
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each example at theta [P]; differentiable.  # [n]"""
-        return self._loss(self.outputs(theta, inputs), targets)
+        """Loss of each example at theta [P]; differentiable.  # [n]
+
+        Of float32 where the model is in half precision.
+        """
+        return self.output_losses(self.outputs(theta, inputs), targets)
+
+    def output_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]"""
+        return self._loss(widened(outputs), targets)
 
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
@@ -279,7 +284,7 @@ class Objective:
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        _require_finite(losses.detach(), theta, batch.start)
+        model_checks.require_finite(losses.detach(), theta, batch.start)
         return losses
 
     def loss(self, theta: Tensor | None = None) -> float:
@@ -288,14 +293,24 @@ class Objective:
 
     @exact_math()
     def gradient(self, theta: Tensor | None = None) -> Tensor:
-        """Gradient of `loss` at theta [P].  # [P]"""
+        """Gradient of `loss` at theta [P], in theta's dtype.  # [P]
+
+        Batches are summed in float32 at the least. In half precision each batch's own gradient
+        is rounded to half, and entries of the mean under the dtype's smallest number (6e-8 for
+        float16) are 0.
+
+        Raises:
+            NonFiniteLossError: a loss that is NaN or infinite.
+            ValueError: a half-precision gradient that overflows.
+        """
         theta = self.point(theta)
-        total = torch.zeros_like(theta)
+        total = widened(torch.zeros_like(theta))
         for batch in self.batches():
             leaf = theta.detach().requires_grad_()
             loss = self.finite_losses(leaf, batch).sum()
             total += torch.autograd.grad(loss, leaf)[0]
-        return total / self.num_examples
+        model_checks.require_in_range(total, theta.dtype)
+        return (total / self.num_examples).to(theta.dtype)
 
     def evaluate(self, theta: Tensor | None = None) -> tuple[float, float]:
         """Mean loss, and the share of examples whose largest output is the target.
@@ -309,14 +324,9 @@ class Objective:
         with torch.no_grad():
             for batch in self.batches():
                 outputs = self.outputs(theta, batch.inputs)
-                if outputs.ndim != 2 or batch.targets.is_floating_point():
-                    raise checks.fail(
-                        "evaluate",
-                        "a classifier (outputs [N, C], whole targets [N])",
-                        f"outputs {list(outputs.shape)}, targets of {batch.targets.dtype}",
-                    )
-                losses = self._loss(outputs, batch.targets)
-                _require_finite(losses, theta, batch.start)
+                model_checks.require_classifier(outputs, batch.targets)
+                losses = self.output_losses(outputs, batch.targets)
+                model_checks.require_finite(losses, theta, batch.start)
                 loss += float(losses.double().sum())
                 correct += int((outputs.argmax(1) == batch.targets).sum())
         return loss / self.num_examples, correct / self.num_examples
@@ -326,7 +336,7 @@ class Objective:
     @property
     def has_running_statistics(self) -> bool:
         """Whether any normalisation layer uses stored statistics."""
-        return any(m.track_running_stats for m in self._norm_layers())
+        return any(m.track_running_stats for m in norm_layers(self._model))
 
     def with_norm(self, norm: str) -> Objective:
         """This objective with normalisation layers in another mode, "running" or "batch".
@@ -340,7 +350,7 @@ class Objective:
         checks.one_of("norm", norm, ("running", "batch"))
         if norm == self.norm:
             return self
-        if norm == "running" and any(self._norm_layers()):
+        if norm == "running" and any(norm_layers(self._model)):
             raise checks.fail(
                 "norm",
                 "an objective that keeps running statistics",
@@ -349,7 +359,7 @@ class Objective:
             )
         other = copy.copy(self)
         other.norm, other._per_example = norm, None
-        other._model = _private_copy(self._model, norm)
+        other._model = private_copy(self._model, norm)
         kept = dict(other._model.named_buffers())
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other
@@ -367,33 +377,16 @@ class Objective:
         Returns:
             a new Objective at the same data; this one unchanged if nothing keeps statistics.
         """
-        if max_examples is not None:
-            self._examples.require_count(max_examples)
+        self.count(max_examples)
         if not self.has_running_statistics:
             return self
         theta = self.point(theta)
-        layers = [m for m in self._norm_layers() if m.track_running_stats]
         other = copy.copy(self)
         other.buffers = {name: b.clone() for name, b in self.buffers.items()}
-        state = [(layer.training, layer.momentum) for layer in layers]
-        seen = 0
-        try:
-            for layer in layers:
-                layer.train()
-            with torch.no_grad():
-                for batch in self.batches(max_examples):
-                    seen += len(batch.inputs)
-                    for layer in layers:
-                        layer.momentum = len(batch.inputs) / seen
-                    other.outputs(theta, batch.inputs)
-        finally:
-            for layer, (training, momentum) in zip(layers, state, strict=True):
-                layer.train(training)
-                layer.momentum = momentum
+        gather_statistics(
+            self._model, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
+        )
         return other
-
-    def _norm_layers(self) -> list[Any]:
-        return [m for m in self._model.modules() if isinstance(m, NORM_LAYERS)]
 
     # -- single examples -------------------------------------------------------------------
 
@@ -404,7 +397,7 @@ class Objective:
             ValueError: an example's loss depends on the rest of its batch.
         """
         if self._per_example is None:
-            self._per_example = self._examples_interact()
+            self._per_example = model_checks.interaction(self, self._model)
         if self._per_example:
             raise checks.fail(
                 "objective",
@@ -412,120 +405,3 @@ class Objective:
                 self._per_example,
                 'use norm="running", and layers that keep running statistics',
             )
-
-    def _examples_interact(self) -> str:
-        # Instance normalisation without stored statistics is each example's own affair.
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        if self.norm == "batch" and any(isinstance(m, batch_norm) for m in self._norm_layers()):
-            return 'normalisation by batch statistics (norm="batch")'
-        batch = next(self._examples.batches(3))
-        with torch.no_grad():
-            together = self.losses(self._theta, batch.inputs, batch.targets)
-            alone = torch.cat(
-                [
-                    self.losses(self._theta, batch.inputs[i : i + 1], batch.targets[i : i + 1])
-                    for i in range(len(batch.inputs))
-                ]
-            )
-        if torch.allclose(together, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
-            return ""
-        return f"losses {together.tolist()} together but {alone.tolist()} one by one"
-
-    def _check_model(self) -> None:
-        batch = next(self._examples.batches(8))
-        drawn = _random_state(self.device)
-        with torch.no_grad():
-            try:
-                first = self.outputs(self._theta, batch.inputs)
-            except (RuntimeError, TypeError, IndexError) as error:
-                raise checks.fail(
-                    "data",
-                    "inputs that the model takes",
-                    f"{checks.describe(batch.inputs)}, for which it fails: {error}",
-                ) from error
-            if not isinstance(first, Tensor) or first.shape[:1] != batch.inputs.shape[:1]:
-                got = checks.describe(first)
-                raise checks.fail(
-                    "model",
-                    f"one output tensor [{len(batch.inputs)}, ...] for that many inputs",
-                    got,
-                    "wrap it in a module that returns the tensor the loss needs",
-                )
-            second = self.outputs(self._theta, batch.inputs)
-            # Rare noise may spare these examples, but not the generator it is drawn from.
-            same = torch.equal(first.nan_to_num(), second.nan_to_num())
-            if not same or not torch.equal(drawn, _random_state(self.device)):
-                raise checks.fail(
-                    "model",
-                    "the same outputs for the same inputs",
-                    "different ones in evaluation mode (dropout or noise is active)",
-                    "use nn.Dropout, or F.dropout(..., training=self.training)",
-                )
-            if self.loss_name == "cross_entropy":
-                self._examples.require_labels(first)
-            losses = self._loss(first, batch.targets)
-        leaf = self._theta.detach().requires_grad_()
-        if not self.losses(leaf, batch.inputs, batch.targets).requires_grad:
-            raise checks.fail(
-                "model",
-                "a loss that depends on the trainable parameters",
-                "one that does not",
-                "look for torch.no_grad or detach in the model or the loss",
-            )
-        if losses.shape != batch.inputs.shape[:1]:
-            raise checks.fail(
-                "loss",
-                f"one loss an example, shape [{len(batch.inputs)}]",
-                checks.describe(losses),
-                'a torch loss needs reduction="none" (and a mean over all but the first axis)',
-            )
-
-
-def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.get_rng_state()
-
-
-def _require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
-    """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
-    bad = ~torch.isfinite(losses)
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise NonFiniteLossError(
-            f"loss: expected finite losses, got {float(losses[first])} for example "
-            f"{start + first} at a point of norm {float(theta.detach().norm()):.4g}; "
-            "check that example's values, or the learning rate that led here"
-        )
-
-
-def _private_copy(model: nn.Module, norm: str) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise checks.fail(
-                "model",
-                "initialised parameters",
-                f"a lazy one, {name!r}",
-                "run the model once on an example first",
-            )
-    try:
-        private = copy.deepcopy(model).eval()
-    except RuntimeError as error:
-        raise checks.fail(
-            "model", "a module that can be copied (copy.deepcopy)", str(error)
-        ) from error
-    for name, layer in private.named_modules():
-        if not isinstance(layer, NORM_LAYERS):
-            continue
-        if norm == "batch":
-            # Without stored statistics a layer uses the batch's, and changes no buffer.
-            layer.track_running_stats = False
-            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            raise checks.fail(
-                "norm",
-                "running statistics in every BatchNorm layer",
-                f"{name!r} built with track_running_stats=False",
-                'pass norm="batch"',
-            )
-    return private

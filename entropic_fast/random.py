@@ -79,16 +79,19 @@ def uniform(
     seed: int,
     stream: int = 0,
     *,
+    start: int = 0,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Uniform numbers in (0, 1), from 32 bits each (a multiple of 2^-32, plus 2^-33).
 
+    They are those of the stream from number `start` on.
+
     >>> u = uniform((1000,), seed=0)
     >>> bool(((u > 0) & (u < 1)).all())
     True
     """
-    w = words(math.prod(shape), seed, stream, device=device)
+    w = words(math.prod(shape), seed, stream, start=start, device=device)
     return ((w.to(torch.float64) + 0.5) * 2.0**-32).reshape(shape).to(dtype)
 
 
@@ -97,20 +100,24 @@ def normal(
     seed: int,
     stream: int = 0,
     *,
+    start: int = 0,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal numbers by the Box-Muller transform of `uniform`.
+    """Standard normal numbers by the Box-Muller transform of `uniform`, from `start` on.
 
     >>> bool(normal((4000,), seed=1).std().sub(1).abs() < 0.05)
     True
     """
     count = math.prod(shape)
-    u = uniform((2 * ((count + 1) // 2),), seed, stream, device=device).reshape(-1, 2)
+    skip = start % 2  # two uniform numbers make two normal ones
+    u = uniform(
+        (2 * ((count + skip + 1) // 2),), seed, stream, start=start - skip, device=device
+    ).reshape(-1, 2)
     radius = torch.sqrt(-2.0 * torch.log(u[:, 0]))
     angle = 2.0 * math.pi * u[:, 1]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
-    return pairs.flatten()[:count].reshape(shape).to(dtype)
+    return pairs.flatten()[skip : skip + count].reshape(shape).to(dtype)
 
 
 def rademacher(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import at_least, fail, positive, whole
+from .checks import HALF, at_least, fail, positive, whole
 from .data import ImageData, augment, batches
 from .models import initialise as initialise_model
 from .random import derive
@@ -180,6 +180,7 @@ def train(
         raise fail("start_epoch", f"at most stop_epoch, {stop}", str(start_epoch))
     whole("seed", seed)
     _check_device(model, data)
+    _check_precision(model)
     if initialise is None:
         initialise = start_epoch == 0 and optimizer_state is None
     if initialise:
@@ -302,6 +303,17 @@ def _check_device(model: nn.Module, data: ImageData) -> None:
             f"parameters on the data's device, {data.device}",
             ", ".join(sorted(map(str, devices))),
             "call model.to(...) or data.to(...)",
+        )
+
+
+def _check_precision(model: nn.Module) -> None:
+    half = {p.dtype for p in model.parameters()} & set(HALF)
+    if half:
+        raise fail(
+            "model",
+            "float32 parameters, to which small updates can be added",
+            ", ".join(sorted(str(d).removeprefix("torch.") for d in half)),
+            "train model.float()",
         )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from entropic_fast.examples import Examples
+from entropic_fast.examples import Examples, RepeatedExamples
 from entropic_fast.objective import Objective
 
 CPU = torch.device("cpu")
@@ -157,3 +157,28 @@ def test_batches_that_change_after_the_first_are_refused():
 def test_targets_that_are_no_probabilities_are_refused():
     with pytest.raises(ValueError, match="sum to 1 over the classes"):
         Objective(nn.Linear(3, 2), "cross_entropy", (torch.randn(4, 3), torch.full((4, 2), -7.0)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_repeated_examples_are_those_of_repeated_data(kind: str, times: int):
+    x, _ = tensors(9)
+    expected, targets = x.double().repeat_interleave(times, 0), torch.arange(9 * times)
+    examples = RepeatedExamples(sources(9)[kind], times, targets)
+    assert examples.count == 9 * times
+    for size in (None, 1, 3, 4, 100):
+        for most in (None, 1, 7):
+            batches = list(examples.batches(most, size))
+            assert torch.equal(torch.cat([b.inputs for b in batches]), expected[:most])
+            assert torch.equal(torch.cat([b.targets for b in batches]), targets[:most])
+            assert [b.start for b in batches] == [int(b.targets[0]) for b in batches]
+            assert size is None or max(len(b.inputs) for b in batches) <= size
+    narrow = examples.cast(torch.float32)
+    assert next(narrow.batches()).inputs.dtype == torch.float32 and narrow.count == 9 * times
+
+
+def test_repeated_examples_need_a_target_each():
+    with pytest.raises(ValueError, match="targets: expected 6, 2 for each example"):
+        RepeatedExamples(sources(3)["tensors"], 2, torch.arange(5))
+    with pytest.raises(ValueError, match="times: expected a whole number"):
+        RepeatedExamples(sources(3)["tensors"], 0, torch.arange(0))

@@ -310,7 +310,10 @@ def _mixed() -> nn.Module:
         (lambda: nn.Linear(4, 3).double().requires_grad_(False), "at least one parameter"),
         (lambda: nn.Linear(4, 0).double(), "at least one parameter"),
         (_mixed, "parameters of one dtype"),
-        (lambda: nn.Linear(4, 3).half(), "float32 or float64"),
+        (
+            lambda: nn.Linear(4, 3).to(torch.complex64),
+            "float16, bfloat16, float32 or float64, got torch.complex64",
+        ),
         (Noisy, "the same outputs for the same inputs"),
         (Detached, "a loss that depends on the trainable parameters"),
         (Pair, r"one output tensor \[8, ...\]"),
@@ -319,7 +322,9 @@ def _mixed() -> nn.Module:
         (lambda: torch.relu, "an nn.Module"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:Initializing zero-element")
+@pytest.mark.filterwarnings(
+    "ignore:Lazy modules", "ignore:Initializing zero-element", "ignore:Complex modules"
+)
 def test_models_that_do_not_fit_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         Objective(model(), "cross_entropy", classification())

@@ -18,6 +18,8 @@ NAMES = [
     "score_gram",
     "score_spectrum",
     "score_spectrum_floor",
+    "score_plan",
+    "ScorePlan",
     "gradient_norms",
     "fisher_trace",
     "HessianOperator",

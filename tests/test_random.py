@@ -87,6 +87,14 @@ def test_normal_is_normal():
     assert abs(float(torch.corrcoef(pairs.T)[0, 1])) < 0.04  # the two of a pair, 4 sigma
 
 
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_numbers_from_a_start_on_are_those_of_the_stream(start, count):
+    for draw in (uniform, normal):
+        whole = draw((start + count,), seed=21, stream=2)
+        assert torch.equal(draw((count,), seed=21, stream=2, start=start), whole[start:])
+
+
 def test_rademacher_is_balanced_and_has_the_dtype():
     signs = rademacher((3, 3000), seed=13, dtype=torch.float32)
     assert signs.dtype == torch.float32 and signs.shape == (3, 3000)

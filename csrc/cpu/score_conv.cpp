@@ -316,51 +316,56 @@ void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& resul
   if (!result.out) add_up(partial, s.examples, result.norms);
 }
 
+// Vectors of channels copied together: neighbours in memory come from afar at one go.
+constexpr i64 LANE_VECTORS = 4;
+
 // Depthwise convolutions: one lane for each input channel. Output channels of one input channel
 // come one after the other.
 template <typename T>
 void in_lanes(const ConvShape& s, const T* a, const T* g, const Result<T>& result) {
   const ConvBlocks<T>& kernel = blocks<T>();
   const i64 width = kernel.width, outputs = s.g.channels / s.groups, row = result.row;
-  const i64 bytes = (s.stride[1] * s.stride[2] + 1) * width * i64(sizeof(T));
+  const i64 block = width * std::min(LANE_VECTORS, ceil_div(s.groups, width));  // channels
+  const i64 bytes = (s.stride[1] * s.stride[2] + 1) * block * i64(sizeof(T));
   const std::vector<Box> boxes = cut_positions(s, bytes);
-  const Padded padded(s, boxes[0], width);
-  const Layout packed(boxes[0].size[0], boxes[0].size[1], boxes[0].size[2], width);
+  const Padded padded(s, boxes[0], block);
+  const Layout packed(boxes[0].size[0], boxes[0].size[1], boxes[0].size[2], block);
   std::vector<i64> taps;
   for (i64 i = 0; i < s.kernel[0]; ++i)
     for (i64 j = 0; j < s.kernel[1]; ++j)
       for (i64 k = 0; k < s.kernel[2]; ++k) taps.push_back(padded.offset(s, i, j, k));
-  const i64 vectors = ceil_div(s.groups, width);
-  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * vectors));
+  const i64 parts = ceil_div(s.groups, block);
+  std::vector<double> partial(result.out ? 0 : static_cast<size_t>(s.examples * parts));
 
   [[maybe_unused]] const int threads = useful_threads(s);
-  const i64 sums_elements = outputs * row * width;
+  const i64 sums_elements = outputs * row * block;
   Scratch<T> scratch(threads, padded.layout.elements + packed.elements + sums_elements);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (i64 task = 0; task < s.examples * vectors; ++task) {
-    const i64 e = task / vectors, channel = task % vectors * width;
-    const i64 lanes = std::min(width, s.groups - channel);
+  for (i64 task = 0; task < s.examples * parts; ++task) {
+    const i64 e = task / parts, channel = task % parts * block;
+    const i64 lanes = std::min(block, s.groups - channel);
     const T* a_of_lanes = a + e * s.a.example_stride + channel;
     const T* g_of_lanes = g + e * s.g.example_stride + channel * outputs;
     T* image = scratch.of_this_thread();
     T* gradient = image + padded.layout.elements;
-    T* sums = gradient + packed.elements;  // [outputs, row, width]
+    T* sums = gradient + packed.elements;  // [block / width, outputs, row, width]
     std::fill_n(sums, sums_elements, T(0));
     for (const Box& box : boxes) {
       padded.fill(s, box, boxes.size() > 1, a_of_lanes, lanes, image);
       const ConvWalk walk = padded.walk(s, box, packed.plane, packed.row, packed.pixel);
-      const T* g_of_box =
-          g_of_lanes + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      const T* g_of_box = g_of_lanes + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
       for (i64 o = 0; o < outputs; ++o) {
         copy_pixels(box.size, lanes, outputs, g_of_box + o, s.g.stride, gradient, packed);
-        kernel.lanes(walk, image, gradient, taps.data(), row, sums + o * row * width);
+        for (i64 l = 0; l < lanes; l += width)
+          kernel.lanes(walk, image + l, gradient + l, taps.data(), row,
+                       sums + (l * outputs + o * width) * row);
       }
     }
     double square = 0.0;
     for (i64 l = 0; l < lanes; ++l)
       for (i64 o = 0; o < outputs; ++o)
         for (i64 t = 0; t < row; ++t) {
-          const T value = sums[(o * row + t) * width + l];
+          const T value = sums[((l / width * outputs + o) * row + t) * width + l % width];
           square += double(value) * double(value);
           if (result.out)
             result.out[e * result.row_stride + ((channel + l) * outputs + o) * row + t] = value;

@@ -15,9 +15,9 @@
 namespace entropic::cpu {
 namespace {
 
-// Rows and columns of the matrix that one thread works on for a whole stage: two sets of 192 rows
-// of 256 float32 are 384 kB, the 192 x 192 entries 288 kB, together within a level-2 cache of 1 MB.
-constexpr i64 SQUARE = 192;
+// Rows and columns of the matrix that one task updates. The panels of 96 rows for a stage of 1024
+// columns are 384 kB of float32: those of rows and columns stay in a level-2 cache of 1 MB.
+constexpr i64 SQUARE = 96;
 
 // A stage takes as many columns as fit in this many bytes of panels, so that the matrix itself is
 // read and written rarely, but not beyond LONGEST, from where that gains nothing more.
@@ -134,18 +134,17 @@ void gram_update(double* out, i64 out_stride, GramRows<Source> a, GramRows<Sourc
 #pragma omp for schedule(dynamic)
     for (i64 task = 0; task < task_count; ++task) {
       const Square square = tasks[static_cast<std::size_t>(task)];
-      for (i64 d = 0; d < depths; ++d) {
-        const Product* left = packed + d * panels * panel_size;
-        const Product* right = left + (lower ? 0 : a_panels * panel_size);
-        const i64 depth = smaller(end - start - d * GRAM_DEPTH, GRAM_DEPTH);
-        for (i64 i = square.row; i < smaller(square.row + side, a_panels); ++i) {
-          const i64 past = lower ? i + 1 : b_panels;
-          for (i64 j = square.column; j < smaller(square.column + side, past); ++j)
+      for (i64 i = square.row; i < smaller(square.row + side, a_panels); ++i) {
+        const i64 past = lower ? i + 1 : b_panels;
+        for (i64 j = square.column; j < smaller(square.column + side, past); ++j)
+          for (i64 d = 0; d < depths; ++d) {
+            const Product* left = packed + d * panels * panel_size;
+            const Product* right = left + (lower ? 0 : a_panels * panel_size);
             kernel.update(out + i * width * out_stride + j * width, out_stride,
                           left + i * panel_size, right + j * panel_size,
                           smaller(a.count - i * width, width), smaller(b.count - j * width, width),
-                          lower && i == j, depth);
-        }
+                          lower && i == j, smaller(end - start - d * GRAM_DEPTH, GRAM_DEPTH));
+          }
       }
     }
   }

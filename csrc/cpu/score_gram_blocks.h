@@ -12,7 +12,8 @@ template <typename Source, typename Product>
 struct GramBlocks {
   // Rows of one panel: a [depth, width] copy of `width` rows, aligned to a cache line.
   i64 width;
-  // Copies `columns` columns of `count` rows into a panel; rows beyond count become zero.
+  // Copies `columns` columns of `count` rows into a panel; rows beyond count that `update` reads
+  // become zero.
   void (*pack)(const Source* rows, i64 stride, i64 count, i64 columns, Product* panel);
   // out[i, j] += sum over depth of a[:, i] b[:, j], i < rows, j < columns (j <= i if `lower`).
   void (*update)(double* out, i64 stride, const Product* a, const Product* b, i64 rows,

@@ -117,7 +117,7 @@ class ScoreEngine:
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Column slices of rows [n, P] by parameter.  # [n, p]"""
         sizes = [part.numel() for part in self.obj.split(self.theta).values()]
-        return dict(zip(self.obj.parameter_names, rows.split(sizes, 1), strict=True))
+        return dict(zip(self.obj.parameter_names, rows.split_with_sizes(sizes, 1), strict=True))
 
     @exact_math()
     def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:

@@ -66,9 +66,9 @@ class Fallback:
         return gradients, losses
 
 
-class no_slow_loops(warnings.catch_warnings):  # noqa: N801 - used as a function
+class no_slow_loops(warnings.catch_warnings):
     """Within it, an operation that vmap would run in a loop raises UserWarning."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("error", message="There is a performance drop")

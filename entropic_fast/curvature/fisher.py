@@ -15,6 +15,7 @@ from ..results import Estimate
 from .engine import ScoreEngine
 from .memory import resolve_budget
 from .per_example import PassCost, require_finite
+from .pieces import Piece
 from .score import grouping
 
 
@@ -73,8 +74,13 @@ def gradient_norms(
     }
     for batch in obj.batches(batch_size=chunk):
         where = slice(batch.start, batch.start + len(batch.inputs))
-        engine.run(batch, lambda name, piece, at=where: norms[key(name)][at].add_(piece.norms()))
-        require_finite(sum(n[where] for n in norms.values()), batch.start, engine.theta)
+        found = {k: n[where] for k, n in norms.items()}
+
+        def add(name: str, piece: Piece, found: dict[str, Tensor] = found) -> None:
+            found[key(name)] += piece.norms()
+
+        engine.run(batch, add)
+        require_finite(torch.stack(list(found.values())).sum(0), batch.start, engine.theta)
     return norms[""] if by is None else norms
 
 

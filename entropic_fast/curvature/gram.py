@@ -16,6 +16,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -184,11 +185,12 @@ class GramTask:
                         "set TMPDIR to a folder on disk",
                     )
                 raise self._too_small(result + 2 * needed, budget)
-        each = cost.activations + cost.rules + row
+        # A chunk's rows are there until the next are.
+        each = cost.activations + cost.rules + 2 * row
         if room < each + row:
             raise self._too_small(result + each + row, budget)
         # A quarter for the chunk is enough; every row more held saves recomputing.
-        size = cost.chunk_within(max(each, room // 4), row)
+        size = cost.chunk_within(max(each, room // 4), 2 * row)
         block = max(1, min(count, (room - size * each) // row))
         computed = sum(count - begin for begin in range(0, count, block))
         return ScorePlan(
@@ -206,7 +208,7 @@ class GramTask:
         window = max(1, min(self.count, self.plan.budget // 8 // max(1, record)))
         records = Records(self.survey, self.count, folder, window)
         for batch in self.obj.batches(self.count, self.plan.chunk):
-            self.engine.run(batch, lambda name, piece, at=batch.start: records.put(name, at, piece))
+            self.engine.run(batch, partial(records.put, batch.start))
         for name in self.survey:
             self._multiply(records, name, grams[self.group(name)])
             records.drop(name)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .layers import LAYERS, Layer
+from .layer_table import LAYERS
+from .layers import Backward, Layer
 from .pieces import Piece
 
 Sink = Callable[[str, Piece], None]
@@ -52,7 +53,7 @@ class Intercept(TorchFunctionMode):
         if make is not None:
             layer = make(*args, **kwargs)
             if layer is not None and self._known(layer):
-                return _Batched.apply(layer.x, layer.weight, layer.bias, layer, self._sink)
+                return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
         if func is functional.multi_head_attention_forward:
             # Its projections are calls of F.linear, which the mode should see.
             with self:
@@ -86,6 +87,11 @@ _attention = types.FunctionType(
 _attention.__kwdefaults__ = functional.multi_head_attention_forward.__kwdefaults__
 
 
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
 class _Batched(torch.autograd.Function):
     """The vmap side: finds the examples' axis and goes below vmap."""
 
@@ -108,7 +114,9 @@ class _Batched(torch.autograd.Function):
                 for t in ctx.inputs
             ]
             out = ctx.layer.plain(*leaves)
-        needed = [t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n]
+        needed = [
+            t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n and t is not None
+        ]
         found = iter(torch.autograd.grad(out, needed, gradients, allow_unused=True))
         results = [next(found) if n else None for n in ctx.needs_input_grad[:3]]
         return (*results, None, None)
@@ -122,7 +130,7 @@ class _Batched(torch.autograd.Function):
         if torch._C._functorch.is_functorch_wrapped_tensor(x):
             raise NestedTransformError("a transform of the model's own")
         x = x.movedim(in_dims[0], 0)
-        return layer.shaped(_Physical.apply(x, weight, bias, layer, sink), x), 0
+        return layer.shaped(_apply(_Physical, x, weight, bias, layer, sink), x), 0
 
 
 class _Physical(torch.autograd.Function):
@@ -143,7 +151,7 @@ class _Physical(torch.autograd.Function):
         layer: Layer = ctx.layer
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         x_gradient, pieces = layer.backward(
-            x, weight, saved, gradient, ctx.needs_input_grad[0], wanted
+            Backward(x, weight, saved, gradient, ctx.needs_input_grad[0], wanted)
         )
         for name, piece in zip(layer.names, pieces, strict=True):
             if name is not None and piece is not None:

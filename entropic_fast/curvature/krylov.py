@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, random
+from .. import checks
 from ..results import Eigenpairs
+from .basis import Basis, wanted_first
 from .memory import resolve_budget
-from .protocol import multiply, require_operator
+from .protocol import require_operator
 
 WANTED = ("LA", "SA", "LM")
 # Basis vectors held before a restart: k + 40, more than most spectra of networks need for k.
 EXTRA_COLUMNS = 40
-# Rounding does not break the symmetry of the projected matrix by this share of its scale.
-ASYMMETRY = 1e-2
 
 
 def top_eigenvalues(
@@ -71,25 +71,37 @@ def top_eigenvalues(
     checks.one_of("which", which, WANTED)
     if checks.whole("max_matvecs", max_matvecs, 1) < k:
         raise checks.fail("max_matvecs", f"at least k = {k}", str(max_matvecs))
-    basis = _Basis(operator, _capacity(k, size, dtype, device), seed)
+    basis = Basis(operator, _capacity(k, size, dtype, device), seed)
     basis.start(v0)
-    floor_eps = 10 * torch.finfo(dtype).eps
+    return solve(basis, k, which, tol, lambda: basis.matvecs >= max_matvecs)
+
+
+def solve(basis: Basis, k: int, which: str, tol: float, spent: Callable[[], bool]) -> Eigenpairs:
+    """Grow a started basis, restarting it when it is full, until its k pairs are accepted.
+
+    The residuals are computed from the returned vectors by one product more.
+
+    Args:
+        basis: of at least k + its width columns, or as many as the operator's order.
+        spent: whether no more than the verifying product may follow.
+    """
+    floor_eps = 10 * torch.finfo(basis.dtype).eps
     goal = tol
     while True:
         values, vectors, bounds = basis.ritz(which)
         floor = floor_eps * float(values.abs().max())
-        complete = basis.size == size
+        complete = basis.size == basis.order
         if basis.size >= k:
-            spent = basis.matvecs >= max_matvecs
             accepted = bool((bounds[:k] <= (goal * values[:k].abs()).clamp(min=floor)).all())
-            if accepted or spent or complete:
+            if accepted or spent() or complete:
                 pairs = _verified(basis, vectors[:, :k], which, tol, floor)
                 at_floor = bool((bounds[:k] <= floor).all())
-                if pairs.converged or spent or complete or at_floor:
+                if pairs.converged or spent() or complete or at_floor:
                     return pairs
                 goal *= 0.1  # rounding made the bound optimistic: ask more of it
-        if basis.size == basis.capacity:
-            basis.restart(values, vectors, k + max(1, (basis.capacity - k) // 3))
+        if basis.full:
+            keep = k + max(1, (basis.capacity - k) // 3)
+            basis.restart(values, vectors, min(keep, basis.capacity - basis.next.shape[1]))
         basis.grow()
 
 
@@ -104,12 +116,11 @@ def _capacity(k: int, size: int, dtype: torch.dtype, device: torch.device) -> in
 
 
 def _verified(
-    basis: _Basis, coordinates: Tensor, which: str, tol: float, floor: float
+    basis: Basis, coordinates: Tensor, which: str, tol: float, floor: float
 ) -> Eigenpairs:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
     vectors, _ = torch.linalg.qr(basis.columns[:, : basis.size] @ coordinates.to(basis.columns))
-    products = multiply(basis.operator, vectors)
-    basis.matvecs += vectors.shape[1]
+    products = basis.multiply(vectors)
     values = (vectors.double() * products.double()).sum(0)
     residuals = torch.linalg.vector_norm(products.double() - values * vectors.double(), dim=0)
     order = wanted_first(values, which)
@@ -121,133 +132,3 @@ def _verified(
         basis.matvecs,
         bool((residuals <= (tol * values.abs()).clamp(min=floor)).all()),
     )
-
-
-def wanted_first(values: Tensor, which: str) -> Tensor:
-    """The order that puts the wanted end of the values first.  # [m]"""
-    if which == "SA":
-        return values.argsort()
-    return (values.abs() if which == "LM" else values).argsort(descending=True)
-
-
-class _Basis:
-    """Orthonormal columns Q with T = Q^T A Q, and the direction that follows them.
-
-    A Q = Q T + next couplings^T. After plain steps only the last coupling is other than zero;
-    after a restart all are (T has an arrow's shape then). T is kept whole, from the
-    orthogonalisation's own coefficients, so that both are one case.
-    """
-
-    def __init__(self, operator: Any, capacity: int, seed: int) -> None:
-        self.operator, self.seed, self.capacity = operator, seed, capacity
-        self.order, self.dtype, self.device = require_operator(operator)
-        self.matvecs = self.size = self.draws = 0
-        self.columns = torch.zeros(self.order, capacity, dtype=self.dtype, device=self.device)
-        self.projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.couplings = torch.zeros(0, dtype=torch.float64)
-        self.next = self.columns[:, 0]
-
-    def start(self, v0: Tensor | None) -> None:
-        """One column: v0, or a random one."""
-        vector = self._random()
-        if v0 is not None:
-            vector = checks.vector("v0", v0, self.order).detach().to(self.columns)
-            if not bool(vector.any()):
-                raise checks.fail("v0", "a vector other than zero", "all zeros")
-        self.next = _unit(vector)
-        self.grow()
-
-    def grow(self) -> None:
-        """Append the next direction, multiply it, and find the one after."""
-        j = self.size
-        self.columns[:, j] = self.next
-        self.size = j + 1
-        product = multiply(self.operator, self.next)
-        self.matvecs += 1
-        norm = _norm(product)
-        rest, row = self._orthogonalise(product)
-        self._require_symmetry(row[:j], norm)
-        self.projected[j, : j + 1] = self.projected[: j + 1, j] = row
-        self.couplings = torch.zeros(self.size, dtype=torch.float64)
-        if self.size == self.order:
-            return
-        length = _norm(rest)
-        scale = max(norm, float(self.projected.abs().max()))
-        if length > 10 * torch.finfo(self.dtype).eps * scale:
-            # What little is left of a product is mostly rounding: one pass more.
-            direction, _ = self._orthogonalise(rest / length)
-            if _norm(direction) > 0.5:
-                self.next = _unit(direction)
-                self.couplings[-1] = length
-                return
-        self.next = self._fresh()  # the columns span an invariant subspace
-
-    def ritz(self, which: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values [m], their coordinates [m, m] and residual norms [m], wanted first."""
-        values, vectors = torch.linalg.eigh(self.projected[: self.size, : self.size])
-        order = wanted_first(values, which)
-        vectors = vectors[:, order]
-        return values[order], vectors, (self.couplings @ vectors).abs()
-
-    def restart(self, values: Tensor, vectors: Tensor, keep: int) -> None:
-        """Keep the first `keep` Ritz vectors, with their couplings to the next direction."""
-        kept, triangle = torch.linalg.qr(self.columns @ vectors[:, :keep].to(self.columns))
-        self.columns[:, :keep] = kept * triangle.diagonal().sign()
-        self.projected.zero_()
-        self.projected.diagonal()[:keep] = values[:keep]
-        self.couplings = self.couplings @ vectors[:, :keep]
-        self.size = keep
-        direction, _ = self._orthogonalise(self.next)
-        self.next = _unit(direction)
-
-    def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a vector orthogonal to the columns, and its coordinates in them."""
-        used = self.columns[:, : self.size]
-        total = torch.zeros(self.size, dtype=torch.float64)
-        for _ in range(2):
-            coordinates = used.T @ vector
-            vector = vector - used @ coordinates
-            total += coordinates.double().cpu()
-        return vector, total
-
-    def _require_symmetry(self, row: Tensor, norm: float) -> None:
-        """q_i^T A q_j, just computed, against q_j^T A q_i, which the couplings hold."""
-        if len(row) == 0:
-            return
-        gap = float((row - self.couplings).abs().max())
-        scale = max(norm, float(self.projected.abs().max()))
-        if gap > ASYMMETRY * scale:
-            raise checks.fail(
-                "operator",
-                "a symmetric one",
-                f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
-                "symmetrise it, (A + A^T) / 2",
-            )
-
-    def _fresh(self) -> Tensor:
-        """A random unit vector orthogonal to the columns."""
-        while True:
-            vector, _ = self._orthogonalise(self._random())
-            if _norm(vector) > 1e-3:
-                vector, _ = self._orthogonalise(vector / vector.norm())
-                return _unit(vector)
-
-    def _random(self) -> Tensor:
-        vector = random.normal(
-            (self.order,),
-            random.derive(self.seed, "lanczos"),
-            self.draws,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        self.draws += 1
-        return _unit(vector)
-
-
-def _unit(vector: Tensor) -> Tensor:
-    length: Tensor = vector.norm()
-    return vector / length
-
-
-def _norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))

@@ -14,7 +14,7 @@ from ..objective import Objective
 
 
 class CurvatureOperator:
-    """A symmetric matrix [P, P] known by its products; base of the two operators below.
+    """A symmetric matrix [P, P] known by its products; base of the operators.
 
     Attributes:
         shape: (P, P).
@@ -24,10 +24,13 @@ class CurvatureOperator:
     """
 
     name = "operator"
+    takes_half = False  # whether the model may be in half precision
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
         if not isinstance(obj, Objective):
             raise checks.fail("obj", "an Objective", checks.describe(obj))
+        if not self.takes_half:
+            checks.full_precision("obj", obj.dtype, self.name)
         self.obj = obj
         self.theta = obj.point(theta).clone()
         self.shape = (obj.num_params, obj.num_params)
@@ -52,27 +55,31 @@ class CurvatureOperator:
                 "vectors",
                 f"{self.dtype} on {self.device}",
                 f"{vectors.dtype} on {vectors.device}",
-                "convert them with vectors.to(operator.theta)",
+                "convert them with vectors.to(operator.device, operator.dtype)",
             )
         checks.finite("vectors", vectors)
-        rows = vectors.detach().reshape(size, -1).T.contiguous()  # [K, P]
-        total = torch.zeros_like(rows)
-        if len(rows):
-            for batch in self.obj.batches():
-                self._add_products(batch, rows, total)
-        total /= self.obj.num_examples
-        self.products += len(rows)
-        if not bool(torch.isfinite(total).all()):
+        product = self._product(vectors.detach().reshape(size, -1))
+        self.products += product.shape[1]
+        if not bool(torch.isfinite(product).all()):
             raise ValueError(
                 f"{self.name}: expected a finite product, got NaN or infinity at a point of norm "
                 f"{float(self.theta.norm()):.4g}, where the loss is finite; look for a function "
                 "without a second derivative there, or overflow"
             )
-        return total.T.reshape(vectors.shape).contiguous()
+        return product.reshape(vectors.shape).contiguous()
+
+    def _product(self, columns: Tensor) -> Tensor:
+        """The product with columns [P, K]."""
+        rows = columns.T.contiguous()
+        total = torch.zeros_like(rows)
+        if len(rows):
+            for batch in self.obj.batches():
+                self._add_products(batch, rows, total)
+        return (total / self.obj.num_examples).T
 
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total [K, P]."""
-        raise TypeError("use HessianOperator or GGNOperator")
+        raise TypeError("use HessianOperator, GGNOperator or FisherOperator")
 
     def to_scipy(self) -> Any:
         """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
@@ -111,7 +118,8 @@ class HessianOperator(CurvatureOperator):
         theta: the point; None for the model's own.  # [P]
 
     Raises:
-        ValueError: a point that does not fit; in products, as `CurvatureOperator.__matmul__`.
+        ValueError: a model in half precision, a point that does not fit; in products, as
+            `CurvatureOperator.__matmul__`.
         RuntimeError: from torch, a function of the model that has no second derivative.
 
     >>> import torch
@@ -165,7 +173,7 @@ class GGNOperator(CurvatureOperator):
         leaf = self.theta.detach().requires_grad_()
         outputs = self.obj.outputs(leaf, batch.inputs)
         free = outputs.detach().requires_grad_()
-        losses = self.obj._loss(free, batch.targets)
+        losses = self.obj.output_losses(free, batch.targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             self.obj.finite_losses(self.theta, batch)  # raises, naming the example
         (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)

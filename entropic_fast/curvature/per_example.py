@@ -11,6 +11,7 @@ from ..examples import Batch
 from ..objective import Objective
 from .engine import ScoreEngine
 from .memory import activation_bytes, resolve_budget, too_small
+from .pieces import Piece
 
 # Activations of a chunk, in bytes, up to which more examples at once are faster on a CPU: the
 # steps of Python in between are shared by more, while the caches hold none of it either way.
@@ -109,7 +110,11 @@ class ExampleGradients:
         """Gradients of a batch's examples.  # [n, P]"""
         rows = self.theta.new_zeros(len(batch.inputs), self.obj.num_params, dtype=self.dtype)
         parts = self.engine.split(rows)
-        self.engine.run(batch, lambda name, piece: parts[name].copy_(piece.rows()))
+
+        def keep(name: str, piece: Piece) -> None:
+            parts[name].copy_(piece.rows())
+
+        self.engine.run(batch, keep)
         # The largest entry of each row, without the copy that isfinite makes of its argument.
         require_finite(
             torch.linalg.vector_norm(rows, ord=float("inf"), dim=1), batch.start, self.theta

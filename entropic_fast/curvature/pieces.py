@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ class Piece(ABC):
         """Columns put in the order of the parameter's elements.  # [n, p]"""
         return rows
 
-    def pairs(self, other: Piece) -> Tensor | None:  # noqa: ARG002
+    def pairs(self, other: Piece) -> Tensor | None:
         """Inner products with other examples' gradients in float64, where that is cheaper.
 
         None where making the rows first takes fewer operations.  # [n, m]
@@ -93,7 +93,7 @@ class Rows(Piece):
         self.tensors = (rows,)
 
     def again(self, tensors: tuple[Tensor, ...]) -> Rows:
-        return Rows(*tensors)
+        return Rows(tensors[0])
 
     @property
     def width(self) -> int:
@@ -120,7 +120,7 @@ class LinearPiece(Piece):
         self.tensors = (a, g)
 
     def again(self, tensors: tuple[Tensor, ...]) -> LinearPiece:
-        return LinearPiece(*tensors)
+        return LinearPiece(tensors[0], tensors[1])
 
     @property
     def width(self) -> int:
@@ -134,9 +134,11 @@ class LinearPiece(Piece):
     def columns(self, begin: int, end: int, out: Tensor) -> None:
         a, g = self.tensors
         block = g[:, :, begin:end]
-        view = out.unflatten(1, (end - begin, a.shape[2]))
+        view = out.view(len(a), end - begin, a.shape[2])
         if a.shape[1] == 1:
             torch.mul(block.transpose(1, 2), a, out=view)
+        elif view.is_contiguous():
+            torch.bmm(block.transpose(1, 2), a, out=view)
         else:
             view.copy_(torch.bmm(block.transpose(1, 2), a))
 
@@ -208,7 +210,7 @@ class ConvPiece(Piece):
         self.tensors, self.geometry = (a, g), geometry
 
     def again(self, tensors: tuple[Tensor, ...]) -> ConvPiece:
-        return ConvPiece(*tensors, self.geometry)
+        return ConvPiece(tensors[0], tensors[1], self.geometry)
 
     @property
     def _channels(self) -> int:
@@ -234,8 +236,8 @@ class ConvPiece(Piece):
         self._call(conv_weight_grads, a, g[..., begin:end], groups, out=out)
 
     def norms(self) -> Tensor:
-        result: Tensor = self._call(conv_weight_norms, *self.tensors, self.geometry.groups)
-        return result
+        a, g = self.tensors
+        return self._call(conv_weight_norms, a, g, self.geometry.groups)
 
     def ordered(self, rows: Tensor) -> Tensor:
         taps = math.prod(self.geometry.kernel)
@@ -281,7 +283,9 @@ class ConvPiece(Piece):
         patches = padded.movedim(1 + dims, -1).flatten(1, dims).flatten(2)
         return LinearPiece(patches, g.flatten(1, -2))
 
-    def _call(self, op, a: Tensor, g: Tensor, groups: int, **out):  # type: ignore[no-untyped-def]
+    def _call(
+        self, op: Callable[..., Tensor], a: Tensor, g: Tensor, groups: int, **out: Tensor
+    ) -> Tensor:
         geometry = self.geometry
         return op(
             a,
@@ -302,7 +306,7 @@ class EmbeddingPiece(Piece):
         self.tensors, self.vocabulary = (tokens, g), vocabulary
 
     def again(self, tensors: tuple[Tensor, ...]) -> EmbeddingPiece:
-        return EmbeddingPiece(*tensors, self.vocabulary)
+        return EmbeddingPiece(tensors[0], tensors[1], self.vocabulary)
 
     @property
     def width(self) -> int:
@@ -315,27 +319,30 @@ class EmbeddingPiece(Piece):
     def columns(self, begin: int, end: int, out: Tensor) -> None:
         """Columns [n, channels of the embedding, vocabulary]."""
         tokens, g = self.tensors
-        view = out.unflatten(1, (end - begin, self.vocabulary))
+        view = out.view(len(g), end - begin, self.vocabulary)
         index = tokens[:, None].expand(-1, end - begin, -1)
         view.zero_().scatter_add_(2, index, g[:, :, begin:end].transpose(1, 2))
 
     def ordered(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(1, (self.groups, self.vocabulary)).transpose(1, 2).flatten(1)
+        return rows.view(-1, self.groups, self.vocabulary).transpose(1, 2).flatten(1)
 
     def norms(self) -> Tensor:
         tokens, g = self.tensors
         n = len(tokens)
         example = torch.arange(n, device=tokens.device)[:, None]
-        distinct, place = (example * self.vocabulary + tokens).flatten().unique(return_inverse=True)
+        distinct, place = torch.unique(
+            (example * self.vocabulary + tokens).flatten(), return_inverse=True
+        )
         sums = g.new_zeros(len(distinct), g.shape[2], dtype=torch.float64)
         sums.index_add_(0, place, g.flatten(0, 1).double())
-        norms = g.new_zeros(n, dtype=torch.float64)
-        return norms.index_add_(0, distinct // self.vocabulary, sums.square().sum(1))
+        norms: Tensor = g.new_zeros(n, dtype=torch.float64)
+        norms.index_add_(0, distinct // self.vocabulary, sums.square().sum(1))
+        return norms
 
     def pairs(self, other: Piece) -> Tensor | None:
         tokens, g = self.tensors
         others, h = other.tensors
-        positions, depth = g.shape[1:]
+        positions = g.shape[1]
         if 2 * positions**2 >= self.vocabulary:
             return None
         n, m = len(tokens), len(others)

@@ -168,6 +168,8 @@ def _require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         raise checks.fail("quantities", "a sequence of names", repr(quantities), 'as ("loss",)')
     for name in quantities:
         checks.one_of("quantities", name, QUANTITIES)
+        if name in ("hessian_trace", "top_eigenvalue"):
+            checks.full_precision("obj", obj.dtype, name)
     if "fisher_trace" in quantities:
         obj.require_single_examples()  # before work is spent on the other quantities
 

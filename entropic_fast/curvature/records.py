@@ -63,7 +63,7 @@ class Records:
                         file.truncate(count * t[:1].numel() * t.element_size())
         self._index = {name: index for index, name in enumerate(survey)}
 
-    def put(self, name: str, start: int, piece: Piece) -> None:
+    def put(self, start: int, name: str, piece: Piece) -> None:
         """Keep a chunk's piece; `start` is the index of its first example."""
         kept = kept_form(piece)
         expected = [t.shape[1:] for t in self.survey[name].tensors]

@@ -287,6 +287,7 @@ def _check_path(obj: Objective, path: Path) -> None:
             checks.describe(path),
             "build one with Path(pivots) or linear_path(a, b)",
         )
+    checks.full_precision("obj", obj.dtype, "a path")
     theta = obj.parameters_vector()
     if path.num_params != obj.num_params:
         raise checks.fail(

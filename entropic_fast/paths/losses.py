@@ -157,8 +157,10 @@ def require_same_parameters(obj: Objective, path: Path) -> None:
     """Refuse a path that is not in the objective's parameters.
 
     Raises:
-        ValueError: another number of parameters, dtype or device.
+        ValueError: another number of parameters, dtype or device; half precision, in which
+            two points of a path may round to one.
     """
+    checks.full_precision("obj", obj.dtype, "a path")
     got = (path.num_params, path.pivots.dtype, path.pivots.device)
     want = (obj.num_params, obj.dtype, obj.device)
     if got != want:

@@ -61,7 +61,8 @@ def auto_neb(
         resume: such a state; the result is the same, bit for bit, as without interruption.
 
     Raises:
-        ValueError: ends that do not fit the objective or are equal; a state of another run.
+        ValueError: ends that do not fit the objective or are equal; a model in half precision;
+            a state of another run.
         NEBDivergedError: a NaN or infinite loss, gradient or pivot.
 
     >>> def double_well(outputs, targets):
@@ -79,6 +80,7 @@ def auto_neb(
     [0.0, 1.0]
     """
     config = AutoNEBConfig() if config is None else config
+    checks.full_precision("obj", obj.dtype, "a path")
     for name, end in (("a", a), ("b", b)):
         checks.vector(name, end, obj.num_params)
     a, b = obj.point(a), obj.point(b)

@@ -95,7 +95,7 @@ PIECES = {
     "conv 2d": lambda: convolution((5, 6), 3, 4, two((3, 3), padding=(1, 1))),
     "conv 2d, one position": lambda: convolution((3, 3), 4, 5, two((3, 3))),
     "conv 2d, few positions": lambda: convolution(
-        (4, 3), 6, 8, two((3, 2), (1, 2), (1, 1), (2, 1))
+        (4, 3), 30, 42, two((3, 2), (1, 2), (1, 1), (2, 1))
     ),
     "conv 2d, 1x1": lambda: convolution((2, 2), 9, 8, two((1, 1))),
     "grouped": lambda: convolution((5, 4), 4, 6, two((3, 2), padding=(1, 0), groups=2)),

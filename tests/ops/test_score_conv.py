@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,11 @@ PLACES = [
         for name in ("reference", "triton")
     ],
 ]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
+
 DTYPES = [torch.float32, torch.float64]
+ISAS: list[str] = native.module().runnable_isas()
 # Sums of a few hundred products in float32, in another order than the oracle's float64.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 
@@ -133,6 +138,7 @@ CASES = {
     "3d": Case(2, (4, 5, 6), (5, 6), (3, 2, 3), before=1, after=1),
     "3d-strided": Case(2, (5, 5, 7), (16, 9), (2, 3, 2), stride=2, before=1, after=1),
     "3d-depthwise": Case(2, (4, 5, 4), (18, 18), (2, 2, 3), groups=18, before=1, after=1),
+    "3d-depthwise-multiplier": Case(2, (3, 4, 4), (70, 140), (2, 1, 2), groups=70),
     "one-example": Case(1, (4, 4), (9, 33), (3, 3), before=1, after=1),
     "one-of-everything": Case(1, (1,), (1, 1), (1,)),
     "one-pixel": Case(3, (1, 1), (5, 20), (3, 3), before=1, after=1),
@@ -229,6 +235,69 @@ def test_a_bad_value_stays_in_its_example(place: str, case: str) -> None:
     assert bool(spoiled[1].isnan().any())
     norms = conv_weight_norms(a, g, **arguments)
     assert bool(norms[1].isnan()) and bool(norms[0].isfinite())
+
+
+# ---- the compiled kernels -----------------------------------------------------------------------
+
+# Larger than what the kernels sum in one go.
+LARGE = {
+    "large": Case(1, (45, 40), (64, 33), (3, 3), before=1, after=1),
+    "large-strided": Case(1, (81, 90), (40, 70), (3, 3), stride=2, before=2, after=1),
+    "large-dilated": Case(1, (50, 44), (40, 36), (3, 3), dilation=3, before=4),
+    "large-grouped": Case(1, (64, 60), (96, 64), (3, 3), groups=2, before=1, after=1),
+    "large-depthwise": Case(1, (60, 61), (37, 37), (3, 3), groups=37, before=1, after=1),
+    "large-3d": Case(1, (7, 25, 30), (9, 20), (3, 3, 3), before=1, after=1),
+    "large-planes": Case(1, (3, 70, 60), (20, 20), (2, 3, 3), stride=2, before=1, after=1),
+    "long": Case(1, (9000,), (4, 9), (5,), before=2, after=2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_large_images_are_summed_whole(place: str, case: Case, dtype: torch.dtype) -> None:
+    test_gradients_and_norms_are_those_of_autograd_example_by_example(place, case, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_gradients(isa: str, dtype: torch.dtype) -> None:
+    backend.set_backend("cpp")
+    native.use_isa(isa)
+    for case in [*CASES.values(), LARGE["large"], LARGE["large-depthwise"]]:
+        test_gradients_and_norms_are_those_of_autograd_example_by_example("cpu", case, dtype)
+
+
+@pytest.mark.parametrize("outputs", range(1, 19))
+@pytest.mark.parametrize("channels", [1, 2, 5, 8, 11, 16, 21, 33])
+def test_every_shape_of_tile_is_right(channels: int, outputs: int) -> None:
+    """All heights of a tile, and one to several vectors with a rest."""
+    case = Case(1, (3, 2), (channels, outputs), (2, 1), before=1)
+    backend.set_backend("cpp")
+    for isa in ISAS:
+        native.use_isa(isa)
+        test_gradients_and_norms_are_those_of_autograd_example_by_example(
+            "cpu", case, torch.float32
+        )
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+@pytest.mark.parametrize("case", ["3x3-wide", "grouped-wide", "depthwise", "large"])
+def test_results_do_not_depend_on_the_number_of_threads(case: str, n: int) -> None:
+    backend.set_backend("cpp")
+    given = {**CASES, **LARGE}[case]
+    a, g = replace(given, n=n, size=tuple(3 * s for s in given.size)).tensors(torch.float32, "cpu")
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(
+            (
+                conv_weight_grads(a, g, **given.arguments()),
+                conv_weight_norms(a, g, **given.arguments()),
+            )
+        )
+    for grads, norms in results[1:]:
+        assert torch.equal(grads, results[0][0])
+        assert torch.equal(norms, results[0][1])
 
 
 # ---- registration and errors ---------------------------------------------------------------------

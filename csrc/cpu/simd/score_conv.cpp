@@ -21,6 +21,8 @@ constexpr int BYTES = 16;
 constexpr int ROWS = 4;
 constexpr int VECTORS = 2;
 #endif
+// Sums of squares are held in eight registers of doubles.
+constexpr int LANES = BYTES;
 // Kernel offsets of a depthwise convolution that are summed together.
 constexpr int TAPS = 12;
 
@@ -104,14 +106,13 @@ void store_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns*
   }
 }
 
+// Adds the squares of a tile to `lanes`. In double: the square of a float32 gradient can underflow.
 template <typename T, int M, int V>
-double square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns) {
+void square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColumns* columns,
+                 double* lanes) {
   Vec<T> sums[M][V];
   accumulate<T, M, V>(walk, a, g, columns, sums);
-  // In double: the square of a float32 gradient can underflow. Lane by lane, in a fixed order.
-  constexpr int LANES = 16;
-  constexpr int TOTAL = (M * V * WIDTH<T> + LANES - 1) / LANES * LANES;
-  T values[TOTAL] = {};
+  T values[(M * V * WIDTH<T> + LANES - 1) / LANES * LANES] = {};
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
@@ -119,18 +120,14 @@ double square_tile(const ConvWalk& walk, const T* a, const T* g, const ConvColum
   for (int v = 0; v < V; ++v)
     for (int l = columns[v].count; l < WIDTH<T>; ++l)
       for (int m = 0; m < M; ++m) values[(m * V + v) * WIDTH<T> + l] = T(0);
-  double lanes[LANES] = {};
-  for (int at = 0; at < TOTAL; at += LANES)
+  for (int at = 0; at < M * V * WIDTH<T>; at += LANES)
     for (int l = 0; l < LANES; ++l) lanes[l] += double(values[at + l]) * double(values[at + l]);
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  return lanes[0];
 }
 
 template <typename T>
 using StoreTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, T*, i64, bool);
 template <typename T>
-using SquareTile = double (*)(const ConvWalk&, const T*, const T*, const ConvColumns*);
+using SquareTile = void (*)(const ConvWalk&, const T*, const T*, const ConvColumns*, double*);
 
 // Tile functions by rows and vectors, both counted from 1.
 template <typename T>
@@ -180,11 +177,13 @@ void store(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvCol
 template <typename T>
 double squares(const ConvWalk& walk, const T* a, const T* g, int rows, const ConvColumns* columns,
                i64 vectors) {
-  double sum = 0.0;
+  double lanes[LANES] = {};
   for_each_tile(vectors, VECTORS, [&](i64 first, int count) {
-    sum += TILES<T>.squares[rows - 1][count - 1](walk, a, g, columns + first);
+    TILES<T>.squares[rows - 1][count - 1](walk, a, g, columns + first, lanes);
   });
-  return sum;
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
 template <typename T, int N>

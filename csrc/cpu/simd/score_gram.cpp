@@ -17,6 +17,9 @@ constexpr int BYTES = 32, ROWS = 4, VECTORS = 3;
 constexpr int BYTES = 16, ROWS = 4, VECTORS = 2;
 #endif
 
+// A panel of 48 kB does not stay in the level-1 cache: fetched this many rows before it is read.
+constexpr int AHEAD = 4;
+
 template <typename T>
 constexpr int LANES = BYTES / int(sizeof(T));
 template <typename T>
@@ -33,11 +36,13 @@ EF_FN Lanes<T> load(const Source* address) {
       *reinterpret_cast<const typename Vector<Source, LANES<T>>::type*>(address), Lanes<T>);
 }
 
-// One square block of the panel: LANES rows of `rows`, `columns` columns of them.
+// One square block of the panel: at most LANES rows of `rows`, LANES columns of them, of which
+// `columns` are kept.
 template <typename Source, typename T>
-EF_FN void pack_square(const Source* rows, i64 stride, int columns, T* panel) {
+EF_FN void pack_square(const Source* rows, i64 stride, i64 count, int columns, T* panel) {
   Lanes<T> block[LANES<T>];
-  for (int r = 0; r < LANES<T>; ++r) block[r] = load<Source, T>(rows + r * stride);
+  for (int r = 0; r < LANES<T>; ++r)
+    block[r] = r < count ? load<Source, T>(rows + r * stride) : Lanes<T>{};
   transpose<T, LANES<T>>(block);
   for (int c = 0; c < LANES<T>; ++c)
     if (c < columns) *reinterpret_cast<Lanes<T>*>(panel + c * WIDTH<T>) = block[c];
@@ -46,19 +51,24 @@ EF_FN void pack_square(const Source* rows, i64 stride, int columns, T* panel) {
 template <typename Source, typename T>
 void pack(const Source* rows, i64 stride, i64 count, i64 columns, T* panel) {
   constexpr int L = LANES<T>;
-  for (int first = 0; first < WIDTH<T>; first += L) {
+  const i64 used = ceil_div(count, ROWS) * ROWS;  // rows that a register tile reads
+  for (int first = 0; first < WIDTH<T> && first < used; first += L) {
     const Source* from = rows + first * stride;
     const i64 present = count - first < L ? count - first : L;
     i64 c = 0;
-    if (present == L)
+    if (present == L) {
       for (; c + L <= columns; c += L)
-        pack_square<Source, T>(from + c, stride, L, panel + c * WIDTH<T> + first);
-    for (; c < columns; c += L) {  // what sticks out, from a copy padded with zeros
-      const int n = int(columns - c < L ? columns - c : L);
+        pack_square<Source, T>(from + c, stride, L, L, panel + c * WIDTH<T> + first);
+    } else {
+      for (; c + L <= columns; c += L)
+        pack_square<Source, T>(from + c, stride, present, L, panel + c * WIDTH<T> + first);
+    }
+    if (c < columns) {  // the last columns, from a copy padded with zeros
+      const int n = int(columns - c);
       Source square[L * L] = {};
       for (i64 r = 0; r < present; ++r)
         for (int k = 0; k < n; ++k) square[r * L + k] = from[r * stride + c + k];
-      pack_square<Source, T>(square, L, n, panel + c * WIDTH<T> + first);
+      pack_square<Source, T>(square, L, L, n, panel + c * WIDTH<T> + first);
     }
   }
 }
@@ -73,10 +83,13 @@ EF_FN void multiply(const T* a, const T* b, i64 depth, T* tile) {
     Lanes<T> right[COUNT];
 #pragma GCC unroll 3
     for (int v = 0; v < COUNT; ++v)
+      __builtin_prefetch(b + (k + AHEAD) * WIDTH<T> + v * LANES<T>);
+#pragma GCC unroll 3
+    for (int v = 0; v < COUNT; ++v)
       right[v] = *reinterpret_cast<const Lanes<T>*>(b + k * WIDTH<T> + v * LANES<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const Lanes<T> left = a[k * WIDTH<T> + r] - Lanes<T>{};
+      const Lanes<T> left = a[k * WIDTH<T> + r] - Lanes<T>{};  // broadcast
 #pragma GCC unroll 3
       for (int v = 0; v < COUNT; ++v) sums[r][v] += left * right[v];
     }

@@ -1,0 +1,146 @@
+"""What an Objective asks of a model, its data and its loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .normalisation import mixes_examples
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+
+class NonFiniteLossError(ValueError):
+    """A loss that is NaN or infinite; the message names the example and the point."""
+
+
+def require_model(obj: Objective) -> None:
+    """Refuse a model that does not fit its data, is random, or has no gradient.
+
+    Raises:
+        ValueError: as `Objective`.
+    """
+    batch, theta = next(obj.batches(batch_size=8)), obj.point(None)
+    drawn = _random_state(obj.device)
+    with torch.no_grad():
+        try:
+            first = obj.outputs(theta, batch.inputs)
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise checks.fail(
+                "data",
+                "inputs that the model takes",
+                f"{checks.describe(batch.inputs)}, for which it fails: {error}",
+            ) from error
+        if not isinstance(first, Tensor) or first.shape[:1] != batch.inputs.shape[:1]:
+            raise checks.fail(
+                "model",
+                f"one output tensor [{len(batch.inputs)}, ...] for that many inputs",
+                checks.describe(first),
+                "wrap it in a module that returns the tensor the loss needs",
+            )
+        second = obj.outputs(theta, batch.inputs)
+        # Rare noise may spare these examples, but not the generator it is drawn from.
+        same = torch.equal(first.nan_to_num(), second.nan_to_num())
+        if not same or not torch.equal(drawn, _random_state(obj.device)):
+            raise checks.fail(
+                "model",
+                "the same outputs for the same inputs",
+                "different ones in evaluation mode (dropout or noise is active)",
+                "use nn.Dropout, or F.dropout(..., training=self.training)",
+            )
+        if obj.loss_name == "cross_entropy":
+            obj.examples.require_labels(first)
+        losses = obj.output_losses(first, batch.targets)
+    leaf = theta.detach().requires_grad_()
+    if not obj.losses(leaf, batch.inputs, batch.targets).requires_grad:
+        raise checks.fail(
+            "model",
+            "a loss that depends on the trainable parameters",
+            "one that does not",
+            "look for torch.no_grad or detach in the model or the loss",
+        )
+    if losses.shape != batch.inputs.shape[:1]:
+        raise checks.fail(
+            "loss",
+            f"one loss an example, shape [{len(batch.inputs)}]",
+            checks.describe(losses),
+            'a torch loss needs reduction="none" (and a mean over all but the first axis)',
+        )
+
+
+def interaction(obj: Objective, model: nn.Module) -> str:
+    """How an example's loss depends on the rest of its batch; "" if it does not.
+
+    Half precision is looked at in float32: its rounding depends on the batch's size.
+    """
+    if mixes_examples(model, obj.norm):
+        return 'normalisation by batch statistics (norm="batch")'
+    obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
+    batch, theta = next(obj.batches(batch_size=3)), obj.point(None)
+    with torch.no_grad():
+        together = obj.losses(theta, batch.inputs, batch.targets)
+        alone = torch.cat(
+            [
+                obj.losses(theta, batch.inputs[i : i + 1], batch.targets[i : i + 1])
+                for i in range(len(batch.inputs))
+            ]
+        )
+    if torch.allclose(together, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
+        return ""
+    return f"losses {together.tolist()} together but {alone.tolist()} one by one"
+
+
+def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
+    """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
+    bad = ~torch.isfinite(losses)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        norm = float(torch.linalg.vector_norm(theta.detach(), dtype=torch.float64))
+        raise NonFiniteLossError(
+            f"loss: expected finite losses, got {float(losses[first])} for example "
+            f"{start + first} at a point of norm {norm:.4g}; "
+            "check that example's values, or the learning rate that led here"
+        )
+
+
+def require_finite_outputs(outputs: Tensor, start: int) -> None:
+    """Refuse NaN and infinite outputs [n, ...] of the examples from `start` on."""
+    finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
+    if not bool(finite.all()):
+        raise checks.fail(
+            "outputs",
+            "finite values",
+            f"NaN or infinity for example {start + int((~finite).nonzero()[0])}",
+            "check that example's values, or the point",
+        )
+
+
+def require_classifier(outputs: Tensor, targets: Tensor) -> None:
+    """Refuse outputs and targets that are not class scores [n, C] and whole numbers [n]."""
+    if outputs.ndim != 2 or targets.is_floating_point():
+        raise checks.fail(
+            "evaluate",
+            "a classifier (outputs [N, C], whole targets [N])",
+            f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
+        )
+
+
+def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a sum of gradients of a half-precision `dtype` that overflowed."""
+    if dtype in checks.HALF and not bool(torch.isfinite(gradient).all()):
+        raise checks.fail(
+            "gradient",
+            f"values within {dtype}, at most {torch.finfo(dtype).max:.3g}",
+            "NaN or infinity though the losses are finite",
+            "use a smaller batch_size, or the model in float32, model.float()",
+        )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()

@@ -1,0 +1,96 @@
+"""Normalisation layers: a model's private copy in either mode, and statistics gathered anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .examples import Batch
+
+# Layers whose evaluation-mode output uses statistics gathered in training.
+NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def norm_layers(model: nn.Module) -> list[Any]:
+    """The layers that may use stored statistics."""
+    return [m for m in model.modules() if isinstance(m, NORM_LAYERS)]
+
+
+def mixes_examples(model: nn.Module, norm: str) -> bool:
+    """Whether a layer normalises by statistics of its batch.
+
+    Instance normalisation without stored statistics is each example's own affair.
+    """
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return norm == "batch" and any(isinstance(m, batch_norm) for m in norm_layers(model))
+
+
+def gather_statistics(
+    model: nn.Module, batches: Iterable[Batch], forward: Callable[[Tensor], Any]
+) -> None:
+    """Averages over batches of every layer's mean and (unbiased) variance, by their size.
+
+    Args:
+        model: its layers that keep statistics are put in training mode meanwhile.
+        batches: each weighs the examples it holds.
+        forward: runs the model on inputs [n, ...], with the buffers that are to be changed.
+    """
+    layers = [m for m in norm_layers(model) if m.track_running_stats]
+    state = [(layer.training, layer.momentum) for layer in layers]
+    seen = 0
+    try:
+        for layer in layers:
+            layer.train()
+        with torch.no_grad():
+            for batch in batches:
+                seen += len(batch.inputs)
+                for layer in layers:
+                    layer.momentum = len(batch.inputs) / seen
+                forward(batch.inputs)
+    finally:
+        for layer, (training, momentum) in zip(layers, state, strict=True):
+            layer.train(training)
+            layer.momentum = momentum
+
+
+def private_copy(model: nn.Module, norm: str) -> nn.Module:
+    """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
+
+    Raises:
+        ValueError: a model that cannot be copied, that has lazy parameters, or that lacks the
+            statistics asked for.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise checks.fail(
+                "model",
+                "initialised parameters",
+                f"a lazy one, {name!r}",
+                "run the model once on an example first",
+            )
+    try:
+        private = copy.deepcopy(model).eval()
+    except RuntimeError as error:
+        raise checks.fail(
+            "model", "a module that can be copied (copy.deepcopy)", str(error)
+        ) from error
+    for name, layer in private.named_modules():
+        if not isinstance(layer, NORM_LAYERS):
+            continue
+        if norm == "batch":
+            # Without stored statistics a layer uses the batch's, and changes no buffer.
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise checks.fail(
+                "norm",
+                "running statistics in every BatchNorm layer",
+                f"{name!r} built with track_running_stats=False",
+                'pass norm="batch"',
+            )
+    return private

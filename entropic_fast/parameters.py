@@ -1,0 +1,62 @@
+"""The parameters of a model that an Objective studies, and how they go back into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name, each once.
+
+    Raises:
+        ValueError: none, or some of different dtypes.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not any(p.numel() for p in named.values()):
+        raise checks.fail(
+            "model",
+            "at least one parameter that requires a gradient",
+            "none",
+            "call requires_grad_(True) on the parameters to study",
+        )
+    dtypes = {p.dtype for p in named.values()}
+    if len(dtypes) > 1 or dtypes - {*checks.HALF, torch.float32, torch.float64}:
+        raise checks.fail(
+            "model",
+            "parameters of one dtype: float16, bfloat16, float32 or float64",
+            ", ".join(sorted(str(d) for d in dtypes)),
+            "cast it with model.float() or model.double()",
+        )
+    return named
+
+
+def load_tensors(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Copy parameters, and the buffers the model has, into it by name.
+
+    Raises:
+        ValueError: a model whose parameters have other names or shapes; it is unchanged.
+    """
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name, value in parameters.items():
+        if shapes.get(name) != value.shape:
+            got = list(shapes[name]) if name in shapes else "no such parameter"
+            raise checks.fail(
+                "model",
+                f"parameter {name!r} of shape {list(value.shape)}",
+                str(got),
+                "build it as the model of this objective was",
+            )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in parameters:
+                parameter.copy_(parameters[name])
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
