@@ -144,7 +144,7 @@ def test_spectrum_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
     slow |= dict.fromkeys(products(problem), 1)
     if FULL:
         take_turns({n: r for n, r in rivals.items() if n not in slow}, 1, warm_up=False)
-    rounds = take_turns(rivals, 5 if FULL else 1, most=slow, warm_up=False, large=True)
+    rounds = take_turns(rivals, 5 if FULL else 1, most=slow, warm_up=False, limit=200, large=True)
     for name in whole:
         if name in rounds.values:
             assert difference(rounds.values[name], rounds.values["ours"]) < 1e-3, name
@@ -163,7 +163,7 @@ def test_spectrum_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     rivals |= {n: way for n, way in ways.items() if n.startswith("ours")}
     rivals["vmap(grad) + Gram"] = ways["vmap(grad) + Gram"]
     most = {"vmap(grad) + Gram": 1 if matrix_fits(problem) else 0, PLAIN: 2}
-    rounds = take_turns(rivals, 3 if FULL else 1, most=most, warm_up=False, limit=150, large=True)
+    rounds = take_turns(rivals, 3 if FULL else 1, most=most, warm_up=False, limit=240, large=True)
     for name in rounds.values.keys() & ways.keys():
         assert difference(rounds.values[name], rounds.values["ours"]) < 1e-3, name
     record = spectrum_record(problem, rounds, operations, provenance)

@@ -201,6 +201,16 @@ class Embedding(Layer):
         assert weight is not None
         return functional.embedding(x, weight, self.padding)
 
+    def padded(self) -> Tensor:
+        """The same by operations that vmap differentiates rightly.
+
+        vmap of `F.embedding` with a table an example (torch 2.13 and 2.15) numbers the rows of
+        all tables but leaves `padding_idx` as it is: the gradient of the padding row is then
+        wrong for every example but the first.
+        """
+        out: Tensor = functional.embedding(self.x, self.weight)
+        return torch.where((self.x == self.padding).unsqueeze(-1), out.detach(), out)
+
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
