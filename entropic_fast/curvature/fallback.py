@@ -56,14 +56,14 @@ class Fallback:
     def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
         n = len(batch.inputs)
         gradients = self.theta.new_empty(n, len(self.theta))
-        losses = self.theta.new_empty(n)
+        losses = []
         for i in range(n):
             leaf = self.theta.detach().requires_grad_()
             one = slice(i, i + 1)
             loss = self.obj.losses(leaf, batch.inputs[one], batch.targets[one]).sum()
             gradients[i] = torch.autograd.grad(loss, leaf)[0]
-            losses[i] = loss.detach()
-        return gradients, losses
+            losses.append(loss.detach())
+        return gradients, torch.stack(losses)
 
 
 class no_slow_loops(warnings.catch_warnings):

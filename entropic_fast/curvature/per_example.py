@@ -16,8 +16,7 @@ from .pieces import Piece
 # Activations of a chunk, in bytes, up to which more examples at once are faster on a CPU: the
 # steps of Python in between are shared by more, while the caches hold none of it either way.
 CPU_ACTIVATIONS = 512 * 2**20
-MAX_CHUNK = {"cpu": 256}
-MAX_CHUNK_ELSEWHERE = 1024
+MAX_CHUNK = 1024
 # Activations, their gradients and a layer's workspace, as measured.
 ACTIVATION_COPIES = 3
 # Rows that torch.func makes: by parameter, flattened, as the chunk before, once more in a layer.
@@ -48,9 +47,9 @@ class PassCost:
         each = self.activations + self.rules + result
         if budget < each:
             raise too_small(each, budget, "the gradient of one example", "give more memory")
-        most = MAX_CHUNK_ELSEWHERE
+        most = MAX_CHUNK
         if self.device.type == "cpu":
-            most = min(MAX_CHUNK["cpu"], max(32, CPU_ACTIVATIONS // max(1, self.activations)))
+            most = min(most, max(32, CPU_ACTIVATIONS // max(1, self.activations)))
         return max(1, min(most, budget // each))
 
 

@@ -49,7 +49,7 @@ def score_matrix(
     [[-2.0], [-8.0]]
     """
     obj.require_single_examples()
-    count = example_count(obj, max_examples)
+    count = obj.count(max_examples)
     itemsize = 8 if obj.dtype == torch.float64 else 4
     free = available_bytes(obj.device)
     if count * obj.num_params * itemsize > free:
@@ -128,7 +128,7 @@ def score_gram(
     [[4.0, 16.0], [16.0, 64.0]]
     """
     obj.require_single_examples()
-    count = example_count(obj, max_examples)
+    count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
     task = GramTask(obj, theta, count, budget, strategy, products == "float64", grouping(by))
@@ -162,7 +162,7 @@ def score_plan(
     >>> score_plan(obj, memory_budget=10**6).strategy
     'memory'
     """
-    count = example_count(obj, max_examples)
+    count = obj.count(max_examples)
     budget = resolve_budget(memory_budget, obj.device)
     return GramTask(obj, theta, count, budget, strategy, True).plan
 
@@ -222,7 +222,7 @@ def score_spectrum(
     [34.0]
     """
     obj.require_single_examples()
-    count = example_count(obj, max_examples)
+    count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
     tall = by is None and count > obj.num_params
@@ -283,18 +283,6 @@ def score_spectrum_floor(
         sums = max(1.0, (num_params or 0) / 256)
         floor += 8 * torch.finfo(torch.float32).eps * total / sums**0.5
     return floor
-
-
-def example_count(obj: Objective, max_examples: int | None) -> int:
-    """E: `max_examples` checked, or all examples."""
-    if max_examples is None:
-        return obj.num_examples
-    checks.whole("max_examples", max_examples, 1)
-    if max_examples > obj.num_examples:
-        raise checks.fail(
-            "max_examples", f"at most the {obj.num_examples} examples there are", str(max_examples)
-        )
-    return max_examples
 
 
 def grouping(by: str | None) -> Callable[[str], str]:
