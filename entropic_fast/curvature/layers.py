@@ -208,8 +208,9 @@ class Embedding(Layer):
         all tables but leaves `padding_idx` as it is: the gradient of the padding row is then
         wrong for every example but the first.
         """
+        assert self.weight is not None and self.padding is not None
         out: Tensor = functional.embedding(self.x, self.weight)
-        return torch.where((self.x == self.padding).unsqueeze(-1), out.detach(), out)
+        return torch.where(self.x.eq(self.padding).unsqueeze(-1), out.detach(), out)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
