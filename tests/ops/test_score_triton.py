@@ -39,8 +39,8 @@ if INTERPRETED:
 SUITES = ("test_score_conv.py", "test_score_gram.py", "test_score_norm.py", "test_score_triton.py")
 # What takes the interpreter seconds; each has a quicker relative that stays.
 SLOW = (
-    "65536", "(many_positions and 70)", "opcheck", "5x5", "7x7", "expanded", "first_memory",
-    "(slices_are_read and not 1d)", "(bad_value and not 3x3)",
+    "65536", "(many_positions and 70)", "large_images", "opcheck", "5x5", "7x7", "expanded",
+    "first_memory", "(slices_are_read and not 1d)", "(bad_value and not 3x3)",
     "((depthwise or grouped or 3d or dilated) and dtype0)", "((wide or uneven) and dtype1)",
 )  # fmt: skip
 PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
