@@ -22,8 +22,7 @@ from ..exact import exact_math
 from ..examples import Batch
 from ..objective import NonFiniteLossError, Objective
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
-from .intercept import Intercept, Sink, reached_by_rules
-from .pieces import Piece, Rows, full_precision
+from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
 
 logger = logging.getLogger(__name__)
 

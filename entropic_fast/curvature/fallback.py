@@ -35,7 +35,8 @@ class Fallback:
     @exact_math()
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients and losses of a batch.  # [n, P], [n]"""
-        if self._vmap_works:
+        # A single example goes the way that `twice_if_alone` makes right.
+        if self._vmap_works and len(batch.inputs) > 1:
             try:
                 return self._by_vmap(batch)
             except UNTRACEABLE as why:

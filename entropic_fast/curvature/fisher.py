@@ -15,7 +15,7 @@ from ..results import Estimate
 from .engine import ScoreEngine
 from .memory import resolve_budget
 from .per_example import PassCost, require_finite
-from .pieces import Piece
+from .rules import Piece
 from .score import grouping
 
 

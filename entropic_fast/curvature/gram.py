@@ -28,8 +28,8 @@ from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
 from .memory import readable, too_small
 from .per_example import ExampleGradients, PassCost, require_finite
-from .pieces import Piece, Rows
 from .records import Records, ShapesDifferError, kept_form, spill_folder
+from .rules import Piece, Rows
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ..examples import Batch
 from ..objective import Objective
 from .engine import ScoreEngine
 from .memory import activation_bytes, resolve_budget, too_small
-from .pieces import Piece
+from .rules import Piece
 
 # Activations of a chunk, in bytes, up to which more examples at once are faster on a CPU: the
 # steps of Python in between are shared by more, while the caches hold none of it either way.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pieces import Piece, Rows
+from .rules import Piece, Rows
 
 # Files under these mount types are memory.
 _IN_MEMORY = ("tmpfs", "ramfs")

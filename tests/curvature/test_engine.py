@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
 from entropic_fast.curvature.engine import DisagreementError, ScoreEngine
-from entropic_fast.curvature.pieces import LinearPiece
+from entropic_fast.curvature.rules.pieces import LinearPiece
 from entropic_fast.objective import NonFiniteLossError, Objective
 
 # Cases that no rule covers whole: the parameters left to copies an example.

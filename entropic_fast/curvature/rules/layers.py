@@ -2,7 +2,7 @@
 
 Each rule works on tensors whose first axis counts examples; the axes after it are those that one
 example's call of the layer had, so [n, 1, C, H, W] for a convolution of images [1, C, H, W]. The
-functions they stand for are in `layer_table`.
+functions they stand for are in `table`.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ class Embedding(Layer):
         """
         assert self.weight is not None and self.padding is not None
         out: Tensor = functional.embedding(self.x, self.weight)
-        return torch.where(self.x.eq(self.padding).unsqueeze(-1), out.detach(), out)
+        padding = torch.eq(self.x, self.padding)[..., None]
+        return torch.where(padding, out.detach(), out)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..ops.score_norm import affine_grads, batch_norm_backward
+from ...ops.score_norm import affine_grads, batch_norm_backward
 from .layers import Backward, Layer, Pieces, apart
 from .pieces import Rows, full_precision
 

@@ -7,7 +7,7 @@ import torch
 from cases import relative_error
 from torch import Tensor
 
-from entropic_fast.curvature.pieces import (
+from entropic_fast.curvature.rules.pieces import (
     ConvPiece,
     EmbeddingPiece,
     Geometry,

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .layer_table import LAYERS
 from .layers import Backward, Embedding, Layer
 from .pieces import Piece
+from .table import LAYERS
 
 Sink = Callable[[str, Piece], None]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.score_conv import conv_weight_grads, conv_weight_norms
+from ...ops.score_conv import conv_weight_grads, conv_weight_norms
 
 # Bytes of scratch a rule may take for rows it does not keep.
 SCRATCH = 64 * 2**20

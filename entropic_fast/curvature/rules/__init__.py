@@ -1,0 +1,6 @@
+"""Layer rules: from a layer's input and the gradient of its output to single examples' gradients."""
+
+from .intercept import Intercept, Sink, reached_by_rules
+from .pieces import Piece, Rows, full_precision
+
+__all__ = ["Intercept", "Piece", "Rows", "Sink", "full_precision", "reached_by_rules"]
