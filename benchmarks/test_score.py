@@ -76,7 +76,7 @@ def test_norms(name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     }
     if importable("BackPACK"):
         rivals["BackPACK BatchL2Grad"] = problem.backpack_norms
-    rounds = take_turns(rivals, (21 if name == "resnet20" else 11) if FULL else 1, warm_up=FULL)
+    rounds = take_turns(rivals, 21 if FULL else 1, warm_up=FULL, limit=150)
     for other in rounds.values.keys() - {PLAIN, PLAIN_LAST, "ours"}:
         assert difference(rounds.values["ours"], rounds.values[other]) < 1e-3, other
     units = {
