@@ -1,7 +1,8 @@
 """The kernels of the score families on layers of the paper's networks, with operations and bytes.
 
 The limit of a kernel's time is the larger of its operations over the machine's peak rate and its
-bytes over the copy bandwidth; both are measured in the same rounds as the kernels.
+bytes over the copy bandwidth; both are measured in the same rounds as the kernels. What fits in
+the caches can beat the copy, which does not.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def test_norms(name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     }
     if importable("BackPACK"):
         rivals["BackPACK BatchL2Grad"] = problem.backpack_norms
-    rounds = take_turns(rivals, (21 if name == "resnet20" else 11) if FULL else 1, warm_up=FULL)
+    rounds = take_turns(rivals, 21 if FULL else 1, warm_up=FULL, limit=150)
     for other in rounds.values.keys() - {PLAIN, PLAIN_LAST, "ours"}:
         assert difference(rounds.values["ours"], rounds.values[other]) < 1e-3, other
     units = {
@@ -258,6 +258,8 @@ def test_kernels(provenance: dict[str, Any], tmp_path: Path) -> None:
             peak[kernel.dtype] = max(rate, peak.get(kernel.dtype, 0.0))
         elif kernel.family == "bandwidth":
             bandwidth = kernel.bytes / min(rounds.seconds[label])
+    if DEVICE == "cpu":  # vectors hold half as many; torch.mm does not always use the widest
+        peak[torch.float64] = max(peak[torch.float64], peak[torch.float32] / 2)
     rows, summary = [], rounds.summary()
     for label, (kernel, name) in of.items():
         limit = max(kernel.operations / peak[kernel.dtype], kernel.bytes / bandwidth)
