@@ -91,6 +91,8 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
             "model", "a module that can be copied (copy.deepcopy)", str(error)
         ) from error
     for name, layer in private.named_modules():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            layer.sparse = False  # the layout of a gradient, which a flat theta cannot have
         if not isinstance(layer, NORM_LAYERS):
             continue
         if norm == "batch":

@@ -143,6 +143,39 @@ def test_padding_row_of_an_embedding_has_no_score():
     assert not scores[:, :2].any() and scores[:, 2:].any()
 
 
+class Words(nn.Module):
+    """Embedded words; tied, the table is used twice and goes as a copy an example."""
+
+    def __init__(self, tied: bool, **options: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out = nn.Embedding(6, 4, padding_idx=0, **options), nn.Linear(4, 3)
+        self.tied = tied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.table(x).mean(1)
+        if self.tied:
+            h = torch.tanh(h @ self.table.weight.t()) @ self.table.weight
+        return self.out(torch.tanh(h))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("option", ["none", "scale_grad_by_freq", "sparse"])
+def test_options_of_an_embedding(tied: bool, option: str):
+    model = Words(tied, **({} if option == "none" else {option: True})).double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 6, (9, 7), generator=generator)
+    x[0] = torch.arange(7) % 6  # no word twice, but the padding
+    y = torch.randint(0, 3, (9,), generator=generator)
+    rows = []
+    for i in range(9):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+        rows.append(torch.cat([p.grad.to_dense().flatten() for p in model.parameters()]))
+    scores = score_matrix(Objective(model, "cross_entropy", (x, y)))
+    assert relative_error(scores, torch.stack(rows)) < 1e-14
+
+
 # -- rounding ------------------------------------------------------------------------------
 
 

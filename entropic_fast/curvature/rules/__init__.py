@@ -1,4 +1,4 @@
-"""Layer rules: from a layer's input and the gradient of its output to single examples' gradients."""
+"""Layer rules: a layer's input and the gradient of its output give single examples' gradients."""
 
 from .intercept import Intercept, Sink, reached_by_rules
 from .pieces import Piece, Rows, full_precision

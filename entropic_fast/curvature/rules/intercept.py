@@ -54,8 +54,8 @@ class Intercept(TorchFunctionMode):
             layer = make(*args, **kwargs)
             if layer is not None and self._known(layer):
                 return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
-            if isinstance(layer, Embedding) and layer.padding is not None:
-                return layer.padded()
+            if isinstance(layer, Embedding):
+                return layer.by_operations()
         if func is functional.multi_head_attention_forward:
             # Its projections are calls of F.linear, which the mode should see.
             with self:

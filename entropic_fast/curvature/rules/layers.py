@@ -193,25 +193,30 @@ class Convolution(Layer):
 class Embedding(Layer):
     """`F.embedding` of whole-number inputs."""
 
-    def __init__(self, x: Tensor, weight: Tensor, padding: int | None) -> None:
-        self.x, self.weight = x, weight
+    def __init__(self, x: Tensor, weight: Tensor, padding: int | None, by_frequency: bool) -> None:
+        self.x, self.weight, self.by_frequency = x, weight, by_frequency
         self.padding = padding if padding is None or padding >= 0 else len(weight) + padding
 
     def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return functional.embedding(x, weight, self.padding)
 
-    def padded(self) -> Tensor:
+    def by_operations(self) -> Tensor:
         """The same by operations that vmap differentiates rightly.
 
         vmap of `F.embedding` with a table an example (torch 2.13 and 2.15) numbers the rows of
-        all tables but leaves `padding_idx` as it is: the gradient of the padding row is then
-        wrong for every example but the first.
+        all tables but leaves `padding_idx` as it is, so that the gradient of the padding row is
+        wrong for every example but the first; and it counts frequencies over all examples.
         """
-        assert self.weight is not None and self.padding is not None
+        assert self.weight is not None
         out: Tensor = functional.embedding(self.x, self.weight)
-        padding = torch.eq(self.x, self.padding)[..., None]
-        return torch.where(padding, out.detach(), out)
+        if self.by_frequency:
+            flat = self.x.reshape(-1)
+            times = torch.eq(flat[:, None], flat).sum(1).view(self.x.shape)[..., None]
+            out = out.detach() + (out - out.detach()) / times
+        if self.padding is not None:
+            out = torch.where(torch.eq(self.x, self.padding)[..., None], out.detach(), out)
+        return out
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -223,6 +228,9 @@ class Embedding(Layer):
         (gradients,) = full_precision((at.g,))
         tokens = at.x.reshape(len(at.x), -1).long()
         gradients = gradients.reshape(*tokens.shape, -1)
+        if self.by_frequency:
+            times = torch.eq(tokens[:, :, None], tokens[:, None]).sum(2)
+            gradients = gradients / times[..., None]
         if self.padding is not None:
             gradients = gradients.masked_fill((tokens == self.padding)[..., None], 0)
         return None, (EmbeddingPiece(tokens, gradients, len(at.weight)), None)

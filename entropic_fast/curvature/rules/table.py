@@ -118,9 +118,9 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Layer | None:
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    if max_norm is not None:
         return None
-    return Embedding(input, weight, padding_idx)
+    return Embedding(input, weight, padding_idx, scale_grad_by_freq)
 
 
 LAYERS: dict[Any, Callable[..., Layer | None]] = {
