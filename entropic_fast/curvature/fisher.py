@@ -67,7 +67,9 @@ def gradient_norms(
     obj.require_single_examples()
     key = grouping(by)
     engine = ScoreEngine(obj, theta)
-    chunk = PassCost(engine).chunk_within(resolve_budget(memory_budget, obj.device), 0)
+    chunk = PassCost(engine).chunk_within(
+        resolve_budget(memory_budget, obj.device), 0, obj.num_examples
+    )
     norms = {
         k: torch.zeros(obj.num_examples, dtype=torch.float64, device=obj.device)
         for k in dict.fromkeys(map(key, obj.parameter_names))

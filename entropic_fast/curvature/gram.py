@@ -28,14 +28,14 @@ from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
 from .memory import readable, too_small
 from .per_example import ExampleGradients, PassCost, require_finite
-from .records import Records, ShapesDifferError, kept_form, spill_folder
+from .records import Records, RecordsDifferError, kept_form, spill_folder
 from .rules import Piece, Rows
 
 logger = logging.getLogger(__name__)
 
 STRATEGIES = ("auto", "memory", "disk", "recompute")
 # Rows made at once from records: enough columns that a product is not bound by memory.
-SLICE = 128 * 2**20
+SLICE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class GramTask:
         self.double_products, self.group = double_products, group
         self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
         self.survey = self._survey()
+        self.ways = self.engine.traceable, self.engine.batched
         self.plan = self._choose(budget, strategy)
         logger.info("score Gram: %s", self.plan)
 
@@ -123,9 +124,9 @@ class GramTask:
                     prefix="entropic-fast-", dir=self.plan.folder
                 ) as folder:
                     self._by_records(grams, Path(folder))
-        except ShapesDifferError as why:  # raised before anything is multiplied
+        except RecordsDifferError as why:  # raised before anything is multiplied
             self.plan = self._choose(self.plan.budget, "recompute")
-            logger.info("examples of different shapes (%s): %s", why, self.plan)
+            logger.info("examples that differ (%s): %s", why, self.plan)
         if self.plan.strategy == "recompute":
             self._by_blocks(grams)
         for gram in grams.values():
@@ -158,7 +159,7 @@ class GramTask:
         )
 
         def chunk(left: int) -> int:
-            return cost.chunk_within(max(left, one_pass), record)
+            return cost.chunk_within(max(left, one_pass), record, count)
 
         # The pass and the products follow one another: the larger of the two counts.
         left = room - count * record
@@ -190,7 +191,7 @@ class GramTask:
         if room < each + row:
             raise self._too_small(result + each + row, budget)
         # A quarter for the chunk is enough; every row more held saves recomputing.
-        size = cost.chunk_within(max(each, room // 4), 2 * row)
+        size = cost.chunk_within(max(each, room // 4), 2 * row, count)
         block = max(1, min(count, (room - size * each) // row))
         computed = sum(count - begin for begin in range(0, count, block))
         return ScorePlan(
@@ -209,6 +210,9 @@ class GramTask:
         records = Records(self.survey, self.count, folder, window)
         for batch in self.obj.batches(self.count, self.plan.chunk):
             self.engine.run(batch, partial(records.put, batch.start))
+        if (self.engine.traceable, self.engine.batched) != self.ways:
+            # Rows are kept in the order of the rule that made them.
+            raise RecordsDifferError("the model took another way")
         for name in self.survey:
             self._multiply(records, name, grams[self.group(name)])
             records.drop(name)

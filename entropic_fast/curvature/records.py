@@ -31,8 +31,8 @@ def kept_form(piece: Piece) -> Piece:
     return Rows(out)
 
 
-class ShapesDifferError(RuntimeError):
-    """Examples of different shapes: what is kept of them does not fit one array."""
+class RecordsDifferError(RuntimeError):
+    """Examples of different shapes, or that took different ways: not for one array."""
 
 
 class Records:
@@ -53,9 +53,10 @@ class Records:
         self._memory: dict[str, tuple[Tensor, ...]] = {}
         if folder is None:
             self._memory = {
-                name: tuple(t.new_zeros(count, *t.shape[1:]) for t in piece.tensors)
+                name: tuple(t.new_empty(count, *t.shape[1:]) for t in piece.tensors)
                 for name, piece in survey.items()
             }
+            self._missing = {name: torch.ones(count, dtype=torch.bool) for name in survey}
         else:
             for index, (_, piece) in enumerate(survey.items()):
                 for i, t in enumerate(piece.tensors):
@@ -65,13 +66,19 @@ class Records:
 
     def put(self, start: int, name: str, piece: Piece) -> None:
         """Keep a chunk's piece; `start` is the index of its first example."""
+        where = slice(start, start + piece.count)
+        if self.folder is None:
+            self._missing[name][where] = False
+            if isinstance(self.survey[name], Rows) and not isinstance(piece, Rows):
+                piece.columns(0, piece.groups, self._memory[name][0][where])
+                return
         kept = kept_form(piece)
         expected = [t.shape[1:] for t in self.survey[name].tensors]
         if expected != [t.shape[1:] for t in kept.tensors]:
-            raise ShapesDifferError(f"records of {name!r}")
+            raise RecordsDifferError(f"shapes at {name!r}")
         if self.folder is None:
             for whole, part in zip(self._memory[name], kept.tensors, strict=True):
-                whole[start : start + kept.count] = part
+                whole[where] = part
             return
         for i, part in enumerate(kept.tensors):
             mapped = self._map(name, i, start, kept.count, "r+")
@@ -81,6 +88,8 @@ class Records:
         """(index of the first example, piece) for each window of examples."""
         sample = self.survey[name]
         if self.folder is None:
+            for whole in self._memory[name]:
+                whole[self._missing[name]] = 0
             yield 0, sample.again(self._memory[name])
             return
         for start in range(0, self.count, self.window):

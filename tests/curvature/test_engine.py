@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
 from entropic_fast.curvature.engine import DisagreementError, ScoreEngine
+from entropic_fast.curvature.rules import Sink
 from entropic_fast.curvature.rules.pieces import LinearPiece
+from entropic_fast.examples import Batch
 from entropic_fast.objective import NonFiniteLossError, Objective
 
 # Cases that no rule covers whole: the parameters left to copies an example.
@@ -208,40 +210,44 @@ def test_the_check_is_made_once_for_a_model(monkeypatch: pytest.MonkeyPatch):
     assert len(calls) == 1
 
 
-class Counting(Model):
-    """Takes another way at its third call: what was known of it no longer holds."""
+class Switching(Model):
+    """Takes another way once the switch is on: what was known of it no longer holds."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
+    on = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x) * self.extra()))
-
-    def extra(self) -> Tensor | float:
-        return self.a.weight.sum() if len(SEEN) > 1 else 1.0
+        factor = self.a.weight.sum() if Switching.on else 1.0
+        return self.b(torch.tanh(self.a(x)) * factor)
 
 
-SEEN: list[int] = []
-
-
-def test_every_chunk_is_read_anew():
-    model, x, y = twisted(Counting, (4,))
-    SEEN.clear()
-    obj = Objective(model, "cross_entropy", (x, y))
+@pytest.mark.parametrize("strategy", ["memory", "disk", "recompute"])
+def test_every_chunk_is_read_anew(strategy: str, monkeypatch: pytest.MonkeyPatch):
+    model, x, y = twisted(Switching, (4,))
+    monkeypatch.setattr(Switching, "on", False)
+    obj = Objective(model, "cross_entropy", [(x[:2], y[:2]), (x[2:], y[2:])])
     engine = ScoreEngine(obj)
     assert "a.weight" in engine.by_rule
-    SEEN.extend([1, 2])
-    scores = score_matrix(obj)
-    assert "a.weight" in engine.batched
+
+    run = ScoreEngine.run
+
+    def run_and_switch(self: ScoreEngine, batch: Batch, sink: Sink) -> Tensor:
+        Switching.on = Switching.on or batch.start > 0
+        return run(self, batch, sink)
+
+    monkeypatch.setattr(ScoreEngine, "run", run_and_switch)
+    gram = score_gram(obj, strategy=strategy)
+    assert Switching.on and "a.weight" in engine.batched
     rows = []
     for i in range(5):
+        # With records the whole is done again after the switch; blocks are done once.
+        Switching.on = i >= 2 or strategy != "recompute"
         loss = functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
         found = torch.autograd.grad(
             loss, list(model.parameters()), materialize_grads=True, allow_unused=True
         )
         rows.append(torch.cat([g.flatten() for g in found]))
-    assert relative_error(scores, torch.stack(rows)) < 1e-14
+    scores = torch.stack(rows)
+    assert relative_error(gram, scores @ scores.T) < 1e-13
 
 
 def test_a_loss_that_is_not_finite_changes_no_way():
