@@ -6,10 +6,11 @@ from pathlib import Path
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_example_runs(tmp_path, monkeypatch, capsys):
+def test_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+        exec(compile(block, "README.md", "exec"), names)
     header = (tmp_path / "profile.csv").read_text().splitlines()[0]
     assert header.startswith("s,loss,accuracy,fisher_trace")
     assert "±" in capsys.readouterr().out

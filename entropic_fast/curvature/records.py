@@ -94,7 +94,9 @@ class Records:
             return
         for start in range(0, self.count, self.window):
             n = min(self.window, self.count - start)
-            tensors = tuple(self._map(name, i, start, n, "r") for i in range(len(sample.tensors)))
+            tensors = tuple(
+                self._map(name, i, start, n, "r").to(t.device) for i, t in enumerate(sample.tensors)
+            )
             yield start, sample.again(tensors)
 
     def drop(self, name: str) -> None:

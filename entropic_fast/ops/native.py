@@ -28,8 +28,8 @@ _C, problem = _load()
 def use_isa(name: str | None) -> None:
     """Force the CPU instruction set: "portable", "avx2", "avx512", or None for the best there is.
 
-    All of them return the same bits; this exists to test that and to time them. The environment
-    variable ENTROPIC_FAST_ISA sets it at import.
+    They agree to rounding (in the family `step` to the bit); this exists to test that and to time
+    them. The environment variable ENTROPIC_FAST_ISA sets it at import.
 
     Raises:
         ValueError: `name` was not compiled or this processor does not have it.
