@@ -227,9 +227,14 @@ def score_spectrum(
     budget = resolve_budget(memory_budget, obj.device)
     tall = by is None and count > obj.num_params
     size = obj.num_params if tall else count
-    # The eigenvalue solver overwrites a copy and has a workspace of its own.
-    solver = 2 * 8 * size * size
-    if budget <= solver:
+    key = grouping(by)
+    sizes: dict[str, int] = {}
+    for name, part in obj.split(obj.parameters_vector()).items():
+        sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
+    # Records are gone when the eigenvalue solver, which overwrites a copy and has a workspace of
+    # its own, begins; the matrices are still there.
+    solver = (2 + len(sizes)) * 8 * size * size
+    if budget < solver:
         raise too_small(
             solver,
             budget,
@@ -237,13 +242,9 @@ def score_spectrum(
             "give more memory, or fewer max_examples",
         )
     if tall:
-        moment = _second_moment(obj, theta, count, budget - solver, products == "float64")
+        moment = _second_moment(obj, theta, count, budget, products == "float64")
         return _eigenvalues(moment, count, size)
-    key = grouping(by)
-    task = GramTask(obj, theta, count, budget - solver, strategy, products == "float64", key)
-    sizes: dict[str, int] = {}
-    for name, part in obj.split(obj.parameters_vector()).items():
-        sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
+    task = GramTask(obj, theta, count, budget, strategy, products == "float64", key)
     spectra = {k: _eigenvalues(g, count, min(count, sizes[k])) for k, g in task.grams().items()}
     return spectra[""] if by is None else spectra
 
@@ -304,8 +305,8 @@ def _second_moment(
     each = gradients.example_bytes + gradients.row_bytes
     if room < size + each:
         raise too_small(
-            3 * size + each,
-            room + 2 * size,
+            size + each,
+            room,
             f"the spectrum of {count} examples and {obj.num_params} parameters",
             "give more memory, or fewer max_examples",
         )
