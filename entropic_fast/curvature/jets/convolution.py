@@ -1,0 +1,178 @@
+"""Convolutions: tangents of the operation, of its backward pass, and second-order forms.
+
+K weights that meet the same images are one convolution with K times the output channels. K
+stacks of images that meet the same weight are one convolution of K times the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .rules import rule
+from .step import Step, flat
+
+aten = torch.ops.aten
+# Channels that one call should have at most: wider ones gain nothing and fall out of the cache.
+CHANNELS = 512
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything of a convolution but its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @staticmethod
+    def of(step: Step, first: int) -> Geometry:
+        """From the arguments of aten's convolution that start at position `first`."""
+        a = [step.argument(first + i) for i in range(6)]
+        return Geometry(tuple(a[0]), tuple(a[1]), tuple(a[2]), bool(a[3]), tuple(a[4]), int(a[5]))
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = aten.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed,
+            self.output_padding, self.groups,
+        )  # fmt: skip
+        return out
+
+    def with_weights(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [n, C, ...] with each of weights [K, *shape]: [K, n, O, ...], maybe strided."""
+        k, g = len(weights), self.groups
+        if self.transposed:  # [K, C, O/g, ...]: output channels are the second axis
+            stacked = weights.movedim(0, 1)  # [C, K, O/g, ...]
+            stacked = stacked.reshape(len(stacked), -1, *weights.shape[3:])
+        else:  # [K, O, C/g, ...]: the first, by groups
+            stacked = weights.unflatten(1, (g, -1)).movedim(0, 1)  # [g, K, O/g, C/g, ...]
+            stacked = stacked.reshape(-1, *weights.shape[2:])
+        out = self(x, stacked)  # [n, g K O/g, ...]
+        return out.unflatten(1, (g, k, -1)).movedim(2, 0).flatten(2, 3)
+
+
+@rule(aten.convolution.default)
+def _convolution(step: Step) -> Any:
+    geometry = Geometry.of(step, 3)
+    tx, tw, tb = (step.tangent(i) for i in range(3))
+    out = None
+    if tx is not None:
+        y = geometry(_packed(flat(tx)), step.value(1))
+        out = y.unflatten(0, (len(tx), -1))
+    if tw is not None:
+        for rows in _blocks(tw, step.result.shape[1]):
+            part = geometry.with_weights(step.value(0), tw[rows])
+            if out is None:
+                out = _like_batches(part, len(tw))
+            if tx is None:
+                out[rows].copy_(part)
+            else:
+                out[rows].add_(part)
+    if tb is not None:
+        tb = tb.view(len(tb), 1, -1, *[1] * (step.result.ndim - 2))
+        out = tb.expand(len(tb), *step.result.shape) if out is None else out.add_(tb)
+    return out
+
+
+def _like_batches(part: Tensor, k: int) -> Tensor:
+    """Room for [k, n, O, ...], images one after the other, channels last where part has them."""
+    shape = (k * part.shape[1], *part.shape[2:])
+    memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(
+        shape, dtype=part.dtype, device=part.device, memory_format=memory
+    ).unflatten(0, (k, -1))
+
+
+def _blocks(weights: Tensor, channels: int) -> list[slice]:
+    step = max(1, CHANNELS // max(1, channels))
+    return [slice(i, i + step) for i in range(0, len(weights), step)]
+
+
+def _packed(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] with channels last."""
+    if images.ndim == 4:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous()
+
+
+def input_gradient(
+    geometry: Geometry, g: Tensor, weights: Tensor, x: Tensor
+) -> Tensor:
+    """Cotangents g [n, O, ...] of the result, taken to x [n, C, ...] by weights [K, ...]."""
+    k = len(weights)
+    if geometry.transposed:
+        back = replace(geometry, transposed=False, output_padding=(0,) * len(geometry.stride))
+    else:
+        extra = []
+        for i, (s, p, d) in enumerate(
+            zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        ):
+            least = (g.shape[2 + i] - 1) * s - 2 * p + d * (weights.shape[3 + i] - 1) + 1
+            extra.append(x.shape[2 + i] - least)
+        back = replace(geometry, transposed=True, output_padding=tuple(extra))
+    return back.with_weights(g, weights)
+
+
+@rule(aten.convolution_backward.default)
+def _convolution_backward(step: Step) -> Any:
+    geometry = Geometry.of(step, 4)
+    tg, tx, tw = (step.tangent(i) for i in range(3))
+    wants = step.argument(10)
+    k = len(next(t for t in (tg, tx, tw) if t is not None))
+    gx = gw = gb = None
+    if tg is not None:
+        tg = _packed(flat(tg)).unflatten(0, (k, -1))
+    if wants[0]:
+        gx = _to_input(step, geometry, tg, tw)
+    if wants[1]:
+        gw = _to_weight(step, geometry, tg, tx)
+    if wants[2] and tg is not None:
+        gb = tg.sum([1, *range(3, tg.ndim)])
+    return gx, gw, gb
+
+
+def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
+    out = None
+    x = step.value(1)
+    if tg is not None:
+        shape = x.shape
+        like = x.new_empty(1).expand(len(tg) * shape[0], *shape[1:])
+        out = _backward(step, flat(tg), like, step.value(2), (True, False, False))[0]
+        out = out.unflatten(0, (len(tg), -1))
+    if tw is not None:
+        g = step.value(0)
+        for rows in _blocks(tw, x.shape[1]):
+            part = input_gradient(geometry, g, tw[rows], x)
+            if out is None:
+                out = _like_batches(part, len(tw))
+            if tg is None:
+                out[rows].copy_(part)
+            else:
+                out[rows].add_(part)
+    return out
+
+
+def _to_weight(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Any:
+    like = step.value(2)
+    parts = []
+    for i in range(len(tg if tg is not None else tx)):
+        total = None
+        if tg is not None:
+            total = _backward(step, tg[i], step.value(1), like, (False, True, False))[1]
+        if tx is not None:
+            more = _backward(step, step.value(0), tx[i], like, (False, True, False))[1]
+            total = more if total is None else total.add_(more)
+        parts.append(total)
+    return torch.stack(parts)
+
+
+def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
+    return aten.convolution_backward(
+        g, x, w, None, *(step.argument(4 + i) for i in range(6)), wants
+    )

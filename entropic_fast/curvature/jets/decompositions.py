@@ -1,0 +1,92 @@
+"""Normalisation layers in simpler operations, whose derivatives of any order are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    normal, mean, rstd = _normalised(x, dims, eps)
+    if weight is not None:
+        normal = normal * weight
+    if bias is not None:
+        normal = normal + bias
+    return normal, mean, rstd
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal, mean, rstd = _normalised(x.reshape(n, groups, -1), [2], eps)
+    return _affine(normal.reshape(x.shape), weight, bias), mean[..., 0], rstd[..., 0]
+
+
+def batch_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch normalisation by the statistics of the batch."""
+    normal, mean, rstd = _normalised(x, [0, *range(2, x.ndim)], eps)
+    return _affine(normal, weight, bias), mean.flatten(), rstd.flatten()
+
+
+def _normalised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    return centred * rstd, mean, rstd
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1] + [1] * (normal.ndim - 2)
+    if weight is not None:
+        normal = normal * weight.view(shape)
+    if bias is not None:
+        normal = normal + bias.view(shape)
+    return normal
+
+
+def _batch_norm_no_stats(
+    x: Tensor, w: Tensor | None, b: Tensor | None, training: bool, momentum: float, eps: float
+) -> Any:
+    return batch_statistics(x, w, b, eps)
+
+
+def _batch_norm(
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    if not training:
+        return NotImplemented
+    if mean is not None or var is not None:
+        return NotImplemented  # would change them
+    return batch_statistics(x, w, b, eps)
+
+
+DECOMPOSITIONS = {
+    aten.native_layer_norm.default: layer_norm,
+    aten.native_group_norm.default: group_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
+    aten.native_batch_norm.default: _batch_norm,
+}

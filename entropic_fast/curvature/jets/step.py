@@ -1,0 +1,119 @@
+"""One operation of a graph, with the values and the tangents of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import grad, jvp, vmap
+
+
+class Step:
+    """A node being differentiated in K directions at once.
+
+    Args:
+        node: the operation.
+        values: of the nodes at the point.
+        tangents: derivatives of moving nodes in K directions, [K, *shape]; tuples of them
+            (None for what does not move) for operations with several results.
+    """
+
+    def __init__(
+        self, node: fx.Node, values: Mapping[fx.Node, Any], tangents: Mapping[fx.Node, Any]
+    ) -> None:
+        self.node, self._values, self._tangents = node, values, tangents
+
+    def value(self, argument: Any) -> Any:
+        """An argument (by position, or a node, or a sequence of them) at the point."""
+        if isinstance(argument, int):
+            argument = self.argument(argument)
+        return fx.node.map_arg(argument, lambda node: self._values[node])
+
+    def argument(self, position: int) -> Any:
+        """An argument as the graph has it, or its default."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        schema = self.node.target._schema.arguments[position]
+        return self.node.kwargs.get(schema.name, schema.default_value)
+
+    def tangent(self, argument: Any) -> Any:
+        """The tangent of an argument (by position, or a node); None if it does not move."""
+        if isinstance(argument, int):
+            argument = self.argument(argument)
+        return self._tangents.get(argument) if isinstance(argument, fx.Node) else None
+
+    @property
+    def result(self) -> Any:
+        """The operation's own value."""
+        return self._values[self.node]
+
+    @property
+    def moving(self) -> list[fx.Node]:
+        """Argument nodes that move, each once."""
+        return [a for a in self.node.all_input_nodes if self._tangents.get(a) is not None]
+
+    def call(self, values: Mapping[fx.Node, Any]) -> Any:
+        """The operation with other values of some argument nodes."""
+        args, kwargs = fx.node.map_arg(
+            (self.node.args, dict(self.node.kwargs)),
+            lambda node: values[node] if node in values else self._values[node],
+        )
+        return self.node.target(*args, **kwargs)
+
+
+def by_torch(step: Step) -> Any:
+    """The tangent of any operation, by torch's own forward mode."""
+    moving = step.moving
+    points = tuple(step.value(a) for a in moving)
+
+    def along(*directions: Tensor) -> Any:
+        def call(*a: Tensor) -> Any:
+            return _floating(step.call(dict(zip(moving, a, strict=True))))
+
+        return jvp(call, points, directions)[1]
+
+    return _restored(step, vmap(along)(*(step.tangent(a) for a in moving)))
+
+
+def form_by_torch(step: Step, cotangents: dict[int, Tensor]) -> Tensor:
+    """<cotangents, D^2 f [a', a']> of any operation f.  # [K]"""
+    moving = step.moving
+    points = tuple(step.value(a) for a in moving)
+
+    def weighted(*a: Tensor) -> Tensor:
+        results = step.call(dict(zip(moving, a, strict=True)))
+        several = (results,) if isinstance(results, Tensor) else results
+        return sum((several[i] * g).sum() for i, g in cotangents.items())  # type: ignore[return-value]
+
+    def along(*directions: Tensor) -> Tensor:
+        arguments = tuple(range(len(points)))
+        bent = jvp(grad(weighted, arguments), points, directions)[1]
+        parts = [(d * b).sum(dtype=torch.float64) for d, b in zip(directions, bent, strict=True)]
+        return torch.stack(parts).sum()
+
+    found: Tensor = vmap(along)(*(step.tangent(a) for a in moving))
+    return found
+
+
+def _floating(results: Any) -> Any:
+    """The results that have a derivative; forward mode takes no others."""
+    if isinstance(results, Tensor):
+        return results
+    return tuple(r for r in results if isinstance(r, Tensor) and r.is_floating_point())
+
+
+def _restored(step: Step, tangents: Any) -> Any:
+    if isinstance(tangents, Tensor):
+        return tangents
+    left = iter(tangents)
+    return tuple(
+        next(left) if isinstance(r, Tensor) and r.is_floating_point() else None
+        for r in step.result
+    )
+
+
+def flat(tangent: Tensor) -> Tensor:
+    """[K, n, ...] as [K n, ...]."""
+    return tangent.flatten(0, 1)
