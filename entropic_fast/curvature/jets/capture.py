@@ -116,7 +116,10 @@ def _with_backward(
         gradients, cotangents = pull(u)
         return outputs, gradients, cotangents, before
 
-    joint = _traced(run, {}, parts, buffers, inputs, torch.zeros_like(outputs), shifts)
+    arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
+    joint = _traced(run, {}, *arguments)
+    if any(_mutates(node) for node in joint.graph.nodes):
+        joint = _traced(functionalize(run), {}, *arguments)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     p, b = len(parts), len(buffers)
     for shift in placeholders[p + b + 2 :]:
@@ -152,6 +155,11 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
         raise
     except Exception as why:  # whatever a model does that tracing does not take
         raise NotCapturedError(f"{type(why).__name__}: {str(why).splitlines()[0]}") from why
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:

@@ -6,6 +6,7 @@ stacks of images that meet the same weight are one convolution of K times the ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .rules import rule
-from .step import Step, flat
+from .step import Step, Sum, flat
 
 aten = torch.ops.aten
 # Channels that one call should have at most: wider ones gain nothing and fall out of the cache.
@@ -63,20 +64,33 @@ def _convolution(step: Step) -> Any:
     tx, tw, tb = (step.tangent(i) for i in range(3))
     out = None
     if tx is not None:
-        y = geometry(_packed(flat(tx)), step.value(1))
-        out = y.unflatten(0, (len(tx), -1))
+        out = geometry(packed(flat(tx)), step.value(1)).unflatten(0, (len(tx), -1))
     if tw is not None:
-        for rows in _blocks(tw, step.result.shape[1]):
-            part = geometry.with_weights(step.value(0), tw[rows])
-            if out is None:
-                out = _like_batches(part, len(tw))
-            if tx is None:
-                out[rows].copy_(part)
-            else:
-                out[rows].add_(part)
+        out = _with_weights(geometry, step.value(0), tw, step.shape[1], out)
     if tb is not None:
-        tb = tb.view(len(tb), 1, -1, *[1] * (step.result.ndim - 2))
-        out = tb.expand(len(tb), *step.result.shape) if out is None else out.add_(tb)
+        tb = tb.view(len(tb), 1, -1, *[1] * (len(step.shape) - 2))
+        if out is None:
+            return tb.expand(len(tb), *step.shape)
+        out = (out.total() if isinstance(out, Sum) else out).add_(tb)
+    return out
+
+
+def _with_weights(
+    geometry: Geometry, x: Tensor, weights: Tensor, channels: int, added: Tensor | None
+) -> Any:
+    """x with each of weights [K, ...], added to a tangent [K, n, channels, ...] if there is one."""
+    blocks = _blocks(weights, channels)
+    if added is not None and len(blocks) == 1:
+        return Sum(added, geometry.with_weights(x, weights))
+    out = added
+    for rows in blocks:
+        part = geometry.with_weights(x, weights[rows])
+        if out is None:
+            out = _like_batches(part, len(weights))
+        if added is None:
+            out[rows].copy_(part)
+        else:
+            out[rows].add_(part)
     return out
 
 
@@ -94,29 +108,24 @@ def _blocks(weights: Tensor, channels: int) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(weights), step)]
 
 
-def _packed(images: Tensor) -> Tensor:
+def packed(images: Tensor) -> Tensor:
     """Images [N, C, H, W] with channels last."""
     if images.ndim == 4:
         return images.contiguous(memory_format=torch.channels_last)
     return images.contiguous()
 
 
-def input_gradient(
-    geometry: Geometry, g: Tensor, weights: Tensor, x: Tensor
-) -> Tensor:
-    """Cotangents g [n, O, ...] of the result, taken to x [n, C, ...] by weights [K, ...]."""
-    k = len(weights)
+def to_input(geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> Geometry:
+    """The convolution that takes cotangents g [n, O, ...] of the result to the input x."""
     if geometry.transposed:
-        back = replace(geometry, transposed=False, output_padding=(0,) * len(geometry.stride))
-    else:
-        extra = []
-        for i, (s, p, d) in enumerate(
-            zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
-        ):
-            least = (g.shape[2 + i] - 1) * s - 2 * p + d * (weights.shape[3 + i] - 1) + 1
-            extra.append(x.shape[2 + i] - least)
-        back = replace(geometry, transposed=True, output_padding=tuple(extra))
-    return back.with_weights(g, weights)
+        return replace(geometry, transposed=False, output_padding=(0,) * len(geometry.stride))
+    extra = []
+    for i, (s, p, d) in enumerate(
+        zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    ):
+        least = (g.shape[2 + i] - 1) * s - 2 * p + d * (kernel[i] - 1) + 1
+        extra.append(x.shape[2 + i] - least)
+    return replace(geometry, transposed=True, output_padding=tuple(extra))
 
 
 @rule(aten.convolution_backward.default)
@@ -127,7 +136,7 @@ def _convolution_backward(step: Step) -> Any:
     k = len(next(t for t in (tg, tx, tw) if t is not None))
     gx = gw = gb = None
     if tg is not None:
-        tg = _packed(flat(tg)).unflatten(0, (k, -1))
+        tg = packed(flat(tg)).unflatten(0, (k, -1))
     if wants[0]:
         gx = _to_input(step, geometry, tg, tw)
     if wants[1]:
@@ -139,22 +148,12 @@ def _convolution_backward(step: Step) -> Any:
 
 def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
     out = None
-    x = step.value(1)
+    g, x, weight = (step.value(i) for i in range(3))
+    back = to_input(geometry, g, x, weight.shape[2:])
     if tg is not None:
-        shape = x.shape
-        like = x.new_empty(1).expand(len(tg) * shape[0], *shape[1:])
-        out = _backward(step, flat(tg), like, step.value(2), (True, False, False))[0]
-        out = out.unflatten(0, (len(tg), -1))
+        out = back(flat(tg), weight).unflatten(0, (len(tg), -1))
     if tw is not None:
-        g = step.value(0)
-        for rows in _blocks(tw, x.shape[1]):
-            part = input_gradient(geometry, g, tw[rows], x)
-            if out is None:
-                out = _like_batches(part, len(tw))
-            if tg is None:
-                out[rows].copy_(part)
-            else:
-                out[rows].add_(part)
+        out = _with_weights(back, g, tw, x.shape[1], out)
     return out
 
 
@@ -176,3 +175,13 @@ def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
     return aten.convolution_backward(
         g, x, w, None, *(step.argument(4 + i) for i in range(6)), wants
     )
+
+
+def backward(step: Step) -> Any:
+    """The values of the backward pass; not the gradient of the weight, which tangents do not need."""
+    g, x, weight = (step.value(i) for i in range(3))
+    wants = step.argument(10)
+    gx = None
+    if wants[0]:
+        gx = to_input(Geometry.of(step, 4), g, x, weight.shape[2:])(packed(g), weight)
+    return gx, None, None

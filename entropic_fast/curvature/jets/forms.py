@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from ...ops import jet
 from .batch_norm import along, statistics
-from .convolution import Geometry, _blocks, input_gradient
+from .convolution import Geometry, _blocks, to_input
+from .fuse import pixels
 from .rules import aligned
 from .step import Step, form_by_torch
 
@@ -49,6 +51,8 @@ def rule(*targets: Any) -> Callable[[Form], Form]:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of [K, *shape] and [K, *shape] or [*shape].  # [K] float64"""
+    if a.ndim == 5 and b.ndim == 5:
+        return jet.inner(pixels(a), pixels(b))
     products = a * b
     return products.flatten(1).sum(1, dtype=torch.float64)
 
@@ -59,9 +63,10 @@ def _convolution(step: Step, g: Tensor) -> Tensor | None:
     if tx is None or tw is None:
         return None
     geometry, x = Geometry.of(step, 3), step.value(0)
+    back = to_input(geometry, g, x, tw.shape[3:])
     found = []
     for rows in _blocks(tw, x.shape[1]):
-        found.append(inner(tx[rows], input_gradient(geometry, g, tw[rows], x)))
+        found.append(inner(tx[rows], back.with_weights(g, tw[rows])))
     return 2 * torch.cat(found)
 
 

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
-from . import batch_norm
+from . import batch_norm, convolution
 from .capture import Graph
-from .convolution import _packed
 from .forms import form
+from .fuse import BackUnit, NormUnit, Unit, back_units, norm_units
 from .rules import tangent
 from .step import Step
 
 aten = torch.ops.aten
-Values = dict[fx.Node, Any]
+Tangents = dict[fx.Node, Any]
+
+
+class Values(dict[fx.Node, Any]):
+    """Values of nodes at a point, and the program that made them.
+
+    Attributes:
+        derived: what fused chains need of them, by node.
+        read: nodes that tangents have asked for.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.derived: dict[fx.Node, Any] = {}
+        self.read: set[fx.Node] = set()
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        self.read.add(node)
+        return super().__getitem__(node)
 
 
 class Program:
@@ -26,7 +47,7 @@ class Program:
     A point is the values of the nodes at given parameters and inputs: first those that lead to
     the outputs (`forward`), then, once the loss has given the cotangent u of the outputs, those
     of the backward pass (`backward`). Tangents in K directions follow the same two stages
-    (`push`, `pull`). What a stage does not need of the one before is not kept.
+    (`push`, `pull`).
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -34,14 +55,20 @@ class Program:
         behind = _after(graph.nodes, {graph.u})
         self.ahead = [n for n in graph.nodes if n not in behind]
         self.behind = [n for n in graph.nodes if n in behind]
+        norms = norm_units(self.ahead)
+        self._norms = norms
+        self._units_ahead = _scheduled(self.ahead, norms)
+        self._units_behind = _scheduled(self.behind, back_units(self.behind, norms))
+        self._last = _last_uses(self._units_ahead)
 
     # -- values ----------------------------------------------------------------------------
 
     def forward(self, parts: Sequence[Tensor], buffers: Iterable[Tensor], x: Tensor) -> Values:
         """Values of the nodes that lead to the outputs."""
-        values: Values = dict(zip(self.graph.parameters, parts, strict=True))
-        values |= dict(zip(self.graph.buffers, buffers, strict=True))
-        values[self.graph.x] = _packed(x) if x.ndim == 4 else x
+        values = Values(self)
+        values.update(zip(self.graph.parameters, parts, strict=True))
+        values.update(zip(self.graph.buffers, buffers, strict=True))
+        values[self.graph.x] = convolution.packed(x) if x.ndim == 4 else x
         _run(self.ahead, values, self.graph.constants)
         return values
 
@@ -50,44 +77,52 @@ class Program:
         values[self.graph.u] = u
         _run(self.behind, values, self.graph.constants)
 
+    def prepare(self, values: Values) -> None:
+        """Work that all directions share."""
+        for unit in self._norms:
+            unit.prepare(values)
+        values.read.clear()
+
     # -- tangents --------------------------------------------------------------------------
 
     def push(
         self,
         values: Values,
         directions: Sequence[Tensor | None],
-        on_node: Callable[[Step], None] | None = None,
+        *,
         keep: bool = False,
-    ) -> Values:
+        forms: list[Tensor] | None = None,
+    ) -> Tangents:
         """Tangents of the nodes that lead to the outputs.
 
         Args:
             directions: tangents of the parameters.  # [K, *shape] each
-            on_node: called for every moving node, while its arguments' tangents are there.
             keep: keep all tangents, for `pull`; otherwise only the outputs'.
+            forms: where to add second-order forms [K] of nodes that are not linear.
         """
-        tangents: Values = dict(zip(self.graph.parameters, directions, strict=True))
-        last = {} if keep else _last_uses(self.ahead)
-        for node in self.ahead:
-            step = Step(node, values, tangents)
-            if not step.moving:
-                continue
-            if on_node is not None:
-                on_node(step)
-            tangents[node] = _tangent(step)
-            for dead in last.get(node, ()):
-                if dead is not self.graph.outputs:
-                    tangents.pop(dead, None)
+        tangents: Tangents = dict(zip(self.graph.parameters, directions, strict=True))
+        for unit in self._units_ahead:
+            found = self._take(unit, values, tangents, forms is not None)
+            if found is not None and forms is not None:
+                forms.append(found)
+            if not keep:
+                for dead in self._last.get(unit, ()):
+                    if dead is not self.graph.outputs:
+                        tangents.pop(dead, None)
         return tangents
 
-    def pull(self, values: Values, tangents: Values, u: Tensor | None) -> list[Tensor | None]:
-        """Tangents of the gradients in the parameters, from those of u.  # [K, *shape] each"""
-        if u is not None:
-            tangents[self.graph.u] = u
-        for node in self.behind:
-            step = Step(node, values, tangents)
-            if step.moving:
-                tangents[node] = _tangent(step)
+    def pull(self, values: Values, tangents: Tangents, u: Tensor) -> list[Tensor | None]:
+        """Tangents of the gradients in the parameters, from those of u.  # [K, *shape] each
+
+        Without `backward` values: of the backward pass at u = 0, in which it is linear.
+        """
+        tangents[self.graph.u] = u
+        held = values if self.graph.u in values else _AtZero(values)
+        for unit in self._units_behind:
+            if isinstance(unit, BackUnit):
+                unit.run(held, tangents)
+            else:
+                self._one(unit.nodes[0], held, tangents)
         return [tangents.get(node) for node in self.graph.gradients]
 
     def forms(
@@ -95,39 +130,68 @@ class Program:
     ) -> tuple[Tensor | None, Tensor]:
         """The outputs' tangents [K, n, ...], and the network's part of v^T H v [K] float64."""
         found: list[Tensor] = []
-
-        def look(step: Step) -> None:
-            cotangents = self._cotangents(step.node)
-            if cotangents:
-                one = form(step, {i: values[node] for i, node in cotangents.items()})
-                if one is not None:
-                    found.append(one)
-
-        tangents = self.push(values, directions, look)
+        tangents = self.push(values, directions, forms=found)
         k = next(len(d) for d in directions if d is not None)
         total = values[self.graph.x].new_zeros(k, dtype=torch.float64)
         for one in found:
             total += one
         return tangents.get(self.graph.outputs), total
 
+    def _take(self, unit: Unit, values: Any, tangents: Tangents, form_too: bool) -> Tensor | None:
+        """Set a unit's tangents; its second-order form, if asked for and there is one."""
+        if isinstance(unit, NormUnit):
+            cotangent = self.graph.cotangents.get(unit.result) if form_too else None
+            return unit.run(values, tangents, None if cotangent is None else values[cotangent])
+        return self._one(unit.nodes[0], values, tangents, form_too)
+
+    def _one(
+        self, node: fx.Node, values: Any, tangents: Tangents, form_too: bool = False
+    ) -> Tensor | None:
+        if node.target is operator.getitem:
+            whole = tangents.get(node.args[0])  # type: ignore[arg-type]
+            if whole is not None:
+                tangents[node] = whole[node.args[1]]
+            return None
+        step = Step(node, values, tangents)
+        like = node.meta.get("val")
+        if not step.moving or (isinstance(like, Tensor) and not like.is_floating_point()):
+            return None
+        found = None
+        if form_too:
+            cotangents = self._cotangents(node)
+            if cotangents:
+                found = form(step, {i: values[n] for i, n in cotangents.items()})
+        tangents[node] = tangent(step)
+        return found
+
     def _cotangents(self, node: fx.Node) -> dict[int, fx.Node]:
         """Cotangents of a node's results, by number; none for a node that is linear."""
         known = self.graph.cotangents
-        if node.target is operator.getitem:
-            return {}
         if node in known:
             return {0: known[node]}
         results = [user for user in node.users if user.target is operator.getitem]
         return {user.args[1]: known[user] for user in results if user in known}  # type: ignore[misc]
 
 
-def _tangent(step: Step) -> Any:
-    if step.node.target is operator.getitem:
-        return step.tangent(0)[step.node.args[1]]
-    value = step.result
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        return None
-    return tangent(step)
+class _AtZero(Mapping[fx.Node, Any]):
+    """Values, with those of the backward pass where u is 0."""
+
+    def __init__(self, values: Values) -> None:
+        self._values, self.derived = values, values.derived
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        if node in self._values:
+            return self._values[node]
+        return tree_map(
+            lambda like: torch.zeros(like.shape, dtype=like.dtype, device=like.device),
+            node.meta["val"],
+        )
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def _run(nodes: Iterable[fx.Node], values: Values, constants: dict[str, Tensor]) -> None:
@@ -142,9 +206,10 @@ def _run(nodes: Iterable[fx.Node], values: Values, constants: dict[str, Tensor])
 
 
 # Operations that aten does not do, or not on tensors with channels last.
-_OWN: dict[Any, Callable[[Step], Any]] = {
+_OWN: dict[Any, Any] = {
     aten.view.default: lambda step: step.value(0).reshape(step.argument(1)),
     aten.native_batch_norm_backward.default: batch_norm.backward,
+    aten.convolution_backward.default: convolution.backward,
 }
 
 
@@ -156,12 +221,47 @@ def _after(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> set[fx.Node]:
     return found - sources
 
 
-def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    last: dict[fx.Node, fx.Node] = {}
+class _Single(Unit):
+    def __init__(self, node: fx.Node) -> None:
+        self.nodes = (node,)
+
+
+def _scheduled(nodes: Sequence[fx.Node], chains: Sequence[Unit]) -> list[Unit]:
+    """Units of all nodes, in an order in which they can be taken."""
+    owner: dict[fx.Node, Unit] = {node: unit for unit in chains for node in unit.nodes}
     for node in nodes:
-        for used in node.all_input_nodes:
-            last[used] = node
-    by_node: dict[fx.Node, list[fx.Node]] = {}
-    for used, node in last.items():
-        by_node.setdefault(node, []).append(used)
-    return by_node
+        owner.setdefault(node, _Single(node))
+    place = {node: i for i, node in enumerate(nodes)}
+    units = {id(unit): unit for unit in owner.values()}
+    waits = {
+        key: {id(owner[a]) for a in unit.inputs if a in owner and owner[a] is not unit}
+        for key, unit in units.items()
+    }
+    frees: dict[int, list[int]] = {}
+    for key, before in waits.items():
+        for one in before:
+            frees.setdefault(one, []).append(key)
+    rank = {key: min(place[node] for node in unit.nodes) for key, unit in units.items()}
+    ready = [(rank[key], key) for key, before in waits.items() if not before]
+    heapq.heapify(ready)
+    order: list[Unit] = []
+    while ready:
+        _, key = heapq.heappop(ready)
+        order.append(units[key])
+        for later in frees.get(key, ()):
+            waits[later].discard(key)
+            if not waits[later]:
+                heapq.heappush(ready, (rank[later], later))
+    assert len(order) == len(units)
+    return order
+
+
+def _last_uses(units: Sequence[Unit]) -> dict[Unit, list[fx.Node]]:
+    last: dict[fx.Node, Unit] = {}
+    for unit in units:
+        for node in (*unit.inputs, *unit.nodes):
+            last[node] = unit
+    by_unit: dict[Unit, list[fx.Node]] = {}
+    for node, unit in last.items():
+        by_unit.setdefault(unit, []).append(node)
+    return by_unit

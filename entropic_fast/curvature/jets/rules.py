@@ -52,13 +52,13 @@ def aligned(tangent: Tensor, dims: int) -> Tensor:
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(step: Step) -> Any:
     t = step.tangent(0)
-    return t.reshape(len(t), *step.result.shape)
+    return t.reshape(len(t), *step.shape)
 
 
 @rule(aten.expand.default)
 def _expand(step: Step) -> Any:
-    t = aligned(step.tangent(0), step.result.ndim)
-    return t.expand(len(t), *step.result.shape)
+    t = aligned(step.tangent(0), len(step.shape))
+    return t.expand(len(t), *step.shape)
 
 
 @rule(aten.permute.default)
@@ -81,13 +81,13 @@ def _transpose(step: Step) -> Any:
 
 @rule(aten.unsqueeze.default)
 def _unsqueeze(step: Step) -> Any:
-    return step.tangent(0).unsqueeze(step.argument(1) % step.result.ndim + 1)
+    return step.tangent(0).unsqueeze(step.argument(1) % len(step.shape) + 1)
 
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(step: Step) -> Any:
     t = step.tangent(0)
-    return t.reshape(len(t), *step.result.shape)
+    return t.reshape(len(t), *step.shape)
 
 
 @rule(aten.select.int)
@@ -113,7 +113,7 @@ def _cat(step: Step) -> Any:
             value = step.value(node)
             t = value.new_zeros(1).expand(len(moving), *value.shape)
         parts.append(t)
-    return torch.cat(parts, dim % step.result.ndim + 1)
+    return torch.cat(parts, dim % len(step.shape) + 1)
 
 
 @rule(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
@@ -156,19 +156,19 @@ def _add(step: Step) -> Any:
     a, b = step.tangent(0), step.tangent(1)
     sign = -1 if step.node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1
     alpha = sign * step.argument(2)
-    dims = step.result.ndim
+    dims = len(step.shape)
     if a is not None and b is not None:
         out = torch.add(aligned(a, dims), aligned(b, dims), alpha=alpha)
     elif a is not None:
         out = aligned(a, dims)
     else:
         out = aligned(b, dims) if alpha == 1 else aligned(b, dims) * alpha
-    return out.expand(len(out), *step.result.shape)
+    return out.expand(len(out), *step.shape)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(step: Step) -> Any:
-    a, b, dims = step.tangent(0), step.tangent(1), step.result.ndim
+    a, b, dims = step.tangent(0), step.tangent(1), len(step.shape)
     out = None
     if a is not None:
         out = aligned(a, dims) * step.value(1)
@@ -186,7 +186,7 @@ def _div(step: Step) -> Any:
 @rule(aten.relu.default)
 def _relu(step: Step) -> Any:
     # The derivative at 0 is 0, as in torch.
-    return step.tangent(0) * (step.result > 0)
+    return step.tangent(0) * (step.value(step.node) > 0)
 
 
 @rule(aten.threshold_backward.default)
@@ -199,10 +199,10 @@ def pointwise(step: Step) -> Any:
     """Any pointwise operation: its derivatives in each argument, times their tangents."""
     out = None
     for node, slope in slopes(step).items():
-        term = aligned(step.tangent(node), step.result.ndim) * slope
+        term = aligned(step.tangent(node), len(step.shape)) * slope
         out = term if out is None else out + term
     assert out is not None
-    return out.expand(len(out), *step.result.shape)
+    return out.expand(len(out), *step.shape)
 
 
 def slopes(step: Step) -> dict[Any, Tensor]:
@@ -236,9 +236,9 @@ def _addmm(step: Step) -> Any:
         out = out * alpha
     c = step.tangent(0)
     if c is not None:
-        c = aligned(c, step.result.ndim)
+        c = aligned(c, len(step.shape))
         c = c if beta == 1 else c * beta
-        out = c.expand(len(c), *step.result.shape) if out is None else out + c
+        out = c.expand(len(c), *step.shape) if out is None else out + c
     return out
 
 

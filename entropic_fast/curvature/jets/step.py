@@ -10,6 +10,30 @@ from torch import Tensor, fx
 from torch.func import grad, jvp, vmap
 
 
+class Sum:
+    """A tangent in two terms, of which the first is its own: a chain may add them as it goes."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self._first = first
+        self._second: Tensor | None = second
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def terms(self) -> tuple[Tensor, Tensor | None]:
+        return self._first, self._second
+
+    def settled(self) -> None:
+        """Say that the second term has been added to the first."""
+        self._second = None
+
+    def total(self) -> Tensor:
+        if self._second is not None:
+            self._first.add_(self._second)
+            self._second = None
+        return self._first
+
+
 class Step:
     """A node being differentiated in K directions at once.
 
@@ -42,12 +66,14 @@ class Step:
         """The tangent of an argument (by position, or a node); None if it does not move."""
         if isinstance(argument, int):
             argument = self.argument(argument)
-        return self._tangents.get(argument) if isinstance(argument, fx.Node) else None
+        found = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
+        return found.total() if isinstance(found, Sum) else found
 
     @property
-    def result(self) -> Any:
-        """The operation's own value."""
-        return self._values[self.node]
+    def shape(self) -> torch.Size:
+        """The shape of the operation's (single) value, which need not have been computed."""
+        shape: torch.Size = self.node.meta["val"].shape
+        return shape
 
     @property
     def moving(self) -> list[fx.Node]:
@@ -110,7 +136,7 @@ def _restored(step: Step, tangents: Any) -> Any:
     left = iter(tangents)
     return tuple(
         next(left) if isinstance(r, Tensor) and r.is_floating_point() else None
-        for r in step.result
+        for r in step.value(step.node)
     )
 
 

@@ -1,0 +1,51 @@
+"""First and second derivatives of a loss in the outputs of a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...objective import Objective
+
+
+class LossAt:
+    """The weighted sum of a batch's losses, as a function of the outputs.
+
+    Args:
+        obj: whose loss it is.
+        outputs: [n, ...]
+        targets: [n, ...]
+        weights: of the examples.  # [n]
+    """
+
+    def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        with torch.enable_grad():
+            self._at = outputs.detach().requires_grad_()
+            self.losses = obj.output_losses(self._at, targets)
+            total = (self.losses * weights).sum()
+            self._slope: Tensor | None = None
+            if total.requires_grad:
+                (self._slope,) = torch.autograd.grad(total, self._at, create_graph=True)
+
+    @property
+    def gradient(self) -> Tensor:
+        """In the outputs.  # [n, ...]"""
+        return torch.zeros_like(self._at) if self._slope is None else self._slope.detach()
+
+    def hessian(self, directions: Tensor) -> Tensor:  # [K, n, ...]
+        """Products of the Hessian in the outputs.  # [K, n, ...]"""
+        if self._slope is None or not self._slope.requires_grad:  # a loss linear in the outputs
+            return torch.zeros_like(directions)
+        found = [
+            torch.autograd.grad(
+                self._slope, self._at, one, retain_graph=True, materialize_grads=True
+            )[0]
+            for one in directions
+        ]
+        return torch.stack(found)
+
+    def fisher(self, directions: Tensor) -> Tensor:  # [K, n, ...]
+        """Products of each example's u u^T, u its gradient in the outputs.  # [K, n, ...]"""
+        u = self.gradient
+        along = (directions * u).flatten(2).sum(2)
+        return along.view(*along.shape, *[1] * (u.ndim - 1)) * u
