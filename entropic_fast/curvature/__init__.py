@@ -4,7 +4,7 @@ from .density import spectral_density
 from .diagonal import hessian_diagonal, operator_diagonal
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
-from .ggn_trace import ggn_trace
+from .ggn import ggn_trace
 from .gram import ScorePlan
 from .krylov import top_eigenvalues
 from .labels import sampled_labels

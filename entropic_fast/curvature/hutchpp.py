@@ -30,10 +30,9 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
         operator: symmetric, as `require_operator` asks.
 
     Raises:
-        ValueError: fewer than 3 probes.
+        ValueError: fewer than 3 probes; a sketch that does not fit the memory.
     """
     checks.whole("probes", probes, FEWEST)
-    require_room(2 * (probes // FEWEST), operator)
     if tol is None:
         _sketch(sampler, operator, 0, probes // FEWEST, seed)
         sampler.sample(probes - sampler.spent)
@@ -54,6 +53,7 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
 
 def _sketch(sampler: Hutchinson, operator: Any, start: int, stop: int, seed: int) -> None:
     """Take the range of A times sign vectors `start` to `stop` out of the samples."""
+    require_room(2 * stop, operator)
     key = random.derive(seed, "sketch")
     for i in range(start, stop, BLOCK):
         taken = range(i, min(i + BLOCK, stop))

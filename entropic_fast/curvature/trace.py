@@ -120,8 +120,9 @@ def operator_trace(
       estimator does the rest (Meyer, Musco, Musco, Woodruff 2021). Unbiased; the standard error
       is that of the rest.
     - "xtrace": leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024). Unbiased;
-      usually the most exact where eigenvalues decay fast. Its leave-one-out samples share their
-      vectors, so its standard error is the paper's estimate, itself good to some tens of percent.
+      the most exact where eigenvalues decay fast. Its standard error is the paper's estimate, from
+      the spread of samples that share their vectors: right for a few eigenvalues over a bulk, up
+      to a third too small for smooth spectra or where the signs are a good share of P.
 
     Where P is at most `probes`, the last two take P unit vectors instead and are exact.
 
@@ -144,7 +145,8 @@ def operator_trace(
 
     Raises:
         ValueError: an operator that is not square; arguments out of range; a product that is
-            not finite; "hutch++" with fewer than 3 probes, "xtrace" with fewer than 2.
+            not finite; "hutch++" with fewer than 3 probes, "xtrace" with fewer than 2, or more
+            vectors than fit the memory.
 
     >>> import torch
     >>> operator_trace(torch.diag(torch.tensor([1.0, 2.0])), probes=2).value

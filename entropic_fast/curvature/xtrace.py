@@ -35,10 +35,9 @@ def xtrace(operator: Any, probes: int, tol: float | None, seed: int, exact: floa
         exact: added to the value; known of the trace otherwise.
 
     Raises:
-        ValueError: fewer than 2 probes.
+        ValueError: fewer than 2 probes; vectors that do not fit the memory.
     """
     signs = checks.whole("probes", probes, 2) // 2
-    require_room(3 * signs, operator)
     state = _State(operator, seed)
     if tol is None:
         state.grow(signs)
@@ -67,6 +66,7 @@ class _State:
 
     def grow(self, count: int) -> None:
         """Take sign vectors until there are `count`."""
+        require_room(3 * count, self.operator)
         while self.count < count:
             taken = range(self.count, min(self.count + BLOCK, count))
             signs = sign_vectors(self.size, self.key, taken, self.dtype, self.device)
