@@ -9,9 +9,13 @@ from .curvature import (
     curvature_profile,
     fisher_eigenvalues,
     fisher_trace,
+    ggn_trace,
     gradient_norms,
+    hessian_diagonal,
     hessian_trace,
     ntk_gram,
+    operator_diagonal,
+    operator_trace,
     sampled_labels,
     score_gram,
     score_matrix,
@@ -26,7 +30,7 @@ from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Eigenpairs, Estimate
+from .results import Density, Diagonal, Eigenpairs, Estimate
 from .table import Table
 
 __all__ = [
@@ -48,6 +52,10 @@ __all__ = [
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",
+    "operator_trace",
+    "hessian_diagonal",
+    "operator_diagonal",
+    "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
     "curvature_profile",
@@ -66,6 +74,7 @@ __all__ = [
     "RidgePotential",
     "Estimate",
     "Eigenpairs",
+    "Diagonal",
     "Density",
     "Table",
     "set_backend",
