@@ -6,10 +6,10 @@ from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
 from .gram import ScorePlan
+from .hessian import GGNOperator, HessianOperator
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
 from .ntk import ntk_gram
-from .operators import GGNOperator, HessianOperator
 from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
     score_gram,

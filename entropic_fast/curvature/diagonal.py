@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..results import Diagonal, Eigenpairs
-from .operators import HessianOperator
+from .hessian import HessianOperator
 from .probes import block_width, sign_vectors
 from .protocol import multiply, require_operator
 from .sketch import deflation_basis, project_out

@@ -13,8 +13,8 @@ from .. import checks
 from ..objective import Objective
 from ..table import Table
 from .fisher import fisher_trace
+from .hessian import HessianOperator
 from .krylov import top_eigenvalues
-from .operators import HessianOperator
 from .trace import DEFAULT_PROBES, hessian_trace
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm")

@@ -9,9 +9,9 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..results import Eigenpairs, Estimate
+from .hessian import HessianOperator
 from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
 from .hutchpp import hutchpp
-from .operators import HessianOperator
 from .probes import BLOCK, MIN_SAMPLES
 from .protocol import require_operator
 from .score import grouping

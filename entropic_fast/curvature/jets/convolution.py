@@ -98,9 +98,9 @@ def _like_batches(part: Tensor, k: int) -> Tensor:
     """Room for [k, n, O, ...], images one after the other, channels last where part has them."""
     shape = (k * part.shape[1], *part.shape[2:])
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(
-        shape, dtype=part.dtype, device=part.device, memory_format=memory
-    ).unflatten(0, (k, -1))
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory).unflatten(
+        0, (k, -1)
+    )
 
 
 def _blocks(weights: Tensor, channels: int) -> list[slice]:
@@ -178,7 +178,7 @@ def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
 
 
 def backward(step: Step) -> Any:
-    """The values of the backward pass; not the gradient of the weight, which tangents do not need."""
+    """The values of the backward pass, without the weight's, which tangents do not need."""
     g, x, weight = (step.value(i) for i in range(3))
     wants = step.argument(10)
     gx = None

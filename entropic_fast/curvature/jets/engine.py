@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...exact import exact_math
+from ...examples import Batch
 from ...objective import Objective
 from .capture import NotCapturedError, capture
 from .loss import LossAt
@@ -28,22 +29,32 @@ WIDTH = 8
 # Bytes that the tangents of the widest layer may take on a CPU: over 32 MiB the allocator returns
 # every tensor to the system, and its pages are cleared anew at each use.
 CPU_TILE = 16 * 2**20
-CPU_TILE_EXAMPLES = 1024
-GPU_TILE_EXAMPLES = 512
+CPU_EXAMPLES = 1024
+GPU_EXAMPLES = 512
 # Programs kept for a model: inputs of as many shapes.
 PROGRAMS = 8
 
 
 class Tile(NamedTuple):
-    """Examples, filled up to the size of the others; those added weigh 0."""
+    """Examples, filled up to the size of the other tiles; those that fill weigh 0."""
 
+    start: int
     inputs: Tensor
     targets: Tensor
     weights: Tensor  # [n]
 
+    @property
+    def batch(self) -> Batch:
+        """The examples that count."""
+        n = int(self.weights.sum())
+        return Batch(self.start, self.inputs[:n], self.targets[:n])
+
 
 class JetEngine:
-    """Curvature of the summed loss at one point.
+    """Curvature of an objective's summed loss at one point.
+
+    Values at the point are computed anew for every call, until a second call of a kind shows
+    that they are wanted again: then as many tiles' as half the budget holds are kept.
 
     Args:
         obj: the objective.
@@ -59,75 +70,95 @@ class JetEngine:
         self._parts = [part.detach() for part in obj.split(theta).values()]
         self._sizes = [part.numel() for part in self._parts]
         self.separable = _separable(obj)
-        widest, total = _example_bytes(obj, theta)
-        self._example_bytes = total
-        self.tile = self._tile_size(widest, total)
-        self._held: list[Values] | None = []
-        batch = next(self._tiles())
-        self._program(batch.inputs)  # raises, if it will not do
+        self.width, self.tile = self._sizes_within(*_example_bytes(obj, theta))
+        self._calls: set[str] = set()
+        self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
+        self._kept_bytes = 0
+        program_for(obj, theta, next(self._tiles()).inputs)  # raises, if it will not do
 
     # -- tiles -----------------------------------------------------------------------------
 
-    def _tile_size(self, widest: int, total: int) -> int:
+    def _sizes_within(self, widest: int, total: int) -> tuple[int, int]:
+        """Directions and examples to take at once.
+
+        Args:
+            widest, total: bytes of an example's activations, in the widest layer and in all.
+        """
         count = self.obj.num_examples
+        # A product holds the tangents of all layers ahead, and values ahead and behind.
+        each, room = 2 * total, self.budget // 2
         if not self.separable:
-            return count
-        # A product holds the tangents of all layers twice, forward and backward.
-        most = self.budget // max(1, 3 * WIDTH * total)
+            largest = max(len(batch.inputs) for batch in self.obj.batches())
+            return max(1, min(WIDTH, room // (largest * each) - 1)), count
+        most = room // ((WIDTH + 1) * each)
         if self.obj.device.type == "cpu":
-            most = min(most, CPU_TILE_EXAMPLES, CPU_TILE // max(1, WIDTH * widest))
+            most = min(most, CPU_EXAMPLES, CPU_TILE // max(1, WIDTH * widest))
         else:
-            most = min(most, GPU_TILE_EXAMPLES)
+            most = min(most, GPU_EXAMPLES)
         most = max(1, most)
-        return ceil(count / ceil(count / most))
+        width = max(1, min(WIDTH, room // (most * each) - 1))
+        return width, ceil(count / ceil(count / most))
 
     def _tiles(self) -> Iterator[Tile]:
         if not self.separable:
             for batch in self.obj.batches():
-                yield Tile(batch.inputs, batch.targets, self._ones(len(batch.inputs)))
+                yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
             return
-        for batch in self.obj.batches(batch_size=self.tile):
-            n, missing = len(batch.inputs), self.tile - len(batch.inputs)
-            weights = self._ones(self.tile)
-            weights[n:] = 0
-            yield Tile(_filled(batch.inputs, missing), _filled(batch.targets, missing), weights)
+        for start, inputs, targets in self.obj.batches(batch_size=self.tile):
+            missing = self.tile - len(inputs)
+            weights = self._weights(self.tile, len(inputs))
+            yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
 
-    def _ones(self, n: int) -> Tensor:
-        return torch.ones(n, dtype=self.theta.dtype, device=self.theta.device)
+    def _weights(self, n: int, counted: int) -> Tensor:
+        weights = torch.zeros(n, dtype=self.theta.dtype, device=self.theta.device)
+        weights[:counted] = 1
+        return weights
 
-    def _program(self, inputs: Tensor) -> Program:
-        return program_for(self.obj, self.theta, inputs)
+    def sample(self) -> Tile:
+        """A tile of which two examples count; of a batch that cannot be split, all."""
+        first = next(self._tiles())
+        if not self.separable:
+            return first
+        return first._replace(weights=self._weights(self.tile, min(2, self.obj.num_examples)))
+
+    def program(self, tile: Tile) -> Program:
+        """The program for a tile's shapes."""
+        return program_for(self.obj, self.theta, tile.inputs)
 
     # -- results ---------------------------------------------------------------------------
 
     @exact_math()
     @torch.no_grad()
-    def products(self, rows: Tensor, kind: str) -> Tensor:
-        """Products of the summed loss's "hessian", "ggn" or "fisher" with rows [K, P]."""
+    def products(self, rows: Tensor, kind: str, sample: Tile | None = None) -> Tensor:
+        """Products of the summed loss's "hessian" or "ggn" with rows.  # [K, P]
+
+        Args:
+            rows: [K, P]
+            sample: a tile to take instead of all examples.
+        """
         total = torch.zeros_like(rows)
-        for tile in self._tiles():
-            values, loss = self._at(tile, kind)
-            for i in range(0, len(rows), WIDTH):
-                block = rows[i : i + WIDTH]
-                total[i : i + WIDTH] += self._product(values, loss, block, kind)
+        for values, loss in self._points(kind, sample) if len(rows) else ():
+            for block, sums in self._blocks(rows, total):
+                sums += self._product(values, loss, block, kind)
         return total
 
     @exact_math()
     @torch.no_grad()
-    def forms(self, rows: Tensor) -> Tensor:
+    def forms(self, rows: Tensor, sample: Tile | None = None) -> Tensor:
         """v^T H v of the summed loss for rows v [K, P].  # [K] float64"""
         total = rows.new_zeros(len(rows), dtype=torch.float64)
-        for tile in self._tiles():
-            values, loss = self._at(tile, "forms")
-            for i in range(0, len(rows), WIDTH):
-                block = rows[i : i + WIDTH]
+        for values, loss in self._points("forms", sample) if len(rows) else ():
+            for block, sums in self._blocks(rows, total):
                 moved, found = values.program.forms(values, self._directions(block))
+                sums += found
                 if moved is not None:
-                    found = found + (moved * loss.hessian(moved)).flatten(1).sum(
-                        1, dtype=torch.float64
-                    )
-                total[i : i + WIDTH] += found
+                    bent = moved.double() * loss.hessian(moved).double()
+                    sums += bent.flatten(1).sum(1)
         return total
+
+    def _blocks(self, rows: Tensor, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, len(rows), self.width):
+            yield rows[i : i + self.width], total[i : i + self.width]
 
     def _product(self, values: Values, loss: LossAt, rows: Tensor, kind: str) -> Tensor:
         program = values.program
@@ -135,8 +166,7 @@ class JetEngine:
         moved = tangents.get(program.graph.outputs)
         if moved is None:  # outputs that do not depend on the parameters
             return torch.zeros_like(rows)
-        u = loss.fisher(moved) if kind == "fisher" else loss.hessian(moved)
-        gradients = program.pull(values, tangents if kind == "hessian" else {}, u)
+        gradients = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
         found = [
             rows.new_zeros(len(rows), size) if g is None else g.reshape(len(rows), -1)
             for g, size in zip(gradients, self._sizes, strict=True)
@@ -149,11 +179,35 @@ class JetEngine:
             for part, like in zip(rows.split(self._sizes, 1), self._parts, strict=True)
         ]
 
+    # -- points ----------------------------------------------------------------------------
+
+    def _points(self, kind: str, sample: Tile | None) -> Iterator[tuple[Values, LossAt]]:
+        """Values and losses, tile by tile."""
+        if sample is not None:
+            yield self._at(sample, kind)
+            return
+        again = kind in self._calls
+        self._calls.add(kind)
+        for i, tile in enumerate(self._tiles()):
+            known = self._kept.get((kind, i))
+            if known is not None:
+                yield known
+                continue
+            point = self._at(tile, kind)
+            yield point
+            if again:
+                size = point[0].prune()
+                if self._kept_bytes + size <= self.budget // 2:
+                    self._kept[kind, i] = point
+                    self._kept_bytes += size
+
     def _at(self, tile: Tile, kind: str) -> tuple[Values, LossAt]:
-        program = self._program(tile.inputs)
+        program = self.program(tile)
         values = program.forward(self._parts, self.obj.buffers.values(), tile.inputs)
         loss = LossAt(self.obj, values[program.graph.outputs], tile.targets, tile.weights)
-        if kind in ("hessian", "forms"):
+        if not bool(torch.isfinite(loss.losses).all()):
+            self.obj.finite_losses(self.theta, tile.batch)  # raises, naming the example
+        if kind != "ggn":
             program.backward(values, loss.gradient)
         program.prepare(values)
         return values, loss

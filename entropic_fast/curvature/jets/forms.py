@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ...ops import jet
-from .batch_norm import along, statistics
+from .batch_norm import statistics
 from .convolution import Geometry, _blocks, to_input
 from .fuse import pixels
 from .rules import aligned

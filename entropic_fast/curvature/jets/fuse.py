@@ -117,7 +117,8 @@ class BackUnit(Unit):
         elif isinstance(parts[0], Sum):
             u, extra = parts[0].terms()
         else:
-            u, extra = parts[0].clone() if self.relu is not None or len(parts) > 1 else parts[0], None
+            changes = self.relu is not None or len(parts) > 1
+            u, extra = parts[0].clone() if changes else parts[0], None
         residual = parts[1] if len(parts) > 1 else None
         if isinstance(residual, Sum):
             residual = residual.total()
@@ -204,9 +205,9 @@ def back_units(behind: Sequence[fx.Node], ahead: Sequence[NormUnit]) -> list[Bac
         assert isinstance(relu, fx.Node)
         taken.add(relu)
         source = relu.args[0]
-        if isinstance(source, fx.Node) and source in inside and _only(source, inside) is relu:
-            if _adds(source, source.args[0]):
-                add = source
+        alone = isinstance(source, fx.Node) and _only(source, inside) is relu
+        if alone and source in inside and _adds(source, source.args[0]):
+            add = source
         found.append(BackUnit(add, relu, norm, forward))
     return found
 

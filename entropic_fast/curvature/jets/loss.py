@@ -21,8 +21,9 @@ class LossAt:
     def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         with torch.enable_grad():
             self._at = outputs.detach().requires_grad_()
-            self.losses = obj.output_losses(self._at, targets)
-            total = (self.losses * weights).sum()
+            losses = obj.output_losses(self._at, targets)
+            total = (losses * weights).sum()
+            self.losses = losses.detach()
             self._slope: Tensor | None = None
             if total.requires_grad:
                 (self._slope,) = torch.autograd.grad(total, self._at, create_graph=True)
@@ -43,9 +44,3 @@ class LossAt:
             for one in directions
         ]
         return torch.stack(found)
-
-    def fisher(self, directions: Tensor) -> Tensor:  # [K, n, ...]
-        """Products of each example's u u^T, u its gradient in the outputs.  # [K, n, ...]"""
-        u = self.gradient
-        along = (directions * u).flatten(2).sum(2)
-        return along.view(*along.shape, *[1] * (u.ndim - 1)) * u

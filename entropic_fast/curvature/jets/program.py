@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import batch_norm, convolution
 from .capture import Graph
@@ -40,6 +40,19 @@ class Values(dict[fx.Node, Any]):
         self.read.add(node)
         return super().__getitem__(node)
 
+    def prune(self) -> int:
+        """Let go of what tangents have not read; the bytes of the rest."""
+        placed = {*self.program.graph.parameters, *self.program.graph.buffers}
+        for node in self.keys() - self.read - placed - {self.program.graph.u}:
+            del self[node]
+        held = [value for node, value in self.items() if node not in placed]
+        storages = {
+            leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
+            for leaf in tree_leaves((held, list(self.derived.values())))
+            if isinstance(leaf, Tensor)
+        }
+        return sum(storages.values())
+
 
 class Program:
     """Runs a `Graph`.
@@ -48,6 +61,10 @@ class Program:
     the outputs (`forward`), then, once the loss has given the cotangent u of the outputs, those
     of the backward pass (`backward`). Tangents in K directions follow the same two stages
     (`push`, `pull`).
+
+    Attributes:
+        graph: what it runs.
+        checked: kinds of results that were compared with another way, by loss.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -60,6 +77,7 @@ class Program:
         self._units_ahead = _scheduled(self.ahead, norms)
         self._units_behind = _scheduled(self.behind, back_units(self.behind, norms))
         self._last = _last_uses(self._units_ahead)
+        self.checked: dict[Any, set[str]] = {}
 
     # -- values ----------------------------------------------------------------------------
 
@@ -132,7 +150,7 @@ class Program:
         found: list[Tensor] = []
         tangents = self.push(values, directions, forms=found)
         k = next(len(d) for d in directions if d is not None)
-        total = values[self.graph.x].new_zeros(k, dtype=torch.float64)
+        total = torch.zeros(k, dtype=torch.float64, device=directions[0].device)
         for one in found:
             total += one
         return tangents.get(self.graph.outputs), total

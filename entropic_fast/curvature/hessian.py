@@ -1,0 +1,199 @@
+"""The Hessian and the generalised Gauss-Newton matrix by their products, never formed."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .. import random
+from ..exact import exact_math
+from ..examples import Batch
+from ..objective import NonFiniteLossError, Objective
+from .engine import AGREEMENT, DisagreementError
+from .jets import JetEngine, NotCapturedError
+from .memory import resolve_budget
+from .operators import CurvatureOperator
+
+logger = logging.getLogger(__name__)
+
+
+class JetOperator(CurvatureOperator):
+    """A matrix of second derivatives, by rules for each operation of the network's graph.
+
+    A model whose graph cannot be captured goes to autograd as a whole. Before the first result
+    for a model both ways are compared on two examples.
+
+    Args:
+        obj: the objective.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for activations and their derivatives; None for a quarter of the
+            free memory. Half of it may hold values that the next product needs again.
+
+    Attributes:
+        way: "rules", or "autograd" with the reason.
+    """
+
+    kind = ""
+
+    def __init__(
+        self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
+    ) -> None:
+        super().__init__(obj, theta)
+        self._budget = resolve_budget(memory_budget, obj.device)
+
+    @property
+    def way(self) -> str:
+        return "rules" if self._engine is not None else f"autograd, as {self._why}"
+
+    @cached_property
+    def _engine(self) -> JetEngine | None:
+        try:
+            engine = JetEngine(self.obj, self.theta, self._budget)
+            self._check(engine)
+        except NotCapturedError as why:
+            self._why = str(why)
+            logger.info("%s by autograd, as %s", self.name, why)
+            return None
+        return engine
+
+    def _product(self, columns: Tensor) -> Tensor:
+        rows = columns.T.contiguous()
+        if self._engine is not None:
+            total = self._engine.products(rows, self.kind)
+        else:
+            total = torch.zeros_like(rows)
+            for batch in self.obj.batches() if len(rows) else ():
+                self._add_products(batch, rows, total)
+        return (total / self.obj.num_examples).T
+
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
+        raise TypeError("use HessianOperator or GGNOperator")
+
+    def _check(self, engine: JetEngine) -> None:
+        """Compare both ways on the first examples, once for a model, loss and kind."""
+        sample = engine.sample()
+        done = engine.program(sample).checked.setdefault(self.obj._loss, set())
+        if self.kind in done:
+            return
+        row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
+        expected = torch.zeros_like(row)
+        self._add_products(sample.batch, row, expected)
+        try:
+            got = engine.products(row, self.kind, sample)
+            forms = engine.forms(row, sample) if self.kind == "hessian" else None
+        except (NonFiniteLossError, torch.OutOfMemoryError):
+            raise
+        except Exception as why:  # an operation that the rules take wrongly
+            raise NotCapturedError(f"{type(why).__name__}: {str(why).splitlines()[0]}") from why
+        relative, _ = AGREEMENT[self.dtype]
+        scale = float(expected.double().norm())
+        gap = float((got - expected).double().norm())
+        if forms is not None:
+            reference = (row.double() * expected.double()).sum()
+            gap = max(gap, float((forms - reference).abs()) / float(row.double().norm()))
+        if not gap <= relative * scale + _ROUNDING * torch.finfo(self.dtype).eps:
+            raise DisagreementError(
+                f"{self.name}: a product of norm {scale:.3g} differs by {gap:.3g} between the rules "
+                f"and autograd; this is a bug in entropic_fast: please report the model"
+            )
+        done.add(self.kind)
+
+
+# Differences of so many roundings of 1 are none, however small the product.
+_ROUNDING = 1e3
+
+
+class HessianOperator(JetOperator):
+    """The Hessian of the mean loss at a point, by double backward (Pearlmutter 1994).
+
+    A product with K columns builds one graph a batch, shared by the columns and freed before
+    the next batch. Batches weigh the examples they hold. With norm="batch" the normalisation
+    statistics are differentiated through. Attention is computed by matrix products, because
+    the fused kernels have no second derivative.
+
+    Args:
+        obj: the objective.
+        theta: the point; None for the model's own.  # [P]
+
+    Raises:
+        ValueError: a model in half precision, a point that does not fit; in products, as
+            `CurvatureOperator.__matmul__`.
+        RuntimeError: from torch, a function of the model that has no second derivative.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> H = HessianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> H.shape, (H @ torch.tensor([1.0])).tolist()
+    ((1, 1), [5.0])
+    """
+
+    name, kind = "HessianOperator", "hessian"
+
+    def _forms(self, columns: Tensor) -> Tensor:
+        if self._engine is None:
+            return super()._forms(columns)
+        return self._engine.forms(columns.T.contiguous()) / self.obj.num_examples
+
+    @exact_math()
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        leaf = self.theta.detach().requires_grad_()
+        loss = self.obj.finite_losses(leaf, batch).sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        if not gradient.requires_grad:  # a loss linear in theta
+            return
+        for i, row in enumerate(rows):
+            (product,) = torch.autograd.grad(
+                gradient, leaf, row, retain_graph=i + 1 < len(rows), materialize_grads=True
+            )
+            total[i] += product
+
+
+class GGNOperator(JetOperator):
+    """The generalised Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
+
+    It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
+    semi-definite for a loss convex in the outputs; for cross-entropy with class labels it is
+    the Fisher matrix with labels drawn from the model. J v by the derivative of J^T u in u.
+
+    Args:
+        obj: the objective; any loss with second derivatives in the outputs.
+        theta: the point; None for the model's own.  # [P]
+
+    Raises:
+        ValueError, RuntimeError: as `HessianOperator`.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> G = GGNOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> (G @ torch.tensor([[1.0, 2.0]])).tolist()
+    [[5.0, 10.0]]
+    """
+
+    name, kind = "GGNOperator", "ggn"
+
+    @exact_math()
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        leaf = self.theta.detach().requires_grad_()
+        outputs = self.obj.outputs(leaf, batch.inputs)
+        free = outputs.detach().requires_grad_()
+        losses = self.obj.output_losses(free, batch.targets)
+        if not bool(torch.isfinite(losses.detach()).all()):
+            self.obj.finite_losses(self.theta, batch)  # raises, naming the example
+        (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
+        if not loss_gradient.requires_grad:  # a loss linear in the outputs
+            return
+        # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
+        u = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+        for i, row in enumerate(rows):
+            more = i + 1 < len(rows)
+            (pushed,) = torch.autograd.grad(pulled, u, row, retain_graph=True)
+            (weighted,) = torch.autograd.grad(
+                loss_gradient, free, pushed, retain_graph=more, materialize_grads=True
+            )
+            (product,) = torch.autograd.grad(outputs, leaf, weighted, retain_graph=more)
+            total[i] += product
