@@ -1,6 +1,7 @@
 """Curvature at a point of an Objective, and along a path."""
 
 from .density import spectral_density
+from .engine import DisagreementError, without_rules
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .gram import ScorePlan
@@ -29,6 +30,8 @@ __all__ = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
+    "without_rules",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",
