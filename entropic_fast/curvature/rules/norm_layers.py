@@ -73,12 +73,7 @@ class BatchNorm(Layer):
 
 
 class GroupNorm(Layer):
-    """`F.group_norm`; with one channel a group, `F.instance_norm` by the instance's statistics.
-
-    torch's own instance normalisation is wrong where its batch normalisation is.
-    """
-
-    right_under_vmap = False
+    """`F.group_norm`; with one channel a group, `F.instance_norm` by the instance's statistics."""
 
     def __init__(
         self, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
