@@ -10,9 +10,13 @@ from .curvature import (
     curvature_profile,
     fisher_eigenvalues,
     fisher_trace,
+    ggn_trace,
     gradient_norms,
+    hessian_diagonal,
     hessian_trace,
     ntk_gram,
+    operator_diagonal,
+    operator_trace,
     sampled_labels,
     score_gram,
     score_matrix,
@@ -27,7 +31,7 @@ from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Eigenpairs, Estimate
+from .results import Density, Diagonal, Eigenpairs, Estimate
 from .table import Table
 
 __all__ = [
@@ -50,6 +54,10 @@ __all__ = [
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",
+    "operator_trace",
+    "hessian_diagonal",
+    "operator_diagonal",
+    "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
     "curvature_profile",
@@ -68,6 +76,7 @@ __all__ = [
     "RidgePotential",
     "Estimate",
     "Eigenpairs",
+    "Diagonal",
     "Density",
     "Table",
     "set_backend",
