@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .curvature import (
+    DisagreementError,
     FisherOperator,
     GGNOperator,
     HessianOperator,
@@ -47,6 +48,7 @@ __all__ = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

@@ -24,6 +24,7 @@ NAMES = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

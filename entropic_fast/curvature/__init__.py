@@ -2,6 +2,7 @@
 
 from .density import spectral_density
 from .diagonal import hessian_diagonal, operator_diagonal
+from .engine import DisagreementError, without_rules
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
@@ -31,6 +32,8 @@ __all__ = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
+    "without_rules",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",
