@@ -1,8 +1,8 @@
 """Curvature at a point of an Objective, and along a path."""
 
+from .agreement import DisagreementError, without_rules
 from .density import spectral_density
 from .diagonal import hessian_diagonal, operator_diagonal
-from .engine import DisagreementError, without_rules
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace

@@ -11,9 +11,7 @@ examples.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,45 +22,11 @@ from ..exact import exact_math
 from ..examples import Batch
 from ..loss_functions import LossFunction
 from ..objective import NonFiniteLossError, Objective
+from .agreement import AGREEMENT, DisagreementError, rules_are_off
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
 
 logger = logging.getLogger(__name__)
-
-# Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
-# them is wrong; and differences that are small against the whole gradient, as roundings are.
-AGREEMENT = {
-    torch.float64: (1e-6, 1e-11),
-    torch.float32: (1e-2, 1e-5),
-    torch.bfloat16: (0.2, 0.05),
-    torch.float16: (0.1, 0.02),
-}
-
-
-class DisagreementError(RuntimeError):
-    """The fast way and the fallback give different gradients; the message names the parameter."""
-
-
-_rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)
-
-
-@contextmanager
-def without_rules() -> Iterator[None]:
-    """Within it, per-example gradients are those of `torch.func` alone: slower, without check.
-
-    The way on after a `DisagreementError`, and to see which of the two ways is wrong. Operators
-    built within it keep to this way.
-
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
-    >>> with without_rules():
-    ...     ScoreEngine(obj).traceable
-    False
-    """
-    token = _rules_off.set(True)
-    try:
-        yield
-    finally:
-        _rules_off.reset(token)
 
 
 class ScoreEngine:
@@ -236,7 +200,7 @@ _known_ways: WeakKeyDictionary[torch.nn.Module, dict[int, _Ways]] = WeakKeyDicti
 
 
 def _ways_of(obj: Objective) -> _Ways:
-    if _rules_off.get():
+    if rules_are_off():
         ways = _Ways(obj._loss)
         ways.traceable, ways.checked = False, True
         return ways

@@ -119,7 +119,14 @@ class JetEngine:
         first = next(self._tiles())
         if not self.separable:
             return first
-        return first._replace(weights=self._weights(self.tile, min(2, self.obj.num_examples)))
+        counted = min(2, len(first.batch.inputs))
+        rest = self.tile - counted
+        return Tile(
+            first.start,
+            _filled(first.inputs[:counted], rest),
+            _filled(first.targets[:counted], rest),
+            self._weights(self.tile, counted),
+        )
 
     def program(self, tile: Tile) -> Program:
         """The program for a tile's shapes."""
