@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import random
-from ..exact import exact_math
+from ..exact import TwiceDifferentiable, exact_math
 from ..examples import Batch
 from ..objective import NonFiniteLossError, Objective
 from .agreement import AGREEMENT, DisagreementError, rules_are_off
@@ -147,7 +147,8 @@ class HessianOperator(JetOperator):
     @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
-        loss = self.obj.finite_losses(leaf, batch).sum()
+        with TwiceDifferentiable():
+            loss = self.obj.finite_losses(leaf, batch).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         if not gradient.requires_grad:  # a loss linear in theta
             return
@@ -184,7 +185,8 @@ class GGNOperator(JetOperator):
     @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
-        outputs = self.obj.outputs(leaf, batch.inputs)
+        with TwiceDifferentiable():
+            outputs = self.obj.outputs(leaf, batch.inputs)
         free = outputs.detach().requires_grad_()
         losses = self.obj.output_losses(free, batch.targets)
         if not bool(torch.isfinite(losses.detach()).all()):

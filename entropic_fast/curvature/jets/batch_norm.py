@@ -65,10 +65,14 @@ def _batch_norm_backward(step: Step) -> Any:
 
 
 def backward(step: Step) -> Any:
-    """The values of aten's backward pass, without those of the weights, which tangents do not need.
+    """The values of aten's backward pass, as far as they are wanted within the graph.
 
     Not by aten: its kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
     """
-    g, weight, dims = step.value(0), step.value(2), step.value(0).ndim
-    _, rstd = statistics(step, 3, 4, 8)
-    return g * (rstd if weight is None else rstd * along(weight, dims)), None, None
+    g, x, weight, dims = step.value(0), step.value(1), step.value(2), step.value(0).ndim
+    mean, rstd = statistics(step, 3, 4, 8)
+    sums = [0, *range(2, dims)]
+    gx = g * (rstd if weight is None else rstd * along(weight, dims))
+    gw = (g * ((x - mean) * rstd)).sum(sums) if step.wanted(1) else None
+    gb = g.sum(sums) if step.wanted(2) else None
+    return gx, gw, gb

@@ -85,9 +85,7 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphMod
         return outputs
 
     with torch.enable_grad():
-        graph = _traced(
-            functionalize(run), DECOMPOSITIONS, parts, list(obj.buffers.values()), inputs
-        )
+        graph = _traced(run, DECOMPOSITIONS, parts, list(obj.buffers.values()), inputs)
     graph.graph.eliminate_dead_code()
     return graph
 
@@ -118,8 +116,6 @@ def _with_backward(
 
     arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
     joint = _traced(run, {}, *arguments)
-    if any(_mutates(node) for node in joint.graph.nodes):
-        joint = _traced(functionalize(run), {}, *arguments)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     p, b = len(parts), len(buffers)
     for shift in placeholders[p + b + 2 :]:
@@ -150,11 +146,18 @@ def _with_backward(
 
 def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
     try:
-        return make_fx(function, decomposition_table=table)(*arguments)
+        graph = make_fx(function, decomposition_table=table)(*arguments)
+        if any(_mutates(node) for node in graph.graph.nodes):
+            # Only now, as composite functions hide what they change in place.
+            graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
     except NotCapturedError:
         raise
     except Exception as why:  # whatever a model does that tracing does not take
         raise NotCapturedError(f"{type(why).__name__}: {str(why).splitlines()[0]}") from why
+    for node in graph.graph.nodes:
+        if _mutates(node):
+            raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
+    return graph
 
 
 def _mutates(node: fx.Node) -> bool:

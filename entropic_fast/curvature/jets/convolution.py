@@ -35,8 +35,10 @@ class Geometry:
     @staticmethod
     def of(step: Step, first: int) -> Geometry:
         """From the arguments of aten's convolution that start at position `first`."""
+        dims = step.value(1).ndim - 2
         a = [step.argument(first + i) for i in range(6)]
-        return Geometry(tuple(a[0]), tuple(a[1]), tuple(a[2]), bool(a[3]), tuple(a[4]), int(a[5]))
+        stride, padding, dilation, extra = (_each(a[i], dims) for i in (0, 1, 2, 4))
+        return Geometry(stride, padding, dilation, bool(a[3]), extra, int(a[5]))
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out: Tensor = aten.convolution(
@@ -58,6 +60,10 @@ class Geometry:
         return out.unflatten(1, (g, k, -1)).movedim(2, 0).flatten(2, 3)
 
 
+def _each(values: Sequence[int], dims: int) -> tuple[int, ...]:
+    return tuple(values) * dims if len(values) == 1 else tuple(values)
+
+
 @rule(aten.convolution.default)
 def _convolution(step: Step) -> Any:
     geometry = Geometry.of(step, 3)
@@ -76,7 +82,7 @@ def _convolution(step: Step) -> Any:
 
 
 def _with_weights(
-    geometry: Geometry, x: Tensor, weights: Tensor, channels: int, added: Tensor | None
+    geometry: Geometry | Back, x: Tensor, weights: Tensor, channels: int, added: Tensor | None
 ) -> Any:
     """x with each of weights [K, ...], added to a tangent [K, n, channels, ...] if there is one."""
     blocks = _blocks(weights, channels)
@@ -115,17 +121,35 @@ def packed(images: Tensor) -> Tensor:
     return images.contiguous()
 
 
-def to_input(geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> Geometry:
-    """The convolution that takes cotangents g [n, O, ...] of the result to the input x."""
-    if geometry.transposed:
-        return replace(geometry, transposed=False, output_padding=(0,) * len(geometry.stride))
-    extra = []
-    for i, (s, p, d) in enumerate(
-        zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
-    ):
-        least = (g.shape[2 + i] - 1) * s - 2 * p + d * (kernel[i] - 1) + 1
-        extra.append(x.shape[2 + i] - least)
-    return replace(geometry, transposed=True, output_padding=tuple(extra))
+class Back:
+    """A convolution's cotangents g [n, O, ...] taken to its input x [n, C, ...], by weights."""
+
+    def __init__(self, geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> None:
+        self._size = x.shape[2:]
+        if geometry.transposed:
+            none = (0,) * len(geometry.stride)
+            self._geometry = replace(geometry, transposed=False, output_padding=none)
+            return
+        extra = []
+        for i, (s, p, d) in enumerate(
+            zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        ):
+            least = (g.shape[2 + i] - 1) * s - 2 * p + d * (kernel[i] - 1) + 1
+            extra.append(x.shape[2 + i] - least)
+        self._geometry = replace(geometry, transposed=True, output_padding=tuple(extra))
+
+    def __call__(self, g: Tensor, weight: Tensor) -> Tensor:
+        return self._cropped(self._geometry(g, weight))
+
+    def with_weights(self, g: Tensor, weights: Tensor) -> Tensor:
+        """As `Geometry.with_weights`."""
+        return self._cropped(self._geometry.with_weights(g, weights))
+
+    def _cropped(self, out: Tensor) -> Tensor:
+        # Output padding of at least the stride leaves positions that no input went to.
+        for i, size in enumerate(self._size):
+            out = out.narrow(i - len(self._size), 0, size)
+        return out
 
 
 @rule(aten.convolution_backward.default)
@@ -149,7 +173,7 @@ def _convolution_backward(step: Step) -> Any:
 def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
     out = None
     g, x, weight = (step.value(i) for i in range(3))
-    back = to_input(geometry, g, x, weight.shape[2:])
+    back = Back(geometry, g, x, weight.shape[2:])
     if tg is not None:
         out = back(flat(tg), weight).unflatten(0, (len(tg), -1))
     if tw is not None:
@@ -178,10 +202,16 @@ def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
 
 
 def backward(step: Step) -> Any:
-    """The values of the backward pass, without the weight's, which tangents do not need."""
+    """The values of the backward pass, as far as they are wanted within the graph."""
     g, x, weight = (step.value(i) for i in range(3))
-    wants = step.argument(10)
     gx = None
-    if wants[0]:
-        gx = to_input(Geometry.of(step, 4), g, x, weight.shape[2:])(packed(g), weight)
-    return gx, None, None
+    if step.wanted(0):
+        gx = Back(Geometry.of(step, 4), g, x, weight.shape[2:])(packed(g), weight)
+    gw = gb = None
+    wants = (False, step.wanted(1), step.wanted(2))
+    if any(wants):
+        sizes = step.argument(3)
+        _, gw, gb = aten.convolution_backward(
+            g, x, weight, sizes, *(step.argument(4 + i) for i in range(6)), wants
+        )
+    return gx, gw, gb

@@ -1,4 +1,4 @@
-"""Normalisation layers in simpler operations, whose derivatives of any order are known."""
+"""Operations in terms of simpler ones, whose derivatives of any order are known."""
 
 from __future__ import annotations
 
@@ -84,7 +84,44 @@ def _batch_norm(
     return batch_statistics(x, w, b, eps)
 
 
-DECOMPOSITIONS = {
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    others = [d for d in range(v.ndim) if d != dim % v.ndim]
+    norms = (v * v).sum(others, keepdim=True).sqrt()
+    return v * (g / norms), norms
+
+
+def _trilinear(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    expand_a: Sequence[int],
+    expand_b: Sequence[int],
+    expand_c: Sequence[int],
+    summed: Sequence[int],
+    unroll_dim: int = 1,
+) -> Tensor:
+    for dim in expand_a:
+        a = a.unsqueeze(dim)
+    for dim in expand_b:
+        b = b.unsqueeze(dim)
+    for dim in expand_c:
+        c = c.unsqueeze(dim)
+    return (a * b * c).sum(list(summed))
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(target.dtype).expand(target.shape).clone()
+
+
+def _fill(target: Tensor, value: Tensor) -> Tensor:
+    return value.to(target.dtype).expand(target.shape).clone()
+
+
+DECOMPOSITIONS: dict[Any, Any] = {
+    aten._weight_norm_interface.default: _weight_norm,
+    aten.copy.default: _copy,
+    aten.fill.Tensor: _fill,
+    aten._trilinear.default: _trilinear,
     aten.native_layer_norm.default: layer_norm,
     aten.native_group_norm.default: group_norm,
     aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,

@@ -17,7 +17,7 @@ from torch.func import jvp
 
 from ...ops import jet
 from .batch_norm import statistics
-from .convolution import Geometry, _blocks, to_input
+from .convolution import Back, Geometry, _blocks
 from .fuse import pixels
 from .rules import aligned
 from .step import Step, form_by_torch
@@ -63,7 +63,7 @@ def _convolution(step: Step, g: Tensor) -> Tensor | None:
     if tx is None or tw is None:
         return None
     geometry, x = Geometry.of(step, 3), step.value(0)
-    back = to_input(geometry, g, x, tw.shape[3:])
+    back = Back(geometry, g, x, tw.shape[3:])
     found = []
     for rows in _blocks(tw, x.shape[1]):
         found.append(inner(tx[rows], back.with_weights(g, tw[rows])))

@@ -23,7 +23,7 @@ LINEAR = {
     aten.mean.default, aten.mean.dim, aten.constant_pad_nd.default, aten.diagonal.default,
     aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.as_strided.default,
     aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.unfold.default,
-    aten.embedding.default, aten.cumsum.default, aten.upsample_nearest2d.vec,
+    aten.slice_scatter.default, aten.select_scatter.default, aten.embedding.default, aten.cumsum.default, aten.upsample_nearest2d.vec,
     aten.reflection_pad1d.default, aten.reflection_pad2d.default,
     aten.replication_pad1d.default, aten.replication_pad2d.default,
     aten.slice_backward.default, aten.select_backward.default, aten.masked_fill.Scalar,

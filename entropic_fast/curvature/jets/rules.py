@@ -102,6 +102,16 @@ def _slice(step: Step) -> Any:
     return aten.slice(step.tangent(0), dim, *(step.argument(i) for i in (2, 3, 4)))
 
 
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def _scatter(step: Step) -> Any:
+    base, part = step.tangent(0), step.tangent(1)
+    k = len(part if base is None else base)
+    base = step.value(0).new_zeros(1).expand(k, *step.shape) if base is None else base
+    part = step.value(1).new_zeros(1).expand(k, *step.value(1).shape) if part is None else part
+    dim = step.argument(2) % len(step.shape) + 1
+    return step.node.target(base, part, dim, *step.node.args[3:])
+
+
 @rule(aten.cat.default)
 def _cat(step: Step) -> Any:
     nodes, dim = step.argument(0), step.argument(1)
@@ -250,4 +260,14 @@ def _bilinear(step: Step, i: int, j: int, product: Callable[[Tensor, Tensor], Te
     if b is not None:
         second = product(step.value(i), b)
         out = second if out is None else out.add_(second)
+    return out
+
+
+@rule(aten.embedding.default)
+def _embedding(step: Step) -> Any:
+    # The padding row is a constant: torch gives it no gradient.
+    t, tokens, padding = step.tangent(0), step.value(1), step.argument(2)
+    out = t[:, tokens]
+    if padding >= 0:
+        out = out.masked_fill((tokens == padding)[..., None], 0)
     return out

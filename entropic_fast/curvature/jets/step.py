@@ -80,6 +80,13 @@ class Step:
         """Argument nodes that move, each once."""
         return [a for a in self.node.all_input_nodes if self._tangents.get(a) is not None]
 
+    def wanted(self, result: int) -> bool:
+        """Whether an operation of the graph takes one of this one's results."""
+        return any(
+            user.args[1] == result and any(later.op != "output" for later in user.users)
+            for user in self.node.users
+        )
+
     def call(self, values: Mapping[fx.Node, Any]) -> Any:
         """The operation with other values of some argument nodes."""
         args, kwargs = fx.node.map_arg(
