@@ -7,10 +7,12 @@ from .curvature import (
     HessianOperator,
     ScorePlan,
     curvature_profile,
+    density_log_determinant,
     fisher_eigenvalues,
     fisher_trace,
     gradient_norms,
     hessian_trace,
+    log_determinant,
     ntk_gram,
     sampled_labels,
     score_gram,
@@ -26,7 +28,7 @@ from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Eigenpairs, Estimate
+from .results import Density, Eigenpairs, Estimate, LogDeterminant
 from .table import Table
 
 __all__ = [
@@ -50,6 +52,8 @@ __all__ = [
     "hessian_trace",
     "top_eigenvalues",
     "spectral_density",
+    "log_determinant",
+    "density_log_determinant",
     "curvature_profile",
     "Path",
     "linear_path",
@@ -67,6 +71,7 @@ __all__ = [
     "Estimate",
     "Eigenpairs",
     "Density",
+    "LogDeterminant",
     "Table",
     "set_backend",
 ]

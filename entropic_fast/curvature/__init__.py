@@ -6,6 +6,7 @@ from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .gram import ScorePlan
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
+from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram
 from .operators import GGNOperator, HessianOperator
 from .profile import curvature_profile, profile_point, profile_positions
@@ -37,6 +38,8 @@ __all__ = [
     "operator_trace",
     "top_eigenvalues",
     "spectral_density",
+    "log_determinant",
+    "density_log_determinant",
     "curvature_profile",
     "profile_point",
     "profile_positions",
