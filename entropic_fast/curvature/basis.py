@@ -171,7 +171,7 @@ class Basis:
         Raises:
             ValueError: products that are not finite, or not those of a symmetric operator.
         """
-        matrix = self.projected[: self.held, : self.size].cpu()
+        matrix = self.projected[: self.held, : self.size].cpu().clone()
         norm = float(self.norm)
         if not (bool(torch.isfinite(matrix).all()) and norm < float("inf")):
             raise checks.fail("operator", "finite products", "NaN or infinity")
@@ -250,7 +250,7 @@ class Basis:
         self.projected.zero_()
         self.projected.diagonal()[:keep] = ritz.values[:keep].to(self.device)
         self.projected[keep : self.held, :keep] = couplings.to(self.device)
-        self._host = self.projected[: self.held, :keep].cpu()
+        self._host = self.projected[: self.held, :keep].cpu().clone()
 
     def _append(self, directions: Tensor) -> None:
         """Put directions at the end of F, where they are not coupled to Q yet."""
