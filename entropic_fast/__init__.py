@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .curvature import (
+    DisagreementError,
     FisherOperator,
     GGNOperator,
     HessianOperator,
@@ -10,10 +11,14 @@ from .curvature import (
     density_log_determinant,
     fisher_eigenvalues,
     fisher_trace,
+    ggn_trace,
     gradient_norms,
+    hessian_diagonal,
     hessian_trace,
     log_determinant,
     ntk_gram,
+    operator_diagonal,
+    operator_trace,
     sampled_labels,
     score_gram,
     score_matrix,
@@ -28,7 +33,7 @@ from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Eigenpairs, Estimate, LogDeterminant
+from .results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
 from .table import Table
 
 __all__ = [
@@ -45,11 +50,16 @@ __all__ = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",
+    "operator_trace",
+    "hessian_diagonal",
+    "operator_diagonal",
+    "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
     "log_determinant",
@@ -70,6 +80,7 @@ __all__ = [
     "RidgePotential",
     "Estimate",
     "Eigenpairs",
+    "Diagonal",
     "Density",
     "LogDeterminant",
     "Table",

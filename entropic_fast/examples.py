@@ -131,6 +131,16 @@ class Examples:
                 yield Batch(start, x, y)
                 start += len(x)
 
+    def spread(self, count: int) -> tuple[Tensor, Tensor]:
+        """Up to so many examples: of tensors evenly spaced, of batches from the first alone."""
+        if self._tensors is not None:
+            inputs, targets = self._tensors
+        else:
+            _, inputs, targets = next(self.batches())
+        index = torch.linspace(0, len(inputs) - 1, min(count, len(inputs)), device=self.device)
+        index = index.round().long()
+        return inputs[index], targets[index]
+
     def require_count(self, max_examples: int | None) -> int:
         """`max_examples` if it is in 1 .. N, or N for None."""
         if max_examples is None:

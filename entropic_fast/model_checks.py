@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import checks
 from .normalisation import mixes_examples
 
 if TYPE_CHECKING:
+    from .examples import Batch
     from .objective import Objective
 
 
@@ -55,8 +58,7 @@ def require_model(obj: Objective) -> None:
         if obj.loss_name == "cross_entropy":
             obj.examples.require_labels(first)
         losses = obj.output_losses(first, batch.targets)
-    leaf = theta.detach().requires_grad_()
-    if not obj.losses(leaf, batch.inputs, batch.targets).requires_grad:
+    if not _differentiable_losses(obj, batch, theta).requires_grad:
         raise checks.fail(
             "model",
             "a loss that depends on the trainable parameters",
@@ -72,6 +74,28 @@ def require_model(obj: Objective) -> None:
         )
 
 
+def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tensor:
+    """Losses [n] of a batch with their graph; refuses activations that are computed again.
+
+    `torch.utils.checkpoint` runs the model once more in the backward pass, when it no longer has
+    the parameters of theta: an error at best, and at worst the gradient of another point.
+    """
+    leaf = theta.detach().requires_grad_()
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
+            return obj.losses(leaf, batch.inputs, batch.targets)
+    except RuntimeError as error:
+        files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+        if torch.utils.checkpoint.__file__ in files:
+            raise checks.fail(
+                "model",
+                "activations kept for the backward pass",
+                "torch.utils.checkpoint, which computes them again there, when theta is gone",
+                "turn checkpointing off in the model; its numbers stay the same",
+            ) from error
+    return obj.losses(leaf, batch.inputs, batch.targets)
+
+
 def interaction(obj: Objective, model: nn.Module) -> str:
     """How an example's loss depends on the rest of its batch; "" if it does not.
 
@@ -80,16 +104,20 @@ def interaction(obj: Objective, model: nn.Module) -> str:
     if mixes_examples(model, obj.norm):
         return 'normalisation by batch statistics (norm="batch")'
     obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    batch, theta = next(obj.batches(batch_size=3)), obj.point(None)
+    (inputs, targets), theta = obj.examples.spread(6), obj.point(None)
     with torch.no_grad():
-        together = obj.losses(theta, batch.inputs, batch.targets)
+        outputs = obj.outputs(theta, inputs)
+        together = obj.output_losses(outputs, targets)
         alone = torch.cat(
-            [
-                obj.losses(theta, batch.inputs[i : i + 1], batch.targets[i : i + 1])
-                for i in range(len(batch.inputs))
-            ]
+            [obj.losses(theta, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
         )
-    if torch.allclose(together, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
+        # Losses may be of any size, and tiny ones mostly rounding: what 1000 units in the last
+        # place of the outputs do to them.
+        signs = 1 - 2 * (torch.arange(outputs.numel(), device=outputs.device) % 2)
+        shift = 1e3 * torch.finfo(outputs.dtype).eps * outputs.abs().max()
+        shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), targets)
+        rounding = float((shaken - together).abs().nan_to_num(0, 0).max())
+    if torch.allclose(together, alone, rtol=1e-3, atol=rounding, equal_nan=True):
         return ""
     return f"losses {together.tolist()} together but {alone.tolist()} one by one"
 

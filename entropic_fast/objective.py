@@ -58,8 +58,8 @@ class Objective:
 
     Raises:
         ValueError: data that is empty or does not fit, labels out of range, a model that is
-            random, has no trainable parameter, or mixes dtypes; a loss that is not one number
-            an example.
+            random, has no trainable parameter, mixes dtypes, or uses torch.utils.checkpoint; a
+            loss that is not one number an example.
         NonFiniteLossError: a NaN or infinite loss in `loss` or `gradient`.
 
     >>> import torch

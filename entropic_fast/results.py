@@ -20,7 +20,8 @@ class Estimate:
         value: the estimate.
         std_error: standard error of `value` over the samples; NaN from a single sample,
             0.0 for a quantity computed exactly.
-        probes: number of independent samples (probe vectors, or examples) averaged.
+        probes: number of samples averaged (probe vectors, or examples); vectors multiplied in
+            all, for methods that multiply others too.
 
     >>> print(Estimate(2.5, 0.25, 16))
     2.5 ± 0.25 (16 samples)
@@ -35,6 +36,21 @@ class Estimate:
 
     def __float__(self) -> float:
         return self.value
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal of an operator, as a mean over probes.
+
+    Attributes:
+        value: the estimate, in float64.  # [P]
+        std_error: standard error of each entry; NaN from a single probe.  # [P]
+        probes: number of probes averaged.
+    """
+
+    value: Tensor
+    std_error: Tensor
+    probes: int
 
 
 @dataclass(frozen=True)

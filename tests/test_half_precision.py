@@ -13,6 +13,8 @@ from entropic_fast.curvature import (
     gradient_norms,
     hessian_trace,
     score_gram,
+    score_matrix,
+    without_rules,
 )
 from entropic_fast.data import load
 from entropic_fast.dynamics import relax
@@ -67,6 +69,17 @@ def test_scores_are_those_of_the_same_numbers_in_float64(case: Case, dtype: torc
     assert relative_error(norms, gradient_norms(exact)) < 4 * eps
     assert relative_error(score_gram(obj), score_gram(exact)) < 4 * eps
     assert fisher_trace(obj).value == pytest.approx(float(norms.mean()), rel=1e-3)
+
+
+@both
+def test_an_rms_norm_of_small_numbers_has_the_eps_that_torch_takes(dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.RMSNorm(8), nn.Linear(8, 3)).to(dtype)
+    x, y = data()
+    obj = Objective(model, "cross_entropy", (x * 0.02, y))
+    with without_rules():
+        expected = score_matrix(obj)
+    assert relative_error(score_matrix(obj), expected) < 4 * torch.finfo(dtype).eps
 
 
 @both

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CASES, Case, by_name, plain_gradient, relative_error
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from entropic_fast.objective import NonFiniteLossError, Objective
 
@@ -270,6 +271,56 @@ def test_examples_that_interact_are_found():
         alone.with_data(classification()).require_single_examples()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6])
+def test_examples_that_interact_are_found_whatever_the_size_of_the_loss(
+    scale: float, dtype: torch.dtype
+):
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return scale * (outputs - targets).square().mean(1)
+
+    x, y = torch.randn(9, 4, dtype=dtype), torch.randn(9, 3, dtype=dtype)
+    with pytest.raises(ValueError, match="one by one"):
+        Objective(Centred().to(dtype), loss, (x, y)).require_single_examples()
+    Objective(nn.Linear(4, 3).to(dtype), loss, (x, y)).require_single_examples()
+
+
+def test_losses_that_are_all_rounding_are_no_interaction():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 30))
+    x = torch.randn(300, 40)
+    for batch in (1, 7, 300):  # targets made in batches of another size
+        y = torch.cat([model(part).detach() for part in x.split(batch)])
+        Objective(model, "mse", (x, y)).require_single_examples()
+        labels = y.argmax(1)
+        sure = nn.Sequential(model, Scaled(20.0))
+        Objective(sure, "cross_entropy", (x, labels)).require_single_examples()
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize("alike", [3, 8])
+def test_first_examples_that_are_alike_hide_no_interaction(alike: int):
+    x, y = classification()
+    x[:alike] = x[0]
+    with pytest.raises(ValueError, match="one by one"):
+        Objective(AboutTheMean(), "cross_entropy", (x, y)).require_single_examples()
+
+
+class AboutTheMean(Centred):
+    """The output of an example among its likes is that of the example alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + x.mean(0))
+
+
 # -- refusals ------------------------------------------------------------------------------
 
 
@@ -289,6 +340,38 @@ class Detached(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x).detach()
+
+
+class Checkpointed(nn.Module):
+    """Computed again in the backward pass; nothing but the numbers tells with which bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.linear.weight.T.detach() + self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.shifted, x, use_reentrant=False)
+
+
+class Offloaded(nn.Module):
+    """Other hooks on saved tensors, which compute nothing again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return torch.tanh(self.linear(x))
+
+
+def test_activations_kept_elsewhere_are_no_obstacle():
+    model, (x, y) = Offloaded(), classification()
+    gradient = Objective(model, "cross_entropy", (x, y)).gradient()
+    assert relative_error(gradient, plain_gradient(model, x, y)) < 1e-13
 
 
 class Pair(nn.Module):
@@ -316,6 +399,7 @@ def _mixed() -> nn.Module:
         ),
         (Noisy, "the same outputs for the same inputs"),
         (Detached, "a loss that depends on the trainable parameters"),
+        (Checkpointed, "activations kept for the backward pass, got torch.utils.checkpoint"),
         (Pair, r"one output tensor \[8, ...\]"),
         (lambda: nn.Linear(5, 3).double(), "data: expected inputs that the model takes"),
         (lambda: nn.LazyLinear(3), "initialised parameters, got a lazy one, 'weight'"),

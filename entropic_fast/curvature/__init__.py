@@ -1,8 +1,11 @@
 """Curvature at a point of an Objective, and along a path."""
 
 from .density import spectral_density
+from .diagonal import hessian_diagonal, operator_diagonal
+from .engine import DisagreementError, without_rules
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
+from .ggn import ggn_trace
 from .gram import ScorePlan
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
@@ -30,12 +33,17 @@ __all__ = [
     "fisher_trace",
     "sampled_labels",
     "ntk_gram",
+    "DisagreementError",
+    "without_rules",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
     "hessian_trace",
     "operator_trace",
+    "hessian_diagonal",
+    "operator_diagonal",
+    "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
     "log_determinant",

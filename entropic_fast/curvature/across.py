@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .sketch import project_out
 
 
 class Across:
@@ -34,9 +35,7 @@ class Across:
 
 def without(directions: Tensor, vectors: Tensor) -> Tensor:
     """The part of vectors [P, K] orthogonal to orthonormal columns [P, r], in two passes."""
-    for _ in range(2):
-        vectors = vectors - directions @ (directions.T @ vectors)
-    return vectors
+    return project_out(directions, project_out(directions, vectors))
 
 
 def orthonormal(

@@ -11,7 +11,9 @@ examples.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +22,7 @@ from torch.func import vmap
 
 from ..exact import exact_math
 from ..examples import Batch
+from ..loss_functions import LossFunction
 from ..objective import NonFiniteLossError, Objective
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
@@ -38,6 +41,28 @@ AGREEMENT = {
 
 class DisagreementError(RuntimeError):
     """The fast way and the fallback give different gradients; the message names the parameter."""
+
+
+_rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)
+
+
+@contextmanager
+def without_rules() -> Iterator[None]:
+    """Within it, per-example gradients are those of `torch.func` alone: slower, without check.
+
+    The way on after a `DisagreementError`, and to see which of the two ways is wrong. Operators
+    built within it keep to this way.
+
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
+    >>> with without_rules():
+    ...     ScoreEngine(obj).traceable
+    False
+    """
+    token = _rules_off.set(True)
+    try:
+        yield
+    finally:
+        _rules_off.reset(token)
 
 
 class ScoreEngine:
@@ -61,7 +86,7 @@ class ScoreEngine:
         obj.require_single_examples()
         self.obj, self.theta = obj, obj.point(theta).detach()
         self._fallback = Fallback(obj, self.theta)
-        self._ways = _known_ways.setdefault(obj._model, _Ways())
+        self._ways = _ways_of(obj)
         if not self._ways.checked:
             self._check()
 
@@ -166,7 +191,7 @@ class ScoreEngine:
             self.obj.finite_losses(self.theta, batch)  # raises, naming the example
 
     def _check(self) -> None:
-        """Compare with the fallback on two examples, once for a model."""
+        """Compare with the fallback on two examples, once for a model and a loss."""
         batch = next(self.obj.batches(min(2, self.obj.num_examples)))
         expected, _ = self._fallback.rows(batch)
         got = torch.zeros_like(expected, dtype=full_precision((expected,))[0].dtype)
@@ -191,18 +216,29 @@ class ScoreEngine:
                 raise DisagreementError(
                     f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
                     f"rules and torch.func, where their norm is {float(part.double().norm()):.3g}; "
-                    "this is a bug in entropic_fast: please report the model"
+                    "this is a bug in entropic_fast: please report the model; meanwhile, call "
+                    "within `with entropic_fast.curvature.without_rules():`"
                 )
         self._ways.checked = True
 
 
 class _Ways:
-    """What is known of a model, whatever the point and the data."""
+    """What is known of a model with a loss, whatever the point and the data."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: LossFunction) -> None:
+        self.loss = loss  # held, so that its id stays its own
         self.traceable, self.checked = True, False
         self.batched: set[str] = set()
 
 
 # Objectives at other points or on other data share the model, and what is known of it.
-_known_ways: WeakKeyDictionary[torch.nn.Module, _Ways] = WeakKeyDictionary()
+_known_ways: WeakKeyDictionary[torch.nn.Module, dict[int, _Ways]] = WeakKeyDictionary()
+
+
+def _ways_of(obj: Objective) -> _Ways:
+    if _rules_off.get():
+        ways = _Ways(obj._loss)
+        ways.traceable, ways.checked = False, True
+        return ways
+    by_loss = _known_ways.setdefault(obj._model, {})
+    return by_loss.setdefault(id(obj._loss), _Ways(obj._loss))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,35 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = obj.losses(leaf, batch.inputs, batch.targets).sum()
-    del loss
+    def loss() -> Tensor:
+        return obj.losses(leaf, batch.inputs, batch.targets).sum()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss()
+    except RuntimeError:  # torch.func within the model takes no such hooks
+        saved.clear()
+        for tensor in _saved_in_graph(loss().grad_fn):
+            note(tensor)
     return sum(saved.values()) + batch.inputs.nbytes
+
+
+def _saved_in_graph(root: Any) -> Iterator[Tensor]:
+    """The tensors that the nodes of an autograd graph hold, those of python functions too."""
+    stack, seen = [root], {root, None}
+    while stack:
+        node = stack.pop()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        for value in [getattr(node, name) for name in names]:
+            yield from (t for t in _listed(value) if isinstance(t, Tensor))
+        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
+        following = {n for n, _ in node.next_functions} - seen
+        seen |= following
+        stack += following
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 def _read_meminfo() -> int | None:

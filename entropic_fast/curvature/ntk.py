@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..exact import exact_math
 from ..examples import RepeatedExamples
 from ..model_checks import require_finite_outputs
@@ -37,7 +38,8 @@ def ntk_gram(
             quarter of the free memory.
 
     Raises:
-        ValueError: as `score_gram`; NaN or infinite outputs.
+        ValueError: as `score_gram`; NaN or infinite outputs; outputs whose number K is not the
+            same for all examples.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
@@ -61,11 +63,20 @@ def _chosen(outputs: Tensor, which: Tensor) -> Tensor:
 
 
 def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
-    """K, after a pass that refuses outputs which are not finite, naming the example."""
-    size = 0
+    """K, after a pass that refuses outputs not finite, or not all K, naming the example."""
+    size = None
     for batch in obj.batches(count):
         with torch.no_grad(), exact_math():
             outputs = obj.outputs(theta, batch.inputs)
         require_finite_outputs(outputs, batch.start)
-        size = outputs[0].numel()
+        found = outputs[0].numel()
+        if size not in (None, found):
+            raise checks.fail(
+                "outputs",
+                f"{size} numbers for every example, as for the first",
+                f"{found} for example {batch.start}",
+                "group examples by their number of outputs, with a kernel for each group",
+            )
+        size = found
+    assert size is not None
     return size

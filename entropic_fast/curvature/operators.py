@@ -68,6 +68,14 @@ class CurvatureOperator:
             )
         return product.reshape(vectors.shape).contiguous()
 
+    def quadratic_forms(self, vectors: Tensor) -> Tensor:
+        """v^T A v for each column v of vectors [P, K], in float64.  # [K]
+
+        Raises:
+            ValueError, NonFiniteLossError: as products.
+        """
+        return (vectors.double() * (self @ vectors).double()).sum(0)
+
     def _product(self, columns: Tensor) -> Tensor:
         """The product with columns [P, K]."""
         rows = columns.T.contiguous()

@@ -23,12 +23,12 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def kept_form(piece: Piece) -> Piece:
-    """The piece, or its rows where they take no more memory."""
+    """The piece, or its columns where they take no more memory."""
     if isinstance(piece, Rows) or piece.example_bytes < piece.row_bytes:
         return piece
     out = piece.tensors[-1].new_empty(piece.count, piece.width)
     piece.columns(0, piece.groups, out)
-    return Rows(out)
+    return Rows(out, piece.form)
 
 
 class RecordsDifferError(RuntimeError):
@@ -65,7 +65,15 @@ class Records:
         self._index = {name: index for index, name in enumerate(survey)}
 
     def put(self, start: int, name: str, piece: Piece) -> None:
-        """Keep a chunk's piece; `start` is the index of its first example."""
+        """Keep a chunk's piece; `start` is the index of its first example.
+
+        Raises:
+            RecordsDifferError: a piece unlike the survey's, or of a parameter not in it.
+        """
+        if name not in self.survey:
+            raise RecordsDifferError(f"the first does not depend on {name!r}")
+        if piece.form != self.survey[name].form:
+            raise RecordsDifferError(f"ways of {name!r}")
         where = slice(start, start + piece.count)
         if self.folder is None:
             self._missing[name][where] = False

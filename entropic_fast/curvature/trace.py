@@ -1,23 +1,53 @@
-"""Traces by Hutchinson's estimator, with their standard errors."""
+"""Traces with their standard errors: Hutchinson, Hutch++, XTrace, deflation, shares of layers."""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import Tensor
 
-from .. import checks, random
+from .. import checks
 from ..objective import Objective
-from ..results import Estimate
-from .memory import resolve_budget
+from ..results import Eigenpairs, Estimate
+from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
+from .hutchpp import hutchpp
 from .operators import HessianOperator
-from .protocol import multiply, require_operator
+from .probes import BLOCK, MIN_SAMPLES
+from .protocol import require_operator
+from .score import grouping
+from .sketch import Complement, deflation_basis
+from .xtrace import xtrace
 
-# Probes multiplied at once: more share the graph of a batch, yet none is cheaper for it.
-BLOCK = 8
+METHODS = ("hutchinson", "hutch++", "xtrace")
 DEFAULT_PROBES = 32
+
+
+@overload
+def hessian_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    probes: int = DEFAULT_PROBES,
+    tol: float | None = None,
+    seed: int = 0,
+    *,
+    method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None,
+    by: None = None,
+) -> Estimate: ...
+
+
+@overload
+def hessian_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    probes: int = DEFAULT_PROBES,
+    tol: float | None = None,
+    seed: int = 0,
+    *,
+    method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None,
+    by: str,
+) -> dict[str, Estimate]: ...
 
 
 def hessian_trace(
@@ -26,79 +56,148 @@ def hessian_trace(
     probes: int = DEFAULT_PROBES,
     tol: float | None = None,
     seed: int = 0,
-) -> Estimate:
+    *,
+    method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None,
+    by: str | None = None,
+) -> Estimate | dict[str, Estimate]:
     """Trace of the Hessian of the mean loss, estimated with random signs.
 
     Args:
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
-        probes: number of probes; with `tol`, the most to spend.
-        tol: stop early once std_error <= tol |value|; looked at after every 8 probes.
-        seed: of the probes. They depend on nothing else, so at two points with one seed they
+        probes, tol, method, deflate: as for `operator_trace`.
+        seed: of the signs. They depend on nothing else, so at two points with one seed they
             are the same, and the difference of the traces is known better than each.
+        by: None for the whole; "parameter" or "module" for the diagonal block of each, by name,
+            from products instead of quadratic forms (about twice the price), by "hutchinson" or
+            "hutch++". The blocks' traces add up to the whole, to which `tol` applies.
 
     Returns:
-        value, its standard error over the probes, and the number of probes.
+        value, its standard error, and the number of probes spent.
 
     Raises:
-        ValueError: probes or tol out of range; as `HessianOperator`.
+        ValueError: arguments out of range; as `HessianOperator`.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> hessian_trace(obj, probes=4)
-    Estimate(value=5.0, std_error=0.0, probes=4)
+    >>> obj = Objective(torch.nn.Linear(1, 1), "mse", (x, 3 * x))
+    >>> hessian_trace(obj, probes=4, method="hutch++")
+    Estimate(value=7.0, std_error=0.0, probes=2)
+    >>> {name: e.probes for name, e in hessian_trace(obj, by="parameter").items()}
+    {'weight': 32, 'bias': 32}
     """
-    return operator_trace(HessianOperator(obj, theta), probes, tol, seed)
+    operator = HessianOperator(obj, theta)
+    if by is None:
+        return operator_trace(operator, probes, tol, seed, method=method, deflate=deflate)
+    key = grouping(by)
+    if method == "xtrace":
+        raise checks.fail(
+            "method", '"hutchinson" or "hutch++" for shares of the trace (by=...)', repr(method)
+        )
+    sizes = {name: part.numel() for name, part in obj.split(operator.theta).items()}
+    names = list(dict.fromkeys(map(key, sizes)))
+    measure = shares(operator, list(sizes.values()), [names.index(key(name)) for name in sizes])
+    found = _traces(operator, measure, probes, tol, seed, method, deflate)
+    return dict(zip(names, found, strict=True))
 
 
 def operator_trace(
-    operator: Any, probes: int = DEFAULT_PROBES, tol: float | None = None, seed: int = 0
+    operator: Any,
+    probes: int = DEFAULT_PROBES,
+    tol: float | None = None,
+    seed: int = 0,
+    *,
+    method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None,
 ) -> Estimate:
-    """Trace of a square operator: the mean of v^T A v over sign vectors v (Hutchinson 1990).
+    """Trace of a square operator, by products or quadratic forms with random signs v.
 
-    Each sample is unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2): nothing for a diagonal
-    matrix. Signs have the least variance of all probes with independent entries.
+    - "hutchinson": the mean of v^T A v (Hutchinson 1990). Each sample is unbiased, with variance
+      2 (||A||_F^2 - sum_i A_ii^2) for a symmetric A: nothing for a diagonal matrix. Signs have the
+      least variance of all probes with independent entries. Needs quadratic forms only.
+    - "hutch++": a third of the probes sketches the range of A, whose part is exact; Hutchinson's
+      estimator does the rest (Meyer, Musco, Musco, Woodruff 2021). Unbiased; the standard error
+      is that of the rest.
+    - "xtrace": leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024). Unbiased;
+      the most exact where eigenvalues decay fast. Its standard error is the paper's estimate, from
+      the spread of samples that share their vectors: right for a few eigenvalues over a bulk, up
+      to a third too small for smooth spectra or where the signs are a good share of P.
+
+    Where P is at most `probes`, the last two take P unit vectors instead and are exact.
+
+    Stopping at a tolerance favours runs whose samples happen to agree. So at least 16 samples (of
+    the rest; or that leave one out) are taken before, then 8 at a time. What is left of the effect
+    for normal samples: stopped after 16 to 70, standard errors are 5 to 7 % too small and values
+    0.06 standard errors off; after 400, 1 % and 0.02. Without `tol` there is none.
 
     Args:
-        operator: anything with `shape`, `dtype` and `@` on blocks [P, K]; a matrix too.
-        probes, tol, seed: as for `hessian_trace`. Stopping early favours runs whose error
-            looks small, so with a loose `tol` and few probes the error is a little optimistic.
+        operator: anything with `shape`, `dtype` and `@` on blocks [P, K], and if it has it
+            `quadratic_forms`; a matrix too. Symmetric, for the last two methods.
+        probes: number of vectors multiplied, those of the sketch included; with `tol`, the most.
+        tol: stop early once std_error <= tol |value|.
+        seed: of the signs, which depend on nothing else: not on the device or the memory.
+        method: "hutchinson", "hutch++" or "xtrace".
+        deflate: directions Q whose part tr(Q^T A Q) is computed exactly, by as many quadratic
+            forms more; only the rest, from v - Q Q^T v, is estimated. `Eigenpairs` or a matrix
+            [P, r], made orthonormal. They need not be eigenvectors of A: the estimate is unbiased
+            for all Q that do not depend on the signs.
 
     Raises:
-        ValueError: an operator that is not square; probes or tol out of range; a product
-            that is not finite.
+        ValueError: an operator that is not square; arguments out of range; a product that is
+            not finite; "hutch++" with fewer than 3 probes, "xtrace" with fewer than 2, or more
+            vectors than fit the memory.
 
     >>> import torch
     >>> operator_trace(torch.diag(torch.tensor([1.0, 2.0])), probes=2).value
     3.0
     """
-    size, dtype, device = require_operator(operator)
+    if method != "xtrace":
+        return _traces(operator, whole(operator), probes, tol, seed, method, deflate)[0]
+    basis = _checked(operator, probes, tol, deflate)
+    if _exact_is_cheaper(len(basis), probes, tol):
+        return traces_of_all(whole(operator), operator)[0]
+    if basis.shape[1] == 0:
+        return xtrace(operator, probes, tol, seed, 0.0)
+    known = float(Hutchinson(operator, whole(operator), seed, basis).exact.sum())
+    return xtrace(Complement(operator, basis), probes, tol, seed, known)
+
+
+def _traces(
+    operator: Any,
+    measure: Measure,
+    probes: int,
+    tol: float | None,
+    seed: int,
+    method: str,
+    deflate: Eigenpairs | Tensor | None,
+) -> list[Estimate]:
+    """The L traces of a measure by Hutchinson's estimator or Hutch++."""
+    checks.one_of("method", method, METHODS)
+    basis = _checked(operator, probes, tol, deflate)
+    if method == "hutchinson":
+        sampler = Hutchinson(operator, measure, seed, basis)
+        sampler.sample_until(tol, probes)
+        return sampler.each()
+    if _exact_is_cheaper(len(basis), probes, tol):
+        return traces_of_all(measure, operator)
+    sampler = Hutchinson(operator, measure, seed, basis)
+    hutchpp(sampler, operator, probes, tol, seed)
+    return [Estimate(e.value, e.std_error, sampler.spent) for e in sampler.each()]
+
+
+def _checked(
+    operator: Any, probes: int, tol: float | None, deflate: Eigenpairs | Tensor | None
+) -> Tensor:
+    """The deflation basis, the other arguments being in range.  # [P, r]"""
+    require_operator(operator)
     checks.whole("probes", probes, 1)
     if tol is not None:
         checks.positive("tol", tol)
-    # Two blocks of vectors at a time: the probes and their products.
-    fits = resolve_budget(None, device) // (4 * size * torch.finfo(dtype).bits // 8)
-    block = max(1, min(BLOCK, fits))
-    samples: list[float] = []
-    while len(samples) < probes:
-        taken = range(len(samples), min(len(samples) + block, probes))
-        signs = torch.stack(
-            [random.rademacher((size,), seed, i, dtype=dtype, device=device) for i in taken], 1
-        )
-        products = multiply(operator, signs)
-        samples += (signs.double() * products.double()).sum(0).tolist()
-        if tol is not None and len(samples) >= BLOCK:
-            estimate = _estimate(samples)
-            if estimate.std_error <= tol * abs(estimate.value):
-                return estimate
-    return _estimate(samples)
+    return deflation_basis(deflate, operator)
 
 
-def _estimate(samples: list[float]) -> Estimate:
-    n = len(samples)
-    mean = math.fsum(samples) / n
-    if n == 1:
-        return Estimate(mean, float("nan"), 1)
-    variance = math.fsum((x - mean) ** 2 for x in samples) / (n - 1)
-    return Estimate(mean, math.sqrt(variance / n), n)
+def _exact_is_cheaper(size: int, probes: int, tol: float | None) -> bool:
+    """Whether P unit vectors are no more than the vectors to be spent, at least, otherwise."""
+    fewest = 2 * BLOCK + MIN_SAMPLES
+    return size <= (probes if tol is None else min(probes, fewest))

@@ -139,3 +139,10 @@ def test_bad_input_is_refused():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
     with pytest.raises(ValueError, match="depend on that example alone"):
         ntk_gram(Objective(model, "mse", (randn(7, 4), randn(7, 3)), norm="batch"))
+
+
+def test_outputs_of_another_number_are_refused():
+    batches = [(randn(2, t, 4), randn(2, 3 * t)) for t in (4, 2)]
+    obj = Objective(nn.Sequential(nn.Linear(4, 3), nn.Flatten()).double(), "mse", batches)
+    with pytest.raises(ValueError, match=r"12 numbers for every example.* got 6 for example 2"):
+        ntk_gram(obj)

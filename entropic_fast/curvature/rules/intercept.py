@@ -21,15 +21,25 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .layers import Backward, Embedding, Layer
+from .layers import Backward, Layer
 from .pieces import Piece
 from .table import LAYERS
 
 Sink = Callable[[str, Piece], None]
 
 
+# How a model puts hooks on gradients (a tensor's, a node's, a module's), and what it asks before.
+_prototype: Any = Tensor
+HOOKS = {Tensor.register_hook, _prototype.grad_fn.__get__}
+REQUIRES_GRAD = _prototype.requires_grad.__get__
+
+
 class NestedTransformError(RuntimeError):
     """A layer called under a transform of the model's own: its axes are not ours to read."""
+
+
+class GradientHookError(RuntimeError):
+    """A hook on a gradient, which under vmap would be lost, or see all examples at once."""
 
 
 class Intercept(TorchFunctionMode):
@@ -49,13 +59,17 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in HOOKS:
+            raise GradientHookError("the model puts hooks on gradients")
+        if func == REQUIRES_GRAD:
+            return _requires_grad(args[0])
         make = LAYERS.get(func)
         if make is not None:
             layer = make(*args, **kwargs)
             if layer is not None and self._known(layer):
                 return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
-            if isinstance(layer, Embedding):
-                return layer.by_operations()
+            if layer is not None and not layer.right_under_vmap:
+                return layer.by_operations(layer.x, layer.weight, layer.bias)
         if func is functional.multi_head_attention_forward:
             # Its projections are calls of F.linear, which the mode should see.
             with self:
@@ -89,6 +103,15 @@ _attention = types.FunctionType(
 _attention.__kwdefaults__ = functional.multi_head_attention_forward.__kwdefaults__
 
 
+def _requires_grad(tensor: Tensor) -> bool:
+    """Whether there will be a gradient: vmap's own tensors always say that there is none."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def _apply(function: Any, *arguments: Any) -> Tensor:
     result: Tensor = function.apply(*arguments)
     return result
@@ -115,7 +138,7 @@ class _Batched(torch.autograd.Function):
                 None if t is None else t.detach().requires_grad_(t.is_floating_point())
                 for t in ctx.inputs
             ]
-            out = ctx.layer.plain(*leaves)
+            out = ctx.layer.by_operations(*leaves)
         needed = [
             t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n and t is not None
         ]

@@ -46,6 +46,8 @@ class Layer(ABC):
         x, weight, bias: its tensors.
         statistics: other tensors it reads, which must be constants.
         names: of weight and bias among the tracked parameters; None for those that are not.
+        right_under_vmap: whether torch differentiates the function rightly when vmap gives each
+            example a weight of its own; if not, `by_operations` takes its place.
     """
 
     x: Tensor
@@ -53,10 +55,15 @@ class Layer(ABC):
     bias: Tensor | None = None
     statistics: tuple[Tensor, ...] = ()
     names: tuple[str | None, ...] = (None, None)
+    right_under_vmap = True
 
     @abstractmethod
     def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The function itself."""
+
+    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same by operations that vmap and autograd differentiate rightly."""
+        return self.plain(x, weight, bias)
 
     @abstractmethod
     def forward(
@@ -191,7 +198,14 @@ class Convolution(Layer):
 
 
 class Embedding(Layer):
-    """`F.embedding` of whole-number inputs."""
+    """`F.embedding` of whole-number inputs.
+
+    vmap of it with a table an example (torch 2.13 and 2.15) numbers the rows of all tables but
+    leaves `padding_idx` as it is, so that the gradient of the padding row is wrong for every
+    example but the first; and it counts frequencies over all examples.
+    """
+
+    right_under_vmap = False
 
     def __init__(self, x: Tensor, weight: Tensor, padding: int | None, by_frequency: bool) -> None:
         self.x, self.weight, self.by_frequency = x, weight, by_frequency
@@ -201,21 +215,15 @@ class Embedding(Layer):
         assert weight is not None
         return functional.embedding(x, weight, self.padding)
 
-    def by_operations(self) -> Tensor:
-        """The same by operations that vmap differentiates rightly.
-
-        vmap of `F.embedding` with a table an example (torch 2.13 and 2.15) numbers the rows of
-        all tables but leaves `padding_idx` as it is, so that the gradient of the padding row is
-        wrong for every example but the first; and it counts frequencies over all examples.
-        """
-        assert self.weight is not None
-        out: Tensor = functional.embedding(self.x, self.weight)
+    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        out: Tensor = functional.embedding(x, weight)
         if self.by_frequency:
-            flat = self.x.reshape(-1)
-            times = torch.eq(flat[:, None], flat).sum(1).view(self.x.shape)[..., None]
+            flat = x.reshape(-1)
+            times = torch.eq(flat[:, None], flat).sum(1).view(x.shape)[..., None]
             out = out.detach() + (out - out.detach()) / times
         if self.padding is not None:
-            out = torch.where(torch.eq(self.x, self.padding)[..., None], out.detach(), out)
+            out = torch.where(torch.eq(x, self.padding)[..., None], out.detach(), out)
         return out
 
     def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,13 @@ from .pieces import Rows, full_precision
 
 
 class BatchNorm(Layer):
-    """`F.batch_norm` by stored statistics: x is scaled and shifted by constants a channel."""
+    """`F.batch_norm` by stored statistics: x is scaled and shifted by constants a channel.
+
+    torch's own returns a wrong gradient for a single image if the gradient arrives with its
+    channels last (`Objective.twice_if_alone`), as it may for a chunk of one example.
+    """
+
+    right_under_vmap = False
 
     def __init__(
         self,
@@ -32,6 +39,16 @@ class BatchNorm(Layer):
     def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, variance = self.statistics
         return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+
+    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, variance, scale, shift = (
+            None if t is None else full_precision((t,))[0].view(-1, *[1] * (x.ndim - 2))
+            for t in (*self.statistics, weight, bias)
+        )
+        assert mean is not None and variance is not None
+        out = (full_precision((x,))[0] - mean) * (variance + self.eps).rsqrt()
+        out = out if scale is None else out * scale
+        return (out if shift is None else out + shift).to(x.dtype)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -134,7 +151,7 @@ class LayerNorm(Layer):
             t.reshape(n, math.prod(at.x.shape[1 : at.x.ndim - len(self.shape)]), width)
             for t in full_precision((at.x, at.g))
         )
-        eps = torch.finfo(at.x.dtype).eps if self.eps is None else self.eps
+        eps = default_eps(at.x.dtype, at.x.device.type) if self.eps is None else self.eps
         mean = inputs.mean(2, keepdim=True) if self.centred else inputs.new_zeros(1, 1, 1)
         rstd = ((inputs - mean).square().mean(2, keepdim=True) + eps).rsqrt()
         gradient = None
@@ -151,6 +168,16 @@ class LayerNorm(Layer):
         return gradient, tuple(  # type: ignore[return-value]
             Rows(r) if w else None for r, w in zip(rows, at.wanted, strict=True)
         )
+
+
+@lru_cache
+def default_eps(dtype: torch.dtype, device: str) -> float:
+    """What `F.rms_norm` takes for eps=None: of half precision or float32, as torch is built."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return torch.finfo(dtype).eps
+    # 0.01 is normalised to 1 with the eps of float32 (1e-7), to 0.3 or less with that of half.
+    out = functional.rms_norm(torch.full((1,), 0.01, dtype=dtype, device=device), [1])
+    return torch.finfo(torch.float32 if float(out) > 0.9 else dtype).eps
 
 
 def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> Pieces:

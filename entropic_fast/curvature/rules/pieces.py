@@ -71,6 +71,11 @@ class Piece(ABC):
         return None
 
     @property
+    def form(self) -> object:
+        """What the order of the columns, and `pairs` with another piece, depend on."""
+        return type(self)
+
+    @property
     def count(self) -> int:
         """n, the number of examples."""
         return len(self.tensors[0])
@@ -87,13 +92,22 @@ class Piece(ABC):
 
 
 class Rows(Piece):
-    """Rows as they are; for parameters whose gradients are no larger than what makes them."""
+    """Rows as they are; for parameters whose gradients are no larger than what makes them.
 
-    def __init__(self, rows: Tensor) -> None:  # [n, p]
-        self.tensors = (rows,)
+    Args:
+        rows: in the order of the parameter's elements, unless they are columns.  # [n, p]
+        columns_of: for the columns of another piece, its form.
+    """
+
+    def __init__(self, rows: Tensor, columns_of: object = None) -> None:
+        self.tensors, self._form = (rows,), columns_of or Rows
 
     def again(self, tensors: tuple[Tensor, ...]) -> Rows:
-        return Rows(tensors[0])
+        return Rows(tensors[0], self._form)
+
+    @property
+    def form(self) -> object:
+        return self._form
 
     @property
     def width(self) -> int:
@@ -211,6 +225,10 @@ class ConvPiece(Piece):
 
     def again(self, tensors: tuple[Tensor, ...]) -> ConvPiece:
         return ConvPiece(tensors[0], tensors[1], self.geometry)
+
+    @property
+    def form(self) -> object:
+        return self.geometry
 
     @property
     def _channels(self) -> int:

@@ -1,0 +1,193 @@
+"""The trace of the generalised Gauss-Newton matrix, exactly, through norms of gradients.
+
+With H_L = sum_j lambda_j u_j u_j^T the Hessian of an example's loss in its K outputs, and J the
+Jacobian of the outputs in the parameters, tr(J^T H_L J) = sum_j lambda_j |J^T u_j|^2: squared norms
+of the gradients of <outputs, u_j>, which the score engine gives for many examples at once.
+"""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..exact import exact_math
+from ..examples import Batch, Examples, RepeatedExamples
+from ..loss_functions import widened
+from ..model_checks import require_finite_outputs
+from ..objective import Objective
+from ..results import Estimate
+from .fisher import gradient_norms
+from .memory import resolve_budget, too_small
+from .probes import mean_estimate
+from .score import grouping
+
+# Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
+_MATRICES = 4
+
+
+@overload
+def ggn_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: None = None,
+) -> Estimate: ...
+
+
+@overload
+def ggn_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: str,
+) -> dict[str, Estimate]: ...
+
+
+def ggn_trace(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    *,
+    memory_budget: int | None = None,
+    by: str | None = None,
+) -> Estimate | dict[str, Estimate]:
+    """Trace of the generalised Gauss-Newton matrix of the mean loss, without probes.
+
+    For any loss that is twice differentiable in the outputs, convex or not; for cross-entropy with
+    class labels it is the trace of the Fisher matrix with labels drawn from the model. It takes as
+    many per-example gradients as the Hessian of the loss in the outputs has eigenvalues other than
+    zero: C - 1 an example for cross-entropy with C classes, K for K outputs with squared errors.
+
+    The value is exact for the data; the standard error is that of a mean over E examples taken as
+    a sample (NaN for one example).
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point; None for the model's own.  # [P]
+        max_examples: E, the first so many examples; None for all N.
+        memory_budget: bytes to stay under; None for a quarter of the free memory.
+        by: None for the whole; "parameter" or "module" for the share of each, by name.
+
+    Raises:
+        ValueError: as `gradient_norms`; outputs, or second derivatives of the loss in them, that
+            are NaN or infinite; a budget under what one example needs.
+        NonFiniteLossError: a loss that is NaN or infinite.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
+    >>> round(ggn_trace(obj).value, 5)  # the mean of 2 x^2
+    5.0
+    """
+    obj.require_single_examples()
+    count, theta, key = obj.count(max_examples), obj.point(theta), grouping(by)
+    budget = resolve_budget(memory_budget, obj.device)
+    # Half of the budget for the Hessians in the outputs, which stay while gradients are taken.
+    piece = _examples_at_once(obj, theta, budget // 2)
+    names = dict.fromkeys(map(key, obj.parameter_names))
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in obj.batches(count, piece):
+        directions, signs = _factors(obj, theta, batch)
+        n, rank, _ = directions.shape
+        norms = {name: torch.zeros(n, dtype=torch.float64, device=obj.device) for name in names}
+        if rank:
+            inputs = Examples((batch.inputs, signs), obj.device, obj.dtype, None)
+            repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
+            single = obj.derived(repeated, _along, theta)
+            for name, squared in _norms(single, theta, budget - budget // 2, by).items():
+                norms[name] = (squared.view(n, rank) * signs).sum(1)
+        for name, value in norms.items():
+            found[name].append(value)
+    traces = {name: mean_estimate(torch.cat(parts)) for name, parts in found.items()}
+    return traces[""] if by is None else traces
+
+
+def _norms(obj: Objective, theta: Tensor, budget: int, by: str | None) -> dict[str, Tensor]:
+    if by is None:
+        return {"": gradient_norms(obj, theta, memory_budget=budget)}
+    return gradient_norms(obj, theta, memory_budget=budget, by=by)
+
+
+def _along(outputs: Tensor, directions: Tensor) -> Tensor:
+    """The inner product of each example's outputs [n, ...] with its direction [n, K].  # [n]"""
+    return (outputs.reshape(len(outputs), -1) * directions).sum(1)
+
+
+@exact_math()
+def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Directions u_j sqrt|lambda_j| [n, r, K], and the signs of lambda_j [n, r].
+
+    r is the largest rank in the batch; an example of lower rank has directions of zeros.
+    """
+    with torch.no_grad():
+        outputs = obj.outputs(theta, batch.inputs)
+    require_finite_outputs(outputs, batch.start)
+    dtype, free, targets = widened(outputs).dtype, widened(outputs), batch.targets
+    if obj.loss_name != "custom":
+        # In float32, the second derivative of a confident example's cross-entropy is all rounding.
+        free = free.double()
+        targets = targets.double() if targets.is_floating_point() else targets
+    values, vectors = torch.linalg.eigh(_output_hessians(obj, theta, batch, free, targets))
+    # Eigenvalues that are zero come out as rounding of the largest, in the dtype of the loss.
+    size, eps = values.shape[1], torch.finfo(free.dtype).eps
+    sizes = values.abs()
+    values = values * (sizes > size * eps * sizes.amax(1, keepdim=True))
+    order = values.abs().argsort(1, descending=True)
+    rank = int((values != 0).sum(1).max())
+    order = order[:, :rank]
+    values = values.gather(1, order)
+    vectors = vectors.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, size))
+    directions = vectors * values.abs().sqrt()[:, :, None]
+    return directions.to(dtype), values.sign()
+
+
+def _output_hessians(
+    obj: Objective, theta: Tensor, batch: Batch, outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Second derivatives of each example's loss in its outputs, in float64.  # [n, K, K]"""
+    n = len(outputs)
+    size = outputs[0].numel()
+    found = torch.zeros(n, size, size, dtype=torch.float64, device=obj.device)
+    free = outputs.detach().requires_grad_()
+    losses = obj.output_losses(free, targets)
+    if not bool(torch.isfinite(losses.detach()).all()):
+        obj.finite_losses(theta, batch)  # raises, naming the example
+    if not losses.requires_grad:  # a loss that is constant in the outputs
+        return found
+    (gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
+    if not gradient.requires_grad:  # a loss linear in the outputs
+        return found
+    columns = gradient.reshape(n, -1)
+    for k in range(size):
+        (column,) = torch.autograd.grad(
+            columns[:, k].sum(), free, retain_graph=k + 1 < size, materialize_grads=True
+        )
+        found[:, k] = column.reshape(n, -1)
+    if not bool(torch.isfinite(found).all()):
+        bad = ~torch.isfinite(found).flatten(1).all(1)
+        raise ValueError(
+            "loss: expected finite second derivatives in the outputs, got NaN or infinity for "
+            f"example {batch.start + int(bad.nonzero()[0])}; the loss has none there"
+        )
+    return (found + found.transpose(1, 2)) / 2
+
+
+def _examples_at_once(obj: Objective, theta: Tensor, room: int) -> int:
+    """Examples whose Hessians in the outputs fit."""
+    with torch.no_grad():
+        size = obj.outputs(theta, next(obj.batches(1)).inputs)[0].numel()
+    each = 8 * _MATRICES * size**2
+    if room < each:
+        raise too_small(
+            2 * each,
+            2 * room,
+            f"the Hessian of a loss in {size} outputs",
+            "give more memory, or estimate it: operator_trace(GGNOperator(obj, theta))",
+        )
+    return min(room // each, obj.examples.batch_size)
