@@ -8,12 +8,14 @@ from .curvature import (
     HessianOperator,
     ScorePlan,
     curvature_profile,
+    density_log_determinant,
     fisher_eigenvalues,
     fisher_trace,
     ggn_trace,
     gradient_norms,
     hessian_diagonal,
     hessian_trace,
+    log_determinant,
     ntk_gram,
     operator_diagonal,
     operator_trace,
@@ -31,7 +33,7 @@ from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Diagonal, Eigenpairs, Estimate
+from .results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
 from .table import Table
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
+    "log_determinant",
+    "density_log_determinant",
     "curvature_profile",
     "Path",
     "linear_path",
@@ -78,6 +82,7 @@ __all__ = [
     "Eigenpairs",
     "Diagonal",
     "Density",
+    "LogDeterminant",
     "Table",
     "set_backend",
 ]

@@ -3,9 +3,13 @@ eigenvalue with its residual."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from . import checks
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,58 @@ class Density:
     weights: Tensor
     sigma: float
     size: int
+
+    def trace(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """The trace of a function of the operator: the sum of f over its P eigenvalues.
+
+        Args:
+            function: f, by element, on the nodes.  # [V, m] -> [V, m]
+
+        Returns:
+            P times the mean over probes of sum_i weight_i f(node_i), with its standard error.
+
+        Raises:
+            ValueError: values of f that are of another shape, NaN or infinite.
+
+        >>> import torch
+        >>> nodes, weights = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]])
+        >>> Density(nodes[0], nodes[0], nodes[0], nodes, weights, 0.1, 10).trace(torch.square).value
+        50.0
+        """
+        values = function(self.nodes)
+        if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
+            raise checks.fail(
+                "function", f"values of shape {list(self.nodes.shape)}", checks.describe(values)
+            )
+        samples = self.size * (self.weights * checks.finite("function", values)).sum(1)
+        probes = len(samples)
+        error = float(samples.std()) / math.sqrt(probes) if probes > 1 else math.nan
+        return Estimate(float(samples.mean()), error, probes)
+
+
+@dataclass(frozen=True)
+class LogDeterminant:
+    """Sum of logarithms of a symmetric operator's positive eigenvalues.
+
+    Attributes:
+        value: the sum.
+        std_error: standard error over the probes of a stochastic part; 0.0 without one, NaN from
+            a single probe.
+        bound: how far the eigenvalues found one by one may take the sum from theirs, each
+            within its residual; infinite where a residual is as large as its eigenvalue.
+        count: how many directions the sum is over.
+        floor: eigenvalues at most this were left out.
+        delta: what was added to each eigenvalue.
+        pairs: the eigenvalues found one by one, if any.
+    """
+
+    value: float
+    std_error: float
+    bound: float
+    count: int
+    floor: float
+    delta: float
+    pairs: Eigenpairs | None
+
+    def __float__(self) -> float:
+        return self.value

@@ -10,6 +10,7 @@ from .gram import ScorePlan
 from .hessian import GGNOperator, HessianOperator
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
+from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram
 from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
@@ -45,6 +46,8 @@ __all__ = [
     "ggn_trace",
     "top_eigenvalues",
     "spectral_density",
+    "log_determinant",
+    "density_log_determinant",
     "curvature_profile",
     "profile_point",
     "profile_positions",

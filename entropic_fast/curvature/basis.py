@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,34 +12,85 @@ from .protocol import multiply, require_operator
 
 # Rounding does not break the symmetry of the projected matrix by this share of its scale.
 ASYMMETRY = 1e-2
+# Multiples of the dtype's eps, times the operator's norm, that are taken for rounding.
+ROUNDING = 10
 # Numbers of the basis multiplied at once when it is rotated in place.
 _ROTATED = 1 << 20
 
 
 def wanted_first(values: Tensor, which: str) -> Tensor:
-    """The order that puts the wanted end of the values first.  # [m]"""
+    """The order that puts the wanted end of the values first.  # [m]
+
+    For "BE" both ends by turns: the largest, the smallest, the second largest, and so on.
+    """
     if which == "SA":
         return values.argsort()
-    return (values.abs() if which == "LM" else values).argsort(descending=True)
+    order = (values.abs() if which == "LM" else values).argsort(descending=True)
+    if which != "BE":
+        return order
+    half = (len(order) + 1) // 2
+    turns = torch.empty_like(order)
+    turns[0::2], turns[1::2] = order[:half], order[half:].flip(0)
+    return turns
+
+
+def require_symmetry(gap: float, scale: float) -> None:
+    """Refuse an operator for which v^T A w and w^T A v differ by `gap`, more than rounding.
+
+    Args:
+        scale: of the operator, a norm of its products with unit vectors.
+    """
+    if gap > ASYMMETRY * scale:
+        raise checks.fail(
+            "operator",
+            "a symmetric one",
+            f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
+            "symmetrise it, (A + A^T) / 2",
+        )
+
+
+class Ritz(NamedTuple):
+    """Ritz pairs, wanted first; on the CPU in float64.
+
+    Attributes:
+        values: [m].
+        vectors: coordinates in the basis.  # [m, m]
+        bounds: residual norms but for what the products lack in symmetry.  # [m]
+        skews: norms of what they lack.  # [m]
+    """
+
+    values: Tensor
+    vectors: Tensor
+    bounds: Tensor
+    skews: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        """Residual norms ||A y - theta y||.  # [m]"""
+        return torch.hypot(self.bounds, self.skews)
 
 
 class Basis:
-    """Orthonormal columns Q with T = Q^T A Q, and the directions that follow them.
+    """Orthonormal columns Q with A Q = [Q F] H, and the frontier F, the directions that follow.
 
-    A Q = Q T + next couplings. After plain steps only the couplings of the last block are other
-    than zero; after a restart all are (T has an arrow's shape then). T is kept whole, from the
-    orthogonalisation's own coefficients, so that both are one case.
+    H is kept whole, from the orthogonalisation's own coefficients, and not made symmetric: so
+    the relation holds to rounding whatever A is, residual norms of Ritz pairs follow from H,
+    and what a product lacks in symmetry is seen. After a restart H has an arrow's shape.
+
+    A step is queued on the operator's device and waits for nothing there; `look` fetches H and
+    decides what needs a decision (NaN, symmetry, rank, Ritz pairs). Where steps since the last
+    look turn out to have lost rank, `look` goes back to that look, and steps wait from then on.
 
     Args:
         operator: symmetric, as `require_operator` asks.
-        capacity: most columns to hold.
+        capacity: most columns of Q to hold; F takes up to `width` more.
         seed: of the random vectors.
-        width: columns multiplied at once.
+        width: directions in F at the start.
 
     Attributes:
-        columns: Q in the first `size` columns.  # [P, capacity]
-        next: directions that follow, orthonormal.  # [P, r], r at most width
-        couplings: [r, size].
+        columns: Q, then F.  # [P, capacity + width]
+        size, frontier: how many columns Q and F have.
+        careful: whether every step waits for its outcome.
         matvecs, products: vectors multiplied, and multiplications of vectors or blocks.
     """
 
@@ -47,94 +98,207 @@ class Basis:
         self.operator, self.seed, self.capacity = operator, seed, capacity
         self.order, self.dtype, self.device = require_operator(operator)
         self.width = min(width, self.order)
-        self.matvecs = self.products = self.size = self.draws = 0
-        self.columns = torch.zeros(self.order, capacity, dtype=self.dtype, device=self.device)
-        self.projected = torch.zeros(capacity, capacity, dtype=torch.float64)
-        self.couplings = torch.zeros(0, 0, dtype=torch.float64)
-        self.next = self.columns[:, :0]
-
-    def start(self, v0: Tensor | None = None) -> None:
-        """The first column: v0; or a random block."""
-        if v0 is None:
-            self.next = self._fresh(self.width)
-        else:
-            vector = checks.vector("v0", v0, self.order).detach().to(self.columns)
-            if not bool(vector.any()):
-                raise checks.fail("v0", "a vector other than zero", "all zeros")
-            self.next = (vector / vector.norm())[:, None]
-        self.couplings = torch.zeros(self.next.shape[1], 0, dtype=torch.float64)
-        self.grow()
+        self.careful = False
+        self.matvecs = self.products = self.size = self.frontier = self.draws = 0
+        held = min(self.order, capacity + self.width)
+        self.columns = torch.zeros(self.order, held, dtype=self.dtype, device=self.device)
+        columns = min(self.order, capacity)
+        self.projected = torch.zeros(held, columns, dtype=torch.float64, device=self.device)
+        self.norm = self.projected.new_zeros(())  # of the longest product
+        self._host = torch.zeros(0, 0, dtype=torch.float64)  # H at the last look
+        self._scale = 0.0  # of the operator, at the last look
+        self._forgotten = 0.0  # norm of what restarts left out of H
+        self._ranks: list[tuple[Tensor, Tensor]] = []  # not looked at yet
+        self._saved: tuple[int, Tensor] | None = None  # size and F at the last look
 
     @property
-    def full(self) -> bool:
-        """Whether there is no room for the next directions."""
-        return self.size + self.next.shape[1] > self.capacity
+    def held(self) -> int:
+        """Columns of Q and F together."""
+        return self.size + self.frontier
 
-    def grow(self) -> None:
-        """Append the next directions, multiply them, and find those after."""
-        old, self.size = self.size, self.size + self.next.shape[1]
-        block = self.columns[:, old : self.size]
-        block.copy_(self.next)
-        self.next = block[:, :0]
-        product = self.multiply(block)
-        norm = _norms(product).max().item()
-        rest, rows = self._orthogonalise(product)
+    def start(self, v0: Tensor | None = None) -> None:
+        """Multiply the first block: v0's columns [P, r], and random ones up to the width.
+
+        Of more columns than the width, every width-th are added up, at length 1 each.
+        """
+        if v0 is not None:
+            unit = _unit(v0.to(self.columns))
+            sums = [unit[:, i :: self.width].sum(1) for i in range(self.width)]
+            folded = _unit(torch.stack(sums, 1))
+            if folded.shape[1] == 0:
+                raise checks.fail("v0", "a vector other than zero", "all zeros")
+            self._append(self._directions(folded, 1.0)[0])
+        self._append(self._fresh(self.width - self.frontier))
+        self.grow()
+
+    def grow(self, count: int | None = None, wait: bool = True) -> None:
+        """Multiply the first `count` directions of F, and append those that follow them.
+
+        Args:
+            count: None for all.
+            wait: whether to settle the rank of what follows at once.
+        """
+        count = self.frontier if count is None else count
+        old, held = self.size, self.held
+        block = self.columns[:, old : old + count]
+        product = self.multiply(block, wait)
+        self.norm = torch.maximum(self.norm, _norms(product).max())
+        rest, rows = self._orthogonalise(product, held)
         del product
-        self._require_symmetry(rows[:old], norm)
-        self.projected[: self.size, old : self.size] = rows
-        self.projected[old : self.size, : self.size] = rows.T
-        corner = self.projected[old : self.size, old : self.size]
-        corner.copy_((rows[old:] + rows[old:].T) / 2)
-        scale = max(norm, float(self.projected.abs().max()))
-        self.next, coupling = self._directions(rest, scale)
-        if coupling.shape[0] == 0:  # the columns span an invariant subspace
-            del rest
-            self.next = self._fresh(min(self.width, self.order - self.size))
-        self.couplings = torch.zeros(self.next.shape[1], self.size, dtype=torch.float64)
-        self.couplings[: len(coupling), old:] = coupling
+        self.size, self.frontier = old + count, held - old - count
+        self.projected[:held, old : self.size] = rows
+        if wait:
+            following, coupling = self._following(rest)
+        else:
+            following, coupling, sound = self._extend(rest)
+            self._ranks.append((coupling, sound))
+        del rest
+        self._append(following)
+        self.projected[held : self.held, old : self.size] = coupling
+        if self.frontier == 0:  # Q spans an invariant subspace
+            self._append(self._fresh(min(self.width, self.order - self.size)))
 
-    def multiply(self, vectors: Tensor) -> Tensor:
+    def multiply(self, vectors: Tensor, check: bool = True) -> Tensor:
         """operator @ vectors [P, r], counted."""
-        product = multiply(self.operator, vectors)
+        product = multiply(self.operator, vectors, check)
         self.matvecs += vectors.shape[1]
         self.products += 1
         return product
 
-    def ritz(self, which: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values [m], their coordinates [m, m] and residual norms [m], wanted first."""
-        values, vectors = torch.linalg.eigh(self.projected[: self.size, : self.size])
-        order = wanted_first(values, which)
-        vectors = vectors[:, order]
-        return values[order], vectors, torch.linalg.vector_norm(self.couplings @ vectors, dim=0)
+    def look(self) -> None:
+        """Fetch H, and settle what the steps since the last look left open.
 
-    def restart(self, values: Tensor, vectors: Tensor, keep: int) -> None:
-        """Keep the first `keep` Ritz vectors, with their couplings to the next directions."""
-        used, chosen = self.columns[:, : self.size], vectors[:, :keep]
-        # The columns are orthonormal up to rounding, which would grow with every restart.
+        Raises:
+            ValueError: products that are not finite, or not those of a symmetric operator.
+        """
+        matrix = self.projected[: self.held, : self.size].cpu().clone()
+        norm = float(self.norm)
+        if not (bool(torch.isfinite(matrix).all()) and norm < float("inf")):
+            raise checks.fail("operator", "finite products", "NaN or infinity")
+        scale = max(norm, float(matrix.abs().max()))
+        lost = any(not self._full_rank(*rank, scale) for rank in self._ranks)
+        self._ranks.clear()
+        if lost and self._saved is not None:
+            self.careful = True
+            self.size, frontier = self._saved
+            self.projected[:, self.size :] = 0
+            self.projected[self.size :] = 0
+            self.frontier = 0
+            self._append(frontier)
+            self.projected[: self.held, : self.size] = self._host.to(self.device)
+        else:
+            self._host, self._scale = matrix, scale
+            square = matrix[: self.size]  # Q^T A Q, from the products with Q
+            require_symmetry(float((square - square.T).abs().max()), scale)
+        self._saved = None
+
+    def remember(self) -> None:
+        """Keep F, so that steps that do not wait can be taken back; after a look."""
+        self._saved = (self.size, self.columns[:, self.size : self.held].clone())
+
+    def ritz(self, which: str) -> Ritz:
+        """The Ritz pairs at the last look, wanted first."""
+        square = self._host[: self.size]
+        symmetric = (square + square.T) / 2
+        values, vectors = torch.linalg.eigh(symmetric)
+        order = wanted_first(values, which)
+        values, vectors = values[order], vectors[:, order]
+        bounds = torch.linalg.vector_norm(self._host[self.size :] @ vectors, dim=0)
+        skews = torch.linalg.vector_norm((square - symmetric) @ vectors, dim=0)
+        return Ritz(values, vectors, bounds, skews)
+
+    @property
+    def rounding(self) -> float:
+        """Norm under which residuals at the last look are rounding."""
+        return ROUNDING * torch.finfo(self.dtype).eps * self._scale + self._forgotten
+
+    def turn(self, vectors: Tensor) -> int:
+        """Turn F so that the residuals of Ritz vectors [m, r] are in its first r directions.
+
+        Returns:
+            how many directions to multiply next: r, or all of F.
+        """
+        count = vectors.shape[1]
+        if count >= self.frontier:
+            return self.frontier
+        couplings = self._host[self.size :]
+        turn = torch.linalg.qr(couplings @ vectors, mode="complete")[0]  # [f, f]
+        frontier = self.columns[:, self.size : self.held]
+        frontier.copy_(frontier @ turn.to(frontier))
+        self._host[self.size :] = turn.T @ couplings
+        self.projected[: self.held, : self.size] = self._host.to(self.device)
+        return count
+
+    def restart(self, ritz: Ritz, keep: int) -> None:
+        """Keep the first `keep` Ritz vectors, with their couplings to F; after a look."""
+        used, chosen = self.columns[:, : self.size], ritz.vectors[:, :keep]
+        frontier = self.columns[:, self.size : self.held].clone()
+        # Q is orthonormal up to rounding, which would grow with every restart.
         gram = (used.T @ used).double().cpu()
         factor = torch.linalg.cholesky(chosen.T @ gram @ chosen)
         turn = torch.linalg.solve_triangular(factor, chosen.T, upper=False).T.to(used)
         height = max(1, _ROTATED // self.size)
         for i in range(0, self.order, height):
             used[i : i + height, :keep] = used[i : i + height] @ turn
+        frontier, _ = self._orthogonalise(frontier, keep)
+        frontier, triangle = torch.linalg.qr(frontier)
+        couplings = triangle.double().cpu() @ (self._host[self.size :] @ chosen)
+        # What H lacks in symmetry leads out of the vectors kept, and is forgotten.
+        self._forgotten += float(ritz.skews[:keep].norm())
+        self.size, self.frontier = keep, 0
+        self._append(frontier)
         self.projected.zero_()
-        self.projected.diagonal()[:keep] = values[:keep]
-        self.size = keep
-        rest, _ = self._orthogonalise(self.next)
-        self.next, triangle = torch.linalg.qr(rest)
-        self.couplings = triangle.double().cpu() @ (self.couplings @ chosen)
+        self.projected.diagonal()[:keep] = ritz.values[:keep].to(self.device)
+        self.projected[keep : self.held, :keep] = couplings.to(self.device)
+        self._host = self.projected[: self.held, :keep].cpu().clone()
 
-    def _orthogonalise(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of vectors [P, r] orthogonal to the columns, and coordinates [m, r] in them.
+    def _append(self, directions: Tensor) -> None:
+        """Put directions at the end of F, where they are not coupled to Q yet."""
+        old = self.held
+        self.frontier += directions.shape[1]
+        self.columns[:, old : self.held] = directions
 
-        In two passes: one leaves ghosts, copies of converged eigenvalues.
+    def _orthogonalise(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
+        """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them.
+
+        In two passes: one leaves ghosts, copies of converged eigenvalues. The second also makes
+        up for the rounding of the first's coordinates.
         """
-        used = self.columns[:, : self.size]
+        used = self.columns[:, :held]
         coordinates = used.T @ vectors
         rest = vectors - used @ coordinates
         again = used.T @ rest
         rest.addmm_(used, again, alpha=-1)
-        return rest, coordinates.double().cpu() + again.double().cpu()
+        return rest, coordinates.double() + again.double()
+
+    def _extend(self, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
+
+        A short or nearly dependent column of rest is mostly rounding: after the factorisation
+        one pass more. Soundness is the least share of a direction that this pass leaves.
+        """
+        used = self.columns[:, : self.held]
+        q, first = torch.linalg.qr(rest)
+        q.addmm_(used, used.T @ q, alpha=-1)
+        q, second = torch.linalg.qr(q)
+        return q, second.double() @ first.double(), second.diagonal().abs().min()
+
+    def _full_rank(self, coupling: Tensor, sound: Tensor, scale: float) -> bool:
+        """Whether directions found by `_extend` are more than rounding; waits for them."""
+        lengths = torch.linalg.svdvals(coupling.cpu())
+        return float(lengths[-1]) > self._least(scale) and float(sound) > 0.5
+
+    def _least(self, scale: float) -> float:
+        return ROUNDING * torch.finfo(self.dtype).eps * scale
+
+    def _following(self, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of rest [P, r] and its coordinates in them, without those of rounding."""
+        scale = max(float(self.norm), float(self.projected.abs().max()))
+        if self.order - self.held >= rest.shape[1]:
+            q, coupling, sound = self._extend(rest)
+            if self._full_rank(coupling, sound, scale):
+                return q, coupling
+        return self._directions(rest, scale)
 
     def _directions(self, rest: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Orthonormal directions [P, s] of rest [P, r], and its coordinates in them [s, r].
@@ -143,37 +307,22 @@ class Basis:
         """
         q, triangle = torch.linalg.qr(rest)
         left, lengths, right = torch.linalg.svd(triangle.double().cpu())
-        kept = lengths > 10 * torch.finfo(self.dtype).eps * scale
-        # What little is left of a product is mostly rounding: one pass more.
-        directions, _ = self._orthogonalise(q @ left[:, kept].to(q))
+        kept = lengths > self._least(scale)
+        directions, _ = self._orthogonalise(q @ left[:, kept].to(q), self.held)
         sound = (_norms(directions) > 0.5).cpu()
         q, triangle = torch.linalg.qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]
-        return q, triangle.double().cpu() @ coordinates
-
-    def _require_symmetry(self, rows: Tensor, norm: float) -> None:
-        """Q^T A N [m, r], just computed, against N^T A Q, which the couplings hold."""
-        if rows.numel() == 0:
-            return
-        gap = float((rows - self.couplings.T).abs().max())
-        scale = max(norm, float(self.projected.abs().max()))
-        if gap > ASYMMETRY * scale:
-            raise checks.fail(
-                "operator",
-                "a symmetric one",
-                f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
-                "symmetrise it, (A + A^T) / 2",
-            )
+        return q, triangle.double() @ coordinates.to(self.device)
 
     def _fresh(self, count: int) -> Tensor:
-        """Random orthonormal directions orthogonal to the columns.  # [P, count]"""
-        if count == 0:
+        """Random orthonormal directions orthogonal to Q and F.  # [P, count]"""
+        if count <= 0:
             return self.columns[:, :0]
         while True:
-            rest, _ = self._orthogonalise(self._random(count))
+            rest, _ = self._orthogonalise(self._random(count), self.held)
             rest, triangle = torch.linalg.qr(rest)
             if float(triangle.diagonal().abs().min()) > 1e-3:
-                rest, _ = self._orthogonalise(rest)
+                rest, _ = self._orthogonalise(rest, self.held)
                 fresh: Tensor = torch.linalg.qr(rest)[0]
                 return fresh
 
@@ -184,6 +333,12 @@ class Basis:
             column.copy_(random.normal((self.order,), key, self.draws, device=self.device))
             self.draws += 1
         return vectors
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """The columns other than zero, at length 1."""
+    lengths = _norms(vectors)
+    return vectors[:, lengths > 0] / lengths[lengths > 0].to(vectors)
 
 
 def _norms(vectors: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .. import checks, random
 from ..results import Density
+from .across import Across, orthonormal, without
+from .basis import ROUNDING, require_symmetry
+from .krylov import stride_of
 from .memory import resolve_budget, too_small
 from .protocol import multiply, require_operator
 
@@ -28,6 +31,7 @@ def spectral_density(
     points: int = 512,
     seed: int = 0,
     memory_budget: int | None = None,
+    along: Tensor | None = None,
 ) -> Density:
     """Density of the eigenvalues of a symmetric operator, smoothed by a Gaussian.
 
@@ -35,7 +39,8 @@ def spectral_density(
     quadrature rule: nodes are the Ritz values, weights the *squared first components* of the
     eigenvectors of the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J.
     Matrix Anal. Appl. 38, 2017). The mean over probes of sum_i w_i f(node_i) estimates
-    tr f(A) / P without bias for polynomials f of degree up to 2 steps - 1.
+    tr f(A) / P without bias for polynomials f of degree up to 2 steps - 1; `Density.trace`
+    gives it for any f, with its standard error.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@` on blocks, a matrix too.
@@ -49,14 +54,16 @@ def spectral_density(
         seed: of the probes; they do not depend on the device or the memory.
         memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory. It
             decides how many probes advance together.
+        along: directions to leave out, such as a path's tangent: the density is that of
+            Z^T A Z, for Z an orthonormal basis of what is orthogonal to them.  # [P] or [P, r]
 
     Returns:
         see `Density`; a probe whose Krylov space is exhausted early has rows padded with its
         last node at weight 0.
 
     Raises:
-        ValueError: an operator that is not square; counts, sigma or grid out of range; a
-            budget under one probe's needs; a product that is not finite.
+        ValueError: an operator that is not square or not symmetric; counts, sigma, grid or along
+            out of range; a budget under one probe's needs; a product that is not finite.
 
     >>> import torch
     >>> d = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), probes=2, steps=3)
@@ -66,7 +73,9 @@ def spectral_density(
     size, dtype, device = require_operator(operator)
     checks.whole("probes", probes, 1)
     checks.whole("points", points, 2)
-    steps = min(checks.whole("steps", steps, 1), size)
+    left_out = None if along is None else orthonormal(along, size, dtype, device)
+    count = size - (0 if left_out is None else left_out.shape[1])
+    steps = min(checks.whole("steps", steps, 1), count)
     if sigma is not None:
         checks.positive("sigma", sigma)
     if grid is not None and (not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) == 0):
@@ -80,6 +89,8 @@ def spectral_density(
             f"{steps} Lanczos vectors of length {size}",
             "give more memory, or fewer steps",
         )
+    if left_out is not None:
+        operator = Across(operator, left_out)
     together = min(probes, budget // each)
     rules: list[tuple[Tensor, Tensor]] = []
     for first in range(0, probes, together):
@@ -91,6 +102,8 @@ def spectral_density(
                 for i in range(first, min(first + together, probes))
             ]
         )
+        if left_out is not None:
+            starts = without(left_out, starts.T).T
         rules += [_gauss_rule(*t) for t in _lanczos(operator, starts, steps)]
     nodes = torch.stack([_padded(n, steps, float(n[-1])) for n, _ in rules])
     weights = torch.stack([_padded(w, steps, 0.0) for _, w in rules])
@@ -118,57 +131,62 @@ def spectral_density(
         [_smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
     )
     error = curves.std(0) / math.sqrt(probes) if probes > 1 else torch.full_like(where, math.nan)
-    return Density(where, curves.mean(0), error, nodes, weights, sigma, size)
+    return Density(where, curves.mean(0), error, nodes, weights, sigma, count)
 
 
 def _lanczos(operator: Any, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Lanczos for several starting vectors [V, P] in step, one block product a step.
+
+    Steps wait for nothing on the operator's device; every few of them it is asked whether any
+    probe goes on. A probe whose Krylov space is exhausted goes on as a vector of zeros.
 
     Returns:
         diagonal [m] and off-diagonal [m - 1] of each tridiagonal matrix; m under `steps`
         where a Krylov space was exhausted.
     """
     probes, size = starts.shape
+    stride = stride_of(starts.device)
     basis = starts.new_zeros(probes, steps, size)
-    alphas = torch.zeros(probes, steps, dtype=torch.float64)
-    betas = torch.zeros(probes, steps, dtype=torch.float64)
-    lengths = [steps] * probes
+    alphas = starts.new_zeros(probes, steps, dtype=torch.float64)
+    betas, lengths, scale = torch.zeros_like(alphas), alphas[:, 0] + 1, alphas[:, 0].clone()
+    gap = torch.zeros_like(scale)
+    going = torch.ones(probes, dtype=torch.bool, device=starts.device)
     current = starts / starts.norm(dim=1, keepdim=True)
-    active = list(range(probes))
-    scale = torch.zeros(probes, dtype=torch.float64)
     for j in range(steps):
-        products = multiply(operator, current.T.contiguous()).T
-        following = []
-        going = []
-        for row, v in enumerate(active):
-            basis[v, j] = current[row]
-            used, rest = basis[v, : j + 1], products[row]
-            alpha = 0.0
-            scale[v] = max(float(scale[v]), float(rest.norm()))
-            for _ in range(2):
-                coordinates = used @ rest
-                rest = rest - coordinates @ used
-                alpha += float(coordinates[-1])
-            alphas[v, j] = alpha
-            beta = float(rest.norm())
-            if j + 1 == steps:
-                continue
-            if beta > 10 * torch.finfo(starts.dtype).eps * float(scale[v]):
-                rest = rest / beta
-                # A short remainder is mostly rounding: make it orthogonal once more.
-                rest = rest - (used @ rest) @ used
-                length = float(rest.norm())
-                if length > 0.5:
-                    betas[v, j] = beta
-                    following.append(rest / length)
-                    going.append(v)
-                    continue
-            lengths[v] = j + 1
-        active = going
-        if not active:
+        look = j % stride == 0
+        basis[:, j] = current
+        rest = multiply(operator, current.T.contiguous(), check=look).T.contiguous()
+        used = basis[:, : j + 1]
+        scale = torch.maximum(scale, rest.norm(dim=1).double())
+        column = alphas.new_zeros(probes, j + 1)
+        for _ in range(2):
+            coordinates = used @ rest[:, :, None]  # [V, j + 1, 1]
+            rest = rest - (coordinates.transpose(1, 2) @ used)[:, 0]
+            column += coordinates[:, :, 0].double()
+        alphas[:, j] = column[:, j]
+        if j:  # of a symmetric operator the column has one more entry
+            column[:, j - 1] -= betas[:, j - 1]
+            gap = torch.maximum(gap, column[:, :j].abs().amax(1))
+        if j + 1 == steps:
             break
-        current = torch.stack(following)
-    return [(alphas[v, :m], betas[v, : m - 1]) for v, m in enumerate(lengths)]
+        beta = rest.norm(dim=1)
+        going = going & (beta > ROUNDING * torch.finfo(starts.dtype).eps * scale)
+        rest = rest / beta.clamp(min=torch.finfo(starts.dtype).tiny)[:, None]
+        # A short remainder is mostly rounding: make it orthogonal once more.
+        rest = rest - ((used @ rest[:, :, None]).transpose(1, 2) @ used)[:, 0]
+        length = rest.norm(dim=1)
+        going = going & (length > 0.5)
+        betas[:, j] = beta.double() * going
+        lengths += going
+        current = torch.where(going[:, None], rest / length.clamp(min=0.5)[:, None], 0.0)
+        if look and not bool(going.any()):
+            break
+    alphas, betas = alphas.cpu(), betas.cpu()
+    if not bool((alphas.isfinite() & betas.isfinite()).all()):
+        raise checks.fail("operator", "finite products", "NaN or infinity")
+    require_symmetry(float(gap.max()), float(scale.max()))
+    counts = [int(m) for m in lengths.tolist()]
+    return [(alphas[v, :m], betas[v, : m - 1]) for v, m in enumerate(counts)]
 
 
 def _gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:

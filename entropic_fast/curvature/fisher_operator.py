@@ -123,15 +123,15 @@ def fisher_eigenvalues(
     eigenpairs are sought (Rayleigh and Ritz), with full reorthogonalisation in two passes and a
     thick restart when the memory is full. A product costs one pass over the examples whatever
     the block's width, so a wide block saves passes, and it finds every copy of a multiple
-    eigenvalue. The residuals are computed from the returned vectors, not taken from the
-    recurrence.
+    eigenvalue. The residuals are those of the returned vectors to rounding, as in
+    `top_eigenvalues`; a pass that computes them follows only where they are near rounding.
 
     This is the way for E so large that the E x E Gram matrix of `score_spectrum` does not fit
     or takes too long. Cost: passes over the examples, each of their scores and 4 P b operations
-    an example; on the digits network 4 to 7 passes for k from 1 to 30, the one that verifies
-    included. Memory: the basis, 8 P (k + 10 b) bytes for blocks of b columns, or down to
-    8 P (k + b) with restarts (and so more passes) where the budget is smaller; 8 P 5 b bytes to
-    work in; and a chunk of scores. E does not matter.
+    an example; on the digits network 4 to 6 passes for k from 1 to 30. Memory: the basis,
+    8 P (k + 10 b) bytes for blocks of b columns, or down to 8 P (k + b) with restarts (and so
+    more passes) where the budget is smaller; 8 P 5 b bytes to work in; and a chunk of scores.
+    E does not matter.
 
     Everything after the scores is float64. So eigenvalues far under the largest come out as
     those of the scores as computed, whose own rounding `score_spectrum_floor` bounds.
@@ -145,7 +145,7 @@ def fisher_eigenvalues(
             rounding floor (10 eps ||F||, float64).
         block: b, columns multiplied in a pass, at least k; None for k + 5. More converge in
             fewer passes.
-        max_passes: most passes over the examples, the one that verifies included; at least 2.
+        max_passes: most passes over the examples; at least 2.
         seed: of the random block.
         memory_budget: bytes to stay under; None for a quarter of the free memory.
 
@@ -189,7 +189,7 @@ def fisher_eigenvalues(
         raise ValueError(f"{error}; of the budget, the basis takes the rest") from error
     basis = Basis(operator, capacity, seed, width)
     basis.start()
-    pairs = solve(basis, k, "LA", tol, lambda: operator.passes + 1 >= max_passes)
+    pairs = solve(basis, k, "LA", tol, narrow=False, max_products=max_passes)
     logger.info(
         "%d Fisher eigenvalues: %d passes with blocks of %d, a basis of at most %d vectors",
         *(k, operator.passes, width, capacity),

@@ -31,14 +31,18 @@ def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
     return int(shape[0]), dtype, torch.device(getattr(operator, "device", "cpu"))
 
 
-def multiply(operator: Any, vectors: Tensor) -> Tensor:
-    """operator @ vectors, refused if the shape is another or a value is not finite."""
+def multiply(operator: Any, vectors: Tensor, check: bool = True) -> Tensor:
+    """operator @ vectors, refused if the shape is another or a value is not finite.
+
+    Args:
+        check: whether to look for values that are not finite, which waits for the device.
+    """
     product = operator @ vectors
     if not isinstance(product, Tensor) or product.shape != vectors.shape:
         raise checks.fail(
             "operator", f"a product of shape {list(vectors.shape)}", checks.describe(product)
         )
-    if not bool(torch.isfinite(product).all()):
+    if check and not bool(torch.isfinite(product).all()):
         raise checks.fail(
             "operator",
             "finite products",

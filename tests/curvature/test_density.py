@@ -62,6 +62,85 @@ def test_moments_agree_with_the_traces():
         assert abs(float(samples.mean()) - float((values**power).mean())) < 4 * error
 
 
+def test_multiple_eigenvalues_have_their_share_of_the_weight():
+    values = torch.tensor([-1.0] * 30 + [0.0] * 50 + [2.0] * 20).double()
+    got = spectral_density(with_spectrum(values), probes=80, steps=10)
+    distance = (got.nodes[..., None] - torch.tensor([-1.0, 0.0, 2.0]).double()).abs()
+    assert float((distance.amin(2) * got.weights).max()) < 1e-10
+    share = ((distance < 1e-6) * got.weights[..., None]).sum(1)
+    z = (share.mean(0) - torch.tensor([0.3, 0.5, 0.2]).double()) / (share.std(0) / 80**0.5)
+    assert float(z.abs().max()) < 4
+
+
+def test_traces_of_functions_are_within_their_standard_errors():
+    """The z-scores of seeds have spread 1, whatever the function."""
+    values = torch.linspace(0.1, 3, 60).double()
+    matrix = with_spectrum(values)
+    for function in (torch.log, torch.square, torch.exp):
+        exact = float(function(values).sum())
+        z = []
+        for seed in range(60):
+            estimate = spectral_density(matrix, probes=20, steps=25, seed=seed).trace(function)
+            assert estimate.probes == 20
+            z.append((estimate.value - exact) / estimate.std_error)
+        assert 0.7 < float(np.std(z)) < 1.5 and abs(float(np.mean(z))) < 0.6
+    constant = spectral_density(matrix, probes=3, steps=4).trace(torch.ones_like)
+    assert constant.value == pytest.approx(60) and constant.std_error < 1e-12
+
+
+def test_traces_of_functions_refuse_what_is_not_finite():
+    got = spectral_density(with_spectrum(torch.linspace(-1, 1, 20).double()), probes=2, steps=5)
+    with pytest.raises(ValueError, match="function: expected finite"):
+        got.trace(torch.log)
+    with pytest.raises(ValueError, match="function: expected values of shape"):
+        got.trace(torch.sum)
+    single = spectral_density(torch.eye(3), probes=1).trace(torch.square)
+    assert single.value == pytest.approx(3) and math.isnan(single.std_error)
+
+
+def test_moments_of_wishart_matrices():
+    """tr A^m / P is 1, 1 + c, 1 + 3 c + c^2 for m = 1, 2, 3 (Marchenko and Pastur)."""
+    n, p = 1200, 400
+    c, x = p / n, random.normal((n, p), 4)
+    got = spectral_density(x.T @ x / n, probes=20, steps=20)
+    for power, moment in ((1, 1.0), (2, 1 + c), (3, 1 + 3 * c + c * c)):
+        estimate = got.trace(lambda t, power=power: t**power)
+        # The matrix itself is a sample: its moments are off by a few times 1 / P.
+        assert abs(estimate.value / p - moment) < 4 * estimate.std_error / p + 5 / p
+
+
+def test_directions_left_out_leave_the_rest():
+    """With all steps the nodes are the eigenvalues on the orthogonal complement."""
+    values = torch.tensor([-2.0, -0.5, 0.1, 1.0, 3.0, 7.0]).double()
+    matrix = with_spectrum(values)
+    for r in (1, 2, 5):
+        along = random.normal((6, r), r)
+        z = torch.linalg.qr(along, mode="complete")[0][:, r:]
+        exact = torch.linalg.eigvalsh(z.T @ matrix @ z)
+        got = spectral_density(matrix, probes=3, steps=50, along=along if r > 1 else along[:, 0])
+        assert got.size == 6 - r and got.nodes.shape == (3, 6 - r)
+        assert torch.allclose(got.nodes, exact.expand(3, -1), atol=1e-10)
+        assert torch.allclose(got.weights.sum(1), torch.ones(3).double())
+
+
+def test_results_do_not_depend_on_when_they_are_looked_at(monkeypatch: pytest.MonkeyPatch):
+    low_rank = torch.cat([torch.zeros(40), torch.ones(5), torch.full((3,), 2.0)]).double()
+    for values in (torch.linspace(-1, 1, 50).double(), low_rank, torch.zeros(7).double()):
+        matrix = with_spectrum(values)
+        each = spectral_density(matrix, probes=3, steps=20)
+        with monkeypatch.context() as patch:
+            patch.setattr(density, "stride_of", lambda device: 4)
+            late = spectral_density(matrix, probes=3, steps=20)
+        assert torch.equal(each.nodes, late.nodes) and torch.equal(each.weights, late.weights)
+
+
+def test_operators_that_are_not_symmetric_or_finite_are_refused():
+    with pytest.raises(ValueError, match="a symmetric one"):
+        spectral_density(random.normal((30, 30), 0))
+    with pytest.raises(ValueError, match="finite products"):
+        spectral_density(torch.full((3, 3), float("nan")))
+
+
 def test_wishart_matrices_follow_marchenko_and_pastur():
     n, p = 1200, 400
     ratio = p / n
@@ -170,6 +249,11 @@ def test_smoothed_density_of_a_hessian_is_that_of_its_eigenvalues():
         ({"grid": torch.zeros(0)}, "grid"),
         ({"grid": torch.zeros(2, 2)}, "grid"),
         ({"grid": torch.tensor([float("nan")])}, "grid"),
+        ({"along": torch.ones(3)}, r"along: expected a tensor \[4\] or \[4, r\], r under 4"),
+        ({"along": torch.eye(4)}, "along: expected a tensor"),
+        ({"along": torch.zeros(4)}, "along: expected independent directions"),
+        ({"along": torch.ones(4, 2)}, "along: expected independent directions"),
+        ({"along": torch.full((4,), math.inf)}, "along: expected finite"),
         ({"memory_budget": 10}, "memory_budget: expected at least"),
     ],
 )
