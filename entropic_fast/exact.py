@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Shared:
+    """A setting of the whole process that threads may hold at the same time.
+
+    The first that enters makes it and the last that leaves undoes it, so that none restores what
+    another still needs.
+
+    >>> states = []
+    >>> @contextlib.contextmanager
+    ... def setting():
+    ...     states.append("set")
+    ...     yield
+    ...     states.append("restored")
+    >>> shared = Shared(setting)
+    >>> with shared(), shared():
+    ...     states
+    ['set']
+    >>> states
+    ['set', 'restored']
+    """
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
+        self._setting = setting
+        self._lock, self._inside = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._made = self._setting()
+                self._made.__enter__()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._made.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
@@ -22,20 +64,26 @@ def exact_math() -> Iterator[None]:
     ...     torch.backends.mha.get_fastpath_enabled()
     False
     """
+    cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with _plain_attention(), _full_float32() if cuda else contextlib.nullcontext():
+        yield
+
+
+@Shared
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _full_float32():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@Shared
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        yield
-        return
     # All three together: torch refuses to read its older single flag where they differ.
     cudnn: Any = torch.backends.cudnn
     settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)

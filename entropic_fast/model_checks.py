@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,21 @@ class NonFiniteLossError(ValueError):
     """A loss that is NaN or infinite; the message names the example and the point."""
 
 
+def require_module(model: nn.Module) -> None:
+    """Refuse what is no module, and one compiled by TorchScript."""
+    if not isinstance(model, nn.Module):
+        raise checks.fail("model", "an nn.Module", checks.describe(model))
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise checks.fail(
+            "model",
+            "an nn.Module whose parameters can be replaced",
+            "one compiled by torch.jit.script or torch.jit.trace",
+            "pass the module that it was made from, with load_state_dict for its weights",
+        )
+
+
 def require_model(obj: Objective) -> None:
-    """Refuse a model that does not fit its data, is random, or has no gradient.
+    """Refuse a model that does not fit its data, is random, changes itself, or has no gradient.
 
     Raises:
         ValueError: as `Objective`.
@@ -30,8 +44,9 @@ def require_model(obj: Objective) -> None:
     batch, theta = next(obj.batches(batch_size=8)), obj.point(None)
     drawn = _random_state(obj.device)
     with torch.no_grad():
+        point = theta.clone()
         try:
-            first = obj.outputs(theta, batch.inputs)
+            first = obj.outputs(point, batch.inputs)
         except (RuntimeError, TypeError, IndexError) as error:
             raise checks.fail(
                 "data",
@@ -45,10 +60,17 @@ def require_model(obj: Objective) -> None:
                 checks.describe(first),
                 "wrap it in a module that returns the tensor the loss needs",
             )
+        if not _same(point, theta) or _writes_far_away(obj, theta, batch.inputs):
+            raise checks.fail(
+                "model",
+                "a forward pass that only reads its parameters",
+                "one that writes to them",
+                "constrain them after each training step instead, not in forward by "
+                ".data.clamp_ or max_norm of nn.Embedding; or compute with a constrained copy",
+            )
         second = obj.outputs(theta, batch.inputs)
         # Rare noise may spare these examples, but not the generator it is drawn from.
-        same = torch.equal(first.nan_to_num(), second.nan_to_num())
-        if not same or not torch.equal(drawn, _random_state(obj.device)):
+        if not _same(first, second) or not torch.equal(drawn, _random_state(obj.device)):
             raise checks.fail(
                 "model",
                 "the same outputs for the same inputs",
@@ -166,6 +188,20 @@ def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
             "NaN or infinity though the losses are finite",
             "use a smaller batch_size, or the model in float32, model.float()",
         )
+
+
+def _writes_far_away(obj: Objective, theta: Tensor, inputs: Tensor) -> bool:
+    """Whether the model changes its parameters [P] where a constraint on them would be violated."""
+    far = 100 * theta + 1
+    far[::2] *= -1
+    point = far.clone()
+    with contextlib.suppress(Exception):  # a model need not run there
+        obj.outputs(point, inputs)
+    return not _same(point, far)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _random_state(device: torch.device) -> Tensor:

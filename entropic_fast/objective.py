@@ -16,7 +16,7 @@ from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
-from .parameters import load_tensors, trainable
+from .parameters import load_tensors, model_lock, trainable
 
 __all__ = ["NonFiniteLossError", "Objective"]
 
@@ -31,6 +31,8 @@ class Objective:
 
     Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is random
     even so (functional dropout) is refused, because nothing exact can be said of it.
+
+    Threads may share an objective: a model runs for one of them at a time.
 
     A model may be in half precision (float16, bfloat16). It then runs in its own dtype, its
     outputs are converted to float32 before the loss, and sums over examples are float32 or
@@ -58,8 +60,8 @@ class Objective:
 
     Raises:
         ValueError: data that is empty or does not fit, labels out of range, a model that is
-            random, has no trainable parameter, mixes dtypes, or uses torch.utils.checkpoint; a
-            loss that is not one number an example.
+            random, compiled by TorchScript, writes to its parameters, has none to train, mixes
+            dtypes, or uses torch.utils.checkpoint; a loss that is not one number an example.
         NonFiniteLossError: a NaN or infinite loss in `loss` or `gradient`.
 
     >>> import torch
@@ -79,8 +81,7 @@ class Objective:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise checks.fail("model", "an nn.Module", checks.describe(model))
+        model_checks.require_module(model)
         checks.one_of("norm", norm, ("running", "batch"))
         self.norm = norm
         self.loss_name = loss if isinstance(loss, str) else "custom"
@@ -232,7 +233,7 @@ class Objective:
         """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable."""
         values = {**self.split(theta), **self.buffers}
         try:
-            with exact_math():
+            with exact_math(), model_lock(self._model):
                 outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
         except ValueError as error:
             explain_too_few(error, len(inputs))
@@ -252,9 +253,9 @@ class Objective:
 
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
-        outputs = functional_call(
-            self._model, {**values, **self.buffers}, (inputs,), tie_weights=True
-        )
+        values = {**values, **self.buffers}
+        with model_lock(self._model):
+            outputs = functional_call(self._model, values, (inputs,), tie_weights=True)
         return self.output_losses(outputs, targets)
 
     def constants(self) -> list[Tensor]:
@@ -386,9 +387,10 @@ class Objective:
         theta = self.point(theta)
         other = copy.copy(self)
         other.buffers = {name: b.clone() for name, b in self.buffers.items()}
-        gather_statistics(
-            self._model, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
-        )
+        with model_lock(self._model):
+            gather_statistics(
+                self._model, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
+            )
         return other
 
     # -- single examples -------------------------------------------------------------------

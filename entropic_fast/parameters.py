@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+
+# Not a model's attribute: locks are neither copied nor pickled.
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_creation = threading.Lock()
+
+
+def model_lock(model: nn.Module) -> threading.RLock:
+    """The lock to hold while a model runs with parameters that are not its own.
+
+    `functional_call` puts them into the model itself, which threads may share.
+    """
+    with _creation:
+        return _locks.setdefault(model, threading.RLock())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,12 +6,12 @@ from .diagonal import hessian_diagonal, operator_diagonal
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
-from .gram import ScorePlan
 from .hessian import GGNOperator, HessianOperator
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
 from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram
+from .plan import ScorePlan
 from .profile import curvature_profile, profile_point, profile_positions
 from .score import (
     score_gram,

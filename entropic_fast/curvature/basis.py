@@ -266,7 +266,7 @@ class Basis:
         """
         used = self.columns[:, :held]
         coordinates = used.T @ vectors
-        rest = vectors - used @ coordinates
+        rest = torch.addmm(vectors, used, coordinates, alpha=-1)
         again = used.T @ rest
         rest.addmm_(used, again, alpha=-1)
         return rest, coordinates.double() + again.double()
@@ -303,12 +303,21 @@ class Basis:
     def _directions(self, rest: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Orthonormal directions [P, s] of rest [P, r], and its coordinates in them [s, r].
 
-        Directions along which rest is rounding of products of norm `scale` are left out.
+        Directions along which rest is rounding of products of norm `scale` are left out. Rest is
+        overwritten.
         """
         q, triangle = torch.linalg.qr(rest)
         left, lengths, right = torch.linalg.svd(triangle.double().cpu())
+<<<<<<< HEAD
         kept = lengths > self._least(scale)
         directions, _ = self._orthogonalise(q @ left[:, kept].to(q), self.held)
+=======
+        kept = lengths > 10 * torch.finfo(self.dtype).eps * scale
+        # What little is left of a product is mostly rounding: one pass more.
+        turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
+        del q
+        directions, _ = self._orthogonalise(turned)
+>>>>>>> mend-memory
         sound = (_norms(directions) > 0.5).cpu()
         q, triangle = torch.linalg.qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from ..exact import exact_math
+from ..exact import Shared, exact_math
 from ..examples import Batch
 from ..objective import Objective
 
@@ -68,9 +70,10 @@ class Fallback:
         return gradients, torch.stack(losses)
 
 
-class no_slow_loops(warnings.catch_warnings):
+@Shared
+@contextlib.contextmanager
+def no_slow_loops() -> Iterator[None]:
     """Within it, an operation that vmap would run in a loop raises UserWarning."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")
+        yield

@@ -14,8 +14,8 @@ from ..objective import Objective
 from ..results import Estimate
 from .engine import ScoreEngine
 from .memory import resolve_budget
-from .per_example import PassCost, require_finite
-from .rules import Piece
+from .per_example import PassCost, one_of_each, require_finite, rows_made
+from .rules import SCRATCH, Piece
 from .score import grouping
 
 
@@ -66,14 +66,15 @@ def gradient_norms(
     """
     obj.require_single_examples()
     key = grouping(by)
-    engine = ScoreEngine(obj, theta)
-    chunk = PassCost(engine).chunk_within(
-        resolve_budget(memory_budget, obj.device), 0, obj.num_examples
-    )
-    norms = {
-        k: torch.zeros(obj.num_examples, dtype=torch.float64, device=obj.device)
-        for k in dict.fromkeys(map(key, obj.parameter_names))
-    }
+    engine, count = ScoreEngine(obj, theta), obj.num_examples
+    keys = dict.fromkeys(map(key, obj.parameter_names))
+    pieces = one_of_each(engine).values()
+    # Rows that norms are taken of, and their float64 copies, fill the scratch at most.
+    scratch = min(2 * SCRATCH, 2 * count * max((piece.row_bytes for piece in pieces), default=0))
+    cost = PassCost(engine, rows_made(pieces), 8 * count * len(keys) + scratch)
+    del pieces
+    chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
+    norms = {k: torch.zeros(count, dtype=torch.float64, device=obj.device) for k in keys}
     for batch in obj.batches(batch_size=chunk):
         where = slice(batch.start, batch.start + len(batch.inputs))
         found = {k: n[where] for k, n in norms.items()}

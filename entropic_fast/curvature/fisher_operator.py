@@ -24,8 +24,9 @@ SCRATCH = 1 << 20
 OVERSAMPLING = 5
 # Blocks held before a restart; most spectra of networks need fewer.
 DEPTH = 10
-# Blocks beside the basis: a product, what is left of it, and its factorisation.
-WORKSPACE = 5
+# Blocks beside the basis, as measured: a product, what is left of it, its factorisation, and freed
+# ones that malloc still holds.
+WORKSPACE = 6
 
 
 class FisherOperator(CurvatureOperator):
@@ -86,6 +87,7 @@ class FisherOperator(CurvatureOperator):
             self.passes += 1
             for _, scores in self._gradients.chunks(self.count):
                 _add_outer_products(scores, columns, total)
+                del scores  # before the next are made
         return total.div_(self.count).to(self.dtype)
 
     def __repr__(self) -> str:
@@ -130,11 +132,15 @@ def fisher_eigenvalues(
     or takes too long. Cost: passes over the examples, each of their scores and 4 P b operations
     an example; on the digits network 4 to 6 passes for k from 1 to 30. Memory: the basis,
     8 P (k + 10 b) bytes for blocks of b columns, or down to 8 P (k + b) with restarts (and so
-    more passes) where the budget is smaller; 8 P 5 b bytes to work in; and a chunk of scores.
+    more passes) where the budget is smaller; 8 P 6 b bytes to work in; and a chunk of scores.
     E does not matter.
 
     Everything after the scores is float64. So eigenvalues far under the largest come out as
     those of the scores as computed, whose own rounding `score_spectrum_floor` bounds.
+
+    For the eigenvalues of each layer's diagonal block see `score_spectrum(by=...)`, one pass for
+    all; here each block would need a Krylov space and passes of its own. A layer's share of an
+    eigenvector v is the squared norm of its part, `obj.split(v)`.
 
     Args:
         obj: an objective whose examples do not influence one another.

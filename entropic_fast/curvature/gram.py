@@ -1,10 +1,11 @@
-"""The Gram matrix of scores within a memory budget: how it is planned, and how it is taken.
+"""The Gram matrix of scores within a memory budget.
 
-Three ways, the first that fits:
+Three ways, the first that fits (see `plan`):
 
 - "memory": one pass over the examples keeps, for every parameter, rows or what makes them,
   whichever is smaller (`records`); then parameter by parameter, a slice of output channels at a
-  time, rows of all E examples are made and multiplied. E^2 P operations, nothing twice.
+  time, rows of all E examples are made and multiplied: E^2 P operations, nothing twice. Or, where
+  that is fewer, inner products by way of the layer's positions, a tile of examples at a time.
 - "disk": the same with the records in temporary files.
 - "recompute": blocks of rows [R, P]; the examples after a block are computed again against it.
   With B blocks that is (B + 1) / 2 passes.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,55 +26,12 @@ from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
-from .memory import readable, too_small
-from .per_example import ExampleGradients, PassCost, require_finite
-from .records import Records, RecordsDifferError, kept_form, spill_folder
-from .rules import Piece, Rows
+from .per_example import ExampleGradients, one_of_each, require_finite
+from .plan import STRATEGIES, Planner, channels_within, pairing, tile_within
+from .records import Records, RecordsDifferError, kept_form
+from .rules import Rows
 
 logger = logging.getLogger(__name__)
-
-STRATEGIES = ("auto", "memory", "disk", "recompute")
-# Rows made at once from records: enough columns that a product is not bound by memory.
-SLICE = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """How a Gram matrix is taken: `print(plan)` says it in a sentence.
-
-    Attributes:
-        strategy: "memory", "disk" or "recompute".
-        examples: E.
-        chunk: examples a pass takes at once.
-        passes: passes over the examples, as a number of examples computed over E.
-        held: bytes of rows or records held in memory.
-        spilled: bytes of records written to disk.
-        slice: bytes of rows made from records at once.
-        budget: bytes to stay under.
-        folder: where files go, if any.
-    """
-
-    strategy: str
-    examples: int
-    chunk: int
-    passes: float
-    held: int
-    spilled: int
-    slice: int
-    budget: int
-    folder: Path | None = None
-    block: int = 0
-
-    def __str__(self) -> str:
-        where = {
-            "memory": f"{readable(self.held)} of records in memory",
-            "disk": f"{readable(self.spilled)} of records in {self.folder}",
-            "recompute": f"blocks of {self.block} rows ({readable(self.held)}) and no disk",
-        }[self.strategy]
-        return (
-            f"{self.examples} examples, {self.chunk} at a time, {self.passes:.2f} passes, {where}, "
-            f"within {readable(self.budget)}"
-        )
 
 
 class GramTask:
@@ -104,9 +61,10 @@ class GramTask:
         self.obj, self.theta, self.count = obj, self.engine.theta, count
         self.double_products, self.group = double_products, group
         self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
-        self.survey = self._survey()
+        self.survey = one_of_each(self.engine, kept_form)
         self.ways = self.engine.traceable, self.engine.batched
-        self.plan = self._choose(budget, strategy)
+        self._planner = Planner(self.engine, self.survey, count, len(self.keys), budget)
+        self.plan = self._planner.choose(strategy)
         logger.info("score Gram: %s", self.plan)
 
     def grams(self) -> dict[str, Tensor]:
@@ -125,7 +83,7 @@ class GramTask:
                 ) as folder:
                     self._by_records(grams, Path(folder))
         except RecordsDifferError as why:  # raised before anything is multiplied
-            self.plan = self._choose(self.plan.budget, "recompute")
+            self.plan = self._planner.choose("recompute")
             logger.info("examples that differ (%s): %s", why, self.plan)
         if self.plan.strategy == "recompute":
             self._by_blocks(grams)
@@ -134,79 +92,11 @@ class GramTask:
         self._require_finite(grams)
         return grams
 
-    # -- planning --------------------------------------------------------------------------
-
-    def _survey(self) -> dict[str, Piece]:
-        """A piece of one example for each parameter, in the form it is kept."""
-        found: dict[str, Piece] = {}
-        batch = next(self.obj.batches(1))
-        self.engine.run(batch, lambda name, piece: found.__setitem__(name, kept_form(piece)))
-        return {name: found[name] for name in self.obj.parameter_names if name in found}
-
-    def _choose(self, budget: int, strategy: str) -> ScorePlan:
-        cost, count = PassCost(self.engine), self.count
-        itemsize = max(4, self.theta.element_size())
-        row = self.obj.num_params * itemsize
-        result = 8 * count * count * len(self.keys)
-        room = budget - result
-        record = sum(piece.example_bytes for piece in self.survey.values())
-        # The widest output channel of the parameters that rows are made of.
-        made = [p for p in self.survey.values() if not isinstance(p, Rows)]
-        least = max((count * p.row_bytes // p.groups for p in made), default=0)
-        one_pass = cost.activations + cost.rules + record
-        size = min(
-            max(least, SLICE), max(least, max((count * p.row_bytes for p in made), default=0))
-        )
-
-        def chunk(left: int) -> int:
-            return cost.chunk_within(max(left, one_pass), record, count)
-
-        # The pass and the products follow one another: the larger of the two counts.
-        left = room - count * record
-        needed = max(one_pass, least)
-        if strategy in ("auto", "memory") and (left >= needed or strategy == "memory"):
-            if left < needed:
-                raise self._too_small(result + count * record + needed, budget)
-            return ScorePlan(
-                "memory", count, chunk(left), 1.0, count * record, 0, min(size, left), budget
-            )
-        if strategy in ("auto", "disk"):
-            folder = spill_folder(count * record)
-            if folder is not None and room >= 2 * needed:
-                return ScorePlan(
-                    "disk", count, chunk(room), 1.0, 0, count * record,
-                    min(size, room // 2), budget, folder,
-                )  # fmt: skip
-            if strategy == "disk":
-                if folder is None:
-                    raise checks.fail(
-                        "strategy",
-                        f"{readable(count * record)} free in the temporary folder, on a disk",
-                        "less, or a folder kept in memory",
-                        "set TMPDIR to a folder on disk",
-                    )
-                raise self._too_small(result + 2 * needed, budget)
-        # A chunk's rows are there until the next are.
-        each = cost.activations + cost.rules + 2 * row
-        if room < each + row:
-            raise self._too_small(result + each + row, budget)
-        # A quarter for the chunk is enough; every row more held saves recomputing.
-        size = cost.chunk_within(max(each, room // 4), 2 * row, count)
-        block = max(1, min(count, (room - size * each) // row))
-        computed = sum(count - begin for begin in range(0, count, block))
-        return ScorePlan(
-            "recompute", count, size, computed / count, block * row, 0, 0, budget, None, block
-        )
-
-    def _too_small(self, needed: int, budget: int) -> ValueError:
-        what = f"the Gram matrix of {self.count} examples"
-        return too_small(needed, budget, what, "give more memory, or fewer max_examples")
-
     # -- by records ------------------------------------------------------------------------
 
     def _by_records(self, grams: dict[str, Tensor], folder: Path | None) -> None:
         record = max((p.example_bytes for p in self.survey.values()), default=1)
-        window = max(1, min(self.count, self.plan.budget // 8 // max(1, record)))
+        window = max(1, min(self.count, self._planner.room // 8 // max(1, record)))
         records = Records(self.survey, self.count, folder, window)
         for batch in self.obj.batches(self.count, self.plan.chunk):
             self.engine.run(batch, partial(records.put, batch.start))
@@ -220,21 +110,23 @@ class GramTask:
     def _multiply(self, records: Records, name: str, gram: Tensor) -> None:
         """Add one parameter's inner products to the lower triangle of gram [E, E]."""
         sample = records.survey[name]
-        if sample.pairs(sample) is not None:
-            for i, first in records.pieces(name):
-                for j, second in records.pieces(name):
-                    if j <= i:
-                        products = first.pairs(second)
-                        assert products is not None
-                        gram[i : i + first.count, j : j + second.count] += products
+        pair = pairing(sample, records.folder is not None)
+        if pair is not None:
+            tile = tile_within(self.plan.slice, *pair, self.count)
+            for i in range(0, self.count, tile):
+                down = slice(i, min(i + tile, self.count))
+                first = records.piece(name, down.start, down.stop)
+                for j in range(0, down.stop, tile):
+                    across = slice(j, min(j + tile, self.count))
+                    second = records.piece(name, across.start, across.stop)
+                    gram[down, across] += first.pairs(second)
             return
         if isinstance(sample, Rows) and records.folder is None:
             for _, piece in records.pieces(name):
                 self._update(gram, piece.tensors[0])
             return
         each = sample.width // max(1, sample.groups)
-        column = max(1, self.count * sample.row_bytes // max(1, sample.groups))
-        step = max(1, min(sample.groups, self.plan.slice // column))
+        step = channels_within(self.plan.slice, sample, self.count)
         buffer = sample.tensors[-1].new_empty(self.count * step * each)
         for begin in range(0, sample.groups, step):
             end = min(begin + step, sample.groups)

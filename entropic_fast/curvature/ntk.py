@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -13,12 +15,36 @@ from ..objective import Objective
 from .score import score_gram
 
 
+@overload
 def ntk_gram(
     obj: Objective,
     theta: Tensor | None = None,
     max_examples: int | None = None,
     memory_budget: int | None = None,
-) -> Tensor:
+    *,
+    by: None = None,
+) -> Tensor: ...
+
+
+@overload
+def ntk_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    by: str,
+) -> dict[str, Tensor]: ...
+
+
+def ntk_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    by: str | None = None,
+) -> Tensor | dict[str, Tensor]:
     """The Gram matrix J J^T of the Jacobian of all outputs, in float64.  # [E, K, E, K]
 
     Entry [e, k, f, l] is the inner product of d output_k(x_e) / d theta and
@@ -36,6 +62,8 @@ def ntk_gram(
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
             quarter of the free memory.
+        by: None for the whole; "parameter" or "module" for the share of each, by name. The
+            shares add up to the whole.
 
     Raises:
         ValueError: as `score_gram`; NaN or infinite outputs; outputs whose number K is not the
@@ -53,8 +81,11 @@ def ntk_gram(
     outputs = _require_outputs(obj, theta, count)
     which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)
     single = obj.derived(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
-    gram = score_gram(single, theta, count * outputs, memory_budget)
-    return gram.view(count, outputs, count, outputs)
+    shape = count, outputs, count, outputs
+    if by is None:
+        return score_gram(single, theta, count * outputs, memory_budget).view(shape)
+    shares = score_gram(single, theta, count * outputs, memory_budget, by=by)
+    return {name: share.view(shape) for name, share in shares.items()}
 
 
 def _chosen(outputs: Tensor, which: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 
 import torch
@@ -12,7 +12,7 @@ from ..examples import Batch
 from ..objective import Objective
 from .engine import ScoreEngine
 from .memory import activation_bytes, resolve_budget, too_small
-from .rules import Piece
+from .rules import Piece, Rows
 
 # On a CPU, chunks of 64 examples or, of small ones, as many as have so many bytes of activations:
 # with 16 the steps of Python in between take a third of the time (ResNet-20), with 128 a layer's
@@ -26,22 +26,45 @@ ACTIVATION_COPIES = 3
 FALLBACK_COPIES = 4
 
 
+def one_of_each(
+    engine: ScoreEngine, form: Callable[[Piece], Piece] = lambda piece: piece
+) -> dict[str, Piece]:
+    """The first example's piece of every parameter that its loss depends on, in a certain form."""
+    found: dict[str, Piece] = {}
+    engine.run(
+        next(engine.obj.batches(1)), lambda name, piece: found.__setitem__(name, form(piece))
+    )
+    return {name: found[name] for name in engine.obj.parameter_names if name in found}
+
+
+def rows_made(pieces: Iterable[Piece]) -> int:
+    """Bytes an example that a rule takes to make the largest rows among the pieces."""
+    return max((2 * piece.row_bytes for piece in pieces if isinstance(piece, Rows)), default=0)
+
+
 class PassCost:
     """What one pass over the examples needs in memory, and the chunks that fit.
+
+    Args:
+        made: bytes an example of the rows that are made of one parameter at a time; None for
+            those of the largest parameter, in two orders.
+        fixed: bytes that are taken whatever the chunk.
 
     Attributes:
         activations: bytes of activations and their gradients, an example.
         rules: bytes that rules and copies take beside the result, an example.
     """
 
-    def __init__(self, engine: ScoreEngine) -> None:
+    def __init__(self, engine: ScoreEngine, made: int | None = None, fixed: int = 0) -> None:
         obj, self.device = engine.obj, engine.theta.device
         itemsize = max(4, engine.theta.element_size())
+        self.fixed = fixed
         sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
         self.activations = ACTIVATION_COPIES * activation_bytes(obj, engine.theta)
         if engine.traceable:
-            copies = 3 * sum(sizes[name] for name in engine.batched)
-            self.rules = itemsize * (2 * max(sizes.values()) + copies)
+            copies = 4 * sum(sizes[name] for name in engine.batched)
+            made = 2 * itemsize * max(sizes.values()) if made is None else made
+            self.rules = itemsize * copies + made
         else:
             self.rules = itemsize * FALLBACK_COPIES * obj.num_params
 
@@ -52,12 +75,13 @@ class PassCost:
             result: bytes that are kept of an example.
         """
         each = self.activations + self.rules + result
-        if budget < each:
-            raise too_small(each, budget, "the gradient of one example", "give more memory")
+        if budget < self.fixed + each:
+            what = "the gradient of one example"
+            raise too_small(self.fixed + each, budget, what, "give more memory")
         most = MAX_CHUNK
         if self.device.type == "cpu":
             most = min(most, max(CPU_CHUNK, CPU_ACTIVATIONS // max(1, self.activations)))
-        most = max(1, min(most, budget // each))
+        most = max(1, min(most, (budget - self.fixed) // each))
         return ceil(count / ceil(count / most))
 
 

@@ -94,18 +94,23 @@ class Records:
 
     def pieces(self, name: str) -> Iterator[tuple[int, Piece]]:
         """(index of the first example, piece) for each window of examples."""
+        for start in range(0, self.count, self.window):
+            yield start, self.piece(name, start, min(start + self.window, self.count))
+
+    def piece(self, name: str, begin: int, end: int) -> Piece:
+        """The piece of examples begin .. end: views in memory, mapped from files."""
         sample = self.survey[name]
         if self.folder is None:
+            missing = self._missing[name]
             for whole in self._memory[name]:
-                whole[self._missing[name]] = 0
-            yield 0, sample.again(self._memory[name])
-            return
-        for start in range(0, self.count, self.window):
-            n = min(self.window, self.count - start)
-            tensors = tuple(
-                self._map(name, i, start, n, "r").to(t.device) for i, t in enumerate(sample.tensors)
-            )
-            yield start, sample.again(tensors)
+                whole[missing] = 0
+            missing.fill_(False)
+            return sample.again(tuple(whole[begin:end] for whole in self._memory[name]))
+        tensors = (
+            self._map(name, i, begin, end - begin, "r").to(t.device)
+            for i, t in enumerate(sample.tensors)
+        )
+        return sample.again(tuple(tensors))
 
     def drop(self, name: str) -> None:
         """Give back the memory of one parameter."""

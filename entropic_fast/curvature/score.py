@@ -17,9 +17,10 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import symmetric_update_
-from .gram import GramTask, ScorePlan, mirror_lower
+from .gram import GramTask, mirror_lower
 from .memory import available_bytes, readable, resolve_budget, too_small
 from .per_example import ExampleGradients
+from .plan import STRATEGIES, ScorePlan
 
 PRODUCTS = ("float64", "float32")
 BY = ("parameter", "module")
@@ -110,7 +111,8 @@ def score_gram(
     Args:
         obj, theta, max_examples: as for `score_matrix`.
         memory_budget: bytes to stay under, the result included; None for a quarter of the
-            free memory. What the process holds beforehand is not counted.
+            free memory. What the process holds beforehand is not counted, nor are the two
+            examples that the first call on a model compares with `torch.func` (some 8 P numbers).
         products: "float64", exact to float64's rounding for the scores as computed; or
             "float32", about twice as fast on most processors: sums of 256 products of float32
             accumulated in float64, so that entry (i, j) is off by some 1e-8 |s_i| |s_j|.
@@ -149,7 +151,8 @@ def score_plan(
     "memory": one pass, keeping for every parameter each example's gradient or the activations
     and output gradients that make it, whichever is smaller; "disk": the same in temporary
     files, removed afterwards; "recompute": blocks of rows, more than one pass, where there is
-    no disk. The first that fits the budget is taken.
+    no disk. The first that fits the budget is taken. The plan also says how many parameters go
+    by layer rules, as a copy an example, and by `torch.func`.
 
     Args:
         obj, theta, max_examples, memory_budget, strategy: as for `score_gram`.
@@ -209,7 +212,9 @@ def score_spectrum(
     makes, are returned as 0. Eigenvalues under `score_spectrum_floor` are rounding, not data.
 
     Args:
-        obj, theta, max_examples, memory_budget, products, strategy: as for `score_gram`.
+        obj, theta, max_examples, memory_budget, products: as for `score_gram`.
+        strategy: as for `score_gram`; where E > P for the whole there is nothing to keep, and it
+            makes no difference: S^T S is added up chunk by chunk in one pass.
         by: None for the whole; "parameter" or "module" for the diagonal block of each, by name.
 
     Raises:
@@ -224,12 +229,13 @@ def score_spectrum(
     obj.require_single_examples()
     count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
+    checks.one_of("strategy", strategy, STRATEGIES)
     budget = resolve_budget(memory_budget, obj.device)
     tall = by is None and count > obj.num_params
     size = obj.num_params if tall else count
     key = grouping(by)
     sizes: dict[str, int] = {}
-    for name, part in obj.split(obj.parameters_vector()).items():
+    for name, part in obj.split(obj.point(theta)).items():
         sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
     # Records are gone when the eigenvalue solver, which overwrites a copy and has a workspace of
     # its own, begins; the matrices are still there.
@@ -266,16 +272,29 @@ def score_spectrum_floor(
     times the sum of all eigenvalues over sqrt(P / 256).
 
     Args:
-        spectrum: eigenvalues from `score_spectrum`.  # [n]
+        spectrum: eigenvalues from `score_spectrum`, of one matrix; 0 for none.  # [n]
         dtype: the objective's dtype, in which the scores were computed.
         products: as given to `score_spectrum`.
         num_params: P, for float32 products; None counts it as if it were at most 256.
+
+    Raises:
+        ValueError: no tensor [n] of finite values; the dictionary of `score_spectrum(by=...)`,
+            whose every value has a floor of its own.
 
     >>> import torch
     >>> score_spectrum_floor(torch.tensor([1.0, 0.1]), torch.float32) < 1e-11
     True
     """
-    values = spectrum.double()
+    if not isinstance(spectrum, Tensor) or spectrum.ndim != 1:
+        raise checks.fail(
+            "spectrum",
+            "the eigenvalues of one matrix, a tensor [n]",
+            checks.describe(spectrum),
+            "of score_spectrum(by=...) pass one value at a time",
+        )
+    values = checks.finite("spectrum", spectrum).double()
+    if not len(values):
+        return 0.0
     eps = torch.finfo(dtype).eps
     total = float(values.sum())
     solver = len(values) * torch.finfo(torch.float64).eps * float(values.max())

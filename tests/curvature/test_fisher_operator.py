@@ -218,7 +218,7 @@ def test_a_spectrum_over_ten_decades_comes_out_of_float32_scores():
 def test_clustered_eigenvalues_need_restarts_and_get_them():
     values = torch.cat([torch.linspace(0, 1, 150), torch.tensor([1.02, 1.04, 1.1])]).double()
     obj = with_scores(scores := with_singular_values(values, 160, 200))
-    least = 4 * ((5 * 3 + 3 + 3) * 8 * 200 + fisher_operator.SCRATCH) // 3
+    least = 4 * ((fisher_operator.WORKSPACE * 3 + 3 + 3) * 8 * 200 + fisher_operator.SCRATCH) // 3
     for budget in (least + 1, least + 60_000, None):
         pairs = fisher_eigenvalues(obj, 3, tol=1e-7, block=3, max_passes=2000, memory_budget=budget)
         require_eigenpairs(pairs, scores, 3, 1e-7)

@@ -84,6 +84,16 @@ def test_records_are_a_fraction_of_the_score_matrix():
     assert "of records in memory" in str(plan)
 
 
+def test_the_plan_says_how_many_parameters_go_which_way():
+    tied = by_name("tied weight").objective()  # a weight of 16 used twice, and its biases
+    plan = score_plan(tied)
+    assert (plan.by_rule, plan.copied, plan.by_torch) == (15, 24, 0)
+    assert str(plan).endswith("Parameters: 15 by layer rules, 24 as a copy an example")
+    plan = score_plan(by_name("data-dependent branch").objective())
+    assert plan.by_rule == plan.copied == 0
+    assert f"{plan.by_torch} by torch.func, as vmap cannot trace" in str(plan)
+
+
 @ways
 def test_a_forced_way_is_taken_and_said(strategy: str, caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO", logger="entropic_fast"):
@@ -106,7 +116,7 @@ def test_records_larger_than_the_budget_go_to_disk():
 
 def test_without_a_disk_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(records_module, "_IN_MEMORY", ("ext4", "overlay", "xfs", "btrfs", "tmpfs"))
-    monkeypatch.setattr("entropic_fast.curvature.gram.spill_folder", lambda needed: None)
+    monkeypatch.setattr("entropic_fast.curvature.plan.spill_folder", lambda needed: None)
     obj = wide(128)
     budget = 8 * 128**2 + score_plan(obj, memory_budget=2**40).held
     plan = score_plan(obj, memory_budget=budget)
@@ -117,8 +127,27 @@ def test_without_a_disk_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatc
         score_gram(obj, strategy="disk")
 
 
+def test_rows_that_are_never_made_cost_no_chunk():
+    """A wide layer's rows of 3.8 MiB are not made: inner products go by its one position."""
+    model = nn.Sequential(nn.Linear(5000, 200), nn.Tanh(), nn.Linear(200, 3))
+    data = torch.zeros(60, 5000), torch.zeros(60, dtype=torch.int64)
+    plan = score_plan(Objective(model, "cross_entropy", data), memory_budget=8 * 2**20)
+    assert plan.strategy == "memory" and plan.chunk > 20
+
+
+@pytest.mark.parametrize("strategy", ["memory", "disk"])
+def test_tiles_of_one_pair_give_the_same_inner_products(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+):
+    obj = wide(9)  # the linear layer has one position
+    whole = score_gram(obj)
+    for size in (0, 300, 3000):
+        monkeypatch.setattr("entropic_fast.curvature.plan.TILE", size)
+        assert relative_error(score_gram(obj, strategy=strategy), whole) < 1e-14
+
+
 def test_files_are_removed_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("entropic_fast.curvature.gram.spill_folder", lambda needed: tmp_path)
+    monkeypatch.setattr("entropic_fast.curvature.plan.spill_folder", lambda needed: tmp_path)
     case = by_name("layer norm")
     model, x, y = case.build(9)
     x[7, 0] = float("nan")
@@ -170,9 +199,11 @@ def test_mirroring_in_blocks_is_exact():
 
 
 @pytest.mark.parametrize("argument", ["strategy", "products", "by"])
-def test_unknown_choices_are_refused(argument: str):
+@pytest.mark.parametrize("function", [score_gram, score_spectrum])
+@pytest.mark.parametrize("examples", [9, 400])  # E < P and E > P
+def test_unknown_choices_are_refused(function, argument: str, examples: int):
     with pytest.raises(ValueError, match=f"{argument}: expected one of"):
-        score_gram(by_name("layer norm").objective(), **{argument: "nonsense"})
+        function(by_name("raw parameter").objective(examples), **{argument: "nonsense"})
 
 
 # -- memory --------------------------------------------------------------------------------

@@ -123,13 +123,11 @@ def test_norms_and_pairs_follow_from_the_rows(name: str):
     assert relative_error(piece.norms(), rows.square().sum(1)) < 1e-13
     assert relative_error(norms_by_columns(piece), rows.square().sum(1)) < 1e-13
     other = piece.again(tuple(t[1:4] for t in piece.tensors))
-    pairs = piece.pairs(other)
-    if pairs is not None:
-        assert relative_error(pairs, rows @ rows[1:4].T) < 1e-13
+    assert relative_error(piece.pairs(other), rows @ rows[1:4].T) < 1e-13
 
 
 def test_pairs_are_taken_where_they_are_cheaper_only():
-    cheap = {name for name in PIECES if (p := PIECES[name]()[0]).pairs(p) is not None}
+    cheap = {name for name in PIECES if PIECES[name]()[0].pair_bytes is not None}
     assert "linear, few positions" in cheap and "embedding, few tokens" in cheap
     assert "conv 2d, one position" in cheap and "conv 2d, few positions" in cheap
     assert not cheap & {"linear, many positions", "conv 2d", "grouped", "embedding, many tokens"}

@@ -209,6 +209,16 @@ def test_floor_bounds_the_rounding_of_singular_values():
         assert float(gap) <= score_spectrum_floor(rounded, torch.float32) ** 0.5
 
 
+def test_the_floor_is_of_one_matrix():
+    spectra = score_spectrum(by_name("layer norm").objective(6), by="parameter")
+    with pytest.raises(ValueError, match=r"spectrum: .* pass one value at a time"):
+        score_spectrum_floor(spectra, torch.float64)
+    assert all(score_spectrum_floor(values, torch.float64) > 0 for values in spectra.values())
+    assert score_spectrum_floor(torch.zeros(0), torch.float64) == 0
+    with pytest.raises(ValueError, match="spectrum: expected finite"):
+        score_spectrum_floor(torch.tensor([1.0, float("nan")]), torch.float64)
+
+
 # -- memory --------------------------------------------------------------------------------
 
 

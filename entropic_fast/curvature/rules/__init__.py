@@ -1,6 +1,15 @@
 """Layer rules: a layer's input and the gradient of its output give single examples' gradients."""
 
 from .intercept import Intercept, Sink, reached_by_rules
-from .pieces import Piece, Rows, full_precision
+from .pieces import SCRATCH, Piece, Rows, full_precision, packed_bytes
 
-__all__ = ["Intercept", "Piece", "Rows", "Sink", "full_precision", "reached_by_rules"]
+__all__ = [
+    "SCRATCH",
+    "Intercept",
+    "Piece",
+    "Rows",
+    "Sink",
+    "full_precision",
+    "packed_bytes",
+    "reached_by_rules",
+]

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...ops.score_conv import conv_weight_grads, conv_weight_norms
+from ...ops.score_gram import cross_update_
 
-# Bytes of scratch a rule may take for rows it does not keep.
-SCRATCH = 64 * 2**20
+# Bytes of scratch that norms may take for rows or float64 copies, each; small enough for caches.
+SCRATCH = 4 * 2**20
 
 
 class Piece(ABC):
@@ -63,12 +64,21 @@ class Piece(ABC):
         """Columns put in the order of the parameter's elements.  # [n, p]"""
         return rows
 
-    def pairs(self, other: Piece) -> Tensor | None:
-        """Inner products with other examples' gradients in float64, where that is cheaper.
+    @property
+    def pair_bytes(self) -> tuple[int, int] | None:
+        """Bytes that `pairs` takes for each example of either side, and for each pair.
 
-        None where making the rows first takes fewer operations.  # [n, m]
+        None where making the rows first takes fewer operations.
         """
         return None
+
+    def pairs(self, other: Piece) -> Tensor:
+        """Inner products with other examples' gradients in float64.  # [n, m]"""
+        return self.rows().double() @ other.rows().double().T
+
+    def part(self, begin: int, end: int) -> Piece:
+        """The piece of examples begin .. end."""
+        return self.again(tuple(t[begin:end] for t in self.tensors))
 
     @property
     def form(self) -> object:
@@ -168,26 +178,21 @@ class LinearPiece(Piece):
             return both.sum((1, 2)).clamp_(min=0)
         return norms_by_columns(self)
 
-    def pairs(self, other: Piece) -> Tensor | None:
+    @property
+    def pair_bytes(self) -> tuple[int, int] | None:
         a, g = self.tensors
         positions, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
         # A pair of examples takes T^2 (I + O) operations here, I O by rows (which take T I O
         # an example to make); in float64, which counts double.
         if 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
             return None
-        b, h = other.tensors
-        n, m = len(a), len(b)
-        out = a.new_empty(n, m, dtype=torch.float64)
-        left = [t.double().flatten(0, 1) for t in (a, g)]
-        step = max(1, SCRATCH // (16 * max(1, n * positions**2)))
-        for j in range(0, m, step):
-            products = [
-                x @ t[j : j + step].double().flatten(0, 1).T
-                for x, t in zip(left, (b, h), strict=True)
-            ]
-            both = products[0].mul_(products[1]).view(n, positions, -1, positions)
-            out[:, j : j + step] = both.sum((1, 3))
-        return out
+        return packed_bytes(positions, max(inputs, outputs)), 16 * positions**2 + 16
+
+    def pairs(self, other: Piece) -> Tensor:
+        (a, g), (b, h) = self.tensors, other.tensors
+        both = _inner_products(a, b)
+        both *= _inner_products(g, h)
+        return both.view(len(a), a.shape[1], len(b), b.shape[1]).sum((1, 3))
 
 
 @dataclass(frozen=True)
@@ -264,15 +269,21 @@ class ConvPiece(Piece):
             return rows
         return rows.view(-1, outputs, taps, self._channels).transpose(2, 3).flatten(1)
 
-    def pairs(self, other: Piece) -> Tensor | None:
-        positions = math.prod(self.tensors[1].shape[1:-1])
-        outputs, inputs = (
-            self.tensors[1].shape[-1],
-            math.prod(self.geometry.kernel) * self._channels,
-        )
+    @property
+    def pair_bytes(self) -> tuple[int, int] | None:
+        a, g = self.tensors
+        positions, outputs = math.prod(g.shape[1:-1]), g.shape[-1]
+        inputs = math.prod(self.geometry.kernel) * self._channels
         if self.geometry.groups > 1 or 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
             return None
+        padded = math.prod(before + n + after for before, n, after in self._padding())
+        patches = a.element_size() * (padded * a.shape[-1] + positions * inputs)
+        return patches + packed_bytes(positions, max(inputs, outputs)), 16 * positions**2 + 16
+
+    def pairs(self, other: Piece) -> Tensor:
         assert isinstance(other, ConvPiece)
+        if self.geometry.groups > 1:
+            return super().pairs(other)
         return self._unfolded().pairs(other._unfolded())
 
     def _unfolded(self) -> LinearPiece:
@@ -280,18 +291,8 @@ class ConvPiece(Piece):
         a, g = self.tensors
         geometry = self.geometry
         out = g.shape[1:-1]
-        room = [
-            (n - 1) * s + (k - 1) * d + 1
-            for n, s, k, d in zip(
-                out, geometry.stride, geometry.kernel, geometry.dilation, strict=True
-            )
-        ]
-        pads: list[int] = [0, 0]
-        for size, before, need in zip(
-            a.shape[-2:0:-1], geometry.padding[::-1], room[::-1], strict=True
-        ):
-            pads += [before, max(0, need - size - before)]
-        padded = torch.nn.functional.pad(a, pads)
+        pads = [size for before, _, after in self._padding()[::-1] for size in (before, after)]
+        padded = torch.nn.functional.pad(a, [0, 0, *pads])
         for i in range(len(out)):
             padded = padded.unfold(
                 1 + i, (geometry.kernel[i] - 1) * geometry.dilation[i] + 1, geometry.stride[i]
@@ -300,6 +301,21 @@ class ConvPiece(Piece):
         dims = len(out)
         patches = padded.movedim(1 + dims, -1).flatten(1, dims).flatten(2)
         return LinearPiece(patches, g.flatten(1, -2))
+
+    def _padding(self) -> list[tuple[int, int, int]]:
+        """Padding before, size and padding after of each dimension that patches are cut from."""
+        a, g = self.tensors
+        geometry = self.geometry
+        needed = [
+            (n - 1) * s + (k - 1) * d + 1
+            for n, s, k, d in zip(
+                g.shape[1:-1], geometry.stride, geometry.kernel, geometry.dilation, strict=True
+            )
+        ]
+        return [
+            (before, size, max(0, need - size - before))
+            for before, size, need in zip(geometry.padding, a.shape[1:-1], needed, strict=True)
+        ]
 
     def _call(
         self, op: Callable[..., Tensor], a: Tensor, g: Tensor, groups: int, **out: Tensor
@@ -347,6 +363,9 @@ class EmbeddingPiece(Piece):
     def norms(self) -> Tensor:
         tokens, g = self.tensors
         n = len(tokens)
+        most = max(1, SCRATCH // max(1, 16 * g[:1].numel()))
+        if n > most:
+            return torch.cat([self.part(i, i + most).norms() for i in range(0, n, most)])
         example = torch.arange(n, device=tokens.device)[:, None]
         distinct, place = torch.unique(
             (example * self.vocabulary + tokens).flatten(), return_inverse=True
@@ -354,44 +373,64 @@ class EmbeddingPiece(Piece):
         sums = g.new_zeros(len(distinct), g.shape[2], dtype=torch.float64)
         sums.index_add_(0, place, g.flatten(0, 1).double())
         norms: Tensor = g.new_zeros(n, dtype=torch.float64)
-        norms.index_add_(0, distinct // self.vocabulary, sums.square().sum(1))
+        norms.index_add_(0, distinct // self.vocabulary, squared_norms(sums))
         return norms
 
-    def pairs(self, other: Piece) -> Tensor | None:
-        tokens, g = self.tensors
-        others, h = other.tensors
-        positions = g.shape[1]
+    @property
+    def pair_bytes(self) -> tuple[int, int] | None:
+        positions, channels = self.tensors[1].shape[1:]
         if 2 * positions**2 >= self.vocabulary:
             return None
-        n, m = len(tokens), len(others)
-        out: Tensor = g.new_empty(n, m, dtype=torch.float64)
-        left = g.double().flatten(0, 1)
-        step = max(1, SCRATCH // (16 * max(1, n * positions**2)))
-        for j in range(0, m, step):
-            products = left @ h[j : j + step].double().flatten(0, 1).T
-            same = tokens.flatten()[:, None] == others[j : j + step].flatten()[None]
-            out[:, j : j + step] = products.mul_(same).view(n, positions, -1, positions).sum((1, 3))
-        return out
+        return packed_bytes(positions, channels), 16 * positions**2 + 16
+
+    def pairs(self, other: Piece) -> Tensor:
+        (tokens, g), (others, h) = self.tensors, other.tensors
+        products = _inner_products(g, h)
+        products *= tokens.flatten()[:, None] == others.flatten()[None]
+        return products.view(len(g), g.shape[1], len(h), h.shape[1]).sum((1, 3))
+
+
+def _inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """Of every position of one side with every one of the other, in float64.
+
+    x [n, T, C] and y [m, T, C] give [n T, m T].
+    """
+    rows, others = x.flatten(0, 1), y.flatten(0, 1)
+    products: Tensor = x.new_zeros(len(rows), len(others), dtype=torch.float64)
+    cross_update_(products, rows, others, double_products=True)
+    return products
+
+
+def packed_bytes(rows: int, columns: int) -> int:
+    """Bytes that the products of `ops.score_gram` pack rows into: 1024 columns in float64."""
+    return 8 * rows * min(columns, 1024)
 
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row in float64.  # [n, p] -> [n]"""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return norms.square()
+    total = rows.new_zeros(len(rows), dtype=torch.float64)
+    # On a CPU torch makes a float64 copy of what it is given.
+    step = max(1, SCRATCH // (8 * max(1, len(rows))))
+    for i in range(0, rows.shape[1], step):
+        total += torch.linalg.vector_norm(rows[:, i : i + step], dim=1, dtype=total.dtype).square_()
+    return total
 
 
 def norms_by_columns(piece: Piece) -> Tensor:
-    """Squared norms from columns, as many at a time as the scratch holds.  # [n]"""
+    """Squared norms by rows of as many examples, or columns of one, as the scratch holds.  # [n]"""
     total = piece.tensors[-1].new_zeros(piece.count, dtype=torch.float64)
     if not piece.width or not piece.count:
         return total
     each = piece.width // piece.groups
-    step = max(1, SCRATCH // max(1, piece.count * piece.row_bytes // piece.groups))
-    for begin in range(0, piece.groups, step):
-        end = min(begin + step, piece.groups)
-        out = piece.tensors[-1].new_empty(piece.count, (end - begin) * each)
-        piece.columns(begin, end, out)
-        total += squared_norms(out)
+    examples = max(1, SCRATCH // piece.row_bytes)
+    channels = max(1, SCRATCH * piece.groups // (examples * piece.row_bytes))
+    for first in range(0, piece.count, examples):
+        part = piece.part(first, first + examples)
+        for begin in range(0, piece.groups, channels):
+            end = min(begin + channels, piece.groups)
+            out = part.tensors[-1].new_empty(part.count, (end - begin) * each)
+            part.columns(begin, end, out)
+            total[first : first + part.count] += squared_norms(out)
     return total
 
 
