@@ -308,16 +308,11 @@ class Basis:
         """
         q, triangle = torch.linalg.qr(rest)
         left, lengths, right = torch.linalg.svd(triangle.double().cpu())
-<<<<<<< HEAD
         kept = lengths > self._least(scale)
-        directions, _ = self._orthogonalise(q @ left[:, kept].to(q), self.held)
-=======
-        kept = lengths > 10 * torch.finfo(self.dtype).eps * scale
         # What little is left of a product is mostly rounding: one pass more.
         turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
         del q
-        directions, _ = self._orthogonalise(turned)
->>>>>>> mend-memory
+        directions, _ = self._orthogonalise(turned, self.held)
         sound = (_norms(directions) > 0.5).cpu()
         q, triangle = torch.linalg.qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]
