@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 class Shared:
@@ -95,3 +97,27 @@ def _full_float32() -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+class TwiceDifferentiable(TorchFunctionMode):
+    """Within it, functions whose second derivative torch has wrong are computed by others.
+
+    The double backward pass of weight normalisation (torch 2.13 and 2.15, CPU, weights normalised
+    along their first or last dimension) returns products that are wrong by their own size.
+
+    >>> with TwiceDifferentiable():
+    ...     torch._weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), 0)
+    tensor([[6., 8.]])
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v|, norms over all dimensions but one, or over all for dim = -1."""
+    others = [d for d in range(v.ndim) if d != dim]
+    norms = (v * v).sum(others, keepdim=dim != -1).sqrt()
+    return v * (g / norms)

@@ -103,8 +103,8 @@ class JetOperator(CurvatureOperator):
         if not gap <= relative * scale + _ROUNDING * torch.finfo(self.dtype).eps:
             raise DisagreementError(
                 f"{self.name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
-                "rules and autograd; this is a bug in entropic_fast: please report the model; meanwhile, "
-                "build the operator within `with entropic_fast.curvature.without_rules():`"
+                "rules and autograd; this is a bug in entropic_fast: please report the model; "
+                "meanwhile, build the operator within `with entropic_fast.curvature.without_rules():`"
             )
         done.add(self.kind)
 

@@ -87,7 +87,17 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphMod
     with torch.enable_grad():
         graph = _traced(run, DECOMPOSITIONS, parts, list(obj.buffers.values()), inputs)
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        if _has_sizes_from_data(node):
+            raise NotCapturedError(f"sizes depend on the data ({node.target})")
     return graph
+
+
+def _has_sizes_from_data(node: fx.Node) -> bool:
+    if node.target is aten.index.Tensor:
+        chosen = [a.meta["val"].dtype for a in node.args[1] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
+        return torch.bool in chosen or torch.uint8 in chosen
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _with_backward(

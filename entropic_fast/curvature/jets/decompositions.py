@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...exact import weight_norm
+
 aten = torch.ops.aten
 
 
@@ -85,9 +87,7 @@ def _batch_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    others = [d for d in range(v.ndim) if d != dim % v.ndim]
-    norms = (v * v).sum(others, keepdim=True).sqrt()
-    return v * (g / norms), norms
+    return weight_norm(v, g, dim), g  # the norms, which serve torch's backward pass alone
 
 
 def _trilinear(

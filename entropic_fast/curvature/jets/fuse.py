@@ -69,7 +69,7 @@ class NormUnit(Unit):
         shape, k = self.norm.args[0].meta["val"].shape, len(moving[0])  # type: ignore[union-attr]
         if moved is None:
             moved = moving[0].new_zeros(k, *shape)
-        u, extra = moved.terms() if isinstance(moved, Sum) else (moved, None)
+        u, extra = _terms(moved)
         normal, rstd, scale = values.derived[self.norm]
         needs_form = cotangent is not None and tscale is not None
         out, sums, _ = push(
@@ -83,7 +83,7 @@ class NormUnit(Unit):
             slope=None if self.relu is None else values.derived[self.relu],
             cotangent=pixels(cotangent[None])[0] if needs_form and cotangent is not None else None,
         )
-        if isinstance(moved, Sum):
+        if extra is not None:
             moved.settled()
         tangents[self.nodes[-1]] = images(out, shape)
         return 2 * (sums * tscale * rstd).sum(1) if needs_form else None
@@ -115,7 +115,7 @@ class BackUnit(Unit):
         if not parts:
             u, extra = moving[0].new_zeros(k, *shape), None
         elif isinstance(parts[0], Sum):
-            u, extra = parts[0].terms()
+            u, extra = _terms(parts[0])
         else:
             changes = self.relu is not None or len(parts) > 1
             u, extra = parts[0].clone() if changes else parts[0], None
@@ -137,11 +137,21 @@ class BackUnit(Unit):
             ty=None if ty is None else pixels(ty),
             rstd=rstd,
         )
-        if parts and isinstance(parts[0], Sum):
+        if extra is not None:
             parts[0].settled()
         if self.relu is not None:
             tangents[self.relu] = images(u, shape)
         tangents[self.norm] = (images(out, shape), dscale, dshift)
+
+
+def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
+    """The two terms of a sum, where a kernel can add them in place; otherwise the sum."""
+    if not isinstance(tangent, Sum):
+        return tangent, None
+    first, second = tangent.terms()
+    if second is None or pixels(first).data_ptr() != first.data_ptr():
+        return tangent.total(), None
+    return first, second
 
 
 def pixels(tangent: Tensor) -> Tensor:
