@@ -45,7 +45,8 @@ CXX_FLAGS = [
 # Registers wider than the baseline's never cross a translation unit here, so GCC's remark about
 # their calling convention does not apply.
 SIMD_FLAGS = ["-Wno-psabi"]
-FUSED_FLAGS = ["-ffp-contract=fast"]  # csrc/cpu/simd/score_*.cpp
+FUSED_FLAGS = ["-ffp-contract=fast"]
+FUSED = ("score_", "jet")  # csrc/cpu/simd/ files whose names begin so
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
 
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
@@ -171,7 +172,7 @@ class BuildExt(build_ext):
 
     def compile_simd(self, ext: Extension, source: str, isa: str, flags: list[str]) -> str:
         folder = os.path.join(self.build_temp, isa)
-        fused = FUSED_FLAGS if Path(source).name.startswith("score_") else []
+        fused = FUSED_FLAGS if Path(source).name.startswith(FUSED) else []
         flags = [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *fused, *flags]
         return self.compile_cpp(ext, source, folder, flags)
 

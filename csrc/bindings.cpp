@@ -11,6 +11,7 @@
 #endif
 
 #include "cpu/isa.h"
+#include "cpu/jet.h"
 #include "cpu/score_conv.h"
 #include "cpu/score_gram.h"
 #include "cpu/score_norm.h"
@@ -191,6 +192,81 @@ void norm_grads(const py::tuple& addresses, const py::tuple& sizes, const py::tu
   entropic::cpu::norm_grads(call, threads);
 }
 
+// Addresses and numbers of a call in the order of its struct's members, 0 for what is absent.
+template <typename T>
+struct Next {
+  const py::tuple& values;
+  std::size_t i = 0;
+  T* address() { return at<T>(values[i++].cast<Address>()); }
+  double* doubles() { return at<double>(values[i++].cast<Address>()); }
+  i64 number() { return values[i++].cast<i64>(); }
+  entropic::cpu::JetSizes sizes() {
+    const i64 tangents = number(), pixels = number();
+    return {tangents, pixels, number()};
+  }
+};
+
+// Sizes K, m, C; u, extra, normal, scale, tscale, tshift, residual, slope, cotangent, bend, out,
+// sums, forms; strides of u, extra (k and pixel), residual and out along k.
+template <typename T>
+void jet_push(const py::tuple& values, int threads) {
+  Next<T> next{values};
+  entropic::cpu::JetPush<T> call{};
+  call.sizes = next.sizes();
+  call.u = next.address();
+  for (const T** piece : {&call.extra, &call.normal, &call.scale, &call.tscale, &call.tshift,
+                          &call.residual, &call.slope, &call.cotangent, &call.bend})
+    *piece = next.address();
+  call.out = next.address();
+  call.sums = next.doubles();
+  call.forms = next.doubles();
+  for (i64* stride :
+       {&call.u_k, &call.extra_k, &call.extra_pixel, &call.residual_k, &call.out_k})
+    *stride = next.number();
+  py::gil_scoped_release release;
+  entropic::cpu::jet_push(call, threads);
+}
+
+// Sizes K, m, C; u, extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd, out,
+// dscale, dshift; strides of u, extra (k and pixel), residual, ty and out along k.
+template <typename T>
+void jet_pull(const py::tuple& values, int threads) {
+  Next<T> next{values};
+  entropic::cpu::JetPull<T> call{};
+  call.sizes = next.sizes();
+  call.u = next.address();
+  for (const T** piece : {&call.extra, &call.residual, &call.slope, &call.normal, &call.scale,
+                          &call.tscale, &call.cotangent, &call.ty, &call.rstd})
+    *piece = next.address();
+  for (T** result : {&call.out, &call.dscale, &call.dshift}) *result = next.address();
+  for (i64* stride : {&call.u_k, &call.extra_k, &call.extra_pixel, &call.residual_k, &call.ty_k,
+                      &call.out_k})
+    *stride = next.number();
+  py::gil_scoped_release release;
+  entropic::cpu::jet_pull(call, threads);
+}
+
+// Sizes K, m, C; a, b, result; strides of a along k, of b along k and pixels.
+template <typename T>
+void jet_inner(const py::tuple& values, int threads) {
+  Next<T> next{values};
+  entropic::cpu::JetInner<T> call{};
+  call.sizes = next.sizes();
+  call.a = next.address();
+  call.b = next.address();
+  call.result = next.doubles();
+  for (i64* stride : {&call.a_k, &call.b_k, &call.b_pixel}) *stride = next.number();
+  py::gil_scoped_release release;
+  entropic::cpu::jet_inner(call, threads);
+}
+
+template <typename T>
+void define_jet(py::module_& m, const std::string& suffix) {
+  m.def(("jet_push" + suffix).c_str(), &jet_push<T>);
+  m.def(("jet_pull" + suffix).c_str(), &jet_pull<T>);
+  m.def(("jet_inner" + suffix).c_str(), &jet_inner<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -209,6 +285,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram_update_float64", &gram_update<double, double>);
   m.def("norm_grads_float32", &norm_grads<float>);
   m.def("norm_grads_float64", &norm_grads<double>);
+  define_jet<float>(m, "_cpu_float32");
+  define_jet<double>(m, "_cpu_float64");
 #ifdef ENTROPIC_HAS_CUDA
   define_step<float, Gpu>(m, "_cuda_float32");
   define_step<double, Gpu>(m, "_cuda_float64");
