@@ -3,8 +3,8 @@
 //
 // A block is read as one run of elements, cut into rows of `width`: a whole number of pixels, so
 // that what depends on the channel alone is the same for every row and C may be anything. Only what
-// is left of a width after whole vectors is taken one element at a time: no more than 15 of a block,
-// and none where a row is a multiple of 16 elements, as it is unless C is odd and large.
+// is left of a row after whole vectors is taken one element at a time, 15 of a block at most; rows
+// are multiples of 16 elements unless C is odd and large.
 #pragma once
 
 #include "kernels/common.h"

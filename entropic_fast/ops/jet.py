@@ -31,6 +31,7 @@ register_family(
     {
         "reference": "entropic_fast.reference.jet",
         "cpp": "entropic_fast.ops.jet_native",
+        "triton": "entropic_fast.triton.jet",
     },
 )
 

@@ -225,6 +225,11 @@ def test_float32_sums_do_not_lose_with_many_pixels(place: str, channels: int) ->
     assert_close(dshift, u.double().sum(1).float(), 3e-7)
 
 
+# NumPy's warnings, under Triton's interpreter.
+NOT_FINITE = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+@NOT_FINITE
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay_where_they_are(place: str, bad: float) -> None:
     draw = Draw(torch.float32, place)
@@ -243,6 +248,7 @@ def test_values_that_are_not_finite_stay_where_they_are(place: str, bad: float) 
     assert torch.equal(dshift.isnan(), expected.any(1))
 
 
+@NOT_FINITE
 def test_what_is_not_asked_for_is_not_read(place: str) -> None:
     """A cotangent of infinities that only `dscale` needs leaves `out` as it is, and so on."""
     draw = Draw(torch.float64, place)

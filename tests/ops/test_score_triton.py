@@ -20,6 +20,7 @@ import pytest
 import torch
 from tolerances import relative_norm
 from torch import Tensor
+from triton_launches import Recorder, compile_launch
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.precision import matmul_precision, set_matmul_precision
@@ -91,22 +92,11 @@ def test_triton_agrees_with_the_oracles_under_the_interpreter() -> None:
 # ---- compiled ahead of time ----------------------------------------------------------------------
 
 
-class Recorder:
-    """Stands for a kernel: notes each launch instead of launching."""
-
-    def __init__(self, kernel: Any, launches: list[Any]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.launches.append((self.kernel, args, options))
-
-
 KERNELS = {
     "score_conv": ("tile_kernel", "column_kernel"),
     "score_gram": ("gram_kernel", "add_partial_kernel"),
     "score_norm": ("norm_kernel",),
 }
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
 
 
 def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
@@ -180,31 +170,6 @@ def test_what_is_launched_compiles_ahead_of_time(
             if launch[0].__name__ in ("tile_kernel", "gram_kernel"):
                 tensor_cores = ".tf32" in compiled.asm["ptx"]
                 assert tensor_cores == (precision != "float32")
-
-
-def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> Any:
-    """Compiles what `kernel[grid](*args, **options)` would, by Triton's rules for arguments."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {k: v for k, v in options.items() if k in kernel.arg_names}
-    options = {k: v for k, v in options.items() if k not in constants}
-    signature: dict[str, str] = {}
-    divisible = {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names[: len(args)], args, strict=True)):
-        if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            divisible[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1:
-            constants[name] = 1
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible[(i,)] = [["tt.divisibility", 16]]
-    signature = {n: "constexpr" if n in constants else signature[n] for n in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 # ---- how launches split the work -----------------------------------------------------------------

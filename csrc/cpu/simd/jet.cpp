@@ -255,7 +255,8 @@ void push(const PushBlock<T>& b) {
       push_block<true, true, true, false, T>,
       push_block<true, true, true, true, T>,
   };
-  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) + 2 * (b.sums != nullptr) + (b.form != nullptr)](b);
+  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) +
+           2 * (b.sums != nullptr) + (b.form != nullptr)](b);
 }
 
 template <typename T>
@@ -278,7 +279,8 @@ void pull(const PullBlock<T>& b) {
       pull_block<true, true, true, false, T>,
       pull_block<true, true, true, true, T>,
   };
-  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) + 2 * (b.out.at != nullptr) + (b.ty.at != nullptr)](b);
+  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) +
+           2 * (b.out.at != nullptr) + (b.ty.at != nullptr)](b);
 }
 
 template <typename T>
