@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -74,13 +73,23 @@ def exact_math() -> Iterator[None]:
 @Shared
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    # Flag by flag: `sdpa_kernel` must be left in the thread that entered it.
+    cuda: Any = torch.backends.cuda
+    mha: Any = torch.backends.mha
+    flags: list[tuple[bool, Callable[[bool], None], bool]] = [
+        (mha.get_fastpath_enabled(), mha.set_fastpath_enabled, False),
+        (cuda.flash_sdp_enabled(), cuda.enable_flash_sdp, False),
+        (cuda.mem_efficient_sdp_enabled(), cuda.enable_mem_efficient_sdp, False),
+        (cuda.cudnn_sdp_enabled(), cuda.enable_cudnn_sdp, False),
+        (cuda.math_sdp_enabled(), cuda.enable_math_sdp, True),
+    ]
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        for _, choose, wanted in flags:
+            choose(wanted)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for before, choose, _ in flags:
+            choose(before)
 
 
 @Shared
