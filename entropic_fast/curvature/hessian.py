@@ -104,7 +104,8 @@ class JetOperator(CurvatureOperator):
             raise DisagreementError(
                 f"{self.name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
                 "rules and autograd; this is a bug in entropic_fast: please report the model; "
-                "meanwhile, build the operator within `with entropic_fast.curvature.without_rules():`"
+                "meanwhile, build the operator within "
+                "`with entropic_fast.curvature.without_rules():`"
             )
         done.add(self.kind)
 

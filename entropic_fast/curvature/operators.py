@@ -48,7 +48,8 @@ class CurvatureOperator:
             NonFiniteLossError: a loss that is NaN or infinite.
         """
         if torch.compiler.is_compiling():
-            return _product_op(vectors, self._handle)
+            product: Tensor = _product_op(vectors, self._handle)
+            return product
         columns = self._checked(vectors).reshape(self.shape[0], -1)
         product = self._finite(self._product(columns))
         self.products += product.shape[1]

@@ -11,6 +11,7 @@ parts without gradient, functions with a backward pass of their own, hooks) rais
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,9 +136,9 @@ def _with_backward(
     (result,) = (node for node in joint.graph.nodes if node.op == "output")
     leaves = iter(tree_leaves(result.args))
     outputs_node = next(leaves)
-    gradients, cotangents, before = (
-        [next(leaves) for _ in range(count)] for count in (p, len(marked), len(marked))
-    )
+    gradients = [next(leaves) for _ in range(p)]
+    cotangents = [next(leaves) for _ in marked]
+    before = [next(leaves) for _ in marked]
     joint.graph.eliminate_dead_code()
     return Graph(
         nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
@@ -156,10 +157,12 @@ def _with_backward(
 
 def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
     try:
-        graph = make_fx(function, decomposition_table=table)(*arguments)
-        if any(_mutates(node) for node in graph.graph.nodes):
-            # Only now, as composite functions hide what they change in place.
-            graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
+        with warnings.catch_warnings():  # torch's own, of what it uses to trace
+            warnings.simplefilter("ignore", DeprecationWarning)
+            graph = make_fx(function, decomposition_table=table)(*arguments)
+            if any(_mutates(node) for node in graph.graph.nodes):
+                # Only now, as composite functions hide what they change in place.
+                graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
     except NotCapturedError:
         raise
     except Exception as why:  # whatever a model does that tracing does not take

@@ -126,6 +126,15 @@ class Back:
 
     def __init__(self, geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> None:
         self._size = x.shape[2:]
+        reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+        fits = all(p <= r for p, r in zip(geometry.padding, reach, strict=True))
+        plain = not geometry.transposed and geometry.groups == 1 and set(geometry.stride) <= {1}
+        # Stride 1: an ordinary convolution with turned weights, which libraries do faster.
+        self._turned = plain and fits
+        if self._turned:
+            padding = tuple(r - p for r, p in zip(reach, geometry.padding, strict=True))
+            self._geometry = replace(geometry, padding=padding)
+            return
         if geometry.transposed:
             none = (0,) * len(geometry.stride)
             self._geometry = replace(geometry, transposed=False, output_padding=none)
@@ -139,10 +148,14 @@ class Back:
         self._geometry = replace(geometry, transposed=True, output_padding=tuple(extra))
 
     def __call__(self, g: Tensor, weight: Tensor) -> Tensor:
+        if self._turned:
+            weight = weight.transpose(0, 1).flip(list(range(2, weight.ndim)))
         return self._cropped(self._geometry(g, weight))
 
     def with_weights(self, g: Tensor, weights: Tensor) -> Tensor:
         """As `Geometry.with_weights`."""
+        if self._turned:
+            weights = weights.transpose(1, 2).flip(list(range(3, weights.ndim)))
         return self._cropped(self._geometry.with_weights(g, weights))
 
     def _cropped(self, out: Tensor) -> Tensor:

@@ -18,17 +18,20 @@ from torch.utils._pytree import tree_leaves
 from ...exact import exact_math
 from ...examples import Batch
 from ...objective import Objective
+from .allocator import keep_freed_memory
 from .capture import NotCapturedError, capture
 from .loss import LossAt
 from .program import Program, Values
 
 logger = logging.getLogger(__name__)
 
-# Directions taken at once, of those asked for.
-WIDTH = 8
-# Bytes that the tangents of the widest layer may take on a CPU: over 32 MiB the allocator returns
-# every tensor to the system, and its pages are cleared anew at each use.
-CPU_TILE = 16 * 2**20
+# Directions taken at once, of those asked for. Products keep all layers' tangents: fewer
+# directions, of more examples, share the work on their [K, P] results better.
+WIDTHS = {"forms": 8, "hessian": 4, "ggn": 4}
+WIDTH = max(WIDTHS.values())
+# Bytes that the tangents of the widest layer may take on a CPU. Over 32 MiB the C library takes
+# every tensor from the system, and its pages are cleared anew at each use.
+CPU_TILE = 31 * 2**20
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
 # Programs kept for a model: inputs of as many shapes.
@@ -71,6 +74,8 @@ class JetEngine:
         self._sizes = [part.numel() for part in self._parts]
         self.separable = _separable(obj)
         self.width, self.tile = self._sizes_within(*_example_bytes(obj, theta))
+        if obj.device.type == "cpu":
+            keep_freed_memory()
         self._calls: set[str] = set()
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
@@ -145,8 +150,8 @@ class JetEngine:
         """
         total = torch.zeros_like(rows)
         for values, loss in self._points(kind, sample) if len(rows) else ():
-            for block, sums in self._blocks(rows, total):
-                sums += self._product(values, loss, block, kind)
+            for block, sums in self._blocks(rows, total, kind):
+                self._add_product(values, loss, block, kind, sums)
         return total
 
     @exact_math()
@@ -155,7 +160,7 @@ class JetEngine:
         """v^T H v of the summed loss for rows v [K, P].  # [K] float64"""
         total = rows.new_zeros(len(rows), dtype=torch.float64)
         for values, loss in self._points("forms", sample) if len(rows) else ():
-            for block, sums in self._blocks(rows, total):
+            for block, sums in self._blocks(rows, total, "forms"):
                 moved, found = values.program.forms(values, self._directions(block))
                 sums += found
                 if moved is not None:
@@ -163,22 +168,23 @@ class JetEngine:
                     sums += bent.flatten(1).sum(1)
         return total
 
-    def _blocks(self, rows: Tensor, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for i in range(0, len(rows), self.width):
-            yield rows[i : i + self.width], total[i : i + self.width]
+    def _blocks(self, rows: Tensor, total: Tensor, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+        width = min(self.width, WIDTHS[kind])
+        for i in range(0, len(rows), width):
+            yield rows[i : i + width], total[i : i + width]
 
-    def _product(self, values: Values, loss: LossAt, rows: Tensor, kind: str) -> Tensor:
+    def _add_product(
+        self, values: Values, loss: LossAt, rows: Tensor, kind: str, total: Tensor
+    ) -> None:
         program = values.program
         tangents = program.push(values, self._directions(rows), keep=kind == "hessian")
         moved = tangents.get(program.graph.outputs)
         if moved is None:  # outputs that do not depend on the parameters
-            return torch.zeros_like(rows)
-        gradients = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
-        found = [
-            rows.new_zeros(len(rows), size) if g is None else g.reshape(len(rows), -1)
-            for g, size in zip(gradients, self._sizes, strict=True)
-        ]
-        return torch.cat(found, 1)
+            return
+        found = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
+        for part, gradient in zip(total.split(self._sizes, 1), found, strict=True):
+            if gradient is not None:
+                part += gradient.reshape(len(rows), -1)
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
         return [
@@ -262,7 +268,7 @@ def _filled(tensor: Tensor, missing: int) -> Tensor:
 
 
 class _Meter(TorchDispatchMode):
-    """Bytes of the results of operations, the largest and all together."""
+    """Bytes of the results of operations (views are none), the largest and all together."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,8 +276,9 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
         for leaf in tree_leaves(results):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
                 size = leaf.element_size() * prod(leaf.shape)
                 self.widest, self.total = max(self.widest, size), self.total + size
         return results
