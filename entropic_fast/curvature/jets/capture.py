@@ -10,6 +10,7 @@ parts without gradient, functions with a backward pass of their own, hooks) rais
 
 from __future__ import annotations
 
+import importlib
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -159,6 +160,7 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
     try:
         with warnings.catch_warnings():  # torch's own, of what it uses to trace
             warnings.simplefilter("ignore", DeprecationWarning)
+            importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
             graph = make_fx(function, decomposition_table=table)(*arguments)
             if any(_mutates(node) for node in graph.graph.nodes):
                 # Only now, as composite functions hide what they change in place.

@@ -109,6 +109,10 @@ def _trilinear(
     return (a * b * c).sum(list(summed))
 
 
+def _silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape).clone()
 
@@ -119,6 +123,7 @@ def _fill(target: Tensor, value: Tensor) -> Tensor:
 
 DECOMPOSITIONS: dict[Any, Any] = {
     aten._weight_norm_interface.default: _weight_norm,
+    aten.silu.default: _silu,  # its backward pass has no forward mode
     aten.copy.default: _copy,
     aten.fill.Tensor: _fill,
     aten._trilinear.default: _trilinear,

@@ -18,7 +18,7 @@ from torch.func import jvp
 from ...ops import jet
 from .batch_norm import statistics
 from .convolution import Back, Geometry, _blocks
-from .fuse import pixels
+from .fuse import pixels, spread_pixels
 from .rules import aligned
 from .step import Step, form_by_torch
 
@@ -52,7 +52,7 @@ def rule(*targets: Any) -> Callable[[Form], Form]:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of [K, *shape] and [K, *shape] or [*shape].  # [K] float64"""
     if a.ndim == 5 and b.ndim == 5:
-        return jet.inner(pixels(a), pixels(b))
+        return jet.inner(pixels(a), spread_pixels(b))
     products = a * b
     return products.flatten(1).sum(1, dtype=torch.float64)
 

@@ -74,7 +74,7 @@ class NormUnit(Unit):
         needs_form = cotangent is not None and tscale is not None
         out, sums, _ = push(
             pixels(u),
-            None if extra is None else pixels(extra),
+            None if extra is None else spread_pixels(extra),
             normal=normal if tscale is not None else None,
             scale=scale,
             tscale=tscale,
@@ -127,7 +127,7 @@ class BackUnit(Unit):
         u = pixels(u)
         out, dscale, dshift = pull(
             u,
-            None if extra is None else pixels(extra),
+            None if extra is None else spread_pixels(extra),
             residual=None if residual is None else pixels(residual),
             slope=None if self.relu is None else values.derived[self.forward.relu],
             normal=normal,
@@ -155,8 +155,19 @@ def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def pixels(tangent: Tensor) -> Tensor:
-    """[K, n, C, ...] as [K, pixels, C]; a view, for images with their channels last."""
-    return tangent.movedim(2, -1).reshape(len(tangent), -1, tangent.shape[2])
+    """[K, n, C, ...] as [K, pixels, C], dense; a view, for images with their channels last."""
+    found = spread_pixels(tangent)
+    k, m, channels = found.shape
+    dense = found.stride(1) == channels and (k <= 1 or found.stride(0) >= m * channels)
+    return found if dense else found.clone(memory_format=torch.contiguous_format)
+
+
+def spread_pixels(tangent: Tensor) -> Tensor:
+    """[K, n, C, ...] as [K, pixels, C], channels one element apart, the rest as it comes."""
+    found = tangent.movedim(2, -1).reshape(len(tangent), -1, tangent.shape[2])
+    if found.stride(2) == 1:
+        return found
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 def images(tangent: Tensor, shape: Sequence[int]) -> Tensor:
