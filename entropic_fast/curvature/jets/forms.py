@@ -54,7 +54,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim == 5 and b.ndim == 5:
         return jet.inner(pixels(a), spread_pixels(b))
     products = a * b
-    return products.flatten(1).sum(1, dtype=torch.float64)
+    return products.reshape(len(products), -1).sum(1, dtype=torch.float64)
 
 
 @rule(aten.convolution.default)

@@ -141,12 +141,12 @@ def _neg(step: Step) -> Any:
 
 @rule(aten.sum.default)
 def _sum_all(step: Step) -> Any:
-    return step.tangent(0).flatten(1).sum(1)
+    return step.tangent(0).reshape(len(step.tangent(0)), -1).sum(1)
 
 
 @rule(aten.mean.default)
 def _mean_all(step: Step) -> Any:
-    return step.tangent(0).flatten(1).mean(1)
+    return step.tangent(0).reshape(len(step.tangent(0)), -1).mean(1)
 
 
 @rule(aten.sum.dim_IntList, aten.mean.dim)
