@@ -47,6 +47,7 @@ class JetOperator(CurvatureOperator):
 
     @property
     def way(self) -> str:
+        """How products are taken: "rules", or "autograd" with the reason."""
         return "rules" if self._engine is not None else f"autograd, as {self._why}"
 
     @cached_property
@@ -115,16 +116,25 @@ _ROUNDING = 1e3
 
 
 class HessianOperator(JetOperator):
-    """The Hessian of the mean loss at a point, by double backward (Pearlmutter 1994).
+    """The Hessian of the mean loss at a point, by derivatives of its two passes along vectors.
 
-    A product with K columns builds one graph a batch, shared by the columns and freed before
-    the next batch. Batches weigh the examples they hold. With norm="batch" the normalisation
-    statistics are differentiated through. Attention is computed by matrix products, because
-    the fused kernels have no second derivative.
+    A product with K columns (Pearlmutter 1994) follows K tangents at once through the graph of
+    the network and of its backward pass, a tile of examples at a time; values at the point are
+    computed once for all columns, and kept for later products where memory allows. With
+    g the cotangent and a'_k the tangents of an operation f, a quadratic form v_k^T H v_k is
+    sum_f <g, D^2 f[a'_k, a'_k]>, plus the loss's own part: one forward pass of tangents,
+    about half the work of a product. With norm="batch" the normalisation statistics are
+    differentiated through. Attention is computed by matrix products.
+
+    A model whose graph cannot be captured (see `way`) goes to autograd's double backward.
 
     Args:
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for values and tangents; None for a quarter of the free memory.
+
+    Attributes:
+        way: "rules", or "autograd" with the reason.
 
     Raises:
         ValueError: a model in half precision, a point that does not fit; in products, as
