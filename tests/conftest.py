@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+with warnings.catch_warnings():  # torch's own, when its forward mode is first used
+    warnings.simplefilter("ignore")
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 # Every stage at a size of seconds; what such a run finds is of no meaning.
 TINY = [

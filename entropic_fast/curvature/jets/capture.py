@@ -159,7 +159,8 @@ def _with_backward(
 def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
     try:
         with warnings.catch_warnings():  # torch's own, of what it uses to trace
-            warnings.simplefilter("ignore", DeprecationWarning)
+            for kind in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", kind)
             importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
             graph = make_fx(function, decomposition_table=table)(*arguments)
             if any(_mutates(node) for node in graph.graph.nodes):
