@@ -45,14 +45,33 @@ def missing() -> list[str]:
 
 
 class Problem:
-    """A network of the paper on random images, with normalisation statistics of those images."""
+    """A network of the paper, with normalisation statistics of its images.
 
-    def __init__(self, name: str, examples: int, size: int = 32) -> None:
+    Args:
+        name: of the network.
+        examples: how many random images.
+        size: of the images, in pixels.
+        data: images and labels to take instead.
+        model: the network, trained; freshly initialised otherwise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        examples: int,
+        size: int = 32,
+        *,
+        data: tuple[Tensor, Tensor] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.name = name
-        self.x = torch.randn(examples, 3, size, size, generator=generator).to(DEVICE)
-        self.y = torch.randint(0, 10, (examples,), generator=generator).to(DEVICE)
-        self.model = initialise(build(name), seed=0).to(DEVICE).eval()
+        if data is None:
+            x = torch.randn(examples, 3, size, size, generator=generator)
+            data = x, torch.randint(0, 10, (examples,), generator=generator)
+        self.x, self.y = (tensor.to(DEVICE) for tensor in data)
+        model = initialise(build(name), seed=0) if model is None else model
+        self.model = model.to(DEVICE).eval()
         few = (self.x[:128], self.y[:128])
         settled = ef.Objective(self.model, "cross_entropy", few).recalibrated()
         settled.load_into(self.model, settled.parameters_vector())
@@ -61,6 +80,18 @@ class Problem:
         self.parameters = self.objective.num_params
         self.last = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
         self.x_last = self.x.contiguous(memory_format=torch.channels_last)
+
+    def facts(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        """What a record says of the problem."""
+        return {
+            **provenance,
+            "device": DEVICE,
+            "model": self.name,
+            "parameters": self.parameters,
+            "examples": self.examples,
+            "image size": self.size,
+            "peers not installed": missing(),
+        }
 
     # -- the floor -------------------------------------------------------------------------
 

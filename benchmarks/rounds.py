@@ -123,11 +123,25 @@ def calls_for(rival: Callable[[], Any], seconds: float) -> int:
     return max(1, min(1000, int(seconds / (time.perf_counter() - begin))))
 
 
+def table(rounds: Rounds, **ratios: float) -> dict[str, Any]:
+    """Medians and quartiles, each also in units of what `ratios` names."""
+    rows = rounds.summary()
+    for row in rows.values():
+        for unit, seconds in ratios.items():
+            row[f"in {unit}"] = row["median"] / seconds
+    return {"seconds": rows, "failed": rounds.failed}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of two tensors, relative to the second."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
 def store(name: str, record: dict[str, Any], folder: Path | None = None) -> Path:
     """Writes a record as JSON: into `results/` at full size, into `folder` otherwise."""
     where = RESULTS if FULL or folder is None else folder
     device = "cpu" if DEVICE == "cpu" else torch.cuda.get_device_name().replace(" ", "-").lower()
-    path = where / f"score-{name}-{device}.json"
+    path = where / f"{name}-{device}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

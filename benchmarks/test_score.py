@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 import torch
 from peers import Problem, importable, missing, products, spectra
-from rounds import DEVICE, FULL, Rounds, calls_for, peak_in_subprocess, store, take_turns
+from rounds import (
+    DEVICE,
+    FULL,
+    Rounds,
+    calls_for,
+    difference,
+    peak_in_subprocess,
+    store,
+    table,
+    take_turns,
+)
 from score_kernels import Kernel, convolutions, grams, norms, on, yardsticks
 
 import entropic_fast as ef
@@ -31,31 +41,6 @@ pytestmark = [
 ]
 PLAIN, PLAIN_LAST = "plain gradient", "plain gradient, channels last"
 MM = "torch.mm float32"
-
-
-def facts(problem: Problem, provenance: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **provenance,
-        "device": DEVICE,
-        "model": problem.name,
-        "parameters": problem.parameters,
-        "examples": problem.examples,
-        "image size": problem.size,
-        "peers not installed": missing(),
-    }
-
-
-def table(rounds: Rounds, **ratios: float) -> dict[str, Any]:
-    """Medians and quartiles, each also in units of what `ratios` names."""
-    rows = rounds.summary()
-    for row in rows.values():
-        for unit, seconds in ratios.items():
-            row[f"in {unit}"] = row["median"] / seconds
-    return {"seconds": rows, "failed": rounds.failed}
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 # -- 1. norms ------------------------------------------------------------------------------
@@ -83,8 +68,8 @@ def test_norms(name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
         "plain gradients": rounds.median(PLAIN),
         "plain gradients, channels last": rounds.median(PLAIN_LAST),
     }
-    record = {**facts(problem, provenance), **table(rounds, **units)}
-    store(f"norms-{name}", record, tmp_path)
+    record = {**problem.facts(provenance), **table(rounds, **units)}
+    store(f"score-norms-{name}", record, tmp_path)
     assert rounds.seconds["ours"] and "vmap(grad)" in rounds.values
 
 
@@ -121,7 +106,7 @@ def spectrum_record(
         "floors, default layout": parts["floor, default layout"],
         "plain gradients": parts["plain gradient pass, default layout"],
     }
-    return {**facts(problem, provenance), "floor": parts, **table(rounds, **units)}
+    return {**problem.facts(provenance), "floor": parts, **table(rounds, **units)}
 
 
 def test_spectrum_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
@@ -151,7 +136,11 @@ def test_spectrum_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
     directions = [rounds.values[n] for n in products(problem) if n in rounds.values]
     for other in directions[1:]:
         assert difference(directions[0], other) < 1e-2
-    store("spectrum-resnet20", spectrum_record(problem, rounds, operations, provenance), tmp_path)
+    store(
+        "score-spectrum-resnet20",
+        spectrum_record(problem, rounds, operations, provenance),
+        tmp_path,
+    )
 
 
 def test_spectrum_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
@@ -168,7 +157,7 @@ def test_spectrum_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
         assert difference(rounds.values[name], rounds.values["ours"]) < 1e-3, name
     record = spectrum_record(problem, rounds, operations, provenance)
     record["vmap(grad) + Gram fits"] = matrix_fits(problem)
-    store("spectrum-wrn16-4", record, tmp_path)
+    store("score-spectrum-wrn16-4", record, tmp_path)
 
 
 def matrix_fits(problem: Problem) -> bool:
@@ -197,7 +186,7 @@ def test_memory(provenance: dict[str, Any], tmp_path: Path) -> None:
         assert "failed" not in ours, ours
         if budget is not None:
             assert ours["peak"] <= 1.15 * budget
-    store("memory", record, tmp_path)
+    store("score-memory", record, tmp_path)
 
 
 # -- 4. growth -----------------------------------------------------------------------------
@@ -221,9 +210,9 @@ def test_growth(provenance: dict[str, Any], tmp_path: Path) -> None:
         }
         rounds = take_turns(rivals, 3 if FULL else 1, warm_up=FULL, limit=40, large=True)
         assert difference(rounds.values["vmap(grad) + Gram"], rounds.values["ours"]) < 1e-3
-        record[axis].append({**facts(problem, {}), **table(rounds)})
+        record[axis].append({**problem.facts({}), **table(rounds)})
         del problem, rivals, rounds
-    path = store("growth", record, tmp_path)
+    path = store("score-growth", record, tmp_path)
     if not FULL:
         from plot_score import draw
 
@@ -285,5 +274,5 @@ def test_kernels(provenance: dict[str, Any], tmp_path: Path) -> None:
         "copy bytes per second": bandwidth,
         "kernels": rows,
     }
-    store("kernels", record, tmp_path)
+    store("score-kernels", record, tmp_path)
     assert all(row["median"] > 0 for row in rows)

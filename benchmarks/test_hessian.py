@@ -1,0 +1,195 @@
+"""The Hessian engine beside torch.func, double backward and its peers.
+
+Small by default, so that it runs with the tests:
+    pytest benchmarks/test_hessian.py
+At full size, each part alone; results go to benchmarks/results/hessian-*.json:
+    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_hessian.py -k products_resnet
+    (-k products_resnet, products_wide, trace or path)
+ENTROPIC_FAST_BENCH_COMPILE=1 adds `torch.compile` of jvp(grad), which takes minutes to compile.
+Other settings and the peers are those of test_score.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hessian_peers import (
+    Hessians,
+    digits,
+    operator,
+    power_iteration,
+    random_vector,
+    settled,
+    trained,
+)
+from peers import Problem
+from rounds import FULL, difference, store, synchronize, table, take_turns
+
+import entropic_fast as ef
+from entropic_fast.curvature import HessianOperator, hessian_trace, top_eigenvalues
+
+# Peers warn of hooks, deprecations and optional parts.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(2400)]
+COMPILE = os.environ.get("ENTROPIC_FAST_BENCH_COMPILE") == "1"
+PLAIN, PLAIN_LAST = "plain gradient", "plain gradient, channels last"
+BLOCK = 8
+
+
+def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Products and trace probes, each in units of one plain gradient."""
+    hessians = Hessians(problem)
+    one, block = hessians.vectors(1), hessians.vectors(BLOCK)
+    fixed, single = operator(problem), operator(problem)
+    for _ in range(3):  # values at the point are kept from the second call
+        fixed @ block, single @ one
+    # name: (what to run, products or probes it makes)
+    rivals: dict[str, tuple[Any, int]] = {
+        PLAIN: (problem.plain, 1),
+        PLAIN_LAST: (problem.plain_channels_last, 1),
+        "ours, 8 probes": (lambda: operator(problem).quadratic_forms(block), BLOCK),
+        "ours, 8 products": (lambda: operator(problem) @ block, BLOCK),
+        "ours, 8 products at a fixed point": (lambda: fixed @ block, BLOCK),
+        "ours, 1 product at a fixed point": (lambda: single @ one, 1),
+        "ours, 1 product at a new point": (lambda: operator(problem) @ one, 1),
+    }
+    rivals |= {name: (way, 1) for name, way in hessians.peers(1, COMPILE).items()}
+    blocks = {"vmap(jvp(grad))", "curvlinops"}
+    many = hessians.peers(BLOCK, False)
+    rivals |= {f"{name}, 8": (many[name], BLOCK) for name in blocks & many.keys()}
+    slow = {f"{name}, 8": 3 for name in blocks}
+    found = take_turns(
+        {name: way for name, (way, _) in rivals.items()},
+        rounds,
+        most=slow,
+        warm_up=FULL,
+        limit=600,
+    )
+    exact = found.values["ours, 8 products"]
+    for name, value in found.values.items():
+        if name not in (PLAIN, PLAIN_LAST, "ours, 8 probes"):
+            expected = exact[:, :1] if value.reshape(len(exact), -1).shape[1] == 1 else exact
+            assert difference(value.reshape(expected.shape), expected) < 1e-3, name
+    forms = (block.double() * exact.double()).sum(0)
+    assert difference(found.values["ours, 8 probes"], forms) < 1e-3
+    for name, (_, count) in rivals.items():
+        if name in found.seconds:
+            found.seconds[name] = [s / count for s in found.seconds[name]]
+    units = {
+        "plain gradients": found.median(PLAIN),
+        "plain gradients, channels last": found.median(PLAIN_LAST),
+    }
+    return {**problem.facts(provenance), "way": fixed.way, **table(found, **units)}
+
+
+def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
+    problem = Problem("resnet20", 128) if FULL else Problem("resnet8", 5, size=8)
+    record = products_record(problem, 15 if FULL else 1, provenance)
+    store("hessian-products-resnet20", record, tmp_path)
+    assert record["way"] == "rules"
+
+
+def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
+    problem = Problem("wrn16-4", 64) if FULL else Problem("wrn10-1", 5, size=8)
+    record = products_record(problem, 9 if FULL else 1, provenance)
+    store("hessian-products-wrn16-4", record, tmp_path)
+    assert record["way"] == "rules"
+
+
+def trained_problem(examples: int, seed: int = 0) -> Problem:
+    """A trained ResNet on handwritten digits, as many of them as its objective has."""
+    name, size, images, epochs = ("resnet20", 32, 1024, 12) if FULL else ("resnet8", 8, 64, 1)
+    data = digits(size, images)
+    model = trained(name, data, epochs, seed)
+    return Problem(name, examples, size, data=data.tensors(examples), model=model)
+
+
+def test_trace(provenance: dict[str, Any], tmp_path: Path) -> None:
+    """The trace to 1 % standard error at a trained network.
+
+    Peers draw random signs until the standard error is 1 %. How many they need is found by the
+    same stopping rule from the same numbers v^T H v, which cost us less; a peer's time is that
+    of its product times this number.
+    """
+    problem = trained_problem(256 if FULL else 5)
+    tol, most = (0.01, 20_000) if FULL else (0.5, 64)
+    hessians = Hessians(problem)
+    needed = hessian_trace(problem.objective, probes=most, tol=tol)
+    rivals: dict[str, Any] = {
+        PLAIN: problem.plain,
+        "ours": lambda: hessian_trace(problem.objective, probes=most, tol=tol),
+    }
+    for k in (4, 16) if FULL else (2,):
+        rivals[f"ours, deflated by {k}"] = lambda k=k: deflated(problem, k, tol, most)
+    rivals["ours, Hutch++"] = lambda: hessian_trace(
+        problem.objective, probes=most, tol=tol, method="hutch++"
+    )
+    peers = {f"{n}, one product": way for n, way in hessians.peers(1, COMPILE).items()}
+    found = take_turns(rivals | peers, 3 if FULL else 1, warm_up=False, limit=900)
+    for name, estimate in found.values.items():
+        if name.startswith("ours"):
+            gap = abs(estimate.value - needed.value)
+            assert gap < 5 * (estimate.std_error + needed.std_error), name
+    record = {
+        **problem.facts(provenance),
+        "tol": tol,
+        "trace": [needed.value, needed.std_error],
+        "probes of random signs": needed.probes,
+        "estimates": {
+            name: [e.value, e.std_error, e.probes]
+            for name, e in found.values.items()
+            if name.startswith("ours")
+        },
+        "peers in all": {name: found.median(name) * needed.probes for name in peers},
+        **table(found),
+    }
+    store("hessian-trace-resnet20", record, tmp_path)
+    assert needed.std_error <= tol * abs(needed.value) or not FULL
+
+
+def deflated(problem: Problem, k: int, tol: float, most: int) -> ef.Estimate:
+    """The trace with the part of the k largest eigenvalues computed exactly."""
+    pairs = top_eigenvalues(operator(problem), k, tol=0.05)
+    return hessian_trace(problem.objective, probes=most, tol=tol, deflate=pairs)
+
+
+def test_path(provenance: dict[str, Any], tmp_path: Path) -> None:
+    """The largest eigenvalue to a relative residual of 1e-3 at points of a line, in turns.
+
+    Between two trained networks, normalisation statistics estimated anew at every point; both
+    ways start from what they found at the point before.
+    """
+    points, examples = (33, 64) if FULL else (3, 5)
+    first, last = trained_problem(examples, 0), trained_problem(examples, 1)
+    a, b = (p.objective.parameters_vector() for p in (first, last))
+    seconds: dict[str, list[float]] = {"ours": [], "power iteration by jvp(grad)": []}
+    spent: dict[str, list[int]] = {name: [] for name in seconds}
+    pairs, vector = None, random_vector(len(a)).to(a)
+    for i in range(points):
+        problem = settled(first, torch.lerp(a, b, i / (points - 1)))
+        begin = time.perf_counter()
+        pairs = top_eigenvalues(HessianOperator(problem.objective), tol=1e-3, v0=pairs)
+        synchronize()
+        seconds["ours"].append(time.perf_counter() - begin)
+        spent["ours"].append(pairs.matvecs)
+        begin = time.perf_counter()
+        value, vector, count = power_iteration(Hessians(problem).jvp_grad, vector, 1e-3)
+        synchronize()
+        seconds["power iteration by jvp(grad)"].append(time.perf_counter() - begin)
+        spent["power iteration by jvp(grad)"].append(count)
+        # Power iteration finds the largest in magnitude.
+        assert not FULL or value < 0 or abs(value - float(pairs.values[0])) < 0.01 * value
+    record = {
+        **first.facts(provenance),
+        "points": points,
+        "seconds": {name: sum(each) for name, each in seconds.items()},
+        "products": {name: sum(each) for name, each in spent.items()},
+        "seconds a point": seconds,
+        "products a point": spent,
+    }
+    store("hessian-path-resnet20", record, tmp_path)
+    assert pairs is not None and pairs.converged
