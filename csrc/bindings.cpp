@@ -75,7 +75,8 @@ struct Cpu {
   static entropic::cpu::StepShape<T> shape(const py::tuple& t) {
     return {at<T>(t[0].cast<Address>()), at<const T>(t[1].cast<Address>()),
             at<double>(t[2].cast<Address>()), t[3].cast<i64>(), t[4].cast<i64>(),
-            t[5].cast<i64>(), t[6].cast<int>()};
+            t[5].cast<i64>(), t[6].cast<int>(), at<const i64>(t[7].cast<Address>()),
+            at<const double>(t[8].cast<Address>())};
   }
 };
 
