@@ -61,8 +61,8 @@ def top_eigenvalues(
     A warm start, such as the pairs of a neighbouring point on a path, is tested after its first
     product; along a path of 33 points k = 1 took 5 products a point (9 from random vectors),
     k = 3 took 13 by blocks, 10 with block=1 (19, 13). A start that holds nothing of the wanted
-    eigenvector can end at another: one that is an eigenvector is accepted. A wider block,
-    filled up with random vectors, guards against that.
+    eigenvector can end at another: one that is an eigenvector is accepted, in a block with
+    random vectors too. `tracked_eigenpairs` guards against that for k = 1.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
