@@ -12,7 +12,8 @@ from .labels import sampled_labels
 from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram
 from .plan import ScorePlan
-from .profile import curvature_profile, profile_point, profile_positions
+from .point import Point, measure_point, profile_point
+from .profile import curvature_profile, profile_positions
 from .score import (
     score_gram,
     score_matrix,
@@ -21,6 +22,7 @@ from .score import (
     score_spectrum_floor,
 )
 from .trace import hessian_trace, operator_trace
+from .tracking import tracked_eigenpairs
 
 __all__ = [
     "score_matrix",
@@ -50,5 +52,8 @@ __all__ = [
     "density_log_determinant",
     "curvature_profile",
     "profile_point",
+    "measure_point",
+    "Point",
+    "tracked_eigenpairs",
     "profile_positions",
 ]
