@@ -13,6 +13,7 @@ from ..exact import TwiceDifferentiable, exact_math
 from ..examples import Batch
 from ..objective import NonFiniteLossError, Objective
 from .agreement import AGREEMENT, DisagreementError, rules_are_off
+from .compiled import undisturbed
 from .jets import JetEngine, NotCapturedError
 from .memory import resolve_budget
 from .operators import CurvatureOperator
@@ -48,7 +49,8 @@ class JetOperator(CurvatureOperator):
     @property
     def way(self) -> str:
         """How products are taken: "rules", or "autograd" with the reason."""
-        return "rules" if self._engine is not None else f"autograd, as {self._why}"
+        with undisturbed():
+            return "rules" if self._engine is not None else f"autograd, as {self._why}"
 
     @cached_property
     def _engine(self) -> JetEngine | None:
@@ -138,7 +140,7 @@ class HessianOperator(JetOperator):
 
     Raises:
         ValueError: a model in half precision, a point that does not fit; in products, as
-            `CurvatureOperator.__matmul__`.
+            `CurvatureOperator.multiply`.
         RuntimeError: from torch, a function of the model that has no second derivative.
 
     >>> import torch
