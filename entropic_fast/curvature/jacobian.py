@@ -178,10 +178,10 @@ class JacobianOperator(Compilable):
         done = engine.program(sample).checked.setdefault(None, set())
         if "jacobian" in done:
             return
-        draws = {"dtype": self.dtype, "device": self.device}
-        row = random.normal((1, self.shape[1]), 0, 0, **draws)
+        row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
         expected = self._push_by_autograd(sample, row)
-        back = random.normal(tuple(expected.shape), 0, 1, **draws)
+        shape = tuple(expected.shape)
+        back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
         expected_back = self._pull_by_autograd(sample, back)
         if not bool(torch.isfinite(expected).all() and torch.isfinite(expected_back).all()):
             return  # nothing to compare with; the product itself will be refused
@@ -261,7 +261,8 @@ def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.d
             f"{vectors.dtype} on {vectors.device}",
             "convert them with vectors.to(operator.device, operator.dtype)",
         )
-    vectors = checks.finite("vectors", vectors).detach()
+    vectors = vectors.detach()
+    checks.finite("vectors", vectors)
     return vectors.clone() if vectors.is_inference() else vectors
 
 
