@@ -261,9 +261,8 @@ def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.d
             f"{vectors.dtype} on {vectors.device}",
             "convert them with vectors.to(operator.device, operator.dtype)",
         )
-    vectors = vectors.detach()
-    checks.finite("vectors", vectors)
-    return vectors.clone() if vectors.is_inference() else vectors
+    found: Tensor = checks.finite("vectors", vectors).detach()
+    return found.clone() if found.is_inference() else found
 
 
 def require_finite_product(name: str, product: Tensor) -> Tensor:
