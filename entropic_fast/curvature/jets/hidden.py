@@ -40,7 +40,8 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> Non
             outputs = torch.func.functional_call(obj._model, values, (inputs,), tie_weights=True)
     for node in backward_nodes(outputs):
         if isinstance(node, BackwardCFunction):
-            raise NotCapturedError(f"the model has a backward pass of its own ({type(node).__name__})")
+            name = type(node).__name__
+            raise NotCapturedError(f"the model has a backward pass of its own ({name})")
 
 
 class Watch(TorchFunctionMode):
