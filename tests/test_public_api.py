@@ -29,6 +29,7 @@ NAMES = [
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
+    "JacobianOperator",
     "hessian_trace",
     "operator_trace",
     "hessian_diagonal",

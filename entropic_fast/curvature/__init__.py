@@ -7,6 +7,7 @@ from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
 from .hessian import GGNOperator, HessianOperator
+from .jacobian import JacobianOperator
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
 from .logdet import density_log_determinant, log_determinant
@@ -41,6 +42,7 @@ __all__ = [
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
+    "JacobianOperator",
     "hessian_trace",
     "operator_trace",
     "hessian_diagonal",
