@@ -102,6 +102,12 @@ def advance(
         >>> x
         tensor([[1.5000, 0.0000]])
     """
+    for name, tensor in (("x", x), ("v", v)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            got = "one with requires_grad=True"
+            raise fail(
+                name, "a tensor that autograd does not follow", got, f"pass {name}.detach()"
+            )
     checks.one_of("scheme", scheme, SCHEMES)
     checks.at_least("temperature", temperature, 0.0)
     checks.positive("dt", dt)
@@ -262,13 +268,6 @@ def _check_memory(name: str, tensor: Tensor) -> None:
             "a contiguous tensor",
             f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}",
             f"pass {name}.contiguous()",
-        )
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise fail(
-            name,
-            "a tensor that autograd does not follow",
-            "one with requires_grad=True",
-            f"pass {name}.detach()",
         )
 
 
