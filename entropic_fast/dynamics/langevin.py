@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -229,7 +230,7 @@ def _velocities(
     if given is None:
         key, start = derive(seed, "langevin", "velocities"), first_particle * x.shape[1]
         draw = normal(tuple(x.shape), key, start=start, dtype=x.dtype, device=x.device)
-        return draw * temperature**0.5
+        return draw * math.sqrt(temperature)
     if not isinstance(given, Tensor) or given.shape != x.shape:
         raise checks.fail(
             "start_velocities", f"velocities of shape {list(x.shape)}", checks.describe(given)

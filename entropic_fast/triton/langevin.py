@@ -45,7 +45,9 @@ def force(x, y, numbers, POTENTIAL: tl.constexpr, MODES: tl.constexpr):
         half = (0.5 * tl.load(p) * tl.load(p + 1) * MODES).to(x.dtype)
         r = square_root(x * x + y * y)
         away = r > 0
-        inverse = tl.where(away, divide(tl.full(r.shape, 1.0, r.dtype), tl.where(away, r, 1.0)), 0.0)
+        inverse = tl.where(
+            away, divide(tl.full(r.shape, 1.0, r.dtype), tl.where(away, r, 1.0)), 0.0
+        )
         cosine = x * inverse
         sine = y * inverse
         c = cosine

@@ -106,7 +106,9 @@ def test_euler_s_paths_converge_with_order_one():
         x = torch.linspace(-2, 2, particles, dtype=torch.float64)[:, None].contiguous()
         coarse = z.view(fine // parts, parts, particles, 1).sum(1) / math.sqrt(parts)
         c = Coefficients.of("euler-maruyama", T, parts * dt, 1.0)
-        integrate(x, x.new_empty(0), force, "euler-maruyama", c, fine // parts, 0, lambda n: coarse[n])
+        integrate(
+            x, x.new_empty(0), force, "euler-maruyama", c, fine // parts, 0, lambda n: coarse[n]
+        )
         return x
 
     finest = end(1)
@@ -127,7 +129,9 @@ def test_the_kernel_s_variance_is_the_discrete_one(scheme, dt):
     run = simulate_langevin(
         ridge, start, T, dt, round(40 / dt), scheme=scheme, friction=FRICTION, seed=6
     )
-    found = [run.final[:, 0]] if run.velocities is None else [run.final[:, 0], run.velocities[-1, :, 0]]
+    found = (
+        [run.final[:, 0]] if run.velocities is None else [run.final[:, 0], run.velocities[-1, :, 0]]
+    )
     for seen, variance, limit in zip(
         found, np.diag(stationary_covariance(scheme, dt)), (T / K, T), strict=False
     ):
