@@ -9,7 +9,7 @@ namespace entropic::cpu {
 enum LangevinPotential { RING = 0, RIDGE = 1, CHANNEL = 2 };
 enum LangevinScheme { EULER_MARUYAMA = 0, LEIMKUHLER_MATTHEWS = 1, BAOAB = 2 };
 
-// Coordinates of a particle at most; what a lane holds of them lies on the stack.
+// Coordinates of a particle at most (LARGEST_DIM in ops/langevin.py); a lane's lie on the stack.
 constexpr int LANGEVIN_DIM = 16;
 
 template <typename T>

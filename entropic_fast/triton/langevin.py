@@ -1,7 +1,8 @@
-"""Family `langevin` in Triton, in the plane: a thread keeps two particles from first step to last.
+"""Family `langevin` in Triton: in the plane, a thread keeps two particles from first step to last.
 
 Two particles of two coordinates take the four words of one counter a step. Hyper-parameters come in
-a tensor of float64: as arguments Triton would round them to float32.
+a tensor of float64: as arguments Triton would round them to float32. More dimensions have a kernel
+of their own (triton/langevin_wide.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from entropic_fast.reference.langevin import SCHEMES
 from entropic_fast.reference.langevin_forces import FORCES
+from entropic_fast.triton import langevin_wide
 from entropic_fast.triton.launch import FUSE, on_device
 from entropic_fast.triton.loops import count
 from entropic_fast.triton.normal import (
@@ -201,8 +203,8 @@ def box_muller_kernel(words, normal, pairs, BLOCK: tl.constexpr):
 
 
 def advance(
-    x: Tensor,  # [N, 2], updated in place
-    v: Tensor,  # [N, 2], updated in place; [0] for an overdamped scheme
+    x: Tensor,  # [N, D], updated in place
+    v: Tensor,  # [N, D], updated in place; [0] for an overdamped scheme
     potential: str,
     parameters: Sequence[float],
     scheme: str,
@@ -218,14 +220,25 @@ def advance(
         return
     values = [drift, decay, noise, *parameters]
     numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
-    pairs = (first_particle + x.shape[0] + 1) // 2 - first_particle // 2
+    particles, dim = x.shape
+    arguments = (
+        x, v if v.numel() > 0 else x, numbers, particles, first_particle, first_step, steps, seed,
+    )  # fmt: skip
+    options = {
+        "POTENTIAL": tuple(FORCES).index(potential), "SCHEME": SCHEMES.index(scheme),
+        "NOISE": noise > 0, "num_warps": 4, **FUSE,
+    }  # fmt: skip
     with on_device(x):
-        advance_kernel[(triton.cdiv(pairs, BLOCK),)](
-            x, v if v.numel() > 0 else x, numbers, x.shape[0], first_particle, first_step, steps,
-            seed, POTENTIAL=tuple(FORCES).index(potential),
-            MODES=int(parameters[2]) if potential == "ring" else 0,
-            SCHEME=SCHEMES.index(scheme), NOISE=noise > 0, BLOCK=BLOCK, num_warps=4, **FUSE,
-        )  # fmt: skip
+        if dim == 2:
+            pairs = (first_particle + particles + 1) // 2 - first_particle // 2
+            modes = int(parameters[2]) if potential == "ring" else 0
+            grid = (triton.cdiv(pairs, BLOCK),)
+            advance_kernel[grid](*arguments, MODES=modes, BLOCK=BLOCK, **options)
+        else:
+            size = triton.next_power_of_2(dim)
+            block = langevin_wide.TILE // size
+            grid = (triton.cdiv(particles, block),)
+            langevin_wide.advance_kernel[grid](*arguments, D=dim, SIZE=size, BLOCK=block, **options)
 
 
 def box_muller(

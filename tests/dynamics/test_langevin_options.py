@@ -1,5 +1,6 @@
 """What simulate_langevin may be asked for, and that kernels and PyTorch give the same."""
 
+import gc
 import math
 
 import pytest
@@ -76,6 +77,23 @@ def test_an_observer_sees_what_would_have_been_recorded():
     assert torch.equal(seen.velocities[-1], kept.velocities[-1])
     with pytest.raises(ValueError, match="observe: expected a function to a tensor"):
         simulate_langevin(ring, start, observe=lambda x: float(x.sum()), **settings)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_memory_does_not_grow_with_the_steps(fused):
+    ring, size = RingPotential(), 8 * 2 * 1000
+    start = ring.on_ring(torch.linspace(0, 6, 1000, dtype=torch.float64))
+    held = []
+
+    def bytes_of_tensors(x):
+        gc.collect()
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        held.append(sum(t.numel() * t.element_size() for t in found))
+        return x[0, 0]
+
+    potential = ring if fused else lambda x: ring(x)
+    simulate_langevin(potential, start, 0.1, 0.01, 60, record_every=10, observe=bytes_of_tensors)
+    assert len(held) == 7 and held[-1] - held[1] < size
 
 
 def test_velocities_start_as_given_or_as_maxwell_s():

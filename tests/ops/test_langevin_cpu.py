@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from langevin_cases import DTYPES, advanced, assert_same_steps, kinds, start
+from scipy import stats
 
 from entropic_fast.ops import backend, native
 from entropic_fast.ops.langevin import FAMILY, LARGEST_DIM, advance, backend_of, box_muller
@@ -51,6 +52,22 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
             torch.set_num_threads(threads)
             results.append(advanced(x, v, potential, scheme, backend="cpp", steps=20))
         assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("potential", "scheme"), kinds())
+def test_a_long_run_stays_with_the_reference(potential: str, scheme: str) -> None:
+    """Float64: path by path, as the flow across contracts and that along is neutral. Float32: in
+    distribution too."""
+    x, v = start(500, 2, scheme, torch.float64)
+    options = {"steps": 1000, "dt": 0.01}
+    expected = advanced(x, v, potential, scheme, backend="reference", **options)
+    actual = advanced(x, v, potential, scheme, backend="cpp", **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    v = None if v is None else v.float()
+    single = advanced(x.float(), v, potential, scheme, backend="cpp", **options)
+    for column in range(2):
+        pair = single[:, column].numpy(), expected[:, column].numpy()
+        assert stats.ks_2samp(*pair, method="asymp").pvalue > 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

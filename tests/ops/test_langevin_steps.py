@@ -54,6 +54,23 @@ def test_steps_are_those_of_the_reference(
         assert_same_steps(advanced(*there, potential, scheme, **options), expected)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("potential", ["ridge", "channel"])
+def test_steps_in_more_dimensions_are_those_of_the_reference(
+    place: str, potential: str, scheme: str
+) -> None:
+    for dim, dtype in ((3, torch.float64), (4, torch.float32), (16, torch.float64)):
+        x, v = start(45, dim, scheme, dtype, seed=dim)
+        x[:, :-1] -= 0.7
+        options = {"steps": 3, "first_particle": 3, "first_step": 1}
+        expected = advanced(x, v, potential, scheme, backend="reference", **options)
+        there = x.to(place), None if v is None else v.to(place)
+        assert_same_steps(advanced(*there, potential, scheme, **options), expected)
+        tail = x[7:].to(place), None if v is None else v[7:].to(place)
+        cut = advanced(*tail, potential, scheme, **{**options, "first_particle": 10})
+        assert torch.equal(cut, advanced(*there, potential, scheme, **options)[7:])
+
+
 @pytest.mark.parametrize(("potential", "scheme"), kinds())
 def test_without_noise_too(place: str, potential: str, scheme: str) -> None:
     x, v = start(20, 2, scheme, torch.float64)
