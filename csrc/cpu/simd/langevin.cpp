@@ -23,7 +23,7 @@ EF_FN void repeat(int n, Work work) {
   }
 }
 
-// ---- forces of one particle (formulas: reference/langevin_forces.py) -----------------------------
+// ---- forces of one particle (formulas: reference/langevin_forces.py) ----------------------------
 
 template <typename T, int DIM>
 struct Ring {
@@ -102,7 +102,7 @@ struct Channel {
   }
 };
 
-// ---- integrators ---------------------------------------------------------------------------------
+// ---- integrators --------------------------------------------------------------------------------
 
 // DIM 0: known when called.
 template <typename T, template <typename, int> class Potential, LangevinScheme SCHEME, int DIM>
@@ -147,11 +147,15 @@ void advance(const Langevin<T>& call, i64 begin, i64 end) {
     const auto load = [&](const T* from, V* to) EF_INLINE {
       T lanes[SIZE][LANES<T>] = {};
       places([&](int j, int l, i64 at) EF_INLINE { lanes[j][l] = from[at]; });
-      repeat<COORDINATES>(size, [&](int j) EF_INLINE { __builtin_memcpy(to + j, lanes[j], BYTES); });
+      repeat<COORDINATES>(size, [&](int j) EF_INLINE {
+        __builtin_memcpy(to + j, lanes[j], BYTES);
+      });
     };
     const auto store = [&](const V* from, T* to) EF_INLINE {
       T lanes[SIZE][LANES<T>];
-      repeat<COORDINATES>(size, [&](int j) EF_INLINE { __builtin_memcpy(lanes[j], from + j, BYTES); });
+      repeat<COORDINATES>(size, [&](int j) EF_INLINE {
+        __builtin_memcpy(lanes[j], from + j, BYTES);
+      });
       places([&](int j, int l, i64 at) EF_INLINE { to[at] = lanes[j][l]; });
     };
 
