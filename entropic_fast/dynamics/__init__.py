@@ -1,7 +1,7 @@
 """Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
 
 from .langevin import LangevinResult, simulate_langevin
-from .potentials import RidgePotential, RingPotential
+from .potentials import ChannelPotential, RidgePotential, RingPotential
 from .relax import relax
 from .relaxation import (
     Interval,
@@ -30,4 +30,5 @@ __all__ = [
     "LangevinResult",
     "RingPotential",
     "RidgePotential",
+    "ChannelPotential",
 ]
