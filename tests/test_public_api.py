@@ -53,6 +53,7 @@ NAMES = [
     "simulate_langevin",
     "RingPotential",
     "RidgePotential",
+    "ChannelPotential",
     "Estimate",
     "Eigenpairs",
     "Diagonal",
