@@ -91,7 +91,7 @@ def choose(
     """
     checks.one_of("engine", engine, ENGINES)
     loop = loop_gradients(objective)
-    notes = []
+    notes: list[str] = []
     for name in _candidates(theta, inputs) if engine == "auto" else (engine,):
         if name == "loop":
             break
