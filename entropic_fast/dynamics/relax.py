@@ -165,6 +165,8 @@ def relax(
             "fixed_sets": {n: fingerprint(*o.tensors()) for n, o in evaluation.fixed.items()},
             "path": fingerprint(path.pivots),
             "data": fingerprint(*obj.tensors()),
+            "model": fingerprint(*obj.constants()),
+            "loss": obj.loss_name,
         }
         saved = Checkpoint(checkpoint, settings)
         stored = saved.load()

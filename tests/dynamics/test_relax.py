@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from relax_cases import conv_problem, float64, images, mlp_problem
 from torch import nn
 
 from entropic_fast.dynamics import DivergenceError, relax
@@ -13,38 +14,6 @@ from entropic_fast.dynamics.minibatches import Minibatches
 from entropic_fast.models import digits_cnn, initialise
 from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, linear_path
-
-
-def float64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def images(n=40, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 8, 8, generator=g, dtype=dtype), torch.randint(10, (n,), generator=g)
-
-
-def mlp_problem(dtype=torch.float64, n=24, seed=0):
-    """A small classifier and a bent path of three pivots."""
-    g = torch.Generator().manual_seed(seed)
-    model = initialise(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), seed).to(dtype)
-    x = torch.randn(n, 5, generator=g, dtype=dtype)
-    obj = Objective(model, "cross_entropy", (x, torch.randint(3, (n,), generator=g)))
-    theta = obj.parameters_vector()
-    bends = 0.5 * torch.randn(2, obj.num_params, generator=g, dtype=dtype)
-    return model, obj, Path(torch.stack((theta, theta + bends[0], theta + bends[1])))
-
-
-def conv_problem(norm, channels=(4, 4, 4), norm_of_objective="running"):
-    obj = Objective(
-        initialise(digits_cnn(norm, channels=channels), 1),
-        "cross_entropy",
-        images(),
-        norm=norm_of_objective,
-    )
-    a = obj.parameters_vector()
-    g = torch.Generator().manual_seed(3)
-    return obj, linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=3)
 
 
 def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):
