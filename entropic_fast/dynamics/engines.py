@@ -133,6 +133,14 @@ def _tried(
     return None, reason
 
 
+def lead(gradients: Gradients, work: Callable[[], None]) -> None:
+    """`work()`, which calls `gradients`, where it disturbs them least."""
+    if isinstance(gradients, ThreadedGradients):
+        gradients.lead(work)
+    else:
+        work()
+
+
 def close(gradients: Gradients) -> None:
     """Give back what an engine holds."""
     if isinstance(gradients, ThreadedGradients):

@@ -157,9 +157,10 @@ def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
     path = Path(file)
     about = store.read_json(path.with_suffix(".json"))
     text = path.read_text(encoding="utf-8")
-    header, *body = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if not isinstance(about, dict) or about.get("format") != _FORMAT or not lines:
         raise store.DamagedFileError(f"{path}: expected records of relax, got another file")
+    header, body = lines[0], lines[1:]
     whole = len(body) - len(body) % int(about["replicas"])
     kinds = {name: int if name in ("replica", "id", "step", "diverged_at") else float
              for name in header}  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.step import project_step, segment_squares
 from ..paths.path import Path
-from .engines import Gradients
+from . import engines
 from .evaluation import Evaluation
 from .minibatches import Minibatches
 from .optimizers import Optimizer
@@ -51,7 +51,7 @@ class Run:
         starts: Tensor,
         rule: Optimizer,
         minibatches: Minibatches,
-        gradients: Gradients,
+        gradients: engines.Gradients,
         max_distance: float,
         lift: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -76,7 +76,8 @@ class Run:
         Args:
             updates: what does the work; by default `updates`.
         """
-        (updates or self.updates)(self.minibatches.table(self.step, count))
+        table = self.minibatches.table(self.step, count)
+        engines.lead(self.gradients, lambda: (updates or self.updates)(table))
         self.step += count
         self.summed += count
         # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.

@@ -128,6 +128,9 @@ def test_a_torn_record_is_left_out_and_a_cut_file_is_refused(tmp_path):
     for cut in range(1, 200, 13):  # within the last record's lines
         file.write_bytes(data[:-cut])
         assert Trajectory.load(file).steps.tolist() == [0, 6, 12, 18, 24, 30, 36, 42]
+    file.write_bytes(b"")
+    with pytest.raises(DamagedFileError, match="expected records of relax"):
+        Trajectory.load(file)
     file.write_bytes(data[: len(data) // 3])
     with pytest.raises(DamagedFileError, match="bytes that were recorded"):
         relax(obj, path, **settings(record_to=file, checkpoint=saved))
