@@ -1,5 +1,7 @@
 """Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
 
+from .checkpoint import CheckpointMismatchError
+from .groups import relax_many
 from .langevin import LangevinResult, simulate_langevin
 from .potentials import ChannelPotential, RidgePotential, RingPotential
 from .relax import relax
@@ -16,9 +18,11 @@ from .trajectory import DivergenceError, Record, Trajectory
 
 __all__ = [
     "relax",
+    "relax_many",
     "Trajectory",
     "Record",
     "DivergenceError",
+    "CheckpointMismatchError",
     "displacement",
     "drift",
     "relaxation_time",

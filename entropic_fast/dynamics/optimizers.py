@@ -60,8 +60,8 @@ class Optimizer:
                 "momentum", "a number in [0, 1), above 0 for Nesterov", repr(momentum)
             )
         self.momentum = float(momentum)
-        # The momentum buffer; for Adam both moments and the count of updates. Made at the first.
-        self._state: list[Tensor] = []
+        # Momentum buffer; for Adam both moments and the count of updates. Made at the first.
+        self.state: list[Tensor] = []
 
     def update(self, theta: Tensor, gradient: Tensor, pivots: Tensor | None = None) -> Tensor:
         """One update of theta, in place.
@@ -73,12 +73,12 @@ class Optimizer:
         Returns:
             the products that `ops.step.project_step` needs.  # [R, 2, M]
         """
-        first = not self._state
+        first = not self.state
         if self.name == "adam":
             if first:
                 count = torch.zeros_like(theta[:, 0], dtype=torch.int64)
-                self._state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
-            mean, square, count = self._state
+                self.state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
+            mean, square, count = self.state
             return adam_step(
                 theta,
                 gradient,
@@ -92,11 +92,11 @@ class Optimizer:
                 weight_decay=self.weight_decay,
             )
         if first and self.momentum:
-            self._state = [torch.zeros_like(theta)]
+            self.state = [torch.zeros_like(theta)]
         return sgd_step(
             theta,
             gradient,
-            self._state[0] if self._state else None,
+            self.state[0] if self.state else None,
             lr=self.lr,
             pivots=pivots,
             momentum=self.momentum,
@@ -108,4 +108,4 @@ class Optimizer:
     def keep(self, rows: Tensor) -> None:
         """Go on with only these rows of the replicas."""
         self.lr = self.lr[rows]
-        self._state = [part[rows] for part in self._state]
+        self.state = [part[rows] for part in self.state]
