@@ -63,12 +63,19 @@ class Optimizer:
         # Momentum buffer; for Adam both moments and the count of updates. Made at the first.
         self.state: list[Tensor] = []
 
-    def update(self, theta: Tensor, gradient: Tensor, pivots: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        pivots: Tensor | None = None,
+        near: Tensor | None = None,
+    ) -> Tensor:
         """One update of theta, in place.
 
         Args:
             theta, gradient: contiguous.  # [R, P]
             pivots: of the path theta is projected on next; None if it is not.  # [M, P]
+            near: segments that `ops.step.project_step` will be given too.  # [R]
 
         Returns:
             the products that `ops.step.project_step` needs.  # [R, 2, M]
@@ -90,6 +97,7 @@ class Optimizer:
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=self.weight_decay,
+                near=near,
             )
         if first and self.momentum:
             self.state = [torch.zeros_like(theta)]
@@ -103,6 +111,7 @@ class Optimizer:
             weight_decay=self.weight_decay,
             nesterov=self.name == "nesterov",
             first=first,
+            near=near,
         )
 
     def keep(self, rows: Tensor) -> None:

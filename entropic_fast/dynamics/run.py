@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.step import project_step, segment_squares
+from ..ops.step import pivot_squares, project_step, segment_squares
 from ..paths.path import Path
 from . import engines
 from .evaluation import Evaluation
@@ -59,6 +59,7 @@ class Run:
         self.gradients, self.max_distance = gradients, max_distance * path.length
         self._lift = lift
         self.squares = segment_squares(path.pivots)  # [M - 1]
+        self.between = pivot_squares(path.pivots)  # [M, M]
         self.theta = path.point(starts).contiguous()
         self.position = starts.to(path.positions).clone()
         self.distance = torch.zeros_like(self.position)
@@ -85,7 +86,7 @@ class Run:
 
     def updates(self, table: Tensor) -> None:
         """Updates on these minibatches, and a projection; waits for no device.  # [k, R, B]"""
-        last = len(table) - 1
+        last, near = len(table) - 1, self._near()
         for j, index in enumerate(table):
             loss, gradient = self.gradients(self.theta, *self.minibatches.take(index))
             if j == 0 and self.step == 0:
@@ -94,12 +95,19 @@ class Run:
             self.bad.copy_(torch.where((self.bad == 0) & ~loss.isfinite(), self.counter, self.bad))
             self.losses += loss
             products = self.rule.update(
-                self.theta, gradient, self.path.pivots if j == last else None
+                self.theta, gradient, *((self.path.pivots, near) if j == last else ())
             )
-        segment, t, distance = project_step(self.theta, products, self.path.pivots, self.squares)
+        segment, t, distance = project_step(
+            self.theta, products, self.path.pivots, self.squares, near, self.between
+        )
         self.distance.copy_(distance)
         here, there = self.path.positions[segment], self.path.positions[segment + 1]
         self.position.copy_(torch.lerp(here, there, t))
+
+    def _near(self) -> Tensor:
+        """The segment that each replica is on, where projection looks first.  # [r]"""
+        after = torch.searchsorted(self.path.positions, self.position, right=True)
+        return (after - 1).clamp(0, len(self.squares) - 1)
 
     def first_record(self, starts: Tensor, evaluation: Evaluation) -> Record:
         """The record of the start, after the first cycle.  # starts [R]"""
