@@ -31,10 +31,12 @@ from .curvature import (
 )
 from .dynamics import (
     ChannelPotential,
+    CheckpointMismatchError,
     RidgePotential,
     RingPotential,
     Trajectory,
     relax,
+    relax_many,
     simulate_langevin,
 )
 from .lmc import LMCResult, linear_mode_connectivity
@@ -81,6 +83,8 @@ __all__ = [
     "AutoNEBConfig",
     "NEBResult",
     "relax",
+    "relax_many",
+    "CheckpointMismatchError",
     "Trajectory",
     "linear_mode_connectivity",
     "LMCResult",

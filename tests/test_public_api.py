@@ -47,6 +47,8 @@ NAMES = [
     "AutoNEBConfig",
     "NEBResult",
     "relax",
+    "relax_many",
+    "CheckpointMismatchError",
     "Trajectory",
     "linear_mode_connectivity",
     "LMCResult",
