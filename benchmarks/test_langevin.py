@@ -2,59 +2,53 @@
 
 Small by default, so that it runs with the tests:
     pytest benchmarks/test_langevin.py
-A million particles, stored:
-    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_langevin.py --benchmark-json=FILE
+A million particles, stored in benchmarks/results/langevin-*.json:
+    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_langevin.py
 
-All rivals take turns within one round, so a change in the machine's load meets all of them alike:
-pytest-benchmark times ours, and `extra_info["ns_per_particle_step"]` holds the medians of every
-rival. They take different numbers of steps, as the loops are slow; a step's cost does not depend on
-how many there are. The loops draw their noise with the library's own generator, in sequence, and
+Rivals take different numbers of steps, as the loops are slow; a step's cost does not depend on how
+many there are. The loops draw their noise with the library's own generator, in sequence, and
 compute Euler-Maruyama; ours and the reference draw the same counter-based noise.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable
-from statistics import median
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+from rounds import DEVICE, FULL, store, table, take_turns
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import FAMILY, advance
 from entropic_fast.reference.langevin import UNDERDAMPED
 from entropic_fast.reference.langevin_forces import force_of
 
-FULL = os.environ.get("ENTROPIC_FAST_BENCH") == "full"
 PARTICLES = 1_000_000 if FULL else 2_000
 STEPS = 200 if FULL else 20
 LOOP_STEPS = 5
-ROUNDS = 15 if FULL else 3
+ROUNDS = 7 if FULL else 2
 TEMPERATURE, DT = 0.1, 0.002
 POTENTIALS: dict[str, tuple[float, ...]] = {
     "ring": (20.0, 0.8, 1),
     "ridge": (100.0, -1.0, 7.0, 100.0),
     "channel": (50.0, 1.0, 1.0),
 }
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])]
 
 
 class Problem:
     """Particles near the ring (or on a channel's floor), and every way to move them."""
 
-    def __init__(self, potential: str, scheme: str, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, potential: str, scheme: str, dtype: torch.dtype) -> None:
         self.potential, self.scheme = potential, scheme
         angle = torch.arange(PARTICLES, dtype=torch.float64) * (2 * math.pi / PARTICLES)
         start = torch.stack((torch.cos(angle), torch.sin(angle)), 1)
         if potential != "ring":
             start = torch.stack((torch.zeros_like(angle), angle), 1)
-        self.x = start.to(device, dtype)
+        self.x = start.to(DEVICE, dtype)
         self.v = torch.zeros_like(self.x) if scheme in UNDERDAMPED else None
 
     def kernel(self, steps: int, backend_name: str | None) -> Callable[[], None]:
@@ -90,50 +84,39 @@ class Problem:
             x = x + DT * force + scale * draw.standard_normal(x.shape, dtype=x.dtype)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("scheme", ["leimkuhler-matthews", "baoab"])
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_steps(
-    benchmark: Any,
-    potential: str,
-    scheme: str,
-    dtype: torch.dtype,
-    device: str,
-    provenance: dict[str, Any],
-) -> None:
-    problem = Problem(potential, scheme, dtype, device)
+def measured(potential: str, scheme: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Nanoseconds a particle and step of every way, in turns."""
+    problem = Problem(potential, scheme, dtype)
     rivals: dict[str, tuple[int, Callable[[], None]]] = {
         "ours": (STEPS, problem.kernel(STEPS, None)),
         "reference": (LOOP_STEPS, problem.kernel(LOOP_STEPS, "reference")),
     }
     if scheme not in UNDERDAMPED:
         rivals["torch loop"] = (LOOP_STEPS, problem.torch_loop)
-        if potential == "ring" and device == "cpu":
-            rivals["numpy loop"] = (LOOP_STEPS, problem.numpy_loop)
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+        if potential == "ring" and DEVICE == "cpu":
+            rivals["NumPy loop"] = (LOOP_STEPS, problem.numpy_loop)
+    rounds = take_turns({name: run for name, (_, run) in rivals.items()}, ROUNDS)
+    for name, (steps, _) in rivals.items():
+        rounds.seconds[name] = [1e9 * s / steps / PARTICLES for s in rounds.seconds[name]]
+    ways = table(rounds)
+    return {
+        "potential": potential,
+        "scheme": scheme,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ns a particle and step": ways["seconds"],
+        "failed": ways["failed"],
+    }
 
-    def timed(name: str) -> None:
-        steps, run = rivals[name]
-        begin = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds[name].append((time.perf_counter() - begin) / steps)
 
-    def others_first() -> None:
-        for name in list(rivals)[1:]:
-            timed(name)
-
-    benchmark.pedantic(timed, args=("ours",), setup=others_first, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info.update(
-        provenance,
-        particles=PARTICLES,
-        steps=STEPS,
-        device=device,
-        dtype=str(dtype),
-        backend=backend.backend_for(FAMILY, device),
-        ns_per_particle_step={
-            name: 1e9 * median(values[1:]) / PARTICLES for name, values in seconds.items()
-        },
-    )
+def test_langevin(provenance: dict[str, Any], tmp_path: Path) -> None:
+    cells = product(POTENTIALS, ("leimkuhler-matthews", "baoab"), (torch.float64, torch.float32))
+    record = {
+        **provenance,
+        "device": DEVICE,
+        "backend": backend.backend_for(FAMILY, DEVICE),
+        "particles": PARTICLES,
+        "steps": STEPS,
+        "runs": [measured(*cell) for cell in cells],
+    }
+    store("langevin", record, tmp_path)
+    assert not any(run["failed"] for run in record["runs"])
