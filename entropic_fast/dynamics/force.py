@@ -1,24 +1,30 @@
 """The entropic force on projected SGD, from curvature across the path and gradient noise.
 
 Start on the path at s with unit tangent u, and let w be the displacement that minibatch noise has
-made since the last projection. To second order in w the mean gradient along the path is
+made since the last projection. To second order in w the gradient of a minibatch along the path is
 
-    u . grad L(s) + u . H w + (1/2) tr((dH/ds) w w^T),        d/ds along u, per unit of length,
+    u . grad L(s) + u . H w + (1/2) tr((dH/ds) w w^T) + its noise, that of u . H w included,
 
-and w is linear in the noise (`response`), so E w w^T is a sum of known factors times C, the
-covariance of single examples' gradients. The force along the path is thus
+with d/ds along u, per unit of length. w is linear in the noise (`response`), so E w w^T is a sum
+of known factors times C, the covariance of single examples' gradients. Forces along the path:
 
-    energetic:   - u . grad L        (and what the same burst does without noise)
-    entropic:    - (1/2) tr((dH/ds) Cov(w))  =  - (1/2) d/ds tr(H(s) Cov(w)) at fixed Cov(w),
+    energetic   - u . grad L, or what the same burst does without noise (`noiseless_drift`);
+    entropic    - (1/2) tr((dH/ds) E w w^T) = - (1/2) d/ds tr(H(s) E w w^T) at fixed E w w^T:
+                down the curvature, for k updates a cycle, momentum and weight decay;
+    exclusion   - E[u . (H_b - H) w]: minibatches of an epoch are drawn without replacement, so
+                one excludes the examples that made w. In all - (lr j / (N - 1)) (1/2) d tr C / ds
+                after j updates: down the gradient noise. It is of first order in lr and vanishes
+                with 1 / N; the entropic force is of second order at finite k.
 
-for k updates a cycle, momentum and weight decay included. With k -> infinity, small lr and noise
-c in every direction Cov(w) -> T H^-1 with T = lr c / (2 B): the force is then - dV/ds with
-V = (T / 2) log det H across the path (one direction of stiffness g: (T / 2) log g).
+Where examples differ in curvature, the noise away from the path is larger than on it, by
+E |(H_e - H) w|^2 on average: `spread` adds it to C in strength, in the shape of C.
 
-What this leaves out: noise along the path (it makes no mean force at this order); E w itself,
-which noise shifts where the path's tangent is no eigenvector of H (u . H E w); that examples
-differ in curvature (noise proportional to w), and that minibatches of an epoch exclude one
-another, beyond Cov(w); all orders beyond the second. The last four grow with lr / B.
+With k -> infinity, small lr and noise c in every direction E w w^T -> T H^-1, T = lr c / (2 B):
+the force is then - dV/ds of V = (T / 2) log det H across the path (one direction of stiffness g:
+(T / 2) log g). With momentum mu, T is 1 / (1 - mu) times as large, and so is the velocity.
+
+What this leaves out: noise along the path, which makes no mean force at this order; the mean of
+w that noise makes where u is no eigenvector of H (u . H E w); and all orders beyond the second.
 """
 
 from __future__ import annotations
@@ -30,35 +36,33 @@ from torch import Tensor
 
 from .. import checks
 from ..curvature import HessianOperator, top_eigenvalues
-from ..curvature.across import Across, orthonormal, without
-from ..curvature.per_example import ExampleGradients
+from ..curvature.across import Across, orthonormal
 from ..curvature.protocol import multiply, quadratic_forms
 from ..objective import Objective
 from ..paths.path import Path
-from ..random import derive, permutation
 from ..results import Eigenpairs, Estimate
-from .response import ProjectedSGD, noise_factors, response, travel
+from .noise import GradientNoise
+from .response import ProjectedSGD, Response, Sampling, response, travel
 
 
 @dataclass(frozen=True, eq=False)
 class PointForce:
-    """Curvature and noise at a point of a path: the force at any settings follows from these.
+    """Curvature and noise at a point of a path: the forces at any settings follow from these.
 
     The r directions are the leading eigenvectors of H across the path; "the rest" is what is
-    orthogonal to them, taken as one more direction whose stiffness is that of the noise there.
+    orthogonal to them, one more direction, the last, whose stiffness is that of the noise there.
 
     Attributes:
         position: relative arc length s.
         length: of the path; lengths below are Euclidean, in the units of the parameters.
         gradient: u . grad L, per unit of length.
-        stiffness: eigenvalues lambda_i of the r directions.  # [r]
-        slope: v_i . (dH/ds) v_i, their change along the path.  # [r]
-        noise: c_i, variance of single examples' gradients along v_i.  # [r]
-        rest_stiffness: g . H g / g . g of the noise in the rest.
-        rest_noise: trace of C in the rest.
-        pull: C_il (dH/ds)_il of the r directions, and of the rest in the last row and column:
-            the force is - (1/2) sum_il factors_il pull_il.  # [r + 1, r + 1]
-        rest_error: standard error of the last entry of `pull`, over the examples sampled.
+        stiffness: eigenvalues lambda_i, and g . H g / g . g of the noise in the rest.  # [r + 1]
+        slope: v_i . (dH/ds) v_i of the r directions.  # [r]
+        noise: c_i, variance of single examples' gradients, and its trace in the rest.  # [r + 1]
+        noise_slope: its change along the path, d/ds at fixed directions.  # [r + 1]
+        pull: C_il (dH/ds)_il, of the rest in the last row and column.  # [r + 1, r + 1]
+        pull_error: standard error of the last entry of `pull`, over the examples sampled.
+        spread: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 where it was not asked for.
         num_examples: N.
         pairs: the eigenpairs.
     """
@@ -69,75 +73,87 @@ class PointForce:
     stiffness: Tensor
     slope: Tensor
     noise: Tensor
-    rest_stiffness: float
-    rest_noise: float
+    noise_slope: Tensor
     pull: Tensor
-    rest_error: float
+    pull_error: float
+    spread: float
     num_examples: int
     pairs: Eigenpairs
 
     @property
     def noise_share(self) -> float:
         """Share of the noise across the path, tr C, that lies in the r directions."""
-        inside = float(self.noise.sum())
-        return inside / (inside + self.rest_noise)
+        return 1.0 - float(self.noise[-1] / self.noise.sum()) if self.noise.sum() > 0 else 1.0
 
-    def entropic(self, settings: ProjectedSGD, *, rest: bool = True) -> Estimate:
+    @property
+    def energetic(self) -> float:
+        """- u . grad L: velocity in path lengths per effective time, for momentum 0."""
+        return -self.gradient / self.length
+
+    def entropic(
+        self, settings: ProjectedSGD, *, spread: bool = True, rest: bool = True
+    ) -> Estimate:
         """Mean velocity of a burst by the entropic force, in path lengths per effective time.
 
         Args:
-            settings: of the burst, whose start is at rest on the path here.
+            settings: of the burst, which starts here on the path.
+            spread: whether noise grows away from the path; else it is what it is on the path.
             rest: whether to add what lies beyond the r directions.
 
         Returns:
             with the standard error of the part that is sampled.
         """
-        if settings.batch_size > self.num_examples:
-            raise checks.fail(
-                "settings.batch_size",
-                f"at most the {self.num_examples} examples there are",
-                str(settings.batch_size),
-            )
-        last = torch.tensor([max(self.rest_stiffness, 0.0)], dtype=torch.float64)
-        seen = response(torch.cat([self.stiffness, last]), settings).seen
-        factors = noise_factors(
-            seen, seen, travel(settings), settings.batch_size, self.num_examples
-        )
+        seen, sampling, strength = self._noise(settings, spread)
+        seen = seen.seen
+        factors = sampling.factors(seen, seen, travel(settings), strength)
         scale = -0.5 / (settings.duration * self.length)
         total = scale * (factors * self.pull)
         if not rest:
-            return Estimate(float(total[:-1, :-1].sum()), 0.0, len(self.stiffness))
-        error = abs(scale * float(factors[-1, -1])) * self.rest_error
-        return Estimate(float(total.sum()), error, len(self.stiffness))
+            return Estimate(float(total[:-1, :-1].sum()), 0.0, len(self.slope))
+        error = abs(scale * float(factors[-1, -1])) * self.pull_error
+        return Estimate(float(total.sum()), error, len(self.slope))
 
-    def stationary(self, settings: ProjectedSGD) -> float:
-        """The entropic velocity of the r directions for k -> infinity and small lr.
+    def exclusion(self, settings: ProjectedSGD) -> float:
+        """Mean velocity of a burst because minibatches of an epoch exclude one another."""
+        seen, sampling, _ = self._noise(settings, False)
+        factors = sampling.exclusion(seen.seen, travel(settings))
+        return -0.5 * float(factors @ self.noise_slope) / (settings.duration * self.length)
 
-        - (1/2) sum_i T_i d ln(lambda_i) / ds with T_i = lr c_i / (2 B (1 - momentum)), which is
-        - dV/ds for V = (1/2) sum_i T_i ln lambda_i; a drift is as many times faster with
-        momentum. Infinite without a restoring force in some direction: NaN there.
-        """
-        temperature = self.temperatures(settings)
-        return self._drift(0.5 * (temperature * self._log_slope()).sum(), settings)
-
-    def potential(self, settings: ProjectedSGD) -> float:
-        """As `stationary` with one temperature for all: - (T / 2) d/ds log det H of the r
-        directions, T = lr / (2 B) times the mean of their noise."""
-        temperature = self.temperatures(settings).mean()
-        return self._drift(0.5 * temperature * self._log_slope().sum(), settings)
+    def squared_distance(self, settings: ProjectedSGD, *, spread: bool = True) -> Tensor:
+        """E |w|^2 after each update of a burst, before the projection if one follows.  # [n]"""
+        found, sampling, strength = self._noise(settings, spread)
+        return self.noise @ sampling.squares(found.reached, strength)
 
     def temperatures(self, settings: ProjectedSGD) -> Tensor:
-        """T_i = lr c_i / (2 B (1 - momentum)), in the loss's units.  # [r]"""
-        share = (self.num_examples - settings.batch_size) / max(1, self.num_examples - 1)
-        noise = self.noise * share / settings.batch_size
-        return settings.lr * noise / (2 * (1 - settings.friction))
+        """T_i = lr c_i / (2 B (1 - momentum)) of the r directions, in the loss's units.  # [r]"""
+        own = Sampling(settings.batch_size, self.num_examples).own
+        return settings.lr * own * self.noise[:-1] / (2 * (1 - settings.friction))
 
-    def _log_slope(self) -> Tensor:
-        positive = self.stiffness > 0
-        return torch.where(positive, self.slope / self.stiffness, torch.nan)
+    def stationary(self, settings: ProjectedSGD) -> float:
+        """Entropic velocity for k -> infinity, small lr: - (1/2) sum_i T_i d ln lambda_i / ds.
 
-    def _drift(self, slope: Tensor, settings: ProjectedSGD) -> float:
-        return -float(slope) / (1 - settings.friction) / self.length
+        Over the r directions, each of its own temperature; NaN if one has no restoring force.
+        """
+        return self._drift(self.temperatures(settings), settings)
+
+    def potential(self, settings: ProjectedSGD) -> float:
+        """As `stationary` with one temperature, the mean: - (T / 2) d/ds log det H of the r
+        directions."""
+        temperatures = self.temperatures(settings)
+        return self._drift(temperatures.mean().expand_as(temperatures), settings)
+
+    def _drift(self, temperatures: Tensor, settings: ProjectedSGD) -> float:
+        stiffness = self.stiffness[:-1]
+        logs = torch.where(stiffness > 0, self.slope / stiffness, torch.nan)
+        return -0.5 * float(temperatures @ logs) / (1 - settings.friction) / self.length
+
+    def _noise(self, settings: ProjectedSGD, spread: bool) -> tuple[Response, Sampling, Tensor]:
+        sampling = Sampling(settings.batch_size, self.num_examples)
+        # Directions of negative curvature hold little noise; the rest's mean is not below 0.
+        stiffness = torch.cat([self.stiffness[:-1], self.stiffness[-1:].clamp(min=0)])
+        found = response(stiffness, settings)
+        size = self.spread if spread else 0.0
+        return found, sampling, sampling.strength(found.seen, self.noise, size)
 
 
 def point_force(
@@ -146,8 +162,9 @@ def point_force(
     position: float,
     *,
     directions: int = 16,
-    rest_examples: int = 32,
-    step: float = 0.01,
+    rest_examples: int = 16,
+    spread_draws: int = 2,
+    step: float = 0.003,
     tol: float = 1e-2,
     seed: int = 0,
     v0: Tensor | Eigenpairs | None = None,
@@ -155,9 +172,9 @@ def point_force(
 ) -> PointForce:
     """Curvature across the path, its change along it, and the gradient noise, at one position.
 
-    About 2 (r + rest_examples) products besides those of the eigenpairs, and one gradient of
-    each example. Layers with running statistics use those re-estimated at each point: for
-    dynamics with batch statistics an approximation.
+    Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 5 + 3 spread_draws
+    passes of single examples' gradients. Layers with running statistics use those re-estimated
+    at each point: for dynamics with batch statistics an approximation.
 
     Args:
         obj: the loss and the data; an example's loss must depend on that example alone.
@@ -166,12 +183,14 @@ def point_force(
         directions: r, eigenvectors of the Hessian across the path, at most P - 1.
         rest_examples: how many examples' gradients, less their part in the r directions, are
             taken to find what the rest contributes; 0 to leave the rest out of `pull`.
-        step: the curvature's change is a central difference over +- step path lengths along u.
+        spread_draws: random directions from which `spread` is taken; 0 for none, and no spread.
+        step: changes along the path are central differences over +- step path lengths along u.
+            Networks with kinks have none but over a distance: choose it near that from the path.
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
-        seed: of the Lanczos vectors and the sample.
+        seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighbouring position.
-        max_examples: curvature and noise from the first so many examples; None for all. The
-            pairs of minibatches are those of all.
+        max_examples: curvature and noise from the first so many examples; None for all. What
+            minibatches are drawn from stays all of them.
 
     Raises:
         ValueError: arguments out of range; examples that influence one another.
@@ -182,56 +201,50 @@ def point_force(
         )
     checks.whole("directions", directions, 1)
     checks.whole("rest_examples", rest_examples)
+    checks.whole("spread_draws", spread_draws)
     count = obj.count(max_examples)
     theta, tangent = path.point(position), path.tangent(position)
     u = orthonormal(tangent, obj.num_params, tangent.dtype, tangent.device, "tangent")
     spacing = step * path.length
-    energetic = float(tangent.double() @ obj.recalibrated(theta).gradient(theta).double())
 
     def at(point: Tensor) -> Objective:
         here = obj.recalibrated(point)
         return here if count == obj.num_examples else _first(here, count)
 
-    ahead, behind = (
-        HessianOperator(at(point), point)
-        for point in (theta + spacing * tangent, theta - spacing * tangent)
-    )
+    places = [theta + sign * spacing * tangent for sign in (1, -1)]
+    sides = [HessianOperator(at(place), place) for place in places]
     here = at(theta)
-    pairs = top_eigenvalues(
-        Across(HessianOperator(here, theta), u), directions, tol, seed, v0=v0
-    )
+    across = Across(HessianOperator(here, theta), u)
+    pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
     vectors = pairs.vectors
-    turned = (
-        multiply(ahead, vectors).double() - multiply(behind, vectors).double()
-    ) / (2 * spacing)  # [P, r], (dH/ds) V
+    ahead, behind = (multiply(side, vectors).double() for side in sides)
+    turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V
     slopes = vectors.double().T @ turned
 
-    gradients = _Noise(here, theta, u, vectors, turned, rest_examples, seed)
-    size = directions + 1
-    pull = torch.zeros(size, size, dtype=torch.float64)
-    pull[:-1, :-1] = (gradients.covariance * slopes).cpu()
-    stiffness, value, error = 0.0, 0.0, 0.0
-    if rest_examples:
-        rows = gradients.sample.T.contiguous()
-        forms = [quadratic_forms(operator, rows).cpu() for operator in (ahead, behind)]
+    noise = GradientNoise(here, theta, u, vectors)
+    beside = [GradientNoise(side.obj, side.theta, u, vectors).variances for side in sides]
+    pull = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
+    pull[:-1, :-1] = (noise.covariance * slopes).cpu()
+    stiffness = error = 0.0
+    if rest_examples and noise.rest > 0:
+        sample = noise.sample(rest_examples, seed)  # [P, E]
+        forms = [quadratic_forms(side, sample).cpu() for side in sides]
         change = (forms[0] - forms[1]) / (2 * spacing)
-        squares = float(gradients.sample.double().square().sum())
-        stiffness = float(0.5 * (forms[0] + forms[1]).sum()) / squares if squares else 0.0
-        value = float(change.mean())
+        stiffness = float(0.5 * (forms[0] + forms[1]).sum() / sample.double().square().sum())
+        pull[:-1, -1] = pull[-1, :-1] = noise.cross(turned).cpu()
+        pull[-1, -1] = change.mean()
         error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else torch.nan
-        pull[:-1, -1] = pull[-1, :-1] = gradients.cross.cpu()
-        pull[-1, -1] = value
     return PointForce(
         position=float(position),
         length=path.length,
-        gradient=energetic,
-        stiffness=pairs.values.double().cpu(),
+        gradient=float(tangent.double() @ obj.recalibrated(theta).gradient(theta).double()),
+        stiffness=torch.cat([pairs.values.double().cpu(), torch.tensor([stiffness]).double()]),
         slope=slopes.diagonal().cpu().clone(),
-        noise=gradients.covariance.diagonal().cpu().clone(),
-        rest_stiffness=stiffness,
-        rest_noise=gradients.rest,
+        noise=noise.variances,
+        noise_slope=(beside[0] - beside[1]) / (2 * spacing),
         pull=pull,
-        rest_error=error,
+        pull_error=error,
+        spread=noise.spread(spread_draws, seed, spacing) if spread_draws else 0.0,
         num_examples=obj.num_examples,
         pairs=pairs,
     )
@@ -240,44 +253,3 @@ def point_force(
 def _first(obj: Objective, count: int) -> Objective:
     inputs, targets = obj.tensors()
     return obj.with_data((inputs[:count], targets[:count]))
-
-
-class _Noise:
-    """Second moments of single examples' gradients about their mean, across the path.
-
-    Attributes:
-        covariance: in the r directions.  # [r, r]
-        cross: mean of (v_i . g) ((dH/ds) v_i . rest of g).  # [r]
-        rest: trace in the rest.
-        sample: the rest of some examples' gradients.  # [E, P]
-    """
-
-    def __init__(
-        self,
-        obj: Objective,
-        theta: Tensor,
-        u: Tensor,
-        vectors: Tensor,
-        turned: Tensor,
-        examples: int,
-        seed: int,
-    ) -> None:
-        n = obj.num_examples
-        mean = obj.gradient(theta)
-        chosen = permutation(n, derive(seed, "force", "rest"), 0)[: min(examples, n)]
-        r = vectors.shape[1]
-        self.covariance = torch.zeros(r, r, dtype=torch.float64, device=theta.device)
-        self.cross = torch.zeros(r, dtype=torch.float64, device=theta.device)
-        self.rest = 0.0
-        sample = []
-        across = torch.cat([u, vectors], 1)
-        for start, rows in ExampleGradients(obj, theta).chunks():
-            rows = without(u, (rows - mean).T)  # [P, n]
-            inside = (vectors.T @ rows).double()  # [r, n]
-            rest = without(across, rows)
-            self.covariance += inside @ inside.T / n
-            self.cross += (inside * (turned.to(rest.dtype).T @ rest).double()).sum(1) / n
-            self.rest += float(rest.double().square().sum()) / n
-            mine = chosen[(chosen >= start) & (chosen < start + rows.shape[1])] - start
-            sample.append(rest[:, mine.to(rest.device)].T)
-        self.sample = torch.cat(sample)

@@ -126,33 +126,100 @@ def travel(settings: ProjectedSGD) -> Tensor:
     return -response(torch.zeros(1), settings, project=False).reached[0, -1]
 
 
-def noise_factors(
-    left: Tensor, right: Tensor, weights: Tensor, batch_size: int, num_examples: int
-) -> Tensor:
-    """sum_j weights_j Cov(w_i, w_l) at update j, per unit of noise covariance C_il.
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """Covariances of minibatch gradients, per unit of the covariance C of single examples'.
 
-    C is the covariance of single examples' gradients over the N examples. Minibatches are drawn
-    without replacement within an epoch of floor(N / B) of them: each has covariance
-    C (N - B) / (N - 1) / B, and two of one epoch have -C / (N - 1) with each other. B = N gives 0.
+    Minibatches are drawn without replacement within an epoch of floor(N / B) of them: each has
+    covariance C (N - B) / (N - 1) / B, and two of one epoch have -C / (N - 1) with each other.
+    With B = N there is no noise at all.
 
-    Args:
-        left: responses of r coordinates.  # [r, n, n]
-        right: of q coordinates.  # [q, n, n]
-        weights: of the updates.  # [n]
+    Attributes:
         batch_size, num_examples: B and N.
-
-    Returns:
-        [r, q].
     """
-    if batch_size >= num_examples:
-        return torch.zeros(len(left), len(right), dtype=torch.float64)
-    pair = -1.0 / (num_examples - 1)
-    own = (num_examples - batch_size) / (num_examples - 1) / batch_size
-    weighted = weights[:, None] * left
-    n, per_epoch = left.shape[-1], num_examples // batch_size
-    factors = (own - pair) * torch.einsum("ijm,ljm->il", weighted, right)
-    for start in range(0, n, per_epoch):
-        part = slice(start, start + per_epoch)
-        sums = weighted[..., part].sum(-1), right[..., part].sum(-1)
-        factors += pair * torch.einsum("ij,lj->il", *sums)
-    return factors
+
+    batch_size: int
+    num_examples: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= checks.whole("batch_size", self.batch_size, 1) <= self.num_examples:
+            raise checks.fail(
+                "batch_size",
+                f"at most the {self.num_examples} examples there are",
+                str(self.batch_size),
+            )
+
+    @property
+    def pair(self) -> float:
+        """Of two minibatches of one epoch."""
+        # All of the examples in one minibatch: an epoch has no other.
+        return -1.0 / (self.num_examples - 1) if self.batch_size < self.num_examples else 0.0
+
+    @property
+    def own(self) -> float:
+        """Of one minibatch."""
+        n, b = self.num_examples, self.batch_size
+        return (n - b) / (n - 1) / b if b < n else 0.0
+
+    def epochs(self, steps: int) -> list[slice]:
+        """The updates of each epoch."""
+        each = self.num_examples // self.batch_size
+        return [slice(start, min(start + each, steps)) for start in range(0, steps, each)]
+
+    def factors(
+        self, left: Tensor, right: Tensor, weights: Tensor, strength: Tensor | None = None
+    ) -> Tensor:
+        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il.
+
+        Args:
+            left, right: responses of r and of q coordinates.  # [r, n, n], [q, n, n]
+            weights: of the updates.  # [n]
+            strength: of each update's own noise, as a multiple of C; None for 1.  # [n]
+
+        Returns:
+            [r, q].
+        """
+        own = self.own - self.pair if strength is None else self.own * strength - self.pair
+        weighted = weights[:, None] * left
+        factors = torch.einsum("ijm,ljm->il", weighted * own, right)
+        for part in self.epochs(left.shape[-1]):
+            sums = weighted[..., part].sum(-1), right[..., part].sum(-1)
+            factors = factors + self.pair * torch.einsum("ij,lj->il", *sums)
+        return factors
+
+    def squares(self, responses: Tensor, strength: Tensor | None = None) -> Tensor:
+        """E w_i^2 at every update, per unit of C_ii.  # [r, n, n] -> [r, n]"""
+        own = self.own - self.pair if strength is None else self.own * strength - self.pair
+        found = (responses.square() * own).sum(-1)
+        for part in self.epochs(responses.shape[-1]):
+            found = found + self.pair * responses[..., part].sum(-1).square()
+        return found
+
+    def strength(self, seen: Tensor, variances: Tensor, spread: float) -> Tensor:
+        """Noise of each update as a multiple of that on the path, where examples differ in
+        curvature: 1 + spread E |w|^2 / tr C, by recursion.
+
+        Args:
+            seen: responses.  # [r, n, n]
+            variances: C_ii.  # [r]
+            spread: E |(H_e - H) w|^2 / E |w|^2.
+
+        Returns:
+            [n].
+        """
+        total = float(variances.sum())
+        strength = torch.ones(seen.shape[-1], dtype=torch.float64)
+        if spread == 0 or total == 0:
+            return strength
+        for j in range(1, len(strength)):
+            square = self.squares(seen[:, j : j + 1], strength)[:, 0] @ variances
+            strength[j] = 1 + spread * float(square) / total
+        return strength
+
+    def exclusion(self, seen: Tensor, weights: Tensor) -> Tensor:
+        """sum_j weights_j E[noise of update j in H_il times w_i], per unit of the covariance of
+        an example's H_il and gradient: minibatches of one epoch exclude one another.  # [r]"""
+        total = torch.zeros(len(seen), dtype=torch.float64)
+        for part in self.epochs(seen.shape[-1]):
+            total += self.pair * (weights[part, None] * seen[:, part, part]).sum((1, 2))
+        return total
