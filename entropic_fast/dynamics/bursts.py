@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from .. import checks
 from ..objective import Objective
@@ -56,9 +55,7 @@ class Drift:
         for i, s in enumerate(self.position.tolist()):
             left = int((~self.velocity[i].isnan()).sum())
             found = self.interval(i, confidence) if left else None
-            value, low, high = (
-                (found.value, found.low, found.high) if found else (torch.nan,) * 3
-            )
+            value, low, high = (found.value, found.low, found.high) if found else (torch.nan,) * 3
             rows.append(
                 {"position": s, "velocity": value, "low": low, "high": high, "replicas": left}
             )
@@ -170,11 +167,15 @@ def _noise_along(
 
 def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
     """Derivative of each example's loss along the path's unit tangent, float64.  # [N]"""
-    theta, tangent = path.point(position), path.tangent(position)
-    parts = [
-        jvp(lambda point, b=batch: obj.losses(point, b.inputs, b.targets), (theta,), (tangent,))[1]
-        for batch in obj.batches()
-    ]
+    tangent, parts = path.tangent(position), []
+    for batch in obj.batches():
+        theta = path.point(position).requires_grad_()
+        losses = obj.losses(theta, batch.inputs, batch.targets)
+        # The gradient is linear in the weights of the examples: its derivative by them, along
+        # the tangent. (Forward mode would do it in one pass, for models whose parts all have it.)
+        weights = torch.ones_like(losses, requires_grad=True)
+        gradient = torch.autograd.grad(losses, theta, weights, create_graph=True)[0]
+        parts.append(torch.autograd.grad(gradient, weights, tangent)[0])
     return torch.cat(parts).double().cpu()
 
 

@@ -103,9 +103,8 @@ class PointForce:
         Returns:
             with the standard error of the part that is sampled.
         """
-        seen, sampling, strength = self._noise(settings, spread)
-        seen = seen.seen
-        factors = sampling.factors(seen, seen, travel(settings), strength)
+        found, sampling, strength = self._noise(settings, spread)
+        factors = sampling.factors(found.seen, found.seen, travel(settings), strength)
         scale = -0.5 / (settings.duration * self.length)
         total = scale * (factors * self.pull)
         if not rest:
@@ -115,8 +114,8 @@ class PointForce:
 
     def exclusion(self, settings: ProjectedSGD) -> float:
         """Mean velocity of a burst because minibatches of an epoch exclude one another."""
-        seen, sampling, _ = self._noise(settings, False)
-        factors = sampling.exclusion(seen.seen, travel(settings))
+        found, sampling, _ = self._noise(settings, False)
+        factors = sampling.exclusion(found.seen, travel(settings))
         return -0.5 * float(factors @ self.noise_slope) / (settings.duration * self.length)
 
     def squared_distance(self, settings: ProjectedSGD, *, spread: bool = True) -> Tensor:
@@ -195,7 +194,7 @@ def point_force(
     Raises:
         ValueError: arguments out of range; examples that influence one another.
     """
-    if not (0 < step and step <= position <= 1 - step):
+    if not (step > 0 and step <= position <= 1 - step):
         raise checks.fail(
             "position", f"s with s +- step ({step:g}) in [0, 1]", repr(position), "lower step"
         )
