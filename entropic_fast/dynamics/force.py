@@ -58,6 +58,7 @@ class PointForce:
         gradient: u . grad L, per unit of length.
         stiffness: eigenvalues lambda_i, and g . H g / g . g of the noise in the rest.  # [r + 1]
         slope: v_i . (dH/ds) v_i of the r directions.  # [r]
+        covariance: V^T C V in the r directions.  # [r, r]
         noise: c_i, variance of single examples' gradients, and its trace in the rest.  # [r + 1]
         noise_slope: its change along the path, d/ds at fixed directions.  # [r + 1]
         pull: C_il (dH/ds)_il, of the rest in the last row and column.  # [r + 1, r + 1]
@@ -72,6 +73,7 @@ class PointForce:
     gradient: float
     stiffness: Tensor
     slope: Tensor
+    covariance: Tensor
     noise: Tensor
     noise_slope: Tensor
     pull: Tensor
@@ -172,11 +174,14 @@ def point_force(
     """Curvature across the path, its change along it, and the gradient noise, at one position.
 
     Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 5 + 3 spread_draws
-    passes of single examples' gradients. Layers with running statistics use those re-estimated
-    at each point: for dynamics with batch statistics an approximation.
+    passes of single examples' gradients.
+
+    Layers that normalise by batch statistics: give the objective that the dynamics has,
+    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`. With `norm="running"` the
+    statistics re-estimated at each point are used: an approximation.
 
     Args:
-        obj: the loss and the data; an example's loss must depend on that example alone.
+        obj: the loss and the data.
         path: in its parameters.
         position: s, with s +- step inside [0, 1].
         directions: r, eigenvectors of the Hessian across the path, at most P - 1.
@@ -192,7 +197,7 @@ def point_force(
             minibatches are drawn from stays all of them.
 
     Raises:
-        ValueError: arguments out of range; examples that influence one another.
+        ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
     """
     if not (step > 0 and step <= position <= 1 - step):
         raise checks.fail(
@@ -207,11 +212,12 @@ def point_force(
     spacing = step * path.length
 
     def at(point: Tensor) -> Objective:
-        here = obj.recalibrated(point)
+        here = obj.recalibrated(point) if obj.norm == "running" else obj
         return here if count == obj.num_examples else _first(here, count)
 
     places = [theta + sign * spacing * tangent for sign in (1, -1)]
     sides = [HessianOperator(at(place), place) for place in places]
+    energetic = obj.recalibrated(theta) if obj.norm == "running" else obj
     here = at(theta)
     across = Across(HessianOperator(here, theta), u)
     pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
@@ -236,9 +242,10 @@ def point_force(
     return PointForce(
         position=float(position),
         length=path.length,
-        gradient=float(tangent.double() @ obj.recalibrated(theta).gradient(theta).double()),
+        gradient=float(tangent.double() @ energetic.gradient(theta).double()),
         stiffness=torch.cat([pairs.values.double().cpu(), torch.tensor([stiffness]).double()]),
         slope=slopes.diagonal().cpu().clone(),
+        covariance=noise.covariance.cpu(),
         noise=noise.variances,
         noise_slope=(beside[0] - beside[1]) / (2 * spacing),
         pull=pull,
@@ -251,4 +258,5 @@ def point_force(
 
 def _first(obj: Objective, count: int) -> Objective:
     inputs, targets = obj.tensors()
-    return obj.with_data((inputs[:count], targets[:count]))
+    size = len(next(obj.batches()).inputs)
+    return obj.with_data((inputs[:count], targets[:count]), batch_size=size)

@@ -184,7 +184,7 @@ def fit_scaling(
         times += found.times.tolist()
         arrived += (~found.censored).tolist()
     x, event = np.asarray(rows, dtype=np.float64), np.asarray(arrived, dtype=bool)
-    if not names or np.linalg.matrix_rank(x - x.mean(0)) < len(names):
+    if not names or np.linalg.matrix_rank(x - x.mean(0), tol=1e-9) < len(names):
         raise checks.fail(
             "groups", "settings that vary independently of one another", str(list(names))
         )
@@ -217,7 +217,12 @@ def fit_scaling(
             for e in np.eye(len(best))
         ]
     )
-    errors = np.sqrt(np.diag(np.linalg.inv((hessian + hessian.T) / 2)))
+    curvature = (hessian + hessian.T) / 2
+    if not np.isfinite(curvature).all() or np.linalg.eigvalsh(curvature)[0] <= 0:
+        raise checks.fail(
+            "groups", "times that determine every exponent", "a likelihood without a maximum"
+        )
+    errors = np.sqrt(np.diag(np.linalg.inv(curvature)))
     spread = float(stats.norm.ppf(0.5 + confidence / 2)) * errors[1:-1]
     exponents, shape = best[1:-1], math.exp(best[-1])
     return Scaling(
