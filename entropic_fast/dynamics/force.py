@@ -173,7 +173,7 @@ def point_force(
 ) -> PointForce:
     """Curvature across the path, its change along it, and the gradient noise, at one position.
 
-    Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 5 + 3 spread_draws
+    Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 3 + 2 spread_draws
     passes of single examples' gradients.
 
     Layers that normalise by batch statistics: give the objective that the dynamics has,
@@ -226,7 +226,7 @@ def point_force(
     turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V
     slopes = vectors.double().T @ turned
 
-    noise = GradientNoise(here, theta, u, vectors)
+    noise = GradientNoise(here, theta, u, vectors, turned, spread_draws, seed)
     beside = [GradientNoise(side.obj, side.theta, u, vectors).variances for side in sides]
     pull = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
     pull[:-1, :-1] = (noise.covariance * slopes).cpu()
@@ -236,7 +236,7 @@ def point_force(
         forms = [quadratic_forms(side, sample).cpu() for side in sides]
         change = (forms[0] - forms[1]) / (2 * spacing)
         stiffness = float(0.5 * (forms[0] + forms[1]).sum() / sample.double().square().sum())
-        pull[:-1, -1] = pull[-1, :-1] = noise.cross(turned).cpu()
+        pull[:-1, -1] = pull[-1, :-1] = noise.cross.cpu()
         pull[-1, -1] = change.mean()
         error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else torch.nan
     return PointForce(
@@ -250,7 +250,7 @@ def point_force(
         noise_slope=(beside[0] - beside[1]) / (2 * spacing),
         pull=pull,
         pull_error=error,
-        spread=noise.spread(spread_draws, seed, spacing) if spread_draws else 0.0,
+        spread=noise.spread(spacing),
         num_examples=obj.num_examples,
         pairs=pairs,
     )

@@ -60,31 +60,59 @@ def row_scale(obj: Objective) -> tuple[int, float]:
 class GradientNoise:
     """Moments of examples' gradients about their mean, in r directions and in the rest.
 
-    C is their covariance over the examples, across the tangent.
+    C is their covariance over the examples, across the tangent. One pass over the examples.
 
     Args:
         obj: the objective; with `norm="batch"` its batches are those of the dynamics.
         theta: the point.  # [P]
         tangent: unit column, left out.  # [P, 1]
         vectors: orthonormal, orthogonal to the tangent.  # [P, r]
+        turned: for `cross`; None for none.  # [P, r]
+        draws: for `spread`, how many directions.
+        seed: of those.
 
     Attributes:
         covariance: V^T C V.  # [r, r]
         rest: trace of C orthogonal to the directions.
+        cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
     """
 
-    def __init__(self, obj: Objective, theta: Tensor, tangent: Tensor, vectors: Tensor) -> None:
-        self.obj, self.theta, self.tangent, self.vectors = obj, theta, tangent, vectors
+    def __init__(
+        self,
+        obj: Objective,
+        theta: Tensor,
+        tangent: Tensor,
+        vectors: Tensor,
+        turned: Tensor | None = None,
+        draws: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.obj, self.theta = obj, theta
         self.count, self.scale = row_scale(obj)
-        n, r = self.count, vectors.shape[1]
-        self.mean = torch.zeros_like(theta, dtype=torch.float64)
-        for _, rows in gradient_rows(obj, theta):
-            self.mean += rows.double().sum(0) / n
-        self.covariance = torch.zeros(r, r, dtype=torch.float64, device=theta.device)
-        self.rest = 0.0
-        for _, inside, rest in self._parts():
-            self.covariance += inside @ inside.T / n
-            self.rest += float(rest.double().square().sum()) / n
+        self.basis = torch.cat([tangent, vectors], 1)  # [P, 1 + r]
+        self.mean = self._mean()
+        n, size = self.count, self.basis.shape[1]
+        # (columns^T g) is enough: what is taken off g follows from its coordinates.
+        columns = self.basis if turned is None else torch.cat([self.basis, turned.to(theta)], 1)
+        product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
+        squares = 0.0
+        self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
+        signs = [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+        for start, rows in gradient_rows(obj, theta):
+            rows = self.scale * (rows - self.mean)  # [n, P]
+            coordinates = (rows @ columns).double()
+            product += coordinates[:, :size].T @ coordinates / n
+            squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) / n
+            for total, sign in zip(self._sums, signs, strict=True):
+                total += sign[start : start + len(rows)].to(rows) @ rows
+        within = product[:, :size]
+        self.covariance = within[1:, 1:]
+        self.rest = max(squares - float(within.diagonal().sum()), 0.0)
+        self.cross = torch.zeros(size - 1, dtype=torch.float64)
+        if turned is not None:
+            # turned . rest = turned . g - (turned . basis) (basis . g)
+            overlap = self.basis.double().T @ columns[:, size:].double()
+            self.cross = (product[:, size:] - within @ overlap)[1:].diagonal().clone()
 
     @property
     def variances(self) -> Tensor:
@@ -92,55 +120,48 @@ class GradientNoise:
         rest = torch.tensor([self.rest], dtype=torch.float64)
         return torch.cat([self.covariance.diagonal().cpu(), rest])
 
-    def _parts(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Chunk by chunk: first example, V^T g [r, n] in float64, rest of g [P, n]."""
-        mean = self.mean.to(self.theta.dtype)
-        for start, rows in gradient_rows(self.obj, self.theta):
-            across = without(self.tangent, self.scale * (rows - mean).T)
-            inside = self.vectors.T @ across
-            yield start, inside.double(), across - self.vectors @ inside
-
-    def cross(self, turned: Tensor) -> Tensor:
-        """Mean of (v_i . g) (turned_i . rest of g), for columns turned [P, r].  # [r]"""
-        total = torch.zeros(turned.shape[1], dtype=torch.float64, device=turned.device)
-        for _, inside, rest in self._parts():
-            total += (inside * (turned.to(rest.dtype).T @ rest).double()).sum(1)
-        return total / self.count
+    def _mean(self) -> Tensor:
+        if self.obj.norm != "batch":
+            return self.obj.gradient(self.theta)
+        total = torch.zeros_like(self.theta)
+        for _, rows in gradient_rows(self.obj, self.theta):
+            total += rows.sum(0) / self.count
+        return total
 
     def sample(self, examples: int, seed: int) -> Tensor:
         """The rest of so many examples' gradients, examples drawn without replacement.  # [P, E]"""
-        n = self.count
-        chosen = permutation(n, derive(seed, "force", "rest"), 0)[: min(examples, n)]
-        found = []
-        for start, _, rest in self._parts():
-            mine = chosen[(chosen >= start) & (chosen < start + rest.shape[1])] - start
-            found.append(rest[:, mine.to(rest.device)])
-        return torch.cat(found, 1)
+        order = permutation(self.count, derive(seed, "force", "rest"), 0)
+        chosen = order[: min(examples, self.count)].to(self.theta.device)
+        obj = self.obj
+        if obj.norm == "batch":
+            rows = torch.cat([rows for _, rows in gradient_rows(obj, self.theta)])[chosen]
+        else:
+            inputs, targets = obj.tensors()
+            few = obj.with_data((inputs[chosen], targets[chosen]))
+            rows = torch.cat([rows for _, rows in gradient_rows(few, self.theta)])
+        return without(self.basis, self.scale * (rows - self.mean).T)
 
-    def spread(self, draws: int, seed: int, size: float) -> float:
-        """E |(H_e - H) z|^2 / E |z|^2 over examples e and z of covariance C, |z| = size.
+    def spread(self, size: float) -> float:
+        """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
 
         By central differences of the examples' gradients: how much noisier gradients become away
         from the path, because examples differ in curvature.
         """
-        n = self.count
-        total = 0.0
-        for draw in range(draws):
-            signs = normal((n,), derive(seed, "force", "spread"), draw, dtype=torch.float64)
-            signs = signs.to(self.theta.device)
-            z = torch.zeros_like(self.theta)
-            for start, inside, rest in self._parts():
-                part = signs[start : start + rest.shape[1]].to(rest.dtype)
-                z += self.vectors @ (inside.to(rest.dtype) @ part) + rest @ part
+        tangent, found = self.basis[:, :1], []
+        for total in self._sums:
+            z = without(tangent, total[:, None])[:, 0]
             length = float(torch.linalg.vector_norm(z.double()))
             if length == 0:
                 return 0.0
-            z *= size / length
+            z = z * (size / length)
             ways = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
-            sums, squares = torch.zeros_like(self.theta, dtype=torch.float64), 0.0
+            sums, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
             for (_, up), (_, down) in zip(*ways, strict=True):
-                change = without(self.tangent, self.scale * (up - down).T / (2 * size)).double()
-                sums += change.sum(1)
-                squares += float(change.square().sum())
-            total += squares / n - float((sums / n).square().sum())
-        return total / draws
+                change = (self.scale / (2 * size)) * (up - down)
+                along = (change @ tangent).double()
+                sums += change.double().sum(0)
+                squares += float(torch.linalg.vector_norm(change, dim=1).double().square().sum())
+                squares -= float(along.square().sum())
+            mean = without(tangent.double(), sums[:, None]) / self.count
+            found.append(squares / self.count - float(mean.square().sum()))
+        return sum(found) / len(found) if found else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,8 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
         empty = Table({name: [] for name in ("time", "survival", "low", "high")})
         return Survival(empty, math.inf, math.inf, math.inf, 0, len(found.times), confidence)
     survival = stats.ecdf(data).sf
-    with np.errstate(divide="ignore", invalid="ignore"):  # where survival is 0 or 1
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no interval where survival is 0 or 1
         bounds = survival.confidence_interval(confidence, method="log-log")
     uncensored = np.unique(found.times[~found.censored].numpy())
     keep = np.isin(survival.quantiles, uncensored)
