@@ -230,7 +230,7 @@ def test_a_fit_is_by_replicas_and_says_when_proportionality_fails():
     y[0, 0] = torch.nan
     assert len(fit_force(x, y).slope.samples) == 11
     for bad_x, bad_y in ((x[:3], y), (0 * x, y), (x, y[:, :1]), (x, torch.ones(4, 5))):
-        with pytest.raises(ValueError, match="measured.*expected"):
+        with pytest.raises(ValueError, match=r"measured.*expected"):
             fit_force(bad_x, bad_y)
 
 
