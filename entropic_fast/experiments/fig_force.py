@@ -188,7 +188,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     scatter.errorbar(
         predicted, residual, half, fmt="o", color=plots.COLOURS[0], capsize=2, label="positions"
     )
-    ends = 1.15 * np.array([min(predicted.min(), 0), max(predicted.max(), 0)])
+    ends = 1.15 * np.array([min(predicted.min(), 0), 0, max(predicted.max(), 0)])
     scatter.plot(ends, ends, ":", color="0.5", label="equal")
     scatter.plot(
         ends,
