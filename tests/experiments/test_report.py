@@ -25,6 +25,7 @@ TABLES = [
     "fig2_spectrum",
     "fig3_relaxation",
     "fig3_times",
+    "fig3_survival",
     "fig4_optimizers",
     "fig4_times",
     "fig5_lines",
