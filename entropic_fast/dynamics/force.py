@@ -23,6 +23,15 @@ With k -> infinity, small lr and noise c in every direction E w w^T -> T H^-1, T
 the force is then - dV/ds of V = (T / 2) log det H across the path (one direction of stiffness g:
 (T / 2) log g). With momentum mu, T is 1 / (1 - mu) times as large, and so is the velocity.
 
+Where theory and measurement part. On a path between two digits CNNs (14,378 parameters, loss
+under 0.02, B = 8, k = 15) the fitted slope of measured on predicted is 1 within its interval (about
+0.2) for lr 0.015 to 0.07, k = 5 to 45, and B = 32 at lr 0.1. With the noise on the path alone,
+without spread, it would be 1.1 at lr 0.03 and 1.5 at 0.07: lr^2 E |(H_e - H) v|^2 / B is 0.02 to
+0.13 an update at lr 0.03 for the stiffest directions, up to 50 times lambda^2 in place of
+lambda^2. At lr 0.1 and B = 8 it is near 1: fluctuations run away (hundreds of times the linear
+squared distance), positions no longer fall on one line, and nothing quantitative holds, although
+the drift goes down the curvature still.
+
 What this leaves out: noise along the path, which makes no mean force at this order; the mean of
 w that noise makes where u is no eigenvector of H (u . H E w); and all orders beyond the second.
 """

@@ -118,7 +118,7 @@ class ForceSection:
     lr: float = 0.03
     batch_size: int = 8
     cycles: tuple[int, ...] = (1, 15)
-    replicas: int = 64
+    replicas: int = 128
     directions: int = 8
     rest_examples: int = 8
     spread_draws: int = 1
