@@ -108,7 +108,7 @@ class RelaxSection:
 class ForceSection:
     """The force on projected SGD along the first path, measured and predicted.
 
-    Bursts of max(cycles) updates from `positions` evenly spaced places, at every k of `cycles`;
+    Bursts of max(cycles) updates from the middles of `positions` segments, at every k of `cycles`;
     `replicas` at the largest k, a quarter of them at the others.
     The temperature must be low enough for fluctuations to be linear. `examples`: for curvature
     and noise (0: all); `step`: of derivatives along the path, in path lengths.
@@ -366,6 +366,12 @@ def _check(config: Config) -> None:
         largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
         if largest > limit:
             raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
+    if config.force.positions > config.path.pivots - 1:
+        raise checks.fail(
+            "force.positions",
+            f"at most the {config.path.pivots - 1} segments of a path of path.pivots",
+            str(config.force.positions),
+        )
     if config.path.max_pivots < config.path.pivots:
         raise checks.fail(
             "path.max_pivots",

@@ -42,7 +42,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
     name, first, *_ = pieces.path_names(run)[0]
     path = pieces.load_path(run, name)
     obj = _objective(run, first)
-    s = (index + 0.5) / section.positions
+    s = places(path.positions.tolist(), section.positions)[index]
     point = point_force(
         obj,
         path,
@@ -87,6 +87,19 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
         ]
         report(0.4 + 0.6 * (number + 1) / len(section.cycles))
     return {"comparison": Table.from_rows(rows), "bursts": Table.from_rows(bursts)}
+
+
+def places(pivots: Sequence[float], count: int) -> list[float]:
+    """Midpoints of `count` segments spread evenly over a path, the first and last among them.
+
+    There a chord's direction is that of the curve through the pivots to second order; next to a
+    pivot it is off by half the angle between segments, and the path leaves the valley's floor.
+
+    >>> places([0.0, 0.2, 0.4, 0.8, 1.0], 3)
+    [0.1, 0.6000000000000001, 0.9]
+    """
+    segments = np.linspace(0, len(pivots) - 2, count).round().astype(int).tolist()
+    return [(pivots[i] + pivots[i + 1]) / 2 for i in segments]
 
 
 def _objective(run: RunFolder, seed: int) -> Objective:
