@@ -34,9 +34,9 @@ def survival(table: Table, project_every: int) -> tuple[Table, Table]:
         for lr, size in sorted(
             set(zip(part["lr"].tolist(), part["batch_size"].tolist(), strict=True))
         ):
-            rows = part.where(lr=lr, batch_size=size)
-            found.append((panel, lr, int(size), _times(rows, lr, int(size))))
-    rows = []
+            setting = part.where(lr=lr, batch_size=size)
+            found.append((panel, lr, int(size), _times(setting, lr, int(size))))
+    rows: list[dict[str, object]] = []
     for panel, group in groupby(found, key=lambda entry: entry[0]):
         settings = list(group)
         for i, (_, lr, size, times) in enumerate(settings):
