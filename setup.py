@@ -46,7 +46,7 @@ CXX_FLAGS = [
 # their calling convention does not apply.
 SIMD_FLAGS = ["-Wno-psabi"]
 FUSED_FLAGS = ["-ffp-contract=fast"]
-FUSED = ("score_", "jet")  # csrc/cpu/simd/ files whose names begin so
+FUSED = ("score_", "jet", "langevin")  # csrc/cpu/simd/ files whose names begin so
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
 
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}

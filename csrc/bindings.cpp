@@ -12,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/jet.h"
+#include "cpu/langevin.h"
 #include "cpu/score_conv.h"
 #include "cpu/score_gram.h"
 #include "cpu/score_norm.h"
@@ -75,7 +76,8 @@ struct Cpu {
   static entropic::cpu::StepShape<T> shape(const py::tuple& t) {
     return {at<T>(t[0].cast<Address>()), at<const T>(t[1].cast<Address>()),
             at<double>(t[2].cast<Address>()), t[3].cast<i64>(), t[4].cast<i64>(),
-            t[5].cast<i64>(), t[6].cast<int>()};
+            t[5].cast<i64>(), t[6].cast<int>(), at<const i64>(t[7].cast<Address>()),
+            at<const double>(t[8].cast<Address>())};
   }
 };
 
@@ -267,6 +269,44 @@ void define_jet(py::module_& m, const std::string& suffix) {
   m.def(("jet_inner" + suffix).c_str(), &jet_inner<T>);
 }
 
+// Addresses of x and v (0 for overdamped schemes), sizes N and D; potential and its parameters;
+// scheme; drift, decay and noise; steps, first step, first particle and seed.
+template <typename T>
+void langevin_advance(Address x, Address v, i64 particles, i64 dim, int potential,
+                      const py::tuple& parameters, int scheme, const py::tuple& coefficients,
+                      const py::tuple& counts, int threads) {
+  entropic::cpu::Langevin<T> call{};
+  call.x = at<T>(x);
+  call.v = at<T>(v);
+  call.particles = particles;
+  call.dim = dim;
+  call.potential = static_cast<entropic::cpu::LangevinPotential>(potential);
+  for (std::size_t i = 0; i < parameters.size(); ++i)
+    call.parameters[i] = parameters[i].cast<double>();
+  call.scheme = static_cast<entropic::cpu::LangevinScheme>(scheme);
+  std::size_t i = 0;
+  for (double* value : {&call.drift, &call.decay, &call.noise})
+    *value = coefficients[i++].cast<double>();
+  i = 0;
+  for (i64* value : {&call.steps, &call.first_step, &call.first_particle})
+    *value = counts[i++].cast<i64>();
+  call.seed = counts[i].cast<std::uint64_t>();
+  py::gil_scoped_release release;
+  entropic::cpu::langevin_advance(call, threads);
+}
+
+template <typename T>
+void langevin_box_muller(Address words, Address normal, i64 pairs) {
+  py::gil_scoped_release release;
+  entropic::cpu::langevin_box_muller(at<const i64>(words), at<T>(normal), pairs);
+}
+
+template <typename T>
+void define_langevin(py::module_& m, const std::string& suffix) {
+  m.def(("langevin_advance" + suffix).c_str(), &langevin_advance<T>);
+  m.def(("langevin_box_muller" + suffix).c_str(), &langevin_box_muller<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -287,6 +327,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_grads_float64", &norm_grads<double>);
   define_jet<float>(m, "_cpu_float32");
   define_jet<double>(m, "_cpu_float64");
+  define_langevin<float>(m, "_cpu_float32");
+  define_langevin<double>(m, "_cpu_float64");
 #ifdef ENTROPIC_HAS_CUDA
   define_step<float, Gpu>(m, "_cuda_float32");
   define_step<double, Gpu>(m, "_cuda_float64");

@@ -6,6 +6,7 @@ from .curvature import (
     FisherOperator,
     GGNOperator,
     HessianOperator,
+    JacobianOperator,
     ScorePlan,
     curvature_profile,
     density_log_determinant,
@@ -28,7 +29,14 @@ from .curvature import (
     spectral_density,
     top_eigenvalues,
 )
-from .dynamics import RidgePotential, RingPotential, Trajectory, relax, simulate_langevin
+from .dynamics import (
+    ChannelPotential,
+    RidgePotential,
+    RingPotential,
+    Trajectory,
+    relax,
+    simulate_langevin,
+)
 from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
@@ -55,6 +63,7 @@ __all__ = [
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
+    "JacobianOperator",
     "hessian_trace",
     "operator_trace",
     "hessian_diagonal",
@@ -78,6 +87,7 @@ __all__ = [
     "simulate_langevin",
     "RingPotential",
     "RidgePotential",
+    "ChannelPotential",
     "Estimate",
     "Eigenpairs",
     "Diagonal",

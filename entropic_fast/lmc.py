@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .checks import fail, full_precision, positive, whole
-from .curvature import HessianOperator, top_eigenvalues
+from .curvature import HessianOperator, tracked_eigenpairs
 from .data import ImageData
 from .models import build
 from .objective import Objective
@@ -173,7 +173,7 @@ def measure_line(
     ]
     curvature_data = data.tensors(curvature_examples)
     test_data = None if eval_data is None else eval_data.tensors()
-    rows = []
+    rows, pairs = [], None
     for i in range(points):
         t = i / (points - 1)
         theta = torch.lerp(ends[0], ends[1], t)  # exact at both ends
@@ -182,8 +182,8 @@ def measure_line(
         row: dict[str, float] = {"point": t, "loss": loss, "accuracy": accuracy}
         if test_data is not None:
             row["test_loss"], row["test_accuracy"] = here.with_data(test_data).evaluate(theta)
-        pairs = top_eigenvalues(
-            HessianOperator(here.with_data(curvature_data), theta), k=1, tol=tol, seed=seed
+        pairs = tracked_eigenpairs(
+            HessianOperator(here.with_data(curvature_data), theta), pairs, tol=tol, seed=seed
         )
         row["eigenvalue"] = float(pairs.values[0])
         row["residual"] = float(pairs.residuals[0])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -104,18 +106,61 @@ def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tenso
     """
     leaf = theta.detach().requires_grad_()
     try:
-        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"):
-            return obj.losses(leaf, batch.inputs, batch.targets)
-    except RuntimeError as error:
+        with (
+            torch.autograd.graph.disable_saved_tensors_hooks("no hooks"),
+            warnings.catch_warnings(),
+        ):
+            # So it says that it gives no gradient in the parameters, where the inputs need none.
+            warnings.filterwarnings("error", message="None of the inputs have requires_grad=True")
+            losses = obj.losses(leaf, batch.inputs, batch.targets)
+    except (RuntimeError, UserWarning) as error:
         files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
         if torch.utils.checkpoint.__file__ in files:
-            raise checks.fail(
-                "model",
-                "activations kept for the backward pass",
-                "torch.utils.checkpoint, which computes them again there, when theta is gone",
-                "turn checkpointing off in the model; its numbers stay the same",
-            ) from error
-    return obj.losses(leaf, batch.inputs, batch.targets)
+            raise _checkpointed() from error
+        return obj.losses(leaf, batch.inputs, batch.targets)
+    if any(node.name() == "CheckpointFunctionBackward" for node in backward_nodes(losses)):
+        raise _checkpointed()
+    return losses
+
+
+def _checkpointed() -> ValueError:
+    return checks.fail(
+        "model",
+        "activations kept for the backward pass",
+        "torch.utils.checkpoint, which computes them again there, when theta is gone",
+        "turn checkpointing off in the model; its numbers stay the same",
+    )
+
+
+def backward_nodes(tensor: Tensor) -> Iterator[Any]:
+    """Functions of the backward pass of a tensor, each once."""
+    todo: list[Any] = [tensor.grad_fn]
+    seen = {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            todo.extend(before for before, _ in node.next_functions)
+
+
+def require_twice_differentiable(tensor: Tensor) -> None:
+    """Refuse a graph with a function marked as `once_differentiable`.
+
+    torch takes its backward pass for a constant where only some inputs are asked for: second
+    derivatives would lack terms, without a word.
+
+    Raises:
+        RuntimeError: naming the function.
+    """
+    for node in backward_nodes(tensor):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        code = getattr(backward, "__code__", None)
+        if code is not None and code.co_filename == torch.autograd.function.__file__:
+            raise RuntimeError(
+                f"{node.name()}: a function marked with @once_differentiable has no second "
+                "derivative; write its backward pass in differentiable operations"
+            )
 
 
 def interaction(obj: Objective, model: nn.Module) -> str:

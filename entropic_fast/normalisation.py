@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
             )
     try:
         private = copy.deepcopy(model).eval()
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, PickleError) as error:
         raise checks.fail(
             "model", "a module that can be copied (copy.deepcopy)", str(error)
         ) from error

@@ -77,8 +77,10 @@ def test_the_tables_have_their_columns(result):
 def test_branching_at_the_end_leaves_nothing_between(result):
     last = result.instability.where(k=4)
     assert result.table.where(k=4)["distance"].tolist() == [0] * 5
-    for name in ("loss_instability", "eigenvalue_instability", "barrier", "error_barrier"):
+    for name in ("loss_instability", "barrier", "error_barrier"):
         assert last[name][0] == 0
+    # To the square of the relative residual, 1e-2, as each search begins at the one before.
+    assert abs(last["eigenvalue_instability"][0]) < 1e-4
 
 
 def test_later_branches_end_closer_together(result):
@@ -214,7 +216,9 @@ def test_a_line_between_a_network_and_itself_is_flat():
     line = measure_line(
         model, copy.deepcopy(model), TRAIN, points=4, loss_examples=30, curvature_examples=20
     )
-    assert len(set(line["loss"])) == len(set(line["eigenvalue"])) == 1
+    assert len(set(line["loss"])) == 1
+    # Each point's search begins at the one before, and ends within the tolerance of 1e-2.
+    assert line["eigenvalue"].tolist() == pytest.approx([line["eigenvalue"][0]] * 4, rel=1e-3)
     objective = Objective(model, "cross_entropy", TRAIN.tensors(30))
     assert line["loss"][0] == objective.loss()
     curvature = Objective(model, "cross_entropy", TRAIN.tensors(20))

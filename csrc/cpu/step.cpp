@@ -71,12 +71,14 @@ double tree_sum(const double* values, i64 stride, i64 count) {
 }
 
 // update(r, begin, n) advances elements begin .. begin + n of replica r; the products of the new
-// values follow at once, while the block is in cache.
+// values follow at once, while the block is in cache: with all pivots, or with the two of the
+// segment that s.near names.
 template <typename T, typename Update>
 void update_and_products(const StepShape<T>& s, const Update& update) {
   const StepBlocks<T>& kernel = blocks<T>();
   const i64 block_count = ceil_div(s.size, BLOCK);
-  const i64 sums = 2 * s.pivot_count;
+  const i64 count = s.near ? 2 : s.pivot_count;
+  const i64 sums = 2 * count;
   std::vector<double> partial(static_cast<size_t>(s.replicas * block_count * sums));
   const i64 groups = ceil_div(s.replicas, GROUP);
   [[maybe_unused]] const int threads = s.replicas * s.size < PARALLEL_FROM ? 1 : s.threads;
@@ -91,32 +93,55 @@ void update_and_products(const StepShape<T>& s, const Update& update) {
     for (i64 r = first; r < last; ++r) {
       update(r, begin, n);
       double* out = partial.data() + (r * block_count + block) * sums;
-      kernel.products(s.theta + r * s.size + begin, s.pivots + begin, s.size, s.pivot_count, n,
-                      out, out + s.pivot_count);
+      const i64 pivot = s.near ? s.near[r] : 0;
+      kernel.products(s.theta + r * s.size + begin, s.pivots + pivot * s.size + begin, s.size,
+                      count, n, out, out + count);
     }
   }
 
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (i64 i = 0; i < s.replicas * sums; ++i) {
-    const double* from = partial.data() + (i / sums) * block_count * sums + i % sums;
-    s.products[i] = tree_sum(from, sums, block_count);
+    const i64 r = i / sums, which = i % sums / count, m = i % count;
+    const double* from = partial.data() + r * block_count * sums + i % sums;
+    const i64 pivot = s.near ? s.near[r] : 0;
+    s.products[(2 * r + which) * s.pivot_count + pivot + m] = tree_sum(from, sums, block_count);
   }
 }
 
-// Lowest segment among the nearest; t is NaN when any product is not finite.
+// Products of replica r with pivots first .. first + count, in place of what s.products holds.
+template <typename T>
+void take_products(const StepShape<T>& s, i64 r, i64 first, i64 count, int threads) {
+  const StepBlocks<T>& kernel = blocks<T>();
+  const i64 block_count = ceil_div(s.size, BLOCK);
+  const i64 sums = 2 * count;
+  std::vector<double> partial(static_cast<size_t>(block_count * sums));
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (i64 block = 0; block < block_count; ++block) {
+    const i64 begin = block * BLOCK;
+    const i64 n = begin + BLOCK < s.size ? BLOCK : s.size - begin;
+    double* out = partial.data() + block * sums;
+    kernel.products(s.theta + r * s.size + begin, s.pivots + first * s.size + begin, s.size, count,
+                    n, out, out + count);
+  }
+  for (i64 i = 0; i < sums; ++i)
+    s.products[(2 * r + i / count) * s.pivot_count + first + i % count] =
+        tree_sum(partial.data() + i, sums, block_count);
+}
+
+// Lowest segment among the nearest of first .. last; t is NaN when any product is not finite.
 template <typename T>
 void choose_segment(const StepShape<T>& s, const double* products, const double* segment_squares,
-                    i64* segment, double* t) {
+                    i64 first, i64 last, i64* segment, double* t) {
   const double* squares = products;
   const double* along = products + s.pivot_count;
   double best = std::numeric_limits<double>::infinity();
   *segment = 0;
   *t = std::numeric_limits<double>::quiet_NaN();
-  for (i64 m = 0; m < s.pivot_count; ++m)
-    if (!std::isfinite(squares[m]) || !std::isfinite(along[m])) return;
+  for (i64 m = first; m <= last + 1; ++m)
+    if (!std::isfinite(squares[m]) || (m <= last && !std::isfinite(along[m]))) return;
   for (i64 m = 0; m + 1 < s.pivot_count; ++m)
     if (!std::isfinite(segment_squares[m])) return;
-  for (i64 m = 0; m + 1 < s.pivot_count; ++m) {
+  for (i64 m = first; m <= last; ++m) {
     const double length = segment_squares[m];
     const Candidate c = nearest_on_segment(squares[m], squares[m + 1], along[m], length);
     if (c.squared_distance < best) {
@@ -125,6 +150,43 @@ void choose_segment(const StepShape<T>& s, const double* products, const double*
       *t = c.t;
     }
   }
+}
+
+// Distances are compared as if they were off by this share of the path's largest squared one: far
+// more than rounding makes of them.
+constexpr double SLACK = 1e-12;
+
+// The segments that may hold the point nearest to replica r, given its nearest point x on segment
+// `near`, at distance d: the others keep farther from x than 2 d, and so, by the triangle
+// inequality, farther from the replica than x is. |x - p|^2 for a pivot p follows from the pivots'
+// squared distances alone (Stewart's theorem). All segments, where a product is not finite.
+template <typename T>
+void segments_in_reach(const StepShape<T>& s, i64 r, i64* first, i64* last) {
+  const i64 near = s.near[r], count = s.pivot_count;
+  const double* squares = s.products + 2 * r * count;
+  const double along = squares[count + near];
+  const double length = s.between[near * count + near + 1];
+  *first = 0, *last = count - 2;
+  double largest = 0.0;
+  for (i64 i = 0; i < count * count; ++i) {
+    if (!std::isfinite(s.between[i])) return;
+    largest = s.between[i] > largest ? s.between[i] : largest;
+  }
+  const Candidate x = nearest_on_segment(squares[near], squares[near + 1], along, length);
+  const double slack = SLACK * (largest + squares[near]);
+  const double reach = 4.0 * x.squared_distance + slack;
+  if (!std::isfinite(reach) || !std::isfinite(along)) return;
+  const auto to_pivot = [&](i64 j) {
+    const double* row = s.between + j * count;
+    return (1.0 - x.t) * row[near] + x.t * row[near + 1] - x.t * (1.0 - x.t) * length;
+  };
+  const auto beyond = [&](i64 j) {
+    const double here = to_pivot(j), next = to_pivot(j + 1), each = s.between[j * count + j + 1];
+    const double ahead = 0.5 * (here + each - next);
+    return nearest_on_segment(here, next, ahead, each).squared_distance > reach;
+  };
+  while (*first < near && beyond(*first)) ++*first;
+  while (*last > near && beyond(*last)) --*last;
 }
 
 }  // namespace
@@ -161,12 +223,19 @@ template <typename T>
 void project_step(const StepShape<T>& s, const double* segment_squares, i64* segment, double* t,
                   double* distance) {
   const StepBlocks<T>& kernel = blocks<T>();
-  for (i64 r = 0; r < s.replicas; ++r)
-    choose_segment(s, s.products + r * 2 * s.pivot_count, segment_squares, segment + r, t + r);
+  [[maybe_unused]] const int threads = s.replicas * s.size < PARALLEL_FROM ? 1 : s.threads;
+  for (i64 r = 0; r < s.replicas; ++r) {
+    i64 first = 0, last = s.pivot_count - 2;
+    if (s.near) {
+      segments_in_reach(s, r, &first, &last);
+      if (first != last) take_products(s, r, first, last - first + 2, threads);
+    }
+    choose_segment(s, s.products + r * 2 * s.pivot_count, segment_squares, first, last,
+                   segment + r, t + r);
+  }
 
   const i64 block_count = ceil_div(s.size, BLOCK);
   std::vector<double> partial(static_cast<size_t>(s.replicas * block_count));
-  [[maybe_unused]] const int threads = s.replicas * s.size < PARALLEL_FROM ? 1 : s.threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (i64 task = 0; task < s.replicas * block_count; ++task) {
     const i64 r = task / block_count;

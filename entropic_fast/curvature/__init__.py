@@ -7,12 +7,14 @@ from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
 from .hessian import GGNOperator, HessianOperator
+from .jacobian import JacobianOperator
 from .krylov import top_eigenvalues
 from .labels import sampled_labels
 from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram
 from .plan import ScorePlan
-from .profile import curvature_profile, profile_point, profile_positions
+from .point import Point, measure_point, profile_point
+from .profile import curvature_profile, profile_positions
 from .score import (
     score_gram,
     score_matrix,
@@ -21,6 +23,7 @@ from .score import (
     score_spectrum_floor,
 )
 from .trace import hessian_trace, operator_trace
+from .tracking import tracked_eigenpairs
 
 __all__ = [
     "score_matrix",
@@ -39,6 +42,7 @@ __all__ = [
     "fisher_eigenvalues",
     "HessianOperator",
     "GGNOperator",
+    "JacobianOperator",
     "hessian_trace",
     "operator_trace",
     "hessian_diagonal",
@@ -50,5 +54,8 @@ __all__ = [
     "density_log_determinant",
     "curvature_profile",
     "profile_point",
+    "measure_point",
+    "Point",
+    "tracked_eigenpairs",
     "profile_positions",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import checks, random
-from ..results import Density
+from ..results import Density, Eigenpairs
 from .across import Across, orthonormal, without
 from .basis import ROUNDING, require_symmetry
 from .krylov import stride_of
@@ -70,6 +70,41 @@ def spectral_density(
     >>> [round(v, 3) for v in d.nodes[0].tolist()], round(float(d.weights.sum()), 4)
     ([1.0, 2.0, 4.0], 2.0)
     """
+    density, _ = density_and_pairs(
+        operator, probes, steps, sigma, grid, points, seed, memory_budget, along
+    )
+    return density
+
+
+def density_and_pairs(
+    operator: Any,
+    probes: int = 8,
+    steps: int = 60,
+    sigma: float | None = None,
+    grid: Tensor | None = None,
+    points: int = 512,
+    seed: int = 0,
+    memory_budget: int | None = None,
+    along: Tensor | None = None,
+    kept: int = 1,
+) -> tuple[Density, Eigenpairs]:
+    """`spectral_density`, and the largest Ritz pairs of the same products.
+
+    Args:
+        kept: most pairs to return.
+
+    Returns:
+        the density, and the Ritz pairs of the probe whose largest Ritz value is the largest of
+        all: it is the most exact, as none exceeds the largest eigenvalue. Their residuals are
+        beta |last coordinate|, from the recurrence, and its rounding. `matvecs` are all probes'
+        products, `converged` is not judged and False. With `along` they are pairs of the
+        operator across it.
+
+    >>> import torch
+    >>> _, pairs = density_and_pairs(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 2, kept=2)
+    >>> [round(v, 3) for v in pairs.values.tolist()], float(pairs.residuals.max()) < 1e-4
+    ([4.0, 2.0], True)
+    """
     size, dtype, device = require_operator(operator)
     checks.whole("probes", probes, 1)
     checks.whole("points", points, 2)
@@ -93,6 +128,8 @@ def spectral_density(
         operator = Across(operator, left_out)
     together = min(probes, budget // each)
     rules: list[tuple[Tensor, Tensor]] = []
+    best: Eigenpairs | None = None
+    matvecs = 0
     for first in range(0, probes, together):
         starts = torch.stack(
             [
@@ -104,7 +141,13 @@ def spectral_density(
         )
         if left_out is not None:
             starts = without(left_out, starts.T).T
-        rules += [_gauss_rule(*t) for t in _lanczos(operator, starts, steps)]
+        spaces, taken = _lanczos(operator, starts, steps)
+        matvecs += taken * len(starts)
+        rules += [_gauss_rule(t) for t in spaces]
+        space = max(spaces, key=lambda t: float(t.nodes[-1]))
+        if best is None or float(space.nodes[-1]) > float(best.values[0]):
+            best = _largest(space, kept)
+        del spaces, space
     nodes = torch.stack([_padded(n, steps, float(n[-1])) for n, _ in rules])
     weights = torch.stack([_padded(w, steps, 0.0) for _, w in rules])
     low, high = float(nodes.min()), float(nodes.max())
@@ -131,18 +174,37 @@ def spectral_density(
         [_smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
     )
     error = curves.std(0) / math.sqrt(probes) if probes > 1 else torch.full_like(where, math.nan)
-    return Density(where, curves.mean(0), error, nodes, weights, sigma, count)
+    assert best is not None
+    pairs = Eigenpairs(best.values, best.vectors, best.residuals, matvecs, False)
+    return Density(where, curves.mean(0), error, nodes, weights, sigma, count), pairs
 
 
-def _lanczos(operator: Any, starts: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+class _Space(NamedTuple):
+    """The Krylov space of one probe, and its Ritz pairs.
+
+    Attributes:
+        basis: orthonormal rows, on the operator's device.  # [m, P]
+        nodes: Ritz values, ascending; float64 on the CPU.  # [m]
+        coordinates: of the Ritz vectors, in columns.  # [m, m]
+        beta: length of what follows the basis.
+        rounding: of the products.
+    """
+
+    basis: Tensor
+    nodes: Tensor
+    coordinates: Tensor
+    beta: float
+    rounding: float
+
+
+def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], int]:
     """Lanczos for several starting vectors [V, P] in step, one block product a step.
 
     Steps wait for nothing on the operator's device; every few of them it is asked whether any
     probe goes on. A probe whose Krylov space is exhausted goes on as a vector of zeros.
 
     Returns:
-        diagonal [m] and off-diagonal [m - 1] of each tridiagonal matrix; m under `steps`
-        where a Krylov space was exhausted.
+        the space of each probe, m under `steps` where it was exhausted; and the steps taken.
     """
     probes, size = starts.shape
     stride = stride_of(starts.device)
@@ -167,9 +229,10 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> list[tuple[Tensor, Te
         if j:  # of a symmetric operator the column has one more entry
             column[:, j - 1] -= betas[:, j - 1]
             gap = torch.maximum(gap, column[:, :j].abs().amax(1))
-        if j + 1 == steps:
-            break
         beta = rest.norm(dim=1)
+        if j + 1 == steps:
+            betas[:, j] = beta.double() * going
+            break
         going = going & (beta > ROUNDING * torch.finfo(starts.dtype).eps * scale)
         rest = rest / beta.clamp(min=torch.finfo(starts.dtype).tiny)[:, None]
         # A short remainder is mostly rounding: make it orthogonal once more.
@@ -185,16 +248,30 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> list[tuple[Tensor, Te
     if not bool((alphas.isfinite() & betas.isfinite()).all()):
         raise checks.fail("operator", "finite products", "NaN or infinity")
     require_symmetry(float(gap.max()), float(scale.max()))
-    counts = [int(m) for m in lengths.tolist()]
-    return [(alphas[v, :m], betas[v, : m - 1]) for v, m in enumerate(counts)]
+    rounding = ROUNDING * torch.finfo(starts.dtype).eps * scale.cpu()
+    spaces = []
+    for v, m in enumerate(int(m) for m in lengths.tolist()):
+        off = torch.diag(betas[v, : m - 1], 1)
+        nodes, vectors = torch.linalg.eigh(torch.diag(alphas[v, :m]) + off + off.T)
+        beta = float(betas[v, m - 1])
+        spaces.append(_Space(basis[v, :m], nodes, vectors, beta, float(rounding[v])))
+    return spaces, j + 1
 
 
-def _gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes [m], ascending, and weights [m] of the quadrature of a tridiagonal matrix."""
-    matrix = torch.diag(diagonal)
-    matrix += torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
-    nodes, vectors = torch.linalg.eigh(matrix)
-    return nodes, vectors[0].square()
+def _gauss_rule(space: _Space) -> tuple[Tensor, Tensor]:
+    """Nodes [m], ascending, and weights [m] of the quadrature of a probe."""
+    return space.nodes, space.coordinates[0].square()
+
+
+def _largest(space: _Space, kept: int) -> Eigenpairs:
+    """The largest Ritz pairs of a probe, largest first."""
+    chosen = space.coordinates.flip(1)[:, :kept]
+    vectors = space.basis.T @ chosen.to(space.basis)
+    residuals = torch.hypot(
+        space.beta * chosen[-1].abs(), torch.tensor(space.rounding, dtype=torch.float64)
+    )
+    values = space.nodes.flip(0)[:kept]
+    return Eigenpairs(values.to(vectors), vectors, residuals.to(vectors), 0, False)
 
 
 def _padded(values: Tensor, length: int, fill: float) -> Tensor:

@@ -49,7 +49,7 @@ class FisherOperator(CurvatureOperator):
         passes: passes over the examples so far.
 
     Raises:
-        ValueError: as `ExampleGradients`; in products, as `CurvatureOperator.__matmul__`, and a
+        ValueError: as `ExampleGradients`; in products, as `CurvatureOperator.multiply`, and a
             NaN or infinite score.
 
     >>> import torch

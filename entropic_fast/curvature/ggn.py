@@ -15,7 +15,7 @@ from torch import Tensor
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
 from ..loss_functions import widened
-from ..model_checks import require_finite_outputs
+from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
 from .fisher import gradient_norms
@@ -160,6 +160,7 @@ def _output_hessians(
         obj.finite_losses(theta, batch)  # raises, naming the example
     if not losses.requires_grad:  # a loss that is constant in the outputs
         return found
+    require_twice_differentiable(losses)
     (gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
     if not gradient.requires_grad:  # a loss linear in the outputs
         return found

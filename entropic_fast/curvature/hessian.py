@@ -11,8 +11,10 @@ from torch import Tensor
 from .. import random
 from ..exact import TwiceDifferentiable, exact_math
 from ..examples import Batch
+from ..model_checks import require_twice_differentiable
 from ..objective import NonFiniteLossError, Objective
 from .agreement import AGREEMENT, DisagreementError, rules_are_off
+from .compiled import undisturbed
 from .jets import JetEngine, NotCapturedError
 from .memory import resolve_budget
 from .operators import CurvatureOperator
@@ -48,7 +50,8 @@ class JetOperator(CurvatureOperator):
     @property
     def way(self) -> str:
         """How products are taken: "rules", or "autograd" with the reason."""
-        return "rules" if self._engine is not None else f"autograd, as {self._why}"
+        with undisturbed():
+            return "rules" if self._engine is not None else f"autograd, as {self._why}"
 
     @cached_property
     def _engine(self) -> JetEngine | None:
@@ -67,11 +70,18 @@ class JetOperator(CurvatureOperator):
         rows = columns.T.contiguous()
         if self._engine is not None:
             total = self._engine.products(rows, self.kind)
-        else:
-            total = torch.zeros_like(rows)
-            for batch in self.obj.batches() if len(rows) else ():
-                self._add_products(batch, rows, total)
+            if bool(torch.isfinite(total).all()):
+                return (total / self.obj.num_examples).T
+        total = torch.zeros_like(rows)
+        for batch in self.obj.batches() if len(rows) else ():
+            self._add_products(batch, rows, total)
+        if self._engine is not None and bool(torch.isfinite(total).all()):
+            self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
+
+    def _leave_rules(self, why: str) -> None:
+        self._engine, self._why = None, why
+        logger.info("%s by autograd, as %s", self.name, why)
 
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
@@ -138,7 +148,7 @@ class HessianOperator(JetOperator):
 
     Raises:
         ValueError: a model in half precision, a point that does not fit; in products, as
-            `CurvatureOperator.__matmul__`.
+            `CurvatureOperator.multiply`.
         RuntimeError: from torch, a function of the model that has no second derivative.
 
     >>> import torch
@@ -153,13 +163,15 @@ class HessianOperator(JetOperator):
     def _forms(self, columns: Tensor) -> Tensor:
         if self._engine is None:
             return super()._forms(columns)
-        return self._engine.forms(columns.T.contiguous()) / self.obj.num_examples
+        forms = self._engine.forms(columns.T.contiguous()) / self.obj.num_examples
+        return forms if bool(torch.isfinite(forms).all()) else super()._forms(columns)
 
     @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
         with TwiceDifferentiable():
             loss = self.obj.finite_losses(leaf, batch).sum()
+        require_twice_differentiable(loss)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         if not gradient.requires_grad:  # a loss linear in theta
             return
@@ -198,10 +210,12 @@ class GGNOperator(JetOperator):
         leaf = self.theta.detach().requires_grad_()
         with TwiceDifferentiable():
             outputs = self.obj.outputs(leaf, batch.inputs)
+        require_twice_differentiable(outputs)
         free = outputs.detach().requires_grad_()
         losses = self.obj.output_losses(free, batch.targets)
         if not bool(torch.isfinite(losses.detach()).all()):
             self.obj.finite_losses(self.theta, batch)  # raises, naming the example
+        require_twice_differentiable(losses)
         (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
         if not loss_gradient.requires_grad:  # a loss linear in the outputs
             return

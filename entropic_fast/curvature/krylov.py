@@ -61,8 +61,8 @@ def top_eigenvalues(
     A warm start, such as the pairs of a neighbouring point on a path, is tested after its first
     product; along a path of 33 points k = 1 took 5 products a point (9 from random vectors),
     k = 3 took 13 by blocks, 10 with block=1 (19, 13). A start that holds nothing of the wanted
-    eigenvector can end at another: one that is an eigenvector is accepted. A wider block,
-    filled up with random vectors, guards against that.
+    eigenvector can end at another: one that is an eigenvector is accepted, in a block with
+    random vectors too. `tracked_eigenpairs` guards against that for k = 1.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
@@ -106,7 +106,7 @@ def top_eigenvalues(
     width = min(width, size)
     if width > max_matvecs:
         raise checks.fail("max_matvecs", f"at least the first block's {width}", str(max_matvecs))
-    basis = Basis(operator, _capacity(k, width, size, dtype, device), seed, width)
+    basis = Basis(operator, capacity(k, width, size, dtype, device), seed, width)
     basis.start(start)
     return solve(basis, k, which, tol, max_matvecs=max_matvecs)
 
@@ -198,7 +198,7 @@ def _columns(v0: Tensor | Eigenpairs, size: int) -> Tensor:
     return checks.vector("v0", vectors, size).detach()[:, None]
 
 
-def _capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.device) -> int:
+def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Basis vectors to hold: enough for few restarts, or what the free memory allows.
 
     A quarter of it holds them and a block that follows.
@@ -214,7 +214,7 @@ def _capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.d
 
 def _returned(basis: Basis, ritz: Ritz, k: int, which: str, converged: bool) -> Eigenpairs:
     """Ritz pairs with the recurrence's residuals."""
-    vectors, triangle = torch.linalg.qr(_ritz_vectors(basis, ritz, k))
+    vectors, triangle = torch.linalg.qr(ritz_vectors(basis, ritz, k))
     vectors *= triangle.diagonal().sign()
     values, residuals = ritz.values[:k], ritz.residuals[:k]
     return _pairs(basis, values, vectors, residuals, which, converged)
@@ -222,7 +222,7 @@ def _returned(basis: Basis, ritz: Ritz, k: int, which: str, converged: bool) -> 
 
 def _verified(basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: float) -> Eigenpairs:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
-    vectors, _ = torch.linalg.qr(_ritz_vectors(basis, ritz, k))
+    vectors, _ = torch.linalg.qr(ritz_vectors(basis, ritz, k))
     products = basis.multiply(vectors)
     values = (vectors.double() * products.double()).sum(0)
     residuals = torch.linalg.vector_norm(products.double() - values * vectors.double(), dim=0)
@@ -230,7 +230,8 @@ def _verified(basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: f
     return _pairs(basis, values, vectors, residuals, which, converged)
 
 
-def _ritz_vectors(basis: Basis, ritz: Ritz, k: int) -> Tensor:
+def ritz_vectors(basis: Basis, ritz: Ritz, k: int) -> Tensor:
+    """The first k Ritz vectors, orthonormal to rounding.  # [P, k]"""
     return basis.columns[:, : basis.size] @ ritz.vectors[:, :k].to(basis.columns)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
+from .compiled import Compilable, forms_operation, undisturbed
 
 
-class CurvatureOperator:
+class CurvatureOperator(Compilable):
     """A symmetric matrix [P, P] known by its products; base of the operators.
+
+    `operator @ vectors` and `quadratic_forms` work in functions compiled by `torch.compile`, as
+    one operation of the graph. Vectors [P, P] must be written operator.multiply(vectors) there.
 
     Attributes:
         shape: (P, P).
@@ -32,14 +34,14 @@ class CurvatureOperator:
         if not self.takes_half:
             checks.full_precision("obj", obj.dtype, self.name)
         self.obj = obj
-        self.theta = obj.point(theta).clone()
+        with torch.inference_mode(False):
+            self.theta = obj.point(theta).clone()
         self.shape = (obj.num_params, obj.num_params)
         self.dtype, self.device = obj.dtype, obj.device
         self.products = 0
-        self._handle = next(_handles)
-        _operators[self._handle] = self
+        super().__init__()
 
-    def __matmul__(self, vectors: Tensor) -> Tensor:
+    def _multiply(self, vectors: Tensor) -> Tensor:
         """The product with a vector [P] or the columns of a matrix [P, K].
 
         Raises:
@@ -47,9 +49,6 @@ class CurvatureOperator:
                 that is not finite.
             NonFiniteLossError: a loss that is NaN or infinite.
         """
-        if torch.compiler.is_compiling():
-            product: Tensor = _product_op(vectors, self._handle)
-            return product
         columns = self._checked(vectors).reshape(self.shape[0], -1)
         product = self._finite(self._product(columns))
         self.products += product.shape[1]
@@ -69,7 +68,8 @@ class CurvatureOperator:
                 f"{vectors.dtype} on {vectors.device}",
                 "convert them with vectors.to(operator.device, operator.dtype)",
             )
-        return checks.finite("vectors", vectors).detach()
+        vectors = checks.finite("vectors", vectors).detach()
+        return vectors.clone() if vectors.is_inference() else vectors
 
     def _finite(self, result: Tensor) -> Tensor:
         if not bool(torch.isfinite(result).all()):
@@ -86,8 +86,12 @@ class CurvatureOperator:
         Raises:
             ValueError, NonFiniteLossError: as products.
         """
-        columns = self._checked(vectors)
-        return self._finite(self._forms(columns.reshape(self.shape[0], -1)))
+        if torch.compiler.is_compiling():
+            compiled: Tensor = forms_operation(vectors.detach(), self._number)
+            return compiled
+        with undisturbed():
+            columns = self._checked(vectors)
+            return self._finite(self._forms(columns.reshape(self.shape[0], -1)))
 
     def _product(self, columns: Tensor) -> Tensor:
         """The product with columns [P, K]."""
@@ -119,18 +123,3 @@ class CurvatureOperator:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.shape[0]}, N={self.obj.num_examples})"
-
-
-# Compiled functions call products through an operation of torch's, by the operator's number.
-_handles = itertools.count()
-_operators: WeakValueDictionary[int, CurvatureOperator] = WeakValueDictionary()
-
-
-@torch.library.custom_op("entropic_fast::operator_product", mutates_args=())
-def _product_op(vectors: Tensor, handle: int) -> Tensor:
-    return _operators[handle] @ vectors
-
-
-@_product_op.register_fake
-def _(vectors: Tensor, handle: int) -> Tensor:
-    return torch.empty_like(vectors, memory_format=torch.contiguous_format)

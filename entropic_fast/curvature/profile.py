@@ -6,19 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
+from ..results import Density, Eigenpairs
 from ..table import Table
-from .fisher import fisher_trace
-from .hessian import HessianOperator
-from .krylov import top_eigenvalues
-from .trace import DEFAULT_PROBES, hessian_trace
-
-QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm")
-Row = dict[str, float | int]
+from .point import DEFAULT_DELTA, QUANTITIES, Row, measure_point, require_quantities
+from .trace import DEFAULT_PROBES
 
 
 class PathLike(Protocol):
@@ -39,25 +34,40 @@ def curvature_profile(
     on_point: Callable[[int, Row], None] | None = None,
     probes: int = DEFAULT_PROBES,
     tol: float = 1e-3,
+    *,
+    density_probes: int = 8,
+    steps: int = 60,
+    delta: float = DEFAULT_DELTA,
+    across: bool = False,
+    on_density: Callable[[int, Density], None] | None = None,
 ) -> Table:
     """Loss and curvature at points along a path.
+
+    The quantities share their work at each point as `profile_point` says, and each point's search
+    for the largest eigenvalue begins at the eigenvectors of the one before.
 
     Args:
         obj: the objective.
         path: anything with `point(s)`, s the relative arc length.
         points: how many, evenly spaced in arc length with both ends (at least 2); or the
             positions themselves, each in [0, 1].
-        quantities: of "loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm".
+        quantities: of "loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", and
+            "density", which is not among the defaults.
         seed: of the trace probes and Lanczos vectors, the same at every point, so that
             differences between points have less noise than each point.
-        recalibrate, probes, tol: as for `profile_point`.
+        recalibrate, probes, tol, density_probes, steps, delta: as for `profile_point`.
         on_point: called with (index, row) after each point, for progress or storage.
+        across: whether "density" leaves out the path's tangent, as the effective potential
+            needs; the path then has a method `tangent(s)`.
+        on_density: called with (index, density) after each point, with "density" asked for.
 
     Returns:
         a table with column "s" and those of `profile_point`, a row a point.
 
     Raises:
-        ValueError: positions or quantities out of range; as the quantities' own functions.
+        ValueError: positions or quantities out of range; `across` without "density", or for a
+            path without tangents; `on_density` without "density"; as the quantities' own
+            functions.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -69,11 +79,19 @@ def curvature_profile(
     ([0.0, 1.0], [2.5, 0.0], [2.0, 3.0])
     """
     positions = profile_positions(points)
-    _require_quantities(obj, quantities)
+    require_quantities(obj, quantities)
+    for name, asked in (("across", across), ("on_density", on_density is not None)):
+        if asked and "density" not in quantities:
+            raise checks.fail("quantities", f'"density" among them with {name}', repr(quantities))
+    tangent = getattr(path, "tangent", None) if across else None
+    if across and tangent is None:
+        raise checks.fail(
+            "path", "one with tangent(s), for across=True", type(path).__name__, "use ef.Path"
+        )
     rows: list[Row] = []
+    pairs: Eigenpairs | None = None
     for index, s in enumerate(positions):
-        row: Row = {"s": s}
-        row |= profile_point(
+        here = measure_point(
             obj,
             path.point(s),
             quantities,
@@ -81,65 +99,20 @@ def curvature_profile(
             recalibrate=recalibrate,
             probes=probes,
             tol=tol,
+            start=pairs,
+            density_probes=density_probes,
+            steps=steps,
+            delta=delta,
+            along=None if tangent is None else tangent(s),
         )
+        pairs = here.pairs
+        row: Row = {"s": s, **here.row}
         rows.append(row)
         if on_point is not None:
             on_point(index, row)
+        if on_density is not None and here.density is not None:
+            on_density(index, here.density)
     return Table.from_rows(rows)
-
-
-def profile_point(
-    obj: Objective,
-    theta: Tensor | None = None,
-    quantities: Sequence[str] = QUANTITIES,
-    *,
-    seed: int = 0,
-    recalibrate: bool | int = True,
-    probes: int = DEFAULT_PROBES,
-    tol: float = 1e-3,
-) -> Row:
-    """One row of `curvature_profile`, as plain numbers.
-
-    Args:
-        obj: the objective.
-        theta: the point; None for the model's own.  # [P]
-        quantities: which columns, in this order:
-            "loss": "loss", and for a classifier "accuracy" (a share of 1);
-            "fisher_trace", "hessian_trace": the value and its "..._std_error" (over examples,
-            over probes);
-            "top_eigenvalue": of the Hessian, its "..._residual" and "..._converged" (0 or 1);
-            "norm": of theta.
-        seed: of the trace probes and Lanczos vectors.
-        recalibrate: whether to re-estimate running statistics at the point first; a number
-            for the first so many examples only. Nothing to do for a model without them.
-        probes: for the Hessian trace.
-        tol: for the largest eigenvalue, relative residual.
-
-    Returns:
-        the columns, with "norm_examples" last: how many examples the running statistics were
-        re-estimated on, 0 if they were not.
-
-    Raises:
-        ValueError: quantities out of range; as the quantities' own functions.
-
-    >>> import torch
-    >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> profile_point(obj, torch.tensor([2.0]), ("loss", "hessian_trace"))
-    {'loss': 2.5, 'hessian_trace': 5.0, 'hessian_trace_std_error': 0.0, 'norm_examples': 0}
-    """
-    _require_quantities(obj, quantities)
-    theta = obj.point(theta)
-    norm_examples = 0
-    if obj.has_running_statistics and recalibrate is not False:
-        count = None if recalibrate is True else recalibrate
-        obj = obj.recalibrated(theta, max_examples=count)
-        norm_examples = count or obj.num_examples
-    row: Row = {}
-    for name in quantities:
-        row |= _MEASURES[name](obj, theta, seed, probes, tol)
-    row["norm_examples"] = norm_examples
-    return row
 
 
 def profile_positions(points: int | Sequence[float]) -> list[float]:
@@ -161,62 +134,3 @@ def profile_positions(points: int | Sequence[float]) -> list[float]:
         if not (math.isfinite(s) and 0 <= s <= 1):
             raise checks.fail("points", "positions in [0, 1]", repr(s))
     return positions
-
-
-def _require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
-    if isinstance(quantities, str) or not quantities:
-        raise checks.fail("quantities", "a sequence of names", repr(quantities), 'as ("loss",)')
-    for name in quantities:
-        checks.one_of("quantities", name, QUANTITIES)
-        if name in ("hessian_trace", "top_eigenvalue"):
-            checks.full_precision("obj", obj.dtype, name)
-    if "fisher_trace" in quantities:
-        obj.require_single_examples()  # before work is spent on the other quantities
-
-
-def _loss(obj: Objective, theta: Tensor, seed: int, probes: int, tol: float) -> Row:
-    if not _is_classifier(obj, theta):
-        return {"loss": obj.loss(theta)}
-    loss, accuracy = obj.evaluate(theta)
-    return {"loss": loss, "accuracy": accuracy}
-
-
-def _is_classifier(obj: Objective, theta: Tensor) -> bool:
-    if obj.loss_name != "cross_entropy":
-        return False
-    batch = next(obj.batches())
-    with torch.no_grad():
-        outputs = obj.outputs(theta, batch.inputs)
-    return outputs.ndim == 2 and not batch.targets.is_floating_point()
-
-
-def _fisher_trace(obj: Objective, theta: Tensor, seed: int, probes: int, tol: float) -> Row:
-    estimate = fisher_trace(obj, theta)
-    return {"fisher_trace": estimate.value, "fisher_trace_std_error": estimate.std_error}
-
-
-def _hessian_trace(obj: Objective, theta: Tensor, seed: int, probes: int, tol: float) -> Row:
-    estimate = hessian_trace(obj, theta, probes=probes, seed=seed)
-    return {"hessian_trace": estimate.value, "hessian_trace_std_error": estimate.std_error}
-
-
-def _top_eigenvalue(obj: Objective, theta: Tensor, seed: int, probes: int, tol: float) -> Row:
-    pairs = top_eigenvalues(HessianOperator(obj, theta), tol=tol, seed=seed)
-    return {
-        "top_eigenvalue": float(pairs.values[0]),
-        "top_eigenvalue_residual": float(pairs.residuals[0]),
-        "top_eigenvalue_converged": int(pairs.converged),
-    }
-
-
-def _norm(obj: Objective, theta: Tensor, seed: int, probes: int, tol: float) -> Row:
-    return {"norm": float(torch.linalg.vector_norm(theta, dtype=torch.float64))}
-
-
-_MEASURES: dict[str, Callable[[Objective, Tensor, int, int, float], Row]] = {
-    "loss": _loss,
-    "fisher_trace": _fisher_trace,
-    "hessian_trace": _hessian_trace,
-    "top_eigenvalue": _top_eigenvalue,
-    "norm": _norm,
-}

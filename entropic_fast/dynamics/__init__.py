@@ -1,11 +1,13 @@
 """Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
 
 from .bursts import Drift, measure_drift, noiseless_drift
+from .checkpoint import CheckpointMismatchError
 from .comparison import ForceComparison, ForceFit, compare_force, fit_force, shuffled_curvature
 from .force import PointForce, point_force
+from .groups import relax_many
 from .growth import RadialShare, radial_share, scale_invariant_rows
 from .langevin import LangevinResult, simulate_langevin
-from .potentials import RidgePotential, RingPotential
+from .potentials import ChannelPotential, RidgePotential, RingPotential
 from .relax import relax
 from .relaxation import (
     Interval,
@@ -23,9 +25,11 @@ from .trajectory import DivergenceError, Record, Trajectory
 
 __all__ = [
     "relax",
+    "relax_many",
     "Trajectory",
     "Record",
     "DivergenceError",
+    "CheckpointMismatchError",
     "displacement",
     "drift",
     "relaxation_time",
@@ -58,4 +62,5 @@ __all__ = [
     "LangevinResult",
     "RingPotential",
     "RidgePotential",
+    "ChannelPotential",
 ]

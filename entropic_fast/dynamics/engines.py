@@ -1,4 +1,4 @@
-"""Minibatch gradients of many replicas at once: one loop, or one vectorised call."""
+"""Minibatch gradients of many replicas at once: a loop, threads, or one vectorised call."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch.func import grad_and_value, vmap
 
 from .. import checks
 from ..objective import Objective
+from .workers import ThreadedGradients
 
 # (theta [R, P], inputs [R, B, ...], targets [R, B, ...]) -> (losses [R], gradients [R, P])
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-ENGINES = ("auto", "vmap", "loop")
+ENGINES = ("auto", "vmap", "threads", "loop", "forward")
 
 # On a CPU vmap saves the cost of small calls, yet its grouped convolutions do arithmetic more
-# slowly. Digits CNN (14,378 parameters, 64 numbers an image), one core, ms a replica and update,
-# loop then vmap: B = 16: R = 1 0.96 2.1, R = 3 1.00 0.90, R = 16 1.16 0.48, R = 32 0.96 0.51;
-# B = 64: R = 16 1.6 1.9. ResNet-8 (3,072 numbers an image), B = 16, R = 4: 21 29.
-_CPU_REPLICAS, _CPU_NUMBERS = 3, 2048
+# slowly; threads run whole replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers a
+# minibatch of 16), two cores, ms a replica and update, loop, threads, vmap: R = 2 1.02 0.89 1.08,
+# R = 4 0.99 0.59 0.66, R = 8 0.94 0.56 0.43, R = 16 0.91 0.53 0.29; one core: R = 3 1.00 0.87 0.90.
+# ResNet-8 (49,152 numbers), R = 16: 9.8 5.9, vmap slower than the loop.
+_VMAP_REPLICAS, _VMAP_NUMBERS = 3, 2048  # replicas a core, numbers in a minibatch
 _CHUNK = {"cpu": 16}  # replicas a call; 16 and 32 measure alike, and 16 keeps to the cache
 
 
@@ -60,13 +62,16 @@ def choose(
 ) -> tuple[str, Gradients, str]:
     """The engine for these sizes, tried on the first minibatch.
 
-    "auto" is vmap where it measures faster: on a GPU with 2 replicas or more; on a CPU with 3
-    or more, if a minibatch holds at most 2,048 numbers (beyond, arithmetic outweighs calls).
-    The model must then pass through vmap without complaint, and its first replica's gradient
-    must be the loop's; otherwise the loop is taken, and the note says why.
+    "auto" is what measures fastest. On a GPU vmap, with 2 replicas or more. On a CPU vmap where
+    a minibatch holds at most 2,048 numbers and there are 3 replicas or more a core (calls then
+    cost more than arithmetic); else threads, one a core (`torch.get_num_threads()`), but the
+    loop for a single replica that can have several cores for each operation.
+
+    The first replica's gradient must be the loop's; otherwise, and where the model fails, the
+    next of vmap, threads and loop is taken, and the note says why.
 
     Args:
-        engine: "auto", "vmap" (an error where vmap fails) or "loop".
+        engine: "auto", or "vmap", "threads" (an error where they fail) or "loop".
         theta: points of the replicas.  # [R, P]
         inputs, targets: their first minibatches.  # [R, B, ...]
 
@@ -74,41 +79,78 @@ def choose(
         name of the engine, the function, and a note ("" where there is nothing to say).
 
     Raises:
-        ValueError: an unknown engine, or engine="vmap" and a model that it cannot do.
+        ValueError: an unknown engine, or one that the model or the device cannot do.
 
-    >>> x, y = torch.ones(4, 2, 3), torch.zeros(4, 2, 1)
+    >>> x, y = torch.ones(40, 2, 3), torch.zeros(40, 2, 1)
     >>> obj = Objective(torch.nn.Linear(3, 1), "mse", (x[0], y[0]))
-    >>> theta = obj.parameters_vector().repeat(4, 1)
-    >>> name, gradients, note = choose("auto", obj, theta, x, y)
+    >>> theta = obj.parameters_vector().repeat(40, 1)
+    >>> name, gradients, note = choose("vmap", obj, theta, x, y)
     >>> losses, rows = gradients(theta, x, y)
     >>> name, note, tuple(losses.shape), tuple(rows.shape)
-    ('vmap', '', (4,), (4, 4))
+    ('vmap', '', (40,), (40, 4))
     """
     checks.one_of("engine", engine, ENGINES)
     loop = loop_gradients(objective)
-    if engine == "loop" or (engine == "auto" and not _pays(theta, inputs)):
-        return "loop", loop, ""
-    batched = vmap_gradients(objective)
-    reason = _failure(batched, loop, theta, inputs, targets)
-    if not reason:
-        return "vmap", batched, ""
-    if engine == "vmap":
-        raise checks.fail(
-            "engine", "a model that torch.func.vmap can do", reason, 'pass engine="loop"'
-        )
-    return "loop", loop, f"vmap was not used: {reason}"
+    notes: list[str] = []
+    for name in _candidates(theta, inputs) if engine == "auto" else (engine,):
+        if name == "loop":
+            break
+        gradients, reason = _tried(name, objective, loop, theta, inputs, targets)
+        if gradients is not None:
+            return name, gradients, "; ".join(notes)
+        if engine != "auto":
+            what = "torch.func.vmap" if name == "vmap" else "copies of it on threads of a CPU"
+            raise checks.fail("engine", f"a model that {what} can do", reason, 'pass engine="loop"')
+        notes.append(f"{name} was not used: {reason}")
+    return "loop", loop, "; ".join(notes)
 
 
-def _pays(theta: Tensor, inputs: Tensor) -> bool:
+def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
     if theta.device.type != "cpu":
-        return len(theta) > 1
-    return len(theta) >= _CPU_REPLICAS and inputs[0].numel() <= _CPU_NUMBERS
+        return ("vmap", "loop") if len(theta) > 1 else ("loop",)
+    workers = torch.get_num_threads()
+    small = inputs[0].numel() <= _VMAP_NUMBERS and len(theta) >= _VMAP_REPLICAS * workers
+    if len(theta) == 1 and workers > 1:
+        return ("loop",)
+    return ("vmap", "threads", "loop") if small else ("threads", "loop")
+
+
+def _tried(
+    name: str, objective: Objective, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
+) -> tuple[Gradients | None, str]:
+    """An engine that gives the loop's gradient, or why it will not do for this model."""
+    if name == "threads" and theta.device.type != "cpu":
+        return None, f"a model on {theta.device}"
+    gradients: Gradients
+    if name == "vmap":
+        gradients = vmap_gradients(objective)
+    else:
+        gradients = ThreadedGradients(objective, min(torch.get_num_threads(), len(theta)))
+    reason = _failure(gradients, loop, theta, inputs, targets)
+    if not reason:
+        return gradients, ""
+    close(gradients)
+    return None, reason
+
+
+def lead(gradients: Gradients, work: Callable[[], None]) -> None:
+    """`work()`, which calls `gradients`, where it disturbs them least."""
+    if isinstance(gradients, ThreadedGradients):
+        gradients.lead(work)
+    else:
+        work()
+
+
+def close(gradients: Gradients) -> None:
+    """Give back what an engine holds."""
+    if isinstance(gradients, ThreadedGradients):
+        gradients.close()
 
 
 def _failure(
     batched: Gradients, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> str:
-    """Why vmap will not do for this model; "" if it will."""
+    """Why an engine will not do for this model; "" if it will."""
     try:
         with warnings.catch_warnings():
             # vmap warns where it falls back to a slow loop of its own.

@@ -20,6 +20,9 @@ class Minibatches:
     `permutation(N, derive(seed, "relax", i), stream=e)`: no replica's noise depends on which
     others there are, on the device or on what was drawn before.
 
+    B = N is the full batch: every update takes all examples in their own order, so there is no
+    minibatch noise, not even of rounding, and all replicas see the same.
+
     Args:
         objective: whose examples to draw; held in memory, not copied if they were tensors.
         batch_size: B, examples a batch, at most N.
@@ -43,32 +46,56 @@ class Minibatches:
             raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
         self.batch_size, self.seed, self.ids = batch_size, checks.whole("seed", seed), list(ids)
         self.num_examples, self.per_epoch = n, n // batch_size
+        self.full = batch_size == n
         self._inputs, self._targets = objective.tensors()
         self._epoch, self._order = -1, torch.empty(0)
 
     def indices(self, step: int) -> Tensor:
-        """Examples of update `step` (from 0) of each replica, int64.  # [R, B]"""
+        """Examples of update `step` (from 0) of each replica, int64, on the device.  # [R, B]"""
+        if self.full:
+            whole = torch.arange(self.num_examples, device=self._inputs.device)
+            return whole.expand(len(self.ids), -1)
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             used = self.per_epoch * self.batch_size
             orders = [
-                permutation(self.num_examples, derive(self.seed, "relax", i), epoch)[:used]
+                permutation(
+                    self.num_examples,
+                    derive(self.seed, "relax", i),
+                    epoch,
+                    device=self._inputs.device,
+                )[:used]
                 for i in self.ids
             ]
             shape = (len(self.ids), self.per_epoch, self.batch_size)
-            self._order = torch.stack(orders).view(shape).to(self._inputs.device)
+            self._order = torch.stack(orders).view(shape)
             self._epoch = epoch
         return self._order[:, batch]
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs [R, B, ...] and targets [R, B, ...] of update `step` (from 0)."""
-        index = self.indices(step)
+    def table(self, step: int, count: int) -> Tensor:
+        """`indices` of `count` updates from `step` on; empty for the full batch.  # [k, R, B]"""
+        if self.full:
+            return torch.empty(count, 0, dtype=torch.int64, device=self._inputs.device)
+        return torch.stack([self.indices(step + j) for j in range(count)])
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [R, B, ...] and targets [R, B, ...] of one row of `table`."""
+        replicas = len(self.ids)
+        if self.full:
+            return (
+                self._inputs.expand(replicas, *self._inputs.shape),
+                self._targets.expand(replicas, *self._targets.shape),
+            )
         inputs = self._inputs.index_select(0, index.reshape(-1))
         targets = self._targets.index_select(0, index.reshape(-1))
         return (
             inputs.view(*index.shape, *self._inputs.shape[1:]),
             targets.view(*index.shape, *self._targets.shape[1:]),
         )
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs [R, B, ...] and targets [R, B, ...] of update `step` (from 0)."""
+        return self.take(self.table(step, 1)[0])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with only these rows of the replicas (positions in the present order)."""

@@ -60,25 +60,32 @@ class Optimizer:
                 "momentum", "a number in [0, 1), above 0 for Nesterov", repr(momentum)
             )
         self.momentum = float(momentum)
-        # The momentum buffer; for Adam both moments and the count of updates. Made at the first.
-        self._state: list[Tensor] = []
+        # Momentum buffer; for Adam both moments and the count of updates. Made at the first.
+        self.state: list[Tensor] = []
 
-    def update(self, theta: Tensor, gradient: Tensor, pivots: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        pivots: Tensor | None = None,
+        near: Tensor | None = None,
+    ) -> Tensor:
         """One update of theta, in place.
 
         Args:
             theta, gradient: contiguous.  # [R, P]
             pivots: of the path theta is projected on next; None if it is not.  # [M, P]
+            near: segments that `ops.step.project_step` will be given too.  # [R]
 
         Returns:
             the products that `ops.step.project_step` needs.  # [R, 2, M]
         """
-        first = not self._state
+        first = not self.state
         if self.name == "adam":
             if first:
                 count = torch.zeros_like(theta[:, 0], dtype=torch.int64)
-                self._state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
-            mean, square, count = self._state
+                self.state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
+            mean, square, count = self.state
             return adam_step(
                 theta,
                 gradient,
@@ -90,22 +97,24 @@ class Optimizer:
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=self.weight_decay,
+                near=near,
             )
         if first and self.momentum:
-            self._state = [torch.zeros_like(theta)]
+            self.state = [torch.zeros_like(theta)]
         return sgd_step(
             theta,
             gradient,
-            self._state[0] if self._state else None,
+            self.state[0] if self.state else None,
             lr=self.lr,
             pivots=pivots,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             nesterov=self.name == "nesterov",
             first=first,
+            near=near,
         )
 
     def keep(self, rows: Tensor) -> None:
         """Go on with only these rows of the replicas."""
         self.lr = self.lr[rows]
-        self._state = [part[rows] for part in self._state]
+        self.state = [part[rows] for part in self.state]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..reference import langevin_forces
 
 
 class RingPotential:
@@ -60,20 +61,7 @@ class RingPotential:
 
         The potential has no limit at the origin, whose barrier is g / 2; there the force is 0.
         """
-        x1, x2 = x[:, 0], x[:, 1]
-        r = torch.sqrt(x1 * x1 + x2 * x2)
-        inverse = torch.where(r > 0, 1 / r, 0.0)
-        cos, sin = x1 * inverse, x2 * inverse
-        c, s = cos, sin  # of m theta, by the addition theorem: faster than angles
-        for _ in range(self.modes - 1):
-            c, s = c * cos - s * sin, s * cos + c * sin
-        u = r - 1
-        g = self.mean_stiffness * (1 + self.contrast * c)
-        radial = -g * u
-        # -(1/r) dV/dtheta = (1/r) 1/2 stiffness contrast m sin(m theta) u^2
-        half = 0.5 * self.mean_stiffness * self.contrast * self.modes
-        angular = half * s * u * u * inverse
-        return torch.stack((radial * cos - angular * sin, radial * sin + angular * cos), 1)
+        return langevin_forces.ring(x, self.mean_stiffness, self.contrast, self.modes)
 
     def on_ring(self, angle: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         """Points of given angles [N], on the ring unless a radius is given.  # [N, 2]"""
@@ -163,10 +151,7 @@ class RidgePotential:
 
     def force(self, x: Tensor) -> Tensor:
         """-grad V in closed form.  # [N, n + 1] -> [N, n + 1]"""
-        fast, y = x[:, :-1], x[:, -1]
-        g = self.stiffness(y)
-        slow = -0.5 * self.slope * g * (fast * fast).sum(1) - self.wall * self._beyond(y)
-        return torch.cat((-g[:, None] * fast, slow[:, None]), 1)
+        return langevin_forces.ridge(x, self.stiff, self.slope, self.length, self.wall)
 
     def effective_potential(self, temperature: float, y: Tensor) -> Tensor:
         """V_eff = (n T / 2) ln g(y), and the walls."""
@@ -209,3 +194,90 @@ class RidgePotential:
 
     def _wall(self, y: Tensor) -> Tensor:
         return 0.5 * self.wall * self._beyond(y).square()
+
+
+class ChannelPotential:
+    """V(x, y) = 1/2 g(y) |x|^2, g = stiffness exp(contrast cos(2 pi y / length)): a closed channel.
+
+    Its floor x = 0 is flat and has no ends, so nothing but the curvature across tells one y from
+    another: V_eff = (n T / 2) ln g(y), and the density along it does not depend on temperature.
+    y is periodic with period `length` (it is not wrapped). Positions are (x_1 ... x_n, y).
+
+    Args:
+        stiffness: geometric mean of g, above 0.
+        contrast: at least 0; g is largest at y = 0 and smallest at y = length / 2.
+        length: of a period.
+        fast: n, the number of fast directions x.
+
+    Raises:
+        ValueError: a stiffness or length that is not above 0, or a negative contrast.
+
+    >>> channel = ChannelPotential(stiffness=10.0)
+    >>> channel(torch.tensor([[1.0, 0.25], [0.0, 0.7]])).round(decimals=4).tolist()
+    [5.0, 0.0]
+    """
+
+    def __init__(
+        self, stiffness: float = 50.0, contrast: float = 1.0, length: float = 1.0, fast: int = 1
+    ) -> None:
+        self.mean_stiffness = float(checks.positive("stiffness", stiffness))
+        self.contrast = float(checks.at_least("contrast", contrast, 0.0))
+        self.length = float(checks.positive("length", length))
+        self.fast = checks.whole("fast", fast, 1)
+        self.dim = self.fast + 1
+
+    def stiffness(self, y: Tensor) -> Tensor:
+        """g at y of any shape."""
+        wave = torch.cos(2 * math.pi / self.length * y)
+        return self.mean_stiffness * torch.exp(self.contrast * wave)
+
+    def __call__(self, x: Tensor) -> Tensor:  # [N, n + 1] -> [N]
+        return 0.5 * self.stiffness(x[:, -1]) * x[:, :-1].square().sum(1)
+
+    def force(self, x: Tensor) -> Tensor:
+        """-grad V in closed form.  # [N, n + 1] -> [N, n + 1]"""
+        return langevin_forces.channel(x, self.mean_stiffness, self.contrast, self.length)
+
+    def effective_potential(self, temperature: float, y: Tensor) -> Tensor:
+        """V_eff = (n T / 2) ln g(y)."""
+        return 0.5 * self.fast * temperature * torch.log(self.stiffness(y))
+
+    def effective_force(self, temperature: float, y: Tensor) -> Tensor:
+        """-dV_eff/dy = n T (pi / length) contrast sin(2 pi y / length)."""
+        wave = torch.sin(2 * math.pi / self.length * y)
+        return self.fast * temperature * math.pi / self.length * self.contrast * wave
+
+    def analytic_density(self, temperature: float, y: Tensor) -> Tensor:
+        """Stationary density of y modulo `length`, exact for every T > 0.
+
+        g^(-n/2) is a von Mises density: exp(-a cos(2 pi y / length)) / (length I_0(a)), with
+        a = n contrast / 2.
+
+        Raises:
+            ValueError: T = 0: then there is none.
+        """
+        checks.positive("temperature", temperature)
+        a = 0.5 * self.fast * self.contrast
+        # I_0(a) e^-a, which does not overflow.
+        scaled = torch.special.i0e(torch.tensor(a, dtype=torch.float64))
+        wave = torch.cos(2 * math.pi / self.length * y)
+        return torch.exp(-a * (wave + 1)) / (self.length * float(scaled))
+
+
+def kernel_form(potential: object) -> tuple[str, tuple[float, ...]] | None:
+    """Name and parameters in `ops.langevin` of a built-in potential; None for any other.
+
+    A subclass is another: its force may be its own.
+
+    >>> kernel_form(ChannelPotential(10.0, 0.5, 2.0))
+    ('channel', (10.0, 0.5, 2.0))
+    """
+    if "force" in getattr(potential, "__dict__", {}):
+        return None
+    if type(potential) is RingPotential:
+        return "ring", (potential.mean_stiffness, potential.contrast, float(potential.modes))
+    if type(potential) is RidgePotential:
+        return "ridge", (potential.stiff, potential.slope, potential.length, potential.wall)
+    if type(potential) is ChannelPotential:
+        return "channel", (potential.mean_stiffness, potential.contrast, potential.length)
+    return None

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as File
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
-from ..ops.step import project_step, segment_squares
 from ..paths.path import Path
-from . import engines
+from . import engines, forward
+from .arguments import PerReplica, check_path, multiple
+from .arguments import replicas as per_replica
+from .checkpoint import Checkpoint, fingerprint
+from .cycle_graph import Cycles
+from .evaluation import Evaluation
 from .minibatches import Minibatches
 from .optimizers import Optimizer
+from .recording import InMemory, Records, ToFile
+from .run import Run
 from .trajectory import DivergenceError, Record, Trajectory
 
-PerReplica = float | Sequence[float] | Tensor
+CHECKPOINT_CYCLES = 100  # between checkpoints, unless told otherwise
 
 
 def relax(
@@ -38,9 +46,15 @@ def relax(
     ids: Sequence[int] | None = None,
     record_every: int | None = None,
     loss_every: int | None = None,
+    fixed_sets: Mapping[str, Any] | None = None,
+    fixed_every: int | None = None,
+    record_to: str | File | None = None,
+    checkpoint: str | File | None = None,
+    checkpoint_every: int | None = None,
     max_distance: float = 1.0,
     on_record: Callable[[Record], None] | None = None,
     engine: str = "auto",
+    cuda_graphs: bool = True,
 ) -> Trajectory:
     """Relaxation along a path by projected SGD ("k-SGD"; the paper's figures 3 and 4).
 
@@ -55,13 +69,18 @@ def relax(
     replacement; a replica's minibatches are a function of (seed, its id, step) alone, so it
     does what it would do without the others, up to rounding.
 
+    Two controls show the entropic force by its absence: `batch_size` = N is full-batch descent
+    (all examples in a fixed order, no noise), and with `project_every=1` the fast directions
+    never fluctuate.
+
     Args:
         obj: the loss and the data to draw from.
         path: in the parameters of `obj`.
         start: position on the path in [0, 1]; one, or one a replica.
         optimizer: "sgd" (momentum 0), "nesterov" (momentum 0.9) or "adam".
-        lr: learning rate; one, or one a replica.
-        batch_size: B, at most the number of examples.
+        lr: learning rate; one, or one a replica. For replicas that differ in batch size or
+            optimizer see `relax_many`.
+        batch_size: B, at most the number of examples; that number itself for no noise.
         project_every: k, updates between projections.
         steps: updates in all.
         replicas: R; may be left out where `start`, `lr` or `ids` has one entry a replica.
@@ -75,10 +94,28 @@ def relax(
             projection. The start and the last update are always recorded.
         loss_every: updates between evaluations of the loss over all examples (batches of
             `obj`, batch statistics), a multiple of `record_every`; None for never.
+        fixed_sets: other examples to evaluate the loss on, by name: (inputs, targets) or
+            whatever else `Objective` takes as data.
+        fixed_every: updates between their evaluations, a multiple of `record_every`; default,
+            every record.
+        record_to: a CSV file (and a `.json` beside it) that records are appended to as they are
+            made. They are then not kept in memory: the trajectory returned has the first and
+            the last alone, and `Trajectory.load(record_to)` reads them all. A file there from
+            before is overwritten, unless the run is resumed.
+        checkpoint: a file that the state of the run is written to, whole or not at all. If it is
+            there, the run goes on from it, and what it returns is what it would have been
+            unbroken: bit for bit on a CPU with as many threads. Delete it to begin anew.
+        checkpoint_every: updates between checkpoints, a multiple of `project_every`; default,
+            100 projections.
         max_distance: a replica farther from the path before a projection than so many lengths
             of the path has diverged: the nearest point then says nothing. `math.inf` allows all.
-        on_record: called with each `Record`, for progress.
-        engine: "auto", or "vmap" or "loop" to force one; see `engines.choose`.
+        on_record: called with each `Record`, for progress; not again for those resumed.
+        engine: "auto", or "vmap", "threads" or "loop" to force one; see `engines.choose`.
+            "forward" (project_every=1, no Adam) takes directional derivatives along the path
+            instead of gradients, which gives the same positions: see `dynamics.forward`. It
+            does not know distances from the path, so they are NaN and divergence shows in the
+            loss alone.
+        cuda_graphs: on a GPU, launch whole cycles as CUDA graphs where that works.
 
     Returns:
         positions, distances and losses by replica and record. A replica whose loss or
@@ -87,6 +124,7 @@ def relax(
 
     Raises:
         ValueError: arguments that do not fit one another.
+        CheckpointMismatchError: a checkpoint of other settings, data or path.
         DivergenceError: every replica diverged.
 
     >>> from entropic_fast.paths import linear_path
@@ -97,217 +135,134 @@ def relax(
     >>> run.steps[-1].item(), tuple(run.position.shape), bool((run.position[:, -1] > 0.7).all())
     (50, (2, 11), True)
     """
-    starts, lrs, names = _replicas(start, lr, ids, replicas)
-    _check_path(obj, path)
+    starts, lrs, names = per_replica(start, lr, ids, replicas)
+    check_path(obj, path)
     checks.whole("steps", steps, 1)
     checks.whole("project_every", project_every, 1)
-    record_every = _multiple("record_every", record_every, "project_every", project_every)
+    record_every = multiple("record_every", record_every, "project_every", project_every)
     if loss_every is not None:
-        _multiple("loss_every", loss_every, "record_every", record_every)
+        multiple("loss_every", loss_every, "record_every", record_every)
+    fixed_every = multiple("fixed_every", fixed_every, "record_every", record_every)
+    if checkpoint_every is None:
+        checkpoint_every = CHECKPOINT_CYCLES * project_every
+    multiple("checkpoint_every", checkpoint_every, "project_every", project_every)
     if not max_distance > 0:
         raise checks.fail("max_distance", "a number above 0, or math.inf", repr(max_distance))
     rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
-    run = _Run(
-        obj, path, starts, rule, Minibatches(obj, batch_size, seed, names), engine, max_distance
-    )
+    evaluation = Evaluation(obj, fixed_sets or {}, loss_every, fixed_every)
+    minibatches = Minibatches(obj, batch_size, seed, names)
 
-    records: list[tuple[Record, Tensor]] = []
-    for step in range(1, steps + 1):
-        projects = step % project_every == 0 or step == steps
-        products = run.update(step, projects)
-        if step == 1:
-            records.append(run.record(0, loss_every, on_record))
-        if projects:
-            run.project(step, products)
-            if run.position.numel() == 0:
-                first = int(run.diverged_at.argmin())
-                raise DivergenceError(
-                    f"relax: all {len(names)} replicas diverged; replica {first} (id "
-                    f"{names[first]}) at update {int(run.diverged_at[first])} with {optimizer}, "
-                    f"lr {float(lrs[first])}; lower lr"
-                )
-        if step % record_every == 0 or step == steps:
-            records.append(run.record(step, loss_every, on_record))
+    saved, stored = None, None
+    if checkpoint is not None:
+        settings = {
+            **dict(lr=lrs.tolist(), start=starts.tolist(), ids=names, seed=seed),
+            **dict(optimizer=optimizer, batch_size=batch_size, project_every=project_every),
+            **dict(momentum=rule.momentum, weight_decay=weight_decay, betas=betas, eps=eps),
+            **dict(record_every=record_every, loss_every=loss_every, fixed_every=fixed_every),
+            **dict(engine=engine, max_distance=repr(max_distance)),
+            "record_to": record_to and File(record_to).name,
+            "fixed_sets": {n: fingerprint(*o.tensors()) for n, o in evaluation.fixed.items()},
+            "path": fingerprint(path.pivots),
+            "data": fingerprint(*obj.tensors()),
+            "model": fingerprint(*obj.constants()),
+            "loss": obj.loss_name,
+        }
+        saved = Checkpoint(checkpoint, settings)
+        stored = saved.load()
+        if stored is not None and engine == "auto":  # which may depend on the number of threads
+            engine = engines.ENGINES[int(stored["engine"])]
 
-    lost = [r for r in range(len(names)) if run.diverged_at[r] >= 0]
-    notes = [
-        f"replica {r} (id {names[r]}, lr {float(lrs[r])}) diverged at update "
-        f"{int(run.diverged_at[r])} and is NaN from there on"
-        for r in lost
-    ]
-    return Trajectory(
-        position=torch.stack([r.position for r, _ in records], 1),
-        distance=torch.stack([r.distance for r, _ in records], 1),
-        loss=torch.stack([r.loss for r, _ in records], 1),
-        full_loss=torch.stack([full for _, full in records], 1),
-        steps=torch.tensor([r.step for r, _ in records]),
-        lr=lrs,
-        ids=torch.tensor(names),
-        diverged_at=run.diverged_at,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        project_every=project_every,
-        seed=seed,
-        engine=run.engine,
-        notes=tuple(filter(None, [run.note, *notes])),
-    )
+    space, note = path, ""
+    lift: Callable[[Tensor], Tensor] | None = None
+    gradients: engines.Gradients
+    if engine == "forward":
+        forward.require(optimizer, project_every)
+        reduced = forward.Reduced(obj, path)
+        space, lift, gradients = reduced.path, reduced.lift, reduced.gradients
+    else:
+        theta = path.point(starts).contiguous()
+        engine, gradients, note = engines.choose(engine, obj, theta, *minibatches(0))
+    about: dict[str, Any] = dict(optimizer=optimizer, batch_size=batch_size, seed=seed)
+    about |= dict(project_every=project_every, engine=engine)
+    records: Records = InMemory()
+    if record_to is not None:
+        records = ToFile(record_to, starts, lrs, names, about, list(evaluation.fixed))
+    run = Run(space, starts, rule, minibatches, gradients, max_distance, lift)
+    cycles = Cycles(run, project_every, cuda_graphs)
 
-
-class _Run:
-    """The state of the replicas that have not diverged; `alive` says which they are."""
-
-    def __init__(
-        self,
-        obj: Objective,
-        path: Path,
-        starts: Tensor,
-        rule: Optimizer,
-        minibatches: Minibatches,
-        engine: str,
-        max_distance: float,
-    ) -> None:
-        self.obj, self.path, self.rule, self.minibatches = obj, path, rule, minibatches
-        self.max_distance = max_distance * path.length
-        self.squares = segment_squares(path.pivots)  # [M - 1]
-        self.theta = path.point(starts).contiguous()  # [R, P]
-        self.position = starts.to(path.positions)  # [R]
-        self.distance = torch.zeros_like(self.position)  # [R]
-        self.losses = torch.zeros_like(self.position)  # [R], summed since a record
-        self.summed = 0
-        self.bad = torch.zeros_like(self.position, dtype=torch.int64)  # [R], first bad update
-        self.alive = torch.arange(len(starts))
-        self.diverged_at = torch.full_like(self.alive, -1)
-        self.engine, self.gradients, self.note = engines.choose(
-            engine, obj, self.theta, *minibatches(0)
-        )
-
-    def update(self, step: int, projects: bool) -> Tensor:
-        """One update of all; the products for projection, if it is next.  # [R, 2, M]"""
-        loss, gradient = self.gradients(self.theta, *self.minibatches(step - 1))
-        # Noted without waiting for a GPU; acted upon at the next projection.
-        self.bad = torch.where((self.bad == 0) & ~torch.isfinite(loss), step, self.bad)
-        self.losses += loss
-        self.summed += 1
-        return self.rule.update(self.theta, gradient, self.path.pivots if projects else None)
-
-    def project(self, step: int, products: Tensor) -> None:
-        """Put every replica on the nearest point of the path; drop those that diverged."""
-        segment, t, self.distance = project_step(
-            self.theta, products, self.path.pivots, self.squares
-        )
-        here, there = self.path.positions[segment], self.path.positions[segment + 1]
-        self.position = torch.lerp(here, there, t)
-        # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
-        self._drop((self.bad > 0) | ~(self.distance <= self.max_distance), step)
-
-    def record(
-        self, step: int, loss_every: int | None, on_record: Callable[[Record], None] | None
-    ) -> tuple[Record, Tensor]:
-        """The record of this moment, and the loss over all examples if it is due."""
-        record = Record(
-            step, *map(self._spread, (self.position, self.distance, self.losses / self.summed))
-        )
-        if step > 0:
-            self.losses, self.summed = torch.zeros_like(self.losses), 0
-        full = torch.full_like(self.position, torch.nan)
-        if loss_every is not None and step % loss_every == 0:
-            at = self.theta if step > 0 else self.path.point(self.position)
-            full = torch.tensor([self.obj.loss(row) for row in at], dtype=torch.float64)
+    def emit(record: Record) -> None:
+        records.append(record)
         if on_record is not None:
             on_record(record)
-        return record, self._spread(full)
 
-    def _spread(self, values: Tensor) -> Tensor:
-        """Values of the replicas that are left, among NaN for the others."""
-        everyone = torch.full(self.diverged_at.shape, torch.nan, dtype=torch.float64)
-        everyone[self.alive] = values.cpu().double()
-        return everyone
-
-    def _drop(self, lost: Tensor, step: int) -> None:
-        if not bool(lost.any()):
-            return
-        gone, kept = lost.nonzero()[:, 0], (~lost).nonzero()[:, 0]
-        self.diverged_at[self.alive[gone.cpu()]] = torch.where(self.bad > 0, self.bad, step)[
-            gone
-        ].cpu()
-        self.alive = self.alive[kept.cpu()]
-        for name in ("theta", "position", "distance", "losses", "bad"):
-            setattr(self, name, getattr(self, name)[kept])
-        self.rule.keep(kept)
-        self.minibatches.keep(kept.tolist())
-
-
-def _replicas(
-    start: PerReplica, lr: PerReplica, ids: Sequence[int] | None, replicas: int
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Start and learning rate of each replica, float64 [R], and their ids."""
-    checks.whole("replicas", replicas, 1)
-    values = {"start": _numbers("start", start), "lr": _numbers("lr", lr)}
-    lengths = {name: len(v) for name, v in values.items() if v.ndim}
-    if ids is not None:
-        lengths["ids"] = len(ids)
-    if replicas > 1:
-        lengths["replicas"] = replicas
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise checks.fail(
-            "replicas",
-            "one number of replicas, at least 1",
-            ", ".join(f"{n} for {k}" for k, n in lengths.items()),
-        )
-    count = next(iter(lengths.values()), 1)
-    starts, lrs = (v.expand(count).clone() for v in values.values())
-    if not bool(((starts >= 0) & (starts <= 1)).all()):
-        raise checks.fail(
-            "start", "positions in [0, 1] (relative arc length)", str(starts.tolist())
-        )
-    if not bool((torch.isfinite(lrs) & (lrs > 0)).all()):
-        raise checks.fail("lr", "finite numbers above 0", str(lrs.tolist()))
-    names = list(range(count)) if ids is None else [checks.whole("ids", int(i)) for i in ids]
-    return starts, lrs, names
-
-
-def _numbers(argument: str, value: PerReplica) -> Tensor:
     try:
-        numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise checks.fail(argument, "a number, or one a replica", checks.describe(value)) from error
-    if numbers.ndim > 1:
-        raise checks.fail(argument, "a number, or one a replica [R]", checks.describe(value))
-    return numbers
-
-
-def _check_path(obj: Objective, path: Path) -> None:
-    if not isinstance(obj, Objective):
-        raise checks.fail("obj", "an Objective", checks.describe(obj))
-    if not isinstance(path, Path):
-        raise checks.fail(
-            "path",
-            "a Path",
-            checks.describe(path),
-            "build one with Path(pivots) or linear_path(a, b)",
+        if stored is not None:
+            run.restore(stored)
+            records.restore(stored)
+            if run.step > steps:
+                raise checks.fail("steps", f"at least the checkpoint's {run.step}", str(steps))
+        while run.step < steps and len(run.alive):
+            first = run.step == 0
+            cycles(min(project_every, steps - run.step))
+            if first:
+                emit(run.first_record(starts, evaluation))
+            if run.step % record_every == 0 or run.step == steps or not len(run.alive):
+                emit(run.record(evaluation))
+            # Not after the last cycle: more steps may be asked for, and it may be a shorter one.
+            if saved is not None and run.step % checkpoint_every == 0 and run.step < steps:
+                mark = {"engine": torch.tensor(engines.ENGINES.index(engine))}
+                saved.save(run.state() | records.state() | mark)
+        about["engine"] += "+graphs" if cycles.captured else ""
+        about["notes"] = [n for n in (note, cycles.note) if n] + _lost(run.diverged_at, names, lrs)
+        records.close(about)
+    finally:
+        records.close()
+        engines.close(gradients)
+    trajectory = _trajectory(records.kept(), lrs, names, about, record_to)
+    if not len(run.alive):
+        first_lost = int(run.diverged_at.argmin())
+        raise DivergenceError(
+            f"relax: all {len(names)} replicas diverged; replica {first_lost} (id "
+            f"{names[first_lost]}) at update {int(run.diverged_at[first_lost])} with {optimizer}, "
+            f"lr {float(lrs[first_lost])}; lower lr",
+            trajectory,
         )
-    checks.full_precision("obj", obj.dtype, "a path")
-    theta = obj.parameters_vector()
-    if path.num_params != obj.num_params:
-        raise checks.fail(
-            "path",
-            f"a path in the objective's {obj.num_params} parameters",
-            f"one in {path.num_params}",
-            "give the path of this model",
-        )
-    if path.pivots.dtype != theta.dtype or path.pivots.device != theta.device:
-        raise checks.fail(
-            "path",
-            f"pivots of {theta.dtype} on {theta.device}",
-            f"{path.pivots.dtype} on {path.pivots.device}",
-            "convert it with path.to(objective.parameters_vector())",
-        )
+    return trajectory
 
 
-def _multiple(argument: str, value: int | None, of: str, unit: int) -> int:
-    if value is None:
-        return unit
-    if checks.whole(argument, value, 1) % unit:
-        raise checks.fail(argument, f"a multiple of {of} ({unit})", str(value))
-    return value
+def _lost(diverged_at: Tensor, names: Sequence[int], lrs: Tensor) -> list[str]:
+    return [
+        f"replica {r} (id {names[r]}, lr {float(lrs[r])}) diverged at update {at} and is NaN "
+        "from there on"
+        for r, at in enumerate(diverged_at.tolist())
+        if at >= 0
+    ]
+
+
+def _trajectory(
+    records: list[Record],
+    lrs: Tensor,
+    names: Sequence[int],
+    about: dict[str, Any],
+    file: str | File | None,
+) -> Trajectory:
+    if file is not None:
+        where = f"the start and the last record; Trajectory.load({str(file)!r}) reads all"
+        about = {**about, "notes": [*about["notes"], where]}
+    parts: dict[str, Any] = {
+        name: torch.stack([getattr(r, name) for r in records], 1)
+        for name in ("position", "distance", "loss", "full_loss")
+    }
+    parts["fixed_losses"] = {
+        name: torch.stack([r.fixed_losses[name] for r in records], 1)
+        for name in records[0].fixed_losses
+    }
+    return Trajectory(
+        **parts,
+        steps=torch.tensor([r.step for r in records]),
+        lr=lrs,
+        ids=torch.tensor(names),
+        diverged_at=records[-1].diverged_at,
+        **{**about, "notes": tuple(about["notes"])},
+    )

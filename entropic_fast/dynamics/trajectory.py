@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,19 +16,30 @@ from ..table import Table
 
 
 class DivergenceError(ValueError):
-    """Every replica diverged; the message names a replica, the step and the learning rate."""
+    """Every replica diverged; the message names a replica, the step and the learning rate.
+
+    Attributes:
+        trajectory: up to there.
+    """
+
+    def __init__(self, message: str, trajectory: Trajectory | None = None) -> None:
+        super().__init__(message)
+        self.trajectory = trajectory
 
 
 class Record(NamedTuple):
     """One record of a run under way: update number, and of each replica its position on the
     path, distance from it before projection and mean minibatch loss since the last record
-    (NaN for a replica that diverged).  # [R] each
+    (NaN for a replica that diverged), then what else `Trajectory` holds.  # [R] each
     """
 
     step: int
     position: Tensor
     distance: Tensor
     loss: Tensor
+    full_loss: Tensor
+    diverged_at: Tensor
+    fixed_losses: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +60,11 @@ class Trajectory:
         diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
             from there on.  # [R], int64
         optimizer, batch_size, project_every, seed: as given.
-        engine: "vmap" or "loop", how the gradients were computed.
+        engine: "vmap", "threads", "loop" or "forward", how the gradients were computed; with
+            "+graphs" if cycles ran as CUDA graphs.
         notes: what a reader of the numbers should know (replicas lost, engine refused).
+        fixed_losses: mean loss over each fixed set at the projected point, by name; NaN where
+            it was not asked for.  # [R, T] each
 
     >>> from entropic_fast import Objective, linear_path, relax
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
@@ -74,6 +90,7 @@ class Trajectory:
     seed: int
     engine: str
     notes: tuple[str, ...] = ()
+    fixed_losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_replicas(self) -> int:
@@ -118,10 +135,12 @@ class Trajectory:
         if rows.ndim != 1 or rows.numel() == 0:
             raise checks.fail("replicas", "at least one index", checks.describe(rows))
         names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        parts["fixed_losses"] = {name: part[rows] for name, part in self.fixed_losses.items()}
+        return replace(self, **parts)
 
     def to_table(self) -> Table:
-        """One row a replica and record, replica by replica."""
+        """One row a replica and record, replica by replica; fixed sets in columns loss_<name>."""
         r, t = self.position.shape
         replica = torch.arange(r).repeat_interleave(t)
         columns = {
@@ -135,5 +154,68 @@ class Trajectory:
             "distance": self.distance.flatten(),
             "loss": self.loss.flatten(),
             "full_loss": self.full_loss.flatten(),
+            "diverged_at": self.diverged_at[replica],
+            **{f"loss_{name}": part.flatten() for name, part in self.fixed_losses.items()},
         }
         return Table({name: column.numpy() for name, column in columns.items()})
+
+    @classmethod
+    def from_table(cls, table: Table, about: Mapping[str, Any]) -> Trajectory:
+        """The trajectory whose `to_table` gave this, its rows in any order.
+
+        Args:
+            about: the other attributes: optimizer, batch_size, project_every, seed, engine and
+                maybe notes.
+
+        Raises:
+            ValueError: a table without one row for each replica and record.
+
+        >>> from entropic_fast import Objective, linear_path, relax
+        >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
+        >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, steps=15)
+        >>> about = dict(optimizer="sgd", batch_size=4, project_every=15, seed=0, engine="loop")
+        >>> Trajectory.from_table(run.to_table(), about).position.equal(run.position)
+        True
+        """
+        steps, replicas = (np.unique(table[name]) for name in ("step", "replica"))
+        order = np.lexsort((table["step"], table["replica"]))
+        expected = np.repeat(replicas, len(steps)), np.tile(steps, len(replicas))
+        found = table["replica"][order], table["step"][order]
+        if not steps.size or not all(map(np.array_equal, found, expected)):
+            raise checks.fail(
+                "table",
+                "one row for each replica and record",
+                f"{table.num_rows} rows for {len(replicas)} replicas and {len(steps)} records",
+            )
+
+        def column(name: str) -> Tensor:
+            ordered = np.asarray(table[name])[order].reshape(len(replicas), len(steps))
+            return torch.as_tensor(ordered)
+
+        fixed = [name for name in table.columns if name.startswith("loss_")]
+        names = ("optimizer", "batch_size", "project_every", "seed", "engine")
+        parts: dict[str, Any] = {name: about[name] for name in names}
+        for name in ("position", "distance", "loss", "full_loss"):
+            parts[name] = column(name).double()
+        return cls(
+            **parts,
+            steps=torch.as_tensor(steps),
+            lr=column("lr")[:, 0].double(),
+            ids=column("id")[:, 0],
+            diverged_at=column("diverged_at")[:, -1],
+            notes=tuple(about.get("notes", ())),
+            fixed_losses={name.removeprefix("loss_"): column(name).double() for name in fixed},
+        )
+
+    @classmethod
+    def load(cls, file: str | Path) -> Trajectory:
+        """What `relax(..., record_to=file)` has written, of a finished run or of one that was
+        killed: its whole records, up to the last.
+
+        Raises:
+            DamagedFileError: a file that is not a record of relax.
+        """
+        from .recording import read
+
+        return cls.from_table(*read(file))

@@ -145,7 +145,7 @@ class LMCSection:
 class ToySection:
     """Langevin particles in the ring and ridge potentials of figure 1."""
 
-    particles: int = 10000
+    particles: int = 100_000
     temperature: float = 0.25
     ridge_temperature: float = 0.075
     dt: float = 0.006

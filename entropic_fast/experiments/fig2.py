@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..curvature import profile_point, score_spectrum, score_spectrum_floor
+from ..curvature import measure_point, score_spectrum, score_spectrum_floor
 from ..paths import AutoNEBConfig, auto_neb, linear_path, path_losses
 from ..table import Table
 from . import pieces, plots
@@ -92,11 +92,11 @@ def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
     path = pieces.load_path(run, name)
     whole = pieces.objective(run, pieces.minimum(run, _first_minimum(run, name)))
     inputs = pieces.images(run)[0].tensors(run.config.data.curvature_examples or None)
-    rows = []
+    rows, pairs = [], None
     for i, s in enumerate(path.positions.tolist()):
         theta = path.point(s)
         here = whole.recalibrated(theta, max_examples=pieces.norm_examples(run))
-        row = profile_point(
+        found = measure_point(
             here.with_data(inputs),
             theta,
             QUANTITIES,
@@ -104,8 +104,10 @@ def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
             tol=run.config.curvature.tol,
             seed=run.config.seed,
             recalibrate=False,
+            start=pairs,
         )
-        rows.append({"path": name, "s": s, **row})
+        pairs = found.pairs
+        rows.append({"path": name, "s": s, **found.row})
         report((i + 1) / path.num_pivots)
     return {"profile": Table.from_rows(rows)}
 

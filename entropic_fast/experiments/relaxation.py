@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..dynamics import DivergenceError, Trajectory, displacement, relax, relaxation_time
+from ..dynamics import (
+    CheckpointMismatchError,
+    DivergenceError,
+    Trajectory,
+    displacement,
+    relax,
+    relaxation_time,
+)
+from ..store import DamagedFileError
 from ..table import Table
 from . import pieces
 from .run import RunFolder
@@ -50,7 +58,7 @@ def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
     section = run.config.relax
     settings = _settings(run, [_start(run)], section.lrs)
-    trajectory = _relax(run, report, settings, section.batch_size, "sgd")
+    trajectory = _relax(run, report, SCAN, settings, section.batch_size, "sgd")
     table = _long(trajectory, "C", settings)
     return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
@@ -60,13 +68,13 @@ def relax_starts(run: RunFolder, report: Report) -> dict[str, Any]:
     section = run.config.relax
     starts = section.starts or tuple(_midpoints(run))
     settings = _settings(run, starts, [chosen_rate(run)])
-    return {"trajectory": _panel(run, report, "A", settings, section.batch_size, "sgd")}
+    return {"trajectory": _panel(run, report, "relax/A", "A", settings, section.batch_size, "sgd")}
 
 
 def relax_batch(run: RunFolder, report: Report, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
     settings = _settings(run, [_start(run)], [chosen_rate(run)])
-    return {"trajectory": _panel(run, report, "B", settings, size, "sgd")}
+    return {"trajectory": _panel(run, report, f"relax/B-{size}", "B", settings, size, "sgd")}
 
 
 def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
@@ -74,7 +82,8 @@ def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]
     section = run.config.relax
     factor = section.adam_lr_factor if name == "adam" else 1.0
     settings = _settings(run, [_start(run)], [optimizer_rate(run) * factor])
-    return {"trajectory": _panel(run, report, "4", settings, section.batch_size, name)}
+    unit = f"relax/{name}"
+    return {"trajectory": _panel(run, report, unit, "4", settings, section.batch_size, name)}
 
 
 def chosen_rate(run: RunFolder) -> float:
@@ -173,13 +182,14 @@ def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -
 def _panel(
     run: RunFolder,
     report: Report,
+    unit: str,
     panel: str,
     settings: Settings,
     batch_size: int,
     optimizer: str,
 ) -> Table:
     try:
-        trajectory = _relax(run, report, settings, batch_size, optimizer)
+        trajectory = _relax(run, report, unit, settings, batch_size, optimizer)
     except DivergenceError:
         # A result too, and no reason to lose the rest of the run: a start, then nothing.
         starts = [s for s, _ in settings]
@@ -191,26 +201,48 @@ def _panel(
 
 
 def _relax(
-    run: RunFolder, report: Report, settings: Settings, batch_size: int, optimizer: str
+    run: RunFolder,
+    report: Report,
+    unit: str,
+    settings: Settings,
+    batch_size: int,
+    optimizer: str,
 ) -> Trajectory:
+    """The run of a unit, from where it was killed if it was."""
     section = run.config.relax
     name, first, *_ = pieces.path_names(run)[0]
     every = section.project_every
-    return relax(
-        pieces.objective(run, pieces.minimum(run, first)),
-        pieces.load_path(run, name),
-        [s for s, _ in settings],
-        optimizer,
-        lr=[lr for _, lr in settings],
-        batch_size=batch_size,
-        project_every=every,
-        steps=section.steps,
-        seed=run.config.seed,
-        # The same noise at every setting: differences between settings are not the noise's.
-        ids=[i % section.replicas for i in range(len(settings))],
-        record_every=max(1, section.steps // (section.records * every)) * every,
-        on_record=lambda record: report(record.step / section.steps),
-    )
+    checkpoint = run.unit_folder(unit) / "run.safetensors"
+
+    def go() -> Trajectory:
+        return relax(
+            pieces.objective(run, pieces.minimum(run, first)),
+            pieces.load_path(run, name),
+            [s for s, _ in settings],
+            optimizer,
+            lr=[lr for _, lr in settings],
+            batch_size=batch_size,
+            project_every=every,
+            steps=section.steps,
+            seed=run.config.seed,
+            # The same noise at every setting: differences between settings are not the noise's.
+            ids=[i % section.replicas for i in range(len(settings))],
+            record_every=max(1, section.steps // (section.records * every)) * every,
+            checkpoint=checkpoint,
+            checkpoint_every=CHECKPOINT_CYCLES * every,
+            on_record=lambda record: report(record.step / section.steps),
+        )
+
+    try:
+        trajectory = go()
+    except DivergenceError:
+        checkpoint.unlink(missing_ok=True)
+        raise
+    except (CheckpointMismatchError, DamagedFileError):  # of a path since computed anew
+        checkpoint.unlink(missing_ok=True)
+        trajectory = go()
+    checkpoint.unlink(missing_ok=True)  # only a unit's results are stored
+    return trajectory
 
 
 def _long(trajectory: Trajectory, panel: str, settings: Settings) -> Table:
@@ -273,6 +305,7 @@ def _choose(trajectory: Trajectory, fixed: float) -> dict[str, Any]:
     }
 
 
+CHECKPOINT_CYCLES = 50  # between checkpoints: seconds of work
 MINIMUM_DISPLACEMENT = 0.01  # of the path: below it nothing can be seen in a figure
 
 

@@ -79,22 +79,25 @@ def current_backend() -> str:
     return _check_name(VARIABLE, os.environ.get(VARIABLE) or "auto")
 
 
-def backend_for(family: str, device: torch.device | str) -> str:
-    """The backend that runs `family` on tensors of `device`.
+def backend_for(family: str, device: torch.device | str, setting: str | None = None) -> str:
+    """The backend that runs `family` on tensors of `device`; `setting` for the one in force.
 
     Raises:
-        ValueError: no such family.
+        ValueError: no such family or setting.
         BackendError: the forced backend cannot run there.
 
     >>> backend_for("step", "cpu") in ("cpp", "reference")
     True
     """
-    return _choose(family, torch.device(device).type, current_backend())
+    wanted = current_backend() if setting is None else _check_name("backend", setting)
+    return _choose(family, torch.device(device).type, wanted)
 
 
-def implementation(family: str, device: torch.device | str) -> ModuleType:
+def implementation(
+    family: str, device: torch.device | str, setting: str | None = None
+) -> ModuleType:
     """The module that implements `family` on `device`, importing it if need be."""
-    return import_module(_families[family][backend_for(family, device)])
+    return import_module(_families[family][backend_for(family, device, setting)])
 
 
 def unusable(backend: str, device_type: str) -> str | None:

@@ -22,20 +22,37 @@ squared distances are compared to about 4 g |theta - p_m|^2. Products outside fl
 (about 1e154 in theta) give NaN, as NaN and infinity in theta do.
 
 Results do not depend on the number of threads, and are the same bits run after run on one backend.
+
+Between two projections a replica moves little, so it is enough to take products with the two
+pivots of the segment it was on (`near`). `project_step` then proves that no other segment is as
+near, or takes the products that it cannot do without: with x the nearest point of that segment, at
+distance d, a segment that keeps farther than 2 d from x is farther than d from theta by the
+triangle inequality, and its distance from x follows from the pivots' squared distances from each
+other alone. Results are those of all products, bit for bit. The C++ backend does so; the others
+take all products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropic_fast.checks import fail
-from entropic_fast.ops.backend import implementation, register_family
+from entropic_fast.ops.backend import backend_for, implementation, register_family
+from entropic_fast.ops.step_checks import (
+    check_adam,
+    check_near,
+    check_overlap,
+    check_project,
+    check_sgd,
+    refuse_autograd,
+)
 
 FAMILY = "step"
-DTYPES = (torch.float32, torch.float64)
 
 register_family(
     FAMILY,
@@ -63,11 +80,14 @@ def sgd_step(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     first: bool = False,
+    near: Tensor | None = None,  # [R] int64
 ) -> Tensor:  # [R, 2, M] or [2, M] float64
     """One step of `torch.optim.SGD` in place, and the products that projection needs.
 
     `first` says that no step was taken before: the momentum buffer is then filled, not read.
-    Without `pivots` (or with M = 0) only the update is done.
+    Without `pivots` (or with M = 0) only the update is done. `near` names a segment for each
+    replica: the others' products may be left out (their values mean nothing), and
+    `project_step` must be given the same.
 
     Raises:
         ValueError: dtypes other than float32 and float64, shapes, devices or layouts that do not
@@ -79,12 +99,12 @@ def sgd_step(
         >>> theta, products
         (tensor([0.5000, 1.5000]), tensor([[2.5000], [0.0000]], dtype=torch.float64))
     """
-    _refuse_autograd(theta)
+    refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
     buffer = theta.new_empty(0) if momentum_buffer is None else momentum_buffer
-    products: Tensor = torch.ops.entropic_fast.sgd_step(
+    products: Tensor = _run(torch.ops.entropic_fast.sgd_step, _sgd)(
         rows, _rows(grad), _rows(buffer), _rates(lr, rows), pivots,
-        momentum, dampening, weight_decay, nesterov, first,
+        momentum, dampening, weight_decay, nesterov, first, near,
     )  # fmt: skip
     return products if theta.dim() == 2 else products[0]
 
@@ -102,6 +122,7 @@ def adam_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decoupled: bool = False,
+    near: Tensor | None = None,  # [R] int64, as for `sgd_step`
 ) -> Tensor:  # [R, 2, M] or [2, M] float64
     """One step of `torch.optim.Adam`, or of `AdamW` if `decoupled`, in place, and the products.
 
@@ -117,11 +138,11 @@ def adam_step(
         >>> theta, step
         (tensor([0.9000, 2.1000]), tensor([1]))
     """
-    _refuse_autograd(theta)
+    refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
-    products: Tensor = torch.ops.entropic_fast.adam_step(
+    products: Tensor = _run(torch.ops.entropic_fast.adam_step, _adam)(
         rows, _rows(grad), _rows(exp_avg), _rows(exp_avg_sq), step.reshape(-1),
-        _rates(lr, rows), pivots, betas[0], betas[1], eps, weight_decay, decoupled,
+        _rates(lr, rows), pivots, betas[0], betas[1], eps, weight_decay, decoupled, near,
     )  # fmt: skip
     return products if theta.dim() == 2 else products[0]
 
@@ -131,6 +152,8 @@ def project_step(
     products: Tensor,  # [R, 2, M] or [2, M] float64, of this theta
     pivots: Tensor,  # [M, P], M >= 2
     squares: Tensor,  # [M - 1] float64, from segment_squares(pivots)
+    near: Tensor | None = None,  # [R] int64, as it was given for the products
+    between: Tensor | None = None,  # [M, M] float64, from pivot_squares(pivots); with `near`
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R] int64, [R] float64, [R] float64; no R for theta [P]
     """Moves each replica to the nearest point of the polyline through the pivots.
 
@@ -149,12 +172,12 @@ def project_step(
         >>> segment.item(), t.item(), distance.item(), theta
         (1, 0.75, 0.5, tensor([2.0000, 1.5000]))
     """
-    _refuse_autograd(theta)
+    refuse_autograd(theta)
     single = theta.dim() == 1
     if single and products.dim() == 2:
         products = products[None]
-    segment, t, distance = torch.ops.entropic_fast.project_step(
-        _rows(theta), products, pivots, squares
+    segment, t, distance = _run(torch.ops.entropic_fast.project_step, _project)(
+        _rows(theta), products, pivots, squares, near, between
     )
     return (segment[0], t[0], distance[0]) if single else (segment, t, distance)
 
@@ -175,11 +198,36 @@ def segment_squares(
     return torch.stack(squares)
 
 
+def pivot_squares(
+    pivots: Tensor,  # [M, P]
+) -> Tensor:  # [M, M] float64
+    """Squared distances of the pivots from each other, taken in float64; once for each path.
+
+    >>> pivot_squares(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
+    [[0.0, 25.0], [25.0, 0.0]]
+    """
+    segment_squares(pivots[:1])  # the same checks
+    count = len(pivots)
+    squares = torch.zeros(count, count, dtype=torch.float64, device=pivots.device)
+    for i, j in combinations(range(count), 2):
+        squares[i, j] = squares[j, i] = (pivots[i].double() - pivots[j].double()).square().sum()
+    return squares
+
+
 # ---- registration with torch ---------------------------------------------------------------------
 
 
-@torch.library.custom_op("entropic_fast::sgd_step", mutates_args=("theta", "momentum_buffer"))
-def _sgd_step(
+def _run(operation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation where torch traces or transforms; else its function, called at less cost."""
+    plain = (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+    return function if plain else operation
+
+
+def _sgd(
     theta: Tensor,
     grad: Tensor,
     momentum_buffer: Tensor,
@@ -190,17 +238,22 @@ def _sgd_step(
     weight_decay: float,
     nesterov: bool,
     first: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
-    _check_sgd(
-        theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov
-    )
+    check_sgd(theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov)
+    check_near(theta, pivots, near)
     written = {"theta": theta, "momentum_buffer": momentum_buffer}
-    _check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
+    check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
     products: Tensor = implementation(FAMILY, theta.device).sgd_step(
         theta, grad, momentum_buffer, lr, pivots,
-        momentum, dampening, weight_decay, nesterov, first,
+        momentum, dampening, weight_decay, nesterov, first, *_if_taken(theta, near),
     )  # fmt: skip
     return products
+
+
+_sgd_step = torch.library.custom_op(
+    "entropic_fast::sgd_step", _sgd, mutates_args=("theta", "momentum_buffer")
+)
 
 
 @_sgd_step.register_fake
@@ -215,17 +268,13 @@ def _(
     weight_decay: float,
     nesterov: bool,
     first: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
-    _check_sgd(
-        theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov
-    )
+    check_sgd(theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov)
     return _fake_products(theta, pivots)
 
 
-@torch.library.custom_op(
-    "entropic_fast::adam_step", mutates_args=("theta", "exp_avg", "exp_avg_sq", "step")
-)
-def _adam_step(
+def _adam(
     theta: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -238,16 +287,25 @@ def _adam_step(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
-    _check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
+    check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
+    check_near(theta, pivots, near)
     written = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-    _check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
+    check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
     step += 1
     products: Tensor = implementation(FAMILY, theta.device).adam_step(
         theta, grad, exp_avg, exp_avg_sq, step, lr, pivots,
-        beta1, beta2, eps, weight_decay, decoupled,
+        beta1, beta2, eps, weight_decay, decoupled, *_if_taken(theta, near),
     )  # fmt: skip
     return products
+
+
+_adam_step = torch.library.custom_op(
+    "entropic_fast::adam_step",
+    _adam,
+    mutates_args=("theta", "exp_avg", "exp_avg_sq", "step"),
+)
 
 
 @_adam_step.register_fake
@@ -264,29 +322,45 @@ def _(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
-    _check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
+    check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
     return _fake_products(theta, pivots)
 
 
-@torch.library.custom_op("entropic_fast::project_step", mutates_args=("theta",))
-def _project_step(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
+def _project(
+    theta: Tensor,
+    products: Tensor,
+    pivots: Tensor,
+    segment_squares: Tensor,
+    near: Tensor | None = None,
+    between: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_project(theta, products, pivots, segment_squares)
+    check_project(theta, products, pivots, segment_squares)
+    check_near(theta, pivots, near, between, projects=True)
     read = {"products": products, "pivots": pivots, "segment_squares": segment_squares}
-    _check_overlap({"theta": theta}, read)
+    check_overlap({"theta": theta}, read)
     result: tuple[Tensor, Tensor, Tensor] = implementation(FAMILY, theta.device).project_step(
-        theta, products, pivots, segment_squares
+        theta, products, pivots, segment_squares, *_if_taken(theta, near, between)
     )
     return result
 
 
+_project_step = torch.library.custom_op(
+    "entropic_fast::project_step", _project, mutates_args=("theta", "products")
+)
+
+
 @_project_step.register_fake
 def _(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
+    theta: Tensor,
+    products: Tensor,
+    pivots: Tensor,
+    segment_squares: Tensor,
+    near: Tensor | None = None,
+    between: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_project(theta, products, pivots, segment_squares)
+    check_project(theta, products, pivots, segment_squares)
     per_replica = theta.new_empty(theta.shape[0], dtype=torch.float64)
     return (
         torch.empty_like(per_replica, dtype=torch.int64),
@@ -299,7 +373,7 @@ def _fake_products(theta: Tensor, pivots: Tensor) -> Tensor:
     return theta.new_empty((theta.shape[0], 2, pivots.shape[0]), dtype=torch.float64)
 
 
-# ---- checks --------------------------------------------------------------------------------------
+# ---- arguments ----------------------------------------------------------------------------------
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -316,128 +390,7 @@ def _rates(lr: float | Tensor, theta: Tensor) -> Tensor:
     return torch.full((theta.shape[0],), lr, dtype=torch.float64, device=theta.device)
 
 
-def _refuse_autograd(theta: Tensor) -> None:
-    if theta.requires_grad and torch.is_grad_enabled():
-        raise fail(
-            "theta",
-            "a tensor that autograd does not follow",
-            "one with requires_grad=True",
-            "call under torch.no_grad() or pass theta.detach()",
-        )
-
-
-def _check_theta(theta: Tensor) -> None:
-    if theta.dim() != 2:
-        raise fail("theta", "shape [R, P] or [P]", f"shape {list(theta.shape)}")
-    if theta.dtype not in DTYPES:
-        raise fail("theta", "dtype float32 or float64", str(theta.dtype), "convert it first")
-
-
-def _check_fits(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    if tuple(tensor.shape) != shape:
-        raise fail(name, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise fail(name, f"dtype {dtype}", str(tensor.dtype), f"pass {name}.to({dtype})")
-    if tensor.device != theta.device:
-        raise fail(name, f"device {theta.device} as theta", str(tensor.device), "move it there")
-    if not tensor.is_contiguous():
-        raise fail(
-            name,
-            "a contiguous tensor",
-            f"strides {tensor.stride()} for shape {list(shape)}",
-            f"pass {name}.contiguous()",
-        )
-
-
-def _check_common(theta: Tensor, lr: Tensor, pivots: Tensor, **state: Tensor) -> None:
-    _check_theta(theta)
-    replicas, size = theta.shape
-    for name, tensor in {"theta": theta, **state}.items():
-        _check_fits(name, tensor, theta, theta.dtype, replicas, size)
-    _check_fits("lr", lr, theta, torch.float64, replicas)
-    if pivots.dim() != 2:
-        raise fail("pivots", f"shape [M, {size}]", f"shape {list(pivots.shape)}")
-    _check_fits("pivots", pivots, theta, theta.dtype, pivots.shape[0], size)
-
-
-def _check_at_least_zero(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise fail(name, "a finite number of at least 0", repr(value))
-
-
-def _check_sgd(
-    theta: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-) -> None:
-    _check_common(theta, lr, pivots, grad=grad)
-    if momentum != 0 or momentum_buffer.numel() != 0:
-        _check_fits("momentum_buffer", momentum_buffer, theta, theta.dtype, *theta.shape)
-    _check_at_least_zero(momentum=momentum, weight_decay=weight_decay)
-    if not -float("inf") < dampening < float("inf"):
-        raise fail("dampening", "a finite number", repr(dampening))
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise fail(
-            "nesterov",
-            "momentum > 0 and dampening 0",
-            f"momentum {momentum} and dampening {dampening}",
-        )
-
-
-def _check_adam(
-    theta: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    _check_common(theta, lr, pivots, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    _check_fits("step", step, theta, torch.int64, theta.shape[0])
-    _check_at_least_zero(eps=eps, weight_decay=weight_decay)
-    for name, beta in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 <= beta < 1:
-            raise fail(name, "a number in [0, 1)", repr(beta))
-
-
-def _check_project(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
-) -> None:
-    _check_theta(theta)
-    replicas, size = theta.shape
-    _check_fits("theta", theta, theta, theta.dtype, replicas, size)
-    if pivots.dim() != 2 or pivots.shape[0] < 2:
-        raise fail(
-            "pivots",
-            f"shape [M, {size}] with M >= 2",
-            f"shape {list(pivots.shape)}",
-            "a path has at least one segment",
-        )
-    count = pivots.shape[0]
-    _check_fits("pivots", pivots, theta, theta.dtype, count, size)
-    _check_fits("products", products, theta, torch.float64, replicas, 2, count)
-    _check_fits("segment_squares", segment_squares, theta, torch.float64, count - 1)
-
-
-def _check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
-    """Contiguous tensors share memory exactly when their address ranges meet."""
-    spans = [
-        (name, t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name in written)
-        for name, t in {**written, **read}.items()
-        if t.numel() > 0
-    ]
-    for (a, a_start, a_end, a_written), (b, b_start, b_end, b_written) in combinations(spans, 2):
-        if (a_written or b_written) and a_start < b_end and b_start < a_end:
-            raise fail(a, f"memory of its own, apart from {b}", "tensors that overlap", "clone one")
+def _if_taken(theta: Tensor, near: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
+    """Arguments for the one backend that can leave products out."""
+    native = near is not None and backend_for(FAMILY, theta.device) == "cpp"
+    return (near, *more) if native else ()

@@ -13,7 +13,15 @@ from torch import Tensor
 from entropic_fast.ops import native
 
 
-def _call(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *arguments: Any) -> None:
+def _call(
+    op: str,
+    theta: Tensor,
+    pivots: Tensor,
+    products: Tensor,
+    near: Tensor | None,
+    *arguments: Any,
+    between: Tensor | None = None,
+) -> None:
     """Passes addresses, sizes and place of execution; tensors among `arguments` as addresses."""
     module = native.module()
     replicas, size = theta.shape
@@ -24,7 +32,7 @@ def _call(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *arguments: 
     dtype = "float32" if theta.dtype == torch.float32 else "float64"
     if theta.device.type == "cpu":
         entry = getattr(module, f"{op}_cpu_{dtype}")
-        where += (native.threads(),)
+        where += (native.threads(), *(0 if t is None else t.data_ptr() for t in (near, between)))
     else:
         entry = getattr(module, f"{op}_cuda_{dtype}")
         # Freed when this returns: the caching allocator reuses it in stream order.
@@ -39,7 +47,7 @@ def _call(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *arguments: 
 
 def _new_products(theta: Tensor, pivots: Tensor) -> Tensor:
     shape = (theta.shape[0], 2, pivots.shape[0])
-    return torch.empty(shape, dtype=torch.float64, device=theta.device)
+    return torch.full(shape, torch.nan, dtype=torch.float64, device=theta.device)
 
 
 def sgd_step(
@@ -53,10 +61,11 @@ def sgd_step(
     weight_decay: float,
     nesterov: bool,
     first: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
     products = _new_products(theta, pivots)
     _call(
-        "sgd_step", theta, pivots, products, grad, momentum_buffer, lr,
+        "sgd_step", theta, pivots, products, near, grad, momentum_buffer, lr,
         momentum, dampening, weight_decay, nesterov, first,
     )  # fmt: skip
     return products
@@ -75,21 +84,30 @@ def adam_step(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    near: Tensor | None = None,
 ) -> Tensor:
     products = _new_products(theta, pivots)
     _call(
-        "adam_step", theta, pivots, products, grad, exp_avg, exp_avg_sq, step, lr,
+        "adam_step", theta, pivots, products, near, grad, exp_avg, exp_avg_sq, step, lr,
         beta1, beta2, eps, weight_decay, decoupled,
     )  # fmt: skip
     return products
 
 
 def project_step(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
+    theta: Tensor,
+    products: Tensor,
+    pivots: Tensor,
+    segment_squares: Tensor,
+    near: Tensor | None = None,
+    between: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     replicas, device = theta.shape[0], theta.device
     segment = torch.empty(replicas, dtype=torch.int64, device=device)
     t = torch.empty(replicas, dtype=torch.float64, device=device)
     distance = torch.empty(replicas, dtype=torch.float64, device=device)
-    _call("project_step", theta, pivots, products, segment_squares, segment, t, distance)
+    _call(
+        "project_step", theta, pivots, products, near, segment_squares, segment, t, distance,
+        between=between,
+    )  # fmt: skip
     return segment, t, distance

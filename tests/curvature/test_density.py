@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropic_fast import random
 from entropic_fast.curvature import HessianOperator, density, spectral_density
+from entropic_fast.curvature.density import density_and_pairs
 
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
@@ -265,3 +266,46 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_a_grid_too_coarse_for_its_peaks_is_refused():
     with pytest.raises(ValueError, match=r"points: expected at least .* 1.5 sigma"):
         spectral_density(with_spectrum(random.normal((50,), 3)), steps=5, sigma=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 8, 25])
+def test_the_same_products_give_the_largest_ritz_pairs_and_their_residuals(steps: int):
+    matrix = with_spectrum(torch.linspace(-1, 2, 90).double().exp())
+    along = random.normal((90, 2), 8)
+    for left_out in (None, along):
+        got, pairs = density_and_pairs(matrix, 4, steps, kept=5, along=left_out)
+        plain = spectral_density(matrix, 4, steps, along=left_out)
+        assert torch.equal(got.nodes, plain.nodes) and torch.equal(got.weights, plain.weights)
+        kept = min(5, steps)
+        assert pairs.vectors.shape == (90, kept) and pairs.matvecs == 4 * steps
+        assert torch.allclose(pairs.vectors.T @ pairs.vectors, torch.eye(kept).double(), atol=1e-12)
+        assert float(pairs.values[0]) == float(got.nodes.max())
+        q = torch.eye(90).double()
+        if left_out is not None:
+            u = torch.linalg.qr(along)[0]
+            q = q - u @ u.T
+            assert float((u.T @ pairs.vectors).abs().max()) < 1e-12
+        rest = q @ matrix @ q @ pairs.vectors - pairs.values * pairs.vectors
+        assert torch.allclose(rest.norm(dim=0), pairs.residuals, atol=1e-12)
+
+
+def test_the_largest_ritz_pairs_do_not_depend_on_the_memory():
+    matrix = with_spectrum(random.normal((30,), 3))
+    (_, whole), (_, pieces) = (
+        density_and_pairs(matrix, 5, 10, memory_budget=budget, kept=3)
+        for budget in (None, 2 * 14 * 30 * 8)
+    )
+    assert whole.matvecs == pieces.matvecs == 50
+    assert torch.allclose(whole.values, pieces.values, atol=1e-11)
+    assert torch.allclose(whole.residuals, pieces.residuals, atol=1e-11)
+
+
+def test_multiple_eigenvalues_have_exact_ritz_pairs():
+    """Krylov spaces end, or go on by rounding: every pair is one of the matrix all the same."""
+    values = torch.tensor([-1.0] * 5 + [0.0] * 5 + [2.0] * 5).double()
+    for matrix in (with_spectrum(values), torch.diag(values), 3 * torch.eye(15).double()):
+        _, pairs = density_and_pairs(matrix, 3, 9, kept=4)
+        rest = matrix @ pairs.vectors - pairs.values * pairs.vectors
+        assert float(pairs.values[0]) == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]))
+        assert float(rest.norm(dim=0).max()) < 1e-12
+        assert float(pairs.residuals.max()) < 1e-12

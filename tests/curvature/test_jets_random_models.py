@@ -10,7 +10,7 @@ import pytest
 import torch
 from random_models import random_case
 
-from entropic_fast.curvature import GGNOperator, HessianOperator, without_rules
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
 
 # Of seed 457 (replicated padding, channels last) torch 2.13 crashes in its own double backward.
 SEEDS = [seed for seed in range(1, 600, 2) if seed != 457]
@@ -46,6 +46,24 @@ def test_products_and_forms_are_those_of_two_backward_passes(seed: int):
         forms = operator.quadratic_forms(vectors)
         gap = float((forms - (vectors * expected).sum(0)).norm())
         assert gap <= 1e-9 * scale * float(vectors.norm()), (seed, sorted(case.kinds))
+
+
+@pytest.mark.parametrize("seed", SEEDS[::7])
+def test_jacobian_products_are_those_of_autograd(seed: int):
+    case = random_case(seed)
+    obj = case.objective()
+    jacobian = JacobianOperator(obj)
+    with without_rules():
+        expected = JacobianOperator(obj)
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [(jacobian.T, expected.T)]
+    if not NO_SECOND_DERIVATIVE & case.kinds:  # autograd's J v is a second derivative too
+        pairs.append((jacobian, expected))
+    for mine, other in pairs:
+        vectors = torch.randn(mine.shape[1], 2, dtype=torch.float64, generator=generator)
+        reference = other @ vectors
+        gap = float((mine @ vectors - reference).norm())
+        assert gap <= 1e-10 * float(reference.norm()) + 1e-14, (seed, sorted(case.kinds))
 
 
 def test_most_models_go_by_rules():

@@ -1,31 +1,9 @@
 """Peak resident memory above the model and the data, measured in processes of their own."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from memory_of import MEBIBYTE, needs_proc, script_output
 
-MEBIBYTE = 2**20
-PREAMBLE = """
-import ctypes, gc, sys, torch
-from torch import nn
-import entropic_fast as ef
-
-def status(key):
-    line = [l for l in open("/proc/self/status") if l.startswith(key)][0]
-    return int(line.split()[1]) * 1024
-
-def grown(function):
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
-    before = status("VmRSS")
-    function()
-    return status("VmHWM") - before
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
+SCRIPT = """
 label = lambda n: torch.randint(5, (n,))
 
 def wide():  # products by way of the positions: of one
@@ -88,7 +66,7 @@ print(grown(lambda: call(obj, memory_budget=int(sys.argv[3]))))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@needs_proc
 @pytest.mark.parametrize(
     ("model", "function", "mebibytes"),
     [
@@ -108,8 +86,46 @@ def test_peak_memory_stays_within_the_budget_and_15_percent(
     model: str, function: str, mebibytes: int
 ):
     budget = mebibytes * MEBIBYTE
-    run = subprocess.run(
-        [sys.executable, "-c", PREAMBLE, model, function, str(budget)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert int(run.stdout) < 1.15 * budget
+    assert int(script_output(SCRIPT, model, function, budget)) < 1.15 * budget
+
+
+JETS = """
+label = lambda n: torch.randint(5, (n,))
+
+def network(channels, size, examples):
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5),
+    )
+    data = (torch.randn(examples, 3, size, size), label(examples))
+    return ef.Objective(model, "cross_entropy", data)
+
+def call(obj, columns, **budget):
+    vectors = torch.randn(obj.num_params, columns)
+    if sys.argv[1] == "jacobian":
+        jacobian = ef.JacobianOperator(obj, **budget)
+        return jacobian.T @ (jacobian @ vectors)
+    operator = {"hessian": ef.HessianOperator, "ggn": ef.GGNOperator}[sys.argv[1]](obj, **budget)
+    if sys.argv[2] == "forms":
+        operator.quadratic_forms(vectors)
+    for _ in range(3 if sys.argv[2] == "products" else 0):  # values kept from the third on
+        operator @ vectors
+
+call(network(4, 5, 3), 2)  # the libraries' code is there
+obj = network(16, 16, 250)
+print(grown(lambda: call(obj, 8, memory_budget=int(sys.argv[3]))))
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("hessian", "products"), ("hessian", "forms"), ("ggn", "products"), ("jacobian", "products")],
+)
+@pytest.mark.parametrize("mebibytes", [32, 96])
+def test_products_and_forms_stay_within_the_budget_and_15_percent(
+    kind: str, what: str, mebibytes: int
+):
+    budget = mebibytes * MEBIBYTE
+    assert int(script_output(JETS, kind, what, budget)) < 1.15 * budget

@@ -7,13 +7,17 @@ import torch
 from cases import by_name
 from torch import Tensor, nn
 
+from entropic_fast import random
 from entropic_fast.curvature import (
     HessianOperator,
     curvature_profile,
     fisher_trace,
     hessian_trace,
+    measure_point,
+    point,
     profile_point,
     profile_positions,
+    spectral_density,
     top_eigenvalues,
 )
 from entropic_fast.objective import Objective
@@ -23,7 +27,7 @@ from entropic_fast.table import Table
 ALL = [
     "s", "loss", "accuracy", "fisher_trace", "fisher_trace_std_error", "hessian_trace",
     "hessian_trace_std_error", "top_eigenvalue", "top_eigenvalue_residual",
-    "top_eigenvalue_converged", "norm", "norm_examples",
+    "top_eigenvalue_converged", "norm", "products", "forms", "norm_examples",
 ]  # fmt: skip
 
 
@@ -46,9 +50,12 @@ def test_every_column_is_its_own_function_at_that_point():
     table = curvature_profile(obj, path, points=3, seed=5, probes=6, tol=1e-6)
     assert list(table.columns) == ALL
     assert table["s"].tolist() == [0.0, 0.5, 1.0]
+    pairs, hessian = None, ("top_eigenvalue",)
     for i, s in enumerate((0.0, 0.5, 1.0)):
         theta = path.point(s)
-        trace, fisher = hessian_trace(obj, theta, probes=6, seed=5), fisher_trace(obj, theta)
+        pairs = measure_point(obj, theta, hessian, seed=5, tol=1e-6, start=pairs).pairs
+        trace = hessian_trace(obj, theta, probes=6, seed=5, deflate=pairs)
+        fisher = fisher_trace(obj, theta)
         top = top_eigenvalues(HessianOperator(obj, theta), tol=1e-6, seed=5)
         row = table.rows()[i]
         assert (row["loss"], row["accuracy"]) == obj.evaluate(theta)
@@ -61,6 +68,7 @@ def test_every_column_is_its_own_function_at_that_point():
         assert row["top_eigenvalue_converged"] == 1
         assert row["norm"] == pytest.approx(float(theta.norm()), rel=1e-12)
         assert row["norm_examples"] == 0
+        assert row["forms"] == 6 + pairs.vectors.shape[1] and row["products"] == pairs.matvecs
 
 
 def test_statistics_are_re_estimated_at_each_point_and_the_table_says_so():
@@ -88,7 +96,9 @@ def test_rows_can_be_made_one_at_a_time():
         obj, path, points=4, probes=3, on_point=lambda i, row: rows.append((i, row))
     )
     assert [i for i, _ in rows] == [0, 1, 2, 3]
-    single = profile_point(obj, path.point(1 / 3), probes=3)
+    first = measure_point(obj, path.point(0.0), probes=3)
+    single = profile_point(obj, path.point(1 / 3), probes=3, start=first.pairs)
+    assert {"s": 0.0, **first.row} == rows[0][1]
     assert {"s": 1 / 3, **single} == rows[1][1] == table.rows()[1]
 
 
@@ -150,3 +160,148 @@ def test_quantities_of_single_examples_are_refused_before_any_work():
     assert not called
     table = curvature_profile(obj, Recorder(), points=2, quantities=("loss", "hessian_trace"))
     assert table["norm_examples"].tolist() == [0, 0] and called == [0.0, 1.0]
+
+
+def least_squares(scales: Tensor, examples: int = 40) -> tuple[Objective, Tensor]:
+    """A linear model and its Hessian (2 / N) X^T X."""
+    x = random.normal((examples, len(scales)), 3) * scales
+    model = nn.Linear(len(scales), 1, bias=False).double()
+    return Objective(model, "mse", (x, x[:, :1])), 2 / examples * x.T @ x
+
+
+def dense(obj: Objective, theta: Tensor) -> Tensor:
+    return HessianOperator(obj, theta) @ torch.eye(obj.num_params, dtype=theta.dtype)
+
+
+def test_traces_without_known_directions_are_unbiased_and_more_exact():
+    scales = torch.cat([torch.tensor([9.0, 6.0, 4.0]), torch.full((37,), 0.4)]).double()
+    obj, matrix = least_squares(scales)
+    exact, z, gain = float(matrix.trace()), [], []
+    for seed in range(60):
+        row = profile_point(obj, quantities=("hessian_trace", "top_eigenvalue"), seed=seed)
+        z.append((row["hessian_trace"] - exact) / row["hessian_trace_std_error"])
+        gain.append(hessian_trace(obj, seed=seed).std_error / row["hessian_trace_std_error"])
+    z = torch.tensor(z)
+    assert abs(float(z.mean())) < 3 / 60**0.5 and 0.7 < float(z.std()) < 1.4
+    # A search that happens to end early knows fewer directions.
+    assert min(gain) > 1 and sorted(gain)[30] > 10
+
+
+def test_signs_and_search_vectors_are_unrelated():
+    """The directions left out of a trace do not depend on its signs."""
+    size = 20000
+    for seed in (0, 1, 12345):
+        for other in ("lanczos", "density", "guard"):
+            key = random.derive(seed, other)
+            assert key != seed
+            for i in range(3):
+                normal = random.normal((size,), key, i)
+                for j in range(3):
+                    signs = random.rademacher((size,), seed, j, dtype=torch.float64)
+                    assert abs(float(signs @ normal)) < 4.5 * size**0.5
+
+
+def test_one_operator_serves_all_quantities_of_a_point(monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    class Counted(HessianOperator):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(point, "HessianOperator", Counted)
+    obj = by_name("tied weight").objective()
+    table = curvature_profile(obj, path_from(obj), 3, point.ALL_QUANTITIES, probes=2, steps=5)
+    assert len(made) == 3
+    assert table["products"].tolist() == [operator.products for operator in made]
+
+
+def test_density_gives_traces_of_functions_and_the_largest_eigenvalue_from_the_same_products():
+    """With all steps taken each probe's quadrature is exact."""
+    obj = by_name("tied weight").objective()
+    path, size, delta = path_from(obj), obj.num_params, 0.01
+    densities = []
+    quantities = ("density", "top_eigenvalue", "hessian_trace")
+    table = curvature_profile(
+        obj, path, 3, quantities, density_probes=5, steps=size, delta=delta, tol=1e-4,
+        on_density=lambda i, d: densities.append((i, d)),
+    )  # fmt: skip
+    assert [i for i, _ in densities] == [0, 1, 2]
+    probes = [random.normal((size,), random.derive(0, "density"), i) for i in range(5)]
+    for row, s in zip(table.rows(), (0.0, 0.5, 1.0), strict=True):
+        matrix = dense(obj, path.point(s))
+        values, vectors = torch.linalg.eigh(matrix)
+        weights = torch.stack([(vectors.T @ (v / v.norm())).square() for v in probes])
+        for name, function in (
+            ("log_determinant", (values.clamp(min=0) + delta).log()),
+            ("negative_mass", (-values).clamp(min=0)),
+        ):
+            samples = size * weights @ function
+            assert row[name] == pytest.approx(float(samples.mean()), rel=1e-6)
+            error = float(samples.std()) / 5**0.5
+            assert row[f"{name}_std_error"] == pytest.approx(error, rel=1e-5)
+            assert abs(row[name] - float(function.sum())) < 4 * error + 1e-9
+        alone = HessianOperator(obj, path.point(s))
+        spectral_density(alone, 5, size)
+        assert row["products"] == alone.products <= 5 * size and row["forms"] == 32 + 8
+        assert row["top_eigenvalue"] == pytest.approx(float(values[-1]), rel=1e-9)
+        assert row["top_eigenvalue_residual"] < 1e-6 and row["top_eigenvalue_converged"] == 1
+        gap = abs(row["hessian_trace"] - float(matrix.trace()))
+        assert gap < 4 * row["hessian_trace_std_error"]
+        plain = hessian_trace(obj, path.point(s))
+        assert row["hessian_trace_std_error"] < plain.std_error
+
+
+def test_products_follow_a_density_only_where_the_tolerance_is_not_met():
+    obj, matrix = least_squares(torch.linspace(0.1, 2, 60).double(), 200)
+    top = float(torch.linalg.eigvalsh(matrix)[-1])
+    rows = [
+        profile_point(obj, quantities=("density", "top_eigenvalue"), steps=12, tol=tol)
+        for tol in (0.5, 1e-9)
+    ]
+    cold = profile_point(obj, quantities=("top_eigenvalue",), tol=1e-9)
+    assert rows[0]["products"] == 8 * 12 and rows[0]["top_eigenvalue_residual"] <= 0.5 * top
+    assert 0 < rows[1]["products"] - 8 * 12 < cold["products"]
+    assert rows[1]["top_eigenvalue"] == pytest.approx(top, rel=1e-9)
+    assert rows[1]["top_eigenvalue_converged"] == 1
+    assert rows[1]["top_eigenvalue_residual"] <= 1e-9 * top
+
+
+def test_across_leaves_the_tangent_out_of_the_density_only():
+    obj = by_name("tied weight").objective()
+    path, densities = path_from(obj), []
+    quantities = ("density", "top_eigenvalue")
+    table = curvature_profile(
+        obj, path, [0.3], quantities, across=True, tol=1e-6,
+        on_density=lambda _, d: densities.append(d),
+    )  # fmt: skip
+    theta = path.point(0.3)
+    matrix = dense(obj, theta)
+    expected = spectral_density(matrix, along=path.tangent(0.3))
+    assert densities[0].size == obj.num_params - 1
+    assert torch.allclose(densities[0].nodes, expected.nodes, atol=1e-8)
+    top = float(torch.linalg.eigvalsh(matrix)[-1])
+    assert table["top_eigenvalue"][0] == pytest.approx(top, rel=1e-6)
+    assert table["top_eigenvalue_converged"][0] == 1
+    whole = profile_point(obj, theta, quantities, along=None)
+    assert table["log_determinant"][0] != whole["log_determinant"]
+
+
+def test_density_options_without_a_density_are_refused():
+    obj = by_name("tied weight").objective()
+    path = path_from(obj)
+
+    class Bare:
+        def point(self, s: float) -> Tensor:
+            return path.point(s)
+
+    with pytest.raises(ValueError, match=r'quantities: expected "density" .* across'):
+        curvature_profile(obj, path, 2, across=True)
+    with pytest.raises(ValueError, match=r'quantities: expected "density" .* on_density'):
+        curvature_profile(obj, path, 2, on_density=lambda i, d: None)
+    with pytest.raises(ValueError, match="path: expected one with tangent"):
+        curvature_profile(obj, Bare(), 2, ("density",), across=True)
+    with pytest.raises(ValueError, match="delta"):
+        profile_point(obj, quantities=("density",), delta=0.0)
+    with pytest.raises(ValueError, match="steps"):
+        profile_point(obj, quantities=("density",), steps=0)

@@ -7,8 +7,14 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from entropic_fast.dynamics import RidgePotential, RingPotential, simulate_langevin
+from entropic_fast.dynamics import (
+    ChannelPotential,
+    RidgePotential,
+    RingPotential,
+    simulate_langevin,
+)
 
+SCHEMES = ("euler-maruyama", "leimkuhler-matthews", "baoab")
 LEVEL = 1e-4  # of every chi-square test here: chance of rejecting a correct density
 
 
@@ -231,16 +237,20 @@ class Washboard:
         return mass(1) / mass(0)
 
 
-# At these steps errors are 20 or more times their standard error of 0.001. The second scheme's
-# still hold terms of higher order (ratios of 5 to 6 instead of 4), the first's hardly.
+# At these steps errors are 20 or more times their standard error of 0.001 (5 times, BAOAB's at the
+# finer step). The second-order schemes' still hold terms of higher order (ratios of 5 to 6 instead
+# of 4), the first's hardly.
 @pytest.mark.parametrize(
     ("scheme", "well", "dt", "low", "high"),
     [
         ("euler-maruyama", Washboard(2.0, 1.0), 0.6, 1.8, 2.4),
         ("leimkuhler-matthews", Washboard(1.0, 2.0), 0.4, 3.5, 8.0),
+        ("baoab", Washboard(1.0, 2.0), 0.6, 3.5, 8.0),
     ],
 )
-def test_weak_order_is_one_for_euler_and_two_for_leimkuhler_matthews(scheme, well, dt, low, high):
+def test_stationary_averages_are_of_order_one_for_euler_and_two_for_the_others(
+    scheme, well, dt, low, high
+):
     def error(step):
         run = simulate_langevin(
             well,
@@ -258,13 +268,15 @@ def test_weak_order_is_one_for_euler_and_two_for_leimkuhler_matthews(scheme, wel
     assert low < error(dt) / error(dt / 2) < high
 
 
-@pytest.mark.parametrize("scheme", ["euler-maruyama", "leimkuhler-matthews"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_more_particles_change_nobodys_noise(scheme):
     settings = dict(temperature=0.3, dt=0.01, steps=7, seed=9, scheme=scheme)
     start = torch.linspace(0.5, 1.5, 10, dtype=torch.float64).reshape(5, 2)
     five = simulate_langevin(RingPotential(), start, **settings)
     three = simulate_langevin(RingPotential(), start[:3], **settings)
     assert torch.equal(five.final[:3], three.final)
+    last = simulate_langevin(RingPotential(), start[3:], first_particle=3, **settings)
+    assert torch.equal(five.final[3:], last.final)
     other = simulate_langevin(RingPotential(), start, **{**settings, "seed": 8})
     assert not torch.equal(five.final, other.final)
 
@@ -293,6 +305,16 @@ def test_a_plain_function_is_differentiated_and_records_are_where_they_were_aske
         (dict(steps=0), "steps: expected a whole number"),
         (dict(record_every=0), "record_every: expected a whole number"),
         (dict(scheme="heun"), "scheme: expected one of"),
+        (dict(start=torch.ones(3, 2).half()), "start: expected float32 or float64"),
+        (dict(friction=0.0), "friction: expected a finite number above 0"),
+        (dict(first_particle=-1), "first_particle: expected a whole number"),
+        (dict(start_velocities=torch.ones(3, 2)), "start_velocities: expected None for leimkuhler"),
+        (dict(scheme="baoab", start_velocities=torch.ones(2, 2)), "start_velocities: .* shape"),
+        (
+            dict(scheme="baoab", start_velocities=torch.full((3, 2), math.inf)),
+            "start_velocities: expected finite values",
+        ),
+        (dict(backend="fortran"), "backend: expected one of"),
         (dict(potential=lambda x: x), r"potential: expected energies of shape \[3\]"),
         (dict(dt=1e6, steps=200), "dt: expected a step at which .* particle 0 not finite"),
     ],
@@ -314,6 +336,11 @@ def test_bad_arguments_are_refused_by_name(change, message):
         (lambda: RidgePotential(broad=-1.0), "broad"),
         (lambda: RidgePotential(fast=0), "fast"),
         (lambda: RidgePotential(length=0.0), "length"),
+        (lambda: ChannelPotential(stiffness=0.0), "stiffness"),
+        (lambda: ChannelPotential(contrast=-0.1), "contrast"),
+        (lambda: ChannelPotential(length=0.0), "length"),
+        (lambda: ChannelPotential(fast=0), "fast"),
+        (lambda: ChannelPotential().analytic_density(0.0, torch.zeros(1)), "temperature"),
         (lambda: RidgePotential(wall=0.0).analytic_density(1.0, torch.zeros(1)), "wall"),
         (lambda: RidgePotential().analytic_density(0.0, torch.zeros(1)), "temperature"),
         (lambda: RingPotential().analytic_density(-1.0, torch.zeros(1)), "temperature"),

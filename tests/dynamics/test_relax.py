@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from relax_cases import conv_problem, float64, images, mlp_problem
 from torch import nn
 
 from entropic_fast.dynamics import DivergenceError, relax
@@ -13,38 +14,6 @@ from entropic_fast.dynamics.minibatches import Minibatches
 from entropic_fast.models import digits_cnn, initialise
 from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, linear_path
-
-
-def float64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def images(n=40, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 8, 8, generator=g, dtype=dtype), torch.randint(10, (n,), generator=g)
-
-
-def mlp_problem(dtype=torch.float64, n=24, seed=0):
-    """A small classifier and a bent path of three pivots."""
-    g = torch.Generator().manual_seed(seed)
-    model = initialise(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), seed).to(dtype)
-    x = torch.randn(n, 5, generator=g, dtype=dtype)
-    obj = Objective(model, "cross_entropy", (x, torch.randint(3, (n,), generator=g)))
-    theta = obj.parameters_vector()
-    bends = 0.5 * torch.randn(2, obj.num_params, generator=g, dtype=dtype)
-    return model, obj, Path(torch.stack((theta, theta + bends[0], theta + bends[1])))
-
-
-def conv_problem(norm, channels=(4, 4, 4), norm_of_objective="running"):
-    obj = Objective(
-        initialise(digits_cnn(norm, channels=channels), 1),
-        "cross_entropy",
-        images(),
-        norm=norm_of_objective,
-    )
-    a = obj.parameters_vector()
-    g = torch.Generator().manual_seed(3)
-    return obj, linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=3)
 
 
 def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):
@@ -100,7 +69,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", "vmap", "threads"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
     settings, make = OPTIMIZERS[name]
@@ -144,19 +113,31 @@ def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
         torch.testing.assert_close(run.distance[0], float64(d), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("engine", ["vmap", "threads"])
 @pytest.mark.parametrize("norm", ["none", "batch"])
-def test_a_replica_does_what_it_would_do_alone(norm):
+def test_a_replica_does_what_it_would_do_alone(norm, engine):
     obj, path = conv_problem(norm)
     common = dict(batch_size=4, project_every=3, steps=9, seed=5, max_distance=math.inf)
     together = relax(
-        obj, path, [0.2, 0.2, 0.5, 0.7], lr=[0.05, 0.05, 0.02, 0.1], ids=[0, 4, 2, 9], **common
+        obj,
+        path,
+        [0.2, 0.2, 0.5, 0.7],
+        lr=[0.05, 0.05, 0.02, 0.1],
+        ids=[0, 4, 2, 9],
+        engine=engine,
+        **common,
     )
-    assert together.engine == "vmap" and together.notes == ()
+    assert together.engine == engine and together.notes == ()
     for r, i in enumerate(together.ids.tolist()):
         alone = relax(
-            obj, path, float(together.start[r]), lr=float(together.lr[r]), ids=[i], **common
+            obj,
+            path,
+            float(together.start[r]),
+            lr=float(together.lr[r]),
+            ids=[i],
+            engine="loop",
+            **common,
         )
-        assert alone.engine == "loop"
         torch.testing.assert_close(together.position[r], alone.position[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(together.loss[r], alone.loss[0], rtol=1e-4, atol=1e-5)
     assert float((together.position[0] - together.position[1]).abs().max()) > 1e-5
@@ -203,7 +184,7 @@ class Branching(nn.Module):
         return y if float(y.detach().sum()) > 0 else 2 * y
 
 
-def test_a_model_that_vmap_cannot_do_falls_back_to_the_loop_and_says_so():
+def test_a_model_that_vmap_cannot_do_falls_back_to_threads_and_says_so():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 5, generator=g), torch.randint(3, (20,), generator=g)
     model = initialise(Branching(), 0)
@@ -211,8 +192,8 @@ def test_a_model_that_vmap_cannot_do_falls_back_to_the_loop_and_says_so():
     a = obj.parameters_vector()
     path = linear_path(a, a + 1)
     settings = dict(lr=0.1, batch_size=4, project_every=5, steps=10, replicas=4)
-    run = relax(obj, path, 0.5, **settings)
-    assert run.engine == "loop" and "vmap was not used" in run.notes[0]
+    run = relax(obj, path, 0.5, **{**settings, "replicas": 3 * torch.get_num_threads() + 1})
+    assert run.engine == "threads" and "vmap was not used" in run.notes[0]
     s, _, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.1), 4, 5, 10, 0, 3)
     torch.testing.assert_close(run.position[3], float64(s), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"engine: expected a model that .*vmap can do"):
@@ -289,10 +270,19 @@ def test_records_table_and_callback_agree():
     assert torch.equal(pickle.loads(pickle.dumps(run)).position, run.position)
 
 
-def test_a_full_batch_has_no_noise():
+@pytest.mark.parametrize("engine", ["loop", "threads"])
+def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
     _, obj, path = mlp_problem()
-    run = relax(obj, path, 0.4, lr=0.1, batch_size=obj.num_examples, steps=30, replicas=3)
-    torch.testing.assert_close(run.position[1:], run.position[:1].expand(2, -1), rtol=0, atol=1e-12)
+    common = dict(lr=0.1, batch_size=obj.num_examples, steps=30, engine=engine)
+    run = relax(obj, path, 0.4, replicas=3, **common)
+    other = relax(obj, path, 0.4, seed=5, ids=[7], **common)
+    assert torch.equal(run.position, other.position.expand(3, -1))
+    x, y = Minibatches(obj, obj.num_examples, 0, [0, 1])(3)
+    assert torch.equal(x[1], obj.tensors()[0]) and torch.equal(y[0], obj.tensors()[1])
+    theta = path.point(0.4)  # descends the gradient of the loss over all examples
+    for _ in range(15):
+        theta = theta - 0.1 * obj.gradient(theta)
+    assert abs(path.project(theta)[0] - float(run.position[0, 1])) < 1e-10
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,27 @@ def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_
     assert "2 diverged replicas left out" in (run.path / "report.html").read_text()
 
 
+def test_a_unit_that_was_interrupted_goes_on_from_its_checkpoint(run, monkeypatch):
+    before = run.table("relax/A", "trajectory").rows()
+    monkeypatch.setattr(relaxation, "CHECKPOINT_CYCLES", 1)
+    checkpoint = run.unit_folder("relax/A") / "run.safetensors"
+
+    def stop(fraction):
+        if fraction == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        relaxation.relax_starts(run, stop)
+    assert checkpoint.exists()
+    fractions = []
+    again = relaxation.relax_starts(run, fractions.append)["trajectory"]
+    assert fractions == [1] and not checkpoint.exists()
+    assert again.rows() == before
+    # One of another path, or no checkpoint at all, is computed anew.
+    checkpoint.write_bytes(b"nothing of the kind")
+    assert relaxation.relax_starts(run, fractions.append)["trajectory"].rows() == before
+
+
 def test_the_rate_asked_for_is_taken_and_otherwise_the_rule_says_why(run):
     assert relaxation._choose(None, 0.25) == {
         "lr": 0.25,

@@ -1,6 +1,6 @@
 """Directional derivatives of first and second order through the graph of a network."""
 
-from .capture import NotCapturedError
 from .engine import JetEngine
+from .hidden import NotCapturedError
 
 __all__ = ["JetEngine", "NotCapturedError"]

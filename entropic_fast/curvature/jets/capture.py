@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +22,17 @@ import torch
 from torch import Tensor, fx
 from torch.func import functional_call, functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ... import random
 from ...exact import exact_math
 from ...objective import Objective
+from ..agreement import AGREEMENT
 from .decompositions import DECOMPOSITIONS
+from .hidden import NotCapturedError, Watch, require_nothing_hidden
 from .linear import is_linear
 
 aten = torch.ops.aten
-
-
-class NotCapturedError(RuntimeError):
-    """A model whose graph does not say all there is to its derivatives; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,47 @@ def capture(obj: Objective, theta: Tensor, inputs: Tensor) -> Graph:
     Raises:
         NotCapturedError: see above.
     """
-    _require_plain(obj._model)
-    parts = [part.detach() for part in obj.split(theta).values()]
-    forward = _forward(obj, parts, inputs)
+    with _refusing():
+        require_nothing_hidden(obj, theta, inputs)
+        parts = [part.detach() for part in obj.split(theta).values()]
+        forward = _forward(obj, parts, inputs)
+    _require_faithful(forward, obj, theta, inputs)
     marked = _not_linear(forward, len(parts))
-    return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+    with _refusing():
+        return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever a model does that tracing does not take becomes a NotCapturedError."""
+    try:
+        yield
+    except (NotCapturedError, torch.OutOfMemoryError):
+        raise
+    except Exception as why:
+        said = (str(why) or "no message").splitlines()[0]
+        raise NotCapturedError(f"{type(why).__name__}: {said}") from why
+
+
+@torch.no_grad()
+def _require_faithful(
+    forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tensor
+) -> None:
+    """Refuse a graph in which numbers of this point are written down as constants."""
+    theta = theta * (
+        1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
+    )
+    inputs = inputs.flip(0)
+    inputs = 0.9 * inputs if inputs.is_floating_point() else inputs
+    try:
+        expected = obj.outputs(theta, inputs)
+    except Exception:  # a model need not run there
+        return
+    leaves = (*obj.split(theta).values(), *obj.buffers.values(), inputs)
+    (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
+    gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
+    if got.shape != expected.shape or not gap <= AGREEMENT[theta.dtype][0] * scale:
+        raise NotCapturedError("the graph holds numbers that are others at another point")
 
 
 def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphModule:
@@ -82,7 +117,7 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphMod
 
     def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Tensor) -> Tensor:
         values = dict(zip(names, parts, strict=True)) | dict(zip(buffers, held, strict=True))
-        with _Watch():
+        with Watch():
             outputs: Tensor = functional_call(obj._model, values, (x,), tie_weights=True)
         return outputs
 
@@ -132,8 +167,10 @@ def _with_backward(
     p, b = len(parts), len(buffers)
     for shift in placeholders[p + b + 2 :]:
         for add in list(shift.users):
-            shifted = next(a for a in add.all_input_nodes if a is not shift)
-            add.replace_all_uses_with(shifted)
+            others = [a for a in add.all_input_nodes if a is not shift]
+            if add.target is not aten.add.Tensor or len(others) != 1:
+                raise NotCapturedError("the model takes derivatives of its own")
+            add.replace_all_uses_with(others[0])
     (result,) = (node for node in joint.graph.nodes if node.op == "output")
     leaves = iter(tree_leaves(result.args))
     outputs_node = next(leaves)
@@ -157,19 +194,14 @@ def _with_backward(
 
 
 def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
-    try:
-        with warnings.catch_warnings():  # torch's own, of what it uses to trace
-            for kind in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", kind)
-            importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
-            graph = make_fx(function, decomposition_table=table)(*arguments)
-            if any(_mutates(node) for node in graph.graph.nodes):
-                # Only now, as composite functions hide what they change in place.
-                graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
-    except NotCapturedError:
-        raise
-    except Exception as why:  # whatever a model does that tracing does not take
-        raise NotCapturedError(f"{type(why).__name__}: {str(why).splitlines()[0]}") from why
+    with warnings.catch_warnings():  # torch's own, of what it uses to trace
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
+        graph = make_fx(function, decomposition_table=table)(*arguments)
+        if any(_mutates(node) for node in graph.graph.nodes):
+            # Only now, as composite functions hide what they change in place.
+            graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
     for node in graph.graph.nodes:
         if _mutates(node):
             raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
@@ -196,6 +228,8 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not value.is_floating_point():
             continue
+        if node.target is aten.detach.default:  # of torch's own, as nothing here asks for gradients
+            raise NotCapturedError("the model detaches a tensor")
         active.add(node)
         source = node.args[0] if node.target is operator.getitem else node
         if isinstance(value, Tensor) and not is_linear(source, active):
@@ -225,29 +259,3 @@ class _Shifted(fx.Interpreter):
             self._before[i] = value
             return value + self._shifts[i]
         return value
-
-
-class _Watch(TorchFunctionMode):
-    """Refuses what a graph of operations does not show."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
-            raise NotCapturedError("a part of the model runs without gradient (torch.no_grad)")
-        if func in _HIDDEN:
-            raise NotCapturedError(f"the model calls Tensor.{getattr(func, '__name__', func)}")
-        return func(*args, **(kwargs or {}))
-
-
-_HIDDEN = {
-    Tensor.detach,
-    Tensor.detach_,
-    Tensor.register_hook,
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__,  # type: ignore[attr-defined]
-}
-
-
-def _require_plain(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            raise NotCapturedError(f"module {name!r} has backward hooks")

@@ -19,9 +19,11 @@ from ...exact import exact_math
 from ...examples import Batch
 from ...objective import Objective
 from .allocator import keep_freed_memory
-from .capture import NotCapturedError, capture
+from .capture import capture
+from .hidden import NotCapturedError
 from .loss import LossAt
 from .program import Program, Values
+from .step import Sum
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class JetEngine:
         self._calls: set[str] = set()
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
-        program_for(obj, theta, next(self._tiles()).inputs)  # raises, if it will not do
+        program_for(obj, theta, next(self.tiles()).inputs)  # raises, if it will not do
 
     # -- tiles -----------------------------------------------------------------------------
 
@@ -104,7 +106,8 @@ class JetEngine:
         width = max(1, min(WIDTH, room // (most * each) - 1))
         return width, ceil(count / ceil(count / most))
 
-    def _tiles(self) -> Iterator[Tile]:
+    def tiles(self) -> Iterator[Tile]:
+        """All examples, a tile at a time."""
         if not self.separable:
             for batch in self.obj.batches():
                 yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
@@ -121,7 +124,7 @@ class JetEngine:
 
     def sample(self) -> Tile:
         """A tile of which two examples count; of a batch that cannot be split, all."""
-        first = next(self._tiles())
+        first = next(self.tiles())
         if not self.separable:
             return first
         counted = min(2, len(first.batch.inputs))
@@ -168,6 +171,41 @@ class JetEngine:
                     sums += bent.flatten(1).sum(1)
         return total
 
+    @exact_math()
+    @torch.no_grad()
+    def pushed(self, tile: Tile, rows: Tensor) -> Tensor:
+        """The Jacobian of a tile's outputs times rows [K, P].  # [K, n * outputs]"""
+        values = self._outputs_at(tile)
+        outputs = values.program.graph.outputs
+        found = rows.new_zeros(len(rows), values[outputs].numel())
+        for block, part in self._blocks(rows, found, "ggn"):
+            moved = values.program.push(values, self._directions(block)).get(outputs)
+            if isinstance(moved, Sum):
+                moved = moved.total()
+            if moved is not None:
+                part.copy_(moved.flatten(1))
+        return found
+
+    @exact_math()
+    @torch.no_grad()
+    def pulled(self, tile: Tile, rows: Tensor) -> Tensor:
+        """Rows [K, m * outputs], of the m examples that count, times the Jacobian.  # [K, P]"""
+        values = self._outputs_at(tile)
+        program = values.program
+        like = values[program.graph.outputs]
+        total = rows.new_zeros(len(rows), len(self.theta))
+        for block, sums in self._blocks(rows, total, "ggn"):
+            u = block.new_zeros(len(block), like.numel())
+            u[:, : block.shape[1]] = block
+            self._add_gradients(program.pull(values, {}, u.view(-1, *like.shape)), sums)
+        return total
+
+    def _outputs_at(self, tile: Tile) -> Values:
+        program = self.program(tile)
+        values = program.forward(self._parts, self.obj.buffers.values(), tile.inputs)
+        program.prepare(values)
+        return values
+
     def _blocks(self, rows: Tensor, total: Tensor, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
         width = min(self.width, WIDTHS[kind])
         for i in range(0, len(rows), width):
@@ -182,9 +220,12 @@ class JetEngine:
         if moved is None:  # outputs that do not depend on the parameters
             return
         found = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
+        self._add_gradients(found, total)
+
+    def _add_gradients(self, found: list[Tensor | None], total: Tensor) -> None:
         for part, gradient in zip(total.split(self._sizes, 1), found, strict=True):
             if gradient is not None:
-                part += gradient.reshape(len(rows), -1)
+                part += gradient.reshape(len(total), -1)
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
         return [
@@ -201,7 +242,7 @@ class JetEngine:
             return
         again = kind in self._calls
         self._calls.add(kind)
-        for i, tile in enumerate(self._tiles()):
+        for i, tile in enumerate(self.tiles()):
             known = self._kept.get((kind, i))
             if known is not None:
                 yield known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...model_checks import require_twice_differentiable
 from ...objective import Objective
 
 
@@ -26,6 +27,7 @@ class LossAt:
             self.losses = losses.detach()
             self._slope: Tensor | None = None
             if total.requires_grad:
+                require_twice_differentiable(total)
                 (self._slope,) = torch.autograd.grad(total, self._at, create_graph=True)
 
     @property

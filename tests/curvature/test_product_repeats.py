@@ -1,0 +1,104 @@
+"""Products again and again: the same memory, and the same bits."""
+
+import gc
+import hashlib
+
+import pytest
+import torch
+from cases import by_name
+from memory_of import needs_proc, script_output
+from torch import Tensor
+
+from entropic_fast.curvature import (
+    GGNOperator,
+    HessianOperator,
+    JacobianOperator,
+    hessian_trace,
+    spectral_density,
+    top_eigenvalues,
+)
+
+LEAKS = """
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cases import by_name
+
+obj = by_name(sys.argv[2]).objective(2)
+v = torch.randn(obj.num_params, dtype=obj.dtype)
+H, G, J = ef.HessianOperator(obj), ef.GGNOperator(obj), ef.JacobianOperator(obj)
+
+def calls(count):
+    for _ in range(count):
+        H @ v, G @ v, J @ v, H.quadratic_forms(v[:, None])
+
+def tensors():
+    gc.collect()
+    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+calls(100)
+before = resident(), tensors()
+calls(1000)
+print(resident() - before[0], tensors() - before[1])
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["batch norm gamma 0", "data-dependent branch"])
+def test_a_thousand_products_leave_memory_as_it_was(request, name: str):
+    tests = request.config.rootpath / "tests"
+    grown, tensors = map(int, script_output(LEAKS, tests, name).split())
+    assert tensors == 0
+    assert grown < 400_000
+
+
+def test_new_operators_leave_nothing_behind():
+    obj = by_name("attention").objective()
+    v = torch.ones(obj.num_params, dtype=torch.float64)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(o) is Tensor for o in gc.get_objects())
+
+    def use() -> None:
+        for kind in (HessianOperator, GGNOperator, JacobianOperator):
+            kind(obj) @ v
+
+    use()
+    before = tensors()
+    for _ in range(5):
+        use()
+    assert tensors() == before
+
+
+def results(name: str) -> str:
+    """A digest of all bits of what is computed with one seed."""
+    obj = by_name(name).objective(33)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(obj.num_params, 9, dtype=torch.float64, generator=generator)
+    hessian, ggn, jacobian = HessianOperator(obj), GGNOperator(obj), JacobianOperator(obj)
+    found = [hessian @ vectors, hessian @ vectors[:, 0], hessian.quadratic_forms(vectors)]
+    found += [ggn @ vectors, jacobian @ vectors, jacobian.T @ (jacobian @ vectors)]
+    trace = hessian_trace(obj, probes=8, seed=3)
+    pairs, density = top_eigenvalues(hessian, 2, seed=3), spectral_density(hessian, seed=3)
+    found += [torch.tensor([trace.value, trace.std_error], dtype=torch.float64)]
+    found += [pairs.values, pairs.vectors, pairs.residuals, density.nodes, density.weights]
+    digest = hashlib.sha256()
+    for tensor in found:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+REPEAT = """
+sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[1] + "/curvature")
+from test_product_repeats import results
+print(results(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("name", ["residual in place", "attention", "data-dependent branch"])
+def test_results_are_the_same_bits_with_one_seed(request, name: str):
+    first = results(name)
+    assert results(name) == first
+    tests = request.config.rootpath / "tests"
+    assert script_output(REPEAT, tests, name).strip() == first

@@ -1,0 +1,229 @@
+"""Ways to compute the same trajectories: threads, the forward-mode shortcut, groups of settings."""
+
+import math
+import threading
+
+import pytest
+import torch
+from relax_cases import conv_problem, mlp_problem, valley
+from torch import nn
+
+from entropic_fast.dynamics import displacement, relax, relax_many
+from entropic_fast.dynamics.engines import choose, close
+from entropic_fast.dynamics.minibatches import Minibatches
+from entropic_fast.dynamics.workers import ThreadedGradients, Workers
+from entropic_fast.models import build, initialise
+from entropic_fast.objective import Objective
+from entropic_fast.paths import Path, linear_path
+
+CLOSE = dict(rtol=0, atol=1e-10)
+
+
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    return before
+
+
+@pytest.mark.parametrize("name", ["resnet8-w4", "wrn10-1-w4", "digits-cnn-bn"])
+def test_threads_give_the_same_bits_whatever_their_number(name):
+    g = torch.Generator().manual_seed(0)
+    model = initialise(build(name, in_channels=1), 0)
+    data = torch.randn(30, 1, 8, 8, generator=g), torch.randint(10, (30,), generator=g)
+    obj = Objective(model, "cross_entropy", data)
+    a = obj.parameters_vector()
+    path = linear_path(a, a + 0.01 * torch.randn(len(a), generator=g))
+    common = dict(lr=0.01, batch_size=8, project_every=4, steps=8, engine="threads")
+    runs = []
+    for count, ids in ((1, range(5)), (2, range(5)), (3, [2, 0, 4])):
+        before = threads(count)
+        try:
+            runs.append(relax(obj, path, 0.5, ids=list(ids), **common))
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(before)
+    one, two, some = runs
+    assert one.engine == "threads" and one.notes == ()
+    for column in ("position", "distance", "loss"):
+        assert torch.equal(getattr(one, column), getattr(two, column))
+        assert torch.equal(getattr(one, column)[[2, 0, 4]], getattr(some, column))
+
+
+def test_workers_compute_on_one_core_each_and_leave_other_threads_theirs():
+    before = threads(2)
+    try:
+        workers = Workers(3)
+        assert workers.run(torch.get_num_threads) == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+        assert seen == [2]
+        with pytest.raises(ZeroDivisionError):
+            workers.run(lambda: 1 // 0)
+        workers.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen one, a buffer, and a recurrent layer that keeps lists of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.register_buffer("shift", torch.full((4,), 0.3))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x):
+        x = self.b(torch.tanh(self.a(x))) * self.frozen + self.shift
+        return self.recurrent(x[:, None])[0][:, 0]
+
+
+def test_threads_give_the_gradients_of_any_parameters():
+    g = torch.Generator().manual_seed(0)
+    model = Tied().double()
+    x, y = torch.randn(12, 4, generator=g).double(), torch.randint(3, (12,), generator=g)
+    obj = Objective(model, "cross_entropy", (x, y))
+    theta = torch.randn(5, obj.num_params, generator=g, dtype=torch.float64)
+    batch = Minibatches(obj, 6, 0, range(5))(0)
+    threaded = ThreadedGradients(obj, 2)
+    losses, rows = (part.clone() for part in threaded(theta, *batch))
+    for r in range(5):
+        part = obj.with_data((batch[0][r], batch[1][r]))
+        torch.testing.assert_close(rows[r], part.gradient(theta[r]), rtol=1e-12, atol=1e-14)
+        assert abs(float(losses[r]) - part.loss(theta[r])) < 1e-12
+    theta.mul_(0.5)  # in place, as updates are
+    assert not torch.equal(threaded(theta, *batch)[1], rows)
+    torch.testing.assert_close(
+        threaded(theta[:2].clone(), batch[0][:2], batch[1][:2])[1][1],
+        obj.with_data((batch[0][1], batch[1][1])).gradient(theta[1]),
+        rtol=1e-12,
+        atol=1e-14,
+    )
+    threaded.close()
+
+
+def test_the_engine_is_chosen_by_cores_replicas_and_size():
+    small, _ = conv_problem("none")
+    _, large_inputs = small, torch.zeros(1, 64, 1, 8, 8)
+    rule = {(1, 1): "threads", (1, 2): "threads", (1, 3): "vmap", (2, 1): "loop", (2, 2): "threads"}
+    rule |= {(2, 5): "threads", (2, 6): "vmap"}
+    for (cores, replicas), expected in rule.items():
+        before = threads(cores)
+        try:
+            theta = small.parameters_vector().repeat(replicas, 1)
+            x, y = Minibatches(small, 4, 0, range(replicas))(0)
+            name, gradients, note = choose("auto", small, theta, x, y)
+            close(gradients)
+            assert (name, note) == (expected, "")
+            if replicas == 6:  # 4,096 numbers in a minibatch
+                x, y = large_inputs.expand(6, -1, -1, -1, -1), torch.zeros(6, 64).long()
+                name, gradients, note = choose("auto", small, theta, x, y)
+                close(gradients)
+                assert (name, note) == ("threads", "")
+        finally:
+            torch.set_num_threads(before)
+
+
+def bent(pivots=4, scale=0.5, seed=0):
+    obj = mlp_problem()[1]
+    g = torch.Generator().manual_seed(seed)
+    steps = scale * torch.randn(pivots, obj.num_params, generator=g, dtype=torch.float64)
+    return obj, Path(obj.parameters_vector() + steps.cumsum(0))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        dict(optimizer="sgd"),
+        dict(optimizer="sgd", weight_decay=0.05),
+        dict(optimizer="sgd", momentum=0.8, weight_decay=0.05),
+        dict(optimizer="nesterov", weight_decay=0.05),
+    ],
+    ids=["sgd", "decay", "momentum", "nesterov"],
+)
+def test_the_forward_shortcut_is_the_ordinary_run_of_k_1_through_pivots_too(rule):
+    obj, path = bent()
+    common = dict(lr=[0.1, 0.3, 0.5, 0.5], batch_size=5, project_every=1, steps=120, **rule)
+    common |= dict(max_distance=math.inf)
+    starts = [0.1, 0.3, 0.62, 0.95]
+    ordinary = relax(obj, path, starts, engine="loop", **common)
+    short = relax(obj, path, starts, engine="forward", **common)
+    assert short.engine == "forward"
+    torch.testing.assert_close(short.position, ordinary.position, **CLOSE)
+    torch.testing.assert_close(short.loss, ordinary.loss, rtol=1e-9, atol=1e-10)
+    assert bool(short.distance[:, 1:].isnan().all())
+    index = path.segment(ordinary.position.flatten())[0].view_as(ordinary.position)
+    assert int((index[:, 1:] != index[:, :-1]).sum()) > 0  # pivots were passed
+
+
+def test_the_forward_shortcut_on_a_straight_line_has_one_dimension_and_no_backward_pass():
+    obj, path = conv_problem("batch")
+    common = dict(lr=0.05, batch_size=8, project_every=1, steps=12, replicas=2)
+    ordinary = relax(obj, path, 0.5, engine="loop", **common)
+    before = torch.autograd.grad
+    try:
+        torch.autograd.grad = None  # would fail
+        short = relax(obj, path, 0.5, engine="forward", **common)
+    finally:
+        torch.autograd.grad = before
+    torch.testing.assert_close(short.position, ordinary.position, rtol=0, atol=1e-5)
+    torch.testing.assert_close(short.loss, ordinary.loss, rtol=1e-4, atol=1e-5)
+    assert float((ordinary.position - 0.5).abs().max()) > 1e-4
+
+
+def test_the_forward_shortcut_is_refused_where_it_is_not_exact():
+    obj, path = bent()
+    common = dict(lr=0.1, batch_size=5, steps=4, engine="forward")
+    with pytest.raises(ValueError, match="engine: expected project_every=1"):
+        relax(obj, path, 0.5, **common)
+    with pytest.raises(ValueError, match="engine: expected optimizer"):
+        relax(obj, path, 0.5, "adam", project_every=1, **common)
+
+
+@pytest.mark.parametrize("engine", ["forward", "loop"])
+def test_the_entropic_force_vanishes_at_k_1(engine):
+    # Where k = 15 drifts down the stiffness; see test_entropic_force.
+    obj, path = valley()
+    common = dict(lr=0.03, batch_size=4, replicas=4, seed=2)
+    still = relax(obj, path, 0.3, project_every=1, steps=60, engine=engine, **common)
+    assert float((still.position - 0.3).abs().max()) < 1e-12
+    moving = relax(obj, path, 0.3, project_every=15, steps=300, **common)
+    assert displacement(moving).low > 1e-4
+
+
+def test_a_full_batch_has_no_force_either():
+    obj, path = valley()
+    still = relax(obj, path, 0.3, lr=0.03, batch_size=obj.num_examples, steps=30)
+    assert float((still.position - 0.3).abs().max()) < 1e-12
+
+
+def test_groups_give_each_replica_what_it_would_have_alone():
+    _, obj, path = mlp_problem()
+    settings = [
+        dict(start=0.2, lr=0.1, batch_size=4),
+        dict(start=0.2, lr=0.05, batch_size=8, optimizer="nesterov"),
+        dict(start=0.6, lr=0.2, batch_size=4),
+        dict(start=0.6, lr=1e9, batch_size=6, optimizer="sgd", momentum=0.5),
+        dict(start=0.3, lr=0.01, batch_size=4, optimizer="adam", id=0),
+    ]
+    runs = relax_many(obj, path, settings, steps=30, seed=4)
+    for i, (run, one) in enumerate(zip(runs, settings, strict=True)):
+        assert run.num_replicas == 1 and run.optimizer == one.get("optimizer", "sgd")
+        alone = {"ids": [one.get("id", i)], **{k: v for k, v in one.items() if k != "id"}}
+        if i == 3:
+            assert bool(run.diverged.all())
+            continue
+        expected = relax(obj, path, **alone, steps=30, seed=4)
+        torch.testing.assert_close(run.position, expected.position, **CLOSE)
+    with pytest.raises(ValueError, match=r"settings\[0\]: .*speed unknown"):
+        relax_many(obj, path, [dict(start=0.2, lr=0.1, batch_size=4, speed=1)], steps=30)
+    with pytest.raises(ValueError, match=r"settings\[1\]: .*batch_size missing"):
+        relax_many(obj, path, [settings[0], dict(start=0.2, lr=0.1)], steps=30)
+    with pytest.raises(ValueError, match="checkpoint: expected to be left out"):
+        relax_many(obj, path, settings, steps=30, checkpoint="x")
