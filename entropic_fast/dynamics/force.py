@@ -24,13 +24,13 @@ the force is then - dV/ds of V = (T / 2) log det H across the path (one directio
 (T / 2) log g). With momentum mu, T is 1 / (1 - mu) times as large, and so is the velocity.
 
 Where theory and measurement part. On a path between two digits CNNs (14,378 parameters, loss
-under 0.02, B = 8, k = 15) the fitted slope of measured on predicted is 1 within its interval (about
-0.2) for lr 0.015 to 0.07, k = 5 to 45, and B = 32 at lr 0.1. With the noise on the path alone,
-without spread, it would be 1.1 at lr 0.03 and 1.5 at 0.07: lr^2 E |(H_e - H) v|^2 / B is 0.02 to
-0.13 an update at lr 0.03 for the stiffest directions, up to 50 times lambda^2 in place of
-lambda^2. At lr 0.1 and B = 8 it is near 1: fluctuations run away (hundreds of times the linear
-squared distance), positions no longer fall on one line, and nothing quantitative holds, although
-the drift goes down the curvature still.
+under 0.02, B = 8, k = 15) the fitted slope of measured on predicted is 1 within its 95 % interval
+(half-widths 0.15 to 0.36) at lr 0.015 to 0.07, at k = 5 and 45 with lr 0.03, and at B = 32 with
+lr 0.1. With the noise on the path alone, without spread, it would be 1.1 at lr 0.03 and 1.5 at
+0.07: for the stiffest directions E |(H_e - H) v|^2 is some 50 times lambda^2, so that noise away
+from the path grows E w^2 by lr^2 E |(H_e - H) v|^2 / B = 0.02 to 0.13 an update at lr 0.03. At lr
+0.1 that is 0.3 to 1.5: fluctuations run away (hundreds of times the linear squared distance), the
+positions do not fall on one line, and nothing quantitative holds.
 
 Next to a pivot, where a polyline's direction is off the valley's floor, half of the prediction
 was measured at two places: E w that noise makes took 10 to 15 % off, and the curvature's change
