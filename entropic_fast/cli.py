@@ -100,11 +100,12 @@ def _command(stage: str, text: str) -> None:
     app.command("reproduce" if stage == "report" else stage)(command)
 
 
-_command("report", "Run everything: figures 1 to 5, claims and the report.")
+_command("report", "Run everything: figures 1 to 5, the force, claims and the report.")
 _command("train", "Train the minima.")
 _command("path", "Find the minimum energy paths (trains what is missing).")
 _command("curvature", "Measure curvature along the paths (figure 2).")
 _command("relax", "Relax along the first path (figures 3 and 4).")
+_command("force", "Measure the force along the first path against its prediction.")
 _command("lmc", "Branch training and measure linear mode connectivity (figure 5).")
 _command("toy", "Simulate the toys (figure 1).")
 

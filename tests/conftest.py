@@ -36,6 +36,11 @@ TINY = [
     "relax.steps=30",
     "relax.replicas=2",
     "relax.records=2",
+    "force.positions=3",
+    "force.replicas=4",
+    "force.cycles=[1,4]",
+    "force.directions=2",
+    "force.rest_examples=2",
     "lmc.epochs=3",
     "lmc.branch_epochs=[0,1]",
     "lmc.seeds=[0,1]",
@@ -102,7 +107,7 @@ class Finished:
 def tiny_run(tmp_path_factory, tiny) -> Finished:
     """A run made part by part, then reported."""
     path = tmp_path_factory.mktemp("tiny") / "run"
-    stages = ("toy", "train", "path", "curvature", "relax", "lmc", "reproduce")
+    stages = ("toy", "train", "path", "curvature", "relax", "force", "lmc", "reproduce")
     return Finished(
         path,
         {s: entropic_fast(s, "--out", path, "--workers", 1, *tiny) for s in stages},

@@ -105,6 +105,28 @@ class RelaxSection:
 
 
 @dataclass(frozen=True)
+class ForceSection:
+    """The force on projected SGD along the first path, measured and predicted.
+
+    Bursts of max(cycles) updates from the middles of `positions` segments, at every k of `cycles`;
+    `replicas` at the largest k, a quarter of them at the others.
+    The temperature must be low enough for fluctuations to be linear. `examples`: for curvature
+    and noise (0: all); `step`: of derivatives along the path, in path lengths.
+    """
+
+    positions: int = 6
+    lr: float = 0.03
+    batch_size: int = 8
+    cycles: tuple[int, ...] = (1, 15)
+    replicas: int = 128
+    directions: int = 8
+    rest_examples: int = 8
+    spread_draws: int = 1
+    examples: int = 0
+    step: float = 0.002
+
+
+@dataclass(frozen=True)
 class LMCSection:
     """Linear mode connectivity: branch at epoch k with two data orders, for several k.
 
@@ -142,6 +164,7 @@ class Config:
     path: PathSection = field(default_factory=PathSection)
     curvature: CurvatureSection = field(default_factory=CurvatureSection)
     relax: RelaxSection = field(default_factory=RelaxSection)
+    force: ForceSection = field(default_factory=ForceSection)
     lmc: LMCSection = field(default_factory=LMCSection)
     toy: ToySection = field(default_factory=ToySection)
 
@@ -265,11 +288,16 @@ _LEAST: dict[str, float] = {
             "relax.replicas",
             "relax.batch_sizes",
             "relax.records",
+            "force.batch_size",
+            "force.cycles",
+            "force.directions",
             "toy.steps",
         ),
         1,
     ),
     "path.dense_points": 2,
+    "force.positions": 2,
+    "force.replicas": 2,
     "toy.particles": 2,
     "path.pivots": 3,
     "curvature.spectrum_points": 3,
@@ -281,6 +309,8 @@ _POSITIVE = (
     "curvature.tol",
     "relax.lrs",
     "relax.adam_lr_factor",
+    "force.lr",
+    "force.step",
     "toy.temperature",
     "toy.ridge_temperature",
     "toy.dt",
@@ -291,6 +321,7 @@ _SETS = (  # lists of which every entry names a unit or a curve, so none may com
     "relax.batch_sizes",
     "relax.lrs",
     "relax.optimizers",
+    "force.cycles",
     "lmc.branch_epochs",
     "lmc.seeds",
 )
@@ -335,6 +366,12 @@ def _check(config: Config) -> None:
         largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
         if largest > limit:
             raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
+    if config.force.positions > config.path.pivots - 1:
+        raise checks.fail(
+            "force.positions",
+            f"at most the {config.path.pivots - 1} segments of a path of path.pivots",
+            str(config.force.positions),
+        )
     if config.path.max_pivots < config.path.pivots:
         raise checks.fail(
             "path.max_pivots",

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..table import Table
-from . import plots, relaxation
+from . import plots, relaxation, survival
 from .run import RunFolder
 
 
@@ -17,7 +17,14 @@ def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     names = ["A", *(f"B-{size}" for size in run.config.relax.batch_sizes), "C"]
     table = relaxation.collect(run, names)
-    return {"fig3_relaxation": table, "fig3_times": relaxation.times(table)}
+    survived, scaling = survival.survival(table, run.config.relax.project_every)
+    found = {
+        "fig3_relaxation": table,
+        "fig3_times": relaxation.times(table),
+        "fig3_survival": survived,
+    }
+    # Without enough arrivals there is nothing to fit.
+    return {**found, "fig3_scaling": scaling} if scaling.num_rows else found
 
 
 def draw(tables: dict[str, Table]) -> Figure:

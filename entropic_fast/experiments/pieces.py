@@ -49,6 +49,8 @@ def prepare(run: RunFolder) -> None:
         ("data.norm_examples", run.config.data.norm_examples),
         ("relax.batch_size", relax.batch_size),
         ("relax.batch_sizes", max(relax.batch_sizes)),
+        ("force.batch_size", run.config.force.batch_size),
+        ("force.examples", run.config.force.examples),
     ):
         if asked > len(training):
             raise checks.fail(key, f"at most the {len(training)} training images", str(asked))

@@ -14,7 +14,7 @@ from .. import checks, store
 from ..ops.backend import backend_for
 from ..table import Table
 from . import claims as claim_tests
-from . import fig1, fig2, fig3, fig4, fig5, pieces, plots, relaxation, report
+from . import fig1, fig2, fig3, fig4, fig5, fig_force, pieces, plots, relaxation, report
 from .run import RunFolder
 from .schedule import Unit, execute
 
@@ -28,8 +28,9 @@ _STAGES: dict[str, tuple[Callable[[RunFolder], list[Unit]], tuple[str, ...]]] = 
     "path": (fig2.path_units, ("train",)),
     "curvature": (fig2.curvature_units, ("train", "path")),
     "relax": (relaxation.units, ("train", "path")),
+    "force": (fig_force.units, ("train", "path")),
     "lmc": (fig5.units, ()),
-    "report": (lambda run: [], ("toy", "train", "path", "curvature", "relax", "lmc")),
+    "report": (lambda run: [], ("toy", "train", "path", "curvature", "relax", "force", "lmc")),
 }
 
 
@@ -74,6 +75,16 @@ _FIGURES = {
         "Two branches from epoch k with different data orders, joined by a straight line. "
         "Instability: (highest on the line - mean of the ends) / mean of the ends [D].",
     ),
+    "force": _Entry(
+        fig_force,
+        "The force, measured.",
+        "Bursts of projected SGD from positions along the first path, at a temperature low enough "
+        "for theory. A: drift velocity, less that of the same burst without noise and less what "
+        "the exclusion of an epoch's minibatches makes, against the entropic velocity predicted "
+        "from curvature across the path and gradient noise; bars are 95 % over replicas. "
+        "B: velocities along the path. C: slopes on that prediction of the drift at every k, and "
+        "of what a burst without noise does beyond the gradient [D].",
+    ),
 }
 
 
@@ -91,7 +102,7 @@ def choose_device(name: str) -> str:
 
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every unit of a stage and of the stages it needs that is not finished yet."""
-    if stage in ("relax", "report"):
+    if stage in ("relax", "force", "report"):
         backend_for("step", run.device)  # a forced backend that cannot run is an error now
     if stage != "toy":
         pieces.prepare(run)

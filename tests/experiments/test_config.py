@@ -114,3 +114,9 @@ def test_a_bad_override_is_refused_by_name(override, message):
 def test_a_stored_document_that_is_no_configuration_is_refused(document):
     with pytest.raises(ValueError, match="expected"):
         from_dict(document)
+
+
+def test_the_force_is_measured_at_no_more_places_than_a_path_has_segments():
+    assert load_preset("demo", ["force.positions=8"]).force.positions == 8
+    with pytest.raises(ValueError, match=r"force\.positions: expected at most the 8 segments"):
+        load_preset("demo", ["force.positions=9"])

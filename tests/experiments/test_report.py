@@ -14,7 +14,7 @@ from entropic_fast.experiments import claims, plots, report, stages
 from entropic_fast.experiments.run import RunFolder
 from entropic_fast.table import Table
 
-FIGURES = tuple(f"fig{i}" for i in range(1, 6))
+FIGURES = (*(f"fig{i}" for i in range(1, 6)), "force")
 TABLES = [
     "fig1_ring",
     "fig1_ridge",
@@ -25,10 +25,14 @@ TABLES = [
     "fig2_spectrum",
     "fig3_relaxation",
     "fig3_times",
+    "fig3_survival",
     "fig4_optimizers",
     "fig4_times",
     "fig5_lines",
     "fig5_instability",
+    "force_comparison",
+    "force_bursts",
+    "force_fit",
     "minima",
 ]
 
@@ -80,7 +84,7 @@ def test_claims_can_be_computed_again_from_the_csv_files_alone(tiny_run, tmp_pat
     data = shutil.copytree(tiny_run.path / "data", tmp_path / "data")
     again = claims.to_json(claims.evaluate(data))
     stored = json.loads((tiny_run.path / "claims.json").read_text())
-    assert again == stored and len(stored) == 21
+    assert again == stored and len(stored) == 25
     assert {c["verdict"] for c in stored} <= {claims.HOLDS, claims.FAILS, claims.UNDECIDED}
 
 

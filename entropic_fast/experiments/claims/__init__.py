@@ -16,6 +16,7 @@ from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim
 from .connectivity import lmc
 from .curvature import curvature, path_loss, spectrum
+from .force import force
 from .relaxation import optimizers, relaxation
 from .toys import ridge, ring
 
@@ -30,6 +31,7 @@ _TESTS: tuple[tuple[tuple[str, ...], Callable[..., list[Claim]]], ...] = (
     (("fig3_relaxation", "fig2_curvature"), relaxation),
     (("fig4_optimizers",), optimizers),
     (("fig5_instability",), lmc),
+    (("force_fit", "force_comparison"), force),
 )
 
 

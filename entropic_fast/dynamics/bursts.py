@@ -1,0 +1,205 @@
+"""Drift velocity along a path, measured by bursts of many replicas from chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objective import Objective
+from ..paths.path import Path
+from ..table import Table
+from .minibatches import Minibatches
+from .optimizers import Optimizer
+from .relax import relax
+from .relaxation import Interval, mean_interval
+from .response import ProjectedSGD, travel
+from .trajectory import Trajectory
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """Velocities along a path, of independent replicas at each position.
+
+    Attributes:
+        position: where the bursts started.  # [K]
+        velocity: of each replica, in path lengths per effective time (updates x lr), NaN if it
+            diverged.  # [K, R]
+        raw: without the control of noise along the path.  # [K, R]
+        control: whether `velocity` is controlled.
+        settings: of the bursts.
+        trajectory: of all replicas, position by position.
+    """
+
+    position: Tensor
+    velocity: Tensor
+    raw: Tensor
+    control: bool
+    settings: ProjectedSGD
+    trajectory: Trajectory
+
+    def interval(self, index: int, confidence: float = 0.95) -> Interval:
+        """Mean velocity at a position, with Student's t interval over its replicas."""
+        velocity = self.velocity[index]
+        return mean_interval(velocity[~velocity.isnan()], confidence)
+
+    def to_table(self, confidence: float = 0.95) -> Table:
+        """Columns "position", "velocity", "low", "high", "replicas", a row a position.
+
+        A position at which no replica is left is NaN.
+        """
+        rows = []
+        for i, s in enumerate(self.position.tolist()):
+            left = int((~self.velocity[i].isnan()).sum())
+            found = self.interval(i, confidence) if left else None
+            value, low, high = (found.value, found.low, found.high) if found else (torch.nan,) * 3
+            rows.append(
+                {"position": s, "velocity": value, "low": low, "high": high, "replicas": left}
+            )
+        return Table.from_rows(rows)
+
+
+def measure_drift(
+    obj: Objective,
+    path: Path,
+    positions: Sequence[float] | Tensor,
+    settings: ProjectedSGD,
+    replicas: int = 16,
+    *,
+    seed: int = 0,
+    control: bool | None = None,
+    engine: str = "auto",
+) -> Drift:
+    """Drift velocity as a function of position, from short bursts of projected SGD.
+
+    Every replica of every position has noise of its own, so velocities are independent. Most of
+    a burst's displacement is noise of the minibatch gradients along the path, of known mean 0:
+    what the same minibatches' gradients along the tangent at the start give, less the mean
+    gradient's, is subtracted (a control variate of coefficient 1, so no bias whatever the loss;
+    the noise left is that of the second order). It needs losses of single examples.
+
+    Args:
+        obj, path: as for `relax`.
+        positions: where to start, in [0, 1]; best inside segments of the path.  # [K]
+        settings: of the bursts. Long ones average the drift over where they go.
+        replicas: R at each position, 2 or more for an interval.
+        seed: of the minibatches.
+        control: whether to subtract the noise along the path; None to do so where an example's
+            loss depends on that example alone (no batch statistics).
+        engine: as for `relax`.
+
+    Raises:
+        ValueError: arguments out of range; control=True for dynamics with batch statistics.
+        DivergenceError: every replica diverged.
+
+    >>> from entropic_fast import linear_path
+    >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    >>> obj = Objective(torch.nn.Linear(2, 1, bias=False), "mse", (x, x[:, :1]))
+    >>> path = linear_path(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> settings = ProjectedSGD(0.01, 8, project_every=5, steps=5)
+    >>> found = measure_drift(obj, path, [0.2, 0.6], settings, replicas=4)
+    >>> found.interval(0).value > found.interval(1).value > 0, tuple(found.velocity.shape)
+    (True, (2, 4))
+    """
+    places = torch.as_tensor(positions, dtype=torch.float64).cpu()
+    if places.ndim != 1 or len(places) == 0:
+        raise checks.fail("positions", "positions [K]", checks.describe(places))
+    checks.whole("replicas", replicas, 1)
+    batched = obj.has_running_statistics or obj.norm == "batch"
+    if control and batched:
+        raise checks.fail(
+            "control",
+            "None or False for dynamics with batch statistics",
+            "True",
+            "an example's gradient is not defined there",
+        )
+    control = not batched if control is None else control
+    starts = places.repeat_interleave(replicas)
+    ids = list(range(len(starts)))
+    run = relax(
+        obj,
+        path,
+        starts,
+        settings.optimizer,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        project_every=settings.project_every,
+        steps=settings.steps,
+        seed=seed,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        ids=ids,
+        engine=engine,
+    )
+    raw = (run.position[:, -1] - run.position[:, 0]) / settings.duration  # [K R]
+    velocity = raw
+    if control:
+        noise = _noise_along(obj, path, places, settings, ids, replicas, seed)
+        velocity = raw + noise / (settings.duration * path.length)
+    shape = (len(places), replicas)
+    return Drift(places, velocity.view(shape), raw.view(shape), control, settings, run)
+
+
+def _noise_along(
+    obj: Objective,
+    path: Path,
+    places: Tensor,
+    settings: ProjectedSGD,
+    ids: list[int],
+    replicas: int,
+    seed: int,
+) -> Tensor:
+    """Displacement that the minibatches' gradients along the tangent at the start, less their
+    mean over all examples, give to minus this direction.  # [K R]"""
+    slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
+    slopes = slopes - slopes.mean(1, keepdim=True)
+    place = torch.arange(len(places)).repeat_interleave(replicas)
+    batches = Minibatches(obj, settings.batch_size, seed, ids)
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    for step, weight in enumerate(travel(settings).tolist()):
+        index = batches.indices(step).cpu()  # [K R, B]
+        total += weight * slopes[place[:, None], index].mean(1)
+    return total
+
+
+def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
+    """Derivative of each example's loss along the path's unit tangent, float64.  # [N]"""
+    tangent, parts = path.tangent(position), []
+    for batch in obj.batches():
+        theta = path.point(position).requires_grad_()
+        losses = obj.losses(theta, batch.inputs, batch.targets)
+        # The gradient is linear in the weights of the examples: its derivative by them, along
+        # the tangent. (Forward mode would do it in one pass, for models whose parts all have it.)
+        weights = torch.ones_like(losses, requires_grad=True)
+        gradient = torch.autograd.grad(losses, theta, weights, create_graph=True)[0]
+        parts.append(torch.autograd.grad(gradient, weights, tangent)[0])
+    return torch.cat(parts).double().cpu()
+
+
+def noiseless_drift(
+    obj: Objective, path: Path, positions: Sequence[float] | Tensor, settings: ProjectedSGD
+) -> Tensor:
+    """Velocity of the same burst with gradients over all examples: the energetic part.  # [K]
+
+    In path lengths per effective time. At steps=1 it is - u . grad L / length (with weight
+    decay, of the loss and the decay's energy). Layers with running statistics use the statistics
+    of batches of `settings.batch_size`, in the data's order.
+    """
+    if obj.has_running_statistics or obj.norm == "batch":
+        obj = obj.with_norm("batch").with_data(obj.tensors(), batch_size=settings.batch_size)
+    found = []
+    for start in torch.as_tensor(positions, dtype=torch.float64).tolist():
+        theta, s = path.point(start)[None].clone(), start
+        rate = torch.tensor([settings.lr], dtype=torch.float64, device=theta.device)
+        momentum = settings.momentum or None
+        rule = Optimizer(settings.optimizer, rate, momentum, settings.weight_decay)
+        for update in range(1, settings.steps + 1):
+            rule.update(theta, obj.gradient(theta[0])[None].contiguous())
+            if update % settings.project_every == 0 or update == settings.steps:
+                s, theta, _ = path.project(theta[0])
+                theta = theta[None].contiguous()
+        found.append((s - start) / settings.duration)
+    return torch.tensor(found, dtype=torch.float64)

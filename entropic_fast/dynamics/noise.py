@@ -1,0 +1,167 @@
+"""Second moments of single examples' gradients across a path: the noise of its minibatches.
+
+Where an example has no gradient of its own, because its loss depends on its batch
+(`norm="batch"`), the objective's batches stand for examples: their gradients about the mean are
+scaled so that their covariance is that which examples would have for such minibatches, C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..curvature.across import without
+from ..curvature.per_example import ExampleGradients
+from ..objective import Objective
+from ..random import derive, normal, permutation
+
+
+def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Chunk by chunk the first row's number and gradients of examples, or of whole batches.
+
+    With `norm="batch"` only whole batches of equal size count, so that each is alike.  # [n, P]
+    """
+    if obj.norm != "batch":
+        yield from ExampleGradients(obj, theta).chunks()
+        return
+    size = None
+    for number, batch in enumerate(obj.batches()):
+        size = size or len(batch.inputs)
+        if len(batch.inputs) == size:
+            leaf = theta.detach().requires_grad_()
+            loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
+            yield number, torch.autograd.grad(loss, leaf)[0][None]
+
+
+def row_scale(obj: Objective) -> tuple[int, float]:
+    """How many rows there are, and what makes their covariance that of examples, C.
+
+    N / B batches drawn without replacement vary about their common mean with covariance
+    C (N / (N - 1) / B) (1 - B / N).
+    """
+    n = obj.num_examples
+    if obj.norm != "batch":
+        return n, 1.0
+    b = len(next(obj.batches()).inputs)
+    count = n // b
+    if count < 2:
+        raise checks.fail(
+            "obj",
+            "batches whose gradients differ, two or more",
+            f"{count} of {b} examples",
+            "lower the objective's batch_size to that of the dynamics",
+        )
+    return count, ((n - 1) * b / n / (1 - 1 / count)) ** 0.5
+
+
+class GradientNoise:
+    """Moments of examples' gradients about their mean, in r directions and in the rest.
+
+    C is their covariance over the examples, across the tangent. One pass over the examples.
+
+    Args:
+        obj: the objective; with `norm="batch"` its batches are those of the dynamics.
+        theta: the point.  # [P]
+        tangent: unit column, left out.  # [P, 1]
+        vectors: orthonormal, orthogonal to the tangent.  # [P, r]
+        turned: for `cross`; None for none.  # [P, r]
+        draws: for `spread`, how many directions.
+        seed: of those.
+
+    Attributes:
+        covariance: V^T C V.  # [r, r]
+        rest: trace of C orthogonal to the directions.
+        cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
+    """
+
+    def __init__(
+        self,
+        obj: Objective,
+        theta: Tensor,
+        tangent: Tensor,
+        vectors: Tensor,
+        turned: Tensor | None = None,
+        draws: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.obj, self.theta = obj, theta
+        self.count, self.scale = row_scale(obj)
+        self.basis = torch.cat([tangent, vectors], 1)  # [P, 1 + r]
+        self.mean = self._mean()
+        n, size = self.count, self.basis.shape[1]
+        # (columns^T g) is enough: what is taken off g follows from its coordinates.
+        columns = self.basis if turned is None else torch.cat([self.basis, turned.to(theta)], 1)
+        product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
+        squares = 0.0
+        self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
+        signs = [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+        for start, rows in gradient_rows(obj, theta):
+            rows = self.scale * (rows - self.mean)  # [n, P]
+            coordinates = (rows @ columns).double()
+            product += coordinates[:, :size].T @ coordinates / n
+            squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) / n
+            for total, sign in zip(self._sums, signs, strict=True):
+                total += sign[start : start + len(rows)].to(rows) @ rows
+        within = product[:, :size]
+        self.covariance = within[1:, 1:]
+        self.rest = max(squares - float(within.diagonal().sum()), 0.0)
+        self.cross = torch.zeros(size - 1, dtype=torch.float64)
+        if turned is not None:
+            # turned . rest = turned . g - (turned . basis) (basis . g)
+            overlap = self.basis.double().T @ columns[:, size:].double()
+            self.cross = (product[:, size:] - within @ overlap)[1:].diagonal().clone()
+
+    @property
+    def variances(self) -> Tensor:
+        """c_i, of each direction, and last the trace of the rest, on the CPU.  # [r + 1]"""
+        rest = torch.tensor([self.rest], dtype=torch.float64)
+        return torch.cat([self.covariance.diagonal().cpu(), rest])
+
+    def _mean(self) -> Tensor:
+        if self.obj.norm != "batch":
+            return self.obj.gradient(self.theta)
+        total = torch.zeros_like(self.theta)
+        for _, rows in gradient_rows(self.obj, self.theta):
+            total += rows.sum(0) / self.count
+        return total
+
+    def sample(self, examples: int, seed: int) -> Tensor:
+        """The rest of so many examples' gradients, examples drawn without replacement.  # [P, E]"""
+        order = permutation(self.count, derive(seed, "force", "rest"), 0)
+        chosen = order[: min(examples, self.count)].to(self.theta.device)
+        obj = self.obj
+        if obj.norm == "batch":
+            rows = torch.cat([rows for _, rows in gradient_rows(obj, self.theta)])[chosen]
+        else:
+            inputs, targets = obj.tensors()
+            few = obj.with_data((inputs[chosen], targets[chosen]))
+            rows = torch.cat([rows for _, rows in gradient_rows(few, self.theta)])
+        return without(self.basis, self.scale * (rows - self.mean).T)
+
+    def spread(self, size: float) -> float:
+        """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
+
+        By central differences of the examples' gradients: how much noisier gradients become away
+        from the path, because examples differ in curvature.
+        """
+        tangent, found = self.basis[:, :1], []
+        for total in self._sums:
+            z = without(tangent, total[:, None])[:, 0]
+            length = float(torch.linalg.vector_norm(z.double()))
+            if length == 0:
+                return 0.0
+            z = z * (size / length)
+            ways = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
+            sums, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
+            for (_, up), (_, down) in zip(*ways, strict=True):
+                change = (self.scale / (2 * size)) * (up - down)
+                along = (change @ tangent).double()
+                sums += change.double().sum(0)
+                squares += float(torch.linalg.vector_norm(change, dim=1).double().square().sum())
+                squares -= float(along.square().sum())
+            mean = without(tangent.double(), sums[:, None]) / self.count
+            found.append(squares / self.count - float(mean.square().sum()))
+        return sum(found) / len(found) if found else 0.0

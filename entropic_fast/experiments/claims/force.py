@@ -1,0 +1,100 @@
+"""Claims of the force: measured drift against the prediction, and its controls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...table import Table
+from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
+from .intervals import LEVEL, floats
+
+SMALL = 0.5  # a control's slope is far from a force's, 1, where its interval is this near 0
+
+
+def force(fit: Table, comparison: Table) -> list[Claim]:
+    """Proportionality, curvature of its own place, no force at k = 1, none without noise."""
+    rows = {int(row["k"]): row for row in fit.rows()}  # type: ignore[call-overload]
+    largest = max(rows)
+    base = comparison.where(k=largest)
+    return [
+        _proportional(rows[largest], base),
+        _own_place(rows[largest], base),
+        *([_nothing(rows[1], largest)] if 1 in rows and largest > 1 else []),
+        _nothing(rows[0], largest),
+    ]
+
+
+def _proportional(row: dict[str, object], base: Table) -> Claim:
+    low, high = _number(row["low"]), _number(row["high"])
+    squares = floats(base["squared_distance"]) / floats(base["predicted_squared_distance"])
+    entropic = floats(base["predicted_entropic"])
+    radial = floats(base["predicted_radial"])
+    share = float(np.abs(radial).sum() / np.abs(entropic).sum())
+    return Claim(
+        "force",
+        "drift agrees with the predicted force",
+        "drift along the path, the energetic part and the exclusion of an epoch's minibatches "
+        "subtracted, is the entropic force of the curvature across it [D]",
+        "slope a of measured on predicted, over positions and replicas (theory: 1)",
+        _number(row["slope"]),
+        low,
+        high,
+        verdict(low, high, 0.0),
+        f"the interval {'holds' if low <= 1 <= high else 'does not hold'} 1; chi-square about the "
+        f"line {_number(row['chi2']):.1f} on {row['freedom']} degrees "
+        f"(p = {_number(row['p_value']):.2g}); squared distance from the path "
+        f"{squares.min():.2f} to {squares.max():.2f} times the predicted; "
+        f"{100 * floats(base['noise_share']).mean():.0f} % of the noise in the directions found "
+        f"one by one; norm growth of scale-invariant weights is {100 * share:.0f} % of the "
+        "predicted force",
+    )
+
+
+def _own_place(row: dict[str, object], base: Table) -> Claim:
+    p = _number(row["shuffled_p"])
+    return Claim(
+        "force",
+        "shuffled curvature does not predict the drift",
+        "the prediction of a position explains its drift, not that of another [D]",
+        "weighted correlation of measured and predicted",
+        _number(row["correlation"]),
+        np.nan,
+        np.nan,
+        HOLDS if p < 1 - LEVEL else UNDECIDED,
+        f"{100 * p:.2g} % of permutations of {base.num_rows} positions reach it",
+    )
+
+
+def _nothing(row: dict[str, object], largest: int) -> Claim:
+    low, high = _number(row["low"]), _number(row["high"])
+    noiseless = row["k"] == 0
+    if high < SMALL and (noiseless or low > -SMALL):
+        found = HOLDS
+    else:
+        found = FAILS if low > SMALL or (not noiseless and high < -SMALL) else UNDECIDED
+    return Claim(
+        "force",
+        "no force without noise" if noiseless else "no force at k = 1",
+        "with gradients over all examples nothing pushes down the curvature [D]"
+        if noiseless
+        else "where every update is projected the fast directions never fluctuate, and the force "
+        "vanishes [N]",
+        f"slope on the prediction at k = {largest}, of "
+        + (
+            "what a burst without noise does beyond the gradient along the path"
+            if noiseless
+            else "the same drift at k = 1"
+        ),
+        _number(row["slope"]),
+        low,
+        high,
+        found,
+        f"holds where the interval lies below {SMALL}; with noise the slope is 1 in theory; below "
+        "0, the burst falls short of its first gradient as it settles; interval over positions"
+        if noiseless
+        else f"holds where the interval lies within ±{SMALL}; at k = {largest} theory has 1",
+    )
+
+
+def _number(value: object) -> float:
+    return float(value)  # type: ignore[arg-type]

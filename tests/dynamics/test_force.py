@@ -1,0 +1,256 @@
+"""Measured drift against the prediction in valleys whose drift is known in closed form."""
+
+import pytest
+import torch
+from force_valleys import valley
+
+from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift, tangent_gradients
+from entropic_fast.dynamics.comparison import compare_force, fit_force, shuffled_curvature
+from entropic_fast.dynamics.force import point_force
+from entropic_fast.dynamics.relax import relax
+from entropic_fast.dynamics.response import ProjectedSGD
+from entropic_fast.dynamics.temperature import effective_temperature
+from entropic_fast.objective import Objective
+from entropic_fast.paths import linear_path
+
+PLACES = (0.2, 0.4, 0.6, 0.8)
+SGD = ProjectedSGD(0.02, 4)
+MIXED = dict(stiffness=(10.0, 3.0, 1.0), slopes=(-0.5, 1.0, 0.3), noise=(0.5, 2.0, 1.0))
+
+
+def exact(points, **options):
+    return dict(directions=points, rest_examples=0, spread_draws=0, step=1e-3, tol=1e-8, **options)
+
+
+def test_the_prediction_is_the_closed_form_of_a_valley():
+    obj, path = valley()
+    y, settings = 0.3, SGD
+    g = 10.0 * torch.exp(torch.tensor(-0.5 * y, dtype=torch.float64))
+    rho, n, b = 1 - settings.lr * g, 2048, settings.batch_size
+    square = 0.0
+    for j in range(15):
+        weights = torch.stack([rho**i for i in range(j)]) if j else torch.zeros(1).double()
+        squares, pairs = weights.square().sum(), weights.sum() ** 2
+        one = (n - b) / (n - 1) / b
+        square += settings.lr**2 * (squares * one - (pairs - squares) / (n - 1)) / 15
+    expected = 0.5 * 0.5 * g * 8 * square
+    point = point_force(obj, path, y, **exact(8))
+    assert point.entropic(settings).value == pytest.approx(float(expected), rel=1e-5)
+    assert point.stiffness[:8].tolist() == pytest.approx([float(g)] * 8)
+    assert point.noise[:8].tolist() == pytest.approx([1.0] * 8)
+    assert point.slope.tolist() == pytest.approx([-0.5 * float(g)] * 8, rel=1e-5)
+    # The effective potential (T / 2) log det H, T = lr / 2 B: eight directions of slope -1/2.
+    limit = 8 * 0.5 / 2 * settings.lr / (2 * b)
+    assert point.potential(settings) == pytest.approx(limit, rel=2e-3)
+    assert point.stationary(settings) == pytest.approx(limit, rel=2e-3)
+    assert abs(point.exclusion(settings)) < 1e-9 * limit
+    assert point.noise_share == pytest.approx(1.0)
+
+
+def test_long_cycles_approach_the_potential_of_the_temperatures():
+    obj, path = valley(**MIXED)
+    point = point_force(obj, path, 0.5, **exact(3))
+    for momentum in (0.0, 0.5):
+        settings = ProjectedSGD(0.02, 1, project_every=1500, steps=1500, momentum=momentum)
+        ratio = point.entropic(settings).value / point.stationary(settings)
+        assert 0.93 < ratio < 1.07  # small lr and long cycles, not the limit itself
+    assert point.potential(settings) != pytest.approx(point.stationary(settings), rel=0.05)
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
+    obj, path = valley()
+    whole = point_force(obj, path, 0.3, **exact(8)).entropic(SGD).value
+    few = point_force(
+        obj, path, 0.3, directions=3, rest_examples=256 if rest else 0, spread_draws=0, step=1e-3
+    )
+    assert few.noise_share == pytest.approx(3 / 8, rel=1e-6)
+    found = few.entropic(SGD)
+    assert few.entropic(SGD, rest=False).value == pytest.approx(whole * 3 / 8, rel=1e-5)
+    if rest:
+        assert abs(found.value - whole) < 4.5 * found.std_error < 0.5 * whole
+        assert float(few.stiffness[-1]) == pytest.approx(float(few.stiffness[0]), rel=1e-6)
+    else:
+        assert found.value == pytest.approx(whole * 3 / 8, rel=1e-5)
+
+
+CASES = [
+    (valley(), SGD),
+    (valley(tilt=0.02), SGD),
+    (valley(**MIXED), ProjectedSGD(0.05, 4, project_every=15, steps=30)),
+    (valley(**MIXED, tilt=-0.05), ProjectedSGD(0.01, 4, steps=30, momentum=0.8)),
+    (valley(**MIXED), ProjectedSGD(0.01, 4, steps=30, optimizer="nesterov", weight_decay=0.1)),
+    (valley(), SGD.but(project_every=5)),
+]
+
+
+@pytest.mark.parametrize(("made", "settings"), CASES)
+def test_measured_drift_is_the_predicted_one(made, settings):
+    obj, path = made
+    count = path.num_params - 1
+    found = compare_force(
+        obj, path, PLACES, settings, replicas=96, seed=1, confidence=0.999, **exact(count)
+    )
+    slope = found.fit.slope
+    assert slope.low < 1.0 < slope.high
+    assert slope.low > 0.5 and found.fit.p_value > 1e-3
+    if settings.weight_decay == 0:
+        torch.testing.assert_close(
+            torch.from_numpy(found.table["gradient"]),
+            torch.full((4,), -obj._model.tilt).double(),
+            rtol=1e-6,
+            atol=1e-9,
+        )
+
+
+def test_the_energetic_part_is_what_all_examples_give():
+    obj, path = valley(tilt=0.05)
+    for settings in (SGD, SGD.but(momentum=0.5), SGD.but(weight_decay=0.2, project_every=5)):
+        ours = noiseless_drift(obj, path, PLACES, settings)
+        run = relax(
+            obj,
+            path,
+            list(PLACES),
+            lr=settings.lr,
+            batch_size=obj.num_examples,
+            project_every=settings.project_every,
+            steps=settings.steps,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        theirs = (run.position[:, -1] - run.position[:, 0]) / settings.duration
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
+    steady = noiseless_drift(obj, path, PLACES, SGD)
+    assert steady.tolist() == pytest.approx([-0.05] * 4)
+
+
+def test_subtracting_the_noise_along_the_path_changes_no_mean_and_most_of_the_spread():
+    # With noise along the path: the examples' losses are tilted too.
+    x = torch.randn(256, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    obj = Objective(torch.nn.Linear(3, 1, bias=False).double(), "mse", (x, x[:, :1]))
+    ends = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    path = linear_path(*ends)
+    settings = ProjectedSGD(0.005, 8, project_every=5, steps=10, momentum=0.5)
+    found = measure_drift(obj, path, [0.3, 0.6], settings, replicas=200)
+    assert found.control
+    spread = found.velocity.std(1) / found.raw.std(1)
+    assert float(spread.max()) < 0.3
+    difference = found.velocity - found.raw
+    error = difference.std(1) / 200**0.5
+    assert bool((difference.mean(1).abs() < 4 * error).all())
+    plain = measure_drift(obj, path, [0.3, 0.6], settings, replicas=200, control=False)
+    assert torch.equal(plain.velocity, found.raw)
+    gradients = tangent_gradients(obj, path, 0.3)
+    expected = -2 * (x[:, :1] - x @ path.point(0.3)[:, None])[:, 0] * x[:, 0]
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_with_projection_at_every_update_or_all_examples_there_is_no_force():
+    obj, path = valley()
+    point = point_force(obj, path, 0.4, **exact(8))
+    assert point.entropic(SGD.but(project_every=1)).value == 0.0
+    assert point.entropic(SGD.but(batch_size=2048)).value == 0.0
+    for settings in (SGD.but(project_every=1), SGD.but(batch_size=2048)):
+        run = measure_drift(obj, path, [0.4], settings, replicas=3)
+        assert float(run.velocity.abs().max()) < 1e-12
+    predicted = [point.entropic(SGD.but(project_every=k, steps=k)).value for k in (1, 2, 5, 15)]
+    assert predicted == sorted(predicted)
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_minibatches_of_an_epoch_exclude_one_another_and_push_down_the_noise(k):
+    # Stiffness is the same everywhere, so there is no entropic force.
+    obj, path = valley(
+        stiffness=(1.0, 1.0), slopes=(0.0, 0.0), noise=(1.0, 1.0), rise=-1.0, examples=64
+    )
+    settings = ProjectedSGD(0.05, 8, project_every=k, steps=8)
+    point = point_force(obj, path, 0.4, **exact(2))
+    expected = point.exclusion(settings)
+    # - (lr (k - 1) / 2 / (N - 1)) (1/2) d tr C / ds, but for the stiffness.
+    change = -2.0 * 2 * torch.exp(torch.tensor(-0.8)).item()
+    assert expected == pytest.approx(-0.05 * (k - 1) / 2 / 63 * 0.5 * change, rel=0.15)
+    assert abs(point.entropic(settings).value) < 1e-4 * expected
+    found = measure_drift(obj, path, [0.4], settings, replicas=200, seed=2)
+    interval = found.interval(0, 0.999)
+    assert interval.low < expected < interval.high and interval.low > 0
+
+
+def test_noise_grows_away_from_the_path_where_examples_differ_in_curvature():
+    obj, path = valley(stiffness=(2.0, 2.0), slopes=(-1.0, -1.0), noise=(1.0, 1.0), bend=10.0)
+    settings = ProjectedSGD(0.05, 4, project_every=15, steps=15)
+    options = {**exact(2), "spread_draws": 2}
+    point = point_force(obj, path, 0.4, **options)
+    assert point.spread == pytest.approx(10.0**2, rel=1e-6)
+    drift = measure_drift(obj, path, [0.4], settings, replicas=1000, seed=3)
+    for spread, holds in ((True, True), (False, False)):
+        found = effective_temperature(drift, 0, point, spread=spread, confidence=0.999)
+        assert (found.ratio.low < 1.0 < found.ratio.high) == holds
+        assert found.predicted == pytest.approx(0.05 / 8, rel=1e-2)
+    assert found.ratio.value > 1.15  # hotter than the noise on the path
+    interval = drift.interval(0, 0.999)
+    assert interval.low < point.entropic(settings).value < interval.high
+
+
+def test_the_temperature_of_a_valley_is_lr_over_two_b():
+    obj, path = valley()
+    drift = measure_drift(obj, path, [0.3, 0.7], SGD.but(steps=60), replicas=24, seed=5)
+    for i, s in enumerate((0.3, 0.7)):
+        found = effective_temperature(drift, i, point_force(obj, path, s, **exact(8)))
+        assert found.predicted == pytest.approx(0.02 / 8, rel=2e-3)
+        assert found.measured.low < found.predicted < found.measured.high
+        assert found.ratio.high - found.ratio.low < 0.3
+    with pytest.raises(ValueError, match=r"point: expected the force at s = 0\.3"):
+        effective_temperature(drift, 0, point_force(obj, path, 0.7, **exact(8)))
+
+
+def test_shuffled_curvature_explains_nothing():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, generator=g).double().numpy()
+    noise = 0.1 * torch.randn(8, generator=g).double().numpy()
+    related = shuffled_curvature(x, x + noise, [0.1] * 8)
+    assert related[0] > 0.9 and related[1] < 0.01
+    p = [
+        shuffled_curvature(x, torch.randn(8, generator=g).double().numpy(), [1.0] * 8)[1]
+        for _ in range(40)
+    ]
+    assert 0.25 < sum(p) / len(p) < 0.75  # uniform under the null: sd of the mean 0.046
+
+
+def test_a_fit_is_by_replicas_and_says_when_proportionality_fails():
+    g = torch.Generator().manual_seed(1)
+    x = torch.tensor([1.0, 2.0, -1.0, -3.0], dtype=torch.float64)
+    covered = 0
+    for _ in range(200):
+        y = 0.7 * x[:, None] + torch.randn(4, 12, generator=g, dtype=torch.float64)
+        fit = fit_force(x, y, 0.9)
+        covered += fit.slope.low < 0.7 < fit.slope.high
+    assert 0.9 - 4.5 * 0.021 < covered / 200 < 0.9 + 4.5 * 0.021
+    wrong = fit_force(x, y + x.square()[:, None])
+    assert wrong.p_value < 1e-4 and fit.p_value > 1e-4
+    y[0, 0] = torch.nan
+    assert len(fit_force(x, y).slope.samples) == 11
+    for bad_x, bad_y in ((x[:3], y), (0 * x, y), (x, y[:, :1]), (x, torch.ones(4, 5))):
+        with pytest.raises(ValueError, match=r"measured.*expected"):
+            fit_force(bad_x, bad_y)
+
+
+def test_bad_arguments_are_refused():
+    obj, path = valley()
+    for s in (0.0, 1.0, 0.0005):
+        with pytest.raises(ValueError, match="position: expected s with"):
+            point_force(obj, path, s, step=1e-3)
+    with pytest.raises(ValueError, match="directions: expected"):
+        point_force(obj, path, 0.5, directions=0)
+    point = point_force(obj, path, 0.5, **exact(2))
+    with pytest.raises(ValueError, match="batch_size: expected at most the 2048"):
+        point.entropic(SGD.but(batch_size=4096))
+    with pytest.raises(ValueError, match="positions: expected positions"):
+        measure_drift(obj, path, 0.5, SGD)
+    batch = Objective(
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)),
+        "mse",
+        (torch.randn(8, 2), torch.randn(8, 2)),
+    )
+    start = batch.parameters_vector()
+    with pytest.raises(ValueError, match="control: expected None or False"):
+        measure_drift(batch, linear_path(start, start + 1), [0.5], SGD, control=True)
