@@ -20,7 +20,8 @@ class Estimate:
     Attributes:
         value: the estimate.
         std_error: standard error of `value` over the samples; NaN from a single sample,
-            0.0 for a quantity computed exactly.
+            0.0 for a quantity computed exactly. It is an estimate too: from 8 samples twice it
+            covers 92 % of the time (Student's t), from 30 or more 95 %.
         probes: number of samples averaged (probe vectors, or examples); vectors multiplied in
             all, for methods that multiply others too.
         quadrature: estimate of an error that more samples do not lessen, that of too few Lanczos
@@ -178,6 +179,11 @@ class LogDeterminant:
     delta: float
     pairs: Eigenpairs | None
     quadrature: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error and quadrature's together; `bound` is apart."""
+        return math.hypot(self.std_error, self.quadrature)
 
     def __float__(self) -> float:
         return self.value
