@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -19,9 +20,12 @@ class Estimate:
     Attributes:
         value: the estimate.
         std_error: standard error of `value` over the samples; NaN from a single sample,
-            0.0 for a quantity computed exactly.
+            0.0 for a quantity computed exactly. It is an estimate too: from 8 samples twice it
+            covers 92 % of the time (Student's t), from 30 or more 95 %.
         probes: number of samples averaged (probe vectors, or examples); vectors multiplied in
             all, for methods that multiply others too.
+        quadrature: estimate of an error that more samples do not lessen, that of too few Lanczos
+            steps in traces of functions (`Density.trace`); 0.0 for means without one.
 
     >>> print(Estimate(2.5, 0.25, 16))
     2.5 ± 0.25 (16 samples)
@@ -30,9 +34,16 @@ class Estimate:
     value: float
     std_error: float
     probes: int
+    quadrature: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Both errors together: the root of the sum of their squares."""
+        return math.hypot(self.std_error, self.quadrature)
 
     def __str__(self) -> str:
-        return f"{self.value:.6g} ± {self.std_error:.2g} ({self.probes} samples)"
+        other = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
+        return f"{self.value:.6g} ± {self.std_error:.2g}{other} ({self.probes} samples)"
 
     def __float__(self) -> float:
         return self.value
@@ -86,6 +97,8 @@ class Density:
         weights: quadrature weights of each probe; each row sums to 1.  # [V, m]
         sigma: width of the Gaussian, in units of the eigenvalues.
         size: order P of the operator (the number of eigenvalues).
+        others: nodes and weights of other rules from the same products, whose distance from the
+            first tells the error of quadrature.  # each [V, n]
     """
 
     grid: Tensor
@@ -95,15 +108,26 @@ class Density:
     weights: Tensor
     sigma: float
     size: int
+    others: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def trace(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """The trace of a function of the operator: the sum of f over its P eigenvalues.
 
+        The rules of m steps are exact for polynomials only. An f with a kink, or that falls steeply
+        near 0, needs many steps, and until then each probe's value is off, mostly in the same
+        direction: more probes do not help, and the standard error does not show it. `quadrature`
+        does: P times the mean over probes of the largest distance between the rule's value and
+        those of `others`, the rules of m / 2, 3 m / 4 and m - 1 steps and the one of m + 1 nodes
+        with one of them at 0 (Gauss and Radau; Golub, SIAM Rev. 15, 1973; left out where f is not
+        finite). It is an estimate made to err on the large side, and no bound: features that none
+        of the rules resolves escape it, as does a singularity of f at 0.
+
         Args:
-            function: f, by element, on the nodes.  # [V, m] -> [V, m]
+            function: f, by element, on nodes.  # [V, n] -> [V, n]
 
         Returns:
-            P times the mean over probes of sum_i weight_i f(node_i), with its standard error.
+            P times the mean over probes of sum_i weight_i f(node_i), with its standard error and
+            `quadrature`: 0 where the steps exhaust the probes' Krylov spaces, NaN without `others`.
 
         Raises:
             ValueError: values of f that are of another shape, NaN or infinite.
@@ -121,7 +145,12 @@ class Density:
         samples = self.size * (self.weights * checks.finite("function", values)).sum(1)
         probes = len(samples)
         error = float(samples.std()) / math.sqrt(probes) if probes > 1 else math.nan
-        return Estimate(float(samples.mean()), error, probes)
+        return Estimate(float(samples.mean()), error, probes, self._quadrature(function, samples))
+
+    def _quadrature(self, function: Callable[[Tensor], Tensor], samples: Tensor) -> float:
+        found = [self.size * (weights * function(nodes)).sum(1) for nodes, weights in self.others]
+        gaps = [(other - samples).abs() for other in found if bool(other.isfinite().all())]
+        return float(torch.stack(gaps).amax(0).mean()) if gaps else math.nan
 
 
 @dataclass(frozen=True)
@@ -132,6 +161,8 @@ class LogDeterminant:
         value: the sum.
         std_error: standard error over the probes of a stochastic part; 0.0 without one, NaN from
             a single probe.
+        quadrature: estimate of that part's error from too few steps, which more probes do not
+            lessen (see `Density.trace`; no bound); 0.0 without one.
         bound: how far the eigenvalues found one by one may take the sum from theirs, each
             within its residual; infinite where a residual is as large as its eigenvalue.
         count: how many directions the sum is over.
@@ -147,6 +178,12 @@ class LogDeterminant:
     floor: float
     delta: float
     pairs: Eigenpairs | None
+    quadrature: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error and quadrature's together; `bound` is apart."""
+        return math.hypot(self.std_error, self.quadrature)
 
     def __float__(self) -> float:
         return self.value

@@ -15,6 +15,7 @@ from .basis import ROUNDING, require_symmetry
 from .krylov import stride_of
 from .memory import resolve_budget, too_small
 from .protocol import multiply, require_operator
+from .quadrature import Rule, other_rules, stacked, tridiagonal
 
 # Default width of the smoothing Gaussian, as a share of the range of Ritz values.
 SIGMA_SHARE = 0.01
@@ -127,7 +128,8 @@ def density_and_pairs(
     if left_out is not None:
         operator = Across(operator, left_out)
     together = min(probes, budget // each)
-    rules: list[tuple[Tensor, Tensor]] = []
+    rules: list[Rule] = []
+    others: list[list[Rule]] = []
     best: Eigenpairs | None = None
     matvecs = 0
     for first in range(0, probes, together):
@@ -143,13 +145,13 @@ def density_and_pairs(
             starts = without(left_out, starts.T).T
         spaces, taken = _lanczos(operator, starts, steps)
         matvecs += taken * len(starts)
-        rules += [_gauss_rule(t) for t in spaces]
+        rules += [(t.nodes, t.coordinates[0].square()) for t in spaces]
+        others += [other_rules(t.diagonal, t.off_diagonal, t.rounding) for t in spaces]
         space = max(spaces, key=lambda t: float(t.nodes[-1]))
         if best is None or float(space.nodes[-1]) > float(best.values[0]):
             best = _largest(space, kept)
         del spaces, space
-    nodes = torch.stack([_padded(n, steps, float(n[-1])) for n, _ in rules])
-    weights = torch.stack([_padded(w, steps, 0.0) for _, w in rules])
+    nodes, weights = stacked(rules, steps)
     low, high = float(nodes.min()), float(nodes.max())
     if sigma is None:
         # An operator with one eigenvalue has no range: a width to its scale instead.
@@ -176,7 +178,9 @@ def density_and_pairs(
     error = curves.std(0) / math.sqrt(probes) if probes > 1 else torch.full_like(where, math.nan)
     assert best is not None
     pairs = Eigenpairs(best.values, best.vectors, best.residuals, matvecs, False)
-    return Density(where, curves.mean(0), error, nodes, weights, sigma, count), pairs
+    several = tuple(stacked(kind, steps + 1) for kind in zip(*others, strict=True))
+    mean = curves.mean(0)
+    return Density(where, mean, error, nodes, weights, sigma, count, several), pairs
 
 
 class _Space(NamedTuple):
@@ -184,16 +188,18 @@ class _Space(NamedTuple):
 
     Attributes:
         basis: orthonormal rows, on the operator's device.  # [m, P]
-        nodes: Ritz values, ascending; float64 on the CPU.  # [m]
+        diagonal, off_diagonal: of the tridiagonal matrix, the last entry the length of what
+            follows the basis; float64 on the CPU, as the rest.  # [m], [m]
+        nodes: Ritz values, ascending.  # [m]
         coordinates: of the Ritz vectors, in columns.  # [m, m]
-        beta: length of what follows the basis.
         rounding: of the products.
     """
 
     basis: Tensor
+    diagonal: Tensor
+    off_diagonal: Tensor
     nodes: Tensor
     coordinates: Tensor
-    beta: float
     rounding: float
 
 
@@ -251,31 +257,20 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], i
     rounding = ROUNDING * torch.finfo(starts.dtype).eps * scale.cpu()
     spaces = []
     for v, m in enumerate(int(m) for m in lengths.tolist()):
-        off = torch.diag(betas[v, : m - 1], 1)
-        nodes, vectors = torch.linalg.eigh(torch.diag(alphas[v, :m]) + off + off.T)
-        beta = float(betas[v, m - 1])
-        spaces.append(_Space(basis[v, :m], nodes, vectors, beta, float(rounding[v])))
+        diagonal, beside = alphas[v, :m], betas[v, :m]
+        nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, beside))
+        spaces.append(_Space(basis[v, :m], diagonal, beside, nodes, vectors, float(rounding[v])))
     return spaces, j + 1
-
-
-def _gauss_rule(space: _Space) -> tuple[Tensor, Tensor]:
-    """Nodes [m], ascending, and weights [m] of the quadrature of a probe."""
-    return space.nodes, space.coordinates[0].square()
 
 
 def _largest(space: _Space, kept: int) -> Eigenpairs:
     """The largest Ritz pairs of a probe, largest first."""
     chosen = space.coordinates.flip(1)[:, :kept]
     vectors = space.basis.T @ chosen.to(space.basis)
-    residuals = torch.hypot(
-        space.beta * chosen[-1].abs(), torch.tensor(space.rounding, dtype=torch.float64)
-    )
+    remainder = space.off_diagonal[-1] * chosen[-1].abs()
+    residuals = torch.hypot(remainder, torch.tensor(space.rounding, dtype=torch.float64))
     values = space.nodes.flip(0)[:kept]
     return Eigenpairs(values.to(vectors), vectors, residuals.to(vectors), 0, False)
-
-
-def _padded(values: Tensor, length: int, fill: float) -> Tensor:
-    return torch.cat([values, values.new_full((length - len(values),), fill)])
 
 
 def _smoothed(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:

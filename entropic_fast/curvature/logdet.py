@@ -46,7 +46,10 @@ def log_determinant(
     `count` stays the same. The second is estimated by stochastic Lanczos quadrature
     (`spectral_density`); delta is a stiffness that every direction has besides, such as that of
     weight decay. With both, the k largest enter the second sum one by one and quadrature gives
-    the rest, whose variance is far smaller.
+    the rest, whose variance is far smaller. Where delta is far below the largest eigenvalue, few
+    `steps` do not resolve the eigenvalues near 0 and the sum is off by more than its `std_error`,
+    whatever the probes; `quadrature` estimates by how much (see `Density.trace`), and more steps
+    cure it.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
@@ -81,7 +84,7 @@ def log_determinant(
         if floor > 0:
             raise checks.fail("floor", "0 with delta, which needs none", repr(floor))
     pairs = None
-    value = error = bound = 0.0
+    value = error = bound = quadrature = 0.0
     if k is not None:
         across = operator if left_out is None else Across(operator, left_out)
         pairs = top_eigenvalues(across, k, tol, seed, max_matvecs, v0=v0)
@@ -98,12 +101,12 @@ def log_determinant(
         along = None if left_out is None or left_out.shape[1] == 0 else left_out
         density = spectral_density(operator, probes, steps, seed=seed, along=along)
         rest = density_log_determinant(density, delta)
-        value, error = value + rest.value, rest.std_error
-    return LogDeterminant(value, error, bound, count, 0.0, delta, pairs)
+        value, error, quadrature = value + rest.value, rest.std_error, rest.quadrature
+    return LogDeterminant(value, error, bound, count, 0.0, delta, pairs, quadrature)
 
 
 def density_log_determinant(density: Density, delta: float) -> Estimate:
-    """tr log(A_+ + delta) from a spectral density already computed, with its standard error.
+    """tr log(A_+ + delta) from a spectral density already computed, with its errors.
 
     Args:
         density: of `spectral_density`.

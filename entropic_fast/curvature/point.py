@@ -86,7 +86,8 @@ def profile_point(
             "norm": of theta;
             "density": "log_determinant", tr log(H_+ + delta) over the positive parts of the
             eigenvalues, and "negative_mass", the sum of the sizes of the negative ones, each
-            with its "..._std_error" (over the density's probes); hundreds of products.
+            with its "..._std_error" (over the density's probes) and "..._quadrature", an estimate
+            of the error of too few steps (see `Density.trace`); hundreds of products.
         seed: of the trace probes and Lanczos vectors.
         recalibrate: whether to re-estimate running statistics at the point first; a number
             for the first so many examples only. Nothing to do for a model without them.
@@ -243,14 +244,14 @@ class _Hessian:
             return _with_error(name, self._trace())
         if name == "density":
             assert self.density is not None
-            return {
-                **_with_error(
-                    "log_determinant", density_log_determinant(self.density, self._delta)
-                ),
-                **_with_error(
-                    "negative_mass", self.density.trace(lambda values: (-values).clamp(min=0))
-                ),
+            sums = {
+                "log_determinant": density_log_determinant(self.density, self._delta),
+                "negative_mass": self.density.trace(lambda values: (-values).clamp(min=0)),
             }
+            row: Row = {}
+            for key, estimate in sums.items():
+                row |= _with_error(key, estimate) | {f"{key}_quadrature": estimate.quadrature}
+            return row
         assert self.pairs is not None
         return {
             "top_eigenvalue": float(self.pairs.values[0]),

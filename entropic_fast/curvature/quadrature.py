@@ -1,0 +1,82 @@
+"""Quadrature rules of a tridiagonal matrix, and others that tell how far they may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rule = tuple[Tensor, Tensor]  # nodes [m], ascending, and weights [m]
+# A node at 0 that takes an entry this many times the matrix's size changes nothing.
+FAR = 1e6
+
+
+def gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> Rule:
+    """Nodes and weights of the Gauss rule of m Lanczos steps (Golub and Welsch 1969).
+
+    Args:
+        diagonal: of the tridiagonal matrix.  # [m]
+        off_diagonal: its m - 1 entries beside the diagonal; more are not looked at.
+
+    >>> nodes, weights = gauss_rule(torch.tensor([1.0, 1.0]), torch.tensor([1.0]))
+    >>> [round(v, 4) for v in nodes.abs().tolist()], [round(v, 4) for v in weights.tolist()]
+    ([0.0, 2.0], [0.5, 0.5])
+    """
+    nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal))
+    return nodes, vectors[0].square()
+
+
+def other_rules(diagonal: Tensor, off_diagonal: Tensor, rounding: float) -> list[Rule]:
+    """Rules from the same products as the Gauss rule: with fewer steps, and with a node at 0.
+
+    Functions with a kink at 0, or that fall steeply there, are where the Gauss rule converges
+    slowly and differences between its steps may tell little. The rule of m + 1 nodes with one at
+    0 puts as much weight there as the moments allow: for log(x + delta) of a matrix without
+    negative eigenvalues it errs in the opposite direction.
+
+    Args:
+        diagonal, off_diagonal: of the tridiagonal matrix, with the length of what follows the
+            last Lanczos vector as the last of the second.  # [m], [m]
+        rounding: of those entries; a last one no longer than that is 0, and the Gauss rule exact.
+
+    Returns:
+        the Gauss rules of m / 2, 3 m / 4 and m - 1 steps, if these are any, then the rule with
+        the node at 0. Of an exact rule it again, so that the differences are 0.
+
+    >>> rules = other_rules(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), 1e-7)
+    >>> [round(v, 4) for v in rules[-1][0].tolist()]
+    [0.0, 0.7257, 1.6076]
+    """
+    m = len(diagonal)
+    nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal))
+    whole, beta = (nodes, vectors[0].square()), float(off_diagonal[-1])
+    if beta <= rounding:
+        return [whole] * 4
+    fewer = [max(m // 2, 1), max(3 * m // 4, 1), max(m - 1, 1)]
+    rules = [gauss_rule(diagonal[:k], off_diagonal) for k in fewer]
+    size = max(float(nodes.abs().max()), beta)
+    last = float((beta**2 * vectors[-1].square() / nodes).sum())
+    if not abs(last) <= FAR * size:  # infinite or NaN with a node at 0 already
+        return [*rules, whole]
+    more, weights = gauss_rule(torch.cat([diagonal, diagonal.new_tensor([last])]), off_diagonal)
+    # What the range of the operator may be; a node beyond has next to no weight, and f no limit.
+    more = more.clamp(min(float(nodes[0]), 0.0) - beta, max(float(nodes[-1]), 0.0) + beta)
+    more[more.abs().argmin()] = 0.0
+    return [*rules, (more, weights)]
+
+
+def stacked(rules: Sequence[Rule], length: int) -> Rule:
+    """Rules of several probes as rows, padded with their last node at weight 0.  # [V, length]"""
+    nodes = torch.stack([_padded(n, length, float(n[-1])) for n, _ in rules])
+    return nodes, torch.stack([_padded(w, length, 0.0) for _, w in rules])
+
+
+def tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    """The symmetric matrix [m, m] of a diagonal [m] and the first m - 1 entries beside it."""
+    beside = torch.diag(off_diagonal[: len(diagonal) - 1], 1)
+    return torch.diag(diagonal) + beside + beside.T
+
+
+def _padded(values: Tensor, length: int, fill: float) -> Tensor:
+    return torch.cat([values, values.new_full((length - len(values),), fill)])
