@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ...exact import exact_math
 from ...examples import Batch
+from ...forward_mode import forward_lock
 from ...objective import Objective
+from ...parameters import model_lock
 from .allocator import keep_freed_memory
 from .capture import capture
 from .hidden import NotCapturedError
@@ -79,6 +81,7 @@ class JetEngine:
         if obj.device.type == "cpu":
             keep_freed_memory()
         self._calls: set[str] = set()
+        self._keeping = threading.Lock()  # held to change what is kept: threads may share it
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
         program_for(obj, theta, next(self.tiles()).inputs)  # raises, if it will not do
@@ -250,10 +253,14 @@ class JetEngine:
             point = self._at(tile, kind)
             yield point
             if again:
-                size = point[0].prune()
-                if self._kept_bytes + size <= self.budget // 2:
-                    self._kept[kind, i] = point
-                    self._kept_bytes += size
+                self._keep((kind, i), point)
+
+    def _keep(self, key: tuple[str, int], point: tuple[Values, LossAt]) -> None:
+        size = point[0].prune()
+        with self._keeping:
+            if key not in self._kept and self._kept_bytes + size <= self.budget // 2:
+                self._kept[key] = point
+                self._kept_bytes += size
 
     def _at(self, tile: Tile, kind: str) -> tuple[Values, LossAt]:
         program = self.program(tile)
@@ -270,13 +277,12 @@ class JetEngine:
 # Programs of a model, by what they depend on; or why there is none.
 _programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | NotCapturedError]]
 _programs = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
     """The program of an objective's model for inputs like these, captured once."""
     key = (inputs.shape, inputs.dtype, inputs.device, theta.dtype, tuple(obj.buffers))
-    with _lock:
+    with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:
             known.move_to_end(key)
