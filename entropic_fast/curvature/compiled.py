@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import no_autocast
 
 _C: Any = torch._C
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
@@ -82,7 +83,7 @@ def undisturbed() -> Iterator[None]:
 
     Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
     the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
-    derivative taken in them would leave terms out.
+    derivative taken in them would leave terms out. Autocast is off.
 
     >>> with torch.inference_mode(), undisturbed():
     ...     torch.ones(1, requires_grad=True).exp().requires_grad
@@ -91,7 +92,7 @@ def undisturbed() -> Iterator[None]:
     included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
     guard = _C._ForceDispatchKeyGuard(included, _C.DispatchKeySet.from_raw_repr(excluded))
-    with torch.inference_mode(False), guard, torch.enable_grad():
+    with torch.inference_mode(False), guard, no_autocast(), torch.enable_grad():
         yield
 
 
