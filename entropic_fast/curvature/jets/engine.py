@@ -94,12 +94,12 @@ class JetEngine:
         Args:
             widest, total: bytes of an example's activations, in the widest layer and in all.
         """
-        count = self.obj.num_examples
+        count = _longest_run(self.obj)
         # A product holds the tangents of all layers ahead, and values ahead and behind.
         each, room = 2 * total, self.budget // 2
         if not self.separable:
             largest = max(len(batch.inputs) for batch in self.obj.batches())
-            return max(1, min(WIDTH, room // (largest * each) - 1)), count
+            return max(1, min(WIDTH, room // (largest * each) - 1)), largest
         most = room // ((WIDTH + 1) * each)
         if self.obj.device.type == "cpu":
             most = min(most, CPU_EXAMPLES, CPU_TILE // max(1, WIDTH * widest))
@@ -115,7 +115,7 @@ class JetEngine:
             for batch in self.obj.batches():
                 yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
             return
-        for start, inputs, targets in self.obj.batches(batch_size=self.tile):
+        for start, inputs, targets in _regrouped(self.obj, self.tile):
             missing = self.tile - len(inputs)
             weights = self._weights(self.tile, len(inputs))
             yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
@@ -306,6 +306,46 @@ def _separable(obj: Objective) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether batches can be put together."""
+    return all(
+        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+        for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+def _longest_run(obj: Objective) -> int:
+    """The most examples in a row that can be put together."""
+    if obj.examples.are_tensors:
+        return obj.num_examples
+    longest = run = 0
+    last = None
+    for batch in obj.batches():
+        run = len(batch.inputs) + (run if last is not None and _alike(last, batch) else 0)
+        longest, last = max(longest, run), batch
+    return longest
+
+
+def _regrouped(obj: Objective, size: int) -> Iterator[Batch]:
+    """All examples in order, `size` at once wherever so many in a row can be put together."""
+    held = None
+    for batch in obj.batches(batch_size=size):
+        if held is not None and _alike(held, batch):
+            inputs, targets = (torch.cat(pair) for pair in zip(held[1:], batch[1:], strict=True))
+            held = Batch(held.start, inputs, targets)
+        else:
+            if held is not None:
+                yield held
+            held = batch
+        if len(held.inputs) >= size:
+            start, inputs, targets = held
+            yield Batch(start, inputs[:size], targets[:size])
+            held = Batch(start + size, inputs[size:], targets[size:])
+            held = held if len(held.inputs) else None
+    if held is not None:
+        yield held
 
 
 def _filled(tensor: Tensor, missing: int) -> Tensor:

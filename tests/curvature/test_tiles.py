@@ -1,0 +1,77 @@
+"""Tiles: how examples that come in batches are put together, shape by shape."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.curvature.jets import engine as engines
+from entropic_fast.objective import Objective
+
+OPERATORS = [HessianOperator, GGNOperator]
+
+
+class PerPosition(nn.Module):
+    """A class for each token, whatever the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(5, 3), nn.Linear(3, 4)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.table(t))).sum(1)
+
+
+def token_batches(*shapes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randint(5, shape), torch.randint(4, shape[:1])) for shape in shapes]
+
+
+def agree(operator, obj: Objective) -> None:
+    """A product by the rules is that of autograd."""
+    with without_rules():
+        other = operator(obj)
+    one = operator(obj)
+    v = torch.linspace(-1, 1, obj.num_params, dtype=obj.dtype)
+    assert torch.allclose(one @ v, other @ v, rtol=1e-11, atol=1e-13)
+    if operator is not JacobianOperator:
+        forms = one.quadratic_forms(v[:, None])
+        assert torch.allclose(forms, other.quadratic_forms(v[:, None]), rtol=1e-11)
+
+
+def test_batches_of_a_loader_are_put_together_into_tiles():
+    torch.manual_seed(0)
+    x, y = torch.randn(1000, 4, dtype=torch.float64), torch.arange(1000) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    obj = Objective(model, "cross_entropy", loader)
+    engine = HessianOperator(obj)._engine
+    tiles = list(engine.tiles())
+    assert sum(len(tile.inputs) for tile in tiles) < 1000 + len(tiles)
+    assert torch.equal(torch.cat([tile.batch.inputs for tile in tiles]), x)
+    assert torch.equal(torch.cat([tile.batch.targets for tile in tiles]), y)
+    v = torch.randn(obj.num_params, dtype=torch.float64)
+    whole = HessianOperator(Objective(model, "cross_entropy", (x, y)))
+    assert torch.allclose(HessianOperator(obj) @ v, whole @ v, rtol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 5, 64])
+def test_regrouped_examples_are_all_there_in_order(tile):
+    batches = token_batches((2, 4), (3, 4), (4, 4), (1, 7), (2, 4), (5, 4))
+    obj = Objective(PerPosition().double(), "cross_entropy", batches)
+    found = list(engines._regrouped(obj, tile))
+    assert engines._longest_run(obj) == 9
+    assert [b.start for b in found] == [0, *torch.tensor([len(b.inputs) for b in found]).cumsum(0)][
+        :-1
+    ]
+    assert max(len(b.inputs) for b in found) == min(tile, 9)
+    got = torch.cat([b.inputs.flatten() for b in found])
+    assert torch.equal(got, torch.cat([t.flatten() for t, _ in batches]))
+    assert torch.equal(torch.cat([b.targets for b in found]), torch.cat([y for _, y in batches]))
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, JacobianOperator])
+def test_sequences_of_other_lengths_have_tiles_of_their_own(operator):
+    batches = token_batches((3, 4), (2, 4), (2, 7), (4, 3))
+    agree(operator, Objective(PerPosition().double(), "cross_entropy", batches))
