@@ -16,6 +16,7 @@ from ..objective import NonFiniteLossError, Objective
 from .agreement import AGREEMENT, DisagreementError, rules_are_off
 from .compiled import undisturbed
 from .jets import JetEngine, NotCapturedError
+from .jets.engine import Tile
 from .memory import resolve_budget
 from .operators import CurvatureOperator
 
@@ -88,16 +89,19 @@ class JetOperator(CurvatureOperator):
         raise TypeError("use HessianOperator or GGNOperator")
 
     def _check(self, engine: JetEngine) -> None:
-        """Compare both ways on the first examples, once for a model, loss and kind."""
-        sample = engine.sample()
-        done = engine.program(sample).checked.setdefault(self.obj._loss, set())
-        if self.kind in done:
-            return
+        """Compare both ways on the first examples of each shape, once for a model and loss."""
+        for sample in engine.samples():
+            checked = engine.program(sample).checked
+            if (self.kind, self.obj._loss) not in checked and self._agree(engine, sample):
+                checked.add(self.kind, self.obj._loss)
+
+    def _agree(self, engine: JetEngine, sample: Tile) -> bool:
+        """Compare both ways; whether there is something to compare."""
         row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
         expected = torch.zeros_like(row)
         self._add_products(sample.batch, row, expected)
         if not bool(torch.isfinite(expected).all()):
-            return  # nothing to compare with; the product itself will be refused
+            return False  # the product itself will be refused
         try:
             got = engine.products(row, self.kind, sample)
             forms = engine.forms(row, sample) if self.kind == "hessian" else None
@@ -118,7 +122,7 @@ class JetOperator(CurvatureOperator):
                 "meanwhile, build the operator within "
                 "`with entropic_fast.curvature.without_rules():`"
             )
-        done.add(self.kind)
+        return True
 
 
 # Differences of so many roundings of 1 are none, however small the product.

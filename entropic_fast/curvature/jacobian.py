@@ -173,18 +173,21 @@ class JacobianOperator(Compilable):
             return leaf, self.obj.outputs(leaf, tile.batch.inputs)
 
     def _check(self, engine: JetEngine) -> None:
-        """Compare both ways on the first examples, once for a model."""
-        sample = engine.sample()
-        done = engine.program(sample).checked.setdefault(None, set())
-        if "jacobian" in done:
-            return
+        """Compare both ways on the first examples of each shape, once for a model."""
+        for sample in engine.samples():
+            program = engine.program(sample)
+            if ("jacobian", program) not in program.checked and self._agree(engine, sample):
+                program.checked.add("jacobian", program)
+
+    def _agree(self, engine: JetEngine, sample: Tile) -> bool:
+        """Compare both ways; whether there is something to compare."""
         row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
         expected = self._push_by_autograd(sample, row)
         shape = tuple(expected.shape)
         back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
         expected_back = self._pull_by_autograd(sample, back)
         if not bool(torch.isfinite(expected).all() and torch.isfinite(expected_back).all()):
-            return  # nothing to compare with; the product itself will be refused
+            return False  # the product itself will be refused
         try:
             got = engine.pushed(sample, row)[:, : expected.shape[1]]
             got_back = engine.pulled(sample, back)
@@ -203,7 +206,7 @@ class JacobianOperator(Compilable):
                     "meanwhile, build the operator within "
                     "`with entropic_fast.curvature.without_rules():`"
                 )
-        done.add("jacobian")
+        return True
 
     def to_scipy(self) -> Any:
         """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""

@@ -1,5 +1,9 @@
 """Tiles: how examples that come in batches are put together, shape by shape."""
 
+import gc
+from dataclasses import dataclass
+from weakref import ref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,3 +79,96 @@ def test_regrouped_examples_are_all_there_in_order(tile):
 def test_sequences_of_other_lengths_have_tiles_of_their_own(operator):
     batches = token_batches((3, 4), (2, 4), (2, 7), (4, 3))
     agree(operator, Objective(PerPosition().double(), "cross_entropy", batches))
+
+
+class DetachesLong(PerPosition):
+    def forward(self, t: Tensor) -> Tensor:
+        h = self.table(t)
+        h = h.detach() if t.shape[1] > 5 else h
+        return self.out(torch.tanh(h)).sum(1)
+
+
+@pytest.mark.parametrize("operator", [*OPERATORS, JacobianOperator])
+def test_a_later_shape_that_cannot_be_captured_goes_to_autograd(operator):
+    batches = token_batches((3, 4), (3, 7))
+    obj = Objective(DetachesLong().double(), "cross_entropy", batches)
+    assert operator(obj).way == "autograd, as the model calls Tensor.detach"
+    agree(operator, obj)
+
+
+def test_every_shape_is_compared_with_autograd(monkeypatch):
+    obj = Objective(
+        PerPosition().double(), "cross_entropy", token_batches((3, 4), (3, 4), (3, 7), (2, 5))
+    )
+    seen = []
+    agrees = HessianOperator._agree
+
+    def counted(self, engine, sample):
+        seen.append(sample.inputs.shape[1])
+        return agrees(self, engine, sample)
+
+    monkeypatch.setattr(HessianOperator, "_agree", counted)
+    assert HessianOperator(obj).way == HessianOperator(obj).way == "rules"
+    assert seen == [4, 7, 5]
+
+
+def test_many_shapes_are_captured_once(monkeypatch):
+    captures = []
+    capture = engines.capture
+
+    def counted(*args):
+        captures.append(args)
+        return capture(*args)
+
+    monkeypatch.setattr(engines, "capture", counted)
+    batches = token_batches(*((2, length) for length in range(1, 13)))
+    obj = Objective(PerPosition().double(), "cross_entropy", batches)
+    v = torch.ones(obj.num_params, dtype=torch.float64)
+    H = HessianOperator(obj)
+    H @ v, H @ v, HessianOperator(obj) @ v
+    assert len(captures) == 12
+
+
+def test_inputs_of_too_many_shapes_go_to_autograd(monkeypatch):
+    monkeypatch.setattr(engines, "SHAPES", 2)
+    batches = token_batches((2, 1), (2, 2), (2, 3))
+    H = HessianOperator(Objective(PerPosition().double(), "cross_entropy", batches))
+    assert H.way == "autograd, as inputs come in more than 2 shapes"
+
+
+@dataclass
+class Unhashable:
+    """A loss that is equal to others, so that it has no hash."""
+
+    power: int = 2
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.sum(1) - targets) ** self.power
+
+
+class Unreferable:
+    """A loss to which nothing refers weakly."""
+
+    __slots__ = ()
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.sum(1) - targets) ** 2
+
+
+@pytest.mark.parametrize("loss", [Unhashable(), Unreferable()], ids=["unhashable", "slots"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_loss_may_be_any_callable(operator, loss):
+    obj = Objective(PerPosition().double(), loss, token_batches((3, 4)))
+    assert operator(obj).way == "rules"
+    agree(operator, obj)
+
+
+def test_programs_keep_no_loss_alive():
+    loss = Unhashable()
+    obj = Objective(PerPosition().double(), loss, token_batches((3, 4)))
+    program = next(iter(HessianOperator(obj)._engine._programs.values()))
+    assert ("hessian", loss) in program.checked and ("hessian", Unhashable()) not in program.checked
+    gone, model = ref(loss), obj._model  # whose programs stay
+    del loss, obj
+    gc.collect()
+    assert gone() is None and len(model.table.weight) == 5 and not program.checked._known

@@ -38,8 +38,8 @@ WIDTH = max(WIDTHS.values())
 CPU_TILE = 31 * 2**20
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
-# Programs kept for a model: inputs of as many shapes.
-PROGRAMS = 8
+# Shapes of inputs that an engine takes, and programs kept for a model.
+SHAPES = 64
 
 
 class Tile(NamedTuple):
@@ -84,7 +84,9 @@ class JetEngine:
         self._keeping = threading.Lock()  # held to change what is kept: threads may share it
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
-        program_for(obj, theta, next(self.tiles()).inputs)  # raises, if it will not do
+        self._programs: dict[Any, Program] = {}
+        for tile in self._first_of_each_shape():
+            self._programs[_like(tile.inputs)] = program_for(obj, theta, tile.inputs)
 
     # -- tiles -----------------------------------------------------------------------------
 
@@ -125,23 +127,36 @@ class JetEngine:
         weights[:counted] = 1
         return weights
 
-    def sample(self) -> Tile:
-        """A tile of which two examples count; of a batch that cannot be split, all."""
-        first = next(self.tiles())
-        if not self.separable:
-            return first
-        counted = min(2, len(first.batch.inputs))
-        rest = self.tile - counted
-        return Tile(
-            first.start,
-            _filled(first.inputs[:counted], rest),
-            _filled(first.targets[:counted], rest),
-            self._weights(self.tile, counted),
-        )
+    def _first_of_each_shape(self) -> Iterator[Tile]:
+        seen = set()
+        for tile in self.tiles():
+            if _like(tile.inputs) in seen:
+                continue
+            seen.add(_like(tile.inputs))
+            if len(seen) > SHAPES:
+                raise NotCapturedError(f"inputs come in more than {SHAPES} shapes")
+            yield tile
+            if self.separable and self.obj.examples.are_tensors:  # all tiles are alike
+                return
+
+    def samples(self) -> Iterator[Tile]:
+        """A tile of each shape, with two examples that count; of a batch not to be split, all."""
+        for first in self._first_of_each_shape():
+            if not self.separable:
+                yield first
+                continue
+            counted = min(2, len(first.batch.inputs))
+            rest = self.tile - counted
+            yield Tile(
+                first.start,
+                _filled(first.inputs[:counted], rest),
+                _filled(first.targets[:counted], rest),
+                self._weights(self.tile, counted),
+            )
 
     def program(self, tile: Tile) -> Program:
         """The program for a tile's shapes."""
-        return program_for(self.obj, self.theta, tile.inputs)
+        return self._programs[_like(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
 
@@ -281,7 +296,7 @@ _programs = WeakKeyDictionary()
 
 def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
     """The program of an objective's model for inputs like these, captured once."""
-    key = (inputs.shape, inputs.dtype, inputs.device, theta.dtype, tuple(obj.buffers))
+    key = (*_like(inputs), theta.dtype, tuple(obj.buffers))
     with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:
@@ -291,12 +306,17 @@ def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
                 known[key] = Program(capture(obj, theta, inputs))
             except NotCapturedError as why:
                 known[key] = why
-            while len(known) > PROGRAMS:
+            while len(known) > SHAPES:
                 known.popitem(last=False)
         found = known[key]
     if isinstance(found, NotCapturedError):
         raise found
     return found
+
+
+def _like(inputs: Tensor) -> tuple[Any, ...]:
+    """What programs depend on of their inputs."""
+    return inputs.shape, inputs.dtype, inputs.device
 
 
 def _separable(obj: Objective) -> bool:
