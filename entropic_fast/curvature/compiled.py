@@ -33,9 +33,13 @@ class Compilable:
 
     Attributes:
         shape: (rows, columns).
+        dtype, device: of vectors and results.
     """
 
     shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    T: Compilable  # unless symmetric
     symmetric: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -60,6 +64,28 @@ class Compilable:
 
     def _multiply(self, vectors: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no products")
+
+    def to_scipy(self) -> Any:
+        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def by(operator: Compilable) -> Any:
+            def product(array: Any) -> Any:
+                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
+                return operator.multiply(values).cpu().numpy()
+
+            return product
+
+        forth, back = by(self), by(self if self.symmetric else self.T)
+        return LinearOperator(
+            self.shape,
+            matvec=forth,
+            matmat=forth,
+            rmatvec=back,
+            rmatmat=back,
+            dtype=np.float32 if self.dtype == torch.float32 else np.float64,
+        )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -101,13 +101,13 @@ def test_every_shape_is_compared_with_autograd(monkeypatch):
         PerPosition().double(), "cross_entropy", token_batches((3, 4), (3, 4), (3, 7), (2, 5))
     )
     seen = []
-    agrees = HessianOperator._agree
+    agrees = HessianOperator._agrees
 
     def counted(self, engine, sample):
         seen.append(sample.inputs.shape[1])
         return agrees(self, engine, sample)
 
-    monkeypatch.setattr(HessianOperator, "_agree", counted)
+    monkeypatch.setattr(HessianOperator, "_agrees", counted)
     assert HessianOperator(obj).way == HessianOperator(obj).way == "rules"
     assert seen == [4, 7, 5]
 

@@ -74,6 +74,9 @@ class Checked:
 
     def add(self, kind: str, loss: Any) -> None:
         key = kind, id(loss)
+        if loss is None:  # for what depends on none
+            self._known[key] = lambda: None
+            return
         try:
             self._known[key] = ref(loss, lambda _: self._known.pop(key, None))
         except TypeError:  # nothing refers to it weakly: it will be compared again
