@@ -16,7 +16,7 @@ from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
-from .parameters import load_tensors, model_lock, trainable
+from .parameters import load_tensors, model_lock, trainable, twin
 
 __all__ = ["NonFiniteLossError", "Objective"]
 
@@ -221,7 +221,7 @@ class Objective:
         parameters, and inputs given as tensors are those already rounded to half.
         """
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).to(dtype)
+        other._model = twin(self._model, dtype, lambda model: copy.deepcopy(model).to(dtype))
         other.buffers = {
             n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
         }
@@ -366,7 +366,7 @@ class Objective:
             )
         other = copy.copy(self)
         other.norm, other._per_example = norm, None
-        other._model = private_copy(self._model, norm)
+        other._model = twin(self._model, norm, lambda model: private_copy(model, norm))
         kept = dict(other._model.named_buffers())
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other

@@ -172,3 +172,16 @@ def test_programs_keep_no_loss_alive():
     del loss, obj
     gc.collect()
     assert gone() is None and len(model.table.weight) == 5 and not program.checked._known
+
+
+@pytest.mark.parametrize("derive", [Objective.double, lambda obj: obj.with_norm("batch")])
+def test_objectives_derived_again_need_no_new_capture(derive, monkeypatch):
+    captures = []
+    capture = engines.capture
+    monkeypatch.setattr(engines, "capture", lambda *args: captures.append(1) or capture(*args))
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    obj = Objective(model, "cross_entropy", (torch.randn(8, 4), torch.arange(8) % 3))
+    ways = [HessianOperator(derive(obj)).way for _ in range(3)]
+    assert ways == ["rules"] * 3 and len(captures) == 1
+    again = derive(obj)
+    assert again._model is not obj._model and again.dtype == derive(obj).dtype
