@@ -114,8 +114,10 @@ class HessianOperator(JetOperator):
         self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
         (product,) = super()._by_engine(engine, sample, vectors)
-        form = engine.forms(vectors[0], sample) / vectors[0].norm()
-        return [torch.cat([product[0], form.to(product.dtype)])]
+        form = engine.forms(vectors[0], sample)
+        if not bool(torch.isfinite(form).all()):  # `_forms` then multiplies
+            form = (vectors[0] * product).sum(1)
+        return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
 
     def _forms(self, columns: Tensor) -> Tensor:
         if self._engine is None:
