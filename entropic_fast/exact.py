@@ -55,19 +55,30 @@ class Shared:
 
 @contextlib.contextmanager
 def exact_math() -> Iterator[None]:
-    """Within it, and as a decorator: no TF32, no fused attention. Restores what was set.
+    """Within it, and as a decorator: no TF32, autocast or fused attention. Restores what was set.
 
     On a GPU torch convolves float32 numbers in TF32 unless told otherwise, with 10 bits of
     mantissa: curvature would be off by 1e-3. Fused attention has no second derivative, so
-    attention is computed by plain matrix products.
+    attention is computed by plain matrix products. An autocast that surrounds the call would
+    round to half precision; a model's own, within its forward, still acts.
 
     >>> with exact_math():
     ...     torch.backends.mha.get_fastpath_enabled()
     False
     """
     cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with _plain_attention(), _full_float32() if cuda else contextlib.nullcontext():
+    with (
+        no_autocast(),
+        _plain_attention(),
+        _full_float32() if cuda else contextlib.nullcontext(),
+    ):
         yield
+
+
+def no_autocast() -> AbstractContextManager[None]:
+    """Within it, no autocast but those entered within it."""
+    guard: AbstractContextManager[None] = torch._C._DisableAutocast()
+    return guard
 
 
 @Shared

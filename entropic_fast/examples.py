@@ -131,6 +131,11 @@ class Examples:
                 yield Batch(start, x, y)
                 start += len(x)
 
+    @property
+    def are_tensors(self) -> bool:
+        """Whether they were given as two tensors, which batches of any size are cut from."""
+        return self._tensors is not None
+
     def spread(self, count: int) -> tuple[Tensor, Tensor]:
         """Up to so many examples: of tensors evenly spaced, of batches from the first alone."""
         if self._tensors is not None:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks, model_checks
-from .exact import exact_math
+from .exact import exact_math, no_autocast
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
-from .parameters import load_tensors, model_lock, trainable
+from .parameters import load_tensors, model_lock, trainable, twin
 
 __all__ = ["NonFiniteLossError", "Objective"]
 
@@ -32,7 +32,9 @@ class Objective:
     Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is random
     even so (functional dropout) is refused, because nothing exact can be said of it.
 
-    Threads may share an objective: a model runs for one of them at a time.
+    Threads may share an objective: a model runs for one of them at a time. An objective, and all
+    that is computed from it, ignores an ambient `torch.autocast`; one within the model's forward
+    acts as ever.
 
     A model may be in half precision (float16, bfloat16). It then runs in its own dtype, its
     outputs are converted to float32 before the loss, and sums over examples are float32 or
@@ -219,7 +221,7 @@ class Objective:
         parameters, and inputs given as tensors are those already rounded to half.
         """
         other = copy.copy(self)
-        other._model = copy.deepcopy(self._model).to(dtype)
+        other._model = twin(self._model, dtype, lambda model: copy.deepcopy(model).to(dtype))
         other.buffers = {
             n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
         }
@@ -249,12 +251,13 @@ class Objective:
 
     def output_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]"""
-        return self._loss(widened(outputs), targets)
+        with no_autocast():
+            return self._loss(widened(outputs), targets)
 
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
         values = {**values, **self.buffers}
-        with model_lock(self._model):
+        with no_autocast(), model_lock(self._model):
             outputs = functional_call(self._model, values, (inputs,), tie_weights=True)
         return self.output_losses(outputs, targets)
 
@@ -363,7 +366,7 @@ class Objective:
             )
         other = copy.copy(self)
         other.norm, other._per_example = norm, None
-        other._model = private_copy(self._model, norm)
+        other._model = twin(self._model, norm, lambda model: private_copy(model, norm))
         kept = dict(other._model.named_buffers())
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other

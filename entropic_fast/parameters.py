@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,21 @@ def model_lock(model: nn.Module) -> threading.RLock:
     """
     with _creation:
         return _locks.setdefault(model, threading.RLock())
+
+
+_twins: WeakKeyDictionary[nn.Module, dict[Hashable, nn.Module]] = WeakKeyDictionary()
+
+
+def twin(model: nn.Module, kind: Hashable, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """What `make` makes of an objective's private model, the same at every call.
+
+    So what is known of a model (its graphs, say) serves the next objective of that kind too.
+    """
+    with model_lock(model):  # a thread that runs it puts its own parameters into it
+        known = _twins.setdefault(model, {})
+        if kind not in known:
+            known[kind] = make(model)
+        return known[kind]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

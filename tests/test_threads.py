@@ -4,10 +4,11 @@ import threading
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
-from entropic_fast.curvature import gradient_norms
+from entropic_fast.curvature import HessianOperator, gradient_norms
 from entropic_fast.curvature.fallback import no_slow_loops
 from entropic_fast.exact import exact_math
 from entropic_fast.objective import Objective
@@ -99,3 +100,25 @@ def test_settings_stay_until_the_last_thread_leaves_and_are_restored():
     thread.join()
     assert inside == [(False, before[1] + 1)]
     assert (torch.backends.mha.get_fastpath_enabled(), len(warnings.filters)) == before
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one operator", "operators of their own"])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_curvature_in_threads_is_that_of_one_thread(activation, shared):
+    def build() -> HessianOperator:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)).double()
+        data = (torch.randn(20, 4), torch.arange(20) % 3)
+        return HessianOperator(Objective(model, "cross_entropy", data))
+
+    one, *others = (build() for _ in range(5))
+    vectors = torch.randn(one.shape[0], 3, dtype=torch.float64)
+    product, forms = one @ vectors, one.quadratic_forms(vectors)
+
+    def work() -> None:
+        operator = one if shared else others.pop()
+        for _ in range(15):
+            assert torch.allclose(operator @ vectors, product, rtol=1e-12, atol=1e-14)
+            assert torch.allclose(operator.quadratic_forms(vectors), forms, rtol=1e-12)
+
+    in_threads(work, 4)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 # Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
 # them is wrong; and differences that are small against the whole gradient, as roundings are.
@@ -20,6 +21,28 @@ AGREEMENT = {
 
 class DisagreementError(RuntimeError):
     """The fast way and torch's own give different derivatives; the message says of what."""
+
+
+# Differences of so many roundings of 1 are none, however small the product.
+_ROUNDING = 1e3
+
+
+def require_agreement(name: str, got: Tensor, expected: Tensor) -> None:
+    """Refuse products by the rules that are not autograd's.
+
+    Raises:
+        DisagreementError: naming the operator.
+    """
+    scale = float(expected.double().norm())
+    gap = float((got.double() - expected.double()).norm())
+    slack = _ROUNDING * torch.finfo(expected.dtype).eps
+    if not gap <= AGREEMENT[expected.dtype][0] * scale + slack:
+        raise DisagreementError(
+            f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
+            "rules and autograd; this is a bug in entropic_fast: please report the model; "
+            "meanwhile, build the operator within "
+            "`with entropic_fast.curvature.without_rules():`"
+        )
 
 
 _rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import no_autocast
 
 _C: Any = torch._C
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
@@ -32,9 +33,13 @@ class Compilable:
 
     Attributes:
         shape: (rows, columns).
+        dtype, device: of vectors and results.
     """
 
     shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    T: Compilable  # unless symmetric
     symmetric: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -60,6 +65,28 @@ class Compilable:
     def _multiply(self, vectors: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} has no products")
 
+    def to_scipy(self) -> Any:
+        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def by(operator: Compilable) -> Any:
+            def product(array: Any) -> Any:
+                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
+                return operator.multiply(values).cpu().numpy()
+
+            return product
+
+        forth, back = by(self), by(self if self.symmetric else self.T)
+        return LinearOperator(
+            self.shape,
+            matvec=forth,
+            matmat=forth,
+            rmatvec=back,
+            rmatmat=back,
+            dtype=np.float32 if self.dtype == torch.float32 else np.float64,
+        )
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.compiler.is_compiling() or func is not Tensor.matmul:
@@ -82,7 +109,7 @@ def undisturbed() -> Iterator[None]:
 
     Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
     the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
-    derivative taken in them would leave terms out.
+    derivative taken in them would leave terms out. Autocast is off.
 
     >>> with torch.inference_mode(), undisturbed():
     ...     torch.ones(1, requires_grad=True).exp().requires_grad
@@ -91,7 +118,7 @@ def undisturbed() -> Iterator[None]:
     included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
     guard = _C._ForceDispatchKeyGuard(included, _C.DispatchKeySet.from_raw_repr(excluded))
-    with torch.inference_mode(False), guard, torch.enable_grad():
+    with torch.inference_mode(False), guard, no_autocast(), torch.enable_grad():
         yield
 
 

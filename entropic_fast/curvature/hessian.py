@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,21 +11,18 @@ from .. import random
 from ..exact import TwiceDifferentiable, exact_math
 from ..examples import Batch
 from ..model_checks import require_twice_differentiable
-from ..objective import NonFiniteLossError, Objective
-from .agreement import AGREEMENT, DisagreementError, rules_are_off
-from .compiled import undisturbed
-from .jets import JetEngine, NotCapturedError
-from .memory import resolve_budget
+from ..objective import Objective
+from .by_rules import ByRules
+from .jets import JetEngine
+from .jets.engine import Tile
 from .operators import CurvatureOperator
 
-logger = logging.getLogger(__name__)
 
-
-class JetOperator(CurvatureOperator):
+class JetOperator(ByRules, CurvatureOperator):
     """A matrix of second derivatives, by rules for each operation of the network's graph.
 
     A model whose graph cannot be captured goes to autograd as a whole. Before the first result
-    for a model both ways are compared on two examples.
+    for a model both ways are compared on two examples of each shape.
 
     Args:
         obj: the objective.
@@ -38,33 +34,11 @@ class JetOperator(CurvatureOperator):
         way: "rules", or "autograd" with the reason.
     """
 
-    kind = ""
-
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
     ) -> None:
-        super().__init__(obj, theta)
-        self._rules_off = rules_are_off()
-        self._budget = resolve_budget(memory_budget, obj.device)
-
-    @property
-    def way(self) -> str:
-        """How products are taken: "rules", or "autograd" with the reason."""
-        with undisturbed():
-            return "rules" if self._engine is not None else f"autograd, as {self._why}"
-
-    @cached_property
-    def _engine(self) -> JetEngine | None:
-        try:
-            if self._rules_off:
-                raise NotCapturedError("rules are turned off")
-            engine = JetEngine(self.obj, self.theta, self._budget)
-            self._check(engine)
-        except NotCapturedError as why:
-            self._why = str(why)
-            logger.info("%s by autograd, as %s", self.name, why)
-            return None
-        return engine
+        CurvatureOperator.__init__(self, obj, theta)
+        self._plan(memory_budget)
 
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
@@ -79,50 +53,20 @@ class JetOperator(CurvatureOperator):
             self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
 
-    def _leave_rules(self, why: str) -> None:
-        self._engine, self._why = None, why
-        logger.info("%s by autograd, as %s", self.name, why)
-
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
         raise TypeError("use HessianOperator or GGNOperator")
 
-    def _check(self, engine: JetEngine) -> None:
-        """Compare both ways on the first examples, once for a model, loss and kind."""
-        sample = engine.sample()
-        done = engine.program(sample).checked.setdefault(self.obj._loss, set())
-        if self.kind in done:
-            return
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
         expected = torch.zeros_like(row)
         self._add_products(sample.batch, row, expected)
-        if not bool(torch.isfinite(expected).all()):
-            return  # nothing to compare with; the product itself will be refused
-        try:
-            got = engine.products(row, self.kind, sample)
-            forms = engine.forms(row, sample) if self.kind == "hessian" else None
-        except (NonFiniteLossError, torch.OutOfMemoryError):
-            raise
-        except Exception as why:  # an operation that the rules take wrongly
-            raise NotCapturedError(f"{type(why).__name__}: {str(why).splitlines()[0]}") from why
-        relative, _ = AGREEMENT[self.dtype]
-        scale = float(expected.double().norm())
-        gap = float((got - expected).double().norm())
-        if forms is not None:
-            reference = (row.double() * expected.double()).sum()
-            gap = max(gap, float((forms - reference).abs()) / float(row.double().norm()))
-        if not gap <= relative * scale + _ROUNDING * torch.finfo(self.dtype).eps:
-            raise DisagreementError(
-                f"{self.name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
-                "rules and autograd; this is a bug in entropic_fast: please report the model; "
-                "meanwhile, build the operator within "
-                "`with entropic_fast.curvature.without_rules():`"
-            )
-        done.add(self.kind)
+        return [(row, expected)]
 
-
-# Differences of so many roundings of 1 are none, however small the product.
-_ROUNDING = 1e3
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [engine.products(vectors[0], self.kind, sample)]
 
 
 class HessianOperator(JetOperator):
@@ -159,6 +103,21 @@ class HessianOperator(JetOperator):
     """
 
     name, kind = "HessianOperator", "hessian"
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+        ((row, expected),) = super()._by_autograd(sample)
+        # Divided by the norm of v, a form is no longer than the product.
+        form = (row * expected).sum(1) / row.norm()
+        return [(row, torch.cat([expected[0], form]))]
+
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        (product,) = super()._by_engine(engine, sample, vectors)
+        form = engine.forms(vectors[0], sample)
+        if not bool(torch.isfinite(form).all()):  # `_forms` then multiplies
+            form = (vectors[0] * product).sum(1)
+        return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
 
     def _forms(self, columns: Tensor) -> Tensor:
         if self._engine is None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,19 +11,14 @@ from .. import checks, random
 from ..exact import TwiceDifferentiable, exact_math
 from ..model_checks import require_twice_differentiable
 from ..objective import Objective
-from .agreement import AGREEMENT, DisagreementError, rules_are_off
-from .compiled import Compilable, undisturbed
-from .jets import JetEngine, NotCapturedError
+from .by_rules import ByRules
+from .compiled import Compilable
+from .jets import JetEngine
 from .jets.engine import Tile
-from .memory import resolve_budget
-
-logger = logging.getLogger(__name__)
-
-# Differences of so many roundings of 1 are none, however small the product.
-_ROUNDING = 1e3
+from .operators import require_vectors
 
 
-class JacobianOperator(Compilable):
+class JacobianOperator(ByRules):
     """The Jacobian J [M, P] of all outputs at a point, never formed.
 
     M is the number of output numbers over all examples, in the order of the data and, within an
@@ -61,7 +53,7 @@ class JacobianOperator(Compilable):
     """
 
     symmetric = False
-    name = "JacobianOperator"
+    name, kind = "JacobianOperator", "jacobian"
 
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
@@ -78,29 +70,9 @@ class JacobianOperator(Compilable):
             outputs = obj.outputs(self.theta, first.inputs)
         self._each = outputs[0].numel()
         self.shape = (obj.num_examples * self._each, obj.num_params)
-        self._rules_off = rules_are_off()
-        self._budget = resolve_budget(memory_budget, obj.device)
+        self._plan(memory_budget)
         super().__init__()
         self.T = _Transpose(self)
-
-    @property
-    def way(self) -> str:
-        """How products are taken: "rules", or "autograd" with the reason."""
-        with undisturbed():
-            return "rules" if self._engine is not None else f"autograd, as {self._why}"
-
-    @cached_property
-    def _engine(self) -> JetEngine | None:
-        try:
-            if self._rules_off:
-                raise NotCapturedError("rules are turned off")
-            engine = JetEngine(self.obj, self.theta, self._budget)
-            self._check(engine)
-        except NotCapturedError as why:
-            self._why = str(why)
-            logger.info("%s by autograd, as %s", self.name, why)
-            return None
-        return engine
 
     # -- products --------------------------------------------------------------------------
 
@@ -172,59 +144,23 @@ class JacobianOperator(Compilable):
         with TwiceDifferentiable():
             return leaf, self.obj.outputs(leaf, tile.batch.inputs)
 
-    def _check(self, engine: JetEngine) -> None:
-        """Compare both ways on the first examples, once for a model."""
-        sample = engine.sample()
-        done = engine.program(sample).checked.setdefault(None, set())
-        if "jacobian" in done:
-            return
+    @property
+    def _loss(self) -> Objective | None:
+        return None  # which does not matter
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
-        expected = self._push_by_autograd(sample, row)
-        shape = tuple(expected.shape)
+        pushed = self._push_by_autograd(sample, row)
+        shape = tuple(pushed.shape)
         back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
-        expected_back = self._pull_by_autograd(sample, back)
-        if not bool(torch.isfinite(expected).all() and torch.isfinite(expected_back).all()):
-            return  # nothing to compare with; the product itself will be refused
-        try:
-            got = engine.pushed(sample, row)[:, : expected.shape[1]]
-            got_back = engine.pulled(sample, back)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as why:  # an operation that the rules take wrongly
-            said = (str(why) or "no message").splitlines()[0]
-            raise NotCapturedError(f"{type(why).__name__}: {said}") from why
-        for one, other in ((got, expected), (got_back, expected_back)):
-            scale, gap = float(other.double().norm()), float((one - other).double().norm())
-            slack = _ROUNDING * torch.finfo(self.dtype).eps
-            if not gap <= AGREEMENT[self.dtype][0] * scale + slack:
-                raise DisagreementError(
-                    f"{self.name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
-                    "rules and autograd; this is a bug in entropic_fast: please report the model; "
-                    "meanwhile, build the operator within "
-                    "`with entropic_fast.curvature.without_rules():`"
-                )
-        done.add("jacobian")
+        return [(row, pushed), (back, self._pull_by_autograd(sample, back))]
 
-    def to_scipy(self) -> Any:
-        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
-
-        def by(operator: Compilable) -> Any:
-            def product(array: Any) -> Any:
-                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
-                return operator.multiply(values).cpu().numpy()
-
-            return product
-
-        return LinearOperator(
-            self.shape,
-            matvec=by(self),
-            matmat=by(self),
-            rmatvec=by(self.T),
-            rmatmat=by(self.T),
-            dtype=np.float32 if self.dtype == torch.float32 else np.float64,
-        )
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        row, back = vectors
+        pushed = engine.pushed(sample, row)[:, : back.shape[1]]
+        return [pushed, engine.pulled(sample, back)]
 
     def __repr__(self) -> str:
         return f"{self.name}(M={self.shape[0]}, P={self.shape[1]})"
@@ -233,6 +169,7 @@ class JacobianOperator(Compilable):
 class _Transpose(Compilable):
     """The transpose of a Jacobian."""
 
+    T: JacobianOperator
     symmetric = False
 
     def __init__(self, jacobian: JacobianOperator) -> None:
@@ -246,23 +183,6 @@ class _Transpose(Compilable):
 
     def __repr__(self) -> str:
         return f"{self.T!r}.T"
-
-
-def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Vectors [size] or [size, K] that an operator can multiply."""
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
-        raise checks.fail(
-            "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
-        )
-    if vectors.dtype != dtype or vectors.device != device:
-        raise checks.fail(
-            "vectors",
-            f"{dtype} on {device}",
-            f"{vectors.dtype} on {vectors.device}",
-            "convert them with vectors.to(operator.device, operator.dtype)",
-        )
-    found: Tensor = checks.finite("vectors", vectors).detach()
-    return found.clone() if found.is_inference() else found
 
 
 def require_finite_product(name: str, product: Tensor) -> Tensor:

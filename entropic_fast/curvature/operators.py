@@ -22,7 +22,8 @@ class CurvatureOperator(Compilable):
         shape: (P, P).
         dtype, device: of the vectors it multiplies, the objective's.
         obj, theta: the objective and the point.
-        products: operator-vector products computed so far.
+        products: operator-vector products computed so far; those behind quadratic forms too,
+            where they are not had without.
     """
 
     name = "operator"
@@ -49,27 +50,12 @@ class CurvatureOperator(Compilable):
                 that is not finite.
             NonFiniteLossError: a loss that is NaN or infinite.
         """
-        columns = self._checked(vectors).reshape(self.shape[0], -1)
+        columns = require_vectors(vectors, self.shape[0], self.dtype, self.device).reshape(
+            self.shape[0], -1
+        )
         product = self._finite(self._product(columns))
         self.products += product.shape[1]
         return product.reshape(vectors.shape).contiguous()
-
-    def _checked(self, vectors: Tensor) -> Tensor:
-        """Vectors fit to be multiplied."""
-        size = self.shape[0]
-        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
-            raise checks.fail(
-                "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
-            )
-        if vectors.dtype != self.dtype or vectors.device != self.device:
-            raise checks.fail(
-                "vectors",
-                f"{self.dtype} on {self.device}",
-                f"{vectors.dtype} on {vectors.device}",
-                "convert them with vectors.to(operator.device, operator.dtype)",
-            )
-        vectors = checks.finite("vectors", vectors).detach()
-        return vectors.clone() if vectors.is_inference() else vectors
 
     def _finite(self, result: Tensor) -> Tensor:
         if not bool(torch.isfinite(result).all()):
@@ -90,8 +76,12 @@ class CurvatureOperator(Compilable):
             compiled: Tensor = forms_operation(vectors.detach(), self._number)
             return compiled
         with undisturbed():
-            columns = self._checked(vectors)
-            return self._finite(self._forms(columns.reshape(self.shape[0], -1)))
+            return self._finite(self._forms(self._columns(vectors)))
+
+    def _columns(self, vectors: Tensor) -> Tensor:
+        """Vectors fit to be multiplied.  # [P, K]"""
+        checked = require_vectors(vectors, self.shape[0], self.dtype, self.device)
+        return checked.reshape(self.shape[0], -1)
 
     def _product(self, columns: Tensor) -> Tensor:
         """The product with columns [P, K]."""
@@ -99,27 +89,26 @@ class CurvatureOperator(Compilable):
 
     def _forms(self, columns: Tensor) -> Tensor:
         """v^T A v for columns v [P, K].  # [K] float64"""
-        return (columns.double() * self._product(columns).double()).sum(0)
-
-    def to_scipy(self) -> Any:
-        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
-
-        dtype = np.float32 if self.dtype == torch.float32 else np.float64
-
-        def product(array: Any) -> Any:
-            values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
-            return (self @ values).cpu().numpy()
-
-        return LinearOperator(
-            self.shape,
-            matvec=product,
-            rmatvec=product,
-            matmat=product,
-            rmatmat=product,
-            dtype=dtype,
-        )
+        products = self._product(columns)
+        self.products += products.shape[1]
+        return (columns.double() * products.double()).sum(0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.shape[0]}, N={self.obj.num_examples})"
+
+
+def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Vectors [size] or [size, K] that an operator can multiply."""
+    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
+        raise checks.fail(
+            "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
+        )
+    if vectors.dtype != dtype or vectors.device != device:
+        raise checks.fail(
+            "vectors",
+            f"{dtype} on {device}",
+            f"{vectors.dtype} on {vectors.device}",
+            "convert them with vectors.to(operator.device, operator.dtype)",
+        )
+    found: Tensor = checks.finite("vectors", vectors).detach()
+    return found.clone() if found.is_inference() else found

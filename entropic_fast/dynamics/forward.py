@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from .. import checks
+from ..forward_mode import jvp
 from ..objective import Objective
 from ..paths.path import Path
 

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ...exact import exact_math
 from ...examples import Batch
+from ...forward_mode import forward_lock
 from ...objective import Objective
+from ...parameters import model_lock
 from .allocator import keep_freed_memory
 from .capture import capture
 from .hidden import NotCapturedError
@@ -36,8 +38,8 @@ WIDTH = max(WIDTHS.values())
 CPU_TILE = 31 * 2**20
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
-# Programs kept for a model: inputs of as many shapes.
-PROGRAMS = 8
+# Shapes of inputs that an engine takes, and programs kept for a model.
+SHAPES = 64
 
 
 class Tile(NamedTuple):
@@ -79,9 +81,12 @@ class JetEngine:
         if obj.device.type == "cpu":
             keep_freed_memory()
         self._calls: set[str] = set()
+        self._keeping = threading.Lock()  # held to change what is kept: threads may share it
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
-        program_for(obj, theta, next(self.tiles()).inputs)  # raises, if it will not do
+        self._programs: dict[Any, Program] = {}
+        for tile in self._first_of_each_shape():
+            self._programs[_like(tile.inputs)] = program_for(obj, theta, tile.inputs)
 
     # -- tiles -----------------------------------------------------------------------------
 
@@ -91,12 +96,12 @@ class JetEngine:
         Args:
             widest, total: bytes of an example's activations, in the widest layer and in all.
         """
-        count = self.obj.num_examples
+        count = _longest_run(self.obj)
         # A product holds the tangents of all layers ahead, and values ahead and behind.
         each, room = 2 * total, self.budget // 2
         if not self.separable:
             largest = max(len(batch.inputs) for batch in self.obj.batches())
-            return max(1, min(WIDTH, room // (largest * each) - 1)), count
+            return max(1, min(WIDTH, room // (largest * each) - 1)), largest
         most = room // ((WIDTH + 1) * each)
         if self.obj.device.type == "cpu":
             most = min(most, CPU_EXAMPLES, CPU_TILE // max(1, WIDTH * widest))
@@ -112,7 +117,7 @@ class JetEngine:
             for batch in self.obj.batches():
                 yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
             return
-        for start, inputs, targets in self.obj.batches(batch_size=self.tile):
+        for start, inputs, targets in _regrouped(self.obj, self.tile):
             missing = self.tile - len(inputs)
             weights = self._weights(self.tile, len(inputs))
             yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
@@ -122,23 +127,36 @@ class JetEngine:
         weights[:counted] = 1
         return weights
 
-    def sample(self) -> Tile:
-        """A tile of which two examples count; of a batch that cannot be split, all."""
-        first = next(self.tiles())
-        if not self.separable:
-            return first
-        counted = min(2, len(first.batch.inputs))
-        rest = self.tile - counted
-        return Tile(
-            first.start,
-            _filled(first.inputs[:counted], rest),
-            _filled(first.targets[:counted], rest),
-            self._weights(self.tile, counted),
-        )
+    def _first_of_each_shape(self) -> Iterator[Tile]:
+        seen = set()
+        for tile in self.tiles():
+            if _like(tile.inputs) in seen:
+                continue
+            seen.add(_like(tile.inputs))
+            if len(seen) > SHAPES:
+                raise NotCapturedError(f"inputs come in more than {SHAPES} shapes")
+            yield tile
+            if self.separable and self.obj.examples.are_tensors:  # all tiles are alike
+                return
+
+    def samples(self) -> Iterator[Tile]:
+        """A tile of each shape, with two examples that count; of a batch not to be split, all."""
+        for first in self._first_of_each_shape():
+            if not self.separable:
+                yield first
+                continue
+            counted = min(2, len(first.batch.inputs))
+            rest = self.tile - counted
+            yield Tile(
+                first.start,
+                _filled(first.inputs[:counted], rest),
+                _filled(first.targets[:counted], rest),
+                self._weights(self.tile, counted),
+            )
 
     def program(self, tile: Tile) -> Program:
         """The program for a tile's shapes."""
-        return program_for(self.obj, self.theta, tile.inputs)
+        return self._programs[_like(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
 
@@ -250,10 +268,14 @@ class JetEngine:
             point = self._at(tile, kind)
             yield point
             if again:
-                size = point[0].prune()
-                if self._kept_bytes + size <= self.budget // 2:
-                    self._kept[kind, i] = point
-                    self._kept_bytes += size
+                self._keep((kind, i), point)
+
+    def _keep(self, key: tuple[str, int], point: tuple[Values, LossAt]) -> None:
+        size = point[0].prune()
+        with self._keeping:
+            if key not in self._kept and self._kept_bytes + size <= self.budget // 2:
+                self._kept[key] = point
+                self._kept_bytes += size
 
     def _at(self, tile: Tile, kind: str) -> tuple[Values, LossAt]:
         program = self.program(tile)
@@ -270,13 +292,12 @@ class JetEngine:
 # Programs of a model, by what they depend on; or why there is none.
 _programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | NotCapturedError]]
 _programs = WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
     """The program of an objective's model for inputs like these, captured once."""
-    key = (inputs.shape, inputs.dtype, inputs.device, theta.dtype, tuple(obj.buffers))
-    with _lock:
+    key = (*_like(inputs), theta.dtype, tuple(obj.buffers))
+    with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:
             known.move_to_end(key)
@@ -285,12 +306,17 @@ def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
                 known[key] = Program(capture(obj, theta, inputs))
             except NotCapturedError as why:
                 known[key] = why
-            while len(known) > PROGRAMS:
+            while len(known) > SHAPES:
                 known.popitem(last=False)
         found = known[key]
     if isinstance(found, NotCapturedError):
         raise found
     return found
+
+
+def _like(inputs: Tensor) -> tuple[Any, ...]:
+    """What programs depend on of their inputs."""
+    return inputs.shape, inputs.dtype, inputs.device
 
 
 def _separable(obj: Objective) -> bool:
@@ -300,6 +326,46 @@ def _separable(obj: Objective) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether batches can be put together."""
+    return all(
+        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+        for a, b in zip(one[1:], other[1:], strict=True)
+    )
+
+
+def _longest_run(obj: Objective) -> int:
+    """The most examples in a row that can be put together."""
+    if obj.examples.are_tensors:
+        return obj.num_examples
+    longest = run = 0
+    last = None
+    for batch in obj.batches():
+        run = len(batch.inputs) + (run if last is not None and _alike(last, batch) else 0)
+        longest, last = max(longest, run), batch
+    return longest
+
+
+def _regrouped(obj: Objective, size: int) -> Iterator[Batch]:
+    """All examples in order, `size` at once wherever so many in a row can be put together."""
+    held = None
+    for batch in obj.batches(batch_size=size):
+        if held is not None and _alike(held, batch):
+            inputs, targets = (torch.cat(pair) for pair in zip(held[1:], batch[1:], strict=True))
+            held = Batch(held.start, inputs, targets)
+        else:
+            if held is not None:
+                yield held
+            held = batch
+        if len(held.inputs) >= size:
+            start, inputs, targets = held
+            yield Batch(start, inputs[:size], targets[:size])
+            held = Batch(start + size, inputs[size:], targets[size:])
+            held = held if len(held.inputs) else None
+    if held is not None:
+        yield held
 
 
 def _filled(tensor: Tensor, missing: int) -> Tensor:

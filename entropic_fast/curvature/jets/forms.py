@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
+from ...forward_mode import jvp
 from ...ops import jet
 from .batch_norm import statistics
 from .convolution import Back, Geometry, _blocks

@@ -6,6 +6,7 @@ import heapq
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, fx
@@ -54,6 +55,34 @@ class Values(dict[fx.Node, Any]):
         return sum(storages.values())
 
 
+class Checked:
+    """Kinds of results and the losses for which they were compared; keeps no loss alive.
+
+    >>> checked, loss = Checked(), torch.nn.MSELoss()
+    >>> checked.add("hessian", loss)
+    >>> ("hessian", loss) in checked, ("ggn", loss) in checked
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], Any] = {}
+
+    def __contains__(self, pair: tuple[str, Any]) -> bool:
+        kind, loss = pair
+        known = self._known.get((kind, id(loss)))  # losses need not be hashable
+        return known is not None and known() is loss
+
+    def add(self, kind: str, loss: Any) -> None:
+        key = kind, id(loss)
+        if loss is None:  # for what depends on none
+            self._known[key] = lambda: None
+            return
+        try:
+            self._known[key] = ref(loss, lambda _: self._known.pop(key, None))
+        except TypeError:  # nothing refers to it weakly: it will be compared again
+            return
+
+
 class Program:
     """Runs a `Graph`.
 
@@ -64,7 +93,7 @@ class Program:
 
     Attributes:
         graph: what it runs.
-        checked: kinds of results that were compared with another way, by loss.
+        checked: kinds of results that were compared with another way, for which losses.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -77,7 +106,7 @@ class Program:
         self._units_ahead = _scheduled(self.ahead, norms)
         self._units_behind = _scheduled(self.behind, back_units(self.behind, norms))
         self._last = _last_uses(self._units_ahead)
-        self.checked: dict[Any, set[str]] = {}
+        self.checked = Checked()
 
     # -- values ----------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
+from ...forward_mode import jvp
 from .step import Step, by_torch
 
 aten = torch.ops.aten
@@ -227,10 +227,6 @@ def slopes(step: Step) -> dict[Any, Tensor]:
 
 
 # -- products --------------------------------------------------------------------------------
-
-
-def _matrix_product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.matmul(a, b)
 
 
 @rule(aten.mm.default, aten.bmm.default)

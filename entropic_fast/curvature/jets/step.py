@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
+
+from ...forward_mode import jvp
 
 
 class Sum:
