@@ -138,3 +138,47 @@ def test_the_hard_sigmoid_has_its_second_derivative_without_rules():
     with without_rules():
         operator = HessianOperator(obj)
     assert relative_error(operator @ v, expected) < 1e-7
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.last = nn.EmbeddingBag(7, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.bag(tokens))
+
+
+@pytest.mark.parametrize("rules", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_torch_differentiates_once_is_refused_by_name(kind: type, rules: bool):
+    bag = Objective(Bag().double(), "cross_entropy", (torch.arange(6).view(3, 2), torch.arange(3)))
+    far = between(lambda h: torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double())[:, 0])
+    for obj, message in ((bag, r"nn\.EmbeddingBag: .* use nn\.Embedding"), (far, r"torch\.cdist: ")):
+        operator = kind(obj)
+        if not rules:
+            with without_rules():
+                operator = kind(obj)
+        with pytest.raises(RuntimeError, match=message):
+            operator @ torch.ones(obj.num_params, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it is imported
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_module_is_taken_for_the_one_it_was_made_from(inside: bool):
+    """Nothing is compiled, as it never runs."""
+    model = Between(functional.gelu).double()
+    if inside:
+        given = Between(functional.gelu).double()
+        given.load_state_dict(model.state_dict())
+        given.first = torch.compile(given.first, backend="eager")
+    else:
+        given = torch.compile(model, backend="eager")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    obj, plain = objective(given, x), objective(model, x)
+    assert obj.parameter_names == plain.parameter_names
+    assert_both_ways_agree(obj, "rules")
+    if inside:
+        assert type(given.first).__name__ == "OptimizedModule"  # the model given is unchanged
+    obj.load_into(given, plain.parameters_vector() + 1)
+    assert torch.equal(objective(given, x).parameters_vector(), plain.parameters_vector() + 1)
