@@ -153,8 +153,13 @@ class Bag(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_torch_differentiates_once_is_refused_by_name(kind: type, rules: bool):
     bag = Objective(Bag().double(), "cross_entropy", (torch.arange(6).view(3, 2), torch.arange(3)))
-    far = between(lambda h: torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double())[:, 0])
-    for obj, message in ((bag, r"nn\.EmbeddingBag: .* use nn\.Embedding"), (far, r"torch\.cdist: ")):
+    far = between(
+        lambda h: torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double())[:, 0]
+    )
+    for obj, message in (
+        (bag, r"nn\.EmbeddingBag: .* use nn\.Embedding"),
+        (far, r"torch\.cdist: "),
+    ):
         operator = kind(obj)
         if not rules:
             with without_rules():

@@ -254,7 +254,7 @@ def _has_constant_term(node: fx.Node, behind: set[fx.Node]) -> bool:
 
 def _is_zero(node: fx.Node) -> bool:
     if node.target is aten.scalar_tensor.default:
-        return node.args[0] == 0
+        return bool(node.args[0] == 0)
     return node.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 
