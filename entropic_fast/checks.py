@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -98,7 +99,22 @@ def finite(argument: str, value: Tensor) -> Tensor:
 
 
 def describe(value: object) -> str:
-    """A tensor's shape and dtype, or a value's type, for an error message."""
+    """A tensor's shape and dtype, or a value's type, for an error message.
+
+    >>> describe({"x": torch.ones(2, 3)})
+    "dict {'x': shape [2, 3] of float32}"
+    """
     if isinstance(value, Tensor):
         return f"shape {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}, an nn.Module"
+    if isinstance(value, Mapping):
+        items = [f"{key!r}: {describe(v)}" for key, v in islice(value.items(), 4)]
+    elif isinstance(value, list | tuple):
+        items = [describe(v) for v in value[:4]]
+    else:
+        items = None
+    if items is not None:
+        more = ", ..." if len(value) > 4 else ""  # type: ignore[arg-type]
+        return f"{type(value).__name__} {{{', '.join(items)}{more}}}"
     return f"{type(value).__name__} {value!r}"[:120]

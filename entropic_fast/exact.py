@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
@@ -123,7 +124,8 @@ class TwiceDifferentiable(TorchFunctionMode):
     """Within it, functions whose second derivative torch has wrong are computed by others.
 
     The double backward pass of weight normalisation (torch 2.13 and 2.15, CPU, weights normalised
-    along their first or last dimension) returns products that are wrong by their own size.
+    along their first or last dimension) returns products that are wrong by their own size; the
+    hard sigmoid has none.
 
     >>> with TwiceDifferentiable():
     ...     torch._weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), 0)
@@ -133,6 +135,8 @@ class TwiceDifferentiable(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
             return weight_norm(*args, **(kwargs or {}))
+        if func is functional.hardsigmoid:
+            return hardsigmoid(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -141,3 +145,9 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     others = [d for d in range(v.ndim) if d != dim]
     norms = (v * v).sum(others, keepdim=dim != -1).sqrt()
     return v * (g / norms)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.hardsigmoid`, piecewise linear, with a second derivative (of 0)."""
+    found = functional.relu6(input + 3) / 6
+    return input.copy_(found) if inplace else found

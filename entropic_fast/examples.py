@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from . import checks
 
 DEFAULT_BATCH_SIZE = 256
+
+
+_IGNORING = (
+    'to ignore it, pass nn.CrossEntropyLoss(ignore_index=-100, reduction="none") as the loss: it '
+    "then counts as a loss of 0 in the mean over all"
+)
 
 
 class Batch(NamedTuple):
@@ -157,12 +163,23 @@ class Examples:
             )
         return number
 
-    def require_labels(self, outputs: Tensor) -> None:
+    def require_labels(
+        self, outputs_of: Callable[[Tensor], Tensor], ignored: int | None = None
+    ) -> None:
         """Refuse targets that do not fit the outputs' classes, for cross-entropy.
 
         Targets are either whole numbers in [0, C) or probabilities of the outputs' shape.
+
+        Args:
+            outputs_of: the model; run once for inputs of each shape.
+            ignored: a label that is allowed besides.
         """
+        known: dict[torch.Size, Tensor] = {}
         for batch in self.batches():
+            like = batch.inputs.shape[1:]
+            if like not in known:
+                known[like] = outputs_of(batch.inputs[:8])
+            outputs = known[like]
             if batch.targets.is_floating_point():
                 if batch.targets.shape[1:] != outputs.shape[1:]:
                     raise checks.fail(
@@ -197,12 +214,16 @@ class Examples:
                 )
             classes = outputs.shape[1]
             bad = (batch.targets < 0) | (batch.targets >= classes)
+            if ignored is not None:
+                bad &= batch.targets != ignored
             if bool(bad.any()):
                 where = tuple(int(i) for i in bad.nonzero()[0])
+                label = int(batch.targets[where])
                 raise checks.fail(
                     "targets",
                     f"labels in 0 .. {classes - 1} (the model has {classes} outputs)",
-                    f"{int(batch.targets[where])} for example {batch.start + where[0]}",
+                    f"{label} for example {batch.start + where[0]}",
+                    _IGNORING if label == -100 else "",
                 )
 
     def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import checks
+from .loss_functions import CrossEntropy
 from .normalisation import mixes_examples
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ def require_model(obj: Objective) -> None:
     Raises:
         ValueError: as `Objective`.
     """
+    if torch.is_inference_mode_enabled():
+        raise checks.fail(
+            "model",
+            "gradients",
+            "torch.inference_mode, which keeps none",
+            "build the objective outside of it",
+        )
     batch, theta = next(obj.batches(batch_size=8)), obj.point(None)
     drawn = _random_state(obj.device)
     with torch.no_grad():
@@ -79,10 +87,13 @@ def require_model(obj: Objective) -> None:
                 "different ones in evaluation mode (dropout or noise is active)",
                 "use nn.Dropout, or F.dropout(..., training=self.training)",
             )
-        if obj.loss_name == "cross_entropy":
-            obj.examples.require_labels(first)
+        if obj.loss_name == "cross_entropy" or isinstance(obj._loss, CrossEntropy):
+            ignored = getattr(obj._loss, "ignored", None)
+            obj.examples.require_labels(lambda inputs: obj.outputs(theta, inputs), ignored)
         losses = obj.output_losses(first, batch.targets)
-    if not _differentiable_losses(obj, batch, theta).requires_grad:
+    with torch.enable_grad():
+        differentiable = _differentiable_losses(obj, batch, theta)
+    if not differentiable.requires_grad:
         raise checks.fail(
             "model",
             "a loss that depends on the trainable parameters",
@@ -145,7 +156,7 @@ def backward_nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def require_twice_differentiable(tensor: Tensor) -> None:
-    """Refuse a graph with a function marked as `once_differentiable`.
+    """Refuse a graph with a function marked as `once_differentiable`, or so in torch.
 
     torch takes its backward pass for a constant where only some inputs are asked for: second
     derivatives would lack terms, without a word.
@@ -154,6 +165,9 @@ def require_twice_differentiable(tensor: Tensor) -> None:
         RuntimeError: naming the function.
     """
     for node in backward_nodes(tensor):
+        if node.name() in _ONCE:
+            what, instead = _ONCE[node.name()]
+            raise RuntimeError(f"{what}: torch has no second derivative of it; {instead}")
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         code = getattr(backward, "__code__", None)
         if code is not None and code.co_filename == torch.autograd.function.__file__:
@@ -161,6 +175,19 @@ def require_twice_differentiable(tensor: Tensor) -> None:
                 f"{node.name()}: a function marked with @once_differentiable has no second "
                 "derivative; write its backward pass in differentiable operations"
             )
+
+
+# What torch has a first derivative of alone, and what to use instead.
+_ONCE = {
+    "EmbeddingBagBackward0": (
+        "nn.EmbeddingBag",
+        "use nn.Embedding, and a sum, mean or maximum over its positions",
+    ),
+    "CdistBackward0": (
+        "torch.cdist",
+        "use torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)",
+    ),
+}
 
 
 def interaction(obj: Objective, model: nn.Module) -> str:

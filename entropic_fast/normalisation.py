@@ -70,6 +70,21 @@ def explain_too_few(error: ValueError, size: int) -> None:
         ) from error
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, for the one it returned, and inside likewise.
+
+    What it returns has no second derivatives, and other names for its parameters. Children are
+    replaced in place.
+    """
+    if type(model).__name__ == "OptimizedModule":  # importing torch's class takes seconds
+        model = _uncompiled(model._orig_mod)  # type: ignore[arg-type]
+    for name, child in model.named_children():
+        plain = _uncompiled(child)
+        if plain is not child:
+            setattr(model, name, plain)
+    return model
+
+
 def private_copy(model: nn.Module, norm: str) -> nn.Module:
     """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
 
@@ -86,7 +101,7 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
                 "run the model once on an example first",
             )
     try:
-        private = copy.deepcopy(model).eval()
+        private = _uncompiled(copy.deepcopy(model)).eval()
     except (RuntimeError, TypeError, PickleError) as error:
         raise checks.fail(
             "model", "a module that can be copied (copy.deepcopy)", str(error)

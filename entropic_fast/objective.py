@@ -43,8 +43,10 @@ class Objective:
 
     Args:
         model: any `nn.Module` that maps inputs [N, ...] to one output tensor [N, ...].
-        loss: "cross_entropy", "mse", or a callable(outputs, targets) that returns the loss of
-            each example.  # [N]
+        loss: "cross_entropy", "mse", an `nn.CrossEntropyLoss` with reduction="none" (class
+            weights, an ignored index and label smoothing; what is ignored is a loss of 0 in the
+            mean, see `loss_functions.CrossEntropy`), or a callable(outputs, targets) that returns
+            the loss of each example.  # [N]
         data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches
             (inputs, targets), such as a `DataLoader` that does not shuffle. Batches weigh as
             many examples as they hold. Floating-point inputs are cast to the model's dtype.

@@ -73,7 +73,9 @@ def load_tensors(
     Raises:
         ValueError: a model whose parameters have other names or shapes; it is unchanged.
     """
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    # An objective's names are those of the module that torch.compile was given.
+    own = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in own.items()}
     for name, value in parameters.items():
         if shapes.get(name) != value.shape:
             got = list(shapes[name]) if name in shapes else "no such parameter"
@@ -84,9 +86,10 @@ def load_tensors(
                 "build it as the model of this objective was",
             )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in own.items():
             if name in parameters:
                 parameter.copy_(parameters[name])
         for name, buffer in model.named_buffers():
+            name = name.replace("_orig_mod.", "")
             if name in buffers:
                 buffer.copy_(buffers[name])

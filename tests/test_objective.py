@@ -471,3 +471,21 @@ def test_rare_noise_is_refused_by_the_generator_it_draws_from():
 
     with pytest.raises(ValueError, match="dropout or noise is active"):
         Objective(Rare(), "cross_entropy", (torch.randn(4, 3), torch.tensor([0, 1, 1, 0])))
+
+
+def test_errors_describe_containers_without_their_numbers():
+    class Named(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": super().forward(x)}
+
+    with pytest.raises(ValueError, match=r"got dict \{'x': shape \[5, 3\] of float64\}"):
+        Objective(Named(4, 3).double(), "cross_entropy", classification(5))
+
+
+def test_inference_mode_is_refused_by_name_and_no_grad_does_not_matter():
+    model, data = nn.Linear(4, 3).double(), classification(5)
+    with torch.no_grad():
+        obj = Objective(model, "cross_entropy", data)
+    assert obj.gradient().norm() > 0
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch\.inference_mode"):
+        Objective(model, "cross_entropy", data)

@@ -65,11 +65,16 @@ class JacobianOperator(ByRules):
         with torch.inference_mode(False):
             self.theta = obj.point(theta).clone()
         self.dtype, self.device = obj.dtype, obj.device
-        first = next(obj.batches())
-        with torch.no_grad():
-            outputs = obj.outputs(self.theta, first.inputs)
-        self._each = outputs[0].numel()
-        self.shape = (obj.num_examples * self._each, obj.num_params)
+        # Output numbers of an example, by the shape of its inputs.
+        self._each: dict[torch.Size, int] = {}
+        count = 0
+        for batch in obj.batches():
+            like = batch.inputs.shape[1:]
+            if like not in self._each:
+                with torch.no_grad():
+                    self._each[like] = obj.outputs(self.theta, batch.inputs)[0].numel()
+            count += len(batch.inputs) * self._each[like]
+        self.shape = (count, obj.num_params)
         self._plan(memory_budget)
         super().__init__()
         self.T = _Transpose(self)
@@ -102,7 +107,7 @@ class JacobianOperator(ByRules):
             tiles = (Tile(*batch, torch.ones(len(batch.inputs))) for batch in self.obj.batches())
         begin = 0
         for tile in tiles:
-            end = begin + int(tile.weights.sum()) * self._each
+            end = begin + int(tile.weights.sum()) * self._each[tile.inputs.shape[1:]]
             yield tile, (begin, end)
             begin = end
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -65,9 +65,9 @@ def curvature_profile(
         a table with column "s" and those of `profile_point`, a row a point.
 
     Raises:
-        ValueError: positions or quantities out of range; `across` without "density", or for a
-            path without tangents; `on_density` without "density"; as the quantities' own
-            functions.
+        ValueError: positions, quantities or tol out of range; a path without points; `across`
+            without "density", or for a path without tangents; `on_density` without "density"; as
+            the quantities' own functions.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -79,6 +79,9 @@ def curvature_profile(
     ([0.0, 1.0], [2.5, 0.0], [2.0, 3.0])
     """
     positions = profile_positions(points)
+    checks.positive("tol", tol)
+    if not callable(getattr(path, "point", None)):
+        raise checks.fail("path", "a path with point(s)", checks.describe(path), "use ef.Path")
     require_quantities(obj, quantities)
     for name, asked in (("across", across), ("on_density", on_density is not None)):
         if asked and "density" not in quantities:
@@ -124,9 +127,9 @@ def profile_positions(points: int | Sequence[float]) -> list[float]:
     >>> profile_positions(3)
     [0.0, 0.5, 1.0]
     """
-    if isinstance(points, int):
-        checks.whole("points", points, 2)
-        return [i / (points - 1) for i in range(points)]
+    if not isinstance(points, Iterable):
+        count = checks.whole("points", points, 2)
+        return [i / (count - 1) for i in range(count)]
     positions = [float(s) for s in points]
     if not positions:
         raise checks.fail("points", "at least one position", "none")

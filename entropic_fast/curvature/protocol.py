@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..objective import Objective
 
 
 def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
@@ -19,6 +20,10 @@ def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
     Raises:
         ValueError: no shape, dtype or product; not square; empty; not of floating point.
     """
+    if isinstance(operator, Objective):
+        raise checks.fail(
+            "operator", "a matrix's products", "an Objective", "pass HessianOperator(obj)"
+        )
     shape, dtype = getattr(operator, "shape", None), getattr(operator, "dtype", None)
     if shape is None or not hasattr(operator, "__matmul__"):
         raise checks.fail(

@@ -180,3 +180,14 @@ def test_bad_input_is_refused():
 class _Root(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()
+
+
+def test_batches_of_other_lengths_have_other_numbers_of_outputs():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    data = [(torch.randint(5, (3, n)), torch.zeros(3)) for n in (7, 4, 7)]
+    obj = Objective(model, lambda out, y: out.flatten(1).square().sum(1), data)
+    assert dense(obj).shape[0] == 3 * 4 * (7 + 4 + 7)
+    assert_that_of_jacrev(obj)
+    with without_rules():
+        assert_that_of_jacrev(obj)

@@ -305,3 +305,23 @@ def test_density_options_without_a_density_are_refused():
         profile_point(obj, quantities=("density",), delta=0.0)
     with pytest.raises(ValueError, match="steps"):
         profile_point(obj, quantities=("density",), steps=0)
+
+
+def test_arguments_of_other_kinds_are_refused():
+    model = torch.nn.Linear(1, 1, bias=False)
+    obj = Objective(model, "mse", (torch.ones(2, 1), torch.ones(2, 1)))
+
+    class Line:
+        def point(self, s: float) -> torch.Tensor:
+            return torch.tensor([s])
+
+    with pytest.raises(ValueError, match="tol: expected a finite number above 0, got 0"):
+        curvature_profile(obj, Line(), 2, tol=0)
+    with pytest.raises(ValueError, match=r"path: expected a path with point\(s\), got shape \[3\]"):
+        curvature_profile(obj, torch.ones(3), 2)
+    with pytest.raises(
+        ValueError, match=r"points: expected a whole number of at least 2, got 3\.0"
+    ):
+        curvature_profile(obj, Line(), 3.0)
+    with pytest.raises(ValueError, match=r"got an Objective; pass HessianOperator\(obj\)"):
+        top_eigenvalues(obj)

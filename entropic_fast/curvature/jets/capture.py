@@ -162,7 +162,7 @@ def _with_backward(
         return outputs, gradients, cotangents, before
 
     arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
-    joint = _traced(run, {}, *arguments)
+    joint = _traced(run, DECOMPOSITIONS, *arguments)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     p, b = len(parts), len(buffers)
     for shift in placeholders[p + b + 2 :]:
@@ -205,6 +205,8 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
     for node in graph.graph.nodes:
         if _mutates(node):
             raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
+        if any(isinstance(t, Tensor) and t.is_complex() for t in tree_leaves(node.meta.get("val"))):
+            raise NotCapturedError(f"the model computes with complex numbers ({node.target})")
     return graph
 
 

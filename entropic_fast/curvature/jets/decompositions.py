@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import grid_sampler_2d
+from torch.nn import functional
 
-from ...exact import weight_norm
+from ...exact import hardsigmoid, weight_norm
 
 aten = torch.ops.aten
 
@@ -113,6 +115,10 @@ def _silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+def _mish(x: Tensor) -> Tensor:
+    return x * functional.softplus(x).tanh()
+
+
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape).clone()
 
@@ -124,6 +130,9 @@ def _fill(target: Tensor, value: Tensor) -> Tensor:
 DECOMPOSITIONS: dict[Any, Any] = {
     aten._weight_norm_interface.default: _weight_norm,
     aten.silu.default: _silu,  # its backward pass has no forward mode
+    aten.mish.default: _mish,  # likewise
+    aten.hardsigmoid.default: hardsigmoid,
+    aten.grid_sampler_2d.default: grid_sampler_2d,
     aten.copy.default: _copy,
     aten.fill.Tensor: _fill,
     aten._trilinear.default: _trilinear,
@@ -131,4 +140,25 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.native_group_norm.default: group_norm,
     aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
     aten.native_batch_norm.default: _batch_norm,
+}
+
+
+def _global_mean(function: Callable[..., Tensor], dims: int) -> Callable[..., Tensor]:
+    def pool(input: Tensor, output_size: Any) -> Tensor:
+        if output_size in (1, (1,) * dims, [1] * dims):
+            return input.mean(list(range(-dims, 0)), keepdim=True)
+        return function(input, output_size)
+
+    return pool
+
+
+# Functions that a graph takes otherwise: torch changes the strides of a mean in place where
+# channels are last, which no graph of operations without side effects can say.
+FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    function: _global_mean(function, dims)
+    for dims, functions in {
+        2: (functional.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d),
+        3: (functional.adaptive_avg_pool3d, torch._C._nn.adaptive_avg_pool3d),
+    }.items()
+    for function in functions
 }

@@ -132,7 +132,7 @@ def _bend(step: Step, a: Any, b: Any) -> Tensor:
             lambda p: step.call({**other, a: p}), (values[0],), (torch.ones_like(values[0]),)
         )[1]
 
-    x, y = step.value(a), step.value(b)
+    x, y = step.point(a), step.point(b)
     if a is b:
         return jvp(slope, (x,), (torch.ones_like(x),))[1]
     return jvp(lambda q: slope(x, q), (y,), (torch.ones_like(y),))[1]

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...model_checks import backward_nodes
 from ...objective import Objective
+from .decompositions import FUNCTIONS
 
 
 class NotCapturedError(RuntimeError):
@@ -45,7 +46,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> Non
 
 
 class Watch(TorchFunctionMode):
-    """Refuses what a graph of operations does not show."""
+    """Refuses what a graph of operations does not show, and runs others in place of some."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.is_grad_enabled():
@@ -54,6 +55,7 @@ class Watch(TorchFunctionMode):
             )
         if func in _HIDDEN:
             raise NotCapturedError(f"the model calls Tensor.{_HIDDEN[func]}")
+        func = FUNCTIONS.get(func, func)
         return func(*args, **(kwargs or {}))
 
 

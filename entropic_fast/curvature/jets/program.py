@@ -105,6 +105,7 @@ class Program:
         self._norms = norms
         self._units_ahead = _scheduled(self.ahead, norms)
         self._units_behind = _scheduled(self.behind, back_units(self.behind, norms))
+        self._affine = any(_has_constant_term(n, {graph.u, *behind}) for n in self.behind)
         self._last = _last_uses(self._units_ahead)
         self.checked = Checked()
 
@@ -163,6 +164,8 @@ class Program:
 
         Without `backward` values: of the backward pass at u = 0, in which it is linear.
         """
+        if self._affine and self.graph.u not in values:
+            self.backward(values, torch.zeros_like(u[0]))
         tangents[self.graph.u] = u
         held = values if self.graph.u in values else _AtZero(values)
         for unit in self._units_behind:
@@ -221,7 +224,7 @@ class Program:
 
 
 class _AtZero(Mapping[fx.Node, Any]):
-    """Values, with those of the backward pass where u is 0."""
+    """Values, with those of a backward pass without constant terms where u is 0: all 0."""
 
     def __init__(self, values: Values) -> None:
         self._values, self.derived = values, values.derived
@@ -266,6 +269,27 @@ def _after(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> set[fx.Node]:
         if any(a in found for a in node.all_input_nodes):
             found.add(node)
     return found - sources
+
+
+def _has_constant_term(node: fx.Node, behind: set[fx.Node]) -> bool:
+    """Whether a node of the backward pass need not be 0 where u is: it joins u and constants."""
+    if node.target not in _JOINING:
+        return False
+    return any(
+        a not in behind and a.meta["val"].is_floating_point() and not _is_zero(a)
+        for a in node.all_input_nodes
+    )
+
+
+def _is_zero(node: fx.Node) -> bool:
+    if node.target is aten.scalar_tensor.default:
+        return bool(node.args[0] == 0)
+    return node.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+
+
+_JOINING = {
+    aten.cat.default, aten.stack.default, aten.add.Tensor, aten.sub.Tensor, aten.where.self,
+}  # fmt: skip
 
 
 class _Single(Unit):

@@ -219,7 +219,7 @@ def slopes(step: Step) -> dict[Any, Tensor]:
     """Derivatives of a pointwise operation in its moving arguments, of the result's shape."""
     found = {}
     for node in step.moving:
-        point = step.value(node)
+        point = step.point(node)
         found[node] = jvp(
             lambda a, node=node: step.call({node: a}), (point,), (torch.ones_like(point),)
         )[1]

@@ -57,6 +57,15 @@ class Step:
             argument = self.argument(argument)
         return fx.node.map_arg(argument, lambda node: self._values[node])
 
+    def point(self, node: fx.Node) -> Tensor:
+        """An argument's value for forward mode, which lays tangents out as it finds the value.
+
+        An expanded one is copied: no tangent can be written where elements share memory.
+        """
+        value: Tensor = self._values[node]
+        expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
+        return value.contiguous() if expanded else value
+
     def argument(self, position: int) -> Any:
         """An argument as the graph has it, or its default."""
         if position < len(self.node.args):
@@ -101,7 +110,7 @@ class Step:
 def by_torch(step: Step) -> Any:
     """The tangent of any operation, by torch's own forward mode."""
     moving = step.moving
-    points = tuple(step.value(a) for a in moving)
+    points = tuple(step.point(a) for a in moving)
 
     def along(*directions: Tensor) -> Any:
         def call(*a: Tensor) -> Any:
@@ -115,7 +124,7 @@ def by_torch(step: Step) -> Any:
 def form_by_torch(step: Step, cotangents: dict[int, Tensor]) -> Tensor:
     """<cotangents, D^2 f [a', a']> of any operation f.  # [K]"""
     moving = step.moving
-    points = tuple(step.value(a) for a in moving)
+    points = tuple(step.point(a) for a in moving)
 
     def weighted(*a: Tensor) -> Tensor:
         results = step.call(dict(zip(moving, a, strict=True)))

@@ -1,0 +1,189 @@
+"""Layers that need a decomposition, or another way than the rules, against autograd alone."""
+
+import pytest
+import torch
+from cases import relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.models import resnet
+from entropic_fast.objective import Objective
+
+KINDS = (HessianOperator, GGNOperator, JacobianOperator)
+
+
+class Between(nn.Module):
+    """A function between two linear layers."""
+
+    def __init__(self, function, width: int = 8) -> None:
+        super().__init__()
+        self.function = function
+        self.first, self.last = nn.Linear(5, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(2 * self.first(x)))
+
+
+def grid_sampled(h: Tensor) -> Tensor:
+    """Both the image and where it is read move."""
+    image, grid = h.view(-1, 1, 2, 4), h.tanh().view(-1, 2, 2, 2)
+    return functional.grid_sample(image, grid, align_corners=False).flatten(1).repeat(1, 2)
+
+
+def matrix_exponential(h: Tensor) -> Tensor:
+    return torch.matrix_exp(0.5 * h.view(-1, 2, 2)).flatten(1).reshape(-1, 8)
+
+
+def in_place(h: Tensor) -> Tensor:
+    return functional.hardsigmoid(h + 0, inplace=True)
+
+
+def cosines(h: Tensor) -> Tensor:
+    return functional.cosine_similarity(h[:, None], h[:, None].flip(2) * h[:, :, None], dim=2)
+
+
+BY_RULES = {
+    "normalize": functional.normalize,
+    "cosine_similarity": cosines,
+    "mish": functional.mish,
+    "hardsigmoid": functional.hardsigmoid,
+    "hardsigmoid in place": in_place,
+    "hardswish": functional.hardswish,
+    "grid_sample": grid_sampled,
+    "matrix_exp": matrix_exponential,
+}
+COMPLEX = {
+    "fft": lambda h: torch.fft.irfft(torch.fft.rfft(h) ** 2, n=8),
+    "view_as_complex": lambda h: torch.view_as_real(
+        torch.view_as_complex(h.view(-1, 4, 2)) ** 2
+    ).flatten(1),
+    "polar": lambda h: torch.polar(h.abs() + 1, h).real,
+}
+
+
+def objective(model: nn.Module, x: Tensor) -> Objective:
+    return Objective(model.double(), "cross_entropy", (x.double(), torch.arange(len(x)) % 3))
+
+
+def between(function) -> Objective:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return objective(Between(function), torch.randn(4, 5))
+
+
+def assert_both_ways_agree(obj: Objective, way: str) -> None:
+    vectors = torch.randn(
+        obj.num_params, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    for kind in KINDS:
+        operator = kind(obj)
+        assert operator.way.startswith(way), operator.way
+        with without_rules():
+            other = kind(obj)
+        expected = other @ vectors
+        assert relative_error(operator @ vectors, expected) < 1e-10
+        if kind is JacobianOperator:
+            assert relative_error(operator.T @ expected, other.T @ expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", BY_RULES)
+def test_products_go_by_rules(name: str):
+    assert_both_ways_agree(between(BY_RULES[name]), "rules")
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_numbers_go_to_autograd(name: str):
+    assert_both_ways_agree(
+        between(COMPLEX[name]), "autograd, as the model computes with complex numbers"
+    )
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [pooled, lambda: resnet(8, width=2)], ids=["pooled", "resnet"])
+def test_images_of_either_layout_go_by_rules(make, layout: torch.memory_format):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model, x = make(), torch.randn(2, 3, 8, 8)
+    assert_both_ways_agree(objective(model, x.to(memory_format=layout)), "rules")
+
+
+def test_channels_last_inside_the_model_go_by_rules():
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = pooled()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x.contiguous(memory_format=torch.channels_last))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        obj = objective(Inside(), torch.randn(2, 3, 8, 8))
+    assert_both_ways_agree(obj, "rules")
+
+
+def test_the_hard_sigmoid_has_its_second_derivative_without_rules():
+    """By central differences of the gradient."""
+    obj = between(functional.hardsigmoid)
+    theta, step = obj.parameters_vector(), 1e-5
+    v = torch.linspace(-1, 1, len(theta), dtype=torch.float64)
+    expected = (obj.gradient(theta + step * v) - obj.gradient(theta - step * v)) / (2 * step)
+    with without_rules():
+        operator = HessianOperator(obj)
+    assert relative_error(operator @ v, expected) < 1e-7
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.last = nn.EmbeddingBag(7, 4), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.last(self.bag(tokens))
+
+
+@pytest.mark.parametrize("rules", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_torch_differentiates_once_is_refused_by_name(kind: type, rules: bool):
+    bag = Objective(Bag().double(), "cross_entropy", (torch.arange(6).view(3, 2), torch.arange(3)))
+    far = between(
+        lambda h: torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double())[:, 0]
+    )
+    for obj, message in (
+        (bag, r"nn\.EmbeddingBag: .* use nn\.Embedding"),
+        (far, r"torch\.cdist: "),
+    ):
+        operator = kind(obj)
+        if not rules:
+            with without_rules():
+                operator = kind(obj)
+        with pytest.raises(RuntimeError, match=message):
+            operator @ torch.ones(obj.num_params, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it is imported
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_compiled_module_is_taken_for_the_one_it_was_made_from(inside: bool):
+    """Nothing is compiled, as it never runs."""
+    model = Between(functional.gelu).double()
+    if inside:
+        given = Between(functional.gelu).double()
+        given.load_state_dict(model.state_dict())
+        given.first = torch.compile(given.first, backend="eager")
+    else:
+        given = torch.compile(model, backend="eager")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    obj, plain = objective(given, x), objective(model, x)
+    assert obj.parameter_names == plain.parameter_names
+    assert_both_ways_agree(obj, "rules")
+    if inside:
+        assert type(given.first).__name__ == "OptimizedModule"  # the model given is unchanged
+    obj.load_into(given, plain.parameters_vector() + 1)
+    assert torch.equal(objective(given, x).parameters_vector(), plain.parameters_vector() + 1)
