@@ -67,7 +67,7 @@ def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -
         rounds,
         most=slow,
         warm_up=FULL,
-        limit=600,
+        limit=200,
     )
     exact = found.values["ours, 8 products"]
     for name, value in found.values.items():

@@ -82,8 +82,8 @@ def hessian_trace(
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> obj = Objective(torch.nn.Linear(1, 1), "mse", (x, 3 * x))
-    >>> hessian_trace(obj, probes=4, method="hutch++")
-    Estimate(value=7.0, std_error=0.0, probes=2)
+    >>> print(hessian_trace(obj, probes=4, method="hutch++"))
+    7 ± 0 (2 samples)
     >>> {name: e.probes for name, e in hessian_trace(obj, by="parameter").items()}
     {'weight': 32, 'bias': 32}
     """
