@@ -95,7 +95,7 @@ def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
 
 def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     problem = Problem("wrn16-4", 64) if FULL else Problem("wrn10-1", 5, size=8)
-    record = products_record(problem, 9 if FULL else 1, provenance)
+    record = products_record(problem, 5 if FULL else 1, provenance)
     store("hessian-products-wrn16-4", record, tmp_path)
     assert record["way"] == "rules"
 
