@@ -69,12 +69,18 @@ def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -
         warm_up=FULL,
         limit=200,
     )
-    exact = found.values["ours, 8 products"]
-    for name, value in found.values.items():
-        if name not in (PLAIN, PLAIN_LAST, "ours, 8 probes"):
-            expected = exact[:, :1] if value.reshape(len(exact), -1).shape[1] == 1 else exact
-            assert difference(value.reshape(expected.shape), expected) < 1e-3, name
-    forms = (block.double() * exact.double()).sum(0)
+    # In float32 rounding turns some ReLUs of millions on or off, and each is worth some 1e-4 of a
+    # product: no way comes nearer than that to the product in float64.
+    double = problem.objective.double()
+    exact = (HessianOperator(double) @ one.double()).reshape(-1)
+    errors = {
+        name: difference(value.reshape(len(exact), -1)[:, 0], exact)
+        for name, value in found.values.items()
+        if name not in (PLAIN, PLAIN_LAST, "ours, 8 probes")
+    }
+    assert max(errors.values()) < 1e-2, errors
+    block_products = found.values["ours, 8 products"].double()
+    forms = (block.double() * block_products).sum(0)
     assert difference(found.values["ours, 8 probes"], forms) < 1e-3
     for name, (_, count) in rivals.items():
         if name in found.seconds:
@@ -83,7 +89,12 @@ def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -
         "plain gradients": found.median(PLAIN),
         "plain gradients, channels last": found.median(PLAIN_LAST),
     }
-    return {**problem.facts(provenance), "way": fixed.way, **table(found, **units)}
+    return {
+        **problem.facts(provenance),
+        "way": fixed.way,
+        "error against float64": errors,
+        **table(found, **units),
+    }
 
 
 def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
