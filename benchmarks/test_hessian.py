@@ -31,7 +31,12 @@ from peers import Problem
 from rounds import FULL, difference, store, synchronize, table, take_turns
 
 import entropic_fast as ef
-from entropic_fast.curvature import HessianOperator, hessian_trace, top_eigenvalues
+from entropic_fast.curvature import (
+    HessianOperator,
+    hessian_trace,
+    top_eigenvalues,
+    tracked_eigenpairs,
+)
 
 # Peers warn of hooks, deprecations and optional parts.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(2400)]
@@ -178,9 +183,10 @@ def test_path(provenance: dict[str, Any], tmp_path: Path) -> None:
     spent: dict[str, list[int]] = {name: [] for name in seconds}
     pairs, vector = None, random_vector(len(a)).to(a)
     for i in range(points):
-        problem = settled(first, torch.lerp(a, b, i / (points - 1)))
+        theta = torch.lerp(a, b, i / (points - 1))
+        problem = settled(first, theta)
         begin = time.perf_counter()
-        pairs = top_eigenvalues(HessianOperator(problem.objective), tol=1e-3, v0=pairs)
+        pairs = tracked_eigenpairs(HessianOperator(problem.objective, theta), pairs, tol=1e-3)
         synchronize()
         seconds["ours"].append(time.perf_counter() - begin)
         spent["ours"].append(pairs.matvecs)
