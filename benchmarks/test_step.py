@@ -144,9 +144,11 @@ def test_step(provenance: dict[str, Any], tmp_path: Path) -> None:
             )
     rounds = take_turns(rivals, 30 if FULL else 3)
     assert not rounds.failed
-    # The gradient is the same in all updates, so all ways go the same way.
+    # The gradient is the same in all updates, so all ways go the same way; but for the matrix
+    # product, whose float32 cancels.
     places = {name: float(v) for name, v in rounds.values.items() if name.endswith("cycle")}
-    assert max(places.values()) - min(places.values()) < 2e-3, places
+    exact = [place for name, place in places.items() if "product" not in name]
+    assert max(exact) - min(exact) < 1e-4, places
 
     seconds = {name: rounds.median(name) for name in rivals}
     number, copied = 4 * SIZE, 2 * 4 * 4 * SIZE / seconds["copy"]
@@ -166,6 +168,7 @@ def test_step(provenance: dict[str, Any], tmp_path: Path) -> None:
         "share of the copy's bandwidth": {
             name: moved / seconds[name] / copied for name, moved in bytes_of.items()
         },
+        "where the replica ends": places,
         **table(rounds),
     }
     store("step", record, tmp_path)
