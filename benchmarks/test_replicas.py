@@ -150,8 +150,7 @@ def test_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
     names = ("loop", "threads") if DEVICE == "cpu" else ("loop", "vmap")
     found = record(problem, names, 15 if FULL else 1, provenance)
     store(f"replicas-{name}", found, tmp_path)
-    if FULL and DEVICE == "cpu" and provenance["threads"] == 2:
-        assert found["times as fast as the eager loop"]["ours, threads"]["by medians"] > 1.4
+    assert not found["failed"]
 
 
 def test_digits(provenance: dict[str, Any], tmp_path: Path) -> None:
@@ -162,6 +161,7 @@ def test_digits(provenance: dict[str, Any], tmp_path: Path) -> None:
         problem = Problem("digits-cnn-bn", 8, replicas)
         records[replicas] = record(problem, names, 15 if FULL else 1, provenance)
     store("replicas-digits", records, tmp_path)
+    assert not any(found["failed"] for found in records.values())
 
 
 def test_shortcut(provenance: dict[str, Any], tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def times(table: Table) -> Table:
         if not 0 < values["start"] < 1:
             continue
         found = relaxation_time(
-            _trajectory(
+            trajectory_of(
                 position,
                 torch.as_tensor(replicas[0]["step"]),
                 torch.full((len(replicas),), values["lr"], dtype=torch.float64),
@@ -153,7 +153,7 @@ def times(table: Table) -> Table:
     return Table.from_rows(rows)
 
 
-def _trajectory(
+def trajectory_of(
     position: Tensor, steps: Tensor, lr: Tensor, optimizer: str, batch_size: int
 ) -> Trajectory:
     """A trajectory of which only the positions are known."""
@@ -196,7 +196,7 @@ def _panel(
         lost = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
         steps = torch.tensor([0, run.config.relax.steps])
         rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
-        trajectory = _trajectory(lost, steps, rates, optimizer, batch_size)
+        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size)
     return _long(trajectory, panel, settings)
 
 

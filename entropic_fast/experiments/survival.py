@@ -10,7 +10,7 @@ import torch
 
 from ..dynamics import RelaxationTime, fit_scaling, kaplan_meier, log_rank, relaxation_time
 from ..table import Table
-from .relaxation import _trajectory
+from .relaxation import trajectory_of
 
 REMAINING = 0.8  # of the distance from the nearest end: few replicas of a short run come nearer
 
@@ -80,7 +80,7 @@ def _times(rows: Table, lr: float, batch_size: int) -> RelaxationTime:
     position = torch.tensor(
         np.stack([np.asarray(r["position"], dtype=float) for r in replicas]), dtype=torch.float64
     )
-    trajectory = _trajectory(
+    trajectory = trajectory_of(
         position,
         torch.as_tensor(replicas[0]["step"]),
         torch.ones(len(replicas), dtype=torch.float64),  # so that times are updates

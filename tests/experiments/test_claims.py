@@ -1,12 +1,9 @@
 """Each claim on tables whose answer is known."""
 
-import json
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from entropic_fast.experiments import fig_force
 from entropic_fast.experiments.claims import (
     FAILS,
     HOLDS,
@@ -17,21 +14,6 @@ from entropic_fast.experiments.claims import (
     to_json,
 )
 from entropic_fast.table import Table
-
-
-@pytest.fixture
-def judge(tmp_path):
-    """The claims on the tables given, by name."""
-
-    def judge(**tables):
-        for name, table in tables.items():
-            table.to_csv(tmp_path / f"{name}.csv")
-        found = evaluate(tmp_path)
-        json.dumps(to_json(found), allow_nan=False)
-        assert len({c.name for c in found}) == len(found)
-        return {c.name: c for c in found}
-
-    return judge
 
 
 def test_no_tables_no_claims(tmp_path):
@@ -483,72 +465,3 @@ def test_json_has_null_for_what_is_not_a_number():
     claim = Claim("1", "n", "s", "m", float("inf"), float("nan"), 1.0, HOLDS, "d")
     (row,) = to_json([claim])
     assert (row["effect"], row["low"], row["high"]) == (None, None, 1.0)
-
-
-# -- the force -----------------------------------------------------------------------------
-
-FORCE = (
-    "drift agrees with the predicted force",
-    "shuffled curvature does not predict the drift",
-    "no force at k = 1",
-    "no force without noise",
-)
-
-
-def force_tables(slope=1.0, at_one=0.0, without=0.0, noise=0.2, seed=0):
-    """Comparison and bursts at 8 positions where measured = slope x predicted + noise."""
-    rng = np.random.default_rng(seed)
-    s = (np.arange(8) + 0.5) / 8
-    predicted = np.array([-1.0, -2.0, -4.0, -1.5, 0.5, 3.0, 2.0, 1.0])
-    rows, bursts = [], []
-    for k, a, replicas in ((15, slope, 32), (1, at_one, 8)):
-        for position, x in zip(s, predicted, strict=True):
-            values = a * x + noise * rng.standard_normal(replicas)
-            bursts += [
-                {"k": k, "position": position, "replica": r, "residual": v}
-                for r, v in enumerate(values)
-            ]
-            rows.append(
-                {
-                    "k": k,
-                    "position": position,
-                    "residual": values.mean(),
-                    "std_error": values.std(ddof=1) / np.sqrt(replicas),
-                    "energetic": 5.0 + without * x + 0.01 * rng.standard_normal(),
-                    "gradient": 5.0,
-                    "predicted_entropic": x if k == 15 else 0.0,
-                    "predicted_radial": 0.25 * x,
-                    "noise_share": 0.9,
-                    "squared_distance": 1.2,
-                    "predicted_squared_distance": 1.0,
-                }
-            )
-    comparison, bursts = Table.from_rows(rows), Table.from_rows(bursts)
-    return {"force_comparison": comparison, "force_fit": fig_force.fits(comparison, bursts)}
-
-
-def test_the_force_holds_where_drift_follows_the_prediction(judge):
-    found = judge(**force_tables(slope=0.8))
-    assert [found[n].verdict for n in FORCE] == [HOLDS] * 4
-    claim = found[FORCE[0]]
-    assert claim.low < 0.8 < claim.high < 1 and "does not hold 1" in claim.detail
-    assert "norm growth of scale-invariant weights is 25 %" in claim.detail
-    assert "holds 1" in judge(**force_tables(noise=1.0))[FORCE[0]].detail
-
-
-@pytest.mark.parametrize(
-    ("changes", "name", "verdict"),
-    [
-        ({"slope": -0.5}, FORCE[0], FAILS),
-        ({"slope": 0.0, "noise": 3.0}, FORCE[0], UNDECIDED),
-        ({"slope": 0.0, "noise": 3.0, "seed": 1}, FORCE[1], UNDECIDED),
-        ({"at_one": 0.9}, FORCE[2], FAILS),
-        ({"at_one": -0.9}, FORCE[2], FAILS),
-        ({"at_one": 0.5}, FORCE[2], UNDECIDED),
-        ({"without": 0.9}, FORCE[3], FAILS),
-        ({"without": 0.5}, FORCE[3], UNDECIDED),
-        ({"without": -0.9}, FORCE[3], HOLDS),
-    ],
-)
-def test_the_force_is_judged_by_its_slopes(judge, changes, name, verdict):
-    assert judge(**force_tables(**changes))[name].verdict == verdict

@@ -68,10 +68,10 @@ def _own_place(row: dict[str, object], base: Table) -> Claim:
 def _nothing(row: dict[str, object], largest: int) -> Claim:
     low, high = _number(row["low"]), _number(row["high"])
     noiseless = row["k"] == 0
-    if high < SMALL and (noiseless or low > -SMALL):
+    if low > -SMALL and high < SMALL:
         found = HOLDS
     else:
-        found = FAILS if low > SMALL or (not noiseless and high < -SMALL) else UNDECIDED
+        found = FAILS if low > SMALL or high < -SMALL else UNDECIDED
     return Claim(
         "force",
         "no force without noise" if noiseless else "no force at k = 1",
@@ -89,8 +89,8 @@ def _nothing(row: dict[str, object], largest: int) -> Claim:
         low,
         high,
         found,
-        f"holds where the interval lies below {SMALL}; with noise the slope is 1 in theory; below "
-        "0, the burst falls short of its first gradient as it settles; interval over positions"
+        f"holds where the interval lies within ±{SMALL}; with noise theory has 1; below 0, the "
+        "burst falls short of its first gradient as it settles; interval over positions"
         if noiseless
         else f"holds where the interval lies within ±{SMALL}; at k = {largest} theory has 1",
     )
