@@ -15,6 +15,7 @@ from ..results import Estimate
 from .engine import ScoreEngine
 from .memory import resolve_budget
 from .per_example import PassCost, one_of_each, require_finite, rows_made
+from .probes import mean_estimate
 from .rules import SCRATCH, Piece
 from .score import grouping
 
@@ -130,12 +131,6 @@ def fisher_trace(
     34.0
     """
     if by is None:
-        return _mean(gradient_norms(obj, theta, memory_budget=memory_budget))
+        return mean_estimate(gradient_norms(obj, theta, memory_budget=memory_budget))
     norms = gradient_norms(obj, theta, memory_budget=memory_budget, by=by)
-    return {name: _mean(share) for name, share in norms.items()}
-
-
-def _mean(norms: Tensor) -> Estimate:
-    n = len(norms)
-    error = float(norms.std()) / n**0.5 if n > 1 else float("nan")
-    return Estimate(float(norms.mean()), error, n)
+    return {name: mean_estimate(share) for name, share in norms.items()}
