@@ -248,6 +248,20 @@ void jet_pull(const py::tuple& values, int threads) {
   entropic::cpu::jet_pull(call, threads);
 }
 
+// Sizes 1, m, C; y, mean, rstd, weight, bias, residual, z, normal, slope.
+template <typename T>
+void jet_normalise(const py::tuple& values, int threads) {
+  Next<T> next{values};
+  entropic::cpu::JetNormalise<T> call{};
+  call.sizes = next.sizes();
+  for (const T** piece :
+       {&call.y, &call.mean, &call.rstd, &call.weight, &call.bias, &call.residual})
+    *piece = next.address();
+  for (T** result : {&call.z, &call.normal, &call.slope}) *result = next.address();
+  py::gil_scoped_release release;
+  entropic::cpu::jet_normalise(call, threads);
+}
+
 // Sizes K, m, C; a, b, result; strides of a along k, of b along k and pixels.
 template <typename T>
 void jet_inner(const py::tuple& values, int threads) {
@@ -266,6 +280,7 @@ template <typename T>
 void define_jet(py::module_& m, const std::string& suffix) {
   m.def(("jet_push" + suffix).c_str(), &jet_push<T>);
   m.def(("jet_pull" + suffix).c_str(), &jet_pull<T>);
+  m.def(("jet_normalise" + suffix).c_str(), &jet_normalise<T>);
   m.def(("jet_inner" + suffix).c_str(), &jet_inner<T>);
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast.ops.jet import pull, push
+from entropic_fast.ops.jet import normalise, pull, push
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [
@@ -132,3 +132,29 @@ def pull_options(draw: Draw, k: int, m: int, c: int) -> dict[str, Tensor]:
         "residual": draw(k, m, c), "slope": draw(m, c), "normal": draw(m, c), "scale": draw(c),
         "tscale": draw(k, c), "cotangent": draw(m, c), "ty": draw(k, m, c), "rstd": draw(c),
     }  # fmt: skip
+
+
+def normalise_options(draw: Draw, m: int, c: int) -> dict[str, Tensor]:
+    return {"weight": draw(c), "bias": draw(c), "residual": draw(m, c)}
+
+
+def check_normalise(
+    draw: Draw, m: int, c: int, options: dict[str, Tensor], relu: bool
+) -> list[Tensor]:
+    """Every output of `normalise` against the formula in float64; returns the outputs."""
+    y, mean, rstd = draw(m, c), draw(c), draw(c).abs()
+    wide = {name: t.double() for name, t in options.items()}
+    expected = (y.double() - mean.double()) * rstd.double()
+    weight, shift = wide.get("weight", 1), wide.get("bias", 0) + wide.get("residual", 0)
+    size = (y.double().abs() + mean.double().abs()) * rstd.double()
+    pre, bound = expected * weight + shift, size * abs(weight) + abs(wide.get("bias", 0 * rstd))
+    bound = bound + abs(wide.get("residual", 0 * y))
+    z, normal, slope = normalise(y, mean, rstd, **options, relu=relu)
+    assert z.dtype == normal.dtype == y.dtype
+    assert_sums(normal, expected, size, y.dtype)
+    assert_sums(z, pre.relu() if relu else pre, bound.double(), y.dtype)
+    if not relu:
+        assert slope is None
+        return [z, normal]
+    assert slope is not None and torch.equal(slope, (z > 0).to(y.dtype))
+    return [z, normal, slope]

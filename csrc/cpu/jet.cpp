@@ -289,6 +289,27 @@ void jet_pull(const JetPull<T>& j, int threads) {
 }
 
 template <typename T>
+void jet_normalise(const JetNormalise<T>& j, int threads) {
+  const Plan plan = make_plan<T>(j.sizes);
+  const i64 channels = j.sizes.channels, pixels = j.sizes.pixels;
+  const Constants<T> constants(plan);
+  const auto mean = rows_of(plan, j.mean, 1, T(0));
+  const auto rstd = rows_of(plan, j.rstd, 1, T(1));
+  const auto weight = rows_of(plan, j.weight, 1, T(1));
+  const auto bias = rows_of(plan, j.bias, 1, T(0));
+  const auto run = blocks<T>().normalise;
+  if (pixels * channels < PARALLEL_FROM) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (i64 chunk = 0; chunk < plan.chunks; ++chunk) {
+    const i64 first = chunk * plan.chunk, at = first * channels;
+    run({j.y + at, source(plan, j.residual, at, constants.zeros), mean.data(), rstd.data(),
+         weight.data(), bias.data(), j.z + at, j.normal + at,
+         j.slope == nullptr ? nullptr : j.slope + at,
+         std::min(plan.chunk, pixels - first) * channels, plan.width});
+  }
+}
+
+template <typename T>
 void jet_inner(const JetInner<T>& j, int threads) {
   const Plan plan = make_plan<T>(j.sizes);
   const i64 channels = j.sizes.channels;
@@ -306,6 +327,8 @@ template void jet_push<float>(const JetPush<float>&, int);
 template void jet_push<double>(const JetPush<double>&, int);
 template void jet_pull<float>(const JetPull<float>&, int);
 template void jet_pull<double>(const JetPull<double>&, int);
+template void jet_normalise<float>(const JetNormalise<float>&, int);
+template void jet_normalise<double>(const JetNormalise<double>&, int);
 template void jet_inner<float>(const JetInner<float>&, int);
 template void jet_inner<double>(const JetInner<double>&, int);
 

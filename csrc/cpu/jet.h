@@ -52,6 +52,22 @@ struct JetPull {
   i64 u_k, extra_k, extra_pixel, residual_k, ty_k, out_k;
 };
 
+// normal = (y - mean) rstd, z = weight normal + bias + residual; with slope: its ReLU, slope = z > 0.
+// Every tensor's pixels are C elements apart.
+template <typename T>
+struct JetNormalise {
+  JetSizes sizes;      // tangents: 1
+  const T* y;          // [m, C]
+  const T* mean;       // [C]
+  const T* rstd;       // [C]
+  const T* weight;     // [C]
+  const T* bias;       // [C]
+  const T* residual;   // [m, C]
+  T* z;                // [m, C]
+  T* normal;           // [m, C]
+  T* slope;            // [m, C], null without ReLU
+};
+
 template <typename T>
 struct JetInner {
   JetSizes sizes;
@@ -65,6 +81,8 @@ template <typename T>
 void jet_push(const JetPush<T>& call, int threads);
 template <typename T>
 void jet_pull(const JetPull<T>& call, int threads);
+template <typename T>
+void jet_normalise(const JetNormalise<T>& call, int threads);
 template <typename T>
 void jet_inner(const JetInner<T>& call, int threads);
 

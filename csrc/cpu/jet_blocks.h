@@ -68,6 +68,19 @@ struct PullBlock {
 };
 
 template <typename T>
+struct NormaliseBlock {
+  const T* y;
+  JetSource<T> residual;
+  const T* mean;    // [width]
+  const T* rstd;    // [width]
+  const T* weight;  // [width]
+  const T* bias;    // [width]
+  T *z, *normal;
+  T* slope;  // null: no ReLU
+  i64 elements, width;
+};
+
+template <typename T>
 struct InnerBlock {
   JetStream<const T> a;
   JetPixels<T> b;
@@ -79,6 +92,7 @@ template <typename T>
 struct JetBlocks {
   void (*push)(const PushBlock<T>&);
   void (*pull)(const PullBlock<T>&);
+  void (*normalise)(const NormaliseBlock<T>&);
   void (*inner)(const InnerBlock<T>&);
   // `rows` pixels of `channels` elements side by side.
   void (*gather)(const JetPixels<T>& from, i64 rows, i64 channels, T* to);

@@ -3,8 +3,9 @@
 Tensors [K, m, C] hold one tangent (or tangent of a gradient) for each of K directions at m pixels
 of C channels. `push` carries tangents forward through y -> scale y -> activation, `pull` carries
 gradients' tangents backward through the same, each with every tensor of K read and written once;
-`inner` gives K inner products. Either also takes what an engine adds up on the way: sums over
-pixels for the weights' entries of a product, and quadratic forms of second derivatives.
+`normalise` gives the values there, `inner` K inner products. `push` and `pull` also take what an
+engine adds up on the way: sums over pixels for the weights' entries of a product, and quadratic
+forms of second derivatives.
 
 Elements are computed in their own dtype. Sums over pixels are float64 from block to block of 8 kB a
 tangent; within a block, on a CPU, in the tensors' dtype: of at most 32 terms for a channel, of at
@@ -139,6 +140,40 @@ def pull(
     return out, dscale, dshift
 
 
+def normalise(
+    y: Tensor,  # [m, C] float32 or float64
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    residual: Tensor | None = None,  # [m, C]
+    *,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # [m, C] each
+    """Values of a normalisation and an activation: (z, normal, slope).
+
+        normal = (y - mean) rstd
+        z      = weight normal + bias + residual     (its positive part, with relu)
+        slope  = 1 where that is positive, else 0    (None without relu)
+
+    Raises:
+        ValueError: as `push`.
+
+    Example:
+        >>> y = torch.tensor([[1.0], [4.0]])
+        >>> z, normal, slope = normalise(y, torch.tensor([2.0]), torch.tensor([0.5]), relu=True)
+        >>> z.flatten(), normal.flatten(), slope.flatten()
+        (tensor([0., 1.]), tensor([-0.5000,  1.0000]), tensor([0., 1.]))
+    """
+    checks.refuse_autograd(y=y, mean=mean, rstd=rstd, weight=weight, bias=bias, residual=residual)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    z, normal, slope = torch.ops.entropic_fast.jet_normalise(
+        y, mean, rstd, weight, bias, residual, relu
+    )
+    return z, normal, slope if relu else None
+
+
 def inner(
     a: Tensor,  # [K, m, C] float32 or float64
     b: Tensor,  # [K, m, C], any strides of k and pixels
@@ -245,6 +280,43 @@ def _(
     checks.check_pull(u, extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd, out)
     dscale = u.new_empty(u.shape[0], u.shape[2])
     return dscale, torch.empty_like(dscale)
+
+
+@torch.library.custom_op("entropic_fast::jet_normalise", mutates_args=())
+def _normalise(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_normalise(y, mean, rstd, weight, bias, residual)
+    z, normal, slope = _three_like(y, relu)
+    implementation(FAMILY, y.device).normalise(
+        y, mean, rstd, weight, bias, residual, z, normal, slope if relu else None
+    )
+    return z, normal, slope
+
+
+@_normalise.register_fake
+def _(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    checks.check_normalise(y, mean, rstd, weight, bias, residual)
+    return _three_like(y, relu)
+
+
+def _three_like(y: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    slope = y.new_empty(y.shape if relu else (0, 0))
+    return y.new_empty(y.shape), y.new_empty(y.shape), slope
 
 
 @torch.library.custom_op("entropic_fast::jet_inner", mutates_args=())

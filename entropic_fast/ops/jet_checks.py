@@ -12,6 +12,7 @@ DTYPES = (torch.float32, torch.float64)
 # Form of every argument: K, m and C by name; "dense" where pixels are C apart, too.
 FORMS = {
     "extra": "KmC", "b": "KmC", "out": "KmC dense", "residual": "KmC dense", "ty": "KmC dense",
+    "mean": "C", "weight": "C", "bias": "C",
     "normal": "mC", "slope": "mC", "cotangent": "mC", "bend": "mC",
     "scale": "C", "rstd": "C", "tscale": "KC", "tshift": "KC",
 }  # fmt: skip
@@ -49,6 +50,20 @@ def check_pull(u: Tensor, *pieces: Tensor | None) -> None:
     _check_apart("u", u)
     _needs(given, "tscale", "cotangent")
     _needs(given, "ty", "cotangent")
+
+
+def check_normalise(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> None:
+    if y.dim() != 2:
+        raise fail("y", "shape [m, C]", f"shape {list(y.shape)}")
+    one = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
+    _check("y", y[None], {**one, "residual": None if residual is None else residual[None]})
 
 
 def check_inner(a: Tensor, b: Tensor) -> None:

@@ -55,6 +55,20 @@ def pull(
     return dscale, dshift
 
 
+def normalise(
+    y: Tensor,  # [m, C]
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    residual: Tensor | None,  # [m, C]
+    z: Tensor,  # [m, C] written
+    normal: Tensor,  # [m, C] written
+    slope: Tensor | None,  # [m, C] written; None: no ReLU
+) -> None:
+    _call("normalise", y[None], (mean, rstd, weight, bias, residual, z, normal, slope), ())
+
+
 def inner(
     a: Tensor,  # [K, m, C]
     b: Tensor,  # [K, m, C]

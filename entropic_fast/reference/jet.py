@@ -73,6 +73,27 @@ def pull(
     return dscale.to(u.dtype), u.sum(1, dtype=torch.float64).to(u.dtype)
 
 
+def normalise(
+    y: Tensor,  # [m, C]
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    residual: Tensor | None,  # [m, C]
+    z: Tensor,  # [m, C] written
+    normal: Tensor,  # [m, C] written
+    slope: Tensor | None,  # [m, C] written; None: no ReLU
+) -> None:
+    torch.mul(y - mean, rstd, out=normal)
+    pre = normal if weight is None else normal * weight
+    for addend in (bias, residual):
+        pre = pre if addend is None else pre + addend
+    if slope is not None:
+        slope.copy_(pre > 0)
+        pre = pre.relu()
+    z.copy_(pre)
+
+
 def inner(
     a: Tensor,  # [K, m, C]
     b: Tensor,  # [K, m, C]

@@ -142,6 +142,35 @@ def pull_kernel(
 
 
 @triton.jit
+def normalise_kernel(
+    y, mean, rstd, weight, bias, residual, z, normal, slope, m, C, blocks,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of z, normal and slope."""
+    tile = tl.program_id(0).to(tl.int64)
+    pixel = (tile // blocks) * TILE_P + tl.arange(0, TILE_P).to(tl.int64)
+    c = (tile % blocks) * TILE_C + tl.arange(0, TILE_C).to(tl.int64)
+    in_row = c < C
+    mask = (pixel < m)[:, None] & in_row[None, :]
+    at = pixel[:, None] * C + c[None, :]
+    centred = tl.load(y + at, mask=mask, other=0.0)
+    centred -= tl.load(mean + c, mask=in_row, other=0.0)[None, :]
+    found = centred * tl.load(rstd + c, mask=in_row, other=0.0)[None, :]
+    tl.store(normal + at, found, mask=mask)
+    if WEIGHT:
+        found = found * tl.load(weight + c, mask=in_row, other=0.0)[None, :]
+    if BIAS:
+        found += tl.load(bias + c, mask=in_row, other=0.0)[None, :]
+    if RESIDUAL:
+        found += tl.load(residual + at, mask=mask, other=0.0)
+    if RELU:
+        tl.store(slope + at, tl.where(found > 0, 1.0, 0.0), mask=mask)
+        found = tl.where(found < 0, 0.0, found)  # NaN stays
+    tl.store(z + at, found, mask=mask)
+
+
+@triton.jit
 def inner_kernel(
     a, b, result, K, m, C, blocks, a_k, b_k, b_pixel, TILE_P: tl.constexpr, TILE_C: tl.constexpr
 ):
@@ -241,6 +270,30 @@ def pull(
             TY=ty is not None, RSTD=rstd is not None, OUT=out is not None, **t.constants(),
         )  # fmt: skip
     return dscale.sum(0).to(u.dtype), dshift.sum(0).to(u.dtype)
+
+
+def normalise(
+    y: Tensor,  # [m, C]
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    residual: Tensor | None,  # [m, C]
+    z: Tensor,  # [m, C] written
+    normal: Tensor,  # [m, C] written
+    slope: Tensor | None,  # [m, C] written; None: no ReLU
+) -> None:
+    if y.numel() == 0:
+        return
+    t = _Tiles(y[None])
+    pieces = (weight, bias, residual)
+    with on_device(y):
+        normalise_kernel[(t.tiles,)](
+            y, mean, rstd, *(y if p is None else p for p in pieces), z, normal,
+            y if slope is None else slope, t.m, t.c, t.blocks,
+            WEIGHT=weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
+            RELU=slope is not None, **t.constants(),
+        )  # fmt: skip
 
 
 def inner(

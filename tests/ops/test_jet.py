@@ -14,8 +14,10 @@ from jet_cases import (
     SHAPES,
     Draw,
     assert_sums,
+    check_normalise,
     check_pull,
     check_push,
+    normalise_options,
     pull_options,
     push_options,
 )
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.jet import inner, pull, push
+from entropic_fast.ops.jet import inner, normalise, pull, push
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
@@ -99,6 +101,19 @@ def test_inner_is_the_sum_of_products(
         assert result.dtype == torch.float64 and result.shape == shape[:1]
         terms = a.double() * b.double()
         assert_sums(result, terms.sum((1, 2)), terms.abs().sum((1, 2)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_normalise_is_the_formula(
+    place: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    draw = Draw(dtype, place)
+    options = normalise_options(draw, *shape[1:])
+    for relu in (False, True):
+        check_normalise(draw, *shape[1:], options, relu)
+        check_normalise(draw, *shape[1:], draw.one_in_two(**options), relu)
+        check_normalise(draw, *shape[1:], {}, relu)
 
 
 def test_tangents_may_be_apart_in_memory(place: str) -> None:
@@ -249,6 +264,19 @@ def test_values_that_are_not_finite_stay_where_they_are(place: str, bad: float) 
 
 
 @NOT_FINITE
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_what_torch_makes_of_it(place: str, bad: float) -> None:
+    draw = Draw(torch.float32, place)
+    y, zeros, ones = draw(40, 19), torch.zeros(19, device=place), torch.ones(19, device=place)
+    y[7, 3] = y[9, 18] = bad
+    z, normal, slope = normalise(y, zeros, ones, relu=True)
+    assert torch.equal(normal.nan_to_num(), y.nan_to_num())
+    assert torch.equal(z.nan_to_num(), y.relu().nan_to_num())
+    assert torch.equal(z.isnan(), y.isnan())
+    assert slope is not None and torch.equal(slope, (y > 0).float())
+
+
+@NOT_FINITE
 def test_what_is_not_asked_for_is_not_read(place: str) -> None:
     """A cotangent of infinities that only `dscale` needs leaves `out` as it is, and so on."""
     draw = Draw(torch.float64, place)
@@ -285,3 +313,6 @@ def test_opcheck_passes(place: str) -> None:
     torch.library.opcheck(ops.jet_pull.default, full)
     torch.library.opcheck(ops.jet_pull.default, (full[0], *[None] * 10))
     torch.library.opcheck(ops.jet_inner.default, (full[0], extra))
+    full = (draw(m, c), draw(c), draw(c), *normalise_options(draw, m, c).values(), True)
+    torch.library.opcheck(ops.jet_normalise.default, full)
+    torch.library.opcheck(ops.jet_normalise.default, (*full[:3], None, None, None, False))

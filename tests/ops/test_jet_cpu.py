@@ -13,8 +13,10 @@ from jet_cases import (
     SHAPES,
     Draw,
     assert_sums,
+    check_normalise,
     check_pull,
     check_push,
+    normalise_options,
     pull_options,
     push_options,
 )
@@ -22,7 +24,7 @@ from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
 from entropic_fast.ops import backend, native
-from entropic_fast.ops.jet import FAMILY, inner, pull, push
+from entropic_fast.ops.jet import FAMILY, inner, normalise, pull, push
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,9 @@ def everything(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
         results.append(inner(a, b))
         terms = a.double() * b.double()
         assert_sums(results[-1], terms.sum((1, 2)), terms.abs().sum((1, 2)), dtype)
+    for relu in (False, True):
+        options = normalise_options(draw, *shape[1:])
+        results += check_normalise(draw, *shape[1:], options, relu)
     return results
 
 
@@ -135,6 +140,15 @@ def test_bad_input_of_one_op_is_refused_by_name() -> None:
         inner(u, u.double())
     with pytest.raises(ValueError, match=r"b: expected shape \[K, m, C\] = \[2, 3, 4\] beside a"):
         inner(u, u[:1])
+    y, c = torch.zeros(3, 4), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"y: expected shape \[m, C\]"):
+        normalise(u, c, c)
+    with pytest.raises(ValueError, match=r"rstd: expected shape \[C\] = \[4\]"):
+        normalise(y, c, c[:2])
+    with pytest.raises(ValueError, match=r"residual: expected dtype torch\.float32 as y"):
+        normalise(y, c, c, residual=y.double())
+    with pytest.raises(ValueError, match=r"weight: .* that autograd"):
+        normalise(y, c, c, c.clone().requires_grad_())
 
 
 def test_memory_that_is_written_and_read_by_two_is_refused() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from jet_cases import Draw, pull_options, push_options
+from jet_cases import Draw, normalise_options, pull_options, push_options
 from torch import Tensor
 from triton_launches import Recorder, compile_launch
 
@@ -77,6 +77,11 @@ def everything(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     jet.pull(u, extra, *pull_options(draw, *shape).values(), out)
     jet.pull(u, *[None] * 10)
     jet.inner(u, extra if extra is not None else u)
+    m, c = shape[1:]
+    y, z, normal, slope = (draw(m, c) for _ in range(4))
+    rows = draw(c), draw(c)
+    jet.normalise(y, *rows, *normalise_options(draw, m, c).values(), z, normal, slope)
+    jet.normalise(y, *rows, None, None, None, z, normal, None)
 
 
 @needs_triton
@@ -100,10 +105,10 @@ def test_what_is_launched_compiles_ahead_of_time(
     from entropic_fast.triton import jet
 
     launches: list[Any] = []
-    for name in ("push_kernel", "pull_kernel", "inner_kernel"):
+    for name in ("push_kernel", "pull_kernel", "inner_kernel", "normalise_kernel"):
         monkeypatch.setattr(jet, name, Recorder(getattr(jet, name), launches))
     everything(dtype, shape)
-    assert len(launches) == 5
+    assert len(launches) == 7
     for launch in launches:
         for arch in archs:
             compiled = compile_launch(*launch, arch)

@@ -283,6 +283,43 @@ void pull(const PullBlock<T>& b) {
            2 * (b.out.at != nullptr) + (b.ty.at != nullptr)](b);
 }
 
+template <bool RELU, typename T>
+void normalise_block(const NormaliseBlock<T>& b) {
+  const i64 width = b.width;
+  each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
+                                 always_inline)) {
+    using V = typename decltype(kind)::V;
+    constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
+    V mean[COUNT], rstd[COUNT], weight[COUNT], bias[COUNT];
+    load_all<COUNT>(b.mean + i, mean);
+    load_all<COUNT>(b.rstd + i, rstd);
+    load_all<COUNT>(b.weight + i, weight);
+    load_all<COUNT>(b.bias + i, bias);
+    const i64 start = first * width + i;
+    const T* residual = b.residual.at + first * b.residual.step + i;
+    const V zero = V(), one = zero + T(1);
+    for (i64 row = 0; row < rows; ++row, residual += b.residual.step) {
+      const i64 at = start + row * width;
+#pragma GCC unroll 4
+      for (int v = 0; v < COUNT; ++v) {
+        const V normal = (load<V>(b.y + at + v * L) - mean[v]) * rstd[v];
+        V z = weight[v] * normal + bias[v] + load<V>(residual + v * L);
+        store<V>(b.normal + at + v * L, normal);
+        if constexpr (RELU) {
+          store<V>(b.slope + at + v * L, z > zero ? one : zero);
+          z = z < zero ? zero : z;  // NaN stays
+        }
+        store<V>(b.z + at + v * L, z);
+      }
+    }
+  });
+}
+
+template <typename T>
+void normalise(const NormaliseBlock<T>& b) {
+  b.slope == nullptr ? normalise_block<false>(b) : normalise_block<true>(b);
+}
+
 template <typename T>
 void inner(const InnerBlock<T>& b) {
   const i64 width = b.width, step = width / b.channels * b.b.step;
@@ -341,8 +378,10 @@ void gather(const JetPixels<T>& from, i64 rows, i64 channels, T* to) {
 namespace ENTROPIC_ISA {
 extern const JetBlocks<float> jet_f32;
 extern const JetBlocks<double> jet_f64;
-const JetBlocks<float> jet_f32 = {push<float>, pull<float>, inner<float>, gather<float>};
-const JetBlocks<double> jet_f64 = {push<double>, pull<double>, inner<double>, gather<double>};
+const JetBlocks<float> jet_f32 = {push<float>, pull<float>, normalise<float>, inner<float>,
+                                  gather<float>};
+const JetBlocks<double> jet_f64 = {push<double>, pull<double>, normalise<double>, inner<double>,
+                                   gather<double>};
 }  // namespace ENTROPIC_ISA
 
 }  // namespace entropic::cpu

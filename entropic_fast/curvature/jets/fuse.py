@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ops.jet import pull, push
-from .batch_norm import statistics
+from ...ops.jet import normalise, pull, push
+from .batch_norm import along, statistics
 from .step import Step, Sum
 
 aten = torch.ops.aten
@@ -46,17 +46,28 @@ class NormUnit(Unit):
         if add is not None:
             (self.residual,) = (a for a in add.args if a is not result)
 
-    def prepare(self, values: Any) -> None:
-        """Values that tangents at this point need, however many directions there are."""
+    def evaluate(self, values: Any) -> None:
+        """Set the value of the last node, and what tangents at this point need of the chain."""
         step = Step(self.norm, values, {})
-        y, weight = step.value(0), step.value(1)
-        mean, rstd = statistics(step, 3, 4, 7)
-        normal = pixels(((y - mean) * rstd)[None])[0]
-        rstd = rstd.flatten()
+        y, weight, bias = step.value(0), step.value(1), step.value(2)
+        mean, rstd = (t.flatten() for t in statistics(step, 3, 4, 7))
+        residual = None if self.residual is None else values[self.residual]
+        z, normal, slope = normalise(
+            _pixels(y),
+            mean,
+            rstd,
+            weight,
+            bias,
+            None if residual is None else _pixels(residual),
+            relu=self.relu is not None,
+        )
+        z = images(z[None], y.shape)[0]
+        empty = y.new_empty(0)  # what aten returns as statistics
+        values[self.norm] = (None, empty, empty)
+        values[self.nodes[-1]] = z
         values.derived[self.norm] = (normal, rstd, rstd if weight is None else rstd * weight)
-        if self.relu is not None:
-            z = values[self.relu]
-            values.derived[self.relu] = pixels((z > 0).to(z.dtype)[None])[0]
+        if slope is not None:
+            values.derived[self.relu] = slope
 
     def run(self, values: Any, tangents: Tangents, cotangent: Tensor | None) -> Tensor | None:
         """Set the tangent of the last node; the chain's second-order form, if any.  # [K]"""
@@ -81,7 +92,7 @@ class NormUnit(Unit):
             tshift=tshift,
             residual=None if residual is None else pixels(residual),
             slope=None if self.relu is None else values.derived[self.relu],
-            cotangent=pixels(cotangent[None])[0] if needs_form and cotangent is not None else None,
+            cotangent=_pixels(cotangent) if needs_form and cotangent is not None else None,
         )
         if extra is not None:
             moved.settled()
@@ -99,6 +110,30 @@ class BackUnit(Unit):
         self.sources: list[fx.Node] = [first.args[0]]  # type: ignore[list-item]
         if add is not None:
             self.sources.append(add.args[1])
+
+    def evaluate(self, values: Any) -> None:
+        """Set the values of relu's backward pass and of the norm's results, as far as wanted."""
+        step = Step(self.norm, values, {})
+        parts = [values[node] for node in self.sources]
+        shape = parts[0].shape
+        u = parts[0] + parts[1] if len(parts) > 1 else parts[0]
+        normal, _, scale = values.derived[self.forward.norm]
+        weights = step.wanted(1) or step.wanted(2)
+        if self.relu is None and not weights:  # no sums to take, nothing to mask
+            values[self.norm] = (u * along(scale, u.ndim), None, None)
+            return
+        g = _pixels(u)[None]
+        if len(parts) == 1 and g.data_ptr() == u.data_ptr():
+            g = g.clone()  # it is overwritten, and others may read it
+        out, dscale, dshift = pull(
+            g,
+            slope=None if self.relu is None else values.derived[self.forward.relu],
+            normal=normal if weights else None,
+            scale=scale,
+        )
+        if self.relu is not None:
+            values[self.relu] = images(g, shape)[0]
+        values[self.norm] = (images(out, shape)[0], dscale[0], dshift[0])
 
     def run(self, values: Any, tangents: Tangents) -> None:
         """Set the tangents of relu's backward pass and of the norm's three results."""
@@ -133,7 +168,7 @@ class BackUnit(Unit):
             normal=normal,
             scale=scale,
             tscale=None if tscale is None else tscale * rstd,
-            cotangent=None if at is None else pixels(at[None])[0],
+            cotangent=None if at is None else _pixels(at),
             ty=None if ty is None else pixels(ty),
             rstd=rstd,
         )
@@ -160,6 +195,11 @@ def pixels(tangent: Tensor) -> Tensor:
     k, m, channels = found.shape
     dense = found.stride(1) == channels and (k <= 1 or found.stride(0) >= m * channels)
     return found if dense else found.clone(memory_format=torch.contiguous_format)
+
+
+def _pixels(value: Tensor) -> Tensor:
+    """[n, C, ...] as [pixels, C], dense."""
+    return pixels(value[None])[0]
 
 
 def spread_pixels(tangent: Tensor) -> Tensor:
@@ -234,9 +274,9 @@ def back_units(behind: Sequence[fx.Node], ahead: Sequence[NormUnit]) -> list[Bac
 
 
 def _only(node: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
-    """The one user of a node, if there is just one in this part of the graph."""
-    users = [user for user in node.users if user in inside]
-    return users[0] if len(users) == 1 else None
+    """The one user of a node, if there is just one and it is in this part of the graph."""
+    users = [user for user in node.users if user.op != "output"]
+    return users[0] if len(users) == 1 and users[0] in inside else None
 
 
 def _adds(node: fx.Node, one: Any) -> bool:

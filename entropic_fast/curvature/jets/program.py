@@ -102,11 +102,11 @@ class Program:
         self.ahead = [n for n in graph.nodes if n not in behind]
         self.behind = [n for n in graph.nodes if n in behind]
         norms = norm_units(self.ahead)
-        self._norms = norms
         self._units_ahead = _scheduled(self.ahead, norms)
         self._units_behind = _scheduled(self.behind, back_units(self.behind, norms))
         self._affine = any(_has_constant_term(n, {graph.u, *behind}) for n in self.behind)
-        self._last = _last_uses(self._units_ahead)
+        self._last = _last_uses(self._units_ahead, {graph.outputs})
+        self._last_behind = _last_uses(self._units_behind, set(graph.gradients))
         self.checked = Checked()
 
     # -- values ----------------------------------------------------------------------------
@@ -117,19 +117,20 @@ class Program:
         values.update(zip(self.graph.parameters, parts, strict=True))
         values.update(zip(self.graph.buffers, buffers, strict=True))
         values[self.graph.x] = convolution.packed(x) if x.ndim == 4 else x
-        _run(self.ahead, values, self.graph.constants)
+        self._evaluate(self._units_ahead, values)
         return values
 
     def backward(self, values: Values, u: Tensor) -> None:
         """Add the values of the backward pass."""
         values[self.graph.u] = u
-        _run(self.behind, values, self.graph.constants)
+        self._evaluate(self._units_behind, values)
 
-    def prepare(self, values: Values) -> None:
-        """Work that all directions share."""
-        for unit in self._norms:
-            unit.prepare(values)
-        values.read.clear()
+    def _evaluate(self, units: Sequence[Unit], values: Values) -> None:
+        for unit in units:
+            if isinstance(unit, NormUnit | BackUnit):
+                unit.evaluate(values)
+            else:
+                _run(unit.nodes[0], values, self.graph.constants)
 
     # -- tangents --------------------------------------------------------------------------
 
@@ -155,13 +156,13 @@ class Program:
                 forms.append(found)
             if not keep:
                 for dead in self._last.get(unit, ()):
-                    if dead is not self.graph.outputs:
-                        tangents.pop(dead, None)
+                    tangents.pop(dead, None)
         return tangents
 
     def pull(self, values: Values, tangents: Tangents, u: Tensor) -> list[Tensor | None]:
         """Tangents of the gradients in the parameters, from those of u.  # [K, *shape] each
 
+        What `tangents` holds is let go of where it has been used for the last time.
         Without `backward` values: of the backward pass at u = 0, in which it is linear.
         """
         if self._affine and self.graph.u not in values:
@@ -173,6 +174,8 @@ class Program:
                 unit.run(held, tangents)
             else:
                 self._one(unit.nodes[0], held, tangents)
+            for dead in self._last_behind.get(unit, ()):
+                tangents.pop(dead, None)
         return [tangents.get(node) for node in self.graph.gradients]
 
     def forms(
@@ -244,15 +247,14 @@ class _AtZero(Mapping[fx.Node, Any]):
         return len(self._values)
 
 
-def _run(nodes: Iterable[fx.Node], values: Values, constants: dict[str, Tensor]) -> None:
-    for node in nodes:
-        if node.op == "get_attr":
-            values[node] = constants[node.name]
-        elif node.target in _OWN:
-            values[node] = _OWN[node.target](Step(node, values, {}))
-        else:
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+def _run(node: fx.Node, values: Values, constants: dict[str, Tensor]) -> None:
+    if node.op == "get_attr":
+        values[node] = constants[node.name]
+    elif node.target in _OWN:
+        values[node] = _OWN[node.target](Step(node, values, {}))
+    else:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)
 
 
 # Operations that aten does not do, or not on tensors with channels last.
@@ -327,12 +329,15 @@ def _scheduled(nodes: Sequence[fx.Node], chains: Sequence[Unit]) -> list[Unit]:
     return order
 
 
-def _last_uses(units: Sequence[Unit]) -> dict[Unit, list[fx.Node]]:
+def _last_uses(units: Sequence[Unit], kept: set[fx.Node]) -> dict[Unit, list[fx.Node]]:
+    """Nodes, but those that are kept, by the unit that is the last to make or read them."""
     last: dict[fx.Node, Unit] = {}
     for unit in units:
         for node in (*unit.inputs, *unit.nodes):
             last[node] = unit
     by_unit: dict[Unit, list[fx.Node]] = {}
     for node, unit in last.items():
+        if node in kept:
+            continue
         by_unit.setdefault(unit, []).append(node)
     return by_unit
