@@ -4,7 +4,7 @@ Small by default, so that it runs with the tests:
     pytest benchmarks/test_hessian.py
 At full size, each part alone; results go to benchmarks/results/hessian-*.json:
     ENTROPIC_FAST_BENCH=full pytest benchmarks/test_hessian.py -k products_resnet
-    (-k products_resnet, products_wide, trace or path)
+    (-k products_resnet, products_wide, trace, line or path)
 ENTROPIC_FAST_BENCH_COMPILE=1 adds `torch.compile` of jvp(grad), which takes minutes to compile.
 Other settings and the peers are those of test_score.py.
 """
@@ -175,20 +175,23 @@ def deflated(problem: Problem, k: int, tol: float, most: int) -> ef.Estimate:
     return hessian_trace(problem.objective, probes=most, tol=tol, deflate=pairs)
 
 
-def test_path(provenance: dict[str, Any], tmp_path: Path) -> None:
-    """The largest eigenvalue to a relative residual of 1e-3 at points of a line, in turns.
+@pytest.mark.parametrize("kind", ["line", "path"])
+def test_path(kind: str, provenance: dict[str, Any], tmp_path: Path) -> None:
+    """The largest eigenvalue to a relative residual of 1e-3 at points of a path, in turns.
 
-    Between two trained networks, normalisation statistics estimated anew at every point; both
-    ways start from what they found at the point before.
+    Between two trained networks, along the straight line or a minimum energy path; normalisation
+    statistics are estimated anew at every point. Both ways start from what they found at the
+    point before.
     """
     points, examples = (33, 64) if FULL else (3, 5)
     first, last = trained_problem(examples, 0), trained_problem(examples, 1)
     a, b = (p.objective.parameters_vector() for p in (first, last))
+    path = ef.linear_path(a, b) if kind == "line" else minimum_energy_path(first, a, b)
     seconds: dict[str, list[float]] = {"ours": [], "power iteration by jvp(grad)": []}
     spent: dict[str, list[int]] = {name: [] for name in seconds}
     pairs, vector = None, random_vector(len(a)).to(a)
     for i in range(points):
-        theta = torch.lerp(a, b, i / (points - 1))
+        theta = path.point(i / (points - 1))
         problem = settled(first, theta)
         begin = time.perf_counter()
         pairs = tracked_eigenpairs(HessianOperator(problem.objective, theta), pairs, tol=1e-3)
@@ -210,5 +213,16 @@ def test_path(provenance: dict[str, Any], tmp_path: Path) -> None:
         "seconds a point": seconds,
         "products a point": spent,
     }
-    store("hessian-path-resnet20", record, tmp_path)
+    store(f"hessian-{kind}-resnet20", record, tmp_path)
     assert pairs is not None and pairs.converged
+
+
+def minimum_energy_path(problem: Problem, a: torch.Tensor, b: torch.Tensor) -> ef.Path:
+    """From AutoNEB, on 512 digits."""
+    images, steps = (512, 40) if FULL else (5, 1)
+    data = digits(problem.size, images).tensors(images)
+    objective = ef.Objective(problem.model, "cross_entropy", data)
+    config = ef.AutoNEBConfig(
+        pivots=5, max_pivots=7, cycles=[(steps, 0.1), (steps, 0.01)], batch_size=128, eval_points=1
+    )
+    return ef.auto_neb(objective, a, b, config).path
