@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,17 @@ from entropic_fast.curvature import (
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(2400)]
 COMPILE = os.environ.get("ENTROPIC_FAST_BENCH_COMPILE") == "1"
 PLAIN, PLAIN_LAST = "plain gradient", "plain gradient, channels last"
-BLOCK = 8
+BLOCK, BLOCKS = 8, ("vmap(jvp(grad))", "curvlinops")
 
 
-def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Products and trace probes, each in units of one plain gradient."""
+def products_record(
+    problem: Problem, rounds: int, provenance: dict[str, Any], blocks: Collection[str] = BLOCKS
+) -> dict[str, Any]:
+    """Products and trace probes, each in units of one plain gradient.
+
+    Args:
+        blocks: peers that are to make 8 products at once too.
+    """
     hessians = Hessians(problem)
     one, block = hessians.vectors(1), hessians.vectors(BLOCK)
     fixed, single = operator(problem), operator(problem)
@@ -64,16 +71,15 @@ def products_record(problem: Problem, rounds: int, provenance: dict[str, Any]) -
         "ours, 1 product at a new point": (lambda: operator(problem) @ one, 1),
     }
     rivals |= {name: (way, 1) for name, way in hessians.peers(1, COMPILE).items()}
-    blocks = {"vmap(jvp(grad))", "curvlinops"}
     many = hessians.peers(BLOCK, False)
-    rivals |= {f"{name}, 8": (many[name], BLOCK) for name in blocks & many.keys()}
-    slow = {f"{name}, 8": 3 for name in blocks}
+    rivals |= {f"{name}, 8": (many[name], BLOCK) for name in many.keys() & set(blocks)}
+    slow = {f"{name}, 8": 1 for name in blocks}  # they take longest and lose by most
     found = take_turns(
         {name: way for name, (way, _) in rivals.items()},
         rounds,
         most=slow,
         warm_up=FULL,
-        limit=200,
+        limit=300,
     )
     # In float32 rounding turns some ReLUs of millions on or off, and each is worth some 1e-4 of a
     # product: no way comes nearer than that to the product in float64.
@@ -116,14 +122,15 @@ def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
 
 def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     problem = Problem("wrn16-4", 64) if FULL else Problem("wrn10-1", 5, size=8)
-    record = products_record(problem, 5 if FULL else 1, provenance)
+    # Blocks of 8 take peers minutes and many gigabytes here, and twice the time of single products.
+    record = products_record(problem, 5 if FULL else 1, provenance, () if FULL else BLOCKS)
     store("hessian-products-wrn16-4", record, tmp_path)
     assert record["way"] == "rules"
 
 
 def trained_problem(examples: int, seed: int = 0) -> Problem:
     """A trained ResNet on handwritten digits, as many of them as its objective has."""
-    name, size, images, epochs = ("resnet20", 32, 1024, 12) if FULL else ("resnet8", 8, 64, 1)
+    name, size, images, epochs = ("resnet20", 32, 1024, 24) if FULL else ("resnet8", 8, 64, 1)
     data = digits(size, images)
     model = trained(name, data, epochs, seed)
     return Problem(name, examples, size, data=data.tensors(examples), model=model)
@@ -141,12 +148,16 @@ def test_trace(provenance: dict[str, Any], tmp_path: Path) -> None:
     objective, hessians = problem.objective, Hessians(problem)
     rivals: dict[str, Any] = {
         PLAIN: problem.plain,
+        "ours, Gauss-Newton part exact": lambda: hessian_trace(
+            objective, None, most, tol, method="gauss-newton"
+        ),
         "ours, deflated by 8": lambda: deflated(problem, 8 if FULL else 2, tol, most),
         "ours, Hutch++": lambda: hessian_trace(objective, None, most, tol, method="hutch++"),
         "ours, XTrace": lambda: hessian_trace(objective, None, most, tol, method="xtrace"),
     }
     peers = {f"{n}, one product": way for n, way in hessians.peers(1, COMPILE).items()}
-    found = take_turns(rivals | peers, 3 if FULL else 1, warm_up=False, limit=500)
+    slow = {"ours, deflated by 8": 1, "ours, XTrace": 1}
+    found = take_turns(rivals | peers, 3 if FULL else 1, most=slow, warm_up=False, limit=300)
     estimates = {n: e for n, e in found.values.items() if isinstance(e, ef.Estimate)}
     plain = hessian_trace(objective, probes=few)
     needed = {

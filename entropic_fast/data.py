@@ -148,6 +148,11 @@ class ImageData:
         index = self.order[: self._limit(limit)]
         return self.inputs(index, dtype), self.labels[index]
 
+    def augmentation(self, pad: int = 4, flip: bool = True) -> CropAndFlip:
+        """What `augment` does, for normalised images: see `CropAndFlip`."""
+        black = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
+        return CropAndFlip(pad, flip, black)
+
     def subset(self, index: Tensor | Sequence[int]) -> ImageData:
         """The examples at `index` [n]; mean and standard deviation stay the training set's."""
         index = torch.as_tensor(index, dtype=torch.int64, device=self.device)
@@ -353,17 +358,59 @@ def augment(
     if index.shape != images.shape[:1] or index.dtype != torch.int64:
         raise fail("index", f"an int64 tensor of shape [{len(images)}]", describe(index))
     words = philox(index.to(images.device), derive(seed, "augment"), stream=epoch)  # [B, 4]
-    out = images.clone()
-    if pad:
-        height, width = images.shape[-2:]
-        windows = functional.pad(images, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        offset = (words[:, :2] * (2 * pad + 1)) >> 32  # uniform over 0 .. 2 pad
-        rows = torch.arange(len(images), device=images.device)
-        out = windows[rows, :, offset[:, 0], offset[:, 1]]
-    if flip:
-        turned = (words[:, 2] >> 31).bool()
-        out = torch.where(turned[:, None, None, None], out.flip(-1), out)
-    return out
+    return CropAndFlip(pad, flip)(images, words)
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """Random crops of padded images and horizontal flips, as a function of random words.
+
+    Args:
+        pad: pixels added on each side; 0 for no crop.
+        flip: whether to flip, with probability 1/2.
+        fill: what is added, a number a channel; 0 if left out. For normalised images black is
+            -mean / std: `ImageData.augmentation` gives it.
+
+    >>> images, words = torch.rand(5, 3, 8, 8), philox(torch.arange(5), seed=0)
+    >>> tuple(CropAndFlip(pad=2)(images, words).shape)
+    (5, 3, 8, 8)
+    """
+
+    pad: int = 4
+    flip: bool = True
+    fill: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        whole("pad", self.pad)
+
+    def __call__(self, images: Tensor, words: Tensor) -> Tensor:
+        """New images of the same shape and type.
+
+        Args:
+            images: [B, C, H, W]
+            words: uniform in [0, 2^32).  # [B, 4] int64
+        """
+        if images.ndim != 4:
+            raise fail("images", "a tensor of shape [B, C, H, W]", describe(images))
+        if self.fill and len(self.fill) != images.shape[1]:
+            raise fail("fill", f"{images.shape[1]} numbers, one a channel", repr(self.fill))
+        out = images.clone()
+        if self.pad:
+            height, width = images.shape[-2:]
+            windows = self._padded(images).unfold(2, height, 1).unfold(3, width, 1)
+            offset = (words[:, :2] * (2 * self.pad + 1)) >> 32  # uniform over 0 .. 2 pad
+            rows = torch.arange(len(images), device=images.device)
+            out = windows[rows, :, offset[:, 0], offset[:, 1]]
+        if self.flip:
+            turned = (words[:, 2] >> 31).bool()
+            out = torch.where(turned[:, None, None, None], out.flip(-1), out)
+        return out
+
+    def _padded(self, images: Tensor) -> Tensor:
+        out = functional.pad(images, (self.pad,) * 4)
+        for channel, value in enumerate(self.fill):
+            out[:, channel] = functional.pad(images[:, channel], (self.pad,) * 4, value=value)
+        return out
 
 
 def epoch_order(n: int, epoch: int, seed: int) -> Tensor:

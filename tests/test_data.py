@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from entropic_fast.data import ImageData, augment, batches, epoch_order, load
+from entropic_fast.data import CropAndFlip, ImageData, augment, batches, epoch_order, load
+from entropic_fast.random import philox
 
 
 def images(n=6, channels=3, size=5, classes=3, seed=0):
@@ -336,3 +337,20 @@ def test_a_gpu_augments_and_orders_as_the_cpu_does():
     assert torch.equal(got.cpu(), augment(data.images, index, 3, 4))
     assert torch.equal(there.order.cpu(), data.order) and there.hash == data.hash
     assert torch.allclose(there.inputs().cpu(), data.inputs(), atol=1e-6)
+
+
+def test_normalised_images_are_padded_with_black():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (9, 3, 6, 5), generator=g, dtype=torch.uint8)
+    data = ImageData(
+        images, torch.zeros(9, dtype=torch.int64), (0.2, 0.4, 0.5), (0.1, 0.2, 0.3), ["a"], "x"
+    )
+    words = philox(torch.arange(9), seed=5)
+    first = data.normalise(CropAndFlip(3)(images, words))
+    last = data.augmentation(pad=3)(data.normalise(images), words)
+    torch.testing.assert_close(last, first)
+
+
+def test_a_fill_needs_a_number_a_channel():
+    with pytest.raises(ValueError, match="fill: expected 3 numbers"):
+        CropAndFlip(fill=(0.0,))(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, dtype=torch.int64))

@@ -99,6 +99,7 @@ void update_and_products(const StepShape<T>& s, const Update& update) {
     }
   }
 
+  if (sums == 0) return;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (i64 i = 0; i < s.replicas * sums; ++i) {
     const i64 r = i / sums, which = i % sums / count, m = i % count;

@@ -13,6 +13,7 @@ from ..examples import Batch
 from ..model_checks import require_twice_differentiable
 from ..objective import Objective
 from .by_rules import ByRules
+from .compiled import undisturbed
 from .jets import JetEngine
 from .jets.engine import Tile
 from .operators import CurvatureOperator
@@ -52,6 +53,15 @@ class JetOperator(ByRules, CurvatureOperator):
         if self._engine is not None and bool(torch.isfinite(total).all()):
             self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
+
+    def keep_values(self) -> None:
+        """Keep what the next product computes at the point, as more are to come.
+
+        Without it, only a second product shows that values are wanted again.
+        """
+        with undisturbed():
+            if self._engine is not None:
+                self._engine.keep(self.kind)
 
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
@@ -124,6 +134,31 @@ class HessianOperator(JetOperator):
             return super()._forms(columns)
         forms = self._engine.forms(columns.T.contiguous()) / self.obj.num_examples
         return forms if bool(torch.isfinite(forms).all()) else super()._forms(columns)
+
+    def network_forms(self, vectors: Tensor) -> Tensor:
+        """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
+
+        The part of the network's own curvature, weighted by the loss's slope in the outputs: small
+        where the loss is. At the price of a quadratic form where products go by rules.
+
+        Raises:
+            ValueError, NonFiniteLossError: as products.
+
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> H = HessianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+        >>> H.network_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
+        [0.0]
+        """
+        with undisturbed():
+            columns = self._columns(vectors)
+            if self._engine is not None:
+                rows = columns.T.contiguous()
+                forms = self._engine.forms(rows, network_alone=True) / self.obj.num_examples
+                if bool(torch.isfinite(forms).all()):
+                    return forms
+            gauss_newton = GGNOperator(self.obj, self.theta)
+            return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)
 
     @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..results import Eigenpairs, Estimate
+from .ggn import ggn_trace
 from .hessian import HessianOperator
 from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
 from .hutchpp import hutchpp
@@ -19,6 +20,7 @@ from .sketch import Complement, deflation_basis
 from .xtrace import xtrace
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
+GAUSS_NEWTON = "gauss-newton"
 DEFAULT_PROBES = 32
 
 
@@ -66,7 +68,10 @@ def hessian_trace(
     Args:
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
-        probes, tol, method, deflate: as for `operator_trace`.
+        probes, tol, method, deflate: as for `operator_trace`. One method more, "gauss-newton",
+            takes the trace of the Gauss-Newton matrix exactly (`ggn_trace`, about a gradient a
+            class) and estimates the rest, by `HessianOperator.network_forms`: where the loss is
+            low that is little, and few probes do. For examples that do not influence one another.
         seed: of the signs. They depend on nothing else, so at two points with one seed they
             are the same, and the difference of the traces is known better than each.
         by: None for the whole; "parameter" or "module" for the diagonal block of each, by name,
@@ -88,6 +93,10 @@ def hessian_trace(
     {'weight': 32, 'bias': 32}
     """
     operator = HessianOperator(obj, theta)
+    if method == GAUSS_NEWTON:
+        if by is not None:
+            raise checks.fail("by", f'None with method="{GAUSS_NEWTON}"', repr(by))
+        return _beside_gauss_newton(operator, probes, tol, seed, deflate)
     if by is None:
         return operator_trace(operator, probes, tol, seed, method=method, deflate=deflate)
     key = grouping(by)
@@ -100,6 +109,26 @@ def hessian_trace(
     measure = shares(operator, list(sizes.values()), [names.index(key(name)) for name in sizes])
     found = _traces(operator, measure, probes, tol, seed, method, deflate)
     return dict(zip(names, found, strict=True))
+
+
+def _beside_gauss_newton(
+    operator: HessianOperator,
+    probes: int,
+    tol: float | None,
+    seed: int,
+    deflate: Eigenpairs | Tensor | None,
+) -> Estimate:
+    """tr G exactly, and tr (H - G) by random signs."""
+    basis = _checked(operator, probes, tol, deflate)
+    known = ggn_trace(operator.obj, operator.theta).value
+
+    def measure(vectors: Tensor) -> Tensor:
+        return operator.network_forms(vectors).cpu()[:, None]
+
+    sampler = Hutchinson(operator, measure, seed, basis)
+    sampler.exact = sampler.exact + known
+    sampler.sample_until(tol, probes)
+    return sampler.each()[0]
 
 
 def operator_trace(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
-from ..random import derive, permutation
+from ..random import derive, permutation, philox
+
+# (inputs [n, ...], words [n, 4]) -> inputs of the same shape
+Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Minibatches:
@@ -28,6 +31,8 @@ class Minibatches:
         batch_size: B, examples a batch, at most N.
         seed: of the whole run.
         ids: one number a replica.  # R of them
+        augment: changes inputs [n, ...] at random, given words [n, 4] (int64, uniform in
+            [0, 2^32)); they are a function of (seed, id, epoch, example). None for no change.
 
     Raises:
         ValueError: a batch size outside 1 .. N.
@@ -39,14 +44,19 @@ class Minibatches:
     """
 
     def __init__(
-        self, objective: Objective, batch_size: int, seed: int, ids: Sequence[int]
+        self,
+        objective: Objective,
+        batch_size: int,
+        seed: int,
+        ids: Sequence[int],
+        augment: Augmentation | None = None,
     ) -> None:
         n = objective.num_examples
         if checks.whole("batch_size", batch_size, 1) > n:
             raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
         self.batch_size, self.seed, self.ids = batch_size, checks.whole("seed", seed), list(ids)
         self.num_examples, self.per_epoch = n, n // batch_size
-        self.full = batch_size == n
+        self.full, self.augment = batch_size == n, augment
         self._inputs, self._targets = objective.tensors()
         self._epoch, self._order = -1, torch.empty(0)
 
@@ -73,19 +83,40 @@ class Minibatches:
         return self._order[:, batch]
 
     def table(self, step: int, count: int) -> Tensor:
-        """`indices` of `count` updates from `step` on; empty for the full batch.  # [k, R, B]"""
+        """All that `count` updates from `step` on take at random, an entry each.  # [k, ...]
+
+        Entries are examples [R, B], or with augmentation examples and words [R, B, 5]; the full
+        batch needs none without.
+        """
+        if self.augment is not None:
+            return torch.stack([self._with_words(step + j) for j in range(count)])
         if self.full:
             return torch.empty(count, 0, dtype=torch.int64, device=self._inputs.device)
         return torch.stack([self.indices(step + j) for j in range(count)])
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [R, B, ...] and targets [R, B, ...] of one row of `table`."""
-        replicas = len(self.ids)
+    def _with_words(self, step: int) -> Tensor:
+        index, epoch = self.indices(step), step // self.per_epoch
+        words = [
+            philox(row, derive(self.seed, "relax augment", i), epoch)
+            for row, i in zip(index, self.ids, strict=True)
+        ]
+        return torch.cat([index[..., None], torch.stack(words)], -1)
+
+    def take(self, entry: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [R, B, ...] and targets [R, B, ...] of one entry of `table`."""
+        if self.augment is not None:
+            inputs, targets = self._chosen(entry[..., 0])
+            changed = self.augment(inputs.flatten(0, 1), entry[..., 1:].flatten(0, 1))
+            return changed.view_as(inputs), targets
         if self.full:
+            replicas = len(self.ids)
             return (
                 self._inputs.expand(replicas, *self._inputs.shape),
                 self._targets.expand(replicas, *self._targets.shape),
             )
+        return self._chosen(entry)
+
+    def _chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self._inputs.index_select(0, index.reshape(-1))
         targets = self._targets.index_select(0, index.reshape(-1))
         return (

@@ -18,7 +18,7 @@ from .arguments import replicas as per_replica
 from .checkpoint import Checkpoint, fingerprint
 from .cycle_graph import Cycles
 from .evaluation import Evaluation
-from .minibatches import Minibatches
+from .minibatches import Augmentation, Minibatches
 from .optimizers import Optimizer
 from .recording import InMemory, Records, ToFile
 from .run import Run
@@ -44,6 +44,7 @@ def relax(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     ids: Sequence[int] | None = None,
+    augment: Augmentation | None = None,
     record_every: int | None = None,
     loss_every: int | None = None,
     fixed_sets: Mapping[str, Any] | None = None,
@@ -90,6 +91,9 @@ def relax(
         betas, eps: Adam's.
         ids: whole numbers that name the replicas' noise; default 0 .. R-1. Two replicas with
             one id see the same minibatches.
+        augment: random changes of every minibatch's inputs, within the cycle: a function of
+            inputs [n, ...] and random words [n, 4] (see `Minibatches`), such as
+            `data.CropAndFlip` or `ImageData.augmentation()`. None for none.
         record_every: updates between records, a multiple of `project_every`; default, every
             projection. The start and the last update are always recorded.
         loss_every: updates between evaluations of the loss over all examples (batches of
@@ -151,7 +155,7 @@ def relax(
     rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
     evaluation = Evaluation(obj, fixed_sets or {}, loss_every, fixed_every)
-    minibatches = Minibatches(obj, batch_size, seed, names)
+    minibatches = Minibatches(obj, batch_size, seed, names, augment)
 
     saved, stored = None, None
     if checkpoint is not None:
@@ -167,6 +171,7 @@ def relax(
             "data": fingerprint(*obj.tensors()),
             "model": fingerprint(*obj.constants()),
             "loss": obj.loss_name,
+            "augment": _named(augment),
         }
         saved = Checkpoint(checkpoint, settings)
         stored = saved.load()
@@ -229,6 +234,12 @@ def relax(
             trajectory,
         )
     return trajectory
+
+
+def _named(augment: Augmentation | None) -> str:
+    """What a checkpoint knows an augmentation by: no address in memory."""
+    name = getattr(augment, "__qualname__", None) or repr(augment)
+    return type(augment).__qualname__ if " at 0x" in name else name
 
 
 def _lost(diverged_at: Tensor, names: Sequence[int], lrs: Tensor) -> list[str]:

@@ -12,6 +12,8 @@ from ..table import Table
 from . import plots, relaxation, survival
 from .run import RunFolder
 
+Label = Callable[[float], str]
+
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
@@ -20,6 +22,7 @@ def collect(run: RunFolder) -> dict[str, Table]:
     survived, scaling = survival.survival(table, run.config.relax.project_every)
     found = {
         "fig3_relaxation": table,
+        "fig3_bands": relaxation.bands(table),
         "fig3_times": relaxation.times(table),
         "fig3_survival": survived,
     }
@@ -29,38 +32,40 @@ def collect(run: RunFolder) -> dict[str, Table]:
 
 def draw(tables: dict[str, Table]) -> Figure:
     """Panels A to C of the paper's figure 3: position against updates."""
-    table = tables["fig3_relaxation"]
-    figure, (starts, batches, rates) = plots.panels(1, 3, width=3.7, height=3.3)
+    table, bands = tables["fig3_relaxation"], tables["fig3_bands"]
+    figure, axes = plots.panels(1, 3, width=3.7, height=3.3)
     a, b, c = (table.where(panel=p) for p in "ABC")
-    curves(starts, a, "start", lambda v: f"s = {v:.3f}", "step")
-    curves(batches, b, "batch_size", lambda v: f"B = {v}", "step")
-    curves(rates, c, "lr", lambda v: f"lr = {v:g}", "step")
     base = f"B = {a['batch_size'][0]}, lr = {a['lr'][0]:g}"
-    plots.letter(starts, "A", f"starting points ({base})")
-    plots.letter(batches, "B", f"batch sizes (lr = {b['lr'][0]:g})")
-    plots.letter(rates, "C", f"learning rates (B = {c['batch_size'][0]})")
+    panels: list[tuple[str, str, Label, str]] = [
+        ("A", "start", lambda v: f"s = {v:.3f}", f"starting points ({base})"),
+        ("B", "batch_size", lambda v: f"B = {v}", f"batch sizes (lr = {b['lr'][0]:g})"),
+        ("C", "lr", lambda v: f"lr = {v:g}", f"learning rates (B = {c['batch_size'][0]})"),
+    ]
+    for ax, (panel, column, label, title) in zip(axes, panels, strict=True):
+        rows, band = table.where(panel=panel), bands.where(panel=panel)
+        curves(ax, rows, band, column, label, "step")
+        plots.letter(ax, panel, title)
     return figure
 
 
 def curves(
     ax: Axes,
     table: Table,
+    bands: Table,
     column: str,
-    label: Callable[[float], str],
+    label: Label,
     time: str,
     colours: Sequence[object] = (),
 ) -> None:
-    """Each replica's position as a thin line, each setting's mean as a thick one."""
+    """Each setting's mean over replicas with its 95 % band; each replica as a thin line."""
     values = list(dict.fromkeys(table[column].tolist()))
     for value, colour in zip(values, colours or plots.shades(len(values)), strict=False):
-        rows = table.where(**{column: value})
-        replicas = [rows.where(run=r) for r in np.unique(rows["run"])]
-        positions = np.array([np.asarray(r["position"], dtype=float) for r in replicas])
-        for track in positions:
-            ax.plot(replicas[0][time], track, color=colour, lw=0.6, alpha=0.45)
-        alive = np.isfinite(positions).any(0)
-        mean = np.nanmean(positions[:, alive], axis=0)
-        ax.plot(replicas[0][time][alive], mean, color=colour, lw=1.8, label=label(value))
+        rows, band = table.where(**{column: value}), bands.where(**{column: value})
+        for run in np.unique(rows["run"]):
+            track = rows.where(run=run)
+            ax.plot(track[time], track["position"], color=colour, lw=0.4, alpha=0.25)
+        ax.fill_between(band[time], band["low"], band["high"], color=colour, alpha=0.25, lw=0)
+        ax.plot(band[time], band["mean"], color=colour, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
     ax.set_ylabel("relative distance along the path")
     if len(values) > 5:

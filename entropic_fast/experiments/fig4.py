@@ -15,7 +15,11 @@ COLOURS = {"sgd": "#000000", "nesterov": "#D55E00", "adam": "#009E73"}  # the pa
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     table = relaxation.collect(run, run.config.relax.optimizers)
-    return {"fig4_optimizers": table, "fig4_times": relaxation.times(table)}
+    return {
+        "fig4_optimizers": table,
+        "fig4_bands": relaxation.bands(table),
+        "fig4_times": relaxation.times(table),
+    }
 
 
 def draw(tables: dict[str, Table]) -> Figure:
@@ -26,7 +30,15 @@ def draw(tables: dict[str, Table]) -> Figure:
     rate = {name: float(table.where(optimizer=name)["lr"][0]) for name in names}
     for ax, time in zip(axes, ("step", "effective_time"), strict=True):
         colours = [COLOURS[name] for name in names]
-        curves(ax, table, "optimizer", lambda n: f"{n}, lr = {rate[n]:g}", time, colours)
+        curves(
+            ax,
+            table,
+            tables["fig4_bands"],
+            "optimizer",
+            lambda n: f"{n}, lr = {rate[n]:g}",
+            time,
+            colours,
+        )
     plots.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
     plots.letter(axes[1], "B", "against effective time")
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..dynamics import (
 from ..store import DamagedFileError
 from ..table import Table
 from . import pieces
+from .claims.intervals import mean_interval
 from .run import RunFolder
 from .schedule import Report, Unit
 
@@ -112,18 +113,50 @@ def collect(run: RunFolder, names: Sequence[str]) -> Table:
     return Table.from_rows(rows)
 
 
+def bands(table: Table) -> Table:
+    """Mean position over replicas by setting and update, with Student's 95 % interval.
+
+    Replicas that diverged are left out from there on; the interval of fewer than two is NaN.
+    """
+    rows = []
+    for values, replicas in by_setting(table):
+        position = np.stack([np.asarray(r["position"], dtype=float) for r in replicas])
+        for i, step in enumerate(replicas[0]["step"].tolist()):
+            alive = position[np.isfinite(position[:, i]), i]
+            if not len(alive):
+                continue
+            low, high = mean_interval(alive)
+            rows.append(
+                {
+                    **values,
+                    "step": step,
+                    "effective_time": values["lr"] * step,
+                    "mean": float(alive.mean()),
+                    "low": low,
+                    "high": high,
+                    "replicas": len(alive),
+                }
+            )
+    return Table.from_rows(rows)
+
+
+def by_setting(table: Table) -> Iterator[tuple[dict[str, Any], list[Table]]]:
+    """The settings of a table of trajectories, each with its replicas' rows."""
+    keys = ("panel", "optimizer", "start", "lr", "batch_size")
+    for setting in dict.fromkeys(zip(*(table[k].tolist() for k in keys), strict=True)):
+        values = dict(zip(keys, setting, strict=True))
+        part = table.where(**values)
+        yield values, [part.where(run=r) for r in np.unique(part["run"])]
+
+
 def times(table: Table) -> Table:
     """Relaxation times by setting: updates until half the distance from the nearest end is left.
 
     The median over replicas with its interval between order statistics; replicas that did not
     get there are censored, and then the median may be a lower bound, or unbounded above.
     """
-    keys = ("panel", "optimizer", "start", "lr", "batch_size")
     rows = []
-    for setting in dict.fromkeys(zip(*(table[k].tolist() for k in keys), strict=True)):
-        values = dict(zip(keys, setting, strict=True))
-        part = table.where(**values)
-        replicas = [part.where(run=r) for r in np.unique(part["run"])]
+    for values, replicas in by_setting(table):
         position = torch.tensor(np.stack([r["position"] for r in replicas]), dtype=torch.float64)
         if not 0 < values["start"] < 1:
             continue

@@ -61,7 +61,8 @@ _FIGURES = {
     "fig3": _Entry(
         fig3,
         "Figure 3. Relaxation by entropic forces.",
-        "Projected SGD on the first path; thin lines are replicas, thick ones their means. "
+        "Projected SGD on the first path; thin lines are replicas, thick ones their means "
+        "with 95 % intervals (Student's t) as bands. "
         "Replicas see the same minibatches at every setting.",
     ),
     "fig4": _Entry(

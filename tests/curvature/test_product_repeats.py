@@ -102,3 +102,13 @@ def test_results_are_the_same_bits_with_one_seed(request, name: str):
     assert results(name) == first
     tests = request.config.rootpath / "tests"
     assert script_output(REPEAT, tests, name).strip() == first
+
+
+def test_a_search_keeps_values_from_its_first_product_on():
+    """As it makes many at one point; a single product by itself keeps nothing."""
+    obj = by_name("residual in place").objective(2)
+    one, search = HessianOperator(obj), HessianOperator(obj)
+    one @ torch.ones(obj.num_params, dtype=obj.dtype)
+    top_eigenvalues(search, 1, max_matvecs=1)
+    assert one._engine is not None and search._engine is not None
+    assert not one._engine._kept and search._engine._kept

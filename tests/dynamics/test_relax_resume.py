@@ -11,6 +11,7 @@ from pathlib import Path as File
 import pytest
 import torch
 
+from entropic_fast.data import CropAndFlip
 from entropic_fast.dynamics import CheckpointMismatchError, Trajectory, relax
 from entropic_fast.models import digits_cnn, initialise
 from entropic_fast.objective import Objective
@@ -210,3 +211,14 @@ def test_memory_does_not_grow_with_the_number_of_updates(tmp_path):
     # 2,800 more records of 4 replicas would take over 10 MB as tensors; KiB here.
     assert int(run.stdout) < 3000
     assert len((tmp_path / "r.csv").read_text().splitlines()) == 1 + 4 * 3201
+
+
+def test_a_resumed_run_is_augmented_as_an_unbroken_one(tmp_path):
+    obj, path = problem()
+    change = dict(augment=CropAndFlip(1), checkpoint=tmp_path / "state")
+    unbroken = relax(obj, path, **settings(augment=CropAndFlip(1)))
+    with pytest.raises(Stopped):
+        relax(obj, path, **settings(**change), on_record=stop_at(30))
+    with pytest.raises(CheckpointMismatchError, match="augment"):
+        relax(obj, path, **settings(**{**change, "augment": CropAndFlip(2)}))
+    same(relax(obj, path, **settings(**change)), unbroken)

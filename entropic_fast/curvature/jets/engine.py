@@ -180,14 +180,20 @@ class JetEngine:
 
     @exact_math()
     @torch.no_grad()
-    def forms(self, rows: Tensor, sample: Tile | None = None) -> Tensor:
-        """v^T H v of the summed loss for rows v [K, P].  # [K] float64"""
+    def forms(
+        self, rows: Tensor, sample: Tile | None = None, *, network_alone: bool = False
+    ) -> Tensor:
+        """v^T H v of the summed loss for rows v [K, P].  # [K] float64
+
+        Args:
+            network_alone: leave out the part of the loss, v^T G v with the Gauss-Newton matrix G.
+        """
         total = rows.new_zeros(len(rows), dtype=torch.float64)
         for values, loss in self._points("forms", sample) if len(rows) else ():
             for block, sums in self._blocks(rows, total):
                 moved, found = values.program.forms(values, self._directions(block))
                 sums += found
-                if moved is not None:
+                if moved is not None and not network_alone:
                     bent = moved.double() * loss.hessian(moved).double()
                     sums += bent.flatten(1).sum(1)
         return total
@@ -249,6 +255,10 @@ class JetEngine:
             part.reshape(len(rows), *like.shape)
             for part, like in zip(rows.split(self._sizes, 1), self._parts, strict=True)
         ]
+
+    def keep(self, kind: str) -> None:
+        """Keep values at the point from the next call of a kind on, as far as memory allows."""
+        self._calls.add(kind)
 
     # -- points ----------------------------------------------------------------------------
 
