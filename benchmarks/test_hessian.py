@@ -122,7 +122,7 @@ def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
 
 def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     problem = Problem("wrn16-4", 64) if FULL else Problem("wrn10-1", 5, size=8)
-    # Blocks of 8 take peers minutes and many gigabytes here, and twice the time of single products.
+    # Blocks of 8 take peers minutes and many gigabytes here, and longer than 8 single products.
     record = products_record(problem, 5 if FULL else 1, provenance, () if FULL else BLOCKS)
     store("hessian-products-wrn16-4", record, tmp_path)
     assert record["way"] == "rules"

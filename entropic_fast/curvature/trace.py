@@ -92,6 +92,7 @@ def hessian_trace(
     >>> {name: e.probes for name, e in hessian_trace(obj, by="parameter").items()}
     {'weight': 32, 'bias': 32}
     """
+    checks.one_of("method", method, (*METHODS, GAUSS_NEWTON))
     operator = HessianOperator(obj, theta)
     if method == GAUSS_NEWTON:
         if by is not None:

@@ -23,6 +23,8 @@ PULL = (
     "extra", "residual", "slope", "normal", "scale", "tscale", "cotangent", "ty", "rstd",
 )  # fmt: skip
 
+NORMALISE = ("mean", "rstd", "weight", "bias", "residual")
+
 
 def refuse_autograd(**tensors: Tensor | None) -> None:
     if not torch.is_grad_enabled():
@@ -52,18 +54,12 @@ def check_pull(u: Tensor, *pieces: Tensor | None) -> None:
     _needs(given, "ty", "cotangent")
 
 
-def check_normalise(
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> None:
+def check_normalise(y: Tensor, *pieces: Tensor | None) -> None:
     if y.dim() != 2:
         raise fail("y", "shape [m, C]", f"shape {list(y.shape)}")
-    one = {"mean": mean, "rstd": rstd, "weight": weight, "bias": bias}
-    _check("y", y[None], {**one, "residual": None if residual is None else residual[None]})
+    given = dict(zip(NORMALISE, pieces, strict=True))
+    residual = given["residual"]
+    _check("y", y[None], {**given, "residual": None if residual is None else residual[None]})
 
 
 def check_inner(a: Tensor, b: Tensor) -> None:

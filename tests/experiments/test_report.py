@@ -120,9 +120,12 @@ def test_a_report_needs_no_images(tiny_run, tmp_path, monkeypatch):
         raise AssertionError("images were loaded")
 
     copy = RunFolder.open(shutil.copytree(tiny_run.path, tmp_path / "run"))
+    (copy.path / "report.html").unlink()
     monkeypatch.setattr("entropic_fast.experiments.pieces._load", no_images)
     monkeypatch.setattr(plots, "save", lambda *a: None)
     stages.write_report(copy, Console(quiet=True))
+    before, after = content(tiny_run.path), content(copy.path)
+    assert [p for p in before if before[p] != after.get(p)] == []
 
 
 def test_a_report_of_an_unfinished_or_damaged_run_names_the_unit(tiny_run, tmp_path):

@@ -35,8 +35,9 @@ WIDTH = 4
 # every tensor from the system, and its pages are cleared anew at each use.
 CPU_TILE = 31 * 2**20
 # Fewer directions at once rather than fewer examples: each tile adds [K, P] results, and small
-# batches convolve slower. Eight products, in plain gradients: WRN-16-4 2.01 with 22 examples x 4,
-# 1.73 with 32 x 2, 1.94 with 64 x 1; ResNet-20 1.54 with 64 x 4, 1.59 with 43 x 4.
+# batches convolve slower. Each of four products at a fixed point, in plain gradients (medians of
+# few rounds): WRN-16-4 2.01 with 22 examples x 4, 1.73 with 32 x 2, 1.94 with 64 x 1; ResNet-20
+# 1.49 and 1.60 with 64 x 4, 1.59 and 1.59 with 43 x 4.
 ENOUGH_EXAMPLES = 32
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
