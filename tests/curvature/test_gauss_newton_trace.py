@@ -76,5 +76,5 @@ def test_parts_and_batch_statistics_are_refused():
 
 
 def test_an_unknown_method_is_refused_with_all_there_are():
-    with pytest.raises(ValueError, match="method: expected .*'gauss-newton'"):
+    with pytest.raises(ValueError, match=r"method: expected .*'gauss-newton'"):
         hessian_trace(by_name("raw parameter").objective(3), method="gauss")
