@@ -12,6 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from .. import random
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
 from ..loss_functions import widened
@@ -23,6 +24,9 @@ from .memory import resolve_budget, too_small
 from .probes import mean_estimate
 from .score import grouping
 
+# Directions of an example that `quick_ggn_trace` takes by themselves. Twice it takes all others
+# together: two draws tell how far apart they are.
+LEADING, DRAWS = 2, 2
 # Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
 _MATRICES = 4
 
@@ -94,24 +98,70 @@ def ggn_trace(
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for batch in obj.batches(count, piece):
         directions, signs = _factors(obj, theta, batch)
-        n, rank, _ = directions.shape
-        norms = {name: torch.zeros(n, dtype=torch.float64, device=obj.device) for name in names}
-        if rank:
-            inputs = Examples((batch.inputs, signs), obj.device, obj.dtype, None)
-            repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
-            single = obj.derived(repeated, _along, theta)
-            for name, squared in _norms(single, theta, budget - budget // 2, by).items():
-                norms[name] = (squared.view(n, rank) * signs).sum(1)
-        for name, value in norms.items():
-            found[name].append(value)
+        norms = _norms(obj, theta, batch, directions, budget - budget // 2, by)
+        for name in names:
+            found[name].append((norms[name] * signs).sum(1) if norms else signs.sum(1).double())
     traces = {name: mean_estimate(torch.cat(parts)) for name, parts in found.items()}
     return traces[""] if by is None else traces
 
 
-def _norms(obj: Objective, theta: Tensor, budget: int, by: str | None) -> dict[str, Tensor]:
+def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
+    """The trace for these data from four gradients an example, however many outputs there are.
+
+    The two directions of an example in which its loss bends most are taken by themselves; all
+    others together, u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of
+    |J^T u|^2 is what they add to the trace. Two draws of the signs tell the standard error, which
+    is that of the value for these data. Where there are no more than four directions, or a loss
+    bends downwards, all are taken by themselves, and the standard error is 0.
+    """
+    budget = resolve_budget(None, obj.device)
+    total = variance = 0.0
+    for batch in obj.batches(batch_size=_examples_at_once(obj, theta, budget // 2)):
+        directions, signs = _factors(obj, theta, batch)
+        rest = directions[:, LEADING:]
+        drawn = rest.shape[1] > DRAWS and bool((signs >= 0).all())
+        if drawn:
+            sums = [(s * rest).sum(1, keepdim=True) for s in _signs(batch, rest, seed)]
+            directions = torch.cat([directions[:, :LEADING], *sums], 1)
+        norms = _norms(obj, theta, batch, directions, budget - budget // 2, None)
+        if not norms:
+            continue
+        if not drawn:
+            total += float((norms[""] * signs).sum())
+            continue
+        leading, draws = norms[""][:, :LEADING], norms[""][:, LEADING:]
+        total += float(leading.sum() + draws.mean(1).sum())
+        variance += float((draws[:, 0] - draws[:, 1]).square().sum()) / 4
+    count = obj.num_examples
+    return Estimate(total / count, variance**0.5 / count, count)
+
+
+def _signs(batch: Batch, rest: Tensor, seed: int) -> list[Tensor]:
+    """Signs for each draw, by example: the same however examples are batched.  # [n, r, 1]"""
+    n, _, size = rest.shape
+    words = (
+        random.words(n * size, seed, d, start=batch.start * size, device=rest.device)
+        for d in range(DRAWS)
+    )
+    bits = [(w >> 31).view(n, size, 1)[:, : rest.shape[1]] for w in words]
+    return [(2 * b - 1).to(rest) for b in bits]
+
+
+def _norms(
+    obj: Objective, theta: Tensor, batch: Batch, directions: Tensor, budget: int, by: str | None
+) -> dict[str, Tensor]:
+    """|J^T u|^2 for the directions u [n, r, K] of a batch, by name; none if r is 0.  # [n, r]"""
+    n, rank, _ = directions.shape
+    if not rank:
+        return {}
+    inputs = Examples((batch.inputs, directions[:, :, 0]), obj.device, obj.dtype, None)
+    repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
+    single = obj.derived(repeated, _along, theta)
     if by is None:
-        return {"": gradient_norms(obj, theta, memory_budget=budget)}
-    return gradient_norms(obj, theta, memory_budget=budget, by=by)
+        found = {"": gradient_norms(single, theta, memory_budget=budget)}
+    else:
+        found = gradient_norms(single, theta, memory_budget=budget, by=by)
+    return {name: squared.view(n, rank) for name, squared in found.items()}
 
 
 def _along(outputs: Tensor, directions: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class Hutchinson:
 
     Attributes:
         exact: sums of the measure over the columns of Q.  # [L]
+        exact_error: standard error of what was added to them, if that is not exact.
         samples: [n, L].
         spent: vectors measured so far, without the given columns of Q.
     """
@@ -67,6 +68,7 @@ class Hutchinson:
         self.width = block_width(self.size, self.dtype, self.device)
         self.measure, self.seed = measure, seed
         self.basis, self.exact = basis[:, :0], torch.zeros(1, dtype=torch.float64)
+        self.exact_error = 0.0
         self.spent = -basis.shape[1]
         self.take_out(basis)
 
@@ -106,12 +108,13 @@ class Hutchinson:
 
     def total(self) -> Estimate:
         """The whole trace; `probes` are the samples."""
-        return mean_estimate(self.samples.sum(1), float(self.exact.sum()))
+        return mean_estimate(self.samples.sum(1), float(self.exact.sum()), self.exact_error)
 
     def each(self) -> list[Estimate]:
         """The L traces."""
         exact = self.exact.expand(self.samples.shape[1]).tolist()
-        return [mean_estimate(s, e) for s, e in zip(self.samples.T, exact, strict=True)]
+        error = self.exact_error
+        return [mean_estimate(s, e, error) for s, e in zip(self.samples.T, exact, strict=True)]
 
 
 def traces_of_all(measure: Measure, operator: Any) -> list[Estimate]:

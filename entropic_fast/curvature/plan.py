@@ -20,6 +20,8 @@ STRATEGIES = ("auto", "memory", "disk", "recompute")
 SLICE = 32 * 2**20
 # Inner products of positions taken at once: no more, as they pass through the caches twice.
 TILE = 8 * 2**20
+# Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
+DISK_SHARE = 0.85
 # Bytes that a product packs at most; fewer columns at a time where it would be more.
 PACKED = 16 * 2**20
 
@@ -152,8 +154,9 @@ class Planner:
         least, most = self._products(spilled=True)
         # A quarter of the room is for the records mapped meanwhile.
         self._require(max(one_pass, 2 * least))
-        chunk = cost.chunk_within(self.room, 2 * self.record, self.count)
-        size = min(most, self.room // 2)
+        room = int(DISK_SHARE * self.room)
+        chunk = cost.chunk_within(room, 2 * self.record, self.count)
+        size = min(most, room // 2)
         return self._plan("disk", chunk, 1.0, spilled=spilled, slice=size, folder=folder)
 
     def _by_blocks(self) -> ScorePlan:

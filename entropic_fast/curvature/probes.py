@@ -44,15 +44,15 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total.cpu()
 
 
-def mean_estimate(samples: Tensor, exact: float = 0.0) -> Estimate:
-    """`exact` plus the mean of samples [n], with the standard error of the mean."""
+def mean_estimate(samples: Tensor, exact: float = 0.0, error: float = 0.0) -> Estimate:
+    """`exact` plus the mean of samples [n]; the standard error of the mean and that of `exact`."""
     values = samples.tolist()
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(exact + mean, float("nan"), 1)
     variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
-    return Estimate(exact + mean, math.sqrt(variance / n), n)
+    return Estimate(exact + mean, math.hypot(math.sqrt(variance / n), error), n)
 
 
 def precise(estimate: Estimate, tol: float) -> bool:

@@ -86,7 +86,8 @@ class RelaxSection:
 
     `lr` is the learning rate of figures 3A and 3B; 0 chooses, among `lrs`, the lowest one at
     which the median displacement exceeds its 95 % interval. `optimizer_lr` is that of figure 4
-    (0: the same), of which Adam takes `adam_lr_factor`.
+    (0: the same), of which Adam takes `adam_lr_factor`. Figure 3A begins at `starts`, or in the
+    middle of every segment of the path, of every `start_every`-th.
     """
 
     lr: float = 0.02
@@ -95,6 +96,7 @@ class RelaxSection:
     steps: int = 4500
     replicas: int = 4
     starts: tuple[float, ...] = ()
+    start_every: int = 1
     start: float = 0.0
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     lrs: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
@@ -286,6 +288,7 @@ _LEAST: dict[str, float] = {
             "relax.project_every",
             "relax.steps",
             "relax.replicas",
+            "relax.start_every",
             "relax.batch_sizes",
             "relax.records",
             "force.batch_size",
@@ -366,12 +369,11 @@ def _check(config: Config) -> None:
         largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
         if largest > limit:
             raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
-    if config.force.positions > config.path.pivots - 1:
-        raise checks.fail(
-            "force.positions",
-            f"at most the {config.path.pivots - 1} segments of a path of path.pivots",
-            str(config.force.positions),
-        )
+    segments = config.path.pivots - 1
+    for key in ("force.positions", "relax.start_every"):
+        if flat[key] > segments:
+            expected = f"at most the {segments} segments of a path of path.pivots"
+            raise checks.fail(key, expected, str(flat[key]))
     if config.path.max_pivots < config.path.pivots:
         raise checks.fail(
             "path.max_pivots",

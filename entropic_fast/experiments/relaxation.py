@@ -33,7 +33,7 @@ SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 def units(run: RunFolder) -> list[Unit]:
     """The scan over learning rates first; starts, batch sizes and optimizers at the rate chosen.
 
-    Panel B's and figure 4's shared setting (the base batch size, vanilla SGD) is run once.
+    Settings that the scan has (the base start and batch size, vanilla SGD) are taken from it.
     """
     section = run.config.relax
     path = f"path/{pieces.path_names(run)[0][0]}"
@@ -42,16 +42,17 @@ def units(run: RunFolder) -> list[Unit]:
         # An update costs about as much as 8 more examples, whatever its batch.
         return float(settings * section.replicas * section.steps * (batch_size + 8))
 
-    starts = len(section.starts) or run.config.path.pivots - 1
+    starts = len(section.starts) or (run.config.path.pivots - 1) // section.start_every
     base, after = section.batch_size, (path, SCAN)
+    known = section.lr in (0.0, *section.lrs)
+    sizes = {b: work(int(b != base or not known), b) for b in section.batch_sizes}
+    known = section.optimizer_lr in section.lrs if section.optimizer_lr else known
+    optimizers = {o: work(int(o != "sgd" or not known), base) for o in section.optimizers}
     return [
         Unit(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
         Unit("relax/A", relax_starts, (), after, work(starts, base)),
-        *(Unit(f"relax/B-{b}", relax_batch, (b,), after, work(1, b)) for b in section.batch_sizes),
-        *(
-            Unit(f"relax/{o}", relax_optimizer, (o,), after, work(1, base))
-            for o in section.optimizers
-        ),
+        *(Unit(f"relax/B-{b}", relax_batch, (b,), after, w) for b, w in sizes.items()),
+        *(Unit(f"relax/{o}", relax_optimizer, (o,), after, w) for o, w in optimizers.items()),
     ]
 
 
@@ -67,7 +68,7 @@ def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
 def relax_starts(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel A: several starting points."""
     section = run.config.relax
-    starts = section.starts or tuple(_midpoints(run))
+    starts = section.starts or _midpoints(run)[section.start_every - 1 :: section.start_every]
     settings = _settings(run, starts, [chosen_rate(run)])
     return {"trajectory": _panel(run, report, "relax/A", "A", settings, section.batch_size, "sgd")}
 
@@ -213,6 +214,33 @@ def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -
 
 
 def _panel(
+    run: RunFolder,
+    report: Report,
+    unit: str,
+    panel: str,
+    settings: Settings,
+    batch_size: int,
+    optimizer: str,
+) -> Table:
+    """Settings in order, from the scan where it has them: the same noise makes the same run."""
+    scanned = batch_size == run.config.relax.batch_size and optimizer == "sgd"
+    shared = set(settings) & set(_settings(run, [_start(run)], run.config.relax.lrs))
+    shared = shared if scanned else set()
+    missing = [setting for setting in settings if setting not in shared]
+    tables = [_relaxed(run, report, unit, panel, missing, batch_size, optimizer)] if missing else []
+    if shared:
+        tables.append(run.table(SCAN, "trajectory"))
+    tracks: list[list[dict[str, object]]] = []
+    for start, lr in dict.fromkeys(settings):
+        found = next(t for table in tables if (t := table.where(start=start, lr=lr)).num_rows)
+        tracks += [
+            found.where(run=number).rows() for number in dict.fromkeys(found["run"].tolist())
+        ]
+    rows = [{**row, "panel": panel, "run": i} for i, track in enumerate(tracks) for row in track]
+    return Table.from_rows(rows)
+
+
+def _relaxed(
     run: RunFolder,
     report: Report,
     unit: str,

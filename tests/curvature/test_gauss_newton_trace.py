@@ -1,4 +1,4 @@
-"""The trace with its Gauss-Newton part exact: what is left to probes is the network's curvature."""
+"""The trace with its Gauss-Newton part from gradients: probes are for the network's curvature."""
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from entropic_fast.curvature import (
     hessian_trace,
     without_rules,
 )
+from entropic_fast.curvature.ggn import quick_ggn_trace
 from entropic_fast.objective import Objective
 
 NAMES = [case.name for case in CASES if case.name not in ("lstm", "data-dependent branch")]
@@ -59,6 +60,60 @@ def test_a_linear_model_needs_no_probes():
     estimate = hessian_trace(obj, probes=2, method="gauss-newton")
     assert estimate.value == pytest.approx(ggn_trace(obj).value)
     assert estimate.std_error == pytest.approx(0, abs=1e-12)
+
+
+def many_classes(loss: str = "cross_entropy", count: int = 40) -> Objective:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 5, generator=g, dtype=torch.float64)
+    y = {
+        "cross_entropy": torch.randint(9, (count,), generator=g),
+        "mse": torch.randn(count, 9, generator=g, dtype=torch.float64),
+    }
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9)).double()
+    return Objective(net, loss, (x, y[loss]))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_four_gradients_an_example_estimate_the_gauss_newton_part(loss: str):
+    obj = many_classes(loss)
+    truth = ggn_trace(obj).value
+    found = [quick_ggn_trace(obj, obj.parameters_vector(), seed) for seed in range(200)]
+    values = torch.tensor([e.value for e in found], dtype=torch.float64)
+    spread = float(values.std())
+    assert abs(float(values.mean()) - truth) < 4 * spread / 200**0.5
+    claimed = float(torch.tensor([e.std_error**2 for e in found]).mean()) ** 0.5
+    assert claimed == pytest.approx(spread, rel=0.2) and spread < 0.1 * truth
+
+
+def test_it_does_not_depend_on_how_examples_are_batched():
+    obj = many_classes()
+    theta = obj.parameters_vector()
+    pieces = obj.with_data(obj.tensors(), batch_size=7)
+    one, other = (quick_ggn_trace(o, theta, 3) for o in (obj, pieces))
+    assert (one.value, one.std_error) == pytest.approx((other.value, other.std_error), rel=1e-12)
+
+
+def test_few_directions_and_losses_that_bend_downwards_are_taken_exactly():
+    few = by_name("residual in place").objective(3)
+    down = Objective(
+        nn.Linear(5, 9).double(),
+        lambda out, y: -(out**2).sum(1) + out[:, 0] ** 4,
+        (torch.randn(6, 5, dtype=torch.float64), torch.zeros(6)),
+    )
+    for obj in (few, down):
+        found = quick_ggn_trace(obj, obj.parameters_vector(), 0)
+        assert found.value == pytest.approx(ggn_trace(obj).value, rel=1e-12)
+        assert found.std_error == 0
+
+
+def test_a_tolerance_that_four_gradients_miss_makes_it_exact():
+    obj = many_classes(count=3)
+    theta = obj.parameters_vector()
+    assert quick_ggn_trace(obj, theta, 0).std_error > 1e-6 * ggn_trace(obj).value
+    estimate = hessian_trace(obj, probes=20, tol=1e-6, method="gauss-newton")
+    again = hessian_trace(obj, probes=20, method="gauss-newton")
+    assert estimate.std_error < again.std_error  # of the same 20 probes, less that of the draws
 
 
 def test_parts_and_batch_statistics_are_refused():

@@ -16,17 +16,49 @@ def run(tiny_run, tmp_path):
     return RunFolder.open(shutil.copytree(tiny_run.path, tmp_path / "run"))
 
 
+def starts(run):
+    return relaxation._midpoints(run)[1::2]  # the demo's start_every
+
+
 def test_panels_share_their_noise_and_hold_what_was_asked(run):
     table = relaxation.collect(run, ["A", "C"])
     a, c = table.where(panel="A"), table.where(panel="C")
-    assert set(a["start"]) == set(relaxation._midpoints(run)) and len(set(a["lr"])) == 1
+    assert set(a["start"]) == set(starts(run)) and len(set(a["lr"])) == 1
     assert set(c["lr"]) == set(run.config.relax.lrs) and len(set(c["start"])) == 1
-    assert np.unique(table["run"]).tolist() == list(range(2 * (8 + 4)))
+    assert np.unique(table["run"]).tolist() == list(range(2 * (4 + 4)))
     assert np.allclose(table["effective_time"], table["lr"] * table["step"])
     # The scan's rate is panel A's rate, its start one of panel A's: the same trajectory.
     rate, start = float(a["lr"][0]), float(c["start"][0])
     both = [p.where(lr=rate, start=start)["position"] for p in (a, c)]
     assert np.array_equal(*both) and len(both[0]) == 2 * 3
+
+
+def test_what_the_scan_has_is_not_run_again(run, monkeypatch):
+    expected = {
+        unit: run.table(f"relax/{unit}", "trajectory").rows()
+        for unit in ("A", f"B-{run.config.relax.batch_size}")
+    }
+    ran = []
+
+    def spy(*arguments):
+        ran.append((arguments[2], len(arguments[3])))
+        return whole(*arguments)
+
+    whole = relaxation._relax
+    monkeypatch.setattr(relaxation, "_relax", spy)
+    again = relaxation.relax_starts(run, lambda _: None)["trajectory"]
+    assert again.rows() == expected["A"]
+    assert ran == [("relax/A", (len(starts(run)) - 1) * run.config.relax.replicas)]
+    size = run.config.relax.batch_size
+    again = relaxation.relax_batch(run, lambda _: None, size)["trajectory"]
+    assert again.rows() == expected[f"B-{size}"] and len(ran) == 1
+    # A panel that has to run all of it itself finds the same, but for rounding.
+    monkeypatch.setattr(relaxation, "_start", lambda _: 2.0)
+    alone = relaxation.relax_starts(run, lambda _: None)["trajectory"]
+    assert ran[1][1] == len(starts(run)) * run.config.relax.replicas
+    assert alone.num_rows == len(expected["A"])
+    found = [float(row["position"]) for row in expected["A"]]
+    np.testing.assert_allclose(alone["position"], found, atol=1e-3)
 
 
 def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_on(
