@@ -27,6 +27,8 @@ from .score import grouping
 # Directions of an example that `quick_ggn_trace` takes by themselves. Twice it takes all others
 # together: two draws tell how far apart they are.
 LEADING, DRAWS = 2, 2
+# Share of all eigenvalues under which negative ones are those of a loss that bends upwards.
+ROUNDING = 1e-12
 # Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
 _MATRICES = 4
 
@@ -118,9 +120,11 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     total = variance = 0.0
     for batch in obj.batches(batch_size=_examples_at_once(obj, theta, budget // 2)):
         directions, signs = _factors(obj, theta, batch)
-        rest = directions[:, LEADING:]
-        drawn = rest.shape[1] > DRAWS and bool((signs >= 0).all())
+        rest, sizes = directions[:, LEADING:], directions.square().sum(2)
+        down = float((sizes * (signs < 0)).sum())
+        drawn = rest.shape[1] > DRAWS and down <= ROUNDING * float(sizes.sum())
         if drawn:
+            rest = rest * (signs[:, LEADING:, None] > 0)
             sums = [(s * rest).sum(1, keepdim=True) for s in _signs(batch, rest, seed)]
             directions = torch.cat([directions[:, :LEADING], *sums], 1)
         norms = _norms(obj, theta, batch, directions, budget - budget // 2, None)
