@@ -4,6 +4,7 @@ The module includes no torch header, so one build serves every torch version and
 only setuptools and pybind11. ``csrc/cpu/simd/*.cpp`` is compiled once for each instruction set and
 chosen from at run time; ``csrc/cuda/*.cu`` is compiled when a CUDA compiler is found, whether or
 not a GPU is present. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out, ``ENTROPIC_FAST_CUDA=1`` insists.
+``ENTROPIC_FAST_SANITIZE=address,undefined`` builds with those of GCC's sanitizers, for tests.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ SIMD_FLAGS = ["-Wno-psabi"]
 FUSED_FLAGS = ["-ffp-contract=fast"]
 FUSED = ("score_", "jet", "langevin")  # csrc/cpu/simd/ files whose names begin so
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
+
+SANITIZERS = ("address", "undefined", "thread")
 
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if LINUX and platform.machine().lower() in ("x86_64", "amd64"):
@@ -131,10 +134,25 @@ def choose_cuda() -> tuple[Nvcc | None, str]:
     return nvcc, story
 
 
+def sanitizer_flags() -> list[str]:
+    """Flags for compiler and linker; a finding ends the process."""
+    wish = os.environ.get("ENTROPIC_FAST_SANITIZE", "")
+    names = [name for name in wish.split(",") if name]
+    unknown = [name for name in names if name not in SANITIZERS]
+    if unknown:
+        raise BuildError(
+            f"ENTROPIC_FAST_SANITIZE must list some of {', '.join(SANITIZERS)}, got {wish!r}"
+        )
+    flags = [f"-fsanitize={name}" for name in names]
+    return [*flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"] if names else []
+
+
 class BuildExt(build_ext):
     """Adds per-instruction-set compilation and nvcc to the ordinary extension build."""
 
     def build_extension(self, ext: Extension) -> None:
+        ext.extra_compile_args = [*ext.extra_compile_args, *sanitizer_flags()]
+        ext.extra_link_args = [*ext.extra_link_args, *sanitizer_flags()]
         nvcc, story = choose_cuda()
         print(f"entropic_fast: CUDA {'from ' if nvcc else 'not built: '}{story}", flush=True)
         archs = "sm_80 sm_90 compute_90" if nvcc else ""

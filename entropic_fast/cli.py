@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 
-from . import __version__, info
+from . import __version__, checks, info
 from .data import DataUnavailableError
-from .experiments import stages
-from .experiments.config import load_preset
+from .experiments import claims as claim_tests
+from .experiments import report as reports
+from .experiments import runs, stages
+from .experiments.config import Config, load_preset, with_overrides
 from .experiments.run import RunFolder
 from .experiments.schedule import UnitError
 from .ops.backend import BackendError
@@ -37,7 +40,14 @@ _READABLE = (
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
-PRESET = Annotated[str, typer.Option(help="demo, small or paper.")]
+PRESET = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation on Python 3.10
+    typer.Option(help="demo (the default), small, paper, or a TOML file."),
+]
+LIKE = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(metavar="RUN", help="Take this run's configuration and images instead."),
+]
 OUT = Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")]
 DATA_DIR = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads the annotation on Python 3.10
@@ -56,19 +66,22 @@ DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda where there 
 
 def _run(
     last_stage: str,
-    preset: str,
+    preset: str | None,
+    like: Path | None,
     out: Path,
     data_dir: Path | None,
     overrides: list[str] | None,
     workers: int | None,
     device: str,
 ) -> None:
-    config = load_preset(preset, overrides or ())
+    config, images = _configuration(preset, like, overrides or [])
     fresh = not (out / "config.json").exists()
     run = RunFolder.create(
         out, config, stages.choose_device(device), str(data_dir) if data_dir else None
     )
     try:
+        if images:
+            run.record_images(images)
         stages.execute_until(run, last_stage, workers, _errors)
         if last_stage == "report":
             stages.write_report(run, _console)
@@ -85,28 +98,44 @@ def _run(
         _console.print(text, markup=False, soft_wrap=True)
 
 
+def _configuration(
+    preset: str | None, like: Path | None, overrides: list[str]
+) -> tuple[Config, dict[str, Any] | None]:
+    """The configuration asked for; with it, of a run to be repeated, what its images were."""
+    if like is None:
+        return load_preset(preset or "demo", overrides), None
+    if preset is not None:
+        raise checks.fail("--like", "a run, or a --preset", "both", "give one of them")
+    run = RunFolder.open(like)
+    config = with_overrides(run.config, overrides)
+    return config, run.images() if config.data == run.config.data else None
+
+
 def _command(stage: str, text: str) -> None:
     def command(
-        preset: PRESET = "demo",
+        preset: PRESET = None,
+        like: LIKE = None,
         out: OUT = Path("RUN"),
         data_dir: DATA_DIR = None,
         set_: SET = None,
         workers: WORKERS = None,
         device: DEVICE = "auto",
     ) -> None:
-        _run(stage, preset, out, data_dir, set_, workers, device)
+        _run(stage, preset, like, out, data_dir, set_, workers, device)
 
     command.__doc__ = text
     app.command("reproduce" if stage == "report" else stage)(command)
 
 
-_command("report", "Run everything: figures 1 to 5, the force, claims and the report.")
+_command("report", "Run everything: figures 1 to 9, the force, claims and the report.")
 _command("train", "Train the minima.")
 _command("path", "Find the minimum energy paths (trains what is missing).")
 _command("curvature", "Measure curvature along the paths (figure 2).")
 _command("relax", "Relax along the first path (figures 3 and 4).")
 _command("force", "Measure the force along the first path against its prediction.")
-_command("lmc", "Branch training and measure linear mode connectivity (figure 5).")
+_command("lmc", "Branch training and measure linear mode connectivity (figures 5 to 7).")
+_command("straight", "Relax along the line between two branches (figure 8).")
+_command("poor", "Make a minimum that generalises badly, and go there (figure 9).")
 _command("toy", "Simulate the toys (figure 1).")
 
 
@@ -114,6 +143,100 @@ _command("toy", "Simulate the toys (figure 1).")
 def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
     """Draw the figures, test the claims and write report.html of a finished run again."""
     stages.write_report(RunFolder.open(run), _console)
+
+
+@app.command("claims")
+def claims_command(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN | compare A B", help="Folders of finished runs.")
+    ],
+) -> None:
+    """Test the paper's claims on a run's CSV files, or compare two runs' claims.
+
+    RUN/data/*.csv is all that is read: no weights, no configuration.
+    """
+    if arguments[0] == "compare" and len(arguments) == 3:
+        a, b = (Path(name) for name in arguments[1:])
+        reports.print_comparison(_console, (a, _claims(a)), (b, _claims(b)))
+    elif len(arguments) == 1:
+        reports.print_claims(_console, _claims(Path(arguments[0])))
+    else:
+        raise checks.fail("claims", "RUN, or: compare A B", " ".join(arguments))
+
+
+def _claims(path: Path) -> list[claim_tests.Claim]:
+    found = claim_tests.evaluate(path / "data")
+    if not found:
+        raise checks.fail(
+            "RUN",
+            "a finished run, with CSV files in its folder data",
+            str(path),
+            "finish it with `entropic-fast reproduce` first",
+        )
+    return found
+
+
+runs_app = typer.Typer(no_args_is_help=True, help="List, verify and prune run folders.")
+app.add_typer(runs_app, name="runs")
+RUNS = Annotated[list[Path], typer.Argument(help="Run folders, or folders of run folders.")]
+
+
+@runs_app.command("list")
+def runs_list(
+    folders: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Run folders, or folders of run folders; default here."),
+    ] = None,
+) -> None:
+    """Show each run's configuration, how far it is, its claims and its size."""
+    runs.print_list(_console, _found(folders or [Path()]))
+
+
+@runs_app.command("verify")
+def runs_verify(folders: RUNS) -> None:
+    """Compare every file of every finished unit with the hash recorded for it.
+
+    Exits with 1 if any differs, naming it; the run's own command computes that unit again.
+    """
+    damaged = 0
+    for path in _found(folders):
+        problems = list(runs.verify(RunFolder.open(path)))
+        damaged += len(problems)
+        _console.print(
+            f"{path}: {'damaged' if problems else 'whole'}", markup=False, soft_wrap=True
+        )
+        for unit, problem in problems:
+            text = f"  {unit or 'run'}: {problem}"
+            _console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@runs_app.command("prune")
+def runs_prune(
+    folders: RUNS,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; otherwise only show.")] = False,
+) -> None:
+    """Delete what no command needs again: cut-off writes, old checkpoints, units of no figure."""
+    for path in _found(folders):
+        superfluous = runs.superfluous(RunFolder.open(path))
+        for each in superfluous:
+            _console.print(f"  {each}", markup=False, highlight=False, soft_wrap=True)
+        if not superfluous:
+            text = "nothing to delete"
+        elif yes:
+            text = f"{decimal(runs.remove(superfluous))} deleted"
+        else:
+            text = f"{len(superfluous)} to delete; pass --yes to do it"
+        _console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _found(folders: list[Path]) -> list[Path]:
+    found = runs.find(folders)
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise checks.fail("RUN", "run folders (with config.json), or folders of them", names)
+    return found
 
 
 @app.command("info")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import display
 from .checks import fail, full_precision, positive, whole
 from .curvature import HessianOperator, tracked_eigenpairs
 from .data import ImageData
@@ -44,6 +45,14 @@ class LMCResult:
 
     table: Table
     instability: Table
+
+    def _repr_html_(self) -> str:
+        points = self.table.num_rows // max(1, self.instability.num_rows)
+        return display.table(
+            self.instability.columns,
+            [tuple(row.values()) for row in self.instability.rows()],
+            f"Lines between branches, {points} points each",
+        )
 
 
 class Trunk:

@@ -6,11 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, display
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,16 @@ class Estimate:
     def __float__(self) -> float:
         return self.value
 
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, object]] = [
+            ("value", self.value),
+            ("standard error", self.std_error),
+            ("samples", self.probes),
+        ]
+        if self.quadrature:
+            rows.insert(2, ("error of quadrature", self.quadrature))
+        return display.facts(rows)
+
 
 @dataclass(frozen=True)
 class Diagonal:
@@ -82,6 +96,16 @@ class Eigenpairs:
     residuals: Tensor
     matvecs: int
     converged: bool
+
+    def _repr_html_(self) -> str:
+        pairs = zip(self.values.tolist(), self.residuals.tolist(), strict=True)
+        said = "" if self.converged else ", not converged"
+        return display.table(
+            ("", "eigenvalue", "residual"),
+            [(i, value, residual) for i, (value, residual) in enumerate(pairs)],
+            f"{len(self.values)} eigenpairs of order {len(self.vectors)}, "
+            f"{self.matvecs} products{said}",
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +175,31 @@ class Density:
         found = [self.size * (weights * function(nodes)).sum(1) for nodes, weights in self.others]
         gaps = [(other - samples).abs() for other in found if bool(other.isfinite().all())]
         return float(torch.stack(gaps).amax(0).mean()) if gaps else math.nan
+
+    def _repr_html_(self) -> str:
+        trace = self.trace(lambda nodes: nodes)
+        probes, steps = self.nodes.shape
+        rows = [
+            ("eigenvalues", self.size),
+            ("trace", display.with_error(trace.value, trace.std_error)),
+            ("smallest node", float(self.nodes.min())),
+            ("largest node", float(self.nodes.max())),
+            ("probes", probes),
+            ("steps", steps),
+            ("width of the Gaussian", self.sigma),
+        ]
+        return display.facts(rows) + display.plot(self._draw)
+
+    def _draw(self, ax: Axes) -> None:
+        grid, mean, half = self.grid.numpy(), self.density.numpy(), 1.96 * self.std_error.numpy()
+        bottom = 1e-7 * float(mean.max())  # of a density that spans many decades
+        ax.plot(grid, mean.clip(bottom), color=display.COLOURS[0])
+        low, high = (mean - half).clip(bottom), (mean + half).clip(bottom)
+        ax.fill_between(grid, low, high, color=display.COLOURS[0], alpha=0.25, lw=0)
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=2 * bottom)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel("density (± 95 %)")
 
 
 @dataclass(frozen=True)

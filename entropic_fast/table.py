@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import store
+from . import display, store
 
 
 class Table(Mapping[str, np.ndarray]):
@@ -110,21 +110,11 @@ class Table(Mapping[str, np.ndarray]):
         return cls({name: _parse([line[i] for line in body]) for i, name in enumerate(header)})
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        head = "".join(f"<th>{escape(name)}</th>" for name in self._columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(_short(v))}</td>" for v in row.values()) + "</tr>"
-            for row in self.rows()
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        columns = [column.tolist() for column in self._columns.values()]
+        return display.table(self.columns, list(zip(*columns, strict=True)))
 
     def __repr__(self) -> str:
         return f"Table({self.num_rows} rows: {', '.join(self._columns)})"
-
-
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _parse(values: list[str]) -> np.ndarray:

@@ -45,6 +45,18 @@ TINY = [
     "lmc.branch_epochs=[0,1]",
     "lmc.seeds=[0,1]",
     "lmc.points=3",
+    "fig6.epochs=2",
+    "fig6.branch_epochs=[0,1]",
+    "fig6.points=3",
+    "fig7.epochs=1",
+    "fig7.branch_epochs=[0]",
+    "fig7.points=3",
+    "straight.steps=30",
+    "straight.replicas=2",
+    "poor.attack=40",
+    "poor.epochs=3",
+    "poor.steps=30",
+    "poor.replicas=2",
     "toy.particles=500",
     "toy.steps=200",
 ]
@@ -107,7 +119,18 @@ class Finished:
 def tiny_run(tmp_path_factory, tiny) -> Finished:
     """A run made part by part, then reported."""
     path = tmp_path_factory.mktemp("tiny") / "run"
-    stages = ("toy", "train", "path", "curvature", "relax", "force", "lmc", "reproduce")
+    stages = (
+        "toy",
+        "train",
+        "path",
+        "curvature",
+        "relax",
+        "force",
+        "lmc",
+        "straight",
+        "poor",
+        "reproduce",
+    )
     return Finished(
         path,
         {s: entropic_fast(s, "--out", path, "--workers", 1, *tiny) for s in stages},

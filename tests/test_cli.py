@@ -17,7 +17,7 @@ import entropic_fast
 from entropic_fast import __version__, info
 from entropic_fast.experiments.run import RunFolder
 
-STAGES = ("toy", "train", "path", "curvature", "relax", "lmc", "reproduce")
+STAGES = ("toy", "train", "path", "curvature", "relax", "lmc", "straight", "poor", "reproduce")
 ROOT = Path(entropic_fast.__file__).parents[1]
 MAIN = [sys.executable, "-m", "entropic_fast.cli"]
 

@@ -428,3 +428,28 @@ def test_tied_and_viewed_parameters_can_be_saved(tmp_path):
     save_minimum(tmp_path / "m.safetensors", first, {})
     load_minimum(tmp_path / "m.safetensors", second)
     assert same(first, second) and second.c is second.a
+
+
+def test_half_precision_is_for_activations_alone_and_learns():
+    config = TrainConfig(epochs=40, batch_size=50, augment=False, precision="bfloat16")
+    model = build("digits-cnn")
+    trained = train(model, SMALL, config, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {m.dtype for m in trained.optimizer_state.values()} == {torch.float32}
+    exact = build("digits-cnn")
+    train(exact, SMALL, TrainConfig(epochs=40, batch_size=50, augment=False), seed=0)
+    assert evaluate(model, SMALL).accuracy > 0.8
+    pairs = zip(model.parameters(), exact.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_keep_their_layout_and_shared_memory():
+    model = build("resnet8-w4", in_channels=1)
+    train(model, SMALL, TrainConfig(epochs=1, batch_size=75, augment=False), seed=0)
+    assert all(p.is_contiguous() for p in model.parameters())
+    model = build("digits-cnn")
+    both = torch.cat([p.detach().flatten() for p in (model[2].weight, model[4].weight)])
+    for layer, part in ((model[2], both[: 16 * 32 * 9]), (model[4], both[16 * 32 * 9 :])):
+        layer.weight = nn.Parameter(part.view(layer.weight.shape))
+    train(model, SMALL, TrainConfig(epochs=1, batch_size=75, augment=False), seed=0)
+    assert torch.equal(model[2].weight.flatten(), both[: 16 * 32 * 9])

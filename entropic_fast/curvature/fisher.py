@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..objective import Objective
 from ..results import Estimate
+from .compiled import undisturbed
 from .engine import ScoreEngine
 from .memory import resolve_budget
 from .per_example import PassCost, one_of_each, require_finite, rows_made
@@ -40,6 +41,7 @@ def gradient_norms(
 ) -> dict[str, Tensor]: ...
 
 
+@undisturbed()
 def gradient_norms(
     obj: Objective,
     theta: Tensor | None = None,
@@ -104,6 +106,7 @@ def fisher_trace(
 ) -> dict[str, Estimate]: ...
 
 
+@undisturbed()
 def fisher_trace(
     obj: Objective,
     theta: Tensor | None = None,

@@ -11,6 +11,7 @@ from .. import checks
 from ..objective import Objective
 from ..results import Eigenpairs
 from .basis import Basis
+from .compiled import undisturbed
 from .krylov import solve
 from .memory import resolve_budget, too_small
 from .operators import CurvatureOperator
@@ -106,6 +107,7 @@ def _add_outer_products(scores: Tensor, columns: Tensor, total: Tensor) -> None:
         total[part].addmm_(scores[:, part].double().T, weights)
 
 
+@undisturbed()
 def fisher_eigenvalues(
     obj: Objective,
     k: int,

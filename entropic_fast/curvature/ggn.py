@@ -19,6 +19,7 @@ from ..loss_functions import widened
 from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
+from .compiled import undisturbed
 from .fisher import gradient_norms
 from .memory import resolve_budget, too_small
 from .probes import mean_estimate
@@ -27,6 +28,8 @@ from .score import grouping
 # Directions of an example that `quick_ggn_trace` takes by themselves. Twice it takes all others
 # together: two draws tell how far apart they are.
 LEADING, DRAWS = 2, 2
+# Of fewer examples all directions are taken: two draws an example are too few to tell the error.
+ENOUGH_EXAMPLES = 32
 # Share of all eigenvalues under which negative ones are those of a loss that bends upwards.
 ROUNDING = 1e-12
 # Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
@@ -55,6 +58,7 @@ def ggn_trace(
 ) -> dict[str, Estimate]: ...
 
 
+@undisturbed()
 def ggn_trace(
     obj: Objective,
     theta: Tensor | None = None,
@@ -107,22 +111,24 @@ def ggn_trace(
     return traces[""] if by is None else traces
 
 
+@undisturbed()
 def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     """The trace for these data from four gradients an example, however many outputs there are.
 
     The two directions of an example in which its loss bends most are taken by themselves; all
     others together, u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of
     |J^T u|^2 is what they add to the trace. Two draws of the signs tell the standard error, which
-    is that of the value for these data. Where there are no more than four directions, or a loss
-    bends downwards, all are taken by themselves, and the standard error is 0.
+    is that of the value for these data. Where there are no more than four directions, fewer than
+    32 examples, or a loss bends downwards, all are taken by themselves, and the error is 0.
     """
     budget = resolve_budget(None, obj.device)
+    enough = obj.num_examples >= ENOUGH_EXAMPLES
     total = variance = 0.0
     for batch in obj.batches(batch_size=_examples_at_once(obj, theta, budget // 2)):
         directions, signs = _factors(obj, theta, batch)
         rest, sizes = directions[:, LEADING:], directions.square().sum(2)
         down = float((sizes * (signs < 0)).sum())
-        drawn = rest.shape[1] > DRAWS and down <= ROUNDING * float(sizes.sum())
+        drawn = enough and rest.shape[1] > DRAWS and down <= ROUNDING * float(sizes.sum())
         if drawn:
             rest = rest * (signs[:, LEADING:, None] > 0)
             sums = [(s * rest).sum(1, keepdim=True) for s in _signs(batch, rest, seed)]
@@ -243,6 +249,7 @@ def _examples_at_once(obj: Objective, theta: Tensor, room: int) -> int:
             2 * each,
             2 * room,
             f"the Hessian of a loss in {size} outputs",
-            "give more memory, or estimate it: operator_trace(GGNOperator(obj, theta))",
+            "give more memory, or estimate it: operator_trace(GGNOperator(obj, theta)), or "
+            "hessian_trace by another method",
         )
     return min(room // each, obj.examples.batch_size)

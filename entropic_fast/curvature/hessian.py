@@ -29,7 +29,8 @@ class JetOperator(ByRules, CurvatureOperator):
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
         memory_budget: bytes for activations and their derivatives; None for a quarter of the
-            free memory. Half of it may hold values that the next product needs again.
+            free memory. A third of it may hold values that the next product needs again. At the
+            least one example and one direction are taken at a time, whatever it says.
 
     Attributes:
         way: "rules", or "autograd" with the reason.
@@ -139,7 +140,8 @@ class HessianOperator(JetOperator):
         """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
 
         The part of the network's own curvature, weighted by the loss's slope in the outputs: small
-        where the loss is. At the price of a quadratic form where products go by rules.
+        where the loss is. At the price of a quadratic form where products go by rules. Not for
+        functions under `torch.compile`, which it would break in two.
 
         Raises:
             ValueError, NonFiniteLossError: as products.

@@ -18,8 +18,10 @@ from ..examples import RepeatedExamples
 from ..loss_functions import widened
 from ..model_checks import require_finite_outputs
 from ..objective import Objective
+from .compiled import undisturbed
 
 
+@undisturbed()
 def sampled_labels(
     obj: Objective, theta: Tensor | None = None, *, draws: int = 1, seed: int = 0
 ) -> Objective:

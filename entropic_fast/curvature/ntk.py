@@ -12,6 +12,7 @@ from ..exact import exact_math
 from ..examples import RepeatedExamples
 from ..model_checks import require_finite_outputs
 from ..objective import Objective
+from .compiled import undisturbed
 from .score import score_gram
 
 
@@ -37,6 +38,7 @@ def ntk_gram(
 ) -> dict[str, Tensor]: ...
 
 
+@undisturbed()
 def ntk_gram(
     obj: Objective,
     theta: Tensor | None = None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import symmetric_update_
+from .compiled import undisturbed
 from .gram import GramTask, mirror_lower
 from .memory import available_bytes, readable, resolve_budget, too_small
 from .per_example import ExampleGradients
@@ -26,6 +27,7 @@ PRODUCTS = ("float64", "float32")
 BY = ("parameter", "module")
 
 
+@undisturbed()
 def score_matrix(
     obj: Objective, theta: Tensor | None = None, max_examples: int | None = None
 ) -> Tensor:
@@ -93,6 +95,7 @@ def score_gram(
 ) -> dict[str, Tensor]: ...
 
 
+@undisturbed()
 def score_gram(
     obj: Objective,
     theta: Tensor | None = None,
@@ -138,6 +141,7 @@ def score_gram(
     return grams[""] if by is None else grams
 
 
+@undisturbed()
 def score_plan(
     obj: Objective,
     theta: Tensor | None = None,
@@ -196,6 +200,7 @@ def score_spectrum(
 ) -> dict[str, Tensor]: ...
 
 
+@undisturbed()
 def score_spectrum(
     obj: Objective,
     theta: Tensor | None = None,

@@ -125,15 +125,20 @@ def _beside_gauss_newton(
     obj, theta = operator.obj, operator.theta
     obj.require_single_examples()
     known = quick_ggn_trace(obj, theta, random.derive(seed, "gauss-newton"))
-    if tol is not None and not precise(known, tol / 2):  # most of the error is for the rest
-        known = Estimate(ggn_trace(obj, theta).value, 0.0, known.probes)
+    exact = tol is not None and not precise(known, tol / 2)  # most of the error is for the rest
+    if exact:
+        known = ggn_trace(obj, theta)
 
     def measure(vectors: Tensor) -> Tensor:
         return operator.network_forms(vectors).cpu()[:, None]
 
     sampler = Hutchinson(operator, measure, seed, basis)
-    sampler.exact, sampler.exact_error = sampler.exact + known.value, known.std_error
+    others = sampler.exact
+    sampler.exact, sampler.exact_error = others + known.value, 0.0 if exact else known.std_error
     sampler.sample_until(tol, probes)
+    if tol is not None and sampler.exact_error and not precise(sampler.total(), tol):
+        sampler.exact, sampler.exact_error = others + ggn_trace(obj, theta).value, 0.0
+        sampler.sample_until(tol, probes)
     return sampler.each()[0]
 
 
@@ -153,7 +158,7 @@ def operator_trace(
       least variance of all probes with independent entries. Needs quadratic forms only.
     - "hutch++": a third of the probes sketches the range of A, whose part is exact; Hutchinson's
       estimator does the rest (Meyer, Musco, Musco, Woodruff 2021). Unbiased; the standard error
-      is that of the rest.
+      is that of the rest. With `tol`, `probes` under 32 leave no room for a sketch.
     - "xtrace": leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024). Unbiased;
       the most exact where eigenvalues decay fast. Its standard error is the paper's estimate, from
       the spread of samples that share their vectors: right for a few eigenvalues over a bulk, up

@@ -11,6 +11,7 @@ from torch.func import grad_and_value, vmap
 
 from .. import checks
 from ..objective import Objective
+from .traced import Traced
 from .workers import ThreadedGradients
 
 # (theta [R, P], inputs [R, B, ...], targets [R, B, ...]) -> (losses [R], gradients [R, P])
@@ -24,7 +25,7 @@ ENGINES = ("auto", "vmap", "threads", "loop", "forward")
 # R = 4 0.99 0.59 0.66, R = 8 0.94 0.56 0.43, R = 16 0.91 0.53 0.29; one core: R = 3 1.00 0.87 0.90.
 # ResNet-8 (49,152 numbers), R = 16: 9.8 5.9, vmap slower than the loop.
 _VMAP_REPLICAS, _VMAP_NUMBERS = 3, 2048  # replicas a core, numbers in a minibatch
-_CHUNK = {"cpu": 16}  # replicas a call; 16 and 32 measure alike, and 16 keeps to the cache
+_CHUNK = 64  # replicas a call
 
 
 def loop_gradients(objective: Objective) -> Gradients:
@@ -48,10 +49,14 @@ def vmap_gradients(objective: Objective) -> Gradients:
     def mean_loss(theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         return objective.losses(theta, inputs, targets).mean()
 
-    batched = vmap(grad_and_value(mean_loss), chunk_size=_CHUNK.get(objective.device.type, 64))
+    batched = Traced(vmap(grad_and_value(mean_loss)))
 
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        rows, losses = batched(theta, inputs, targets)
+        parts = [
+            batched(*(x[i : i + _CHUNK] for x in (theta, inputs, targets)))
+            for i in range(0, len(theta), _CHUNK)
+        ]
+        rows, losses = (torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True))
         return losses, rows.contiguous()
 
     return gradients

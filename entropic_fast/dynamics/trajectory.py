@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, display
 from ..table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class DivergenceError(ValueError):
@@ -219,3 +222,30 @@ class Trajectory:
         from .recording import read
 
         return cls.from_table(*read(file))
+
+    def _repr_html_(self) -> str:
+        rows = []
+        moved = self.position[:, -1] - self.position[:, 0]
+        settings = list(zip(self.start.tolist(), self.lr.tolist(), strict=True))
+        for start, lr in dict.fromkeys(settings):
+            here = torch.tensor([setting == (start, lr) for setting in settings])
+            known = moved[here & moved.isfinite()]
+            text = "-"
+            if len(known):
+                error = float(known.std()) / len(known) ** 0.5 if len(known) > 1 else float("nan")
+                text = display.with_error(float(known.mean()), error)
+            rows.append((start, lr, int(here.sum()), int((here & self.diverged).sum()), text))
+        caption = (
+            f"{self.optimizer}, B = {self.batch_size}, projected every {self.project_every}, "
+            f"{int(self.steps[-1])} updates"
+        )
+        columns = ("start", "lr", "replicas", "diverged", "displacement ± std. error")
+        return display.table(columns, rows, caption) + display.plot(self._draw)
+
+    def _draw(self, ax: Axes) -> None:
+        lines = max(1, -(-self.num_replicas // display.MOST_LINES))
+        points = max(1, len(self.steps) // display.MOST_POINTS)
+        for replica in self.position[::lines, ::points].numpy():
+            ax.plot(self.steps[::points].numpy(), replica, color=display.COLOURS[0], alpha=0.6)
+        ax.set_xlabel("updates")
+        ax.set_ylabel("position on the path")

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path as FilePath
 from typing import Any
 
 from .. import checks
@@ -49,6 +50,7 @@ class TrainSection:
     weight_decay: float = 5e-4
     batch_size: int = 256
     augment: bool = True
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,52 @@ class ForceSection:
 class LMCSection:
     """Linear mode connectivity: branch at epoch k with two data orders, for several k.
 
-    An empty `model`, and 0 for `epochs` or `batch_size`, stand for those of the minima.
+    An empty `model` or `data`, and 0 for `epochs` or `batch_size`, stand for those of the minima.
+    Without seeds there is no such figure.
     """
 
     model: str = ""
+    data: str = ""
     epochs: int = 0
     batch_size: int = 0
     branch_epochs: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (0,)
     points: int = 11
+
+
+@dataclass(frozen=True)
+class StraightSection:
+    """Relaxation along the straight line between two branches of figure 5 (figure 8).
+
+    Those of the first trunk's last branching epoch. Without batch sizes there is no such figure.
+    """
+
+    batch_sizes: tuple[int, ...] = ()
+    starts: tuple[float, ...] = (0.25, 0.5)
+    lr: float = 0.05
+    steps: int = 1500
+    replicas: int = 16
+
+
+@dataclass(frozen=True)
+class PoorSection:
+    """A minimum that fits its examples and generalises badly, and the path to it (figure 9).
+
+    Of the training images, the last `attack` in the data set's order get wrong labels; a network
+    is trained on all of them, for `epochs`, with neither augmentation nor weight decay. The
+    path to it begins at the first minimum; its loss, curvature and dynamics are those on the
+    images that kept their labels. With attack = 0 there is no such figure.
+    """
+
+    attack: int = 0
+    epochs: int = 200
+    batch_size: int = 64
+    lr: float = 0.05
+    starts: tuple[float, ...] = (0.3, 0.5, 0.7)
+    relax_lr: float = 0.05
+    relax_batch_size: int = 8
+    steps: int = 1500
+    replicas: int = 16
 
 
 @dataclass(frozen=True)
@@ -168,6 +207,10 @@ class Config:
     relax: RelaxSection = field(default_factory=RelaxSection)
     force: ForceSection = field(default_factory=ForceSection)
     lmc: LMCSection = field(default_factory=LMCSection)
+    fig6: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
+    fig7: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
+    straight: StraightSection = field(default_factory=StraightSection)
+    poor: PoorSection = field(default_factory=PoorSection)
     toy: ToySection = field(default_factory=ToySection)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,15 +231,37 @@ def presets() -> tuple[str, ...]:
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     """A preset with `section.key=value` overrides (values in TOML's syntax).
 
+    Args:
+        name: of a preset that comes with the package, or the path of a file `<name>.toml`.
+        overrides: of its values.
+
     Raises:
         ValueError: an unknown preset, section or key, or a value of another type.
+        OSError: a file that cannot be read.
 
     >>> load_preset("demo", ["train.epochs=3"]).train.epochs
     3
     """
-    checks.one_of("preset", name, presets())
-    text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text(encoding="utf-8")
-    document: dict[str, Any] = {"preset": name, **tomllib.loads(text)}
+    file = FilePath(name)
+    if file.suffix == ".toml":
+        text, name = file.read_text(encoding="utf-8"), file.stem
+    else:
+        checks.one_of("preset", name, presets())
+        source = resources.files(__package__) / "presets" / f"{name}.toml"
+        text = source.read_text(encoding="utf-8")
+    try:
+        document = {**tomllib.loads(text), "preset": name}
+    except tomllib.TOMLDecodeError as error:
+        raise checks.fail(f"--preset {file}", "TOML", f"another text ({error})") from error
+    return _overridden(document, overrides)
+
+
+def with_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """A configuration with overrides, as `load_preset` takes them."""
+    return _overridden(config.to_dict(), overrides)
+
+
+def _overridden(document: dict[str, Any], overrides: Iterable[str]) -> Config:
     for override in overrides:
         _apply(document, override)
     return from_dict(document)
@@ -295,6 +360,14 @@ _LEAST: dict[str, float] = {
             "force.cycles",
             "force.directions",
             "toy.steps",
+            "straight.batch_sizes",
+            "straight.steps",
+            "straight.replicas",
+            "poor.epochs",
+            "poor.batch_size",
+            "poor.relax_batch_size",
+            "poor.steps",
+            "poor.replicas",
         ),
         1,
     ),
@@ -304,7 +377,7 @@ _LEAST: dict[str, float] = {
     "toy.particles": 2,
     "path.pivots": 3,
     "curvature.spectrum_points": 3,
-    "lmc.points": 3,
+    **dict.fromkeys(("lmc.points", "fig6.points", "fig7.points"), 3),
 }
 _POSITIVE = (
     "train.lr",
@@ -314,6 +387,9 @@ _POSITIVE = (
     "relax.adam_lr_factor",
     "force.lr",
     "force.step",
+    "straight.lr",
+    "poor.lr",
+    "poor.relax_lr",
     "toy.temperature",
     "toy.ridge_temperature",
     "toy.dt",
@@ -327,7 +403,15 @@ _SETS = (  # lists of which every entry names a unit or a curve, so none may com
     "force.cycles",
     "lmc.branch_epochs",
     "lmc.seeds",
+    "fig6.branch_epochs",
+    "fig6.seeds",
+    "fig7.branch_epochs",
+    "fig7.seeds",
+    "straight.batch_sizes",
+    "straight.starts",
+    "poor.starts",
 )
+_MAY_BE_EMPTY = ("fig6.seeds", "fig7.seeds", "straight.batch_sizes")  # then there is no figure
 
 
 def _check(config: Config) -> None:
@@ -346,7 +430,7 @@ def _check(config: Config) -> None:
     flat = _flatten(config.to_dict())
     for key in _SETS:
         entries = [repr(entry) for entry in flat[key]]
-        if not entries or len(set(entries)) < len(entries):
+        if not (entries or key in _MAY_BE_EMPTY) or len(set(entries)) < len(entries):
             raise checks.fail(key, "at least one entry, and none twice", repr(flat[key]))
     for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
@@ -357,18 +441,24 @@ def _check(config: Config) -> None:
     for key, starts in (
         ("relax.starts", config.relax.starts),
         ("relax.start", (config.relax.start,)),
+        ("straight.starts", config.straight.starts),
+        ("poor.starts", config.poor.starts),
     ):
         if any(start > 1 for start in starts):
             raise checks.fail(key, "positions in [0, 1]", repr(starts))
+    checks.one_of("train.precision", config.train.precision, ("float32", "bfloat16"))
     for name in config.relax.optimizers:
         checks.one_of("relax.optimizers", name, OPTIMIZERS)
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
             raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
-    for key, limit in (("lmc.branch_epochs", config.lmc.epochs or config.train.epochs),):
-        largest = max(flat[key]) if isinstance(flat[key], list) else flat[key]
-        if largest > limit:
-            raise checks.fail(key, f"at most {limit} (of how many there are)", repr(flat[key]))
+    for name in ("lmc", "fig6", "fig7"):
+        section: LMCSection = getattr(config, name)
+        epochs = section.epochs or config.train.epochs
+        if section.seeds and max(section.branch_epochs) > epochs:
+            raise checks.fail(
+                f"{name}.branch_epochs", f"at most {epochs} epochs", repr([*section.branch_epochs])
+            )
     segments = config.path.pivots - 1
     for key in ("force.positions", "relax.start_every"):
         if flat[key] > segments:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..curvature import measure_point, score_spectrum, score_spectrum_floor
-from ..paths import AutoNEBConfig, auto_neb, linear_path, path_losses
+from ..objective import Objective
+from ..paths import AutoNEBConfig, Path, auto_neb, linear_path, path_losses
 from ..table import Table
 from . import pieces, plots
 from .run import RunFolder
@@ -36,10 +38,17 @@ def path_units(run: RunFolder) -> list[Unit]:
 
 def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict[str, Any]:
     """AutoNEB between two minima, and the loss along it and along the straight line."""
-    section = run.config.path
     objective = pieces.objective(run, pieces.minimum(run, a))
-    start = objective.parameters_vector()
     end = pieces.objective(run, pieces.minimum(run, b)).parameters_vector()
+    return connect(run, report, objective, end, seed)
+
+
+def connect(
+    run: RunFolder, report: Report, objective: Objective, end: Tensor, seed: int
+) -> dict[str, Any]:
+    """AutoNEB from the objective's own point to another, with the losses beside it."""
+    section = run.config.path
+    start = objective.parameters_vector()
     result = auto_neb(
         objective,
         start,
@@ -89,9 +98,22 @@ def curvature_units(run: RunFolder) -> list[Unit]:
 
 def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
     """Traces, largest eigenvalue and loss at every pivot of a path."""
-    path = pieces.load_path(run, name)
     whole = pieces.objective(run, pieces.minimum(run, _first_minimum(run, name)))
     inputs = pieces.images(run)[0].tensors(run.config.data.curvature_examples or None)
+    path = pieces.load_path(run, name)
+    return {"profile": profile(run, report, name, path, whole, whole.with_data(inputs))}
+
+
+def profile(
+    run: RunFolder, report: Report, name: str, path: Path, whole: Objective, some: Objective
+) -> Table:
+    """Traces, largest eigenvalue and loss at every pivot.
+
+    Args:
+        whole: where normalisation statistics are taken from.
+        some: the same loss on the examples that curvature is of.
+    """
+    inputs = some.tensors()
     rows, pairs = [], None
     for i, s in enumerate(path.positions.tolist()):
         theta = path.point(s)
@@ -109,7 +131,7 @@ def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
         pairs = found.pairs
         rows.append({"path": name, "s": s, **found.row})
         report((i + 1) / path.num_pivots)
-    return {"profile": Table.from_rows(rows)}
+    return Table.from_rows(rows)
 
 
 def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:

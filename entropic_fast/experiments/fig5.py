@@ -1,7 +1,12 @@
-"""Figure 5: entropic barriers appear later in training (linear mode connectivity)."""
+"""Figure 5: entropic barriers appear later in training (linear mode connectivity).
+
+Figures 6 and 7 are the same for other networks and images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,49 +18,56 @@ from ..lmc import Trunk, branch, measure_line, summarise
 from ..table import Table
 from ..training import Trained
 from . import pieces, plots
+from .config import LMCSection
 from .run import RunFolder
 from .schedule import Report, Unit
 
 
-def units(run: RunFolder) -> list[Unit]:
+def units(run: RunFolder, section: str = "lmc") -> list[Unit]:
     """One trunk a seed, and one unit for every epoch k at which it branches."""
-    section = run.config.lmc
-    epochs = section.epochs or run.config.train.epochs
+    lmc = _section(run, section)
+    epochs = lmc.epochs or run.config.train.epochs
     examples = pieces.training_examples(run)
     found = []
-    for seed in section.seeds:
-        trunk = f"lmc/s{seed}-trunk"
-        longest = max(section.branch_epochs) * examples
-        found.append(Unit(trunk, train_trunk, (seed,), weight=longest))
-        for k in section.branch_epochs:
-            weight = 2.0 * (epochs - k) * examples + pieces.curvature_work(run, 10 * section.points)
-            found.append(Unit(f"lmc/s{seed}-k{k}", measure, (seed, k), (trunk,), weight))
+    for seed in lmc.seeds:
+        trunk = f"{section}/s{seed}-trunk"
+        longest = max(lmc.branch_epochs) * examples
+        found.append(Unit(trunk, train_trunk, (section, seed), weight=longest))
+        for k in lmc.branch_epochs:
+            weight = 2.0 * (epochs - k) * examples + pieces.curvature_work(run, 10 * lmc.points)
+            name = f"{section}/s{seed}-k{k}"
+            found.append(Unit(name, measure, (section, seed, k), (trunk,), weight))
     return found
 
 
-def train_trunk(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
+def _section(run: RunFolder, section: str) -> LMCSection:
+    found: LMCSection = getattr(run.config, section)
+    return found
+
+
+def train_trunk(run: RunFolder, report: Report, section: str, seed: int) -> dict[str, Any]:
     """Train to the last branching epoch and keep the network and momentum at each."""
-    training, _ = pieces.images(run)
-    config = pieces.recipe(run, run.config.lmc.epochs, run.config.lmc.batch_size)
-    last = max(run.config.lmc.branch_epochs)
+    lmc = _section(run, section)
+    training, _ = pieces.images(run, lmc.data)
+    config = pieces.recipe(run, lmc.epochs, lmc.batch_size)
+    last = max(lmc.branch_epochs)
     trunk = Trunk(
-        lambda: pieces.network(run, run.config.lmc.model),
+        lambda: pieces.network(run, lmc.model, lmc.data),
         training,
         config,
         seed,
         lambda _, done, __: report(done / max(1, last)),
     )
-    return {f"k{k}": _pack(trunk.at(k)) for k in sorted(run.config.lmc.branch_epochs)}
+    return {f"k{k}": _pack(trunk.at(k)) for k in sorted(lmc.branch_epochs)}
 
 
-def measure(run: RunFolder, report: Report, seed: int, k: int) -> dict[str, Any]:
-    """Finish two branches and measure the line between them."""
-    section = run.config.lmc
-    training, test = pieces.images(run)
-    config = pieces.recipe(run, section.epochs, section.batch_size)
-    start = _unpack(
-        run.tensors(f"lmc/s{seed}-trunk", f"k{k}"), pieces.network(run, section.model), k
-    )
+def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> dict[str, Any]:
+    """Finish two branches and measure the line between them; the ends of the last are kept."""
+    lmc = _section(run, section)
+    training, test = pieces.images(run, lmc.data)
+    config = pieces.recipe(run, lmc.epochs, lmc.batch_size)
+    network = pieces.network(run, lmc.model, lmc.data)
+    start = _unpack(run.tensors(f"{section}/s{seed}-trunk", f"k{k}"), network, k)
     share = {"branch 1": (0.0, 0.4), "branch 2": (0.4, 0.4), "line": (0.8, 0.2)}
 
     def progress(what: str, done: int, total: int) -> None:
@@ -70,31 +82,46 @@ def measure(run: RunFolder, report: Report, seed: int, k: int) -> dict[str, Any]
         b,
         training,
         eval_data=test,
-        points=section.points,
+        points=lmc.points,
         curvature_examples=run.config.data.curvature_examples or None,
         tol=run.config.curvature.tol,
         seed=seed,
         progress=progress,
     )
     rows = line.num_rows
-    return {"line": Table({"seed": [seed] * rows, "k": [k] * rows, **line})}
+    found: dict[str, Any] = {
+        "line": Table({"seed": [seed] * rows, "k": [k] * rows, **line}),
+    }
+    if k == max(lmc.branch_epochs):
+        found["branch1"], found["branch2"] = dict(a.state_dict()), dict(b.state_dict())
+    return found
 
 
-def collect(run: RunFolder) -> dict[str, Table]:
+def collect(run: RunFolder, section: str = "lmc", name: str = "fig5") -> dict[str, Table]:
     """The numbers behind the figure: the lines, and the instability for each seed and k."""
-    section = run.config.lmc
+    lmc = _section(run, section)
     lines, summaries = [], []
-    for seed in section.seeds:
-        tables = [run.table(f"lmc/s{seed}-k{k}", "line") for k in section.branch_epochs]
+    for seed in lmc.seeds:
+        tables = [run.table(f"{section}/s{seed}-k{k}", "line") for k in lmc.branch_epochs]
         rows = [row for table in tables for row in table.rows()]
         lines += rows
         summaries += [{"seed": seed, **row} for row in summarise(Table.from_rows(rows)).rows()]
-    return {"fig5_lines": Table.from_rows(lines), "fig5_instability": Table.from_rows(summaries)}
+    return {
+        f"{name}_lines": Table.from_rows(lines),
+        f"{name}_instability": Table.from_rows(summaries),
+    }
 
 
-def draw(tables: dict[str, Table]) -> Figure:
+def other(
+    section: str,
+) -> tuple[Callable[[RunFolder], dict[str, Table]], Callable[[dict[str, Table]], Figure]]:
+    """`collect` and `draw` of another section's figure, which has the section's name."""
+    return partial(collect, section=section, name=section), partial(draw, name=section)
+
+
+def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     """Panels A to D of the paper's figure 5."""
-    lines, instability = tables["fig5_lines"], tables["fig5_instability"]
+    lines, instability = tables[f"{name}_lines"], tables[f"{name}_instability"]
     figure, axes = plots.mosaic(["ACD", "BcD"], width=3.9, height=2.7)
     schematic, mean, loss, eigenvalue, unstable = (axes[name] for name in "ABCcD")
     _draw_schematic(schematic)

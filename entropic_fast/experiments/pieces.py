@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path as FilePath
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from .run import RunFolder
 from .schedule import Report, Unit
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _load(
     name: str, data_dir: str | None, device: str, train_limit: int, test_limit: int
 ) -> tuple[ImageData, ImageData]:
@@ -27,10 +28,16 @@ def _load(
     return training.limited(train_limit or None), test.limited(test_limit or None)
 
 
-def images(run: RunFolder) -> tuple[ImageData, ImageData]:
-    """The run's training and test images, on its device."""
+def images(run: RunFolder, name: str = "") -> tuple[ImageData, ImageData]:
+    """Training and test images, on the run's device: the run's own, or others by name.
+
+    In the run's `data_dir` a folder of the data set's name comes first.
+    """
     section = run.config.data
-    return _load(section.name, run.data_dir, run.device, section.train_limit, section.test_limit)
+    name, folder = name or section.name, run.data_dir
+    if folder is not None and (FilePath(folder) / name).is_dir():
+        folder = str(FilePath(folder) / name)
+    return _load(name, folder, run.device, section.train_limit, section.test_limit)
 
 
 def prepare(run: RunFolder) -> None:
@@ -42,7 +49,10 @@ def prepare(run: RunFolder) -> None:
     """
     training, test = images(run)
     network(run)
-    network(run, run.config.lmc.model)
+    sections = (run.config.lmc, run.config.fig6, run.config.fig7)
+    shown = [section for section in sections if section.seeds]
+    for section in shown:
+        network(run, section.model, section.data)
     relax = run.config.relax
     for key, asked in (
         ("data.curvature_examples", run.config.data.curvature_examples),
@@ -51,17 +61,25 @@ def prepare(run: RunFolder) -> None:
         ("relax.batch_sizes", max(relax.batch_sizes)),
         ("force.batch_size", run.config.force.batch_size),
         ("force.examples", run.config.force.examples),
+        ("straight.batch_sizes", max(run.config.straight.batch_sizes, default=0)),
+        ("poor.attack", run.config.poor.attack + 1),
     ):
         if asked > len(training):
             raise checks.fail(key, f"at most the {len(training)} training images", str(asked))
+    others = dict.fromkeys(section.data for section in shown)
     run.record_images(
-        {
-            "train_examples": len(training),
-            "train_sha256": training.hash,
-            "test_examples": len(test),
-            "test_sha256": test.hash,
-        }
+        _facts(training, test)
+        | {name: _facts(*images(run, name)) for name in others if name not in ("", training.name)}
     )
+
+
+def _facts(training: ImageData, test: ImageData) -> dict[str, Any]:
+    return {
+        "train_examples": len(training),
+        "train_sha256": training.hash,
+        "test_examples": len(test),
+        "test_sha256": test.hash,
+    }
 
 
 def training_examples(run: RunFolder) -> int:
@@ -70,9 +88,9 @@ def training_examples(run: RunFolder) -> int:
     return int(recorded["train_examples"]) if recorded else len(images(run)[0])
 
 
-def network(run: RunFolder, name: str = "") -> nn.Module:
-    """A network of the run's kind (or of the name given), on its device."""
-    training, _ = images(run)
+def network(run: RunFolder, name: str = "", data: str = "") -> nn.Module:
+    """A network of the run's kind (or of the name given), for its images (or others)."""
+    training, _ = images(run, data)
     model = build(
         name or run.config.model.name, training.num_classes, in_channels=training.images.shape[1]
     )
@@ -89,6 +107,7 @@ def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
         batch_size=batch_size or section.batch_size,
         epochs=epochs or section.epochs,
         augment=section.augment,
+        precision=section.precision,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
 
@@ -19,6 +20,8 @@ from ..dynamics import (
     relax,
     relaxation_time,
 )
+from ..objective import Objective
+from ..paths import Path
 from ..store import DamagedFileError
 from ..table import Table
 from . import pieces
@@ -27,6 +30,18 @@ from .run import RunFolder
 from .schedule import Report, Unit
 
 Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
+
+
+@dataclass(frozen=True)
+class Course:
+    """What replicas relax on, and for how long."""
+
+    objective: Objective
+    path: Path
+    steps: int
+    replicas: int
+
+
 SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 
 
@@ -60,7 +75,7 @@ def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
     """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
     section = run.config.relax
     settings = _settings(run, [_start(run)], section.lrs)
-    trajectory = _relax(run, report, SCAN, settings, section.batch_size, "sgd")
+    trajectory = _relax(run, report, SCAN, _first(run), settings, section.batch_size, "sgd")
     table = _long(trajectory, "C", settings)
     return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
@@ -103,12 +118,12 @@ def choice_text(run: RunFolder) -> str:
     return str(run.document(SCAN, "choice")["why"])
 
 
-def collect(run: RunFolder, names: Sequence[str]) -> Table:
+def collect(run: RunFolder, names: Sequence[str], stage: str = "relax") -> Table:
     """Trajectories of several units as one table; `run` numbers the replicas."""
     rows: list[dict[str, object]] = []
     offset = 0
     for name in names:
-        table = run.table(f"relax/{name}", "trajectory")
+        table = run.table(f"{stage}/{name}", "trajectory")
         rows += [{**row, "run": offset + int(row["run"])} for row in table.rows()]  # type: ignore[call-overload]
         offset += int(table["run"].max()) + 1
     return Table.from_rows(rows)
@@ -227,7 +242,9 @@ def _panel(
     shared = set(settings) & set(_settings(run, [_start(run)], run.config.relax.lrs))
     shared = shared if scanned else set()
     missing = [setting for setting in settings if setting not in shared]
-    tables = [_relaxed(run, report, unit, panel, missing, batch_size, optimizer)] if missing else []
+    tables = []
+    if missing:
+        tables = [along(run, report, unit, panel, _first(run), missing, batch_size, optimizer)]
     if shared:
         tables.append(run.table(SCAN, "trajectory"))
     tracks: list[list[dict[str, object]]] = []
@@ -240,58 +257,68 @@ def _panel(
     return Table.from_rows(rows)
 
 
-def _relaxed(
+def along(
     run: RunFolder,
     report: Report,
     unit: str,
     panel: str,
+    course: Course,
     settings: Settings,
     batch_size: int,
-    optimizer: str,
+    optimizer: str = "sgd",
 ) -> Table:
+    """Trajectories of every setting's replicas as a long table."""
     try:
-        trajectory = _relax(run, report, unit, settings, batch_size, optimizer)
+        trajectory = _relax(run, report, unit, course, settings, batch_size, optimizer)
     except DivergenceError:
         # A result too, and no reason to lose the rest of the run: a start, then nothing.
         starts = [s for s, _ in settings]
         lost = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
-        steps = torch.tensor([0, run.config.relax.steps])
+        steps = torch.tensor([0, course.steps])
         rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
         trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size)
     return _long(trajectory, panel, settings)
+
+
+def _first(run: RunFolder) -> Course:
+    """The run's first path."""
+    name, first, *_ = pieces.path_names(run)[0]
+    section = run.config.relax
+    objective = pieces.objective(run, pieces.minimum(run, first))
+    return Course(objective, pieces.load_path(run, name), section.steps, section.replicas)
 
 
 def _relax(
     run: RunFolder,
     report: Report,
     unit: str,
+    course: Course,
     settings: Settings,
     batch_size: int,
     optimizer: str,
 ) -> Trajectory:
     """The run of a unit, from where it was killed if it was."""
     section = run.config.relax
-    name, first, *_ = pieces.path_names(run)[0]
     every = section.project_every
     checkpoint = run.unit_folder(unit) / "run.safetensors"
 
     def go() -> Trajectory:
         return relax(
-            pieces.objective(run, pieces.minimum(run, first)),
-            pieces.load_path(run, name),
+            course.objective,
+            course.path,
             [s for s, _ in settings],
             optimizer,
             lr=[lr for _, lr in settings],
             batch_size=batch_size,
             project_every=every,
-            steps=section.steps,
+            steps=course.steps,
             seed=run.config.seed,
             # The same noise at every setting: differences between settings are not the noise's.
-            ids=[i % section.replicas for i in range(len(settings))],
-            record_every=max(1, section.steps // (section.records * every)) * every,
+            ids=[i % course.replicas for i in range(len(settings))],
+            record_every=max(1, course.steps // (section.records * every)) * every,
             checkpoint=checkpoint,
             checkpoint_every=CHECKPOINT_CYCLES * every,
-            on_record=lambda record: report(record.step / section.steps),
+            on_record=lambda record: report(record.step / course.steps),
         )
 
     try:

@@ -7,16 +7,22 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
+from plotly.offline import get_plotlyjs
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from .. import store
 from ..table import Table
+from . import interactive
 from .claims import FAILS, HOLDS, UNDECIDED, Claim
 from .run import RunFolder
+
+COLOURS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class FigureEntry:
     title: str
     caption: str
     tables: Sequence[str]
+    charts: Sequence[Mapping[str, Any]] = ()
 
 
 def write(
@@ -43,7 +50,14 @@ def write(
     )
     environment.filters |= {"figure": _figure, "css": _css}
     environment.tests["finite"] = math.isfinite
+    charts = {
+        f"{figure.name}-{i}": {"data": chart["data"], "layout": chart["layout"]}
+        for figure in figures
+        for i, chart in enumerate(figure.charts)
+    }
     html = environment.get_template("report.html.jinja").render(
+        charts=interactive.as_json(charts),
+        plotly=get_plotlyjs(),
         config=run.config,
         claims=claims,
         figures=[_entry(run, f) for f in figures],
@@ -53,6 +67,7 @@ def write(
         verdicts=_count(claims),
         environment=store.read_json(run.path / "environment.json"),
         stages=run.stage_seconds(),
+        energy=run.energy(),
         configuration=json.dumps(run.config.to_dict(), indent=1),
         notes=notes,
     )
@@ -62,15 +77,39 @@ def write(
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:
     """The claims as a table on the terminal."""
     table = RichTable("figure", "claim", "effect", "95 % interval", "verdict")
-    colour = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
     for claim in claims:
         interval = (
             f"{_figure(claim.low)} to {_figure(claim.high)}" if math.isfinite(claim.low) else ""
         )
-        verdict = f"[{colour[claim.verdict]}]{claim.verdict}[/]"
+        verdict = f"[{COLOURS[claim.verdict]}]{claim.verdict}[/]"
         table.add_row(claim.figure, claim.name, _figure(claim.effect), interval, verdict)
     console.print(table)
     console.print(_count(claims))
+
+
+def print_comparison(
+    console: Console, one: tuple[Path, Sequence[Claim]], other: tuple[Path, Sequence[Claim]]
+) -> None:
+    """Two runs' claims side by side; verdicts that differ are marked."""
+    (a, first), (b, second) = one, other
+    table = RichTable("figure", "claim", str(a), str(b), "")
+    known = [{claim.name: claim for claim in claims} for claims in (first, second)]
+    differ = 0
+    for name, claim in (known[1] | known[0]).items():
+        pair = [claims.get(name) for claims in known]
+        verdicts = {claim.verdict for claim in pair if claim is not None}
+        differs = len(verdicts) > 1
+        differ += differs
+        cells = [_cell(claim) if claim is not None else "-" for claim in pair]
+        table.add_row(claim.figure, name, *cells, "[bold]differs[/]" if differs else "")
+    console.print(table)
+    console.print(f"{a}: {_count(first)}\n{b}: {_count(second)}\n{differ} verdicts differ")
+
+
+def _cell(claim: Claim) -> str:
+    interval = f" [{_figure(claim.low)}, {_figure(claim.high)}]" if math.isfinite(claim.low) else ""
+    text = f"{_figure(claim.effect)}{interval}"
+    return f"{escape(text)} [{COLOURS[claim.verdict]}]{claim.verdict}[/]"
 
 
 def _entry(run: RunFolder, figure: FigureEntry) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 RUN/config.json             the effective configuration
 RUN/environment.json        versions and hardware
+RUN/energy.json             time and energy of every command that computed something
 RUN/images.json             how many images there are, and their hashes
 RUN/units/<unit>/...        what a unit computed; done.json, written last, holds the hashes
 RUN/data/*.csv              the numbers behind the figures
@@ -120,7 +121,7 @@ class RunFolder:
 
     def forget(self) -> None:
         """Remove the run's own records, so that the folder can take another configuration."""
-        for name in ("config.json", "environment.json", "images.json"):
+        for name in ("config.json", "environment.json", "images.json", "energy.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def unit_folder(self, unit: str) -> Path:
@@ -165,6 +166,22 @@ class RunFolder:
         store.write_json(
             folder / "done.json", {"unit": unit, "seconds": round(seconds, 3), "files": hashes}
         )
+
+    def finished_units(self) -> int:
+        """How many units are finished."""
+        return sum(1 for _ in (self.path / "units").glob("**/done.json"))
+
+    def add_energy(self, stage: str, seconds: float, joules: Mapping[str, float]) -> None:
+        """Note what a command took that computed something."""
+        file = self.path / "energy.json"
+        known = list(store.read_json(file)) if file.exists() else []
+        entry = {"stage": stage, "seconds": round(seconds, 1), "joules": dict(joules)}
+        store.write_json(file, [*known, entry])
+
+    def energy(self) -> list[dict[str, Any]]:
+        """What `add_energy` noted, command by command."""
+        file = self.path / "energy.json"
+        return [dict(entry) for entry in store.read_json(file)] if file.exists() else []
 
     def table(self, unit: str, name: str) -> Table:
         """A table that a finished unit stored."""

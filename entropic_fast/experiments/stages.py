@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from matplotlib.figure import Figure
@@ -14,12 +13,34 @@ from .. import checks, store
 from ..ops.backend import backend_for
 from ..table import Table
 from . import claims as claim_tests
-from . import fig1, fig2, fig3, fig4, fig5, fig_force, pieces, plots, relaxation, report
+from . import (
+    fig1,
+    fig2,
+    fig3,
+    fig4,
+    fig5,
+    fig8,
+    fig9,
+    fig_force,
+    interactive,
+    pieces,
+    plots,
+    relaxation,
+    report,
+)
+from .config import Config
+from .energy import Energy
 from .run import RunFolder
 from .schedule import Unit, execute
 
 Collect = Callable[[RunFolder], dict[str, Table]]
 Draw = Callable[[dict[str, Table]], Figure]
+
+
+def _lmc_units(run: RunFolder) -> list[Unit]:
+    """Those of figures 5, 6 and 7."""
+    return [unit for section in ("lmc", "fig6", "fig7") for unit in fig5.units(run, section)]
+
 
 # Units of each stage, and the stages each one needs.
 _STAGES: dict[str, tuple[Callable[[RunFolder], list[Unit]], tuple[str, ...]]] = {
@@ -29,21 +50,29 @@ _STAGES: dict[str, tuple[Callable[[RunFolder], list[Unit]], tuple[str, ...]]] = 
     "curvature": (fig2.curvature_units, ("train", "path")),
     "relax": (relaxation.units, ("train", "path")),
     "force": (fig_force.units, ("train", "path")),
-    "lmc": (fig5.units, ()),
-    "report": (lambda run: [], ("toy", "train", "path", "curvature", "relax", "force", "lmc")),
+    "lmc": (_lmc_units, ()),
+    "straight": (fig8.units, ("lmc",)),
+    "poor": (fig9.units, ("train",)),
+    "report": (
+        lambda run: [],
+        ("toy", "train", "path", "curvature", "relax", "force", "lmc", "straight", "poor"),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class _Entry:
-    module: ModuleType
+    collect: Collect
+    draw: Draw
     title: str
     caption: str
+    shown: Callable[[Config], bool] = lambda config: True
 
 
 _FIGURES = {
     "fig1": _Entry(
-        fig1,
+        fig1.collect,
+        fig1.draw,
         "Figure 1. Curvature produces an entropic force.",
         "A: particles in a ring potential whose stiffness varies with angle; uniform without "
         "noise, gathered where the ring is flat with it. B: a particle on a ridge (of all, the "
@@ -51,7 +80,8 @@ _FIGURES = {
         "Effective potential (T/2) ln det H across the slow direction [D].",
     ),
     "fig2": _Entry(
-        fig2,
+        fig2.collect,
+        fig2.draw,
         "Figure 2. Entropy induces barriers between minima.",
         "Hessian trace (A), its largest eigenvalue (B) and the loss (C) along minimum energy "
         "paths; colours are pairs of minima, markers AutoNEB seeds, each marker a pivot. "
@@ -59,25 +89,57 @@ _FIGURES = {
         "a network keeps them, are re-estimated at every point.",
     ),
     "fig3": _Entry(
-        fig3,
+        fig3.collect,
+        fig3.draw,
         "Figure 3. Relaxation by entropic forces.",
         "Projected SGD on the first path; thin lines are replicas, thick ones their means "
         "with 95 % intervals (Student's t) as bands. "
         "Replicas see the same minibatches at every setting.",
     ),
     "fig4": _Entry(
-        fig4,
+        fig4.collect,
+        fig4.draw,
         "Figure 4. Relaxation under different optimizers.",
         "The same start and batch size for vanilla SGD, Nesterov momentum 0.9 and Adam.",
     ),
     "fig5": _Entry(
-        fig5,
+        fig5.collect,
+        fig5.draw,
         "Figure 5. Entropic barriers matter later in training.",
         "Two branches from epoch k with different data orders, joined by a straight line. "
         "Instability: (highest on the line - mean of the ends) / mean of the ends [D].",
     ),
+    "fig6": _Entry(
+        *fig5.other("fig6"),
+        "Figure 6 (ours). Figure 5 for another network.",
+        "As figure 5, for the network and images of the configuration's section fig6.",
+        lambda config: bool(config.fig6.seeds),
+    ),
+    "fig7": _Entry(
+        *fig5.other("fig7"),
+        "Figure 7 (ours). Figure 5 for a third network.",
+        "As figure 5, for the network and images of the configuration's section fig7.",
+        lambda config: bool(config.fig7.seeds),
+    ),
+    "fig8": _Entry(
+        fig8.collect,
+        fig8.draw,
+        "Figure 8 (ours). Relaxation between linearly connected networks.",
+        "A: curvature and loss on the straight line between the first trunk's last branches. "
+        "B: projected SGD on that line; means over replicas with 95 % intervals.",
+        lambda config: bool(config.straight.batch_sizes),
+    ),
+    "fig9": _Entry(
+        fig9.collect,
+        fig9.draw,
+        "Figure 9 (ours). A minimum that generalises badly.",
+        "Path from the first minimum (0) to one that fits the same images and wrong labels on "
+        "others (1); loss, curvature and dynamics are those on the images with right labels.",
+        lambda config: config.poor.attack > 0,
+    ),
     "force": _Entry(
-        fig_force,
+        fig_force.collect,
+        fig_force.draw,
         "The force, measured.",
         "Bursts of projected SGD from positions along the first path, at a temperature low enough "
         "for theory. A: drift velocity, less that of the same burst without noise and less what "
@@ -101,6 +163,11 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def all_units(run: RunFolder) -> list[Unit]:
+    """Every unit of a run, stage by stage."""
+    return [unit for units, _ in _STAGES.values() for unit in units(run)]
+
+
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every unit of a stage and of the stages it needs that is not finished yet."""
     if stage in ("relax", "force", "report"):
@@ -109,7 +176,11 @@ def execute_until(run: RunFolder, stage: str, workers: int | None, console: Cons
         pieces.prepare(run)
     names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
     units = [unit for name in names for unit in _STAGES[name][0](run)]
-    execute(run, units, workers=workers, console=console)
+    before = run.finished_units()
+    with Energy(run.device) as energy:
+        execute(run, units, workers=workers, console=console)
+    if run.finished_units() > before:
+        run.add_energy(stage, energy.seconds, energy.joules)
 
 
 def write_report(run: RunFolder, console: Console) -> None:
@@ -118,7 +189,7 @@ def write_report(run: RunFolder, console: Console) -> None:
     Raises:
         ValueError: units are missing; says which and how to compute them.
     """
-    missing = [u.name for name in _STAGES for u in _STAGES[name][0](run) if not _whole(run, u)]
+    missing = [unit.name for unit in all_units(run) if not _whole(run, unit)]
     if missing:
         raise checks.fail(
             "RUN",
@@ -128,12 +199,18 @@ def write_report(run: RunFolder, console: Console) -> None:
         )
     entries = []
     for name, entry in _FIGURES.items():
-        tables = entry.module.collect(run)
+        if not entry.shown(run.config):
+            continue
+        tables = entry.collect(run)
         for table_name, table in tables.items():
             table.to_csv(run.path / "data" / f"{table_name}.csv")
         with plots.look():
-            plots.save(entry.module.draw(tables), run.path / "figures", name)
-        entries.append(report.FigureEntry(name, entry.title, entry.caption, tuple(tables)))
+            figure = entry.draw(tables)
+            plots.save(figure, run.path / "figures", name)
+            charts = interactive.charts(figure)
+        entries.append(
+            report.FigureEntry(name, entry.title, entry.caption, tuple(tables), tuple(charts))
+        )
     minima = pieces.summary(run)
     minima.to_csv(run.path / "data" / "minima.csv")
     claims = claim_tests.evaluate(run.path / "data")

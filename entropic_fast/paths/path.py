@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .. import checks, store
+from .. import checks, display, store
 
 # Rows of theta projected at once: temporaries of at most this many float64 numbers each.
 _CHUNK = 1 << 24
@@ -243,6 +243,18 @@ class Path:
     def to(self, *args: Any, **kwargs: Any) -> Path:
         """The path with pivots converted as by `torch.Tensor.to` (dtype, device)."""
         return Path(self._pivots.to(*args, **kwargs))
+
+    def _repr_html_(self) -> str:
+        chord = float((self._pivots[-1].double() - self._pivots[0].double()).norm())
+        rows = [
+            ("pivots", self.num_pivots),
+            ("parameters", self.num_params),
+            ("length", self.length),
+            ("distance between the ends", chord),
+            ("positions of the pivots", ", ".join(f"{s:.3g}" for s in self._positions.tolist())),
+            ("type", f"{self._pivots.dtype}, {self._pivots.device}"),
+        ]
+        return display.facts(rows)
 
     def save(self, file: str | os.PathLike[str], **manifest: Any) -> None:
         """Write the pivots as safetensors, and a JSON manifest beside them.

@@ -6,15 +6,18 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .. import store
+from .. import display, store
 from ..table import Table
 from .config import AutoNEBConfig
-from .losses import Saddle
+from .losses import Saddle, barrier
 from .path import Path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _FORMAT = "entropic_fast.neb-state/1"
 
@@ -41,6 +44,33 @@ class NEBResult:
     history: Table
     cycles: Table
     saddle: Saddle
+
+    def _repr_html_(self) -> str:
+        rise, (low, high) = barrier(self.losses), self.saddle.bracket
+        rows = [
+            ("pivots", self.path.num_pivots),
+            ("length", self.path.length),
+            ("steps", self.history.num_rows),
+            ("saddle's position", f"{self.saddle.position:.4g}, between {low:.4g} and {high:.4g}"),
+            ("saddle's loss", self.saddle.loss),
+            ("barrier over the higher end", rise.over_max),
+        ]
+        return display.facts(rows) + display.plot(self._draw)
+
+    def _draw(self, ax: Axes) -> None:
+        s, loss, pivot = (self.losses[name] for name in ("s", "loss", "is_pivot"))
+        ax.plot(s, loss, color=display.COLOURS[0])
+        ax.plot(s[pivot], loss[pivot], "o", ms=3, color=display.COLOURS[0], label="pivots")
+        ax.plot(
+            [self.saddle.position],
+            [self.saddle.loss],
+            "^",
+            color=display.COLOURS[1],
+            label="saddle",
+        )
+        ax.set_xlabel("relative distance along the path")
+        ax.set_ylabel("loss")
+        ax.legend(frameon=False)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,16 @@ from entropic_fast import random
 from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
+    fisher_eigenvalues,
+    fisher_trace,
     ggn_trace,
+    gradient_norms,
     hessian_trace,
+    ntk_gram,
+    sampled_labels,
+    score_gram,
+    score_matrix,
+    score_spectrum,
     without_rules,
 )
 from entropic_fast.curvature.ggn import quick_ggn_trace
@@ -108,12 +116,39 @@ def test_few_directions_and_losses_that_bend_downwards_are_taken_exactly():
 
 
 def test_a_tolerance_that_four_gradients_miss_makes_it_exact():
-    obj = many_classes(count=3)
+    obj = many_classes()
     theta = obj.parameters_vector()
     assert quick_ggn_trace(obj, theta, 0).std_error > 1e-6 * ggn_trace(obj).value
     estimate = hessian_trace(obj, probes=20, tol=1e-6, method="gauss-newton")
     again = hessian_trace(obj, probes=20, method="gauss-newton")
     assert estimate.std_error < again.std_error  # of the same 20 probes, less that of the draws
+
+
+def test_few_examples_are_taken_exactly():
+    obj = many_classes(count=3)
+    found = quick_ggn_trace(obj, obj.parameters_vector(), 0)
+    assert found.value == pytest.approx(ggn_trace(obj).value, rel=1e-12) and found.std_error == 0
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_callers_without_gradients_get_the_same_numbers(switch):
+    obj = many_classes()
+    functions = {
+        "ggn": lambda: ggn_trace(obj).value,
+        "hessian": lambda: hessian_trace(obj, probes=8, method="gauss-newton").value,
+        "fisher": lambda: fisher_trace(obj).value,
+        "norms": lambda: float(gradient_norms(obj).sum()),
+        "gram": lambda: float(score_gram(obj).trace()),
+        "spectrum": lambda: float(score_spectrum(obj).sum()),
+        "matrix": lambda: float(score_matrix(obj).square().sum()),
+        "ntk": lambda: float(ntk_gram(obj, max_examples=3).sum()),
+        "labels": lambda: fisher_trace(sampled_labels(obj)).value,
+        "eigenvalues": lambda: float(fisher_eigenvalues(obj, 1).values[0]),
+    }
+    for name, function in functions.items():
+        expected = function()
+        with switch():
+            assert function() == pytest.approx(expected, rel=1e-9), name
 
 
 def test_parts_and_batch_statistics_are_refused():

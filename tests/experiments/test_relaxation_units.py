@@ -41,7 +41,7 @@ def test_what_the_scan_has_is_not_run_again(run, monkeypatch):
     ran = []
 
     def spy(*arguments):
-        ran.append((arguments[2], len(arguments[3])))
+        ran.append((arguments[2], len(arguments[4])))
         return whole(*arguments)
 
     whole = relaxation._relax

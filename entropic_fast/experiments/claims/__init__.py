@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim
-from .connectivity import lmc
+from .connectivity import lmc, poor, straight
 from .curvature import curvature, path_loss, spectrum
 from .force import force
 from .relaxation import optimizers, relaxation
@@ -31,6 +32,10 @@ _TESTS: tuple[tuple[tuple[str, ...], Callable[..., list[Claim]]], ...] = (
     (("fig3_relaxation", "fig2_curvature"), relaxation),
     (("fig4_optimizers",), optimizers),
     (("fig5_instability",), lmc),
+    (("fig6_instability",), partial(lmc, figure="6")),
+    (("fig7_instability",), partial(lmc, figure="7")),
+    (("fig8_line", "fig8_relaxation"), straight),
+    (("fig9_minima", "fig9_loss", "fig9_curvature", "fig9_relaxation"), poor),
     (("force_fit", "force_comparison"), force),
 )
 

@@ -1,4 +1,4 @@
-"""Claims of figure 5."""
+"""Claims of figures 5 to 9."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import numpy as np
 from scipy import stats
 
 from ...table import Table
-from .claim import Claim, verdict
+from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
 from .intervals import Array, floats, mean_interval
 
 
-def lmc(instability: Table) -> list[Claim]:
-    """The barrier falls with k; which of loss and curvature is less stable."""
+def lmc(instability: Table, figure: str = "5") -> list[Claim]:
+    """The barrier falls with k; which of loss and curvature is less stable.
+
+    Args:
+        figure: 5, or the number of a figure of other networks and images.
+    """
+    note = "" if figure == "5" else f" (figure {figure})"
     k = floats(instability["k"])
     barrier = floats(instability["barrier"])
     loss, eigen = (floats(instability[f"{name}_instability"]) for name in ("loss", "eigenvalue"))
@@ -25,24 +30,24 @@ def lmc(instability: Table) -> list[Claim]:
     rho = float(stats.spearmanr(k, barrier).statistic) if varies else np.nan
     return [
         _paired(
-            "5B",
-            "the barrier falls with k",
+            f"{figure}B",
+            f"the barrier falls with k{note}",
             "the loss on the line (here its barrier) falls as the branches share more epochs k [S]",
             f"loss barrier at k = {k.min():g} less that at k = {k.max():g}, nats",
             barrier[first] - barrier[last],
             f"rank correlation of barrier and k {rho:.2f}",
         ),
         _paired(
-            "5D",
-            "loss leads at small k",
+            f"{figure}D",
+            f"loss leads at small k{note}",
             "at small k the loss is less stable along the line than the curvature [S]",
             f"instability of loss less that of curvature, k = {k.min():g}",
             loss[first] - eigen[first],
             f"loss {loss[first].mean():.3g}, curvature {eigen[first].mean():.3g}",
         ),
         _paired(
-            "5D",
-            "curvature leads at large k",
+            f"{figure}D",
+            f"curvature leads at large k{note}",
             "at large k the curvature is less stable along the line than the loss [S]",
             f"instability of curvature less that of loss, mean over k >= {k[late].min():g}",
             lead_late,
@@ -70,3 +75,113 @@ def _paired(
         verdict(low, high, 0.0),
         detail,
     )
+
+
+def straight(line: Table, relaxation: Table) -> list[Claim]:
+    """Figure 8: the drift between linearly connected networks."""
+    size = int(relaxation["batch_size"].min())
+    rows = relaxation.where(batch_size=size)
+    sides = [s for s in np.unique(rows["start"]) if s != 0.5]
+    moved = np.concatenate([np.empty(0), *(_towards_the_end(rows, s) for s in sides)])
+    low, high = mean_interval(moved)
+    eigenvalue = floats(line["eigenvalue"])
+    rise = eigenvalue[1:-1].max() / eigenvalue[[0, -1]].mean()
+    return [
+        Claim(
+            "8",
+            "noise drives to the ends of a flat line too",
+            "on the straight line between linearly connected networks, replicas that begin nearer "
+            "to one end drift towards it [D]",
+            f"mean displacement towards the nearest end, B = {size}, lr = {rows['lr'][0]:g}",
+            float(moved.mean()) if len(moved) else np.nan,
+            low,
+            high,
+            verdict(low, high, 0.0),
+            f"{len(moved)} replicas; the largest eigenvalue on the line is at most {rise:.2f} of "
+            "the ends' mean",
+        )
+    ]
+
+
+def _towards_the_end(rows: Table, start: float) -> Array:
+    """Displacements towards the nearest end of the replicas that did not diverge.  # [R]"""
+    rows = rows.where(start=start)
+    position = np.stack([floats(rows.where(run=r)["position"]) for r in np.unique(rows["run"])])
+    moved = position[:, -1] - position[:, 0]
+    moved = moved[np.isfinite(moved)]
+    return moved if start > 0.5 else -moved
+
+
+def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
+    """Figure 9: a minimum that generalises badly is sharper, joined, and driven away from."""
+    normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "poor"))
+    lost = float(normal["test_accuracy"]) - float(bad["test_accuracy"])  # type: ignore[arg-type]
+    images = 1.0 / max(1, int(bad["test_images"]))  # type: ignore[call-overload]
+    spread = 1.96 * float(
+        np.sqrt(
+            sum(
+                float(m["test_accuracy"]) * (1 - float(m["test_accuracy"])) * images  # type: ignore[arg-type]
+                for m in (normal, bad)
+            )
+        )
+    )
+    trace, error = floats(curvature["hessian_trace"]), floats(curvature["hessian_trace_std_error"])
+    ratio = trace[-1] / trace[0]
+    relative = 1.96 * float(np.hypot(error[0] / trace[0], error[-1] / trace[-1]))
+    path, line = (floats(loss.where(kind=k)["loss"]) for k in ("path", "line"))
+    excess, barrier = (x.max() - max(x[0], x[-1]) for x in (path, line))
+    moved = []
+    for start in np.unique(relaxation["start"]):
+        rows = relaxation.where(start=start)
+        ends = [floats(rows.where(run=r)["position"])[[0, -1]] for r in np.unique(rows["run"])]
+        moved += [first - last for first, last in ends if np.isfinite(last)]
+    drift = np.array(moved)
+    low, high = mean_interval(drift)
+    share = excess / barrier if barrier > 0 else np.nan
+    return [
+        Claim(
+            "9",
+            "the poor minimum generalises worse",
+            "a minimum that also fits wrong labels errs more on test images [D]",
+            "test accuracy lost",
+            lost,
+            lost - spread,
+            lost + spread,
+            verdict(lost - spread, lost + spread, 0.0),
+            f"test accuracy {normal['test_accuracy']:.3f} and {bad['test_accuracy']:.3f}; on the "
+            f"images of the loss {normal['kept_accuracy']:.3f} and {bad['kept_accuracy']:.3f}",
+        ),
+        Claim(
+            "9",
+            "the poor minimum is joined to a normal one",
+            "a path of low loss leads to it (under a tenth of the straight line's barrier) [D]",
+            "barrier along the path / barrier of the straight line",
+            share,
+            np.nan,
+            np.nan,
+            UNDECIDED if not np.isfinite(share) else HOLDS if share < 0.1 else FAILS,
+            f"barriers {excess:.3g} and {barrier:.3g} nats",
+        ),
+        Claim(
+            "9A",
+            "the poor minimum is sharper",
+            "the trace of the Hessian is larger at the poor minimum [D]",
+            "Hessian trace at the poor minimum / at the normal one",
+            ratio,
+            ratio * (1 - relative),
+            ratio * (1 + relative),
+            verdict(ratio * (1 - relative), ratio * (1 + relative), 1.0),
+            f"{trace[0]:.3g} and {trace[-1]:.3g}, at most {trace.max():.3g} between",
+        ),
+        Claim(
+            "9C",
+            "noise drives away from the poor minimum",
+            "projected SGD drifts along the path towards the normal minimum [D]",
+            "mean displacement towards the normal minimum",
+            float(drift.mean()) if len(drift) else np.nan,
+            low,
+            high,
+            verdict(low, high, 0.0),
+            f"{len(drift)} replicas from {len(np.unique(relaxation['start']))} starts",
+        ),
+    ]

@@ -1,0 +1,65 @@
+"""A function of tensors as the list of operations that it comes to, called without its Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..forward_mode import forward_lock
+
+# Shapes for which a list is made; of more, the function is called as it is.
+SHAPES = 4
+_NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class Traced:
+    """Calls a function; from the second call for the same shapes on, its operations alone.
+
+    `vmap` and `grad` of a model cost more Python than arithmetic where the model is small: for the
+    digits' network, 16 replicas at B = 8 on one core, 0.46 ms a replica and 0.37 by its list, and
+    0.41 and 0.30 for 64.
+
+    Valid for functions whose operations depend on nothing but the shapes and types of their
+    arguments. Under `vmap` control flow cannot depend on values; where the first call and the list
+    differ in a bit, or a list cannot be made, the function is called as it is.
+
+    Args:
+        function: of tensors; returns a tuple of tensors.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+        self._function = function
+        self._lists: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The function's value."""
+        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        if key in self._lists:
+            return self._lists[key](*tensors)
+        found = self._function(*tensors)
+        if len(self._lists) < SHAPES:
+            self._lists[key] = self._made(tensors, found)
+        return found
+
+    def _made(
+        self, tensors: tuple[Tensor, ...], expected: tuple[Tensor, ...]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        try:
+            with forward_lock:  # tracing changes torch's state for the whole process
+                graph = make_fx(self._function)(*tensors)
+            for node in list(graph.graph.nodes):
+                if node.target in _NOTHING:
+                    node.replace_all_uses_with(node.args[0])
+                    graph.graph.erase_node(node)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            found = graph(*tensors)
+        except Exception:  # whatever tracing does not know: the function itself is right
+            return self._function
+        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        return graph if same else self._function

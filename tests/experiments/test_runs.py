@@ -1,0 +1,145 @@
+"""Run folders seen from outside: listed, verified, pruned, repeated and compared."""
+
+import json
+import shutil
+
+import pytest
+
+from entropic_fast.experiments import runs
+from entropic_fast.experiments.config import load_preset
+from entropic_fast.experiments.run import RunFolder
+from entropic_fast.table import Table
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """A run's folder to spoil, in a folder of its own."""
+    return shutil.copytree(tiny_run.path, tmp_path / "runs" / "one")
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def test_the_list_says_what_runs_hold(copy, command, tmp_path):
+    (tmp_path / "runs" / "no run").mkdir()
+    found = runs.summary(copy)
+    assert (found.preset, found.model, found.data) == ("demo", "digits-cnn", "digits")
+    assert found.finished == found.units > 10 and not found.problem
+    assert sum(count for _, count in found.verdicts) == len(
+        json.loads((copy / "claims.json").read_text())
+    )
+    assert found.size == sum(f.stat().st_size for f in copy.rglob("*") if f.is_file())
+    assert runs.find([tmp_path / "runs", copy]) == [copy]
+    ended = command("runs", "list", copy.parent)
+    assert ended.code == 0 and f"{found.units}/{found.units}" in ended.out
+
+
+def test_a_run_that_cannot_be_read_is_listed_as_damaged(copy, command):
+    (copy / "config.json").write_text("{")
+    assert "config.json" in runs.summary(copy).problem
+    ended = command("runs", "list", copy)
+    assert ended.code == 0 and "damaged" in ended.out
+
+
+def test_no_runs_is_an_error(tmp_path, command):
+    ended = command("runs", "list", tmp_path)
+    assert ended.code == 1 and "run folders" in ended.err
+
+
+def test_every_damaged_file_is_named_with_its_unit(copy, command):
+    assert command("runs", "verify", copy).code == 0
+    spoiled = {}
+    for i, file in enumerate(sorted((copy / "units").rglob("*.*"))[::7]):
+        data = file.read_bytes()
+        if i % 3 == 0:
+            file.write_bytes(data[: len(data) // 2])
+        elif i % 3 == 1:
+            file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        else:
+            file.unlink()
+        unit = file.parent.relative_to(copy / "units").as_posix()
+        spoiled.setdefault(unit, []).append(file)
+    # A unit without its record is one that is not finished.
+    expected = {u for u in spoiled if (copy / "units" / u / "done.json").exists()}
+    problems = dict(runs.verify(RunFolder.open(copy)))
+    assert problems.keys() == expected and len(expected) > 3
+    for unit, text in problems.items():
+        assert any(str(file) in text for file in spoiled[unit])
+    ended = command("runs", "verify", copy)
+    assert ended.code == 1 and all(unit in words(ended.out) for unit in expected)
+
+
+def test_only_what_no_command_needs_goes(copy, command):
+    def content():
+        return {f.relative_to(copy): f.read_bytes() for f in copy.rglob("*") if f.is_file()}
+
+    before = content()
+    assert "nothing to delete" in command("runs", "prune", copy, "--yes").out
+    (copy / "data" / ".fig1.csv.abc.part").write_bytes(b"cut off")
+    (copy / "units" / "train" / "0" / "run.safetensors").write_bytes(b"a checkpoint")
+    shutil.copytree(copy / "units" / "train" / "0", copy / "units" / "train" / "77")
+    ended = command("runs", "prune", copy)
+    assert "3 to delete; pass --yes" in words(ended.out) and content() != before
+    ended = command("runs", "prune", copy, "--yes")
+    assert ended.code == 0 and "deleted" in ended.out
+    assert content() == before
+    assert command("runs", "verify", copy).code == 0
+
+
+def test_like_repeats_a_runs_configuration(copy, command, tmp_path):
+    again = tmp_path / "again"
+    ended = command("toy", "--like", copy, "--out", again, "--workers", 1)
+    assert ended.code == 0, ended.err
+    run, first = RunFolder.open(again), RunFolder.open(copy)
+    assert run.config == first.config and run.images() == first.images()
+    one, other = (r.unit_folder("toy/ring-cold") for r in (first, run))
+    files = sorted(f.name for f in one.glob("*.csv"))
+    assert files and all((one / f).read_bytes() == (other / f).read_bytes() for f in files)
+    changed = command(
+        "toy", "--like", copy, "--out", tmp_path / "changed", "--set", "toy.steps=100"
+    )
+    assert changed.code == 0, changed.err
+    assert RunFolder.open(tmp_path / "changed").config.toy.steps == 100
+    both = command("toy", "--like", copy, "--preset", "demo", "--out", tmp_path / "both")
+    assert both.code == 1 and "--like" in both.err
+
+
+def test_a_preset_can_be_a_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[train]\nepochs = 30\n")
+    config = load_preset(str(file), ["train.lr=0.5"])
+    assert (config.preset, config.train.epochs, config.train.lr) == ("mine", 30, 0.5)
+    file.write_text("[train\n")
+    with pytest.raises(ValueError, match=r"mine\.toml: expected TOML"):
+        load_preset(str(file))
+    with pytest.raises(FileNotFoundError):
+        load_preset(str(tmp_path / "none.toml"))
+
+
+def test_claims_are_recomputed_from_the_csv_files_alone(copy, command, tmp_path):
+    shutil.copytree(copy / "data", tmp_path / "bare" / "data")
+    ended = command("claims", tmp_path / "bare")
+    assert ended.code == 0 and ended.out == command("claims", copy).out
+    count = len(json.loads((copy / "claims.json").read_text()))
+    assert f"Of {count} claims" in ended.out
+    ended = command("claims", tmp_path)
+    assert ended.code == 1 and "finished run" in ended.err
+
+
+def test_two_runs_claims_stand_side_by_side(copy, command, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "two")
+    ended = command("claims", "compare", copy, other)
+    assert ended.code == 0 and "0 verdicts differ" in words(ended.out)
+    for folder, kind in ((copy, "line"), (other, "path")):  # which of them has the barrier
+        loss = Table.from_csv(folder / "data" / "fig2_loss.csv")
+        columns = {name: loss[name] for name in loss.columns}
+        rows = (columns["kind"] == kind).nonzero()[0]
+        columns["loss"] = 0.1 * columns["kind"].size + 0 * columns["loss"]
+        columns["loss"][rows[len(rows) // 2]] += 1e3
+        columns["loss"][(columns["kind"] == "line").nonzero()[0][1]] += 1.0
+        Table(columns).to_csv(folder / "data" / "fig2_loss.csv")
+    ended = command("claims", "compare", copy, other)
+    assert ended.code == 0 and "differs" in ended.out
+    ended = command("claims", copy, other)
+    assert ended.code == 1 and "compare A B" in ended.err
