@@ -151,8 +151,11 @@ class LMCSection:
 class StraightSection:
     """Relaxation along the straight line between two branches of figure 5 (figure 8).
 
-    Those of the first trunk's last branching epoch. Without batch sizes there is no such figure.
+    Those of the first trunk's branching epoch `epoch` (-1: the last). Without batch sizes there is
+    no such figure.
     """
+
+    epoch: int = -1
 
     batch_sizes: tuple[int, ...] = ()
     starts: tuple[float, ...] = (0.25, 0.5)
@@ -175,9 +178,9 @@ class PoorSection:
     epochs: int = 200
     batch_size: int = 64
     lr: float = 0.05
-    starts: tuple[float, ...] = (0.3, 0.5, 0.7)
-    relax_lr: float = 0.05
-    relax_batch_size: int = 8
+    starts: tuple[float, ...] = (0.5, 0.93, 0.99)
+    relax_lr: float = 0.1
+    relax_batch_size: int = 4
     steps: int = 1500
     replicas: int = 16
 
@@ -371,6 +374,7 @@ _LEAST: dict[str, float] = {
         ),
         1,
     ),
+    "straight.epoch": -1,
     "path.dense_points": 2,
     "force.positions": 2,
     "force.replicas": 2,
@@ -452,6 +456,9 @@ def _check(config: Config) -> None:
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
             raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
+    if config.straight.epoch not in (-1, *config.lmc.branch_epochs):
+        expected = f"-1 or one of lmc.branch_epochs, {[*config.lmc.branch_epochs]}"
+        raise checks.fail("straight.epoch", expected, str(config.straight.epoch))
     for name in ("lmc", "fig6", "fig7"):
         section: LMCSection = getattr(config, name)
         epochs = section.epochs or config.train.epochs

@@ -62,7 +62,7 @@ def train_trunk(run: RunFolder, report: Report, section: str, seed: int) -> dict
 
 
 def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> dict[str, Any]:
-    """Finish two branches and measure the line between them; the ends of the last are kept."""
+    """Finish two branches and measure the line between them; figure 8's ends are kept."""
     lmc = _section(run, section)
     training, test = pieces.images(run, lmc.data)
     config = pieces.recipe(run, lmc.epochs, lmc.batch_size)
@@ -92,7 +92,7 @@ def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> 
     found: dict[str, Any] = {
         "line": Table({"seed": [seed] * rows, "k": [k] * rows, **line}),
     }
-    if k == max(lmc.branch_epochs):
+    if (section, k) == ("lmc", pieces.straight_epoch(run)):  # figure 8's
         found["branch1"], found["branch2"] = dict(a.state_dict()), dict(b.state_dict())
     return found
 

@@ -27,8 +27,7 @@ def units(run: RunFolder) -> list[Unit]:
 
 def _ends(run: RunFolder) -> str:
     """The unit whose branches are the line's ends."""
-    lmc = run.config.lmc
-    return f"lmc/s{lmc.seeds[0]}-k{max(lmc.branch_epochs)}"
+    return f"lmc/s{run.config.lmc.seeds[0]}-k{pieces.straight_epoch(run)}"
 
 
 def relax_straight(run: RunFolder, report: Report, batch_size: int) -> dict[str, Any]:

@@ -158,6 +158,12 @@ def curvature_work(run: RunFolder, products: int) -> float:
     return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
 
 
+def straight_epoch(run: RunFolder) -> int:
+    """The branching epoch of the line of figure 8."""
+    epoch = run.config.straight.epoch
+    return max(run.config.lmc.branch_epochs) if epoch < 0 else epoch
+
+
 def norm_examples(run: RunFolder) -> int | None:
     """How many examples running statistics are re-estimated on; None for all."""
     return run.config.data.norm_examples or None

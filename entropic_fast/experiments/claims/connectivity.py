@@ -7,7 +7,7 @@ from scipy import stats
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import Array, floats, mean_interval
+from .intervals import Array, floats, mean_interval, mean_text, welch_interval
 
 
 def lmc(instability: Table, figure: str = "5") -> list[Claim]:
@@ -79,11 +79,11 @@ def _paired(
 
 def straight(line: Table, relaxation: Table) -> list[Claim]:
     """Figure 8: the drift between linearly connected networks."""
-    size = int(relaxation["batch_size"].min())
-    rows = relaxation.where(batch_size=size)
-    sides = [s for s in np.unique(rows["start"]) if s != 0.5]
-    moved = np.concatenate([np.empty(0), *(_towards_the_end(rows, s) for s in sides)])
-    low, high = mean_interval(moved)
+    sizes = [int(size) for size in np.unique(relaxation["batch_size"])]
+    moved = [_towards_the_ends(relaxation.where(batch_size=size)) for size in sizes]
+    few, many = moved[0], moved[-1]
+    known = len(sizes) > 1 and min(len(few), len(many)) > 1
+    low, high = welch_interval(few, many) if known else (np.nan, np.nan)
     eigenvalue = floats(line["eigenvalue"])
     rise = eigenvalue[1:-1].max() / eigenvalue[[0, -1]].mean()
     return [
@@ -91,25 +91,27 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
             "8",
             "noise drives to the ends of a flat line too",
             "on the straight line between linearly connected networks, replicas that begin nearer "
-            "to one end drift towards it [D]",
-            f"mean displacement towards the nearest end, B = {size}, lr = {rows['lr'][0]:g}",
-            float(moved.mean()) if len(moved) else np.nan,
+            "to one end drift towards it, the faster the smaller the batch [D]",
+            f"mean displacement towards the nearest end at B = {sizes[0]}, less that at "
+            f"B = {sizes[-1]}, lr = {relaxation['lr'][0]:g}",
+            float(few.mean() - many.mean()) if known else np.nan,
             low,
             high,
             verdict(low, high, 0.0),
-            f"{len(moved)} replicas; the largest eigenvalue on the line is at most {rise:.2f} of "
-            "the ends' mean",
+            f"{mean_text(few)} and {mean_text(many)}; the largest eigenvalue on the line is at "
+            f"most {rise:.2f} of the ends' mean",
         )
     ]
 
 
-def _towards_the_end(rows: Table, start: float) -> Array:
+def _towards_the_ends(rows: Table) -> Array:
     """Displacements towards the nearest end of the replicas that did not diverge.  # [R]"""
-    rows = rows.where(start=start)
-    position = np.stack([floats(rows.where(run=r)["position"]) for r in np.unique(rows["run"])])
-    moved = position[:, -1] - position[:, 0]
-    moved = moved[np.isfinite(moved)]
-    return moved if start > 0.5 else -moved
+    moved = []
+    for run in np.unique(rows["run"]):
+        position = floats(rows.where(run=run)["position"])
+        if position[0] != 0.5 and np.isfinite(position[-1]):
+            moved.append((position[-1] - position[0]) * np.sign(position[0] - 0.5))
+    return np.array(moved)
 
 
 def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
@@ -175,8 +177,9 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         ),
         Claim(
             "9C",
-            "noise drives away from the poor minimum",
-            "projected SGD drifts along the path towards the normal minimum [D]",
+            "SGD leaves the poor minimum",
+            "projected SGD drifts along the path towards the normal minimum, by descent and noise "
+            "together [D]",
             "mean displacement towards the normal minimum",
             float(drift.mean()) if len(drift) else np.nan,
             low,
