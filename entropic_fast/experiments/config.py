@@ -279,7 +279,16 @@ def from_dict(document: Mapping[str, Any]) -> Config:
 
 def differences(stored: Config, asked: Config) -> list[str]:
     """Lines `section.key: stored -> asked` for all that differs."""
-    before, after = _flatten(stored.to_dict()), _flatten(asked.to_dict())
+    return changed_values(stored.to_dict(), asked.to_dict())
+
+
+def changed_values(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Lines `section.key: stored -> asked` for all that differs between two documents.
+
+    >>> changed_values({"path": {"pivots": 5}, "seed": 0}, {"path": {"pivots": 9}, "seed": 0})
+    ['path.pivots: 5 -> 9']
+    """
+    before, after = _flatten(stored), _flatten(asked)
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -16,8 +16,11 @@ from ..table import Table
 from . import pieces, plots
 from .run import RunFolder
 from .schedule import Report, Unit
+from .unit_store import UnitStore
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue")
+DISTANCE = "relative distance along the path"
+Styles = dict[str, tuple[str, str, str]]  # of each path: colour, marker, legend
 
 
 def path_units(run: RunFolder) -> list[Unit]:
@@ -46,31 +49,40 @@ def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict
 def connect(
     run: RunFolder, report: Report, objective: Objective, end: Tensor, seed: int
 ) -> dict[str, Any]:
-    """AutoNEB from the objective's own point to another, with the losses beside it."""
+    """AutoNEB from the objective's own point to another, as the run is configured."""
     section = run.config.path
+    config = AutoNEBConfig(
+        pivots=section.pivots,
+        max_pivots=section.max_pivots,
+        cycles=tuple(zip(section.steps, section.lrs, strict=True)),
+        batch_size=section.batch_size,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        eval_points=3,
+        recalibration_examples=pieces.norm_examples(run),
+        seed=seed,
+    )
+    return connected(report, objective, end, config, section.dense_points)
+
+
+def connected(
+    report: Report, objective: Objective, end: Tensor, config: AutoNEBConfig, line_points: int
+) -> dict[str, Any]:
+    """A minimum energy path from the objective's own point, with the losses beside it.
+
+    Args:
+        end: the other minimum.  # [P]
+        line_points: where the loss is taken on the straight line, the ends not counted.
+    """
     start = objective.parameters_vector()
     result = auto_neb(
-        objective,
-        start,
-        end,
-        AutoNEBConfig(
-            pivots=section.pivots,
-            max_pivots=section.max_pivots,
-            cycles=tuple(zip(section.steps, section.lrs, strict=True)),
-            batch_size=section.batch_size,
-            momentum=section.momentum,
-            weight_decay=section.weight_decay,
-            eval_points=3,
-            recalibration_examples=pieces.norm_examples(run),
-            seed=seed,
-        ),
-        on_step=lambda done, total, _: report(0.9 * done / total),
+        objective, start, end, config, on_step=lambda done, total, _: report(0.9 * done / total)
     )
     line = path_losses(
         objective,
         linear_path(start, end),
-        section.dense_points,
-        recalibration_examples=pieces.norm_examples(run),
+        line_points,
+        recalibration_examples=config.recalibration_examples,
     )
     saddle = result.saddle
     return {
@@ -171,12 +183,7 @@ def collect(run: RunFolder) -> dict[str, Table]:
     curvature, losses, summaries = [], [], []
     for name, a, b, seed in pieces.path_names(run):
         curvature += run.table(f"curvature/{name}", "profile").rows()
-        for kind, table in (("path", "losses"), ("line", "line")):
-            rows = run.table(f"path/{name}", table)
-            losses += [
-                {"path": name, "kind": kind, "s": s, "loss": loss}
-                for s, loss in zip(rows["s"].tolist(), rows["loss"].tolist(), strict=True)
-            ]
+        losses += both_losses(run, f"path/{name}", name).rows()
         saddle = run.document(f"path/{name}", "saddle")
         summaries.append(
             {
@@ -200,11 +207,34 @@ def collect(run: RunFolder) -> dict[str, Table]:
     }
 
 
+def both_losses(store: UnitStore, unit: str, name: str) -> Table:
+    """The loss along a path that a unit found, and along the straight line."""
+    return Table.from_rows(
+        [
+            {"path": name, "kind": kind, "s": s, "loss": loss}
+            for kind, table in (("path", "losses"), ("line", "line"))
+            for s, loss in zip(
+                *(store.table(unit, table)[column].tolist() for column in ("s", "loss")),
+                strict=True,
+            )
+        ]
+    )
+
+
 def draw(tables: dict[str, Table]) -> Figure:
     """Panels A to D of the paper's figure 2."""
     figure, (trace, eigenvalue, loss, spectrum) = plots.panels(2, 2, width=4.4, height=3.1)
-    curvature = tables["fig2_curvature"]
     styles = _styles(tables["fig2_paths"])
+    draw_curvature(trace, eigenvalue, tables["fig2_curvature"], styles)
+    trace.legend(title="minima, AutoNEB seed", title_fontsize=7.5, ncols=2)
+    draw_losses(loss, tables["fig2_loss"], styles)
+    draw_spectrum(spectrum, tables["fig2_spectrum"])
+    plots.letter(spectrum, "D", f"spectrum along path {tables['fig2_spectrum']['path'][0]}")
+    return figure
+
+
+def draw_curvature(trace: Axes, eigenvalue: Axes, curvature: Table, styles: Styles) -> None:
+    """Panels A and B: trace of the Hessian and its largest eigenvalue, by path."""
     for ax, column, error, label in (
         (trace, "hessian_trace", "hessian_trace_std_error", "Hessian trace"),
         (eigenvalue, "top_eigenvalue", "top_eigenvalue_residual", "largest Hessian eigenvalue"),
@@ -220,30 +250,33 @@ def draw(tables: dict[str, Table]) -> Figure:
                 capsize=2,
                 label=text,
             )
+        ax.set_xlabel(DISTANCE)
         ax.set_ylabel(label)
-        ax.set_ylim(bottom=0)
-    trace.legend(title="minima, AutoNEB seed", title_fontsize=7.5, ncols=2)
+        if curvature[column].min() >= 0:
+            ax.set_ylim(bottom=0)
     plots.letter(trace, "A", "trace of the Hessian (± 95 %)")
     plots.letter(eigenvalue, "B", "largest eigenvalue (± residual bound)")
 
-    table = tables["fig2_loss"]
+
+def draw_losses(
+    ax: Axes, table: Table, styles: Styles, label: str = "cross-entropy [nats]"
+) -> None:
+    """Panel C: the loss along the paths and the straight lines."""
     for name, (colour, _, _) in styles.items():
         for kind, dash in (("path", "-"), ("line", ":")):
             rows = table.where(path=name, kind=kind)
-            loss.plot(rows["s"], rows["loss"], dash, color=colour)
-    loss.plot([], [], "k-", label="minimum energy path")
-    loss.plot([], [], "k:", label="straight line")
-    loss.set_yscale("log")
-    loss.set_ylabel("cross-entropy [nats]")
-    loss.legend()
-    plots.letter(loss, "C", "loss along the paths")
-    for ax in (trace, eigenvalue, loss):
-        ax.set_xlabel("relative distance along the path")
-    _draw_spectrum(spectrum, tables["fig2_spectrum"])
-    return figure
+            ax.plot(rows["s"], rows["loss"], dash, color=colour)
+    ax.plot([], [], "k-", label="minimum energy path")
+    ax.plot([], [], "k:", label="straight line")
+    ax.set_yscale("log")
+    ax.set_xlabel(DISTANCE)
+    ax.set_ylabel(label)
+    ax.legend()
+    plots.letter(ax, "C", "loss along the paths")
 
 
-def _draw_spectrum(ax: Axes, table: Table) -> None:
+def draw_spectrum(ax: Axes, table: Table) -> None:
+    """Panel D: eigenvalues of the score matrix by rank, a curve a position."""
     positions = sorted(set(table["s"].tolist()))
     for s, colour in zip(positions, plots.shades(len(positions)), strict=True):
         rows = table.where(s=s, above_floor=True)
@@ -253,10 +286,9 @@ def _draw_spectrum(ax: Axes, table: Table) -> None:
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue of the score matrix, σ²/E")
     ax.legend()
-    plots.letter(ax, "D", f"spectrum along path {table['path'][0]}")
 
 
-def _styles(paths: Table) -> dict[str, tuple[str, str, str]]:
+def _styles(paths: Table) -> Styles:
     """Colour by pair of minima, marker by AutoNEB seed, as in the paper."""
     pairs = list(dict.fromkeys((r["from"], r["to"]) for r in paths.rows()))
     seeds = list(dict.fromkeys(paths["neb_seed"].tolist()))

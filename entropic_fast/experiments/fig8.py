@@ -41,7 +41,7 @@ def relax_straight(run: RunFolder, report: Report, batch_size: int) -> dict[str,
         objectives.append(Objective(model, "cross_entropy", data, device=run.device))
     a, b = (objective.parameters_vector() for objective in objectives)
     path = linear_path(a, b)
-    course = relaxation.Course(objectives[0], path, section.steps, section.replicas)
+    course = relaxation.course_of(run, objectives[0], path, section.steps, section.replicas)
     settings = [(s, section.lr) for s in section.starts for _ in range(section.replicas)]
     unit = f"straight/B-{batch_size}"
     return {

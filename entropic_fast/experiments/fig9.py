@@ -130,7 +130,7 @@ def measure(run: RunFolder, report: Report) -> dict[str, Any]:
 def relax_there(run: RunFolder, report: Report) -> dict[str, Any]:
     """Projected SGD from several starts."""
     section = run.config.poor
-    course = relaxation.Course(_objective(run), _path(run), section.steps, section.replicas)
+    course = relaxation.course_of(run, _objective(run), _path(run), section.steps, section.replicas)
     settings = [(s, section.relax_lr) for s in section.starts for _ in range(section.replicas)]
     size = section.relax_batch_size
     return {"trajectory": relaxation.along(run, report, RELAX, "9", course, settings, size)}

@@ -28,18 +28,31 @@ from . import pieces
 from .claims.intervals import mean_interval
 from .run import RunFolder
 from .schedule import Report, Unit
+from .unit_store import UnitStore
 
 Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
 
 
 @dataclass(frozen=True)
 class Course:
-    """What replicas relax on, and for how long."""
+    """What replicas relax on, for how long, and how often they are projected and recorded."""
 
     objective: Objective
     path: Path
     steps: int
     replicas: int
+    project_every: int = 15
+    records: int = 100
+    seed: int = 0
+
+
+def course_of(
+    run: RunFolder, objective: Objective, path: Path, steps: int, replicas: int
+) -> Course:
+    """A course with the run's projection, records and seed."""
+    section = run.config.relax
+    every, records = section.project_every, section.records
+    return Course(objective, path, steps, replicas, every, records, run.config.seed)
 
 
 SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
@@ -118,7 +131,7 @@ def choice_text(run: RunFolder) -> str:
     return str(run.document(SCAN, "choice")["why"])
 
 
-def collect(run: RunFolder, names: Sequence[str], stage: str = "relax") -> Table:
+def collect(run: UnitStore, names: Sequence[str], stage: str = "relax") -> Table:
     """Trajectories of several units as one table; `run` numbers the replicas."""
     rows: list[dict[str, object]] = []
     offset = 0
@@ -258,7 +271,7 @@ def _panel(
 
 
 def along(
-    run: RunFolder,
+    run: UnitStore,
     report: Report,
     unit: str,
     panel: str,
@@ -285,11 +298,12 @@ def _first(run: RunFolder) -> Course:
     name, first, *_ = pieces.path_names(run)[0]
     section = run.config.relax
     objective = pieces.objective(run, pieces.minimum(run, first))
-    return Course(objective, pieces.load_path(run, name), section.steps, section.replicas)
+    path = pieces.load_path(run, name)
+    return course_of(run, objective, path, section.steps, section.replicas)
 
 
 def _relax(
-    run: RunFolder,
+    run: UnitStore,
     report: Report,
     unit: str,
     course: Course,
@@ -298,8 +312,7 @@ def _relax(
     optimizer: str,
 ) -> Trajectory:
     """The run of a unit, from where it was killed if it was."""
-    section = run.config.relax
-    every = section.project_every
+    every = course.project_every
     checkpoint = run.unit_folder(unit) / "run.safetensors"
 
     def go() -> Trajectory:
@@ -312,10 +325,10 @@ def _relax(
             batch_size=batch_size,
             project_every=every,
             steps=course.steps,
-            seed=run.config.seed,
+            seed=course.seed,
             # The same noise at every setting: differences between settings are not the noise's.
             ids=[i % course.replicas for i in range(len(settings))],
-            record_every=max(1, course.steps // (section.records * every)) * every,
+            record_every=max(1, course.steps // (course.records * every)) * every,
             checkpoint=checkpoint,
             checkpoint_every=CHECKPOINT_CYCLES * every,
             on_record=lambda record: report(record.step / course.steps),

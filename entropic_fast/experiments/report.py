@@ -45,22 +45,12 @@ def write(
     notes: Sequence[str],
 ) -> None:
     """Write `report.html` from the run's figures and the claims."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True
-    )
-    environment.filters |= {"figure": _figure, "css": _css}
-    environment.tests["finite"] = math.isfinite
-    charts = {
-        f"{figure.name}-{i}": {"data": chart["data"], "layout": chart["layout"]}
-        for figure in figures
-        for i, chart in enumerate(figure.charts)
-    }
-    html = environment.get_template("report.html.jinja").render(
-        charts=interactive.as_json(charts),
-        plotly=get_plotlyjs(),
+    page(
+        run.path,
+        "report.html.jinja",
+        figures,
         config=run.config,
         claims=claims,
-        figures=[_entry(run, f) for f in figures],
         minima=minima.rows(),
         times=[row for table in times for row in table.rows()],
         num_paths=len(run.config.path.pairs) * len(run.config.path.seeds),
@@ -71,7 +61,30 @@ def write(
         configuration=json.dumps(run.config.to_dict(), indent=1),
         notes=notes,
     )
-    store.write_text(run.path / "report.html", html)
+
+
+def page(folder: Path, template: str, figures: Sequence[FigureEntry], **values: Any) -> None:
+    """Write `report.html` of a folder from a template, with every figure inside.
+
+    Whatever the values hold is escaped.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True
+    )
+    environment.filters |= {"figure": _figure, "css": _css}
+    environment.tests["finite"] = math.isfinite
+    charts = {
+        f"{figure.name}-{i}": {"data": chart["data"], "layout": chart["layout"]}
+        for figure in figures
+        for i, chart in enumerate(figure.charts)
+    }
+    html = environment.get_template(template).render(
+        figures=[_entry(folder, f) for f in figures],
+        charts=interactive.as_json(charts),
+        plotly=get_plotlyjs(),
+        **values,
+    )
+    store.write_text(folder / "report.html", html)
 
 
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:
@@ -112,8 +125,8 @@ def _cell(claim: Claim) -> str:
     return f"{escape(text)} [{COLOURS[claim.verdict]}]{claim.verdict}[/]"
 
 
-def _entry(run: RunFolder, figure: FigureEntry) -> Mapping[str, Any]:
-    svg = (run.path / "figures" / f"{figure.name}.svg").read_bytes()
+def _entry(folder: Path, figure: FigureEntry) -> Mapping[str, Any]:
+    svg = (folder / "figures" / f"{figure.name}.svg").read_bytes()
     return {**vars(figure), "svg": base64.b64encode(svg).decode()}
 
 

@@ -16,21 +16,17 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import checks, store
-from ..table import Table
 from .config import Config, differences, from_dict
+from .unit_store import UnitStore, require_same, require_unused
 
-Output = Mapping[str, "Table | Mapping[str, Tensor] | dict[str, Any]"]
 
-
-class RunFolder:
+class RunFolder(UnitStore):
     """Reads and writes one run's files.
 
     Args:
@@ -42,7 +38,8 @@ class RunFolder:
     def __init__(
         self, path: Path, config: Config, device: str = "cpu", data_dir: str | None = None
     ) -> None:
-        self.path, self.config, self.device, self.data_dir = path, config, device, data_dir
+        super().__init__(path, device)
+        self.config, self.data_dir = config, data_dir
 
     @classmethod
     def create(
@@ -59,20 +56,9 @@ class RunFolder:
         stored = path / "config.json"
         if stored.exists():
             changes = differences(cls.open(path).config, config)
-            if changes:
-                raise checks.fail(
-                    "--out",
-                    "a new folder, or one of the same configuration",
-                    f"{path}, which differs (stored -> asked):\n  " + "\n  ".join(changes) + "\n",
-                    "choose another folder, or ask for the stored configuration",
-                )
-        elif path.exists() and not path.is_dir():
-            raise checks.fail("--out", "a folder", f"{path}, which is a file", "choose another")
-        elif path.is_dir() and any(f for f in path.iterdir() if not f.name.endswith(".part")):
-            raise checks.fail(
-                "--out", "a new or empty folder, or a run's", f"{path}, which holds other files"
-            )
+            require_same(path, changes)
         else:
+            require_unused(path)
             store.write_json(stored, config.to_dict())
         run = cls(path, config, device, data_dir)
         store.write_json(path / "environment.json", environment(device))
@@ -124,49 +110,6 @@ class RunFolder:
         for name in ("config.json", "environment.json", "images.json", "energy.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def unit_folder(self, unit: str) -> Path:
-        """The folder of a unit's files."""
-        return self.path / "units" / unit
-
-    def is_done(self, unit: str) -> bool:
-        """Whether a unit is finished.
-
-        Raises:
-            DamagedFileError: finished, but a file is missing or changed; names the file.
-        """
-        folder = self.unit_folder(unit)
-        if not (folder / "done.json").exists():
-            return False
-        record = store.read_json(folder / "done.json")
-        if not isinstance(record, dict) or not {"unit", "seconds", "files"} <= record.keys():
-            raise store.DamagedFileError(
-                f"{folder / 'done.json'}: expected the record of a finished unit, got another file"
-            )
-        for name, expected in record["files"].items():
-            file = folder / name
-            if not file.exists() or store.sha256(file.read_bytes()) != expected:
-                raise store.DamagedFileError(
-                    f"{file}: expected the content recorded when it was written, got "
-                    + ("another" if file.exists() else "no file")
-                )
-        return True
-
-    def finish(self, unit: str, output: Output, seconds: float) -> None:
-        """Store a unit's output: tables as CSV, tensors as safetensors, the rest as JSON."""
-        folder = self.unit_folder(unit)
-        for name, value in output.items():
-            if isinstance(value, Table):
-                value.to_csv(folder / f"{name}.csv")
-            elif value and all(isinstance(v, Tensor) for v in value.values()):
-                store.save_tensors(folder / f"{name}.safetensors", dict(value), {"unit": unit})
-            else:
-                store.write_json(folder / f"{name}.json", value)
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".csv", ".safetensors", ".json"))
-        hashes = {f.name: store.sha256(f.read_bytes()) for f in files if f.name != "done.json"}
-        store.write_json(
-            folder / "done.json", {"unit": unit, "seconds": round(seconds, 3), "files": hashes}
-        )
-
     def finished_units(self) -> int:
         """How many units are finished."""
         return sum(1 for _ in (self.path / "units").glob("**/done.json"))
@@ -182,28 +125,6 @@ class RunFolder:
         """What `add_energy` noted, command by command."""
         file = self.path / "energy.json"
         return [dict(entry) for entry in store.read_json(file)] if file.exists() else []
-
-    def table(self, unit: str, name: str) -> Table:
-        """A table that a finished unit stored."""
-        return Table.from_csv(self.unit_folder(unit) / f"{name}.csv")
-
-    def tensors(self, unit: str, name: str) -> dict[str, Tensor]:
-        """Tensors that a finished unit stored, on the run's device."""
-        tensors, _ = store.load_tensors(self.unit_folder(unit) / f"{name}.safetensors")
-        return {key: value.to(self.device) for key, value in tensors.items()}
-
-    def document(self, unit: str, name: str) -> dict[str, Any]:
-        """A JSON document that a finished unit stored."""
-        return dict(store.read_json(self.unit_folder(unit) / f"{name}.json"))
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Compute seconds by stage, summed over the finished units."""
-        seconds: dict[str, float] = {}
-        for done in sorted((self.path / "units").glob("**/done.json")):
-            record = store.read_json(done)
-            stage = record["unit"].split("/")[0]
-            seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
-        return seconds
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..store import DamagedFileError
-from .run import RunFolder
+from .unit_store import UnitStore
 
 Report = Callable[[float], None]
 
@@ -52,7 +52,7 @@ class _Monitor(Protocol):
 
 
 def execute(
-    run: RunFolder,
+    run: UnitStore,
     units: Sequence[Unit],
     *,
     workers: int | None = None,
@@ -102,7 +102,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _finished(run: RunFolder, unit: Unit, console: Console) -> bool:
+def _finished(run: UnitStore, unit: Unit, console: Console) -> bool:
     try:
         return run.is_done(unit.name)
     except DamagedFileError as error:
@@ -117,7 +117,7 @@ def _ready(todo: dict[str, Unit], unfinished: set[str]) -> Unit | None:
     return max(ready, key=lambda u: u.weight, default=None)
 
 
-def _in_process(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor) -> None:
+def _in_process(run: UnitStore, todo: dict[str, Unit], monitor: _Monitor) -> None:
     unfinished = set(todo)
     while todo:
         unit = _ready(todo, unfinished)
@@ -132,7 +132,7 @@ def _in_process(run: RunFolder, todo: dict[str, Unit], monitor: _Monitor) -> Non
 
 
 def _over_processes(
-    run: RunFolder, todo: dict[str, Unit], monitor: _Monitor, workers: int, threads: int
+    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, workers: int, threads: int
 ) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
@@ -199,7 +199,7 @@ def _start_worker(queue: Any, threads: int) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _compute_in_worker(run: RunFolder, unit: Unit) -> float:
+def _compute_in_worker(run: UnitStore, unit: Unit) -> float:
     last = 0.0
 
     def report(fraction: float) -> None:
@@ -212,7 +212,7 @@ def _compute_in_worker(run: RunFolder, unit: Unit) -> float:
     return _compute(run, unit, report)
 
 
-def _compute(run: RunFolder, unit: Unit, report: Report) -> float:
+def _compute(run: UnitStore, unit: Unit, report: Report) -> float:
     start = time.perf_counter()
     output = unit.function(run, report, *unit.args)
     seconds = time.perf_counter() - start
