@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -12,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from . import __version__, checks, info
+from . import __version__, checks, cli_profile, info
 from .data import DataUnavailableError
 from .experiments import claims as claim_tests
 from .experiments import report as reports
@@ -28,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Curvature along minimum energy paths, and the entropic force it exerts on SGD.",
 )
-_console = Console()
-_errors = Console(stderr=True)
+_console = Console(emoji=False)  # ":name:" in a path is no emoji
+_errors = Console(stderr=True, emoji=False)
 _READABLE = (
     ValueError,
     OSError,
@@ -80,15 +82,12 @@ def _run(
         out, config, stages.choose_device(device), str(data_dir) if data_dir else None
     )
     try:
-        if images:
-            run.record_images(images)
-        stages.execute_until(run, last_stage, workers, _errors)
-        if last_stage == "report":
-            stages.write_report(run, _console)
-    except KeyboardInterrupt:
-        # Here, and not in main: typer turns it into an exit without a word.
-        _errors.print("interrupted; finished units are kept, the same command goes on from them")
-        raise typer.Exit(130) from None
+        with _interruptible():
+            if images:
+                run.record_images(images)
+            stages.execute_until(run, last_stage, workers, _errors)
+            if last_stage == "report":
+                stages.write_report(run, _console)
     except _READABLE:
         if fresh and not (out / "units").exists():
             run.forget()  # nothing was computed: the corrected command may use the folder
@@ -96,6 +95,16 @@ def _run(
     if last_stage != "report":
         text = f"{last_stage}: finished; its files are under {out / 'units'}"
         _console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Here, and not in main: typer turns it into an exit without a word.
+        _errors.print("interrupted; finished units are kept, the same command goes on from them")
+        raise typer.Exit(130) from None
 
 
 def _configuration(
@@ -137,6 +146,7 @@ _command("lmc", "Branch training and measure linear mode connectivity (figures 5
 _command("straight", "Relax along the line between two branches (figure 8).")
 _command("poor", "Make a minimum that generalises badly, and go there (figure 9).")
 _command("toy", "Simulate the toys (figure 1).")
+app.command("profile")(_interruptible()(cli_profile.profile))
 
 
 @app.command()
