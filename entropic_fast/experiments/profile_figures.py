@@ -51,7 +51,8 @@ def draw(folder: UnitStore, tables: Mapping[str, Table], loss: str) -> list[Figu
         entries = []
         for name, (figure, behind) in drawn.items():
             plots.save(figure, folder.path / "figures", name)
-            entries.append(FigureEntry(name, *_CAPTIONS[name], behind))
+            shown = tuple(interactive.charts(figure))
+            entries.append(FigureEntry(name, *_CAPTIONS[name], behind, shown))
     return entries
 
 
