@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..table import Table
-from . import fig2, fig3, plots
+from . import fig2, fig3, interactive, plots
 from .profile_units import CYCLES
 from .report import FigureEntry
 from .unit_store import UnitStore
