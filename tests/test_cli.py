@@ -113,8 +113,10 @@ def test_each_part_does_its_units_and_no_more(tiny_run):
         "train": (2, 2),
         "path": (1, 3),
         "curvature": (2, 5),
-        "relax": (9, 12),
-        "lmc": (6, 6),
+        "relax": (8, 11),
+        "lmc": (11, 11),
+        "straight": (2, 13),
+        "poor": (4, 6),
     }
     for stage, (new, all_units) in expected.items():
         ended = tiny_run.ended[stage]
@@ -129,7 +131,7 @@ def test_reproduce_ends_with_the_claims_and_the_report(tiny_run):
     ended = tiny_run.ended["reproduce"]
     assert ended.code == 0, ended.err
     assert ended.err == ""  # the parts had finished every unit
-    assert "Of 25 claims " in ended.out and "report.html" in ended.out
+    assert "Of 36 claims " in ended.out and "report.html" in ended.out
     for name in ("report.html", "claims.json", "config.json", "environment.json", "images.json"):
         assert (tiny_run.path / name).is_file()
     assert not list(tiny_run.path.rglob("*.part"))
@@ -149,7 +151,7 @@ def test_a_missing_unit_alone_is_computed_again_and_alike(tiny_run, tiny, comman
     shutil.rmtree(copy / "units" / "lmc" / "s1-k1")
     ended = command("lmc", "--out", copy, "--workers", 1, *tiny)
     assert ended.code == 0, ended.err
-    assert "5 of 6 units are finished already and kept" in ended.err
+    assert "10 of 11 units are finished already and kept" in ended.err
     assert re.findall(r"\] (\S+) in", ended.err) == ["lmc/s1-k1"]
     assert tables(copy) == before
     assert {p for p, t in stamps.items() if p.stat().st_mtime_ns != t} == {
@@ -236,6 +238,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
     settings = ["--set", "data.train_limit=100", "--set", "data.curvature_examples=32"]
     # The third minimum has every process busy when the first is finished.
     settings += ["--set", "train.epochs=60", "--set", "lmc.branch_epochs=[0]"]
+    settings += ["--set", "poor.attack=0"]
     folder = tmp_path / "run"
     arguments = ["train", "--out", str(folder), *settings]
     process = subprocess.Popen(

@@ -151,8 +151,8 @@ class LMCSection:
 class StraightSection:
     """Relaxation along the straight line between two branches of figure 5 (figure 8).
 
-    Those of the first trunk's branching epoch `epoch` (-1: the last). Without batch sizes there is
-    no such figure.
+    Those of the first trunk's first branching epoch from `epoch` on (-1: the last). Without batch
+    sizes there is no such figure.
     """
 
     epoch: int = -1
@@ -465,9 +465,6 @@ def _check(config: Config) -> None:
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
             raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
-    if config.straight.epoch not in (-1, *config.lmc.branch_epochs):
-        expected = f"-1 or one of lmc.branch_epochs, {[*config.lmc.branch_epochs]}"
-        raise checks.fail("straight.epoch", expected, str(config.straight.epoch))
     for name in ("lmc", "fig6", "fig7"):
         section: LMCSection = getattr(config, name)
         epochs = section.epochs or config.train.epochs

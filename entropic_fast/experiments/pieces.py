@@ -62,10 +62,14 @@ def prepare(run: RunFolder) -> None:
         ("force.batch_size", run.config.force.batch_size),
         ("force.examples", run.config.force.examples),
         ("straight.batch_sizes", max(run.config.straight.batch_sizes, default=0)),
-        ("poor.attack", run.config.poor.attack + 1),
     ):
         if asked > len(training):
             raise checks.fail(key, f"at most the {len(training)} training images", str(asked))
+    if run.config.poor.attack >= len(training):
+        expected = f"fewer than the {len(training)} training images"
+        raise checks.fail(
+            "poor.attack", expected, str(run.config.poor.attack), "0 leaves figure 9 out"
+        )
     others = dict.fromkeys(section.data for section in shown)
     run.record_images(
         _facts(training, test)
@@ -160,8 +164,8 @@ def curvature_work(run: RunFolder, products: int) -> float:
 
 def straight_epoch(run: RunFolder) -> int:
     """The branching epoch of the line of figure 8."""
-    epoch = run.config.straight.epoch
-    return max(run.config.lmc.branch_epochs) if epoch < 0 else epoch
+    epoch, branches = run.config.straight.epoch, run.config.lmc.branch_epochs
+    return min((k for k in branches if k >= epoch >= 0), default=max(branches))
 
 
 def norm_examples(run: RunFolder) -> int | None:
