@@ -194,11 +194,11 @@ def train(
         data = data.with_label_noise(config.label_noise, derive(seed, "label noise"))
     order = seed if order_seed is None else whole("order_seed", order_seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(named, config, optimizer_state)
     records = []
     model.train()
     _lay_out(model, torch.channels_last)
     try:
+        optimizer = _optimizer(named, config, optimizer_state)
         for epoch in range(start_epoch, stop):
             record = _epoch(model, data, config, optimizer, epoch, order)
             records.append(record._asdict())
@@ -301,8 +301,10 @@ def _optimizer(
                 f"shape {list(parameter.shape)}",
                 str(list(state[name].shape)),
             )
-        # A copy: branches that share a state must not move each other's momentum.
-        optimizer.state[parameter]["momentum_buffer"] = state[name].to(parameter).clone()
+        # A copy, as branches that share a state must not move each other's momentum; in the weight's
+        # layout, as the fused update on a CPU goes by memory.
+        buffer = torch.empty_like(parameter, requires_grad=False).copy_(state[name])
+        optimizer.state[parameter]["momentum_buffer"] = buffer
     return optimizer
 
 
@@ -310,7 +312,7 @@ def _momentum(
     named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in named.items()}
-    return {name: b.detach().clone() for name, b in buffers.items() if b is not None}
+    return {n: b.detach().contiguous().clone() for n, b in buffers.items() if b is not None}
 
 
 def _check_device(model: nn.Module, data: ImageData) -> None:

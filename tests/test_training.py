@@ -430,6 +430,21 @@ def test_tied_and_viewed_parameters_can_be_saved(tmp_path):
     assert same(first, second) and second.c is second.a
 
 
+def test_a_cut_run_goes_on_whatever_the_layout_of_the_state():
+    config = TrainConfig(epochs=3, batch_size=50, augment=False)
+    whole = build("digits-cnn")
+    train(whole, SMALL, config, seed=0)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = build("digits-cnn")
+        cut = train(model, SMALL, config, seed=0, stop_epoch=1)
+        state = {
+            name: m.contiguous(memory_format=layout) if m.ndim == 4 else m
+            for name, m in cut.optimizer_state.items()
+        }
+        train(model, SMALL, config, seed=0, start_epoch=1, optimizer_state=state, initialise=False)
+        assert same(model, whole)
+
+
 def test_half_precision_is_for_activations_alone_and_learns():
     config = TrainConfig(epochs=40, batch_size=50, augment=False, precision="bfloat16")
     model = build("digits-cnn")

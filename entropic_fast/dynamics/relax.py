@@ -114,7 +114,9 @@ def relax(
         max_distance: a replica farther from the path before a projection than so many lengths
             of the path has diverged: the nearest point then says nothing. `math.inf` allows all.
         on_record: called with each `Record`, for progress; not again for those resumed.
-        engine: "auto", or "vmap", "threads" or "loop" to force one; see `engines.choose`.
+        engine: "auto", or "vmap", "threads" or "loop" to force one; see `engines.choose`. The model
+            and its loss must be functions of parameters, inputs and targets alone: what they
+            read from elsewhere "vmap" takes as it was at the first update (`dynamics.traced`).
             "forward" (project_every=1, no Adam) takes directional derivatives along the path
             instead of gradients, which gives the same positions: see `dynamics.forward`. It
             does not know distances from the path, so they are NaN and divergence shows in the

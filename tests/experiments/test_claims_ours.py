@@ -88,6 +88,7 @@ def test_a_minimum_that_is_worse_sharper_joined_and_left(judge):
     assert found["the poor minimum is joined to a normal one"].effect == pytest.approx(0.01)
     assert found["the poor minimum is sharper"].effect == pytest.approx(3.0)
     assert found["SGD leaves the poor minimum"].effect == pytest.approx(0.1005, abs=1e-3)
+    assert "s = 0.99" in found["SGD leaves the poor minimum"].measure
 
 
 @pytest.mark.parametrize(

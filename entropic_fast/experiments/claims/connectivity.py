@@ -89,17 +89,18 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
     return [
         Claim(
             "8",
-            "noise drives to the ends of a flat line too",
-            "on the straight line between linearly connected networks, replicas that begin nearer "
-            "to one end drift towards it, the faster the smaller the batch [D]",
+            "noise drives to the ends of a straight line",
+            "on the straight line between linearly connected networks, the drift towards the "
+            "nearest end is the larger the smaller the batch [D]",
             f"mean displacement towards the nearest end at B = {sizes[0]}, less that at "
             f"B = {sizes[-1]}, lr = {relaxation['lr'][0]:g}",
             float(few.mean() - many.mean()) if known else np.nan,
             low,
             high,
             verdict(low, high, 0.0),
-            f"{mean_text(few)} and {mean_text(many)}; the largest eigenvalue on the line is at "
-            f"most {rise:.2f} of the ends' mean",
+            f"{mean_text(few)} and {mean_text(many)}, over {len(few)} and {len(many)} replicas "
+            "that began off the middle and did not diverge; the largest eigenvalue on the line is "
+            f"at most {rise:.2f} of the ends' mean",
         )
     ]
 
@@ -132,12 +133,11 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
     relative = 1.96 * float(np.hypot(error[0] / trace[0], error[-1] / trace[-1]))
     path, line = (floats(loss.where(kind=k)["loss"]) for k in ("path", "line"))
     excess, barrier = (x.max() - max(x[0], x[-1]) for x in (path, line))
-    moved = []
-    for start in np.unique(relaxation["start"]):
-        rows = relaxation.where(start=start)
-        ends = [floats(rows.where(run=r)["position"])[[0, -1]] for r in np.unique(rows["run"])]
-        moved += [first - last for first, last in ends if np.isfinite(last)]
-    drift = np.array(moved)
+    # Replicas of other starts see the same noise: those that begin nearest are the sample.
+    nearest = float(np.max(relaxation["start"]))
+    rows = relaxation.where(start=nearest)
+    ends = [floats(rows.where(run=r)["position"])[[0, -1]] for r in np.unique(rows["run"])]
+    drift = np.array([first - last for first, last in ends if np.isfinite(last)])
     low, high = mean_interval(drift)
     share = excess / barrier if barrier > 0 else np.nan
     return [
@@ -178,13 +178,13 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         Claim(
             "9C",
             "SGD leaves the poor minimum",
-            "projected SGD drifts along the path towards the normal minimum, by descent and noise "
-            "together [D]",
-            "mean displacement towards the normal minimum",
+            "from beside the poor minimum, projected SGD drifts along the path towards the normal "
+            "one, by descent and noise together [D]",
+            f"mean displacement towards the normal minimum, from s = {nearest:g}",
             float(drift.mean()) if len(drift) else np.nan,
             low,
             high,
             verdict(low, high, 0.0),
-            f"{len(drift)} replicas from {len(np.unique(relaxation['start']))} starts",
+            f"{len(drift)} of {len(ends)} replicas, which did not diverge; one pair of minima",
         ),
     ]
