@@ -301,8 +301,8 @@ def _optimizer(
                 f"shape {list(parameter.shape)}",
                 str(list(state[name].shape)),
             )
-        # A copy, as branches that share a state must not move each other's momentum; in the weight's
-        # layout, as the fused update on a CPU goes by memory.
+        # A copy, as branches that share a state must not move each other's momentum; in the
+        # weight's layout, as the fused update on a CPU goes by memory.
         buffer = torch.empty_like(parameter, requires_grad=False).copy_(state[name])
         optimizer.state[parameter]["momentum_buffer"] = buffer
     return optimizer
