@@ -21,7 +21,7 @@ SLICE = 32 * 2**20
 # Inner products of positions taken at once: no more, as they pass through the caches twice.
 TILE = 8 * 2**20
 # Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
-DISK_SHARE = 0.85
+DISK_SHARE = 0.7
 # Bytes that a product packs at most; fewer columns at a time where it would be more.
 PACKED = 16 * 2**20
 
