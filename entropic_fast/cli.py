@@ -19,9 +19,10 @@ from .data import DataUnavailableError
 from .experiments import claims as claim_tests
 from .experiments import report as reports
 from .experiments import runs, stages
-from .experiments.config import Config, load_preset, with_overrides
+from .experiments.config import load_preset, with_overrides
 from .experiments.run import RunFolder
 from .experiments.schedule import UnitError
+from .experiments.sections import Config
 from .ops.backend import BackendError
 
 app = typer.Typer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..forward_mode import forward_lock
+
+logger = logging.getLogger(__name__)
 
 # Shapes for which a list is made; of more, the function is called as it is.
 SHAPES = 4
@@ -59,7 +62,12 @@ class Traced:
             graph.graph.eliminate_dead_code()
             graph.recompile()
             found = graph(*tensors)
-        except Exception:  # whatever tracing does not know: the function itself is right
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as why:  # whatever tracing does not know: the function itself is right
+            logger.info("replicas go without a list of operations: %s", why)
             return self._function
-        same = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        return graph if same else self._function
+        if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+            return graph
+        logger.info("replicas go without a list of operations, which gave other bits")
+        return self._function

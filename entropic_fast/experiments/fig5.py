@@ -18,9 +18,9 @@ from ..lmc import Trunk, branch, measure_line, summarise
 from ..table import Table
 from ..training import Trained
 from . import pieces, plots
-from .config import LMCSection
 from .run import RunFolder
 from .schedule import Report, Unit
+from .sections import LMCSection
 
 
 def units(run: RunFolder, section: str = "lmc") -> list[Unit]:

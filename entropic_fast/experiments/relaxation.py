@@ -281,15 +281,7 @@ def along(
     optimizer: str = "sgd",
 ) -> Table:
     """Trajectories of every setting's replicas as a long table."""
-    try:
-        trajectory = _relax(run, report, unit, course, settings, batch_size, optimizer)
-    except DivergenceError:
-        # A result too, and no reason to lose the rest of the run: a start, then nothing.
-        starts = [s for s, _ in settings]
-        lost = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
-        steps = torch.tensor([0, course.steps])
-        rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
-        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size)
+    trajectory = _relax(run, report, unit, course, settings, batch_size, optimizer)
     return _long(trajectory, panel, settings)
 
 
@@ -335,13 +327,17 @@ def _relax(
         )
 
     try:
-        trajectory = go()
+        try:
+            trajectory = go()
+        except (CheckpointMismatchError, DamagedFileError):  # of a path since computed anew
+            checkpoint.unlink(missing_ok=True)
+            trajectory = go()
     except DivergenceError:
-        checkpoint.unlink(missing_ok=True)
-        raise
-    except (CheckpointMismatchError, DamagedFileError):  # of a path since computed anew
-        checkpoint.unlink(missing_ok=True)
-        trajectory = go()
+        # A result too, and no reason to lose the rest of the run: a start, then nothing.
+        lost = torch.tensor([[s, math.nan] for s, _ in settings], dtype=torch.float64)
+        rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
+        steps = torch.tensor([0, course.steps])
+        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size)
     checkpoint.unlink(missing_ok=True)  # only a unit's results are stored
     return trajectory
 

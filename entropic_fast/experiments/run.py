@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from .. import checks, store
-from .config import Config, differences, from_dict
+from .config import differences, from_dict
+from .sections import Config
 from .unit_store import UnitStore, require_same, require_unused
 
 

@@ -28,10 +28,10 @@ from . import (
     relaxation,
     report,
 )
-from .config import Config
 from .energy import Energy
 from .run import RunFolder
 from .schedule import Unit, execute
+from .sections import Config
 
 Collect = Callable[[RunFolder], dict[str, Table]]
 Draw = Callable[[dict[str, Table]], Figure]

@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,13 @@ def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_
     assert np.isnan(table.where(step=30)["position"]).all()
     stages.write_report(run, Console(quiet=True))
     assert "2 diverged replicas left out" in (run.path / "report.html").read_text()
+
+
+def test_a_scan_in_which_every_replica_diverges_takes_the_largest_rate(run, monkeypatch):
+    lost = replace(run.config, relax=replace(run.config.relax, lr=0.0, lrs=(1e30, 2e30)))
+    found = relaxation.scan_rates(RunFolder(run.path, lost), lambda _: None)
+    assert found["choice"]["lr"] == 2e30 and "at none of" in found["choice"]["why"]
+    assert np.isnan(found["trajectory"].where(step=30)["position"]).all()
 
 
 def test_a_unit_that_was_interrupted_goes_on_from_its_checkpoint(run, monkeypatch):

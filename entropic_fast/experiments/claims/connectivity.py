@@ -7,7 +7,7 @@ from scipy import stats
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import Array, floats, mean_interval, mean_text, welch_interval
+from .intervals import Array, floats, mean_interval, mean_text, normal_interval, welch_interval
 
 
 def lmc(instability: Table, figure: str = "5") -> list[Claim]:
@@ -118,19 +118,16 @@ def _towards_the_ends(rows: Table) -> Array:
 def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
     """Figure 9: a minimum that generalises badly is sharper, joined, and driven away from."""
     normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "poor"))
-    lost = float(normal["test_accuracy"]) - float(bad["test_accuracy"])  # type: ignore[arg-type]
-    images = 1.0 / max(1, int(bad["test_images"]))  # type: ignore[call-overload]
-    spread = 1.96 * float(
-        np.sqrt(
-            sum(
-                float(m["test_accuracy"]) * (1 - float(m["test_accuracy"])) * images  # type: ignore[arg-type]
-                for m in (normal, bad)
-            )
-        )
+    right = np.concatenate(
+        [floats(minima.where(minimum=name)["test_accuracy"]) for name in ("normal", "poor")]
     )
+    lost = float(right[0] - right[1])
+    variance = right * (1 - right) / max(1, int(bad["test_images"]))  # type: ignore[call-overload]
+    worse = normal_interval(lost, float(np.sqrt(variance.sum())))
     trace, error = floats(curvature["hessian_trace"]), floats(curvature["hessian_trace_std_error"])
     ratio = trace[-1] / trace[0]
-    relative = 1.96 * float(np.hypot(error[0] / trace[0], error[-1] / trace[-1]))
+    relative = float(np.hypot(error[0] / trace[0], error[-1] / trace[-1]))
+    sharper = normal_interval(ratio, ratio * relative)
     path, line = (floats(loss.where(kind=k)["loss"]) for k in ("path", "line"))
     excess, barrier = (x.max() - max(x[0], x[-1]) for x in (path, line))
     # Replicas of other starts see the same noise: those that begin nearest are the sample.
@@ -147,9 +144,8 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
             "a minimum that also fits wrong labels errs more on test images [D]",
             "test accuracy lost",
             lost,
-            lost - spread,
-            lost + spread,
-            verdict(lost - spread, lost + spread, 0.0),
+            *worse,
+            verdict(*worse, 0.0),
             f"test accuracy {normal['test_accuracy']:.3f} and {bad['test_accuracy']:.3f}; on the "
             f"images of the loss {normal['kept_accuracy']:.3f} and {bad['kept_accuracy']:.3f}",
         ),
@@ -170,9 +166,8 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
             "the trace of the Hessian is larger at the poor minimum [D]",
             "Hessian trace at the poor minimum / at the normal one",
             ratio,
-            ratio * (1 - relative),
-            ratio * (1 + relative),
-            verdict(ratio * (1 - relative), ratio * (1 + relative), 1.0),
+            *sharper,
+            verdict(*sharper, 1.0),
             f"{trace[0]:.3g} and {trace[-1]:.3g}, at most {trace.max():.3g} between",
         ),
         Claim(
