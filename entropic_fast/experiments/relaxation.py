@@ -383,10 +383,10 @@ def _choose(trajectory: Trajectory, fixed: float) -> dict[str, Any]:
     rates = sorted(set(trajectory.lr.tolist()))
     listed = ", ".join(f"{r:g}" for r in rates)
     for lr in rates:
-        replicas = trajectory.select((trajectory.lr == lr) & ~trajectory.diverged)
-        if not replicas.num_replicas:
+        left = (trajectory.lr == lr) & ~trajectory.diverged
+        if not bool(left.any()):
             continue
-        moved = displacement(replicas, statistic="median")
+        moved = displacement(trajectory.select(left), statistic="median")
         if moved.low * moved.high > 0 and abs(moved.value) > MINIMUM_DISPLACEMENT:
             return {
                 "lr": lr,
