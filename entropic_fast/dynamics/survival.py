@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from .. import checks
+from ..random import derive
 from ..table import Table
 from .relaxation import RelaxationTime
 
@@ -94,19 +95,63 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
     )
 
 
-def log_rank(a: RelaxationTime, b: RelaxationTime) -> tuple[float, float]:
-    """Log-rank test of one relaxation time distribution, by `scipy.stats.logrank`.
+def log_rank(
+    a: RelaxationTime, b: RelaxationTime, *, paired: bool = False
+) -> tuple[float, float]:
+    """Log-rank test of one relaxation time distribution.
 
     Both times must be on one scale (effective times, or updates).
 
+    Args:
+        a, b: times of independent replicas, by `scipy.stats.logrank`.
+        paired: replica r of `a` shares its noise with replica r of `b`, as those with one id in
+            `relax` do. Then the sum of `a`'s log-rank scores is compared with what exchanging
+            the members of pairs makes of it, an exact test: all exchanges up to 16 pairs, 65,536
+            of them drawn beyond.
+
     Returns:
-        (statistic, p): standard normal, below 0 where `a` arrives later than chance has it; and
-        the two-sided p-value. (0, 1) where no replica arrived.
+        (statistic, p): over its standard deviation, below 0 where `a` arrives later than chance
+        has it; and the two-sided p-value. (0, 1) where no replica arrived.
+
+    Raises:
+        ValueError: paired times that differ in number.
     """
     if bool(a.censored.all()) and bool(b.censored.all()):
         return 0.0, 1.0
-    result = stats.logrank(_censored(a), _censored(b))
-    return float(result.statistic), float(result.pvalue)
+    if not paired:
+        result = stats.logrank(_censored(a), _censored(b))
+        return float(result.statistic), float(result.pvalue)
+    n = len(a.times)
+    if len(b.times) != n:
+        raise checks.fail("b", f"{n} times, one for each of a's", str(len(b.times)))
+    scores = _scores(a, b)
+    difference = scores[:n] - scores[n:]
+    scale = math.sqrt(float(np.square(difference).sum()))
+    if scale == 0:
+        return 0.0, 1.0
+    if n <= _ALL_PAIRS:
+        signs = np.where(np.arange(2**n)[:, None] >> np.arange(n) & 1, -1.0, 1.0)
+    else:
+        rng = np.random.default_rng(derive(0, "log-rank"))
+        signs = rng.choice([-1.0, 1.0], (2**_ALL_PAIRS, n))
+        signs[0] = 1.0  # the order found
+    sums = np.abs(signs @ difference)
+    observed = abs(float(difference.sum()))
+    return float(difference.sum()) / scale, float(np.mean(sums >= observed - 1e-9 * scale))
+
+
+_ALL_PAIRS = 16  # 2^16 exchanges
+
+
+def _scores(a: RelaxationTime, b: RelaxationTime) -> Array:
+    """Log-rank scores of all times: 1 if arrived, less the hazard gathered until then (pooled)."""
+    times = np.concatenate([a.times.numpy(), b.times.numpy()])
+    arrived = ~np.concatenate([a.censored.numpy(), b.censored.numpy()])
+    hazard = np.zeros(len(times))
+    for time in np.unique(times[arrived]):
+        at_risk = times >= time
+        hazard[at_risk] += (arrived & (times == time)).sum() / at_risk.sum()
+    return arrived - hazard
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +163,8 @@ class Scaling:
         exponents, std_errors: of each.
         intercept: log rate where every log x_j is 0.
         shape, shape_error: Weibull's exponent; 1 is an exponential time.
-        confidence, low, high: normal intervals of the exponents.
+        confidence, low, high: intervals of the exponents, normal, or Student's where noise is
+            shared (degrees of freedom: clusters less one).
         log_likelihood: at the maximum.
         arrived, replicas: counts.
     """
@@ -145,23 +191,30 @@ class Scaling:
 
 
 def fit_scaling(
-    groups: Sequence[tuple[Mapping[str, float], RelaxationTime]], confidence: float = 0.95
+    groups: Sequence[tuple[Mapping[str, float], RelaxationTime]],
+    confidence: float = 0.95,
+    *,
+    replicas: Sequence[Sequence[int]] | None = None,
 ) -> Scaling:
     """Scaling of the relaxation rate with settings, from censored times.
 
     Weibull regression (accelerated failure time) by maximum likelihood: log time is
     - intercept - sum_j exponent_j log x_j + an error of Gumbel's distribution over `shape`.
     Replicas that did not arrive add the probability of that to the likelihood. Standard errors
-    from the inverse Hessian of the log-likelihood.
+    from the inverse Hessian H of the log-likelihood, or where noise is shared H^-1 M H^-1, M the
+    spread of its gradients over clusters (Lin and Wei 1989).
 
     Args:
         groups: for each setting its numbers above 0, of one set of names, and its times, all in
             one unit. Names with one value everywhere cannot be fitted.
         confidence: of the intervals.
+        replicas: number of every replica of each group; those with one number share their noise,
+            as those with one id in `relax` do. Without it all are independent.
 
     Raises:
         ValueError: names that differ, numbers not above 0, settings that do not vary or depend
-            on one another, times of 0, or fewer arrivals than parameters.
+            on one another, times of 0, fewer arrivals than parameters, or fewer than two
+            clusters.
 
     >>> import torch
     >>> from entropic_fast.dynamics import Interval
@@ -199,14 +252,17 @@ def fit_scaling(
     log_time = np.log(np.asarray(times))
     design = np.column_stack([np.ones(len(x)), x - x.mean(0)])
 
-    def loss(parameters: Array) -> tuple[float, Array]:
+    def gradients(parameters: Array) -> tuple[float, Array]:
         shape = math.exp(parameters[-1])
         z = shape * (log_time + design @ parameters[:-1])
         hazard = np.exp(z)
         value = hazard.sum() - (z + parameters[-1])[event].sum()
         pull = hazard - event
-        slope = shape * design.T @ pull
-        return float(value), np.append(slope, (pull * z).sum() - event.sum())
+        return float(value), np.column_stack([shape * pull[:, None] * design, pull * z - event])
+
+    def loss(parameters: Array) -> tuple[float, Array]:
+        value, each = gradients(parameters)
+        return value, each.sum(0)
 
     start = np.zeros(len(names) + 2)
     start[0] = math.log(event.sum() / np.exp(log_time).sum())
@@ -224,8 +280,16 @@ def fit_scaling(
         raise checks.fail(
             "groups", "times that determine every exponent", "a likelihood without a maximum"
         )
-    errors = np.sqrt(np.diag(np.linalg.inv(curvature)))
-    spread = float(stats.norm.ppf(0.5 + confidence / 2)) * errors[1:-1]
+    covariance = np.linalg.inv(curvature)
+    quantile = float(stats.norm.ppf(0.5 + confidence / 2))
+    if replicas is not None:
+        each = gradients(best)[1]
+        sums = np.stack([each[members].sum(0) for members in _clusters(replicas, groups)])
+        meat = len(sums) / (len(sums) - 1) * sums.T @ sums
+        covariance = covariance @ meat @ covariance
+        quantile = float(stats.t.ppf(0.5 + confidence / 2, len(sums) - 1))
+    errors = np.sqrt(np.diag(covariance))
+    spread = quantile * errors[1:-1]
     exponents, shape = best[1:-1], math.exp(best[-1])
     return Scaling(
         names=names,
@@ -241,6 +305,22 @@ def fit_scaling(
         arrived=int(event.sum()),
         replicas=len(times),
     )
+
+
+def _clusters(
+    replicas: Sequence[Sequence[int]],
+    groups: Sequence[tuple[Mapping[str, float], RelaxationTime]],
+) -> list[NDArray[np.bool_]]:
+    expected = [len(found.times) for _, found in groups]
+    if [len(ids) for ids in replicas] != expected:
+        raise checks.fail(
+            "replicas", f"{expected} numbers, as many as times", str([len(r) for r in replicas])
+        )
+    numbers = np.concatenate([np.asarray(ids) for ids in replicas])
+    found = [numbers == number for number in np.unique(numbers)]
+    if len(found) < 2:
+        raise checks.fail("replicas", "at least two different numbers", str(numbers.tolist()))
+    return found
 
 
 def _censored(found: RelaxationTime) -> stats.CensoredData:

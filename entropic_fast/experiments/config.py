@@ -167,6 +167,7 @@ _LEAST: dict[str, float] = {
             "relax.replicas",
             "relax.start_every",
             "relax.batch_sizes",
+            "relax.cycles",
             "relax.records",
             "force.batch_size",
             "force.cycles",

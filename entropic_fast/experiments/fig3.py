@@ -1,4 +1,4 @@
-"""Figure 3: relaxation along the first path, by starting point, batch size, learning rate."""
+"""Figure 3: relaxation along the first path, by starting point, batch size, learning rate, k."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ Label = Callable[[float], str]
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    names = ["A", *(f"B-{size}" for size in run.config.relax.batch_sizes), "C"]
+    section = run.config.relax
+    sizes, cycles = section.batch_sizes, section.cycles
+    names = ["A", *(f"B-{b}" for b in sizes), "C", *(f"D-{k}" for k in cycles)]
     table = relaxation.collect(run, names)
-    survived, scaling = survival.survival(table, run.config.relax.project_every)
+    survived, scaling = survival.survival(table)
     found = {
         "fig3_relaxation": table,
         "fig3_bands": relaxation.bands(table),
@@ -31,9 +33,8 @@ def collect(run: RunFolder) -> dict[str, Table]:
 
 
 def draw(tables: dict[str, Table]) -> Figure:
-    """Panels A to C of the paper's figure 3: position against updates."""
+    """Panels A to C of the paper's figure 3, position against updates; D (ours): by k."""
     table, bands = tables["fig3_relaxation"], tables["fig3_bands"]
-    figure, axes = plots.panels(1, 3, width=3.7, height=3.3)
     a, b, c = (table.where(panel=p) for p in "ABC")
     base = f"B = {a['batch_size'][0]}, lr = {a['lr'][0]:g}"
     panels: list[tuple[str, str, Label, str]] = [
@@ -41,6 +42,13 @@ def draw(tables: dict[str, Table]) -> Figure:
         ("B", "batch_size", lambda v: f"B = {v}", f"batch sizes (lr = {b['lr'][0]:g})"),
         ("C", "lr", lambda v: f"lr = {v:g}", f"learning rates (B = {c['batch_size'][0]})"),
     ]
+    if "D" in table["panel"]:
+        d = table.where(panel="D")
+        base = f"B = {d['batch_size'][0]}, lr = {d['lr'][0]:g}"
+        panels.append(
+            ("D", "project_every", lambda v: f"k = {v}", f"updates between projections ({base})")
+        )
+    figure, axes = plots.panels(1, len(panels), width=3.7, height=3.3)
     for ax, (panel, column, label, title) in zip(axes, panels, strict=True):
         rows, band = table.where(panel=panel), bands.where(panel=panel)
         curves(ax, rows, band, column, label, "step")

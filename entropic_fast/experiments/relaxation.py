@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -59,7 +59,7 @@ SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 
 
 def units(run: RunFolder) -> list[Unit]:
-    """The scan over learning rates first; starts, batch sizes and optimizers at the rate chosen.
+    """The scan over learning rates first; starts, batch sizes, k and optimizers at the rate chosen.
 
     Settings that the scan has (the base start and batch size, vanilla SGD) are taken from it.
     """
@@ -76,10 +76,12 @@ def units(run: RunFolder) -> list[Unit]:
     sizes = {b: work(int(b != base or not known), b) for b in section.batch_sizes}
     known = section.optimizer_lr in section.lrs if section.optimizer_lr else known
     optimizers = {o: work(int(o != "sgd" or not known), base) for o in section.optimizers}
+    cycles = {k: work(int(k != section.project_every), base) for k in section.cycles}
     return [
         Unit(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
         Unit("relax/A", relax_starts, (), after, work(starts, base)),
         *(Unit(f"relax/B-{b}", relax_batch, (b,), after, w) for b, w in sizes.items()),
+        *(Unit(f"relax/D-{k}", relax_cycle, (k,), after, w) for k, w in cycles.items()),
         *(Unit(f"relax/{o}", relax_optimizer, (o,), after, w) for o, w in optimizers.items()),
     ]
 
@@ -89,7 +91,7 @@ def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
     section = run.config.relax
     settings = _settings(run, [_start(run)], section.lrs)
     trajectory = _relax(run, report, SCAN, _first(run), settings, section.batch_size, "sgd")
-    table = _long(trajectory, "C", settings)
+    table = _long(trajectory, "C", settings, section.replicas)
     return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
 
@@ -105,6 +107,13 @@ def relax_batch(run: RunFolder, report: Report, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
     settings = _settings(run, [_start(run)], [chosen_rate(run)])
     return {"trajectory": _panel(run, report, f"relax/B-{size}", "B", settings, size, "sgd")}
+
+
+def relax_cycle(run: RunFolder, report: Report, every: int) -> dict[str, Any]:
+    """Panel D: one number k of updates between projections."""
+    settings, size = _settings(run, [_start(run)], [chosen_rate(run)]), run.config.relax.batch_size
+    unit = f"relax/D-{every}"
+    return {"trajectory": _panel(run, report, unit, "D", settings, size, "sgd", every)}
 
 
 def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def bands(table: Table) -> Table:
 
 def by_setting(table: Table) -> Iterator[tuple[dict[str, Any], list[Table]]]:
     """The settings of a table of trajectories, each with its replicas' rows."""
-    keys = ("panel", "optimizer", "start", "lr", "batch_size")
+    keys = ("panel", "optimizer", "start", "lr", "batch_size", "project_every")
     for setting in dict.fromkeys(zip(*(table[k].tolist() for k in keys), strict=True)):
         values = dict(zip(keys, setting, strict=True))
         part = table.where(**values)
@@ -196,6 +205,7 @@ def times(table: Table) -> Table:
                 torch.full((len(replicas),), values["lr"], dtype=torch.float64),
                 str(values["optimizer"]),
                 int(values["batch_size"]),
+                int(values["project_every"]),
             ),
             target=0.0 if values["start"] <= 0.5 else 1.0,
         )
@@ -216,7 +226,12 @@ def times(table: Table) -> Table:
 
 
 def trajectory_of(
-    position: Tensor, steps: Tensor, lr: Tensor, optimizer: str, batch_size: int
+    position: Tensor,
+    steps: Tensor,
+    lr: Tensor,
+    optimizer: str,
+    batch_size: int,
+    project_every: int,
 ) -> Trajectory:
     """A trajectory of which only the positions are known."""
     unknown = torch.full_like(position, math.nan)
@@ -231,7 +246,7 @@ def trajectory_of(
         diverged_at=torch.where(position.isfinite().all(1), -1, 0),
         optimizer=optimizer,
         batch_size=batch_size,
-        project_every=1,
+        project_every=project_every,
         seed=0,
         engine="",
     )
@@ -249,15 +264,20 @@ def _panel(
     settings: Settings,
     batch_size: int,
     optimizer: str,
+    project_every: int = 0,
 ) -> Table:
     """Settings in order, from the scan where it has them: the same noise makes the same run."""
-    scanned = batch_size == run.config.relax.batch_size and optimizer == "sgd"
+    course = _first(run)
+    if project_every:
+        course = replace(course, project_every=project_every)
+    scan = (run.config.relax.batch_size, run.config.relax.project_every, "sgd")
+    scanned = (batch_size, course.project_every, optimizer) == scan
     shared = set(settings) & set(_settings(run, [_start(run)], run.config.relax.lrs))
     shared = shared if scanned else set()
     missing = [setting for setting in settings if setting not in shared]
     tables = []
     if missing:
-        tables = [along(run, report, unit, panel, _first(run), missing, batch_size, optimizer)]
+        tables = [along(run, report, unit, panel, course, missing, batch_size, optimizer)]
     if shared:
         tables.append(run.table(SCAN, "trajectory"))
     tracks: list[list[dict[str, object]]] = []
@@ -282,7 +302,7 @@ def along(
 ) -> Table:
     """Trajectories of every setting's replicas as a long table."""
     trajectory = _relax(run, report, unit, course, settings, batch_size, optimizer)
-    return _long(trajectory, panel, settings)
+    return _long(trajectory, panel, settings, course.replicas)
 
 
 def _first(run: RunFolder) -> Course:
@@ -337,22 +357,24 @@ def _relax(
         lost = torch.tensor([[s, math.nan] for s, _ in settings], dtype=torch.float64)
         rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
         steps = torch.tensor([0, course.steps])
-        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size)
+        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size, every)
     checkpoint.unlink(missing_ok=True)  # only a unit's results are stored
     return trajectory
 
 
-def _long(trajectory: Trajectory, panel: str, settings: Settings) -> Table:
+def _long(trajectory: Trajectory, panel: str, settings: Settings, replicas: int) -> Table:
     count = len(trajectory.steps)
     columns: dict[str, list[Any]] = {
         key: []
         for key in (
             "panel",
             "run",
+            "replica",
             "optimizer",
             "start",
             "lr",
             "batch_size",
+            "project_every",
             "step",
             "effective_time",
             "position",
@@ -364,10 +386,12 @@ def _long(trajectory: Trajectory, panel: str, settings: Settings) -> Table:
     for i, (start, lr) in enumerate(settings):
         columns["panel"] += [panel] * count
         columns["run"] += [i] * count
+        columns["replica"] += [i % replicas] * count
         columns["optimizer"] += [trajectory.optimizer] * count
         columns["start"] += [start] * count
         columns["lr"] += [lr] * count
         columns["batch_size"] += [trajectory.batch_size] * count
+        columns["project_every"] += [trajectory.project_every] * count
         columns["step"] += steps
         columns["effective_time"] += [lr * step for step in steps]
         columns["position"] += trajectory.position[i].tolist()

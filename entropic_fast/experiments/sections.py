@@ -76,7 +76,8 @@ class RelaxSection:
     `lr` is the learning rate of figures 3A and 3B; 0 chooses, among `lrs`, the lowest one at
     which the median displacement exceeds its 95 % interval. `optimizer_lr` is that of figure 4
     (0: the same), of which Adam takes `adam_lr_factor`. Figure 3A begins at `starts`, or in the
-    middle of every segment of the path, of every `start_every`-th.
+    middle of every segment of the path, of every `start_every`-th. Figure 3D (ours) projects
+    after every number of updates in `cycles`.
     """
 
     lr: float = 0.02
@@ -89,6 +90,7 @@ class RelaxSection:
     start: float = 0.0
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     lrs: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
+    cycles: tuple[int, ...] = ()
     optimizers: tuple[str, ...] = ("sgd", "nesterov", "adam")
     optimizer_lr: float = 0.0
     adam_lr_factor: float = 1.0

@@ -71,6 +71,42 @@ def test_log_rank_finds_what_is_faster_and_nothing_else():
     assert log_rank(late, late) == (0.0, 1.0)
 
 
+def paired(seed, n, ratio=1.0, own=0.3, horizon=3.0):
+    """Times of two settings whose replicas share most of their noise."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(size=n)
+    both = [np.exp(shared + own * rng.normal(size=n)) for _ in range(2)]
+    both[1] *= ratio
+    return [relaxed(np.minimum(t, horizon), t > horizon) for t in both]
+
+
+@pytest.mark.parametrize("n", [9, 20])
+def test_the_paired_log_rank_test_holds_its_level_and_sees_what_shared_noise_hides(n):
+    p = [log_rank(*paired(s, n), paired=True)[1] for s in range(120)]
+    assert np.mean(np.asarray(p) < 0.1) < 0.1 + 4.5 * math.sqrt(0.09 / 120)
+    assert 0.35 < np.mean(p) < 0.65
+    slower = [paired(s, n, ratio=1.7) for s in range(20)]
+    found = [[log_rank(b, a, paired=how)[1] for a, b in slower] for how in (True, False)]
+    assert np.median(found[0]) < 0.05 < np.median(found[1])
+    statistic, p = log_rank(slower[0][1], slower[0][0], paired=True)
+    again = log_rank(*slower[0], paired=True)
+    assert statistic < 0 and again == (pytest.approx(-statistic), p)
+
+
+def test_scores_are_those_of_the_log_rank_test_and_pairs_must_be_pairs():
+    a, b = relaxed([1, 2, 4], [0, 1, 0]), relaxed([2, 3, 4], [0, 0, 1])
+    # By hand: the hazard grows by 1/6 at 1, 1/5 at 2, 1/3 at 3, 1/2 at 4.
+    hazard = np.cumsum([1 / 6, 1 / 5, 1 / 3, 1 / 2])
+    difference = np.array([1 - hazard[0] - (1 - hazard[1]), -hazard[1] - (1 - hazard[2]), 1.0])
+    expected = difference.sum() / np.linalg.norm(difference)
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 3)).reshape(3, -1)
+    p = np.mean(np.abs(difference @ signs) >= abs(difference.sum()) - 1e-12)
+    assert log_rank(a, b, paired=True) == (pytest.approx(expected), p)
+    assert log_rank(a, a, paired=True) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="b: expected 3 times"):
+        log_rank(a, relaxed([1.0], [0]), paired=True)
+
+
 def test_the_scaling_with_lr_batch_and_k_is_recovered_under_censoring():
     groups = []
     for i, (lr, b, k) in enumerate(
@@ -106,6 +142,32 @@ def test_standard_errors_are_those_of_repeated_experiments():
         errors.append(found.std_errors[0])
     assert abs(np.mean(estimates) - 2.0) < 4 * np.std(estimates) / 60**0.5 + 0.02
     assert 0.65 < np.mean(errors) / np.std(estimates) < 1.5
+
+
+def test_noise_that_settings_share_makes_exponents_surer_and_the_errors_say_so():
+    estimates, shared, alone = [], [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        noise = rng.exponential(size=25)  # of each replica, the same at every rate
+        groups = []
+        for lr in (0.5, 1.0, 2.0):
+            times = noise * rng.uniform(0.8, 1.2, 25) / lr**2
+            groups.append(({"lr": lr}, relaxed(np.minimum(times, 6.0), times > 6.0)))
+        found = fit_scaling(groups, replicas=[range(25)] * 3)
+        estimates.append(found.exponents[0])
+        shared.append(found.std_errors[0])
+        alone.append(fit_scaling(groups).std_errors[0])
+        assert found.high[0] - found.exponents[0] > 2.06 * found.std_errors[0]  # t, 24 degrees
+    assert 0.65 < np.mean(shared) / np.std(estimates) < 1.5
+    assert np.mean(alone) > 2.5 * np.std(estimates)
+
+
+def test_clusters_must_be_of_the_times():
+    groups = [({"lr": a}, drawn(1.0, 3, i)) for i, a in enumerate((1.0, 2.0))]
+    with pytest.raises(ValueError, match="replicas: expected"):
+        fit_scaling(groups, replicas=[[0, 1, 2]])
+    with pytest.raises(ValueError, match="replicas: expected at least two"):
+        fit_scaling(groups, replicas=[[1, 1, 1]] * 2)
 
 
 def test_bad_groups_are_refused():

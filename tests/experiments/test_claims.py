@@ -1,5 +1,7 @@
 """Each claim on tables whose answer is known."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -201,23 +203,26 @@ class Runs:
     """Rows of a relaxation table; a replica is its positions, one every ten updates."""
 
     def __init__(self):
-        self.rows, self.count = [], 0
+        self.rows, self.count, self.replicas = [], 0, Counter()
 
-    def add(self, positions, panel="A", optimizer="sgd", lr=0.1, batch_size=16):
+    def add(self, positions, panel="A", **settings):
+        start = positions[0]
+        values = {"optimizer": "sgd", "lr": 0.1, "batch_size": 16, "project_every": 15, **settings}
+        setting = (panel, start, *values.values())
         for i, p in enumerate(positions):
             self.rows.append(
                 {
                     "panel": panel,
                     "run": self.count,
-                    "optimizer": optimizer,
-                    "start": positions[0],
-                    "lr": lr,
-                    "batch_size": batch_size,
+                    "replica": self.replicas[setting],
+                    "start": start,
+                    **values,
                     "step": 10 * i,
                     "position": p,
                 }
             )
         self.count += 1
+        self.replicas[setting] += 1
         return self
 
     @property
@@ -352,18 +357,21 @@ FAST, SLOW = (0.05, 0.06, 0.055, 0.07), (0.01, 0.012, 0.008)
     [
         ("B", "smaller batches relax faster", "batch_size", (4, 64)),
         ("C", "larger learning rates relax faster", "lr", (0.2, 0.01)),
+        ("D", "rarer projections relax faster", "project_every", (50, 5)),
     ],
 )
 @pytest.mark.parametrize(
     ("fast", "slow", "verdict"),
     [(FAST, SLOW, HOLDS), (SLOW, FAST, FAILS), (FAST, FAST[::-1], UNDECIDED)],
 )
-def test_settings_are_compared_by_welch(judge, letter, name, key, values, fast, slow, verdict):
+def test_settings_are_compared_replica_by_replica(judge, letter, name, key, values, fast, slow, verdict):
     table = panel(letter, fast, slow, **{key: values})
     claim = judge(fig3_relaxation=table, fig2_curvature=PEAK)[name]
-    expected = stats.ttest_ind(fast, slow, equal_var=False).confidence_interval(0.95)
+    # Without the partners, a replica says nothing of noise that both settings share.
+    both = list(zip(fast, slow, strict=False))
+    expected = stats.ttest_rel(*zip(*both, strict=True)).confidence_interval(0.95)
     assert claim.verdict == verdict
-    assert claim.effect == pytest.approx(np.mean(fast) - np.mean(slow))
+    assert claim.effect == pytest.approx(np.mean([a - b for a, b in both]))
     assert (claim.low, claim.high) == pytest.approx((expected.low, expected.high))
 
 
@@ -371,7 +379,7 @@ def test_optimizers_are_compared_with_sgd_without_the_diverged(judge):
     runs = Runs()
     for name, moves in (("sgd", SLOW), ("nesterov", FAST), ("adam", (NAN, NAN, 0.05))):
         for move in moves:
-            runs.add([0.2, 0.2 - move], "4", name)
+            runs.add([0.2, 0.2 - move], "4", optimizer=name)
     found = judge(fig4_optimizers=runs.table)
     assert found["nesterov relaxes faster"].verdict == HOLDS
     adam = found["adam relaxes faster"]
@@ -447,16 +455,30 @@ def test_one_branching_epoch_decides_nothing_of_the_barrier(judge):
 @pytest.mark.parametrize("seed", range(3))
 def test_intervals_are_those_of_scipy(seed):
     rng = np.random.default_rng(seed)
-    a, b = rng.normal(1, 1, rng.integers(2, 9)), rng.normal(0, 3, rng.integers(2, 9))
-    welch = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert intervals.welch_interval(a, b) == pytest.approx((welch.low, welch.high))
+    a = rng.normal(1, 1, rng.integers(2, 9))
     student = stats.ttest_1samp(a, 0).confidence_interval(0.95)
     assert intervals.mean_interval(a) == pytest.approx((student.low, student.high))
 
 
+def test_pairs_are_of_replicas_that_both_settings_have_and_neither_lost():
+    a, b = {0: 1.0, 1: NAN, 3: 4.0, 5: 2.0}, {3: 1.0, 0: 0.5, 1: 3.0, 5: float("inf")}
+    first, second, lost = intervals.pairs(a, b)
+    assert (first.tolist(), second.tolist(), lost) == ([1.0, 4.0], [0.5, 1.0], 2)
+
+
+def test_noise_that_settings_share_widens_the_rank_correlations_interval():
+    rng = np.random.default_rng(0)
+    depth, replica = (a.ravel() for a in np.meshgrid(np.arange(4.0), np.arange(12)))
+    times = rng.normal(size=12)[replica.astype(int)] * depth + 0.1 * rng.normal(size=48)
+    shared, alone = (
+        np.diff(intervals.bootstrap_rank_correlation(depth, times, clusters))
+        for clusters in (replica.astype(int), np.arange(48))
+    )
+    assert shared > 1.2 * alone
+
+
 def test_equal_values_have_an_interval_of_no_width():
     same = np.full(3, 0.25)
-    assert intervals.welch_interval(same, same + 1) == (-1.0, -1.0)
     assert intervals.mean_interval(same) == (0.25, 0.25)
     assert np.isnan(intervals.mean_interval(same[:1])).all()
 

@@ -21,6 +21,7 @@ def tracks(moves, starts=(0.25, 0.5), replicas=6):
                     rows.append(
                         {
                             "run": run,
+                            "replica": replica,
                             "start": start,
                             "lr": 0.1,
                             "batch_size": size,

@@ -7,7 +7,7 @@ from scipy import stats
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import Array, floats, mean_interval, mean_text, normal_interval, welch_interval
+from .intervals import Array, floats, mean_interval, mean_text, normal_interval, pairs
 
 
 def lmc(instability: Table, figure: str = "5") -> list[Claim]:
@@ -81,9 +81,9 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
     """Figure 8: the drift between linearly connected networks."""
     sizes = [int(size) for size in np.unique(relaxation["batch_size"])]
     moved = [_towards_the_ends(relaxation.where(batch_size=size)) for size in sizes]
-    few, many = moved[0], moved[-1]
-    known = len(sizes) > 1 and min(len(few), len(many)) > 1
-    low, high = welch_interval(few, many) if known else (np.nan, np.nan)
+    few, many, lost = pairs(moved[0], moved[-1])
+    known = len(sizes) > 1 and len(few) > 1
+    low, high = mean_interval(few - many) if known else (np.nan, np.nan)
     eigenvalue = floats(line["eigenvalue"])
     rise = eigenvalue[1:-1].max() / eigenvalue[[0, -1]].mean()
     return [
@@ -98,21 +98,23 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
             low,
             high,
             verdict(low, high, 0.0),
-            f"{mean_text(few)} and {mean_text(many)}, over {len(few)} and {len(many)} replicas "
-            "that began off the middle and did not diverge; the largest eigenvalue on the line is "
+            f"{mean_text(few)} and {mean_text(many)}, over {len(few)} replicas with the same "
+            f"noise, of starts off the middle together; {lost} diverged; the largest eigenvalue on the line is "
             f"at most {rise:.2f} of the ends' mean",
         )
     ]
 
 
-def _towards_the_ends(rows: Table) -> Array:
-    """Displacements towards the nearest end of the replicas that did not diverge.  # [R]"""
-    moved = []
+def _towards_the_ends(rows: Table) -> dict[int, float]:
+    """Mean displacement towards the nearest end over a replica's starts; NaN if one diverged."""
+    moved: dict[int, list[float]] = {}
     for run in np.unique(rows["run"]):
-        position = floats(rows.where(run=run)["position"])
-        if position[0] != 0.5 and np.isfinite(position[-1]):
-            moved.append((position[-1] - position[0]) * np.sign(position[0] - 0.5))
-    return np.array(moved)
+        part = rows.where(run=run)
+        position = floats(part["position"])
+        if position[0] != 0.5:
+            towards = (position[-1] - position[0]) * np.sign(position[0] - 0.5)
+            moved.setdefault(int(part["replica"][0]), []).append(towards)
+    return {replica: float(np.mean(values)) for replica, values in moved.items()}
 
 
 def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:

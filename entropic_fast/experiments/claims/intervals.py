@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -28,15 +30,11 @@ def mean_interval(values: Array) -> tuple[float, float]:
     return float(values.mean()) - spread, float(values.mean()) + spread
 
 
-def welch_interval(a: Array, b: Array) -> tuple[float, float]:
-    """Welch's interval of the difference of two means (degrees of freedom by Satterthwaite)."""
-    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    difference = float(a.mean() - b.mean())
-    if va + vb == 0:
-        return difference, difference
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    spread = float(stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(va + vb))
-    return difference - spread, difference + spread
+def pairs(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[Array, Array, int]:
+    """Numbers of the replicas that both settings have, in one order, and how many have a NaN."""
+    shared = [key for key in a if key in b and np.isfinite(a[key]) and np.isfinite(b[key])]
+    lost = sum(not np.isfinite(v) for v in (*a.values(), *b.values()))
+    return np.array([a[key] for key in shared]), np.array([b[key] for key in shared]), lost
 
 
 def geometric_mean(values: Array) -> tuple[float, float, float]:
@@ -48,14 +46,20 @@ def geometric_mean(values: Array) -> tuple[float, float, float]:
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))
 
 
-def bootstrap_rank_correlation(x: Array, y: Array) -> tuple[float, float]:
-    """Percentile interval of Spearman's correlation over 2,000 resamples of the pairs."""
+def bootstrap_rank_correlation(
+    x: Array, y: Array, clusters: NDArray[np.int64]
+) -> tuple[float, float]:
+    """Percentile interval of Spearman's correlation over 2,000 resamples of the clusters."""
 
     def correlation(a: Array, b: Array) -> float:
         return float(stats.spearmanr(a, b).statistic) if len(set(a)) * len(set(b)) > 1 else 0.0
 
     rng = np.random.default_rng(0)
-    draws = [rng.integers(len(x), size=len(x)) for _ in range(2000)]
+    members = [np.flatnonzero(clusters == c) for c in np.unique(clusters)]
+    draws = [
+        np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        for _ in range(2000)
+    ]
     values = [correlation(x[d], y[d]) for d in draws if len(set(x[d])) > 1 < len(set(y[d]))]
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -17,16 +17,21 @@ from .intervals import (
     floats,
     mean_interval,
     mean_text,
-    welch_interval,
+    pairs,
 )
 
 
 def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
-    """Starts, batch sizes and learning rates; direction of the drift."""
+    """Starts, batch sizes, learning rates and k; direction of the drift.
+
+    Replicas with one number share their noise over all settings, so settings are compared by
+    the differences within those pairs.
+    """
     runs = [_Run.of(relaxation, i) for i in np.unique(relaxation["run"])]
     depth = [r for r in runs if r.panel == "A"]
     batch = sorted((r for r in runs if r.panel == "B"), key=lambda r: r.batch_size)
     rate = sorted((r for r in runs if r.panel == "C"), key=lambda r: r.lr)
+    cycle = sorted((r for r in runs if r.panel == "D"), key=lambda r: r.project_every)
     return [
         *_deeper_takes_longer(depth),
         *_down_the_curvature(depth, curvature),
@@ -56,6 +61,15 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
             [r for r in rate if r.lr == rate[0].lr],
             lambda r: f"lr = {r.lr:g}",
             effective=True,
+        ),
+        *_faster(
+            "3D",
+            "rarer projections relax faster",
+            "at equal noise, more updates k between projections relax faster, as k trades the "
+            "force against the constraint to the path [N]",
+            [r for r in cycle if r.project_every == cycle[-1].project_every],
+            [r for r in cycle if r.project_every == cycle[0].project_every],
+            lambda r: f"k = {r.project_every}",
         ),
     ]
 
@@ -90,10 +104,12 @@ class _Run:
     """One replica's trajectory."""
 
     panel: str
+    replica: int
     optimizer: str
     start: float
     lr: float
     batch_size: int
+    project_every: int
     step: Array
     position: Array
 
@@ -102,10 +118,12 @@ class _Run:
         rows = table.where(run=run)
         return cls(
             str(rows["panel"][0]),
+            int(rows["replica"][0]),
             str(rows["optimizer"][0]),
             float(rows["start"][0]),
             float(rows["lr"][0]),
             int(rows["batch_size"][0]),
+            int(rows["project_every"][0]),
             floats(rows["step"]),
             floats(rows["position"]),
         )
@@ -149,7 +167,7 @@ def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
     rho = low = high = np.nan
     if len(set(ranked)) > 1 and len(set(depth)) > 1:
         rho = float(stats.spearmanr(depth, ranked).statistic)
-        low, high = bootstrap_rank_correlation(depth, ranked)
+        low, high = bootstrap_rank_correlation(depth, ranked, np.array([r.replica for r in runs]))
     detail = (
         f"{int(arrived.sum())} of {len(runs)} replicas came within {target:.3g} of an end in "
         f"{int(runs[0].step[-1])} updates; the others rank last, and nothing "
@@ -225,18 +243,15 @@ def _faster(
 ) -> list[Claim]:
     if not fast or not slow or label(fast[0]) == label(slow[0]):
         return []
-    a, b = (np.array([r.speed if effective else r.approach for r in runs]) for runs in (fast, slow))
-    lost = int(np.isnan(a).sum() + np.isnan(b).sum())
-    a, b = a[~np.isnan(a)], b[~np.isnan(b)]
+    a, b, lost = pairs(
+        *({r.replica: r.speed if effective else r.approach for r in runs} for runs in (fast, slow))
+    )
     detail = f"{label(fast[0])}: {mean_text(a)}; {label(slow[0])}: {mean_text(b)}"
     ended = sum(r.approach >= r.depth * (1 - 1e-9) for r in (*fast, *slow))
     if ended:
         detail += f"; {ended} replicas are at the end of the path, which bounds displacement"
     detail += _left_out(lost)
-    effect, low, high = np.nan, np.nan, np.nan
-    if len(a) > 1 and len(b) > 1:
-        effect = float(a.mean() - b.mean())
-        low, high = welch_interval(a, b)
+    low, high = mean_interval(a - b)
     return [
         Claim(
             figure,
@@ -245,7 +260,7 @@ def _faster(
             "difference of speed towards the end, in path lengths per unit of updates x lr"
             if effective
             else "difference of displacement towards the end, in path lengths",
-            effect,
+            float((a - b).mean()) if len(a) > 1 else np.nan,
             low,
             high,
             verdict(low, high, 0.0),
