@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -147,6 +147,63 @@ def shuffled_curvature(
         rng = np.random.default_rng(derive(seed, "force", "shuffle"))
         found = [observed, *(correlation(rng.permutation(x)) for _ in range(shuffles - 1))]
     return observed, float(np.mean(np.asarray(found) >= observed - 1e-12))
+
+
+def drift_shares(
+    velocity: Array | Tensor,
+    parts: Mapping[str, Sequence[float] | Array],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Table:
+    """The share of a measured drift that each of its parts explains.
+
+    The share of part p is sum_k w_k p_k m_k / sum_k w_k m_k^2 over positions k: m is the mean
+    velocity over replicas, w is 1 over the variance of its replicas. It is 1 for the drift itself
+    and additive, and below 0 for a part that points the other way. What m has of noise counts as
+    drift, and so as unexplained.
+
+    Args:
+        velocity: of independent replicas; a NaN is left out.  # [K, R]
+        parts: for each name its velocity at every position.  # [K] each
+        confidence: of the percentile intervals, over resamples of every position's replicas.
+
+    Returns:
+        "part", "share", "low", "high": a row a part.
+
+    Raises:
+        ValueError: shapes that differ, or a position with fewer than 2 replicas, or none that
+            differ.
+
+    >>> force, descent = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, -0.5])
+    >>> noise = 0.1 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    >>> velocity = (force + descent)[:, None] + noise
+    >>> drift_shares(velocity, {"force": force, "descent": descent})["share"].round().tolist()
+    [1.0, -0.0]
+    """
+    y = np.asarray(velocity, dtype=np.float64)
+    p = {name: np.asarray(values, dtype=np.float64) for name, values in parts.items()}
+    if y.ndim != 2 or not len(y) or any(values.shape != y.shape[:1] for values in p.values()):
+        shapes = {name: list(values.shape) for name, values in p.items()}
+        raise checks.fail("parts", f"[K] each for velocities [K, R] = {list(y.shape)}", str(shapes))
+    replicas = [row[np.isfinite(row)] for row in y]
+    if min(len(row) for row in replicas) < 2 or not min(row.var() for row in replicas) > 0:
+        raise checks.fail("velocity", "2 replicas that differ at every position", f"{y}")
+    weight = np.array([1 / row.var(ddof=1) for row in replicas])
+    rng = np.random.default_rng(derive(seed, "force", "shares"))
+    means = [[row.mean() for row in replicas]]
+    draws = [row[rng.integers(len(row), size=(resamples, len(row)))].mean(1) for row in replicas]
+    every = np.concatenate([np.array(means), np.stack(draws, 1)])  # the drift itself, resamples
+    scale = np.square(every) @ weight
+    rows = []
+    for name, values in p.items():
+        share = every @ (weight * values) / scale
+        low, high = np.quantile(share[1:], [(1 - confidence) / 2, (1 + confidence) / 2])
+        rows.append(
+            {"part": name, "share": float(share[0]), "low": float(low), "high": float(high)}
+        )
+    return Table.from_rows(rows)
 
 
 @dataclass(frozen=True, eq=False)

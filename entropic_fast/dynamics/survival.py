@@ -95,9 +95,7 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
     )
 
 
-def log_rank(
-    a: RelaxationTime, b: RelaxationTime, *, paired: bool = False
-) -> tuple[float, float]:
+def log_rank(a: RelaxationTime, b: RelaxationTime, *, paired: bool = False) -> tuple[float, float]:
     """Log-rank test of one relaxation time distribution.
 
     Both times must be on one scale (effective times, or updates).

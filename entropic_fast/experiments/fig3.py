@@ -48,7 +48,8 @@ def draw(tables: dict[str, Table]) -> Figure:
         panels.append(
             ("D", "project_every", lambda v: f"k = {v}", f"updates between projections ({base})")
         )
-    figure, axes = plots.panels(1, len(panels), width=3.7, height=3.3)
+    shape = (2, 2) if len(panels) == 4 else (1, 3)
+    figure, axes = plots.panels(*shape, width=4.4, height=3.3)
     for ax, (panel, column, label, title) in zip(axes, panels, strict=True):
         rows, band = table.where(panel=panel), bands.where(panel=panel)
         curves(ax, rows, band, column, label, "step")

@@ -10,7 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..dynamics import measure_drift, noiseless_drift
-from ..dynamics.comparison import comparison_table, fit_force, shuffled_curvature
+from ..dynamics.comparison import (
+    comparison_table,
+    drift_shares,
+    fit_force,
+    shuffled_curvature,
+)
 from ..dynamics.force import point_force
 from ..dynamics.growth import radial_share
 from ..dynamics.response import ProjectedSGD
@@ -129,7 +134,7 @@ def collect(run: RunFolder) -> dict[str, Table]:
         rows += run.table(f"force/{i}", "comparison").rows()
         bursts += run.table(f"force/{i}", "bursts").rows()
     tables = {"force_comparison": Table.from_rows(rows), "force_bursts": Table.from_rows(bursts)}
-    return {**tables, "force_fit": fits(**tables)}
+    return {**tables, "force_fit": fits(**tables), "force_shares": shares(**tables)}
 
 
 def fits(force_comparison: Table, force_bursts: Table) -> Table:
@@ -171,6 +176,38 @@ def fits(force_comparison: Table, force_bursts: Table) -> Table:
     return Table.from_rows(rows)
 
 
+def shares(force_comparison: Table, force_bursts: Table) -> Table:
+    """Shares of the drift at the largest k: of its parts, which add up to 1 with what they leave
+    unexplained, and of the drift under each control (`kind`).
+
+    Shuffled: the entropic velocity predicted at other positions, the mean of all cyclic shifts.
+    """
+    k = int(force_comparison["k"].max())
+    base = force_comparison.where(k=k)
+
+    def column(name: str, rows: Table = base) -> np.ndarray:
+        return np.asarray(rows[name], dtype=float)
+
+    others = column("energetic") + column("predicted_exclusion")
+    velocity = residuals(force_bursts, base["position"], k) + others[:, None]
+    entropic, radial = column("predicted_entropic"), column("predicted_radial")
+    parts = {
+        "entropic": entropic - radial,
+        "entropic, by norm growth": radial,
+        "energetic (no noise)": column("energetic"),
+        "exclusion in an epoch": column("predicted_exclusion"),
+    }
+    parts["unexplained"] = column("measured") - sum(parts.values())
+    shifts = [np.roll(entropic, i) for i in range(1, len(entropic))]
+    controls = {"entropic, shuffled": np.mean(shifts, axis=0)}
+    for other in sorted(set(force_comparison["k"].tolist()) - {k}):
+        controls[f"drift at k = {other}"] = column("measured", force_comparison.where(k=other))
+    rows: list[dict[str, object]] = []
+    for kind, group in (("part", parts), ("control", controls)):
+        rows += [{"kind": kind, **row} for row in drift_shares(velocity, group).rows()]
+    return Table.from_rows(rows)
+
+
 def residuals(bursts: Table, positions: Sequence[float] | np.ndarray, k: int) -> np.ndarray:
     """Residual velocities of the replicas at every position.  # [K, R]"""
     return np.array([bursts.where(k=k, position=s)["residual"] for s in positions], dtype=float)
@@ -189,9 +226,9 @@ def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 
 
 def draw(tables: dict[str, Table]) -> Figure:
-    """A: measured against predicted; B: along the path; C: controls."""
+    """A: measured against predicted; B: along the path; C: controls; D: shares of the drift."""
     comparison, fit = tables["force_comparison"], tables["force_fit"]
-    figure, (scatter, along, controls) = plots.panels(1, 3, width=3.7, height=3.3)
+    figure, (scatter, along, controls, parts) = plots.panels(2, 2, width=4.4, height=3.3)
     base = comparison.where(k=int(comparison["k"].max()))
     row = fit.where(k=int(fit["k"].max()))
     slope, low, high = (float(row[name][0]) for name in ("slope", "low", "high"))
@@ -219,6 +256,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     plots.letter(scatter, "A", settings)
     _along(along, base)
     _controls(controls, fit)
+    _shares(parts, tables["force_shares"])
     return figure
 
 
@@ -260,3 +298,17 @@ def _controls(ax: Axes, fit: Table) -> None:
     ax.set_ylabel("slope on the prediction at the largest k")
     ax.legend()
     plots.letter(ax, "C", "controls")
+
+
+def _shares(ax: Axes, shares: Table) -> None:
+    names = shares["part"].tolist()
+    for kind, colour in (("part", plots.COLOURS[0]), ("control", plots.COLOURS[1])):
+        rows = [i for i, found in enumerate(shares["kind"].tolist()) if found == kind]
+        middle, low, high = (shares[name][rows] for name in ("share", "low", "high"))
+        sides = np.maximum([middle - low, high - middle], 0)  # percentiles need not hold the value
+        ax.errorbar(rows, middle, sides, fmt="o", color=colour, capsize=3, label=f"{kind}s")
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.set_ylabel("share of the measured drift")
+    ax.legend()
+    plots.letter(ax, "D", "what explains the drift")

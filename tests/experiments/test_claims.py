@@ -364,7 +364,9 @@ FAST, SLOW = (0.05, 0.06, 0.055, 0.07), (0.01, 0.012, 0.008)
     ("fast", "slow", "verdict"),
     [(FAST, SLOW, HOLDS), (SLOW, FAST, FAILS), (FAST, FAST[::-1], UNDECIDED)],
 )
-def test_settings_are_compared_replica_by_replica(judge, letter, name, key, values, fast, slow, verdict):
+def test_settings_are_compared_replica_by_replica(
+    judge, letter, name, key, values, fast, slow, verdict
+):
     table = panel(letter, fast, slow, **{key: values})
     claim = judge(fig3_relaxation=table, fig2_curvature=PEAK)[name]
     # Without the partners, a replica says nothing of noise that both settings share.

@@ -28,13 +28,16 @@ def force_tables(slope=1.0, at_one=0.0, without=0.0, noise=0.2, seed=0):
                 {"k": k, "position": position, "replica": r, "residual": v}
                 for r, v in enumerate(values)
             ]
+            energetic = 5.0 + without * x + 0.01 * rng.standard_normal()
             rows.append(
                 {
                     "k": k,
                     "position": position,
                     "residual": values.mean(),
                     "std_error": values.std(ddof=1) / np.sqrt(replicas),
-                    "energetic": 5.0 + without * x + 0.01 * rng.standard_normal(),
+                    "measured": values.mean() + energetic,
+                    "predicted_exclusion": 0.0,
+                    "energetic": energetic,
                     "gradient": 5.0,
                     "predicted_entropic": x if k == 15 else 0.0,
                     "predicted_radial": 0.25 * x,
@@ -44,7 +47,22 @@ def force_tables(slope=1.0, at_one=0.0, without=0.0, noise=0.2, seed=0):
                 }
             )
     comparison, bursts = Table.from_rows(rows), Table.from_rows(bursts)
-    return {"force_comparison": comparison, "force_fit": fig_force.fits(comparison, bursts)}
+    return {
+        "force_comparison": comparison,
+        "force_fit": fig_force.fits(comparison, bursts),
+        "force_shares": fig_force.shares(comparison, bursts),
+    }
+
+
+def test_shares_of_the_drift_add_up_and_controls_are_not_parts_of_it():
+    table = force_tables(at_one=0.0)["force_shares"]
+    share = {row["part"]: row["share"] for row in table.rows()}
+    parts = table.where(kind="part")
+    assert parts["share"].sum() == pytest.approx(1, abs=1e-9)
+    assert share["entropic, by norm growth"] == pytest.approx(share["entropic"] / 3)
+    assert abs(share["unexplained"]) < 0.02 < share["entropic"] and share["drift at k = 1"] > 0.8
+    assert table.where(kind="control")["part"].tolist() == ["entropic, shuffled", "drift at k = 1"]
+    assert (table["low"] <= table["high"]).all()
 
 
 def test_the_force_holds_where_drift_follows_the_prediction(judge):

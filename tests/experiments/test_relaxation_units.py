@@ -127,6 +127,7 @@ def test_relaxation_times_count_updates_and_say_who_is_missing():
                 "start": start,
                 "lr": 0.1,
                 "batch_size": 8,
+                "project_every": 5,
                 "step": s,
                 "position": p,
             }

@@ -98,9 +98,9 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
             low,
             high,
             verdict(low, high, 0.0),
-            f"{mean_text(few)} and {mean_text(many)}, over {len(few)} replicas with the same "
-            f"noise, of starts off the middle together; {lost} diverged; the largest eigenvalue on the line is "
-            f"at most {rise:.2f} of the ends' mean",
+            f"{mean_text(few)} and {mean_text(many)}, over {len(few)} replicas that share their "
+            f"noise, of starts off the middle; {lost} diverged; the largest eigenvalue on the line "
+            f"is at most {rise:.2f} of the ends' mean",
         )
     ]
 
