@@ -42,6 +42,7 @@ from .dynamics import (
 from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
+from .parallel import shard
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
 from .results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
 from .table import Table
@@ -50,6 +51,7 @@ __all__ = [
     "__version__",
     "Objective",
     "NonFiniteLossError",
+    "shard",
     "score_matrix",
     "score_gram",
     "score_spectrum",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def _run(
             if images:
                 run.record_images(images)
             stages.execute_until(run, last_stage, workers, _errors)
-            if last_stage == "report":
+            if last_stage == "report" and not int(os.environ.get("RANK", 0)):
                 stages.write_report(run, _console)
     except _READABLE:
         if fresh and not (out / "units").exists():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
 from .parameters import load_tensors, model_lock, trainable, twin
+
+if TYPE_CHECKING:
+    from .parallel import Sharing
 
 __all__ = ["NonFiniteLossError", "Objective"]
 
@@ -60,6 +63,7 @@ class Objective:
         num_params: P, the length of theta.
         num_examples: N.
         examples: the data, in a fixed order.
+        sharing: the processes that share its work (see `parallel.shard`); None if it is alone.
         dtype, device: of theta.
 
     Raises:
@@ -93,6 +97,7 @@ class Objective:
         self._model = private_copy(model, norm)
         self._read_parameters(device)
         self.examples = Examples(data, self.device, self.dtype, batch_size)
+        self.sharing: Sharing | None = None
         model_checks.require_model(self)
         self._per_example: str | None = None  # why single examples are undefined; "" if defined
 
@@ -177,6 +182,30 @@ class Objective:
         """
         self.count(max_examples)
         return self.examples.batches(max_examples, batch_size)
+
+    def own_batches(
+        self, max_examples: int | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """`batches`, of which other processes take their parts where work is shared."""
+        found = self.batches(max_examples, batch_size)
+        if self.sharing is None:
+            return found
+        return self.sharing.own(found, self.count(max_examples), not self.separable)
+
+    def own_range(self, max_examples: int | None = None) -> tuple[int, int]:
+        """The first of the examples that this process takes, and the first after them."""
+        count = self.count(max_examples)
+        return (0, count) if self.sharing is None else self.sharing.range(count)
+
+    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` makes of `own_batches`, summed over the processes that share them."""
+        return compute() if self.sharing is None else self.sharing.summed(compute)
+
+    def alone(self) -> Objective:
+        """The same objective, all of whose work this process does."""
+        other = copy.copy(self)
+        other.sharing = None
+        return other
 
     def count(self, max_examples: int | None = None) -> int:
         """How many examples `max_examples` stands for: itself, or N for None.
@@ -275,8 +304,16 @@ class Objective:
             NonFiniteLossError: a loss that is NaN or infinite.
         """
         theta = self.point(theta)
+
+        def own() -> Tensor:
+            found = widened(torch.zeros(self.num_examples, dtype=self.dtype, device=self.device))
+            for batch in self.own_batches():
+                where = slice(batch.start, batch.start + len(batch.inputs))
+                found[where] = self.finite_losses(theta, batch)
+            return found
+
         with torch.no_grad():
-            return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
+            return self.summed(own)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
@@ -313,11 +350,16 @@ class Objective:
             ValueError: a half-precision gradient that overflows.
         """
         theta = self.point(theta)
-        total = widened(torch.zeros_like(theta))
-        for batch in self.batches():
-            leaf = theta.detach().requires_grad_()
-            loss = self.finite_losses(leaf, batch).sum()
-            total += torch.autograd.grad(loss, leaf)[0]
+
+        def own() -> Tensor:
+            total = widened(torch.zeros_like(theta))
+            for batch in self.own_batches():
+                leaf = theta.detach().requires_grad_()
+                loss = self.finite_losses(leaf, batch).sum()
+                total += torch.autograd.grad(loss, leaf)[0]
+            return total
+
+        total = self.summed(own)
         model_checks.require_in_range(total, theta.dtype)
         return (total / self.num_examples).to(theta.dtype)
 
@@ -329,16 +371,21 @@ class Objective:
             NonFiniteLossError: a loss that is NaN or infinite.
         """
         theta = self.point(theta)
-        loss = correct = 0.0
-        with torch.no_grad():
-            for batch in self.batches():
+
+        def own() -> Tensor:
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            for batch in self.own_batches():
                 outputs = self.outputs(theta, batch.inputs)
                 model_checks.require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
                 model_checks.require_finite(losses, theta, batch.start)
-                loss += float(losses.double().sum())
-                correct += int((outputs.argmax(1) == batch.targets).sum())
-        return loss / self.num_examples, correct / self.num_examples
+                sums[0] += losses.double().sum()
+                sums[1] += (outputs.argmax(1) == batch.targets).sum()
+            return sums
+
+        with torch.no_grad():
+            loss, correct = (self.summed(own) / self.num_examples).tolist()
+        return loss, correct
 
     # -- normalisation ---------------------------------------------------------------------
 
@@ -400,15 +447,21 @@ class Objective:
 
     # -- single examples -------------------------------------------------------------------
 
+    @property
+    def separable(self) -> bool:
+        """Whether the loss is a sum over examples that can be taken a few at a time."""
+        if self._per_example is None:
+            self._per_example = model_checks.interaction(self, self._model)
+        return not self._per_example
+
     def require_single_examples(self) -> None:
         """Refuse quantities of single examples where examples influence one another.
 
         Raises:
             ValueError: an example's loss depends on the rest of its batch.
         """
-        if self._per_example is None:
-            self._per_example = model_checks.interaction(self, self._model)
-        if self._per_example:
+        if not self.separable:
+            assert self._per_example
             raise checks.fail(
                 "objective",
                 "the loss of an example to depend on that example alone",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import torch
+from rich.console import Console
 
+from entropic_fast.experiments.config import load_preset
+from entropic_fast.experiments.run import RunFolder
+from entropic_fast.experiments.schedule import execute
 from entropic_fast.random import normal
 from entropic_fast.table import Table
 
@@ -44,3 +50,26 @@ def dies(run, report):
 def log(run, text):
     with open(run.path / "log.txt", "a", encoding="utf-8") as file:
         file.write(f"{text} {os.getpid()}\n")
+
+
+def slow(run, report, seed):
+    """Long enough for other processes to want it too."""
+    log(run, f"slow/{seed}")
+    time.sleep(0.2)
+    return {"values": Table({"x": [float(seed)]})}
+
+
+def stops_once(run, report):
+    """Kills its process the first time; ends the second."""
+    log(run, "stops")
+    if not (run.path / "killed.txt").exists():
+        (run.path / "killed.txt").write_text("once")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"values": Table({"x": [1.0]})}
+
+
+def race(path, units):
+    """Compute all units of a run, as one of several commands at its folder."""
+    run = RunFolder.create(path, load_preset("demo"))
+    execute(run, units, workers=1, console=Console(quiet=True))
+    run.add_energy("race", 1.0, {})

@@ -77,16 +77,21 @@ def gradient_norms(
     cost = PassCost(engine, rows_made(pieces), 8 * count * len(keys) + scratch)
     del pieces
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
-    norms = {k: torch.zeros(count, dtype=torch.float64, device=obj.device) for k in keys}
-    for batch in obj.batches(batch_size=chunk):
-        where = slice(batch.start, batch.start + len(batch.inputs))
-        found = {k: n[where] for k, n in norms.items()}
 
-        def add(name: str, piece: Piece, found: dict[str, Tensor] = found) -> None:
-            found[key(name)] += piece.norms()
+    def own() -> Tensor:
+        norms = torch.zeros(len(keys), count, dtype=torch.float64, device=obj.device)
+        for batch in obj.own_batches(batch_size=chunk):
+            part = norms[:, batch.start : batch.start + len(batch.inputs)]
+            found = dict(zip(keys, part, strict=True))
 
-        engine.run(batch, add)
-        require_finite(torch.stack(list(found.values())).sum(0), batch.start, engine.theta)
+            def add(name: str, piece: Piece, found: dict[str, Tensor] = found) -> None:
+                found[key(name)] += piece.norms()
+
+            engine.run(batch, add)
+            require_finite(part.sum(0), batch.start, engine.theta)
+        return norms
+
+    norms = dict(zip(keys, obj.summed(own), strict=True))
     return norms[""] if by is None else norms
 
 

@@ -83,12 +83,15 @@ class FisherOperator(CurvatureOperator):
         self._gradients = ExampleGradients(obj, self.theta, memory_budget)
 
     def _product(self, columns: Tensor) -> Tensor:
-        total = torch.zeros(columns.shape, dtype=torch.float64, device=self.device)
-        if columns.shape[1]:
-            self.passes += 1
-            for _, scores in self._gradients.chunks(self.count):
+        def own() -> Tensor:
+            total = torch.zeros(columns.shape, dtype=torch.float64, device=self.device)
+            for _, scores in self._gradients.own_chunks(self.count) if columns.shape[1] else ():
                 _add_outer_products(scores, columns, total)
                 del scores  # before the next are made
+            return total
+
+        total = self.obj.summed(own)
+        self.passes += bool(columns.shape[1])
         return total.div_(self.count).to(self.dtype)
 
     def __repr__(self) -> str:

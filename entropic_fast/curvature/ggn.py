@@ -100,14 +100,20 @@ def ggn_trace(
     budget = resolve_budget(memory_budget, obj.device)
     # Half of the budget for the Hessians in the outputs, which stay while gradients are taken.
     piece = _examples_at_once(obj, theta, budget // 2)
-    names = dict.fromkeys(map(key, obj.parameter_names))
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in obj.batches(count, piece):
-        directions, signs = _factors(obj, theta, batch)
-        norms = _norms(obj, theta, batch, directions, budget - budget // 2, by)
-        for name in names:
-            found[name].append((norms[name] * signs).sum(1) if norms else signs.sum(1).double())
-    traces = {name: mean_estimate(torch.cat(parts)) for name, parts in found.items()}
+    names = list(dict.fromkeys(map(key, obj.parameter_names)))
+
+    def own() -> Tensor:
+        found = torch.zeros(len(names), count, dtype=torch.float64, device=obj.device)
+        for batch in obj.own_batches(count, piece):
+            directions, signs = _factors(obj, theta, batch)
+            norms = _norms(obj, theta, batch, directions, budget - budget // 2, by)
+            part = found[:, batch.start : batch.start + len(batch.inputs)]
+            for row, name in zip(part, names, strict=True):
+                row += (norms[name] * signs).sum(1) if norms else 0
+        return found
+
+    found = obj.summed(own)
+    traces = {name: mean_estimate(part) for name, part in zip(names, found, strict=True)}
     return traces[""] if by is None else traces
 
 
@@ -123,8 +129,19 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     """
     budget = resolve_budget(None, obj.device)
     enough = obj.num_examples >= ENOUGH_EXAMPLES
+    piece = _examples_at_once(obj, theta, budget // 2)
+    # The trace and its variance, summed over examples.
+    sums = obj.summed(lambda: _quick_sums(obj, theta, piece, enough, budget, seed))
+    total, variance = sums.tolist()
+    count = obj.num_examples
+    return Estimate(total / count, variance**0.5 / count, count)
+
+
+def _quick_sums(
+    obj: Objective, theta: Tensor, piece: int, enough: bool, budget: int, seed: int
+) -> Tensor:
     total = variance = 0.0
-    for batch in obj.batches(batch_size=_examples_at_once(obj, theta, budget // 2)):
+    for batch in obj.own_batches(batch_size=piece):
         directions, signs = _factors(obj, theta, batch)
         rest, sizes = directions[:, LEADING:], directions.square().sum(2)
         down = float((sizes * (signs < 0)).sum())
@@ -142,8 +159,7 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
         leading, draws = norms[""][:, :LEADING], norms[""][:, LEADING:]
         total += float(leading.sum() + draws.mean(1).sum())
         variance += float((draws[:, 0] - draws[:, 1]).square().sum()) / 4
-    count = obj.num_examples
-    return Estimate(total / count, variance**0.5 / count, count)
+    return torch.tensor([total, variance], dtype=torch.float64, device=obj.device)
 
 
 def _signs(batch: Batch, rest: Tensor, seed: int) -> list[Tensor]:
@@ -166,7 +182,7 @@ def _norms(
         return {}
     inputs = Examples((batch.inputs, directions[:, :, 0]), obj.device, obj.dtype, None)
     repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
-    single = obj.derived(repeated, _along, theta)
+    single = obj.alone().derived(repeated, _along, theta)
     if by is None:
         found = {"": gradient_norms(single, theta, memory_budget=budget)}
     else:

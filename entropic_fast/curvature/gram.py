@@ -9,6 +9,9 @@ Three ways, the first that fits (see `plan`):
 - "disk": the same with the records in temporary files.
 - "recompute": blocks of rows [R, P]; the examples after a block are computed again against it.
   With B blocks that is (B + 1) / 2 passes.
+
+Processes that share the work each hold the rows of their examples, and send them round in a ring:
+each meets half of the others (every pair of blocks once) while the next block is on its way.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,10 +30,14 @@ from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
+from .memory import too_small
 from .per_example import ExampleGradients, one_of_each, require_finite
 from .plan import STRATEGIES, Planner, channels_within, pairing, tile_within
 from .records import Records, RecordsDifferError, kept_form
 from .rules import Rows
+
+if TYPE_CHECKING:
+    from ..parallel import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +72,12 @@ class GramTask:
         self.survey = one_of_each(self.engine, kept_form)
         self.ways = self.engine.traceable, self.engine.batched
         self._planner = Planner(self.engine, self.survey, count, len(self.keys), budget)
-        self.plan = self._planner.choose(strategy)
-        logger.info("score Gram: %s", self.plan)
+        self.sharing = obj.sharing
+        if self.sharing is None:
+            self.plan = self._planner.choose(strategy)
+            logger.info("score Gram: %s", self.plan)
+        else:
+            self._require_room_for_ring(self.sharing, budget)
 
     def grams(self) -> dict[str, Tensor]:
         """The matrices by key.  # [E, E] float64 each"""
@@ -74,6 +86,8 @@ class GramTask:
             key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
             for key in self.keys
         }
+        if self.sharing is not None:
+            return self._by_ring(self.sharing, grams)
         try:
             if self.plan.strategy == "memory":
                 self._by_records(grams, None)
@@ -177,6 +191,59 @@ class GramTask:
                 self._update(out, part)
             else:
                 cross_update_(out, part, other[name], double_products=self.double_products)
+
+    # -- by processes ----------------------------------------------------------------------
+
+    def _require_room_for_ring(self, sharing: Sharing, budget: int) -> None:
+        """Refuse what does not fit: a process's rows, those that it meets, and the next ones."""
+        gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
+        rows = 3 * -(-self.count // sharing.size) * gradients.row_bytes
+        fixed = 8 * self.count**2 * len(self.keys)
+        if fixed + rows + gradients.example_bytes > budget:
+            raise too_small(
+                fixed + rows + gradients.example_bytes,
+                budget,
+                f"the scores of {self.count} examples shared by {sharing.size} processes",
+                "give more memory, or take more processes or fewer examples",
+            )
+        gradients.chunk = gradients.chunk_within(budget - fixed - rows)
+        self._gradients = gradients
+
+    def _by_ring(self, sharing: Sharing, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+        ranges = [sharing.range(self.count, rank) for rank in range(sharing.size)]
+        sizes = [last - first for first, last in ranges]
+        here, size = sharing.rank, sharing.size
+        mine = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=self._gradients.dtype)
+        failure: Exception | None = None
+        try:
+            for start, rows in self._gradients.own_chunks(self.count):
+                first = start - ranges[here][0]
+                mine[first : first + len(rows)] = rows
+        except Exception as error:
+            failure = error
+        sharing.agree(failure)
+        met = mine
+        for step in range(size // 2 + 1):
+            other = (here + step) % size
+            # The rows held go on to the process before this one; those of the one after come.
+            last = step == size // 2
+            following = (other + 1) % size
+            wait = (
+                None
+                if last
+                else sharing.exchange(met, (here - 1) % size, (here + 1) % size, sizes[following])
+            )
+            if step == 0:
+                self._each(grams, mine, None, ranges[here], ranges[here])
+            elif 2 * step < size or here < other:  # of two opposite processes, one
+                pair = (mine, met) if here > other else (met, mine)
+                self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])
+            met = met if wait is None else wait()
+        for key, gram in grams.items():
+            grams[key] = sharing.summed(lambda gram=gram: gram)  # type: ignore[misc]
+            mirror_lower(grams[key])
+        self._require_finite(grams)
+        return grams
 
     def _require_finite(self, grams: dict[str, Tensor]) -> None:
         total = sum(gram.diagonal() for gram in grams.values())

@@ -44,13 +44,19 @@ class JetOperator(ByRules, CurvatureOperator):
 
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
-        if self._engine is not None:
-            total = self._engine.products(rows, self.kind)
+        engine = self._engine
+        if engine is not None:
+            total = self.obj.summed(lambda: engine.products(rows, self.kind))
             if bool(torch.isfinite(total).all()):
                 return (total / self.obj.num_examples).T
-        total = torch.zeros_like(rows)
-        for batch in self.obj.batches() if len(rows) else ():
-            self._add_products(batch, rows, total)
+
+        def by_autograd() -> Tensor:
+            own = torch.zeros_like(rows)
+            for batch in self.obj.own_batches() if len(rows) else ():
+                self._add_products(batch, rows, own)
+            return own
+
+        total = self.obj.summed(by_autograd)
         if self._engine is not None and bool(torch.isfinite(total).all()):
             self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
@@ -131,10 +137,16 @@ class HessianOperator(JetOperator):
         return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
 
     def _forms(self, columns: Tensor) -> Tensor:
-        if self._engine is None:
-            return super()._forms(columns)
-        forms = self._engine.forms(columns.T.contiguous()) / self.obj.num_examples
-        return forms if bool(torch.isfinite(forms).all()) else super()._forms(columns)
+        forms = None if self._engine is None else self._engine_forms(self._engine, columns)
+        return super()._forms(columns) if forms is None else forms
+
+    def _engine_forms(
+        self, engine: JetEngine, columns: Tensor, *, network_alone: bool = False
+    ) -> Tensor | None:
+        """Forms by rules; None where these give NaN or infinity.  # [K] float64"""
+        rows = columns.T.contiguous()
+        forms = self.obj.summed(lambda: engine.forms(rows, network_alone=network_alone))
+        return forms / self.obj.num_examples if bool(torch.isfinite(forms).all()) else None
 
     def network_forms(self, vectors: Tensor) -> Tensor:
         """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
@@ -155,9 +167,8 @@ class HessianOperator(JetOperator):
         with undisturbed():
             columns = self._columns(vectors)
             if self._engine is not None:
-                rows = columns.T.contiguous()
-                forms = self._engine.forms(rows, network_alone=True) / self.obj.num_examples
-                if bool(torch.isfinite(forms).all()):
+                forms = self._engine_forms(self._engine, columns, network_alone=True)
+                if forms is not None:
                     return forms
             gauss_newton = GGNOperator(self.obj, self.theta)
             return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)

@@ -137,6 +137,11 @@ class ExampleGradients:
             if batch.start + len(batch.inputs) > first:
                 yield batch.start, self.rows(batch)
 
+    def own_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """`chunks`, of the objective's `own_batches`."""
+        for batch in self.obj.own_batches(max_examples, self.chunk):
+            yield batch.start, self.rows(batch)
+
     def rows(self, batch: Batch) -> Tensor:
         """Gradients of a batch's examples.  # [n, P]"""
         rows = self.theta.new_zeros(len(batch.inputs), self.obj.num_params, dtype=self.dtype)

@@ -171,7 +171,7 @@ def score_plan(
     """
     count = obj.count(max_examples)
     budget = resolve_budget(memory_budget, obj.device)
-    return GramTask(obj, theta, count, budget, strategy, True).plan
+    return GramTask(obj.alone(), theta, count, budget, strategy, True).plan
 
 
 @overload
@@ -254,9 +254,10 @@ def score_spectrum(
         )
     if tall:
         moment = _second_moment(obj, theta, count, budget, products == "float64")
-        return _eigenvalues(moment, count, size)
+        return _eigenvalues(obj, moment, count, size)
     task = GramTask(obj, theta, count, budget, strategy, products == "float64", key)
-    spectra = {k: _eigenvalues(g, count, min(count, sizes[k])) for k, g in task.grams().items()}
+    grams = task.grams()
+    spectra = {k: _eigenvalues(obj, g, count, min(count, sizes[k])) for k, g in grams.items()}
     return spectra[""] if by is None else spectra
 
 
@@ -335,13 +336,27 @@ def _second_moment(
             "give more memory, or fewer max_examples",
         )
     gradients.chunk = gradients.chunk_within((room - size) * gradients.example_bytes // each)
-    moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
-    for _, chunk in gradients.chunks(count):
-        symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
+
+    def own() -> Tensor:
+        moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
+        for _, chunk in gradients.own_chunks(count):
+            symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
+        return moment
+
+    moment = obj.summed(own)
     mirror_lower(moment)
     return moment
 
 
-def _eigenvalues(matrix: Tensor, count: int, size: int) -> Tensor:
-    eigenvalues: Tensor = torch.linalg.eigvalsh(matrix)
+def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tensor:
+    """Eigenvalues of matrix / count, descending; one of the processes that share work takes
+    them for all."""
+
+    def one_takes() -> Tensor:
+        if obj.sharing is not None and obj.sharing.rank:
+            return matrix.new_zeros(len(matrix))
+        found: Tensor = torch.linalg.eigvalsh(matrix)
+        return found
+
+    eigenvalues = obj.summed(one_takes)
     return (eigenvalues / count).clamp(min=0).flip(0)[:size]

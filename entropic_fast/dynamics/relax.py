@@ -22,6 +22,7 @@ from .minibatches import Augmentation, Minibatches
 from .optimizers import Optimizer
 from .recording import InMemory, Records, ToFile
 from .run import Run
+from .shared import over_processes
 from .trajectory import DivergenceError, Record, Trajectory
 
 CHECKPOINT_CYCLES = 100  # between checkpoints, unless told otherwise
@@ -141,8 +142,11 @@ def relax(
     >>> run.steps[-1].item(), tuple(run.position.shape), bool((run.position[:, -1] > 0.7).all())
     (50, (2, 11), True)
     """
+    given = dict(locals())
     starts, lrs, names = per_replica(start, lr, ids, replicas)
     check_path(obj, path)
+    if obj.sharing is not None:
+        return over_processes(relax, given, starts, lrs, names)
     checks.whole("steps", steps, 1)
     checks.whole("project_every", project_every, 1)
     record_every = multiple("record_every", record_every, "project_every", project_every)

@@ -55,15 +55,15 @@ class RunFolder(UnitStore):
             OSError: the folder cannot be written.
         """
         path = Path(path)
-        stored = path / "config.json"
-        if stored.exists():
-            changes = differences(cls.open(path).config, config)
-            require_same(path, changes)
-        else:
+        if not (path / "config.json").exists():
             require_unused(path)
-            store.write_json(stored, config.to_dict())
         run = cls(path, config, device, data_dir)
-        store.write_json(path / "environment.json", environment(device))
+        with run.alone():
+            if (path / "config.json").exists():
+                require_same(path, differences(cls.open(path).config, config))
+            else:
+                store.write_json(path / "config.json", config.to_dict())
+            store.write_json(path / "environment.json", environment(device))
         return run
 
     @classmethod
@@ -96,10 +96,11 @@ class RunFolder(UnitStore):
         Raises:
             ValueError: the run was begun with other images.
         """
-        recorded = self.images()
-        if recorded is None:
-            store.write_json(self.path / "images.json", facts)
-        elif recorded != facts:
+        with self.alone():
+            recorded = self.images()
+            if recorded is None:
+                store.write_json(self.path / "images.json", facts)
+        if recorded is not None and recorded != facts:
             raise checks.fail(
                 "--data-dir",
                 f"the images that {self.path} was begun with ({recorded})",
@@ -119,9 +120,10 @@ class RunFolder(UnitStore):
     def add_energy(self, stage: str, seconds: float, joules: Mapping[str, float]) -> None:
         """Note what a command took that computed something."""
         file = self.path / "energy.json"
-        known = list(store.read_json(file)) if file.exists() else []
         entry = {"stage": stage, "seconds": round(seconds, 1), "joules": dict(joules)}
-        store.write_json(file, [*known, entry])
+        with self.alone():
+            known = list(store.read_json(file)) if file.exists() else []
+            store.write_json(file, [*known, entry])
 
     def energy(self) -> list[dict[str, Any]]:
         """What `add_energy` noted, command by command."""

@@ -1,4 +1,8 @@
-"""Runs units in order of their needs, over processes, with progress; finished ones are kept."""
+"""Runs units in order of their needs, over processes, with progress; finished ones are kept.
+
+Other commands may be at the same folder, on this machine or another: a unit that one of them
+computes is looked at again every RETRY seconds, and taken over if that command ends without it.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,8 @@ from ..store import DamagedFileError
 from .unit_store import UnitStore
 
 Report = Callable[[float], None]
+
+RETRY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ def execute(
     """
     console = console or Console(stderr=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    # Of torchrun's processes on a machine each takes its share of the cores.
+    cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in units if not _finished(run, u, console)}
     if not todo:
         return
@@ -108,26 +115,63 @@ def _finished(run: UnitStore, unit: Unit, console: Console) -> bool:
     except DamagedFileError as error:
         text = f"damaged unit {unit.name}: {error}; it is computed again"
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        (run.unit_folder(unit.name) / "done.json").unlink()
+        with run.claim(unit.name) as mine:
+            if mine and not run.is_whole(unit.name):  # another command may have mended it
+                (run.unit_folder(unit.name) / "done.json").unlink(missing_ok=True)
         return False
 
 
-def _ready(todo: dict[str, Unit], unfinished: set[str]) -> Unit | None:
-    ready = [u for u in todo.values() if not unfinished.intersection(u.needs)]
-    return max(ready, key=lambda u: u.weight, default=None)
+class _Queue:
+    """Units to be computed, heaviest first of those whose needs are finished."""
+
+    def __init__(self, todo: dict[str, Unit]) -> None:
+        self.todo, self.unfinished = dict(todo), set(todo)
+        self.later: dict[str, float] = {}  # when to look again at units that others compute
+
+    def take(self) -> Unit | None:
+        """The next unit; None if all that is left waits for others, here or elsewhere."""
+        now = time.monotonic()
+        ready = [
+            unit
+            for name, unit in self.todo.items()
+            if not self.unfinished.intersection(unit.needs) and self.later.get(name, 0.0) <= now
+        ]
+        unit = max(ready, key=lambda u: u.weight, default=None)
+        if unit is not None:
+            del self.todo[unit.name]
+        return unit
+
+    def elsewhere(self, unit: Unit) -> None:
+        """Another command computes a unit that was taken: look again later."""
+        self.todo[unit.name] = unit
+        self.later[unit.name] = time.monotonic() + RETRY
+
+    def done(self, unit: Unit) -> None:
+        self.unfinished.discard(unit.name)
+        self.later.pop(unit.name, None)
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is left, and all of it waits for other commands."""
+        return bool(self.todo and self.later)
 
 
 def _in_process(run: UnitStore, todo: dict[str, Unit], monitor: _Monitor) -> None:
-    unfinished = set(todo)
-    while todo:
-        unit = _ready(todo, unfinished)
-        assert unit is not None, f"units that need one another: {sorted(todo)}"
-        del todo[unit.name]
+    queue = _Queue(todo)
+    while queue.todo:
+        unit = queue.take()
+        if unit is None:
+            assert queue.waits, f"units that need one another: {sorted(queue.todo)}"
+            time.sleep(RETRY / 4)
+            continue
         try:
             seconds = _compute(run, unit, lambda f, u=unit: monitor.advance(u, f))  # type: ignore[misc]
         except Exception as error:
             raise UnitError(f"{unit.name}: {error}") from error
-        unfinished.discard(unit.name)
+        if seconds is None:
+            queue.elsewhere(unit)
+            continue
+        queue.done(unit)
         monitor.done(unit, seconds)
 
 
@@ -135,35 +179,39 @@ def _over_processes(
     run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, workers: int, threads: int
 ) -> None:
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    by_name, unfinished = dict(todo), set(todo)
+    progress = context.SimpleQueue()
+    queue = _Queue(todo)
     failed: list[tuple[Unit, BaseException]] = []
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(queue, threads)
+        workers, mp_context=context, initializer=_start_worker, initargs=(progress, threads)
     )
-    running: dict[concurrent.futures.Future[float], Unit] = {}
+    running: dict[concurrent.futures.Future[float | None], Unit] = {}
     try:
-        while running or (todo and not failed):
-            while not failed and len(running) < workers and (unit := _ready(todo, unfinished)):
-                del todo[unit.name]
+        while running or (queue.todo and not failed):
+            while not failed and len(running) < workers and (unit := queue.take()):
                 try:
                     running[pool.submit(_compute_in_worker, run, unit)] = unit
                 except concurrent.futures.BrokenExecutor as broken:
                     failed.append((unit, broken))
-            assert running or failed, f"units that need one another: {sorted(todo)}"
+            if not running and not failed:
+                assert queue.waits, f"units that need one another: {sorted(queue.todo)}"
+                time.sleep(RETRY / 4)
+                continue
             finished, _ = concurrent.futures.wait(
                 running, timeout=0.25, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            while not queue.empty():
-                name, fraction = queue.get()
-                monitor.advance(by_name[name], fraction)
+            while not progress.empty():
+                name, fraction = progress.get()
+                monitor.advance(todo[name], fraction)
             for future in finished:
                 unit = running.pop(future)
                 if error := future.exception():
                     failed.append((unit, error))
+                elif (seconds := future.result()) is None:
+                    queue.elsewhere(unit)
                 else:
-                    unfinished.discard(unit.name)
-                    monitor.done(unit, future.result())
+                    queue.done(unit)
+                    monitor.done(unit, seconds)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -199,7 +247,7 @@ def _start_worker(queue: Any, threads: int) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _compute_in_worker(run: UnitStore, unit: Unit) -> float:
+def _compute_in_worker(run: UnitStore, unit: Unit) -> float | None:
     last = 0.0
 
     def report(fraction: float) -> None:
@@ -212,12 +260,18 @@ def _compute_in_worker(run: UnitStore, unit: Unit) -> float:
     return _compute(run, unit, report)
 
 
-def _compute(run: UnitStore, unit: Unit, report: Report) -> float:
-    start = time.perf_counter()
-    output = unit.function(run, report, *unit.args)
-    seconds = time.perf_counter() - start
-    run.finish(unit.name, output, seconds)
-    return seconds
+def _compute(run: UnitStore, unit: Unit, report: Report) -> float | None:
+    """Seconds that a unit took; 0 if another command finished it, None if one is at it."""
+    with run.claim(unit.name) as mine:
+        if not mine:
+            return None
+        if run.is_whole(unit.name):
+            return 0.0
+        start = time.perf_counter()
+        output = unit.function(run, report, *unit.args)
+        seconds = time.perf_counter() - start
+        run.finish(unit.name, output, seconds)
+        return seconds
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -162,7 +163,10 @@ def choose_device(name: str) -> str:
     checks.one_of("--device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise checks.fail("--device", "a GPU that torch can use", "none", "pass --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if found == "cuda":  # of torchrun's processes on a machine each takes a GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return found
 
 
 def all_units(run: RunFolder) -> list[Unit]:
@@ -191,7 +195,7 @@ def write_report(run: RunFolder, console: Console) -> None:
     Raises:
         ValueError: units are missing; says which and how to compute them.
     """
-    missing = [unit.name for unit in all_units(run) if not _whole(run, unit)]
+    missing = [unit.name for unit in all_units(run) if not run.is_whole(unit.name)]
     if missing:
         raise checks.fail(
             "RUN",
@@ -233,10 +237,3 @@ def write_report(run: RunFolder, console: Console) -> None:
     report.write(run, claims, entries, minima, times, notes)
     report.print_claims(console, claims)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
-
-
-def _whole(run: RunFolder, unit: Unit) -> bool:
-    try:
-        return run.is_done(unit.name)
-    except store.DamagedFileError:
-        return False

@@ -1,20 +1,30 @@
 """Finished units of work in a folder: each is stored whole or not at all.
 
 FOLDER/units/<unit>/...     what a unit computed; done.json, written last, holds the hashes
+FOLDER/locks/               held by the process that computes a unit, or writes what all share
+
+Any number of processes, on any number of machines that share the folder, may compute its units:
+each takes those that no other is at. A lock is the system's (flock), which ends with its process,
+however that ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .. import checks, store
 from ..table import Table
 
 Output = Mapping[str, "Table | Mapping[str, Tensor] | dict[str, Any]"]
+
+
+LOCKS = "locks"
 
 
 class UnitStore:
@@ -31,6 +41,31 @@ class UnitStore:
     def unit_folder(self, unit: str) -> Path:
         """The folder of a unit's files."""
         return self.path / "units" / unit
+
+    @contextlib.contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Whether a unit is this process's to compute: no other is at it, until the block ends."""
+        lock = self._lock(unit.replace("/", "_"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A block that one process at a time is in: it changes files that all share."""
+        with self._lock("run"):
+            yield
+
+    def _lock(self, name: str) -> FileLock:
+        folder = self.path / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
 
     def is_done(self, unit: str) -> bool:
         """Whether a unit is finished.
@@ -54,6 +89,13 @@ class UnitStore:
                     + ("another" if file.exists() else "no file")
                 )
         return True
+
+    def is_whole(self, unit: str) -> bool:
+        """Whether a unit is finished and its files are those that it wrote."""
+        try:
+            return self.is_done(unit)
+        except store.DamagedFileError:
+            return False
 
     def finish(self, unit: str, output: Output, seconds: float) -> None:
         """Store a unit's output: tables as CSV, tensors as safetensors, the rest as JSON."""
@@ -102,7 +144,9 @@ def require_unused(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise checks.fail("--out", "a folder", f"{path}, which is a file", "choose another")
-    if path.is_dir() and any(f for f in path.iterdir() if not f.name.endswith(".part")):
+    if path.is_dir() and any(
+        f for f in path.iterdir() if f.name != LOCKS and not f.name.endswith(".part")
+    ):
         raise checks.fail(
             "--out", "a new or empty folder, or a run's", f"{path}, which holds other files"
         )

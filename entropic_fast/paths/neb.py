@@ -212,8 +212,25 @@ def _energies(
 ) -> tuple[Tensor, Tensor]:
     """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P].
 
-    All on the same examples: those at `index`, or all in the objective's own batches.
+    All on the same examples: those at `index`, or all in the objective's batches. Processes that
+    share work take pivots in turn.
     """
+    count, like = len(pivots), pivots.new_zeros(0, dtype=torch.float64)
+
+    def own() -> Tensor:
+        losses, gradients = _own_energies(train, pivots, data, index)
+        return torch.cat([like, losses, gradients.flatten()])
+
+    if train.sharing is None:
+        return _own_energies(train, pivots, data, index)
+    every = train.summed(own)
+    gradients = every[count:].view(count - 2, -1).to(pivots.dtype)
+    return every[:count], gradients
+
+
+def _own_energies(
+    train: Objective, pivots: Tensor, data: tuple[Tensor, Tensor], index: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if index is None:
         batches = [(batch.inputs, batch.targets) for batch in train.batches()]
     else:
@@ -222,8 +239,11 @@ def _energies(
     count = sum(len(inputs) for inputs, _ in batches)
     losses = torch.zeros(len(pivots), dtype=torch.float64, device=pivots.device)
     gradients = torch.zeros_like(pivots[1:-1])
+    turn, processes = (0, 1) if train.sharing is None else (train.sharing.rank, train.sharing.size)
     for inputs, targets in batches:
         for i, pivot in enumerate(pivots):
+            if i % processes != turn:
+                continue
             if i in (0, len(pivots) - 1):
                 with torch.no_grad():
                     losses[i] += train.losses(pivot, inputs, targets).double().sum() / count

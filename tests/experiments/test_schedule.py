@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import re
 import time
@@ -136,3 +137,59 @@ def test_time_left_follows_the_share_done():
     assert status._left() == ""
     status.weight, status.start = 2.5, time.monotonic() - 60
     assert re.fullmatch("about (3:00|2:59|3:01) left", status._left())
+
+
+# -- several commands at one folder -----------------------------------------------------------
+
+
+def started(path, todo, count):
+    context = multiprocessing.get_context("spawn")
+    found = [context.Process(target=schedule_units.race, args=(path, todo)) for _ in range(count)]
+    for process in found:
+        process.start()
+    return found
+
+
+def ended(processes):
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def test_commands_at_one_folder_share_its_units_and_compute_each_once(tmp_path):
+    todo = [Unit(f"slow/{i}", schedule_units.slow, (i,)) for i in range(8)]
+    todo.append(Unit("last/sum", schedule_units.slow, (9,), tuple(u.name for u in todo)))
+    assert ended(started(tmp_path, todo, 3)) == [0, 0, 0]
+    run = RunFolder.open(tmp_path)
+    assert sorted(computed(run)) == sorted([f"slow/{i}" for i in range(8)] + ["slow/9"])
+    assert all(run.is_done(unit.name) for unit in todo)
+    who = {line.split()[1] for line in (tmp_path / "log.txt").read_text().splitlines()}
+    assert len(who) > 1  # nobody did it all
+    assert len(run.energy()) == 3  # no record was lost
+
+
+def test_the_unit_of_a_command_that_was_killed_is_taken_over(tmp_path):
+    todo = [Unit("slow/0", schedule_units.slow, (0,)), Unit("stops", schedule_units.stops_once)]
+    codes = ended(started(tmp_path, todo, 2))
+    assert sorted(codes) == [-9, 0]
+    assert computed(RunFolder.open(tmp_path)).count("stops") == 2
+
+
+def test_a_unit_that_another_command_computes_is_not_begun(tmp_path):
+    run = new(tmp_path)
+    with run.claim("first/0") as mine:
+        assert mine
+        with run.claim("first/0") as again:
+            assert not again
+        unit = Unit("first/0", schedule_units.first, (0,))
+        assert schedule._compute(run, unit, lambda _: None) is None
+    assert schedule._compute(run, unit, lambda _: None) > 0
+    assert schedule._compute(run, unit, lambda _: None) == 0.0  # finished meanwhile
+    assert computed(run) == ["first/0"]
+
+
+def test_cores_are_shared_among_torchruns_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    run = new(tmp_path)
+    run_all(run, units(), workers=None)
+    assert len({line.split()[1] for line in (run.path / "log.txt").read_text().splitlines()}) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import ceil, prod
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -28,6 +28,8 @@ from .program import Program, Values
 from .step import Sum
 
 logger = logging.getLogger(__name__)
+
+Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `own_batches`
 
 # Directions taken at once, at most.
 WIDTH = 4
@@ -82,7 +84,7 @@ class JetEngine:
         self.obj, self.theta, self.budget = obj, theta, budget
         self._parts = [part.detach() for part in obj.split(theta).values()]
         self._sizes = [part.numel() for part in self._parts]
-        self.separable = _separable(obj)
+        self.separable = obj.separable
         self.width, self.tile = self._sizes_within(*_example_bytes(obj, theta))
         if obj.device.type == "cpu":
             keep_freed_memory()
@@ -118,13 +120,14 @@ class JetEngine:
         width = max(1, min(width, room // (most * each) - 1))
         return width, ceil(count / ceil(count / most))
 
-    def tiles(self) -> Iterator[Tile]:
-        """All examples, a tile at a time."""
+    def tiles(self, read: Batches | None = None) -> Iterator[Tile]:
+        """All examples, a tile at a time; or those of the objective's `own_batches`."""
+        read = read or self.obj.batches
         if not self.separable:
-            for batch in self.obj.batches():
+            for batch in read():
                 yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
             return
-        for start, inputs, targets in _regrouped(self.obj, self.tile):
+        for start, inputs, targets in _regrouped(read, self.tile):
             missing = self.tile - len(inputs)
             weights = self._weights(self.tile, len(inputs))
             yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
@@ -273,7 +276,7 @@ class JetEngine:
             return
         again = kind in self._calls
         self._calls.add(kind)
-        for i, tile in enumerate(self.tiles()):
+        for i, tile in enumerate(self.tiles(self.obj.own_batches)):
             known = self._kept.get((kind, i))
             if known is not None:
                 yield known
@@ -332,15 +335,6 @@ def _like(inputs: Tensor) -> tuple[Any, ...]:
     return inputs.shape, inputs.dtype, inputs.device
 
 
-def _separable(obj: Objective) -> bool:
-    """Whether the loss is a sum over examples that can be taken a few at a time."""
-    try:
-        obj.require_single_examples()
-    except ValueError:
-        return False
-    return True
-
-
 def _alike(one: Batch, other: Batch) -> bool:
     """Whether batches can be put together."""
     return all(
@@ -350,9 +344,10 @@ def _alike(one: Batch, other: Batch) -> bool:
 
 
 def _longest_run(obj: Objective) -> int:
-    """The most examples in a row that can be put together."""
+    """The most examples in a row that can be put together, of those that this process takes."""
     if obj.examples.are_tensors:
-        return obj.num_examples
+        begin, end = obj.own_range()
+        return max(1, end - begin)
     longest = run = 0
     last = None
     for batch in obj.batches():
@@ -361,10 +356,10 @@ def _longest_run(obj: Objective) -> int:
     return longest
 
 
-def _regrouped(obj: Objective, size: int) -> Iterator[Batch]:
-    """All examples in order, `size` at once wherever so many in a row can be put together."""
+def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
+    """Examples in order, `size` at once wherever so many in a row can be put together."""
     held = None
-    for batch in obj.batches(batch_size=size):
+    for batch in read(batch_size=size):
         if held is not None and _alike(held, batch):
             inputs, targets = (torch.cat(pair) for pair in zip(held[1:], batch[1:], strict=True))
             held = Batch(held.start, inputs, targets)

@@ -1,0 +1,127 @@
+"""The same numbers on one process and on several; and what happens when one of them fails."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_worker
+import pytest
+import torch
+
+import entropic_fast as ef
+from entropic_fast.parallel import Sharing
+from entropic_fast.store import load_tensors
+
+WORKER = Path(__file__).parent / "parallel_worker.py"
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="needs torch.distributed with gloo",
+)
+
+
+def launch(processes, *arguments, timeout=300):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", "0", "--standalone", str(WORKER), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def alone():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = parallel_worker.everything(lambda obj: obj)
+    torch.set_num_threads(threads)
+    return {name: torch.as_tensor(value) for name, value in found.items()}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path):
+    ended = launch(processes, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    ranks = [load_tensors(tmp_path / f"{rank}.safetensors")[0] for rank in range(processes)]
+    assert all(found.keys() == alone.keys() for found in ranks)
+    for name, expected in alone.items():
+        for found in ranks:
+            # Every process has the very same bits.
+            torch.testing.assert_close(found[name], ranks[0][name], rtol=0, atol=0, equal_nan=True)
+        # Sums in another order; searches and descents amplify that a little.
+        rtol, atol = (1e-7, 1e-9) if "p" in name.split(".")[0][:2] else (1e-6, 1e-8)
+        scale = float(expected.double().nan_to_num().abs().max())
+        torch.testing.assert_close(
+            ranks[0][name], expected, rtol=rtol, atol=atol * max(scale, 1e-6), equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("kind", "here", "elsewhere"),
+    [
+        ("model", "ValueError: obj: expected the same model on every process", None),
+        ("data", "ValueError: obj: expected the same data on every process", None),
+        ("loss", "NonFiniteLossError: ", "OtherProcessError: process 2 of 3: NonFiniteLossError"),
+        ("elsewhere", "OtherProcessError: expected 3 processes at one place", None),
+    ],
+)
+def test_a_fault_of_one_process_is_one_readable_error_on_every_process(kind, here, elsewhere):
+    ended = launch(3, "-", kind)
+    assert ended.returncode != 0
+    if elsewhere is None:
+        assert ended.stderr.count(here) == 3, ended.stderr
+    else:
+        assert ended.stderr.count(elsewhere) == 2, ended.stderr
+        assert any(line.startswith(here) for line in ended.stderr.splitlines())
+
+
+@pytest.mark.timeout(200)
+def test_where_a_process_is_killed_the_others_say_so_and_nobody_hangs():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(  # as a batch system would, with nobody to end the others
+            [sys.executable, str(WORKER), "-", "killed"],
+            env={**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [process.communicate(timeout=150)[1] for process in started]
+    assert started[1].returncode == -9
+    for rank in (0, 2):
+        assert started[rank].returncode == 3, said[rank]
+        assert "LostProcessError: a process of 3 ended" in said[rank]
+
+
+def test_one_process_gets_its_objective_back():
+    obj = ef.Objective(parallel_worker.network(False), "cross_entropy", parallel_worker.images(3))
+    assert ef.shard(obj) is obj
+    with pytest.raises(ValueError, match="obj: expected an Objective"):
+        ef.shard(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("whole", [False, True])
+def test_parts_are_in_a_row_and_every_example_is_in_one(count, size, whole):
+    x = torch.arange(max(count, 1) * 1.0)[:, None]
+    obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (x, x), batch_size=3)
+    seen = []
+    for rank in range(size):
+        sharing = object.__new__(Sharing)
+        sharing.rank, sharing.size = rank, size
+        first, last = sharing.range(count)
+        assert last - first in (count // size, -(-count // size))
+        batches = [b for b in obj.batches() if b.start < count]
+        for start, inputs, targets in sharing.own(iter(batches), count, whole):
+            assert inputs[0, 0] == start and torch.equal(inputs, targets)
+            seen += inputs[:, 0].tolist()
+    assert seen == list(range(count)) or (count == 0 and not seen)
