@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -18,8 +19,8 @@ from rich.filesize import decimal
 from . import __version__, checks, cli_profile, info
 from .data import DataUnavailableError
 from .experiments import claims as claim_tests
+from .experiments import planning, runs, stages
 from .experiments import report as reports
-from .experiments import runs, stages
 from .experiments.config import load_preset, with_overrides
 from .experiments.run import RunFolder
 from .experiments.schedule import UnitError
@@ -65,6 +66,9 @@ WORKERS = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Processes; default one a core (one on a GPU)."),
 ]
+PLAN = Annotated[
+    bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
+]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda where there is one).")]
 
 
@@ -77,8 +81,15 @@ def _run(
     overrides: list[str] | None,
     workers: int | None,
     device: str,
+    plan: bool,
 ) -> None:
     config, images = _configuration(preset, like, overrides or [])
+    if plan:
+        place = stages.choose_device(device)
+        with tempfile.TemporaryDirectory(prefix="entropic-fast-") as folder:
+            asked = RunFolder(Path(folder), config, place, str(data_dir) if data_dir else None)
+            planning.print_plan(_console, asked, last_stage)
+        return
     fresh = not (out / "config.json").exists()
     run = RunFolder.create(
         out, config, stages.choose_device(device), str(data_dir) if data_dir else None
@@ -131,8 +142,9 @@ def _command(stage: str, text: str) -> None:
         set_: SET = None,
         workers: WORKERS = None,
         device: DEVICE = "auto",
+        plan: PLAN = False,
     ) -> None:
-        _run(stage, preset, like, out, data_dir, set_, workers, device)
+        _run(stage, preset, like, out, data_dir, set_, workers, device, plan)
 
     command.__doc__ = text
     app.command("reproduce" if stage == "report" else stage)(command)

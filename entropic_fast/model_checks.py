@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ class NonFiniteLossError(ValueError):
 
 
 def require_module(model: nn.Module) -> None:
-    """Refuse what is no module, and one compiled by TorchScript."""
+    """Refuse what is no module, one compiled by TorchScript, and parts of one."""
     if not isinstance(model, nn.Module):
         raise checks.fail("model", "an nn.Module", checks.describe(model))
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -35,6 +36,17 @@ def require_module(model: nn.Module) -> None:
             "an nn.Module whose parameters can be replaced",
             "one compiled by torch.jit.script or torch.jit.trace",
             "pass the module that it was made from, with load_state_dict for its weights",
+        )
+
+
+    # A DTensor there can be only where its module was imported.
+    pieces = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if any(isinstance(tensor, pieces) for tensor in (*model.parameters(), *model.buffers())):
+        raise checks.fail(
+            "model",
+            "parameters that each process holds whole",
+            "some in pieces (DTensor, as fully_shard makes them)",
+            "replicate the model and share the examples, with entropic_fast.shard",
         )
 
 

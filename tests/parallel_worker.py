@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import entropic_fast as ef
 from entropic_fast.parallel import init
@@ -116,6 +117,8 @@ def fault(kind):
         torch.manual_seed(0)
         torch.nn.init.normal_(net[1].weight)
         torch.nn.init.zeros_(net[1].bias)
+    if kind == "fsdp":
+        fully_shard(net)
     x, y = images(8)
     x = x.flatten(1)
     if kind == "data" and rank == 1:

@@ -5,9 +5,13 @@ import math
 import re
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from entropic_fast.cli import app
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORDED = EXAMPLES.parent / "benchmarks" / "results" / "demo-cpu"
@@ -120,3 +124,31 @@ def test_a_run_is_resumed_and_judged_again(script, tiny_run, tiny, tmp_path):
     assert json.loads((tmp_path / "run" / "claims.json").read_text()) == before
     assert [c.name for c in names["main"](tmp_path / "run")] == [c["name"] for c in before]
     assert before[0]["name"] in printed()
+
+
+def test_shared_curvature(script):
+    names, printed = script("shared_curvature")
+    names["main"](examples=48, probes=4)
+    text = printed()
+    assert "48 examples, 1 processes" in text and "gram on 1 processes" in text
+    values = re.findall(rf"eigenvalue ({NUMBER}), residual ({NUMBER})", text)
+    assert len(values) == 2 and all(float(r) <= 2e-3 * abs(float(v)) for v, r in values)
+    first, second = number("score eigenvalues #, #", text)
+    assert first > second > 0
+
+
+def test_batch_scripts_are_whole_and_run_commands_there_are():
+    scripts = sorted((EXAMPLES / "slurm").glob("*.sbatch"))
+    assert len(scripts) == 2
+    for file in scripts:
+        subprocess.run(["bash", "-n", str(file)], check=True)
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("#!/bin/bash") and "#SBATCH --time" in text
+    shared, array = (file.read_text(encoding="utf-8") for file in reversed(scripts))
+    (script,) = re.findall(r"examples/\w+\.py", shared)
+    assert (EXAMPLES.parent / script).is_file()
+    (command,) = re.findall(r"^entropic-fast (.*)$", array, re.M)
+    ended = CliRunner().invoke(app, [*command.split()[:1], "--help"])
+    assert ended.exit_code == 0
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in re.sub(r"\x1b\[[0-9;]*m", "", ended.output)

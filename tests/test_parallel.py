@@ -66,6 +66,7 @@ def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path
         ("model", "ValueError: obj: expected the same model on every process", None),
         ("data", "ValueError: obj: expected the same data on every process", None),
         ("loss", "NonFiniteLossError: ", "OtherProcessError: process 2 of 3: NonFiniteLossError"),
+        ("fsdp", "ValueError: model: expected parameters that each process holds whole", None),
         ("elsewhere", "OtherProcessError: expected 3 processes at one place", None),
     ],
 )

@@ -14,6 +14,7 @@ NAMES = [
     "__version__",
     "Objective",
     "NonFiniteLossError",
+    "shard",
     "score_matrix",
     "score_gram",
     "score_spectrum",

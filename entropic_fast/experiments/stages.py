@@ -174,14 +174,19 @@ def all_units(run: RunFolder) -> list[Unit]:
     return [unit for units, _ in _STAGES.values() for unit in units(run)]
 
 
+def units_until(run: RunFolder, stage: str) -> list[Unit]:
+    """Every unit of a stage and of the stages it needs."""
+    names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
+    return [unit for name in names for unit in _STAGES[name][0](run)]
+
+
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every unit of a stage and of the stages it needs that is not finished yet."""
     if stage in ("relax", "force", "report"):
         backend_for("step", run.device)  # a forced backend that cannot run is an error now
     if stage != "toy":
         pieces.prepare(run)
-    names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
-    units = [unit for name in names for unit in _STAGES[name][0](run)]
+    units = units_until(run, stage)
     before = run.finished_units()
     with Energy(run.device) as energy:
         execute(run, units, workers=workers, console=console)

@@ -1,0 +1,67 @@
+"""One of the processes that `test_scaling` times: strong or weak scaling of shared quantities.
+
+torchrun --nproc-per-node W benchmarks/scaling_worker.py OUT EXAMPLES COLUMNS ROUNDS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import entropic_fast as ef
+from entropic_fast.costs import expected_cost, measure
+from entropic_fast.models import build
+from entropic_fast.parallel import init
+
+
+def main(out: str, examples: int, columns: int, rounds: int) -> None:
+    torch.set_num_threads(1)
+    init()
+    torch.manual_seed(0)
+    net = build("resnet20")
+    x, y = torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
+    obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
+    v = torch.randn(obj.num_params, columns, generator=torch.Generator().manual_seed(1))
+    hessian = ef.HessianOperator(obj)
+    work = {
+        "gradient": lambda: obj.gradient(),
+        "forms": lambda: hessian.quadratic_forms(v),
+        "norms": lambda: ef.gradient_norms(obj),
+        "gram": lambda: ef.score_gram(obj),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for action in work.values():
+        action()
+    for _ in range(rounds):
+        for name, action in work.items():
+            if obj.sharing is not None:
+                obj.sharing.agree()
+            start = time.perf_counter()
+            action()
+            seconds[name].append(time.perf_counter() - start)
+    machine = measure(obj)
+    processes = 1 if obj.sharing is None else obj.sharing.size
+    shape = dict(examples=examples, parameters=obj.num_params, processes=processes)
+    found = {
+        "machine": asdict(machine),
+        "quantities": {
+            name: {
+                "median": median(taken),
+                "expected": expected_cost(name, machine, columns=columns, **shape).seconds,
+            }
+            for name, taken in seconds.items()
+        },
+    }
+    if not int(os.environ.get("RANK", 0)):
+        Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,198 @@
+"""What a shared computation takes of each process: operations, messages, memory, seconds.
+
+The model has one measured speed for each of four things: gradients, products of rows, bytes sent
+and messages. The price of everything else in gradients is that of the recorded benchmarks
+(`PASSES`, for networks of convolutions on a CPU), so a time is right within tens of per cent; the
+documentation's page on scale compares it with measured ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .objective import Objective
+from .ops.score_gram import cross_update_
+
+# Gradients that a quantity costs an example, once and for each column.
+PASSES: dict[str, tuple[float, float]] = {
+    "loss": (0.35, 0.0),
+    "gradient": (1.0, 0.0),
+    "products": (0.75, 1.75),
+    "forms": (0.4, 0.85),
+    "norms": (0.95, 0.0),
+    "gram": (1.3, 0.0),
+}
+ROUNDS = 5
+MEASURED_EXAMPLES = 256
+MEASURED_ROWS, MEASURED_COLUMNS = 256, 8192
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds of one process among others like it.
+
+    Attributes:
+        gradient: seconds for the gradient of one example.
+        multiply: multiplications (each with an addition) of rows of scores a second.
+        bandwidth: bytes a second that a process sends while all do.
+        latency: seconds that a message takes, however short.
+    """
+
+    gradient: float
+    multiply: float
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one quantity takes of each process; the slowest counts.
+
+    Attributes:
+        quantity, processes: what, and on how many.
+        gradients: work in gradients of single examples.
+        multiplications: of rows of scores.
+        sent, messages: bytes and messages that a process sends.
+        memory: bytes of results and of what is exchanged (activations come on top).
+        seconds: on a machine.
+    """
+
+    quantity: str
+    processes: int
+    gradients: float
+    multiplications: float
+    sent: float
+    messages: int
+    memory: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity} on {self.processes} processes: {self.seconds:.3g} s; of each "
+            f"{self.gradients:.3g} gradients, {self.multiplications:.3g} multiplications of "
+            f"scores, {self.sent:.3g} bytes sent in {self.messages} messages, "
+            f"{self.memory / 2**20:.3g} MiB"
+        )
+
+
+def expected_cost(
+    quantity: str,
+    machine: Machine,
+    *,
+    examples: int,
+    parameters: int,
+    columns: int = 1,
+    processes: int = 1,
+    itemsize: int = 4,
+) -> Cost:
+    """What a quantity takes, by the arithmetic of how `parallel.shard` shares it.
+
+    Sums are put together by a ring: of b bytes each of W processes sends 2 b (W - 1) / W in
+    2 (W - 1) messages. The Gram matrix sends rows to W / 2 others first.
+
+    Args:
+        quantity: "loss", "gradient", "products", "forms", "norms" or "gram".
+        machine: of `measure`, or assumed.
+        examples, parameters: N and P.
+        columns: K, of products and forms; probes of a trace.
+        processes: W.
+        itemsize: bytes of a parameter.
+
+    Raises:
+        ValueError: an unknown quantity, or numbers under 1.
+
+    >>> machine = Machine(gradient=1e-3, multiply=1e10, bandwidth=1e9, latency=1e-5)
+    >>> one, ten = (
+    ...     expected_cost("forms", machine, examples=1000, parameters=10**6, columns=8, processes=w)
+    ...     for w in (1, 10)
+    ... )
+    >>> round(one.seconds, 2), round(one.seconds / ten.seconds, 1), int(ten.sent)
+    (7.2, 10.0, 331)
+    """
+    checks.one_of("quantity", quantity, tuple(PASSES))
+    for name, value in (("examples", examples), ("parameters", parameters)):
+        checks.whole(name, value, 1)
+    checks.whole("columns", columns, 1)
+    w = checks.whole("processes", processes, 1)
+    own = ceil(examples / w)
+    once, each = PASSES[quantity]
+    gradients = own * (once + each * columns)
+    result = {
+        "loss": 8 * examples,
+        "gradient": itemsize * parameters,
+        "products": itemsize * parameters * columns,
+        "forms": 8 * columns,
+        "norms": 8 * examples,
+        "gram": 8 * examples**2,
+    }[quantity]
+    agreement = 24 * w  # each process says that all is well
+    sent = (2 * result + agreement) * (w - 1) / w
+    messages = 3 * (w - 1)
+    memory, multiplications = float(result), 0.0
+    if quantity == "gram":
+        rows = itemsize * own * parameters
+        met = w // 2
+        sent += met * rows
+        messages += met
+        memory += (3 if w > 1 else 1) * rows
+        multiplications = own * (examples + own) / 2 * parameters
+    seconds = gradients * machine.gradient + multiplications / machine.multiply
+    seconds += sent / machine.bandwidth + messages * machine.latency
+    return Cost(quantity, w, gradients, multiplications, sent, messages, memory, seconds)
+
+
+def measure(obj: Objective) -> Machine:
+    """The speeds of this process, of all that share an objective the slowest.
+
+    An objective that no processes share sends nothing: infinite bandwidth, no latency.
+
+    >>> obj = Objective(torch.nn.Linear(3, 2), "mse", (torch.ones(8, 3), torch.zeros(8, 2)))
+    >>> measure(obj).latency, measure(obj).gradient > 0
+    (0.0, True)
+    """
+    count = min(obj.num_examples, MEASURED_EXAMPLES)
+    few = obj.alone()
+    if obj.examples.are_tensors:
+        x, y = obj.tensors()
+        few = few.with_data((x[:count], y[:count]), batch_size=min(count, obj.examples.batch_size))
+    gradient = _median(few.gradient) / few.num_examples
+    rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)
+    out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
+    taken = _median(lambda: cross_update_(out, rows, rows, double_products=True))
+    multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / taken
+    if obj.sharing is None:
+        return Machine(gradient, multiply, float("inf"), 0.0)
+    sharing, size = obj.sharing, obj.sharing.size
+    short = torch.zeros(1, device=obj.device)
+    long = torch.zeros(max(2**20, obj.num_params), device=obj.device)
+    latency = _median(lambda: sharing.summed(lambda: short)) / (3 * (size - 1))
+    taken = _median(lambda: sharing.summed(lambda: long)) - 3 * (size - 1) * latency
+    bandwidth = 2 * long.nbytes * (size - 1) / size / max(taken, 1e-9)
+    # The slowest of each: others wait for it.
+    mine = torch.tensor([gradient, 1 / multiply, 1 / bandwidth, latency], dtype=torch.float64)
+    slowest = torch.zeros(size, 4, dtype=torch.float64)
+    slowest[sharing.rank] = mine
+    found = sharing.summed(lambda: slowest.to(obj.device)).amax(0).tolist()
+    return Machine(found[0], 1 / found[1], 1 / found[2], found[3])
+
+
+def _median(action: Callable[[], Tensor | None]) -> float:
+    action()
+    taken = []
+    for _ in range(ROUNDS):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
