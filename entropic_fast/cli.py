@@ -22,10 +22,11 @@ from .experiments import claims as claim_tests
 from .experiments import planning, runs, stages
 from .experiments import report as reports
 from .experiments.config import load_preset, with_overrides
-from .experiments.run import RunFolder
+from .experiments.run import RunFolder, damaged_results
 from .experiments.schedule import UnitError
 from .experiments.sections import Config
 from .ops.backend import BackendError
+from .store import DamagedFileError
 
 app = typer.Typer(
     add_completion=False,
@@ -189,6 +190,8 @@ def claims_command(
 
 
 def _claims(path: Path) -> list[claim_tests.Claim]:
+    for problem in damaged_results(path):
+        raise DamagedFileError(problem)
     found = claim_tests.evaluate(path / "data")
     if not found:
         raise checks.fail(

@@ -38,7 +38,6 @@ def require_module(model: nn.Module) -> None:
             "pass the module that it was made from, with load_state_dict for its weights",
         )
 
-
     # A DTensor there can be only where its module was imported.
     pieces = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(tensor, pieces) for tensor in (*model.parameters(), *model.buffers())):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,11 +65,49 @@ def read_json(path: str | Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"{path}: expected a JSON document, got one that does not parse ({error}); "
             "delete it and run the same command again"
         ) from error
+
+
+def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
+    """`write_json` for an object, with the hash of its content as a last key, "sha256"."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def read_sealed(path: str | Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without the hash; one without any is taken as it is.
+
+    Raises:
+        DamagedFileError: not JSON, no object, or content that does not match its hash.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_sealed(f"{folder}/a.json", {"seed": 1})
+    ...     read_sealed(f"{folder}/a.json")
+    {'seed': 1}
+    """
+    found = read_json(path)
+    whole = isinstance(found, dict)
+    if whole and SEAL in found:
+        whole = found.pop(SEAL) == _seal(found)
+    elif whole and found:  # a damaged name must not hide the hash
+        whole = not re.fullmatch("[0-9a-f]{64}", str(list(found.values())[-1]))
+    if not whole:
+        raise DamagedFileError(
+            f"{path}: expected the content recorded when it was written, got another; the file is "
+            "truncated or changed: restore it, or delete it and run the same command again"
+        )
+    return dict(found)
+
+
+SEAL = "sha256"
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(value).encode())
 
 
 def sha256(data: bytes) -> str:

@@ -240,16 +240,14 @@ def _open(path: Path, about: Mapping[str, Any], device: str) -> UnitStore:
     """The folder for what is asked, made if it does not exist."""
     stored = path / "profile.json"
     if stored.exists():
-        before = store.read_json(stored)
-        if not isinstance(before, dict):
-            raise store.DamagedFileError(f"{stored}: expected what a profile is of, got {before!r}")
+        before = store.read_sealed(stored)
         # The same weights and data under another name are the same.
         changes = changed_values({**before, "named": 0}, {**about, "named": 0})
         require_same(path, [_explained(change) for change in changes])
     else:
         require_unused(path)
-    store.write_json(stored, about)
-    store.write_json(path / "environment.json", environment(device))
+    store.write_sealed(stored, about)
+    store.write_sealed(path / "environment.json", environment(device))
     return UnitStore(path, device)
 
 

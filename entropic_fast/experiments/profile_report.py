@@ -34,7 +34,7 @@ def write(
         table.to_csv(folder.path / "data" / f"{name}.csv")
     ways = {name: folder.document(f"spectra/{name}", "ways") for name in subject.places}
     entries = profile_figures.draw(folder, tables, str(about["loss"]))
-    versions = store.read_json(folder.path / "environment.json")
+    versions = store.read_sealed(folder.path / "environment.json")
     summary: dict[str, Any] = {**about, "environment": versions, "ways": ways}
     summary["seconds"] = folder.stage_seconds()
     for name in ("points", "eigenvalues", "path", "displacement"):

@@ -55,7 +55,7 @@ def write(
         times=[row for table in times for row in table.rows()],
         num_paths=len(run.config.path.pairs) * len(run.config.path.seeds),
         verdicts=_count(claims),
-        environment=store.read_json(run.path / "environment.json"),
+        environment=store.read_sealed(run.path / "environment.json"),
         stages=run.stage_seconds(),
         energy=run.energy(),
         configuration=json.dumps(run.config.to_dict(), indent=1),

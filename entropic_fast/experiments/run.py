@@ -8,15 +8,15 @@ RUN/units/<unit>/...        what a unit computed; done.json, written last, holds
 RUN/data/*.csv              the numbers behind the figures
 RUN/figures/*.png, *.svg
 RUN/claims.json  RUN/report.html
+RUN/manifest.json           the hashes of these, written last
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class RunFolder(UnitStore):
             if (path / "config.json").exists():
                 require_same(path, differences(cls.open(path).config, config))
             else:
-                store.write_json(path / "config.json", config.to_dict())
-            store.write_json(path / "environment.json", environment(device))
+                store.write_sealed(path / "config.json", config.to_dict())
+            store.write_sealed(path / "environment.json", environment(device))
         return run
 
     @classmethod
@@ -78,7 +78,7 @@ class RunFolder(UnitStore):
         if not stored.exists():
             raise checks.fail("RUN", "a run folder (with config.json)", str(path), "check the path")
         try:
-            return cls(path, from_dict(json.loads(stored.read_text(encoding="utf-8"))))
+            return cls(path, from_dict(store.read_sealed(stored)))
         except ValueError as error:
             raise store.DamagedFileError(
                 f"{stored}: expected a run's configuration, got a damaged one, or one of "
@@ -88,7 +88,7 @@ class RunFolder(UnitStore):
     def images(self) -> dict[str, Any] | None:
         """What `record_images` wrote; None if nothing yet."""
         file = self.path / "images.json"
-        return dict(store.read_json(file)) if file.exists() else None
+        return store.read_sealed(file) if file.exists() else None
 
     def record_images(self, facts: dict[str, Any]) -> None:
         """Keep what identifies the images, or compare with what was kept.
@@ -99,7 +99,7 @@ class RunFolder(UnitStore):
         with self.alone():
             recorded = self.images()
             if recorded is None:
-                store.write_json(self.path / "images.json", facts)
+                store.write_sealed(self.path / "images.json", facts)
         if recorded is not None and recorded != facts:
             raise checks.fail(
                 "--data-dir",
@@ -122,13 +122,46 @@ class RunFolder(UnitStore):
         file = self.path / "energy.json"
         entry = {"stage": stage, "seconds": round(seconds, 1), "joules": dict(joules)}
         with self.alone():
-            known = list(store.read_json(file)) if file.exists() else []
-            store.write_json(file, [*known, entry])
+            store.write_sealed(file, {"commands": [*self.energy(), entry]})
 
     def energy(self) -> list[dict[str, Any]]:
         """What `add_energy` noted, command by command."""
         file = self.path / "energy.json"
-        return [dict(entry) for entry in store.read_json(file)] if file.exists() else []
+        return list(store.read_sealed(file)["commands"]) if file.exists() else []
+
+    def seal_results(self) -> None:
+        """Record the hashes of the files that a report is made of, once all are written."""
+        files = [f for name in ("data", "figures") for f in (self.path / name).iterdir()]
+        files += [self.path / name for name in ("claims.json", "report.html")]
+        hashes = {
+            file.relative_to(self.path).as_posix(): store.sha256(file.read_bytes())
+            for file in sorted(files)
+            if not file.name.startswith(".")
+        }
+        store.write_sealed(self.path / MANIFEST, {"files": hashes})
+
+
+def damaged_results(path: Path) -> Iterator[str]:
+    """What is wrong with the files that `seal_results` recorded in a run's folder, a line each."""
+    manifest = path / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        files = dict(store.read_sealed(manifest)["files"])
+    except (store.DamagedFileError, KeyError) as error:
+        yield str(error)
+        return
+    for name, expected in files.items():
+        file = path / name
+        if not file.exists() or store.sha256(file.read_bytes()) != expected:
+            got = "another" if file.exists() else "no file"
+            yield (
+                f"{file}: expected the content recorded when it was written, got {got}; "
+                f"`entropic-fast report {path}` writes it again"
+            )
+
+
+MANIFEST = "manifest.json"
 
 
 def environment(device: str) -> dict[str, Any]:

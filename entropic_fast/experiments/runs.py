@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 
 from .. import store
 from .claims import FAILS, HOLDS, UNDECIDED
-from .run import RunFolder
+from .run import RunFolder, damaged_results
 from .stages import all_units
 
 
@@ -70,7 +70,7 @@ def summary(path: Path) -> Summary:
             verdicts = Counter(claim["verdict"] for claim in store.read_json(path / "claims.json"))
         environment = {}
         if (path / "environment.json").exists():
-            environment = store.read_json(path / "environment.json")
+            environment = store.read_sealed(path / "environment.json")
     except (ValueError, KeyError, TypeError) as error:
         return Summary(path, size=size, changed=changed, problem=str(error).splitlines()[0])
     return Summary(
@@ -117,15 +117,16 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
     """Problems of a run's files, each with its unit ("" for files of no unit).
 
     Every file of every finished unit is read and compared with the hash that was recorded when it
-    was written; so are JSON files outside of units read.
+    was written; so are the JSON files outside of units, and tables, figures, claims and report.
     """
-    for name in ("environment.json", "images.json", "claims.json"):
+    for name in ("environment.json", "images.json", "energy.json"):
         file = run.path / name
         if file.exists():
             try:
-                store.read_json(file)
+                store.read_sealed(file)
             except store.DamagedFileError as error:
                 yield "", str(error)
+    yield from (("", problem) for problem in damaged_results(run.path))
     for unit in all_units(run):
         try:
             run.is_done(unit.name)

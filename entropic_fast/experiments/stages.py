@@ -240,5 +240,6 @@ def write_report(run: RunFolder, console: Console) -> None:
     ]
     times = [Table.from_csv(run.path / "data" / f"{name}_times.csv") for name in ("fig3", "fig4")]
     report.write(run, claims, entries, minima, times, notes)
+    run.seal_results()
     report.print_claims(console, claims)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)

@@ -76,10 +76,10 @@ class UnitStore:
         folder = self.unit_folder(unit)
         if not (folder / "done.json").exists():
             return False
-        record = store.read_json(folder / "done.json")
-        if not isinstance(record, dict) or not {"unit", "seconds", "files"} <= record.keys():
+        record = store.read_sealed(folder / "done.json")
+        if record.keys() != {"unit", "seconds", "files"} or record["unit"] != unit:
             raise store.DamagedFileError(
-                f"{folder / 'done.json'}: expected the record of a finished unit, got another file"
+                f"{folder / 'done.json'}: expected the record of unit {unit}, got another file"
             )
         for name, expected in record["files"].items():
             file = folder / name
@@ -109,7 +109,7 @@ class UnitStore:
                 store.write_json(folder / f"{name}.json", value)
         files = sorted(f for f in folder.iterdir() if f.suffix in (".csv", ".safetensors", ".json"))
         hashes = {f.name: store.sha256(f.read_bytes()) for f in files if f.name != "done.json"}
-        store.write_json(
+        store.write_sealed(
             folder / "done.json", {"unit": unit, "seconds": round(seconds, 3), "files": hashes}
         )
 
@@ -130,7 +130,7 @@ class UnitStore:
         """Compute seconds by stage, summed over the finished units."""
         seconds: dict[str, float] = {}
         for done in sorted((self.path / "units").glob("**/done.json")):
-            record = store.read_json(done)
+            record = store.read_sealed(done)
             stage = record["unit"].split("/")[0]
             seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
         return seconds
