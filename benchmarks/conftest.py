@@ -25,15 +25,20 @@ def commit() -> str:
     return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def facts() -> dict[str, Any]:
+    """What a record was measured with."""
+    found = info.collect()
+    return {
+        "commit": commit(),
+        "versions": found["versions"],
+        "isa": found["cpu"]["isa"],
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "gpu": [gpu["name"] for gpu in found["gpu"]],
+    }
+
+
 @pytest.fixture(scope="session")
 def provenance() -> dict[str, Any]:
     """Facts to store in a record's `extra_info`."""
-    facts = info.collect()
-    return {
-        "commit": commit(),
-        "versions": facts["versions"],
-        "isa": facts["cpu"]["isa"],
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-        "gpu": [gpu["name"] for gpu in facts["gpu"]],
-    }
+    return facts()

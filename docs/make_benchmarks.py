@@ -73,6 +73,20 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     ("step", "A cycle of projected SGD", "Updates, a projection, and both."),
     ("replicas", "Replicas of projected SGD", "Time for one update of one replica."),
     ("langevin", "Langevin dynamics", "Nanoseconds for a particle and step."),
+    ("long-run", "A million updates", "Memory of a run that is recorded to disk."),
+    (
+        "scaling",
+        "Scaling over processes",
+        "Seconds measured and expected by the cost model, for a fixed number of examples (strong) "
+        "and a fixed number a process (weak).",
+    ),
+    (
+        "trust-models",
+        "Random models against autograd",
+        "How many were tried, and how many were wrong.",
+    ),
+    ("trust-kills", "Runs killed and resumed", "Every CSV file compared with an unbroken run's."),
+    ("trust-damage", "Damaged files of a run", "How many were tried, and how many not found."),
 )
 
 

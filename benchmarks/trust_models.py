@@ -1,0 +1,91 @@
+"""Thousands of random models against autograd in float64: how many were tried, how many wrong.
+
+    python benchmarks/trust_models.py FIRST LAST [PROCESSES]
+
+Of every seed in FIRST .. LAST - 1: scores, Gram matrix, norms and Fisher trace against one backward
+pass an example; Hessian and Gauss-Newton products and quadratic forms against two backward passes.
+The counts go to benchmarks/results/trust-models-cpu.json. Where torch itself crashes (its double
+backward does on some layers), the process is started again behind that seed, which is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 50
+
+
+def check(first: int, last: int) -> None:
+    """Check seeds in this process; a line before and after each."""
+    import torch
+
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "curvature")]
+    import test_jets_random_models as jets
+    import test_score_random_models as scores
+
+    torch.set_num_threads(1)
+    for seed in range(first, last):
+        print(f"begin {seed}", flush=True)
+        try:
+            scores.test_everything_in_float64_is_that_of_single_backward_passes(seed)
+            jets.test_products_and_forms_are_those_of_two_backward_passes(seed)
+        except AssertionError as error:
+            print(f"wrong {seed} {' '.join(str(error).split())[:300]}", flush=True)
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"failed {seed} {said}", flush=True)
+        else:
+            print(f"right {seed}", flush=True)
+
+
+def supervise(first: int, last: int) -> tuple[Counter[str], list[str]]:
+    """Check seeds in processes of their own, whatever becomes of these."""
+    counts: Counter[str] = Counter()
+    notes: list[str] = []
+    while first < last:
+        command = [sys.executable, "-W", "ignore", __file__, "check", str(first), str(last)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        begun = first - 1
+        for line in ended.stdout.splitlines():
+            word, seed, *rest = line.split(" ", 2)
+            if word == "begin":
+                begun = int(seed)
+                continue
+            counts[word] += 1
+            if word != "right":
+                notes.append(f"{word} {seed}: {rest[0] if rest else ''}")
+        if ended.returncode == 0:
+            break
+        counts["torch crashed"] += 1
+        notes.append(f"crashed {begun}: exit status {ended.returncode}")
+        first = max(begun, first) + 1
+    return counts, notes
+
+
+def main(first: int, last: int, processes: int = 2) -> None:
+    facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()
+    parts = [(i, min(i + CHUNK, last)) for i in range(first, last, CHUNK)]
+    counts: Counter[str] = Counter()
+    notes: list[str] = []
+    with ThreadPoolExecutor(processes) as pool:
+        for done, (found, said) in enumerate(pool.map(lambda p: supervise(*p), parts), 1):
+            counts += found
+            notes += said
+            print(f"{done}/{len(parts)} {dict(counts)} {said}", flush=True)
+    record = {**facts, "seeds": [first, last], "counts": dict(counts), "others": notes}
+    file = ROOT / "benchmarks" / "results" / "trust-models-cpu.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "check":
+        check(*map(int, sys.argv[2:]))
+    else:
+        main(*map(int, sys.argv[1:]))
