@@ -3,8 +3,8 @@
     python benchmarks/trust_kills.py KILLS [SEED]
 
 Runs are those of the tests (every stage, at a size of seconds), with two workers. Each is killed
-(SIGKILL, workers and all) after a random time and resumed by the same command, until it ends; then all
-its tables are compared byte by byte with those of an unbroken run. Counts go to
+(SIGKILL, workers and all) after a random time and resumed by the same command, until it ends; then
+all its tables are compared byte by byte with those of an unbroken run. Counts go to
 benchmarks/results/trust-kills-cpu.json.
 """
 
