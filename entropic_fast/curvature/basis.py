@@ -103,7 +103,8 @@ class Basis:
         self.careful = False
         self.matvecs = self.products = self.size = self.frontier = self.draws = 0
         held = min(self.order, capacity + self.width)
-        self.columns = torch.zeros(self.order, held, dtype=self.dtype, device=self.device)
+        # Each column in one piece, so that the first few are read without the others.
+        self.columns = torch.zeros(held, self.order, dtype=self.dtype, device=self.device).T
         columns = min(self.order, capacity)
         self.projected = torch.zeros(held, columns, dtype=torch.float64, device=self.device)
         self.norm = self.projected.new_zeros(())  # of the longest product
