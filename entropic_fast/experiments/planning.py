@@ -6,38 +6,66 @@ import heapq
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
+from torch.nn.functional import cross_entropy
 
-from ..objective import Objective
+from ..normalisation import norm_layers
 from ..table import Table
 from . import pieces
 from .run import RunFolder
 from .schedule import Unit
 from .stages import units_until
 
-BATCH, ROUNDS = 64, 5
+ROUNDS = 10
+# Seconds that a stage takes for each of its units' weight, in gradients of training: the geometric
+# mean of those of `demo` and of a run of `small`, which lie within a factor of 2 of it.
+PRICES = {
+    "train": 1.0, "path": 1.0, "curvature": 0.35, "spectrum": 0.35, "relax": 0.55, "force": 1.0,
+    "lmc": 0.65, "fig6": 0.65, "fig7": 0.65, "straight": 0.55, "poor": 0.65,
+}  # fmt: skip
+# Of the force of a network with batch statistics, whose noise is taken batch by batch.
+BATCH_STATISTICS = 7.0
+TOY = 2e-5  # seconds for a toy's weight of 1, whatever the network
+
+
+def in_seconds(run: RunFolder, units: Sequence[Unit], gradient: float) -> list[Unit]:
+    """Units with the seconds that they are expected to take as weights."""
+    batched = any(m.track_running_stats for m in norm_layers(pieces.network(run)))
+
+    def price(stage: str) -> float:
+        if stage == "toy":
+            return TOY
+        more = BATCH_STATISTICS if stage == "force" and batched else 1.0
+        return PRICES[stage] * more * gradient
+
+    return [replace(unit, weight=unit.weight * price(unit.name.split("/")[0])) for unit in units]
 
 
 def seconds_per_gradient(run: RunFolder) -> float:
-    """Seconds that one thread takes for the gradient of one example, in batches of 64 at once."""
+    """Seconds that one thread takes for an example's gradient in a step of training."""
     training, _ = pieces.images(run)
-    data = training.tensors(min(BATCH, len(training)))
-    objective = Objective(pieces.network(run), "cross_entropy", data, device=run.device)
+    x, y = training.tensors(min(run.config.train.batch_size, len(training)))
+    model = pieces.network(run).to(memory_format=torch.channels_last)
+    x = x.to(run.device, memory_format=torch.channels_last)
+    y = y.to(run.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    taken = []
     try:
-        objective.gradient()
-        taken = []
         for _ in range(ROUNDS):
             start = time.perf_counter()
-            objective.gradient()
+            model.zero_grad()
+            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            if run.device == "cuda":
+                torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(taken) / objective.num_examples
+    return statistics.median(taken) / len(x)
 
 
 def makespan(units: Sequence[Unit], processes: int) -> float:
@@ -63,51 +91,40 @@ def makespan(units: Sequence[Unit], processes: int) -> float:
     return now
 
 
-def plan(units: Sequence[Unit], seconds: float, counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Table:
-    """Expected wall-clock seconds of units on several numbers of processes of one thread each.
-
-    Args:
-        seconds: of `seconds_per_gradient`. A unit's weight counts such gradients.
-    """
+def plan(units: Sequence[Unit], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Table:
+    """Wall-clock seconds of units, weighted in seconds, on several numbers of processes."""
     work = sum(unit.weight for unit in units)
     rows = []
     for count in counts:
         needed = makespan(units, count)
-        rows.append(
-            {
-                "processes": count,
-                "seconds": needed * seconds,
-                "efficiency": work / (needed * count),
-            }
-        )
+        rows.append({"processes": count, "seconds": needed, "efficiency": work / (needed * count)})
     return Table.from_rows(rows)
 
 
 def print_plan(console: Console, run: RunFolder, stage: str) -> None:
-    """Units and work by stage, and the time on several numbers of processes.
+    """Units and time by stage, and the time on several numbers of processes of one thread each.
 
     Args:
         run: its configuration and images; what identifies these is written to its folder.
     """
     pieces.prepare(run)
-    seconds = seconds_per_gradient(run)
+    gradient = seconds_per_gradient(run)
+    units = in_seconds(run, units_until(run, stage), gradient)
     stages: dict[str, list[float]] = {}
-    units = units_until(run, stage)
     for unit in units:
         stages.setdefault(unit.name.split("/")[0], []).append(unit.weight)
     shown = RichTable("stage", "units", "core time", "longest unit")
-    for stage, weights in stages.items():
-        times = [_minutes(w * seconds) for w in (sum(weights), max(weights))]
-        shown.add_row(stage, str(len(weights)), *times)
+    for name, times in stages.items():
+        shown.add_row(name, str(len(times)), _minutes(sum(times)), _minutes(max(times)))
     console.print(shown)
     shown = RichTable("processes", "wall time", "efficiency")
-    for row in plan(units, seconds).rows():
-        time_, share = float(row["seconds"]), float(row["efficiency"])  # type: ignore[arg-type]
-        shown.add_row(str(row["processes"]), _minutes(time_), f"{100 * share:.0f} %")
+    for row in plan(units).rows():
+        seconds, share = float(row["seconds"]), float(row["efficiency"])  # type: ignore[arg-type]
+        shown.add_row(str(row["processes"]), _minutes(seconds), f"{100 * share:.0f} %")
     console.print(shown)
     console.print(
-        f"from {1e3 * seconds:.2g} ms for the gradient of an example here, on one thread; units "
-        "are weighted by such gradients, which is right within a factor of two or so",
+        f"from {1e3 * gradient:.2g} ms for an example's gradient here, on one thread; stages "
+        "differ by a factor of up to two from what recorded runs took in such gradients",
         soft_wrap=True,
     )
 

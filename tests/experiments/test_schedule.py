@@ -2,6 +2,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import re
 import time
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from entropic_fast.experiments import schedule
 from entropic_fast.experiments.config import load_preset
+from entropic_fast.experiments.planning import makespan
 from entropic_fast.experiments.run import RunFolder
 from entropic_fast.experiments.schedule import Unit, UnitError, execute
 
@@ -193,3 +195,34 @@ def test_cores_are_shared_among_torchruns_processes(tmp_path, monkeypatch):
     run = new(tmp_path)
     run_all(run, units(), workers=None)
     assert len({line.split()[1] for line in (run.path / "log.txt").read_text().splitlines()}) == 1
+
+
+# -- what it would take ----------------------------------------------------------------------
+
+
+def test_the_plan_says_what_each_stage_takes_and_writes_nothing(command, tiny, tmp_path):
+    ended = command("reproduce", "--plan", "--out", tmp_path / "run", *tiny)
+    assert ended.code == 0, ended.err
+    assert not (tmp_path / "run").exists()
+    for stage in ("toy", "train", "path", "curvature", "relax", "force", "lmc", "poor"):
+        assert stage in ended.out
+    part = command("train", "--plan", *tiny)
+    assert "train" in part.out and "relax" not in part.out
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_plan_is_no_shorter_than_its_work_and_its_longest_chain(processes):
+    rng = random.Random(processes)
+    names = [f"a/{i}" for i in range(12)]
+    todo = [
+        Unit(name, print, needs=tuple(rng.sample(names[:i], min(i, 2))), weight=rng.random())
+        for i, name in enumerate(names)
+    ]
+    chain = {}
+    for unit in todo:
+        chain[unit.name] = unit.weight + max((chain[n] for n in unit.needs), default=0.0)
+    needed, work = makespan(todo, processes), sum(unit.weight for unit in todo)
+    assert max(work / processes, max(chain.values())) <= needed + 1e-12
+    assert needed <= work + 1e-12
+    # Graham's bound for list scheduling.
+    assert needed <= work / processes + max(chain.values()) + 1e-12
