@@ -64,7 +64,7 @@ def test_batches_of_a_loader_are_put_together_into_tiles():
 def test_regrouped_examples_are_all_there_in_order(tile):
     batches = token_batches((2, 4), (3, 4), (4, 4), (1, 7), (2, 4), (5, 4))
     obj = Objective(PerPosition().double(), "cross_entropy", batches)
-    found = list(engines._regrouped(obj, tile))
+    found = list(engines._regrouped(obj.batches, tile))
     assert engines._longest_run(obj) == 9
     assert [b.start for b in found] == [0, *torch.tensor([len(b.inputs) for b in found]).cumsum(0)][
         :-1

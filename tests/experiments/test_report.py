@@ -153,6 +153,7 @@ def test_text_that_comes_from_the_run_is_escaped(tiny_run, tmp_path):
             document["preset"] = document["data"]["name"] = document["model"]["name"] = evil
         else:
             document["platform"] = evil
+        del document["sha256"]  # written by hand
         (copy / name).write_text(json.dumps(document))
     claim = claims.Claim(evil, evil, evil, evil, 1.0, 0.5, 1.5, claims.HOLDS, evil)
     chart = {"title": evil, "data": [{"name": evil}], "layout": {}}

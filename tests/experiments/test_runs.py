@@ -140,6 +140,10 @@ def test_two_runs_claims_stand_side_by_side(copy, command, tmp_path):
         columns["loss"][(columns["kind"] == "line").nonzero()[0][1]] += 1.0
         Table(columns).to_csv(folder / "data" / "fig2_loss.csv")
     ended = command("claims", "compare", copy, other)
+    assert ended.code == 1 and "fig2_loss.csv" in ended.err  # not the tables that were written
+    for folder in (copy, other):
+        (folder / "manifest.json").unlink()
+    ended = command("claims", "compare", copy, other)
     assert ended.code == 0 and "differs" in ended.out
     ended = command("claims", copy, other)
     assert ended.code == 1 and "compare A B" in ended.err
