@@ -120,3 +120,19 @@ def test_langevin(provenance: dict[str, Any], tmp_path: Path) -> None:
     }
     store("langevin", record, tmp_path)
     assert not any(run["failed"] for run in record["runs"])
+
+
+def test_ten_thousand_steps(provenance: dict[str, Any], tmp_path: Path) -> None:
+    """A million particles for ten thousand steps on the ring, between NumPy's own steps."""
+    steps = 10_000 if FULL else 20
+    problem = Problem("ring", "leimkuhler-matthews", torch.float64)
+    rivals: dict[str, Callable[[], None]] = {"ours, all steps": problem.kernel(steps, None)}
+    if DEVICE == "cpu":
+        rivals["NumPy loop, a step"] = problem.numpy_loop
+    rounds = take_turns(rivals, 3, warm_up=False)
+    if DEVICE == "cpu":
+        taken = rounds.seconds["NumPy loop, a step"]
+        rounds.seconds["NumPy loop, a step"] = [s / LOOP_STEPS for s in taken]
+    shown = {"device": DEVICE, "particles": PARTICLES, "steps": steps, **table(rounds)}
+    store("langevin-steps", {**provenance, **shown}, tmp_path)
+    assert not rounds.failed

@@ -180,7 +180,9 @@ def shares(force_comparison: Table, force_bursts: Table) -> Table:
     """Shares of the drift at the largest k: of its parts, which add up to 1 with what they leave
     unexplained, and of the drift under each control (`kind`).
 
-    Shuffled: the entropic velocity predicted at other positions, the mean of all cyclic shifts.
+    Parts: "entropic", of that "norm growth" by itself, "no noise" (energetic), "exclusion" of an
+    epoch's minibatches. Controls: "shuffled", the entropic velocity predicted at other positions
+    (mean of all cyclic shifts), and the drift at other "k".
     """
     k = int(force_comparison["k"].max())
     base = force_comparison.where(k=k)
@@ -193,15 +195,15 @@ def shares(force_comparison: Table, force_bursts: Table) -> Table:
     entropic, radial = column("predicted_entropic"), column("predicted_radial")
     parts = {
         "entropic": entropic - radial,
-        "entropic, by norm growth": radial,
-        "energetic (no noise)": column("energetic"),
-        "exclusion in an epoch": column("predicted_exclusion"),
+        "norm growth": radial,
+        "no noise": column("energetic"),
+        "exclusion": column("predicted_exclusion"),
     }
     parts["unexplained"] = column("measured") - sum(parts.values())
     shifts = [np.roll(entropic, i) for i in range(1, len(entropic))]
-    controls = {"entropic, shuffled": np.mean(shifts, axis=0)}
+    controls = {"shuffled": np.mean(shifts, axis=0)}
     for other in sorted(set(force_comparison["k"].tolist()) - {k}):
-        controls[f"drift at k = {other}"] = column("measured", force_comparison.where(k=other))
+        controls[f"k = {other}"] = column("measured", force_comparison.where(k=other))
     rows: list[dict[str, object]] = []
     for kind, group in (("part", parts), ("control", controls)):
         rows += [{"kind": kind, **row} for row in drift_shares(velocity, group).rows()]
@@ -308,7 +310,7 @@ def _shares(ax: Axes, shares: Table) -> None:
         sides = np.maximum([middle - low, high - middle], 0)  # percentiles need not hold the value
         ax.errorbar(rows, middle, sides, fmt="o", color=colour, capsize=3, label=f"{kind}s")
     ax.axhline(0, color="0.6", lw=0.8)
-    ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_ylabel("share of the measured drift")
     ax.legend()
     plots.letter(ax, "D", "what explains the drift")

@@ -59,9 +59,9 @@ def test_shares_of_the_drift_add_up_and_controls_are_not_parts_of_it():
     share = {row["part"]: row["share"] for row in table.rows()}
     parts = table.where(kind="part")
     assert parts["share"].sum() == pytest.approx(1, abs=1e-9)
-    assert share["entropic, by norm growth"] == pytest.approx(share["entropic"] / 3)
-    assert abs(share["unexplained"]) < 0.02 < share["entropic"] and share["drift at k = 1"] > 0.8
-    assert table.where(kind="control")["part"].tolist() == ["entropic, shuffled", "drift at k = 1"]
+    assert share["norm growth"] == pytest.approx(share["entropic"] / 3)
+    assert abs(share["unexplained"]) < 0.02 < share["entropic"] and share["k = 1"] > 0.8
+    assert table.where(kind="control")["part"].tolist() == ["shuffled", "k = 1"]
     assert (table["low"] <= table["high"]).all()
 
 
