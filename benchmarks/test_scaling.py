@@ -18,7 +18,7 @@ import pytest
 from rounds import FULL, store
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
-EXAMPLES, COLUMNS, ROUNDS = (512, 8, 5) if FULL else (16, 2, 1)
+EXAMPLES, COLUMNS, ROUNDS = (192, 4, 3) if FULL else (16, 2, 1)
 PROCESSES = (1, 2, 4) if FULL else (1, 2)
 pytestmark = pytest.mark.timeout(1800)
 
