@@ -134,5 +134,5 @@ def test_ten_thousand_steps(provenance: dict[str, Any], tmp_path: Path) -> None:
         taken = rounds.seconds["NumPy loop, a step"]
         rounds.seconds["NumPy loop, a step"] = [s / LOOP_STEPS for s in taken]
     shown = {"device": DEVICE, "particles": PARTICLES, "steps": steps, **table(rounds)}
-    store("langevin-steps", {**provenance, **shown}, tmp_path)
+    store("ten-thousand-steps", {**provenance, **shown}, tmp_path)
     assert not rounds.failed

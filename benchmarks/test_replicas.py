@@ -159,8 +159,10 @@ def test_digits(provenance: dict[str, Any], tmp_path: Path) -> None:
     names = ("loop", "threads", "vmap") if DEVICE == "cpu" else ("loop", "vmap")
     for replicas in (2, 4, 8, 16, 32) if FULL else (3,):
         problem = Problem("digits-cnn-bn", 8, replicas)
-        records[replicas] = record(problem, names, 15 if FULL else 1, provenance)
-    store("replicas-digits", records, tmp_path)
+        found = record(problem, names, 15 if FULL else 1, provenance)
+        records[replicas] = {k: v for k, v in found.items() if k not in provenance}
+    facts = {**provenance, "model": problem.name, "by replicas": records}
+    store("replicas-digits", facts, tmp_path)
     assert not any(found["failed"] for found in records.values())
 
 

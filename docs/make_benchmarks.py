@@ -73,6 +73,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     ("step", "A cycle of projected SGD", "Updates, a projection, and both."),
     ("replicas", "Replicas of projected SGD", "Time for one update of one replica."),
     ("langevin", "Langevin dynamics", "Nanoseconds for a particle and step."),
+    ("ten-thousand-steps", "Ten thousand Langevin steps", "Of a million particles on the ring."),
     ("long-run", "A million updates", "Memory of a run that is recorded to disk."),
     (
         "scaling",
@@ -147,12 +148,26 @@ def _plain(record: Record) -> str:
     """A record with "seconds" by rival, and whatever units they are given in too."""
     seconds = record.get("seconds")
     if not isinstance(seconds, dict):
-        return "No table for this record."
+        return _facts(record)
     if all(isinstance(value, dict) for value in seconds.values()):
         return _timings(seconds)
     products = record.get("products", {})
     rows = [[name, number(value), products.get(name, "")] for name, value in seconds.items()]
     return table(["", "seconds", "products"], rows)
+
+
+def _facts(record: Record) -> str:
+    """A record's own numbers, those of its dictionaries too."""
+    known = ("commit", "versions", "isa", "threads", "load_average", "gpu")
+    rows = []
+    for name, value in record.items():
+        if name in known:
+            continue
+        each = value.items() if isinstance(value, dict) else [("", value)]
+        for key, v in each:
+            label = f"{name}, {key}" if key else name
+            rows.append([label, number(v) if isinstance(v, float) else _text(str(v))])
+    return table(["", ""], rows)
 
 
 def _timings(seconds: dict[str, Any]) -> str:
@@ -253,7 +268,30 @@ def _trace(record: Record) -> str:
     )
 
 
+def _scaling(record: Record) -> str:
+    parts = []
+    for kind in ("strong", "weak"):
+        found = record[kind]
+        lines = [
+            [name, *(f"{number(f['quantities'][name]['median'])} "
+                     f"({number(f['quantities'][name]['expected'])})" for f in found.values())]
+            for name in next(iter(found.values()))["quantities"]
+        ]  # fmt: skip
+        head = [f"{kind} scaling, s (expected)", *(f"{w} processes" for w in found)]
+        parts.append(table(head, lines))
+    each, columns = record["weak, examples a process"], record["columns"]
+    said = f"Weak scaling: {each} examples a process. Columns of forms: {columns}.\n"
+    return "\n".join([said, *parts])
+
+
 def _replicas(record: Record) -> str:
+    if "by replicas" in record:
+        return "\n".join(
+            f"{count} replicas:\n\n{_replicas(found)}"
+            for count, found in record["by replicas"].items()
+        )
+    if "times as fast as the eager loop" not in record:
+        return _plain(record)
     quicker = [
         [name, number(row["by medians"]), number(row["by the quickest rounds"])]
         for name, row in record["times as fast as the eager loop"].items()
@@ -283,6 +321,7 @@ SPECIAL: dict[str, Callable[[Record], str]] = {
     "hessian-products": _products,
     "hessian-trace": _trace,
     "replicas": _replicas,
+    "scaling": _scaling,
     "langevin": _langevin,
 }
 

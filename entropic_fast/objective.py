@@ -19,7 +19,7 @@ from .normalisation import explain_too_few, gather_statistics, norm_layers, priv
 from .parameters import load_tensors, model_lock, trainable, twin
 
 if TYPE_CHECKING:
-    from .parallel import Sharing
+    from .sharing import Sharing
 
 __all__ = ["NonFiniteLossError", "Objective"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import entropic_fast as ef
-from entropic_fast.parallel import Sharing
+from entropic_fast.sharing import Sharing
 from entropic_fast.store import load_tensors
 
 WORKER = Path(__file__).parent / "parallel_worker.py"

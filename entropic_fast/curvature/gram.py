@@ -37,7 +37,7 @@ from .records import Records, RecordsDifferError, kept_form
 from .rules import Rows
 
 if TYPE_CHECKING:
-    from ..parallel import Sharing
+    from ..sharing import Sharing
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ Adam divides by root mean squares coordinate by coordinate, which Q^T does not g
 left to the ordinary way. So are k > 1, where steps across the path change the next gradients. The
 component of a step across the path is never computed: distances from the path are not known.
 
-A directional derivative is two forward passes by count, where a gradient is three; on a CPU it takes a
-third more time all the same (ResNet-8, D = 1, benchmarks/results/replicas-shortcut-cpu.json). What is
-gained is memory: no activations wait for a backward pass.
+A directional derivative is two forward passes by count, where a gradient is three; on a CPU it
+takes a third more time all the same (ResNet-8, D = 1, in benchmarks/results). What is gained is
+memory: no activations wait for a backward pass.
 """
 
 from __future__ import annotations

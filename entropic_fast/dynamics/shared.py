@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..parallel import Sharing
+from ..sharing import Sharing
 from .trajectory import DivergenceError, Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")
