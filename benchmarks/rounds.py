@@ -1,7 +1,7 @@
 """Rivals timed in turns within one process, and peak memory in a process of its own.
 
-In every round each rival runs once, so that a change in the machine's load meets all of them
-alike. Medians and quartiles are over rounds.
+In every round each rival runs once, in an order of its own, so that a change in the machine's load
+and what others leave in the caches meet all of them alike. Medians and quartiles are over rounds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -75,7 +76,10 @@ def take_turns(
     large: bool = False,
     repeats: dict[str, int] | None = None,
 ) -> Rounds:
-    """Runs all rivals in turns.
+    """Runs all rivals in turns, in another order every round.
+
+    A rival finds in the caches what the one before it left there; one order for all rounds would
+    favour some.
 
     Args:
         rivals: what to run, by name. One that raises is left out and named in `failed`.
@@ -89,7 +93,10 @@ def take_turns(
     for turn in range(-1 if warm_up else 0, rounds):
         if turn > 0 and time.perf_counter() - begin > limit:
             break
-        for name, rival in rivals.items():
+        order = list(rivals.items())
+        if turn > 0:
+            random.Random(turn).shuffle(order)
+        for name, rival in order:
             if name in out.failed or turn >= (most or {}).get(name, rounds):
                 continue
             if large:
