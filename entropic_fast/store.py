@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any:
 
 def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
     """`write_json` for an object, with the hash of its content as a last key, "sha256"."""
-    write_json(path, {**value, SEAL: _seal(value)})
+    write_json(path, {**value, SEAL: _seal(path, value)})
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     found = read_json(path)
     whole = isinstance(found, dict)
     if whole and SEAL in found:
-        whole = found.pop(SEAL) == _seal(found)
+        whole = found.pop(SEAL) == _seal(path, found)
     elif whole and found:  # a damaged name must not hide the hash
         whole = not re.fullmatch("[0-9a-f]{64}", str(list(found.values())[-1]))
     if not whole:
@@ -106,8 +106,9 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
 SEAL = "sha256"
 
 
-def _seal(value: Mapping[str, Any]) -> str:
-    return sha256(json.dumps(value).encode())
+def _seal(path: str | Path, value: Mapping[str, Any]) -> str:
+    # The name too, so that one document cannot stand for another.
+    return sha256(json.dumps([Path(path).name, value]).encode())
 
 
 def sha256(data: bytes) -> str:
