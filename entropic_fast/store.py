@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +77,7 @@ def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without the hash; one without any is taken as it is.
+    """Read what `write_sealed` wrote, without the hash.
 
     Raises:
         DamagedFileError: not JSON, no object, or content that does not match its hash.
@@ -90,11 +89,8 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     {'seed': 1}
     """
     found = read_json(path)
-    whole = isinstance(found, dict)
-    if whole and SEAL in found:
-        whole = found.pop(SEAL) == _seal(path, found)
-    elif whole and found:  # a damaged name must not hide the hash
-        whole = not re.fullmatch("[0-9a-f]{64}", str(list(found.values())[-1]))
+    whole = isinstance(found, dict) and SEAL in found
+    whole = whole and found.pop(SEAL) == _seal(path, found)
     if not whole:
         raise DamagedFileError(
             f"{path}: expected the content recorded when it was written, got another; the file is "

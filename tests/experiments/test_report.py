@@ -13,6 +13,7 @@ from rich.console import Console
 
 from entropic_fast.experiments import claims, plots, report, stages
 from entropic_fast.experiments.run import RunFolder
+from entropic_fast.store import write_sealed
 from entropic_fast.table import Table
 
 FIGURES = (*(f"fig{i}" for i in range(1, 10)), "force")
@@ -153,8 +154,8 @@ def test_text_that_comes_from_the_run_is_escaped(tiny_run, tmp_path):
             document["preset"] = document["data"]["name"] = document["model"]["name"] = evil
         else:
             document["platform"] = evil
-        del document["sha256"]  # written by hand
-        (copy / name).write_text(json.dumps(document))
+        del document["sha256"]
+        write_sealed(copy / name, document)
     claim = claims.Claim(evil, evil, evil, evil, 1.0, 0.5, 1.5, claims.HOLDS, evil)
     chart = {"title": evil, "data": [{"name": evil}], "layout": {}}
     entry = report.FigureEntry("fig1", evil, evil, (evil,), (chart,))
