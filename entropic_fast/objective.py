@@ -306,14 +306,17 @@ class Objective:
         theta = self.point(theta)
 
         def own() -> Tensor:
-            found = widened(torch.zeros(self.num_examples, dtype=self.dtype, device=self.device))
+            found = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
             for batch in self.own_batches():
                 where = slice(batch.start, batch.start + len(batch.inputs))
                 found[where] = self.finite_losses(theta, batch)
             return found
 
         with torch.no_grad():
-            return self.summed(own)
+            if self.sharing is None:
+                return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
+            _, inputs, targets = next(self.batches(1))
+            return self.summed(own).to(self.losses(theta, inputs, targets).dtype)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""

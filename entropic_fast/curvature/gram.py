@@ -76,8 +76,15 @@ class GramTask:
         if self.sharing is None:
             self.plan = self._planner.choose(strategy)
             logger.info("score Gram: %s", self.plan)
-        else:
+        elif strategy in ("auto", "memory"):
             self._require_room_for_ring(self.sharing, budget)
+        else:
+            raise checks.fail(
+                "strategy",
+                '"auto" or "memory" where processes share the work',
+                repr(strategy),
+                "take more processes, or obj.alone()",
+            )
 
     def grams(self) -> dict[str, Tensor]:
         """The matrices by key.  # [E, E] float64 each"""

@@ -21,8 +21,9 @@ from .schedule import Unit
 from .stages import units_until
 
 ROUNDS = 10
-# Seconds that a stage takes for each of its units' weight, in gradients of training: the geometric
-# mean of those of `demo` and of a run of `small`, which lie within a factor of 2 of it.
+# Seconds that a stage takes for each of its units' weight, in gradients of training: of `demo`;
+# for path, curvature, relax, force and poor the geometric mean with an unfinished run of `small`
+# on a busy machine, and both lie within a factor of 2 of it.
 PRICES = {
     "train": 1.0, "path": 1.0, "curvature": 0.35, "spectrum": 0.35, "relax": 0.55, "force": 1.0,
     "lmc": 0.65, "fig6": 0.65, "fig7": 0.65, "straight": 0.55, "poor": 0.65,

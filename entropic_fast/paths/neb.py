@@ -215,17 +215,15 @@ def _energies(
     All on the same examples: those at `index`, or all in the objective's batches. Processes that
     share work take pivots in turn.
     """
-    count, like = len(pivots), pivots.new_zeros(0, dtype=torch.float64)
+    if train.sharing is None:
+        return _own_energies(train, pivots, data, index)
 
     def own() -> Tensor:
         losses, gradients = _own_energies(train, pivots, data, index)
-        return torch.cat([like, losses, gradients.flatten()])
+        return torch.cat([losses, gradients.flatten().double()])
 
-    if train.sharing is None:
-        return _own_energies(train, pivots, data, index)
-    every = train.summed(own)
-    gradients = every[count:].view(count - 2, -1).to(pivots.dtype)
-    return every[:count], gradients
+    count, every = len(pivots), train.summed(own)
+    return every[:count], every[count:].view(count - 2, -1).to(pivots.dtype)
 
 
 def _own_energies(

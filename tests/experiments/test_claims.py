@@ -477,6 +477,8 @@ def test_noise_that_settings_share_widens_the_rank_correlations_interval():
         for clusters in (replica.astype(int), np.arange(48))
     )
     assert shared > 1.2 * alone
+    one = intervals.bootstrap_rank_correlation(depth, times, np.zeros(48, dtype=int))
+    assert np.isnan(one).all()
 
 
 def test_equal_values_have_an_interval_of_no_width():

@@ -49,7 +49,10 @@ def geometric_mean(values: Array) -> tuple[float, float, float]:
 def bootstrap_rank_correlation(
     x: Array, y: Array, clusters: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Percentile interval of Spearman's correlation over 2,000 resamples of the clusters."""
+    """Percentile interval of Spearman's correlation over 2,000 resamples of the clusters; NaN of
+    fewer than two, which tell nothing of one another."""
+    if len(set(clusters)) < 2:
+        return np.nan, np.nan
 
     def correlation(a: Array, b: Array) -> float:
         return float(stats.spearmanr(a, b).statistic) if len(set(a)) * len(set(b)) > 1 else 0.0
