@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import entropic_fast
-from entropic_fast import __version__, info
+from entropic_fast import __version__, info, store
 from entropic_fast.experiments.run import RunFolder
 
 STAGES = ("toy", "train", "path", "curvature", "relax", "lmc", "straight", "poor", "reproduce")
@@ -173,7 +173,7 @@ def test_a_damaged_minimum_is_named_and_trained_again(tiny_run, tiny, command, t
 def test_other_images_are_refused_on_resuming(tiny_run, tiny, command, tmp_path):
     copy = shutil.copytree(tiny_run.path, tmp_path / "run")
     run = RunFolder.open(copy)
-    (copy / "images.json").write_text('{"train_examples": 200, "train_sha256": "other"}')
+    store.write_sealed(copy / "images.json", {"train_examples": 200, "train_sha256": "other"})
     assert run.images()["train_sha256"] == "other"
     ended = command("train", "--out", copy, *tiny)
     refused(ended, "--data-dir: expected the images", "begun with")
