@@ -282,8 +282,9 @@ void jet_pull(const JetPull<T>& j, int threads) {
   };
   const Sums total = walk<T>(plan, 2, threads, work);
   const i64 size = tangents * channels;
+  const bool scales = j.normal != nullptr || j.ty != nullptr;
   for (i64 i = 0; i < size; ++i) {
-    j.dscale[i] = T(total.channels[i]);
+    j.dscale[i] = scales ? T(total.channels[i]) : T(0);
     j.dshift[i] = T(total.channels[size + i]);
   }
 }

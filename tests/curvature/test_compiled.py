@@ -77,6 +77,17 @@ def test_two_operators_in_one_function():
     assert torch.equal(compiled(lambda v: first @ (second @ v))(v), first @ (second @ v))
 
 
+@kinds
+def test_opcheck_passes(kind):
+    obj = by_name("tied weight").objective()
+    operator, vectors = kind(obj), randn(obj.num_params, 3)
+    ops = torch.ops.entropic_fast
+    for given in (vectors, vectors[:, 0]):
+        product = (given, operator._number, obj.num_params)
+        torch.library.opcheck(ops.operator_product.default, product)
+        torch.library.opcheck(ops.operator_forms.default, (given, operator._number))
+
+
 def test_products_in_a_loop():
     def power(operator: HessianOperator, v: Tensor) -> Tensor:
         for _ in range(3):

@@ -212,7 +212,9 @@ void pull_block(const PullBlock<T>& b) {
         sum[v] = g;
         if constexpr (OUT) product[v] = scale[v] * g + tscale[v] * load<V>(out_cotangent + v * L);
         dshift[v] += g;
-        dscale[v] += g * load<V>(normal + v * L);
+        // A g that is not finite times the zeros of an absent `normal` would be NaN; where there
+        // is no `ty` either, the caller leaves dscale out.
+        if (!TY || b.normal.step != 0) dscale[v] += g * load<V>(normal + v * L);
         if constexpr (TY) {
           dscale[v] += rstd[v] * load<V>(ty_cotangent + v * L) * load<V>(ty + v * L);
           fetch<sizeof(V)>(ty + v * L + next_ty, v);
