@@ -174,13 +174,16 @@ class _Physical(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
         layer: Layer = ctx.layer
+        sink: Sink = ctx.sink
+        # A sink that keeps pieces would keep the graph, which keeps the sink.
+        del ctx.layer, ctx.sink
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         x_gradient, pieces = layer.backward(
             Backward(x, weight, saved, gradient, ctx.needs_input_grad[0], wanted)
         )
         for name, piece in zip(layer.names, pieces, strict=True):
             if name is not None and piece is not None:
-                ctx.sink(name, piece)
+                sink(name, piece)
         return x_gradient, None, None, None, None
 
 
