@@ -74,7 +74,7 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # a node that held its own result would never be freed
 
     def loss() -> Tensor:
         return obj.losses(leaf, batch.inputs, batch.targets).sum()

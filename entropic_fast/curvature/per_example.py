@@ -20,8 +20,8 @@ from .rules import Piece, Rows
 CPU_CHUNK = 64
 CPU_ACTIVATIONS = 256 * 2**20
 MAX_CHUNK = 1024
-# Activations, their gradients and a layer's workspace, as measured.
-ACTIVATION_COPIES = 3
+# Activations, their gradients, a layer's workspace and what the allocator keeps, as measured.
+ACTIVATION_COPIES = 3.5
 # Rows that torch.func makes: by parameter, flattened, as the chunk before, once more in a layer.
 FALLBACK_COPIES = 4
 
@@ -60,7 +60,7 @@ class PassCost:
         itemsize = max(4, engine.theta.element_size())
         self.fixed = fixed
         sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
-        self.activations = ACTIVATION_COPIES * activation_bytes(obj, engine.theta)
+        self.activations = int(ACTIVATION_COPIES * activation_bytes(obj, engine.theta))
         if engine.traceable:
             copies = 4 * sum(sizes[name] for name in engine.batched)
             made = 2 * itemsize * max(sizes.values()) if made is None else made

@@ -18,6 +18,7 @@ from entropic_fast.curvature import (
     top_eigenvalues,
 )
 
+
 def test_new_operators_leave_nothing_behind():
     obj = by_name("attention").objective()
     v = torch.ones(obj.num_params, dtype=torch.float64)
