@@ -86,6 +86,16 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "Random models against autograd",
         "How many were tried, and how many were wrong.",
     ),
+    (
+        "trust-ops",
+        "Random calls of every operation against its oracle",
+        "How many were made, and how many were wrong.",
+    ),
+    (
+        "trust-leaks",
+        "Memory after a thousand calls",
+        "Bytes by which a process has grown, and tensors that are left.",
+    ),
     ("trust-kills", "Runs killed and resumed", "Every CSV file compared with an unbroken run's."),
     ("trust-damage", "Damaged files of a run", "How many were tried, and how many not found."),
 )
