@@ -1,9 +1,11 @@
 """What the README shows runs as it is shown."""
 
+import json
 import re
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_run(tmp_path, monkeypatch, capsys):
@@ -25,3 +27,28 @@ def test_commands_of_the_readme_are_one_line_each():
     for name in ("demo", "test"):
         (command,) = re.findall(rf"<!-- {name} command -->\n```sh\n(.*?)\n```", README, flags=re.S)
         assert "\n" not in command and ".venv" in command
+
+
+def test_the_table_of_findings_is_what_was_recorded():
+    """Rounded as the text rounds: to two digits."""
+    for column, name in ((1, "demo"), (2, "small")):
+        claims = {
+            c["name"]: c
+            for c in json.loads((ROOT / f"benchmarks/results/{name}-cpu/claims.json").read_text())
+        }
+        for row, claim in (
+            ("Hessian trace, interior over ends", "Hessian trace rises inside"),
+            ("largest eigenvalue, interior over ends", "largest eigenvalue rises inside"),
+        ):
+            low, high = (f"{claims[claim][key]:.1f}" for key in ("low", "high"))
+            assert f"{claims[claim]['effect']:.1f} [{low}, {high}]" == cells(row)[column]
+        barrier = claims["loss stays far under the straight line's"]["effect"]
+        assert float(f"{barrier:.2g}") == float(cells("barrier of the path over")[column])
+        found = [claim["verdict"] for claim in claims.values()]
+        counts = (found.count(v) for v in ("holds", "does not hold", "not enough data"))
+        assert " / ".join(map(str, counts)) == cells("claims: hold /")[column]
+
+
+def cells(start):
+    (line,) = (x for x in README.splitlines() if x.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]

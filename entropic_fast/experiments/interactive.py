@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from matplotlib.colors import to_hex, to_rgba
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
 
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 MARKERS = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
     "P": "cross", "X": "x", "x": "x-thin-open",
 }  # fmt: skip
+LABEL = 30  # characters of an axis's label on one line
 DIGITS = 7  # significant ones kept of every number
 
 Trace = dict[str, Any]
@@ -52,7 +55,7 @@ def charts(figure: Figure) -> list[dict[str, Any]]:
         else:
             first["layout"]["yaxis2"] = _axis(ax, "y") | {"overlaying": "y", "side": "right"}
             first["data"] += [trace | {"yaxis": "y2"} for trace in _traces(ax)]
-    return list(found.values())
+    return sorted(found.values(), key=lambda chart: str(chart["title"])[:1])  # by panel's letter
 
 
 def as_json(value: Any) -> str:
@@ -86,12 +89,14 @@ def _axis(ax: Axes, name: str) -> dict[str, Any]:
     axis = ax.xaxis if name == "x" else ax.yaxis
     low, high = sorted(ax.get_xlim() if name == "x" else ax.get_ylim())
     scale = axis.get_scale()
-    found: dict[str, Any] = {"title": {"text": plain(axis.get_label_text())}}
+    label = "<br>".join(textwrap.wrap(plain(axis.get_label_text()), LABEL))
+    found: dict[str, Any] = {"title": {"text": label}}
+    found["exponentformat"] = "power"
     if scale == "log":
         return found | {"type": "log", "range": [float(np.log10(low)), float(np.log10(high))]}
     ends = axis.get_transform().transform(np.array([low, high], dtype=float))
     found["range"] = [float(end) for end in ends]
-    if scale != "linear" or axis.get_major_formatter().__class__.__name__ == "FixedFormatter":
+    if scale != "linear" or isinstance(axis.get_major_locator(), FixedLocator):
         ticks = axis.get_majorticklocs()
         places = axis.get_transform().transform(np.asarray(ticks, dtype=float)).tolist()
         labels = axis.get_major_formatter().format_ticks(list(ticks))

@@ -80,8 +80,9 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:
-    """Ordered colours for an ordered quantity (viridis, without its lightest end)."""
-    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.88, max(2, count))][:count]
+    """Ordered colours for an ordered quantity: viridis, without what white or black paper hides."""
+    places = np.linspace(0.25, 0.88, max(2, count))
+    return [matplotlib.colormaps["viridis"](x) for x in places][:count]
 
 
 def mean_and_points(

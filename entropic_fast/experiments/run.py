@@ -164,6 +164,16 @@ def damaged_results(path: Path) -> Iterator[str]:
 MANIFEST = "manifest.json"
 
 
+def processor() -> str:
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions and hardware a run is computed with."""
     import numpy
@@ -178,6 +188,7 @@ def environment(device: str) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
         "platform": platform.platform(),
+        "processor": processor(),
         "cpu_count": os.cpu_count(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),

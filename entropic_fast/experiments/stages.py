@@ -114,13 +114,13 @@ _FIGURES = {
     "fig6": _Entry(
         *fig5.other("fig6"),
         "Figure 6 (ours). Figure 5 for another network.",
-        "As figure 5, for the network and images of the configuration's section fig6.",
+        "As figure 5.",
         lambda config: bool(config.fig6.seeds),
     ),
     "fig7": _Entry(
         *fig5.other("fig7"),
         "Figure 7 (ours). Figure 5 for a third network.",
-        "As figure 5, for the network and images of the configuration's section fig7.",
+        "As figure 5.",
         lambda config: bool(config.fig7.seeds),
     ),
     "fig8": _Entry(
@@ -219,9 +219,11 @@ def write_report(run: RunFolder, console: Console) -> None:
             figure = entry.draw(tables)
             plots.save(figure, run.path / "figures", name)
             charts = interactive.charts(figure)
-        entries.append(
-            report.FigureEntry(name, entry.title, entry.caption, tuple(tables), tuple(charts))
-        )
+        caption = entry.caption
+        if name in ("fig6", "fig7"):
+            other = getattr(run.config, name)
+            caption += f" {other.model} on {other.data or run.config.data.name}."
+        entries.append(report.FigureEntry(name, entry.title, caption, tuple(tables), tuple(charts)))
     minima = pieces.summary(run)
     minima.to_csv(run.path / "data" / "minima.csv")
     claims = claim_tests.evaluate(run.path / "data")

@@ -154,19 +154,19 @@ def losses(*pairs):
 
 def test_loss_is_judged_by_the_share_of_the_straight_lines_barrier(judge):
     low = ([0.1, 0.12, 0.1], [0.1, 2.1, 0.1])
-    claim = judge(fig2_loss=losses(low, low))["loss stays near the ends' level"]
+    claim = judge(fig2_loss=losses(low, low))["loss stays far under the straight line's"]
     assert claim.verdict == HOLDS and claim.effect == pytest.approx(0.01)
     high = ([0.1, 0.5, 0.1], [0.1, 2.1, 0.1])
-    claim = judge(fig2_loss=losses(low, high))["loss stays near the ends' level"]
+    claim = judge(fig2_loss=losses(low, high))["loss stays far under the straight line's"]
     assert claim.verdict == FAILS
 
 
 def test_a_line_without_a_barrier_decides_nothing(judge):
     flat = ([0.1, 0.1, 0.1], [0.1, 0.05, 0.1])
-    claim = judge(fig2_loss=losses(flat))["loss stays near the ends' level"]
+    claim = judge(fig2_loss=losses(flat))["loss stays far under the straight line's"]
     assert claim.verdict == UNDECIDED and "1 of them left out" in claim.detail
     low = ([0.1, 0.12, 0.1], [0.1, 2.1, 0.1])
-    claim = judge(fig2_loss=losses(low, flat))["loss stays near the ends' level"]
+    claim = judge(fig2_loss=losses(low, flat))["loss stays far under the straight line's"]
     assert claim.verdict == HOLDS and claim.effect == pytest.approx(0.01)
 
 
@@ -191,9 +191,19 @@ def test_the_spectrum_is_judged_rank_by_rank_above_the_floor(judge):
     assert (claim.low, claim.effect, claim.high) == pytest.approx((3, 3, 3))
     assert judge(fig2_spectrum=spectrum(0.5))["the whole spectrum shifts up"].verdict == FAILS
     claim = judge(fig2_spectrum=spectrum(3.0, floor=1 / 100.5))["the whole spectrum shifts up"]
-    assert "of 10 ranks" in claim.detail
+    assert "of 10 ranks" in claim.detail and "100.0 % at s = 0.5" in claim.detail
     claim = judge(fig2_spectrum=spectrum(3.0, floor=9.0))["the whole spectrum shifts up"]
     assert claim.verdict == UNDECIDED and "no rank" in claim.detail
+
+
+def test_a_spectrum_that_crosses_at_one_position_does_not_shift_up(judge):
+    both = spectrum(9.0).rows() + [{**row, "s": 0.7} for row in spectrum(1.0).where(s=0.5).rows()]
+    for row in both:
+        if row["s"] == 0.7:  # higher at low ranks, lower at high ones
+            row["eigenvalue"] = 3.0 / row["rank"] ** 3
+    claim = judge(fig2_spectrum=Table.from_rows(both))["the whole spectrum shifts up"]
+    assert claim.verdict == FAILS and claim.effect > 1
+    assert "100.0 % at s = 0.5, 5.0 % at s = 0.7" in claim.detail
 
 
 # -- figures 3 and 4 -----------------------------------------------------------------------

@@ -8,10 +8,11 @@ from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED
 from entropic_fast.table import Table
 
 FORCE = (
-    "drift agrees with the predicted force",
+    "drift follows the predicted force",
     "shuffled curvature does not predict the drift",
     "no force at k = 1",
     "no force without noise",
+    "the force has the predicted size",
 )
 
 
@@ -67,7 +68,7 @@ def test_shares_of_the_drift_add_up_and_controls_are_not_parts_of_it():
 
 def test_the_force_holds_where_drift_follows_the_prediction(judge):
     found = judge(**force_tables(slope=0.8))
-    assert [found[n].verdict for n in FORCE] == [HOLDS] * 4
+    assert [found[n].verdict for n in FORCE] == [HOLDS] * 5
     claim = found[FORCE[0]]
     assert claim.low < 0.8 < claim.high < 1 and "does not hold 1" in claim.detail
     assert "norm growth of scale-invariant weights is 25 %" in claim.detail
@@ -86,6 +87,9 @@ def test_the_force_holds_where_drift_follows_the_prediction(judge):
         ({"without": 0.9}, FORCE[3], FAILS),
         ({"without": 0.5}, FORCE[3], UNDECIDED),
         ({"without": -0.9}, FORCE[3], FAILS),
+        ({"slope": 0.1}, FORCE[4], FAILS),
+        ({"slope": 3.0}, FORCE[4], FAILS),
+        ({"slope": 0.5}, FORCE[4], UNDECIDED),
     ],
 )
 def test_the_force_is_judged_by_its_slopes(judge, changes, name, verdict):

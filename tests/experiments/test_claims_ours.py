@@ -54,7 +54,7 @@ def test_one_batch_size_or_replicas_that_all_diverged_decide_nothing(judge):
     assert claim.verdict == UNDECIDED
 
 
-def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1):
+def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1, line=1.0):
     minima = Table(
         {
             "minimum": ["normal", "poor"],
@@ -68,7 +68,7 @@ def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1):
         {
             "kind": ["path"] * 3 + ["line"] * 3,
             "s": s + s,
-            "loss": [0.1, 0.1 + barrier, 0.1, 0.1, 1.1, 0.1],
+            "loss": [0.1, 0.1 + barrier, 0.1, 0.1, 0.1 + line, 0.1],
         }
     )
     curvature = Table(
@@ -98,6 +98,7 @@ def test_a_minimum_that_is_worse_sharper_joined_and_left(judge):
         ({"accuracy": 0.95}, "the poor minimum generalises worse", UNDECIDED),
         ({"accuracy": 1.0}, "the poor minimum generalises worse", FAILS),
         ({"barrier": 0.5}, "the poor minimum is joined to a normal one", FAILS),
+        ({"barrier": 0.5, "line": 0.05}, "the poor minimum is joined to a normal one", UNDECIDED),
         ({"traces": (3.0, 1.0, 1.0)}, "the poor minimum is sharper", FAILS),
         ({"away": -0.1}, "SGD leaves the poor minimum", FAILS),
         ({"away": 0.0}, "SGD leaves the poor minimum", UNDECIDED),

@@ -138,7 +138,8 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
     ends = [floats(rows.where(run=r)["position"])[[0, -1]] for r in np.unique(rows["run"])]
     drift = np.array([first - last for first, last in ends if np.isfinite(last)])
     low, high = mean_interval(drift)
-    share = excess / barrier if barrier > 0 else np.nan
+    # A line without a barrier to speak of joins them as well as any path.
+    share = excess / barrier if barrier > max(line[0], line[-1]) else np.nan
     return [
         Claim(
             "9",
@@ -160,7 +161,8 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
             np.nan,
             np.nan,
             UNDECIDED if not np.isfinite(share) else HOLDS if share < 0.1 else FAILS,
-            f"barriers {excess:.3g} and {barrier:.3g} nats",
+            f"barriers {excess:.3g} and {barrier:.3g} nats; decides nothing where the line's is "
+            f"under the higher end's loss, {max(line[0], line[-1]):.3g}",
         ),
         Claim(
             "9A",

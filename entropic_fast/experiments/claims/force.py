@@ -8,6 +8,7 @@ from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
 from .intervals import LEVEL, floats
 
+FACTOR = 2  # of theory within which a size agrees
 SMALL = 0.5  # a control's slope is far from a force's, 1, where its interval is this near 0
 
 
@@ -18,6 +19,7 @@ def force(fit: Table, comparison: Table) -> list[Claim]:
     base = comparison.where(k=largest)
     return [
         _proportional(rows[largest], base),
+        _size(rows[largest]),
         _own_place(rows[largest], base),
         *([_nothing(rows[1], largest)] if 1 in rows and largest > 1 else []),
         _nothing(rows[0], largest),
@@ -32,9 +34,9 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
     share = float(np.abs(radial).sum() / np.abs(entropic).sum())
     return Claim(
         "force",
-        "drift agrees with the predicted force",
+        "drift follows the predicted force",
         "drift along the path, the energetic part and the exclusion of an epoch's minibatches "
-        "subtracted, is the entropic force of the curvature across it [D]",
+        "subtracted, has the direction that the curvature across it predicts: a slope above 0 [D]",
         "slope a of measured on predicted, over positions and replicas (theory: 1)",
         _number(row["slope"]),
         low,
@@ -47,6 +49,26 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
         f"{100 * floats(base['noise_share']).mean():.0f} % of the noise in the directions found "
         f"one by one; norm growth of scale-invariant weights is {100 * share:.0f} % of the "
         "predicted force",
+    )
+
+
+def _size(row: dict[str, object]) -> Claim:
+    low, high = _number(row["low"]), _number(row["high"])
+    if low >= 1 / FACTOR and high <= FACTOR:
+        found = HOLDS
+    else:
+        found = FAILS if high < 1 / FACTOR or low > FACTOR else UNDECIDED
+    return Claim(
+        "force",
+        "the force has the predicted size",
+        "the drift that the energetic part leaves is the predicted one within a factor of "
+        f"{FACTOR} [D]",
+        "slope a of measured on predicted, over positions and replicas (theory: 1)",
+        _number(row["slope"]),
+        low,
+        high,
+        found,
+        f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}",
     )
 
 
@@ -75,10 +97,11 @@ def _nothing(row: dict[str, object], largest: int) -> Claim:
     return Claim(
         "force",
         "no force without noise" if noiseless else "no force at k = 1",
-        "with gradients over all examples nothing pushes down the curvature [D]"
+        f"with gradients over all examples nothing pushes down the curvature (the slope is within "
+        f"±{SMALL}, where a force has 1) [D]"
         if noiseless
         else "where every update is projected the fast directions never fluctuate, and the force "
-        "vanishes [N]",
+        f"vanishes (the slope is within ±{SMALL}, where a force has 1) [N]",
         f"slope on the prediction at k = {largest}, of "
         + (
             "what a burst without noise does beyond the gradient along the path"
