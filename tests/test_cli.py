@@ -131,7 +131,7 @@ def test_reproduce_ends_with_the_claims_and_the_report(tiny_run):
     ended = tiny_run.ended["reproduce"]
     assert ended.code == 0, ended.err
     assert ended.err == ""  # the parts had finished every unit
-    assert "Of 37 claims " in ended.out and "report.html" in ended.out
+    assert "Of 38 claims " in ended.out and "report.html" in ended.out
     for name in ("report.html", "claims.json", "config.json", "environment.json", "images.json"):
         assert (tiny_run.path / name).is_file()
     assert not list(tiny_run.path.rglob("*.part"))

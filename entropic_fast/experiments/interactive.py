@@ -25,7 +25,7 @@ MARKERS = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
     "P": "cross", "X": "x", "x": "x-thin-open",
 }  # fmt: skip
-LABEL = 30  # characters of an axis's label on one line
+LABEL = 34  # characters of a vertical axis's label on one line
 DIGITS = 7  # significant ones kept of every number
 
 Trace = dict[str, Any]
@@ -89,7 +89,9 @@ def _axis(ax: Axes, name: str) -> dict[str, Any]:
     axis = ax.xaxis if name == "x" else ax.yaxis
     low, high = sorted(ax.get_xlim() if name == "x" else ax.get_ylim())
     scale = axis.get_scale()
-    label = "<br>".join(textwrap.wrap(plain(axis.get_label_text()), LABEL))
+    label = plain(axis.get_label_text())
+    if name == "y":  # a panel is lower than it is wide
+        label = "<br>".join(textwrap.wrap(label, LABEL))
     found: dict[str, Any] = {"title": {"text": label}}
     found["exponentformat"] = "power"
     if scale == "log":
