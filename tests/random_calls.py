@@ -222,7 +222,7 @@ def _normalised_terms(arguments: Arguments, results: Results) -> Results:
         return [*sizes, results[2]]
     pre = run("jet_normalise", (*arguments[:-1], False), (), "reference")[0]
     # Which side of 0 a number is on, rounding decides where it is as small as its rounding.
-    near = pre.abs() <= 64 * torch.finfo(torch.float32).eps * z
+    near = pre.abs() <= 64 * torch.finfo(torch.float32).eps * z + 1e-42  # or underflow
     return [*sizes, torch.where(near, math.inf, results[2])]
 
 
