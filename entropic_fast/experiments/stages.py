@@ -66,8 +66,16 @@ class _Entry:
     collect: Collect
     draw: Draw
     title: str
-    caption: str
+    caption: str | Callable[[Config], str]
     shown: Callable[[Config], bool] = lambda config: True
+
+
+def _other_network(section: str) -> Callable[[Config], str]:
+    def caption(config: Config) -> str:
+        other = getattr(config, section)
+        return f"As figure 5, for {other.model} on {other.data or config.data.name}."
+
+    return caption
 
 
 _FIGURES = {
@@ -114,13 +122,13 @@ _FIGURES = {
     "fig6": _Entry(
         *fig5.other("fig6"),
         "Figure 6 (ours). Figure 5 for another network.",
-        "As figure 5.",
+        _other_network("fig6"),
         lambda config: bool(config.fig6.seeds),
     ),
     "fig7": _Entry(
         *fig5.other("fig7"),
         "Figure 7 (ours). Figure 5 for a third network.",
-        "As figure 5.",
+        _other_network("fig7"),
         lambda config: bool(config.fig7.seeds),
     ),
     "fig8": _Entry(
@@ -191,7 +199,8 @@ def execute_until(run: RunFolder, stage: str, workers: int | None, console: Cons
     with Energy(run.device) as energy:
         execute(run, units, workers=workers, console=console)
     if run.finished_units() > before:
-        run.add_energy(stage, energy.seconds, energy.joules)
+        command = "reproduce" if stage == "report" else stage
+        run.add_energy(command, energy.seconds, energy.joules)
 
 
 def write_report(run: RunFolder, console: Console) -> None:
@@ -219,10 +228,7 @@ def write_report(run: RunFolder, console: Console) -> None:
             figure = entry.draw(tables)
             plots.save(figure, run.path / "figures", name)
             charts = interactive.charts(figure)
-        caption = entry.caption
-        if name in ("fig6", "fig7"):
-            other = getattr(run.config, name)
-            caption += f" {other.model} on {other.data or run.config.data.name}."
+        caption = entry.caption if isinstance(entry.caption, str) else entry.caption(run.config)
         entries.append(report.FigureEntry(name, entry.title, caption, tuple(tables), tuple(charts)))
     minima = pieces.summary(run)
     minima.to_csv(run.path / "data" / "minima.csv")
