@@ -178,7 +178,8 @@ def claims_command(
 ) -> None:
     """Test the paper's claims on a run's CSV files, or compare two runs' claims.
 
-    RUN/data/*.csv is all that is read: no weights, no configuration.
+    RUN/data/*.csv is all that claims are tested on: no weights, no configuration. A comparison
+    also lists the settings in which the runs differ.
     """
     if arguments[0] == "compare" and len(arguments) == 3:
         a, b = (Path(name) for name in arguments[1:])

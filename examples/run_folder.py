@@ -4,6 +4,7 @@
 report. `main` recomputes the claims of a run from its CSV files, which are all that a claim reads.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def main(folder: Path = RECORDED) -> list[claims.Claim]:
     data = folder / "data"
     found = claims.evaluate(data if data.is_dir() else folder)
     for claim in found:
-        print(f"{claim.figure:5}  {claim.name}: {claim.effect:.3g}", end=" ")
-        print(f"[{claim.low:.3g}, {claim.high:.3g}]  {claim.verdict}")
+        interval = f"[{claim.low:.3g}, {claim.high:.3g}]" if math.isfinite(claim.low) else ""
+        print(f"{claim.figure:5}  {claim.name}: {claim.effect:.3g}", interval, claim.verdict)
     return found
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
 
-from .. import checks
+from .. import checks, display
 from .engine import ScoreEngine
 from .memory import readable, too_small
 from .per_example import PassCost, rows_made
@@ -59,6 +59,9 @@ class ScorePlan:
     by_rule: int = 0
     copied: int = 0
     by_torch: int = 0
+
+    def _repr_html_(self) -> str:
+        return display.facts([(f.name, getattr(self, f.name)) for f in fields(self)])
 
     def __str__(self) -> str:
         where = {

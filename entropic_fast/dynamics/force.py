@@ -220,14 +220,14 @@ def point_force(
     checks.whole("directions", directions, 1)
     checks.whole("rest_examples", rest_examples)
     checks.whole("spread_draws", spread_draws)
-    count = obj.count(max_examples)
+    obj.count(max_examples)  # refuses a wrong one before anything is computed
     theta, tangent = path.point(position), path.tangent(position)
     u = orthonormal(tangent, obj.num_params, tangent.dtype, tangent.device, "tangent")
     spacing = step * path.length
 
     def at(point: Tensor) -> Objective:
         here = obj.recalibrated(point) if obj.norm == "running" else obj
-        return here if count == obj.num_examples else _first(here, count)
+        return first_examples(here, max_examples)
 
     places = [theta + sign * spacing * tangent for sign in (1, -1)]
     sides = [HessianOperator(at(place), place) for place in places]
@@ -270,7 +270,11 @@ def point_force(
     )
 
 
-def _first(obj: Objective, count: int) -> Objective:
+def first_examples(obj: Objective, max_examples: int | None) -> Objective:
+    """The objective on its first so many examples, in batches as large as before; None: on all."""
+    count = obj.count(max_examples)
+    if count == obj.num_examples:
+        return obj
     inputs, targets = obj.tensors()
     size = len(next(obj.batches()).inputs)
     return obj.with_data((inputs[:count], targets[:count]), batch_size=size)

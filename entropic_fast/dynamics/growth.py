@@ -23,7 +23,7 @@ from ..curvature import HessianOperator
 from ..curvature.protocol import multiply
 from ..objective import Objective
 from ..paths.path import Path
-from .force import PointForce
+from .force import PointForce, first_examples
 from .response import ProjectedSGD, Sampling, response, travel
 
 # Cosine of W and its gradient below which W counts as scale-invariant: normalisation adds a
@@ -94,7 +94,12 @@ class RadialShare:
 
 
 def radial_share(
-    obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
+    obj: Objective,
+    path: Path,
+    point: PointForce,
+    settings: ProjectedSGD,
+    *,
+    max_examples: int | None = None,
 ) -> RadialShare:
     """The part of the entropic force that is growth of norms, in the r directions.
 
@@ -103,6 +108,7 @@ def radial_share(
         path: as for `point_force`.
         point: the force at a position.
         settings: of the bursts.
+        max_examples: as for `point_force`: give the same.
 
     Returns:
         velocities in path lengths per effective time; 0 for the radial one where no weights are
@@ -110,8 +116,10 @@ def radial_share(
     """
     theta, tangent = path.point(point.position), path.tangent(point.position).double()
     groups = scale_invariant_rows(obj, theta)
-    vectors = point.pairs.vectors
-    product = multiply(HessianOperator(obj, theta), vectors).double() if groups else vectors
+    vectors = product = point.pairs.vectors
+    if groups:
+        some = first_examples(obj, max_examples)
+        product = multiply(HessianOperator(some, theta), vectors).double()
     seen = response(point.stiffness, settings).seen[:-1]
     sampling = Sampling(settings.batch_size, point.num_examples)
     strength = sampling.strength(

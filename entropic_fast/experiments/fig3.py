@@ -45,9 +45,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     if "D" in table["panel"]:
         d = table.where(panel="D")
         base = f"B = {d['batch_size'][0]}, lr = {d['lr'][0]:g}"
-        panels.append(
-            ("D", "project_every", lambda v: f"k = {v}", f"updates between projections ({base})")
-        )
+        panels.append(("D", "project_every", lambda v: f"k = {v}", f"cycles of k updates ({base})"))
     shape = (2, 2) if len(panels) == 4 else (1, 3)
     figure, axes = plots.panels(*shape, width=4.4, height=3.3)
     for ax, (panel, column, label, title) in zip(axes, panels, strict=True):
@@ -65,18 +63,25 @@ def curves(
     label: Label,
     time: str,
     colours: Sequence[object] = (),
+    *,
+    displaced: bool = False,
 ) -> None:
-    """Each setting's mean over replicas with its 95 % band; each replica as a thin line."""
+    """Each setting's mean over replicas with its 95 % band; each replica as a thin line.
+
+    Positions, or with `displaced` how far they are from the start.
+    """
     values = list(dict.fromkeys(table[column].tolist()))
     for value, colour in zip(values, colours or plots.shades(len(values)), strict=False):
         rows, band = table.where(**{column: value}), bands.where(**{column: value})
+        origin = float(rows["start"][0]) if displaced else 0.0
         for run in np.unique(rows["run"]):
             track = rows.where(run=run)
-            ax.plot(track[time], track["position"], color=colour, lw=0.4, alpha=0.25)
-        ax.fill_between(band[time], band["low"], band["high"], color=colour, alpha=0.25, lw=0)
-        ax.plot(band[time], band["mean"], color=colour, lw=1.8, label=label(value))
+            ax.plot(track[time], track["position"] - origin, color=colour, lw=0.4, alpha=0.25)
+        low, high, mean = (np.asarray(band[name]) - origin for name in ("low", "high", "mean"))
+        ax.fill_between(band[time], low, high, color=colour, alpha=0.25, lw=0)
+        ax.plot(band[time], mean, color=colour, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
-    ax.set_ylabel("relative distance along the path")
+    ax.set_ylabel("displacement" if displaced else "relative distance along the path")
     if len(values) > 5:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:

@@ -142,8 +142,8 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
             y = np.mean([lines.where(seed=s, k=k)[column] for s in seeds], axis=0)
             ax.plot(x, y, "o-", color=shade, label=f"k = {k}")
         ax.set_xlabel("position on the line")
-        ax.set_yscale("log")
-    loss.legend(ncols=2)
+        plots.log_if_wide(ax, lines[column])
+    loss.legend()
     loss.set_ylabel("loss [nats]")
     eigenvalue.set_ylabel("largest Hessian eigenvalue")
     plots.letter(loss, "C", "loss along the line")
@@ -155,7 +155,8 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     ):
         values = np.array([instability.where(seed=s)[column] for s in seeds])
         plots.mean_and_points(unstable, np.array(k_values), values, colour, label)
-    unstable.set_yscale("symlog", linthresh=0.1)
+    if max(float(instability[f"{name}_instability"].max()) for name in ("loss", "eigenvalue")) > 1:
+        unstable.set_yscale("symlog", linthresh=0.1)
     unstable.set_ylabel("instability (relative rise)")
     unstable.legend()
     plots.letter(unstable, "D", "instability")

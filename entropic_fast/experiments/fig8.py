@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import ascii_uppercase
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -37,8 +38,7 @@ def relax_straight(run: RunFolder, report: Report, batch_size: int) -> dict[str,
     for branch in ("branch1", "branch2"):
         model = pieces.network(run, lmc.model, lmc.data)
         model.load_state_dict(run.tensors(_ends(run), branch))
-        data = pieces.images(run, lmc.data)[0].tensors()
-        objectives.append(Objective(model, "cross_entropy", data, device=run.device))
+        objectives.append(pieces.objective(run, model, pieces.images(run, lmc.data)[0]))
     a, b = (objective.parameters_vector() for objective in objectives)
     path = linear_path(a, b)
     course = relaxation.course_of(run, objectives[0], path, section.steps, section.replicas)
@@ -61,9 +61,10 @@ def collect(run: RunFolder) -> dict[str, Table]:
 
 
 def draw(tables: dict[str, Table]) -> Figure:
-    """A: loss and largest eigenvalue on the line; B: relaxation by batch size."""
+    """A: loss and largest eigenvalue on the line; then relaxation by batch size, for each start."""
     line, table, bands = (tables[f"fig8_{name}"] for name in ("line", "relaxation", "bands"))
-    figure, (along, tracks) = plots.panels(1, 2, width=4.4, height=3.3)
+    starts = list(dict.fromkeys(table["start"].tolist()))
+    figure, (along, *tracks) = plots.panels(1, 1 + len(starts), width=3.9, height=3.3)
     along.plot(line["point"], line["eigenvalue"], "o-", color=plots.COLOURS[1])
     along.set_ylabel("largest Hessian eigenvalue", color=plots.COLOURS[1])
     along.set_ylim(bottom=0)
@@ -73,14 +74,8 @@ def draw(tables: dict[str, Table]) -> Figure:
     loss.grid(visible=False)
     along.set_xlabel("position on the line")
     plots.letter(along, "A", f"branches of epoch k = {line['k'][0]}")
-    for number, start in enumerate(dict.fromkeys(table["start"].tolist())):
-        curves(
-            tracks,
-            table.where(start=start),
-            bands.where(start=start),
-            "batch_size",
-            lambda b, hidden=number > 0: f"_{b}" if hidden else f"B = {b}",  # type: ignore[misc]
-            "step",
-        )
-    plots.letter(tracks, "B", f"relaxation (lr = {table['lr'][0]:g})")
+    for name, ax, start in zip(ascii_uppercase[1:], tracks, starts, strict=False):
+        rows, band = table.where(start=start), bands.where(start=start)
+        curves(ax, rows, band, "batch_size", lambda b: f"B = {b}", "step", displaced=True)
+        plots.letter(ax, name, f"from s = {start:g} (lr = {table['lr'][0]:g})")
     return figure

@@ -97,7 +97,7 @@ def _objective(run: RunFolder) -> Objective:
     """The loss on images that kept their labels, at the normal minimum."""
     model = pieces.minimum(run, run.config.train.seeds[0])
     kept, _ = _parts(run)
-    return Objective(model, "cross_entropy", kept.tensors(), device=run.device)
+    return pieces.objective(run, model, kept)
 
 
 def find_path(run: RunFolder, report: Report) -> dict[str, Any]:
@@ -170,6 +170,7 @@ def draw(tables: dict[str, Table]) -> Figure:
             label=label,
         )
     trace.set_yscale("log")
+    trace.set_ylabel("trace")
     trace.legend()
     errors = {
         str(row["minimum"]): 100 * (1 - float(row["test_accuracy"]))  # type: ignore[arg-type]
@@ -187,6 +188,8 @@ def draw(tables: dict[str, Table]) -> Figure:
     for ax in (trace, losses):
         ax.set_xlabel("relative distance along the path")
     table = tables["fig9_relaxation"]
-    curves(tracks, table, tables["fig9_bands"], "start", lambda s: f"s = {s:g}", "step")
+    curves(
+        tracks, table, tables["fig9_bands"], "start", lambda s: f"s = {s:g}", "step", displaced=True
+    )
     plots.letter(tracks, "C", f"relaxation (B = {table['batch_size'][0]}, lr = {table['lr'][0]:g})")
     return figure

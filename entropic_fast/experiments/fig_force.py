@@ -48,6 +48,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
     path = pieces.load_path(run, name)
     obj = _objective(run, first)
     s = places(path.positions.tolist(), section.positions)[index]
+    examples = section.examples or None
     point = point_force(
         obj,
         path,
@@ -58,7 +59,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
         step=section.step,
         tol=0.05,
         seed=run.config.seed,
-        max_examples=section.examples or None,
+        max_examples=examples,
     )
     report(0.4)
     rows: list[dict[str, object]] = []
@@ -71,7 +72,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
         still = noiseless_drift(obj, path, [s], settings)
         row = comparison_table(drift, still, [point]).rows()[0]
         heat = effective_temperature(drift, 0, point)
-        radial = radial_share(obj, path, point, settings)
+        radial = radial_share(obj, path, point, settings, max_examples=examples)
         rows.append(
             {
                 "k": k,

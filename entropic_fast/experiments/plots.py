@@ -72,11 +72,25 @@ def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, colour: s
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write `name`.png (160 dpi) and `name`.svg, atomically and without a date."""
+    """Write `name`.png (160 dpi) and `name`.svg, atomically and without a date.
+
+    The figure is laid out here, once for both, and not again when it is drawn.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
     for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
         data = io.BytesIO()
         figure.savefig(data, format=kind, **options)
         store.write_bytes(folder / f"{name}.{kind}", data.getvalue())
+
+
+def log_if_wide(ax: Axes, values: np.ndarray) -> None:
+    """A logarithmic y axis for values that span a decade; within one, its ticks say little."""
+    values = np.asarray(values, dtype=float)
+    if values.min() > 0 and values.max() > 10 * values.min():
+        ax.set_yscale("log")
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:

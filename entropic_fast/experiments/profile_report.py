@@ -148,7 +148,9 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
         return f"{value:.4g}"
 
     def both(name: str, error: str) -> str:
-        return f"{row[name]:.4g} ± {row[f'{name}_{error}']:.2g}"
+        size = float(row[f"{name}_{error}"])
+        # One probe has no standard error.
+        return f"{row[name]:.4g} ± " + (f"{size:.2g}" if math.isfinite(size) else "unknown")
 
     cells = {"point": str(row["point"])}
     for name in ("s", "loss", "accuracy", "norm", "gradient_norm"):

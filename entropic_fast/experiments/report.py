@@ -20,8 +20,10 @@ from .. import store
 from ..table import Table
 from . import interactive
 from .claims import FAILS, HOLDS, UNDECIDED, Claim
+from .config import differences
 from .run import RunFolder
 
+MOST_SETTINGS = 20  # that a comparison of two runs lists
 COLOURS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
 
 
@@ -105,7 +107,7 @@ def print_comparison(
 ) -> None:
     """Two runs' claims side by side; verdicts that differ are marked."""
     (a, first), (b, second) = one, other
-    table = RichTable("figure", "claim", str(a), str(b), "")
+    table = RichTable("figure", "claim", str(a), str(b), "verdicts")
     known = [{claim.name: claim for claim in claims} for claims in (first, second)]
     differ = 0
     for name, claim in (known[1] | known[0]).items():
@@ -114,9 +116,17 @@ def print_comparison(
         differs = len(verdicts) > 1
         differ += differs
         cells = [_cell(claim) if claim is not None else "-" for claim in pair]
-        table.add_row(claim.figure, name, *cells, "[bold]differs[/]" if differs else "")
+        table.add_row(claim.figure, name, *cells, "[bold]differ[/]" if differs else "")
     console.print(table)
     console.print(f"{a}: {_count(first)}\n{b}: {_count(second)}\n{differ} verdicts differ")
+    if not all((path / "config.json").exists() for path in (a, b)):
+        return
+    changed = differences(RunFolder.open(a).config, RunFolder.open(b).config)
+    console.print(f"{len(changed)} settings differ" + (":" if changed else ""))
+    for line in changed[:MOST_SETTINGS]:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    if len(changed) > MOST_SETTINGS:
+        console.print(f"  and {len(changed) - MOST_SETTINGS} others, in config.json")
 
 
 def _cell(claim: Claim) -> str:

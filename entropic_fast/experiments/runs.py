@@ -32,6 +32,7 @@ class Summary:
         size: bytes of all files.
         changed: when the newest file was written, UTC.
         version: of entropic_fast, that last computed there.
+        edited: what is wrong with tables, figures, claims or report; "" if nothing.
         problem: why it cannot be read; "" if it can.
     """
 
@@ -45,6 +46,7 @@ class Summary:
     size: int = 0
     changed: datetime | None = None
     version: str = ""
+    edited: str = ""
     problem: str = ""
 
 
@@ -84,6 +86,7 @@ def summary(path: Path) -> Summary:
         size,
         changed,
         str(environment.get("entropic_fast", "")),
+        next(iter(damaged_results(path)), ""),
     )
 
 
@@ -98,6 +101,8 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
             for verdict, word in ((HOLDS, "hold"), (FAILS, "fail"), (UNDECIDED, "open"))
             if verdict in counts
         )
+        if found.edited:
+            claims = "results damaged: see `runs verify`"
         changed = f"{found.changed:%Y-%m-%d %H:%M}" if found.changed else ""
         units = f"{found.finished}/{found.units}" if not found.problem else "damaged"
         table.add_row(

@@ -135,8 +135,9 @@ _FIGURES = {
         fig8.collect,
         fig8.draw,
         "Figure 8 (ours). Relaxation between linearly connected networks.",
-        "A: curvature and loss on the straight line between the first trunk's last branches. "
-        "B: projected SGD on that line; means over replicas with 95 % intervals.",
+        "A: curvature and loss on the straight line between two branches of the first trunk. "
+        "Then projected SGD on that line, from each start: displacement along it, means over "
+        "replicas with 95 % intervals.",
         lambda config: bool(config.straight.batch_sizes),
     ),
     "fig9": _Entry(
@@ -196,6 +197,10 @@ def execute_until(run: RunFolder, stage: str, workers: int | None, console: Cons
         pieces.prepare(run)
     units = units_until(run, stage)
     before = run.finished_units()
+    if not before:
+        c = run.config
+        text = f"preset {c.preset}: {c.model.name} on {c.data.name}, {len(units)} units"
+        console.print(f"{text}, into {run.path}", markup=False, highlight=False, soft_wrap=True)
     with Energy(run.device) as energy:
         execute(run, units, workers=workers, console=console)
     if run.finished_units() > before:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift
-from entropic_fast.dynamics.force import point_force
+from entropic_fast.dynamics.force import first_examples, point_force
 from entropic_fast.dynamics.growth import radial_share, scale_invariant_rows
 from entropic_fast.dynamics.response import ProjectedSGD
 from entropic_fast.models import digits_cnn
@@ -85,3 +85,17 @@ def test_without_scale_invariant_weights_nothing_grows():
     point = point_force(obj, path, 0.5, directions=3, rest_examples=4, spread_draws=1)
     found = radial_share(obj, path, point, ProjectedSGD(0.01, 4))
     assert (found.radial, found.share, found.rows) == (0.0, 0.0, 0)
+
+
+def test_the_share_on_the_first_examples_is_that_of_an_objective_of_these():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    x = torch.randn(64, 3, dtype=torch.float64)
+    obj = Objective(net, "cross_entropy", (x, (x[:, 0] > 0).long()), norm="batch", batch_size=8)
+    start = obj.parameters_vector()
+    path = linear_path(start, start + 0.1 * torch.randn_like(start))
+    settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
+    point = point_force(obj, path, 0.5, directions=3, rest_examples=0, max_examples=24)
+    found = radial_share(obj, path, point, settings, max_examples=24)
+    assert found == radial_share(first_examples(obj, 24), path, point, settings)
+    assert found.radial != radial_share(obj, path, point, settings).radial

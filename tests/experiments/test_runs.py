@@ -144,6 +144,7 @@ def test_two_runs_claims_stand_side_by_side(copy, command, tmp_path):
     for folder in (copy, other):
         (folder / "manifest.json").unlink()
     ended = command("claims", "compare", copy, other)
-    assert ended.code == 0 and "differs" in ended.out
+    assert ended.code == 0 and "[bold]" not in ended.out
+    assert "1 verdicts differ" in words(ended.out) and "0 settings differ" in words(ended.out)
     ended = command("claims", copy, other)
     assert ended.code == 1 and "compare A B" in ended.err
