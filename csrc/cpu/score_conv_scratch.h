@@ -44,6 +44,7 @@ EF_FN void copy_channels(const T* from, i64 count, T* to) {
 template <typename T>
 void copy_pixels(const i64 (&size)[3], i64 count, i64 step, const T* from, const i64 (&stride)[3],
                  T* to, const Layout& layout) {
+  if (count * size[2] == 0) return;  // `from` may be null
   const bool whole_rows = step == 1 && count == layout.pixel && stride[2] == count;
   for (i64 i = 0; i < size[0]; ++i)
     for (i64 j = 0; j < size[1]; ++j) {
