@@ -7,6 +7,7 @@ weight decay 5e-4, learning rate 0.1, batches of 256, 200 epochs, learning rate 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from .checks import HALF, at_least, fail, one_of, positive, whole
 from .data import ImageData, augment, batches
+from .layouts import fitting_layout
 from .models import initialise as initialise_model
 from .random import derive
 from .table import Table
@@ -196,11 +198,14 @@ def train(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     records = []
     model.train()
-    _lay_out(model, torch.channels_last)
+    trial = copy.deepcopy(model)
+    _lay_out(trial, torch.channels_last)
+    layout = fitting_layout(trial, data.inputs(slice(2)))
+    _lay_out(model, layout)
     try:
         optimizer = _optimizer(named, config, optimizer_state)
         for epoch in range(start_epoch, stop):
-            record = _epoch(model, data, config, optimizer, epoch, order)
+            record = _epoch(model, data, config, optimizer, epoch, order, layout)
             records.append(record._asdict())
             if on_epoch is not None:
                 on_epoch(record)
@@ -221,6 +226,7 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     order_seed: int,
+    layout: torch.memory_format,
 ) -> EpochRecord:
     lr, half = learning_rate(config, epoch), config.precision == "bfloat16"
     for group in optimizer.param_groups:
@@ -232,7 +238,7 @@ def _epoch(
         if config.augment:
             images = augment(images, index, epoch, order_seed, config.pad, config.flip)
         targets = data.labels[index]
-        images = data.normalise(images).contiguous(memory_format=torch.channels_last)
+        images = data.normalise(images).contiguous(memory_format=layout)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             outputs = model(images)
         loss = functional.cross_entropy(outputs.float() if half else outputs, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 
@@ -66,6 +67,15 @@ def stops_once(run, report):
         (run.path / "killed.txt").write_text("once")
         os.kill(os.getpid(), signal.SIGKILL)
     return {"values": Table({"x": [1.0]})}
+
+
+def has_no_room_once(run, report):
+    """The first time, this process can write no file of more than 100 bytes from here on."""
+    log(run, "full")
+    if not (run.path / "full.txt").exists():
+        (run.path / "full.txt").write_text("once")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    return {"values": Table({"x": [float(i) for i in range(1000)]})}
 
 
 def race(path, units):

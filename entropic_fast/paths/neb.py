@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..layouts import fitting_layout
 from ..objective import Objective
 from ..table import Table
 from .band import band_gradients, improved_tangents, insertions
@@ -167,11 +168,12 @@ def _run_cycle(
     velocity = torch.zeros_like(pivots[1:-1])
     where = f"cycle {cycle} (learning rate {lr:g})"
     data = train.tensors()
+    layout = fitting_layout(lambda x: train.outputs(pivots[0], x), data[0])
     rows: list[Row] = []
     batches = minibatches(train.num_examples, config.batch_size, config.seed, cycle)
     for step in range(steps):
         index = next(batches)
-        losses, gradients = _energies(train, pivots, data, index)
+        losses, gradients = _energies(train, pivots, data, index, layout)
         _require_finite(losses, f"step {step} of {where}", "loss")
         energies = losses
         if config.weight_decay:
@@ -208,7 +210,11 @@ def _run_cycle(
 
 
 def _energies(
-    train: Objective, pivots: Tensor, data: tuple[Tensor, Tensor], index: Tensor | None
+    train: Objective,
+    pivots: Tensor,
+    data: tuple[Tensor, Tensor],
+    index: Tensor | None,
+    layout: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
     """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P].
 
@@ -216,10 +222,10 @@ def _energies(
     share work take pivots in turn.
     """
     if train.sharing is None:
-        return _own_energies(train, pivots, data, index)
+        return _own_energies(train, pivots, data, index, layout)
 
     def own() -> Tensor:
-        losses, gradients = _own_energies(train, pivots, data, index)
+        losses, gradients = _own_energies(train, pivots, data, index, layout)
         return torch.cat([losses, gradients.flatten().double()])
 
     count, every = len(pivots), train.summed(own)
@@ -227,7 +233,11 @@ def _energies(
 
 
 def _own_energies(
-    train: Objective, pivots: Tensor, data: tuple[Tensor, Tensor], index: Tensor | None
+    train: Objective,
+    pivots: Tensor,
+    data: tuple[Tensor, Tensor],
+    index: Tensor | None,
+    layout: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
     if index is None:
         batches = [(batch.inputs, batch.targets) for batch in train.batches()]
@@ -239,6 +249,8 @@ def _own_energies(
     gradients = torch.zeros_like(pivots[1:-1])
     turn, processes = (0, 1) if train.sharing is None else (train.sharing.rank, train.sharing.size)
     for inputs, targets in batches:
+        if inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=layout)
         for i, pivot in enumerate(pivots):
             if i % processes != turn:
                 continue

@@ -177,6 +177,17 @@ def test_the_unit_of_a_command_that_was_killed_is_taken_over(tmp_path):
     assert computed(RunFolder.open(tmp_path)).count("stops") == 2
 
 
+def test_the_unit_of_a_command_that_has_no_room_is_taken_over(tmp_path):
+    todo = [Unit("slow/0", schedule_units.slow, (0,))]
+    todo.append(Unit("full", schedule_units.has_no_room_once))
+    codes = ended(started(tmp_path, todo, 2))
+    assert sorted(codes) == [0, 1]
+    run = RunFolder.open(tmp_path)
+    assert computed(run).count("full") == 2
+    assert run.table("full", "values")["x"].tolist() == list(range(1000))
+    assert not list(tmp_path.rglob(".*.part"))
+
+
 def test_a_unit_that_another_command_computes_is_not_begun(tmp_path):
     run = new(tmp_path)
     with run.claim("first/0") as mine:
