@@ -207,8 +207,8 @@ def point_force(
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
         seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighbouring position.
-        max_examples: curvature and noise from the first so many examples; None for all. What
-            minibatches are drawn from stays all of them.
+        max_examples: curvature from the first so many examples; None for all. The noise is
+            always that of all: near a minimum few of them make most of it, and a part misses them.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
@@ -226,14 +226,15 @@ def point_force(
     spacing = step * path.length
 
     def at(point: Tensor) -> Objective:
-        here = obj.recalibrated(point) if obj.norm == "running" else obj
-        return first_examples(here, max_examples)
+        return obj.recalibrated(point) if obj.norm == "running" else obj
 
-    places = [theta + sign * spacing * tangent for sign in (1, -1)]
-    sides = [HessianOperator(at(place), place) for place in places]
-    energetic = obj.recalibrated(theta) if obj.norm == "running" else obj
-    here = at(theta)
-    across = Across(HessianOperator(here, theta), u)
+    here, places = at(theta), [theta + sign * spacing * tangent for sign in (1, -1)]
+    beside = [at(place) for place in places]
+    sides = [
+        HessianOperator(first_examples(side, max_examples), place)
+        for side, place in zip(beside, places, strict=True)
+    ]
+    across = Across(HessianOperator(first_examples(here, max_examples), theta), u)
     pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
     vectors = pairs.vectors
     ahead, behind = (multiply(side, vectors).double() for side in sides)
@@ -241,7 +242,10 @@ def point_force(
     slopes = vectors.double().T @ turned
 
     noise = GradientNoise(here, theta, u, vectors, turned, spread_draws, seed)
-    beside = [GradientNoise(side.obj, side.theta, u, vectors).variances for side in sides]
+    ahead_noise, behind_noise = (
+        GradientNoise(side, place, u, vectors).variances
+        for side, place in zip(beside, places, strict=True)
+    )
     pull = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
     pull[:-1, :-1] = (noise.covariance * slopes).cpu()
     stiffness = error = 0.0
@@ -256,12 +260,12 @@ def point_force(
     return PointForce(
         position=float(position),
         length=path.length,
-        gradient=float(tangent.double() @ energetic.gradient(theta).double()),
+        gradient=float(tangent.double() @ here.gradient(theta).double()),
         stiffness=torch.cat([pairs.values.double().cpu(), torch.tensor([stiffness]).double()]),
         slope=slopes.diagonal().cpu().clone(),
         covariance=noise.covariance.cpu(),
         noise=noise.variances,
-        noise_slope=(beside[0] - beside[1]) / (2 * spacing),
+        noise_slope=(ahead_noise - behind_noise) / (2 * spacing),
         pull=pull,
         pull_error=error,
         spread=noise.spread(spacing),

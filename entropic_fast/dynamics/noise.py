@@ -134,7 +134,9 @@ class GradientNoise:
         chosen = order[: min(examples, self.count)].to(self.theta.device)
         obj = self.obj
         if obj.norm == "batch":
-            rows = torch.cat([rows for _, rows in gradient_rows(obj, self.theta)])[chosen]
+            wanted = set(chosen.tolist())
+            named = {i: rows for i, rows in gradient_rows(obj, self.theta) if i in wanted}
+            rows = torch.cat([named[i] for i in chosen.tolist()])
         else:
             inputs, targets = obj.tensors()
             few = obj.with_data((inputs[chosen], targets[chosen]))

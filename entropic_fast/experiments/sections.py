@@ -103,8 +103,8 @@ class ForceSection:
 
     Bursts of max(cycles) updates from the middles of `positions` segments, at every k of `cycles`;
     `replicas` at the largest k, a quarter of them at the others.
-    The temperature must be low enough for fluctuations to be linear. `examples`: for curvature
-    and noise (0: all); `step`: of derivatives along the path, in path lengths.
+    The temperature must be low enough for fluctuations to be linear. `examples`: for curvature (0:
+    all; the noise is always that of all); `step`: of derivatives along the path, in path lengths.
     """
 
     positions: int = 6

@@ -57,6 +57,18 @@ def test_long_cycles_approach_the_potential_of_the_temperatures():
     assert point.potential(settings) != pytest.approx(point.stationary(settings), rel=0.05)
 
 
+def test_the_noise_is_that_of_all_examples_whatever_the_curvature_is_taken_on():
+    obj, path = valley()
+    inputs, targets = obj.tensors()
+    half = len(inputs) // 2
+    loud = torch.cat([inputs[:half], 5 * inputs[half:]])
+    obj = obj.with_data((loud, targets))
+    whole = point_force(obj, path, 0.3, **exact(8))
+    part = point_force(obj, path, 0.3, max_examples=half, **exact(8))
+    assert float(part.noise.sum()) == pytest.approx(float(whole.noise.sum()), rel=1e-6)
+    assert float(part.noise_slope.sum()) == pytest.approx(float(whole.noise_slope.sum()), abs=1e-6)
+
+
 @pytest.mark.parametrize("rest", [False, True])
 def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
     obj, path = valley()
