@@ -7,7 +7,6 @@ weight decay 5e-4, learning rate 0.1, batches of 256, 200 epochs, learning rate 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -197,12 +196,12 @@ def train(
     order = seed if order_seed is None else whole("order_seed", order_seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     records = []
-    model.train()
-    trial = copy.deepcopy(model)
-    _lay_out(trial, torch.channels_last)
-    layout = fitting_layout(trial, data.inputs(slice(2)))
-    _lay_out(model, layout)
+    model.eval()  # the trial of a layout moves no statistics
+    _lay_out(model, torch.channels_last)
     try:
+        layout = fitting_layout(model, data.inputs(slice(2)))
+        _lay_out(model, layout)
+        model.train()
         optimizer = _optimizer(named, config, optimizer_state)
         for epoch in range(start_epoch, stop):
             record = _epoch(model, data, config, optimizer, epoch, order, layout)

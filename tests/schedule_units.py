@@ -74,7 +74,8 @@ def has_no_room_once(run, report):
     log(run, "full")
     if not (run.path / "full.txt").exists():
         (run.path / "full.txt").write_text("once")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit))
     return {"values": Table({"x": [float(i) for i in range(1000)]})}
 
 

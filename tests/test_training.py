@@ -468,25 +468,3 @@ def test_weights_keep_their_layout_and_shared_memory():
         layer.weight = nn.Parameter(part.view(layer.weight.shape))
     train(model, SMALL, TrainConfig(epochs=1, batch_size=75, augment=False), seed=0)
     assert torch.equal(model[2].weight.flatten(), both[: 16 * 32 * 9])
-
-
-class Viewer(nn.Module):
-    """Flattens by `view`, which needs the usual layout."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 64, 10)
-
-    def forward(self, x):
-        return self.last(torch.relu(self.first(x)).view(len(x), -1))
-
-
-def test_a_network_that_needs_the_usual_layout_is_trained_like_one_that_does_not():
-    viewer = Viewer()
-    plain = nn.Sequential(viewer.first, nn.ReLU(), nn.Flatten(), viewer.last)
-    plain = copy.deepcopy(plain)
-    config = TrainConfig(epochs=2, batch_size=50, augment=False)
-    for model in (viewer, plain):
-        train(model, SMALL, config, seed=0, initialise=False)
-    for a, b in zip(viewer.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b)

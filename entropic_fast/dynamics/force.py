@@ -80,6 +80,7 @@ class PointForce:
         spread: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 where it was not asked for.
         num_examples: N.
         pairs: the eigenpairs.
+        max_examples: how many examples the curvature was taken on; None for all.
     """
 
     position: float
@@ -95,6 +96,7 @@ class PointForce:
     spread: float
     num_examples: int
     pairs: Eigenpairs
+    max_examples: int | None = None
 
     @property
     def noise_share(self) -> float:
@@ -208,7 +210,7 @@ def point_force(
         seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighbouring position.
         max_examples: curvature from the first so many examples; None for all. The noise is
-            always that of all: near a minimum few of them make most of it, and a part misses them.
+            always that of all, because near a minimum a few of them may make most of it.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
@@ -271,6 +273,7 @@ def point_force(
         spread=noise.spread(spacing),
         num_examples=obj.num_examples,
         pairs=pairs,
+        max_examples=max_examples,
     )
 
 

@@ -94,21 +94,15 @@ class RadialShare:
 
 
 def radial_share(
-    obj: Objective,
-    path: Path,
-    point: PointForce,
-    settings: ProjectedSGD,
-    *,
-    max_examples: int | None = None,
+    obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
 ) -> RadialShare:
     """The part of the entropic force that is growth of norms, in the r directions.
 
     Args:
         obj: the objective of the dynamics, with `norm="batch"` where the network normalises.
         path: as for `point_force`.
-        point: the force at a position.
+        point: the force at a position; curvature is taken on the same examples.
         settings: of the bursts.
-        max_examples: as for `point_force`: give the same.
 
     Returns:
         velocities in path lengths per effective time; 0 for the radial one where no weights are
@@ -118,7 +112,7 @@ def radial_share(
     groups = scale_invariant_rows(obj, theta)
     vectors = product = point.pairs.vectors
     if groups:
-        some = first_examples(obj, max_examples)
+        some = first_examples(obj, point.max_examples)
         product = multiply(HessianOperator(some, theta), vectors).double()
     seen = response(point.stiffness, settings).seen[:-1]
     sampling = Sampling(settings.batch_size, point.num_examples)

@@ -27,13 +27,14 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
     if obj.norm != "batch":
         yield from ExampleGradients(obj, theta).chunks()
         return
-    size = None
-    for number, batch in enumerate(obj.batches()):
+    size, number = None, 0
+    for batch in obj.batches():
         size = size or len(batch.inputs)
         if len(batch.inputs) == size:
             leaf = theta.detach().requires_grad_()
             loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
             yield number, torch.autograd.grad(loss, leaf)[0][None]
+            number += 1
 
 
 def row_scale(obj: Objective) -> tuple[int, float]:

@@ -96,10 +96,9 @@ class ThreadedGradients:
     """
 
     def __init__(self, objective: Objective, workers: int) -> None:
+        theta, sample = objective.parameters_vector(), next(objective.batches(batch_size=2))
+        self._layout = fitting_layout(lambda x: objective.outputs(theta, x), sample.inputs)
         self._objective, self._workers = objective, Workers(workers)
-        sample = next(objective.batches(batch_size=2)).inputs
-        theta = objective.parameters_vector()
-        self._layout = fitting_layout(lambda x: objective.outputs(theta, x), sample)
         self._theta: Tensor | None = None  # the very tensor that modules are views of
 
     def __call__(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,8 @@ def units(run: RunFolder) -> list[Unit]:
     replicas = sum(_replicas(run, k) for k in section.cycles)
     updates = replicas * max(section.cycles)
     products = 4 * section.directions + 2 * section.rest_examples + 20
-    weight = updates * (section.batch_size + 8) + pieces.curvature_work(run, products)
+    noise = (6 + 2 * section.spread_draws) * pieces.training_examples(run)
+    weight = updates * (section.batch_size + 8) + pieces.curvature_work(run, products) + noise
     return [
         Unit(f"force/{i}", measure, (i,), (f"path/{name}",), weight=weight)
         for i in range(section.positions)
@@ -48,7 +49,6 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
     path = pieces.load_path(run, name)
     obj = _objective(run, first)
     s = places(path.positions.tolist(), section.positions)[index]
-    examples = section.examples or None
     point = point_force(
         obj,
         path,
@@ -59,7 +59,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
         step=section.step,
         tol=0.05,
         seed=run.config.seed,
-        max_examples=examples,
+        max_examples=section.examples or None,
     )
     report(0.4)
     rows: list[dict[str, object]] = []
@@ -72,7 +72,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
         still = noiseless_drift(obj, path, [s], settings)
         row = comparison_table(drift, still, [point]).rows()[0]
         heat = effective_temperature(drift, 0, point)
-        radial = radial_share(obj, path, point, settings, max_examples=examples)
+        radial = radial_share(obj, path, point, settings)
         rows.append(
             {
                 "k": k,

@@ -20,7 +20,7 @@ from .. import store
 from ..table import Table
 from . import interactive
 from .claims import FAILS, HOLDS, UNDECIDED, Claim
-from .config import differences
+from .config import changed_values
 from .run import RunFolder
 
 MOST_SETTINGS = 20  # that a comparison of two runs lists
@@ -121,7 +121,11 @@ def print_comparison(
     console.print(f"{a}: {_count(first)}\n{b}: {_count(second)}\n{differ} verdicts differ")
     if not all((path / "config.json").exists() for path in (a, b)):
         return
-    changed = differences(RunFolder.open(a).config, RunFolder.open(b).config)
+    try:
+        changed = changed_values(*(store.read_sealed(p / "config.json") for p in (a, b)))
+    except store.DamagedFileError as error:
+        console.print(f"settings not compared: {error}", markup=False, soft_wrap=True)
+        return
     console.print(f"{len(changed)} settings differ" + (":" if changed else ""))
     for line in changed[:MOST_SETTINGS]:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ class Summary:
         size: bytes of all files.
         changed: when the newest file was written, UTC.
         version: of entropic_fast, that last computed there.
-        edited: what is wrong with tables, figures, claims or report; "" if nothing.
+        damage: what is wrong with tables, figures, claims or report; "" if nothing.
         problem: why it cannot be read; "" if it can.
     """
 
@@ -46,7 +46,7 @@ class Summary:
     size: int = 0
     changed: datetime | None = None
     version: str = ""
-    edited: str = ""
+    damage: str = ""
     problem: str = ""
 
 
@@ -101,7 +101,7 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
             for verdict, word in ((HOLDS, "hold"), (FAILS, "fail"), (UNDECIDED, "open"))
             if verdict in counts
         )
-        if found.edited:
+        if found.damage:
             claims = "results damaged: see `runs verify`"
         changed = f"{found.changed:%Y-%m-%d %H:%M}" if found.changed else ""
         units = f"{found.finished}/{found.units}" if not found.problem else "damaged"

@@ -168,7 +168,9 @@ def _run_cycle(
     velocity = torch.zeros_like(pivots[1:-1])
     where = f"cycle {cycle} (learning rate {lr:g})"
     data = train.tensors()
-    layout = fitting_layout(lambda x: train.outputs(pivots[0], x), data[0])
+    layout = torch.contiguous_format
+    if train.device.type == "cpu":  # not measured elsewhere
+        layout = fitting_layout(lambda x: train.outputs(pivots[0], x), data[0])
     rows: list[Row] = []
     batches = minibatches(train.num_examples, config.batch_size, config.seed, cycle)
     for step in range(steps):

@@ -1,5 +1,7 @@
 """Norm growth of scale-invariant weights, as a part of the entropic force."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,7 @@ def test_the_share_on_the_first_examples_is_that_of_an_objective_of_these():
     path = linear_path(start, start + 0.1 * torch.randn_like(start))
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
     point = point_force(obj, path, 0.5, directions=3, rest_examples=0, max_examples=24)
-    found = radial_share(obj, path, point, settings, max_examples=24)
-    assert found == radial_share(first_examples(obj, 24), path, point, settings)
-    assert found.radial != radial_share(obj, path, point, settings).radial
+    found = radial_share(obj, path, point, settings)
+    of_all = replace(point, max_examples=None)
+    assert found == radial_share(first_examples(obj, 24), path, of_all, settings)
+    assert found.radial != radial_share(obj, path, of_all, settings).radial
