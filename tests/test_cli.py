@@ -240,7 +240,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = ["--set", "data.train_limit=100", "--set", "data.curvature_examples=32"]
     # The third minimum has every process busy when the first is finished.
-    settings += ["--set", "train.epochs=60", "--set", "lmc.branch_epochs=[0]"]
+    settings += ["--set", "train.epochs=150", "--set", "lmc.branch_epochs=[0]"]
     settings += ["--set", "poor.attack=0"]
     folder = tmp_path / "run"
     arguments = ["train", "--out", str(folder), *settings]
