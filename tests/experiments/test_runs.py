@@ -1,10 +1,12 @@
 """Run folders seen from outside: listed, verified, pruned, repeated and compared."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from entropic_fast import store
 from entropic_fast.experiments import runs
 from entropic_fast.experiments.config import load_preset
 from entropic_fast.experiments.run import RunFolder
@@ -145,6 +147,24 @@ def test_two_runs_claims_stand_side_by_side(copy, command, tmp_path):
         (folder / "manifest.json").unlink()
     ended = command("claims", "compare", copy, other)
     assert ended.code == 0 and "[bold]" not in ended.out
+    assert re.search("differ +│", ended.out)
     assert "1 verdicts differ" in words(ended.out) and "0 settings differ" in words(ended.out)
+    config = store.read_sealed(other / "config.json")
+    config["train"]["lr"] = 0.25
+    store.write_sealed(other / "config.json", config)
+    ended = command("claims", "compare", copy, other)
+    assert "1 settings differ: train.lr: 0.1 -> 0.25" in words(ended.out)
+    (other / "config.json").write_text("{}")
+    ended = command("claims", "compare", copy, other)
+    assert ended.code == 0 and "settings not compared" in words(ended.out)
     ended = command("claims", copy, other)
     assert ended.code == 1 and "compare A B" in ended.err
+
+
+def test_the_list_tells_results_that_were_edited(copy, command):
+    assert not runs.summary(copy).damage
+    assert "damaged" not in command("runs", "list", copy).out
+    file = copy / "data" / "fig2_loss.csv"
+    file.write_text(file.read_text() + "\n")
+    assert "fig2_loss.csv" in runs.summary(copy).damage
+    assert "damaged" in command("runs", "list", copy).out
