@@ -161,8 +161,8 @@ def measure(obj: Objective) -> Machine:
     count = min(obj.num_examples, MEASURED_EXAMPLES)
     few = obj.alone()
     if obj.examples.are_tensors:
-        x, y = obj.tensors()
-        few = few.with_data((x[:count], y[:count]), batch_size=min(count, obj.examples.batch_size))
+        size = min(count, obj.examples.batch_size)
+        few = few.with_data(obj.tensors(count), batch_size=size)
     gradient = _median(few.gradient) / few.num_examples
     rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)

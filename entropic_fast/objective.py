@@ -231,12 +231,15 @@ class Objective:
         model_checks.require_model(other)
         return other
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self, max_examples: int | None = None) -> tuple[Tensor, Tensor]:
         """All inputs [N, ...] and targets [N, ...] on the device, for minibatches by index.
 
         Tensors given as data come without a copy: read them, do not change them.
+
+        Args:
+            max_examples: only the first so many examples; None for all.
         """
-        whole = list(self.batches(batch_size=self.num_examples))
+        whole = list(self.batches(max_examples, self.count(max_examples)))
         if len(whole) == 1:
             return whole[0].inputs, whole[0].targets
         return torch.cat([b.inputs for b in whole]), torch.cat([b.targets for b in whole])

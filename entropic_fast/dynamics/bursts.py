@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from .. import checks
 from ..objective import Objective
 from ..paths.path import Path
 from ..table import Table
-from .minibatches import Minibatches
+from .minibatches import Minibatches, in_random_batches
 from .optimizers import Optimizer
 from .relax import relax
 from .relaxation import Interval, mean_interval
@@ -70,7 +70,7 @@ def measure_drift(
     replicas: int = 16,
     *,
     seed: int = 0,
-    control: bool | None = None,
+    control: bool = True,
     engine: str = "auto",
 ) -> Drift:
     """Drift velocity as a function of position, from short bursts of projected SGD.
@@ -79,7 +79,12 @@ def measure_drift(
     a burst's displacement is noise of the minibatch gradients along the path, of known mean 0:
     what the same minibatches' gradients along the tangent at the start give, less the mean
     gradient's, is subtracted (a control variate of coefficient 1, so no bias whatever the loss;
-    the noise left is that of the second order). It needs losses of single examples.
+    the noise left is that of the second order).
+
+    Where batches have statistics of their own, a mean over all possible batches is out of reach;
+    it is that over the batches of one random order of the examples. `noiseless_drift` takes the
+    same ones, so the difference of both is free of that choice to first order. Each minibatch's
+    gradient is then taken a second time, by itself: as much work as the bursts, or more.
 
     Args:
         obj, path: as for `relax`.
@@ -87,12 +92,11 @@ def measure_drift(
         settings: of the bursts. Long ones average the drift over where they go.
         replicas: R at each position, 2 or more for an interval.
         seed: of the minibatches.
-        control: whether to subtract the noise along the path; None to do so where an example's
-            loss depends on that example alone (no batch statistics).
+        control: whether to subtract the noise along the path.
         engine: as for `relax`.
 
     Raises:
-        ValueError: arguments out of range; control=True for dynamics with batch statistics.
+        ValueError: arguments out of range.
         DivergenceError: every replica diverged.
 
     >>> from entropic_fast import linear_path
@@ -108,15 +112,6 @@ def measure_drift(
     if places.ndim != 1 or len(places) == 0:
         raise checks.fail("positions", "positions [K]", checks.describe(places))
     checks.whole("replicas", replicas, 1)
-    batched = obj.has_running_statistics or obj.norm == "batch"
-    if control and batched:
-        raise checks.fail(
-            "control",
-            "None or False for dynamics with batch statistics",
-            "True",
-            "an example's gradient is not defined there",
-        )
-    control = not batched if control is None else control
     starts = places.repeat_interleave(replicas)
     ids = list(range(len(starts)))
     run = relax(
@@ -153,16 +148,55 @@ def _noise_along(
     seed: int,
 ) -> Tensor:
     """Displacement that the minibatches' gradients along the tangent at the start, less their
-    mean over all examples, give to minus this direction.  # [K R]"""
-    slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
-    slopes = slopes - slopes.mean(1, keepdim=True)
+    mean, give to minus this direction.  # [K R]"""
     place = torch.arange(len(places)).repeat_interleave(replicas)
     batches = Minibatches(obj, settings.batch_size, seed, ids)
+    slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
+    found = slope(obj, path, places, batches)
     total = torch.zeros(len(ids), dtype=torch.float64)
     for step, weight in enumerate(travel(settings).tolist()):
-        index = batches.indices(step).cpu()  # [K R, B]
-        total += weight * slopes[place[:, None], index].mean(1)
+        total += weight * found(step, place)
     return total
+
+
+def _has_batch_statistics(obj: Objective) -> bool:
+    return obj.has_running_statistics or obj.norm == "batch"
+
+
+# (step, place of each replica [K R]) -> slopes of its minibatch less the mean [K R]
+Slopes = Callable[[int, Tensor], Tensor]
+
+
+def _mean_slopes(obj: Objective, path: Path, places: Tensor, batches: Minibatches) -> Slopes:
+    slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
+    slopes = slopes - slopes.mean(1, keepdim=True)
+
+    def found(step: int, place: Tensor) -> Tensor:
+        return slopes[place[:, None], batches.indices(step).cpu()].mean(1)
+
+    return found
+
+
+def _batch_slopes(obj: Objective, path: Path, places: Tensor, batches: Minibatches) -> Slopes:
+    alike = in_random_batches(obj, batches.batch_size)
+    points = [path.point(float(s)) for s in places]
+    tangents = [path.tangent(float(s)) for s in places]
+    means = [_dot(alike.gradient(p), t) for p, t in zip(points, tangents, strict=True)]
+
+    def slope(k: int, inputs: Tensor, targets: Tensor) -> float:
+        theta = points[k].detach().requires_grad_()
+        loss = alike.losses(theta, inputs, targets).mean()
+        return _dot(torch.autograd.grad(loss, theta)[0], tangents[k]) - means[k]
+
+    def found(step: int, place: Tensor) -> Tensor:
+        rows = zip(place.tolist(), *batches(step), strict=True)
+        return torch.tensor([slope(k, x, y) for k, x, y in rows], dtype=torch.float64)
+
+    return found
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(a.double() @ b.double())
 
 
 def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
@@ -185,11 +219,11 @@ def noiseless_drift(
     """Velocity of the same burst with gradients over all examples: the energetic part.  # [K]
 
     In path lengths per effective time. At steps=1 it is - u . grad L / length (with weight
-    decay, of the loss and the decay's energy). Layers with running statistics use the statistics
-    of batches of `settings.batch_size`, in the data's order.
+    decay, of the loss and the decay's energy). Where batches have statistics of their own, the
+    gradient is the mean over batches of `settings.batch_size` in one random order of the examples.
     """
-    if obj.has_running_statistics or obj.norm == "batch":
-        obj = obj.with_norm("batch").with_data(obj.tensors(), batch_size=settings.batch_size)
+    if _has_batch_statistics(obj):
+        obj = in_random_batches(obj, settings.batch_size)
     found = []
     for start in torch.as_tensor(positions, dtype=torch.float64).tolist():
         theta, s = path.point(start)[None].clone(), start

@@ -243,7 +243,7 @@ def compare_force(
     seed: int = 0,
     confidence: float = 0.95,
     forces: Sequence[PointForce] | None = None,
-    control: bool | None = None,
+    control: bool = True,
     on_position: Callable[[int], None] | None = None,
     **options: Any,
 ) -> ForceComparison:

@@ -55,6 +55,7 @@ from ..curvature.protocol import multiply, quadratic_forms
 from ..objective import Objective
 from ..paths.path import Path
 from ..results import Eigenpairs, Estimate
+from .minibatches import in_random_batches
 from .noise import GradientNoise
 from .response import ProjectedSGD, Response, Sampling, response, travel
 
@@ -193,8 +194,9 @@ def point_force(
     passes of single examples' gradients.
 
     Layers that normalise by batch statistics: give the objective that the dynamics has,
-    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`. With `norm="running"` the
-    statistics re-estimated at each point are used: an approximation.
+    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are taken in a
+    random order, for batches like those of the dynamics. With `norm="running"` the statistics
+    re-estimated at each point are used: an approximation.
 
     Args:
         obj: the loss and the data.
@@ -223,6 +225,8 @@ def point_force(
     checks.whole("rest_examples", rest_examples)
     checks.whole("spread_draws", spread_draws)
     obj.count(max_examples)  # refuses a wrong one before anything is computed
+    num_examples = obj.num_examples
+    obj = as_in_dynamics(obj)
     theta, tangent = path.point(position), path.tangent(position)
     u = orthonormal(tangent, obj.num_params, tangent.dtype, tangent.device, "tangent")
     spacing = step * path.length
@@ -271,17 +275,23 @@ def point_force(
         pull=pull,
         pull_error=error,
         spread=noise.spread(spacing),
-        num_examples=obj.num_examples,
+        num_examples=num_examples,
         pairs=pairs,
         max_examples=max_examples,
     )
 
 
+def as_in_dynamics(obj: Objective) -> Objective:
+    """The objective itself, or with batch statistics over random batches of the same size."""
+    if obj.norm != "batch":
+        return obj
+    return in_random_batches(obj, len(next(obj.batches()).inputs))
+
+
 def first_examples(obj: Objective, max_examples: int | None) -> Objective:
     """The objective on its first so many examples, in batches as large as before; None: on all."""
-    count = obj.count(max_examples)
+    count = min(max_examples or obj.num_examples, obj.num_examples)
     if count == obj.num_examples:
         return obj
-    inputs, targets = obj.tensors()
     size = len(next(obj.batches()).inputs)
-    return obj.with_data((inputs[:count], targets[:count]), batch_size=size)
+    return obj.with_data(obj.tensors(count), batch_size=size)

@@ -23,7 +23,7 @@ from ..curvature import HessianOperator
 from ..curvature.protocol import multiply
 from ..objective import Objective
 from ..paths.path import Path
-from .force import PointForce, first_examples
+from .force import PointForce, as_in_dynamics, first_examples
 from .response import ProjectedSGD, Sampling, response, travel
 
 # Cosine of W and its gradient below which W counts as scale-invariant: normalisation adds a
@@ -112,7 +112,7 @@ def radial_share(
     groups = scale_invariant_rows(obj, theta)
     vectors = product = point.pairs.vectors
     if groups:
-        some = first_examples(obj, point.max_examples)
+        some = first_examples(as_in_dynamics(obj), point.max_examples)
         product = multiply(HessianOperator(some, theta), vectors).double()
     seen = response(point.stiffness, settings).seen[:-1]
     sampling = Sampling(settings.batch_size, point.num_examples)

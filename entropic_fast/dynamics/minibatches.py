@@ -133,3 +133,30 @@ class Minibatches:
         self.ids = [self.ids[r] for r in rows]
         if self._epoch >= 0:
             self._order = self._order[list(rows)]
+
+
+def in_random_batches(obj: Objective, batch_size: int) -> Objective:
+    """With batch statistics: an objective whose batches are like the dynamics' minibatches.
+
+    Data have an order of their own, sorted or balanced over the classes, and batches in that order
+    are not like random ones: of a ResNet-8 near a minimum, class-balanced batches of 16 images
+    had an eighth of the noise. Here examples are in one random order, the same at every call, in
+    whole batches; the N mod B left over are not used, as in an epoch.
+
+    Raises:
+        ValueError: a batch size outside 1 .. N.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.BatchNorm1d(2))
+    >>> obj = Objective(net, "cross_entropy", (torch.randn(9, 1), torch.arange(9) // 5))
+    >>> found = in_random_batches(obj, 4)
+    >>> found.norm, found.num_examples, [len(b.inputs) for b in found.batches()]
+    ('batch', 8, [4, 4])
+    """
+    n = obj.num_examples
+    if not 1 <= batch_size <= n:
+        raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
+    inputs, targets = obj.tensors()
+    used = n // batch_size * batch_size
+    order = permutation(n, derive(0, "relax", "any order"), 0, device=inputs.device)[:used]
+    data = (inputs[order], targets[order])
+    return obj.with_norm("batch").with_data(data, batch_size=batch_size)

@@ -153,8 +153,12 @@ def damaged_results(path: Path) -> Iterator[str]:
         return
     for name, expected in files.items():
         file = path / name
-        if not file.exists() or store.sha256(file.read_bytes()) != expected:
-            got = "another" if file.exists() else "no file"
+        got = "another"
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            content, got = None, error.strerror or "a file that cannot be read"
+        if content is None or store.sha256(content) != expected:
             yield (
                 f"{file}: expected the content recorded when it was written, got {got}; "
                 f"`entropic-fast report {path}` writes it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,8 @@ def find(folders: Sequence[Path]) -> list[Path]:
 
 def summary(path: Path) -> Summary:
     """What the folder of a run holds; of a damaged one, why it cannot be read."""
-    files = [file.stat() for file in path.rglob("*") if file.is_file()]
-    size = sum(stat.st_size for stat in files)
-    changed = datetime.fromtimestamp(max(stat.st_mtime for stat in files), timezone.utc)
+    size, newest = _size_and_age(path)
+    changed = datetime.fromtimestamp(newest, timezone.utc)
     try:
         run = RunFolder.open(path)
         units = all_units(run)
@@ -73,7 +73,7 @@ def summary(path: Path) -> Summary:
         environment = {}
         if (path / "environment.json").exists():
             environment = store.read_sealed(path / "environment.json")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return Summary(path, size=size, changed=changed, problem=str(error).splitlines()[0])
     return Summary(
         path,
@@ -88,6 +88,19 @@ def summary(path: Path) -> Summary:
         str(environment.get("entropic_fast", "")),
         next(iter(damaged_results(path)), ""),
     )
+
+
+def _size_and_age(path: Path) -> tuple[int, float]:
+    """Bytes of a folder's files, and when the newest was written; a run may be at work there."""
+    size, newest = 0, path.stat().st_mtime
+    for file in path.rglob("*"):
+        try:
+            found = file.stat()
+        except FileNotFoundError:  # renamed since it was listed
+            continue
+        if stat.S_ISREG(found.st_mode):
+            size, newest = size + found.st_size, max(newest, found.st_mtime)
+    return size, newest
 
 
 def print_list(console: Console, paths: Sequence[Path]) -> None:

@@ -7,11 +7,13 @@ from force_valleys import valley
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift, tangent_gradients
 from entropic_fast.dynamics.comparison import compare_force, fit_force, shuffled_curvature
 from entropic_fast.dynamics.force import point_force
+from entropic_fast.dynamics.noise import GradientNoise
 from entropic_fast.dynamics.relax import relax
 from entropic_fast.dynamics.response import ProjectedSGD
 from entropic_fast.dynamics.temperature import effective_temperature
 from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.random import permutation
 
 PLACES = (0.2, 0.4, 0.6, 0.8)
 SGD = ProjectedSGD(0.02, 4)
@@ -259,11 +261,52 @@ def test_bad_arguments_are_refused():
         point.entropic(SGD.but(batch_size=4096))
     with pytest.raises(ValueError, match="positions: expected positions"):
         measure_drift(obj, path, 0.5, SGD)
-    batch = Objective(
-        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)),
-        "mse",
-        (torch.randn(8, 2), torch.randn(8, 2)),
+
+
+def sorted_classes():
+    """A network with batch normalisation, and examples in the order of their classes."""
+    torch.manual_seed(3)
+    y = torch.arange(4).repeat_interleave(30)
+    x = torch.randn(120, 3, dtype=torch.float64) + 2 * torch.nn.functional.one_hot(y)[:, :3]
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Tanh(), torch.nn.Linear(6, 4)
+    ).double()
+    obj = Objective(net, "cross_entropy", (x, y))
+    start = obj.parameters_vector()
+    return obj, linear_path(start, start + 0.1 * torch.randn_like(start))
+
+
+def test_noise_with_batch_statistics_is_that_of_random_batches_whatever_the_datas_order():
+    obj, path = sorted_classes()
+    theta, u = path.point(0.4), path.tangent(0.4)
+    twin, gradients = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8), []
+    x, y = obj.tensors()
+    for seed in range(2000):
+        index = permutation(120, seed)[:8]
+        leaf = theta.clone().requires_grad_()
+        loss = twin.losses(leaf, x[index], y[index]).mean()
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    found = torch.stack(gradients)
+    found = found - torch.outer(found @ u, u)
+    # As examples would have it: batches are drawn without replacement.
+    expected = 8 * 119 / 112 * float(found.var(0).sum())
+    few = dict(directions=2, rest_examples=0, spread_draws=0)
+    # The 15 batches of one order know their variance to a third or so.
+    assert float(point_force(twin, path, 0.4, **few).noise.sum()) == pytest.approx(
+        expected, rel=0.4
     )
-    start = batch.parameters_vector()
-    with pytest.raises(ValueError, match="control: expected None or False"):
-        measure_drift(batch, linear_path(start, start + 1), [0.5], SGD, control=True)
+    across = torch.linalg.qr(torch.stack([u, *torch.randn(2, len(u)).to(u)], 1)).Q[:, 1:]
+    in_order = GradientNoise(twin, theta, u[:, None], across)
+    assert float(in_order.variances.sum()) > 1.7 * expected  # single classes
+
+
+def test_one_update_with_batch_statistics_has_no_noise_left():
+    """The noise along the path of a single update is all of the first order."""
+    obj, path = sorted_classes()
+    settings = ProjectedSGD(0.05, 8, project_every=1, steps=1)
+    still = noiseless_drift(obj, path, [0.3, 0.7], settings)
+    run = measure_drift(obj, path, [0.3, 0.7], settings, replicas=5)
+    torch.testing.assert_close(run.velocity, still[:, None].expand(-1, 5), rtol=1e-6, atol=1e-9)
+    assert run.raw.std(1).min() > 100 * run.velocity.std(1).max()
+    plain = measure_drift(obj, path, [0.3, 0.7], settings, replicas=5, control=False)
+    torch.testing.assert_close(plain.velocity, run.raw)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift
-from entropic_fast.dynamics.force import first_examples, point_force
+from entropic_fast.dynamics.force import as_in_dynamics, first_examples, point_force
 from entropic_fast.dynamics.growth import radial_share, scale_invariant_rows
 from entropic_fast.dynamics.response import ProjectedSGD
 from entropic_fast.models import digits_cnn
@@ -57,7 +57,7 @@ def test_on_a_radial_path_all_of_the_force_is_norm_growth():
         assert float(point.noise[:3].sum()) == pytest.approx(3 / w**2, rel=0.2)
         run = measure_drift(obj, path, [s], settings, replicas=300, seed=4)
         interval = run.interval(0, 0.999)
-        assert not run.control and interval.low > 0
+        assert interval.low > 0
         assert interval.low < found.radial * 1.15 and found.radial * 0.85 < interval.high
         still = float(noiseless_drift(obj, path, [s], settings.but(batch_size=512))[0])
         assert abs(still) < 0.1 * interval.value
@@ -93,12 +93,14 @@ def test_the_share_on_the_first_examples_is_that_of_an_objective_of_these():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.randn(64, 3, dtype=torch.float64)
-    obj = Objective(net, "cross_entropy", (x, (x[:, 0] > 0).long()), norm="batch", batch_size=8)
+    obj = Objective(net, "cross_entropy", (x, (x[:, 0] > 0).long()), norm="batch", batch_size=16)
     start = obj.parameters_vector()
     path = linear_path(start, start + 0.1 * torch.randn_like(start))
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
-    point = point_force(obj, path, 0.5, directions=3, rest_examples=0, max_examples=24)
+    point = point_force(obj, path, 0.5, directions=3, rest_examples=0, max_examples=16)
     found = radial_share(obj, path, point, settings)
     of_all = replace(point, max_examples=None)
-    assert found == radial_share(first_examples(obj, 24), path, of_all, settings)
+    of_these = first_examples(as_in_dynamics(obj), 16)  # one batch, in whatever order
+    expected = radial_share(of_these, path, of_all, settings)
+    assert found.radial == pytest.approx(expected.radial, rel=1e-9)
     assert found.radial != radial_share(obj, path, of_all, settings).radial

@@ -168,3 +168,22 @@ def test_the_list_tells_results_that_were_edited(copy, command):
     file.write_text(file.read_text() + "\n")
     assert "fig2_loss.csv" in runs.summary(copy).damage
     assert "damaged" in command("runs", "list", copy).out
+
+
+def test_a_result_that_cannot_be_read_is_named(copy, command):
+    file = copy / "data" / "fig2_loss.csv"
+    file.unlink()
+    file.mkdir()  # as one without permission: reading raises OSError
+    assert "got Is a directory" in runs.summary(copy).damage
+    assert "damaged" in command("runs", "list", copy).out
+    assert "fig2_loss.csv" in words(command("runs", "verify", copy).err)
+    file.rmdir()
+    assert "got No such file" in runs.summary(copy).damage
+
+
+def test_the_list_of_a_run_at_work_passes_over_files_that_vanish(copy, monkeypatch):
+    whole = runs.summary(copy)
+    gone = copy / "units" / ".theta.json.part"
+    found = [*copy.rglob("*"), gone]
+    monkeypatch.setattr(type(copy), "rglob", lambda self, pattern: iter(found))
+    assert runs.summary(copy) == whole
