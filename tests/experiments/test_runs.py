@@ -176,7 +176,7 @@ def test_a_result_that_cannot_be_read_is_named(copy, command):
     file.mkdir()  # as one without permission: reading raises OSError
     assert "got Is a directory" in runs.summary(copy).damage
     assert "damaged" in command("runs", "list", copy).out
-    assert "fig2_loss.csv" in words(command("runs", "verify", copy).err)
+    assert "fig2_loss.csv" in command("runs", "verify", copy).out
     file.rmdir()
     assert "got No such file" in runs.summary(copy).damage
 
