@@ -1,5 +1,7 @@
 """The claims of the force on tables whose answer is known."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,7 @@ def force_tables(slope=1.0, at_one=0.0, without=0.0, noise=0.2, seed=0):
                     "energetic": energetic,
                     "gradient": 5.0,
                     "predicted_entropic": x if k == 15 else 0.0,
+                    "predicted_error": 0.2 if k == 15 else 0.0,
                     "predicted_radial": 0.25 * x,
                     "noise_share": 0.9,
                     "squared_distance": 1.2,
@@ -94,3 +97,16 @@ def test_the_force_holds_where_drift_follows_the_prediction(judge):
 )
 def test_the_force_is_judged_by_its_slopes(judge, changes, name, verdict):
     assert judge(**force_tables(**changes))[name].verdict == verdict
+
+
+def test_what_the_predictions_own_errors_make_of_the_slope_is_said(judge):
+    tables = force_tables(slope=0.8)
+    said = judge(**tables)["the force has the predicted size"].detail
+    stated = float(re.search(r"±(\S+) of the slope", said)[1])
+    base = tables["force_comparison"].where(k=15)
+    x, weight = base["predicted_entropic"], base["std_error"] ** -2
+    rng, slopes = np.random.default_rng(1), []
+    for _ in range(4000):
+        other = x + 0.2 * rng.standard_normal(8)
+        slopes.append((weight * other) @ base["residual"] / (weight @ other**2))
+    assert stated == pytest.approx(np.std(slopes), rel=0.1)

@@ -19,7 +19,7 @@ def force(fit: Table, comparison: Table) -> list[Claim]:
     base = comparison.where(k=largest)
     return [
         _proportional(rows[largest], base),
-        _size(rows[largest]),
+        _size(rows[largest], base),
         _own_place(rows[largest], base),
         *([_nothing(rows[1], largest)] if 1 in rows and largest > 1 else []),
         _nothing(rows[0], largest),
@@ -52,8 +52,11 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
     )
 
 
-def _size(row: dict[str, object]) -> Claim:
+def _size(row: dict[str, object], base: Table) -> Claim:
     low, high = _number(row["low"]), _number(row["high"])
+    # What the predictions' own errors make of the slope, a weighted fit through 0.
+    x, weight = floats(base["predicted_entropic"]), floats(base["std_error"]) ** -2
+    errors = np.linalg.norm(weight * x * floats(base["predicted_error"])) / (weight @ x**2)
     if low >= 1 / FACTOR and high <= FACTOR:
         found = HOLDS
     else:
@@ -68,7 +71,8 @@ def _size(row: dict[str, object]) -> Claim:
         low,
         high,
         found,
-        f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}",
+        f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}; the predictions' own "
+        f"sampling, ±{abs(_number(row['slope'])) * errors:.2g} of the slope, is not in it",
     )
 
 
