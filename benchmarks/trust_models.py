@@ -4,9 +4,10 @@
 
 Of every seed in FIRST .. LAST - 1: scores, Gram matrix, norms and Fisher trace against one backward
 pass an example; Hessian and Gauss-Newton products and quadratic forms against two backward passes.
-The counts go to benchmarks/results/trust-models-cpu.json. Where the process ends (torch's own
-double backward crashes on some layers), it is started again behind that seed, which is listed with
-its exit status.
+The counts go to benchmarks/results/trust-models-cpu.json after every few hundred seeds. A run that
+was ended is gone on with from there: where the record ends at FIRST, its counts are added to.
+Where the process ends (torch's own double backward crashes on some layers), it is started again
+behind that seed, which is listed with its exit status.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FILE = ROOT / "benchmarks" / "results" / "trust-models-cpu.json"
 CHUNK = 400  # seeds a process: starting one takes as long as a dozen of them
 
 
@@ -73,17 +75,19 @@ def supervise(first: int, last: int) -> tuple[Counter[str], list[str]]:
 
 def main(first: int, last: int, processes: int = 2) -> None:
     facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()
+    begun, counts, notes = first, Counter[str](), []
+    if FILE.exists() and (before := json.loads(FILE.read_text()))["seeds"][1] == first:
+        begun, counts, notes = before["seeds"][0], Counter(before["counts"]), before["others"]
+        facts["before"] = {name: value for name, value in before.items() if name in facts}
     parts = [(i, min(i + CHUNK, last)) for i in range(first, last, CHUNK)]
-    counts: Counter[str] = Counter()
-    notes: list[str] = []
     with ThreadPoolExecutor(processes) as pool:
-        for done, (found, said) in enumerate(pool.map(lambda p: supervise(*p), parts), 1):
+        found_all = pool.map(lambda part: supervise(*part), parts)
+        for (_, end), (found, said) in zip(parts, found_all, strict=True):
             counts += found
             notes += said
-            print(f"{done}/{len(parts)} {dict(counts)} {said}", flush=True)
-    record = {**facts, "seeds": [first, last], "counts": dict(counts), "others": notes}
-    file = ROOT / "benchmarks" / "results" / "trust-models-cpu.json"
-    file.write_text(json.dumps(record, indent=1) + "\n")
+            print(f"{end} {dict(counts)} {said}", flush=True)
+            record = {**facts, "seeds": [begun, end], "counts": dict(counts), "others": notes}
+            FILE.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
