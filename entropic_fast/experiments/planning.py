@@ -21,16 +21,14 @@ from .schedule import Unit
 from .stages import units_until
 
 ROUNDS = 10
-# Seconds that a stage takes for each of its units' weight, in gradients of training: of `demo`;
-# for path, curvature, relax, force and poor the geometric mean with an unfinished run of `small`
-# on a busy machine. A whole run of `small` took 1.4 times as long for paths, 1.5 for curvature, 1.6
-# for relaxation and 2.3 for figure 7: both processes were at work, the gradient is timed alone.
+# Seconds that a stage takes for each of its units' weight, in gradients of training, as in recorded
+# runs: of networks without batch normalisation (`demo`) and with it (`small`). Both processes were
+# at work there, while the gradient is timed alone: training itself took 1.1 times as long.
 PRICES = {
-    "train": 1.0, "path": 1.0, "curvature": 0.35, "spectrum": 0.35, "relax": 0.55, "force": 1.0,
-    "lmc": 0.65, "fig6": 0.65, "fig7": 0.65, "straight": 0.55, "poor": 0.65,
+    "train": (1.1, 1.1), "path": (0.48, 1.4), "curvature": (0.24, 0.54), "spectrum": (0.5, 0.23),
+    "relax": (0.36, 0.88), "force": (0.9, 1.39), "lmc": (0.48, 0.74), "fig6": (0.48, 0.81),
+    "fig7": (0.68, 1.37), "straight": (0.4, 0.89), "poor": (0.37, 0.94),
 }  # fmt: skip
-# Of the force of a network with batch statistics, whose noise is taken batch by batch.
-BATCH_STATISTICS = 1.9
 TOY = 2e-5  # seconds for a toy's weight of 1, whatever the network
 
 
@@ -41,8 +39,7 @@ def in_seconds(run: RunFolder, units: Sequence[Unit], gradient: float) -> list[U
     def price(stage: str) -> float:
         if stage == "toy":
             return TOY
-        more = BATCH_STATISTICS if stage == "force" and batched else 1.0
-        return PRICES[stage] * more * gradient
+        return PRICES[stage][batched] * gradient
 
     return [replace(unit, weight=unit.weight * price(unit.name.split("/")[0])) for unit in units]
 
@@ -125,8 +122,9 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
         shown.add_row(str(row["processes"]), _minutes(seconds), f"{100 * share:.0f} %")
     console.print(shown)
     console.print(
-        f"from {1e3 * gradient:.2g} ms for an example's gradient here, on one thread; stages "
-        "differ by a factor of up to two and a half from what recorded runs took in such gradients",
+        f"from {1e3 * gradient:.2g} ms for an example's gradient here, on one thread, and what "
+        "stages of the recorded runs of `demo` and `small` took in such gradients on two cores; "
+        "other networks and busy machines may take twice as long",
         soft_wrap=True,
     )
 
