@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from .. import checks
@@ -29,6 +31,9 @@ class Drift:
         velocity: of each replica, in path lengths per effective time (updates x lr), NaN if it
             diverged.  # [K, R]
         raw: without the control of noise along the path.  # [K, R]
+        order_error: standard error of `velocity` that all replicas of a position share: of the
+            mean gradient of batches with statistics of their own. 0 without these, or without
+            control.  # [K]
         control: whether `velocity` is controlled.
         settings: of the bursts.
         trajectory: of all replicas, position by position.
@@ -37,14 +42,24 @@ class Drift:
     position: Tensor
     velocity: Tensor
     raw: Tensor
+    order_error: Tensor
     control: bool
     settings: ProjectedSGD
     trajectory: Trajectory
 
     def interval(self, index: int, confidence: float = 0.95) -> Interval:
-        """Mean velocity at a position, with Student's t interval over its replicas."""
+        """Mean velocity at a position, with Student's t interval over its replicas.
+
+        Where they share an error, `order_error`, it is in the interval.
+        """
         velocity = self.velocity[index]
-        return mean_interval(velocity[~velocity.isnan()], confidence)
+        found = mean_interval(velocity[~velocity.isnan()], confidence)
+        shared = float(self.order_error[index]) * float(norm.ppf((1 + confidence) / 2))
+        below, above = (
+            math.hypot(found.value - found.low, shared),
+            math.hypot(found.high - found.value, shared),
+        )
+        return replace(found, low=found.value - below, high=found.value + above)
 
     def to_table(self, confidence: float = 0.95) -> Table:
         """Columns "position", "velocity", "low", "high", "replicas", a row a position.
@@ -81,9 +96,10 @@ def measure_drift(
     gradient's, is subtracted (a control variate of coefficient 1, so no bias whatever the loss;
     the noise left is that of the second order).
 
-    Where batches have statistics of their own, a mean over all possible batches is out of reach;
-    it is that over the batches of one random order of the examples. `noiseless_drift` takes the
-    same ones, so the difference of both is free of that choice to first order. Each minibatch's
+    Where batches have statistics of their own, the mean over all possible batches is out of reach;
+    it is estimated over the batches of one random order of the examples. That error is one and the
+    same for all replicas (`order_error`, part of `Drift.interval`). `noiseless_drift` takes the
+    same batches, so the difference of both is free of it to first order. Each minibatch's
     gradient is then taken a second time, by itself: as much work as the bursts, or more.
 
     Args:
@@ -130,12 +146,13 @@ def measure_drift(
         engine=engine,
     )
     raw = (run.position[:, -1] - run.position[:, 0]) / settings.duration  # [K R]
-    velocity = raw
+    velocity, error = raw, torch.zeros_like(places)
     if control:
-        noise = _noise_along(obj, path, places, settings, ids, replicas, seed)
+        noise, shared = _noise_along(obj, path, places, settings, ids, replicas, seed)
         velocity = raw + noise / (settings.duration * path.length)
+        error = shared / (settings.duration * path.length)
     shape = (len(places), replicas)
-    return Drift(places, velocity.view(shape), raw.view(shape), control, settings, run)
+    return Drift(places, velocity.view(shape), raw.view(shape), error, control, settings, run)
 
 
 def _noise_along(
@@ -146,57 +163,66 @@ def _noise_along(
     ids: list[int],
     replicas: int,
     seed: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Displacement that the minibatches' gradients along the tangent at the start, less their
-    mean, give to minus this direction.  # [K R]"""
+    mean, give to minus this direction [K R], and the standard error of the mean's part [K]."""
     place = torch.arange(len(places)).repeat_interleave(replicas)
     batches = Minibatches(obj, settings.batch_size, seed, ids)
     slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
-    found = slope(obj, path, places, batches)
+    found, error = slope(obj, path, places, batches)
     total = torch.zeros(len(ids), dtype=torch.float64)
-    for step, weight in enumerate(travel(settings).tolist()):
+    weights = travel(settings)
+    for step, weight in enumerate(weights.tolist()):
         total += weight * found(step, place)
-    return total
+    return total, error * float(weights.sum())
 
 
 def _has_batch_statistics(obj: Objective) -> bool:
     return obj.has_running_statistics or obj.norm == "batch"
 
 
-# (step, place of each replica [K R]) -> slopes of its minibatch less the mean [K R]
+# (step, place of each replica [K R]) -> slopes of their minibatches less the mean [K R]
 Slopes = Callable[[int, Tensor], Tensor]
 
 
-def _mean_slopes(obj: Objective, path: Path, places: Tensor, batches: Minibatches) -> Slopes:
+def _mean_slopes(
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches
+) -> tuple[Slopes, Tensor]:
     slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
     slopes = slopes - slopes.mean(1, keepdim=True)
 
     def found(step: int, place: Tensor) -> Tensor:
         return slopes[place[:, None], batches.indices(step).cpu()].mean(1)
 
-    return found
+    return found, torch.zeros_like(places)
 
 
-def _batch_slopes(obj: Objective, path: Path, places: Tensor, batches: Minibatches) -> Slopes:
+def _batch_slopes(
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches
+) -> tuple[Slopes, Tensor]:
     alike = in_random_batches(obj, batches.batch_size)
-    points = [path.point(float(s)) for s in places]
-    tangents = [path.tangent(float(s)) for s in places]
-    means = [_dot(alike.gradient(p), t) for p, t in zip(points, tangents, strict=True)]
+    points = [path.point(float(s)).detach() for s in places]
+    tangents = [path.tangent(float(s)).double() for s in places]
 
     def slope(k: int, inputs: Tensor, targets: Tensor) -> float:
-        theta = points[k].detach().requires_grad_()
+        theta = points[k].requires_grad_()
         loss = alike.losses(theta, inputs, targets).mean()
-        return _dot(torch.autograd.grad(loss, theta)[0], tangents[k]) - means[k]
+        return float(torch.autograd.grad(loss, theta)[0].double() @ tangents[k])
+
+    every = torch.tensor(
+        [[slope(k, b.inputs, b.targets) for b in alike.batches()] for k in range(len(places))],
+        dtype=torch.float64,
+    )  # [K, N // B]
+    mean, count = every.mean(1), every.shape[1]
 
     def found(step: int, place: Tensor) -> Tensor:
         rows = zip(place.tolist(), *batches(step), strict=True)
-        return torch.tensor([slope(k, x, y) for k, x, y in rows], dtype=torch.float64)
+        slopes = torch.tensor([slope(k, x, y) for k, x, y in rows], dtype=torch.float64)
+        return slopes - mean[place]
 
-    return found
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double())
+    if count == 1:  # a full batch is all there is
+        return found, torch.zeros_like(mean)
+    return found, every.std(1) / count**0.5
 
 
 def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:

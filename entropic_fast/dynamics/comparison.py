@@ -209,7 +209,7 @@ class ForceComparison:
 
     Attributes:
         table: a row a position; velocities in path lengths per effective time (updates x lr).
-            "measured", "low", "high", "std_error": of the bursts;
+            "measured", "low", "high": of the bursts; "std_error": over their replicas alone;
             "energetic": of the same burst without noise; "gradient": - u . grad L / length;
             "predicted_entropic": at finite k; "predicted_on_path": with the noise on the path
             only (no spread); "predicted_exclusion"; "predicted_stationary" and
@@ -295,7 +295,7 @@ def comparison_table(
     for i, (s, point) in enumerate(zip(drift.position.tolist(), forces, strict=True)):
         kept = ~drift.velocity[i].isnan()
         velocity = drift.velocity[i][kept]
-        interval = mean_interval(velocity, confidence)
+        interval = drift.interval(i, confidence)
         entropic, exclusion = point.entropic(settings), point.exclusion(settings)
         inside = point.entropic(settings, rest=False).value
         still = float(energetic[i])

@@ -211,8 +211,9 @@ def point_force(
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
         seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighbouring position.
-        max_examples: curvature from the first so many examples; None for all. The noise is
-            always that of all, because near a minimum a few of them may make most of it.
+        max_examples: curvature from the first so many examples (with batch statistics whole
+            batches of the random order); None for all. The noise is always that of all, because
+            near a minimum a few of them may make most of it.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
@@ -289,9 +290,14 @@ def as_in_dynamics(obj: Objective) -> Objective:
 
 
 def first_examples(obj: Objective, max_examples: int | None) -> Objective:
-    """The objective on its first so many examples, in batches as large as before; None: on all."""
-    count = min(max_examples or obj.num_examples, obj.num_examples)
-    if count == obj.num_examples:
-        return obj
+    """The objective on its first so many examples, in batches as large as before; None: on all.
+
+    With batch statistics on whole batches, one at least.
+    """
     size = len(next(obj.batches()).inputs)
+    count = min(max_examples or obj.num_examples, obj.num_examples)
+    if obj.norm == "batch":
+        count = max(count // size, 1) * size
+    if count >= obj.num_examples:
+        return obj
     return obj.with_data(obj.tensors(count), batch_size=size)

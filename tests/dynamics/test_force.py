@@ -310,3 +310,35 @@ def test_one_update_with_batch_statistics_has_no_noise_left():
     assert run.raw.std(1).min() > 100 * run.velocity.std(1).max()
     plain = measure_drift(obj, path, [0.3, 0.7], settings, replicas=5, control=False)
     torch.testing.assert_close(plain.velocity, run.raw)
+    assert plain.order_error.tolist() == [0.0, 0.0]
+
+
+def test_the_mean_of_one_orders_batches_has_its_error_in_the_interval():
+    obj, path = sorted_classes()
+    settings = ProjectedSGD(0.05, 8, project_every=1, steps=1)
+    x, y = obj.tensors()
+    twin, slopes = obj.with_norm("batch"), []
+    for seed in range(4000):
+        index = permutation(120, seed)[:8]
+        leaf = path.point(0.4).requires_grad_()
+        loss = twin.losses(leaf, x[index], y[index]).mean()
+        slopes.append(float(torch.autograd.grad(loss, leaf)[0] @ path.tangent(0.4)))
+    slopes = torch.tensor(slopes).double()
+    truth, error = -slopes.mean() / path.length, slopes.std() / path.length
+    run = measure_drift(obj, path, [0.4], settings, replicas=5)
+    found = run.interval(0, 0.99)
+    assert found.low < truth < found.high
+    # 15 batches in one order of 120 examples.
+    assert float(run.order_error) == pytest.approx(float(error) / 15**0.5, rel=0.5)
+    assert run.interval(0).high - run.interval(0).low == pytest.approx(
+        2 * 1.96 * float(run.order_error), rel=1e-3
+    )
+
+
+def test_curvature_with_batch_statistics_is_of_whole_batches():
+    obj, path = sorted_classes()
+    twin = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8)
+    few = dict(directions=2, rest_examples=0, spread_draws=0)
+    point = point_force(twin, path, 0.4, max_examples=17, **few)  # 17 = 2 * 8 + 1
+    expected = point_force(twin, path, 0.4, max_examples=16, **few)
+    torch.testing.assert_close(point.stiffness, expected.stiffness)
