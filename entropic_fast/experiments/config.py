@@ -49,7 +49,9 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     if file.suffix == ".toml":
         text, name = file.read_text(encoding="utf-8"), file.stem
     else:
-        checks.one_of("preset", name, presets())
+        if name not in presets():
+            known = ", ".join(map(repr, presets()))
+            raise checks.fail("preset", f"one of {known}, or a .toml file", repr(name))
         source = resources.files(__package__) / "presets" / f"{name}.toml"
         text = source.read_text(encoding="utf-8")
     try:

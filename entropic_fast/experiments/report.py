@@ -145,10 +145,11 @@ def _entry(folder: Path, figure: FigureEntry) -> Mapping[str, Any]:
 
 
 def _count(claims: Sequence[Claim]) -> str:
-    words = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "have not enough data"}
-    counts = {v: sum(c.verdict == v for c in claims) for v in words}
+    one = {HOLDS: "holds", FAILS: "does not hold", UNDECIDED: "has not enough data"}
+    more = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "have not enough data"}
+    counts = {v: sum(c.verdict == v for c in claims) for v in one}
     return f"Of {len(claims)} claims " + ", ".join(
-        f"{n} {words[v]}" for v, n in counts.items() if n
+        f"{n} {one[v] if n == 1 else more[v]}" for v, n in counts.items() if n
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.table import Column
 from rich.table import Table as RichTable
 
 from .. import store
@@ -105,7 +106,16 @@ def _size_and_age(path: Path) -> tuple[int, float]:
 
 def print_list(console: Console, paths: Sequence[Path]) -> None:
     """The runs as a table on the terminal."""
-    table = RichTable("run", "preset", "network", "data", "units", "claims", "size", "changed, UTC")
+    table = RichTable(
+        Column("run", overflow="fold"),
+        "preset",
+        "network",
+        "data",
+        "units",
+        "claims",
+        "size",
+        "changed, UTC",
+    )
     for path in paths:
         found = summary(path)
         counts = dict(found.verdicts)

@@ -75,6 +75,8 @@ def test_the_force_holds_where_drift_follows_the_prediction(judge):
     claim = found[FORCE[0]]
     assert claim.low < 0.8 < claim.high < 1 and "does not hold 1" in claim.detail
     assert "norm growth of scale-invariant weights is 25 %" in claim.detail
+    assert "predicted one at 8 of 8 positions" in claim.detail
+    assert "at 0 of 8" in judge(**force_tables(slope=-0.8))[FORCE[0]].detail
     assert "holds 1" in judge(**force_tables(noise=1.0))[FORCE[0]].detail
 
 

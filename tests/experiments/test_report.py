@@ -183,4 +183,4 @@ def test_claims_are_printed_with_effect_interval_and_verdict():
     assert rows["one"] == ["1A", "one", "1.5", "1.25 to 1.75", "holds"]
     assert rows["two"] == ["2B", "two", "0.5", "", "does not hold"]
     assert rows["three"] == ["3C", "three", "-", "", "not enough data"]
-    assert lines[-1] == "Of 3 claims 1 hold, 1 do not hold, 1 have not enough data"
+    assert lines[-1] == "Of 3 claims 1 holds, 1 does not hold, 1 has not enough data"

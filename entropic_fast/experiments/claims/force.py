@@ -30,6 +30,7 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
     low, high = _number(row["low"]), _number(row["high"])
     squares = floats(base["squared_distance"]) / floats(base["predicted_squared_distance"])
     entropic = floats(base["predicted_entropic"])
+    same = int((entropic * floats(base["residual"]) > 0).sum())
     radial = floats(base["predicted_radial"])
     share = float(np.abs(radial).sum() / np.abs(entropic).sum())
     return Claim(
@@ -42,6 +43,7 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
         low,
         high,
         verdict(low, high, 0.0),
+        f"the sign is the predicted one at {same} of {base.num_rows} positions; "
         f"the interval {'holds' if low <= 1 <= high else 'does not hold'} 1; chi-square about the "
         f"line {_number(row['chi2']):.1f} on {row['freedom']} degrees "
         f"(p = {_number(row['p_value']):.2g}); squared distance from the path "
