@@ -78,7 +78,7 @@ def main(first: int, last: int, processes: int = 2) -> None:
     begun, counts, notes = first, Counter[str](), []
     if FILE.exists() and (before := json.loads(FILE.read_text()))["seeds"][1] == first:
         begun, counts, notes = before["seeds"][0], Counter(before["counts"]), before["others"]
-        facts["before"] = {name: value for name, value in before.items() if name in facts}
+        facts["earlier commits"] = [*before.get("earlier commits", []), before["commit"]]
     parts = [(i, min(i + CHUNK, last)) for i in range(first, last, CHUNK)]
     with ThreadPoolExecutor(processes) as pool:
         found_all = pool.map(lambda part: supervise(*part), parts)
