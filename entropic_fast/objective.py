@@ -267,14 +267,16 @@ class Objective:
 
     def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
         """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable."""
-        values = {**self.split(theta), **self.buffers}
+        values, alone = {**self.split(theta), **self.buffers}, self._alone(inputs)
+        if alone:
+            inputs = torch.cat([inputs, inputs])
         try:
             with exact_math(), model_lock(self._model):
                 outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
         except ValueError as error:
             explain_too_few(error, len(inputs))
             raise
-        return outputs
+        return outputs[:1] if alone else outputs
 
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example at theta [P]; differentiable.  # [n]
@@ -323,21 +325,19 @@ class Objective:
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
-        inputs, targets = self.twice_if_alone(batch.inputs, batch.targets)
-        losses = self.losses(theta, inputs, targets)[: len(batch.inputs)]
+        losses = self.losses(theta, batch.inputs, batch.targets)
         model_checks.require_finite(losses.detach(), theta, batch.start)
         return losses
 
-    def twice_if_alone(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A single example twice where normalisation layers use stored statistics.
+    def _alone(self, inputs: Tensor) -> bool:
+        """Whether gradients for a single example need it taken twice.
 
-        For a pass whose loss of the first alone is then differentiated: torch's batch and
-        instance normalisation (2.13 and 2.15, CPU) return a wrong gradient for one image if the
-        gradient arrives with its channels last, as it does from a sequence of positions.
+        torch's batch and instance normalisation by stored statistics (2.13 to 2.15, CPU) return a
+        wrong gradient for one image if the gradient arrives with its channels last, as it does
+        from a sequence of positions.
         """
-        if len(inputs) != 1 or self.norm != "running" or not norm_layers(self._model):
-            return inputs, targets
-        return torch.cat([inputs, inputs]), torch.cat([targets, targets])
+        wanted = torch.is_grad_enabled() and self.norm == "running" and len(inputs) == 1
+        return wanted and bool(norm_layers(self._model))
 
     def loss(self, theta: Tensor | None = None) -> float:
         """Mean loss over all examples at theta [P], summed in float64."""

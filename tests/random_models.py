@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -25,6 +25,8 @@ from entropic_fast.objective import Objective
 
 MOST_FEATURES = 160  # of one example between two pieces
 Loss = str | Callable[[Tensor, Tensor], Tensor]
+
+EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class RandomCase:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def rounding(self) -> float:
+        """How far `scores` move when every parameter moves by a unit of its last place.
+
+        What cancels to almost nothing (behind a scale of 0, or at a loss of almost 0) has the error
+        of what cancels, not of what is left.
+        """
+        moved = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p.mul_(1 + EPS)
+        other = replace(self, model=moved)
+        return float((other.scores() - self.scores()).norm())
 
     def scores(self) -> Tensor:
         """One ordinary backward pass an example.  # [N, P]

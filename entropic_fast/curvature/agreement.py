@@ -17,6 +17,8 @@ AGREEMENT = {
     torch.bfloat16: (0.2, 0.05),
     torch.float16: (0.1, 0.02),
 }
+# Differences of so much are rounding, however small the gradient.
+SMALL_GRADIENT = {t: 100 * torch.finfo(t).eps for t in (torch.float64, torch.float32)}
 
 
 class DisagreementError(RuntimeError):

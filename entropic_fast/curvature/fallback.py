@@ -37,7 +37,7 @@ class Fallback:
     @exact_math()
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients and losses of a batch.  # [n, P], [n]"""
-        # A single example goes the way that `twice_if_alone` makes right.
+        # A single example alone goes the way that `Objective.outputs` makes right.
         if self._vmap_works and len(batch.inputs) > 1:
             try:
                 return self._by_vmap(batch)
@@ -48,7 +48,8 @@ class Fallback:
 
     def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
         def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            return self.obj.losses(theta, x[None], y[None]).sum()
+            # Not `losses`, which would take a single example twice.
+            return self.obj.losses_with(self.obj.split(theta), x[None], y[None]).sum()
 
         with no_slow_loops():
             gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(
@@ -63,8 +64,7 @@ class Fallback:
         for i in range(n):
             leaf = self.theta.detach().requires_grad_()
             one = slice(i, i + 1)
-            pair = self.obj.twice_if_alone(batch.inputs[one], batch.targets[one])
-            loss = self.obj.losses(leaf, *pair)[0]
+            loss = self.obj.losses(leaf, batch.inputs[one], batch.targets[one])[0]
             gradients[i] = torch.autograd.grad(loss, leaf)[0]
             losses.append(loss.detach())
         return gradients, torch.stack(losses)

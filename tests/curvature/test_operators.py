@@ -9,7 +9,7 @@ from cases import CASES, Case, by_name, difference_hessian, relative_error
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from entropic_fast.curvature import GGNOperator, HessianOperator
+from entropic_fast.curvature import GGNOperator, HessianOperator, without_rules
 from entropic_fast.objective import NonFiniteLossError, Objective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
@@ -247,3 +247,28 @@ def test_nan_is_refused_with_its_place(operator):
     )
     with pytest.raises(ValueError, match="NaN or infinity at a point of norm"):
         operator(root) @ torch.ones(1)
+
+
+@pytest.mark.parametrize("kind", [GGNOperator, HessianOperator])
+def test_one_image_at_a_time_by_autograd_too(kind):
+    """torch's batch normalisation is wrong for one image whose gradient comes channels last."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Tanh(),
+        Positions(), torch.nn.Linear(2, 3),
+    ).double()  # fmt: skip
+    x, y = torch.randn(3, 1, 5, 5, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    together = Objective(model, "mse", (x, y), batch_size=3)
+    identity = torch.eye(together.num_params, dtype=torch.float64)
+    with without_rules():
+        alone = kind(together.with_data((x, y), batch_size=1)) @ identity
+        expected = kind(together) @ identity
+    torch.testing.assert_close(alone, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kind(together) @ identity, expected, rtol=1e-10, atol=1e-12)
+
+
+class Positions(torch.nn.Module):
+    """Images as the mean of a sequence of positions, whose channels are last."""
+
+    def forward(self, x):  # [N, C, H, W] -> [N, C]
+        return torch.tanh(x.flatten(2).transpose(1, 2)).mean(1)

@@ -32,7 +32,7 @@ def assert_rows_match(case: RandomCase, got: torch.Tensor, expected: torch.Tenso
         begin += parameter.numel()
         error = float((got[:, columns] - expected[:, columns]).norm())
         scale = float(expected[:, columns].norm())
-        assert error <= 1e-11 * scale + noise, (
+        assert error <= 1e-11 * scale + noise or error <= 20 * case.rounding(), (
             f"seed {case.seed}: {name}{list(parameter.shape)} is off by {error:.3g}, of "
             f"{scale:.3g}; kinds: {sorted(case.kinds)}\n{case.model}"
         )
@@ -46,9 +46,15 @@ def test_everything_in_float64_is_that_of_single_backward_passes(seed: int):
     assert_rows_match(case, score_matrix(obj), expected)
     gram = expected @ expected.T
     squares, scale = gram.diagonal(), float(gram.norm())
-    assert float((score_gram(obj) - gram).norm()) <= 1e-11 * scale
-    assert float((gradient_norms(obj) - squares).norm()) <= 1e-11 * scale
-    assert fisher_trace(obj).value == pytest.approx(float(squares.mean()), rel=1e-11)
+    # By inner products of positions the squares of what cancels are rounded: 1e-9.
+    mean = squares.mean()
+    for got, wanted, size, limit in (
+        (score_gram(obj), gram, scale, 1e-11),
+        (gradient_norms(obj), squares, scale, 1e-9),
+        (mean.new_tensor(fisher_trace(obj).value), mean, float(mean), 1e-9),
+    ):
+        gap = float((got - wanted).norm())
+        assert gap <= limit * size or gap <= 20 * case.rounding() * float(expected.norm())
 
 
 @pytest.mark.parametrize("seed", SOME)
@@ -65,6 +71,12 @@ def test_everything_in_float32_is_close_to_it(seed: int):
     assert float((score_gram(obj) - gram).norm()) <= 2e-4 * scale
     assert float((gradient_norms(obj) - gram.diagonal()).norm()) <= 2e-4 * scale
     assert fisher_trace(obj).value == pytest.approx(float(gram.trace()) / len(gram), rel=2e-4)
+
+
+def test_scores_that_are_all_rounding_are_not_refused():
+    """Behind a scale of 0 every gradient is 0 but for rounding, and the two ways differ."""
+    case = random_case(4376)
+    assert float(score_matrix(case.objective()).norm()) < 1e-12
 
 
 def test_a_seed_makes_one_case():

@@ -19,7 +19,7 @@ class BatchNorm(Layer):
     """`F.batch_norm` by stored statistics: x is scaled and shifted by constants a channel.
 
     torch's own returns a wrong gradient for a single image if the gradient arrives with its
-    channels last (`Objective.twice_if_alone`), as it may for a chunk of one example.
+    channels last (`Objective.outputs`), as it may for a chunk of one example.
     """
 
     right_under_vmap = False
