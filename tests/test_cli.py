@@ -239,8 +239,9 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings = ["--set", "data.train_limit=100", "--set", "data.curvature_examples=32"]
-    # The third minimum has every process busy when the first is finished.
-    settings += ["--set", "train.epochs=150", "--set", "lmc.branch_epochs=[0]"]
+    # Of five minima some are not finished when the signal comes, however late it comes.
+    settings += ["--set", "train.seeds=[0,1,2,3,4]", "--set", "train.epochs=150"]
+    settings += ["--set", "lmc.branch_epochs=[0]"]
     settings += ["--set", "poor.attack=0"]
     folder = tmp_path / "run"
     arguments = ["train", "--out", str(folder), *settings]
@@ -253,7 +254,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
     os.kill(process.pid, sent)
     _, said = process.communicate(timeout=60)
     finished = {p: p.stat().st_mtime_ns for p in units.glob("*/done.json")}
-    assert len(workers) >= 2 and 1 <= len(finished) < 3
+    assert len(workers) >= 2 and 1 <= len(finished) < 5
     if sent == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in said
         assert "interrupted; finished units are kept" in flat(said)
@@ -261,12 +262,12 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
 
     ended = command(*arguments, "--workers", 1)
     assert ended.code == 0, ended.err
-    assert f"{len(finished)} of 3 units are finished already and kept" in ended.err
+    assert f"{len(finished)} of 5 units are finished already and kept" in ended.err
     assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
     whole = tmp_path / "whole"
     assert command("train", "--out", whole, "--workers", 1, *settings).code == 0
     assert tables(folder) == tables(whole)
-    assert len(tables(whole)) == 6
+    assert len(tables(whole)) == 10
 
 
 def test_a_folder_refused_before_anything_was_computed_takes_the_corrected_command(

@@ -109,8 +109,9 @@ def test_records_larger_than_the_budget_go_to_disk():
     plan = score_plan(obj, memory_budget=budget)
     assert plan.strategy == "disk" and plan.spilled == whole.held and plan.folder is not None
     assert f"of records in {plan.folder}" in str(plan)
+    before = set(plan.folder.glob("entropic-fast-*"))  # others' may be there
     gram = score_gram(obj, memory_budget=budget)
-    assert not list(plan.folder.glob("entropic-fast-*"))  # nothing is left behind
+    assert set(plan.folder.glob("entropic-fast-*")) <= before  # nothing is left behind
     assert relative_error(gram, score_gram(obj)) < 1e-12
 
 
