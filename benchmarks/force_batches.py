@@ -40,7 +40,7 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
     run = RunFolder(stored.path, stored.config, data_dir=data_dir)
     section, name = run.config.force, pieces.path_names(run)[0][0]
     path = pieces.load_path(run, name)
-    obj = fig_force._objective(run, run.config.path.pairs[0][0])
+    obj = fig_force.dynamics_objective(run, run.config.path.pairs[0][0])
     s = fig_force.places(path.positions.tolist(), section.positions)[index]
     x, y = obj.tensors()
     orders = [permutation(len(x), seed) for seed in range(ORDERS)]
@@ -52,7 +52,7 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
             for i in orders
         ],
     }
-    settings = fig_force._settings(run, max(section.cycles))
+    settings = fig_force.burst_settings(run, max(section.cycles))
     for examples in EXAMPLES:
         point = point_force(
             obj, path, s, directions=section.directions, rest_examples=section.rest_examples,

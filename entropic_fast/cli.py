@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -111,14 +112,27 @@ def _run(
         _console.print(text, markup=False, soft_wrap=True)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a batch system sends before it kills."""
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    # A process of torchrun that waits for others in C++ would not come to a handler in Python.
+    handled = "RANK" not in os.environ
+    before = signal.signal(signal.SIGTERM, terminated) if handled else None
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         # Here, and not in main: typer turns it into an exit without a word.
         _errors.print("interrupted; finished units are kept, the same command goes on from them")
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _configuration(

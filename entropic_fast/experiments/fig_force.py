@@ -47,7 +47,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
     section = run.config.force
     name, first, *_ = pieces.path_names(run)[0]
     path = pieces.load_path(run, name)
-    obj = _objective(run, first)
+    obj = dynamics_objective(run, first)
     s = places(path.positions.tolist(), section.positions)[index]
     point = point_force(
         obj,
@@ -65,7 +65,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
     rows: list[dict[str, object]] = []
     bursts: list[dict[str, object]] = []
     for number, k in enumerate(section.cycles):
-        settings = _settings(run, k)
+        settings = burst_settings(run, k)
         # Replicas of other positions and other k have noise of their own.
         seed = run.config.seed + 1000 * index + number
         drift = measure_drift(obj, path, [s], settings, _replicas(run, k), seed=seed)
@@ -108,7 +108,7 @@ def places(pivots: Sequence[float], count: int) -> list[float]:
     return [(pivots[i] + pivots[i + 1]) / 2 for i in segments]
 
 
-def _objective(run: RunFolder, seed: int) -> Objective:
+def dynamics_objective(run: RunFolder, seed: int) -> Objective:
     """The objective that the dynamics has: minibatch statistics where the network keeps any."""
     obj = pieces.objective(run, pieces.minimum(run, seed))
     if not obj.has_running_statistics:
@@ -116,7 +116,7 @@ def _objective(run: RunFolder, seed: int) -> Objective:
     return obj.with_norm("batch").with_data(obj.tensors(), batch_size=run.config.force.batch_size)
 
 
-def _settings(run: RunFolder, k: int) -> ProjectedSGD:
+def burst_settings(run: RunFolder, k: int) -> ProjectedSGD:
     section = run.config.force
     return ProjectedSGD(section.lr, section.batch_size, k, steps=max(section.cycles))
 

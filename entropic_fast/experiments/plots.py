@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .. import store
+from .claims.intervals import mean_interval
 
 # Okabe and Ito's palette, without its yellow (too light on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -102,7 +103,16 @@ def shades(count: int) -> list[tuple[float, float, float, float]]:
 def mean_and_points(
     ax: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str = ""
 ) -> None:
-    """The mean over rows of `values` [R, X] as a line, each row's values as points."""
+    """The mean over rows of `values` [R, X] as a line, each row's values as points.
+
+    From three rows on, a band is the mean's 95 % interval (Student's t). The axis spans the
+    points: of so few rows the band may reach beyond it.
+    """
     ax.plot(x, values.mean(0), "-", color=colour, label=label or None)
     for row in values:
         ax.plot(x, row, "o", color=colour, alpha=0.6)
+    if len(values) > 2:
+        spanned = ax.dataLim.frozen()
+        low, high = np.transpose([mean_interval(column) for column in values.T])
+        ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        ax.dataLim.set(spanned)

@@ -117,7 +117,8 @@ _FIGURES = {
         fig5.draw,
         "Figure 5. Entropic barriers matter later in training.",
         "Two branches from epoch k with different data orders, joined by a straight line. "
-        "Instability: (highest on the line - mean of the ends) / mean of the ends [D].",
+        "Instability: (highest on the line - mean of the ends) / mean of the ends [D]. "
+        "Points are trunks; bands, from three trunks on, 95 % intervals of the mean (Student's t).",
     ),
     "fig6": _Entry(
         *fig5.other("fig6"),
