@@ -162,3 +162,19 @@ def test_rows_are_themselves():
     assert piece.width == piece.groups == 6
     assert torch.equal(piece.rows(), rows)
     assert relative_error(piece.norms(), rows.square().sum(1)) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_positions_that_cancel_are_those_of_rows(dtype):
+    """Some of the examples have positions that nearly cancel, by up to the dtype's precision."""
+    a, g = randn(N, 2, 9).to(dtype), randn(N, 2, 8, seed=1).to(dtype)
+    left = [1e-1, 1e-3, 0.0, torch.finfo(dtype).eps**0.5]
+    for e, share in enumerate(left):
+        a[e, 1], g[e, 1] = a[e, 0], -(1 - share) * g[e, 0]
+    exact = torch.einsum("eti,eto->eoi", a.double(), g.double()).square().sum((1, 2))
+    norms = LinearPiece(a, g).norms()
+    assert norms.dtype == torch.float64 and float(norms[2]) == 0.0
+    kept = [0, 1, 3, 4]
+    # A row is rounded by eps of its positions, which is eps / share of itself.
+    allowed = 20 * torch.finfo(dtype).eps / torch.tensor([*left[:2], left[3], 1.0])
+    assert ((norms[kept] / exact[kept] - 1).abs() <= allowed).all()

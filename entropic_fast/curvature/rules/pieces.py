@@ -21,6 +21,8 @@ from ...ops.score_gram import cross_update_
 
 # Bytes of scratch that norms may take for rows or float64 copies, each; small enough for caches.
 SCRATCH = 4 * 2**20
+# A norm by inner products of positions that is a smaller share of their own squares is taken by rows.
+CANCELS = 1e-2
 
 
 class Piece(ABC):
@@ -175,7 +177,12 @@ class LinearPiece(Piece):
         if positions * (inputs + outputs) < inputs * outputs:
             both = torch.bmm(a, a.transpose(1, 2)).double()
             both *= torch.bmm(g, g.transpose(1, 2))
-            return both.sum((1, 2)).clamp_(min=0)
+            norms = both.sum((1, 2))
+            # Rounding of the inner products is eps times the positions' own squares.
+            cancelled = (norms < CANCELS * both.diagonal(dim1=1, dim2=2).sum(1)).nonzero()[:, 0]
+            if len(cancelled):
+                norms[cancelled] = norms_by_columns(LinearPiece(a[cancelled], g[cancelled]))
+            return norms
         return norms_by_columns(self)
 
     @property
