@@ -51,12 +51,12 @@ from torch import Tensor
 from .. import checks
 from ..curvature import HessianOperator, top_eigenvalues
 from ..curvature.across import Across, orthonormal
-from ..curvature.protocol import multiply, quadratic_forms
+from ..curvature.protocol import multiply
 from ..objective import Objective
 from ..paths.path import Path
 from ..results import Eigenpairs, Estimate
-from .minibatches import in_random_batches
 from .noise import GradientNoise
+from .parts import as_in_dynamics, first_examples, forms_by_parts, mean_of_parts
 from .response import ProjectedSGD, Response, Sampling, response, travel
 
 
@@ -204,16 +204,17 @@ def point_force(
         position: s, with s +- step inside [0, 1].
         directions: r, eigenvectors of the Hessian across the path, at most P - 1.
         rest_examples: how many examples' gradients, less their part in the r directions, are
-            taken to find what the rest contributes; 0 to leave the rest out of `pull`.
+            drawn to find what the rest contributes; 0 to leave the rest out of `pull`.
         spread_draws: random directions from which `spread` is taken; 0 for none, and no spread.
         step: changes along the path are central differences over +- step path lengths along u.
             Networks with kinks have none but over a distance: choose it near that from the path.
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
         seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighbouring position.
-        max_examples: curvature from the first so many examples (with batch statistics whole
-            batches of the random order); None for all. The noise is always that of all, because
-            near a minimum a few of them may make most of it.
+        max_examples: curvature from so many examples (with batch statistics whole batches of
+            the random order); None for all. The r directions take the first ones. Samples of
+            the rest are dealt out to parts of the data as large, which their error includes.
+            The noise is always that of all, because near a minimum a few may make most of it.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
@@ -258,12 +259,15 @@ def point_force(
     stiffness = error = 0.0
     if rest_examples and noise.rest > 0:
         sample = noise.sample(rest_examples, seed)  # [P, E]
-        forms = [quadratic_forms(side, sample).cpu() for side in sides]
-        change = (forms[0] - forms[1]) / (2 * spacing)
-        stiffness = float(0.5 * (forms[0] + forms[1]).sum() / sample.double().square().sum())
+        ahead_forms, behind_forms = (
+            forms_by_parts(side, place, sample, max_examples)
+            for side, place in zip(beside, places, strict=True)
+        )
+        forms = ahead_forms + behind_forms
+        stiffness = float(0.5 * forms.nansum() / sample.double().square().sum())
         pull[:-1, -1] = pull[-1, :-1] = noise.cross.cpu()
-        pull[-1, -1] = change.mean()
-        error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else torch.nan
+        change, error = mean_of_parts((ahead_forms - behind_forms) / (2 * spacing))
+        pull[-1, -1] = change
     return PointForce(
         position=float(position),
         length=path.length,
@@ -280,24 +284,3 @@ def point_force(
         pairs=pairs,
         max_examples=max_examples,
     )
-
-
-def as_in_dynamics(obj: Objective) -> Objective:
-    """The objective itself, or with batch statistics over random batches of the same size."""
-    if obj.norm != "batch":
-        return obj
-    return in_random_batches(obj, len(next(obj.batches()).inputs))
-
-
-def first_examples(obj: Objective, max_examples: int | None) -> Objective:
-    """The objective on its first so many examples, in batches as large as before; None: on all.
-
-    With batch statistics on whole batches, one at least.
-    """
-    size = len(next(obj.batches()).inputs)
-    count = min(max_examples or obj.num_examples, obj.num_examples)
-    if obj.norm == "batch":
-        count = max(count // size, 1) * size
-    if count >= obj.num_examples:
-        return obj
-    return obj.with_data(obj.tensors(count), batch_size=size)

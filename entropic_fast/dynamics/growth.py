@@ -23,7 +23,8 @@ from ..curvature import HessianOperator
 from ..curvature.protocol import multiply
 from ..objective import Objective
 from ..paths.path import Path
-from .force import PointForce, as_in_dynamics, first_examples
+from .force import PointForce
+from .parts import as_in_dynamics, first_examples
 from .response import ProjectedSGD, Sampling, response, travel
 
 # Cosine of W and its gradient below which W counts as scale-invariant: normalisation adds a

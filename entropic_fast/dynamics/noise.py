@@ -16,7 +16,7 @@ from .. import checks
 from ..curvature.across import without
 from ..curvature.per_example import ExampleGradients
 from ..objective import Objective
-from ..random import derive, normal, permutation
+from ..random import derive, normal, permutation, uniform
 
 
 def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -96,19 +96,21 @@ class GradientNoise:
         # (columns^T g) is enough: what is taken off g follows from its coordinates.
         columns = self.basis if turned is None else torch.cat([self.basis, turned.to(theta)], 1)
         product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
-        squares = 0.0
+        squares = []
         self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
         signs = [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
         for start, rows in gradient_rows(obj, theta):
             rows = self.scale * (rows - self.mean)  # [n, P]
             coordinates = (rows @ columns).double()
             product += coordinates[:, :size].T @ coordinates / n
-            squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) / n
+            within = coordinates[:, :size].square().sum(1)
+            squares.append(torch.linalg.vector_norm(rows, dim=1).double().square() - within)
             for total, sign in zip(self._sums, signs, strict=True):
                 total += sign[start : start + len(rows)].to(rows) @ rows
         within = product[:, :size]
         self.covariance = within[1:, 1:]
-        self.rest = max(squares - float(within.diagonal().sum()), 0.0)
+        self._rest_squares = torch.cat(squares).clamp(min=0)  # [n]
+        self.rest = float(self._rest_squares.mean())
         self.cross = torch.zeros(size - 1, dtype=torch.float64)
         if turned is not None:
             # turned . rest = turned . g - (turned . basis) (basis . g)
@@ -130,19 +132,39 @@ class GradientNoise:
         return total
 
     def sample(self, examples: int, seed: int) -> Tensor:
-        """The rest of so many examples' gradients, examples drawn without replacement.  # [P, E]"""
-        order = permutation(self.count, derive(seed, "force", "rest"), 0)
-        chosen = order[: min(examples, self.count)].to(self.theta.device)
-        obj = self.obj
+        """Columns v of which the mean of v v^T is the rest of C, in expectation.  # [P, E]
+
+        The rests of so many examples' gradients, drawn in proportion to their squared norms and
+        scaled to one norm: near a minimum a few examples make most of the noise, and an even draw
+        misses them. All of them as they are where there are no more.
+        """
+        if examples >= self.count:
+            chosen = torch.arange(self.count)
+        else:
+            # At even distances on the sum of the squared norms, in a random order: data have
+            # orders of their own, periodic ones too.
+            own = derive(seed, "force", "rest")
+            order = permutation(self.count, own, 0)
+            total = self._rest_squares.cpu()[order].cumsum(0)
+            places = (torch.arange(examples) + uniform((1,), own, 1)) * (total[-1] / examples)
+            chosen = order[torch.searchsorted(total, places).clamp_(max=self.count - 1)]
+        columns = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
+        if examples >= self.count:
+            return columns
+        return columns * (self.rest**0.5 / torch.linalg.vector_norm(columns, dim=0))
+
+    def _rows(self, chosen: Tensor) -> Tensor:
+        """The rows of these numbers, which may repeat.  # [E, P]"""
+        obj, distinct = self.obj, torch.unique(chosen)
         if obj.norm == "batch":
-            wanted = set(chosen.tolist())
-            named = {i: rows for i, rows in gradient_rows(obj, self.theta) if i in wanted}
-            rows = torch.cat([named[i] for i in chosen.tolist()])
+            wanted = set(distinct.tolist())
+            rows = torch.cat([r for i, r in gradient_rows(obj, self.theta) if i in wanted])
         else:
             inputs, targets = obj.tensors()
-            few = obj.with_data((inputs[chosen], targets[chosen]))
-            rows = torch.cat([rows for _, rows in gradient_rows(few, self.theta)])
-        return without(self.basis, self.scale * (rows - self.mean).T)
+            some = distinct.to(inputs.device)
+            few = obj.with_data((inputs[some], targets[some]))
+            rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
+        return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 
     def spread(self, size: float) -> float:
         """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.

@@ -117,8 +117,11 @@ def dynamics_objective(run: RunFolder, seed: int) -> Objective:
 
 
 def burst_settings(run: RunFolder, k: int) -> ProjectedSGD:
-    section = run.config.force
-    return ProjectedSGD(section.lr, section.batch_size, k, steps=max(section.cycles))
+    """Settings at k: a third of the updates where k is not the largest, for the reason that
+    `_replicas` has."""
+    section, longest = run.config.force, max(run.config.force.cycles)
+    steps = longest if k == longest else max(longest // 3 // k, 1) * k
+    return ProjectedSGD(section.lr, section.batch_size, k, steps=steps)
 
 
 def _replicas(run: RunFolder, k: int) -> int:

@@ -101,8 +101,8 @@ class RelaxSection:
 class ForceSection:
     """The force on projected SGD along the first path, measured and predicted.
 
-    Bursts of max(cycles) updates from the middles of `positions` segments, at every k of `cycles`;
-    `replicas` at the largest k, a quarter of them at the others.
+    Bursts of max(cycles) updates from the middles of `positions` segments, `replicas` of them; at
+    every other k of `cycles` a third of the updates and a quarter of the replicas.
     The temperature must be low enough for fluctuations to be linear. `examples`: for curvature (0:
     all; the noise is always that of all); `step`: of derivatives along the path, in path lengths.
     """

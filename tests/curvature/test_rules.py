@@ -168,7 +168,7 @@ def test_rows_are_themselves():
 def test_norms_of_positions_that_cancel_are_those_of_rows(dtype):
     """Some of the examples have positions that nearly cancel, by up to the dtype's precision."""
     a, g = randn(N, 2, 9).to(dtype), randn(N, 2, 8, seed=1).to(dtype)
-    left = [1e-1, 1e-3, 0.0, torch.finfo(dtype).eps**0.5]
+    left = [1e-1, 1e-3, 0.0, torch.finfo(dtype).eps ** 0.5]
     for e, share in enumerate(left):
         a[e, 1], g[e, 1] = a[e, 0], -(1 - share) * g[e, 0]
     exact = torch.einsum("eti,eto->eoi", a.double(), g.double()).square().sum((1, 2))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from force_valleys import valley
 
+from entropic_fast.curvature import HessianOperator
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift, tangent_gradients
 from entropic_fast.dynamics.comparison import compare_force, fit_force, shuffled_curvature
 from entropic_fast.dynamics.force import point_force
 from entropic_fast.dynamics.noise import GradientNoise
+from entropic_fast.dynamics.parts import forms_by_parts, mean_of_parts
 from entropic_fast.dynamics.relax import relax
 from entropic_fast.dynamics.response import ProjectedSGD
 from entropic_fast.dynamics.temperature import effective_temperature
@@ -82,11 +84,22 @@ def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
     assert few.noise_share == pytest.approx(3 / 8, rel=1e-6)
     found = few.entropic(SGD)
     assert few.entropic(SGD, rest=False).value == pytest.approx(whole * 3 / 8, rel=1e-5)
-    if rest:
-        assert abs(found.value - whole) < 4.5 * found.std_error < 0.5 * whole
+    if rest:  # directions that are alike: every sample has the same form
+        assert found.value == pytest.approx(whole, rel=1e-5) and found.std_error < 1e-9 * whole
         assert float(few.stiffness[-1]) == pytest.approx(float(few.stiffness[0]), rel=1e-6)
     else:
         assert found.value == pytest.approx(whole * 3 / 8, rel=1e-5)
+
+
+def test_the_error_of_the_rest_is_that_of_its_samples():
+    """Two directions of one stiffness here whose curvature changes differently."""
+    obj, path = valley(stiffness=(20.0, 3.0, 3.0), slopes=(-0.5, 2.0, 0.5), noise=(0.5, 1.0, 3.0))
+    whole = point_force(obj, path, 0.01, **exact(3)).entropic(SGD).value
+    few = dict(directions=1, rest_examples=48, spread_draws=0, step=1e-3)
+    found = [point_force(obj, path, 0.01, seed=i, **few).entropic(SGD) for i in range(12)]
+    pulls = [(f.value - whole) / f.std_error for f in found]
+    assert max(map(abs, pulls)) < 5 and 0.2 < torch.tensor(pulls).std() < 1.5
+    assert max(f.std_error for f in found) < 0.3 * abs(whole)
 
 
 CASES = [
@@ -342,3 +355,65 @@ def test_curvature_with_batch_statistics_is_of_whole_batches():
     point = point_force(twin, path, 0.4, max_examples=17, **few)  # 17 = 2 * 8 + 1
     expected = point_force(twin, path, 0.4, max_examples=16, **few)
     torch.testing.assert_close(point.stiffness, expected.stiffness)
+
+
+@pytest.mark.parametrize("norm", ["eval", "batch"])
+def test_samples_of_the_rest_have_its_covariance_where_few_examples_make_it(norm):
+    obj, path = sorted_classes()
+    x, y = obj.tensors()
+    obj = obj.with_data((torch.cat([x[:110], 30 * x[110:]]), y))
+    if norm == "batch":
+        obj = obj.with_norm("batch").with_data(obj.tensors(), batch_size=4)
+    theta, u = path.point(0.4), path.tangent(0.4)[:, None]
+    across = torch.linalg.qr(torch.cat([u, torch.randn(len(u), 2).to(u)], 1)).Q[:, 1:]
+    noise = GradientNoise(obj, theta, u, across)
+    whole = noise.sample(noise.count, 0)
+    assert whole.shape[1] == noise.count and len(set(whole.norm(dim=0).tolist())) > 10
+    exact = whole @ whole.T / noise.count
+    assert float(exact.trace()) == pytest.approx(noise.rest, rel=1e-9)
+    draws = [noise.sample(6, seed) for seed in range(400)]
+    torch.testing.assert_close(draws[0].square().sum(0), draws[0].new_full((6,), noise.rest))
+    assert float((noise.basis.T @ draws[0]).abs().max()) < 1e-9 * noise.rest**0.5
+    probe = torch.randn(len(u), dtype=torch.float64)
+    forms = torch.stack([(probe @ columns).square().mean() for columns in draws])
+    error = float(forms.std()) / len(forms) ** 0.5
+    assert abs(float(forms.mean()) - float(probe @ exact @ probe)) < 4.5 * error
+    assert error < 0.05 * float(probe @ exact @ probe)
+    assert noise.sample(6, 7).equal(noise.sample(6, 7))
+
+
+@pytest.mark.parametrize(("size", "shape"), [(32, (3, 3)), (16, (7, 1)), (None, (1, 7))])
+def test_samples_of_the_rest_are_dealt_out_to_parts_of_the_data(size, shape):
+    obj, path = sorted_classes()
+    (inputs, targets), theta = obj.tensors(), path.point(0.4)
+    vectors = torch.randn(len(theta), 7, dtype=torch.float64)
+    forms = forms_by_parts(obj, theta, vectors, size)
+    assert forms.shape == shape and int(forms.isfinite().sum()) == 7
+    for column, v in enumerate(vectors.T):
+        place, part = divmod(column, len(forms))
+        some = slice(part * size, (part + 1) * size) if size else slice(None)
+        alone = HessianOperator(obj.with_data((inputs[some], targets[some])), theta)
+        expected = float(v @ (alone @ v[:, None])[:, 0])
+        assert float(forms[part, place]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_with_batch_statistics_parts_are_whole_batches():
+    obj, path = sorted_classes()
+    twin = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8)
+    vectors = torch.randn(path.num_params, 3, dtype=torch.float64)
+    found = forms_by_parts(twin, path.point(0.4), vectors, 17)  # 17 = 2 * 8 + 1
+    assert found.equal(forms_by_parts(twin, path.point(0.4), vectors, 16))
+    assert len(found) == 3
+
+
+def test_the_error_of_a_mean_of_parts_covers_what_a_part_shares():
+    """Values whose rows share as much as they have of their own; the known mean is 0."""
+    shares = torch.randn(4000, 6, 1, generator=torch.Generator().manual_seed(0)).double()
+    own = torch.randn(4000, 6, 4, generator=torch.Generator().manual_seed(1)).double()
+    found = [mean_of_parts(values) for values in shares + own]
+    means, errors = torch.tensor(found).double().T
+    truth = (1 / 6 + 1 / 24) ** 0.5
+    assert float(means.std()) == pytest.approx(truth, rel=0.05)
+    assert float(errors.square().mean().sqrt()) == pytest.approx(truth, rel=0.05)
+    assert mean_of_parts(torch.tensor([[2.0]]))[0] == 2.0
+    assert mean_of_parts(torch.tensor([[2.0]]))[1] != mean_of_parts(torch.tensor([[2.0]]))[1]

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift
-from entropic_fast.dynamics.force import as_in_dynamics, first_examples, point_force
+from entropic_fast.dynamics.force import point_force
 from entropic_fast.dynamics.growth import radial_share, scale_invariant_rows
+from entropic_fast.dynamics.parts import as_in_dynamics, first_examples
 from entropic_fast.dynamics.response import ProjectedSGD
 from entropic_fast.models import digits_cnn
 from entropic_fast.objective import Objective

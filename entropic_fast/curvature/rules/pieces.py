@@ -21,7 +21,7 @@ from ...ops.score_gram import cross_update_
 
 # Bytes of scratch that norms may take for rows or float64 copies, each; small enough for caches.
 SCRATCH = 4 * 2**20
-# A norm by inner products of positions that is a smaller share of their own squares is taken by rows.
+# A norm by inner products that is a smaller share of the positions' own squares is taken by rows.
 CANCELS = 1e-2
 
 
