@@ -148,10 +148,10 @@ class GradientNoise:
             total = self._rest_squares.cpu()[order].cumsum(0)
             places = (torch.arange(examples) + uniform((1,), own, 1)) * (total[-1] / examples)
             chosen = order[torch.searchsorted(total, places).clamp_(max=self.count - 1)]
-        columns = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
-        if examples >= self.count:
-            return columns
-        return columns * (self.rest**0.5 / torch.linalg.vector_norm(columns, dim=0))
+        columns: Tensor = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
+        if examples < self.count:
+            columns *= self.rest**0.5 / torch.linalg.vector_norm(columns, dim=0)
+        return columns
 
     def _rows(self, chosen: Tensor) -> Tensor:
         """The rows of these numbers, which may repeat.  # [E, P]"""
