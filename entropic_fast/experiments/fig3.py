@@ -82,7 +82,7 @@ def curves(
         ax.plot(band[time], mean, color=colour, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
     ax.set_ylabel("displacement" if displaced else "relative distance along the path")
-    if len(values) > 5:
+    if len(values) > 4:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
         ax.legend()
