@@ -4,6 +4,7 @@ The module includes no torch header, so one build serves every torch version and
 only setuptools and pybind11. ``csrc/cpu/simd/*.cpp`` is compiled once for each instruction set and
 chosen from at run time; ``csrc/cuda/*.cu`` is compiled when a CUDA compiler is found, whether or
 not a GPU is present. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out, ``ENTROPIC_FAST_CUDA=1`` insists.
+``ENTROPIC_FAST_ISAS=portable,avx2`` builds for these instruction sets alone, "portable" among them.
 ``ENTROPIC_FAST_SANITIZE=address,undefined`` builds with those of GCC's sanitizers, for tests.
 """
 
@@ -15,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from glob import glob
@@ -134,15 +136,26 @@ def choose_cuda() -> tuple[Nvcc | None, str]:
     return nvcc, story
 
 
+def listed(variable: str, known: Iterable[str]) -> list[str]:
+    """What an environment variable lists, of what is known; nothing if it is not set."""
+    wish = os.environ.get(variable, "")
+    names = [name for name in wish.split(",") if name]
+    if not set(names) <= set(known):
+        raise BuildError(f"{variable} must list some of {', '.join(known)}, got {wish!r}")
+    return names
+
+
+def chosen_isas() -> dict[str, list[str]]:
+    """Flags of the instruction sets to build for."""
+    names = listed("ENTROPIC_FAST_ISAS", ISA_FLAGS) or list(ISA_FLAGS)
+    if "portable" not in names:
+        raise BuildError("ENTROPIC_FAST_ISAS must list portable, which every machine can run")
+    return {name: ISA_FLAGS[name] for name in names}
+
+
 def sanitizer_flags() -> list[str]:
     """Flags for compiler and linker; a finding ends the process."""
-    wish = os.environ.get("ENTROPIC_FAST_SANITIZE", "")
-    names = [name for name in wish.split(",") if name]
-    unknown = [name for name in names if name not in SANITIZERS]
-    if unknown:
-        raise BuildError(
-            f"ENTROPIC_FAST_SANITIZE must list some of {', '.join(SANITIZERS)}, got {wish!r}"
-        )
+    names = listed("ENTROPIC_FAST_SANITIZE", SANITIZERS)
     flags = [f"-fsanitize={name}" for name in names]
     # Without -O1 the compiler takes many minutes for the unrolled loops of one file.
     extra = ["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
@@ -157,13 +170,14 @@ class BuildExt(build_ext):
         ext.extra_link_args = [*ext.extra_link_args, *sanitizer_flags()]
         nvcc, story = choose_cuda()
         print(f"entropic_fast: CUDA {'from ' if nvcc else 'not built: '}{story}", flush=True)
+        isas = chosen_isas()
         archs = "sm_80 sm_90 compute_90" if nvcc else ""
         macros: list[tuple[str, str | None]] = [
-            ("ENTROPIC_ISAS", f'"{" ".join(ISA_FLAGS)}"'),
+            ("ENTROPIC_ISAS", f'"{" ".join(isas)}"'),
             ("ENTROPIC_CUDA_STORY", '"' + story.replace('"', "'").replace("\\", "/") + '"'),
             ("ENTROPIC_CUDA_ARCHS", f'"{archs}"'),
         ]
-        macros += [(f"ENTROPIC_HAS_{isa.upper()}", None) for isa in ISA_FLAGS]
+        macros += [(f"ENTROPIC_HAS_{isa.upper()}", None) for isa in isas]
         if nvcc is not None:
             macros.append(("ENTROPIC_HAS_CUDA", None))
             ext.library_dirs = [*ext.library_dirs, *nvcc.library_dirs]
@@ -174,7 +188,7 @@ class BuildExt(build_ext):
 
         jobs = []
         for source in sorted(glob("csrc/cpu/simd/*.cpp")):
-            for isa, flags in ISA_FLAGS.items():
+            for isa, flags in isas.items():
                 jobs.append((self.compile_simd, ext, source, isa, flags))
         for source in sorted(glob("csrc/cuda/*.cu")) if nvcc else []:
             jobs.append((self.compile_cuda, nvcc, source))

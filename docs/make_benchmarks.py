@@ -82,6 +82,12 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "and a fixed number a process (weak).",
     ),
     (
+        "force-batches",
+        "The force's batches and images",
+        "Of a run of `small` whose noise beyond the leading directions was sampled evenly: "
+        "[Questions](questions.md#is-a-drift-down-the-curvature-entropic-at-all).",
+    ),
+    (
         "trust-models",
         "Random models against autograd",
         "How many were tried, and how many were wrong.",
@@ -294,6 +300,14 @@ def _scaling(record: Record) -> str:
     return "\n".join([said, *parts])
 
 
+def _positions(record: Record) -> str:
+    def cell(value: Any) -> str:
+        return ", ".join(map(number, value)) if isinstance(value, list) else number(value)
+
+    found = record["positions"]
+    return table([*found[0]], [[cell(value) for value in row.values()] for row in found])
+
+
 def _replicas(record: Record) -> str:
     if "by replicas" in record:
         return "\n".join(
@@ -332,6 +346,7 @@ SPECIAL: dict[str, Callable[[Record], str]] = {
     "hessian-trace": _trace,
     "replicas": _replicas,
     "scaling": _scaling,
+    "force-batches": _positions,
     "langevin": _langevin,
 }
 

@@ -59,6 +59,28 @@ def test_only_ops_touch_the_compiled_module() -> None:
             assert not re.search(calls, code), path
 
 
+def test_instruction_sets_and_sanitizers_are_listed(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(setup_script.chosen_isas()) == list(setup_script.ISA_FLAGS)
+    assert setup_script.sanitizer_flags() == []
+    monkeypatch.setenv("ENTROPIC_FAST_ISAS", "portable")
+    assert setup_script.chosen_isas() == {"portable": []}
+    monkeypatch.setenv("ENTROPIC_FAST_SANITIZE", "address,undefined")
+    assert setup_script.sanitizer_flags()[:2] == ["-fsanitize=address", "-fsanitize=undefined"]
+    for isas in ("mmx", "portable,mmx"):
+        monkeypatch.setenv("ENTROPIC_FAST_ISAS", isas)
+        with pytest.raises(setup_script.BuildError, match=f"ISAS must list some of.*{isas}"):
+            setup_script.chosen_isas()
+    monkeypatch.setitem(setup_script.ISA_FLAGS, "avx2", [])
+    monkeypatch.setenv("ENTROPIC_FAST_ISAS", "avx2")
+    with pytest.raises(setup_script.BuildError, match="must list portable"):
+        setup_script.chosen_isas()
+    monkeypatch.setenv("ENTROPIC_FAST_SANITIZE", "memory")
+    with pytest.raises(setup_script.BuildError, match="SANITIZE must list some of address"):
+        setup_script.sanitizer_flags()
+
+
 # ---- finding nvcc --------------------------------------------------------------------------------
 
 
