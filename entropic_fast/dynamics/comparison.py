@@ -110,6 +110,40 @@ def fit_force(
     )
 
 
+def slope_with_errors(
+    x: Array, x_error: Array, y: Array, y_error: Array, quantile: float
+) -> tuple[float, float, float]:
+    """Slope a of y = a x where both have independent normal errors of known size.
+
+    A fit that takes x for exact is drawn towards 0 by the errors of x. Here a minimises
+    chi^2(a) = sum (y - a x)^2 / (s_y^2 + a^2 s_x^2) (York 1966).
+
+    Args:
+        x, x_error, y, y_error: values and standard errors.  # [K] each
+        quantile: by how much chi^2 rises to the ends of the interval, such as the square of
+            Student's t where y_error is of few replicas.
+
+    Returns:
+        a and the interval about it, which is infinite where no slope is excluded.
+
+    >>> x = np.array([1.0, -2.0, 3.0])
+    >>> a, low, high = slope_with_errors(x, 0 * x, 0.5 * x, 0 * x + 0.1, 3.84)
+    >>> round(a, 3), round(high - a, 3), round(1.96 * 0.1 / np.linalg.norm(x), 3)
+    (0.5, 0.052, 0.052)
+    """
+    slopes = np.tan(np.linspace(-np.pi / 2, np.pi / 2, 20_001)[1:-1])[:, None]
+    chi2 = np.square(y - slopes * x) / (np.square(y_error) + np.square(slopes * x_error))
+    total = chi2.sum(1)
+    best = int(total.argmin())
+    outside = np.flatnonzero(total > total[best] + quantile)
+    below, above = outside[outside < best], outside[outside > best]
+    return (
+        float(slopes[best, 0]),
+        float(slopes[below[-1], 0]) if len(below) else -math.inf,
+        float(slopes[above[0], 0]) if len(above) else math.inf,
+    )
+
+
 def shuffled_curvature(
     predicted: Sequence[float] | Array,
     measured: Sequence[float] | Array,

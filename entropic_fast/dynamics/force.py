@@ -268,6 +268,8 @@ def point_force(
         pull[:-1, -1] = pull[-1, :-1] = noise.cross.cpu()
         change, error = mean_of_parts((ahead_forms - behind_forms) / (2 * spacing))
         pull[-1, -1] = change
+        if sample.shape[1] >= noise.count and len(ahead_forms) == 1:
+            error = 0.0  # nothing was sampled
     return PointForce(
         position=float(position),
         length=path.length,

@@ -67,6 +67,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     figure, (along, *tracks) = plots.panels(1, 1 + len(starts), width=3.9, height=3.3)
     along.plot(line["point"], line["eigenvalue"], "o-", color=plots.COLOURS[1])
     along.set_ylabel("largest Hessian eigenvalue", color=plots.COLOURS[1])
+    along.margins(y=0.1)
     along.set_ylim(bottom=0)
     loss = along.twinx()
     loss.plot(line["point"], line["loss"], "s:", color=plots.COLOURS[0])

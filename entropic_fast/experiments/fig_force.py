@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from ..dynamics import measure_drift, noiseless_drift
 from ..dynamics.comparison import (
@@ -221,8 +222,6 @@ def residuals(bursts: Table, positions: Sequence[float] | np.ndarray, k: int) ->
 
 def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     """Least squares through the origin, with Student's interval over the points."""
-    from scipy import stats
-
     slope = float(x @ y / (x @ x))
     if len(x) < 2:
         return slope, -np.inf, np.inf
@@ -240,9 +239,19 @@ def draw(tables: dict[str, Table]) -> Figure:
     slope, low, high = (float(row[name][0]) for name in ("slope", "low", "high"))
     unit = 10.0 ** np.floor(np.log10(np.abs(base["predicted_entropic"]).max()))
     predicted, residual = base["predicted_entropic"] / unit, base["residual"] / unit
-    half = 0.5 * (base["high"] - base["low"]) / unit
+    # Of the residual: what one order of batches leaves uncertain is in both of its terms.
+    quantile = stats.t.ppf(0.975, np.asarray(base["replicas"], dtype=int) - 1)
+    half = quantile * base["std_error"] / unit
+    wide = plots.BAND * np.nan_to_num(np.asarray(base["predicted_error"], dtype=float)) / unit
     scatter.errorbar(
-        predicted, residual, half, fmt="o", color=plots.COLOURS[0], capsize=2, label="positions"
+        predicted,
+        residual,
+        half,
+        wide,
+        fmt="o",
+        color=plots.COLOURS[0],
+        capsize=2,
+        label="positions",
     )
     ends = 1.15 * np.array([min(predicted.min(), 0), 0, max(predicted.max(), 0)])
     scatter.plot(ends, ends, ":", color="0.5", label="equal")

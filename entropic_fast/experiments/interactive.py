@@ -173,21 +173,24 @@ def _line(ax: Axes, line: Line2D) -> Trace:
 def _errorbar(ax: Axes, container: ErrorbarContainer) -> Trace:
     line, _, errors = container.lines
     trace = _line(ax, line) | _named(container.get_label())
-    if not errors:
-        return trace
-    segments = [np.asarray(segment) for segment in errors[0].get_segments()]
-    ends = np.array([s[:, 1] if len(s) == 2 else [np.nan, np.nan] for s in segments])
-    low, high = (np.array(_numbers(ax, e, "y"), dtype=float) for e in ends.reshape(-1, 2).T)
-    middle = np.array(trace["y"], dtype=float)
-    if len(middle) == len(low):
-        trace["error_y"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": _finite(high - middle),
-            "arrayminus": _finite(middle - low),
-            "thickness": 1.2,
-            "width": 3,
-        }
+    directions = [
+        name for name, has in (("x", container.has_xerr), ("y", container.has_yerr)) if has
+    ]
+    for name, bars in zip(directions, errors, strict=True):
+        column = "xy".index(name)
+        segments = [np.asarray(segment) for segment in bars.get_segments()]
+        ends = np.array([s[:, column] if len(s) == 2 else [np.nan, np.nan] for s in segments])
+        low, high = (np.array(_numbers(ax, e, name), dtype=float) for e in ends.reshape(-1, 2).T)
+        middle = np.array(trace[name], dtype=float)
+        if len(middle) == len(low):
+            trace[f"error_{name}"] = {
+                "type": "data",
+                "symmetric": False,
+                "array": _finite(high - middle),
+                "arrayminus": _finite(middle - low),
+                "thickness": 1.2,
+                "width": 3,
+            }
     return trace
 
 

@@ -130,4 +130,10 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    """Minutes and seconds, or from an hour on hours and minutes.
+
+    >>> _minutes(75.2), _minutes(7384.0)
+    ('1:15', '2 h 03 min')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -156,10 +156,13 @@ _FIGURES = {
         "Bursts of projected SGD from positions along the first path, at a temperature low enough "
         "for theory. A: drift velocity, less that of the same burst without noise and less what "
         "the exclusion of an epoch's minibatches makes, against the entropic velocity predicted "
-        "from curvature across the path and gradient noise; bars are 95 % over replicas. "
-        "B: velocities along the path. C: slopes on that prediction of the drift at every k, and "
-        "of what a burst without noise does beyond the gradient. D: shares of the measured drift "
-        "that its parts and the controls explain, with 95 % percentile intervals [D].",
+        "from curvature across the path and gradient noise; bars are 95 % over replicas, and over "
+        "the predictions' samples, which the line and its band take for exact. B: velocities along "
+        "the path, with what the mean over one order of batches leaves uncertain. C: slopes on "
+        "that prediction of the drift at every k (below the largest with a third of the updates "
+        "and a quarter of the replicas), and of what a burst without noise does beyond the "
+        "gradient. D: shares of the measured drift that its parts and the controls explain, with "
+        "95 % percentile intervals [D].",
     ),
 }
 

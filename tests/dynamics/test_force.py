@@ -1,12 +1,18 @@
 """Measured drift against the prediction in valleys whose drift is known in closed form."""
 
+import numpy as np
 import pytest
 import torch
 from force_valleys import valley
 
 from entropic_fast.curvature import HessianOperator
 from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift, tangent_gradients
-from entropic_fast.dynamics.comparison import compare_force, fit_force, shuffled_curvature
+from entropic_fast.dynamics.comparison import (
+    compare_force,
+    fit_force,
+    shuffled_curvature,
+    slope_with_errors,
+)
 from entropic_fast.dynamics.force import point_force
 from entropic_fast.dynamics.noise import GradientNoise
 from entropic_fast.dynamics.parts import forms_by_parts, mean_of_parts
@@ -417,3 +423,21 @@ def test_the_error_of_a_mean_of_parts_covers_what_a_part_shares():
     assert float(errors.square().mean().sqrt()) == pytest.approx(truth, rel=0.05)
     assert mean_of_parts(torch.tensor([[2.0]]))[0] == 2.0
     assert mean_of_parts(torch.tensor([[2.0]]))[1] != mean_of_parts(torch.tensor([[2.0]]))[1]
+
+
+def test_a_slope_with_errors_in_both_is_not_drawn_towards_zero():
+    rng = np.random.default_rng(0)
+    truth = np.array([-1.0, 0.5, 2.0, 1.0, -0.3])
+    size, inside, fits, plain = 0.5, 0, [], []
+    for _ in range(300):
+        x = truth + size * rng.standard_normal(5)
+        y = truth + 0.3 * rng.standard_normal(5)
+        errors = np.full(5, size), np.full(5, 0.3)
+        slope, low, high = slope_with_errors(x, errors[0], y, errors[1], 3.84)
+        inside += low <= 1 <= high
+        fits.append(slope)
+        plain.append(x @ y / (x @ x))
+    assert np.median(plain) < 0.9 and abs(np.median(fits) - 1) < 0.06
+    assert inside >= 270  # 285 of 300 in expectation
+    x = np.ones(2)
+    assert slope_with_errors(x, 0 * x + 9, x, x, 3.84)[1:] == (-np.inf, np.inf)

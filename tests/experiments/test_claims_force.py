@@ -1,7 +1,5 @@
 """The claims of the force on tables whose answer is known."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -45,6 +43,7 @@ def force_tables(slope=1.0, at_one=0.0, without=0.0, noise=0.2, seed=0):
                     "predicted_entropic": x if k == 15 else 0.0,
                     "predicted_error": 0.2 if k == 15 else 0.0,
                     "predicted_radial": 0.25 * x,
+                    "replicas": replicas,
                     "noise_share": 0.9,
                     "squared_distance": 1.2,
                     "predicted_squared_distance": 1.0,
@@ -101,14 +100,13 @@ def test_the_force_is_judged_by_its_slopes(judge, changes, name, verdict):
     assert judge(**force_tables(**changes))[name].verdict == verdict
 
 
-def test_what_the_predictions_own_errors_make_of_the_slope_is_said(judge):
+def test_the_size_allows_for_the_predictions_own_errors(judge):
     tables = force_tables(slope=0.8)
-    said = judge(**tables)["the force has the predicted size"].detail
-    stated = float(re.search(r"±(\S+) of the slope", said)[1])
+    claim = judge(**tables)["the force has the predicted size"]
     base = tables["force_comparison"].where(k=15)
-    x, weight = base["predicted_entropic"], base["std_error"] ** -2
-    rng, slopes = np.random.default_rng(1), []
-    for _ in range(4000):
-        other = x + 0.2 * rng.standard_normal(8)
-        slopes.append((weight * other) @ base["residual"] / (weight @ other**2))
-    assert stated == pytest.approx(np.std(slopes), rel=0.1)
+    share = 0.2 * 8**0.5 / np.linalg.norm(base["predicted_entropic"])
+    assert f"errors are {share:.2g} of them" in claim.detail
+    exact = judge(**tables)["drift follows the predicted force"]
+    assert f"; {exact.effect:.2f} if predictions are taken for exact" in claim.detail
+    assert claim.high - claim.low > 1.5 * (exact.high - exact.low)
+    assert claim.low < 0.8 < claim.high

@@ -44,6 +44,19 @@ def test_error_bars_are_those_drawn():
     assert trace["error_y"]["arrayminus"] == pytest.approx([1, 2])
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_error_bars_across_are_not_taken_for_those_along(both):
+    def draw(ax):
+        ax.errorbar([1, 2], [10, 20], [3, 4] if both else None, [0.1, 0.2], fmt="o")
+
+    (trace,) = chart_of(draw)["data"]
+    assert trace["error_x"]["array"] == pytest.approx([0.1, 0.2])
+    assert trace["error_x"]["arrayminus"] == pytest.approx([0.1, 0.2])
+    assert ("error_y" in trace) == both
+    if both:
+        assert trace["error_y"]["array"] == pytest.approx([3, 4])
+
+
 def test_bands_levels_and_second_axes():
     def draw(ax):
         ax.fill_between([0, 1, 2], [0, 0, 0], [1, 2, 1], color="#D55E00", alpha=0.25, lw=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
+from ...dynamics.comparison import slope_with_errors
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
 from .intervals import LEVEL, floats
@@ -55,10 +57,12 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
 
 
 def _size(row: dict[str, object], base: Table) -> Claim:
-    low, high = _number(row["low"]), _number(row["high"])
-    # What the predictions' own errors make of the slope, a weighted fit through 0.
-    x, weight = floats(base["predicted_entropic"]), floats(base["std_error"]) ** -2
-    errors = np.linalg.norm(weight * x * floats(base["predicted_error"])) / (weight @ x**2)
+    x, x_error, y, y_error = (
+        floats(base[name])
+        for name in ("predicted_entropic", "predicted_error", "residual", "std_error")
+    )
+    quantile = float(stats.t.ppf((1 + LEVEL) / 2, int(base["replicas"][0]) - 1))
+    slope, low, high = slope_with_errors(x, np.nan_to_num(x_error), y, y_error, quantile**2)
     if low >= 1 / FACTOR and high <= FACTOR:
         found = HOLDS
     else:
@@ -68,13 +72,14 @@ def _size(row: dict[str, object], base: Table) -> Claim:
         "the force has the predicted size",
         "the drift that the energetic part leaves is the predicted one within a factor of "
         f"{FACTOR} [D]",
-        "slope a of measured on predicted, over positions and replicas (theory: 1)",
-        _number(row["slope"]),
+        "slope a of measured on predicted, both with their errors (theory: 1)",
+        slope,
         low,
         high,
         found,
-        f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}; the predictions' own "
-        f"sampling, ±{abs(_number(row['slope'])) * errors:.2g} of the slope, is not in it",
+        f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}; "
+        f"{_number(row['slope']):.2f} if predictions are taken for exact, whose errors are "
+        f"{np.linalg.norm(np.nan_to_num(x_error)) / np.linalg.norm(x):.2g} of them",
     )
 
 
