@@ -25,6 +25,8 @@ addEventListener("load", () => setTimeout(() => {
     page: document.documentElement.scrollWidth, window: innerWidth,
     charts: charts.length, drawn: charts.filter((c) => c.querySelector(".main-svg path")).length,
     narrow: charts.filter((c) => c.clientWidth < 250).length,
+    claims: Math.max(...[...document.querySelectorAll(".claims td")].map(
+      (cell) => cell.getBoundingClientRect().right)),
     ink: style(document.body, "color"), paper: style(document.body, "backgroundColor"),
     tick: style(document.querySelector(".xtick text"), "fill"),
     font: parseFloat(style(document.body, "fontSize")),
@@ -60,6 +62,7 @@ def test_the_report_is_whole_and_legible_and_asks_for_nothing(tiny_run, tmp_path
     assert console == [] and seen["requests"] == []
     assert seen["charts"] == seen["drawn"] > 10 and seen["narrow"] == 0
     assert seen["page"] <= seen["window"] and seen["font"] >= 14
+    assert 0 < seen["claims"] <= seen["window"]
     light, black = (sum(map(int, re.findall(r"\d+", seen[key])[:3])) for key in ("paper", "ink"))
     assert (light < black) is dark and abs(light - black) > 300
     assert seen["tick"] == seen["ink"]
