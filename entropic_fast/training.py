@@ -46,6 +46,8 @@ class TrainConfig:
         label_noise: share of the training labels drawn uniformly anew, in [0, 1].
         precision: "float32", or "bfloat16" for activations (autocast); weights, their updates and
             the loss stay in float32, and so does all curvature.
+        compiled: whether full batches go through `torch.compile`, which takes a minute once and
+            needs a compiler; the rounding is another.
 
     Raises:
         ValueError: a value outside its range.
@@ -67,6 +69,7 @@ class TrainConfig:
     flip: bool = True
     label_noise: float = 0.0
     precision: str = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         positive("lr", self.lr)
@@ -203,8 +206,9 @@ def train(
         _lay_out(model, layout)
         model.train()
         optimizer = _optimizer(named, config, optimizer_state)
+        fast = torch.compile(model, dynamic=False) if config.compiled else model
         for epoch in range(start_epoch, stop):
-            record = _epoch(model, data, config, optimizer, epoch, order, layout)
+            record = _epoch(model, fast, data, config, optimizer, epoch, order, layout)
             records.append(record._asdict())
             if on_epoch is not None:
                 on_epoch(record)
@@ -220,6 +224,7 @@ def train(
 
 def _epoch(
     model: nn.Module,
+    fast: Callable[[Tensor], Tensor],
     data: ImageData,
     config: TrainConfig,
     optimizer: torch.optim.Optimizer,
@@ -239,7 +244,8 @@ def _epoch(
         targets = data.labels[index]
         images = data.normalise(images).contiguous(memory_format=layout)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            outputs = model(images)
+            # A last batch of another size would be compiled for itself.
+            outputs = (fast if len(index) == config.batch_size else model)(images)
         loss = functional.cross_entropy(outputs.float() if half else outputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

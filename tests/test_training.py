@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -468,3 +469,21 @@ def test_weights_keep_their_layout_and_shared_memory():
         layer.weight = nn.Parameter(part.view(layer.weight.shape))
     train(model, SMALL, TrainConfig(epochs=1, batch_size=75, augment=False), seed=0)
     assert torch.equal(model[2].weight.flatten(), both[: 16 * 32 * 9])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_training_is_the_same_training_and_whole_models_come_back():
+    data = DIGITS[0].limited(70)  # a last batch of 6
+    plain, fast = (
+        train(
+            build("digits-cnn"),
+            data,
+            TrainConfig(epochs=2, batch_size=32, augment=False, compiled=c),
+            seed=0,
+        )
+        for c in (False, True)
+    )
+    assert list(fast.model.state_dict()) == list(plain.model.state_dict())
+    assert fast.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), rel=1e-4)
+    for a, b in zip(plain.model.parameters(), fast.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

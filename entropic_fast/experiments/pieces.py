@@ -113,6 +113,7 @@ def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
         epochs=epochs or section.epochs,
         augment=section.augment,
         precision=section.precision,
+        compiled=section.compiled,
     )
 
 

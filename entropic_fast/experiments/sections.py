@@ -38,6 +38,7 @@ class TrainSection:
     batch_size: int = 256
     augment: bool = True
     precision: str = "float32"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
