@@ -284,15 +284,18 @@ def _trace(record: Record) -> str:
     )
 
 
+def _both(row: Record | None) -> str:
+    return f"{number(row['median'])} ({number(row['expected'])})" if row else ""
+
+
 def _scaling(record: Record) -> str:
     parts = []
     for kind in ("strong", "weak"):
         found = record[kind]
+        names = dict.fromkeys(name for f in found.values() for name in f["quantities"])
         lines = [
-            [name, *(f"{number(f['quantities'][name]['median'])} "
-                     f"({number(f['quantities'][name]['expected'])})" for f in found.values())]
-            for name in next(iter(found.values()))["quantities"]
-        ]  # fmt: skip
+            [name, *(_both(f["quantities"].get(name)) for f in found.values())] for name in names
+        ]
         head = [f"{kind} scaling, s (expected)", *(f"{w} processes" for w in found)]
         parts.append(table(head, lines))
     each, columns = record["weak, examples a process"], record["columns"]

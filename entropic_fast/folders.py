@@ -111,11 +111,17 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _inside(root: Path, path: Path, link: bool) -> None:
-    if link and not path.resolve().is_relative_to(root):
+    if not link:
+        return
+    try:
+        end = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself, by way of others
+        end = Path("nowhere")
+    if not end.is_relative_to(root):
         raise fail(
             "data_dir",
             "links that stay inside the folder",
-            f"{path} -> {path.resolve()}",
+            f"{path} -> {end}",
             "replace the link by a copy",
         )
 

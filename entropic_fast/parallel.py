@@ -77,7 +77,8 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             joined by `init` if they are not yet).
 
     Raises:
-        ValueError: on every process, if models, data or settings differ between processes.
+        ValueError: on every process, if parameters, data or settings differ between processes;
+            a model that is not on a GPU where NCCL joins the processes.
         LostProcessError: a process is not there.
 
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -90,6 +91,13 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     init()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return obj
+    if dist.get_backend(group) == "nccl" and obj.device.type != "cuda":
+        raise checks.fail(
+            "obj",
+            "a model on this process's GPU, as NCCL joins GPUs alone",
+            f"parameters on {obj.device}",
+            "move the model and the data there: model.to(entropic_fast.parallel.init())",
+        )
     sharing = Sharing(group, obj.device)
     sharing.require_same(
         {

@@ -17,11 +17,11 @@ from entropic_fast.parallel import init
 
 
 def main(examples: int = 256, probes: int = 16) -> None:
-    init()  # joins the others, if there are any
+    device = init()  # joins the others, if there are any
     torch.manual_seed(0)  # the same network on every process
     data, _ = load("digits", limit=examples)
-    net = build("digits-cnn")
-    obj = ef.shard(ef.Objective(net, "cross_entropy", data.tensors()))
+    net = build("digits-cnn").to(device)
+    obj = ef.shard(ef.Objective(net, "cross_entropy", data.to(device).tensors()))
     processes = 1 if obj.sharing is None else obj.sharing.size
 
     machine = measure(obj)

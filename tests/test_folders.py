@@ -162,6 +162,14 @@ def test_a_link_out_of_the_folder_is_refused(tree, tmp_path, kind):
         load("pets", tree)
 
 
+def test_links_that_lead_to_one_another_are_refused(tree):
+    one, other = (tree / "train" / "cat" / name for name in ("one.png", "other.png"))
+    one.symlink_to(other)
+    other.symlink_to(one)
+    with pytest.raises(ValueError, match="links that stay inside"):
+        load("pets", tree)
+
+
 def test_a_link_inside_the_folder_is_followed(tree):
     (tree / "train" / "cat" / "9.png").symlink_to(tree / "train" / "cat" / "0.png")
     assert len(load("pets", tree)[0]) == 7

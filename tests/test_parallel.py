@@ -126,3 +126,12 @@ def test_parts_are_in_a_row_and_every_example_is_in_one(count, size, whole):
             assert inputs[0, 0] == start and torch.equal(inputs, targets)
             seen += inputs[:, 0].tolist()
     assert seen == list(range(count)) or (count == 0 and not seen)
+
+
+def test_a_model_on_the_cpu_is_refused_where_nccl_joins_the_processes(monkeypatch):
+    said = {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl"}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (torch.ones(2, 1), torch.ones(2, 1)))
+    with pytest.raises(ValueError, match=r"on this process's GPU.*on cpu.*parallel\.init"):
+        ef.shard(obj)
