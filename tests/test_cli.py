@@ -238,9 +238,11 @@ INTERRUPTED = "interrupted; finished units are kept, the same command goes on fr
 
 def test_an_interrupt_ends_with_one_line_and_its_exit_code(capfd):
     before = signal.getsignal(signal.SIGTERM)
-    for ending, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for ending, code in ((KeyboardInterrupt, 130), (signal.SIGTERM, 143)):
         with pytest.raises(typer.Exit) as ended, cli._interruptible():
             assert signal.getsignal(signal.SIGTERM) != before
+            if ending is KeyboardInterrupt:
+                raise KeyboardInterrupt
             signal.raise_signal(ending)
         assert ended.value.exit_code == code and signal.getsignal(signal.SIGTERM) == before
         assert flat(capfd.readouterr().err) == INTERRUPTED

@@ -128,7 +128,7 @@ def slope_with_errors(
 
     >>> x = np.array([1.0, -2.0, 3.0])
     >>> a, low, high = slope_with_errors(x, 0 * x, 0.5 * x, 0 * x + 0.1, 3.84)
-    >>> round(a, 3), round(high - a, 3), round(1.96 * 0.1 / np.linalg.norm(x), 3)
+    >>> round(a, 3), round(high - a, 3), round(1.96 * 0.1 / math.hypot(*x), 3)
     (0.5, 0.052, 0.052)
     """
     slopes = np.tan(np.linspace(-np.pi / 2, np.pi / 2, 20_001)[1:-1])[:, None]

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 from entropic_fast.curvature import fisher_trace, gradient_norms, score_gram, score_matrix
 
-SEEDS = range(450)
-SOME = range(0, 450, 5)
+SEEDS = range(700)
+SOME = range(0, 700, 7)
 # Padding of even kernels by "same" is announced as slow.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
