@@ -108,6 +108,17 @@ def test_the_error_of_the_rest_is_that_of_its_samples():
     assert max(f.std_error for f in found) < 0.3 * abs(whole)
 
 
+@pytest.mark.parametrize("max_examples", [None, 4])
+def test_the_rest_of_all_examples_has_no_error_of_sampling(max_examples):
+    obj, path = valley(**MIXED)
+    x, y = obj.tensors()
+    obj = obj.with_data((x[:12], y[:12]))
+    few = dict(directions=1, spread_draws=0, step=1e-3, max_examples=max_examples)
+    point = point_force(obj, path, 0.3, rest_examples=12, **few)
+    assert (point.pull_error == 0.0) == (max_examples is None)
+    assert point_force(obj, path, 0.3, rest_examples=6, **few).pull_error > 0
+
+
 CASES = [
     (valley(), SGD),
     (valley(tilt=0.02), SGD),
