@@ -197,9 +197,13 @@ class Objective:
         count = self.count(max_examples)
         return (0, count) if self.sharing is None else self.sharing.range(count)
 
-    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` makes of `own_batches`, summed over the processes that share them."""
-        return compute() if self.sharing is None else self.sharing.summed(compute)
+    def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
+        """What `compute` makes of `own_batches`, summed over the processes that share them.
+
+        Args:
+            what: the name of it and its arguments, for these to be the same on each.
+        """
+        return compute() if self.sharing is None else self.sharing.summed(compute, *what)
 
     def alone(self) -> Objective:
         """The same objective, all of whose work this process does."""
@@ -321,7 +325,7 @@ class Objective:
             if self.sharing is None:
                 return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
             _, inputs, targets = next(self.batches(1))
-            return self.summed(own).to(self.losses(theta, inputs, targets).dtype)
+            return self.summed(own, "losses", theta).to(self.losses(theta, inputs, targets).dtype)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
@@ -365,7 +369,7 @@ class Objective:
                 total += torch.autograd.grad(loss, leaf)[0]
             return total
 
-        total = self.summed(own)
+        total = self.summed(own, "gradient", theta)
         model_checks.require_in_range(total, theta.dtype)
         return (total / self.num_examples).to(theta.dtype)
 
@@ -390,7 +394,7 @@ class Objective:
             return sums
 
         with torch.no_grad():
-            loss, correct = (self.summed(own) / self.num_examples).tolist()
+            loss, correct = (self.summed(own, "evaluate", theta) / self.num_examples).tolist()
         return loss, correct
 
     # -- normalisation ---------------------------------------------------------------------

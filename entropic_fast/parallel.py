@@ -24,23 +24,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from . import checks
 from .objective import Objective
-from .sharing import LostProcessError, OtherProcessError, Sharing, digest
+from .sharing import DifferentCallsError, LostProcessError, OtherProcessError, Sharing, digest
+from .signs import Signs
 
 __all__ = ["LostProcessError", "OtherProcessError", "Sharing", "init", "shard"]
 
 DEFAULT_TIMEOUT = 600.0  # seconds
+PATIENCE = 86400.0
+FEW = 8  # examples on which functions are compared
+
+# Of the processes that `init` joined, once it has.
+_signs: Signs | None = None
+_meeting: Any = None  # their group for meetings on the CPU, which may take long
 
 
-def init(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
+def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.device:
     """Join the processes that `torchrun` started, by NCCL where there are GPUs, else by gloo.
 
     Without `torchrun`, or if they are joined already, nothing happens.
 
     Args:
-        timeout: seconds to wait for another process before giving up.
+        timeout: seconds without a sign of life, or for one message, after which another process
+            is given up. Each gives signs from a thread of its own, so one that works for longer
+            is waited for.
+        patience: seconds to wait for one that lives.
 
     Returns:
         the device of this process: its own GPU, or the CPU.
@@ -48,19 +61,32 @@ def init(timeout: float = DEFAULT_TIMEOUT) -> torch.device:
     >>> init()  # without torchrun
     device(type='cpu')
     """
+    global _meeting, _signs
     checks.positive("timeout", timeout)
+    checks.positive("patience", patience)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        _signs = Signs(store, rank, timeout)  # before the others are joined, who look
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("entropic_fast", store),
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+        )
+        _meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
         atexit.register(_leave)  # or threads of its own abort the process as it ends
     return device
 
 
 def _leave() -> None:
+    if _signs is not None:
+        _signs.end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -91,6 +117,13 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     init()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return obj
+    if dist.get_rank(group) < 0:
+        raise checks.fail(
+            "group",
+            "one that this process is in",
+            f"one without process {dist.get_rank()}",
+            "call shard on the processes of the group alone",
+        )
     if dist.get_backend(group) == "nccl" and obj.device.type != "cuda":
         raise checks.fail(
             "obj",
@@ -98,7 +131,8 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             f"parameters on {obj.device}",
             "move the model and the data there: model.to(entropic_fast.parallel.init())",
         )
-    sharing = Sharing(group, obj.device)
+    patient = _signs is not None and group in (None, dist.group.WORLD)
+    sharing = Sharing(group, obj.device, *((_meeting, _signs) if patient else ()))
     sharing.require_same(
         {
             "model": digest([obj.parameters_vector(), *obj.constants()]),
@@ -106,6 +140,29 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             "settings": repr((obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size)),
         }
     )
+    _require_same_function(obj, sharing)
     other = copy.copy(obj)
     other.sharing = sharing
     return other
+
+
+def _require_same_function(obj: Objective, sharing: Sharing) -> None:
+    """Refuse models or losses whose values differ, with the same parameters, on a few examples."""
+    failure: Exception | None = None
+    found: list[Tensor] = []
+    try:
+        batch = next(obj.batches(batch_size=FEW if obj.separable else None))
+        with torch.no_grad():
+            outputs = obj.outputs(obj.parameters_vector(), batch.inputs)
+            found = [outputs, obj.output_losses(outputs, batch.targets)]
+    except Exception as error:
+        failure = error
+    try:
+        sharing.agree(failure, "outputs and losses of the first examples", *found)
+    except DifferentCallsError:
+        raise checks.fail(
+            "obj",
+            "the same function on every process",
+            "other outputs or losses of the first examples on some",
+            "build model and loss alike everywhere",
+        ) from None

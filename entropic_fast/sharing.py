@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,10 +15,26 @@ from torch import Tensor
 
 from . import checks
 from .examples import Batch
+from .signs import Signs
+
+T = TypeVar("T")
+
+# Words of torch.distributed's plain RuntimeErrors; its other errors are of kinds of their own.
+LOSSES = ("gloo", "Connection", "closed", "timed out", "Timed out", "timeout", "NCCL", "peer")
+
+WIDTH = 4  # numbers in a message of a meeting
+CROPPED = 60  # characters of a text, before and after
+REMEDY = (
+    "files that were written are whole: start the job again, and a run folder goes on from them"
+)
 
 
 class OtherProcessError(RuntimeError):
-    """Another process failed; the message names it and holds its own error's."""
+    """Another process failed, or does something else; the message names it."""
+
+
+class DifferentCallsError(OtherProcessError):
+    """Processes do not make the same call with the same arguments."""
 
 
 class LostProcessError(RuntimeError):
@@ -25,17 +44,28 @@ class LostProcessError(RuntimeError):
 class Sharing:
     """This process's part of what a group of processes does together.
 
+    Before numbers go round the processes meet: each tells how it fares, where it is and with what.
+
     Args:
         group: of `torch.distributed`; None for all processes.
         device: of the tensors that are summed.
+        meeting: a group of the same processes for meetings on the CPU, which may take long; None
+            where the group itself has to do.
+        signs: of life, by which one that is late is told from one that is gone; with `meeting`.
 
     Attributes:
         rank, size: this process's number, and how many there are.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(
+        self, group: Any, device: torch.device, meeting: Any = None, signs: Signs | None = None
+    ) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._meeting = group if meeting is None else meeting
+        self._meeting_device = device if meeting is None else torch.device("cpu")
+        self._signs = signs
+        self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._calls = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
@@ -65,41 +95,65 @@ class Sharing:
             if low < high:
                 yield Batch(start + low, inputs[low:high], targets[low:high])
 
-    def summed(self, compute: Callable[[], Tensor]) -> Tensor:
+    def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """The sum over processes of what each computes, the same bits on each of them.
 
+        Args:
+            what: the name of what is computed, and what it is computed of (see `agree`).
+
         Raises:
-            OtherProcessError: `compute` failed elsewhere; here, its own error is raised.
+            OtherProcessError: `compute` failed elsewhere (here, its own error is raised), or
+                another process computes something else.
             LostProcessError: a process is gone.
         """
-        failure: Exception | None = None
-        part = torch.zeros(0)
-        try:
-            part = compute().contiguous()
-        except Exception as error:
-            failure = error
-        self.agree(failure, part.numel())
-        self._call(dist.all_reduce, part, group=self.group)
+        part = self.met(lambda: compute().contiguous(), *what)
+        self._started(lambda: dist.all_reduce(part, group=self.group))
         return part
 
-    def agree(self, failure: Exception | None = None, size: int = 0) -> None:
-        """Meet the others: raise if any of them failed, or is somewhere else in the program."""
+    def met(self, compute: Callable[[], T], *what: object) -> T:
+        """What this process computes, once all others have computed theirs; see `summed`."""
+        failure: Exception | None = None
+        try:
+            found = compute()
+        except Exception as error:
+            failure = error
+        self.agree(failure, *what)
+        return found
+
+    def agree(self, failure: Exception | None = None, *what: object) -> None:
+        """Meet the others: raise if any of them failed, or is at something else.
+
+        Args:
+            failure: of this process.
+            what: it is at: the same text everywhere, and tensors equal but for rounding.
+        """
         self._calls += 1
-        mine = [self._calls, size, int(failure is not None)]
+        tensors = [part for part in what if isinstance(part, Tensor)]
+        text = ", ".join(str(part) for part in what if not isinstance(part, Tensor))
+        text = f"call {self._calls}" + (f", {text}" if text else "")
+        norm, total = _measures(tensors if failure is None else [])
+        mine = [int(failure is not None), zlib.crc32(text.encode()), _bits(norm), _bits(total)]
         states = self.gathered(mine)
-        failed = [rank for rank, state in enumerate(states) if state[2]]
+        failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed:
-            text = f"{type(failure).__name__}: {failure}" if failed[0] == self.rank else ""
-            said = self.text(text, failed[0])
+            said = self.text(f"{type(failure).__name__}: {failure}", failed[0])
             if failure is not None:
                 raise failure
             raise OtherProcessError(f"process {failed[0]} of {self.size}: {said}")
-        if any(state != states[0] for state in states):
-            raise OtherProcessError(
-                f"expected {self.size} processes at one place in the program, got some elsewhere "
-                f"(calls and sizes {[s[:2] for s in states]}); make the same calls with the same "
-                "arguments on every process"
-            )
+        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+        precision = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
+        other = next((r for r, s in enumerate(states) if not _alike(s, states[0], precision)), None)
+        if other is None:
+            return
+        if states[other][1] == states[0][1]:
+            found = f"another point or other vectors on process {other} than on process 0 ({text})"
+        else:
+            here, there = _cropped(self.text(text, 0), self.text(text, other))
+            found = f'"{here}" on process 0, "{there}" on process {other}'
+        raise DifferentCallsError(
+            f"expected {self.size} processes at one place in the program, got {found}; make the "
+            "same calls with the same arguments on every process"
+        )
 
     def require_same(self, facts: dict[str, str]) -> None:
         """Refuse facts that differ between processes, on every process.
@@ -109,7 +163,7 @@ class Sharing:
         """
         for name, value in facts.items():
             digest = hashlib.sha256(value.encode()).digest()
-            states = self.gathered(list(digest))
+            states = self.gathered(list(struct.unpack(f"<{WIDTH}q", digest)))
             others = [rank for rank, state in enumerate(states) if state != states[0]]
             if others:
                 raise checks.fail(
@@ -134,11 +188,11 @@ class Sharing:
             )
             if tensor.numel()
         ]
-        started = self._call(dist.batch_isend_irecv, work) if work else []
+        started = self._started(lambda: dist.batch_isend_irecv(work)) if work else []
 
         def wait() -> Tensor:
             for one in started:
-                self._call(one.wait)
+                self._started(one.wait)
             return received
 
         return wait
@@ -146,11 +200,12 @@ class Sharing:
     # -- messages --------------------------------------------------------------------------
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
-        """As many whole numbers of every process, in order."""
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        """Up to four whole numbers of every process, in order; waits for those that are late."""
+        padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
+        mine = torch.tensor(padded, dtype=torch.int64, device=self._meeting_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._call(dist.all_gather, every, mine, group=self.group)
-        return [found.tolist() for found in every]
+        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting, async_op=True))
+        return [found.tolist()[: len(numbers)] for found in every]
 
     def text(self, text: str, source: int) -> str:
         """The text that process `source` gives."""
@@ -159,20 +214,84 @@ class Sharing:
         sent = torch.zeros(length, dtype=torch.uint8)
         if self.rank == source and length:
             sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sent = sent.to(self.device)
+        sent = sent.to(self._meeting_device)
         if length:
-            self._call(dist.broadcast, sent, group_src=source, group=self.group)
+            self._attend(
+                lambda: dist.broadcast(sent, group_src=source, group=self._meeting, async_op=True)
+            )
         return bytes(sent.tolist()).decode()
 
-    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _attend(self, start: Callable[[], Any]) -> None:
+        """Wait for a message of a meeting for as long as the others live."""
+        work = self._started(start)
+        signs = self._signs
+        if signs is None:
+            self._started(work.wait)
+            return
+        interval = datetime.timedelta(seconds=signs.interval)
+        while True:
+            try:
+                work.wait(interval)
+                return
+            except RuntimeError:
+                if work.is_completed():  # with an error of its own, or just now
+                    self._started(work.wait)
+                    return
+            gone = self._started(lambda: signs.gone(self._ranks))
+            if gone:
+                raise LostProcessError(
+                    f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
+                    f"gave no sign of life for {signs.timeout:g} s; {REMEDY}"
+                )
+
+    def _started(self, function: Callable[[], Any]) -> Any:
         try:
-            return function(*args, **options)
-        except RuntimeError as error:  # torch.distributed's own errors are of this kind
+            return function()
+        except (RuntimeError, dist.DistError) as error:
             reason = str(error).splitlines()[0]
+            ours = isinstance(error, dist.DistError) or type(error) is RuntimeError
+            if not ours or not any(word in reason for word in LOSSES):
+                raise
             raise LostProcessError(
-                f"a process of {self.size} ended or did not answer in time ({reason}); what was "
-                "stored is kept: run the same command again"
+                f"a process of {self.size} ended or did not answer in time ({reason}); {REMEDY}"
             ) from error
+
+
+def _cropped(here: str, there: str) -> tuple[str, str]:
+    """Two texts about where they begin to differ."""
+    pairs = zip(here, there, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(here), len(there)))
+    first = max(0, same - CROPPED)
+    return here[first : same + CROPPED], there[first : same + CROPPED]
+
+
+def _measures(tensors: list[Tensor]) -> tuple[float, float]:
+    """A norm and a sum, by which tensors on several processes are compared."""
+    norm = total = 0.0
+    for i, tensor in enumerate(tensors, 1):
+        values = tensor.detach() if tensor.is_floating_point() else tensor.double()
+        norm += i * float(torch.linalg.vector_norm(values, dtype=torch.float64))
+        total += i * float(values.sum(dtype=torch.float64))
+    return norm, total
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def _alike(state: list[int], first: list[int], precision: float) -> bool:
+    """Whether two processes are at the same call, with tensors that differ by rounding at most."""
+    if state[1] != first[1]:
+        return False
+    norm = _number(first[2])
+    return all(
+        a == b or abs(_number(a) - _number(b)) <= precision * norm
+        for a, b in zip(state[2:], first[2:], strict=True)
+    )
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -4,13 +4,23 @@ torchrun --nproc-per-node W tests/parallel_worker.py FOLDER [FAULT]
 """
 
 import os
+import signal
 import sys
+import time
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import entropic_fast as ef
-from entropic_fast.parallel import init
+from entropic_fast.curvature.per_example import ExampleGradients
+from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_many
+from entropic_fast.dynamics.minibatches import Minibatches
+from entropic_fast.objective import Objective
+from entropic_fast.parallel import OtherProcessError, init
+from entropic_fast.paths import neb
 from entropic_fast.store import save_tensors
 
 torch.set_num_threads(1)
@@ -30,6 +40,57 @@ def images(n):
     return x, torch.randint(3, (n,), generator=generator)
 
 
+class Counted(ExitStack):
+    """Counts what this process does of shared work, while it is entered.
+
+    Attributes:
+        of: rows made for the Gram matrix, replicas run, and passes of AutoNEB's pivots.
+    """
+
+    def __enter__(self):
+        self.of = dict.fromkeys(COUNTS, 0)
+        made, beginning = ExampleGradients.own_chunks, Minibatches.__init__
+        losses, energies = Objective.losses, neb._own_energies
+
+        def own_chunks(gradients, *args):
+            for start, rows in made(gradients, *args):
+                self.of["gram rows"] += len(rows)
+                yield start, rows
+
+        def one_pass(obj, *args):
+            self.of["passes"] += 1
+            return losses(obj, *args)
+
+        def own_energies(*args):
+            with patch.object(Objective, "losses", one_pass):
+                return energies(*args)
+
+        def begin(minibatches, obj, batch_size, seed, ids, *args):
+            self.of["replicas"] += len(ids)
+            beginning(minibatches, obj, batch_size, seed, ids, *args)
+
+        self.enter_context(patch.object(ExampleGradients, "own_chunks", own_chunks))
+        self.enter_context(patch.object(neb, "_own_energies", own_energies))
+        self.enter_context(patch.object(Minibatches, "__init__", begin))
+        return self
+
+
+COUNTS = {"gram rows": 23, "replicas": 9, "passes": 28}  # of all processes in `counts`
+
+
+def counts(share):
+    """What this process does of each shared work, by name."""
+    obj = share(ef.Objective(network(False), "cross_entropy", images(23), batch_size=7))
+    a = obj.parameters_vector()
+    path = ef.linear_path(a, 1.1 * a)
+    config = ef.AutoNEBConfig(pivots=7, max_pivots=7, cycles=((4, 0.1),), batch_size=8)
+    with Counted() as counted:
+        ef.score_gram(obj)
+        relax(obj, path, [0.1 * i for i in range(9)], lr=0.01, batch_size=4, steps=15)
+        ef.auto_neb(obj, a, 1.1 * a, config)
+    return counted.of
+
+
 def everything(share):
     """Every quantity that processes share, by name; `share` makes an objective shared."""
     found = {}
@@ -45,11 +106,14 @@ def everything(share):
     batches = [(x, y) for _, x, y in whole.batches(batch_size=5)]
     obj = share(ef.Objective(network(False), "cross_entropy", batches))
     found |= {f"batches.{key}": v for key, v in at_a_point(obj, obj.parameters_vector()).items()}
+    x, y = images(23)
+    obj = share(ef.Objective(network(False).float(), "cross_entropy", (x.float(), y)))
+    found |= {f"single.{key}": v for key, v in at_a_point(obj, obj.parameters_vector()).items()}
     return found | along_a_path(share(whole))
 
 
 def at_a_point(obj, theta):
-    columns = torch.randn(len(theta), 3, generator=torch.Generator().manual_seed(2)).double()
+    columns = torch.randn(len(theta), 3, generator=torch.Generator().manual_seed(2)).to(theta)
     hessian = ef.HessianOperator(obj, theta)
     loss, accuracy = obj.evaluate(theta)
     found = {
@@ -63,6 +127,8 @@ def at_a_point(obj, theta):
         "ggn": ef.GGNOperator(obj, theta) @ columns,
         "trace": pair(ef.hessian_trace(obj, theta, probes=4)),
         "top": ef.top_eigenvalues(hessian, 2, tol=1e-8).values,
+        "density": ef.spectral_density(hessian, probes=2, steps=8).density,
+        "log det": ef.log_determinant(hessian, delta=1.0, probes=2, steps=8).value,
     }
     if not obj.separable:
         return found
@@ -70,8 +136,8 @@ def at_a_point(obj, theta):
     return found | {
         "norms": ef.gradient_norms(obj, theta),
         "norms by": torch.stack(list(ef.gradient_norms(obj, theta, by="module").values())),
-        "fisher": pair(ef.fisher_trace(obj, theta))[:1],
-        "ggn trace": pair(ef.ggn_trace(obj, theta))[:1],
+        "fisher": pair(ef.fisher_trace(obj, theta)),
+        "ggn trace": pair(ef.ggn_trace(obj, theta)),
         "beside": pair(ef.hessian_trace(obj, theta, probes=4, method="gauss-newton")),
         "gram": ef.score_gram(obj, theta),
         "gram by": torch.stack(list(ef.score_gram(obj, theta, by="parameter").values())),
@@ -92,7 +158,15 @@ def along_a_path(obj):
         obj, band.path, [0.3, 0.5, 0.7], lr=[0.01, 0.02, 1e9], batch_size=4, project_every=5,
         steps=20, loss_every=10, fixed_sets={"few": images(3)},
     )  # fmt: skip
+    settings = [
+        {"start": s, "lr": 0.01, "batch_size": b} for s, b in ((0.2, 4), (0.4, 8), (0.6, 4))
+    ]
+    many = relax_many(obj, band.path, settings, steps=10, project_every=5)
+    bursts = ProjectedSGD(0.01, 4, project_every=5, steps=5)
+    drift = measure_drift(obj, band.path, [0.3, 0.6], bursts, replicas=3)
     return {
+        "relax many": torch.cat([r.position[:, -1] for r in many]),
+        "drift": drift.velocity,
         "pivots": band.path.pivots,
         **{f"profile.{c}": torch.as_tensor(profile[c]).double() for c in profile.columns},
         "position": run.position,
@@ -119,22 +193,67 @@ def fault(kind):
         torch.nn.init.zeros_(net[1].bias)
     if kind == "fsdp":
         fully_shard(net)
+    if kind == "function" and rank == 1:
+        net.append(torch.nn.Tanh())
     x, y = images(8)
     x = x.flatten(1)
     if kind == "data" and rank == 1:
         x = x + 1
     obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y)))
+    if kind == "arguments":
+        differ(obj, rank)
     if kind == "elsewhere" and rank == 1:
         obj.loss()
     if kind == "killed" and rank == 1:
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "late" and rank == 1:
+        time.sleep(1.5 * PATIENT)
     if kind == "loss":  # NaN for the last example alone, which the last process takes
         x[-1] = float("nan")
     obj.gradient()
+    if kind == "late":
+        print("was waited for", file=sys.stderr, flush=True)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        obj.gradient()
 
+
+def differ(obj, rank):
+    """Calls with other arguments on process 1: each is refused by all, who then go on together."""
+    other = rank == 1
+    theta = obj.parameters_vector() + 0.01 * other
+    columns = torch.ones(obj.num_params, 2).double()
+    columns[0] += 0.01 * other
+    hessian = ef.HessianOperator(obj)
+    path = ef.linear_path(obj.parameters_vector(), 2 * obj.parameters_vector())
+    calls = {
+        "point": lambda: obj.gradient(theta),
+        "vectors": lambda: hessian @ columns,
+        "forms": lambda: hessian.quadratic_forms(columns),
+        "seed": lambda: ef.hessian_trace(obj, probes=2, seed=rank),
+        "replicas": lambda: relax(obj, path, [0.1, 0.2], lr=0.1, batch_size=4, steps=10 + rank),
+        "path": lambda: ef.auto_neb(
+            obj, path.pivots[0], path.pivots[1] + 0.01 * other, ef.AutoNEBConfig(pivots=4)
+        ),
+        "examples": lambda: ef.score_gram(obj, max_examples=4 + other),
+        "budget": lambda: ef.score_gram(obj, memory_budget=600 if other else None),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except (OtherProcessError, ValueError) as error:
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    group = dist.new_group([0, 2])
+    try:
+        ef.shard(obj.alone(), group).gradient()
+    except ValueError as error:
+        print(f"group: {error}", file=sys.stderr, flush=True)
+
+
+PATIENT = 15.0  # seconds until a process that gives no sign of life is given up, where one stops
 
 if __name__ == "__main__":
-    init(timeout=60.0)
+    init(timeout=PATIENT if "late" in sys.argv else 60.0)
     if len(sys.argv) > 2:
         try:
             fault(sys.argv[2])
@@ -143,5 +262,6 @@ if __name__ == "__main__":
             sys.exit(3)
         sys.exit(0)
     results = everything(ef.shard)
+    results |= {f"counted.{k}": v for k, v in counts(ef.shard).items()}
     results = {k: torch.as_tensor(v).contiguous() for k, v in results.items()}
     save_tensors(f"{sys.argv[1]}/{os.environ['RANK']}.safetensors", results, {})

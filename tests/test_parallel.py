@@ -14,7 +14,8 @@ import entropic_fast as ef
 from entropic_fast.sharing import Sharing
 from entropic_fast.store import load_tensors
 
-ROUNDING = 1e-10
+ROUNDING, SINGLE = 1e-10, 1e-5
+PASSES = 4  # of pivots, in steps of which one process may have one more than another
 WORKER = Path(__file__).parent / "parallel_worker.py"
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -46,15 +47,21 @@ def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path
     ended = launch(processes, tmp_path)
     assert ended.returncode == 0, ended.stderr
     ranks = [load_tensors(tmp_path / f"{rank}.safetensors")[0] for rank in range(processes)]
+    for name, whole in parallel_worker.COUNTS.items():
+        done = [int(found.pop(f"counted.{name}")) for found in ranks]
+        # Parts, not everything on each of them.
+        assert sum(done) == whole, (name, done)
+        assert max(done) <= -(-whole // processes) + PASSES, (name, done)
     assert all(found.keys() == alone.keys() for found in ranks)
     for name, expected in alone.items():
+        rounding = SINGLE if name.startswith("single.") else ROUNDING
         for found in ranks:
             # Every process has the very same bits.
             torch.testing.assert_close(found[name], ranks[0][name], rtol=0, atol=0, equal_nan=True)
         # Sums in another order, in float64: rounding, of the largest number's size.
         scale = float(expected.double().nan_to_num().abs().max())
         torch.testing.assert_close(
-            ranks[0][name], expected, rtol=0, atol=ROUNDING * max(scale, 1e-3), equal_nan=True,
+            ranks[0][name], expected, rtol=0, atol=rounding * max(scale, 1e-3), equal_nan=True,
             msg=lambda text, name=name: f"{name}: {text}",
         )  # fmt: skip
 
@@ -67,7 +74,8 @@ def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path
         ("data", "ValueError: obj: expected the same data on every process", None),
         ("loss", "NonFiniteLossError: ", "OtherProcessError: process 2 of 3: NonFiniteLossError"),
         ("fsdp", "ValueError: model: expected parameters that each process holds whole", None),
-        ("elsewhere", "OtherProcessError: expected 3 processes at one place", None),
+        ("function", "ValueError: obj: expected the same function on every process", None),
+        ("elsewhere", "DifferentCallsError: expected 3 processes at one place", None),
     ],
 )
 def test_a_fault_of_one_process_is_one_readable_error_on_every_process(kind, here, elsewhere):
@@ -82,25 +90,64 @@ def test_a_fault_of_one_process_is_one_readable_error_on_every_process(kind, her
 
 
 @pytest.mark.timeout(200)
-def test_where_a_process_is_killed_the_others_say_so_and_nobody_hangs():
+def test_other_arguments_on_one_process_are_refused_by_all_of_them():
+    ended = launch(3, "-", "arguments")
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stderr.splitlines()
+    for name, reason in {
+        "point": "another point or other vectors on process 1 than on process 0",
+        "vectors": "another point or other vectors on process 1 than on process 0",
+        "forms": "another point or other vectors on process 1 than on process 0",
+        "seed": "another point or other vectors on process 1 than on process 0",
+        "replicas": "'steps': 11",
+        "path": "another point or other vectors on process 1 than on process 0",
+        "examples": 'Gram matrix of 4 examples, 1 parts" on process 0, "call ',
+    }.items():
+        lines = [line for line in said if f"{name}: DifferentCallsError: " in line]
+        assert len(lines) == 3 and all(reason in line for line in lines), ended.stderr
+    assert sum("budget: ValueError: memory_budget" in line for line in said) == 1
+    failed = "budget: OtherProcessError: process 1 of 3: ValueError: memory_budget"
+    assert sum(failed in line for line in said) == 2, ended.stderr
+    assert sum("group: group: expected one that this process is in" in line for line in said) == 1
+
+
+def launched_by_hand(kind):
+    """Three processes as a batch system starts them, with nobody to end the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(  # as a batch system would, with nobody to end the others
-            [sys.executable, str(WORKER), "-", "killed"],
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), "-", kind],
             env={**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": "3"},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(3)
     ]
+
+
+@pytest.mark.timeout(200)
+def test_where_a_process_is_killed_the_others_say_so_and_nobody_hangs():
+    started = launched_by_hand("killed")
     said = [process.communicate(timeout=150)[1] for process in started]
     assert started[1].returncode == -9
     for rank in (0, 2):
         assert started[rank].returncode == 3, said[rank]
         assert "LostProcessError: a process of 3 ended" in said[rank]
+
+
+@pytest.mark.timeout(200)
+def test_one_that_is_late_is_waited_for_and_one_that_stands_still_is_not():
+    started = launched_by_hand("late")
+    said = [started[rank].communicate(timeout=150)[1] for rank in (0, 2)]
+    started[1].kill()
+    started[1].communicate()
+    for text in said:
+        assert "was waited for" in text
+        assert "LostProcessError: process 1 of 3 gave no sign of life for 15 s" in text
+    assert [started[rank].returncode for rank in (0, 2)] == [3, 3]
 
 
 def test_one_process_gets_its_objective_back():
@@ -130,7 +177,7 @@ def test_parts_are_in_a_row_and_every_example_is_in_one(count, size, whole):
 
 
 def test_a_model_on_the_cpu_is_refused_where_nccl_joins_the_processes(monkeypatch):
-    said = {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl"}
+    said = {"is_initialized": True, "get_world_size": 2, "get_backend": "nccl", "get_rank": 0}
     for name, value in said.items():
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (torch.ones(2, 1), torch.ones(2, 1)))

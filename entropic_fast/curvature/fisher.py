@@ -91,7 +91,8 @@ def gradient_norms(
             require_finite(part.sum(0), batch.start, engine.theta)
         return norms
 
-    norms = dict(zip(keys, obj.summed(own), strict=True))
+    summed = obj.summed(own, f"gradient norms by {by}", engine.theta)
+    norms = dict(zip(keys, summed, strict=True))
     return norms[""] if by is None else norms
 
 

@@ -112,7 +112,7 @@ def ggn_trace(
                 row += (norms[name] * signs).sum(1) if norms else 0
         return found
 
-    found = obj.summed(own)
+    found = obj.summed(own, f"Gauss-Newton trace by {by} of {count}", theta)
     traces = {name: mean_estimate(part) for name, part in zip(names, found, strict=True)}
     return traces[""] if by is None else traces
 
@@ -131,7 +131,11 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     enough = obj.num_examples >= ENOUGH_EXAMPLES
     piece = _examples_at_once(obj, theta, budget // 2)
     # The trace and its variance, summed over examples.
-    sums = obj.summed(lambda: _quick_sums(obj, theta, piece, enough, budget, seed))
+    sums = obj.summed(
+        lambda: _quick_sums(obj, theta, piece, enough, budget, seed),
+        f"Gauss-Newton trace, seed {seed}",
+        theta,
+    )
     total, variance = sums.tolist()
     count = obj.num_examples
     return Estimate(total / count, variance**0.5 / count, count)

@@ -77,7 +77,11 @@ class GramTask:
             self.plan = self._planner.choose(strategy)
             logger.info("score Gram: %s", self.plan)
         elif strategy in ("auto", "memory"):
-            self._require_room_for_ring(self.sharing, budget)
+            sharing = self.sharing
+            self._gradients = sharing.met(
+                lambda: self._gradients_for_ring(sharing, budget),
+                f"Gram matrix of {count} examples, {len(self.keys)} parts",
+            )
         else:
             raise checks.fail(
                 "strategy",
@@ -201,8 +205,8 @@ class GramTask:
 
     # -- by processes ----------------------------------------------------------------------
 
-    def _require_room_for_ring(self, sharing: Sharing, budget: int) -> None:
-        """Refuse what does not fit: a process's rows, those that it meets, and the next ones."""
+    def _gradients_for_ring(self, sharing: Sharing, budget: int) -> ExampleGradients:
+        """What makes a process's rows in the room left by these, those met, and the next ones."""
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
         rows = 3 * -(-self.count // sharing.size) * gradients.row_bytes
         fixed = 8 * self.count**2 * len(self.keys)
@@ -214,22 +218,22 @@ class GramTask:
                 "give more memory, or take more processes or fewer examples",
             )
         gradients.chunk = gradients.chunk_within(budget - fixed - rows)
-        self._gradients = gradients
+        return gradients
 
     def _by_ring(self, sharing: Sharing, grams: dict[str, Tensor]) -> dict[str, Tensor]:
         ranges = [sharing.range(self.count, rank) for rank in range(sharing.size)]
         sizes = [last - first for first, last in ranges]
         here, size = sharing.rank, sharing.size
-        mine = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=self._gradients.dtype)
-        failure: Exception | None = None
-        try:
-            for start, rows in self._gradients.own_chunks(self.count):
+        gradients = self._gradients
+
+        def own() -> Tensor:
+            rows = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=gradients.dtype)
+            for start, chunk in gradients.own_chunks(self.count):
                 first = start - ranges[here][0]
-                mine[first : first + len(rows)] = rows
-        except Exception as error:
-            failure = error
-        sharing.agree(failure)
-        met = mine
+                rows[first : first + len(chunk)] = chunk
+            return rows
+
+        met = mine = sharing.met(own, "rows of the Gram matrix", self.theta)
         for step in range(size // 2 + 1):
             other = (here + step) % size
             # The rows held go on to the process before this one; those of the one after come.
@@ -240,17 +244,31 @@ class GramTask:
                 if last
                 else sharing.exchange(met, (here - 1) % size, (here + 1) % size, sizes[following])
             )
-            if step == 0:
-                self._each(grams, mine, None, ranges[here], ranges[here])
-            elif 2 * step < size or here < other:  # of two opposite processes, one
-                pair = (mine, met) if here > other else (met, mine)
-                self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])
+            block = partial(self._ring_block, grams, ranges, mine, met, here, other)
+            sharing.met(block, "blocks of the Gram matrix")
             met = met if wait is None else wait()
         for key, gram in grams.items():
-            grams[key] = sharing.summed(lambda gram=gram: gram)  # type: ignore[misc]
+            grams[key] = sharing.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
             mirror_lower(grams[key])
         self._require_finite(grams)
         return grams
+
+    def _ring_block(
+        self,
+        grams: dict[str, Tensor],
+        ranges: list[tuple[int, int]],
+        mine: Tensor,
+        met: Tensor,
+        here: int,
+        other: int,
+    ) -> None:
+        """The block of this process's rows and those of another, which one of both takes."""
+        size = len(ranges)
+        if other == here:
+            self._each(grams, mine, None, ranges[here], ranges[here])
+        elif 2 * ((other - here) % size) < size or here < other:
+            pair = (mine, met) if here > other else (met, mine)
+            self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])
 
     def _require_finite(self, grams: dict[str, Tensor]) -> None:
         total = sum(gram.diagonal() for gram in grams.values())

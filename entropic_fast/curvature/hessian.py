@@ -46,7 +46,9 @@ class JetOperator(ByRules, CurvatureOperator):
         rows = columns.T.contiguous()
         engine = self._engine
         if engine is not None:
-            total = self.obj.summed(lambda: engine.products(rows, self.kind))
+            total = self.obj.summed(
+                lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
+            )
             if bool(torch.isfinite(total).all()):
                 return (total / self.obj.num_examples).T
 
@@ -56,7 +58,7 @@ class JetOperator(ByRules, CurvatureOperator):
                 self._add_products(batch, rows, own)
             return own
 
-        total = self.obj.summed(by_autograd)
+        total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
         if self._engine is not None and bool(torch.isfinite(total).all()):
             self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
@@ -145,7 +147,12 @@ class HessianOperator(JetOperator):
     ) -> Tensor | None:
         """Forms by rules; None where these give NaN or infinity.  # [K] float64"""
         rows = columns.T.contiguous()
-        forms = self.obj.summed(lambda: engine.forms(rows, network_alone=network_alone))
+        forms = self.obj.summed(
+            lambda: engine.forms(rows, network_alone=network_alone),
+            f"forms, network_alone={network_alone}",
+            self.theta,
+            rows,
+        )
         return forms / self.obj.num_examples if bool(torch.isfinite(forms).all()) else None
 
     def network_forms(self, vectors: Tensor) -> Tensor:

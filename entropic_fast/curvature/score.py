@@ -343,7 +343,7 @@ def _second_moment(
             symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
         return moment
 
-    moment = obj.summed(own)
+    moment = obj.summed(own, f"second moment of {count} scores", gradients.theta)
     mirror_lower(moment)
     return moment
 
@@ -358,5 +358,5 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
         found: Tensor = torch.linalg.eigvalsh(matrix)
         return found
 
-    eigenvalues = obj.summed(one_takes)
+    eigenvalues = obj.summed(one_takes, "eigenvalues")
     return (eigenvalues / count).clamp(min=0).flip(0)[:size]

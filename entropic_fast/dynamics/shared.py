@@ -45,6 +45,10 @@ def over_processes(
                 "on each process relax(obj.alone(), ids=...), with a file of its own",
             )
     sharing: Sharing = given["obj"].sharing
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = {name: v for name, v in given.items() if isinstance(v, plain)}
+    settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
+    sharing.agree(None, "relax", settings, given["path"].pivots)
     first, last = sharing.range(len(starts))
     own: Trajectory | None = None
     failure: Exception | None = None
@@ -61,7 +65,7 @@ def over_processes(
             own = error.trajectory
         except Exception as error:
             failure = error
-    sharing.agree(failure)
+    sharing.agree(failure, "replicas")
     found = _together(sharing, own, first, len(starts), lrs, ids)
     if bool(found.diverged.all()):
         raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", found)
@@ -96,8 +100,8 @@ def _together(
         numbers[:, rows, : len(own.steps)] = torch.stack(every)
         lost[rows] = own.diverged_at.double()
         notes = "\n".join(own.notes)
-    numbers = sharing.summed(lambda: numbers.to(sharing.device)).cpu()
-    lost = sharing.summed(lambda: lost.to(sharing.device)).cpu()
+    numbers = sharing.summed(lambda: numbers.to(sharing.device), "records").cpu()
+    lost = sharing.summed(lambda: lost.to(sharing.device), "losses of replicas").cpu()
     said = [sharing.text(notes, rank).splitlines() for rank in range(sharing.size)]
     return Trajectory(
         **dict(zip(NUMBERS, numbers, strict=False)),

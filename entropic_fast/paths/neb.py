@@ -230,7 +230,8 @@ def _energies(
         losses, gradients = _own_energies(train, pivots, data, index, layout)
         return torch.cat([losses, gradients.flatten().double()])
 
-    count, every = len(pivots), train.summed(own)
+    given = [] if index is None else [index]
+    count, every = len(pivots), train.summed(own, "energies of pivots", pivots, *given)
     return every[:count], every[count:].view(count - 2, -1).to(pivots.dtype)
 
 
