@@ -176,6 +176,10 @@ def along_a_path(obj):
     }
 
 
+def say(line):
+    os.write(2, f"{line}\n".encode())  # whole, where others write too
+
+
 def pair(estimate):
     return torch.tensor([estimate.value, estimate.std_error])
 
@@ -212,7 +216,7 @@ def fault(kind):
         x[-1] = float("nan")
     obj.gradient()
     if kind == "late":
-        print("was waited for", file=sys.stderr, flush=True)
+        say("was waited for")
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         obj.gradient()
@@ -242,12 +246,12 @@ def differ(obj, rank):
         try:
             call()
         except (OtherProcessError, ValueError) as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            say(f"{name}: {type(error).__name__}: {error}")
     group = dist.new_group([0, 2])
     try:
         ef.shard(obj.alone(), group).gradient()
     except ValueError as error:
-        print(f"group: {error}", file=sys.stderr, flush=True)
+        say(f"group: {error}")
 
 
 PATIENT = 15.0  # seconds until a process that gives no sign of life is given up, where one stops
@@ -258,7 +262,7 @@ if __name__ == "__main__":
         try:
             fault(sys.argv[2])
         except Exception as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            say(f"{type(error).__name__}: {error}")
             sys.exit(3)
         sys.exit(0)
     results = everything(ef.shard)
