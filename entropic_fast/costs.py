@@ -115,7 +115,7 @@ def expected_cost(
     ...     for w in (1, 10)
     ... )
     >>> round(one.seconds, 2), round(one.seconds / ten.seconds, 1), int(ten.sent)
-    (7.2, 10.0, 331)
+    (7.2, 10.0, 403)
     """
     checks.one_of("quantity", quantity, tuple(PASSES))
     for name, value in (("examples", examples), ("parameters", parameters)):
@@ -133,15 +133,16 @@ def expected_cost(
         "norms": 8 * examples,
         "gram": 8 * examples**2,
     }[quantity]
-    agreement = 24 * w  # each process says that all is well
+    agreement = 32 * w  # each process says how it fares
     sent = (2 * result + agreement) * (w - 1) / w
     messages = 3 * (w - 1)
     memory, multiplications = float(result), 0.0
     if quantity == "gram":
         rows = itemsize * own * parameters
         met = w // 2
-        sent += met * rows
-        messages += met
+        # Rows, and meetings before them, after them and after the blocks.
+        sent += met * rows + 3 * agreement * (w - 1) / w
+        messages += met + 3 * (w - 1)
         memory += (3 if w > 1 else 1) * rows
         multiplications = own * (examples + own) / 2 * parameters
     seconds = gradients * machine.gradient + multiplications / machine.multiply

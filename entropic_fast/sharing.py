@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -152,7 +152,7 @@ class Sharing:
             found = f'"{here}" on process 0, "{there}" on process {other}'
         raise DifferentCallsError(
             f"expected {self.size} processes at one place in the program, got {found}; make the "
-            "same calls with the same arguments on every process"
+            "same calls with the same arguments on every process, with as many threads"
         )
 
     def require_same(self, facts: dict[str, str]) -> None:
@@ -180,8 +180,10 @@ class Sharing:
             what waits for both, and returns the rows received.  # [count, ...]
         """
         received = rows.new_empty(count, *rows.shape[1:])
+        # Of rows on the CPU one may be late, as at a meeting.
+        group = self._meeting if self._meeting_device == rows.device else self.group
         work = [
-            dist.P2POp(operation, tensor, group_peer=peer, group=self.group)
+            dist.P2POp(operation, tensor, group_peer=peer, group=group)
             for operation, tensor, peer in (
                 (dist.isend, rows, to),
                 (dist.irecv, received, source),
@@ -192,7 +194,7 @@ class Sharing:
 
         def wait() -> Tensor:
             for one in started:
-                self._started(one.wait)
+                self._attend(one.wait)
             return received
 
         return wait
@@ -204,7 +206,7 @@ class Sharing:
         padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
         mine = torch.tensor(padded, dtype=torch.int64, device=self._meeting_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting, async_op=True))
+        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting))
         return [found.tolist()[: len(numbers)] for found in every]
 
     def text(self, text: str, source: int) -> str:
@@ -216,33 +218,37 @@ class Sharing:
             sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         sent = sent.to(self._meeting_device)
         if length:
-            self._attend(
-                lambda: dist.broadcast(sent, group_src=source, group=self._meeting, async_op=True)
-            )
+            self._attend(lambda: dist.broadcast(sent, group_src=source, group=self._meeting))
         return bytes(sent.tolist()).decode()
 
-    def _attend(self, start: Callable[[], Any]) -> None:
-        """Wait for a message of a meeting for as long as the others live."""
-        work = self._started(start)
+    def _attend(self, wait: Callable[[], Any]) -> None:
+        """Wait for the others as long as they live, on a thread, as signs are looked for here."""
         signs = self._signs
         if signs is None:
-            self._started(work.wait)
+            self._started(wait)
             return
-        interval = datetime.timedelta(seconds=signs.interval)
-        while True:
+        errors: list[Exception] = []
+
+        def run() -> None:
             try:
-                work.wait(interval)
-                return
-            except RuntimeError:
-                if work.is_completed():  # with an error of its own, or just now
-                    self._started(work.wait)
-                    return
+                wait()
+            except Exception as error:
+                errors.append(error)
+
+        waiting = threading.Thread(target=run, name="waiting for processes", daemon=True)
+        waiting.start()
+        while True:
+            waiting.join(signs.interval)
+            if not waiting.is_alive():
+                break
             gone = self._started(lambda: signs.gone(self._ranks))
             if gone:
                 raise LostProcessError(
                     f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
                     f"gave no sign of life for {signs.timeout:g} s; {REMEDY}"
                 )
+        if errors:
+            self._started(lambda: _raise(errors[0]))
 
     def _started(self, function: Callable[[], Any]) -> Any:
         try:
@@ -255,6 +261,10 @@ class Sharing:
             raise LostProcessError(
                 f"a process of {self.size} ended or did not answer in time ({reason}); {REMEDY}"
             ) from error
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _cropped(here: str, there: str) -> tuple[str, str]:

@@ -34,13 +34,16 @@ def wanted_first(values: Tensor, which: str) -> Tensor:
     return turns
 
 
-def require_symmetry(gap: float, scale: float) -> None:
+def require_symmetry(operator: Any, gap: float, scale: float) -> None:
     """Refuse an operator for which v^T A w and w^T A v differ by `gap`, more than rounding.
+
+    One that says it is `symmetric` is not refused. What its products lack is then rounding, as of
+    a Hessian near 0 whose terms are not, and part of the residuals.
 
     Args:
         scale: of the operator, a norm of its products with unit vectors.
     """
-    if gap > ASYMMETRY * scale:
+    if gap > ASYMMETRY * scale and not getattr(operator, "symmetric", False):
         raise checks.fail(
             "operator",
             "a symmetric one",
@@ -192,7 +195,7 @@ class Basis:
         else:
             self._host, self._scale = matrix, scale
             square = matrix[: self.size]  # Q^T A Q, from the products with Q
-            require_symmetry(float((square - square.T).abs().max()), scale)
+            require_symmetry(self.operator, float((square - square.T).abs().max()), scale)
         self._saved = None
 
     def remember(self) -> None:

@@ -253,8 +253,8 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], i
     alphas, betas = alphas.cpu(), betas.cpu()
     if not bool((alphas.isfinite() & betas.isfinite()).all()):
         raise checks.fail("operator", "finite products", "NaN or infinity")
-    require_symmetry(float(gap.max()), float(scale.max()))
-    rounding = ROUNDING * torch.finfo(starts.dtype).eps * scale.cpu()
+    require_symmetry(operator, float(gap.max()), float(scale.max()))
+    rounding = torch.hypot(ROUNDING * torch.finfo(starts.dtype).eps * scale, gap).cpu()
     spaces = []
     for v, m in enumerate(int(m) for m in lengths.tolist()):
         diagonal, beside = alphas[v, :m], betas[v, :m]

@@ -233,6 +233,7 @@ class GramTask:
                 rows[first : first + len(chunk)] = chunk
             return rows
 
+        failure: Exception | None = None
         met = mine = sharing.met(own, "rows of the Gram matrix", self.theta)
         for step in range(size // 2 + 1):
             other = (here + step) % size
@@ -244,9 +245,13 @@ class GramTask:
                 if last
                 else sharing.exchange(met, (here - 1) % size, (here + 1) % size, sizes[following])
             )
-            block = partial(self._ring_block, grams, ranges, mine, met, here, other)
-            sharing.met(block, "blocks of the Gram matrix")
+            try:
+                if failure is None:
+                    self._ring_block(grams, ranges, mine, met, here, other)
+            except Exception as error:  # others still wait for rows
+                failure = error
             met = met if wait is None else wait()
+        sharing.agree(failure, "blocks of the Gram matrix")
         for key, gram in grams.items():
             grams[key] = sharing.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
             mirror_lower(grams[key])

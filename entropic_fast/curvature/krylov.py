@@ -144,7 +144,8 @@ def solve(
             spent = last or basis.matvecs >= max_matvecs
             if not exact:  # leave one to verify
                 spent = spent or basis.products + 1 >= max_products
-            over = spent or at_floor or basis.size == basis.order
+            noisy = bool((ritz.skews[:k] > FAR * limits).any())  # which growth does not mend
+            over = spent or at_floor or noisy or basis.size == basis.order
             if exact or last:
                 converged = bool((ritz.residuals[:k] <= limits).all())
                 if converged or over:

@@ -22,11 +22,13 @@ class CurvatureOperator(Compilable):
         shape: (P, P).
         dtype, device: of the vectors it multiplies, the objective's.
         obj, theta: the objective and the point.
+        symmetric: true, so that what products lack of it is taken for rounding.
         products: operator-vector products computed so far; those behind quadratic forms too,
             where they are not had without.
     """
 
     name = "operator"
+    symmetric = True
     takes_half = False  # whether the model may be in half precision
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import entropic_fast as ef
 from entropic_fast import random
-from entropic_fast.curvature import krylov, top_eigenvalues
+from entropic_fast.curvature import krylov, spectral_density, top_eigenvalues
 
 
 def rotation(n: int, seed: int = 0) -> Tensor:
@@ -322,3 +323,39 @@ def test_late_looks_refuse_what_early_ones_do(monkeypatch: pytest.MonkeyPatch):
 
     with pytest.raises(ValueError, match="finite products"):
         top_eigenvalues(Fails(with_spectrum(torch.linspace(0, 1, 90).double())), tol=1e-8)
+
+
+class Near0:
+    """A matrix known to be symmetric, whose products are mostly rounding."""
+
+    symmetric = True
+
+    def __init__(self, size: int = 60) -> None:
+        exact = with_spectrum(torch.linspace(0, 1, size).double())
+        self.matrix = exact + 0.3 * random.normal((size, size), 4) / size**0.5
+        self.shape, self.dtype = self.matrix.shape, self.matrix.dtype
+
+    def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ vectors
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_rounding_of_an_operator_known_to_be_symmetric_is_in_its_residuals(k: int):
+    operator = Near0()
+    with pytest.raises(ValueError, match="a symmetric one"):
+        top_eigenvalues(operator.matrix, k)
+    pairs = top_eigenvalues(operator, k)
+    true = (operator @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
+    assert torch.allclose(true, pairs.residuals, rtol=0.05)
+    assert not pairs.converged and pairs.matvecs < 100  # it sees that more would not help
+    assert bool(torch.isfinite(spectral_density(operator, probes=2, steps=8).density).all())
+
+
+def test_a_hessian_of_nothing_but_rounding_gives_pairs_that_say_so():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    with torch.no_grad():
+        net[2].bias.copy_(torch.tensor([60.0, 0.0, 0.0]))  # certain: softmax' Hessian is 0
+    obj = ef.Objective(net, "cross_entropy", (torch.randn(40, 8), torch.zeros(40).long()))
+    pairs = top_eigenvalues(ef.HessianOperator(obj), 2)
+    assert bool(torch.isfinite(pairs.values).all()) and float(pairs.residuals.max()) < 1e-6
