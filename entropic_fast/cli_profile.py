@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -85,7 +86,9 @@ def profile(
     """Curvature, path and relaxation report of your own model.
 
     With no or one --weights: curvature at that point. With two: a minimum energy path between
-    them, curvature and relaxation along it. Importing MODULE runs it, as Python does.
+    them, curvature and relaxation along it. Importing MODULE runs it, as Python does. Under
+    torchrun (torchrun --nproc-per-node 4 -m entropic_fast.cli profile ...) all processes share the
+    work of each part.
     """
     asked = locals()
     names = {field.name for field in dataclasses.fields(ProfileSettings)}
@@ -113,7 +116,8 @@ def profile(
         named={"model": model, "weights": " and ".join(map(str, files)), "data": data},
         console=Console(stderr=True, emoji=False),
     )
-    found.show(Console(emoji=False))
+    if not int(os.environ.get("RANK", 0)):
+        found.show(Console(emoji=False))
 
 
 def _network(reference: str, weights: Path | None, seed: int) -> nn.Module:

@@ -67,6 +67,7 @@ class Sharing:
         self._signs = signs
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._calls = 0
+        self._told: Exception | None = None  # the last failure here that others know of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
         return self
@@ -116,9 +117,19 @@ class Sharing:
         try:
             found = compute()
         except Exception as error:
+            if self._knows(error):  # all do, and nobody comes to meet
+                raise
             failure = error
         self.agree(failure, *what)
         return found
+
+    def _knows(self, error: BaseException | None) -> bool:
+        """Whether an error, or one behind it, was met over already."""
+        while error is not None:
+            if error is self._told or isinstance(error, OtherProcessError | LostProcessError):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
 
     def agree(self, failure: Exception | None = None, *what: object) -> None:
         """Meet the others: raise if any of them failed, or is at something else.
@@ -138,6 +149,7 @@ class Sharing:
         if failed:
             said = self.text(f"{type(failure).__name__}: {failure}", failed[0])
             if failure is not None:
+                self._told = failure
                 raise failure
             raise OtherProcessError(f"process {failed[0]} of {self.size}: {said}")
         dtypes = {t.dtype for t in tensors if t.is_floating_point()}

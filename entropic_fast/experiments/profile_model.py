@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -24,6 +24,8 @@ from .. import checks, store
 from ..dynamics.checkpoint import fingerprint
 from ..loss_functions import LossFunction
 from ..objective import Objective
+from ..parallel import shard
+from ..sharing import Sharing
 from ..table import Table
 from . import profile_report
 from .config import changed_values
@@ -33,6 +35,7 @@ from .run import environment
 from .schedule import Unit, execute
 from .unit_store import UnitStore, require_same, require_unused
 
+T = TypeVar("T")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SAID = {
     BAND: "a minimum energy path from A to B by AutoNEB",
@@ -93,7 +96,8 @@ def profile_model(
     a control, and the spectra are taken at both ends and at the path's highest point (its middle,
     where that is an end).
 
-    What is finished is kept in the folder, and the same call goes on from there.
+    What is finished is kept in the folder, and the same call goes on from there. Under `torchrun`
+    all processes share the work of each part (see `parallel.shard`), and see the same folder.
 
     Args:
         model: the model, with its weights: point A.
@@ -124,7 +128,9 @@ def profile_model(
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
-    whole = _objective(model, data, loss, norm, device)
+    whole = shard(_objective(model, data, loss, norm, device))
+    sharing = whole.sharing
+    first = sharing is None or sharing.rank == 0
     end = None if other is None else _other_end(whole, other, loss)
     subject = Subject.of(whole, end, settings)
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
@@ -136,18 +142,27 @@ def profile_model(
         "found": _facts(whole, end, model),
     }
     todo = units(subject)
-    folder = _open(Path(out), about, whole.device.type)
+    folder = _by_first(sharing, lambda: _open(Path(out), about, whole.device.type))
+    folder = folder or UnitStore(Path(out), whole.device.type)
     try:
-        _announce(console, subject, about, todo)
-        execute(folder, todo, workers=1, console=console)
+        _announce(console if first else Console(quiet=True), subject, about, todo)
+        execute(folder, todo, workers=1, console=console, sharing=sharing)
     except BaseException:
-        if not (folder.path / "units").exists():
+        if first and not (folder.path / "units").exists():
             # Nothing was computed: the corrected call may use the folder.
             for name in ("profile.json", "environment.json"):
                 (folder.path / name).unlink(missing_ok=True)
         raise
-    tables, ways = profile_report.write(folder, subject, about)
+    found = _by_first(sharing, lambda: profile_report.write(folder, subject, about))
+    tables, ways = found or profile_report.read(folder, subject)
     return ModelProfile(folder.path, tables, ways)
+
+
+def _by_first(sharing: Sharing | None, write: Callable[[], T]) -> T | None:
+    """What the first of processes does for all, which then know that it is done."""
+    if sharing is None:
+        return write()
+    return sharing.met(write if sharing.rank == 0 else lambda: None, "files")
 
 
 # -- what is measured -----------------------------------------------------------------------

@@ -29,10 +29,9 @@ def write(
     Returns:
         the tables by name, and at each point the way of each operator.
     """
-    tables = collect(folder, subject)
+    tables, ways = read(folder, subject)
     for name, table in tables.items():
         table.to_csv(folder.path / "data" / f"{name}.csv")
-    ways = {name: folder.document(f"spectra/{name}", "ways") for name in subject.places}
     entries = profile_figures.draw(folder, tables, str(about["loss"]))
     versions = store.read_sealed(folder.path / "environment.json")
     summary: dict[str, Any] = {**about, "environment": versions, "ways": ways}
@@ -71,7 +70,13 @@ def show(console: Console, points: Table, place: Path) -> None:
     console.print(f"report: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
-def collect(folder: UnitStore, subject: Subject) -> dict[str, Table]:
+def read(folder: UnitStore, subject: Subject) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:
+    """Tables and ways of finished units, as `write` returns them."""
+    ways = {name: folder.document(f"spectra/{name}", "ways") for name in subject.places}
+    return _tables(folder, subject), ways
+
+
+def _tables(folder: UnitStore, subject: Subject) -> dict[str, Table]:
     """Every number of the report."""
 
     def stacked(name: str) -> Table:

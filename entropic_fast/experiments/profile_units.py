@@ -140,8 +140,12 @@ def measure_spectra(
     ways = {"Hessian": operator.way}
     if not subject.alone:
         tables["fisher"] = _fisher(name, obj, theta)
-        ways["scores"] = str(score_plan(obj, theta))
+        ways["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
     return {**tables, "ways": ways}
+
+
+def _by_processes(obj: Objective) -> str:
+    return f"; rows of {obj.sharing.size} processes in a ring" if obj.sharing is not None else ""
 
 
 def _place(store: UnitStore, subject: Subject, name: str) -> Tensor:

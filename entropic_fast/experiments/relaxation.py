@@ -325,7 +325,9 @@ def _relax(
 ) -> Trajectory:
     """The run of a unit, from where it was killed if it was."""
     every = course.project_every
-    checkpoint = run.unit_folder(unit) / "run.safetensors"
+    stored = run.unit_folder(unit) / "run.safetensors"
+    # Processes that share replicas have no one state to write.
+    checkpoint = stored if course.objective.sharing is None else None
 
     def go() -> Trajectory:
         return relax(
@@ -350,7 +352,7 @@ def _relax(
         try:
             trajectory = go()
         except (CheckpointMismatchError, DamagedFileError):  # of a path since computed anew
-            checkpoint.unlink(missing_ok=True)
+            stored.unlink(missing_ok=True)
             trajectory = go()
     except DivergenceError:
         # A result too, and no reason to lose the rest of the run: a start, then nothing.
@@ -358,7 +360,7 @@ def _relax(
         rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
         steps = torch.tensor([0, course.steps])
         trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size, every)
-    checkpoint.unlink(missing_ok=True)  # only a unit's results are stored
+    stored.unlink(missing_ok=True)  # only a unit's results are stored
     return trajectory
 
 

@@ -15,12 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ..sharing import Sharing
 from ..store import DamagedFileError
 from .unit_store import UnitStore
 
@@ -63,6 +65,7 @@ def execute(
     *,
     workers: int | None = None,
     console: Console | None = None,
+    sharing: Sharing | None = None,
 ) -> None:
     """Compute every unit that is not finished yet.
 
@@ -73,28 +76,33 @@ def execute(
             out among as many, even while fewer units are left: how a sum is split over threads
             changes its last digits, and a resumed run must repeat an unbroken one exactly.
         console: where progress is shown.
+        sharing: processes that call this together and share the work of each unit, all of them
+            at the same one. The first decides which, and stores it.
 
     Raises:
         UnitError: a unit failed. Units under way are finished first, so nothing is lost.
         KeyboardInterrupt: as it came; only the units under way are lost.
     """
     console = console or Console(stderr=True)
+    if sharing is not None and sharing.rank:
+        _follow(run, units, sharing)
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Of torchrun's processes on a machine each takes its share of the cores.
     cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in units if not _finished(run, u, console)}
-    if not todo:
+    if not todo and sharing is None:
         return
-    asked = workers or (1 if run.device == "cuda" else cores)
+    asked = 1 if sharing is not None else workers or (1 if run.device == "cuda" else cores)
     threads = max(1, min(cores // asked, torch.get_num_threads()))
-    workers = min(asked, len(todo))
+    workers = max(1, min(asked, len(todo)))
     kept = len(units) - len(todo)
     if kept:
         console.print(f"{kept} of {len(units)} units are finished already and kept")
     with _monitor(console, list(todo.values()), workers) as monitor:
         if workers == 1:
             with _threads(threads):
-                _in_process(run, todo, monitor)
+                _in_process(run, todo, monitor, sharing)
         else:
             _over_processes(run, todo, monitor, workers, threads)
 
@@ -156,7 +164,9 @@ class _Queue:
         return bool(self.todo and self.later)
 
 
-def _in_process(run: UnitStore, todo: dict[str, Unit], monitor: _Monitor) -> None:
+def _in_process(
+    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, sharing: Sharing | None
+) -> None:
     queue = _Queue(todo)
     while queue.todo:
         unit = queue.take()
@@ -165,7 +175,7 @@ def _in_process(run: UnitStore, todo: dict[str, Unit], monitor: _Monitor) -> Non
             time.sleep(RETRY / 4)
             continue
         try:
-            seconds = _compute(run, unit, lambda f, u=unit: monitor.advance(u, f))  # type: ignore[misc]
+            seconds = _compute(run, unit, partial(monitor.advance, unit), sharing)
         except Exception as error:
             raise UnitError(f"{unit.name}: {error}") from error
         if seconds is None:
@@ -173,6 +183,24 @@ def _in_process(run: UnitStore, todo: dict[str, Unit], monitor: _Monitor) -> Non
             continue
         queue.done(unit)
         monitor.done(unit, seconds)
+    if sharing is not None:
+        sharing.text("", 0)  # nothing is left
+
+
+def _follow(run: UnitStore, units: Sequence[Unit], sharing: Sharing) -> None:
+    """Take part in the units that the first process chooses, until there are none."""
+    named = {unit.name: unit for unit in units}
+    while name := sharing.text("", 0):
+        unit = named[name]
+        try:
+            sharing.met(partial(unit.function, run, _unseen, *unit.args), name)
+            sharing.agree(None, f"{name} is stored")
+        except Exception as error:
+            raise UnitError(f"{name}: {error}") from error
+
+
+def _unseen(fraction: float) -> None:
+    """Progress of which another process tells."""
 
 
 def _over_processes(
@@ -260,7 +288,9 @@ def _compute_in_worker(run: UnitStore, unit: Unit) -> float | None:
     return _compute(run, unit, report)
 
 
-def _compute(run: UnitStore, unit: Unit, report: Report) -> float | None:
+def _compute(
+    run: UnitStore, unit: Unit, report: Report, sharing: Sharing | None = None
+) -> float | None:
     """Seconds that a unit took; 0 if another command finished it, None if one is at it."""
     with run.claim(unit.name) as mine:
         if not mine:
@@ -268,9 +298,15 @@ def _compute(run: UnitStore, unit: Unit, report: Report) -> float | None:
         if run.is_whole(unit.name):
             return 0.0
         start = time.perf_counter()
-        output = unit.function(run, report, *unit.args)
+        if sharing is None:
+            output = unit.function(run, report, *unit.args)
+            seconds = time.perf_counter() - start
+            run.finish(unit.name, output, seconds)
+            return seconds
+        sharing.text(unit.name, 0)  # the others follow
+        output = sharing.met(lambda: unit.function(run, report, *unit.args), unit.name)
         seconds = time.perf_counter() - start
-        run.finish(unit.name, output, seconds)
+        sharing.met(lambda: run.finish(unit.name, output, seconds), f"{unit.name} is stored")
         return seconds
 
 
