@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import torch
 import typer
@@ -14,7 +14,7 @@ from torch import nn
 
 from . import checks
 from .experiments import sources, stages
-from .experiments.profile_model import profile_model
+from .experiments.profile_model import plan_profile, profile_model
 from .experiments.profile_subject import ProfileSettings
 
 _DEFAULT = ProfileSettings()
@@ -82,6 +82,9 @@ def profile(
     batch_size: Annotated[WHOLE, typer.Option(help="Of its minibatches; default 8.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
+    ] = False,
 ) -> None:
     """Curvature, path and relaxation report of your own model.
 
@@ -104,15 +107,21 @@ def profile(
         examples_of = sources.data_from(data, data_dir, "--data")
         networks = [_network(model, file, seed) for file in files]
         networks = networks or [_network(model, None, seed)]
+    common: dict[str, Any] = {
+        "other": networks[1] if len(networks) > 1 else None,
+        "loss": loss,
+        "norm": norm,
+        "settings": settings,
+        "device": place,
+    }
+    if plan:
+        plan_profile(networks[0], examples_of, **common)
+        return
     found = profile_model(
         networks[0],
         examples_of,
         out,
-        other=networks[1] if len(networks) > 1 else None,
-        loss=loss,
-        norm=norm,
-        settings=settings,
-        device=place,
+        **common,
         named={"model": model, "weights": " and ".join(map(str, files)), "data": data},
         console=Console(stderr=True, emoji=False),
     )

@@ -8,14 +8,14 @@ estimate. Times were 0.65 to 1.5 times those measured; the documentation's page 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import checks
 from .objective import Objective
@@ -44,17 +44,20 @@ class Machine:
         multiply: multiplications (each with an addition) of rows of scores a second.
         bandwidth: bytes a second that a process sends while all do.
         latency: seconds that a message takes, however short.
+        operations: floating-point operations of the gradient of one example, in its matrix
+            products and convolutions; 0 if they were not counted.
     """
 
     gradient: float
     multiply: float
     bandwidth: float
     latency: float
+    operations: float = 0.0
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one quantity takes of each process; the slowest counts.
+class Work:
+    """What is done by each of several processes; the slowest counts.
 
     Attributes:
         quantity, processes: what, and on how many.
@@ -62,17 +65,60 @@ class Cost:
         multiplications: of rows of scores.
         sent, messages: bytes and messages that a process sends.
         memory: bytes of results and of what is exchanged (activations come on top).
-        seconds: on a machine.
     """
 
     quantity: str
     processes: int
-    gradients: float
-    multiplications: float
-    sent: float
-    messages: int
-    memory: float
-    seconds: float
+    gradients: float = 0.0
+    multiplications: float = 0.0
+    sent: float = 0.0
+    messages: int = 0
+    memory: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """One after the other, of which the larger memory is needed."""
+        return replace(
+            self,
+            gradients=self.gradients + other.gradients,
+            multiplications=self.multiplications + other.multiplications,
+            sent=self.sent + other.sent,
+            messages=self.messages + other.messages,
+            memory=max(self.memory, other.memory),
+        )
+
+    def times(self, count: int) -> Work:
+        """The same so many times."""
+        return replace(
+            self,
+            gradients=count * self.gradients,
+            multiplications=count * self.multiplications,
+            sent=count * self.sent,
+            messages=count * self.messages,
+        )
+
+    def on(self, machine: Machine) -> Cost:
+        """With what it takes there."""
+        operations = self.gradients * machine.operations + 2 * self.multiplications
+        seconds = (
+            self.gradients * machine.gradient
+            + self.multiplications / machine.multiply
+            + self.sent / machine.bandwidth
+            + self.messages * machine.latency
+        )
+        return Cost(**vars(self), operations=operations, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Cost(Work):
+    """`Work` on a machine.
+
+    Attributes:
+        operations: floating-point operations, where the machine knows a gradient's.
+        seconds: all in all.
+    """
+
+    operations: float = 0.0
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         return (
@@ -117,6 +163,30 @@ def expected_cost(
     >>> round(one.seconds, 2), round(one.seconds / ten.seconds, 1), int(ten.sent)
     (7.2, 10.0, 403)
     """
+    return work_of(
+        quantity,
+        examples=examples,
+        parameters=parameters,
+        columns=columns,
+        processes=processes,
+        itemsize=itemsize,
+    ).on(machine)
+
+
+def work_of(
+    quantity: str,
+    *,
+    examples: int,
+    parameters: int,
+    columns: int = 1,
+    processes: int = 1,
+    itemsize: int = 4,
+) -> Work:
+    """`expected_cost` without a machine.
+
+    >>> work_of("products", examples=100, parameters=10, columns=2, processes=4).gradients
+    106.25
+    """
     checks.one_of("quantity", quantity, tuple(PASSES))
     for name, value in (("examples", examples), ("parameters", parameters)):
         checks.whole(name, value, 1)
@@ -145,9 +215,7 @@ def expected_cost(
         messages += met + 3 * (w - 1)
         memory += (3 if w > 1 else 1) * rows
         multiplications = own * (examples + own) / 2 * parameters
-    seconds = gradients * machine.gradient + multiplications / machine.multiply
-    seconds += sent / machine.bandwidth + messages * machine.latency
-    return Cost(quantity, w, gradients, multiplications, sent, messages, memory, seconds)
+    return Work(quantity, w, gradients, multiplications, sent, messages, memory)
 
 
 def measure(obj: Objective) -> Machine:
@@ -164,28 +232,35 @@ def measure(obj: Objective) -> Machine:
     if obj.examples.are_tensors:
         size = min(count, obj.examples.batch_size)
         few = few.with_data(obj.tensors(count), batch_size=size)
-    gradient = _median(few.gradient) / few.num_examples
+    gradient = _fastest(few.gradient) / few.num_examples
+    operations = _operations(few.gradient) / few.num_examples
     rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
-    taken = _median(lambda: cross_update_(out, rows, rows, double_products=True))
+    taken = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
     multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / taken
     if obj.sharing is None:
-        return Machine(gradient, multiply, float("inf"), 0.0)
+        return Machine(gradient, multiply, float("inf"), 0.0, operations)
     sharing, size = obj.sharing, obj.sharing.size
     short = torch.zeros(1, device=obj.device)
     long = torch.zeros(max(2**20, obj.num_params), device=obj.device)
-    latency = _median(lambda: sharing.summed(lambda: short)) / (3 * (size - 1))
-    taken = _median(lambda: sharing.summed(lambda: long)) - 3 * (size - 1) * latency
+    latency = _fastest(lambda: sharing.summed(lambda: short)) / (3 * (size - 1))
+    taken = _fastest(lambda: sharing.summed(lambda: long)) - 3 * (size - 1) * latency
     bandwidth = 2 * long.nbytes * (size - 1) / size / max(taken, 1e-9)
     # The slowest of each: others wait for it.
     mine = torch.tensor([gradient, 1 / multiply, 1 / bandwidth, latency], dtype=torch.float64)
     slowest = torch.zeros(size, 4, dtype=torch.float64)
     slowest[sharing.rank] = mine
     found = sharing.summed(lambda: slowest.to(obj.device)).amax(0).tolist()
-    return Machine(found[0], 1 / found[1], 1 / found[2], found[3])
+    return Machine(found[0], 1 / found[1], 1 / found[2], found[3], operations)
 
 
-def _median(action: Callable[[], Tensor | None]) -> float:
+def _operations(action: Callable[[], Tensor]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return float(counter.get_total_flops())
+
+
+def _fastest(action: Callable[[], Tensor | None]) -> float:
     action()
     taken = []
     for _ in range(ROUNDS):
@@ -194,7 +269,7 @@ def _median(action: Callable[[], Tensor | None]) -> float:
         action()
         _synchronize()
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def _synchronize() -> None:

@@ -6,9 +6,11 @@ import hashlib
 import os
 import struct
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +18,13 @@ from torch import Tensor
 
 from . import store
 from .checks import fail
+from .curvature.memory import available_bytes, readable
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_GREY = ("L", "1", "LA")  # Pillow's modes
 _VERSION = 1  # of the cached form
 Arrays = tuple[Tensor, Tensor]  # images [N, C, H, W] of uint8, labels [N] of int64
 
@@ -152,20 +159,31 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
         for f in members
     ]
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        images = list(pool.map(_read_image, [f for f, _ in files]))
-    size = images[0].shape[:2]
-    for (file, _), image in zip(files, images, strict=True):
-        if image.shape[:2] != size:
+        shapes = list(pool.map(_shape, [f for f, _ in files]))  # before anything is decoded
+        height, width, _ = shapes[0]
+        for (file, _), shape in zip(files, shapes, strict=True):
+            if shape[:2] != (height, width):
+                raise fail(
+                    "data_dir",
+                    f"images of one size ({width} x {height}, as {files[0][0]})",
+                    f"{shape[1]} x {shape[0]} in {file}",
+                    "resize the images to one size first",
+                )
+        channels = max(shape[2] for shape in shapes)
+        needed, free = len(files) * channels * height * width, available_bytes(torch.device("cpu"))
+        if 2 * needed > free:  # pixels, and the two parts of them
             raise fail(
                 "data_dir",
-                f"images of one size ({size[1]} x {size[0]}, as {files[0][0]})",
-                f"{image.shape[1]} x {image.shape[0]} in {file}",
-                "resize the images to one size first",
+                f"images that fit twice in the {readable(free)} free",
+                f"{len(files)} of {width} x {height}, {readable(needed)}",
+                "make them smaller, or take fewer",
             )
-    channels = max(image.shape[2] for image in images)
-    stacked = np.empty((len(images), channels, *size), np.uint8)
-    for i, image in enumerate(images):
-        stacked[i] = image.transpose(2, 0, 1)  # a grey image fills all three channels
+        stacked = np.empty((len(files), channels, height, width), np.uint8)
+
+        def decode(i: int) -> None:
+            stacked[i] = _read_image(files[i][0]).transpose(2, 0, 1)  # grey fills all channels
+
+        list(pool.map(decode, range(len(files))))
     labels = torch.tensor([label for _, label in files])
     train = sum(map(len, splits["train"].values()))
     pixels = torch.from_numpy(stacked)
@@ -187,15 +205,28 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
     return arrays
 
 
+def _shape(path: Path) -> tuple[int, int, int]:
+    """Height, width and channels of an image, from its header."""
+    with _opened(path) as image:
+        return image.height, image.width, 1 if image.mode in _GREY else 3
+
+
 def _read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:  # [H, W, 1 or 3]
+    with _opened(path) as image:
+        pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image, whose errors are those of a folder of images."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode}, more than 8 bits a pixel")
-            grey = image.mode in ("L", "1", "LA")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            yield image
     except (
         OSError,
         SyntaxError,
@@ -210,4 +241,3 @@ def _read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:  # [H, W, 1 
             f"{path} ({error})",
             "delete or replace that file",
         ) from error
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels

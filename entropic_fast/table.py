@@ -94,10 +94,17 @@ class Table(Mapping[str, np.ndarray]):
         """Read what `to_csv` wrote: numbers where a whole column is numeric, else strings.
 
         Raises:
-            ValueError: a file that is not a table (no header, or rows of unequal length).
+            ValueError: a file that is not a table (no header, rows of unequal length, other bytes
+                than text, an endless cell).
         """
-        with open(path, newline="", encoding="utf-8") as handle:
-            lines = list(csv.reader(handle))
+        try:
+            with open(path, newline="", encoding="utf-8") as handle:
+                lines = list(csv.reader(handle))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: expected a CSV table, got a file that does not parse ({error}); it is "
+                "damaged: delete it and run the same command again"
+            ) from error
         if not lines:
             raise ValueError(f"{path}: expected a CSV table with a header line, got an empty file")
         header, body = lines[0], lines[1:]
@@ -118,10 +125,10 @@ class Table(Mapping[str, np.ndarray]):
 
 
 def _parse(values: list[str]) -> np.ndarray:
-    for kind in (int, float):
+    for kind, dtype in ((int, np.int64), (float, np.float64)):
         try:
-            return np.asarray([kind(v) for v in values])
-        except ValueError:
+            return np.asarray([kind(v) for v in values], dtype=dtype)
+        except (ValueError, OverflowError):
             continue
     if set(values) <= {"True", "False"}:
         return np.asarray([v == "True" for v in values])

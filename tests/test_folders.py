@@ -146,6 +146,18 @@ def test_an_image_of_another_size_is_named(tree):
         load("pets", tree)
 
 
+def test_sizes_are_compared_before_anything_is_decoded(tree, monkeypatch):
+    write(tree / "test" / "dog" / "1.png", size=(7, 4))
+    monkeypatch.setattr(folders, "_read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    with pytest.raises(ValueError, match="one size"):
+        load("pets", tree)
+    (tree / "test" / "dog" / "1.png").unlink()
+    write(tree / "test" / "dog" / "1.png")
+    monkeypatch.setattr(folders, "available_bytes", lambda device: 100)
+    with pytest.raises(ValueError, match="that fit twice in the 100 bytes free"):
+        load("pets", tree)
+
+
 @pytest.mark.parametrize("kind", ["file", "class", "split"])
 def test_a_link_out_of_the_folder_is_refused(tree, tmp_path, kind):
     outside = tmp_path / "outside" / "bird"

@@ -72,6 +72,18 @@ def test_a_damaged_csv_names_its_line(tmp_path):
         Table.from_csv(tmp_path / "t.csv")
 
 
+@pytest.mark.parametrize("content", [b"a\n" + b"x" * 200_000 + b"\n", b"a\n\xff\n"])
+def test_a_csv_that_does_not_parse_is_named(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.csv: expected a CSV table"):
+        Table.from_csv(tmp_path / "t.csv")
+
+
+def test_whole_numbers_beyond_64_bits_are_floats(tmp_path):
+    (tmp_path / "t.csv").write_text("a\n1\n" + "9" * 30 + "\n")
+    assert Table.from_csv(tmp_path / "t.csv")["a"].dtype == np.float64
+
+
 def test_html_escapes_its_content():
     assert "&lt;b&gt;" in Table({"<b>": ["<i>"]})._repr_html_()
 

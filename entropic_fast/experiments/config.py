@@ -56,7 +56,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         text = source.read_text(encoding="utf-8")
     try:
         document = {**tomllib.loads(text), "preset": name}
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise checks.fail(f"--preset {file}", "TOML", f"another text ({error})") from error
     return _overridden(document, overrides)
 
@@ -104,7 +104,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise checks.fail("--set", "section.key=value", repr(override))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     *sections, last = key.strip().split(".")
     if not last or key.strip() == "preset":

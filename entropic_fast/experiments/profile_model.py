@@ -29,6 +29,7 @@ from ..sharing import Sharing
 from ..table import Table
 from . import profile_report
 from .config import changed_values
+from .profile_plan import print_plan
 from .profile_subject import ProfileSettings, Subject
 from .profile_units import BAND, PROFILE, units
 from .run import environment
@@ -128,11 +129,9 @@ def profile_model(
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
-    whole = shard(_objective(model, data, loss, norm, device))
-    sharing = whole.sharing
+    subject = _subject(model, data, other, loss, norm, settings, device)
+    whole, end, sharing = subject.whole, subject.end, subject.whole.sharing
     first = sharing is None or sharing.rank == 0
-    end = None if other is None else _other_end(whole, other, loss)
-    subject = Subject.of(whole, end, settings)
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
     about = {
         "named": named,
@@ -156,6 +155,52 @@ def profile_model(
     found = _by_first(sharing, lambda: profile_report.write(folder, subject, about))
     tables, ways = found or profile_report.read(folder, subject)
     return ModelProfile(folder.path, tables, ways)
+
+
+def plan_profile(
+    model: nn.Module,
+    data: Any,
+    *,
+    other: nn.Module | None = None,
+    loss: str | LossFunction = "cross_entropy",
+    norm: str = "running",
+    settings: ProfileSettings | None = None,
+    device: torch.device | str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Show what `profile_model` will take, on several numbers of processes, and do none of it.
+
+    Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
+
+    Args:
+        model, data, other, loss, norm, settings, device: as for `profile_model`.
+        console: where it is shown; None for standard output.
+
+    Raises:
+        ValueError: as `profile_model`.
+
+    >>> net, x = torch.nn.Linear(3, 2), torch.randn(20, 3)
+    >>> plan_profile(net, (x, torch.arange(20) % 2), console=Console(quiet=True))
+    """
+    settings = settings or ProfileSettings()
+    subject = _subject(model, data, other, loss, norm, settings, device)
+    sharing = subject.whole.sharing
+    console = console or Console(emoji=False)
+    print_plan(console if sharing is None or not sharing.rank else Console(quiet=True), subject)
+
+
+def _subject(
+    model: nn.Module,
+    data: Any,
+    other: nn.Module | None,
+    loss: str | LossFunction,
+    norm: str,
+    settings: ProfileSettings,
+    device: torch.device | str | None,
+) -> Subject:
+    whole = shard(_objective(model, data, loss, norm, device))
+    end = None if other is None else _other_end(whole, other, loss)
+    return Subject.of(whole, end, settings)
 
 
 def _by_first(sharing: Sharing | None, write: Callable[[], T]) -> T | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from rich.table import Table as RichTable
 
 from .. import store
 from .claims import FAILS, HOLDS, UNDECIDED
-from .run import RunFolder, damaged_results
+from .run import MANIFEST, RunFolder, damaged_results
 from .stages import all_units
+
+CUT_OFF = 3600.0  # seconds after which a file that is not whole is nobody's work
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,12 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
                 store.read_sealed(file)
             except store.DamagedFileError as error:
                 yield "", str(error)
+    if (run.path / "report.html").exists() and not (run.path / MANIFEST).exists():
+        yield (
+            "",
+            f"{run.path / MANIFEST}: expected the record of the results' content, got no file; "
+            f"`entropic-fast report {run.path}` writes all of them again",
+        )
     yield from (("", problem) for problem in damaged_results(run.path))
     for unit in all_units(run):
         try:
@@ -165,11 +174,12 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
 def superfluous(run: RunFolder) -> list[Path]:
     """Files that no command needs again, largest folders whole.
 
-    Files left by a write that was cut off; checkpoints within units that are finished; and units
-    that the configuration does not have.
+    Files left by a write that was cut off an hour ago or before; checkpoints within units that
+    are finished; and units that the configuration does not have.
     """
     names = {unit.name for unit in all_units(run)}
-    found = sorted(run.path.rglob(".*.part"))
+    old = time.time() - CUT_OFF
+    found = [f for f in sorted(run.path.rglob(".*.part")) if f.stat().st_mtime < old]
     for done in sorted((run.path / "units").glob("**/done.json")):
         unit = done.parent.relative_to(run.path / "units").as_posix()
         if unit not in names:
@@ -183,7 +193,12 @@ def superfluous(run: RunFolder) -> list[Path]:
 def _files(done: Path) -> set[str]:
     try:
         return set(json.loads(done.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError):  # damaged: nothing of it is superfluous
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # damaged: nothing of it is superfluous
         return {file.name for file in done.parent.iterdir()}
 
 

@@ -218,7 +218,8 @@ def _over_processes(
         while running or (queue.todo and not failed):
             while not failed and len(running) < workers and (unit := queue.take()):
                 try:
-                    running[pool.submit(_compute_in_worker, run, unit)] = unit
+                    with _interrupts_held():  # which workers inherit, from their first moment
+                        running[pool.submit(_compute_in_worker, run, unit)] = unit
                 except concurrent.futures.BrokenExecutor as broken:
                     failed.append((unit, broken))
             if not running and not failed:
@@ -255,6 +256,19 @@ def _over_processes(
                 "run the same command again, with fewer --workers if memory is short"
             ) from error
         raise UnitError(f"{unit.name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Interrupts come after the block, not within."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _progress_queue: Any = None

@@ -1,5 +1,8 @@
 """Each claim on tables whose answer is known."""
 
+import csv
+import random
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -464,3 +467,37 @@ def test_json_has_null_for_what_is_not_a_number():
     claim = Claim("1", "n", "s", "m", float("inf"), float("nan"), 1.0, HOLDS, "d")
     (row,) = to_json([claim])
     assert (row["effect"], row["low"], row["high"]) == (None, None, 1.0)
+
+
+# -- files from elsewhere ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tables_of_other_content_are_claims_or_one_readable_error(tiny_run, tmp_path, seed):
+    """Cells, columns and lines of a run's tables changed, repeated or left out at random."""
+    rng = random.Random(seed)
+    shutil.copytree(tiny_run.path / "data", tmp_path / "data")
+    for file in rng.sample(sorted((tmp_path / "data").glob("*.csv")), 4):
+        with open(file, newline="") as text:
+            lines = list(csv.reader(text))
+        for _ in range(rng.randint(1, 3)):
+            kind = rng.choice(["cell", "header", "lines", "column"])
+            column = rng.randrange(len(lines[0]))
+            if kind == "cell" and len(lines) > 1:
+                cells = ["", "nan", "inf", "x", "9" * 30, "-1", "0", "1e999", "True"]
+                rng.choice(lines[1:])[column] = rng.choice(cells)
+            elif kind == "header":
+                lines[0][column] = rng.choice(["", "s", "x", lines[0][0]])
+            elif kind == "lines":
+                lines = lines[: rng.randrange(len(lines)) + 1] + lines[-1:]
+            elif len(lines[0]) > 1:
+                lines = [line[:column] + line[column + 1 :] for line in lines]
+        with open(file, "w", newline="") as text:
+            csv.writer(text).writerows(lines)
+    try:
+        found = evaluate(tmp_path / "data")
+    except ValueError as error:
+        assert "expected the columns and numbers of a finished run" in str(error)
+        assert ".csv" in str(error)
+    else:
+        assert all(claim.verdict in (HOLDS, FAILS, UNDECIDED) for claim in found)

@@ -1,8 +1,10 @@
 """Run folders seen from outside: listed, verified, pruned, repeated and compared."""
 
 import json
+import os
 import re
 import shutil
+import time
 
 import pytest
 
@@ -79,6 +81,9 @@ def test_only_what_no_command_needs_goes(copy, command):
     before = content()
     assert "nothing to delete" in command("runs", "prune", copy, "--yes").out
     (copy / "data" / ".fig1.csv.abc.part").write_bytes(b"cut off")
+    assert "nothing to delete" in command("runs", "prune", copy, "--yes").out  # or being written
+    long_ago = time.time() - 2 * runs.CUT_OFF
+    os.utime(copy / "data" / ".fig1.csv.abc.part", (long_ago, long_ago))
     (copy / "units" / "train" / "0" / "run.safetensors").write_bytes(b"a checkpoint")
     shutil.copytree(copy / "units" / "train" / "0", copy / "units" / "train" / "77")
     ended = command("runs", "prune", copy)
@@ -86,6 +91,14 @@ def test_only_what_no_command_needs_goes(copy, command):
     ended = command("runs", "prune", copy, "--yes")
     assert ended.code == 0 and "deleted" in ended.out
     assert content() == before
+    assert command("runs", "verify", copy).code == 0
+
+
+def test_results_without_their_record_are_not_called_whole(copy, command):
+    (copy / "manifest.json").unlink()
+    ended = command("runs", "verify", copy)
+    assert ended.code == 1 and "manifest.json: expected the record" in words(ended.out)
+    assert command("report", copy).code == 0
     assert command("runs", "verify", copy).code == 0
 
 
@@ -113,6 +126,9 @@ def test_a_preset_can_be_a_file(tmp_path):
     config = load_preset(str(file), ["train.lr=0.5"])
     assert (config.preset, config.train.epochs, config.train.lr) == ("mine", 30, 0.5)
     file.write_text("[train\n")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 50_000 + "]" * 50_000)
+    with pytest.raises(ValueError, match=r"deep\.toml: expected TOML"):
+        load_preset(str(tmp_path / "deep.toml"))
     with pytest.raises(ValueError, match=r"mine\.toml: expected TOML"):
         load_preset(str(file))
     with pytest.raises(FileNotFoundError):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ... import checks
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim
 from .connectivity import lmc, poor, straight
@@ -41,11 +42,26 @@ _TESTS: tuple[tuple[tuple[str, ...], Callable[..., list[Claim]]], ...] = (
 
 
 def evaluate(data: Path) -> list[Claim]:
-    """Every claim whose tables are in the folder `data`, in the figures' order."""
+    """Every claim whose tables are in the folder `data`, in the figures' order.
+
+    Raises:
+        ValueError: a table that is none, or not one that claims can be tested on.
+    """
     claims: list[Claim] = []
-    for tables, test in _TESTS:
-        if all((data / f"{name}.csv").exists() for name in tables):
-            claims += test(*(Table.from_csv(data / f"{name}.csv") for name in tables))
+    for names, test in _TESTS:
+        files = [data / f"{name}.csv" for name in names]
+        if not all(file.exists() for file in files):
+            continue
+        tables = [Table.from_csv(file) for file in files]
+        try:
+            claims += test(*tables)
+        except Exception as error:
+            raise checks.fail(
+                " and ".join(map(str, files)),
+                "the columns and numbers of a finished run",
+                f"others ({type(error).__name__}: {error})",
+                "`entropic-fast report RUN` writes them again",
+            ) from error
     return claims
 
 
