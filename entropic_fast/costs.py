@@ -233,7 +233,7 @@ def measure(obj: Objective) -> Machine:
         size = min(count, obj.examples.batch_size)
         few = few.with_data(obj.tensors(count), batch_size=size)
     gradient = _fastest(few.gradient) / few.num_examples
-    operations = _operations(few.gradient) / few.num_examples
+    operations = count_operations(few.gradient) / few.num_examples
     rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
     taken = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
@@ -254,7 +254,12 @@ def measure(obj: Objective) -> Machine:
     return Machine(found[0], 1 / found[1], 1 / found[2], found[3], operations)
 
 
-def _operations(action: Callable[[], Tensor]) -> float:
+def count_operations(action: Callable[[], object]) -> float:
+    """Floating-point operations of matrix products and convolutions in `action`.
+
+    >>> count_operations(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
+    48.0
+    """
     with FlopCounterMode(display=False) as counter:
         action()
     return float(counter.get_total_flops())

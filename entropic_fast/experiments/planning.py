@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch.nn.functional import cross_entropy
 
+from ..costs import count_operations
+from ..curvature.krylov import EXTRA_COLUMNS
+from ..info import available_cores, peak_memory
 from ..normalisation import norm_layers
 from ..table import Table
 from . import pieces
@@ -44,27 +47,56 @@ def in_seconds(run: RunFolder, units: Sequence[Unit], gradient: float) -> list[U
     return [replace(unit, weight=unit.weight * price(unit.name.split("/")[0])) for unit in units]
 
 
-def seconds_per_gradient(run: RunFolder) -> float:
-    """Seconds that one thread takes for an example's gradient in a step of training."""
+def gradient_cost(run: RunFolder) -> tuple[float, float]:
+    """Seconds and operations of an example's gradient in a step of training, on one thread."""
     training, _ = pieces.images(run)
     x, y = training.tensors(min(run.config.train.batch_size, len(training)))
     model = pieces.network(run).to(memory_format=torch.channels_last)
     x = x.to(run.device, memory_format=torch.channels_last)
     y = y.to(run.device)
+
+    def step() -> None:
+        model.zero_grad()
+        cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+        if run.device == "cuda":
+            torch.cuda.synchronize()
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     taken: list[float] = []
     try:
         while len(taken) < ROUNDS or sum(taken) < SECONDS:
             start = time.perf_counter()
-            model.zero_grad()
-            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            if run.device == "cuda":
-                torch.cuda.synchronize()
+            step()
             taken.append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(taken[len(taken) // 2 :]) / len(x)  # the first ones are slower
+    seconds = statistics.median(taken[len(taken) // 2 :])  # the first ones are slower
+    return seconds / len(x), count_operations(step) / len(x)
+
+
+def vectors(run: RunFolder, stage: str) -> int:
+    """Bytes of the vectors and matrices that a unit of a stage holds at once, besides all else.
+
+    In numbers of P: training has gradients and momentum; a path its pivots, their gradients,
+    velocities and copies; curvature a basis; replicas points, gradients and momentum.
+    """
+    config = run.config
+    examples = config.curvature.spectrum_examples
+    held = {
+        "train": 3,
+        "path": 6 * config.path.max_pivots,
+        "curvature": EXTRA_COLUMNS + 2,
+        "spectrum": 2,
+        "relax": 4 * config.relax.replicas * max(len(config.relax.lrs), config.path.pivots),
+        "force": 4 * config.force.replicas,
+        "straight": 4 * config.straight.replicas,
+        "poor": max(6 * config.path.max_pivots, 4 * config.poor.replicas),
+        "toy": 0,
+    }.get(stage, 4)
+    parameters = sum(p.numel() for p in pieces.network(run).parameters())
+    # A Gram matrix, its copy, and the solver's own.
+    return 4 * parameters * held + (3 * 8 * examples**2 if stage == "spectrum" else 0)
 
 
 def makespan(units: Sequence[Unit], processes: int) -> float:
@@ -107,25 +139,40 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
         run: its configuration and images; what identifies these is written to its folder.
     """
     pieces.prepare(run)
-    gradient = seconds_per_gradient(run)
+    gradient, operations = gradient_cost(run)
     units = in_seconds(run, units_until(run, stage), gradient)
+    base = peak_memory()
     stages: dict[str, list[float]] = {}
     for unit in units:
         stages.setdefault(unit.name.split("/")[0], []).append(unit.weight)
-    shown = RichTable("stage", "units", "core time", "longest unit")
+    shown = RichTable("stage", "units", "core time", "longest unit", "gradients", "memory")
     for name, times in stages.items():
-        shown.add_row(name, str(len(times)), _minutes(sum(times)), _minutes(max(times)))
+        shown.add_row(
+            *(name, str(len(times)), _minutes(sum(times)), _minutes(max(times))),
+            f"{sum(times) / gradient:.2g}" if name != "toy" else "",
+            f"{(base + vectors(run, name)) / 2**20:,.0f} MiB",
+        )
     console.print(shown)
-    shown = RichTable("processes", "wall time", "efficiency")
+    shown = RichTable("processes", "wall time", "efficiency", "machines like this")
+    cores = available_cores()
     for row in plan(units).rows():
         seconds, share = float(row["seconds"]), float(row["efficiency"])  # type: ignore[arg-type]
-        shown.add_row(str(row["processes"]), _minutes(seconds), f"{100 * share:.0f} %")
+        count = int(row["processes"])  # type: ignore[call-overload]
+        machines = str(-(-count // cores))
+        shown.add_row(str(count), _minutes(seconds), f"{100 * share:.0f} %", machines)
     console.print(shown)
+    data, curvature = run.config.data, run.config.curvature
+    parameters = sum(p.numel() for p in pieces.network(run).parameters())
     console.print(
-        f"from {1e3 * gradient:.2g} ms for an example's gradient here, on one thread, and what "
+        f"P = {parameters:,}; curvature of E = {data.curvature_examples:,} examples with "
+        f"{curvature.probes} probes. Times are from {1e3 * gradient:.2g} ms for an example's "
+        f"gradient here, on one thread ({operations:.2g} floating-point operations), and what "
         "stages of the recorded runs of `demo` and `small` took in such gradients on two cores; "
-        "other networks and busy machines may take twice as long",
+        "other networks and busy machines may take twice as long. Memory is of one process: its "
+        "peak so far and the vectors of a stage; curvature takes up to a quarter of what is free "
+        "besides. Processes send one another nothing: they meet in the run's folder",
         soft_wrap=True,
+        highlight=False,
     )
 
 

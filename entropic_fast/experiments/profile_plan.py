@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
@@ -14,6 +13,7 @@ from rich.table import Table as RichTable
 
 from ..costs import Cost, Machine, Work, measure, work_of
 from ..curvature.krylov import EXTRA_COLUMNS
+from ..info import available_cores
 from .profile_subject import Subject
 from .profile_units import BAND, CYCLES, PROFILE, STARTS
 
@@ -101,8 +101,9 @@ def print_plan(console: Console, subject: Subject) -> None:
         found |= dict.fromkeys((2, 4, 8, 16, 64), one)
         note = (
             f"one process with {torch.get_num_threads()} threads, several with one each "
-            f"({_cores()} cores here; more processes need more machines), messages assumed at "
-            f"{ASSUMED_BANDWIDTH:.0g} bytes a second and {1e6 * ASSUMED_LATENCY:.0f} microseconds"
+            f"({available_cores()} cores here; more processes need more machines), messages "
+            f"assumed at {ASSUMED_BANDWIDTH:.0g} bytes a second and "
+            f"{1e6 * ASSUMED_LATENCY:.0f} microseconds"
         )
     shown = RichTable(
         *("processes", "time", "gradients", "operations", "bytes sent", "messages", "memory")
@@ -147,7 +148,3 @@ def _held(processes: int, memory: float) -> Work:
 
 def _sum(parts: Sequence[Work]) -> Work:
     return reduce(lambda a, b: a + b, parts)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

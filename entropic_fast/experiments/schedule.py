@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ..info import available_cores
 from ..sharing import Sharing
 from ..store import DamagedFileError
 from .unit_store import UnitStore
@@ -87,9 +88,8 @@ def execute(
     if sharing is not None and sharing.rank:
         _follow(run, units, sharing)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Of torchrun's processes on a machine each takes its share of the cores.
-    cores = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in units if not _finished(run, u, console)}
     if not todo and sharing is None:
         return

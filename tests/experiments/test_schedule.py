@@ -217,6 +217,8 @@ def test_the_plan_says_what_each_stage_takes_and_writes_nothing(command, tiny, t
     assert not (tmp_path / "run").exists()
     for stage in ("toy", "train", "path", "curvature", "relax", "force", "lmc", "poor"):
         assert stage in ended.out
+    for word in ("gradients", "memory", "machines like this", "P = ", "E = ", "probes"):
+        assert word in ended.out
     part = command("train", "--plan", *tiny)
     assert "train" in part.out and "relax" not in part.out
 
