@@ -85,6 +85,15 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
+def _contiguous_gradient(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """The output as it is, through which a gradient comes back contiguous.
+
+    torch's instance normalisation (2.13 to 2.15, CPU) returns a wrong gradient of its weight and
+    bias if what arrives has its channels last, as it does from a sequence of positions.
+    """
+    return output.unsqueeze(-1).select(-1, 0)
+
+
 def private_copy(model: nn.Module, norm: str) -> nn.Module:
     """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
 
@@ -111,6 +120,9 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
             layer.sparse = False  # the layout of a gradient, which a flat theta cannot have
         if not isinstance(layer, NORM_LAYERS):
             continue
+        instance = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+        if instance and _contiguous_gradient not in layer._forward_hooks.values():
+            layer.register_forward_hook(_contiguous_gradient)
         if norm == "batch":
             # Without stored statistics a layer uses the batch's, and changes no buffer.
             layer.track_running_stats = False

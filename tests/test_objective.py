@@ -8,6 +8,7 @@ from cases import CASES, Case, by_name, plain_gradient, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import entropic_fast as ef
 from entropic_fast.objective import NonFiniteLossError, Objective
 
 
@@ -489,3 +490,40 @@ def test_inference_mode_is_refused_by_name_and_no_grad_does_not_matter():
     assert obj.gradient().norm() > 0
     with torch.inference_mode(), pytest.raises(ValueError, match=r"got torch\.inference_mode"):
         Objective(model, "cross_entropy", data)
+
+
+class Positions(torch.nn.Module):
+    """Instance normalisation whose gradient arrives with its channels last."""
+
+    def __init__(self, dims):
+        super().__init__()
+        convolution = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[dims - 1]
+        norm = (torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d, torch.nn.InstanceNorm3d)[dims - 1]
+        self.first, self.norm = convolution(2, 4, 3, padding=1), norm(4, affine=True)
+        self.middle, self.last = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        positions = self.norm(self.first(x)).flatten(2).transpose(1, 2)  # [N, T, C]
+        mixed = self.middle(positions.transpose(0, 1).reshape(-1, 4)).view(-1, len(x), 5)
+        return self.last(torch.tanh(mixed.transpose(0, 1)).mean(1))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_gradients_through_instance_normalisation_are_right_in_any_layout(dims, n):
+    torch.manual_seed(dims)
+    net = Positions(dims).double()
+    x = torch.randn(n, 2, *(6, 3, 4)[:dims], dtype=torch.float64)
+    obj = ef.Objective(net, "cross_entropy", (x, torch.arange(n) % 3))
+    theta, step = obj.parameters_vector(), 1e-6
+    steps = step * torch.eye(len(theta), dtype=torch.float64)
+    differences = [(obj.loss(theta + e) - obj.loss(theta - e)) / (2 * step) for e in steps]
+    expected = torch.tensor(differences, dtype=torch.float64)
+    torch.testing.assert_close(obj.gradient(theta), expected, rtol=0, atol=1e-7)
+    scores = ef.score_matrix(obj, theta)
+    torch.testing.assert_close(scores.mean(0), obj.gradient(theta), rtol=0, atol=1e-12)
+    v = torch.randn(len(theta), dtype=torch.float64)
+    along = (obj.gradient(theta + 1e-5 * v) - obj.gradient(theta - 1e-5 * v)) / 2e-5
+    operator = ef.HessianOperator(obj, theta)
+    torch.testing.assert_close(operator @ v, along, rtol=1e-6, atol=1e-6)
+    assert operator.way == "rules"
