@@ -83,9 +83,15 @@ class ScoreEngine:
         Raises:
             NonFiniteLossError: a loss that is NaN or infinite.
         """
+        handed: set[str] = set()
+
+        def hand(name: str, piece: Piece) -> None:
+            sink(name, piece)
+            handed.add(name)
+
         if self._ways.traceable:
             try:
-                losses, backward = self._forward(batch, sink)
+                losses, backward = self._forward(batch, hand)
             except UNTRACEABLE as why:
                 # A loss that is not finite is no reason to change the way.
                 self.obj.finite_losses(self.theta, batch)
@@ -93,13 +99,21 @@ class ScoreEngine:
                 self._ways.traceable = False
             else:
                 self._require_finite(losses, batch)
-                backward()
-                return losses
+                try:
+                    backward()
+                    return losses
+                except RuntimeError as why:
+                    if type(why) is not RuntimeError:
+                        raise
+                    # torch's own, of a layer whose backward pass is not made for this.
+                    logger.info("per-example gradients without layer rules, which fail: %s", why)
+                    self._ways.traceable = False
         rows, losses = self._fallback.rows(batch)
         self._require_finite(losses, batch)
         (rows,) = full_precision((rows,))
         for name, part in self.split(rows).items():
-            sink(name, Rows(part))
+            if name not in handed:
+                sink(name, Rows(part))
         return losses
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:

@@ -202,3 +202,36 @@ def test_another_loss_of_the_same_model_is_checked_again(monkeypatch: pytest.Mon
     gradient_norms(obj)
     with pytest.raises(ef.DisagreementError):
         ntk_gram(obj)
+
+
+@pytest.mark.parametrize("quantity", ["matrix", "gram", "norms", "fisher"])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_layer_whose_backward_pass_fails_half_way_is_gone_on_with(monkeypatch, quantity, after):
+    """As torch's `slow_conv2d: grad_weight must be contiguous` of larger batches alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(6, 3).double(), torch.arange(6) % 2
+    take = {
+        "matrix": score_matrix,
+        "gram": ef.score_gram,
+        "norms": gradient_norms,
+        "fisher": lambda obj: torch.tensor(ef.fisher_trace(obj).value),
+    }[quantity]
+    expected = take(Objective(net, "cross_entropy", (x, y)))
+    forward = ScoreEngine._forward
+
+    def failing(engine, batch, sink):
+        handed = []
+
+        def some(name, piece):
+            if len(batch.inputs) > 2 and len(handed) == after:
+                raise RuntimeError("slow_conv2d: grad_weight must be contiguous")
+            handed.append(name)
+            sink(name, piece)
+
+        return forward(engine, batch, some)
+
+    monkeypatch.setattr(ScoreEngine, "_forward", failing)
+    obj = Objective(net, "cross_entropy", (x, y))
+    torch.testing.assert_close(take(obj), expected, rtol=1e-12, atol=1e-14)
+    assert not ScoreEngine(obj).traceable
