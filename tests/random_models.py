@@ -139,7 +139,11 @@ def _batches(draw: Draw, examples: int) -> tuple[int, ...]:
     if examples > 1 and draw.chance(0.2):
         draw.note("ragged batches")
         first = draw.whole(1, examples - 1)
-        return (first, examples - first)
+        sizes = [first, examples - first]
+        if draw.chance(0.4):
+            draw.note("an empty batch")
+            sizes.insert(draw.whole(0, 2), 0)
+        return tuple(sizes)
     return (draw.whole(1, examples + 2),)
 
 
