@@ -19,11 +19,12 @@ from unittest.mock import patch
 import torch
 
 import entropic_fast as ef
-from entropic_fast.costs import expected_cost, measure
+from entropic_fast.costs import PASSES, measure, path_work, relaxation_work, work_of
 from entropic_fast.models import build
 from entropic_fast.parallel import init
 from entropic_fast.sharing import Sharing
 
+PIVOTS, REPLICAS, BATCH, STEPS = 7, 4, 16, 3
 WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more than "gram"
 
 
@@ -48,11 +49,22 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
     v = torch.randn(obj.num_params, columns, generator=torch.Generator().manual_seed(1))
     hessian = ef.HessianOperator(obj)
-    work = {
+    path = ef.linear_path(obj.parameters_vector(), 1.01 * obj.parameters_vector())
+    config = ef.AutoNEBConfig(
+        pivots=PIVOTS, max_pivots=PIVOTS, cycles=((STEPS, 0.01),), batch_size=BATCH, eval_points=1
+    )
+    starts = [i / (REPLICAS - 1) for i in range(REPLICAS)]
+
+    work: dict[str, Callable[[], Any]] = {
         "gradient": lambda: obj.gradient(),
+        "products": lambda: hessian @ v,
         "forms": lambda: hessian.quadratic_forms(v),
         "norms": lambda: ef.gradient_norms(obj),
         "gram": lambda: ef.score_gram(obj),
+        "path": lambda: ef.auto_neb(obj, path.pivots[0], path.pivots[-1], config),
+        "relax": lambda: ef.relax(
+            obj, path, starts, lr=1e-3, batch_size=BATCH, project_every=STEPS, steps=STEPS
+        ),
     }
     if obj.sharing is not None:
         work[WAITING] = lambda: gram_without_overlap(obj)
@@ -68,15 +80,24 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
             seconds[name].append(time.perf_counter() - start)
     machine = measure(obj)
     processes = 1 if obj.sharing is None else obj.sharing.size
-    shape = dict(examples=examples, parameters=obj.num_params, processes=processes)
+    shape = dict(parameters=obj.num_params, processes=processes)
+    updates = dict(batch_size=BATCH, steps=STEPS, **shape)
+    # With one point between pivots, the loss is taken at twice as many.
+    dense = work_of("loss", examples=examples, **shape).times(2 * PIVOTS - 1)
+    expected = {
+        "path": path_work(pivots=PIVOTS, **updates) + dense,
+        "relax": relaxation_work(replicas=REPLICAS, **updates),
+    }
+    for name in work:
+        quantity = name.split(",")[0]
+        if quantity in PASSES:
+            expected[name] = work_of(quantity, examples=examples, columns=columns, **shape)
     found = {
         "machine": asdict(machine),
         "quantities": {
             name: {
                 "median": median(taken),
-                "expected": expected_cost(
-                    name.split(",")[0], machine, columns=columns, **shape
-                ).seconds,
+                "expected": expected[name].on(machine).seconds,
             }
             for name, taken in seconds.items()
         },

@@ -218,6 +218,53 @@ def work_of(
     return Work(quantity, w, gradients, multiplications, sent, messages, memory)
 
 
+def path_work(
+    *, pivots: int, batch_size: int, steps: int, parameters: int, processes: int = 1,
+    itemsize: int = 4,
+) -> Work:  # fmt: skip
+    """What AutoNEB's updates take of each process: its pivots' gradients, then all pivots'.
+
+    Args:
+        pivots, batch_size, steps: M, examples of an update, and updates.
+        parameters, processes, itemsize: as for `expected_cost`.
+
+    >>> path_work(pivots=9, batch_size=10, steps=2, parameters=5, processes=4).gradients
+    60.0
+    """
+    w = checks.whole("processes", processes, 1)
+    summed = 8 * pivots * parameters  # in float64
+    return Work(
+        "path",
+        w,
+        gradients=float(ceil(pivots / w) * batch_size),
+        sent=2 * summed * (w - 1) / w,
+        messages=3 * (w - 1),
+        memory=4 * itemsize * pivots * parameters + summed * (w > 1),
+    ).times(steps)
+
+
+def relaxation_work(
+    *, replicas: int, batch_size: int, steps: int, parameters: int, processes: int = 1,
+    itemsize: int = 4,
+) -> Work:  # fmt: skip
+    """What updates of replicas take of each process: of its own ones, then their records.
+
+    An update costs as much as 8 examples besides those of its minibatch.
+
+    >>> relaxation_work(replicas=3, batch_size=8, steps=10, parameters=5, processes=2).gradients
+    320.0
+    """
+    w = checks.whole("processes", processes, 1)
+    own = ceil(replicas / w)
+    return Work(
+        "relax",
+        w,
+        gradients=float(own * steps * (batch_size + 8)),
+        messages=9 * (w - 1),
+        memory=4 * itemsize * own * parameters,
+    )
+
+
 def measure(obj: Objective) -> Machine:
     """The speeds of this process, of all that share an objective the slowest.
 

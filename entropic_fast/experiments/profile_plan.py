@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from math import ceil
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..costs import Cost, Machine, Work, measure, work_of
+from ..costs import Cost, Machine, Work, measure, path_work, relaxation_work, work_of
 from ..curvature.krylov import EXTRA_COLUMNS
 from ..info import available_cores
 from .profile_subject import Subject
@@ -20,7 +19,6 @@ from .profile_units import BAND, CYCLES, PROFILE, STARTS
 SEARCHES = 80  # products for eigenvalues at a point ...
 TRACKED = 10  # ... and at one of a path, from its neighbour's vector
 QUICK_TRACE = 8  # gradients that the deterministic part of a trace takes
-OVERHEAD = 8  # examples that a minibatch of the relaxation costs besides its own
 # Between processes of one machine, where none is there to measure: bytes and messages a second.
 ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5
 
@@ -50,29 +48,22 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
     if subject.end is None:
         return found
     neb = subject.neb
-    pivots = neb.max_pivots
-    step = Work(
-        "path",
-        processes,
-        gradients=ceil(pivots / processes) * (neb.batch_size or whole.num_examples),
-        sent=2 * 8 * pivots * parameters * (processes - 1) / processes,
-        messages=3 * (processes - 1),
-        memory=4 * pivots * vector + 8 * pivots * parameters * (processes > 1),
+    shape = {"parameters": parameters, "processes": processes, "itemsize": itemsize}
+    updates = path_work(
+        pivots=neb.max_pivots,
+        batch_size=neb.batch_size or whole.num_examples,
+        steps=s.path_steps,
+        **shape,
     )
     dense = work_of(
         "loss", examples=whole.num_examples, parameters=parameters, processes=processes
     ).times(neb.pivots * (neb.eval_points + 1) * 4 + 33)
     along = [*trace, of("norms"), of("products").times(TRACKED)]
-    count = len(STARTS) * s.replicas
-    relaxation = Work(
-        "relax",
-        processes,
-        gradients=ceil(count / processes) * s.steps * (subject.batch_size + OVERHEAD),
-        messages=3 * (processes - 1),
-        memory=4 * ceil(count / processes) * vector,
+    relaxation = relaxation_work(
+        replicas=len(STARTS) * s.replicas, batch_size=subject.batch_size, steps=s.steps, **shape
     )
     return {
-        BAND: step.times(s.path_steps) + dense,
+        BAND: updates + dense,
         PROFILE: _sum(along).times(s.points) + _held(processes, vector * (1 + EXTRA_COLUMNS)),
         **dict.fromkeys(CYCLES, relaxation),
         **found,
