@@ -24,7 +24,7 @@ from entropic_fast.models import build
 from entropic_fast.parallel import init
 from entropic_fast.sharing import Sharing
 
-PIVOTS, REPLICAS, BATCH, STEPS = 7, 4, 16, 3
+PIVOTS, REPLICAS, STEPS = 7, 4, 3
 WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more than "gram"
 
 
@@ -45,13 +45,14 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     init()
     torch.manual_seed(0)
     net = build("resnet20")
+    batch = min(16, examples)
     x, y = torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
     obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
     v = torch.randn(obj.num_params, columns, generator=torch.Generator().manual_seed(1))
     hessian = ef.HessianOperator(obj)
     path = ef.linear_path(obj.parameters_vector(), 1.01 * obj.parameters_vector())
     config = ef.AutoNEBConfig(
-        pivots=PIVOTS, max_pivots=PIVOTS, cycles=((STEPS, 0.01),), batch_size=BATCH, eval_points=1
+        pivots=PIVOTS, max_pivots=PIVOTS, cycles=((STEPS, 0.01),), batch_size=batch, eval_points=1
     )
     starts = [i / (REPLICAS - 1) for i in range(REPLICAS)]
 
@@ -63,7 +64,7 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
         "gram": lambda: ef.score_gram(obj),
         "path": lambda: ef.auto_neb(obj, path.pivots[0], path.pivots[-1], config),
         "relax": lambda: ef.relax(
-            obj, path, starts, lr=1e-3, batch_size=BATCH, project_every=STEPS, steps=STEPS
+            obj, path, starts, lr=1e-3, batch_size=batch, project_every=STEPS, steps=STEPS
         ),
     }
     if obj.sharing is not None:
@@ -81,9 +82,10 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     machine = measure(obj)
     processes = 1 if obj.sharing is None else obj.sharing.size
     shape = dict(parameters=obj.num_params, processes=processes)
-    updates = dict(batch_size=BATCH, steps=STEPS, **shape)
-    # With one point between pivots, the loss is taken at twice as many.
-    dense = work_of("loss", examples=examples, **shape).times(2 * PIVOTS - 1)
+    updates = dict(batch_size=batch, steps=STEPS, **shape)
+    # With one point between pivots the loss is taken at twice as many, after its statistics.
+    points = -(-(2 * PIVOTS - 1) // processes)
+    dense = work_of("loss", examples=examples, parameters=obj.num_params).times(2 * points)
     expected = {
         "path": path_work(pivots=PIVOTS, **updates) + dense,
         "relax": relaxation_work(replicas=REPLICAS, **updates),

@@ -164,7 +164,11 @@ def along_a_path(obj):
     many = relax_many(obj, band.path, settings, steps=10, project_every=5)
     bursts = ProjectedSGD(0.01, 4, project_every=5, steps=5)
     drift = measure_drift(obj, band.path, [0.3, 0.6], bursts, replicas=3)
+    normed = share(ef.Objective(network(True), "cross_entropy", images(16)))
+    theta = normed.parameters_vector()
+    losses = ef.path_losses(normed, ef.linear_path(theta, 1.2 * theta), points=3)
     return {
+        "path losses": torch.tensor([losses["loss"].tolist(), losses["accuracy"].tolist()]),
         "relax many": torch.cat([r.position[:, -1] for r in many]),
         "drift": drift.velocity,
         "pivots": band.path.pivots,

@@ -57,7 +57,7 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
     )
     dense = work_of(
         "loss", examples=whole.num_examples, parameters=parameters, processes=processes
-    ).times(neb.pivots * (neb.eval_points + 1) * 4 + 33)
+    ).times((neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + whole.has_running_statistics))
     along = [*trace, of("norms"), of("products").times(TRACKED)]
     relaxation = relaxation_work(
         replicas=len(STARTS) * s.replicas, batch_size=subject.batch_size, steps=s.steps, **shape

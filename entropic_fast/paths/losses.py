@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,22 +94,31 @@ def path_losses(
     pivots_at = path.positions.tolist()
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
     classifier = _is_classifier(obj)
-    rows: list[dict[str, Any]] = []
-    for done, position in enumerate(s, 1):
+    # Statistics are of all examples at each point: processes take points then, not examples.
+    sharing = obj.sharing if obj.has_running_statistics else None
+    whole = obj if sharing is None else obj.alone()
+
+    def values(position: float) -> list[float]:
         theta = path.point(position)
-        here = obj.recalibrated(theta, max_examples=recalibration_examples)
-        row: dict[str, Any] = {"s": position, "loss": math.nan, "is_pivot": position in pivots_at}
+        here = whole.recalibrated(theta, max_examples=recalibration_examples)
         try:
-            if classifier:
-                row["loss"], row["accuracy"] = here.evaluate(theta)
-            else:
-                row["loss"] = here.loss(theta)
+            return list(here.evaluate(theta)) if classifier else [here.loss(theta)]
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
-        rows.append(row)
-        if on_point is not None:
-            on_point(done, len(s))
-    return Table.from_rows(rows)
+
+    def own() -> Tensor:
+        found = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
+        for i, position in enumerate(s):
+            if sharing is None or i % sharing.size == sharing.rank:
+                found[i] = found.new_tensor(values(position))
+            if on_point is not None:
+                on_point(i + 1, len(s))
+        return found
+
+    found = own() if sharing is None else sharing.summed(own, "losses along a path", path.pivots)
+    columns = dict(zip(("loss", "accuracy"), found.T.tolist(), strict=False))
+    return Table({"s": s, "loss": columns.pop("loss"), "is_pivot": [p in pivots_at for p in s],
+                  **columns})  # fmt: skip
 
 
 def barrier(table: Table) -> Barrier:
