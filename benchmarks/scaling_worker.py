@@ -24,7 +24,7 @@ from entropic_fast.models import build
 from entropic_fast.parallel import init
 from entropic_fast.sharing import Sharing
 
-PIVOTS, REPLICAS, STEPS = 7, 4, 3
+STEPS = 3
 WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more than "gram"
 
 
@@ -46,15 +46,16 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     torch.manual_seed(0)
     net = build("resnet20")
     batch = min(16, examples)
+    pivots, replicas = (7, 4) if rounds > 1 else (3, 2)
     x, y = torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
     obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
     v = torch.randn(obj.num_params, columns, generator=torch.Generator().manual_seed(1))
     hessian = ef.HessianOperator(obj)
     path = ef.linear_path(obj.parameters_vector(), 1.01 * obj.parameters_vector())
     config = ef.AutoNEBConfig(
-        pivots=PIVOTS, max_pivots=PIVOTS, cycles=((STEPS, 0.01),), batch_size=batch, eval_points=1
+        pivots=pivots, max_pivots=pivots, cycles=((STEPS, 0.01),), batch_size=batch, eval_points=1
     )
-    starts = [i / (REPLICAS - 1) for i in range(REPLICAS)]
+    starts = [i / (replicas - 1) for i in range(replicas)]
 
     work: dict[str, Callable[[], Any]] = {
         "gradient": lambda: obj.gradient(),
@@ -84,11 +85,11 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     shape = dict(parameters=obj.num_params, processes=processes)
     updates = dict(batch_size=batch, steps=STEPS, **shape)
     # With one point between pivots the loss is taken at twice as many, after its statistics.
-    points = -(-(2 * PIVOTS - 1) // processes)
+    points = -(-(2 * pivots - 1) // processes)
     dense = work_of("loss", examples=examples, parameters=obj.num_params).times(2 * points)
     expected = {
-        "path": path_work(pivots=PIVOTS, **updates) + dense,
-        "relax": relaxation_work(replicas=REPLICAS, **updates),
+        "path": path_work(pivots=pivots, **updates) + dense,
+        "relax": relaxation_work(replicas=replicas, **updates),
     }
     for name in work:
         quantity = name.split(",")[0]

@@ -109,6 +109,10 @@ def everything(share):
     x, y = images(23)
     obj = share(ef.Objective(network(False).float(), "cross_entropy", (x.float(), y)))
     found |= {f"single.{key}": v for key, v in at_a_point(obj, obj.parameters_vector()).items()}
+    normed = share(ef.Objective(network(True), "cross_entropy", images(16)))
+    theta = normed.parameters_vector()
+    losses = ef.path_losses(normed, ef.linear_path(theta, 1.2 * theta), points=3)
+    found["path losses"] = torch.tensor([losses[c].tolist() for c in ("loss", "accuracy")])
     return found | along_a_path(share(whole))
 
 
@@ -164,11 +168,7 @@ def along_a_path(obj):
     many = relax_many(obj, band.path, settings, steps=10, project_every=5)
     bursts = ProjectedSGD(0.01, 4, project_every=5, steps=5)
     drift = measure_drift(obj, band.path, [0.3, 0.6], bursts, replicas=3)
-    normed = share(ef.Objective(network(True), "cross_entropy", images(16)))
-    theta = normed.parameters_vector()
-    losses = ef.path_losses(normed, ef.linear_path(theta, 1.2 * theta), points=3)
     return {
-        "path losses": torch.tensor([losses["loss"].tolist(), losses["accuracy"].tolist()]),
         "relax many": torch.cat([r.position[:, -1] for r in many]),
         "drift": drift.velocity,
         "pivots": band.path.pivots,
