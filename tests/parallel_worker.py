@@ -258,7 +258,7 @@ def differ(obj, rank):
         say(f"group: {error}")
 
 
-PATIENT = 15.0  # seconds until a process that gives no sign of life is given up, where one stops
+PATIENT = 10.0  # seconds until a process that gives no sign of life is given up, where one stops
 
 if __name__ == "__main__":
     init(timeout=PATIENT if "late" in sys.argv else 60.0)
