@@ -1,9 +1,12 @@
 """`entropic-fast profile` under torchrun: processes that share the work of every part."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,47 +33,67 @@ FEW = (
 )
 
 
-def profile(folder: Path, processes: int, out: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m"]
+def command(processes: int, out: str, settings: str) -> list[str]:
+    found = [sys.executable, "-m"]
     if processes > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m"]
-    command += ["entropic_fast.cli", "profile", "factory.py:net", "--out", out, *FEW.split()]
-    command += ["--weights", "a.safetensors", "--weights", "b.safetensors", "--device", "cpu"]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=200, check=False,
+        found += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    found += ["entropic_fast.cli", "profile", "factory.py:net", "--out", out, "--device", "cpu"]
+    return [*found, "--weights", "a.safetensors", "--weights", "b.safetensors", *settings.split()]
+
+
+def start(folder: Path, *arguments: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-@pytest.mark.timeout(400)
-def test_processes_share_a_profile_which_goes_on_on_another_number_of_them(tmp_path: Path):
+def finish(folder: Path, *arguments: Any) -> tuple[str, str]:
+    started = start(folder, *arguments)
+    out, err = started.communicate(timeout=200)
+    assert started.returncode == 0, err
+    assert out.count("report: ") == 1  # of one process
+    return out, err
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    for name in ("points", "eigenvalues", "curvature", "fisher", "losses", "relaxation"):
+        a, b = (Table.from_csv(out / f"data/{name}.csv") for out in (one, two))
+        assert a.columns == b.columns and len(a) == len(b) > 0
+        for column in a.columns:
+            if column in ("residual", "top_residual", "above_floor", "matvecs"):
+                continue  # what rounding is most of
+            if a[column].dtype.kind != "f":
+                assert list(a[column]) == list(b[column]), (name, column)
+                continue
+            close = pytest.approx(a[column], rel=1e-3, abs=1e-4, nan_ok=True)
+            assert b[column] == close, (name, column)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "factory.py").write_text(FACTORY)
     for i, name in enumerate("ab"):
         generator = torch.Generator().manual_seed(i)
         shapes = {"1.weight": (6, 64), "1.bias": (6,), "3.weight": (10, 6), "3.bias": (10,)}
         weights = {n: torch.randn(s, generator=generator) / s[-1] ** 0.5 for n, s in shapes.items()}
         save_file(weights, tmp_path / f"{name}.safetensors")
-    for processes, out in ((1, "one"), (2, "two")):
-        ended = profile(tmp_path, processes, out)
-        assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("report: ") == 1  # of one process
-    for name in ("points", "eigenvalues", "curvature", "fisher", "losses", "relaxation"):
-        one, two = (Table.from_csv(tmp_path / out / f"data/{name}.csv") for out in ("one", "two"))
-        assert one.columns == two.columns and len(one) == len(two) > 0
-        for column in one.columns:
-            if column in ("residual", "top_residual", "above_floor", "matvecs"):
-                continue  # what rounding is most of
-            if one[column].dtype.kind != "f":
-                assert list(one[column]) == list(two[column]), (name, column)
-                continue
-            assert two[column] == pytest.approx(
-                one[column], rel=1e-3, abs=1e-4, nan_ok=True
-            ), (name, column)  # fmt: skip
-    kept = (tmp_path / "two/data/points.csv").read_bytes()
-    (tmp_path / "two/units/spectra/B/done.json").unlink()
-    ended = profile(tmp_path, 3, "two")
-    assert ended.returncode == 0, ended.stderr
-    assert "6 of 7 units are finished already and kept" in ended.stderr
-    before, after = kept.splitlines(), (tmp_path / "two/data/points.csv").read_bytes().splitlines()
-    assert before[:3] == after[:3]  # the header, A and between
+    return tmp_path
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes by /proc")
+def test_a_shared_profile_of_which_a_process_was_killed_goes_on_on_another_number(folder: Path):
+    finish(folder, 1, "one", FEW)
+    started = start(folder, 2, "two", FEW)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+    until = time.monotonic() + 100
+    while not (folder / "two/units/path/band/done.json").exists():
+        assert time.monotonic() < until and started.poll() is None
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    _, err = started.communicate(timeout=100)
+    assert started.returncode != 0 and "SIGKILL" in err  # as torchrun says, who ends the others
+    _, err = finish(folder, 3, "two", FEW)
+    assert "of 7 units are finished already and kept" in err
+    assert_alike(folder / "one", folder / "two")
