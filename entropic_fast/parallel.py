@@ -104,7 +104,7 @@ def shard(obj: Objective, group: Any = None) -> Objective:
 
     Raises:
         ValueError: on every process, if parameters, data or settings differ between processes;
-            a model that is not on a GPU where NCCL joins the processes.
+            a model that is not on a GPU in a group of your own by NCCL.
         LostProcessError: a process is not there.
 
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -124,14 +124,16 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             f"one without process {dist.get_rank()}",
             "call shard on the processes of the group alone",
         )
-    if dist.get_backend(group) == "nccl" and obj.device.type != "cuda":
-        raise checks.fail(
-            "obj",
-            "a model on this process's GPU, as NCCL joins GPUs alone",
-            f"parameters on {obj.device}",
-            "move the model and the data there: model.to(entropic_fast.parallel.init())",
-        )
     patient = _signs is not None and group in (None, dist.group.WORLD)
+    if dist.get_backend(group) == "nccl" and obj.device.type != "cuda":
+        if not patient:
+            raise checks.fail(
+                "obj",
+                "a model on this process's GPU, as NCCL joins GPUs alone",
+                f"parameters on {obj.device}",
+                "move the model and the data there: model.to(entropic_fast.parallel.init())",
+            )
+        group = _meeting  # of the same processes, by gloo
     sharing = Sharing(group, obj.device, *((_meeting, _signs) if patient else ()))
     sharing.require_same(
         {

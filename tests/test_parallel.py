@@ -108,6 +108,7 @@ def test_other_arguments_on_one_process_are_refused_by_all_of_them():
     assert sum("budget: ValueError: memory_budget" in line for line in said) == 1
     failed = "budget: OtherProcessError: process 1 of 3: ValueError: memory_budget"
     assert sum(failed in line for line in said) == 2, ended.stderr
+    assert said.count("beside: True") == 3
     assert sum("group: group: expected one that this process is in" in line for line in said) == 1
 
 
