@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Examples:
         self.device, self.dtype = device, dtype
         self._tensors: tuple[Tensor, Tensor] | None = None
         self._source: Iterable[Any] = ()
+        self._digest: str | None = None
         if batch_size is not None:
             checks.whole("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
@@ -136,6 +138,12 @@ class Examples:
                     return
                 yield Batch(start, x, y)
                 start += len(x)
+
+    def digest(self) -> str:
+        """SHA-256 of all examples, as they were when it was first asked for."""
+        if self._digest is None:
+            self._digest = digest(t for b in self.batches() for t in (b.inputs, b.targets))
+        return self._digest
 
     @property
     def are_tensors(self) -> bool:
@@ -304,3 +312,13 @@ def _checksum(batch: Batch) -> tuple[int, float, float]:
 
 def _empty() -> ValueError:
     return checks.fail("data", "at least one example", "none")
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors' dtypes, shapes and values, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        kept = tensor.detach().cpu().contiguous()
+        digest.update(f"{kept.dtype}{list(kept.shape)}".encode())
+        digest.update(kept.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -98,6 +98,7 @@ class Objective:
         self._read_parameters(device)
         self.examples = Examples(data, self.device, self.dtype, batch_size)
         self.sharing: Sharing | None = None
+        self._loss_dtype: torch.dtype | None = None  # once it is known
         model_checks.require_model(self)
         self._per_example: str | None = None  # why single examples are undefined; "" if defined
 
@@ -203,7 +204,14 @@ class Objective:
         Args:
             what: the name of it and its arguments, for these to be the same on each.
         """
-        return compute() if self.sharing is None else self.sharing.summed(compute, *what)
+        if self.sharing is None:
+            return compute()
+        return self.sharing.summed(compute, *what, self.mark())
+
+    def mark(self) -> str:
+        """What tells this objective from others that processes share: data, dtype, statistics."""
+        data = self.examples.digest()[:12]
+        return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}"
 
     def alone(self) -> Objective:
         """The same objective, all of whose work this process does."""
@@ -231,7 +239,7 @@ class Objective:
         other.examples, other._per_example = examples, None
         other._theta = self.point(theta).clone()
         if loss is not None:
-            other.loss_name, other._loss = "custom", loss
+            other.loss_name, other._loss, other._loss_dtype = "custom", loss, None
         model_checks.require_model(other)
         return other
 
@@ -263,7 +271,7 @@ class Objective:
         other.buffers = {
             n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
         }
-        other._theta, other.dtype = self._theta.to(dtype), dtype
+        other._theta, other.dtype, other._loss_dtype = self._theta.to(dtype), dtype, None
         other.examples = self.examples.cast(dtype)
         return other
 
@@ -324,8 +332,10 @@ class Objective:
         with torch.no_grad():
             if self.sharing is None:
                 return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
-            _, inputs, targets = next(self.batches(1))
-            return self.summed(own, "losses", theta).to(self.losses(theta, inputs, targets).dtype)
+            if self._loss_dtype is None:
+                first = next(self.batches())
+                self._loss_dtype = self.losses(theta, first.inputs, first.targets).dtype
+            return self.summed(own, "losses", theta).to(self._loss_dtype)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""

@@ -29,8 +29,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from . import checks
+from .examples import digest
 from .objective import Objective
-from .sharing import DifferentCallsError, LostProcessError, OtherProcessError, Sharing, digest
+from .sharing import DifferentCallsError, LostProcessError, OtherProcessError, Sharing
 from .signs import Signs
 
 __all__ = ["LostProcessError", "OtherProcessError", "Sharing", "init", "shard"]
@@ -138,7 +139,7 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     sharing.require_same(
         {
             "model": digest([obj.parameters_vector(), *obj.constants()]),
-            "data": digest(t for b in obj.batches() for t in (b.inputs, b.targets)),
+            "data": obj.examples.digest(),
             "settings": repr((obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size)),
         }
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
+import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -107,25 +109,35 @@ class Sharing:
                 another process computes something else.
             LostProcessError: a process is gone.
         """
-        part = self.met(lambda: compute().contiguous(), *what)
+        part = self.met(lambda: compute().contiguous(), *what, form=_form)
         self._started(lambda: dist.all_reduce(part, group=self.group))
         return part
 
-    def met(self, compute: Callable[[], T], *what: object) -> T:
-        """What this process computes, once all others have computed theirs; see `summed`."""
+    def met(
+        self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
+    ) -> T:
+        """What this process computes, once all others have computed theirs; see `summed`.
+
+        Args:
+            form: of what is computed, what has to be the same on each.
+        """
         failure: Exception | None = None
+        handled = sys.exc_info()[1]
+        self._told = None
+        forms: list[str] = []
         try:
             found = compute()
+            forms += [] if form is None else [form(found)]
         except Exception as error:
-            if self._knows(error):  # all do, and nobody comes to meet
+            if self._knows(error, handled):  # all do, and nobody comes to meet
                 raise
             failure = error
-        self.agree(failure, *what)
+        self.agree(failure, *what, *forms)
         return found
 
-    def _knows(self, error: BaseException | None) -> bool:
-        """Whether an error, or one behind it, was met over already."""
-        while error is not None:
+    def _knows(self, error: BaseException | None, handled: BaseException | None) -> bool:
+        """Whether an error, or one behind it since `handled`, was met over already."""
+        while error is not None and error is not handled:
             if error is self._told or isinstance(error, OtherProcessError | LostProcessError):
                 return True
             error = error.__cause__ or error.__context__
@@ -140,7 +152,7 @@ class Sharing:
         """
         self._calls += 1
         tensors = [part for part in what if isinstance(part, Tensor)]
-        text = ", ".join(str(part) for part in what if not isinstance(part, Tensor))
+        text = ", ".join(_form(part) if isinstance(part, Tensor) else str(part) for part in what)
         text = f"call {self._calls}" + (f", {text}" if text else "")
         norm, total = _measures(tensors if failure is None else [])
         mine = [int(failure is not None), zlib.crc32(text.encode()), _bits(norm), _bits(total)]
@@ -191,7 +203,8 @@ class Sharing:
         Returns:
             what waits for both, and returns the rows received.  # [count, ...]
         """
-        received = rows.new_empty(count, *rows.shape[1:])
+        with torch.inference_mode(False):  # another thread waits for it
+            received = rows.new_empty(count, *rows.shape[1:])
         # Of rows on the CPU one may be late, as at a meeting.
         group = self._meeting if self._meeting_device == rows.device else self.group
         work = [
@@ -215,6 +228,11 @@ class Sharing:
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
         """Up to four whole numbers of every process, in order; waits for those that are late."""
+        # Written by another thread, which is in no inference mode.
+        with torch.inference_mode(False):
+            return self._gathered(numbers)
+
+    def _gathered(self, numbers: list[int]) -> list[list[int]]:
         padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
         mine = torch.tensor(padded, dtype=torch.int64, device=self._meeting_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
@@ -225,10 +243,11 @@ class Sharing:
         """The text that process `source` gives."""
         data = text.encode()
         length = self.gathered([len(data)])[source][0]
-        sent = torch.zeros(length, dtype=torch.uint8)
-        if self.rank == source and length:
-            sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sent = sent.to(self._meeting_device)
+        with torch.inference_mode(False):
+            sent = torch.zeros(length, dtype=torch.uint8)
+            if self.rank == source and length:
+                sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            sent = sent.to(self._meeting_device)
         if length:
             self._attend(lambda: dist.broadcast(sent, group_src=source, group=self._meeting))
         return bytes(sent.tolist()).decode()
@@ -270,9 +289,17 @@ class Sharing:
             ours = isinstance(error, dist.DistError) or type(error) is RuntimeError
             if not ours or not any(word in reason for word in LOSSES):
                 raise
-            raise LostProcessError(
-                f"a process of {self.size} ended or did not answer in time ({reason}); {REMEDY}"
-            ) from error
+            reason = re.sub(r"^\[\S*\] ", "", reason).partition(". ")[0]
+            ended = [] if self._signs is None else self._signs.ended(self._ranks)
+            who = ", ".join(str(self._ranks.index(rank)) for rank in ended)
+            what = f"process {who} of {self.size} ended"
+            if not who:
+                what = f"a process of {self.size} ended or did not answer in time"
+            raise LostProcessError(f"{what} ({reason}); {REMEDY}") from error
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _raise(error: Exception) -> None:
@@ -314,13 +341,3 @@ def _alike(state: list[int], first: list[int], precision: float) -> bool:
         a == b or abs(_number(a) - _number(b)) <= precision * norm
         for a, b in zip(state[2:], first[2:], strict=True)
     )
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of tensors' dtypes, shapes and values, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        kept = tensor.detach().cpu().contiguous()
-        digest.update(f"{kept.dtype}{list(kept.shape)}".encode())
-        digest.update(kept.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

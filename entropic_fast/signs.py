@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+ENDED = "ended"
 SHARE = 10  # signs are given, and looked for, so many times in a timeout
 
 
@@ -46,8 +47,17 @@ class Signs:
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
 
     def end(self) -> None:
-        """Give no more signs."""
+        """Tell the others that this process ends, and give no more signs."""
         self._ended.set()
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._looking.set(self._key, ENDED)
+
+    def ended(self, ranks: Sequence[int]) -> list[int]:
+        """Which processes told that they end."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            found = self._looking.multi_get([_key(rank) for rank in ranks])
+            return [rank for rank, sign in zip(ranks, found, strict=True) if sign == ENDED.encode()]
+        return []
 
     def _give(self) -> None:
         self._given += 1

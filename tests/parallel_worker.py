@@ -112,6 +112,11 @@ def everything(share):
     normed = share(ef.Objective(network(True), "cross_entropy", images(16)))
     theta = normed.parameters_vector()
     losses = ef.path_losses(normed, ef.linear_path(theta, 1.2 * theta), points=3)
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(32, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)]
+    flat = torch.nn.Sequential(torch.nn.Flatten(), *layers).double()
+    flat = share(ef.Objective(flat, "cross_entropy", images(17), norm="batch", batch_size=5))
+    found |= {"flat loss": flat.loss(), "flat gradient": flat.gradient()}
     found["path losses"] = torch.tensor([losses[c].tolist() for c in ("loss", "accuracy")])
     return found | along_a_path(share(whole))
 
@@ -234,6 +239,8 @@ def differ(obj, rank):
     columns[0] += 0.01 * other
     hessian = ef.HessianOperator(obj)
     path = ef.linear_path(obj.parameters_vector(), 2 * obj.parameters_vector())
+    x, y = images(8)
+    x = x.flatten(1)
     calls = {
         "point": lambda: obj.gradient(theta),
         "vectors": lambda: hessian @ columns,
@@ -244,6 +251,9 @@ def differ(obj, rank):
             obj, path.pivots[0], path.pivots[1] + 0.01 * other, ef.AutoNEBConfig(pivots=4)
         ),
         "examples": lambda: ef.score_gram(obj, max_examples=4 + other),
+        "data": lambda: (obj.with_data((x + 1, y)) if other else obj).loss(),
+        "dtype": lambda: (obj.cast(torch.float32) if other else obj).gradient(),
+        "single Gram": lambda: ef.score_gram(obj.cast(torch.float32) if other else obj),
         "budget": lambda: ef.score_gram(obj, memory_budget=600 if other else None),
     }
     for name, call in calls.items():
@@ -251,6 +261,17 @@ def differ(obj, rank):
             call()
         except (OtherProcessError, ValueError) as error:
             say(f"{name}: {type(error).__name__}: {error}")
+    with torch.inference_mode():
+        say(f"inference: {abs(obj.loss() - obj.alone().loss()) < 1e-12}")
+    failing = patch.object(Objective, "finite_losses", side_effect=RuntimeError("out of luck"))
+    with failing if other else ExitStack():
+        try:
+            obj.loss()
+        except RuntimeError as first:
+            try:
+                obj.loss()
+            except RuntimeError as second:
+                say(f"again: {first} | {second}")
     with patch.object(dist, "get_backend", lambda group=None: "nccl" if group is None else "gloo"):
         loss = ef.shard(obj.alone()).loss()  # a model on the CPU beside GPUs
         say(f"beside: {abs(loss - obj.alone().loss()) < 1e-12}")

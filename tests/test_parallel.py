@@ -101,14 +101,21 @@ def test_other_arguments_on_one_process_are_refused_by_all_of_them():
         "seed": "another point or other vectors on process 1 than on process 0",
         "replicas": "'steps': 11",
         "path": "another point or other vectors on process 1 than on process 0",
-        "examples": 'Gram matrix of 4 examples, 1 parts" on process 0, "call ',
+        "data": "8 examples",
+        "dtype": "float32",
+        "single Gram": "float32",
+        "examples": 'Gram matrix of 4 examples, 1 parts',
     }.items():
         lines = [line for line in said if f"{name}: DifferentCallsError: " in line]
         assert len(lines) == 3 and all(reason in line for line in lines), ended.stderr
     assert sum("budget: ValueError: memory_budget" in line for line in said) == 1
     failed = "budget: OtherProcessError: process 1 of 3: ValueError: memory_budget"
     assert sum(failed in line for line in said) == 2, ended.stderr
-    assert said.count("beside: True") == 3
+    assert said.count("beside: True") == said.count("inference: True") == 3
+    # One that fails in a call, and in the same call made again as that is handled.
+    failed = "process 1 of 3: RuntimeError: out of luck"
+    assert said.count(f"again: {failed} | {failed}") == 2, ended.stderr
+    assert said.count("again: out of luck | out of luck") == 1
     assert sum("group: group: expected one that this process is in" in line for line in said) == 1
 
 

@@ -17,7 +17,9 @@ def test_a_process_without_new_signs_is_gone_and_one_that_gives_them_is_not():
     assert first.gone([0, 1]) == []
     time.sleep(1.0)
     assert first.gone([0, 1]) == []
+    assert first.ended([0, 1]) == []
     second.end()
+    assert first.ended([0, 1]) == [1]
     time.sleep(0.2)
     found = []
     until = time.monotonic() + 20

@@ -81,6 +81,7 @@ class GramTask:
             self._gradients = sharing.met(
                 lambda: self._gradients_for_ring(sharing, budget),
                 f"Gram matrix of {count} examples, {len(self.keys)} parts",
+                obj.mark(),
             )
         else:
             raise checks.fail(
@@ -234,7 +235,9 @@ class GramTask:
             return rows
 
         failure: Exception | None = None
-        met = mine = sharing.met(own, "rows of the Gram matrix", self.theta)
+        met = mine = sharing.met(
+            own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
+        )
         for step in range(size // 2 + 1):
             other = (here + step) % size
             # The rows held go on to the process before this one; those of the one after come.

@@ -48,7 +48,7 @@ def over_processes(
     plain = (bool, int, float, str, tuple, type(None))
     settings = {name: v for name, v in given.items() if isinstance(v, plain)}
     settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
-    sharing.agree(None, "relax", settings, given["path"].pivots)
+    sharing.agree(None, "relax", settings, given["path"].pivots, given["obj"].mark())
     first, last = sharing.range(len(starts))
     own: Trajectory | None = None
     failure: Exception | None = None

@@ -115,7 +115,7 @@ def path_losses(
                 on_point(i + 1, len(s))
         return found
 
-    found = own() if sharing is None else sharing.summed(own, "losses along a path", path.pivots)
+    found = own() if sharing is None else obj.summed(own, "losses along a path", path.pivots)
     columns = dict(zip(("loss", "accuracy"), found.T.tolist(), strict=False))
     return Table({"s": s, "loss": columns.pop("loss"), "is_pivot": [p in pivots_at for p in s],
                   **columns})  # fmt: skip

@@ -497,7 +497,7 @@ def test_tables_of_other_content_are_claims_or_one_readable_error(tiny_run, tmp_
     try:
         found = evaluate(tmp_path / "data")
     except ValueError as error:
-        assert "expected the columns and numbers of a finished run" in str(error)
+        assert "expected the columns and numbers of a finished run in each" in str(error)
         assert ".csv" in str(error)
     else:
         assert all(claim.verdict in (HOLDS, FAILS, UNDECIDED) for claim in found)

@@ -58,8 +58,8 @@ def evaluate(data: Path) -> list[Claim]:
         except Exception as error:
             raise checks.fail(
                 " and ".join(map(str, files)),
-                "the columns and numbers of a finished run",
-                f"others ({type(error).__name__}: {error})",
+                "the columns and numbers of a finished run in each",
+                f"others in one ({type(error).__name__}: {error})",
                 "`entropic-fast report RUN` writes them again",
             ) from error
     return claims
