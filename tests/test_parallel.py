@@ -104,7 +104,7 @@ def test_other_arguments_on_one_process_are_refused_by_all_of_them():
         "data": "8 examples",
         "dtype": "float32",
         "single Gram": "float32",
-        "examples": 'Gram matrix of 4 examples, 1 parts',
+        "examples": "Gram matrix of 4 examples, 1 parts",
     }.items():
         lines = [line for line in said if f"{name}: DifferentCallsError: " in line]
         assert len(lines) == 3 and all(reason in line for line in lines), ended.stderr
