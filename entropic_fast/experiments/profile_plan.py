@@ -108,7 +108,7 @@ def print_plan(console: Console, subject: Subject) -> None:
         f"of each process, with E = {subject.some.num_examples:,} examples, P = "
         f"{subject.whole.num_params:,}, {s.probes} probes; {note}. Memory is that of vectors and "
         "matrices, besides the model, the data and, for activations, up to a quarter of what is "
-        "free. Times were 0.5 to 1.3 times those taken on an idle machine; a busy one takes longer.",
+        "free. Times were 0.5 to 1.3 times those taken on an idle machine; a busy one is slower.",
         soft_wrap=True,
         highlight=False,
     )
