@@ -27,6 +27,7 @@ from .experiments.run import RunFolder, damaged_results
 from .experiments.schedule import UnitError
 from .experiments.sections import Config
 from .ops.backend import BackendError
+from .sharing import LostProcessError, OtherProcessError
 from .store import DamagedFileError
 
 app = typer.Typer(
@@ -43,6 +44,8 @@ _READABLE = (
     UnitError,
     DataUnavailableError,
     BackendError,
+    LostProcessError,
+    OtherProcessError,
     torch.OutOfMemoryError,
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
