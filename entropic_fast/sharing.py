@@ -274,6 +274,7 @@ class Sharing:
                 break
             gone = self._started(lambda: signs.gone(self._ranks))
             if gone:
+                signs.bereaved = True
                 raise LostProcessError(
                     f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
                     f"gave no sign of life for {signs.timeout:g} s; {REMEDY}"
@@ -290,7 +291,10 @@ class Sharing:
             if not ours or not any(word in reason for word in LOSSES):
                 raise
             reason = re.sub(r"^\[\S*\] ", "", reason).partition(". ")[0]
-            ended = [] if self._signs is None else self._signs.ended(self._ranks)
+            ended = []
+            if self._signs is not None:
+                self._signs.bereaved = True
+                ended = self._signs.ended(self._ranks)
             who = ", ".join(str(self._ranks.index(rank)) for rank in ended)
             what = f"process {who} of {self.size} ended"
             if not who:

@@ -29,6 +29,7 @@ class Signs:
         self._key = _key(rank)
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
+        self.bereaved = False  # whether this process ends because another is gone
         self._given = 0
         self._give()
         threading.Thread(target=self._go_on, name="signs of life", daemon=True).start()
@@ -47,13 +48,15 @@ class Signs:
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
 
     def end(self) -> None:
-        """Tell the others that this process ends, and give no more signs."""
+        """Tell the others that this process ends of itself, and give no more signs."""
         self._ended.set()
+        if self.bereaved:
+            return
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._looking.set(self._key, ENDED)
 
     def ended(self, ranks: Sequence[int]) -> list[int]:
-        """Which processes told that they end."""
+        """Which processes told that they end of themselves."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             found = self._looking.multi_get([_key(rank) for rank in ranks])
             return [rank for rank, sign in zip(ranks, found, strict=True) if sign == ENDED.encode()]

@@ -16,6 +16,10 @@ from entropic_fast.store import load_tensors
 
 ROUNDING, SINGLE = 1e-10, 1e-5
 PASSES = 4  # of pivots, in steps of which one process may have one more than another
+WHOLE = pytest.mark.skipif(
+    os.environ.get("ENTROPIC_FAST_TRUST") != "full",
+    reason="two processes a core: with ENTROPIC_FAST_TRUST=full",
+)
 WORKER = Path(__file__).parent / "parallel_worker.py"
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -42,7 +46,7 @@ def alone():
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, 3, pytest.param(4, marks=WHOLE)])
 def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path):
     ended = launch(processes, tmp_path)
     assert ended.returncode == 0, ended.stderr

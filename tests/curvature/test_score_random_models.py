@@ -137,7 +137,7 @@ EXAMPLES = [
     "channels folded into the examples", "BatchNorm on a flattened axis", "one example at a time",
     "conv of one example at a time", "views beside the examples",
     "conv of views beside the examples", "examples repeated", "examples reversed",
-    "conv, examples reversed", "expanded input", "ragged batches",
+    "conv, examples reversed", "expanded input", "ragged batches", "an empty batch",
 ]
 MODELS = [
     "vectors", "images", "sequences", "grids", "tokens", "image to grid", "image to sequence",
