@@ -3,7 +3,7 @@
 The model has one measured speed for each of four things: gradients, products of rows, bytes sent
 and messages. `PASSES` is the price of everything else in gradients: of products, forms and norms as
 benchmarks have it for networks of convolutions on a CPU, of the loss and of rows of scores by
-estimate. Times were 0.65 to 1.5 times those measured; the documentation's page on scale has both.
+estimate. Times were 0.43 to 1.5 times those measured; the documentation's page on scale has both.
 """
 
 from __future__ import annotations

@@ -250,7 +250,7 @@ def test_instance_norm_never_mixes_examples():
     for norm in ("running", "batch"):
         model = by_name("instance norm").build()[0]
         _, x, y = by_name("instance norm").build()
-        Objective(model, "cross_entropy", (x, y), norm=norm).require_single_examples()
+        assert Objective(model, "cross_entropy", (x, y), norm=norm).separable
 
 
 class Centred(nn.Module):
@@ -292,10 +292,10 @@ def test_losses_that_are_all_rounding_are_no_interaction():
     x = torch.randn(300, 40)
     for batch in (1, 7, 300):  # targets made in batches of another size
         y = torch.cat([model(part).detach() for part in x.split(batch)])
-        Objective(model, "mse", (x, y)).require_single_examples()
+        assert Objective(model, "mse", (x, y)).separable
         labels = y.argmax(1)
         sure = nn.Sequential(model, Scaled(20.0))
-        Objective(sure, "cross_entropy", (x, labels)).require_single_examples()
+        assert Objective(sure, "cross_entropy", (x, labels)).separable
 
 
 class Scaled(nn.Module):

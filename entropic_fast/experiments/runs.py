@@ -178,8 +178,7 @@ def superfluous(run: RunFolder) -> list[Path]:
     are finished; and units that the configuration does not have.
     """
     names = {unit.name for unit in all_units(run)}
-    old = time.time() - CUT_OFF
-    found = [f for f in sorted(run.path.rglob(".*.part")) if f.stat().st_mtime < old]
+    found = [f for f in sorted(run.path.rglob(".*.part")) if _is_cut_off(f)]
     for done in sorted((run.path / "units").glob("**/done.json")):
         unit = done.parent.relative_to(run.path / "units").as_posix()
         if unit not in names:
@@ -190,15 +189,18 @@ def superfluous(run: RunFolder) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def _is_cut_off(part: Path) -> bool:
+    try:
+        return part.stat().st_mtime < time.time() - CUT_OFF
+    except FileNotFoundError:  # whole since it was listed
+        return False
+
+
 def _files(done: Path) -> set[str]:
     try:
         return set(json.loads(done.read_text(encoding="utf-8"))["files"])
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # damaged: nothing of it is superfluous
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # Damaged: nothing of it is superfluous.
         return {file.name for file in done.parent.iterdir()}
 
 
