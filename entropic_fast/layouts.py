@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .devices import is_gpu
+
 
 def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tensor) -> torch.memory_format:
     """Channels last, in which convolutions are quicker, unless the network cannot take it.
@@ -28,7 +30,7 @@ def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tensor) -> torch
         return torch.contiguous_format
     usual = images[:2].detach().contiguous()
     last = usual.contiguous(memory_format=torch.channels_last).requires_grad_()
-    devices = [images.device] if images.is_cuda else []
+    devices = [images.device] if is_gpu(images.device) else []
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices):
             expected, found = forward(usual).detach(), forward(last)

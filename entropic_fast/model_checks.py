@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import checks
+from .devices import is_gpu
 from .loss_functions import CrossEntropy
 from .normalisation import mixes_examples
 
@@ -288,6 +289,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    if device.type == "cuda":
+    if is_gpu(device):
         return torch.cuda.get_rng_state(device)
     return torch.get_rng_state()

@@ -120,6 +120,7 @@ class Objective:
         self._sizes = tuple(p.numel() for p in named.values())
         self.num_params = sum(self._sizes)
         self._theta = torch.cat([p.detach().flatten() for p in named.values()])
+        self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         self.buffers: dict[str, Tensor] = {

@@ -29,6 +29,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from . import checks
+from .devices import is_gpu
 from .examples import digest
 from .objective import Objective
 from .sharing import DifferentCallsError, LostProcessError, OtherProcessError, Sharing
@@ -74,7 +75,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         store, rank, size = next(rendezvous("env://", timeout=limit))
         _signs = Signs(store, rank, timeout)  # before the others are joined, who look
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "nccl" if is_gpu(device) else "gloo",
             store=PrefixStore("entropic_fast", store),
             rank=rank,
             world_size=size,
@@ -126,7 +127,7 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             "call shard on the processes of the group alone",
         )
     patient = _signs is not None and group in (None, dist.group.WORLD)
-    if dist.get_backend(group) == "nccl" and obj.device.type != "cuda":
+    if dist.get_backend(group) == "nccl" and not is_gpu(obj.device):
         if not patient:
             raise checks.fail(
                 "obj",

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from .checks import HALF, at_least, fail, one_of, positive, whole
 from .data import ImageData, augment, batches
+from .devices import is_gpu
 from .layouts import fitting_layout
 from .models import initialise as initialise_model
 from .random import derive
@@ -293,7 +294,8 @@ def _optimizer(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
-        fused=device in ("cpu", "cuda"),  # a third of foreach's time on a small network, CPU
+        fused=device == "cpu"
+        or is_gpu(device),  # a third of foreach's time on a small network, CPU
     )
     if not state:
         return optimizer

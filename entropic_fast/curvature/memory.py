@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..devices import is_gpu
 from ..objective import Objective
 
 # Share of the free memory that a computation takes when no budget is given.
@@ -20,8 +21,10 @@ _GIB = 2**30
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of a device; for the CPU what the system and its control group allow."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if is_gpu(device):
+        # What torch's allocator has cached counts as used there, but is free to torch.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     limits = [_read_meminfo(), _read_cgroup()]
     known = [limit for limit in limits if limit is not None]
     if known:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..devices import is_gpu
 from .run import Run
 
 WARM_UP = 2  # cycles done before one is captured: libraries choose and load their kernels in them
@@ -30,7 +31,7 @@ class Cycles:
 
     def __init__(self, run: Run, size: int, graphs: bool = True) -> None:
         self._run, self._size = run, size
-        self._enabled = graphs and run.theta.device.type == "cuda"
+        self._enabled = graphs and is_gpu(run.theta.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._table = torch.empty(0)
         self._warm, self._theta = 0, run.theta

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..devices import is_gpu
+
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -60,7 +62,7 @@ class Energy:
             except (OSError, ValueError):  # only root may read it on many machines
                 continue
             found[name] = (now, most)
-        if self._device == "cuda":
+        if is_gpu(self._device):
             found |= _gpu()
         return found
 

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..costs import count_operations
 from ..curvature.krylov import EXTRA_COLUMNS
+from ..devices import is_gpu
 from ..info import available_cores, peak_memory
 from ..normalisation import norm_layers
 from ..table import Table
@@ -58,7 +59,7 @@ def gradient_cost(run: RunFolder) -> tuple[float, float]:
     def step() -> None:
         model.zero_grad()
         cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        if run.device == "cuda":
+        if is_gpu(run.device):
             torch.cuda.synchronize()
 
     threads = torch.get_num_threads()

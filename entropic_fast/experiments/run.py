@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import checks, store
+from ..devices import is_gpu
 from .config import differences, from_dict
 from .sections import Config
 from .unit_store import UnitStore, require_same, require_unused
@@ -194,6 +195,6 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor(),
         "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if is_gpu(device) else platform.machine(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }

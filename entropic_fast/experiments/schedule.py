@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from ..devices import is_gpu
 from ..info import available_cores
 from ..sharing import Sharing
 from ..store import DamagedFileError
@@ -93,7 +94,7 @@ def execute(
     todo = {u.name: u for u in units if not _finished(run, u, console)}
     if not todo and sharing is None:
         return
-    asked = 1 if sharing is not None else workers or (1 if run.device == "cuda" else cores)
+    asked = 1 if sharing is not None else workers or (1 if is_gpu(run.device) else cores)
     threads = max(1, min(cores // asked, torch.get_num_threads()))
     workers = max(1, min(asked, len(todo)))
     kept = len(units) - len(todo)

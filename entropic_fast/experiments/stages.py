@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from .. import checks, store
+from ..devices import GPU_TYPES, is_gpu
 from ..ops.backend import backend_for
 from ..table import Table
 from . import claims as claim_tests
@@ -173,11 +174,11 @@ def choose_device(name: str) -> str:
     Raises:
         ValueError: another name, or "cuda" where torch finds no GPU.
     """
-    checks.one_of("--device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
+    checks.one_of("--device", name, ("auto", "cpu", *sorted(GPU_TYPES)))
+    if name != "auto" and is_gpu(name) and not torch.cuda.is_available():
         raise checks.fail("--device", "a GPU that torch can use", "none", "pass --device cpu")
     found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if found == "cuda":  # of torchrun's processes on a machine each takes a GPU
+    if is_gpu(found):  # of torchrun's processes on a machine each takes a GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return found
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import is_gpu
+
 # Said openly, because Triton's default changes between releases.
 FUSE = {"enable_fp_fusion": True}
 
@@ -17,5 +19,5 @@ INPUT_PRECISION = {"float64": "ieee", "float32": "ieee", "tf32x3": "tf32x3", "tf
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Kernels launched inside run on the tensor's GPU."""
-    on_gpu = tensor.device.type == "cuda"
+    on_gpu = is_gpu(tensor.device)
     return torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext()

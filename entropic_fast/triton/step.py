@@ -10,14 +10,14 @@ run-time arguments. None of them changes often within a run.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import on_device
 
 BLOCK = 1024
 SUM_BLOCK = 256
@@ -186,11 +186,6 @@ def move_kernel(
     tl.store(partial + r * block_count + block, tl.sum(moved * moved, axis=0))
 
 
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    on_gpu = tensor.device.type == "cuda"
-    return torch.cuda.device(tensor.device) if on_gpu else contextlib.nullcontext()
-
-
 def _workspace(theta: Tensor, rows: int) -> tuple[Tensor, int]:
     block_count = triton.cdiv(theta.shape[1], BLOCK)
     shape = (theta.shape[0] * rows, block_count)
@@ -209,7 +204,7 @@ def _update_and_products(kernel, theta: Tensor, pivots: Tensor, *state: Tensor, 
     count = pivots.shape[0]
     products = torch.empty((replicas, 2, count), dtype=torch.float64, device=theta.device)
     partial, block_count = _workspace(theta, 2 * count)
-    with _device(theta):
+    with on_device(theta):
         if replicas * block_count > 0:
             kernel[(replicas * block_count,)](
                 theta, *state, pivots, partial, replicas, size, block_count,
@@ -273,7 +268,7 @@ def project_step(
     t = torch.empty(replicas, dtype=torch.float64, device=theta.device)
     distance = torch.empty_like(t)
     partial, block_count = _workspace(theta, 1)
-    with _device(theta):
+    with on_device(theta):
         if replicas > 0:
             choose_kernel[(replicas,)](
                 products, segment_squares, segment, t, count,

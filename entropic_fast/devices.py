@@ -1,0 +1,17 @@
+"""Which torch devices are GPUs: the one place that names device types."""
+
+from __future__ import annotations
+
+import torch
+
+# The tests add the type of an emulated device.
+GPU_TYPES: set[str] = {"cuda"}
+
+
+def is_gpu(device: torch.device | str) -> bool:
+    """Whether a device computes asynchronously, with memory of its own.
+
+    >>> is_gpu("cuda:0"), is_gpu("cpu")
+    (True, False)
+    """
+    return torch.device(device).type in GPU_TYPES

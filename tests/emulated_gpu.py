@@ -1,0 +1,501 @@
+"""A GPU emulated on the CPU: a device "emulated:0" whose numbers only torch's dispatcher reaches.
+
+Its tensors are wrappers. Every operation on them passes through `EmulatedTensor`, computes on the
+CPU and is judged as a GPU would judge it: operands on two devices are rejected; launches, host
+synchronizations and copies from the host are counted; synchronizations and copies are rejected
+while a graph is captured; and float32 convolutions and matrix products that a GPU would compute in
+TF32 are recorded with the line of the package that made them.
+
+    with emulated_gpu.present():
+        obj = ef.Objective(model, "mse", data, device="emulated")
+        with emulated_gpu.counted() as seen:
+            ef.HessianOperator(obj) @ v
+        print(seen, emulated_gpu.reduced_precision)
+
+A launch is an operation that is neither a view nor an allocation; an operation of the package and
+the replay of a graph are one each. A synchronization is a value read back (`float`, `item`,
+`.cpu()`) or a result whose size the host has to know. No memory is pinned, so each copy from the
+host would wait. It says nothing of speed, memory, atomics, streams or what cuDNN and cuBLAS choose.
+The interface for devices written in Python is experimental: it needs torch 2.14 or newer.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+import entropic_fast
+from entropic_fast.devices import GPU_TYPES
+
+NAME = "emulated"
+ROOT = Path(entropic_fast.__file__).parent
+aten = torch.ops.aten
+
+# ---- what is counted -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Counts:
+    """Launches, host synchronizations, and copies from the host."""
+
+    launches: int = 0
+    synchronizations: int = 0
+    copies: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*(a - b for a, b in pairs))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.launches} launches, {self.synchronizations} synchronizations, "
+            f"{self.copies} copies from the host"
+        )
+
+
+counts = Counts()
+operations: collections.Counter[str] = collections.Counter()  # launches, by operation
+# By (file, line, operation) of the package: synchronizations and copies, and float32 products that
+# a GPU would compute in TF32.
+synchronized: collections.Counter[tuple[str, int, str]] = collections.Counter()
+reduced_precision: collections.Counter[tuple[str, int, str]] = collections.Counter()
+_graph: Graph | None = None  # that is being captured
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counts]:
+    """What happens within, in the object that it yields, once it is left."""
+    before, seen = dataclasses.replace(counts), Counts()
+    try:
+        yield seen
+    finally:
+        seen.__dict__.update((counts - before).__dict__)
+
+
+def _synchronize(what: Any) -> None:
+    counts.synchronizations += 1
+    _note(synchronized, what)
+    if _graph is not None:
+        raise RuntimeError(f"operation not permitted when stream is capturing ({what})")
+
+
+def _copy_from_host(what: Any) -> None:
+    counts.copies += 1
+    _note(synchronized, f"{what} from the host")
+    if _graph is not None:
+        raise RuntimeError(f"copy from pageable memory when stream is capturing ({what})")
+
+
+def _note_precision(func: Any, args: tuple[Any, ...]) -> None:
+    if "convolution" in str(func):
+        setting: Any = torch.backends.cudnn.conv
+        low = setting.fp32_precision != "ieee"  # torch's default for convolutions is TF32
+    elif func.overloadpacket in PRODUCTS:
+        low = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    else:
+        return
+    if low and any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in args):
+        _note(reduced_precision, func)
+
+
+def _note(places: collections.Counter[tuple[str, int, str]], what: Any) -> None:
+    """Count the innermost line of the package that led here."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if ROOT in file.parents:
+            places[str(file.relative_to(ROOT)), frame.f_lineno, str(what)] += 1
+            return
+        frame = frame.f_back
+
+
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv}
+# Results whose size or value the host has to know.
+SYNCHRONIZING = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}
+COPIES = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
+ALLOCATIONS = {
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten._unsafe_view.default,
+    aten.is_same_size.default,
+}
+
+
+def _is_index(func: Any) -> bool:
+    return str(func).startswith(("aten.index.", "aten.index_put", "aten._index_put"))
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [r.alias_info for r in func._schema.returns]
+    return any(a is not None and not a.is_write for a in aliases)
+
+
+# ---- the tensor ----------------------------------------------------------------------------------
+
+
+class EmulatedTensor(torch.Tensor):
+    """A tensor on "emulated:0"; `elem` holds its numbers, on the CPU."""
+
+    elem: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, elem: Tensor) -> EmulatedTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            elem.shape,
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            device=torch.device(NAME, 0),
+            requires_grad=False,
+        )
+        made.elem = elem
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"EmulatedTensor({self.elem!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmulatedTensor:
+        if id(self) not in memo:
+            copied = EmulatedTensor(self.elem.detach().clone()).requires_grad_(self.requires_grad)
+            if getattr(self, "_is_param", False):
+                copied._is_param = True
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def data_ptr(self) -> int:
+        return self.elem.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.elem.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.detach().cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        _reject_mixed_devices(func, args, kwargs)
+        _note_precision(func, args)
+        to_host = kwargs.get("device") is not None and not _is_here(kwargs["device"])
+        into_host = func is aten.copy_.default and not isinstance(args[0], EmulatedTensor)
+        if (
+            to_host
+            or into_host
+            or func in SYNCHRONIZING
+            or (_is_index(func) and _has_mask(args[1]))
+        ):
+            _synchronize(func)
+        if func is aten.copy_.default and not isinstance(args[1], EmulatedTensor):
+            _copy_from_host(func)
+        if _is_index(func):  # an index on the host goes to the device first
+            for _ in filter(_is_cpu, tree_leaves(args[1])):
+                _copy_from_host(func)
+        if not (_is_view(func) or func in ALLOCATIONS):
+            counts.launches += 1
+            operations[str(func)] += 1
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("cpu")
+        plain_args, plain_kwargs = tree_map(_plain, args), tree_map(_plain, kwargs)
+        if _graph is not None:
+            out = _graph.record(_kernel(func), func._schema, plain_args, plain_kwargs)
+        else:
+            out = _kernel(func)(*plain_args, **plain_kwargs)
+        if to_host:
+            return out
+        if into_host:
+            return args[0]
+        return return_and_correct_aliasing(func, args, kwargs, tree_map(_wrapped, out))
+
+
+def _plain(value: Any) -> Any:
+    return value.elem if isinstance(value, EmulatedTensor) else value
+
+
+def _wrapped(value: Any) -> Any:
+    plain = isinstance(value, Tensor) and not isinstance(value, EmulatedTensor)
+    return EmulatedTensor(value) if plain else value
+
+
+def _is_cpu(value: Any) -> bool:
+    """Whether this is a tensor on the host that is no single number, which launches may carry."""
+    return isinstance(value, Tensor) and not isinstance(value, EmulatedTensor) and value.ndim > 0
+
+
+def _is_here(device: Any) -> bool:
+    return torch.device(device).type == NAME
+
+
+def _has_mask(indices: Any) -> bool:
+    """Whether the host has to know what a mask on the device selects."""
+    masks = [t for t in tree_leaves(indices) if isinstance(t, EmulatedTensor)]
+    return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
+
+
+def _reject_mixed_devices(func: Any, args: Any, kwargs: Any) -> None:
+    if func in COPIES:
+        return
+    leaves = tree_leaves((args, kwargs))
+    if _is_index(func):  # an index may be on the host, what is indexed may not
+        leaves = [args[0], *tree_leaves(args[2:])]
+    on_host = [tuple(t.shape) for t in leaves if _is_cpu(t)]
+    if on_host:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{NAME}:0 and cpu, in {func}: on the cpu {on_host}"
+        )
+
+
+# ---- operations that the CPU does not have under the GPU's name ----------------------------------
+
+
+def _cudnn_batch_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
+) -> Any:
+    found = aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
+    return (*found, torch.zeros(0, dtype=torch.uint8))
+
+
+def _cudnn_batch_norm_backward(
+    x: Any, g: Any, weight: Any, mean: Any, var: Any, saved: Any, rstd: Any, eps: float, _: Any
+) -> Any:
+    wanted = [True] * 3
+    return aten.native_batch_norm_backward(g, x, weight, mean, var, saved, rstd, True, eps, wanted)
+
+
+_KERNELS: dict[Any, Any] = {
+    aten._efficientzerotensor.default: lambda size, dtype=None, **_: torch.zeros(size, dtype=dtype),
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten.cudnn_batch_norm_backward.default: _cudnn_batch_norm_backward,
+}
+
+
+def _kernel(func: Any) -> Any:
+    return _KERNELS.get(func, func)
+
+
+_batch_norm = torch.batch_norm
+
+
+def _chosen_batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,
+    eps: float, enabled: bool,
+) -> Tensor:  # fmt: skip
+    """Batch normalization as torch chooses it on CUDA: cuDNN's, for images with weights."""
+    inner = x
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
+    has_statistics = mean is not None and var is not None
+    fits = x.ndim >= 3 and weight is not None and bias is not None
+    if inner.device.type == NAME and fits and (has_statistics or (training and mean is None)):
+        x = x.contiguous()
+        return aten.cudnn_batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
+    return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, enabled)
+
+
+# ---- CUDA graphs ---------------------------------------------------------------------------------
+
+
+class Graph:
+    """Stands for `torch.cuda.CUDAGraph`: the calls of a capture, made again on the same memory."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any, Any, Any]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: set[int] = set()
+
+    def record(self, kernel: Any, schema: Any, args: Any, kwargs: Any) -> Any:
+        """Run a call, remembering it and the numbers from before that it overwrites."""
+        written = [
+            value
+            for argument, value in zip(schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        written += [
+            kwargs[a.name]
+            for a in schema.arguments
+            if a.name in kwargs and a.alias_info is not None and a.alias_info.is_write
+        ]
+        for tensor in (t for t in tree_leaves(written) if isinstance(t, Tensor)):
+            key = tensor.untyped_storage().data_ptr()
+            if key not in self._before and key not in self._own:
+                whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+                self._before[key] = (whole, whole.clone())
+        out = kernel(*args, **kwargs)
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, Tensor)
+        }
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self._own |= {t.untyped_storage().data_ptr() for t in made} - given
+        self._calls.append((kernel, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        """Launch the graph."""
+        counts.launches += 1
+        for kernel, args, kwargs, out in self._calls:
+            again = kernel(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+    def restore(self) -> None:
+        """Leave the numbers as they were before the capture, in which nothing is computed."""
+        for whole, numbers in self._before.values():
+            whole.copy_(numbers)
+        self._before.clear()
+
+
+@contextlib.contextmanager
+def _capture(graph: Graph, **_: Any) -> Iterator[None]:
+    global _graph
+    _graph = graph
+    try:
+        yield
+    finally:
+        _graph = None
+        graph.restore()
+
+
+class _Stream:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: Any = 0) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = 0) -> None:
+        torch.set_rng_state(state)
+
+
+def _empty(size: Any, dtype: Any = None, *_: Any, memory_format: Any = None, **__: Any) -> Any:
+    layout = memory_format or torch.contiguous_format
+    return EmulatedTensor(torch.empty(size, dtype=dtype, memory_format=layout))
+
+
+def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Any:
+    return EmulatedTensor(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _zero(size: Any, dtype: Any = None, **_: Any) -> Any:
+    return EmulatedTensor(torch.zeros(size, dtype=dtype))
+
+
+def _copy_between(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(source, EmulatedTensor):
+        _copy_from_host("copy")
+    if not isinstance(target, EmulatedTensor):
+        _synchronize("copy to the host")
+    _plain(target).copy_(_plain(source))
+    return target
+
+
+@functools.cache
+def _register() -> torch.library.Library:
+    """Register the device with torch, for the rest of the process."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty_strided, "PrivateUse1")
+    library.impl("_efficientzerotensor", _zero, "PrivateUse1")
+    library.impl("_copy_from", _copy_between, "PrivateUse1")
+    return library
+
+
+@contextlib.contextmanager
+def _captured_under_cudas_names() -> Iterator[None]:
+    """For devices that it does not know, torch would trace batch normalization decomposed."""
+    operation = aten.native_batch_norm.default
+    before = dict(operation.py_kernels)
+    for key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
+        operation.py_kernels.pop(key, None)
+    operation._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        operation.py_kernels.update(before)
+        operation._dispatch_cache.clear()
+
+
+@contextlib.contextmanager
+def present() -> Iterator[None]:
+    """Within it torch and the package behave as on a machine with a GPU, named "emulated".
+
+    What it replaces in torch is replaced for the whole process.
+    """
+    _register()
+    pretended: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "get_device_name": lambda device=None: "emulated GPU",
+        "mem_get_info": lambda device=None: (4 * 2**30, 8 * 2**30),
+        "memory_reserved": lambda device=None: 0,
+        "memory_allocated": lambda device=None: 0,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "synchronize": lambda device=None: None,
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
+        "CUDAGraph": Graph,
+        "graph": _capture,
+    }
+    threads = torch.autograd.is_multithreading_enabled()
+    GPU_TYPES.add(NAME)
+    torch.autograd.set_multithreading_enabled(False)  # backward passes stay in this thread
+    try:
+        with (
+            mock.patch.multiple(torch.cuda, **pretended),
+            mock.patch.object(torch, "batch_norm", _chosen_batch_norm),
+            _captured_under_cudas_names(),
+        ):
+            yield
+    finally:
+        torch.autograd.set_multithreading_enabled(threads)
+        GPU_TYPES.discard(NAME)
