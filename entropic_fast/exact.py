@@ -56,23 +56,20 @@ class Shared:
 
 @contextlib.contextmanager
 def exact_math() -> Iterator[None]:
-    """Within it, and as a decorator: no TF32, autocast or fused attention. Restores what was set.
+    """Within it, and as a decorator: full float32, no autocast, no fused attention.
 
     On a GPU torch convolves float32 numbers in TF32 unless told otherwise, with 10 bits of
-    mantissa: curvature would be off by 1e-3. Fused attention has no second derivative, so
+    mantissa: curvature would be off by 1e-3. After `torch.set_float32_matmul_precision("medium")`
+    matrix products are rounded on CPUs as well. Fused attention has no second derivative, so
     attention is computed by plain matrix products. An autocast that surrounds the call would
-    round to half precision; a model's own, within its forward, still acts.
+    round to half precision; what a model itself asks for within its forward still acts. What was
+    set before is restored.
 
     >>> with exact_math():
     ...     torch.backends.mha.get_fastpath_enabled()
     False
     """
-    cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with (
-        no_autocast(),
-        _plain_attention(),
-        _full_float32() if cuda else contextlib.nullcontext(),
-    ):
+    with no_autocast(), _plain_attention(), _full_float32():
         yield
 
 
@@ -107,17 +104,48 @@ def _plain_attention() -> Iterator[None]:
 @Shared
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    # All three together: torch refuses to read its older single flag where they differ.
-    cudnn: Any = torch.backends.cudnn
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    settings = _float32_settings()
     before = [setting.fp32_precision for setting in settings]
+    if not {"tf32", "bf16"} & set(before):
+        yield
+        return
+    # torch refuses to read its older switches where they contradict the newer ones, which a model
+    # may do in its forward (`torch.backends.cudnn.flags`): both are set.
+    older = [_unless_contradicted(read) for read, _, _ in _OLDER_SWITCHES]
     try:
+        for _, write, full in _OLDER_SWITCHES:
+            write(full)
         for setting in settings:
             setting.fp32_precision = "ieee"
         yield
     finally:
+        for value, (_, write, _) in zip(older, _OLDER_SWITCHES, strict=True):
+            if value is not None:
+                write(value)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+# (read, write, value for full float32)
+_OLDER_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+)
+
+
+def _unless_contradicted(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:  # only the newer switches count then, and they are restored
+        return None
+
+
+def _float32_settings() -> list[Any]:
+    backends: Any = torch.backends
+    found = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        found += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return found
 
 
 class TwiceDifferentiable(TorchFunctionMode):
@@ -138,6 +166,31 @@ class TwiceDifferentiable(TorchFunctionMode):
         if func is functional.hardsigmoid:
             return hardsigmoid(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class NativeRecurrence(TorchFunctionMode):
+    """Within it, recurrent layers run by torch's own kernels and not by cuDNN's.
+
+    cuDNN's have no backward pass in evaluation mode and no second derivative at all.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with _without_cudnn() if func in _RECURRENT else contextlib.nullcontext():
+            return func(*args, **(kwargs or {}))
+
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+@Shared
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    before = torch._C._get_cudnn_enabled()
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(before)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

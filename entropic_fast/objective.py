@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks, model_checks
-from .exact import exact_math, no_autocast
+from .devices import is_gpu
+from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
@@ -285,11 +287,19 @@ class Objective:
             inputs = torch.cat([inputs, inputs])
         try:
             with exact_math(), model_lock(self._model):
-                outputs: Tensor = functional_call(self._model, values, (inputs,), tie_weights=True)
+                outputs = self.run_model(values, inputs)
         except ValueError as error:
             explain_too_few(error, len(inputs))
             raise
         return outputs[:1] if alone else outputs
+
+    def run_model(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """The model's outputs, with parameters and buffers by name; for holders of its lock."""
+        with NativeRecurrence() if is_gpu(self.device) else nullcontext():
+            outputs: Tensor = functional_call(
+                self._model, dict(values), (inputs,), tie_weights=True
+            )
+        return outputs
 
     def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example at theta [P]; differentiable.  # [n]
@@ -307,7 +317,7 @@ class Objective:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
         values = {**values, **self.buffers}
         with no_autocast(), model_lock(self._model):
-            outputs = functional_call(self._model, values, (inputs,), tie_weights=True)
+            outputs = self.run_model(values, inputs)
         return self.output_losses(outputs, targets)
 
     def constants(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread, and one tiny finished run."""
+"""What all tests share: one torch thread, the emulated GPU, and one tiny finished run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import emulated_gpu
 import pytest
 import torch
 
 with warnings.catch_warnings():  # torch's own, when its forward mode is first used
     warnings.simplefilter("ignore")
     importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+if emulated_gpu.SUPPORTED:
+    emulated_gpu.register()
 
 # Every stage at a size of seconds; what such a run finds is of no meaning.
 TINY = [

@@ -41,6 +41,9 @@ import entropic_fast
 from entropic_fast.devices import GPU_TYPES
 
 NAME = "emulated"
+# The first release of torch whose interface for such devices is complete enough.
+NEEDS = (2, 14)
+SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= NEEDS
 ROOT = Path(entropic_fast.__file__).parent
 aten = torch.ops.aten
 
@@ -102,7 +105,7 @@ def _copy_from_host(what: Any) -> None:
 def _note_precision(func: Any, args: tuple[Any, ...]) -> None:
     if "convolution" in str(func):
         setting: Any = torch.backends.cudnn.conv
-        low = setting.fp32_precision != "ieee"  # torch's default for convolutions is TF32
+        low = setting.fp32_precision == "tf32"  # torch's default
     elif func.overloadpacket in PRODUCTS:
         low = torch.backends.cuda.matmul.fp32_precision == "tf32"
     else:
@@ -435,8 +438,11 @@ def _copy_between(source: Tensor, target: Tensor, non_blocking: bool = False) ->
 
 
 @functools.cache
-def _register() -> torch.library.Library:
-    """Register the device with torch, for the rest of the process."""
+def register() -> torch.library.Library:
+    """Register the device with torch, for the rest of the process.
+
+    It must be there before the first backward pass, in which autograd counts the devices.
+    """
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
@@ -467,7 +473,7 @@ def present() -> Iterator[None]:
 
     What it replaces in torch is replaced for the whole process.
     """
-    _register()
+    register()
     pretended: dict[str, Any] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import emulated_gpu
 import pytest
 import torch
-
-TOO_OLD = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
 
 
 @pytest.fixture(autouse=True)
 def emulated():
     """The emulated GPU, with nothing counted yet."""
-    if TOO_OLD:
+    if not emulated_gpu.SUPPORTED:
         pytest.skip(f"devices written in Python need torch 2.14, this is {torch.__version__}")
-    import emulated_gpu
-
     with emulated_gpu.present():
         for counter in (emulated_gpu.synchronized, emulated_gpu.reduced_precision):
             counter.clear()

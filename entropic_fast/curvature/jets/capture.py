@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functional_call, functionalize, vjp
+from torch.func import functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -118,7 +118,7 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphMod
     def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Tensor) -> Tensor:
         values = dict(zip(names, parts, strict=True)) | dict(zip(buffers, held, strict=True))
         with Watch():
-            outputs: Tensor = functional_call(obj._model, values, (x,), tie_weights=True)
+            outputs = obj.run_model(values, x)
         return outputs
 
     with torch.enable_grad():

@@ -88,6 +88,23 @@ def _batch_norm(
     return batch_statistics(x, w, b, eps)
 
 
+def _cudnn_batch_norm(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    """As on a CPU, so that the rules and the fused chains see one operation on every device."""
+    found = _batch_norm(x, w, b, mean, var, training, momentum, eps)
+    if found is NotImplemented:
+        found = aten.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
+    return (*found, x.new_empty(0, dtype=torch.uint8))  # cuDNN's memory for its backward pass
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return weight_norm(v, g, dim), g  # the norms, which serve torch's backward pass alone
 
@@ -140,6 +157,7 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.native_group_norm.default: group_norm,
     aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
     aten.native_batch_norm.default: _batch_norm,
+    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
 }
 
 

@@ -38,7 +38,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> Non
         parts = obj.split(leaf)
         values = {**parts, **obj.buffers}
         with Watch():
-            outputs = torch.func.functional_call(obj._model, values, (inputs,), tie_weights=True)
+            outputs = obj.run_model(values, inputs)
     for node in backward_nodes(outputs):
         if isinstance(node, BackwardCFunction):
             name = type(node).__name__
