@@ -152,7 +152,10 @@ def _backend(family: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        return backend.backend_for(family, device)
+        if backend.current_backend() != "auto":
+            return backend.backend_for(family, device)
+        chosen, _, failing = backend.automatic(family, device)
+        return f"{chosen} ({'; '.join(failing)})" if failing else chosen
     except (backend.BackendError, ValueError) as error:
         return str(error)
 

@@ -40,3 +40,14 @@ def test_forced_backend_that_cannot_run_is_shown_not_raised(monkeypatch) -> None
     facts = info.collect()
     assert "expected one of" in facts["backend"]
     assert "expected one of" in facts["backends"]["step"]["cpu"]
+
+
+def test_backends_that_are_there_and_fail_are_shown_with_the_reason(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(backend, "_absent", lambda name: None)
+    reasons = {"triton": "no C compiler", "cuda": "the driver is too old"}
+    monkeypatch.setattr(backend, "_failing", reasons.get)
+    facts = info.collect()["backends"]["step"]
+    assert facts["cuda"] == "reference (triton: no C compiler; cuda: the driver is too old)"

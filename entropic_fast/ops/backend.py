@@ -3,6 +3,10 @@
 A *family* is a group of ops with one implementation module per backend. `auto` takes the first
 usable of `PREFERENCE` for the tensor's device. A backend forced with `set_backend` or the
 environment variable ENTROPIC_FAST_BACKEND runs or raises `BackendError` with the reason.
+
+Under `auto` a GPU never ends in a traceback of a compiler's: a backend that cannot run a trivial
+kernel is passed over, and a function whose first call fails is taken by the next backend, with
+what it writes in place put back first. Either is said once, as a warning with the reason.
 """
 
 from __future__ import annotations
@@ -10,15 +14,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from entropic_fast.checks import fail
-from entropic_fast.ops import native
+from entropic_fast.ops import gpu_probe, native
 
 VARIABLE = "ENTROPIC_FAST_BACKEND"
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
@@ -28,6 +34,11 @@ PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference
 
 # family -> backend -> module that implements it, imported when first used.
 _families: dict[str, dict[str, str]] = {}
+# family -> function -> positions of the arguments that it writes in place.
+_writes: dict[str, dict[str, Sequence[int]]] = {}
+# (family, backend, device type) -> why a first call failed.
+_failed: dict[tuple[str, str, str], str] = {}
+_guards: dict[tuple[str, str, str], ModuleType] = {}
 _forced: str | None = None
 _warned: set[tuple[str, str]] = set()
 
@@ -36,9 +47,15 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-def register_family(family: str, modules: Mapping[str, str]) -> None:
-    """Declare a family's implementation modules, by backend name."""
-    _families[family] = dict(modules)
+def register_family(
+    family: str, modules: Mapping[str, str], writes: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Declare a family's implementation modules, by backend name.
+
+    Args:
+        writes: for each function of the modules that writes to its arguments, their positions.
+    """
+    _families[family], _writes[family] = dict(modules), dict(writes or {})
     _choose.cache_clear()
 
 
@@ -96,12 +113,27 @@ def backend_for(family: str, device: torch.device | str, setting: str | None = N
 def implementation(
     family: str, device: torch.device | str, setting: str | None = None
 ) -> ModuleType:
-    """The module that implements `family` on `device`, importing it if need be."""
-    return import_module(_families[family][backend_for(family, device, setting)])
+    """The module that implements `family` on `device`, importing it if need be.
+
+    Under "auto" on a GPU it stands for the module: a function whose first call fails is taken by
+    the next backend.
+    """
+    wanted = current_backend() if setting is None else setting
+    device_type = torch.device(device).type
+    chosen = backend_for(family, device_type, wanted)
+    if wanted != "auto" or chosen not in _GUARDED:
+        return import_module(_families[family][chosen])
+    key = (family, chosen, device_type)
+    if key not in _guards:
+        _guards[key] = _Guard(*key)
+    return _guards[key]
 
 
 def unusable(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run on tensors of `device_type`, or None if it can."""
+    """Why `backend` cannot run on tensors of `device_type`, or None if it can.
+
+    A GPU backend is tried out by a trivial kernel, once.
+    """
     if backend == "reference":
         return None
     if backend in ("cpp", "cuda"):
@@ -124,6 +156,19 @@ def _check_name(argument: str, name: str) -> str:
 
 
 def _unusable_anywhere(backend: str) -> str | None:
+    return _absent(backend) or _failing(backend)
+
+
+def _failing(backend: str) -> str | None:
+    """Why a backend that is there cannot run, found by trying."""
+    if backend == "triton" and not _triton_interprets() and not gpu_probe.capturing():
+        return gpu_probe.triton_problem()
+    if backend == "cuda" and not gpu_probe.capturing():
+        return gpu_probe.cuda_problem()
+    return None
+
+
+def _absent(backend: str) -> str | None:
     if backend in ("cpp", "cuda") and native.problem:
         return native.problem
     if backend == "cuda":
@@ -160,24 +205,105 @@ def _choose(family: str, device_type: str, setting: str) -> str:
                 f"tensors: {reason}. Use set_backend('auto') or unset {VARIABLE}."
             )
         return setting
+    backend, reasons, failing = automatic(family, device_type)
+    _warn_of_fallback(backend, device_type, reasons, failing)
+    return backend
+
+
+def automatic(family: str, device_type: str) -> tuple[str, list[str], list[str]]:
+    """What "auto" takes for a family, without a warning.
+
+    Returns:
+        the backend, why each preferred one was passed over, and of these reasons those of
+        backends that are there and fail.
+
+    Raises:
+        BackendError: nothing can run it.
+    """
+    modules = _families[family]
     reasons: list[str] = []
+    failing: list[str] = []
     for backend in PREFERENCE.get(device_type, ("reference",)):
         reason = unusable(backend, device_type) if backend in modules else "not implemented"
+        fails = reason is not None and backend in modules and _absent(backend) is None
+        if reason is None and (family, backend, device_type) in _failed:
+            reason, fails = _failed[family, backend, device_type], True
         if reason is None:
-            _warn_of_fallback(backend, device_type, reasons)
-            return backend
+            return backend, reasons, failing
         reasons.append(f"{backend}: {reason}")
+        failing += reasons[-1:] if fails else []
     raise BackendError(f"no backend can run {family!r} on {device_type} tensors: {reasons}")
 
 
-def _warn_of_fallback(backend: str, device_type: str, reasons: list[str]) -> None:
-    """Says once for each device that the slow reference runs because nothing faster can."""
-    if backend != "reference" or not reasons or (backend, device_type) in _warned:
+def _warn_of_fallback(
+    backend: str, device_type: str, reasons: list[str], failing: list[str]
+) -> None:
+    """Says once what is there and fails, or that nothing faster than the reference is there."""
+    news = [reason for reason in failing if (reason, device_type) not in _warned]
+    _warned.update((reason, device_type) for reason in news)
+    slow = backend == "reference" and bool(reasons) and (backend, device_type) not in _warned
+    if slow or news:
+        _warned.add(("reference", device_type))
+    if news:
+        text = (
+            f"entropic_fast passes over what fails on {device_type} tensors: {'; '.join(news)}. "
+            "The next backend is taken (`entropic-fast info` lists them); set_backend or "
+            f"{VARIABLE} forces one."
+        )
+    elif slow:
+        text = f"entropic_fast runs its slow reference implementation on {device_type}: "
+        text += "; ".join(reasons)
+    else:
         return
-    _warned.add((backend, device_type))
-    warnings.warn(
-        f"entropic_fast runs its slow reference implementation on {device_type}: "
-        + "; ".join(reasons),
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+# ---- first calls ---------------------------------------------------------------------------------
+
+_GUARDED = ("triton", "cuda")  # compiled, or first run, when they are called
+
+
+class _Guard(ModuleType):
+    """A family's module, whose functions fall back to the next backend's if a first call fails.
+
+    Kernels are compiled at the first call; later ones are the module's own. Errors in arguments
+    and a lack of memory are no fault of the backend's, and are raised.
+    """
+
+    def __init__(self, family: str, backend: str, device_type: str) -> None:
+        super().__init__(f"{family} by {backend}")
+        self._key = (family, backend, device_type)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        family, backend, device_type = self._key
+
+        def first_call(*arguments: Any) -> Any:
+            positions = _writes[family].get(name, ())
+            written = [arguments[i] for i in positions if isinstance(arguments[i], Tensor)]
+            before = [tensor.clone() for tensor in written]
+            try:
+                function = getattr(import_module(_families[family][backend]), name)
+                found = function(*arguments)
+            except (ValueError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                _put_back(written, before, error)
+                _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
+                _choose.cache_clear()
+            else:
+                setattr(self, name, function)
+                return found
+            return getattr(implementation(family, device_type, "auto"), name)(*arguments)
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return first_call
+
+
+def _put_back(written: list[Tensor], before: list[Tensor], error: Exception) -> None:
+    """What a failed call may have written in part, as it was."""
+    try:
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
+    except RuntimeError:  # the device itself is lost, as after an invalid address
+        raise error from None

@@ -34,6 +34,7 @@ register_family(
         "cpp": "entropic_fast.ops.jet_native",
         "triton": "entropic_fast.triton.jet",
     },
+    writes={"push": (0, 10), "pull": (0, 10)},
 )
 
 

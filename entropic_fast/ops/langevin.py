@@ -57,6 +57,7 @@ register_family(
         "cpp": "entropic_fast.ops.langevin_native",
         "triton": "entropic_fast.triton.langevin",
     },
+    writes={"advance": (0, 1)},
 )
 
 
@@ -177,7 +178,10 @@ def _advance(
 ) -> None:
     _check(x, v, potential, parameters, scheme, steps, first_step, first_particle, seed)
     _check_apart(x, v)
-    module = implementation(FAMILY, x.device, backend_of(x.shape[1], x.device, backend or None))
+    setting = backend or None
+    chosen = backend_of(x.shape[1], x.device, setting)
+    usual = chosen == backend_for(FAMILY, x.device, setting)
+    module = implementation(FAMILY, x.device, setting if usual else chosen)
     module.advance(
         x, v, potential, parameters, scheme, drift, decay, noise,
         steps, first_step, first_particle, seed,

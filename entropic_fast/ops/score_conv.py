@@ -39,6 +39,7 @@ register_family(
         "cpp": "entropic_fast.ops.score_conv_native",
         "triton": "entropic_fast.triton.score_conv",
     },
+    writes={"conv_weight_grads": (2,)},
 )
 
 

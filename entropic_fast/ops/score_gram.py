@@ -36,6 +36,7 @@ register_family(
         "cpp": "entropic_fast.ops.score_gram_native",
         "triton": "entropic_fast.triton.score_gram",
     },
+    writes={"symmetric_update_": (0,), "cross_update_": (0,)},
 )
 
 

@@ -62,6 +62,7 @@ register_family(
         "cuda": "entropic_fast.ops.step_native",
         "triton": "entropic_fast.triton.step",
     },
+    writes={"sgd_step": (0, 2), "adam_step": (0, 2, 3, 4), "project_step": (0, 1)},
 )
 
 

@@ -1,0 +1,204 @@
+"""A GPU backend that is there and fails is found once, said once, and passed over under "auto"."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from random_calls import OPS
+
+from entropic_fast.ops import backend, gpu_probe, native
+from entropic_fast.ops.step import adam_step, sgd_step
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No setting, and nothing known or said about this machine."""
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    for name, empty in (("_failed", {}), ("_guards", {}), ("_warned", set()), ("_forced", None)):
+        monkeypatch.setattr(backend, name, empty)
+    caches = (backend._choose, gpu_probe.triton_problem, gpu_probe.cuda_problem)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """torch says that there is a GPU; Triton and the compiled module are tried out on it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    built = {"cuda": True, "cuda_archs": ["sm_80", "sm_90", "compute_90"], "cuda_compiler": ""}
+    monkeypatch.setattr(native, "build_config", lambda: built)
+    monkeypatch.setattr(gpu_probe, "capturing", lambda: False)
+    tried = {"triton": [], "cuda": []}
+    probe = types.ModuleType("probe")
+    probe.run = tried["triton"].append
+    monkeypatch.setitem(sys.modules, "entropic_fast.triton.probe", probe)
+    monkeypatch.setattr(gpu_probe, "_run_step", tried["cuda"].append)
+    tried["fail triton"] = lambda error: setattr(probe, "run", raising(error, tried["triton"]))
+    return tried
+
+
+def raising(error, tried):
+    def run(device):
+        tried.append(device)
+        raise error
+
+    return run
+
+
+def test_backends_that_run_a_trivial_kernel_are_taken_and_tried_once(a_gpu):
+    for family in ("step", "jet", "score_gram"):
+        assert backend.backend_for(family, "cuda") == "triton"
+        assert backend.backend_for("step", "cuda", "cuda") == "cuda"
+    assert len(a_gpu["triton"]) == len(a_gpu["cuda"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "install gcc"),
+        (OSError("fatal error: Python.h: No such file or directory"), "install Python's headers"),
+        (RuntimeError("Triton Error [CUDA]: unsupported PTX version"), "update the driver"),
+        (KeyError("sm_175"), "KeyError"),
+    ],
+)
+def test_a_triton_that_cannot_compile_is_said_once_and_passed_over(a_gpu, error, advice):
+    a_gpu["fail triton"](error)
+    with pytest.warns(RuntimeWarning, match=f"passes over what fails on cuda.*{advice}"):
+        assert backend.backend_for("step", "cuda") == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.backend_for("jet", "cuda") == "reference"
+        assert backend.backend_for("step", "cuda") == "cuda"
+    assert len(a_gpu["triton"]) == 1
+    with pytest.raises(backend.BackendError, match="backend 'triton' cannot run: a trivial kernel"):
+        backend.set_backend("triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((12, 1), True)],
+)
+def test_cuda_runs_where_there_is_code_for_the_gpu(a_gpu, monkeypatch, capability, runs):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    reason = backend.unusable("cuda", "cuda")
+    if runs:
+        assert reason is None
+    else:
+        assert "holds code for sm_80 sm_90 compute_90" in reason and "capability 7.5" in reason
+
+
+def test_a_runtime_newer_than_the_driver_is_a_readable_reason(a_gpu, monkeypatch):
+    error = RuntimeError("sgd_step: CUDA driver version is insufficient for CUDA runtime version")
+    monkeypatch.setattr(gpu_probe, "_run_step", raising(error, []))
+    assert "update the driver" in backend.unusable("cuda", "cuda")
+    a_gpu["fail triton"](RuntimeError("none"))
+    with pytest.warns(RuntimeWarning, match=r"triton: .*none.*; cuda: .*update the driver"):
+        assert backend.backend_for("step", "cuda") == "reference"
+
+
+def test_nothing_is_tried_out_while_a_graph_is_captured(a_gpu, monkeypatch):
+    monkeypatch.setattr(gpu_probe, "capturing", lambda: True)
+    assert backend.backend_for("step", "cuda") == "triton"
+    assert a_gpu["triton"] == []
+
+
+# ---- first calls ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_late(monkeypatch):
+    """Triton takes the family `step` on the CPU, by a module of the test's."""
+    module = types.ModuleType("late")
+    monkeypatch.setitem(sys.modules, "late", module)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(backend.PREFERENCE, "cpu", ("triton", "cpp", "reference"))
+    monkeypatch.setitem(backend._families, "step", {**backend._families["step"], "triton": "late"})
+    return module
+
+
+def test_a_first_call_that_fails_is_taken_by_the_next_backend(compiled_late):
+    def half_done(theta, grad, *arguments):
+        theta += 100
+        raise RuntimeError("PassManager::run failed")
+
+    compiled_late.sgd_step = half_done
+    theta, grad = torch.tensor([1.0, 2.0]), torch.ones(2)
+    with pytest.warns(RuntimeWarning, match="triton: sgd_step: RuntimeError: PassManager"):
+        sgd_step(theta, grad, lr=0.5)
+    assert theta.tolist() == [0.5, 1.5]
+    assert backend.backend_for("step", "cpu") == "cpp"
+    sgd_step(theta, grad, lr=0.5)
+    assert theta.tolist() == [0.0, 1.0]
+
+
+def test_adams_count_of_steps_is_put_back_too(compiled_late):
+    def half_done(theta, grad, mean, square, step, *arguments):
+        for tensor in (theta, mean, square, step):
+            tensor += 7
+        raise OSError("no compiler")
+
+    compiled_late.adam_step = half_done
+    theta, mean, square = torch.tensor([1.0, 2.0]), torch.zeros(2), torch.zeros(2)
+    step = torch.zeros(1, dtype=torch.int64)
+    with pytest.warns(RuntimeWarning, match="adam_step: OSError: no compiler"):
+        adam_step(theta, torch.tensor([3.0, -4.0]), mean, square, step, lr=0.1)
+    torch.testing.assert_close(theta, torch.tensor([0.9, 2.1]))
+    assert step.tolist() == [1]
+
+
+def test_errors_that_are_no_fault_of_the_backend_are_raised(compiled_late):
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    compiled_late.sgd_step = too_large
+    with pytest.raises(torch.OutOfMemoryError):
+        sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
+    assert backend.backend_for("step", "cpu") == "triton"
+
+
+def test_a_backend_asked_for_by_name_raises_its_own_error(compiled_late):
+    def broken(*arguments):
+        raise RuntimeError("PassManager::run failed")
+
+    compiled_late.sgd_step = broken
+    backend.set_backend("triton")
+    with pytest.raises(RuntimeError, match="PassManager"):
+        sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
+
+
+def test_a_call_that_succeeds_is_no_longer_watched(compiled_late):
+    calls = []
+
+    def works(theta, *arguments):
+        calls.append(1)
+        return theta.new_empty(len(theta), 2, 0, dtype=torch.float64)
+
+    compiled_late.sgd_step = works
+    for _ in range(2):
+        sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
+    assert backend.implementation("step", "cpu").sgd_step is works and len(calls) == 2
+
+
+def test_every_op_declares_what_it_writes():
+    prefixes = {"score_conv": "", "score_gram": "gram_", "score_norm": "norm_", "step": ""}
+    for family in backend.families():
+        prefix = prefixes.get(family, f"{family}_")
+        declared = {prefix + name: tuple(w) for name, w in backend._writes[family].items()}
+        for name, written in declared.items():
+            schema = getattr(torch.ops.entropic_fast, name).default._schema
+            marked = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+            assert written == tuple(i for i, mark in enumerate(marked) if mark), name
+    every = {prefix for family in backend.families() for prefix in backend._writes[family]}
+    for name, op in OPS.items():
+        if op.written:
+            assert any(name.endswith(function) for function in every), name
