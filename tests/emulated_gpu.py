@@ -603,8 +603,11 @@ def present() -> Iterator[None]:
         "graph": _capture,
     }
     threads = torch.autograd.is_multithreading_enabled()
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
     GPU_TYPES.add(NAME)
     torch.autograd.set_multithreading_enabled(False)  # backward passes stay in this thread
+    # `Module.to` would part tied parameters, as it cannot turn one kind of tensor into another.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with (
             mock.patch.multiple(torch.cuda, **pretended),
@@ -613,5 +616,6 @@ def present() -> Iterator[None]:
         ):
             yield
     finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
         torch.autograd.set_multithreading_enabled(threads)
         GPU_TYPES.discard(NAME)
