@@ -33,6 +33,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import proxy_tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
@@ -419,7 +420,7 @@ def _recurrent(operation: Any) -> Any:
     return chosen
 
 
-_batch_norm = torch.batch_norm
+_batch_norm, _HANDLED = torch.batch_norm, proxy_tensor.HANDLED_TYPES
 
 
 def _chosen_batch_norm(
@@ -612,6 +613,8 @@ def present() -> Iterator[None]:
         with (
             mock.patch.multiple(torch.cuda, **pretended),
             mock.patch.object(torch, "batch_norm", _chosen_batch_norm),
+            # Else what a model holds besides parameters and buffers would be traced by value.
+            mock.patch.object(proxy_tensor, "HANDLED_TYPES", (*_HANDLED, EmulatedTensor)),
             _captured_under_cudas_names(),
         ):
             yield
