@@ -332,7 +332,7 @@ def _cudnn_batch_norm_backward(
 
 
 def _lstm_cell(x: Any, h: Any, cx: Any, x_bias: Any = None, h_bias: Any = None) -> Any:
-    """One step of all gates, which the backward pass gets activated: input, forget, cell, output."""
+    """A step; the backward pass gets the gates activated: input, forget, cell, output."""
     gates = x + h if x_bias is None else x + h + x_bias + h_bias
     i, f, g, o = gates.chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
