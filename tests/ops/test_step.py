@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import emulated_cuda
 import pytest
 import torch
 from tolerances import ROUNDING, assert_close
@@ -18,6 +19,13 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
     pytest.param(("cpp", "cpu"), id="cpp-cpu"),
+    pytest.param(
+        ("cuda", "cpu"),
+        id="cuda-emulated",
+        marks=pytest.mark.skipif(
+            emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing())
+        ),
+    ),
     *[
         pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
         for name in ("reference", "cuda", "triton")
@@ -31,8 +39,9 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(autouse=True)
 def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    threads, modules = torch.get_num_threads(), backend._families["step"]
     yield
+    backend.register_family("step", modules)
     backend.set_backend(None)
     native.use_isa(None)
     torch.set_num_threads(threads)
@@ -42,6 +51,9 @@ def settings_are_restored() -> Iterator[None]:
 def place(request: pytest.FixtureRequest) -> str:
     """A device, with one backend forced on it."""
     name, device = request.param
+    if request.param == ("cuda", "cpu"):  # the kernels in CUDA C++, compiled for the CPU
+        backend.register_family("step", {**backend._families["step"], "cpp": "emulated_cuda"})
+        name = "cpp"
     backend.set_backend(name)
     return str(device)
 

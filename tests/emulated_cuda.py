@@ -1,0 +1,268 @@
+"""The CUDA C++ of csrc/cuda compiled for the CPU, and family `step` on it.
+
+`build` compiles every .cu file with tests/cuda_emulation/cuda_runtime.h in place of CUDA's own
+header, and the file of C functions of the same name beside that header. Launches
+`kernel<<<...>>>(...)` are rewritten as calls; nothing else of a .cu file changes. No fused
+multiply-adds, as in the CPU kernels, which share csrc/kernels: their updates are the same bits.
+
+`sgd_step`, `adam_step` and `project_step` are an implementation of family `step` for CPU tensors,
+which the family's own tests take as one more backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+EMULATION = Path(__file__).parent / "cuda_emulation"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+FLAGS = [
+    "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-Wall",
+    "-Wno-unknown-pragmas", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
+]  # fmt: skip
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# The process has to be started with AddressSanitizer's library for these.
+SANITIZED = os.environ.get("EMULATED_CUDA_SANITIZED") == "1"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake planted in a copy of a .cu file: where `at` occurs, `old` in it becomes `new`.
+
+    Both occur once. `old` is a statement if it ends in ";", and otherwise an expression.
+    """
+
+    name: str
+    at: str
+    old: str
+    new: str
+
+    def begin(self, text: str) -> int:
+        """Where `old` begins in a file."""
+        found = text.count(self.at), self.at.count(self.old)
+        assert found == (1, 1), f"{self.name}: found {found} times"
+        return text.index(self.at) + self.at.index(self.old)
+
+
+def planted(text: str, faults: Sequence[Fault]) -> str:
+    """A file with all faults in it: number i + 1 is in effect where `planted` is i + 1."""
+    sites: dict[tuple[int, str], list[int]] = {}
+    for i, fault in enumerate(faults):
+        sites.setdefault((fault.begin(text), fault.old), []).append(i)
+    for (begin, old), here in sorted(sites.items(), reverse=True):
+        statement = old.endswith(";")
+        both = f"{{ {old} }}" if statement else f"({old})"
+        for i in here:
+            if statement:
+                both = f"if (planted == {i + 1}) {{ {faults[i].new} }} else {both}"
+            else:
+                both = f"(planted == {i + 1} ? ({faults[i].new}) : {both})"
+        text = text[:begin] + both + text[begin + len(old) :]
+    return text
+
+
+def missing() -> str | None:
+    """Why csrc/cuda cannot be compiled for the CPU here, or None."""
+    if sys.platform != "linux":
+        return "the CUDA emulation switches stacks as Linux does"
+    return None if shutil.which("g++") else "no C++ compiler (g++)"
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+def rewritten(text: str) -> str:
+    """A .cu file as C++: `k<T><<<grid, threads, bytes, stream>>>(a);` is
+    `emulation::launch(grid, threads, bytes, stream, [=] { k<T>(a); });`.
+
+    >>> rewritten("{ k<T><<<2, 32, 0, s>>>(a, f(b)); }")
+    '{ emulation::launch(2, 32, 0, s, [=] { k<T>(a, f(b)); }); }'
+    """
+    parts, done = [], 0
+    while (opening := text.find("<<<", done)) >= 0:
+        begin = max(text.rfind(mark, 0, opening) for mark in ";{}") + 1
+        begin += len(text[begin:]) - len(text[begin:].lstrip())
+        closing = text.index(">>>", opening)
+        first = text.index("(", closing)
+        end = _after_parenthesis(text, first)
+        kernel, configuration = text[begin:opening], text[opening + 3 : closing]
+        call = f"emulation::launch({configuration}, [=] {{ {kernel}{text[first:end]}; }})"
+        parts += [text[done:begin], call]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def _after_parenthesis(text: str, first: int) -> int:
+    depth = 0
+    for i in range(first, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError("a parenthesis that is never closed")
+
+
+def build(folder: Path, faults: Sequence[Fault] = (), source: str = "") -> Path:
+    """Compiles all of csrc/cuda into a library in `folder`; with faults, `source` alone."""
+    files = [file for file in SOURCES if source in ("", file.name)]
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(lambda file: _compiled(file, folder, faults), files))
+    library = folder / "emulated_cuda.so"
+    _run(["g++", *_flags(), *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _compiled(file: Path, folder: Path, faults: Sequence[Fault]) -> Path:
+    text = planted(file.read_text(), faults)
+    head = '#include "entries.h"\n'
+    if faults:
+        head += "static int planted = 0;\nEXPORTED void plant(int number) { planted = number; }\n"
+    both = folder / f"{file.stem}.cpp"
+    parts = {file.name: rewritten(text), both.name: (EMULATION / both.name).read_text()}
+    both.write_text(head + "".join(f'#line 1 "{name}"\n{part}\n' for name, part in parts.items()))
+    output = folder / f"{file.stem}.o"
+    include = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+    _run(["g++", "-c", *_flags(), *include, str(both), "-o", str(output)])
+    return output
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *(SANITIZERS if SANITIZED else [])]
+
+
+def _run(command: list[str]) -> None:
+    # The sanitizers' libraries, loaded into this process first, are not for the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+# ---- calling -------------------------------------------------------------------------------------
+
+
+class Library:
+    """The launchers of csrc/cuda, compiled for the CPU. A CUDA error becomes a RuntimeError."""
+
+    def __init__(self, file: Path) -> None:
+        self._library = ctypes.CDLL(str(file))
+        self._library.step_workspace.restype = ctypes.c_int64
+
+    def order(self, seed: int) -> None:
+        """The order of blocks, warps and threads from now on: 0 as they are numbered, or random."""
+        self._library.order(ctypes.c_uint(seed))
+
+    def plant(self, number: int) -> None:
+        """Which fault is in effect, counted from 1; 0 for none."""
+        self._library.plant(ctypes.c_int(number))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """One C function; tensors are passed by address."""
+        entry = getattr(self._library, name)
+        entry.restype = ctypes.c_char_p
+        message = entry(*map(_passed, arguments))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+    def step(self, op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) -> None:
+        """One launcher of step.h. Scratch memory holds NaN, as it may on a GPU."""
+        sizes = (*theta.shape, pivots.shape[0])
+        count = self._library.step_workspace(*map(ctypes.c_int64, sizes))
+        workspace = torch.full((count,), torch.nan, dtype=torch.float64)
+        pointers = [t.data_ptr() for t in (theta, pivots, products, workspace)]
+        name = f"{op}_{str(theta.dtype).removeprefix('torch.')}"
+        self.call(name, _Place(*pointers, *sizes), *more)
+
+
+class _Place(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("theta", "pivots", "products", "workspace")),
+        *((name, ctypes.c_int64) for name in ("replicas", "size", "pivot_count")),
+    ]
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, float):
+        return ctypes.c_double(argument)
+    return ctypes.c_int(argument) if isinstance(argument, bool) else argument
+
+
+@functools.cache
+def library() -> Library:
+    """csrc/cuda as it is, compiled once for each process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Library(build(Path(folder)))
+
+
+_used: list[Library] = []
+
+
+@contextmanager
+def used(other: Library) -> Iterator[None]:
+    """The functions below run on `other` inside the block."""
+    _used.append(other)
+    try:
+        yield
+    finally:
+        _used.pop()
+
+
+def _step(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) -> None:
+    (_used[-1] if _used else library()).step(op, theta, pivots, products, *more)
+
+
+# ---- family `step` -------------------------------------------------------------------------------
+
+
+def sgd_step(
+    theta: Tensor, grad: Tensor, momentum_buffer: Tensor, lr: Tensor, pivots: Tensor,
+    momentum: float, dampening: float, weight_decay: float, nesterov: bool, first: bool,
+    near: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    products = _products(theta, pivots)
+    settings = (float(momentum), float(dampening), float(weight_decay), nesterov, first)
+    _step("sgd_step", theta, pivots, products, grad, momentum_buffer, lr, *settings)
+    return products
+
+
+def adam_step(
+    theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
+    pivots: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
+    near: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    products = _products(theta, pivots)
+    settings = (float(beta1), float(beta2), float(eps), float(weight_decay), decoupled)
+    state = (grad, exp_avg, exp_avg_sq, step, lr)
+    _step("adam_step", theta, pivots, products, *state, *settings)
+    return products
+
+
+def project_step(
+    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor,
+    near: Tensor | None = None, between: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    replicas = theta.shape[0]
+    segment = torch.full((replicas,), -1, dtype=torch.int64)
+    t, distance = (torch.full((replicas,), -1.0, dtype=torch.float64) for _ in range(2))
+    _step("project_step", theta, pivots, products, segment_squares, segment, t, distance)
+    return segment, t, distance
+
+
+def _products(theta: Tensor, pivots: Tensor) -> Tensor:
+    return torch.full((theta.shape[0], 2, len(pivots)), torch.nan, dtype=torch.float64)
