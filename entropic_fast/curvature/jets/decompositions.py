@@ -105,6 +105,31 @@ def _cudnn_batch_norm(
     return (*found, x.new_empty(0, dtype=torch.uint8))  # cuDNN's memory for its backward pass
 
 
+def _lstm_cell(
+    x: Tensor, h: Tensor, c: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step on a GPU, one operation there, which has no forward mode."""
+    gates = x + h
+    if x_bias is not None and h_bias is not None:
+        gates = gates + x_bias + h_bias
+    i, f, g, o = gates.chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    return o * c.tanh(), c, gates  # which serve torch's backward pass alone
+
+
+def _gru_cell(
+    x: Tensor, h: Tensor, before: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Likewise."""
+    if x_bias is not None and h_bias is not None:
+        x, h = x + x_bias, h + h_bias
+    (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)
+    z = (xz + hz).sigmoid()
+    n = (xn + (xr + hr).sigmoid() * hn).tanh()
+    return n + z * (before - n), h
+
+
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return weight_norm(v, g, dim), g  # the norms, which serve torch's backward pass alone
 
@@ -158,6 +183,8 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
     aten.native_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,
+    aten._thnn_fused_lstm_cell.default: _lstm_cell,
+    aten._thnn_fused_gru_cell.default: _gru_cell,
 }
 
 
