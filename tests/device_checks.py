@@ -1,6 +1,6 @@
-"""Checks of a device against the CPU: run on the emulated GPU in every test suite, and on "cuda".
+"""Checks of a device against the CPU, run on the emulated GPU everywhere and on "cuda" where it is.
 
-Each takes the device. What is compared is a result on the CPU in float64, so that float32 is held to
+Each takes the device. Results are compared with the CPU's in float64, so that float32 is held to
 what is right and not to what another processor rounds.
 """
 
