@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 
-from . import __version__, checks, cli_profile, info
+from . import __version__, checks, cli_profile, info, selfcheck, store
 from .data import DataUnavailableError
 from .experiments import claims as claim_tests
 from .experiments import planning, runs, stages
@@ -27,6 +27,7 @@ from .experiments.run import RunFolder, damaged_results
 from .experiments.schedule import UnitError
 from .experiments.sections import Config
 from .ops.backend import BackendError
+from .selfcheck.page import print_report
 from .sharing import LostProcessError, OtherProcessError
 from .store import DamagedFileError
 
@@ -288,6 +289,33 @@ def _found(folders: list[Path]) -> list[Path]:
 def info_command() -> None:
     """Show versions, what is compiled, and which backend each operation will use."""
     info.render(_console)
+
+
+@app.command("check")
+def check_command(
+    device: DEVICE = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="float32 calculations alone, and no speeds.")
+    ] = False,
+    json_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Write everything there too, as JSON."),
+    ] = None,
+) -> None:
+    """Check kernels and calculations on this machine, and time them; under two minutes.
+
+    Every operation on every backend that can run here against its reference in float64; products,
+    traces, Gram matrices, AutoNEB and relaxation on CPU and GPU, or by two methods; a table of
+    speeds. Exits with 1 if anything is wrong, naming it and what to do.
+    """
+    stages.choose_device(device)
+    with _console.status("checking") as status:
+        found = selfcheck.run(device, quick=quick, progress=status.update)
+    print_report(_console, found)
+    if json_ is not None:
+        store.write_json(json_, found.to_dict())
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _show_version(value: bool) -> None:

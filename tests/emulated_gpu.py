@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -591,6 +592,11 @@ def present() -> Iterator[None]:
         "device_count": lambda: 1,
         "set_device": lambda device: None,
         "get_device_name": lambda device=None: "emulated GPU",
+        "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: _graph is not None,
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            name="emulated GPU", major=9, minor=0, total_memory=8 * 2**30
+        ),
         "mem_get_info": lambda device=None: (4 * 2**30, 8 * 2**30),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,

@@ -53,7 +53,7 @@ def test_the_version_is_printed(command):
 def test_help_lists_every_command_and_its_options(command):
     ended = command("--help")
     assert ended.code == 0
-    for name in (*STAGES, "report", "info"):
+    for name in (*STAGES, "report", "info", "check"):
         assert re.search(rf"\b{name}\b", ended.out)
     ended = command("reproduce", "--help")
     assert ended.code == 0

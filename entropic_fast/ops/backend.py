@@ -64,6 +64,11 @@ def families() -> tuple[str, ...]:
     return tuple(_families)
 
 
+def modules_of(family: str) -> dict[str, str]:
+    """A family's implementation modules, by backend name."""
+    return dict(_families[family])
+
+
 def set_backend(name: str | None) -> None:
     """Force one backend for every op: "reference", "cpp", "cuda" or "triton".
 
@@ -87,6 +92,11 @@ def set_backend(name: str | None) -> None:
             raise BackendError(f"backend {name!r} cannot run: {reason}")
     _forced = name
     _choose.cache_clear()
+
+
+def forced() -> str | None:
+    """What `set_backend` was last given."""
+    return _forced
 
 
 def current_backend() -> str:

@@ -1,0 +1,156 @@
+"""All checks of a machine, with what they were made on and what to do about those that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import checks, info
+from ..devices import GPU_TYPES
+from ..ops import backend
+from . import networks, ops, speeds
+from .verdict import Check
+
+_ISSUE = "Please attach the file that --json writes to a bug report."
+
+
+@dataclass
+class Report:
+    """What was found on a machine.
+
+    Attributes:
+        facts: `info.collect()`, and commit, load and devices checked.
+        checks: all comparisons.
+        limits, speeds: by device; empty where speeds were not asked for.
+        seconds: that it took.
+    """
+
+    facts: dict[str, Any]
+    checks: list[Check] = field(default_factory=list)
+    limits: dict[str, speeds.Limits] = field(default_factory=dict)
+    speeds: dict[str, list[speeds.Speed]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def wrong(self) -> list[Check]:
+        """Comparisons that failed."""
+        return [check for check in self.checks if not check.ok]
+
+    @property
+    def ok(self) -> bool:
+        return not self.wrong
+
+    def advice(self) -> list[str]:
+        """What to do about what is wrong."""
+        found: dict[str, None] = {}
+        for check in self.wrong:
+            found[self._advice(check)] = None
+        return [*found, _ISSUE] if found else []
+
+    def _advice(self, check: Check) -> str:
+        if check.kind != "op":
+            return (
+                f'Results on {check.device} are not to be trusted: pass device="cpu", or see '
+                f'whether entropic_fast.set_backend("reference") mends it.'
+            )
+        wrong = {c.backend for c in self.wrong if c.kind == "op" and c.device == check.device}
+        # set_backend forces one for every family, so it has to be one that all of them have.
+        everywhere = "cpp" if check.device == "cpu" else "triton"
+        good = "reference" if everywhere in wrong else everywhere
+        return (
+            f"Backend {check.backend} is wrong on {check.device}: call "
+            f'entropic_fast.set_backend("{good}"), or set {backend.VARIABLE}={good}, until it is '
+            "mended."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "ok": self.ok,
+            "findings": [check.finding() for check in self.wrong],
+            "advice": self.advice(),
+            "facts": self.facts,
+            "checks": [check.to_dict() for check in self.checks],
+            "speeds": {
+                device: speeds.to_dict(self.limits[device], rows)
+                for device, rows in self.speeds.items()
+            },
+            "seconds": self.seconds,
+        }
+
+
+def run(
+    device: str = "auto", *, quick: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Report:
+    """Check the kernels, whole calculations, and speeds, in under two minutes.
+
+    Args:
+        device: "cpu"; "cuda" for the current GPU, compared with the CPU; "auto" for the CPU and
+            the GPU if there is one.
+        quick: calculations in float32 alone, and no speeds: some ten seconds.
+        progress: is told what comes next.
+
+    Raises:
+        ValueError: another device, or a GPU where there is none.
+
+    >>> report = run("cpu", quick=True)
+    >>> report.ok, {check.backend for check in report.checks if check.kind == "op"} != set()
+    (True, True)
+    """
+    start = time.perf_counter()
+    devices = _devices(device)
+    report = Report({**info.collect(), **_provenance(), "devices": [str(d) for d in devices]})
+    for each in devices:
+        progress(f"operations on {each}")
+        report.checks += ops.check_ops(each)
+    progress("a small network with batch normalization")
+    dtypes = (torch.float32,) if quick else (torch.float64, torch.float32)
+    report.checks += networks.check_networks(devices, dtypes)
+    for each in devices if not quick else []:
+        progress(f"speeds on {each}")
+        report.limits[str(each)], report.speeds[str(each)] = speeds.measure(each)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _devices(name: str) -> list[torch.device]:
+    checks.one_of("device", name, ("auto", "cpu", *sorted(GPU_TYPES)))
+    there = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not there):
+        return [torch.device("cpu")]
+    if not there:
+        raise checks.fail("device", "a GPU that torch can use", "none", 'pass device="cpu"')
+    kind = "cuda" if name == "auto" else name
+    gpu = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
+    return [torch.device("cpu"), gpu] if name == "auto" else [gpu]
+
+
+def _provenance() -> dict[str, Any]:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {"commit": _commit(), "load_average": load}
+
+
+def _commit() -> str:
+    """Of the working tree or of the installed package, "unknown" where neither says."""
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+            return done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+    try:
+        source = metadata.distribution("entropic_fast").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+    return str(json.loads(source or "{}").get("vcs_info", {}).get("commit_id", "unknown"))

@@ -1,0 +1,197 @@
+"""Whole calculations on a small network with batch normalization, by two methods or two devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..curvature import (
+    HessianOperator,
+    gradient_norms,
+    hessian_trace,
+    score_gram,
+    score_matrix,
+    without_rules,
+)
+from ..devices import is_gpu
+from ..dynamics import relax
+from ..objective import Objective
+from ..ops.backend import current_backend
+from ..ops.gpu_probe import describe
+from ..paths import AutoNEBConfig, auto_neb, linear_path
+from .verdict import Check, relative_error
+
+# Relative errors that the order of sums explains, with those of a descent's steps on top.
+# TF32 leaves 3e-4 and more.
+TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}
+
+EXAMPLES, PROBES, CYCLES = 24, 4, 4
+
+
+def subject(device: torch.device | str, dtype: torch.dtype) -> Objective:
+    """A convolutional network with batch normalization, whose statistics are of no round numbers.
+
+    >>> subject("cpu", torch.float64).num_params
+    601
+    """
+    generator = torch.Generator().manual_seed(3)
+    model = models.initialise(models.digits_cnn("batch", channels=(4, 5, 6)), 1).to(dtype)
+    for name, values in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64)
+            values.copy_(drawn + (0.5 if name.endswith("var") else -0.5))
+    images = torch.randn(EXAMPLES, 1, 7, 9, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(10, (EXAMPLES,), generator=generator)
+    return Objective(model, "cross_entropy", (images, labels), device=device)
+
+
+def product(obj: Objective) -> Tensor:
+    return HessianOperator(obj) @ _vectors(obj)
+
+
+def trace(obj: Objective) -> Tensor:
+    """Of each parameter tensor, as the whole may be nearly 0."""
+    found = hessian_trace(obj, probes=PROBES, seed=1, by="parameter")
+    return torch.tensor([estimate.value for estimate in found.values()], dtype=torch.float64)
+
+
+def gram(obj: Objective) -> Tensor:
+    return score_gram(obj)
+
+
+def norms(obj: Objective) -> Tensor:
+    return gradient_norms(obj)
+
+
+def neb(obj: Objective) -> Tensor:
+    """How far a short AutoNEB takes the pivots from the straight line."""
+    a, b = _ends(obj)
+    config = AutoNEBConfig(pivots=4, max_pivots=4, cycles=((3, 0.05),), batch_size=8, eval_points=1)
+    found = auto_neb(obj, a, b, config).path
+    return found.pivots - linear_path(a, b, found.num_pivots).pivots
+
+
+def relaxation(obj: Objective, engine: str = "auto", cuda_graphs: bool = True) -> Tensor:
+    """How far projected SGD goes: along the path, and from it before each projection."""
+    run = relax(
+        obj, linear_path(*_ends(obj), 3), [0.3, 0.6], "nesterov", lr=0.02, batch_size=8,
+        project_every=2, steps=2 * CYCLES, engine=engine, cuda_graphs=cuda_graphs,
+    )  # fmt: skip
+    return torch.cat([run.position - run.position[:, :1], run.distance[:, 1:]], 1)
+
+
+CALCULATIONS: dict[str, Callable[[Objective], Tensor]] = {
+    "Hessian product": product,
+    "Hessian trace": trace,
+    "gradient norms": norms,
+    "Gram matrix": gram,
+    "AutoNEB": neb,
+    "relaxation": relaxation,
+}
+
+
+def _otherwise_relaxed(obj: Objective) -> Tensor:
+    """By another engine than "auto" takes for two replicas, and without CUDA graphs."""
+    return relaxation(obj, "loop" if is_gpu(obj.device) else "vmap", cuda_graphs=False)
+
+
+def _in_double(obj: Objective) -> Tensor:
+    return neb(subject(obj.device, torch.float64))
+
+
+def _scores(obj: Objective) -> Tensor:
+    with without_rules():
+        return score_matrix(obj).double()
+
+
+def _by_autograd(calculate: Callable[[Objective], Tensor]) -> Callable[[Objective], Tensor]:
+    def calculated(obj: Objective) -> Tensor:
+        with without_rules():
+            return calculate(obj)
+
+    return calculated
+
+
+# The same by another method on the same device. Only precision tells one path from another.
+OTHERS: dict[str, tuple[str, Callable[[Objective], Tensor]]] = {
+    "Hessian product": ("autograd twice", _by_autograd(product)),
+    "Hessian trace": ("autograd twice", _by_autograd(trace)),
+    "gradient norms": (
+        "gradients one by one",
+        lambda obj: _scores(obj).square().sum(1),
+    ),
+    "Gram matrix": ("gradients one by one", lambda obj: _scores(obj) @ _scores(obj).T),
+    "AutoNEB": ("float64", _in_double),
+    "relaxation": ("another engine", _otherwise_relaxed),
+}
+
+
+def check_networks(
+    devices: Sequence[torch.device],
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+) -> Iterator[Check]:
+    """Each calculation by two methods on each device, and on each device but the CPU by the CPU's.
+
+    Args:
+        devices: what is to be checked.
+    """
+    for dtype in dtypes:
+        expected: dict[str, Tensor] = {}
+        if any(device.type != "cpu" for device in devices):
+            cpu = subject("cpu", dtype)
+            for name, calculate in CALCULATIONS.items():
+                try:
+                    expected[name] = calculate(cpu)
+                except Exception as error:  # whatever is raised is the finding
+                    yield _about(name, cpu.device, dtype, "").failed(describe(error))
+        for device in devices:
+            yield from _on_device(device, dtype, expected)
+
+
+def _on_device(
+    device: torch.device, dtype: torch.dtype, expected: dict[str, Tensor]
+) -> Iterator[Check]:
+    check = partial(_about, device=device, dtype=dtype)
+    try:
+        obj = subject(device, dtype)
+    except Exception as error:
+        yield check("Objective", against="").failed(describe(error))
+        return
+    for name, calculate in CALCULATIONS.items():
+        try:
+            found = calculate(obj)
+        except Exception as error:
+            yield check(name, against="").failed(describe(error))
+            continue
+        if device.type != "cpu" and name in expected:
+            yield check(name, against="the CPU").measured(relative_error(found, expected[name]))
+        if name in OTHERS and (name, dtype) != ("AutoNEB", torch.float64):
+            against, other = OTHERS[name]
+            try:
+                yield check(name, against=against).measured(relative_error(found, other(obj)))
+            except Exception as error:
+                yield check(name, against=against).failed(describe(error))
+
+
+def _about(name: str, device: torch.device, dtype: torch.dtype, against: str) -> Check:
+    kind = str(dtype).removeprefix("torch.")
+    return Check("network", name, current_backend(), str(device), kind, against, TOLERANCE[dtype])
+
+
+def _vectors(obj: Objective) -> Tensor:
+    drawn = torch.randn(
+        obj.num_params, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+    )
+    return drawn.to(obj.device, obj.dtype)
+
+
+def _ends(obj: Objective) -> tuple[Tensor, Tensor]:
+    """The network's parameters, and others as far away as these are long."""
+    a = obj.parameters_vector()
+    step = _vectors(obj)[:, 0] * (float(a.norm()) / math.sqrt(obj.num_params))
+    return a, a + 0.5 * step

@@ -1,0 +1,86 @@
+"""One thing that was checked, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison.
+
+    Attributes:
+        kind: "op" or "network".
+        name: the op, or what was calculated.
+        backend: that ran it.
+        device, dtype: of the tensors.
+        against: what it was compared with.
+        tolerance: largest relative error that rounding explains.
+        error: relative error, infinite where it failed; NaN before it was measured.
+        message: what was raised, "" if nothing.
+    """
+
+    kind: str
+    name: str
+    backend: str
+    device: str
+    dtype: str
+    against: str
+    tolerance: float
+    error: float = math.nan
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def measured(self, error: float) -> Check:
+        return replace(self, error=error)
+
+    def failed(self, message: str) -> Check:
+        return replace(self, error=math.inf, message=message)
+
+    def finding(self) -> str:
+        """What is wrong, in one sentence."""
+        what = f"{self.name} ({self.dtype}) on backend {self.backend}, device {self.device}"
+        if self.message:
+            return f"{what}: raised {self.message}"
+        return (
+            f"{what}: off by {self.error:.2g} relative to {self.against}, "
+            f"where rounding explains {self.tolerance:g}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        values = {**asdict(self), "ok": self.ok}
+        if not math.isfinite(self.error):
+            values["error"] = str(self.error)
+        return values
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected| in float64; infinite where shapes or what is finite differ.
+
+    >>> import torch
+    >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+    0.0
+    >>> import torch
+    >>> relative_error(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0]))
+    inf
+    """
+    if found.shape != expected.shape:
+        return math.inf
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    known = expected.isfinite()
+    same = found.isfinite() == known
+    if not bool(same.all()):
+        return math.inf
+    difference = float((found - expected)[known].norm())
+    if difference == 0:
+        return 0.0
+    scale = float(expected[known].norm())
+    return difference / scale if scale > 0 else math.inf

@@ -1,0 +1,147 @@
+"""`entropic-fast check` finds what is wrong with a machine and names it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from entropic_fast import selfcheck
+from entropic_fast.ops import backend, score_gram_native, step_native
+from entropic_fast.selfcheck import networks, ops, samples, speeds, verdict
+
+# They call an operator by its number, and no kernel.
+OTHERS = {"operator_product", "operator_forms"}
+CPU = torch.device("cpu")
+
+
+def test_no_op_is_left_out():
+    schemas = torch._C._jit_get_all_schemas()
+    names = {s.name.partition("::")[2] for s in schemas if s.name.startswith("entropic_fast::")}
+    assert names == set(samples.SAMPLES) | OTHERS
+    assert {sample.family for sample in samples.SAMPLES.values()} == set(backend.families())
+
+
+def test_all_is_well_on_this_machine_and_is_said_and_written(command, tmp_path):
+    file = tmp_path / "check.json"
+    ended = command("check", "--device", "cpu", "--quick", "--json", file)
+    assert ended.code == 0, ended.out + ended.err
+    assert "all is well" in ended.out and "jet_push" in ended.out and "AutoNEB" in ended.out
+    found = json.loads(file.read_text())
+    assert found["ok"] and found["findings"] == [] and found["advice"] == []
+    assert found["facts"]["versions"]["torch"] == torch.__version__ and found["facts"]["commit"]
+    checked = {c["name"] for c in found["checks"]}
+    assert checked >= set(samples.SAMPLES) | set(networks.CALCULATIONS)
+    assert all(0 <= c["error"] <= c["tolerance"] for c in found["checks"])
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_wrong_kernel_is_named_with_its_backend_and_what_to_do(command, monkeypatch, tmp_path):
+    right = score_gram_native.cross_update_
+
+    def wrong(out, a, b, double_products):
+        right(out, a, b, double_products)
+        out[-1, -1] += 1e-3 * float(out.norm())
+
+    monkeypatch.setattr(score_gram_native, "cross_update_", wrong)
+    monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
+    file = tmp_path / "check.json"
+    ended = command("check", "--device", "cpu", "--quick", "--json", file)
+    assert ended.code == 1 and "Traceback" not in ended.err
+    told = "wrong: gram_cross_update_ (float32) on backend cpp, device cpu: off by 0.001 relative"
+    assert told in ended.out
+    assert 'entropic_fast.set_backend("reference")' in ended.out
+    assert "ENTROPIC_FAST_BACKEND=reference" in ended.out and "bug report" in ended.out
+    found = json.loads(file.read_text())
+    assert not found["ok"]
+    assert {c["name"] for c in found["checks"] if not c["ok"]} == {"gram_cross_update_"}
+
+
+def test_a_kernel_that_raises_is_a_finding_and_the_rest_is_still_checked(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(step_native, "project_step", broken)
+    found = list(ops.check_ops(CPU))
+    failed = [check for check in found if not check.ok]
+    assert {check.name for check in failed} == {"project_step"} and len(found) > 60
+    assert "raised RuntimeError: no kernel image is available" in failed[0].finding()
+    assert failed[0].to_dict()["error"] == "inf"
+    assert backend.current_backend() == "auto"
+
+
+def test_a_wrong_calculation_is_named(monkeypatch):
+    def off(obj):
+        found = networks.product(obj)
+        found[0, 0] += 1e-3 * found.norm()
+        return found
+
+    monkeypatch.setitem(networks.CALCULATIONS, "Hessian product", off)
+    wrong = [c for c in networks.check_networks([CPU], [torch.float32]) if not c.ok]
+    assert [c.name for c in wrong] == ["Hessian product"]
+    report = selfcheck.Report({}, wrong)
+    assert not report.ok and 'pass device="cpu"' in report.advice()[0]
+
+
+@pytest.mark.parametrize("name", samples.SAMPLES)
+def test_one_wrong_entry_of_a_result_is_found(name, monkeypatch):
+    results = ops._results
+
+    def off(op, setting, arguments):
+        found = results(op, setting, arguments)
+        if setting != "reference":
+            number = next(t for t in found if t.is_floating_point() and t.numel())
+            number[(-1,) * number.dim()] += 1e-3 * number.double().norm()
+        return found
+
+    monkeypatch.setattr(ops, "_results", off)
+    check = ops._check(name, "cpp", CPU, torch.float32, "odd")
+    assert not check.ok and not check.message
+
+
+def test_relative_errors_count_what_is_not_finite_and_other_shapes():
+    a = torch.tensor([3.0, 4.0])
+    assert verdict.relative_error(torch.tensor([3.0, 4.5]), a) == pytest.approx(0.1)
+    assert verdict.relative_error(a[:1], a) == math.inf
+    assert verdict.relative_error(torch.tensor([3.0, math.nan]), a) == math.inf
+    assert verdict.relative_error(a, torch.zeros(2)) == math.inf
+    assert verdict.relative_error(torch.zeros(0), torch.zeros(0)) == 0
+
+
+def test_speeds_are_in_plain_gradients_and_shares(command, monkeypatch, tmp_path):
+    tiny = speeds.Sizes("resnet8-w4", 4, 2**16, 64, 8, 64, 1000, 64)
+    monkeypatch.setattr(speeds, "CPU", tiny)
+    monkeypatch.setattr(speeds, "ROUNDS", 1)
+    monkeypatch.setattr(ops, "check_ops", lambda device: [])
+    monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
+    file = tmp_path / "check.json"
+    ended = command("check", "--device", "cpu", "--json", file)
+    assert ended.code == 0, ended.err
+    for name in (speeds.GRADIENT, "trace probe", "Hessian product", speeds.GRAM, speeds.UPDATE):
+        assert name in ended.out
+    found = json.loads(file.read_text())["speeds"]["cpu"]
+    assert all(rate > 0 for rate in found["limits"].values())
+    rows = {row["name"]: row for row in found["work"]}
+    assert rows[speeds.GRADIENT]["gradients"] == 1 and rows[speeds.GRADIENT]["arithmetic"] > 0
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["kernel: projected step"]["bandwidth"] > 0
+
+
+def test_a_gpu_that_is_not_there_is_refused(command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: expected a GPU that torch can use, got none"):
+        selfcheck.run("cuda")
+    with pytest.raises(ValueError, match="device: expected one of 'auto', 'cpu', 'cuda'"):
+        selfcheck.run("tpu")
+    ended = command("check", "--device", "cuda")
+    assert ended.code == 1 and "--device" in ended.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_all_is_well_on_a_gpu():
+    report = selfcheck.run("cuda", quick=True)
+    assert report.ok, [check.finding() for check in report.wrong]
+    assert {c.backend for c in report.checks if c.kind == "op"} >= {"triton", "reference"}
