@@ -13,11 +13,13 @@
 #include "cpu/isa.h"
 #include "cpu/jet.h"
 #include "cpu/langevin.h"
+#include "cpu/random_bits.h"
 #include "cpu/score_conv.h"
 #include "cpu/score_gram.h"
 #include "cpu/score_norm.h"
 #include "cpu/step.h"
 #ifdef ENTROPIC_HAS_CUDA
+#include "cuda/random_bits.h"
 #include "cuda/step.h"
 #endif
 
@@ -322,6 +324,68 @@ void define_langevin(py::module_& m, const std::string& suffix) {
   m.def(("langevin_box_muller" + suffix).c_str(), &langevin_box_muller<T>);
 }
 
+// Address of the result, sizes [streams, seeds, count] and strides; address of the seeds, or 0 for
+// the one given, that seed, the first stream and the first number; kind and type. Then where: the
+// number of threads, or device and stream.
+entropic::RandomFill random_fill_call(const py::tuple& values) {
+  std::size_t i = 0;
+  const auto address = [&] { return values[i++].cast<Address>(); };
+  const auto number = [&] { return values[i++].cast<i64>(); };
+  entropic::RandomFill call{};
+  call.out = at<void>(address());
+  for (i64* size : {&call.streams, &call.seeds, &call.count}) *size = number();
+  for (i64& stride : call.strides) stride = number();
+  call.keys = at<const i64>(address());
+  call.key = entropic::u64(number());
+  call.first_stream = entropic::u64(number());
+  call.start = number();
+  call.kind = static_cast<entropic::RandomKind>(number());
+  call.type = static_cast<entropic::RandomType>(number());
+  return call;
+}
+
+// Addresses of counters, seeds, streams and the result; sizes [rows, count]; strides of counters.
+entropic::RandomPhilox random_philox_call(const py::tuple& values) {
+  const auto address = [&](int i) { return values[i].cast<Address>(); };
+  const auto number = [&](int i) { return values[i].cast<i64>(); };
+  entropic::RandomPhilox call{};
+  call.counters = at<const i64>(address(0));
+  call.keys = at<const i64>(address(1));
+  call.streams = at<const i64>(address(2));
+  call.out = at<i64>(address(3));
+  call.rows = number(4);
+  call.count = number(5);
+  call.strides[0] = number(6);
+  call.strides[1] = number(7);
+  return call;
+}
+
+void random_fill_cpu(const py::tuple& values, int threads) {
+  const auto call = random_fill_call(values);
+  py::gil_scoped_release release;
+  entropic::cpu::random_fill(call, threads);
+}
+
+void random_philox_cpu(const py::tuple& values, int threads) {
+  const auto call = random_philox_call(values);
+  py::gil_scoped_release release;
+  entropic::cpu::random_philox(call, threads);
+}
+
+#ifdef ENTROPIC_HAS_CUDA
+void random_fill_cuda(const py::tuple& values, int device, Address stream) {
+  const auto call = random_fill_call(values);
+  py::gil_scoped_release release;
+  entropic::cuda::random_fill(call, device, at<void>(stream));
+}
+
+void random_philox_cuda(const py::tuple& values, int device, Address stream) {
+  const auto call = random_philox_call(values);
+  py::gil_scoped_release release;
+  entropic::cuda::random_philox(call, device, at<void>(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -344,7 +408,11 @@ PYBIND11_MODULE(_C, m) {
   define_jet<double>(m, "_cpu_float64");
   define_langevin<float>(m, "_cpu_float32");
   define_langevin<double>(m, "_cpu_float64");
+  m.def("random_fill_cpu", &random_fill_cpu);
+  m.def("random_philox_cpu", &random_philox_cpu);
 #ifdef ENTROPIC_HAS_CUDA
+  m.def("random_fill_cuda", &random_fill_cuda);
+  m.def("random_philox_cuda", &random_philox_cuda);
   define_step<float, Gpu>(m, "_cuda_float32");
   define_step<double, Gpu>(m, "_cuda_float64");
   m.def("step_workspace", &entropic::cuda::step_workspace, "Doubles of scratch a step needs.");

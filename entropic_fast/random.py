@@ -1,9 +1,9 @@
 """Counter-based random numbers: the same on every device, batch size and thread count.
 
 Philox-4x32-10 (Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*,
-SC 2011), written in int64 tensor arithmetic so that it runs wherever the data are. A number
-is a pure function of (seed, stream, index); nothing is drawn in sequence, so nothing depends
-on who draws first.
+SC 2011), by the op family `entropic_fast.ops.random_bits`: one launch for any number of streams,
+wherever the data are. A number is a pure function of (seed, stream, index); nothing is drawn in
+sequence, so nothing depends on who draws first.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import math
 import torch
 from torch import Tensor
 
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
+from .ops import random_bits
+from .ops.random_bits import as_int64
+from .reference.random_bits import KINDS
+
+# Keys that `permutations` sorts at once: 0.5 GB, beside twice that for sorted keys and orders.
+_KEYS_AT_ONCE = 1 << 26
+# Numbers from which torch sorts a vector by radix, on a CPU: 33,000 in a seventh of the time that
+# the row of a matrix takes.
+_RADIX = 1 << 15
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -43,21 +49,9 @@ def philox(counter: Tensor, seed: int, stream: int = 0) -> Tensor:
     Returns:
         four words in [0, 2^32) a counter, int64.  # [..., 4]
     """
-    c0, c1 = counter & _MASK, (counter >> 32) & _MASK
-    c2 = torch.full_like(c0, stream & _MASK)
-    c3 = torch.full_like(c0, (stream >> 32) & _MASK)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        # int64 products wrap, yet their 64 bits are those of the unsigned product.
-        p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
-            p1 & _MASK,
-            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
-            p0 & _MASK,
-        )
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return torch.stack((c0, c1, c2, c3), -1)
+    keys = torch.full((2, 1), as_int64(seed), dtype=torch.int64, device=counter.device)
+    keys[1] = as_int64(stream)
+    return random_bits.philox(counter.reshape(1, -1), *keys).reshape(*counter.shape, 4)
 
 
 def words(
@@ -69,9 +63,23 @@ def words(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Words `start` to `start + count` of a stream, each uniform in [0, 2^32).  # [count]"""
-    first, last = start // 4, -(-(start + count) // 4)
-    counter = torch.arange(first, last, dtype=torch.int64, device=device)
-    return philox(counter, seed, stream).flatten()[start - 4 * first :][:count]
+    return _drawn((count,), seed, stream, start, "words", torch.int64, device)
+
+
+def _drawn(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int,
+    start: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=device)
+    random_bits.fill_(
+        out.view(1, 1, out.numel()), seed, kind=kind, first_stream=stream, start=start
+    )
+    return out
 
 
 def uniform(
@@ -91,8 +99,8 @@ def uniform(
     >>> bool(((u > 0) & (u < 1)).all())
     True
     """
-    w = words(math.prod(shape), seed, stream, start=start, device=device)
-    return ((w.to(torch.float64) + 0.5) * 2.0**-32).reshape(shape).to(dtype)
+    direct = dtype if dtype in KINDS["uniform"] else torch.float64
+    return _drawn(shape, seed, stream, start, "uniform", direct, device).to(dtype)
 
 
 def normal(
@@ -133,8 +141,24 @@ def rademacher(
     >>> sorted(set(rademacher((100,), seed=3).tolist()))
     [-1.0, 1.0]
     """
-    bits = words(math.prod(shape), seed, stream, device=device) >> 31
-    return (2 * bits - 1).reshape(shape).to(dtype)
+    direct = dtype if dtype in KINDS["signs"] else torch.float64
+    return _drawn(shape, seed, stream, 0, "signs", direct, device).to(dtype)
+
+
+def rademacher_columns(
+    size: int, seed: int, streams: range, *, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Columns of signs, `rademacher` of one stream each, written in one launch.  # [size, K]
+
+    >>> columns = rademacher_columns(3, 0, range(4, 6), dtype=torch.float32, device="cpu")
+    >>> torch.equal(columns[:, 1], rademacher((3,), seed=0, stream=5, dtype=torch.float32))
+    True
+    """
+    out = torch.empty(size, len(streams), dtype=dtype, device=device)
+    rows, step = out.T[:, None], max(1, len(streams) if streams.step == 1 else 1)
+    for i in range(0, len(streams), step):
+        random_bits.fill_(rows[i : i + step], seed, kind="signs", first_stream=streams[i])
+    return out
 
 
 def permutation(
@@ -145,5 +169,40 @@ def permutation(
     >>> sorted(permutation(5, seed=0).tolist())
     [0, 1, 2, 3, 4]
     """
-    w = words(2 * n, seed, stream, device=device).reshape(-1, 2)
-    return torch.argsort((w[:, 0] << 31) ^ w[:, 1], stable=True)
+    keys = _drawn((n,), seed, stream, 0, "sort_keys", torch.int64, device)
+    return torch.argsort(keys, stable=True)
+
+
+def permutations(n: int, seeds: Tensor, stream: int = 0, streams: int = 1) -> Tensor:
+    """Random orders of 0 .. n-1, those of `permutation` for each seed and stream.
+
+    Args:
+        n: how many to put in order.
+        seeds: int64; its device is where they are made.  # [S]
+        stream: the first.
+        streams: how many, T.
+
+    Returns:
+        an order for each, int64.  # [T, S, n]
+
+    >>> orders = permutations(5, torch.tensor([0, 8]), stream=3, streams=2)
+    >>> torch.equal(orders[1, 0], permutation(5, seed=0, stream=4))
+    True
+    """
+    parts, some = [], max(1, _KEYS_AT_ONCE // max(1, n * len(seeds)))
+    for t in range(0, max(1, streams), some):
+        shape = (min(some, streams - t), len(seeds), n)
+        keys = torch.empty(shape, dtype=torch.int64, device=seeds.device)
+        random_bits.fill_(keys, seeds, kind="sort_keys", first_stream=stream + t)
+        parts.append(_orders(keys))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _orders(keys: Tensor) -> Tensor:
+    """What puts each row of keys [T, S, n] in order."""
+    if keys.device.type != "cpu" or keys.shape[-1] < _RADIX:
+        return torch.argsort(keys, dim=-1, stable=True)
+    orders = torch.empty_like(keys)
+    for row, order in zip(keys.flatten(0, 1), orders.flatten(0, 1), strict=True):
+        torch.argsort(row, stable=True, out=order)
+    return orders

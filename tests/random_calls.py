@@ -18,6 +18,7 @@ from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import PARAMETERS, Coefficients
 from entropic_fast.ops.step import segment_squares
 from entropic_fast.reference.langevin import SCHEMES, UNDERDAMPED
+from entropic_fast.reference.random_bits import KINDS
 from entropic_fast.reference.step import products
 
 Arguments = tuple[Any, ...]
@@ -341,6 +342,32 @@ def _radius(arguments: Arguments, results: Results) -> Results:
     return [results[0].norm(dim=1, keepdim=True).expand_as(results[0])]
 
 
+# ---- random numbers ------------------------------------------------------------------------------
+
+
+def _fill(draw: Draw) -> Arguments:
+    kind = draw.choice(tuple(KINDS))
+    shape = (draw.size(9), draw.size(9), draw.size(1100))
+    order = draw.choice(((0, 1, 2), (2, 0, 1), (2, 1, 0), (1, 2, 0)))
+    dtype = draw.dtype if draw.dtype in KINDS[kind] else draw.choice(KINDS[kind])
+    stored = torch.empty([shape[d] for d in order], dtype=dtype, device=draw.device)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (shape[1],), generator=draw.generator)
+    return (
+        stored.permute([order.index(d) for d in range(3)]), seeds.to(draw.device), 0,
+        draw.whole(-(2**62), 2**62), draw.whole(0, 2**40), kind, "",
+    )  # fmt: skip
+
+
+def _philox(draw: Draw) -> Arguments:
+    m, n = draw.size(9), draw.size(300)
+    words = torch.randint(-(2**63), 2**63 - 1, (m, n + 2), generator=draw.generator)
+    return (*(t.to(draw.device) for t in (words[:, 2:], words[:, 0], words[:, 1])), "")
+
+
+def _numbers(arguments: Arguments, results: Results) -> Results:
+    return [t.abs() for t in results]
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 
 
@@ -392,6 +419,8 @@ OPS: dict[str, Op] = {
     "adam_step": Op(_adam, (0, 2, 3, 4), _adam_terms, _few, (5,)),
     "project_step": Op(_project, (0, 1), _project_terms, _few, None),
     "langevin_advance": Op(_langevin, (0, 1), _langevin_terms, _few, None),
+    "random_fill": Op(_fill, (0,), _numbers, _few, None),
+    "random_philox": Op(_philox, (), _numbers, _few, None),
     "langevin_box_muller": Op(_words, (), _radius, _few, None),
 }
 

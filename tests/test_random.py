@@ -9,8 +9,10 @@ from entropic_fast.random import (
     derive,
     normal,
     permutation,
+    permutations,
     philox,
     rademacher,
+    rademacher_columns,
     uniform,
     words,
 )
@@ -105,6 +107,34 @@ def test_rademacher_is_balanced_and_has_the_dtype():
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 1000])
 def test_permutation_holds_every_index_once(n):
     assert sorted(permutation(n, seed=3).tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 33, 32_768, 40_001])
+@pytest.mark.parametrize("at_once", [1, 1 << 26])
+def test_permutations_are_those_of_each_seed_and_stream(n, at_once, monkeypatch):
+    monkeypatch.setattr("entropic_fast.random._KEYS_AT_ONCE", at_once)
+    seeds = [5, 2**63 + 1]
+    orders = permutations(n, torch.tensor([5, -(2**63) + 1]), stream=3, streams=2)
+    assert orders.shape == (2, 2, n)
+    for t, row in enumerate(orders):
+        for s, order in zip(seeds, row, strict=True):
+            assert torch.equal(order, permutation(n, s, 3 + t))
+    assert permutations(n, torch.tensor([5]), streams=0).shape == (0, 1, n)
+    assert permutations(n, torch.tensor([]).long(), streams=2).shape == (2, 0, n)
+
+
+def test_a_permutation_sorts_63_bits_of_two_words():
+    first, second = words(2000, 8, 3).view(-1, 2).T
+    assert torch.equal(permutation(1000, 8, 3), ((first << 31) ^ second).argsort(stable=True))
+
+
+@pytest.mark.parametrize("streams", [range(0), range(3), range(5, 15), range(2, 9, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_columns_of_signs_are_those_of_each_stream(streams, dtype):
+    columns = rademacher_columns(37, 6, streams, dtype=dtype, device=None)
+    assert columns.shape == (37, len(streams)) and columns.dtype == dtype
+    for column, stream in zip(columns.T, streams, strict=True):
+        assert torch.equal(column, rademacher((37,), 6, stream, dtype=dtype))
 
 
 def test_every_permutation_of_four_is_equally_likely():

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
+    torch.bfloat16: "*bf16", torch.int64: "*i64",
+}  # fmt: skip
 
 
 class Recorder:

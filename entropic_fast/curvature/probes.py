@@ -24,10 +24,7 @@ def sign_vectors(
     size: int, seed: int, taken: range, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Sign vectors number `taken` of a seed, whatever the others taken with them.  # [P, K]"""
-    vectors = torch.empty(size, len(taken), dtype=dtype, device=device)
-    for column, i in zip(vectors.T, taken, strict=True):
-        column.copy_(random.rademacher((size,), seed, i, dtype=dtype, device=device))
-    return vectors
+    return random.rademacher_columns(size, seed, taken, dtype=dtype, device=device)
 
 
 def block_width(size: int, dtype: torch.dtype, device: torch.device) -> int:
