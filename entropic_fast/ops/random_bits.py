@@ -67,7 +67,7 @@ def fill_(
     Example:
         >>> fill_(torch.empty(2, 1, 4), 0, kind="signs")[:, 0]
         tensor([[-1.,  1.,  1.,  1.],
-                [ 1.,  1., -1., -1.]])
+                [ 1.,  1., -1.,  1.]])
     """
     if isinstance(seeds, Tensor):
         keys, seed = seeds, 0

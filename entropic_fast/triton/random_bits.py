@@ -1,7 +1,8 @@
 """Family `random_bits` in Triton: a program makes the words of a tile of streams and counters.
 
-Rows (pairs of a stream and a seed) share a tile where they are short, and where they are next to one
-another in memory and the numbers of a row are not, so that what is written together lies together.
+Rows (pairs of a stream and a seed) share a tile where they are short, and where they are next to
+one another in memory and the numbers of a row are not, so that what is written together lies
+together.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
