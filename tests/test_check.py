@@ -92,8 +92,9 @@ def test_one_wrong_entry_of_a_result_is_found(name, monkeypatch):
     def off(op, setting, arguments):
         found = results(op, setting, arguments)
         if setting != "reference":
-            number = next(t for t in found if t.is_floating_point() and t.numel())
-            number[(-1,) * number.dim()] += 1e-3 * number.double().norm()
+            number = next((t for t in found if t.is_floating_point() and t.numel()), found[0])
+            size = 1e-3 * number.double().norm() if number.is_floating_point() else 1
+            number[(-1,) * number.dim()] += size
         return found
 
     monkeypatch.setattr(ops, "_results", off)
@@ -108,6 +109,9 @@ def test_relative_errors_count_what_is_not_finite_and_other_shapes():
     assert verdict.relative_error(torch.tensor([3.0, math.nan]), a) == math.inf
     assert verdict.relative_error(a, torch.zeros(2)) == math.inf
     assert verdict.relative_error(torch.zeros(0), torch.zeros(0)) == 0
+    large = torch.tensor([2**62, 1])
+    assert verdict.relative_error(large, large.clone()) == 0
+    assert verdict.relative_error(large + 1, large) == math.inf
 
 
 def test_speeds_are_in_plain_gradients_and_shares(command, monkeypatch, tmp_path):

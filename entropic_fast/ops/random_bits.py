@@ -33,6 +33,7 @@ register_family(
         "cuda": "entropic_fast.ops.random_bits_native",
         "triton": "entropic_fast.triton.random_bits",
     },
+    writes={"fill": (0,)},
 )
 
 

@@ -164,6 +164,19 @@ def _words(draw: Draw) -> Arguments:
     return (words, draw.dtype, "")
 
 
+def _fill(draw: Draw) -> Arguments:
+    """Signs by columns, from three seeds, a late stream and number."""
+    columns = draw(draw.size(33, 1031), draw.size(2, 9), 3)
+    seeds = torch.tensor([0, 2**40 + 1, -1])
+    return (columns.permute(1, 2, 0), seeds, 0, 2**33 + 1, 2**34 + 3, "signs", "")
+
+
+def _philox(draw: Draw) -> Arguments:
+    rows, count = draw.size(3, 5), draw.size(33, 515)
+    counters = torch.arange(rows * count).view(rows, count) * (2**35 + 1)
+    return (counters, torch.arange(rows) - 1, torch.arange(rows) * 2**33, "")
+
+
 SAMPLES: dict[str, Sample] = {
     "conv_weight_grads": Sample("score_conv", _conv_grads),
     "conv_weight_norms": Sample("score_conv", _conv_norms),
@@ -180,4 +193,6 @@ SAMPLES: dict[str, Sample] = {
     "project_step": Sample("step", _project),
     "langevin_advance": Sample("langevin", _langevin),
     "langevin_box_muller": Sample("langevin", _words),
+    "random_fill": Sample("random_bits", _fill),
+    "random_philox": Sample("random_bits", _philox),
 }

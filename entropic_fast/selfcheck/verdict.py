@@ -65,6 +65,8 @@ class Check:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in float64; infinite where shapes or what is finite differ.
 
+    Whole numbers have no rounding: they are equal, or the error is infinite.
+
     >>> import torch
     >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
     0.0
@@ -74,6 +76,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """
     if found.shape != expected.shape:
         return math.inf
+    if not expected.is_floating_point():
+        return 0.0 if bool((found.cpu() == expected.cpu()).all()) else math.inf
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     known = expected.isfinite()
     same = found.isfinite() == known

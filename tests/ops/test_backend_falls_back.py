@@ -190,7 +190,10 @@ def test_a_call_that_succeeds_is_no_longer_watched(compiled_late):
 
 
 def test_every_op_declares_what_it_writes():
-    prefixes = {"score_conv": "", "score_gram": "gram_", "score_norm": "norm_", "step": ""}
+    prefixes = {
+        "score_conv": "", "score_gram": "gram_", "score_norm": "norm_", "step": "",
+        "random_bits": "random_",
+    }  # fmt: skip
     for family in backend.families():
         prefix = prefixes.get(family, f"{family}_")
         declared = {prefix + name: tuple(w) for name, w in backend._writes[family].items()}
