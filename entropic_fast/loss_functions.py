@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,6 +36,61 @@ def widened(outputs: Tensor) -> Tensor:
     (torch.float32, torch.float64)
     """
     return outputs.float() if outputs.dtype in checks.HALF else outputs
+
+
+class OutputHessian(Protocol):
+    """Products of the Hessians of single examples' losses in their outputs."""
+
+    def __call__(self, directions: Tensor) -> Tensor:
+        """[K, n, ...] for directions [K, n, ...] in the outputs."""
+
+
+def output_hessian(
+    loss: LossFunction, outputs: Tensor, targets: Tensor, weights: Tensor
+) -> OutputHessian | None:
+    """The Hessian of a weighted sum of losses in closed form; None for other losses.
+
+    For the squared error 2 u / m, m outputs an example; for cross-entropy with probabilities p
+    (softmax of the outputs) and s the sum of a position's target weights, s (p u - p <p, u>).
+
+    Args:
+        outputs, targets: [n, ...]
+        weights: of the examples.  # [n]
+
+    >>> import torch
+    >>> H = output_hessian(cross_entropy, torch.zeros(1, 2), torch.tensor([0]), torch.ones(1))
+    >>> H(torch.tensor([[[1.0, 0.0]]]))
+    tensor([[[ 0.2500, -0.2500]]])
+    """
+    weights = weights.to(outputs.dtype).view(-1, *[1] * (outputs.ndim - 1))
+    if loss is mean_squared_error:
+        factor = weights * (2 / max(1, outputs[:1].numel()))
+        return lambda directions: directions * factor
+    if loss is cross_entropy:
+        mass = _target_mass(outputs, targets, None)
+    elif isinstance(loss, CrossEntropy):
+        mass = loss.target_mass(outputs, targets)
+    else:
+        return None
+    p = outputs.softmax(1)
+    scaled = p * (mass * weights / max(1, outputs[:1, :1].numel()))
+
+    def product(directions: Tensor) -> Tensor:
+        inner = (directions * p).sum(2, keepdim=True)
+        return (directions - inner).mul_(scaled)
+
+    return product
+
+
+def _target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
+    """The sum of a position's target weights: 1 for a class number.  # [n, 1, ...] or a number"""
+    if not targets.is_floating_point():
+        if weight is None:
+            return outputs.new_ones(())
+        return weight[targets.clamp(0, len(weight) - 1)].unsqueeze(1)
+    if weight is not None:
+        targets = targets * weight.view(-1, *[1] * (targets.ndim - 2))
+    return targets.sum(1, keepdim=True)
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -86,6 +142,18 @@ class CrossEntropy:
             )
         self.ignored, self._smoothing = loss.ignore_index, loss.label_smoothing
         self._weight = None if loss.weight is None else loss.weight.detach().clone()
+
+    def target_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The sum of a position's target weights, 0 where it is ignored.  # [N, 1, ...]"""
+        weight = None if self._weight is None else self._weight.to(outputs)
+        mass = _target_mass(outputs, targets, weight)
+        if self._smoothing:
+            total = outputs.shape[1] if weight is None else weight.sum()
+            uniform = self._smoothing * total / outputs.shape[1]
+            mass = (1 - self._smoothing) * mass + uniform
+        if targets.is_floating_point():
+            return mass
+        return mass * (targets != self.ignored).unsqueeze(1)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of outputs [N, C, ...] for class numbers or probabilities.  # [N]"""

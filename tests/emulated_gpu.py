@@ -608,6 +608,7 @@ def present() -> Iterator[None]:
         "device": contextlib.nullcontext,
         "CUDAGraph": Graph,
         "graph": _capture,
+        "graph_pool_handle": lambda: (0, 0),
     }
     threads = torch.autograd.is_multithreading_enabled()
     swaps = torch.__future__.get_swap_module_params_on_conversion()

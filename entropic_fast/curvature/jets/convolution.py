@@ -1,7 +1,8 @@
 """Convolutions: tangents of the operation, of its backward pass, and second-order forms.
 
 K weights that meet the same images are one convolution with K times the output channels. K
-stacks of images that meet the same weight are one convolution of K times the batch.
+stacks of images that meet the same weight are one convolution of K times the batch. Gradients in
+the weight of K stacks of images, or of K cotangents, are one with K times the channels.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...devices import is_gpu
 from .rules import rule
 from .step import Step, Sum, flat
 
 aten = torch.ops.aten
-# Channels that one call should have at most: wider ones gain nothing and fall out of the cache.
+# Channels that one call should have at most on a CPU: wider ones gain nothing and fall out of the
+# cache. On a GPU launches are what costs.
 CHANNELS = 512
 
 
@@ -110,6 +113,8 @@ def _like_batches(part: Tensor, k: int) -> Tensor:
 
 
 def _blocks(weights: Tensor, channels: int) -> list[slice]:
+    if is_gpu(weights.device):
+        return [slice(0, len(weights))]
     step = max(1, CHANNELS // max(1, channels))
     return [slice(i, i + step) for i in range(0, len(weights), step)]
 
@@ -129,8 +134,9 @@ class Back:
         reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
         fits = all(p <= r for p, r in zip(geometry.padding, reach, strict=True))
         plain = not geometry.transposed and geometry.groups == 1 and set(geometry.stride) <= {1}
-        # Stride 1: an ordinary convolution with turned weights, which libraries do faster.
-        self._turned = plain and fits
+        # Stride 1: an ordinary convolution with turned weights, which CPU libraries do faster.
+        # cuDNN has kernels for the transposed one, and turning weights takes launches.
+        self._turned = plain and fits and not is_gpu(g.device)
         if self._turned:
             padding = tuple(r - p for r, p in zip(reach, geometry.padding, strict=True))
             self._geometry = replace(geometry, padding=padding)
@@ -196,6 +202,8 @@ def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
 
 def _to_weight(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Any:
     like = step.value(2)
+    if is_gpu(like.device):
+        return _to_weight_at_once(step, geometry, tg, tx)
     parts = []
     for i in range(len(tg if tg is not None else tx)):
         total = None
@@ -206,6 +214,60 @@ def _to_weight(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Any:
             total = more if total is None else total.add_(more)
         parts.append(total)
     return torch.stack(parts)
+
+
+def _to_weight_at_once(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
+    """The same with a call for all K cotangents, and one for all K inputs."""
+    g, x, like = (step.value(i) for i in range(3))
+    terms = []
+    # A weight [O, C/g, ...], of a transposed convolution [C, O/g, ...], has K times the channels of
+    # what is stacked: in its first axis, where groups are, or in its second.
+    if tg is not None:
+        terms.append(_stacked_weight_gradient(step, geometry, tg, x, like, geometry.transposed))
+    if tx is not None:
+        terms.append(_stacked_weight_gradient(step, geometry, g, tx, like, not geometry.transposed))
+    out = like.new_empty(len(tg if tg is not None else tx), *like.shape)
+    if len(terms) == 1:
+        return out.copy_(terms[0])
+    return torch.add(*terms, out=out)
+
+
+def _stacked_weight_gradient(
+    step: Step, geometry: Geometry, g: Tensor, x: Tensor, like: Tensor, in_second_axis: bool
+) -> Tensor:
+    """Gradients [K, *like.shape], strided, for K cotangents g or K inputs x, the other being one.
+
+    Args:
+        g, x: cotangents [n, O, ...] and inputs [n, C, ...]; of the stacked one [K, n, ...].
+        in_second_axis: whether the weight's second axis is that of the stacked one's channels.
+    """
+    groups, dims = geometry.groups, like.ndim
+    if g.ndim > dims:
+        k, g = len(g), _stacked(g, groups)
+    else:
+        k, x = len(x), _stacked(x, groups)
+    a, b = like.shape[:2]
+    shape = (a, k * b) if in_second_axis else (k * a, b)
+    memory = torch.channels_last if dims == 4 else torch.contiguous_format
+    stacked = torch.empty(
+        (*shape, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=memory
+    )
+    found = _backward(step, g, x, stacked, (False, True, False))[1]
+    if in_second_axis:
+        return found.unflatten(1, (k, b)).movedim(1, 0)
+    return found.unflatten(0, (groups, k, -1)).movedim(1, 0).flatten(1, 2)
+
+
+def _stacked(tangents: Tensor, groups: int) -> Tensor:
+    """[K, n, C, ...] as [n, g K C/g, ...], with channels last where there are two axes of pixels."""
+    k, n, channels = tangents.shape[:3]
+    memory = torch.channels_last if tangents.ndim == 5 else torch.contiguous_format
+    out = torch.empty(
+        (n, k * channels, *tangents.shape[3:]),
+        dtype=tangents.dtype, device=tangents.device, memory_format=memory,
+    )  # fmt: skip
+    out.unflatten(1, (groups, k, -1)).copy_(tangents.unflatten(2, (groups, -1)).movedim(0, 2))
+    return out
 
 
 def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:

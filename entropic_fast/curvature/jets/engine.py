@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import ceil, prod
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ...devices import is_gpu
 from ...exact import exact_math
 from ...examples import Batch
 from ...forward_mode import forward_lock
@@ -26,13 +28,16 @@ from .hidden import NotCapturedError
 from .loss import LossAt
 from .program import Program, Values
 from .step import Sum
+from .tile_graphs import TileGraphs
 
 logger = logging.getLogger(__name__)
 
 Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `own_batches`
 
-# Directions taken at once, at most.
+# Directions taken at once, at most. Probes come in blocks of 8; on a GPU a second pass over the
+# values costs as many launches as the first.
 WIDTH = 4
+GPU_WIDTH = 8
 # Bytes that the tangents of the widest layer may take on a CPU. Over 32 MiB the C library takes
 # every tensor from the system, and its pages are cleared anew at each use.
 CPU_TILE = 31 * 2**20
@@ -92,6 +97,7 @@ class JetEngine:
         self._keeping = threading.Lock()  # held to change what is kept: threads may share it
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
+        self._graphs = TileGraphs(is_gpu(obj.device))
         self._programs: dict[Any, Program] = {}
         for tile in self._first_of_each_shape():
             self._programs[_like(tile.inputs)] = program_for(obj, theta, tile.inputs)
@@ -106,7 +112,8 @@ class JetEngine:
         """
         count = _longest_run(self.obj)
         # A product holds the tangents of all layers ahead, and values ahead and behind.
-        each, room, width = 2 * total, self.budget // 2, WIDTH
+        width = GPU_WIDTH if is_gpu(self.obj.device) else WIDTH
+        each, room = 2 * total, self.budget // 2
         if not self.separable:
             largest = max(len(batch.inputs) for batch in self.obj.batches())
             return max(1, min(width, room // (largest * each) - 1)), largest
@@ -180,9 +187,11 @@ class JetEngine:
             sample: a tile to take instead of all examples.
         """
         total = torch.zeros_like(rows)
-        for values, loss in self._points(kind, sample) if len(rows) else ():
-            for block, sums in self._blocks(rows, total):
-                self._add_product(values, loss, block, kind, sums)
+
+        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
+            self._add_product(values, loss, block, kind, sums)
+
+        self._over_tiles(kind, sample, rows, total, add)
         return total
 
     @exact_math()
@@ -196,14 +205,46 @@ class JetEngine:
             network_alone: leave out the part of the loss, v^T G v with the Gauss-Newton matrix G.
         """
         total = rows.new_zeros(len(rows), dtype=torch.float64)
-        for values, loss in self._points("forms", sample) if len(rows) else ():
-            for block, sums in self._blocks(rows, total):
-                moved, found = values.program.forms(values, self._directions(block))
-                sums += found
-                if moved is not None and not network_alone:
-                    bent = moved.double() * loss.hessian(moved).double()
-                    sums += bent.flatten(1).sum(1)
+
+        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
+            moved, found = values.program.forms(values, self._directions(block))
+            sums += found
+            if moved is not None and not network_alone:
+                bent = moved.double() * loss.hessian(moved).double()
+                sums += bent.flatten(1).sum(1)
+
+        self._over_tiles("forms", sample, rows, total, add, network_alone)
         return total
+
+    def _over_tiles(
+        self,
+        kind: str,
+        sample: Tile | None,
+        rows: Tensor,
+        total: Tensor,
+        add: Callable[[Values, LossAt, Tensor, Tensor], None],
+        variant: bool = False,
+    ) -> None:
+        """Add to total [K, ...] what `add` finds for each tile and block of rows [K, P]."""
+        blocks = list(self._blocks(rows, total)) if len(rows) else []
+        if not blocks:
+            return
+        with self._graphs.session():
+            for i, (values, loss) in enumerate(self._points(kind, sample)):
+                graphed = sample is None and self._can_be_graphed(kind, i, loss)
+                for block, sums in blocks:
+                    if graphed:
+                        work = partial(add, values, loss)
+                        self._graphs.run((kind, i, variant), work, block, sums)
+                    else:
+                        add(values, loss, block, sums)
+            self._graphs.flush()
+
+    def _can_be_graphed(self, kind: str, tile: int, loss: LossAt) -> bool:
+        """Whether a tile's values stay where they are, and its work reads nothing back."""
+        kept = self._kept.get((kind, tile))
+        is_kept = kept is not None and kept[1] is loss
+        return self._graphs.enabled and is_kept and loss.launches_alone
 
     @exact_math()
     @torch.no_grad()
@@ -253,14 +294,25 @@ class JetEngine:
         self._add_gradients(found, total)
 
     def _add_gradients(self, found: list[Tensor | None], total: Tensor) -> None:
+        if is_gpu(total.device):  # two launches, not one for each parameter
+            rows = [
+                total.new_zeros(len(total), size) if g is None else g.reshape(len(total), -1)
+                for g, size in zip(found, self._sizes, strict=True)
+            ]
+            total += torch.cat(rows, 1)
+            return
         for part, gradient in zip(total.split(self._sizes, 1), found, strict=True):
             if gradient is not None:
                 part += gradient.reshape(len(total), -1)
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
+        if is_gpu(rows.device):  # parts of their own, by one launch
+            parts = torch.split_with_sizes_copy(rows, self._sizes, 1)
+        else:
+            parts = rows.split(self._sizes, 1)
         return [
             part.reshape(len(rows), *like.shape)
-            for part, like in zip(rows.split(self._sizes, 1), self._parts, strict=True)
+            for part, like in zip(parts, self._parts, strict=True)
         ]
 
     def keep(self, kind: str) -> None:

@@ -67,7 +67,7 @@ def _convolution(step: Step, g: Tensor) -> Tensor | None:
     found = []
     for rows in _blocks(tw, x.shape[1]):
         found.append(inner(tx[rows], back.with_weights(g, tw[rows])))
-    return 2 * torch.cat(found)
+    return 2 * (found[0] if len(found) == 1 else torch.cat(found))
 
 
 @rule(aten.mm.default, aten.bmm.default)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ...ops.jet import normalise, pull, push
 from .batch_norm import along, statistics
-from .step import Step, Sum
+from .step import FormSum, Step, Sum
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]
@@ -69,20 +69,22 @@ class NormUnit(Unit):
         if slope is not None:
             values.derived[self.relu] = slope
 
-    def run(self, values: Any, tangents: Tangents, cotangent: Tensor | None) -> Tensor | None:
-        """Set the tangent of the last node; the chain's second-order form, if any.  # [K]"""
+    def run(
+        self, values: Any, tangents: Tangents, cotangent: Tensor | None, forms: FormSum | None
+    ) -> None:
+        """Set the tangent of the last node, and add the chain's second-order form, if any."""
         step = Step(self.norm, values, tangents)
         moved, tscale, tshift = tangents.get(step.argument(0)), step.tangent(1), step.tangent(2)
         residual = None if self.residual is None else step.tangent(self.residual)
         moving = [t for t in (moved, tscale, tshift, residual) if t is not None]
         if not moving:
-            return None
+            return
         shape, k = self.norm.args[0].meta["val"].shape, len(moving[0])  # type: ignore[union-attr]
         if moved is None:
             moved = moving[0].new_zeros(k, *shape)
         u, extra = _terms(moved)
         normal, rstd, scale = values.derived[self.norm]
-        needs_form = cotangent is not None and tscale is not None
+        needs_form = forms is not None and cotangent is not None and tscale is not None
         out, sums, _ = push(
             pixels(u),
             None if extra is None else spread_pixels(extra),
@@ -97,7 +99,9 @@ class NormUnit(Unit):
         if extra is not None:
             moved.settled()
         tangents[self.nodes[-1]] = images(out, shape)
-        return 2 * (sums * tscale * rstd).sum(1) if needs_form else None
+        if needs_form:
+            assert forms is not None
+            forms.add_normalization(sums, tscale, rstd)
 
 
 class BackUnit(Unit):

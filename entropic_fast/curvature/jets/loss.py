@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...loss_functions import output_hessian
 from ...model_checks import require_twice_differentiable
 from ...objective import Objective
 
 
 class LossAt:
     """The weighted sum of a batch's losses, as a function of the outputs.
+
+    Second derivatives are in closed form for the losses that have a name, and those of autograd
+    otherwise.
 
     Args:
         obj: whose loss it is.
@@ -20,6 +24,7 @@ class LossAt:
     """
 
     def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        self._closed_form = output_hessian(obj._loss, outputs, targets, weights)
         with torch.enable_grad():
             self._at = outputs.detach().requires_grad_()
             losses = obj.output_losses(self._at, targets)
@@ -27,8 +32,15 @@ class LossAt:
             self.losses = losses.detach()
             self._slope: Tensor | None = None
             if total.requires_grad:
-                require_twice_differentiable(total)
-                (self._slope,) = torch.autograd.grad(total, self._at, create_graph=True)
+                further = self._closed_form is None
+                if further:
+                    require_twice_differentiable(total)
+                (self._slope,) = torch.autograd.grad(total, self._at, create_graph=further)
+
+    @property
+    def launches_alone(self) -> bool:
+        """Whether products of the Hessian are operations that a CUDA graph can hold."""
+        return self._closed_form is not None
 
     @property
     def gradient(self) -> Tensor:
@@ -37,6 +49,8 @@ class LossAt:
 
     def hessian(self, directions: Tensor) -> Tensor:  # [K, n, ...]
         """Products of the Hessian in the outputs.  # [K, n, ...]"""
+        if self._closed_form is not None:
+            return self._closed_form(directions)
         if self._slope is None or not self._slope.requires_grad:  # a loss linear in the outputs
             return torch.zeros_like(directions)
         found = [

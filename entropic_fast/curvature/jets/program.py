@@ -17,7 +17,7 @@ from .capture import Graph
 from .forms import form
 from .fuse import BackUnit, NormUnit, Unit, back_units, norm_units
 from .rules import tangent
-from .step import Step
+from .step import FormSum, Step
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]
@@ -140,20 +140,18 @@ class Program:
         directions: Sequence[Tensor | None],
         *,
         keep: bool = False,
-        forms: list[Tensor] | None = None,
+        forms: FormSum | None = None,
     ) -> Tangents:
         """Tangents of the nodes that lead to the outputs.
 
         Args:
             directions: tangents of the parameters.  # [K, *shape] each
             keep: keep all tangents, for `pull`; otherwise only the outputs'.
-            forms: where to add second-order forms [K] of nodes that are not linear.
+            forms: where to add second-order forms of nodes that are not linear.
         """
         tangents: Tangents = dict(zip(self.graph.parameters, directions, strict=True))
         for unit in self._units_ahead:
-            found = self._take(unit, values, tangents, forms is not None)
-            if found is not None and forms is not None:
-                forms.append(found)
+            self._take(unit, values, tangents, forms)
             if not keep:
                 for dead in self._last.get(unit, ()):
                     tangents.pop(dead, None)
@@ -182,40 +180,40 @@ class Program:
         self, values: Values, directions: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, Tensor]:
         """The outputs' tangents [K, n, ...], and the network's part of v^T H v [K] float64."""
-        found: list[Tensor] = []
+        found = FormSum()
         tangents = self.push(values, directions, forms=found)
-        k = next(len(d) for d in directions if d is not None)
-        total = torch.zeros(k, dtype=torch.float64, device=directions[0].device)
-        for one in found:
-            total += one
-        return tangents.get(self.graph.outputs), total
+        some = next(d for d in directions if d is not None)
+        return tangents.get(self.graph.outputs), found.total(len(some), some.device)
 
-    def _take(self, unit: Unit, values: Any, tangents: Tangents, form_too: bool) -> Tensor | None:
-        """Set a unit's tangents; its second-order form, if asked for and there is one."""
+    def _take(
+        self, unit: Unit, values: Any, tangents: Tangents, forms: FormSum | None = None
+    ) -> None:
+        """Set a unit's tangents, and add its second-order form, if asked for and there is one."""
         if isinstance(unit, NormUnit):
-            cotangent = self.graph.cotangents.get(unit.result) if form_too else None
-            return unit.run(values, tangents, None if cotangent is None else values[cotangent])
-        return self._one(unit.nodes[0], values, tangents, form_too)
+            cotangent = None if forms is None else self.graph.cotangents.get(unit.result)
+            unit.run(values, tangents, None if cotangent is None else values[cotangent], forms)
+        else:
+            self._one(unit.nodes[0], values, tangents, forms)
 
     def _one(
-        self, node: fx.Node, values: Any, tangents: Tangents, form_too: bool = False
-    ) -> Tensor | None:
+        self, node: fx.Node, values: Any, tangents: Tangents, forms: FormSum | None = None
+    ) -> None:
         if node.target is operator.getitem:
             whole = tangents.get(node.args[0])  # type: ignore[arg-type]
             if whole is not None:
                 tangents[node] = whole[node.args[1]]
-            return None
+            return
         step = Step(node, values, tangents)
         like = node.meta.get("val")
         if not step.moving or (isinstance(like, Tensor) and not like.is_floating_point()):
-            return None
-        found = None
-        if form_too:
+            return
+        if forms is not None:
             cotangents = self._cotangents(node)
             if cotangents:
                 found = form(step, {i: values[n] for i, n in cotangents.items()})
+                if found is not None:
+                    forms.add(found)
         tangents[node] = tangent(step)
-        return found
 
     def _cotangents(self, node: fx.Node) -> dict[int, fx.Node]:
         """Cotangents of a node's results, by number; none for a node that is linear."""

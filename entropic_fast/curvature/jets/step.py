@@ -36,6 +36,40 @@ class Sum:
         return self._first
 
 
+class FormSum:
+    """The sum of second-order forms [K] over the operations of a network, taken at the end.
+
+    Normalizations give theirs as sums over pixels [K, C] and factors: those of all layers are put
+    together, which on a GPU takes a launch where one a layer would.
+    """
+
+    def __init__(self) -> None:
+        self._terms: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._tangents: list[Tensor] = []
+        self._factors: list[Tensor] = []
+
+    def add(self, term: Tensor) -> None:
+        """Add a form.  # [K] float64"""
+        self._terms.append(term)
+
+    def add_normalization(self, sums: Tensor, tangent: Tensor, factor: Tensor) -> None:
+        """Add 2 sum_c sums tangent factor, for sums [K, C] float64, tangent [K, C], factor [C]."""
+        self._sums.append(sums)
+        self._tangents.append(tangent)
+        self._factors.append(factor)
+
+    def total(self, k: int, device: torch.device) -> Tensor:
+        """The sum of all that was added.  # [K] float64"""
+        terms = list(self._terms)
+        if self._sums:
+            scaled = torch.cat(self._tangents, 1) * torch.cat(self._factors)
+            terms.append(2 * (torch.cat(self._sums, 1) * scaled).sum(1))
+        if not terms:
+            return torch.zeros(k, dtype=torch.float64, device=device)
+        return torch.stack(terms).sum(0)
+
+
 class Step:
     """A node being differentiated in K directions at once.
 
