@@ -1,4 +1,4 @@
-"""Products and quadratic forms on the emulated GPU: launches, CUDA graphs, and the CPU's numbers."""
+"""Products and quadratic forms on the emulated GPU: launches, CUDA graphs, results of the CPU."""
 
 from __future__ import annotations
 

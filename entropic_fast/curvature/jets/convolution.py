@@ -259,7 +259,7 @@ def _stacked_weight_gradient(
 
 
 def _stacked(tangents: Tensor, groups: int) -> Tensor:
-    """[K, n, C, ...] as [n, g K C/g, ...], with channels last where there are two axes of pixels."""
+    """[K, n, C, ...] as [n, g K C/g, ...], images with channels last."""
     k, n, channels = tangents.shape[:3]
     memory = torch.channels_last if tangents.ndim == 5 else torch.contiguous_format
     out = torch.empty(

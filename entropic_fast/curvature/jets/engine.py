@@ -306,10 +306,9 @@ class JetEngine:
                 part += gradient.reshape(len(total), -1)
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
+        parts = rows.split(self._sizes, 1)
         if is_gpu(rows.device):  # parts of their own, by one launch
-            parts = torch.split_with_sizes_copy(rows, self._sizes, 1)
-        else:
-            parts = rows.split(self._sizes, 1)
+            parts = torch.ops.aten.split_with_sizes_copy(rows, self._sizes, 1)
         return [
             part.reshape(len(rows), *like.shape)
             for part, like in zip(parts, self._parts, strict=True)
