@@ -14,7 +14,7 @@ from ..objective import NonFiniteLossError, Objective
 from .agreement import require_agreement, rules_are_off
 from .compiled import Compilable, undisturbed
 from .jets import JetEngine, NotCapturedError
-from .jets.engine import Tile
+from .jets.tiles import Tile
 from .memory import resolve_budget
 
 logger = logging.getLogger(__name__)

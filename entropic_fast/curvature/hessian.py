@@ -15,7 +15,7 @@ from ..objective import Objective
 from .by_rules import ByRules
 from .compiled import undisturbed
 from .jets import JetEngine
-from .jets.engine import Tile
+from .jets.tiles import Tile
 from .operators import CurvatureOperator
 
 

@@ -14,7 +14,7 @@ from ..objective import Objective
 from .by_rules import ByRules
 from .compiled import Compilable
 from .jets import JetEngine
-from .jets.engine import Tile
+from .jets.tiles import Tile
 from .operators import require_vectors
 
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
 from entropic_fast.curvature.jets import engine as engines
+from entropic_fast.curvature.jets import tiles as tiling
 from entropic_fast.objective import Objective
 
 OPERATORS = [HessianOperator, GGNOperator]
@@ -64,8 +65,8 @@ def test_batches_of_a_loader_are_put_together_into_tiles():
 def test_regrouped_examples_are_all_there_in_order(tile):
     batches = token_batches((2, 4), (3, 4), (4, 4), (1, 7), (2, 4), (5, 4))
     obj = Objective(PerPosition().double(), "cross_entropy", batches)
-    found = list(engines._regrouped(obj.batches, tile))
-    assert engines._longest_run(obj) == 9
+    found = list(tiling._regrouped(obj.batches, tile))
+    assert tiling._longest_run(obj) == 9
     assert [b.start for b in found] == [0, *torch.tensor([len(b.inputs) for b in found]).cumsum(0)][
         :-1
     ]
@@ -130,7 +131,7 @@ def test_many_shapes_are_captured_once(monkeypatch):
 
 
 def test_inputs_of_too_many_shapes_go_to_autograd(monkeypatch):
-    monkeypatch.setattr(engines, "SHAPES", 2)
+    monkeypatch.setattr(tiling, "SHAPES", 2)
     batches = token_batches((2, 1), (2, 2), (2, 3))
     H = HessianOperator(Objective(PerPosition().double(), "cross_entropy", batches))
     assert H.way == "autograd, as inputs come in more than 2 shapes"

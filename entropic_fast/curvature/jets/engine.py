@@ -7,18 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import ceil, prod
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...devices import is_gpu
 from ...exact import exact_math
-from ...examples import Batch
 from ...forward_mode import forward_lock
 from ...objective import Objective
 from ...parameters import model_lock
@@ -29,45 +25,13 @@ from .loss import LossAt
 from .program import Program, Values
 from .step import Sum
 from .tile_graphs import TileGraphs
+from .tiles import SHAPES, Tile, Tiling, like
 
 logger = logging.getLogger(__name__)
 
-Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `own_batches`
-
-# Directions taken at once, at most. Probes come in blocks of 8; on a GPU a second pass over the
-# values costs as many launches as the first.
-WIDTH = 4
-GPU_WIDTH = 8
-# Bytes that the tangents of the widest layer may take on a CPU. Over 32 MiB the C library takes
-# every tensor from the system, and its pages are cleared anew at each use.
-CPU_TILE = 31 * 2**20
-# Fewer directions at once rather than fewer examples: each tile adds [K, P] results, and small
-# batches convolve slower. Each of four products at a fixed point, in plain gradients (medians of
-# few rounds): WRN-16-4 2.01 with 22 examples x 4, 1.73 with 32 x 2, 1.94 with 64 x 1; ResNet-20
-# 1.49 and 1.60 with 64 x 4, 1.59 and 1.59 with 43 x 4.
-ENOUGH_EXAMPLES = 32
-CPU_EXAMPLES = 1024
-GPU_EXAMPLES = 512
 # Share of the budget for values that are kept. Half of it is for what a call takes; the rest is
 # for what the C library leaves unused between tensors, up to a sixth of a small budget.
 KEPT = 1 / 3
-# Shapes of inputs that an engine takes, and programs kept for a model.
-SHAPES = 64
-
-
-class Tile(NamedTuple):
-    """Examples, filled up to the size of the other tiles; those that fill weigh 0."""
-
-    start: int
-    inputs: Tensor
-    targets: Tensor
-    weights: Tensor  # [n]
-
-    @property
-    def batch(self) -> Batch:
-        """The examples that count."""
-        n = int(self.weights.sum())
-        return Batch(self.start, self.inputs[:n], self.targets[:n])
 
 
 class JetEngine:
@@ -89,8 +53,9 @@ class JetEngine:
         self.obj, self.theta, self.budget = obj, theta, budget
         self._parts = [part.detach() for part in obj.split(theta).values()]
         self._sizes = [part.numel() for part in self._parts]
-        self.separable = obj.separable
-        self.width, self.tile = self._sizes_within(*_example_bytes(obj, theta))
+        tiling = Tiling(obj, theta, budget)
+        self.width, self.tile = tiling.width, tiling.size
+        self.tiles, self.samples = tiling.tiles, tiling.samples
         if obj.device.type == "cpu":
             keep_freed_memory()
         self._calls: set[str] = set()
@@ -99,81 +64,12 @@ class JetEngine:
         self._kept_bytes = 0
         self._graphs = TileGraphs(is_gpu(obj.device))
         self._programs: dict[Any, Program] = {}
-        for tile in self._first_of_each_shape():
-            self._programs[_like(tile.inputs)] = program_for(obj, theta, tile.inputs)
-
-    # -- tiles -----------------------------------------------------------------------------
-
-    def _sizes_within(self, widest: int, total: int) -> tuple[int, int]:
-        """Directions and examples to take at once.
-
-        Args:
-            widest, total: bytes of an example's activations, in the widest layer and in all.
-        """
-        count = _longest_run(self.obj)
-        # A product holds the tangents of all layers ahead, and values ahead and behind.
-        width = GPU_WIDTH if is_gpu(self.obj.device) else WIDTH
-        each, room = 2 * total, self.budget // 2
-        if not self.separable:
-            largest = max(len(batch.inputs) for batch in self.obj.batches())
-            return max(1, min(width, room // (largest * each) - 1)), largest
-        if self.obj.device.type == "cpu":
-            if CPU_TILE // max(1, width * widest) < ENOUGH_EXAMPLES:
-                width //= 2
-            most = min(CPU_EXAMPLES, CPU_TILE // max(1, width * widest))
-        else:
-            most = GPU_EXAMPLES
-        most = max(1, min(most, room // ((width + 1) * each)))
-        width = max(1, min(width, room // (most * each) - 1))
-        return width, ceil(count / ceil(count / most))
-
-    def tiles(self, read: Batches | None = None) -> Iterator[Tile]:
-        """All examples, a tile at a time; or those of the objective's `own_batches`."""
-        read = read or self.obj.batches
-        if not self.separable:
-            for batch in read():
-                yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
-            return
-        for start, inputs, targets in _regrouped(read, self.tile):
-            missing = self.tile - len(inputs)
-            weights = self._weights(self.tile, len(inputs))
-            yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
-
-    def _weights(self, n: int, counted: int) -> Tensor:
-        weights = torch.zeros(n, dtype=self.theta.dtype, device=self.theta.device)
-        weights[:counted] = 1
-        return weights
-
-    def _first_of_each_shape(self) -> Iterator[Tile]:
-        seen = set()
-        for tile in self.tiles():
-            if _like(tile.inputs) in seen:
-                continue
-            seen.add(_like(tile.inputs))
-            if len(seen) > SHAPES:
-                raise NotCapturedError(f"inputs come in more than {SHAPES} shapes")
-            yield tile
-            if self.separable and self.obj.examples.are_tensors:  # all tiles are alike
-                return
-
-    def samples(self) -> Iterator[Tile]:
-        """A tile of each shape, with two examples that count; of a batch not to be split, all."""
-        for first in self._first_of_each_shape():
-            if not self.separable:
-                yield first
-                continue
-            counted = min(2, len(first.batch.inputs))
-            rest = self.tile - counted
-            yield Tile(
-                first.start,
-                _filled(first.inputs[:counted], rest),
-                _filled(first.targets[:counted], rest),
-                self._weights(self.tile, counted),
-            )
+        for tile in tiling.first_of_each_shape():
+            self._programs[like(tile.inputs)] = program_for(obj, theta, tile.inputs)
 
     def program(self, tile: Tile) -> Program:
         """The program for a tile's shapes."""
-        return self._programs[_like(tile.inputs)]
+        return self._programs[like(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
 
@@ -363,7 +259,7 @@ _programs = WeakKeyDictionary()
 
 def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
     """The program of an objective's model for inputs like these, captured once."""
-    key = (*_like(inputs), theta.dtype, tuple(obj.buffers))
+    key = (*like(inputs), theta.dtype, tuple(obj.buffers))
     with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:
@@ -379,81 +275,3 @@ def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
     if isinstance(found, NotCapturedError):
         raise found
     return found
-
-
-def _like(inputs: Tensor) -> tuple[Any, ...]:
-    """What programs depend on of their inputs."""
-    return inputs.shape, inputs.dtype, inputs.device
-
-
-def _alike(one: Batch, other: Batch) -> bool:
-    """Whether batches can be put together."""
-    return all(
-        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
-        for a, b in zip(one[1:], other[1:], strict=True)
-    )
-
-
-def _longest_run(obj: Objective) -> int:
-    """The most examples in a row that can be put together, of those that this process takes."""
-    if obj.examples.are_tensors:
-        begin, end = obj.own_range()
-        return max(1, end - begin)
-    longest = run = 0
-    last = None
-    for batch in obj.batches():
-        run = len(batch.inputs) + (run if last is not None and _alike(last, batch) else 0)
-        longest, last = max(longest, run), batch
-    return longest
-
-
-def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
-    """Examples in order, `size` at once wherever so many in a row can be put together."""
-    held = None
-    for batch in read(batch_size=size):
-        if held is not None and _alike(held, batch):
-            inputs, targets = (torch.cat(pair) for pair in zip(held[1:], batch[1:], strict=True))
-            held = Batch(held.start, inputs, targets)
-        else:
-            if held is not None:
-                yield held
-            held = batch
-        if len(held.inputs) >= size:
-            start, inputs, targets = held
-            yield Batch(start, inputs[:size], targets[:size])
-            held = Batch(start + size, inputs[size:], targets[size:])
-            held = held if len(held.inputs) else None
-    if held is not None:
-        yield held
-
-
-def _filled(tensor: Tensor, missing: int) -> Tensor:
-    if missing == 0:
-        return tensor
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
-
-
-class _Meter(TorchDispatchMode):
-    """Bytes of the results of operations (views are none), the largest and all together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.widest = self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
-        for leaf in tree_leaves(results):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
-                size = leaf.element_size() * prod(leaf.shape)
-                self.widest, self.total = max(self.widest, size), self.total + size
-        return results
-
-
-def _example_bytes(obj: Objective, theta: Tensor) -> tuple[int, int]:
-    """Bytes of an example's activations: of the widest layer, and of all."""
-    batch = next(obj.batches(2 if obj.num_examples > 1 else 1))
-    with torch.no_grad(), _Meter() as meter:
-        obj.outputs(theta, batch.inputs)
-    n = len(batch.inputs)
-    return meter.widest // n, meter.total // n
