@@ -114,11 +114,11 @@ def _note_precision(func: Any, args: tuple[Any, ...]) -> None:
 
 
 def _note(places: collections.Counter[tuple[str, int, str]], what: Any) -> None:
-    """Count the innermost line of the package that led here."""
+    """Count the innermost line of the package that led here, but for those of a model."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if ROOT in file.parents:
+        if ROOT in file.parents and file.name != "models.py":
             places[str(file.relative_to(ROOT)), frame.f_lineno, str(what)] += 1
             return
         frame = frame.f_back

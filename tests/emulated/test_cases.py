@@ -6,9 +6,35 @@ import device_checks
 import pytest
 import torch
 
+import entropic_fast as ef
+from entropic_fast import models
+from entropic_fast.curvature.jets.capture import capture
+from entropic_fast.curvature.jets.fuse import BackUnit, NormUnit
+from entropic_fast.curvature.jets.program import Program
+
 
 @pytest.mark.parametrize("dtype", device_checks.DTYPES, ids=["float32", "float64"])
 @pytest.mark.parametrize("name", device_checks.MODELS)
 def test_a_model_on_a_gpu_is_the_model_on_the_cpu(name: str, dtype: torch.dtype, emulated):
     device_checks.check_model(name, dtype, "emulated")
     assert not emulated.reduced_precision
+
+
+@pytest.mark.parametrize("norm", ["running", "batch"])
+def test_normalization_is_fused_as_on_the_cpu(norm: str):
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def units(device: str) -> list[int]:
+        model = models.initialise(models.build("resnet8", in_channels=3), 0)
+        data = (images, torch.arange(4))
+        obj = ef.Objective(model, "cross_entropy", data, norm=norm, device=device)
+        program = Program(capture(obj, obj.parameters_vector(), images.to(device)))
+        ahead, behind = program._units_ahead, program._units_behind
+        return [
+            sum(isinstance(unit, NormUnit) for unit in ahead),
+            sum(isinstance(unit, BackUnit) for unit in behind),
+        ]
+
+    expected = units("cpu")
+    assert units("emulated") == expected
+    assert expected == ([9, 9] if norm == "running" else [0, 0])
