@@ -3,7 +3,9 @@
 The module includes no torch header, so one build serves every torch version and the build needs
 only setuptools and pybind11. ``csrc/cpu/simd/*.cpp`` is compiled once for each instruction set and
 chosen from at run time; ``csrc/cuda/*.cu`` is compiled when a CUDA compiler is found, whether or
-not a GPU is present. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out, ``ENTROPIC_FAST_CUDA=1`` insists.
+not a GPU is present. A compiler that is found and fails leaves CUDA out, and the build and
+``entropic-fast info`` say why. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out, ``ENTROPIC_FAST_CUDA=1``
+insists.
 ``ENTROPIC_FAST_ISAS=portable,avx2`` builds for these instruction sets alone, "portable" among them.
 ``ENTROPIC_FAST_SANITIZE=address,undefined`` builds with those of GCC's sanitizers, for tests.
 """
@@ -16,9 +18,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
@@ -31,6 +34,9 @@ LINUX = sys.platform.startswith("linux")
 # sm_90 came with CUDA 11.8.
 OLDEST_NVCC = (11, 8)
 CUDA_ARCHS = ("80", "90")
+# From this release on also these. Intermediate code (PTX) is of 90 alone: the driver compiles it
+# for every later architecture that has no code of its own.
+NEWER_NVCC, NEWER_ARCHS, PTX = (12, 8), ("100", "120"), "90"
 
 # No -ffast-math: sums keep their order. No contraction: every instruction set gives the same bits,
 # except in the families below, which live on fused multiply-adds.
@@ -52,6 +58,8 @@ FUSED_FLAGS = ["-ffp-contract=fast"]
 FUSED = ("score_", "jet", "langevin")  # csrc/cpu/simd/ files whose names begin so
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
 
+Macros = list[tuple[str, str | None]]
+
 SANITIZERS = ("address", "undefined", "thread")
 
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
@@ -71,19 +79,27 @@ class Nvcc:
     path: str
     version: tuple[int, int]
     library_dirs: list[str]
+    include_dirs: list[str] = field(default_factory=list)
+
+    @property
+    def archs(self) -> tuple[str, ...]:
+        return CUDA_ARCHS + (NEWER_ARCHS if self.version >= NEWER_NVCC else ())
 
 
 def find_nvcc() -> tuple[Nvcc | None, str]:
     """The CUDA compiler and where it was found, or None and what was looked for."""
     candidates: list[tuple[str, str | None]] = []
-    home = os.environ.get("CUDA_HOME")
-    candidates.append(("$CUDA_HOME/bin/nvcc", os.path.join(home, "bin", "nvcc") if home else None))
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        place = os.path.join(home, "bin", "nvcc") if home else None
+        candidates.append((f"${variable}/bin/nvcc", place))
     candidates.append(("/usr/local/cuda/bin/nvcc", "/usr/local/cuda/bin/nvcc"))
     candidates.append(("nvcc on PATH", shutil.which("nvcc")))
+    candidates += [("pip's own nvcc", path) for path in packaged_nvccs() or [None]]
     looked = []
     for label, path in candidates:
         if path is None:
-            looked.append(f"{label} (not set)" if "HOME" in label else f"{label} (none)")
+            looked.append(f"{label} (not set)" if label.startswith("$") else f"{label} (none)")
         elif not os.access(path, os.X_OK):
             looked.append(f"{label} (no such program)")
         else:
@@ -92,6 +108,18 @@ def find_nvcc() -> tuple[Nvcc | None, str]:
                 return nvcc, f"{path}, release {nvcc.version[0]}.{nvcc.version[1]}"
             looked.append(f"{path} ({problem})")
     return None, "looked for " + ", ".join(looked)
+
+
+def packaged_nvccs() -> list[str | None]:
+    """Compilers of NVIDIA's own wheels (nvidia-cuda-nvcc), newest first."""
+    folders = dict.fromkeys([*sysconfig.get_paths().values(), *sys.path])
+    found = {
+        path
+        for folder in folders
+        for pattern in ("cu[0-9]*", "cuda_nvcc")
+        for path in glob(os.path.join(folder, "nvidia", pattern, "bin", "nvcc"))
+    }
+    return sorted(found, reverse=True)
 
 
 def inspect_nvcc(path: str) -> tuple[Nvcc | None, str]:
@@ -112,10 +140,15 @@ def inspect_nvcc(path: str) -> tuple[Nvcc | None, str]:
         return None, f"release {number[0]}.{number[1]} is older than 11.8 and cannot target sm_90"
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
     found = re.findall(r'"?-L([^"\s]+)"?', libraries[1]) if libraries else []
+    # NVIDIA's wheels keep them beside the compiler, or in a package beside the compiler's.
+    top = Path(path).absolute().parents[1]
+    runtime = top.parent / "cuda_runtime"
+    found += [str(folder) for folder in (top / "lib64", top / "lib", runtime / "lib")]
     dirs = [d for d in found if os.path.exists(os.path.join(d, "libcudart_static.a"))]
     if not dirs:
         return None, "names no folder that holds libcudart_static.a"
-    return Nvcc(path, number, dirs), ""
+    include = runtime / "include"
+    return Nvcc(path, number, dirs, [str(include)] if include.exists() else []), ""
 
 
 def choose_cuda() -> tuple[Nvcc | None, str]:
@@ -171,13 +204,55 @@ class BuildExt(build_ext):
         nvcc, story = choose_cuda()
         print(f"entropic_fast: CUDA {'from ' if nvcc else 'not built: '}{story}", flush=True)
         isas = chosen_isas()
-        archs = "sm_80 sm_90 compute_90" if nvcc else ""
-        macros: list[tuple[str, str | None]] = [
+        ext.define_macros = [
+            *ext.define_macros,
             ("ENTROPIC_ISAS", f'"{" ".join(isas)}"'),
-            ("ENTROPIC_CUDA_STORY", '"' + story.replace('"', "'").replace("\\", "/") + '"'),
-            ("ENTROPIC_CUDA_ARCHS", f'"{archs}"'),
+            *((f"ENTROPIC_HAS_{isa.upper()}", None) for isa in isas),
         ]
-        macros += [(f"ENTROPIC_HAS_{isa.upper()}", None) for isa in isas]
+        with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
+            cuda = self.start_cuda(pool, nvcc)
+            simd = [
+                pool.submit(self.compile_simd, ext, list(ext.define_macros), source, isa, flags)
+                for source in sorted(glob("csrc/cpu/simd/*.cpp"))
+                for isa, flags in isas.items()
+            ]
+            nvcc, story, objects = self.finish_cuda(cuda, nvcc, story)
+            self.describe_cuda(ext, nvcc, story)
+            plain = [pool.submit(self.compile_plain, ext, source) for source in ext.sources]
+            objects += [job.result() for job in (*simd, *plain)]
+
+        ext.extra_objects = [*ext.extra_objects, *objects]
+        ext.sources = []
+        super().build_extension(ext)
+
+    def start_cuda(self, pool: ThreadPoolExecutor, nvcc: Nvcc | None) -> list[Future[str]]:
+        if nvcc is None:
+            return []
+        return [pool.submit(self.compile_cuda, nvcc, s) for s in sorted(glob("csrc/cuda/*.cu"))]
+
+    def finish_cuda(
+        self, jobs: list[Future[str]], nvcc: Nvcc | None, story: str
+    ) -> tuple[Nvcc | None, str, list[str]]:
+        """The compiler, its story and objects; nothing of one that fails, unless insisted on."""
+        try:
+            return nvcc, story, [job.result() for job in jobs]
+        except BuildError as error:
+            for job in jobs:
+                job.cancel()
+            if os.environ.get("ENTROPIC_FAST_CUDA") == "1":
+                raise
+            told = next((x for x in str(error).splitlines()[1:] if "error" in x.lower()), "")
+            story = f"left out: {story} failed: {told.strip()[:200] or 'see the build log'}"
+            print(f"entropic_fast: CUDA {story}\n{error}", flush=True)
+            return None, story, []
+
+    def describe_cuda(self, ext: Extension, nvcc: Nvcc | None, story: str) -> None:
+        """What the module is told of CUDA, and what it is linked with."""
+        archs = [f"sm_{arch}" for arch in nvcc.archs] + [f"compute_{PTX}"] if nvcc else []
+        macros: Macros = [
+            ("ENTROPIC_CUDA_STORY", '"' + story.replace('"', "'").replace("\\", "/") + '"'),
+            ("ENTROPIC_CUDA_ARCHS", f'"{" ".join(archs)}"'),
+        ]
         if nvcc is not None:
             macros.append(("ENTROPIC_HAS_CUDA", None))
             ext.library_dirs = [*ext.library_dirs, *nvcc.library_dirs]
@@ -186,35 +261,24 @@ class BuildExt(build_ext):
             ext.libraries = [*ext.libraries, "cudart_static", "dl", "rt", "pthread"]
         ext.define_macros = [*ext.define_macros, *macros]
 
-        jobs = []
-        for source in sorted(glob("csrc/cpu/simd/*.cpp")):
-            for isa, flags in isas.items():
-                jobs.append((self.compile_simd, ext, source, isa, flags))
-        for source in sorted(glob("csrc/cuda/*.cu")) if nvcc else []:
-            jobs.append((self.compile_cuda, nvcc, source))
-        for source in ext.sources:
-            jobs.append((self.compile_plain, ext, source))
-        with ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(lambda job: job[0](*job[1:]), jobs))
-
-        ext.extra_objects = [*ext.extra_objects, *objects]
-        ext.sources = []
-        super().build_extension(ext)
-
     def compile_plain(self, ext: Extension, source: str) -> str:
-        return self.compile_cpp(ext, source, self.build_temp, [])
+        return self.compile_cpp(ext, ext.define_macros, source, self.build_temp, [])
 
-    def compile_simd(self, ext: Extension, source: str, isa: str, flags: list[str]) -> str:
+    def compile_simd(
+        self, ext: Extension, macros: Macros, source: str, isa: str, flags: list[str]
+    ) -> str:
         folder = os.path.join(self.build_temp, isa)
         fused = FUSED_FLAGS if Path(source).name.startswith(FUSED) else []
         flags = [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *fused, *flags]
-        return self.compile_cpp(ext, source, folder, flags)
+        return self.compile_cpp(ext, macros, source, folder, flags)
 
-    def compile_cpp(self, ext: Extension, source: str, folder: str, flags: list[str]) -> str:
+    def compile_cpp(
+        self, ext: Extension, macros: Macros, source: str, folder: str, flags: list[str]
+    ) -> str:
         [output] = self.compiler.compile(
             [source],
             output_dir=folder,
-            macros=ext.define_macros,
+            macros=macros,
             include_dirs=ext.include_dirs,
             extra_postargs=[*ext.extra_compile_args, *flags],
         )
@@ -226,10 +290,10 @@ class BuildExt(build_ext):
         command = [nvcc.path, "-c", source, "-o", output, "-std=c++17", "-O3", "-Icsrc"]
         command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
         command += ["--threads", "2"]
-        for arch in CUDA_ARCHS:
+        command += [f"-I{folder}" for folder in nvcc.include_dirs]
+        for arch in nvcc.archs:
             command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-        newest = CUDA_ARCHS[-1]
-        command += ["-gencode", f"arch=compute_{newest},code=compute_{newest}"]
+        command += ["-gencode", f"arch=compute_{PTX},code=compute_{PTX}"]
         print(" ".join(command), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:

@@ -87,10 +87,12 @@ def test_instruction_sets_and_sanitizers_are_listed(
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch, setup_script: ModuleType) -> ModuleType:
     monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.delenv("ENTROPIC_FAST_CUDA", raising=False)
     monkeypatch.setattr(setup_script.os, "access", lambda *_: False)
     monkeypatch.setattr(setup_script.shutil, "which", lambda _: None)
     monkeypatch.setattr(setup_script, "LINUX", True)
+    monkeypatch.setattr(setup_script, "packaged_nvccs", list)
     return setup_script
 
 
@@ -165,6 +167,89 @@ def test_cuda_sources_compile(setup_script: ModuleType, tmp_path: Path) -> None:
         command += ["-I", str(ROOT / "csrc"), "-arch=sm_90", "-Werror", "all-warnings"]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fakes a compiler with a shell script")
+def test_cuda_path_and_nvidias_wheels_are_looked_at(
+    no_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: str(path).startswith(str(tmp_path)))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(no_cuda, "packaged_nvccs", list)
+    _, story = no_cuda.find_nvcc()
+    assert "$CUDA_PATH/bin/nvcc (not set)" in story and "pip's own nvcc (none)" in story
+    script = fake_nvcc(tmp_path / "toolkit", "12.4")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "toolkit"))
+    assert no_cuda.find_nvcc()[0].path == str(script)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="fakes a compiler with a shell script")
+@pytest.mark.parametrize(
+    ("compiler", "library"), [("cu13", "cu13/lib"), ("cuda_nvcc", "cuda_runtime/lib")]
+)
+def test_libraries_and_headers_of_nvidias_wheels_are_found(
+    setup_script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    compiler: str,
+    library: str,
+) -> None:
+    nvidia = tmp_path / "nvidia"
+    script = fake_nvcc(nvidia / compiler, "13.0", with_runtime=False)
+    (nvidia / library).mkdir(parents=True, exist_ok=True)
+    (nvidia / library / "libcudart_static.a").touch()
+    headers = nvidia / "cuda_runtime" / "include"
+    if compiler == "cuda_nvcc":
+        headers.mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert setup_script.packaged_nvccs()[-1] == str(script)
+    nvcc, problem = setup_script.inspect_nvcc(str(script))
+    assert nvcc is not None, problem
+    assert nvcc.library_dirs == [str(nvidia / library)]
+    assert nvcc.include_dirs == ([str(headers)] if compiler == "cuda_nvcc" else [])
+
+
+def test_newer_compilers_build_for_newer_gpus(setup_script: ModuleType) -> None:
+    archs = {version: setup_script.Nvcc("", version, []).archs for version in ((12, 6), (12, 8))}
+    assert archs == {(12, 6): ("80", "90"), (12, 8): ("80", "90", "100", "120")}
+
+
+class Failing:
+    """Stands for a compilation that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def result(self) -> str:
+        raise self.error
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_a_compiler_that_fails_leaves_cuda_out_unless_insisted_on(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("ENTROPIC_FAST_CUDA", raising=False)
+    error = setup_script.BuildError(
+        "nvcc failed on csrc/cuda/step.cu:\nhost_config.h(139): error: #error -- unsupported GNU "
+        'version!\nmore\nSet "ENTROPIC_FAST_CUDA=0" to build without CUDA.'
+    )
+    nvcc = setup_script.Nvcc("/opt/nvcc", (12, 4), [])
+    build = setup_script.BuildExt(setuptools.Distribution())
+    kept, story, objects = build.finish_cuda([Failing(error)], nvcc, "/opt/nvcc, release 12.4")
+    assert kept is None and objects == []
+    assert story.startswith("left out: /opt/nvcc, release 12.4 failed: host_config.h(139): error")
+    assert "unsupported GNU version!" in story and story in capsys.readouterr().out
+    extension = setuptools.Extension("x", [])
+    build.describe_cuda(extension, kept, story)
+    macros = dict(extension.define_macros)
+    assert "ENTROPIC_HAS_CUDA" not in macros and macros["ENTROPIC_CUDA_ARCHS"] == '""'
+    assert "unsupported GNU version!" in macros["ENTROPIC_CUDA_STORY"]
+    assert extension.libraries == []
+    monkeypatch.setenv("ENTROPIC_FAST_CUDA", "1")
+    with pytest.raises(setup_script.BuildError, match="unsupported GNU version"):
+        build.finish_cuda([Failing(error)], nvcc, "")
 
 
 # ---- a build without CUDA, from nothing ----------------------------------------------------------

@@ -6,12 +6,11 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -68,8 +67,12 @@ def write(
 def page(folder: Path, template: str, figures: Sequence[FigureEntry], **values: Any) -> None:
     """Write `report.html` of a folder from a template, with every figure inside.
 
-    Whatever the values hold is escaped.
+    Whatever the values hold is escaped. Where plotly is not installed figures are shown as drawn
+    for print, and the page says so.
     """
+    plotly = _plotly_script()
+    if not plotly:
+        figures = [replace(figure, charts=()) for figure in figures]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True
     )
@@ -83,10 +86,19 @@ def page(folder: Path, template: str, figures: Sequence[FigureEntry], **values: 
     html = environment.get_template(template).render(
         figures=[_entry(folder, f) for f in figures],
         charts=interactive.as_json(charts),
-        plotly=get_plotlyjs(),
+        plotly=plotly,
         **values,
     )
     store.write_text(folder / "report.html", html)
+
+
+def _plotly_script() -> str:
+    """Plotly's script; "" where the package is missing, as after an install with --no-deps."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return ""
+    return str(get_plotlyjs())
 
 
 def print_claims(console: Console, claims: Sequence[Claim]) -> None:

@@ -3,6 +3,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html import unescape
 from html.parser import HTMLParser
 
@@ -165,6 +167,28 @@ def test_text_that_comes_from_the_run_is_escaped(tiny_run, tmp_path):
     written = html.replace(get_plotlyjs(), "")
     assert evil not in written and written.count("&lt;script&gt;") >= 13
     assert Links(written).tags.count("script") == 3  # the charts, Plotly, and what draws them
+
+
+def test_without_plotly_figures_are_as_drawn_for_print_and_the_page_says_so(
+    tiny_run, tmp_path, monkeypatch
+):
+    copy = shutil.copytree(tiny_run.path, tmp_path / "run")
+    for name in ("plotly", "plotly.offline"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
+    stages.write_report(RunFolder.open(copy), Console(file=io.StringIO()))
+    html = (copy / "report.html").read_text(encoding="utf-8")
+    assert "Interactive charts were left out" in html and "pip install plotly" in html
+    tags = Links(html).tags
+    assert tags.count("script") == 0 and tags.count("img") == tags.count("figure") > 0
+    assert html.count("<details open>") == tags.count("figure")
+
+
+def test_the_command_line_does_not_import_plotly():
+    code = (
+        "import sys; sys.modules['plotly'] = None\n"
+        "from entropic_fast import cli\nassert not [m for m in sys.modules if m[:7] == 'plotly.']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_claims_are_printed_with_effect_interval_and_verdict():
