@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,10 @@ from ..devices import is_gpu
 from .run import Run
 
 WARM_UP = 2  # cycles done before one is captured: libraries choose and load their kernels in them
+# A capture costs 0.1 to 1 s, as much as a few to a hundred cycles. So after each the next waits for
+# twice as many cycles without a dropped replica, up to these: of 64 that diverge one by one few
+# are followed by a capture.
+MOST_PATIENCE = 64
 
 
 class Cycles:
@@ -16,7 +23,8 @@ class Cycles:
 
     A graph holds gradients, optimizer and projection of a whole cycle. It reads the examples of
     its minibatches from one table, which is filled before each launch, on the device. When a
-    replica is dropped, tensors are new and the next cycles are captured again. Where capture
+    replica is dropped, tensors are new: cycles run as they are, for twice as long after every
+    capture, and are then captured again. Where capture
     fails, cycles run as they are, and `note` says why.
 
     Args:
@@ -35,6 +43,7 @@ class Cycles:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._table = torch.empty(0)
         self._warm, self._theta = 0, run.theta
+        self._patience = WARM_UP
         self.captured, self.note = False, ""
 
     def __call__(self, count: int) -> None:
@@ -44,7 +53,7 @@ class Cycles:
             return
         if self._run.theta is not self._theta:  # replicas were dropped
             self._graph, self._warm, self._theta = None, 0, self._run.theta
-        if self._warm < WARM_UP:
+        if self._warm < self._patience:
             self._run.cycle(count, self._on_side_stream)
             self._warm += 1
             return
@@ -69,16 +78,33 @@ class Cycles:
 
     def _capture(self, table: Tensor) -> None:
         # Nothing is computed while a graph is captured: the run's numbers stay as they are.
-        graph = torch.cuda.CUDAGraph()
+        device = table.device
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # torch's own stream for captures belongs to the device that was current at the first.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._table = table.clone()
         try:
-            with torch.cuda.device(table.device), torch.cuda.graph(graph):
+            # A capture that fails does not leave its stream: the outer block does.
+            with (
+                torch.cuda.device(device),
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, pool=pool, stream=stream),
+            ):
                 self._run.updates(self._table)
         # A model may refuse capture in any way, by reading a value back for instance.
         except Exception as error:
-            torch.cuda.synchronize(table.device)
+            _end_pool(device, pool)
+            torch.cuda.synchronize(device)
             lines = str(error).splitlines()
             self._enabled = False
             self.note = f"CUDA graphs were not used: {type(error).__name__}: {(lines or [''])[0]}"
             return
         self._graph, self.captured = graph, True
+        self._patience = min(2 * self._patience, MOST_PATIENCE)
+
+
+def _end_pool(device: torch.device, pool: Any) -> None:
+    """What torch leaves open where ending a capture fails: all memory would come from the pool."""
+    with contextlib.suppress(RuntimeError, AttributeError):  # ended already; no CUDA build
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

@@ -163,6 +163,8 @@ def _failure(
         with warnings.catch_warnings():
             # vmap warns where it falls back to a slow loop of its own.
             warnings.simplefilter("error")
+            # torch's own, once, and no fault of the model's.
+            warnings.filterwarnings("ignore", ".*no current CUDA context")
             losses, rows = batched(theta, inputs, targets)
     # A model may fail under vmap in any way at all; what it raises is passed on in the reason.
     except Exception as error:

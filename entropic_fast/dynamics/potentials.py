@@ -66,7 +66,7 @@ class RingPotential:
     def on_ring(self, angle: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         """Points of given angles [N], on the ring unless a radius is given.  # [N, 2]"""
         return torch.stack((torch.cos(angle), torch.sin(angle)), 1) * torch.as_tensor(
-            radius, dtype=angle.dtype
+            radius, dtype=angle.dtype, device=angle.device
         ).reshape(-1, 1)
 
     def effective_potential(self, temperature: float, angle: Tensor) -> Tensor:

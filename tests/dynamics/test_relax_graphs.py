@@ -44,7 +44,7 @@ def pretend(monkeypatch, cycles, run, fail=False):
             run.updates(cycles._table)
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, pool, stream):
         before = {name: part.clone() for name, part in run.state().items()}
         first, places = run.first_loss.clone(), [getattr(run, name) for name in TENSORS]
         if fail:
@@ -59,7 +59,10 @@ def pretend(monkeypatch, cycles, run, fail=False):
 
     monkeypatch.setattr(cycle_graph.torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(cycle_graph.torch.cuda, "graph", capture)
-    monkeypatch.setattr(cycle_graph.torch.cuda, "device", contextlib.nullcontext)
+    for name in ("device", "stream", "Stream"):
+        monkeypatch.setattr(cycle_graph.torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(cycle_graph.torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(cycle_graph.torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(cycle_graph.torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(cycles, "_on_side_stream", run.updates)
     cycles._enabled = True
@@ -97,12 +100,30 @@ def test_where_capture_fails_cycles_run_as_they_are_and_the_note_says_why(monkey
     plain, graphed = run_of([0.1, 0.02]), run_of([0.1, 0.02])
     cycles = Cycles(graphed, 4)
     pretend(monkeypatch, cycles, graphed, fail=True)
+    ended = []
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *pool: ended.append(pool), raising=False)
     for _ in range(6):
         plain.cycle(4)
         cycles(4)
     states_are_equal(plain, graphed)
     assert not cycles.captured
+    assert ended == [(None, (0, 1))] * 2
     assert cycles.note.endswith("RuntimeError: operation not permitted when stream is capturing")
+
+
+def test_replicas_that_diverge_one_by_one_are_not_followed_by_a_capture_each(monkeypatch):
+    rates = [0.02] * 24
+    plain, graphed = run_of(rates), run_of(rates)
+    cycles = Cycles(graphed, 2)
+    captures = pretend(monkeypatch, cycles, graphed)
+    for number in range(70):
+        if number % 3 == 2 and len(plain.alive) > 4:
+            plain.theta[0], graphed.theta[0] = math.nan, math.nan
+        plain.cycle(2)
+        cycles(2)
+    states_are_equal(plain, graphed)
+    assert captures == [24, 4]  # the second once nobody was lost for four cycles
 
 
 def test_on_a_cpu_there_are_no_graphs_and_nothing_to_say():
