@@ -607,7 +607,6 @@ def present() -> Iterator[None]:
         "stream": contextlib.nullcontext,
         "device": contextlib.nullcontext,
         "CUDAGraph": Graph,
-        "graph_pool_handle": lambda: (0, 1),
         "graph": _capture,
         "graph_pool_handle": lambda: (0, 0),
     }
