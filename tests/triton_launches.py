@@ -1,16 +1,24 @@
-"""What a launch of Triton kernels is made of, and its compilation without a GPU."""
+"""What launches of Triton kernels are made of, and their compilation without a GPU."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from jet_cases import Draw, normalise_options, pull_options, push_options
+from langevin_cases import POTENTIALS, start
 from torch import Tensor
+
+from entropic_fast.ops.precision import matmul_precision, set_matmul_precision
 
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
-    torch.bfloat16: "*bf16", torch.int64: "*i64",
+    torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -24,6 +32,24 @@ class Recorder:
         return lambda *args, **options: self.launches.append((self.kernel, args, options))
 
 
+def launches_of(work: Callable[[], Any], precision: str = "float32") -> list[Any]:
+    """What `work` launches, as (kernel, arguments, options); nothing is launched."""
+    import entropic_fast.triton as package
+
+    launches: list[Any] = []
+    before = matmul_precision()
+    with contextlib.ExitStack() as stack:
+        for info in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                recorder = Recorder(getattr(module, name), launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+        stack.callback(set_matmul_precision, before)
+        set_matmul_precision(precision)
+        work()
+    return launches
+
+
 def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> Any:
     """Compiles what `kernel[grid](*args, **options)` would, by Triton's rules for arguments."""
     import triton
@@ -35,15 +61,110 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
     signature: dict[str, str] = {}
     divisible = {}
     for i, (name, value) in enumerate(zip(kernel.arg_names[: len(args)], args, strict=True)):
+        as_it_is = not kernel.params[i].do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             divisible[(i,)] = [["tt.divisibility", 16]]
-        elif value == 1:
+        elif value == 1 and as_it_is:
             constants[name] = 1
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and as_it_is:
                 divisible[(i,)] = [["tt.divisibility", 16]]
     signature = {n: "constexpr" if n in constants else signature[n] for n in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+# ---- what the host functions launch --------------------------------------------------------------
+
+
+def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
+    """An update by SGD with momentum, one by Adam, a projection: eight replicas."""
+    from entropic_fast.triton import step
+
+    theta, pivots = torch.empty(8, size, dtype=dtype), torch.empty(count, size, dtype=dtype)
+    lr = torch.empty(8, dtype=torch.float64)
+    step.sgd_step(theta, theta, theta, lr, pivots, 0.9, 0.0, 5e-4, False, False)
+    counts = torch.ones(8, dtype=torch.int64)
+    state = theta, theta, theta, counts, lr
+    step.adam_step(theta, *state, pivots, 0.9, 0.999, 1e-8, 5e-4, True)
+    products = torch.empty(8, 2, count, dtype=torch.float64)
+    step.project_step(theta, products, pivots, lr.new_empty(count - 1))
+
+
+def jets(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Each kernel with all of its pieces and with none; sizes of 1 become constants."""
+    from entropic_fast.triton import jet
+
+    draw = Draw(dtype)
+    u, extra = draw(*shape), draw.tangents(*shape, "interleaved")
+    out = torch.empty_like(u)
+    jet.push(u, extra, *push_options(draw, *shape).values(), out)
+    jet.push(u, *[None] * 9, out)
+    jet.pull(u, extra, *pull_options(draw, *shape).values(), out)
+    jet.pull(u, *[None] * 10)
+    jet.inner(u, extra if extra is not None else u)
+    m, c = shape[1:]
+    y, z, normal, slope = (draw(m, c) for _ in range(4))
+    rows = draw(c), draw(c)
+    jet.normalise(y, *rows, *normalise_options(draw, m, c).values(), z, normal, slope)
+    jet.normalise(y, *rows, None, None, None, z, normal, None)
+
+
+def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
+    """Both ends, as the layer of a network launches them (sizes of 1 become constants)."""
+    from entropic_fast.triton import score_conv
+
+    kernel = [3 if s > 1 else 1 for s in size]
+    sizes = (kernel, [1] * 3, [k // 2 for k in kernel], [1] * 3, groups)
+    a, g = (torch.empty(2, *size, channels, dtype=dtype) for channels in (c, o))
+    width = o * torch.tensor(kernel).prod().item() * c // groups
+    score_conv.conv_weight_grads(a, g, torch.empty(2, width, dtype=dtype), *sizes)
+    score_conv.conv_weight_norms(a, g, *sizes)
+
+
+def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -> None:
+    from entropic_fast.triton import score_gram
+
+    rows, gram = torch.empty(count, columns, dtype=dtype), torch.empty(count, count).double()
+    score_gram.symmetric_update_(gram, rows, double)
+    score_gram.cross_update_(gram, rows, rows, double)
+
+
+def normalise(dtype: torch.dtype) -> None:
+    from entropic_fast.triton import score_norm
+
+    x, one = torch.empty(2, 64, 32, dtype=dtype), torch.empty(32, dtype=dtype)
+    score_norm.batch_norm_backward(x, x, one, one, one)
+    score_norm.affine_grads(x, x, x[:, :, :1].contiguous(), one[None, None])
+
+
+def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
+    """Langevin steps in the plane and, but on the ring, in five dimensions."""
+    from entropic_fast.triton import langevin
+
+    for dim in (2,) if potential == "ring" else (2, 5):
+        x, v = start(100, dim, scheme, dtype)
+        options = (0.01, 0.9, 0.0 if potential == "ridge" else 0.1, 50, 2**33, 3, 2**62 + 1)
+        v = x.new_empty(0) if v is None else v
+        langevin.advance(x, v, potential, POTENTIALS[potential], scheme, *options)
+
+
+SCORES: dict[str, Callable[[], None]] = {
+    "conv": lambda: convolve(torch.float32, (1, 16, 16), 64, 64),
+    "conv-first-layer": lambda: convolve(torch.float32, (1, 32, 32), 3, 16),
+    "conv-odd-3d": lambda: convolve(torch.float32, (5, 7, 9), 13, 37),
+    "conv-1d": lambda: convolve(torch.float32, (1, 1, 50), 16, 24),
+    "conv-one-pixel": lambda: convolve(torch.float32, (1, 1, 1), 20, 20),
+    "conv-double": lambda: convolve(torch.float64, (1, 8, 8), 32, 40),
+    "conv-depthwise": lambda: convolve(torch.float32, (1, 8, 8), 32, 32, 32),
+    "conv-depthwise-double": lambda: convolve(torch.float64, (3, 7, 8), 9, 18, 9),
+    "gram": lambda: update(torch.float32, 256, 20_000),
+    "gram-odd": lambda: update(torch.float32, 1100, 1001),
+    "gram-one": lambda: update(torch.float32, 1, 1),
+    "gram-double-products": lambda: update(torch.float32, 70, 5000, True),
+    "gram-double": lambda: update(torch.float64, 70, 5000),
+    "norm": lambda: normalise(torch.float32),
+    "norm-double": lambda: normalise(torch.float64),
+}

@@ -13,13 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from jet_cases import Draw, normalise_options, pull_options, push_options
+from jet_cases import Draw, pull_options, push_options
 from torch import Tensor
-from triton_launches import Recorder, compile_launch
+from triton_launches import compile_launch, jets, launches_of
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.jet import inner, pull, push
@@ -65,25 +64,6 @@ def test_triton_agrees_with_the_formulas_under_the_interpreter() -> None:
 # ---- compiled ahead of time ----------------------------------------------------------------------
 
 
-def everything(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """Each kernel with all of its pieces and with none; sizes of 1 become constants."""
-    from entropic_fast.triton import jet
-
-    draw = Draw(dtype)
-    u, extra = draw(*shape), draw.tangents(*shape, "interleaved")
-    out = torch.empty_like(u)
-    jet.push(u, extra, *push_options(draw, *shape).values(), out)
-    jet.push(u, *[None] * 9, out)
-    jet.pull(u, extra, *pull_options(draw, *shape).values(), out)
-    jet.pull(u, *[None] * 10)
-    jet.inner(u, extra if extra is not None else u)
-    m, c = shape[1:]
-    y, z, normal, slope = (draw(m, c) for _ in range(4))
-    rows = draw(c), draw(c)
-    jet.normalise(y, *rows, *normalise_options(draw, m, c).values(), z, normal, slope)
-    jet.normalise(y, *rows, None, None, None, z, normal, None)
-
-
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 @pytest.mark.parametrize(
@@ -99,15 +79,9 @@ def test_what_is_launched_compiles_ahead_of_time(
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     archs: tuple[int, ...],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
-    from entropic_fast.triton import jet
-
-    launches: list[Any] = []
-    for name in ("push_kernel", "pull_kernel", "inner_kernel", "normalise_kernel"):
-        monkeypatch.setattr(jet, name, Recorder(getattr(jet, name), launches))
-    everything(dtype, shape)
+    launches = launches_of(lambda: jets(dtype, shape))
     assert len(launches) == 7
     for launch in launches:
         for arch in archs:

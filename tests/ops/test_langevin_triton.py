@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from langevin_cases import POTENTIALS, advanced, kinds, start
-from triton_launches import Recorder, compile_launch
+from langevin_cases import advanced, kinds, start
+from triton_launches import advances, compile_launch, launches_of
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import backend_of
@@ -64,21 +63,10 @@ def test_triton_agrees_with_the_reference_under_the_interpreter() -> None:
     ("dtype", "archs"), [(torch.float32, (80, 90)), (torch.float64, (90,))], ids=str
 )
 def test_what_is_launched_compiles_ahead_of_time(
-    dtype: torch.dtype, archs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, archs: tuple[int, ...]
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
-    from entropic_fast.triton import langevin, langevin_wide
-
-    launches: list[Any] = []
-    for module in (langevin, langevin_wide):
-        recorder = Recorder(module.advance_kernel, launches)
-        monkeypatch.setattr(module, "advance_kernel", recorder)
-    for potential, scheme in kinds():
-        for dim in (2,) if potential == "ring" else (2, 5):
-            x, v = start(100, dim, scheme, dtype)
-            options = (0.01, 0.9, 0.0 if potential == "ridge" else 0.1, 50, 2**33, 3, 2**62 + 1)
-            v = x.new_empty(0) if v is None else v
-            langevin.advance(x, v, potential, POTENTIALS[potential], scheme, *options)
+    launches = launches_of(lambda: [advances(*kind, dtype) for kind in kinds()])
     assert len(launches) == 15
     for launch in launches:
         for arch in archs:

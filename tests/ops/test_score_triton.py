@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 from tolerances import relative_norm
 from torch import Tensor
-from triton_launches import Recorder, compile_launch
+from triton_launches import SCORES, compile_launch, launches_of
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.precision import matmul_precision, set_matmul_precision
@@ -92,75 +92,15 @@ def test_triton_agrees_with_the_oracles_under_the_interpreter() -> None:
 # ---- compiled ahead of time ----------------------------------------------------------------------
 
 
-KERNELS = {
-    "score_conv": ("tile_kernel", "column_kernel"),
-    "score_gram": ("gram_kernel", "add_partial_kernel"),
-    "score_norm": ("norm_kernel",),
-}
-
-
-def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
-    """Both ends, as the layer of a network launches them (sizes of 1 become constants)."""
-    from entropic_fast.triton import score_conv
-
-    kernel = [3 if s > 1 else 1 for s in size]
-    sizes = (kernel, [1] * 3, [k // 2 for k in kernel], [1] * 3, groups)
-    a, g = (torch.empty(2, *size, channels, dtype=dtype) for channels in (c, o))
-    width = o * torch.tensor(kernel).prod().item() * c // groups
-    score_conv.conv_weight_grads(a, g, torch.empty(2, width, dtype=dtype), *sizes)
-    score_conv.conv_weight_norms(a, g, *sizes)
-
-
-def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -> None:
-    from entropic_fast.triton import score_gram
-
-    rows, gram = torch.empty(count, columns, dtype=dtype), torch.empty(count, count).double()
-    score_gram.symmetric_update_(gram, rows, double)
-    score_gram.cross_update_(gram, rows, rows, double)
-
-
-def normalise(dtype: torch.dtype) -> None:
-    from entropic_fast.triton import score_norm
-
-    x, one = torch.empty(2, 64, 32, dtype=dtype), torch.empty(32, dtype=dtype)
-    score_norm.batch_norm_backward(x, x, one, one, one)
-    score_norm.affine_grads(x, x, x[:, :, :1].contiguous(), one[None, None])
-
-
-WORK: dict[str, Callable[[], None]] = {
-    "conv": lambda: convolve(torch.float32, (1, 16, 16), 64, 64),
-    "conv-first-layer": lambda: convolve(torch.float32, (1, 32, 32), 3, 16),
-    "conv-odd-3d": lambda: convolve(torch.float32, (5, 7, 9), 13, 37),
-    "conv-1d": lambda: convolve(torch.float32, (1, 1, 50), 16, 24),
-    "conv-one-pixel": lambda: convolve(torch.float32, (1, 1, 1), 20, 20),
-    "conv-double": lambda: convolve(torch.float64, (1, 8, 8), 32, 40),
-    "conv-depthwise": lambda: convolve(torch.float32, (1, 8, 8), 32, 32, 32),
-    "conv-depthwise-double": lambda: convolve(torch.float64, (3, 7, 8), 9, 18, 9),
-    "gram": lambda: update(torch.float32, 256, 20_000),
-    "gram-odd": lambda: update(torch.float32, 1100, 1001),
-    "gram-one": lambda: update(torch.float32, 1, 1),
-    "gram-double-products": lambda: update(torch.float32, 70, 5000, True),
-    "gram-double": lambda: update(torch.float64, 70, 5000),
-    "norm": lambda: normalise(torch.float32),
-    "norm-double": lambda: normalise(torch.float64),
-}
 REDUCED = [(name, p) for name in ("conv", "gram") for p in ("tf32x3", "tf32")]
 
 
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
-@pytest.mark.parametrize(("work", "precision"), [*((w, "float32") for w in WORK), *REDUCED])
-def test_what_is_launched_compiles_ahead_of_time(
-    work: str, precision: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("work", "precision"), [*((w, "float32") for w in SCORES), *REDUCED])
+def test_what_is_launched_compiles_ahead_of_time(work: str, precision: str) -> None:
     """Kernels, types and constants exactly as the host functions launch them on real shapes."""
-    launches: list[Any] = []
-    for module, names in KERNELS.items():
-        imported = importlib.import_module(f"entropic_fast.triton.{module}")
-        for name in names:
-            monkeypatch.setattr(imported, name, Recorder(getattr(imported, name), launches))
-    set_matmul_precision(precision)
-    WORK[work]()
+    launches = launches_of(SCORES[work], precision)
     assert len(launches) >= 2
     for launch in launches:
         for arch in (80, 90) if work in ("conv", "conv-depthwise", "gram", "norm") else (90,):
