@@ -90,6 +90,8 @@ def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
     state = theta, theta, theta, counts, lr
     step.adam_step(theta, *state, pivots, 0.9, 0.999, 1e-8, 5e-4, True)
     products = torch.empty(8, 2, count, dtype=torch.float64)
+    if count < 2:
+        return
     step.project_step(theta, products, pivots, lr.new_empty(count - 1))
 
 

@@ -2,9 +2,9 @@
 
 One program owns BLOCK elements of one replica, advances them and keeps them while it reads each
 pivot once; sums over blocks are taken in a fixed order by a second kernel. Hyper-parameters other
-than the learning rate are compile-time constants: as run-time arguments Triton would round them
-to float32. So are the bounds of loops, which Triton 3.6 cannot interpret under NumPy 2.4 as
-run-time arguments. None of them changes often within a run.
+than the learning rate are compile-time constants, as Triton rounds run-time arguments to float32;
+none of them changes often within a run. The number of pivots does, where AutoNEB adds some, and is
+known at run time alone: one compilation for every path, however long.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device
+from .loops import count
 
 BLOCK = 1024
 SUM_BLOCK = 256
@@ -28,29 +29,27 @@ FUSE = {"enable_fp_fusion": True}
 
 @triton.jit
 def store_products(
-    theta, offset, mask, pivots, partial, r, block, size, block_count,
-    PIVOT_COUNT: tl.constexpr,
+    theta, offset, mask, pivots, partial, r, block, size, block_count, pivot_count
 ):  # fmt: skip
     """partial[r, :, :, block] from this program's elements of theta and of every pivot."""
-    if PIVOT_COUNT > 0:
-        here = theta.to(tl.float64)
-        p = tl.load(pivots + offset, mask=mask, other=0.0).to(tl.float64)
-        for m in range(PIVOT_COUNT):
-            following = m + 1 - (m + 1) // PIVOT_COUNT  # the last pivot follows itself
-            after = tl.load(pivots + following * size + offset, mask=mask, other=0.0).to(tl.float64)
-            delta = tl.where(mask, here - p, 0.0)
-            square = tl.sum(delta * delta, axis=0)
-            along = tl.where(following > m, tl.sum(delta * (after - p), axis=0), 0.0)
-            row = (r * 2 * PIVOT_COUNT + m) * block_count + block
-            tl.store(partial + row, square)
-            tl.store(partial + row + PIVOT_COUNT * block_count, along)
-            p = after
+    here = theta.to(tl.float64)
+    p = tl.load(pivots + offset, mask=mask, other=0.0).to(tl.float64)
+    for m in count(0, pivot_count):
+        following = tl.minimum(m + 1, pivot_count - 1)  # the last pivot follows itself
+        after = tl.load(pivots + following * size + offset, mask=mask, other=0.0).to(tl.float64)
+        delta = tl.where(mask, here - p, 0.0)
+        square = tl.sum(delta * delta, axis=0)
+        along = tl.where(following > m, tl.sum(delta * (after - p), axis=0), 0.0)
+        row = (r * 2 * pivot_count + m) * block_count + block
+        tl.store(partial + row, square)
+        tl.store(partial + row + pivot_count * block_count, along)
+        p = after
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pivot_count"])
 def sgd_kernel(
     theta, grad, buffer, lr, pivots, partial,
-    replicas, size, block_count, PIVOT_COUNT: tl.constexpr,
+    replicas, size, block_count, pivot_count, PIVOTS: tl.constexpr,
     MOMENTUM: tl.constexpr, TAKE: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -77,13 +76,14 @@ def sgd_kernel(
             direction = velocity
     x = x - tl.load(lr + r).to(x.dtype) * direction
     tl.store(theta + at, x, mask=mask)
-    store_products(x, offset, mask, pivots, partial, r, block, size, block_count, PIVOT_COUNT)
+    if PIVOTS:
+        store_products(x, offset, mask, pivots, partial, r, block, size, block_count, pivot_count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pivot_count"])
 def adam_kernel(
     theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, partial,
-    replicas, size, block_count, PIVOT_COUNT: tl.constexpr,
+    replicas, size, block_count, pivot_count, PIVOTS: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, BETA2: tl.constexpr,
     TAKE1: tl.constexpr, TAKE2: tl.constexpr, EPS: tl.constexpr,
     WEIGHT_DECAY: tl.constexpr, DECOUPLED: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,9 +97,9 @@ def adam_kernel(
     mask = offset < size
     at = r * size + offset
     rate = tl.load(lr + r)
-    count = tl.load(step + r).to(tl.float64)
-    step_size = (rate / (1.0 - tl.exp(count * LOG_BETA1))).to(theta.dtype.element_ty)
-    root_correction2 = tl.sqrt(1.0 - tl.exp(count * LOG_BETA2)).to(theta.dtype.element_ty)
+    updates = tl.load(step + r).to(tl.float64)
+    step_size = (rate / (1.0 - tl.exp(updates * LOG_BETA1))).to(theta.dtype.element_ty)
+    root_correction2 = tl.sqrt(1.0 - tl.exp(updates * LOG_BETA2)).to(theta.dtype.element_ty)
     x = tl.load(theta + at, mask=mask, other=0.0)
     gradient = tl.load(grad + at, mask=mask, other=0.0)
     if DECOUPLED:
@@ -115,18 +115,19 @@ def adam_kernel(
     # Past the end every state is 0 and eps may be 0 too.
     x = x - tl.where(mask, step_size * (mean / tl.where(mask, denominator, 1.0)), 0.0)
     tl.store(theta + at, x, mask=mask)
-    store_products(x, offset, mask, pivots, partial, r, block, size, block_count, PIVOT_COUNT)
+    if PIVOTS:
+        store_products(x, offset, mask, pivots, partial, r, block, size, block_count, pivot_count)
 
 
 @triton.jit
-def sum_kernel(partial, sums, COUNT: tl.constexpr, ROOT: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[row] = sum of partial[row, :COUNT], or its square root."""
+def sum_kernel(partial, sums, block_count, ROOT: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[row] = sum of partial[row, :block_count], or its square root."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float64)
-    for start in range(0, COUNT, BLOCK):
-        inside = start + lanes < COUNT
-        total += tl.load(partial + row * COUNT + start + lanes, mask=inside, other=0.0)
+    for start in count(0, block_count, BLOCK):
+        at = start + lanes
+        total += tl.load(partial + row * block_count + at, mask=at < block_count, other=0.0)
     value = tl.sum(total, axis=0)
     if ROOT:
         value = tl.sqrt(value)
@@ -195,20 +196,20 @@ def _workspace(theta: Tensor, rows: int) -> tuple[Tensor, int]:
 def _sum_rows(partial: Tensor, sums: Tensor, root: bool) -> None:
     if sums.numel() > 0:
         sum_kernel[(sums.numel(),)](
-            partial, sums, COUNT=partial.shape[1], ROOT=root, BLOCK=SUM_BLOCK, **FUSE
+            partial, sums, partial.shape[1], ROOT=root, BLOCK=SUM_BLOCK, **FUSE
         )
 
 
 def _update_and_products(kernel, theta: Tensor, pivots: Tensor, *state: Tensor, **constants):
     replicas, size = theta.shape
-    count = pivots.shape[0]
-    products = torch.empty((replicas, 2, count), dtype=torch.float64, device=theta.device)
-    partial, block_count = _workspace(theta, 2 * count)
+    pivot_count = pivots.shape[0]
+    products = torch.empty((replicas, 2, pivot_count), dtype=torch.float64, device=theta.device)
+    partial, block_count = _workspace(theta, 2 * pivot_count)
     with on_device(theta):
         if replicas * block_count > 0:
             kernel[(replicas * block_count,)](
-                theta, *state, pivots, partial, replicas, size, block_count,
-                PIVOT_COUNT=count, **constants, BLOCK=BLOCK, **FUSE,
+                theta, *state, pivots, partial, replicas, size, block_count, pivot_count,
+                PIVOTS=pivot_count > 0, **constants, BLOCK=BLOCK, **FUSE,
             )  # fmt: skip
         _sum_rows(partial, products, root=False)
     return products
@@ -263,7 +264,7 @@ def project_step(
     theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     replicas, size = theta.shape
-    count = pivots.shape[0]
+    pivot_count = pivots.shape[0]
     segment = torch.empty(replicas, dtype=torch.int64, device=theta.device)
     t = torch.empty(replicas, dtype=torch.float64, device=theta.device)
     distance = torch.empty_like(t)
@@ -271,8 +272,8 @@ def project_step(
     with on_device(theta):
         if replicas > 0:
             choose_kernel[(replicas,)](
-                products, segment_squares, segment, t, count,
-                BLOCK=triton.next_power_of_2(count - 1), **FUSE,
+                products, segment_squares, segment, t, pivot_count,
+                BLOCK=triton.next_power_of_2(pivot_count - 1), **FUSE,
             )  # fmt: skip
         if replicas * block_count > 0:
             move_kernel[(replicas * block_count,)](

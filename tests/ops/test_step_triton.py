@@ -10,60 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from triton_launches import compile_launch, launches_of, steps
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 
 PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
-
-INTS = {"replicas": "i32", "size": "i32", "block_count": "i32"}
-SGD = {
-    "PIVOT_COUNT": 9,
-    "MOMENTUM": 0.9,
-    "TAKE": 1.0,
-    "WEIGHT_DECAY": 5e-4,
-    "NESTEROV": True,
-    "FIRST": False,
-}
-ADAM = {
-    "PIVOT_COUNT": 9,
-    "LOG_BETA1": -0.10536051565782628, "LOG_BETA2": -0.0010005003335835344, "BETA2": 0.999,
-    "TAKE1": 0.1, "TAKE2": 0.001, "EPS": 1e-8, "WEIGHT_DECAY": 0.01, "DECOUPLED": True,
-}  # fmt: skip
-
-# kernel -> (pointers of theta's dtype, float64 pointers, int64 pointers, integers, constants)
-KERNELS = {
-    "sgd_kernel": (("theta", "grad", "buffer", "pivots"), ("lr", "partial"), (), INTS, SGD),
-    "sgd_kernel without pivots": (
-        ("theta", "grad", "buffer", "pivots"),
-        ("lr", "partial"),
-        (),
-        INTS,
-        {**SGD, "PIVOT_COUNT": 0},
-    ),
-    "adam_kernel": (
-        ("theta", "grad", "exp_avg", "exp_avg_sq", "pivots"),
-        ("lr", "partial"),
-        ("step",),
-        INTS,
-        ADAM,
-    ),
-    "sum_kernel": ((), ("partial", "sums"), (), {}, {"COUNT": 3000, "ROOT": True}),
-    "choose_kernel": (
-        (),
-        ("products", "segment_squares", "position"),
-        ("segment",),
-        {"pivot_count": "i32"},
-        {},
-    ),
-    "move_kernel": (
-        ("theta", "pivots"),
-        ("position", "partial"),
-        ("segment",),
-        INTS,
-        {},
-    ),
-}
 
 
 @needs_triton
@@ -84,39 +38,38 @@ def test_triton_agrees_with_the_reference_under_the_interpreter() -> None:
 
 
 @needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted")
+@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    # Kernels without a tensor of theta's dtype are the same for both.
-    [
-        (name, dtype)
-        for name, (values, *_) in KERNELS.items()
-        for dtype in (("fp32", "fp64") if values else ("fp32",))
-    ],
-)
-def test_triton_kernel_compiles_ahead_of_time(name: str, dtype: str, arch: int) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_launched_compiles_ahead_of_time(dtype: torch.dtype, arch: int) -> None:
+    """Kernels, types and constants exactly as the host functions launch them."""
+    for size, pivot_count in ((272_474, 9), (2048, 2)):
+        launches = launches_of(lambda s=size, c=pivot_count: steps(dtype, s, c))
+        names = [kernel.__name__ for kernel, *_ in launches]
+        assert names == [
+            "sgd_kernel", "sum_kernel", "adam_kernel", "sum_kernel",
+            "choose_kernel", "move_kernel", "sum_kernel",
+        ]  # fmt: skip
+        for launch in launches:
+            compiled = compile_launch(*launch, arch)
+            assert f"sm_{arch}" in compiled.asm["ptx"]
+            assert len(compiled.asm["cubin"]) > 0
+            if launch[0].__name__ == "sgd_kernel" and dtype == torch.float64:
+                # A float64 kernel whose constants went through float32 would be off by 1e-8.
+                assert "dense<9.000000e-01> : tensor<1024xf64>" in compiled.asm["ttir"]
 
-    from entropic_fast.triton import step
 
-    values, doubles, longs, integers, constants = KERNELS[name]
-    constants = {**constants, "BLOCK": 1024}
-    signature = {
-        **dict.fromkeys(values, f"*{dtype}"),
-        **dict.fromkeys(doubles, "*fp64"),
-        **dict.fromkeys(longs, "*i64"),
-        **integers,
-        **dict.fromkeys(constants, "constexpr"),
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
+def test_a_path_that_grows_compiles_nothing() -> None:
+    updates = {
+        count: [
+            compile_launch(*launch, 90).hash
+            for launch in launches_of(lambda c=count: steps(torch.float32, 2049, c))
+            if launch[0].__name__ in ("sgd_kernel", "adam_kernel", "sum_kernel")
+        ]
+        for count in (2, 9, 16, 33)
     }
-    kernel = getattr(step, name.split()[0])
-    signature = {argument: signature[argument] for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=step.FUSE)
-    assert f"sm_{arch}" in compiled.asm["ptx"]
-    assert len(compiled.asm["cubin"]) > 0
-    if name == "sgd_kernel" and dtype == "fp64":
-        # A float64 kernel whose constants went through float32 would be off by 1e-8.
-        assert "dense<9.000000e-01> : tensor<1024xf64>" in compiled.asm["ttir"]
+    assert all(hashes == updates[2] for hashes in updates.values())
+    without = launches_of(lambda: steps(torch.float32, 2049, 1))[0]
+    assert compile_launch(*without, 90).hash == updates[2][0]
