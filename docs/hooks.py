@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import make_benchmarks
 import make_figures
+import make_kernels
 
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', flags=re.S
@@ -33,8 +34,8 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in the tables of settings and claims."""
-    return make_figures.filled(markdown)
+    """Fill in the tables of settings, claims and compiled kernels."""
+    return make_kernels.filled(make_figures.filled(markdown))
 
 
 def on_page_content(html: str, page: Page, **_: Any) -> str:

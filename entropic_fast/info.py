@@ -17,6 +17,8 @@ from entropic_fast._version import __version__
 from entropic_fast.ops import backend, native
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "safetensors")
+# The order of a GPU's backends is then by rule: docs/gpu.md.
+NOT_TIMED = "not timed on a GPU yet"
 VARIABLES = (backend.VARIABLE, native.ISA_VARIABLE, "OMP_NUM_THREADS", "TRITON_INTERPRET")
 
 
@@ -26,10 +28,11 @@ def collect() -> dict[str, Any]:
     Keys: "versions", "build" (what the compiled module says of itself, or {"problem": reason}),
     "cpu" (instruction set chosen and runnable, threads of torch and of the compiled module),
     "gpu" (one entry a device), "backends" (family -> device -> backend, or why none), "backend"
-    (the setting in force) and "environment" (the variables that matter and are set).
+    (the setting in force), "notes" (family -> what is not known of it) and "environment" (the
+    variables that matter and are set).
 
     >>> sorted(collect())
-    ['backend', 'backends', 'build', 'cpu', 'environment', 'gpu', 'versions']
+    ['backend', 'backends', 'build', 'cpu', 'environment', 'gpu', 'notes', 'versions']
     """
     return {
         "versions": _versions(),
@@ -40,6 +43,9 @@ def collect() -> dict[str, Any]:
         "backends": {
             family: {device: _backend(family, device) for device in ("cpu", "cuda")}
             for family in backend.families()
+        },
+        "notes": {
+            family: NOT_TIMED for family in backend.families() if family not in backend.TIMED_ON_GPU
         },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -97,10 +103,11 @@ def render(console: Console | None = None) -> None:
     console.print(_table("GPU", gpus or {"": "none that torch can see"}))
 
     table = Table(title=f"Backends (setting: {facts['backend']})", title_justify="left")
-    for column in ("ops", "on CPU tensors", "on CUDA tensors"):
+    for column in ("ops", "on CPU tensors", "on CUDA tensors", "note"):
         table.add_column(column)
     for family, places in facts["backends"].items():
-        table.add_row(family, Text(places["cpu"]), Text(places["cuda"]))
+        note = facts["notes"].get(family, "")
+        table.add_row(family, Text(places["cpu"]), Text(places["cuda"]), Text(note))
     console.print(table)
     if facts["environment"]:
         console.print(_table("Environment", facts["environment"]))

@@ -162,6 +162,29 @@ def test_settings_of_a_recorded_run_that_differ_are_said(script, tmp_path, monke
     assert "The recorded run of `demo` was made with train.epochs = 7." in text
 
 
+# -- compiled kernels -----------------------------------------------------------------------
+
+
+def test_the_page_on_gpus_shows_every_compiled_kernel(script):
+    module = script("make_kernels")
+    page = module.filled(PAGES["gpu.md"])
+    assert module.MARKER not in page
+    record = json.loads(module.RECORD.read_text())
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for name, kernels in record["kernels"].items():
+        for kernel, archs in kernels.items():
+            cells = module.table([name], [[kernel]]).splitlines()
+            begin = cells[0].removesuffix("|") + cells[2]
+            (row,) = [row for row in rows if row.startswith(begin)]
+            registers = [numbers["registers"] for numbers in archs.values()]
+            assert set(map(int, re.findall(r"\d+", row[len(begin) :].split("|")[0]))) == {
+                *registers
+            }
+    for compiler, version in record["versions"].items():
+        assert f"{compiler} {version}" in page
+    assert doctest.testmod(module).failed == 0
+
+
 # -- reference ------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,6 +19,24 @@ def test_facts_are_plain_and_complete() -> None:
     assert facts["cpu"]["isa"] in facts["cpu"]["runnable_isas"]
     assert facts["cpu"]["torch_threads"] == torch.get_num_threads()
     assert "portable" in facts["build"]["isas"]
+
+
+def test_families_never_timed_on_a_gpu_say_so(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(backend, "TIMED_ON_GPU", frozenset({"step"}))
+    notes = info.collect()["notes"]
+    assert "step" not in notes and notes["jet"] == info.NOT_TIMED
+    assert set(notes) | {"step"} == set(backend.families())
+    console = Console(record=True, width=120)
+    info.render(console)
+    rows = {r.split()[1]: r for r in console.export_text().splitlines() if r.count("│") == 5}
+    assert info.NOT_TIMED in rows["jet"] and info.NOT_TIMED not in rows["step"]
+
+
+def test_timings_on_a_gpu_are_recorded() -> None:
+    """No family counts as timed whose record is not there."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    recorded = [file.stem for file in results.glob("*.json") if "gpu" in file.stem]
+    assert all(any(name in stem for stem in recorded) for name in backend.TIMED_ON_GPU)
 
 
 def test_page_names_versions_build_and_backends() -> None:
@@ -50,4 +69,4 @@ def test_backends_that_are_there_and_fail_are_shown_with_the_reason(monkeypatch)
     reasons = {"triton": "no C compiler", "cuda": "the driver is too old"}
     monkeypatch.setattr(backend, "_failing", reasons.get)
     facts = info.collect()["backends"]["step"]
-    assert facts["cuda"] == "reference (triton: no C compiler; cuda: the driver is too old)"
+    assert facts["cuda"] == "reference (cuda: the driver is too old; triton: no C compiler)"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..devices import is_gpu
 from ..forward_mode import forward_lock
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class Traced:
 
     Valid for functions whose operations depend on nothing but the shapes and types of their
     arguments. Under `vmap` control flow cannot depend on values; where the first call and the list
-    differ in a bit, or a list cannot be made, the function is called as it is.
+    differ in a bit (on a GPU by more than rounding, as cuDNN may sum in another order each time),
+    or a list cannot be made, the function is called as it is.
 
     Args:
         function: of tensors; returns a tuple of tensors.
@@ -67,7 +69,21 @@ class Traced:
         except Exception as why:  # whatever tracing does not know: the function itself is right
             logger.info("replicas go without a list of operations: %s", why)
             return self._function
-        if all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+        if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
             return graph
-        logger.info("replicas go without a list of operations, which gave other bits")
+        logger.info("replicas go without a list of operations, which gave another result")
         return self._function
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two runs of the same operations gave these: to the bit on a CPU.
+
+    On a GPU as a whole to 1,000 roundings: 1e-4 in float32, where other random numbers or other
+    control flow differ in the first digits.
+    """
+    if torch.equal(found, expected):
+        return True
+    if not is_gpu(found.device) or found.shape != expected.shape:
+        return False
+    rounding = 1000 * torch.finfo(expected.dtype).eps
+    return bool((found - expected).norm() <= rounding * expected.norm())

@@ -1,7 +1,8 @@
 """Which implementation of each op runs: chosen openly, never quietly.
 
 A *family* is a group of ops with one implementation module per backend. `auto` takes the first
-usable of `PREFERENCE` for the tensor's device. A backend forced with `set_backend` or the
+usable of `PREFERENCE` for the tensor's device: the order is by timings where there are any, and
+otherwise by what an op costs the host. A backend forced with `set_backend` or the
 environment variable ENTROPIC_FAST_BACKEND runs or raises `BackendError` with the reason.
 
 Under `auto` a GPU never ends in a traceback of a compiler's: a backend that cannot run a trivial
@@ -29,8 +30,13 @@ from entropic_fast.ops import gpu_probe, native
 VARIABLE = "ENTROPIC_FAST_BACKEND"
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 
-# Triton before CUDA C++ until a measurement says otherwise.
-PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
+# Where a family has both, CUDA C++ before Triton until a timing on a GPU says otherwise. Both make
+# the same launches (`step`: two an update, three a projection). CUDA C++ makes all of an op's from
+# one call, Triton binds 5 to 20 arguments in Python for each; its kernels need fewer registers too
+# (docs/gpu.md). Within a CUDA graph the host's cost is none, and the two are as good as equal.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+# Families whose implementations for GPUs have been timed on one; benchmarks/results has the record.
+TIMED_ON_GPU: frozenset[str] = frozenset()
 
 # family -> backend -> module that implements it, imported when first used.
 _families: dict[str, dict[str, str]] = {}

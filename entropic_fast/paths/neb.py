@@ -43,8 +43,9 @@ def auto_neb(
     on minibatches, its pivots redistributed to equal arc length; between cycles, pivots are
     inserted where the dense loss rises above the interpolated one (Kolsbjerg et al. 2016;
     Draxler et al. 2018). In a step every pivot, the ends too, sees the same examples, so that
-    energies compare and the noise is common. The same arguments give the same path, bit for
-    bit, on one machine.
+    energies compare and the noise is common. The same arguments give the same path: bit for
+    bit on one machine's CPU, and to rounding on a GPU, where torch may sum in another order
+    each time.
 
     The band descends `train_obj`, normalised by batch statistics as in training, plus the
     weight decay; dense evaluations are of `obj` (without weight decay), whose running
@@ -59,7 +60,8 @@ def auto_neb(
         on_step: called after each step with (steps done, steps in all, the step's row of
             `NEBResult.history`).
         on_cycle: called after each cycle with a state from which a run can be resumed.
-        resume: such a state; the result is the same, bit for bit, as without interruption.
+        resume: such a state; the result is the same as without interruption, bit for bit on a
+            CPU.
 
     Raises:
         ValueError: ends that do not fit the objective or are equal; a model in half precision;
