@@ -1,12 +1,12 @@
-"""The CUDA C++ of csrc/cuda compiled for the CPU, and family `step` on it.
+"""The CUDA C++ of csrc/cuda compiled for the CPU, and the families of operations on it.
 
 `build` compiles every .cu file with tests/cuda_emulation/cuda_runtime.h in place of CUDA's own
 header, and the file of C functions of the same name beside that header. Launches
 `kernel<<<...>>>(...)` are rewritten as calls; nothing else of a .cu file changes. No fused
 multiply-adds, as in the CPU kernels, which share csrc/kernels: their updates are the same bits.
 
-`sgd_step`, `adam_step` and `project_step` are an implementation of family `step` for CPU tensors,
-which the family's own tests take as one more backend.
+The functions at the end implement families `step` and `random_bits` for CPU tensors, so that the
+families' own tests take them as one more backend: `PLACE` among their places, and `stand_in`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from entropic_fast.ops import backend
+from entropic_fast.ops.random_bits_native import DTYPES
+from entropic_fast.reference.random_bits import KINDS
 
 ROOT = Path(__file__).parents[1]
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -81,6 +86,20 @@ def missing() -> str | None:
     if sys.platform != "linux":
         return "the CUDA emulation switches stacks as Linux does"
     return None if shutil.which("g++") else "no C++ compiler (g++)"
+
+
+# A backend and a device, as the families' tests name them.
+PLACE = pytest.param(
+    ("emulated", "cpu"),
+    id="cuda-emulated",
+    marks=pytest.mark.skipif(missing() is not None, reason=str(missing())),
+)
+
+
+def stand_in(family: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has this module implement a family until the test ends, in place of the backend returned."""
+    monkeypatch.setitem(backend._families[family], "cpp", __name__)
+    return "cpp"
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -198,9 +217,10 @@ class _Place(ctypes.Structure):
 def _passed(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_double(argument)
-    return ctypes.c_int(argument) if isinstance(argument, bool) else argument
+    for kind, passed in ((float, ctypes.c_double), (bool, ctypes.c_int), (int, ctypes.c_int64)):
+        if isinstance(argument, kind):
+            return passed(argument)  # of integers, the last 64 bits
+    return argument
 
 
 @functools.cache
@@ -223,8 +243,12 @@ def used(other: Library) -> Iterator[None]:
         _used.pop()
 
 
+def _now() -> Library:
+    return _used[-1] if _used else library()
+
+
 def _step(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) -> None:
-    (_used[-1] if _used else library()).step(op, theta, pivots, products, *more)
+    _now().step(op, theta, pivots, products, *more)
 
 
 # ---- family `step` -------------------------------------------------------------------------------
@@ -266,3 +290,20 @@ def project_step(
 
 def _products(theta: Tensor, pivots: Tensor) -> Tensor:
     return torch.full((theta.shape[0], 2, len(pivots)), torch.nan, dtype=torch.float64)
+
+
+# ---- family `random_bits` ------------------------------------------------------------------------
+
+
+def fill(out: Tensor, seeds: Tensor, seed: int, first_stream: int, start: int, kind: str) -> None:
+    keys = seeds if len(seeds) else None
+    what = list(KINDS).index(kind), DTYPES.index(out.dtype)
+    sizes = (*out.shape, *out.stride())
+    _now().call("random_fill", out, *sizes, keys, seed, first_stream, start, *what)
+
+
+def philox(counters: Tensor, seeds: Tensor, streams: Tensor) -> Tensor:
+    out = torch.full((*counters.shape, 4), -1)
+    sizes = (*counters.shape, *counters.stride())
+    _now().call("random_philox", counters, seeds, streams, out, *sizes)
+    return out

@@ -42,7 +42,7 @@ class Work:
 
 def triton_work() -> dict[str, Work]:
     """By name: a family and what is special about the call."""
-    from triton_launches import SCORES, advances, jets, steps
+    from triton_launches import SCORES, advances, jets, random_numbers, steps
 
     single, double = torch.float32, torch.float64
     work = {
@@ -55,6 +55,12 @@ def triton_work() -> dict[str, Work]:
         "langevin, float64, channel, Euler": Work(
             lambda: advances("channel", "euler-maruyama", double)
         ),
+    }
+    work |= {
+        f"random bits, {kind}, {str(dtype).removeprefix('torch.')}": Work(
+            functools.partial(random_numbers, kind, dtype)
+        )
+        for kind, dtype in (("words", torch.int64), ("signs", single), ("uniform", double))
     }
     names = ("conv", "conv-first-layer", "conv-double", "conv-depthwise", "gram", "gram-odd",
              "gram-double-products", "gram-double", "norm", "norm-double")  # fmt: skip

@@ -153,6 +153,17 @@ def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
         langevin.advance(x, v, potential, POTENTIALS[potential], scheme, *options)
 
 
+def random_numbers(kind: str, dtype: torch.dtype) -> None:
+    """A row of numbers, a block of columns for eight streams, and words at any counters."""
+    from entropic_fast.triton import random_bits
+
+    several, none = torch.arange(3), torch.arange(0)
+    random_bits.fill(torch.empty(1, 1, 2000, dtype=dtype), none, 2**62 + 1, 3, 2**40, kind)
+    random_bits.fill(torch.empty(500, 8, dtype=dtype).T[:, None], none, 5, 2**62, 0, kind)
+    if kind == "words":
+        random_bits.philox(torch.arange(30).view(3, 10), several, several)
+
+
 SCORES: dict[str, Callable[[], None]] = {
     "conv": lambda: convolve(torch.float32, (1, 16, 16), 64, 64),
     "conv-first-layer": lambda: convolve(torch.float32, (1, 32, 32), 3, 16),

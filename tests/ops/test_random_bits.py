@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import emulated_cuda
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
     pytest.param(("cpp", "cpu"), id="cpp-cpu"),
+    emulated_cuda.PLACE,
     *[
         pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
         for name in ("reference", "cuda", "triton")
@@ -42,9 +44,11 @@ def settings_are_restored() -> Iterator[None]:
 
 
 @pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device, with one backend forced on it."""
     name, device = request.param
+    if name == "emulated":
+        name = emulated_cuda.stand_in("random_bits", monkeypatch)
     backend.set_backend(name)
     return str(device)
 
@@ -181,6 +185,18 @@ def test_opcheck_passes(place: str) -> None:
         torch.library.opcheck(ops.random_fill.default, (out[:, :1], seeds[:0], 7, 0, 0, kind, ""))
     counters = torch.arange(6, device=place).view(3, 2)
     torch.library.opcheck(ops.random_philox.default, (counters, seeds, seeds, ""))
+
+
+@pytest.mark.skipif(emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing()))
+@pytest.mark.skipif(emulated_cuda.SANITIZED, reason="instrumented stacks are too slow for it")
+def test_threads_in_cuda_go_on_to_further_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid has 8,192 thread blocks of 256 at most."""
+    several = torch.empty(1, 1, 4 * 256 * 8192 + 5, dtype=torch.float16)
+    expected = torch.empty_like(several)
+    fill_(expected, torch.tensor([3]), kind="signs")
+    backend.set_backend(emulated_cuda.stand_in("random_bits", monkeypatch))
+    fill_(several, torch.tensor([3]), kind="signs")
+    assert torch.equal(several, expected)
 
 
 def test_a_call_compiles_to_one_graph() -> None:

@@ -19,13 +19,7 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
     pytest.param(("reference", "cpu"), id="reference-cpu"),
     pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    pytest.param(
-        ("cuda", "cpu"),
-        id="cuda-emulated",
-        marks=pytest.mark.skipif(
-            emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing())
-        ),
-    ),
+    emulated_cuda.PLACE,
     *[
         pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
         for name in ("reference", "cuda", "triton")
@@ -39,21 +33,19 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(autouse=True)
 def settings_are_restored() -> Iterator[None]:
-    threads, modules = torch.get_num_threads(), backend._families["step"]
+    threads = torch.get_num_threads()
     yield
-    backend.register_family("step", modules)
     backend.set_backend(None)
     native.use_isa(None)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device, with one backend forced on it."""
     name, device = request.param
-    if request.param == ("cuda", "cpu"):  # the kernels in CUDA C++, compiled for the CPU
-        backend.register_family("step", {**backend._families["step"], "cpp": "emulated_cuda"})
-        name = "cpp"
+    if name == "emulated":
+        name = emulated_cuda.stand_in("step", monkeypatch)
     backend.set_backend(name)
     return str(device)
 
