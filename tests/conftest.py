@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import emulated_gpu
 import pytest
 import torch
+from hidden_gpus import HIDDEN, asks_for_gpus
 
 with warnings.catch_warnings():  # torch's own, when its forward mode is first used
     warnings.simplefilter("ignore")
@@ -66,6 +68,12 @@ TINY = [
     "toy.particles=500",
     "toy.steps=200",
 ]
+
+
+def pytest_configure(config):
+    """Tests marked gpu are run by `-m gpu` alone; the others see no GPU (`hidden_gpus`)."""
+    if not asks_for_gpus(config.getoption("markexpr")):
+        os.environ.update(HIDDEN)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import parallel_worker
 import pytest
 import torch
+from hidden_gpus import HIDDEN
 
 import entropic_fast as ef
 from entropic_fast.sharing import Sharing
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 def launch(processes, *arguments, timeout=300):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += ["--master-port", "0", "--standalone", str(WORKER), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **HIDDEN, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env=environment, check=False
     )
@@ -132,7 +133,7 @@ def launched_by_hand(kind):
     return [
         subprocess.Popen(
             [sys.executable, str(WORKER), "-", kind],
-            env={**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": "3"},
+            env={**os.environ, **HIDDEN, **common, "RANK": str(rank), "WORLD_SIZE": "3"},
             stderr=subprocess.PIPE,
             text=True,
         )

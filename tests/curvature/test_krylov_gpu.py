@@ -38,6 +38,7 @@ def test_densities_and_log_determinants_agree():
         assert second.value == pytest.approx(first.value, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_steps_between_looks_do_not_wait():
     class Watched:
         """From the third product on, two of three steps are under torch's own watch."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hidden_gpus import HIDDEN
 from safetensors.torch import save_file
 
 from entropic_fast.table import Table
@@ -44,7 +45,7 @@ def command(processes: int, out: str, settings: str) -> list[str]:
 def start(folder: Path, *arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command(*arguments), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **HIDDEN, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
