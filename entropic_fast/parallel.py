@@ -20,6 +20,7 @@ import atexit
 import copy
 import datetime
 import os
+import socket
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     Returns:
         the device of this process: its own GPU, or the CPU.
 
+    Raises:
+        ValueError: on every process, where two of them are on one GPU, which NCCL refuses.
+
     >>> init()  # without torchrun
     device(type='cpu')
     """
@@ -68,11 +72,16 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     checks.positive("patience", patience)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # A batch system may show each process its own GPU alone, whatever its LOCAL_RANK.
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         limit = datetime.timedelta(seconds=timeout)
         store, rank, size = next(rendezvous("env://", timeout=limit))
+        if is_gpu(device):
+            uuid = torch.cuda.get_device_properties(device).uuid
+            _require_own_gpus(store, rank, size, f"{socket.gethostname()} {uuid}")
         _signs = Signs(store, rank, timeout)  # before the others are joined, who look
         dist.init_process_group(
             "nccl" if is_gpu(device) else "gloo",
@@ -86,10 +95,32 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     return device
 
 
+def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
+    """Refuse two processes on one GPU, on every process, before NCCL does in words of its own."""
+    store.set(f"entropic_fast/gpu/{rank}", gpu)
+    seen: dict[str, int] = {}
+    for other in range(size):
+        place = store.get(f"entropic_fast/gpu/{other}").decode()
+        if place in seen:
+            raise checks.fail(
+                "processes",
+                "one a GPU, as NCCL joins no two on one",
+                f"processes {seen[place]} and {other} on the same ({place})",
+                "start as many as there are GPUs (torchrun --nproc-per-node), or hide the GPUs "
+                "with CUDA_VISIBLE_DEVICES= and share the work among processes on the CPU",
+            )
+        seen[place] = other
+
+
 def _leave() -> None:
     if _signs is not None:
         _signs.end()
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if _signs is not None and _signs.bereaved and dist.get_backend() == "nccl" and abort:
+        abort()  # what NCCL waits for will not come
+    else:
         dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
+from .devices import is_gpu
 from .examples import Batch
 from .signs import Signs
 
@@ -110,7 +111,10 @@ class Sharing:
             LostProcessError: a process is gone.
         """
         part = self.met(lambda: compute().contiguous(), *what, form=_form)
-        self._started(lambda: dist.all_reduce(part, group=self.group))
+        if is_gpu(part.device):
+            self._attend(lambda: dist.all_reduce(part, group=self.group), part.device)
+        else:
+            self._started(lambda: dist.all_reduce(part, group=self.group))
         return part
 
     def met(
@@ -219,7 +223,7 @@ class Sharing:
 
         def wait() -> Tensor:
             for one in started:
-                self._attend(one.wait)
+                self._attend(one.wait, rows.device)
             return received
 
         return wait
@@ -236,7 +240,7 @@ class Sharing:
         padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
         mine = torch.tensor(padded, dtype=torch.int64, device=self._meeting_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting))
+        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting), mine.device)
         return [found.tolist()[: len(numbers)] for found in every]
 
     def text(self, text: str, source: int) -> str:
@@ -249,11 +253,19 @@ class Sharing:
                 sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             sent = sent.to(self._meeting_device)
         if length:
-            self._attend(lambda: dist.broadcast(sent, group_src=source, group=self._meeting))
+            self._attend(
+                lambda: dist.broadcast(sent, group_src=source, group=self._meeting), sent.device
+            )
         return bytes(sent.tolist()).decode()
 
-    def _attend(self, wait: Callable[[], Any]) -> None:
-        """Wait for the others as long as they live, on a thread, as signs are looked for here."""
+    def _attend(self, wait: Callable[[], Any], device: torch.device) -> None:
+        """Wait for the others as long as they live, on a thread, as signs are looked for here.
+
+        Args:
+            device: of what is sent. On a GPU until it is there, after all that this thread has
+                launched: NCCL's own waits return at once, and one that is gone would go unseen.
+        """
+        wait = _awaited(wait, device)
         signs = self._signs
         if signs is None:
             self._started(wait)
@@ -300,6 +312,20 @@ class Sharing:
             if not who:
                 what = f"a process of {self.size} ended or did not answer in time"
             raise LostProcessError(f"{what} ({reason}); {REMEDY}") from error
+
+
+def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """`wait`, on whatever thread, in the stream that is current here; until the GPU is done."""
+    if not is_gpu(device):
+        return wait
+    stream = torch.cuda.current_stream(device)
+
+    def on_stream() -> None:
+        with torch.cuda.stream(stream):
+            wait()
+            stream.synchronize()
+
+    return on_stream
 
 
 def _form(tensor: Tensor) -> str:

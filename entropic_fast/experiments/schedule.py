@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from .. import checks
 from ..devices import is_gpu
 from ..info import available_cores
 from ..sharing import Sharing
@@ -31,6 +32,8 @@ from .unit_store import UnitStore
 Report = Callable[[float], None]
 
 RETRY = 1.0  # seconds
+# Of a process on a GPU: half a GiB of context and loaded kernels, and room to compute.
+GPU_MEMORY = 3 * 2**29
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def execute(
     Args:
         run: where units read their needs and are stored.
         units: in any order; needs must be among them.
-        workers: processes; default one a core on the CPU, one on a GPU. The cores are shared
+        workers: processes; default one a core on the CPU, one on a GPU. On a machine with
+            several GPUs more are spread over these. The cores are shared
             out among as many, even while fewer units are left: how a sum is split over threads
             changes its last digits, and a resumed run must repeat an unbroken one exactly.
         console: where progress is shown.
@@ -82,6 +86,7 @@ def execute(
             at the same one. The first decides which, and stores it.
 
     Raises:
+        ValueError: more workers than the GPUs have memory for.
         UnitError: a unit failed. Units under way are finished first, so nothing is lost.
         KeyboardInterrupt: as it came; only the units under way are lost.
     """
@@ -97,6 +102,8 @@ def execute(
     asked = 1 if sharing is not None else workers or (1 if is_gpu(run.device) else cores)
     threads = max(1, min(cores // asked, torch.get_num_threads()))
     workers = max(1, min(asked, len(todo)))
+    if workers > 1 and is_gpu(run.device):
+        _require_room(workers, console)
     kept = len(units) - len(todo)
     if kept:
         console.print(f"{kept} of {len(units)} units are finished already and kept")
@@ -106,6 +113,27 @@ def execute(
                 _in_process(run, todo, monitor, sharing)
         else:
             _over_processes(run, todo, monitor, workers, threads)
+
+
+def _require_room(workers: int, console: Console) -> None:
+    """Refuse more processes on a GPU than it has memory for; say where several share one."""
+    gpus = torch.cuda.device_count()
+    for gpu in range(min(gpus, workers)):
+        free, here = torch.cuda.mem_get_info(gpu)[0], len(range(gpu, workers, gpus))
+        if free < here * GPU_MEMORY:
+            raise checks.fail(
+                "--workers",
+                f"at most {max(1, free // GPU_MEMORY)} processes on GPU {gpu}, with "
+                f"{GPU_MEMORY / 2**30:g} GiB for each",
+                f"{here} of them and {free / 2**30:.1f} GiB free",
+                "pass fewer --workers, or --device cpu",
+            )
+    if workers > gpus:
+        text = (
+            f"{workers} processes share {gpus} GPU{'s' if gpus > 1 else ''}: they take turns on it,"
+            " and each holds memory of its own; one a GPU (--workers) is usually as quick"
+        )
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -211,8 +239,14 @@ def _over_processes(
     progress = context.SimpleQueue()
     queue = _Queue(todo)
     failed: list[tuple[Unit, BaseException]] = []
+    places = context.SimpleQueue()  # a GPU for each worker
+    for worker in range(workers if is_gpu(run.device) else 0):
+        places.put(worker % torch.cuda.device_count())
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(progress, threads)
+        workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(progress, threads, places if is_gpu(run.device) else None),
     )
     running: dict[concurrent.futures.Future[float | None], Unit] = {}
     try:
@@ -275,11 +309,13 @@ def _interrupts_held() -> Iterator[None]:
 _progress_queue: Any = None
 
 
-def _start_worker(queue: Any, threads: int) -> None:
+def _start_worker(queue: Any, threads: int, places: Any = None) -> None:
     global _progress_queue
     _progress_queue = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     torch.set_num_threads(threads)
+    if places is not None:
+        torch.cuda.set_device(places.get())
     parent = multiprocessing.parent_process()
 
     def follow_parent() -> None:
