@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from cases import CASES, Case, relative_error
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast import random
+from entropic_fast import models, random
+from entropic_fast.data import ImageData
+from entropic_fast.dynamics import engines
+from entropic_fast.dynamics.minibatches import Minibatches
+from entropic_fast.dynamics.optimizers import Optimizer
+from entropic_fast.dynamics.run import Run
+from entropic_fast.training import EpochRecord, TrainConfig, train
+
+Watched = Callable[[], AbstractContextManager[Any]]  # within which the host may not wait
 
 # ---- every model of tests/cases.py ---------------------------------------------------------------
 
@@ -88,3 +97,155 @@ def check_model(name: str, dtype: torch.dtype, device: str) -> None:
     wrong = {k: e for k, e in errors.items() if not e < (iterated if k[0] == "*" else once)}
     assert not wrong, wrong
     assert found_way.split(",")[0] == way.split(",")[0], found_way
+
+
+# ---- what a user calls, on a network with batch normalization in float32 -------------------------
+
+
+def network(device: str, dtype: torch.dtype = torch.float32) -> ef.Objective:
+    """A small network after some training's worth of statistics, and images of 8 x 8."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 1, 8, 8, generator=generator)
+    model = models.initialise(models.digits_cnn("batch", channels=(4, 4, 4)), 1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.copy_(torch.linspace(-0.1, 0.1, 4))
+            module.running_var.copy_(torch.linspace(0.5, 1.5, 4))
+    data = (images, torch.arange(24) % 10)
+    return ef.Objective(model.to(dtype), "cross_entropy", data, device=device)
+
+
+def ends(obj: ef.Objective) -> tuple[Tensor, Tensor]:
+    """Two points some way apart."""
+    a = obj.parameters_vector()
+    return a, a + torch.linspace(-0.1, 0.1, len(a)).to(a)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(
+        found.detach().cpu().double(),
+        expected.detach().cpu().double(),
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=True,
+    )
+
+
+def check_batch_norm_in_evaluation_mode(device: str) -> None:
+    """Rules and fused chains, not torch's forward mode, and the same products."""
+    here, there = network("cpu"), network(device)
+    v = random.normal((here.num_params, 3), 0).float()
+    for kind in (ef.HessianOperator, ef.GGNOperator):
+        operator = kind(there)
+        assert relative_error(operator @ v.to(there.device), kind(here) @ v) < 2e-5
+        assert operator.way == "rules"
+    assert relative_error(ef.score_gram(there), ef.score_gram(here)) < 2e-5
+
+
+def check_relax(device: str, engine: str, optimizer: str) -> None:
+    """A relaxation, with cycles as graphs and without, is the CPU's."""
+    # Adam divides by what is nearly 0: in float32 it would follow the rounding.
+    lr, dtype = (0.002, torch.float64) if optimizer == "adam" else (0.02, torch.float32)
+
+    def relaxed(device: str, graphs: bool) -> ef.Trajectory:
+        obj = network(device, dtype)
+        path = ef.linear_path(*ends(obj), pivots=3)
+        common = dict(lr=lr, batch_size=6, project_every=2, steps=10, loss_every=2)
+        return ef.relax(
+            obj, path, [0.3, 0.6], optimizer, **common, engine=engine, cuda_graphs=graphs
+        )
+
+    expected = relaxed("cpu", False)
+    for graphs in (True, False):
+        found = relaxed(device, graphs)
+        assert found.engine == engine + "+graphs" * graphs and not found.notes
+        for name in ("position", "distance", "loss", "full_loss"):
+            assert_near(getattr(found, name), getattr(expected, name))
+
+
+def check_auto_neb(device: str) -> None:
+    """Paths and losses of some steps, and the losses along the path that they end on."""
+
+    def found(device: str) -> ef.NEBResult:
+        obj = network(device)
+        config = ef.AutoNEBConfig(pivots=3, cycles=((2, 0.05), (1, 0.02)), batch_size=12)
+        return ef.auto_neb(obj, *ends(obj), config)
+
+    here, there = found("cpu"), found(device)
+    assert_near(there.path.pivots, here.path.pivots)
+    assert_near(
+        torch.as_tensor(there.history["max_loss"]), torch.as_tensor(here.history["max_loss"])
+    )
+
+
+def check_training(device: str) -> None:
+    """Two epochs with augmentation: the CPU's losses, as near as TF32 lets them be."""
+
+    def trained(device: str) -> list[float]:
+        epochs: list[EpochRecord] = []
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (48, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        names = tuple("0123456789")
+        data = ImageData(images, torch.arange(48) % 10, (0.5,), (0.25,), names, "noise").to(device)
+        model = models.digits_cnn("batch", channels=(4, 4, 4)).to(device)
+        config = TrainConfig(epochs=2, batch_size=16, augment=True)
+        train(model, data, config, seed=0, on_epoch=epochs.append)
+        return [epoch.loss for epoch in epochs]
+
+    assert_near(torch.tensor(trained(device)), torch.tensor(trained("cpu")), 5e-3)
+
+
+def check_langevin(device: str) -> None:
+    """The same noise on every device."""
+    ring = ef.RingPotential(modes=2)
+    angles = torch.linspace(0, 6, 101, dtype=torch.float64)
+    here, there = (
+        ef.simulate_langevin(ring, ring.on_ring(angles.to(d)), 0.1, 0.01, 20)
+        for d in ("cpu", device)
+    )
+    assert_near(there.final, here.final, 1e-9)
+
+
+def check_updates_read_nothing_back(device: str, watched: Watched) -> None:
+    """Updates of replicas, of which only the projection's record is read back."""
+    obj = network(device)
+    path = ef.linear_path(*ends(obj), pivots=3)
+    lrs = torch.tensor([0.02, 0.01], dtype=torch.float64).to(device)
+    run = Run(
+        path,
+        torch.tensor([0.3, 0.6], dtype=torch.float64),
+        Optimizer("nesterov", lrs),
+        Minibatches(obj, 6, 0, range(2)),
+        engines.loop_gradients(obj),
+        1.0,
+    )
+    table = run.minibatches.table(0, 3)
+    run.updates(table)  # whatever is done once
+    with watched():
+        run.updates(table)
+
+
+def check_products_are_read_back_at_the_end(device: str, watched: Watched) -> None:
+    """Plain gradients of a batch, the yardstick of everything else."""
+    obj = network(device)
+    theta = obj.parameters_vector().requires_grad_()
+    batch = next(iter(obj.batches()))
+    obj.losses(theta, batch.inputs, batch.targets).sum().backward()
+    with watched():
+        obj.losses(theta, batch.inputs, batch.targets).sum().backward()
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "batch norm in evaluation mode": check_batch_norm_in_evaluation_mode,
+    "AutoNEB": check_auto_neb,
+    "training": check_training,
+    "Langevin": check_langevin,
+    **{
+        f"relax by {engine}, {optimizer}": functools.partial(
+            check_relax, engine=engine, optimizer=optimizer
+        )
+        for engine, optimizer in (("loop", "sgd"), ("loop", "adam"), ("vmap", "nesterov"))
+    },
+}
+READ_NOTHING = [check_updates_read_nothing_back, check_products_are_read_back_at_the_end]
