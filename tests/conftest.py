@@ -20,20 +20,6 @@ with warnings.catch_warnings():  # torch's own, when its forward mode is first u
     warnings.simplefilter("ignore")
     importlib.import_module("torch._decomp.decompositions_for_jvp")
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    """GPUs are for `-m gpu` alone; the emulated one is there where they are not.
-
-    Else commands of the command line would move to a GPU by themselves, several processes would
-    meet on one, and torch would take the emulated device for the machine's accelerator.
-    """
-    wanted = config.getoption("markexpr", "")
-    if "gpu" not in wanted or "not gpu" in wanted:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch first asks for devices
-    if emulated_gpu.SUPPORTED and not torch.cuda.is_available():
-        emulated_gpu.register()
-
-
 # Every stage at a size of seconds; what such a run finds is of no meaning.
 TINY = [
     "train.seeds=[0,1]",
@@ -85,6 +71,9 @@ def pytest_configure(config):
     """Tests marked gpu are run by `-m gpu` alone; the others see no GPU (`hidden_gpus`)."""
     if not asks_for_gpus(config.getoption("markexpr")):
         os.environ.update(HIDDEN)
+    # Beside a GPU in use torch would take the emulated one for the machine's accelerator.
+    if emulated_gpu.SUPPORTED and not torch.cuda.is_available():
+        emulated_gpu.register()
 
 
 @pytest.fixture(autouse=True, scope="session")
