@@ -24,6 +24,7 @@ from torch import Tensor
 from entropic_fast.checks import fail
 from entropic_fast.ops import jet_checks as checks
 from entropic_fast.ops.backend import implementation, register_family
+from entropic_fast.ops.dispatch import undispatched
 
 FAMILY = "jet"
 
@@ -85,7 +86,7 @@ def push(
     tscale, tshift, scale = (_contiguous(t) for t in (tscale, tshift, scale))
     if out is None:
         out = u.new_empty(u.shape)
-    sums, forms = torch.ops.entropic_fast.jet_push(
+    sums, forms = undispatched(_push_operation, _push, u)(
         u, extra, normal, scale, tscale, tshift, residual, slope, cotangent, bend, out
     )
     return out, sums, forms
@@ -134,7 +135,7 @@ def pull(
     scale, tscale, rstd = (_contiguous(t) for t in (scale, tscale, rstd))
     if out is None:
         out = u.new_empty(u.shape)
-    dscale, dshift = torch.ops.entropic_fast.jet_pull(
+    dscale, dshift = undispatched(_pull_operation, _pull, u)(
         u, extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd,
         None if out is u else out,
     )  # fmt: skip
@@ -169,7 +170,7 @@ def normalise(
     checks.refuse_autograd(y=y, mean=mean, rstd=rstd, weight=weight, bias=bias, residual=residual)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     weight, bias = _contiguous(weight), _contiguous(bias)
-    z, normal, slope = torch.ops.entropic_fast.jet_normalise(
+    z, normal, slope = undispatched(_normalise_operation, _normalise, y)(
         y, mean, rstd, weight, bias, residual, relu
     )
     return z, normal, slope if relu else None
@@ -189,7 +190,7 @@ def inner(
         tensor([6., 6.], dtype=torch.float64)
     """
     checks.refuse_autograd(a=a, b=b)
-    result: Tensor = torch.ops.entropic_fast.jet_inner(a, b)
+    result: Tensor = undispatched(_inner_operation, _inner, a)(a, b)
     return result
 
 
@@ -200,7 +201,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 # ---- registration with torch ---------------------------------------------------------------------
 
 
-@torch.library.custom_op("entropic_fast::jet_push", mutates_args=("u", "out"))
 def _push(
     u: Tensor,
     extra: Tensor | None,
@@ -221,7 +221,12 @@ def _push(
     return result
 
 
-@_push.register_fake
+_push_operation = torch.library.custom_op(
+    "entropic_fast::jet_push", _push, mutates_args=("u", "out")
+)
+
+
+@_push_operation.register_fake
 def _(
     u: Tensor,
     extra: Tensor | None,
@@ -243,7 +248,6 @@ def _(
     return sums, u.new_empty(0 if bend is None else k, dtype=torch.float64)
 
 
-@torch.library.custom_op("entropic_fast::jet_pull", mutates_args=("u", "out"))
 def _pull(
     u: Tensor,
     extra: Tensor | None,
@@ -264,7 +268,12 @@ def _pull(
     return result
 
 
-@_pull.register_fake
+_pull_operation = torch.library.custom_op(
+    "entropic_fast::jet_pull", _pull, mutates_args=("u", "out")
+)
+
+
+@_pull_operation.register_fake
 def _(
     u: Tensor,
     extra: Tensor | None,
@@ -283,7 +292,6 @@ def _(
     return dscale, torch.empty_like(dscale)
 
 
-@torch.library.custom_op("entropic_fast::jet_normalise", mutates_args=())
 def _normalise(
     y: Tensor,
     mean: Tensor,
@@ -301,7 +309,12 @@ def _normalise(
     return z, normal, slope
 
 
-@_normalise.register_fake
+_normalise_operation = torch.library.custom_op(
+    "entropic_fast::jet_normalise", _normalise, mutates_args=()
+)
+
+
+@_normalise_operation.register_fake
 def _(
     y: Tensor,
     mean: Tensor,
@@ -320,14 +333,16 @@ def _three_like(y: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
     return y.new_empty(y.shape), y.new_empty(y.shape), slope
 
 
-@torch.library.custom_op("entropic_fast::jet_inner", mutates_args=())
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     checks.check_inner(a, b)
     result: Tensor = implementation(FAMILY, a.device).inner(a, b)
     return result
 
 
-@_inner.register_fake
+_inner_operation = torch.library.custom_op("entropic_fast::jet_inner", _inner, mutates_args=())
+
+
+@_inner_operation.register_fake
 def _(a: Tensor, b: Tensor) -> Tensor:
     checks.check_inner(a, b)
     return a.new_empty(a.shape[0], dtype=torch.float64)

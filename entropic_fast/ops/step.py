@@ -34,7 +34,6 @@ take all products.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -43,6 +42,7 @@ from torch import Tensor
 
 from entropic_fast.checks import fail
 from entropic_fast.ops.backend import backend_for, implementation, register_family
+from entropic_fast.ops.dispatch import undispatched
 from entropic_fast.ops.step_checks import (
     check_adam,
     check_near,
@@ -103,7 +103,7 @@ def sgd_step(
     refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
     buffer = theta.new_empty(0) if momentum_buffer is None else momentum_buffer
-    products: Tensor = _run(torch.ops.entropic_fast.sgd_step, _sgd)(
+    products: Tensor = undispatched(torch.ops.entropic_fast.sgd_step, _sgd, theta)(
         rows, _rows(grad), _rows(buffer), _rates(lr, rows), pivots,
         momentum, dampening, weight_decay, nesterov, first, near,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def adam_step(
     """
     refuse_autograd(theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
-    products: Tensor = _run(torch.ops.entropic_fast.adam_step, _adam)(
+    products: Tensor = undispatched(torch.ops.entropic_fast.adam_step, _adam, theta)(
         rows, _rows(grad), _rows(exp_avg), _rows(exp_avg_sq), step.reshape(-1),
         _rates(lr, rows), pivots, betas[0], betas[1], eps, weight_decay, decoupled, near,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def project_step(
     single = theta.dim() == 1
     if single and products.dim() == 2:
         products = products[None]
-    segment, t, distance = _run(torch.ops.entropic_fast.project_step, _project)(
+    segment, t, distance = undispatched(torch.ops.entropic_fast.project_step, _project, theta)(
         _rows(theta), products, pivots, squares, near, between
     )
     return (segment[0], t[0], distance[0]) if single else (segment, t, distance)
@@ -216,16 +216,6 @@ def pivot_squares(
 
 
 # ---- registration with torch ---------------------------------------------------------------------
-
-
-def _run(operation: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation where torch traces or transforms; else its function, called at less cost."""
-    plain = (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-    return function if plain else operation
 
 
 def _sgd(
