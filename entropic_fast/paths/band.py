@@ -31,22 +31,20 @@ def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
     >>> improved_tangents(band, torch.tensor([0.0, 1.0, 2.0])).tolist()
     [[0.0, 1.0]]
     """
-    forward = pivots[2:] - pivots[1:-1]
-    backward = pivots[1:-1] - pivots[:-2]
-    before, here, after = energies[:-2], energies[1:-1], energies[2:]
-    up, down = (after - here).abs(), (before - here).abs()
-    largest, smallest = torch.maximum(up, down), torch.minimum(up, down)
-    rises = after > before
+    steps = pivots[1:] - pivots[:-1]
+    backward, forward = steps[:-1], steps[1:]
+    gaps = (energies[1:] - energies[:-1]).abs()
+    largest, smallest = torch.maximum(gaps[1:], gaps[:-1]), torch.minimum(gaps[1:], gaps[:-1])
+    rises = energies[2:] > energies[:-2]
     w_forward = torch.where(rises, largest, smallest)
     w_backward = torch.where(rises, smallest, largest)
-    ascending = (after > here) & (here > before)
-    descending = (after < here) & (here < before)
+    up, down = energies[1:] > energies[:-1], energies[1:] < energies[:-1]
+    ascending, descending = up[:-1] & up[1:], down[:-1] & down[1:]
     slope = ascending | descending
     w_forward = torch.where(slope, ascending.to(w_forward.dtype), w_forward)
     w_backward = torch.where(slope, descending.to(w_backward.dtype), w_backward)
     flat = largest == 0  # three equal energies: the bisector
-    w_forward = torch.where(flat, torch.ones_like(w_forward), w_forward)
-    w_backward = torch.where(flat, torch.ones_like(w_backward), w_backward)
+    w_forward, w_backward = w_forward.masked_fill(flat, 1.0), w_backward.masked_fill(flat, 1.0)
     # Scaled first, so that tiny energy differences do not underflow.
     scale = torch.maximum(w_forward, w_backward)
     tangents = _unit(
@@ -128,4 +126,5 @@ def insertions(
 
 def _unit(rows: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return torch.where(norms > 0, rows / norms, torch.zeros_like(rows))
+    unit: Tensor = (rows / norms).masked_fill(norms == 0, 0.0)
+    return unit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
-from ..layouts import fitting_layout
+from ..devices import is_gpu
 from ..objective import Objective
 from ..table import Table
-from .band import band_gradients, improved_tangents, insertions
+from .band import insertions
 from .config import AutoNEBConfig
+from .descent import Descent
 from .losses import path_losses, saddle
 from .path import Path, linear_path
 from .state import NEBResult, NEBState
 
 Row = dict[str, Any]
+
+STEPS_UNREAD = 16  # on a GPU: one synchronization in so many steps
 
 
 class NEBDivergedError(ValueError):
@@ -36,6 +40,7 @@ def auto_neb(
     on_step: Callable[[int, int, Row], None] | None = None,
     on_cycle: Callable[[NEBState], None] | None = None,
     resume: NEBState | None = None,
+    cuda_graphs: bool = True,
 ) -> NEBResult:
     """Connect two minima by a path of low loss.
 
@@ -62,6 +67,7 @@ def auto_neb(
         on_cycle: called after each cycle with a state from which a run can be resumed.
         resume: such a state; the result is the same as without interruption, bit for bit on a
             CPU.
+        cuda_graphs: on a GPU, launch the gradients of all pivots as a CUDA graph where that works.
 
     Raises:
         ValueError: ends that do not fit the objective or are equal; a model in half precision;
@@ -90,10 +96,16 @@ def auto_neb(
     state = _start(a, b, config) if resume is None else _resumed(resume, a, b, config)
     train = _training_objective(obj, train_obj)
     losses: Table | None = None
+    note = ""
     for cycle in range(state.cycle, len(config.cycles)):
-        pivots, rows = _run_cycle(train, state, cycle, on_step)
         steps, lr = config.cycles[cycle]
-        path = Path(pivots)
+        batches = minibatches(
+            train.num_examples, config.batch_size, config.seed, cycle, train.device
+        )
+        descent = Descent(train, state.pivots, lr, config, cuda_graphs)
+        with contextlib.closing(descent):
+            rows = _run_cycle(descent, batches, state, on_step)
+        path, note = Path(descent.pivots), descent.note
         losses = _dense(obj, path, config)
         inserted: list[float] = []
         if cycle + 1 < len(config.cycles):
@@ -124,11 +136,16 @@ def auto_neb(
             on_cycle(state)
     path = Path(state.pivots)
     losses = _dense(obj, path, config) if losses is None else losses
-    return NEBResult(path, losses, state.history, state.cycles, saddle(losses))
+    notes = (note,) if note else ()
+    return NEBResult(path, losses, state.history, state.cycles, saddle(losses), notes)
 
 
 def minibatches(
-    count: int, batch_size: int | None, seed: int, cycle: int
+    count: int,
+    batch_size: int | None,
+    seed: int,
+    cycle: int,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor | None]:
     """The examples of each step of a cycle: a pure function of its arguments.
 
@@ -137,6 +154,7 @@ def minibatches(
     Args:
         count: examples there are.
         batch_size: examples a step, or None.
+        device: of the indices; default, the CPU.
 
     Yields:
         indices [batch_size]; None for all the examples.
@@ -151,128 +169,44 @@ def minibatches(
         if batch_size is None or batch_size >= count:
             yield None
             continue
-        order = random.permutation(count, key, stream=epoch)
+        order = random.permutation(count, key, stream=epoch, device=device)
         for start in range(0, count - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
         epoch += 1
 
 
 def _run_cycle(
-    train: Objective,
+    descent: Descent,
+    batches: Iterator[Tensor | None],
     state: NEBState,
-    cycle: int,
     on_step: Callable[[int, int, Row], None] | None,
-) -> tuple[Tensor, list[Row]]:
-    config = state.config
+) -> list[Row]:
+    """The steps of the state's cycle; a row of `NEBResult.history` for each."""
+    config, cycle = state.config, state.cycle
     steps, lr = config.cycles[cycle]
     done = sum(n for n, _ in config.cycles[:cycle])
-    pivots = state.pivots.clone()
-    velocity = torch.zeros_like(pivots[1:-1])
-    where = f"cycle {cycle} (learning rate {lr:g})"
-    data = train.tensors()
-    layout = torch.contiguous_format
-    if train.device.type == "cpu":  # not measured elsewhere
-        layout = fitting_layout(lambda x: train.outputs(pivots[0], x), data[0])
+    # Facts of steps stay on a GPU until so many are read at once, or each is asked for.
+    every = STEPS_UNREAD if is_gpu(descent.pivots.device) and on_step is None else 1
     rows: list[Row] = []
-    batches = minibatches(train.num_examples, config.batch_size, config.seed, cycle)
+    unread: list[Tensor] = []
     for step in range(steps):
-        index = next(batches)
-        losses, gradients = _energies(train, pivots, data, index, layout)
-        _require_finite(losses, f"step {step} of {where}", "loss")
-        energies = losses
-        if config.weight_decay:
-            energies = losses + 0.5 * config.weight_decay * _norms(pivots) ** 2
-            gradients.add_(pivots[1:-1], alpha=config.weight_decay)
-        across = band_gradients(
-            pivots,
-            gradients,
-            improved_tangents(pivots, energies.to(pivots.dtype)),
-            config.springs,
-        )
-        velocity.mul_(config.momentum).add_(across)
-        pivots[1:-1].sub_(velocity, alpha=lr)
-        _require_finite(_norms(pivots), f"step {step} of {where}", "norm")
-        band = Path(pivots)
-        if config.springs == math.inf:
-            band = band.resampled(band.num_pivots)
-        pivots = band.pivots.clone()
-        interior = losses[1:-1]
-        row = {
-            "cycle": cycle,
-            "step": step,
-            "lr": lr,
-            "pivots": len(pivots),
-            "mean_loss": float(interior.mean()),
-            "max_loss": float(interior.max()),
-            "force": float(torch.linalg.vector_norm(across, dim=1).max()),
-            "length": band.length,
-        }
-        rows.append(row)
-        if on_step is not None:
-            on_step(done + step + 1, config.steps, row)
-    return pivots, rows
-
-
-def _energies(
-    train: Objective,
-    pivots: Tensor,
-    data: tuple[Tensor, Tensor],
-    index: Tensor | None,
-    layout: torch.memory_format,
-) -> tuple[Tensor, Tensor]:
-    """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P].
-
-    All on the same examples: those at `index`, or all in the objective's batches. Processes that
-    share work take pivots in turn.
-    """
-    if train.sharing is None:
-        return _own_energies(train, pivots, data, index, layout)
-
-    def own() -> Tensor:
-        losses, gradients = _own_energies(train, pivots, data, index, layout)
-        return torch.cat([losses, gradients.flatten().double()])
-
-    given = [] if index is None else [index]
-    count, every = len(pivots), train.summed(own, "energies of pivots", pivots, *given)
-    return every[:count], every[count:].view(count - 2, -1).to(pivots.dtype)
-
-
-def _own_energies(
-    train: Objective,
-    pivots: Tensor,
-    data: tuple[Tensor, Tensor],
-    index: Tensor | None,
-    layout: torch.memory_format,
-) -> tuple[Tensor, Tensor]:
-    if index is None:
-        batches = [(batch.inputs, batch.targets) for batch in train.batches()]
-    else:
-        index = index.to(train.device)
-        batches = [(data[0][index], data[1][index])]
-    count = sum(len(inputs) for inputs, _ in batches)
-    losses = torch.zeros(len(pivots), dtype=torch.float64, device=pivots.device)
-    gradients = torch.zeros_like(pivots[1:-1])
-    turn, processes = (0, 1) if train.sharing is None else (train.sharing.rank, train.sharing.size)
-    for inputs, targets in batches:
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=layout)
-        for i, pivot in enumerate(pivots):
-            if i % processes != turn:
-                continue
-            if i in (0, len(pivots) - 1):
-                with torch.no_grad():
-                    losses[i] += train.losses(pivot, inputs, targets).double().sum() / count
-                continue
-            leaf = pivot.detach().requires_grad_()
-            loss = train.losses(leaf, inputs, targets).sum() / count
-            gradients[i - 1] += torch.autograd.grad(loss, leaf)[0]
-            losses[i] += loss.detach().double()
-    return losses, gradients
-
-
-def _norms(pivots: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(pivots, dim=1, dtype=torch.float64)
-    return norms
+        descent.step(next(batches))
+        unread.append(descent.facts)
+        if len(unread) < every and step + 1 < steps:
+            continue
+        read = torch.stack(unread).tolist() if len(unread) > 1 else [unread[0].tolist()]
+        unread.clear()
+        for facts in read:
+            where = f"step {len(rows)} of cycle {cycle} (learning rate {lr:g})"
+            count = (len(facts) - 4) // 2
+            _require_finite(facts[4 : 4 + count], where, "loss")
+            _require_finite(facts[4 + count :], where, "norm")
+            named = zip(("mean_loss", "max_loss", "force", "length"), facts[:4], strict=True)
+            row = {"cycle": cycle, "step": len(rows), "lr": lr, "pivots": count, **dict(named)}
+            rows.append(row)
+            if on_step is not None:
+                on_step(done + len(rows), config.steps, row)
+    return rows
 
 
 def _training_objective(obj: Objective, train_obj: Objective | None) -> Objective:
@@ -327,11 +261,10 @@ def _with_points(path: Path, s: list[float]) -> Tensor:
     return torch.cat((path.pivots, extra))[torch.argsort(positions, stable=True)]
 
 
-def _require_finite(values: Tensor, where: str, what: str) -> None:
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        pivot = int((~finite).nonzero()[0])
-        raise NEBDivergedError(
-            f"pivot {pivot} of {len(values)}: expected a finite {what}, got "
-            f"{float(values[pivot])} at {where}; lower the learning rate, or check the ends"
-        )
+def _require_finite(values: list[float], where: str, what: str) -> None:
+    for pivot, value in enumerate(values):
+        if not math.isfinite(value):
+            raise NEBDivergedError(
+                f"pivot {pivot} of {len(values)}: expected a finite {what}, got "
+                f"{value} at {where}; lower the learning rate, or check the ends"
+            )

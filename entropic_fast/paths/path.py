@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, display, store
+from . import arc
 
 # Rows of theta projected at once: temporaries of at most this many float64 numbers each.
 _CHUNK = 1 << 24
@@ -52,15 +53,8 @@ class Path:
                 "a path needs two ends",
             )
         self._pivots = checks.finite("pivots", pivots).detach().clone()
-        # One segment at a time: differences in float64 without a float64 copy of the path.
-        lengths = torch.stack(
-            [
-                torch.linalg.vector_norm(b.double() - a.double())
-                for a, b in zip(self._pivots[:-1], self._pivots[1:], strict=True)
-            ]
-        )
-        arc = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-        self._length = float(arc[-1])
+        length, self._positions = arc.measured(self._pivots)
+        self._length = float(length)
         if not (self._length > 0 and math.isfinite(self._length)):
             raise checks.fail(
                 "pivots",
@@ -68,9 +62,6 @@ class Path:
                 f"length {self._length}",
                 "the ends and all pivots coincide" if self._length == 0 else "rescale them",
             )
-        self._positions = arc / arc[-1]
-        # Segments without length hold no position of their own.
-        self._proper = (self._positions[1:] > self._positions[:-1]).nonzero()[:, 0]
 
     @property
     def pivots(self) -> Tensor:
@@ -117,11 +108,7 @@ class Path:
             ValueError: a position outside [0, 1].
         """
         many, single = self._checked(s)
-        starts = self._positions[self._proper]
-        which = torch.searchsorted(starts, many, right=True) - 1
-        index = self._proper[which.clamp(min=0)]
-        left, right = self._positions[index], self._positions[index + 1]
-        t = ((many - left) / (right - left)).clamp(0.0, 1.0)
+        index, t = arc.located(self._positions, many)
         return (int(index[0]), float(t[0])) if single else (index, t)
 
     def point(self, s: float | Tensor) -> Tensor:
@@ -134,10 +121,7 @@ class Path:
             [P], or [K, P].
         """
         many, single = self._checked(s)
-        index, t = self.segment(many)
-        points = torch.lerp(
-            self._pivots[index], self._pivots[index + 1], t[:, None].to(self._pivots.dtype)
-        )
+        points = arc.points_at(self._pivots, self._positions, many)
         return points[0] if single else points
 
     def tangent(self, s: float | Tensor) -> Tensor:
@@ -150,7 +134,7 @@ class Path:
             [P], or [K, P].
         """
         many, single = self._checked(s)
-        index, _ = self.segment(many)
+        index, _ = arc.located(self._positions, many)
         along = self._pivots[index + 1].double() - self._pivots[index].double()
         along = along / torch.linalg.vector_norm(along, dim=1, keepdim=True)
         unit: Tensor = along.to(self._pivots.dtype)
@@ -204,7 +188,9 @@ class Path:
         best = torch.full_like(rows[:, 0], torch.inf)
         s = torch.zeros_like(best)
         nearest = torch.empty_like(rows)
-        for i in self._proper.tolist():
+        # Segments without length hold no position of their own.
+        proper = (self._positions[1:] > self._positions[:-1]).nonzero()[:, 0]
+        for i in proper.tolist():
             start = self._pivots[i].double()
             along = self._pivots[i + 1].double() - start
             offset = rows - start
@@ -231,10 +217,7 @@ class Path:
             ValueError: fewer than two pivots.
         """
         checks.whole("count", count, 2)
-        s = torch.linspace(0, 1, count, dtype=torch.float64, device=self._positions.device)
-        pivots = self.point(s)
-        pivots[0], pivots[-1] = self._pivots[0], self._pivots[-1]
-        return Path(pivots)
+        return Path(arc.resampled(self._pivots, self._positions, count))
 
     def reversed(self) -> Path:
         """The same path from its other end."""

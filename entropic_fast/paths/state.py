@@ -37,6 +37,7 @@ class NEBResult:
         cycles: a row for each cycle: cycle, steps, lr, pivots, then at its end max_loss (of the
             dense evaluation), length and the number of pivots inserted.
         saddle: the highest point of `losses`, interpolated.
+        notes: on a GPU, why CUDA graphs were not used; empty if there is nothing to say.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class NEBResult:
     history: Table
     cycles: Table
     saddle: Saddle
+    notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         rise, (low, high) = barrier(self.losses), self.saddle.bracket
