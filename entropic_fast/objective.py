@@ -465,9 +465,12 @@ class Objective:
             a new Objective at the same data; this one unchanged if nothing keeps statistics.
         """
         self.count(max_examples)
+        return self.recalibrated_at(self.point(theta), max_examples)
+
+    def recalibrated_at(self, theta: Tensor, max_examples: int | None = None) -> Objective:
+        """`recalibrated` at a point that is known to be one: reads no value back."""
         if not self.has_running_statistics:
             return self
-        theta = self.point(theta)
         other = copy.copy(self)
         other.buffers = {name: b.clone() for name, b in self.buffers.items()}
         with model_lock(self._model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..devices import is_gpu
+from ..model_checks import require_classifier
 from ..objective import NonFiniteLossError, Objective
 from ..table import Table
+from . import arc
 from .path import Path
+
+# On a GPU so many points are launched before their losses are read: at most so many numbers.
+_POINTS, _NUMBERS = 16, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def path_losses(
         points: how many points between each two pivots (the pivots are evaluated too), or
             the positions themselves [K], each in [0, 1].
         recalibration_examples: examples for the statistics; None for all.
-        on_point: called with (points done, points in all).
+        on_point: called with (points done, points in all); on a GPU for some points at once.
 
     Returns:
         columns s, loss, is_pivot, and accuracy for a classifier (scores [N, C] and whole
@@ -91,34 +98,79 @@ def path_losses(
     [1.0, 0.0, 1.0]
     """
     require_same_parameters(obj, path)
+    obj.count(recalibration_examples)
     pivots_at = path.positions.tolist()
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
     classifier = _is_classifier(obj)
     # Statistics are of all examples at each point: processes take points then, not examples.
     sharing = obj.sharing if obj.has_running_statistics else None
     whole = obj if sharing is None else obj.alone()
-
-    def values(position: float) -> list[float]:
-        theta = path.point(position)
-        here = whole.recalibrated(theta, max_examples=recalibration_examples)
-        try:
-            return list(here.evaluate(theta)) if classifier else [here.loss(theta)]
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
+    first, every = (0, 1) if sharing is None else (sharing.rank, sharing.size)
 
     def own() -> Tensor:
         found = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
-        for i, position in enumerate(s):
-            if sharing is None or i % sharing.size == sharing.rank:
-                found[i] = found.new_tensor(values(position))
-            if on_point is not None:
-                on_point(i + 1, len(s))
+        at = torch.tensor(s, dtype=torch.float64, device=obj.device)[first::every]
+        size = max(1, min(_POINTS, _NUMBERS // path.num_params)) if is_gpu(obj.device) else 1
+        reported = 0
+        for start in range(0, len(at), size):
+            points = arc.points_at(path.pivots, path.positions, at[start : start + size])
+            values = torch.stack(
+                [_values(whole, point, classifier, recalibration_examples) for point in points]
+            )
+            places = range(first + start * every, len(s), every)[: len(points)]
+            for place, loss in zip(places, values[:, 0].tolist(), strict=True):
+                if not math.isfinite(loss):
+                    _explain(whole, path, s[place], recalibration_examples)
+            found[places.start : places.stop : every] = values
+            while on_point is not None and reported <= places[-1]:
+                reported += 1
+                on_point(reported, len(s))
+        for done in range(reported, len(s) if on_point is not None else 0):
+            assert on_point is not None
+            on_point(done + 1, len(s))
         return found
 
     found = own() if sharing is None else obj.summed(own, "losses along a path", path.pivots)
     columns = dict(zip(("loss", "accuracy"), found.T.tolist(), strict=False))
     return Table({"s": s, "loss": columns.pop("loss"), "is_pivot": [p in pivots_at for p in s],
                   **columns})  # fmt: skip
+
+
+def _values(
+    obj: Objective, theta: Tensor, classifier: bool, recalibration_examples: int | None
+) -> Tensor:
+    """The mean loss at a point [P] of the path and, of a classifier, the accuracy.  # [1 or 2]
+
+    What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device.
+    """
+    if obj.sharing is not None:  # whose processes meet at every point
+        here = obj.recalibrated(theta, max_examples=recalibration_examples)
+        return theta.new_tensor(
+            here.evaluate(theta) if classifier else [here.loss(theta)], dtype=torch.float64
+        )
+    here = obj.recalibrated_at(theta, recalibration_examples)
+    with torch.no_grad():
+        if not classifier:
+            parts = [here.losses(theta, batch.inputs, batch.targets) for batch in here.batches()]
+            return torch.cat(parts).double().mean()[None]
+        sums = torch.zeros(2, dtype=torch.float64, device=theta.device)
+        for batch in here.batches():
+            outputs = here.outputs(theta, batch.inputs)
+            require_classifier(outputs, batch.targets)
+            sums[0] += here.output_losses(outputs, batch.targets).double().sum()
+            sums[1] += (outputs.argmax(1) == batch.targets).sum()
+        return sums / here.num_examples
+
+
+def _explain(
+    obj: Objective, path: Path, position: float, recalibration_examples: int | None
+) -> None:
+    """Raise what the objective says of the loss at this position, which is not finite."""
+    theta = path.point(position)
+    try:
+        obj.recalibrated(theta, max_examples=recalibration_examples).loss(theta)
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
 
 
 def barrier(table: Table) -> Barrier:
@@ -190,9 +242,14 @@ def _dense(pivots_at: list[float], points: int) -> list[float]:
 
 
 def _given(points: Sequence[float] | Tensor) -> list[float]:
-    s = torch.as_tensor(points, dtype=torch.float64)
+    s = torch.as_tensor(points, dtype=torch.float64, device="cpu")
     if s.ndim != 1 or len(s) == 0:
         raise checks.fail("points", "a whole number, or positions [K]", checks.describe(s))
+    outside = s[~((s >= 0) & (s <= 1))]
+    if len(outside):
+        raise checks.fail(
+            "points", "positions in [0, 1] (relative arc length)", str(float(outside[0]))
+        )
     return [float(value) for value in s]
 
 
