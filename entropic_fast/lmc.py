@@ -182,6 +182,7 @@ def measure_line(
     ]
     curvature_data = data.tensors(curvature_examples)
     test_data = None if eval_data is None else eval_data.tensors()
+    distance = float((ends[1] - ends[0]).norm())
     rows, pairs = [], None
     for i in range(points):
         t = i / (points - 1)
@@ -196,7 +197,7 @@ def measure_line(
         )
         row["eigenvalue"] = float(pairs.values[0])
         row["residual"] = float(pairs.residuals[0])
-        row["distance"] = float((ends[1] - ends[0]).norm())
+        row["distance"] = distance
         rows.append(row)
         _tell(progress, "line", i + 1, points)
     return Table.from_rows(rows)

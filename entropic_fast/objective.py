@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -363,6 +364,28 @@ class Objective:
         """
         wanted = torch.is_grad_enabled() and self.norm == "running" and len(inputs) == 1
         return wanted and bool(norm_layers(self._model))
+
+    def mean_losses(self, points: Tensor) -> Tensor:
+        """`loss` at finite points [R, P], read back at once; float64, on the CPU.  # [R]
+
+        Raises:
+            NonFiniteLossError: as `loss`.
+        """
+        if self.sharing is not None:
+            return torch.tensor([self.loss(point) for point in points], dtype=torch.float64)
+        if not len(points):
+            return torch.zeros(0, dtype=torch.float64)
+        with torch.no_grad():
+            found = torch.stack([self.unread_loss(point) for point in points]).cpu()
+        for point, value in zip(points, found.tolist(), strict=True):
+            if not math.isfinite(value):
+                self.loss(point)
+        return found
+
+    def unread_loss(self, theta: Tensor) -> Tensor:
+        """`loss` at a finite theta [P] by this process, NaN or infinite or not, not read back."""
+        losses = [self.losses(theta, batch.inputs, batch.targets) for batch in self.batches()]
+        return torch.cat(losses).double().mean()
 
     def loss(self, theta: Tensor | None = None) -> float:
         """Mean loss over all examples at theta [P], summed in float64."""

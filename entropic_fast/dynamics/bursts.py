@@ -11,6 +11,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..objective import Objective
 from ..paths.path import Path
 from ..table import Table
@@ -169,62 +170,66 @@ def _noise_along(
     place = torch.arange(len(places)).repeat_interleave(replicas)
     batches = Minibatches(obj, settings.batch_size, seed, ids)
     slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
-    found, error = slope(obj, path, places, batches)
-    total = torch.zeros(len(ids), dtype=torch.float64)
+    found, error = slope(obj, path, places, batches, place)
+    # Summed where the gradients are, and read once.
+    total = torch.zeros(len(ids), dtype=torch.float64, device=obj.device)
     weights = travel(settings)
     for step, weight in enumerate(weights.tolist()):
-        total += weight * found(step, place)
-    return total, error * float(weights.sum())
+        total += weight * found(step)
+    return total.cpu(), error.cpu() * float(weights.sum())
 
 
 def _has_batch_statistics(obj: Objective) -> bool:
     return obj.has_running_statistics or obj.norm == "batch"
 
 
-# (step, place of each replica [K R]) -> slopes of their minibatches less the mean [K R]
-Slopes = Callable[[int, Tensor], Tensor]
+# (step) -> slopes of the replicas' minibatches less the mean [K R], on the objective's device
+Slopes = Callable[[int], Tensor]
 
 
 def _mean_slopes(
-    obj: Objective, path: Path, places: Tensor, batches: Minibatches
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches, place: Tensor
 ) -> tuple[Slopes, Tensor]:
     slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
-    slopes = slopes - slopes.mean(1, keepdim=True)
+    slopes = (slopes - slopes.mean(1, keepdim=True)).to(obj.device)
+    rows = place.to(obj.device)[:, None]
 
-    def found(step: int, place: Tensor) -> Tensor:
-        return slopes[place[:, None], batches.indices(step).cpu()].mean(1)
+    def found(step: int) -> Tensor:
+        return slopes[rows, batches.indices(step)].mean(1)
 
     return found, torch.zeros_like(places)
 
 
 def _batch_slopes(
-    obj: Objective, path: Path, places: Tensor, batches: Minibatches
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches, place: Tensor
 ) -> tuple[Slopes, Tensor]:
     alike = in_random_batches(obj, batches.batch_size)
     points = [path.point(float(s)).detach() for s in places]
     tangents = [path.tangent(float(s)).double() for s in places]
 
-    def slope(k: int, inputs: Tensor, targets: Tensor) -> float:
+    @exact_math()
+    def slope(k: int, inputs: Tensor, targets: Tensor) -> Tensor:
         theta = points[k].requires_grad_()
         loss = alike.losses(theta, inputs, targets).mean()
-        return float(torch.autograd.grad(loss, theta)[0].double() @ tangents[k])
+        return torch.autograd.grad(loss, theta)[0].double() @ tangents[k]
 
-    every = torch.tensor(
-        [[slope(k, b.inputs, b.targets) for b in alike.batches()] for k in range(len(places))],
-        dtype=torch.float64,
-    )  # [K, N // B]
+    every = torch.stack(
+        [slope(k, b.inputs, b.targets) for k in range(len(places)) for b in alike.batches()]
+    ).view(len(places), -1)  # [K, N // B]
     mean, count = every.mean(1), every.shape[1]
 
-    def found(step: int, place: Tensor) -> Tensor:
+    means = mean[place.to(mean.device)]
+
+    def found(step: int) -> Tensor:
         rows = zip(place.tolist(), *batches(step), strict=True)
-        slopes = torch.tensor([slope(k, x, y) for k, x, y in rows], dtype=torch.float64)
-        return slopes - mean[place]
+        return torch.stack([slope(k, x, y) for k, x, y in rows]) - means
 
     if count == 1:  # a full batch is all there is
         return found, torch.zeros_like(mean)
     return found, every.std(1) / count**0.5
 
 
+@exact_math()
 def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
     """Derivative of each example's loss along the path's unit tangent, float64.  # [N]"""
     tangent, parts = path.tangent(position), []

@@ -52,6 +52,7 @@ from .. import checks
 from ..curvature import HessianOperator, top_eigenvalues
 from ..curvature.across import Across, orthonormal
 from ..curvature.protocol import multiply
+from ..exact import exact_math
 from ..objective import Objective
 from ..paths.path import Path
 from ..results import Eigenpairs, Estimate
@@ -174,6 +175,7 @@ class PointForce:
         return found, sampling, sampling.strength(found.seen, self.noise, size)
 
 
+@exact_math()
 def point_force(
     obj: Objective,
     path: Path,

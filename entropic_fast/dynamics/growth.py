@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..curvature import HessianOperator
 from ..curvature.protocol import multiply
+from ..exact import exact_math
 from ..objective import Objective
 from ..paths.path import Path
 from .force import PointForce
@@ -32,6 +33,7 @@ from .response import ProjectedSGD, Sampling, response, travel
 _ORTHOGONAL = 1e-2
 
 
+@exact_math()
 def scale_invariant_rows(
     obj: Objective, theta: Tensor | None = None, *, batches: int = 2
 ) -> dict[str, Tensor]:
@@ -58,17 +60,20 @@ def scale_invariant_rows(
     found = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
     if obj.norm != "batch":
         return {}
+    kept = []  # whether each is one on each batch, read once
     for _, batch in zip(range(batches), obj.batches(), strict=False):
         leaf = theta.detach().requires_grad_()
         loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
         gradient = torch.autograd.grad(loss, leaf)[0].double()
-        for name, rows in list(found.items()):
+        for rows in found.values():
             w, g = theta[rows].double(), gradient[rows]
             scale = w.norm(dim=1) * g.norm(dim=1)
             live = scale > 0
-            cosine = (w * g).sum(1)[live].abs() / scale[live]
-            if not bool(live.any()) or float(cosine.max()) > _ORTHOGONAL:
-                del found[name]
+            cosine = torch.where(live, (w * g).sum(1).abs() / scale, 0.0)
+            kept.append(live.any() & ~(cosine.max() > _ORTHOGONAL))
+    if kept:
+        every = torch.stack(kept).view(-1, len(found)).all(0).tolist()
+        found = {name: found[name] for name, one in zip(list(found), every, strict=True) if one}
     return found
 
 
@@ -94,6 +99,7 @@ class RadialShare:
         return self.radial / self.entropic if self.entropic else 0.0
 
 
+@exact_math()
 def radial_share(
     obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
 ) -> RadialShare:

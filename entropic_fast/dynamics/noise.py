@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import checks
 from ..curvature.across import without
 from ..curvature.per_example import ExampleGradients
+from ..exact import exact_math
 from ..objective import Objective
 from ..random import derive, normal, permutation, uniform
 
@@ -31,9 +32,11 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
     for batch in obj.batches():
         size = size or len(batch.inputs)
         if len(batch.inputs) == size:
-            leaf = theta.detach().requires_grad_()
-            loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
-            yield number, torch.autograd.grad(loss, leaf)[0][None]
+            with exact_math():  # not while whoever asked for the row has it
+                leaf = theta.detach().requires_grad_()
+                loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
+                row = torch.autograd.grad(loss, leaf)[0][None]
+            yield number, row
             number += 1
 
 
@@ -78,6 +81,7 @@ class GradientNoise:
         cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
     """
 
+    @exact_math()
     def __init__(
         self,
         obj: Objective,
@@ -98,15 +102,19 @@ class GradientNoise:
         product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
         squares = []
         self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
-        signs = [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+        # Made on the CPU, whose logarithms and cosines these numbers are, and moved at once.
+        signs = torch.stack(
+            [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+            or [torch.zeros(n)]
+        ).to(theta)
         for start, rows in gradient_rows(obj, theta):
             rows = self.scale * (rows - self.mean)  # [n, P]
             coordinates = (rows @ columns).double()
             product += coordinates[:, :size].T @ coordinates / n
             within = coordinates[:, :size].square().sum(1)
             squares.append(torch.linalg.vector_norm(rows, dim=1).double().square() - within)
-            for total, sign in zip(self._sums, signs, strict=True):
-                total += sign[start : start + len(rows)].to(rows) @ rows
+            for total, sign in zip(self._sums, signs, strict=False):
+                total += sign[start : start + len(rows)] @ rows
         within = product[:, :size]
         self.covariance = within[1:, 1:]
         self._rest_squares = torch.cat(squares).clamp(min=0)  # [n]
@@ -131,6 +139,7 @@ class GradientNoise:
             total += rows.sum(0) / self.count
         return total
 
+    @exact_math()
     def sample(self, examples: int, seed: int) -> Tensor:
         """Columns v of which the mean of v v^T is the rest of C, in expectation.  # [P, E]
 
@@ -166,6 +175,7 @@ class GradientNoise:
             rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
         return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 
+    @exact_math()
     def spread(self, size: float) -> float:
         """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
 
@@ -180,13 +190,14 @@ class GradientNoise:
                 return 0.0
             z = z * (size / length)
             ways = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
-            sums, squares = torch.zeros_like(z, dtype=torch.float64), 0.0
+            sums = torch.zeros_like(z, dtype=torch.float64)
+            squares = sums.new_zeros(())
             for (_, up), (_, down) in zip(*ways, strict=True):
                 change = (self.scale / (2 * size)) * (up - down)
                 along = (change @ tangent).double()
                 sums += change.double().sum(0)
-                squares += float(torch.linalg.vector_norm(change, dim=1).double().square().sum())
-                squares -= float(along.square().sum())
+                squares += torch.linalg.vector_norm(change, dim=1).double().square().sum()
+                squares -= along.square().sum()
             mean = without(tangent.double(), sums[:, None]) / self.count
-            found.append(squares / self.count - float(mean.square().sum()))
+            found.append(float(squares / self.count - mean.square().sum()))
         return sum(found) / len(found) if found else 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..devices import is_gpu
 from ..ops.step import pivot_squares, project_step, segment_squares
 from ..paths.path import Path
 from . import engines
@@ -59,7 +60,9 @@ class Run:
         self.gradients, self.max_distance = gradients, max_distance * path.length
         self._lift = lift
         self.squares = segment_squares(path.pivots)  # [M - 1]
-        self.between = pivot_squares(path.pivots)  # [M, M]
+        # Only the CPU's kernels look near a segment first and leave products out.  # [M, M]
+        gpu = is_gpu(path.pivots.device)
+        self.between = None if gpu else pivot_squares(path.pivots)
         self.theta = path.point(starts).contiguous()
         self.position = starts.to(path.positions).clone()
         self.distance = torch.zeros_like(self.position)
@@ -86,7 +89,7 @@ class Run:
 
     def updates(self, table: Tensor) -> None:
         """Updates on these minibatches, and a projection; waits for no device.  # [k, R, B]"""
-        last, near = len(table) - 1, self._near()
+        last, near = len(table) - 1, None if self.between is None else self._near()
         for j, index in enumerate(table):
             loss, gradient = self.gradients(self.theta, *self.minibatches.take(index))
             if j == 0 and self.step == 0:
@@ -118,14 +121,15 @@ class Run:
     def record(self, evaluation: Evaluation) -> Record:
         """The record of this moment; sums over updates begin anew."""
         full, fixed = evaluation(self.step, self._parameters(self.theta))
-        losses = self._spread(self.losses / self.summed)
+        distance = self.distance if self._lift is None else self.distance * torch.nan
+        read = torch.stack([self.position, distance, self.losses / self.summed]).cpu()
+        position, distance, losses = (self._spread(values) for values in read)
         self.losses.zero_()
         self.summed = 0
-        distance = self.distance if self._lift is None else self.distance * torch.nan
         return Record(
             self.step,
-            self._spread(self.position),
-            self._spread(distance),
+            position,
+            distance,
             losses,
             self._spread(full),
             self.diverged_at.clone(),

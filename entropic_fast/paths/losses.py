@@ -151,8 +151,7 @@ def _values(
     here = obj.recalibrated_at(theta, recalibration_examples)
     with torch.no_grad():
         if not classifier:
-            parts = [here.losses(theta, batch.inputs, batch.targets) for batch in here.batches()]
-            return torch.cat(parts).double().mean()[None]
+            return here.unread_loss(theta)[None]
         sums = torch.zeros(2, dtype=torch.float64, device=theta.device)
         for batch in here.batches():
             outputs = here.outputs(theta, batch.inputs)
