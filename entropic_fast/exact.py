@@ -69,8 +69,31 @@ def exact_math() -> Iterator[None]:
     ...     torch.backends.mha.get_fastpath_enabled()
     False
     """
-    with no_autocast(), _plain_attention(), _full_float32():
+    allowed = getattr(_tf32, "allowed", False)
+    with no_autocast(), _plain_attention(), _float32("tf32" if allowed else "ieee"):
         yield
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Within it, in this thread, what `exact_math` has a GPU round float32 products to.
+
+    Args:
+        precision: "float32", as without it; or "tf32", with 10 bits of mantissa. While another
+            thread is within full float32, so is this one: settings are the process's.
+
+    >>> with products_in("tf32"), exact_math():  # on a GPU, products in TF32
+    ...     pass
+    """
+    before = getattr(_tf32, "allowed", False)
+    _tf32.allowed = precision == "tf32"
+    try:
+        yield
+    finally:
+        _tf32.allowed = before
+
+
+_tf32 = threading.local()
 
 
 def no_autocast() -> AbstractContextManager[None]:
@@ -101,36 +124,73 @@ def _plain_attention() -> Iterator[None]:
             choose(before)
 
 
-@Shared
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
+class _Float32:
+    """The precision of float32 products, for the process: the highest that a thread is within."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), {"ieee": 0, "tf32": 0}
+        self._current: str | None = None
+        self._undo: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self, precision: str) -> Iterator[None]:
+        with self._lock:
+            self._inside[precision] += 1
+            self._settle()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside[precision] -= 1
+                self._settle()
+
+    def _settle(self) -> None:
+        wanted = next((name for name, count in self._inside.items() if count), None)
+        if wanted == self._current:
+            return
+        self._undo()  # first what was set before, which is what is to be restored
+        self._undo, self._current = lambda: None, None
+        if wanted is not None:
+            self._undo, self._current = _set_float32(wanted), wanted
+
+
+_float32 = _Float32()
+
+
+def _set_float32(precision: str) -> Callable[[], None]:
+    """Have products of float32 numbers computed so, and return what restores the settings."""
     settings = _float32_settings()
     before = [setting.fp32_precision for setting in settings]
-    if not {"tf32", "bf16"} & set(before):
-        yield
-        return
+    if precision == "ieee" and not {"tf32", "bf16"} & set(before):
+        return lambda: None
     # torch refuses to read its older switches where they contradict the newer ones, which a model
     # may do in its forward (`torch.backends.cudnn.flags`): both are set.
-    older = [_unless_contradicted(read) for read, _, _ in _OLDER_SWITCHES]
-    try:
-        for _, write, full in _OLDER_SWITCHES:
-            write(full)
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for value, (_, write, _) in zip(older, _OLDER_SWITCHES, strict=True):
+    older = [_unless_contradicted(read) for read, *_ in _OLDER_SWITCHES]
+
+    def restore() -> None:
+        for value, (_, write, *_) in zip(older, _OLDER_SWITCHES, strict=True):
             if value is not None:
                 write(value)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
 
+    try:
+        for _, write, full, reduced in _OLDER_SWITCHES:
+            write(full if precision == "ieee" else reduced)
+        for i, setting in enumerate(settings):
+            setting.fp32_precision = precision if i >= _ON_CPU else "ieee"
+    except BaseException:
+        restore()
+        raise
+    return restore
 
-# (read, write, value for full float32)
-_OLDER_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
-    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+
+# (read, write, value for full float32, value for TF32)
+_OLDER_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any, Any], ...] = (
+    (torch._C._get_cudnn_allow_tf32, torch._C._set_cudnn_allow_tf32, False, True),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest", "high"),
 )
+_ON_CPU = 3  # of the settings
 
 
 def _unless_contradicted(read: Callable[[], Any]) -> Any:

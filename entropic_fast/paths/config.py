@@ -50,6 +50,11 @@ class AutoNEBConfig:
         recalibration_examples: examples from which running statistics are re-estimated at each
             point of a dense evaluation; None for all.
         seed: of the order of the minibatches.
+        precision: of the float32 products in the gradients that the band descends, on a GPU:
+            "float32", or "tf32", whose products keep 10 bits of mantissa (relative errors of
+            1e-3 in a gradient). On a GPU with TF32 several times quicker by its data sheet; not
+            measured here, so the default is "float32". The noise of minibatches is larger. Dense
+            evaluations are in full float32 always.
 
     Raises:
         ValueError: a value out of its range.
@@ -69,6 +74,7 @@ class AutoNEBConfig:
     eval_points: int = 9
     recalibration_examples: int | None = None
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         checks.whole("pivots", self.pivots, 3)
@@ -97,6 +103,7 @@ class AutoNEBConfig:
         if self.recalibration_examples is not None:
             checks.whole("recalibration_examples", self.recalibration_examples, 1)
         checks.whole("seed", self.seed)
+        checks.one_of("precision", self.precision, ("float32", "tf32"))
 
     @property
     def steps(self) -> int:

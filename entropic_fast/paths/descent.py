@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..exact import exact_math
+from ..exact import exact_math, products_in
 from ..layouts import fitting_layout
 from ..objective import Objective
 from . import arc
@@ -121,8 +121,9 @@ class Descent:
             batches = [(self._data[0][index], self._data[1][index])]
         self._losses.zero_()
         self._gradients.zero_()
-        for inputs, targets in batches:
-            self._batch(inputs, targets)
+        with products_in(self._config.precision):
+            for inputs, targets in batches:
+                self._batch(inputs, targets)
         return self._losses, self._gradients
 
     @exact_math()

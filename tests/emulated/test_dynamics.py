@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import entropic_fast as ef
 from entropic_fast import data, models
 from entropic_fast.dynamics import bursts, growth
 from entropic_fast.dynamics.force import point_force
+from entropic_fast.exact import exact_math, products_in
 from entropic_fast.training import TrainConfig
 
 ON_PURPOSE = ("training.py", "layouts.py")
@@ -265,3 +267,71 @@ def test_linear_mode_connectivity_is_the_cpus(emulated):
     # Training convolves as torch does by default, and so do the trials of its memory format.
     rest = [file for file, *_ in emulated.reduced_precision if file not in ON_PURPOSE]
     assert not rest
+
+
+# -- TF32 where it is asked for ----------------------------------------------------------------
+
+
+def test_updates_are_in_tf32_where_asked_and_losses_are_not(emulated, tmp_path):
+    _, gpu = pair("none")
+    options = {**COMMON, "engine": "loop", "precision": "tf32"}
+    before = torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
+    seen = []
+    for loss_every in (None, 2):
+        ef.relax(*gpu, [0.3], **options, loss_every=loss_every)
+        kinds = {what.split(".")[1] for *_, what in emulated.reduced_precision}
+        assert kinds >= {"convolution", "convolution_backward", "addmm", "mm"}
+        seen.append(emulated.reduced_precision.total())
+        emulated.reduced_precision.clear()
+    assert seen[0] == seen[1]
+    after = torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
+    assert after == before
+
+
+def test_a_checkpoint_is_of_its_precision(tmp_path):
+    _, gpu = pair("none")
+    options = {**COMMON, "engine": "loop", "checkpoint": tmp_path / "state", "checkpoint_every": 2}
+    ef.relax(*gpu, [0.3], **options, precision="tf32")
+    with pytest.raises(ef.CheckpointMismatchError, match="precision"):
+        ef.relax(*gpu, [0.3], **options)
+
+
+def test_a_band_descends_in_tf32_where_asked(emulated):
+    _, (obj, path) = pair()
+    config = ef.AutoNEBConfig(
+        pivots=3, max_pivots=3, cycles=((4, 0.01),), batch_size=8, eval_points=1, precision="tf32"
+    )
+    ef.auto_neb(obj, path.pivots[0], path.pivots[-1], config)
+    assert {what.split(".")[1] for *_, what in emulated.reduced_precision} >= {
+        "convolution", "convolution_backward", "addmm", "mm",
+    }  # fmt: skip
+    emulated.reduced_precision.clear()
+    ef.path_losses(obj, path, 1)
+    assert not emulated.reduced_precision
+
+
+def test_a_thread_in_full_float32_keeps_others_from_tf32():
+    setting = torch.backends.cudnn.conv
+    seen = []
+
+    def work():
+        with exact_math():
+            seen.append(setting.fp32_precision)
+
+    with products_in("tf32"), exact_math():
+        assert setting.fp32_precision == "tf32"
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert setting.fp32_precision == "tf32"
+    assert seen == ["ieee"]
+
+
+@pytest.mark.parametrize("call", ["relax", "AutoNEBConfig"])
+def test_another_precision_is_rejected(call):
+    (obj, path), _ = pair()
+    with pytest.raises(ValueError, match="precision: expected"):
+        if call == "relax":
+            ef.relax(obj, path, 0.5, **COMMON, precision="bf16")
+        else:
+            ef.AutoNEBConfig(precision="bf16")
