@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..cuda_graphs import WARM_UP, captured, on_side_stream
 from ..devices import is_gpu
 from .run import Run
 
-WARM_UP = 2  # cycles done before one is captured: libraries choose and load their kernels in them
 # A capture costs 0.1 to 1 s, as much as a few to a hundred cycles. So after each the next waits for
 # twice as many cycles without a dropped replica, up to these: of 64 that diverge one by one few
 # are followed by a capture.
@@ -24,8 +21,8 @@ class Cycles:
     A graph holds gradients, optimizer and projection of a whole cycle. It reads the examples of
     its minibatches from one table, which is filled before each launch, on the device. When a
     replica is dropped, tensors are new: cycles run as they are, for twice as long after every
-    capture, and are then captured again. Where capture
-    fails, cycles run as they are, and `note` says why.
+    capture, and are then captured again. Where capture fails, cycles run as they are, and `note`
+    says why.
 
     Args:
         run: whose cycles.
@@ -60,12 +57,7 @@ class Cycles:
         self._run.cycle(count, self._launch)
 
     def _on_side_stream(self, table: Tensor) -> None:
-        device = self._run.theta.device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._run.updates(table)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        on_side_stream(lambda: self._run.updates(table), self._run.theta.device)
 
     def _launch(self, table: Tensor) -> None:
         if self._graph is None:
@@ -78,33 +70,8 @@ class Cycles:
 
     def _capture(self, table: Tensor) -> None:
         # Nothing is computed while a graph is captured: the run's numbers stay as they are.
-        device = table.device
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        # torch's own stream for captures belongs to the device that was current at the first.
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._table = table.clone()
-        try:
-            # A capture that fails does not leave its stream: the outer block does.
-            with (
-                torch.cuda.device(device),
-                torch.cuda.stream(torch.cuda.current_stream(device)),
-                torch.cuda.graph(graph, pool=pool, stream=stream),
-            ):
-                self._run.updates(self._table)
-        # A model may refuse capture in any way, by reading a value back for instance.
-        except Exception as error:
-            _end_pool(device, pool)
-            torch.cuda.synchronize(device)
-            lines = str(error).splitlines()
-            self._enabled = False
-            self.note = f"CUDA graphs were not used: {type(error).__name__}: {(lines or [''])[0]}"
-            return
-        self._graph, self.captured = graph, True
+        self._graph, self.note = captured(lambda: self._run.updates(self._table), table.device)
+        self._enabled = self._graph is not None
+        self.captured = self.captured or self._enabled
         self._patience = min(2 * self._patience, MOST_PATIENCE)
-
-
-def _end_pool(device: torch.device, pool: Any) -> None:
-    """What torch leaves open where ending a capture fails: all memory would come from the pool."""
-    with contextlib.suppress(RuntimeError, AttributeError):  # ended already; no CUDA build
-        torch._C._cuda_endAllocateToPool(device.index, pool)
-        torch._C._cuda_releasePool(device.index, pool)

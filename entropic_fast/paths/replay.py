@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda_graphs import WARM_UP, captured, on_side_stream
 from ..devices import is_gpu
 
-WARM_UP = 2  # calls before one is captured: libraries choose and load their kernels in them
 SHAPES = 4  # of arguments, for which a graph is kept
 
 
@@ -58,7 +58,7 @@ class Replayed:
                 place.copy_(tensor)
             graph.replay()
         elif calls <= WARM_UP or len(self._graphs) == SHAPES:
-            self._on_side_stream(tensors)
+            on_side_stream(lambda: self._work(*tensors), self._device)
         else:
             self._capture(key, tensors)
 
@@ -67,26 +67,12 @@ class Replayed:
         self._graphs.clear()
         self._enabled = False
 
-    def _on_side_stream(self, tensors: tuple[Tensor, ...]) -> None:
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._work(*tensors)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-
     def _capture(self, key: Any, tensors: tuple[Tensor, ...]) -> None:
         """Capture a graph, in which nothing is computed, and launch it."""
-        graph, places = torch.cuda.CUDAGraph(), [t.clone() for t in tensors]
-        try:
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=stream):
-                self._work(*places)
-        # A model may refuse capture in any way, by reading a value back for instance.
-        except Exception as error:
-            torch.cuda.synchronize(self._device)
-            lines = str(error).splitlines()
+        places = [t.clone() for t in tensors]
+        graph, self.note = captured(lambda: self._work(*places), self._device)
+        if graph is None:
             self._enabled = False
-            self.note = f"CUDA graphs were not used: {type(error).__name__}: {(lines or [''])[0]}"
             self._work(*tensors)
             return
         self._graphs[key] = graph, places
