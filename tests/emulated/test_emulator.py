@@ -161,7 +161,7 @@ def problem():
 
 
 def relaxed(problem, graphs: bool = True) -> ef.Trajectory:
-    common = dict(lr=0.01, batch_size=6, project_every=3, steps=15, engine="loop")
+    common = dict(lr=0.01, batch_size=6, project_every=3, steps=30, engine="loop")
     return ef.relax(problem.obj, problem.path, 0.5, **common, cuda_graphs=graphs)
 
 
