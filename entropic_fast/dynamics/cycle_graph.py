@@ -50,7 +50,7 @@ class Cycles:
             return
         if self._run.theta is not self._theta:  # replicas were dropped
             self._graph, self._warm, self._theta = None, 0, self._run.theta
-        if self._warm < self._patience:
+        if self._graph is None and self._warm < self._patience:
             self._run.cycle(count, self._on_side_stream)
             self._warm += 1
             return
