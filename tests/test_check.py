@@ -72,6 +72,33 @@ def test_a_kernel_that_raises_is_a_finding_and_the_rest_is_still_checked(monkeyp
     assert backend.current_backend() == "auto"
 
 
+def test_backends_that_fail_are_noted_and_a_lost_gpu_is_left_at_once(monkeypatch, command):
+    monkeypatch.setitem(backend._failed, ("jet", "cpp", "cpu"), "push: OSError: no compiler")
+    backend._choose.cache_clear()
+    monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
+
+    def lost(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ops, "_results", lambda op, *rest: [] if rest[0] == "reference" else lost())
+    ended = command("check", "--device", "cpu", "--quick")
+    backend._choose.cache_clear()
+    assert ended.code == 1 and "passed over on cpu: cpp: push: OSError: no compiler" in ended.out
+    assert ended.out.count("wrong: ") == 1 and "illegal memory access" in ended.out
+
+
+def test_what_fails_while_it_is_timed_is_a_finding(monkeypatch):
+    def too_large(device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(speeds, "measure", too_large)
+    monkeypatch.setattr(ops, "check_ops", lambda device: [])
+    monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
+    report = selfcheck.run("cpu")
+    assert [check.name for check in report.wrong] == ["speeds"]
+    assert "out of memory" in report.wrong[0].finding()
+
+
 def test_a_wrong_calculation_is_named(monkeypatch):
     def off(obj):
         found = networks.product(obj)

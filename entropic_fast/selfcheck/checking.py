@@ -17,6 +17,7 @@ import torch
 from .. import checks, info
 from ..devices import GPU_TYPES
 from ..ops import backend
+from ..ops.gpu_probe import describe
 from . import networks, ops, speeds
 from .verdict import Check
 
@@ -30,12 +31,14 @@ class Report:
     Attributes:
         facts: `info.collect()`, and commit, load and devices checked.
         checks: all comparisons.
+        notes: backends that are there and fail, which are passed over.
         limits, speeds: by device; empty where speeds were not asked for.
         seconds: that it took.
     """
 
     facts: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     limits: dict[str, speeds.Limits] = field(default_factory=dict)
     speeds: dict[str, list[speeds.Speed]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -78,6 +81,7 @@ class Report:
             "ok": self.ok,
             "findings": [check.finding() for check in self.wrong],
             "advice": self.advice(),
+            "notes": self.notes,
             "facts": self.facts,
             "checks": [check.to_dict() for check in self.checks],
             "speeds": {
@@ -109,6 +113,7 @@ def run(
     start = time.perf_counter()
     devices = _devices(device)
     report = Report({**info.collect(), **_provenance(), "devices": [str(d) for d in devices]})
+    report.notes = _passed_over(devices)
     for each in devices:
         progress(f"operations on {each}")
         report.checks += ops.check_ops(each)
@@ -117,7 +122,11 @@ def run(
     report.checks += networks.check_networks(devices, dtypes)
     for each in devices if not quick else []:
         progress(f"speeds on {each}")
-        report.limits[str(each)], report.speeds[str(each)] = speeds.measure(each)
+        try:
+            report.limits[str(each)], report.speeds[str(each)] = speeds.measure(each)
+        except Exception as error:  # whatever is raised is the finding
+            check = Check("network", "speeds", "auto", str(each), "float32", "", 0.0)
+            report.checks.append(check.failed(describe(error)))
     report.seconds = time.perf_counter() - start
     return report
 
@@ -132,6 +141,16 @@ def _devices(name: str) -> list[torch.device]:
     kind = "cuda" if name == "auto" else name
     gpu = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
     return [torch.device("cpu"), gpu] if name == "auto" else [gpu]
+
+
+def _passed_over(devices: list[torch.device]) -> list[str]:
+    reasons = [
+        f"{each.type}: {reason}"
+        for each in devices
+        for family in backend.families()
+        for reason in backend.automatic(family, each.type)[2]
+    ]
+    return list(dict.fromkeys(reasons))
 
 
 def _provenance() -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Sizes:
     pixels: int  # of the jets' normalization, of 64 channels
 
 
+ROOMY = 32 * 2**30  # bytes free on a GPU that is timed at large sizes
 CPU = Sizes("resnet20", 16, 2**26, 1024, 128, 16384, 250_000, 8192)
+SMALL_GPU = Sizes("resnet20", 64, 2**28, 4096, 512, 65536, 1_000_000, 65536)
 GPU = Sizes("resnet20", 512, 2**30, 8192, 1024, 262_144, 4_000_000, 262_144)
 
 
@@ -111,7 +113,7 @@ def measure(
         sizes: what is timed; None for those of the kind of device.
         rounds: at most; fewer where they take longer than 30 s.
     """
-    sizes = sizes or (GPU if is_gpu(device) else CPU)
+    sizes = sizes or _sizes(device)
     network, kernels, edges = (
         _network(device, sizes),
         _kernels(device, sizes),
@@ -145,6 +147,12 @@ def measure(
             )
         )
     return limits, speeds
+
+
+def _sizes(device: torch.device) -> Sizes:
+    if not is_gpu(device):
+        return CPU
+    return GPU if torch.cuda.mem_get_info(device)[0] > ROOMY else SMALL_GPU
 
 
 def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
