@@ -282,8 +282,8 @@ _GUARDED = ("triton", "cuda")  # compiled, or first run, when they are called
 class _Guard(ModuleType):
     """A family's module, whose functions fall back to the next backend's if a first call fails.
 
-    Kernels are compiled at the first call; later ones are the module's own. Errors in arguments
-    and a lack of memory are no fault of the backend's, and are raised.
+    Kernels are compiled at the first call for each dtype; later ones go straight to the module.
+    Errors in arguments and a lack of memory are no fault of the backend's, and are raised.
     """
 
     def __init__(self, family: str, backend: str, device_type: str) -> None:
@@ -291,29 +291,41 @@ class _Guard(ModuleType):
         self._key = (family, backend, device_type)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        family, backend, device_type = self._key
-
-        def first_call(*arguments: Any) -> Any:
-            positions = _writes[family].get(name, ())
-            written = [arguments[i] for i in positions if isinstance(arguments[i], Tensor)]
-            before = [tensor.clone() for tensor in written]
-            try:
-                function = getattr(import_module(_families[family][backend]), name)
-                found = function(*arguments)
-            except (ValueError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                _put_back(written, before, error)
-                _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
-                _choose.cache_clear()
-            else:
-                setattr(self, name, function)
-                return found
-            return getattr(implementation(family, device_type, "auto"), name)(*arguments)
-
         if name.startswith("__"):
             raise AttributeError(name)
-        return first_call
+        proven: dict[tuple[torch.dtype, ...], Callable[..., Any]] = {}
+
+        def call(*arguments: Any) -> Any:
+            dtypes = tuple(a.dtype for a in arguments[:2] if isinstance(a, Tensor))
+            function = proven.get(dtypes)
+            if function is not None:
+                return function(*arguments)
+            found, function = self._first_call(name, arguments)
+            if function is not None:
+                proven[dtypes] = function
+            return found
+
+        setattr(self, name, call)
+        return call
+
+    def _first_call(
+        self, name: str, arguments: tuple[Any, ...]
+    ) -> tuple[Any, Callable[..., Any] | None]:
+        """What is computed; and the backend's function, unless another backend had to do it."""
+        family, backend, device_type = self._key
+        positions = _writes[family].get(name, ())
+        written = [arguments[i] for i in positions if isinstance(arguments[i], Tensor)]
+        before = [tensor.clone() for tensor in written]
+        try:
+            function = getattr(import_module(_families[family][backend]), name)
+            return function(*arguments), function
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            _put_back(written, before, error)
+            _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
+            _choose.cache_clear()
+        return getattr(implementation(family, device_type, "auto"), name)(*arguments), None
 
 
 def _put_back(written: list[Tensor], before: list[Tensor], error: Exception) -> None:

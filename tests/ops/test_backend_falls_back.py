@@ -177,17 +177,22 @@ def test_a_backend_asked_for_by_name_raises_its_own_error(compiled_late):
         sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
 
 
-def test_a_call_that_succeeds_is_no_longer_watched(compiled_late):
-    calls = []
-
-    def works(theta, *arguments):
-        calls.append(1)
+def test_first_calls_are_watched_for_each_dtype_and_later_ones_are_not(compiled_late):
+    def works_in_float32(theta, *arguments):
+        if theta.dtype == torch.float64 or bool(theta.isnan().any()):
+            theta.zero_()
+            raise RuntimeError("no float64 here")
         return theta.new_empty(len(theta), 2, 0, dtype=torch.float64)
 
-    compiled_late.sgd_step = works
+    compiled_late.sgd_step = works_in_float32
     for _ in range(2):
         sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
-    assert backend.implementation("step", "cpu").sgd_step is works and len(calls) == 2
+    with pytest.raises(RuntimeError, match="no float64 here"):
+        sgd_step(torch.full((2,), torch.nan), torch.ones(2), lr=0.5)
+    double = torch.ones(2, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="no float64 here"):
+        sgd_step(double, torch.ones_like(double), lr=0.5)
+    assert double.tolist() == [0.5, 0.5] and backend.backend_for("step", "cpu") == "cpp"
 
 
 def test_every_op_declares_what_it_writes():
