@@ -1,0 +1,26 @@
+"""The command line on the emulated GPU: every stage up to the report, and profiles of a model."""
+
+from __future__ import annotations
+
+import device_runs
+import pytest
+
+# Training rounds as torch does by default, and so do the trials that choose a layout and a plan.
+ROUNDS = {"training.py", "layouts.py", "experiments/planning.py"}
+
+
+def test_every_stage_of_a_run(tmp_path, emulated):
+    device_runs.run(tmp_path / "gpu", "emulated", "reproduce")
+    rounded = {place for place in emulated.reduced_precision if place[0] not in ROUNDS}
+    assert not rounded
+    device_runs.run(tmp_path / "cpu", "cpu", *device_runs.STAGES)
+    device_runs.assert_tables_agree(tmp_path / "gpu" / "units", tmp_path / "cpu" / "units")
+    assert (tmp_path / "gpu" / "report.html").exists()
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one point", "two points"])
+def test_profiles_of_a_model(tmp_path, seeds, emulated):
+    for device in ("emulated", "cpu"):
+        device_runs.profile(tmp_path / device, tmp_path / "code.py", device, seeds)
+    assert not emulated.reduced_precision
+    device_runs.assert_tables_agree(tmp_path / "emulated", tmp_path / "cpu")
