@@ -70,10 +70,12 @@ def choose(
 ) -> tuple[str, Gradients, str]:
     """The engine for these sizes, tried on the first minibatch.
 
-    "auto" is what measures fastest. On a GPU vmap, with 2 replicas or more. On a CPU vmap where
-    a minibatch holds at most 2,048 numbers and there are 3 replicas or more a core (calls then
-    cost more than arithmetic); else threads, one a core (`torch.get_num_threads()`), but the
-    loop for a single replica that can have several cores for each operation.
+    "auto" is what measured fastest on CPUs: vmap where a minibatch holds at most 2,048 numbers and
+    there are 3 replicas or more a core (calls then cost more than arithmetic); else threads, one a
+    core (`torch.get_num_threads()`), but the loop for a single replica that can have several cores
+    for each operation. On a GPU it is vmap from 2 replicas on. That has not been measured; "loop"
+    is worth a try there, since CUDA graphs free it of launch costs. It is not chosen by timing
+    both: they round differently, and what a run returns must not depend on a clock.
 
     The first replica's gradient must be the loop's; otherwise, and where the model fails, the
     next of vmap, threads and loop is taken, and the note says why.
