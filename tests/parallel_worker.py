@@ -20,7 +20,7 @@ from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_man
 from entropic_fast.dynamics.minibatches import Minibatches
 from entropic_fast.objective import Objective
 from entropic_fast.parallel import OtherProcessError, init
-from entropic_fast.paths import neb
+from entropic_fast.paths.descent import Descent
 from entropic_fast.store import save_tensors
 
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ class Counted(ExitStack):
     def __enter__(self):
         self.of = dict.fromkeys(COUNTS, 0)
         made, beginning = ExampleGradients.own_chunks, Minibatches.__init__
-        losses, energies = Objective.losses, neb._own_energies
+        losses, energies = Objective.losses, Descent._own_energies
 
         def own_chunks(gradients, *args):
             for start, rows in made(gradients, *args):
@@ -70,7 +70,7 @@ class Counted(ExitStack):
             beginning(minibatches, obj, batch_size, seed, ids, *args)
 
         self.enter_context(patch.object(ExampleGradients, "own_chunks", own_chunks))
-        self.enter_context(patch.object(neb, "_own_energies", own_energies))
+        self.enter_context(patch.object(Descent, "_own_energies", own_energies))
         self.enter_context(patch.object(Minibatches, "__init__", begin))
         return self
 
