@@ -98,10 +98,24 @@ def cuda_kernels(source: Path, arch: int) -> dict[str, dict[str, Any]]:
         subprocess.run([*command, str(source), "-o", str(ptx)], check=True, capture_output=True)
         found = measured(ptx.read_text(), nvcc_ptxas())
     names = subprocess.run(["c++filt", *found], capture_output=True, text=True, check=True)
-    return {
-        re.sub(r"void |entropic::cuda::|\(anonymous namespace\)::|\(.*", "", name): numbers
-        for name, numbers in zip(names.stdout.splitlines(), found.values(), strict=True)
-    }
+    short = [_short(name) for name in names.stdout.splitlines()]
+    assert len({*short}) == len(short)
+    return dict(zip(short, found.values(), strict=True))
+
+
+def _short(name: str) -> str:
+    """A kernel's name and template arguments.
+
+    >>> _short("void a::k<a::N<unsigned short, (unsigned short)7> >(a::B, long)")
+    'k<N<unsigned short, (unsigned short)7>>'
+    """
+    name = re.sub(r"^void |\(anonymous namespace\)::|\w+::", "", name).replace("> >", ">>")
+    depth = 0
+    for i, sign in enumerate(name):
+        depth += (sign == "<") - (sign == ">")
+        if sign == "(" and depth == 0:
+            return name[:i]
+    return name
 
 
 # ---- ptxas ---------------------------------------------------------------------------------------
