@@ -22,8 +22,8 @@ from .loops import count
 
 BLOCK = 1024
 SUM_BLOCK = 256
-# Of updates and moves. Not timed on a GPU: by ptxas for sm_90, SGD with momentum in float32 needs 48
-# registers at 8 warps where P is not a multiple of 16 (ResNet-20), 106 at 4: five blocks and 40
+# Of updates and moves. Not timed on a GPU: by ptxas for sm_90, SGD with momentum in float32 needs
+# 48 registers at 8 warps where P is not a multiple of 16 (ResNet-20), 106 at 4: five blocks and 40
 # warps on a multiprocessor in place of four and 16. Where it is, 40 and 72: six and 48, for seven
 # and 28.
 WARPS = 8
