@@ -62,7 +62,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         the device of this process: its own GPU, or the CPU.
 
     Raises:
-        ValueError: on every process, where two of them are on one GPU, which NCCL refuses.
+        ValueError: on every process, if two of them are on one GPU, which NCCL does not support.
 
     >>> init()  # without torchrun
     device(type='cpu')
@@ -96,7 +96,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
 
 
 def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
-    """Refuse two processes on one GPU, on every process, before NCCL does in words of its own."""
+    """Reject two processes on one GPU, on every process: NCCL's own error is hard to read."""
     store.set(f"entropic_fast/gpu/{rank}", gpu)
     seen: dict[str, int] = {}
     for other in range(size):
@@ -104,10 +104,10 @@ def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
         if place in seen:
             raise checks.fail(
                 "processes",
-                "one a GPU, as NCCL joins no two on one",
+                "one per GPU, because NCCL does not support two ranks on one",
                 f"processes {seen[place]} and {other} on the same ({place})",
-                "start as many as there are GPUs (torchrun --nproc-per-node), or hide the GPUs "
-                "with CUDA_VISIBLE_DEVICES= and share the work among processes on the CPU",
+                "start as many as there are GPUs (torchrun --nproc-per-node), or set "
+                "CUDA_VISIBLE_DEVICES= to run on the CPU with gloo",
             )
         seen[place] = other
 
@@ -119,7 +119,7 @@ def _leave() -> None:
         return
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
     if _signs is not None and _signs.bereaved and dist.get_backend() == "nccl" and abort:
-        abort()  # what NCCL waits for will not come
+        abort()  # destroying the group would wait for the lost rank
     else:
         dist.destroy_process_group()
 

@@ -262,8 +262,8 @@ class Sharing:
         """Wait for the others as long as they live, on a thread, as signs are looked for here.
 
         Args:
-            device: of what is sent. On a GPU until it is there, after all that this thread has
-                launched: NCCL's own waits return at once, and one that is gone would go unseen.
+            device: of the tensors. On a GPU the caller's current stream is synchronized too:
+                NCCL's `wait` returns at once on the host, so a lost rank would go unnoticed.
         """
         wait = _awaited(wait, device)
         signs = self._signs
@@ -315,7 +315,7 @@ class Sharing:
 
 
 def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """`wait`, on whatever thread, in the stream that is current here; until the GPU is done."""
+    """`wait`, for any thread, on the stream that is current in this one, then synchronized."""
     if not is_gpu(device):
         return wait
     stream = torch.cuda.current_stream(device)

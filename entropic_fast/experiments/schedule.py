@@ -116,7 +116,7 @@ def execute(
 
 
 def _require_room(workers: int, console: Console) -> None:
-    """Refuse more processes on a GPU than it has memory for; say where several share one."""
+    """Reject more processes per GPU than it has memory for; report if several share one."""
     gpus = torch.cuda.device_count()
     for gpu in range(min(gpus, workers)):
         free, here = torch.cuda.mem_get_info(gpu)[0], len(range(gpu, workers, gpus))
@@ -130,8 +130,8 @@ def _require_room(workers: int, console: Console) -> None:
             )
     if workers > gpus:
         text = (
-            f"{workers} processes share {gpus} GPU{'s' if gpus > 1 else ''}: they take turns on it,"
-            " and each holds memory of its own; one a GPU (--workers) is usually as quick"
+            f"{workers} processes share {gpus} GPU{'s' if gpus > 1 else ''}: they run in turns and "
+            "each needs memory of its own; one per GPU (--workers) is usually as fast"
         )
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 

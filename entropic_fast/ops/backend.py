@@ -5,9 +5,9 @@ usable of `PREFERENCE` for the tensor's device: the order is by timings where th
 otherwise by what an op costs the host. A backend forced with `set_backend` or the
 environment variable ENTROPIC_FAST_BACKEND runs or raises `BackendError` with the reason.
 
-Under `auto` a GPU never ends in a traceback of a compiler's: a backend that cannot run a trivial
-kernel is passed over, and a function whose first call fails is taken by the next backend, with
-what it writes in place put back first. Either is said once, as a warning with the reason.
+Under `auto` a compiler's failure never reaches the caller: a backend that cannot run a trivial
+kernel is skipped. If a function's first call fails, its in-place arguments are restored and the
+call falls back to the next backend. Either is reported once, as a warning with the reason.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def implementation(
 ) -> ModuleType:
     """The module that implements `family` on `device`, importing it if need be.
 
-    Under "auto" on a GPU it stands for the module: a function whose first call fails is taken by
-    the next backend.
+    Under "auto" on a GPU the result wraps the module: a function whose first call fails falls
+    back to the next backend.
     """
     wanted = current_backend() if setting is None else setting
     device_type = torch.device(device).type
@@ -262,8 +262,8 @@ def _warn_of_fallback(
         _warned.add(("reference", device_type))
     if news:
         text = (
-            f"entropic_fast passes over what fails on {device_type} tensors: {'; '.join(news)}. "
-            "The next backend is taken (`entropic-fast info` lists them); set_backend or "
+            f"entropic_fast skips backends that fail on {device_type} tensors: {'; '.join(news)}. "
+            "It falls back to the next one (`entropic-fast info` lists them); set_backend or "
             f"{VARIABLE} forces one."
         )
     elif slow:

@@ -31,7 +31,7 @@ class Report:
     Attributes:
         facts: `info.collect()`, and commit, load and devices checked.
         checks: all comparisons.
-        notes: backends that are there and fail, which are passed over.
+        notes: installed backends that fail and are skipped.
         limits, speeds: by device; empty where speeds were not asked for.
         seconds: that it took.
     """
@@ -63,7 +63,7 @@ class Report:
         if check.kind != "op":
             return (
                 f'Results on {check.device} are not to be trusted: pass device="cpu", or see '
-                f'whether entropic_fast.set_backend("reference") mends it.'
+                f'whether entropic_fast.set_backend("reference") fixes it.'
             )
         wrong = {c.backend for c in self.wrong if c.kind == "op" and c.device == check.device}
         # set_backend forces one for every family, so it has to be one that all of them have.
@@ -72,7 +72,7 @@ class Report:
         return (
             f"Backend {check.backend} is wrong on {check.device}: call "
             f'entropic_fast.set_backend("{good}"), or set {backend.VARIABLE}={good}, until it is '
-            "mended."
+            "fixed."
         )
 
     def to_dict(self) -> dict[str, Any]:

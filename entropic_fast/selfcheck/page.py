@@ -26,7 +26,7 @@ def print_report(console: Console, report: Report) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for note in report.notes:
-        text = f"passed over on {note}"
+        text = f"skipped on {note}"
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(_operations(report.checks))
     console.print(_networks(report.checks))

@@ -73,7 +73,7 @@ def test_backends_that_run_a_trivial_kernel_are_taken_and_tried_once(a_gpu):
 )
 def test_a_triton_that_cannot_compile_is_said_once_and_passed_over(a_gpu, error, advice):
     a_gpu["fail triton"](error)
-    with pytest.warns(RuntimeWarning, match=f"passes over what fails on cuda.*{advice}"):
+    with pytest.warns(RuntimeWarning, match=f"skips backends that fail on cuda.*{advice}"):
         assert backend.backend_for("jet", "cuda") == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
