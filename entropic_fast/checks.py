@@ -10,6 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from .devices import is_gpu
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -87,11 +89,8 @@ def finite(argument: str, value: Tensor) -> Tensor:
     """`value` if it is a floating-point tensor without NaN or infinity."""
     if not value.is_floating_point():
         raise fail(argument, "a floating-point tensor", describe(value))
-    # A finite sum has finite terms; it costs a fifth of looking at each, and one launch on a GPU.
-    if math.isfinite(float(value.detach().sum())):
-        return value
-    bad = ~torch.isfinite(value)
-    if bool(bad.any()):  # or the sum overflowed
+    if not all_finite(value):
+        bad = ~torch.isfinite(value)
         first = tuple(int(i) for i in bad.nonzero()[0])
         raise fail(
             argument,
@@ -99,6 +98,24 @@ def finite(argument: str, value: Tensor) -> Tensor:
             f"{int(bad.sum())} NaN or infinite of {value.numel()}, the first at index {first}",
         )
     return value
+
+
+def all_finite(*values: Tensor) -> bool:
+    """Whether no tensor has NaN or infinity; on a GPU one launch each, and one synchronization.
+
+    >>> all_finite(torch.ones(2), torch.tensor([float("inf")]))
+    False
+    """
+    if not values:
+        return True
+    # A finite sum has finite terms; it costs a fifth of looking at each.
+    if is_gpu(values[0].device):
+        sums = [value.detach().sum(dtype=torch.float64) for value in values]
+        finite = math.isfinite(float(sum(sums[1:], sums[0])))
+    else:
+        finite = all(math.isfinite(float(value.detach().sum())) for value in values)
+    # Or the sum overflowed.
+    return finite or all(bool(torch.isfinite(value).all()) for value in values)
 
 
 def describe(value: object) -> str:

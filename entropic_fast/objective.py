@@ -157,9 +157,17 @@ class Objective:
 
     def point(self, theta: Tensor | None) -> Tensor:
         """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]"""
+        found = self._fitting(theta)
+        return found if theta is None else checks.finite("theta", found)
+
+    def _fitting(self, theta: Tensor | None) -> Tensor:
+        """`point` without a look at its values, for which a GPU would have to be waited for."""
         if theta is None:
             return self._theta
-        checks.vector("theta", theta, self.num_params)
+        if not isinstance(theta, Tensor) or tuple(theta.shape) != (self.num_params,):
+            raise checks.fail(
+                "theta", f"a tensor of shape [{self.num_params}]", checks.describe(theta)
+            )
         if theta.dtype != self.dtype or theta.device != self.device:
             raise checks.fail(
                 "theta",
@@ -403,16 +411,27 @@ class Objective:
             NonFiniteLossError: a loss that is NaN or infinite.
             ValueError: a half-precision gradient that overflows.
         """
-        theta = self.point(theta)
+        theta = self._fitting(theta)
 
         def own() -> Tensor:
-            total = widened(torch.zeros_like(theta))
+            total, losses = widened(torch.zeros_like(theta)), []
             for batch in self.own_batches():
                 leaf = theta.detach().requires_grad_()
-                loss = self.finite_losses(leaf, batch).sum()
-                total += torch.autograd.grad(loss, leaf)[0]
+                found = self.losses(leaf, batch.inputs, batch.targets)
+                losses.append(found.detach())
+                if not later:
+                    model_checks.require_finite(found.detach(), theta, batch.start)
+                total += torch.autograd.grad(found.sum(), leaf)[0]
+            if later and not checks.all_finite(theta, *losses):
+                self.point(theta)
+                for batch in self.own_batches():
+                    self.finite_losses(theta, batch)
             return total
 
+        # On a GPU, a look at the point and at each batch's losses would wait as many times.
+        later = is_gpu(self.device)
+        if not later:
+            self.point(theta)
         total = self.summed(own, "gradient", theta)
         model_checks.require_in_range(total, theta.dtype)
         return (total / self.num_examples).to(theta.dtype)

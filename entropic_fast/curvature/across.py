@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .protocol import multiply
 from .sketch import project_out
 
 
@@ -29,8 +30,15 @@ class Across:
         self.dtype, self.device = directions.dtype, directions.device
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        product: Tensor = self.operator @ without(self.directions, vectors).contiguous()
-        return without(self.directions, product)
+        return self._across(vectors, True)
+
+    def unchecked(self, vectors: Tensor) -> Tensor:
+        """The product, without a look at its values."""
+        return self._across(vectors, False)
+
+    def _across(self, vectors: Tensor, check: bool) -> Tensor:
+        inside = without(self.directions, vectors).contiguous()
+        return without(self.directions, multiply(self.operator, inside, check))
 
 
 def without(directions: Tensor, vectors: Tensor) -> Tensor:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from .memory import scratch_of
 from .protocol import multiply, require_operator
 
 # Rounding does not break the symmetry of the projected matrix by this share of its scale.
 ASYMMETRY = 1e-2
 # Multiples of the dtype's eps, times the operator's norm, that are taken for rounding.
 ROUNDING = 10
-# Numbers of the basis multiplied at once when it is rotated in place.
-_ROTATED = 1 << 20
 
 
 def wanted_first(values: Tensor, which: str) -> Tensor:
@@ -82,7 +81,8 @@ class Basis:
 
     A step is queued on the operator's device and waits for nothing there; `look` fetches H and
     decides what needs a decision (NaN, symmetry, rank, Ritz pairs). Where steps since the last
-    look turn out to have lost rank, `look` goes back to that look, and steps wait from then on.
+    look turn out to have lost rank, or to be NaN, `look` goes back to that look, and steps wait from
+    then on: a product that waits says what is wrong, or is computed by autograd.
 
     Args:
         operator: symmetric, as `require_operator` asks.
@@ -115,7 +115,7 @@ class Basis:
         self._scale = 0.0  # of the operator, at the last look
         self._forgotten = 0.0  # norm of what restarts left out of H
         self._ranks: list[tuple[Tensor, Tensor]] = []  # not looked at yet
-        self._saved: tuple[int, Tensor] | None = None  # size and F at the last look
+        self._saved: tuple[int, Tensor, Tensor] | None = None  # size, F and norm at the last look
 
     @property
     def held(self) -> int:
@@ -179,14 +179,15 @@ class Basis:
         """
         matrix = self.projected[: self.held, : self.size].cpu().clone()
         norm = float(self.norm)
-        if not (bool(torch.isfinite(matrix).all()) and norm < float("inf")):
+        finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
+        if not finite and self._saved is None:
             raise checks.fail("operator", "finite products", "NaN or infinity")
         scale = max(norm, float(matrix.abs().max()))
-        lost = any(not self._full_rank(*rank, scale) for rank in self._ranks)
+        lost = not finite or any(not self._full_rank(*rank, scale) for rank in self._ranks)
         self._ranks.clear()
         if lost and self._saved is not None:
             self.careful = True
-            self.size, frontier = self._saved
+            self.size, frontier, self.norm = self._saved
             self.projected[:, self.size :] = 0
             self.projected[self.size :] = 0
             self.frontier = 0
@@ -200,7 +201,8 @@ class Basis:
 
     def remember(self) -> None:
         """Keep F, so that steps that do not wait can be taken back; after a look."""
-        self._saved = (self.size, self.columns[:, self.size : self.held].clone())
+        frontier = self.columns[:, self.size : self.held].clone()
+        self._saved = (self.size, frontier, self.norm)
 
     def ritz(self, which: str) -> Ritz:
         """The Ritz pairs at the last look, wanted first."""
@@ -243,7 +245,7 @@ class Basis:
         gram = (used.T @ used).double().cpu()
         factor = torch.linalg.cholesky(chosen.T @ gram @ chosen)
         turn = torch.linalg.solve_triangular(factor, chosen.T, upper=False).T.to(used)
-        height = max(1, _ROTATED // self.size)
+        height = max(1, scratch_of(self.device).rotated // self.size)
         for i in range(0, self.order, height):
             used[i : i + height, :keep] = used[i : i + height] @ turn
         frontier, _ = self._orthogonalise(frontier, keep)

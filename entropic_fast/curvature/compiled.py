@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..exact import no_autocast
+from ..exact import exact_math
 
 _C: Any = torch._C
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
@@ -41,6 +41,7 @@ class Compilable:
     device: torch.device
     T: Compilable  # unless symmetric
     symmetric: ClassVar[bool] = True
+    looks: ClassVar[bool] = True  # that its results are finite
 
     def __init__(self) -> None:
         self._number = next(_numbers)
@@ -109,7 +110,8 @@ def undisturbed() -> Iterator[None]:
 
     Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
     the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
-    derivative taken in them would leave terms out. Autocast is off.
+    derivative taken in them would leave terms out. Arithmetic is that of `exact_math`: full
+    float32 whatever precision torch was asked for, and no autocast.
 
     >>> with torch.inference_mode(), undisturbed():
     ...     torch.ones(1, requires_grad=True).exp().requires_grad
@@ -118,7 +120,7 @@ def undisturbed() -> Iterator[None]:
     included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
     guard = _C._ForceDispatchKeyGuard(included, _C.DispatchKeySet.from_raw_repr(excluded))
-    with torch.inference_mode(False), guard, no_autocast(), torch.enable_grad():
+    with torch.inference_mode(False), guard, exact_math(), torch.enable_grad():
         yield
 
 

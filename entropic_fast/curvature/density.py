@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..exact import exact_math
 from ..results import Density, Eigenpairs
 from .across import Across, orthonormal, without
 from .basis import ROUNDING, require_symmetry
@@ -77,6 +79,7 @@ def spectral_density(
     return density
 
 
+@exact_math()
 def density_and_pairs(
     operator: Any,
     probes: int = 8,
@@ -207,13 +210,25 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], i
     """Lanczos for several starting vectors [V, P] in step, one block product a step.
 
     Steps wait for nothing on the operator's device; every few of them it is asked whether any
-    probe goes on. A probe whose Krylov space is exhausted goes on as a vector of zeros.
+    probe goes on. A probe whose Krylov space is exhausted goes on as a vector of zeros. Where steps
+    that did not wait end in an error, all are computed again, each waiting for its product, which
+    says what is wrong or is computed by autograd.
 
     Returns:
         the space of each probe, m under `steps` where it was exhausted; and the steps taken.
     """
-    probes, size = starts.shape
     stride = stride_of(starts.device)
+    if stride > 1:
+        with contextlib.suppress(ValueError):
+            return _lanczos_steps(operator, starts, steps, stride)
+    return _lanczos_steps(operator, starts, steps, 1)
+
+
+def _lanczos_steps(
+    operator: Any, starts: Tensor, steps: int, stride: int
+) -> tuple[list[_Space], int]:
+    """`_lanczos`, with a look at every `stride`-th product."""
+    probes, size = starts.shape
     basis = starts.new_zeros(probes, steps, size)
     alphas = starts.new_zeros(probes, steps, dtype=torch.float64)
     betas, lengths, scale = torch.zeros_like(alphas), alphas[:, 0] + 1, alphas[:, 0].clone()

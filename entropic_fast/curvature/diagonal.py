@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..objective import Objective
 from ..results import Diagonal, Eigenpairs
 from .hessian import HessianOperator
@@ -45,6 +46,7 @@ def hessian_diagonal(
     return operator_diagonal(HessianOperator(obj, theta), probes, seed, deflate=deflate)
 
 
+@exact_math()
 def operator_diagonal(
     operator: Any,
     probes: int = DEFAULT_PROBES,

@@ -14,10 +14,10 @@ from ..objective import Objective
 from ..results import Estimate
 from .compiled import undisturbed
 from .engine import ScoreEngine
-from .memory import resolve_budget
+from .memory import resolve_budget, scratch_of
 from .per_example import PassCost, one_of_each, require_finite, rows_made
 from .probes import mean_estimate
-from .rules import SCRATCH, Piece
+from .rules import Piece
 from .score import grouping
 
 
@@ -73,7 +73,8 @@ def gradient_norms(
     keys = dict.fromkeys(map(key, obj.parameter_names))
     pieces = one_of_each(engine).values()
     # Rows that norms are taken of, and their float64 copies, fill the scratch at most.
-    scratch = min(2 * SCRATCH, 2 * count * max((piece.row_bytes for piece in pieces), default=0))
+    scratch = 2 * scratch_of(obj.device).norms
+    scratch = min(scratch, 2 * count * max((piece.row_bytes for piece in pieces), default=0))
     cost = PassCost(engine, rows_made(pieces), 8 * count * len(keys) + scratch)
     del pieces
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)

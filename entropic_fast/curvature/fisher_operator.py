@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..devices import is_gpu
 from ..objective import Objective
 from ..results import Eigenpairs
 from .basis import Basis
 from .compiled import undisturbed
 from .krylov import solve
-from .memory import resolve_budget, too_small
+from .memory import resolve_budget, scratch_of, too_small
 from .operators import CurvatureOperator
 from .per_example import ExampleGradients
 
 logger = logging.getLogger(__name__)
 
-# Bytes of float64 copies that a product makes of scores and vectors at a time.
-SCRATCH = 1 << 20
+# On a GPU a product takes at most so many slices of columns, and so as many launches whatever P.
+SLICES = 8
 # Columns beyond k in a block: convergence depends on the gap after the block's last column.
 OVERSAMPLING = 5
 # Blocks held before a restart; most spectra of networks need fewer.
@@ -42,7 +43,8 @@ class FisherOperator(CurvatureOperator):
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes for the scores of a chunk; None for a quarter of the free memory.
-            A product with K columns takes 8 P K bytes beside them.
+            A product with K columns takes 8 P K bytes beside them, on a GPU a quarter of the
+            scores' bytes more (or 256 MiB) for float64 copies.
         dtype: of the vectors it multiplies; None for the objective's (float32 for a model in
             half precision).
 
@@ -101,7 +103,9 @@ class FisherOperator(CurvatureOperator):
 def _add_outer_products(scores: Tensor, columns: Tensor, total: Tensor) -> None:
     """total += S^T (S V) in float64, for scores S [n, P], columns V [P, K], total [P, K]."""
     n, width = len(scores), columns.shape[1]
-    step = max(1, SCRATCH // (8 * (n + 2 * width)))
+    step = max(1, scratch_of(scores.device).products // (8 * (n + 2 * width)))
+    if is_gpu(scores.device):
+        step = max(step, -(-len(columns) // SLICES))
     slices = [slice(i, i + step) for i in range(0, len(columns), step)]
     weights = torch.zeros(n, width, dtype=torch.float64, device=scores.device)
     for part in slices:
@@ -191,7 +195,10 @@ def fisher_eigenvalues(
         )
     width = min(size, k + OVERSAMPLING if block is None else block)
     obj.count(max_examples)
-    capacity, left = _plan(size, k, width, resolve_budget(memory_budget, obj.device))
+    budget, scratch = resolve_budget(memory_budget, obj.device), scratch_of(obj.device).products
+    if is_gpu(obj.device):  # more than the copies of all scores at once is not needed
+        scratch = min(scratch, 8 * size * (obj.count(max_examples) + 2 * width))
+    capacity, left = _plan(size, k, width, budget, scratch)
     try:
         operator = FisherOperator(obj, theta, max_examples, left, dtype=torch.float64)
     except ValueError as error:
@@ -211,10 +218,10 @@ def fisher_eigenvalues(
     )
 
 
-def _plan(size: int, k: int, width: int, budget: int) -> tuple[int, int]:
+def _plan(size: int, k: int, width: int, budget: int, scratch: int) -> tuple[int, int]:
     """Columns of the basis, and the bytes left for the scores: a quarter or more."""
     column = 8 * size
-    fixed = WORKSPACE * width * column + SCRATCH
+    fixed = WORKSPACE * width * column + scratch
     least = min(size, k + width)
     capacity = (3 * budget // 4 - fixed) // column
     if capacity < least:

@@ -30,7 +30,7 @@ from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import cross_update_, symmetric_update_
 from .engine import ScoreEngine
-from .memory import too_small
+from .memory import padded_rows, scratch_of, too_small
 from .per_example import ExampleGradients, one_of_each, require_finite
 from .plan import STRATEGIES, Planner, channels_within, pairing, tile_within
 from .records import Records, RecordsDifferError, kept_form
@@ -123,14 +123,20 @@ class GramTask:
     def _by_records(self, grams: dict[str, Tensor], folder: Path | None) -> None:
         record = max((p.example_bytes for p in self.survey.values()), default=1)
         window = max(1, min(self.count, self._planner.room // 8 // max(1, record)))
-        records = Records(self.survey, self.count, folder, window)
+        records = Records(self.survey, self.count, folder, window, self.group)
         for batch in self.obj.batches(self.count, self.plan.chunk):
             self.engine.run(batch, partial(records.put, batch.start))
         if (self.engine.traceable, self.engine.batched) != self.ways:
             # Rows are kept in the order of the rule that made them.
             raise RecordsDifferError("the model took another way")
+        done: set[str] = set()
+        for key, names, rows in records.joint():
+            self._update(grams[key], rows)
+            del rows
+            done.update(names)
         for name in self.survey:
-            self._multiply(records, name, grams[self.group(name)])
+            if name not in done:
+                self._multiply(records, name, grams[self.group(name)])
             records.drop(name)
 
     def _multiply(self, records: Records, name: str, gram: Tensor) -> None:
@@ -138,7 +144,8 @@ class GramTask:
         sample = records.survey[name]
         pair = pairing(sample, records.folder is not None)
         if pair is not None:
-            tile = tile_within(self.plan.slice, *pair, self.count)
+            room = min(self.plan.slice, scratch_of(gram.device).tile)
+            tile = tile_within(room, *pair, self.count)
             for i in range(0, self.count, tile):
                 down = slice(i, min(i + tile, self.count))
                 first = records.piece(name, down.start, down.stop)
@@ -170,7 +177,7 @@ class GramTask:
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
         gradients.chunk = self.plan.chunk
         count, rows = self.count, self.plan.block
-        block = self.theta.new_empty(rows, self.obj.num_params, dtype=gradients.dtype)
+        block = padded_rows(self.theta, rows, self.obj.num_params, dtype=gradients.dtype)
         for begin in range(0, count, rows):
             end = min(begin + rows, count)
             held = block[: end - begin]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import random
+from .. import checks, random
 from ..exact import TwiceDifferentiable, exact_math
 from ..examples import Batch
 from ..model_checks import require_twice_differentiable
@@ -16,7 +16,7 @@ from .by_rules import ByRules
 from .compiled import undisturbed
 from .jets import JetEngine
 from .jets.tiles import Tile
-from .operators import CurvatureOperator
+from .operators import CurvatureOperator, finite_together
 
 
 class JetOperator(ByRules, CurvatureOperator):
@@ -45,13 +45,22 @@ class JetOperator(ByRules, CurvatureOperator):
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
         engine = self._engine
-        if engine is not None:
-            total = self.obj.summed(
-                lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
-            )
-            if bool(torch.isfinite(total).all()):
-                return (total / self.obj.num_examples).T
+        if engine is None:
+            return self._product_by_autograd(rows)
+        total = self.obj.summed(
+            lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
+        )
+        return (total / self.obj.num_examples).T
 
+    def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
+        if self._engine is None:
+            return product
+        product = self._product_by_autograd(columns.T.contiguous())
+        if checks.all_finite(product):
+            self._leave_rules("rules give NaN or infinity where autograd does not")
+        return product
+
+    def _product_by_autograd(self, rows: Tensor) -> Tensor:
         def by_autograd() -> Tensor:
             own = torch.zeros_like(rows)
             for batch in self.obj.own_batches() if len(rows) else ():
@@ -59,8 +68,6 @@ class JetOperator(ByRules, CurvatureOperator):
             return own
 
         total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
-        if self._engine is not None and bool(torch.isfinite(total).all()):
-            self._leave_rules("rules give NaN or infinity where autograd does not")
         return (total / self.obj.num_examples).T
 
     def keep_values(self) -> None:
@@ -139,13 +146,17 @@ class HessianOperator(JetOperator):
         return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
 
     def _forms(self, columns: Tensor) -> Tensor:
-        forms = None if self._engine is None else self._engine_forms(self._engine, columns)
-        return super()._forms(columns) if forms is None else forms
+        if self._engine is None:
+            return super()._forms(columns)
+        return self._engine_forms(self._engine, columns)
+
+    def _forms_otherwise(self, columns: Tensor, forms: Tensor) -> Tensor:
+        return forms if self._engine is None else super()._forms_otherwise(columns, forms)
 
     def _engine_forms(
         self, engine: JetEngine, columns: Tensor, *, network_alone: bool = False
-    ) -> Tensor | None:
-        """Forms by rules; None where these give NaN or infinity.  # [K] float64"""
+    ) -> Tensor:
+        """Forms by rules, which may be NaN or infinite.  # [K] float64"""
         rows = columns.T.contiguous()
         forms = self.obj.summed(
             lambda: engine.forms(rows, network_alone=network_alone),
@@ -153,7 +164,7 @@ class HessianOperator(JetOperator):
             self.theta,
             rows,
         )
-        return forms / self.obj.num_examples if bool(torch.isfinite(forms).all()) else None
+        return forms / self.obj.num_examples
 
     def network_forms(self, vectors: Tensor) -> Tensor:
         """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
@@ -175,8 +186,9 @@ class HessianOperator(JetOperator):
             columns = self._columns(vectors)
             if self._engine is not None:
                 forms = self._engine_forms(self._engine, columns, network_alone=True)
-                if forms is not None:
+                if finite_together(forms, columns):
                     return forms
+                checks.finite("vectors", vectors)
             gauss_newton = GGNOperator(self.obj, self.theta)
             return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .by_rules import ByRules
 from .compiled import Compilable
 from .jets import JetEngine
 from .jets.tiles import Tile
-from .operators import require_vectors
+from .operators import finite_together, require_vectors
 
 
 class JacobianOperator(ByRules):
@@ -87,7 +88,7 @@ class JacobianOperator(ByRules):
         found = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
             found[:, begin:end] = self._push(tile, rows)[:, : end - begin]
-        product = require_finite_product(self.name, found).T
+        product = require_finite_product(self.name, found, vectors).T
         return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
 
     def _multiply_transposed(self, vectors: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ class JacobianOperator(ByRules):
         total = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
             total += self._pull(tile, rows[:, begin:end])
-        product = require_finite_product(self.name, total).T
+        product = require_finite_product(self.name, total, vectors).T
         return product.reshape(self.shape[1], *vectors.shape[1:]).contiguous()
 
     def _tiles(self) -> Iterator[tuple[Tile, tuple[int, int]]]:
@@ -106,8 +107,11 @@ class JacobianOperator(ByRules):
         else:
             tiles = (Tile(*batch, torch.ones(len(batch.inputs))) for batch in self.obj.batches())
         begin = 0
-        for tile in tiles:
-            end = begin + int(tile.weights.sum()) * self._each[tile.inputs.shape[1:]]
+        # An end beyond the data pairs the last tile; weights would have to be fetched.
+        for tile, following in pairwise(chain(tiles, [None])):
+            assert tile is not None
+            last = self.obj.num_examples if following is None else following.start
+            end = begin + (last - tile.start) * self._each[tile.inputs.shape[1:]]
             yield tile, (begin, end)
             begin = end
 
@@ -190,8 +194,9 @@ class _Transpose(Compilable):
         return f"{self.T!r}.T"
 
 
-def require_finite_product(name: str, product: Tensor) -> Tensor:
-    if not bool(torch.isfinite(product).all()):
+def require_finite_product(name: str, product: Tensor, vectors: Tensor) -> Tensor:
+    if not finite_together(product, vectors):
+        checks.finite("vectors", vectors)
         raise ValueError(
             f"{name}: expected a finite product, got NaN or infinity; look for a function without "
             "a derivative at the point, or overflow"

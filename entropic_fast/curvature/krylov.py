@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..results import Eigenpairs
 from .basis import ROUNDING, Basis, Ritz, wanted_first
 from .memory import resolve_budget
@@ -31,6 +32,7 @@ FAR = 10
 TRUSTED = 10
 
 
+@exact_math()
 def top_eigenvalues(
     operator: Any,
     k: int = 1,

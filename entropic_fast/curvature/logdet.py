@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..results import Density, Eigenpairs, Estimate, LogDeterminant
 from .across import Across, orthonormal
 from .basis import ROUNDING
@@ -17,6 +18,7 @@ from .krylov import top_eigenvalues
 from .protocol import require_operator
 
 
+@exact_math()
 def log_determinant(
     operator: Any,
     along: Tensor | None = None,

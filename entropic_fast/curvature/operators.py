@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..devices import is_gpu
 from ..objective import Objective
 from .compiled import Compilable, forms_operation, undisturbed
 
@@ -52,15 +53,26 @@ class CurvatureOperator(Compilable):
                 that is not finite.
             NonFiniteLossError: a loss that is NaN or infinite.
         """
-        columns = require_vectors(vectors, self.shape[0], self.dtype, self.device).reshape(
-            self.shape[0], -1
-        )
-        product = self._finite(self._product(columns))
+        columns = self._columns(vectors)
+        product = self._product(columns)
+        if not finite_together(product, columns):
+            checks.finite("vectors", vectors)
+            product = self._finite(self._product_otherwise(columns, product))
         self.products += product.shape[1]
         return product.reshape(vectors.shape).contiguous()
 
+    def unchecked(self, vectors: Tensor) -> Tensor:
+        """The product without a look at its values, or at those of vectors: nothing waits for it.
+
+        Where it is not finite, `operator @ vectors` says why, or has it by autograd.
+        """
+        with undisturbed():
+            product = self._product(self._columns(vectors))
+            self.products += product.shape[1]
+            return product.reshape(vectors.shape).contiguous()
+
     def _finite(self, result: Tensor) -> Tensor:
-        if not bool(torch.isfinite(result).all()):
+        if not checks.all_finite(result):
             raise ValueError(
                 f"{self.name}: expected a finite product, got NaN or infinity at a point of norm "
                 f"{float(self.theta.norm()):.4g}, where the loss is finite; look for a function "
@@ -78,16 +90,25 @@ class CurvatureOperator(Compilable):
             compiled: Tensor = forms_operation(vectors.detach(), self._number)
             return compiled
         with undisturbed():
-            return self._finite(self._forms(self._columns(vectors)))
+            columns = self._columns(vectors)
+            forms = self._forms(columns)
+            if not finite_together(forms, columns):
+                checks.finite("vectors", vectors)
+                forms = self._finite(self._forms_otherwise(columns, forms))
+            return forms
 
     def _columns(self, vectors: Tensor) -> Tensor:
-        """Vectors fit to be multiplied.  # [P, K]"""
+        """Vectors fit to be multiplied, but that a GPU's may be NaN or infinite.  # [P, K]"""
         checked = require_vectors(vectors, self.shape[0], self.dtype, self.device)
         return checked.reshape(self.shape[0], -1)
 
     def _product(self, columns: Tensor) -> Tensor:
-        """The product with columns [P, K]."""
+        """The product with columns [P, K]; it may be NaN or infinite."""
         raise TypeError("use HessianOperator, GGNOperator or FisherOperator")
+
+    def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
+        """Another product where `product` is not finite; the same where there is no other way."""
+        return product
 
     def _forms(self, columns: Tensor) -> Tensor:
         """v^T A v for columns v [P, K].  # [K] float64"""
@@ -95,12 +116,28 @@ class CurvatureOperator(Compilable):
         self.products += products.shape[1]
         return (columns.double() * products.double()).sum(0)
 
+    def _forms_otherwise(self, columns: Tensor, forms: Tensor) -> Tensor:
+        """Other forms where `forms` are not finite: by products."""
+        products = self._product(columns)
+        if not checks.all_finite(products):
+            products = self._product_otherwise(columns, products)
+        self.products += products.shape[1]
+        return (columns.double() * products.double()).sum(0)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.shape[0]}, N={self.obj.num_examples})"
 
 
+def finite_together(result: Tensor, vectors: Tensor) -> bool:
+    """Whether a result is finite and so are the vectors, which on a CPU were looked at before."""
+    return checks.all_finite(result, vectors) if is_gpu(result.device) else checks.all_finite(result)
+
+
 def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Vectors [size] or [size, K] that an operator can multiply."""
+    """Vectors [size] or [size, K] that an operator can multiply.
+
+    Those on a GPU may be NaN or infinite: they are looked at together with their product.
+    """
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
         raise checks.fail(
             "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
@@ -112,5 +149,6 @@ def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.d
             f"{vectors.dtype} on {vectors.device}",
             "convert them with vectors.to(operator.device, operator.dtype)",
         )
-    found: Tensor = checks.finite("vectors", vectors).detach()
+    found: Tensor = vectors if is_gpu(device) else checks.finite("vectors", vectors)
+    found = found.detach()
     return found.clone() if found.is_inference() else found

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..examples import Batch
 from ..objective import Objective
 from .engine import ScoreEngine
-from .memory import activation_bytes, resolve_budget, too_small
+from .memory import activation_bytes, padded_rows, resolve_budget, too_small
 from .rules import Piece, Rows
 
 # On a CPU, chunks of 64 examples or, of small ones, as many as have so many bytes of activations:
@@ -144,7 +144,8 @@ class ExampleGradients:
 
     def rows(self, batch: Batch) -> Tensor:
         """Gradients of a batch's examples.  # [n, P]"""
-        rows = self.theta.new_zeros(len(batch.inputs), self.obj.num_params, dtype=self.dtype)
+        rows = padded_rows(self.theta, len(batch.inputs), self.obj.num_params, dtype=self.dtype)
+        rows.zero_()
         parts = self.engine.split(rows)
 
         def keep(name: str, piece: Piece) -> None:

@@ -10,20 +10,14 @@ from pathlib import Path
 
 from .. import checks, display
 from .engine import ScoreEngine
-from .memory import readable, too_small
+from .memory import Scratch, readable, scratch_of, too_small
 from .per_example import PassCost, rows_made
 from .records import spill_folder
 from .rules import Piece, Rows, packed_bytes
 
 STRATEGIES = ("auto", "memory", "disk", "recompute")
-# Rows made at once from records: enough columns that a product is not bound by memory.
-SLICE = 32 * 2**20
-# Inner products of positions taken at once: no more, as they pass through the caches twice.
-TILE = 8 * 2**20
 # Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
 DISK_SHARE = 0.7
-# Bytes that a product packs at most; fewer columns at a time where it would be more.
-PACKED = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -101,6 +95,7 @@ class Planner:
         budget: int,
     ) -> None:
         self.engine, self.survey, self.count, self.budget = engine, survey, count, budget
+        self.scratch = scratch_of(engine.theta.device)
         self.result = 8 * count * count * matrices
         self.room = budget - self.result
         self.record = sum(piece.example_bytes for piece in survey.values())
@@ -185,14 +180,15 @@ class Planner:
         for piece in self.survey.values():
             pair = pairing(piece, spilled)
             if pair is not None:
-                low, high = tile_bytes(1, *pair), min(tile_bytes(self.count, *pair), TILE)
+                low, high = tile_bytes(1, *pair), min(tile_bytes(self.count, *pair), self.scratch.tile)
             elif isinstance(piece, Rows) and not spilled:  # multiplied as they are
-                low = high = _packed(self.count, piece.width)
+                low = high = _packed(self.count, piece.width, self.scratch)
             else:
-                rows, packed = self.count * piece.row_bytes, _packed(self.count, piece.width)
+                rows = self.count * piece.row_bytes
+                packed = _packed(self.count, piece.width, self.scratch)
                 low, high = packed + -(-rows // max(1, piece.groups)), packed + rows
             least, most = max(least, low), max(most, high)
-        return least, max(least, min(most, SLICE))
+        return least, max(least, min(most, self.scratch.slice))
 
     def _require(self, needed: int) -> None:
         """Refuse a budget under what is needed beside the result."""
@@ -233,17 +229,17 @@ def pairing(piece: Piece, spilled: bool) -> tuple[int, int] | None:
 
 def channels_within(size: int, piece: Piece, count: int) -> int:
     """Output channels whose rows of `count` examples fit in `size` bytes; at least 1."""
-    rows = max(0, size - _packed(count, piece.width))
+    scratch = scratch_of(piece.tensors[0].device)
+    rows = max(0, size - _packed(count, piece.width, scratch))
     return max(1, min(piece.groups, rows * piece.groups // max(1, count * piece.row_bytes)))
 
 
 def tile_within(size: int, example: int, pair: int, count: int) -> int:
-    """Examples of a tile of inner products that fits in `size` bytes or TILE; at least 1.
+    """Examples of a tile of inner products that fits in `size` bytes; at least 1.
 
     >>> tile_within(tile_bytes(7, 10, 16), 10, 16, 100), tile_within(0, 10, 16, 100)
     (7, 1)
     """
-    size = min(size, TILE)
     return max(1, min(count, (isqrt(example**2 + pair * size) - example) // pair))
 
 
@@ -252,5 +248,6 @@ def tile_bytes(examples: int, example: int, pair: int) -> int:
     return 2 * examples * example + examples**2 * pair
 
 
-def _packed(count: int, width: int) -> int:
-    return max(packed_bytes(count, min(width, 256)), min(packed_bytes(count, width), PACKED))
+def _packed(count: int, width: int, scratch: Scratch) -> int:
+    least = packed_bytes(count, min(width, 256))
+    return max(least, min(packed_bytes(count, width), scratch.packed))

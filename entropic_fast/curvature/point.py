@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..exact import exact_math
 from ..objective import Objective
 from ..results import Density, Eigenpairs, Estimate
 from .basis import ROUNDING
@@ -131,6 +132,7 @@ def profile_point(
     ).row
 
 
+@exact_math()
 def measure_point(
     obj: Objective,
     theta: Tensor | None = None,

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from .. import random
 from ..results import Estimate
-from .memory import resolve_budget
+from .memory import resolve_budget, scratch_of
 
 # Vectors given to an operator at once: from 8 on they share the work that does not depend on them.
 BLOCK = 8
 # Samples before a tolerance may stop. The standard error of 16 normal samples comes out under half
 # of what it is in 1 run of 640; that of 8 in 1 of 36.
 MIN_SAMPLES = 16
-# Rows converted to float64 at once.
-_ROWS = 1 << 16
 
 
 def sign_vectors(
@@ -36,8 +34,9 @@ def block_width(size: int, dtype: torch.dtype, device: torch.device) -> int:
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """a^T b in float64, on the CPU, for tall a [P, m] and b [P, n].  # [m, n]"""
     total = torch.zeros(a.shape[1], b.shape[1], dtype=torch.float64, device=a.device)
-    for i in range(0, len(a), _ROWS):
-        total.addmm_(a[i : i + _ROWS].double().T, b[i : i + _ROWS].double())
+    rows = scratch_of(a.device).tall
+    for i in range(0, len(a), rows):
+        total.addmm_(a[i : i + rows].double().T, b[i : i + rows].double())
     return total.cpu()
 
 

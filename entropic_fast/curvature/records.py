@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..devices import is_gpu
+from .memory import padded_rows
 from .rules import Piece, Rows
 
 # Files under these mount types are memory.
@@ -43,18 +45,28 @@ class Records:
         count: E.
         folder: where files go; None to keep everything in memory.
         window: examples that are mapped at once, for files.
+        group: the key of each parameter; on a GPU, rows of the same key that are kept in memory lie
+            side by side, to be multiplied at once.
     """
 
     def __init__(
-        self, survey: dict[str, Piece], count: int, folder: Path | None, window: int
+        self,
+        survey: dict[str, Piece],
+        count: int,
+        folder: Path | None,
+        window: int,
+        group: Callable[[str], str] = lambda name: "",
     ) -> None:
         self.survey, self.count, self.folder = survey, count, folder
         self.window = count if folder is None else window
         self._memory: dict[str, tuple[Tensor, ...]] = {}
+        self._joint: list[tuple[str, list[str], Tensor]] = []
         if folder is None:
-            self._memory = {
+            self._join(group)
+            self._memory |= {
                 name: tuple(t.new_empty(count, *t.shape[1:]) for t in piece.tensors)
                 for name, piece in survey.items()
+                if name not in self._memory
             }
             self._missing = {name: torch.ones(count, dtype=torch.bool) for name in survey}
         else:
@@ -63,6 +75,25 @@ class Records:
                     with open(self._path(index, i), "wb") as file:
                         file.truncate(count * t[:1].numel() * t.element_size())
         self._index = {name: index for index, name in enumerate(survey)}
+
+    def _join(self, group: Callable[[str], str]) -> None:
+        alike: dict[tuple[str, torch.dtype], list[str]] = {}
+        for name, piece in self.survey.items():
+            if isinstance(piece, Rows) and is_gpu(piece.tensors[0].device):
+                alike.setdefault((group(name), piece.tensors[0].dtype), []).append(name)
+        for (key, _), together in alike.items():
+            widths = [self.survey[name].width for name in together]
+            rows = padded_rows(self.survey[together[0]].tensors[0], self.count, sum(widths))
+            self._joint.append((key, together, rows))
+            parts = rows.split_with_sizes(widths, 1)
+            self._memory |= {n: (part,) for n, part in zip(together, parts, strict=True)}
+
+    def joint(self) -> Iterator[tuple[str, list[str], Tensor]]:
+        """(key, names, rows [E, sum of widths]) of the parameters whose rows lie side by side."""
+        for key, names, rows in self._joint:
+            for name in names:
+                self.piece(name, 0, self.count)  # writes the zeros of examples without a gradient
+            yield key, names, rows
 
     def put(self, start: int, name: str, piece: Piece) -> None:
         """Keep a chunk's piece; `start` is the index of its first example.
@@ -102,9 +133,10 @@ class Records:
         sample = self.survey[name]
         if self.folder is None:
             missing = self._missing[name]
-            for whole in self._memory[name]:
-                whole[missing] = 0
-            missing.fill_(False)
+            if bool(missing.any()):
+                for whole in self._memory[name]:
+                    whole[missing.to(whole.device)] = 0
+                missing.fill_(False)
             return sample.again(tuple(whole[begin:end] for whole in self._memory[name]))
         tensors = (
             self._map(name, i, begin, end - begin, "r").to(t.device)
@@ -113,8 +145,9 @@ class Records:
         return sample.again(tuple(tensors))
 
     def drop(self, name: str) -> None:
-        """Give back the memory of one parameter."""
+        """Give back the memory of one parameter; of several side by side, with the last."""
         self._memory.pop(name, None)
+        self._joint = [j for j in self._joint if any(n in self._memory for n in j[1])]
 
     def _path(self, index: int, i: int) -> Path:
         assert self.folder is not None

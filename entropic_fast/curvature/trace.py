@@ -7,6 +7,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from .. import checks, random
+from ..exact import exact_math
 from ..objective import Objective
 from ..results import Eigenpairs, Estimate
 from .ggn import ggn_trace, quick_ggn_trace
@@ -52,6 +53,7 @@ def hessian_trace(
 ) -> dict[str, Estimate]: ...
 
 
+@exact_math()
 def hessian_trace(
     obj: Objective,
     theta: Tensor | None = None,
@@ -142,6 +144,7 @@ def _beside_gauss_newton(
     return sampler.each()[0]
 
 
+@exact_math()
 def operator_trace(
     operator: Any,
     probes: int = DEFAULT_PROBES,

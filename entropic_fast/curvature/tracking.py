@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..exact import exact_math
 from ..results import Eigenpairs
 from .basis import Basis
 from .krylov import capacity, ritz_vectors, solve
@@ -17,6 +18,7 @@ from .protocol import require_operator
 KEPT = 8
 
 
+@exact_math()
 def tracked_eigenpairs(
     operator: Any,
     start: Eigenpairs | None = None,

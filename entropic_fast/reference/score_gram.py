@@ -6,6 +6,7 @@ Checked tensors on any device; shapes and accuracy as in `entropic_fast.ops.scor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +47,7 @@ def cross_update_(
 def _column_slices(double_products: bool, *matrices: Tensor) -> Iterator[list[Tensor]]:
     """The same columns of every matrix, in the dtype of the products."""
     # A float32 product that torch may round to TF32 or bfloat16 inputs would not keep the bound.
-    exact = torch.get_float32_matmul_precision() == "highest"
-    single = matrices[0].dtype == torch.float32 and exact and not double_products
+    single = matrices[0].dtype == torch.float32 and _full_float32() and not double_products
     columns = matrices[0].shape[1]
     count = sum(m.shape[0] for m in matrices)
     step = BLOCK if single else max(1, SCRATCH // (8 * max(1, count)))
@@ -62,3 +62,13 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right.T)
     else:
         out += left @ right.T
+
+
+def _full_float32() -> bool:
+    """Whether torch multiplies float32 matrices in full, by its settings for GPUs and for CPUs.
+
+    `torch.get_float32_matmul_precision` raises where one of them was set by itself.
+    """
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul)
+    return all(setting.fp32_precision in ("none", "ieee") for setting in settings)

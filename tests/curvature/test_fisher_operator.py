@@ -16,6 +16,7 @@ from entropic_fast.curvature import (
     GGNOperator,
     fisher_operator,
     fisher_trace,
+    memory,
     score_matrix,
     score_spectrum,
     top_eigenvalues,
@@ -109,7 +110,7 @@ def test_many_slices_add_up(monkeypatch: pytest.MonkeyPatch):
     block = random.normal((obj.num_params, 3), 0)
     whole = FisherOperator(obj) @ block
     for scratch in (1, 500, 2000):
-        monkeypatch.setattr(fisher_operator, "SCRATCH", scratch)
+        monkeypatch.setattr(memory, "CPU", memory.CPU._replace(products=scratch))
         assert torch.allclose(FisherOperator(obj) @ block, whole, atol=1e-14)
 
 
@@ -218,7 +219,8 @@ def test_a_spectrum_over_ten_decades_comes_out_of_float32_scores():
 def test_clustered_eigenvalues_need_restarts_and_get_them():
     values = torch.cat([torch.linspace(0, 1, 150), torch.tensor([1.02, 1.04, 1.1])]).double()
     obj = with_scores(scores := with_singular_values(values, 160, 200))
-    least = 4 * ((fisher_operator.WORKSPACE * 3 + 3 + 3) * 8 * 200 + fisher_operator.SCRATCH) // 3
+    columns = fisher_operator.WORKSPACE * 3 + 3 + 3
+    least = 4 * (columns * 8 * 200 + memory.CPU.products) // 3
     for budget in (least + 1, least + 60_000, None):
         pairs = fisher_eigenvalues(obj, 3, tol=1e-7, block=3, max_passes=2000, memory_budget=budget)
         require_eigenpairs(pairs, scores, 3, 1e-7)

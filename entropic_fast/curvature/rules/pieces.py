@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ...ops.score_conv import conv_weight_grads, conv_weight_norms
 from ...ops.score_gram import cross_update_
+from ..memory import scratch_of
 
-# Bytes of scratch that norms may take for rows or float64 copies, each; small enough for caches.
-SCRATCH = 4 * 2**20
 # A norm by inner products that is a smaller share of the positions' own squares is taken by rows.
 CANCELS = 1e-2
 
@@ -370,7 +369,7 @@ class EmbeddingPiece(Piece):
     def norms(self) -> Tensor:
         tokens, g = self.tensors
         n = len(tokens)
-        most = max(1, SCRATCH // max(1, 16 * g[:1].numel()))
+        most = max(1, scratch_of(g.device).norms // max(1, 16 * g[:1].numel()))
         if n > most:
             return torch.cat([self.part(i, i + most).norms() for i in range(0, n, most)])
         example = torch.arange(n, device=tokens.device)[:, None]
@@ -417,7 +416,7 @@ def squared_norms(rows: Tensor) -> Tensor:
     """Squared norm of each row in float64.  # [n, p] -> [n]"""
     total = rows.new_zeros(len(rows), dtype=torch.float64)
     # On a CPU torch makes a float64 copy of what it is given.
-    step = max(1, SCRATCH // (8 * max(1, len(rows))))
+    step = max(1, scratch_of(rows.device).norms // (8 * max(1, len(rows))))
     for i in range(0, rows.shape[1], step):
         total += torch.linalg.vector_norm(rows[:, i : i + step], dim=1, dtype=total.dtype).square_()
     return total
@@ -428,9 +427,9 @@ def norms_by_columns(piece: Piece) -> Tensor:
     total = piece.tensors[-1].new_zeros(piece.count, dtype=torch.float64)
     if not piece.width or not piece.count:
         return total
-    each = piece.width // piece.groups
-    examples = max(1, SCRATCH // piece.row_bytes)
-    channels = max(1, SCRATCH * piece.groups // (examples * piece.row_bytes))
+    each, scratch = piece.width // piece.groups, scratch_of(total.device).norms
+    examples = max(1, scratch // piece.row_bytes)
+    channels = max(1, scratch * piece.groups // (examples * piece.row_bytes))
     for first in range(0, piece.count, examples):
         part = piece.part(first, first + examples)
         for begin in range(0, piece.groups, channels):
