@@ -81,8 +81,8 @@ class Basis:
 
     A step is queued on the operator's device and waits for nothing there; `look` fetches H and
     decides what needs a decision (NaN, symmetry, rank, Ritz pairs). Where steps since the last
-    look turn out to have lost rank, or to be NaN, `look` goes back to that look, and steps wait from
-    then on: a product that waits says what is wrong, or is computed by autograd.
+    look turn out to have lost rank, or to be NaN, `look` goes back to that look, and steps wait
+    from then on: a product that waits says what is wrong, or is computed by autograd.
 
     Args:
         operator: symmetric, as `require_operator` asks.
@@ -177,13 +177,12 @@ class Basis:
         Raises:
             ValueError: products that are not finite, or not those of a symmetric operator.
         """
-        matrix = self.projected[: self.held, : self.size].cpu().clone()
-        norm = float(self.norm)
+        matrix, norm, ranks = self._fetched()
         finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
         if not finite and self._saved is None:
             raise checks.fail("operator", "finite products", "NaN or infinity")
         scale = max(norm, float(matrix.abs().max()))
-        lost = not finite or any(not self._full_rank(*rank, scale) for rank in self._ranks)
+        lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
         self._ranks.clear()
         if lost and self._saved is not None:
             self.careful = True
@@ -198,6 +197,18 @@ class Basis:
             square = matrix[: self.size]  # Q^T A Q, from the products with Q
             require_symmetry(self.operator, float((square - square.T).abs().max()), scale)
         self._saved = None
+
+    def _fetched(self) -> tuple[Tensor, float, list[tuple[Tensor, Tensor]]]:
+        """H, the longest product's norm, and what `_extend` said of steps, in one transfer."""
+        parts = [self.projected[: self.held, : self.size], self.norm]
+        parts += [part for rank in self._ranks for part in rank]
+        flat = torch.cat([part.double().flatten() for part in parts]).cpu()
+        sizes = [part.numel() for part in parts]
+        matrix, norm, *others = (
+            values.view(part.shape)
+            for values, part in zip(flat.split_with_sizes(sizes), parts, strict=True)
+        )
+        return matrix.clone(), float(norm), list(zip(others[::2], others[1::2], strict=True))
 
     def remember(self) -> None:
         """Keep F, so that steps that do not wait can be taken back; after a look."""

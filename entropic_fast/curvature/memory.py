@@ -99,13 +99,13 @@ def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
     return checks.whole("memory_budget", memory_budget, 1)
 
 
-def padded_rows(like: Tensor, count: int, width: int, **dtype: torch.dtype) -> Tensor:
+def padded_rows(like: Tensor, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """Empty rows [count, width], on a GPU 16 numbers apart or a multiple of it.
 
     Where rows begin at odd addresses, kernels load 4 bytes at a time in place of 16.
     """
     apart = -(-width // 16) * 16 if is_gpu(like.device) else width
-    return like.new_empty(count, apart, **dtype)[:, :width]
+    return like.new_empty(count, apart, dtype=dtype or like.dtype)[:, :width]
 
 
 def too_small(needed: int, budget: int, what: str, do: str) -> ValueError:

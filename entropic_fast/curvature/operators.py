@@ -130,7 +130,9 @@ class CurvatureOperator(Compilable):
 
 def finite_together(result: Tensor, vectors: Tensor) -> bool:
     """Whether a result is finite and so are the vectors, which on a CPU were looked at before."""
-    return checks.all_finite(result, vectors) if is_gpu(result.device) else checks.all_finite(result)
+    return (
+        checks.all_finite(result, vectors) if is_gpu(result.device) else checks.all_finite(result)
+    )
 
 
 def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

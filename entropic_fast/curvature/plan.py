@@ -180,7 +180,10 @@ class Planner:
         for piece in self.survey.values():
             pair = pairing(piece, spilled)
             if pair is not None:
-                low, high = tile_bytes(1, *pair), min(tile_bytes(self.count, *pair), self.scratch.tile)
+                low, high = (
+                    tile_bytes(1, *pair),
+                    min(tile_bytes(self.count, *pair), self.scratch.tile),
+                )
             elif isinstance(piece, Rows) and not spilled:  # multiplied as they are
                 low = high = _packed(self.count, piece.width, self.scratch)
             else:

@@ -8,6 +8,7 @@ of their own (triton/langevin_wide.py).
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -202,6 +203,12 @@ def box_muller_kernel(words, normal, pairs, BLOCK: tl.constexpr):
     tl.store(normal + 2 * at + 1, z1, mask=mask)
 
 
+@functools.lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device, kept: a copy at every call would wait for it, and no CUDA graph allows one."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
 def advance(
     x: Tensor,  # [N, D], updated in place
     v: Tensor,  # [N, D], updated in place; [0] for an overdamped scheme
@@ -218,8 +225,7 @@ def advance(
 ) -> None:
     if x.shape[0] == 0 or steps == 0:
         return
-    values = [drift, decay, noise, *parameters]
-    numbers = torch.tensor(values, dtype=torch.float64, device=x.device)
+    numbers = _numbers((drift, decay, noise, *parameters), x.device)
     particles, dim = x.shape
     arguments = (
         x, v if v.numel() > 0 else x, numbers, particles, first_particle, first_step, steps, seed,

@@ -10,9 +10,8 @@ import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
 from torch import Tensor, nn
 
-from entropic_fast.curvature import memory
+from entropic_fast.curvature import memory, score_gram, score_plan, score_spectrum
 from entropic_fast.curvature import records as records_module
-from entropic_fast.curvature import score_gram, score_plan, score_spectrum
 from entropic_fast.curvature.gram import mirror_lower
 from entropic_fast.objective import Objective
 
