@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..devices import is_gpu
 from .memory import scratch_of
 from .protocol import multiply, require_operator
+from .tall import cholesky_qr, qr
 
 # Rounding does not break the symmetry of the projected matrix by this share of its scale.
 ASYMMETRY = 1e-2
@@ -156,7 +158,7 @@ class Basis:
         if wait:
             following, coupling = self._following(rest)
         else:
-            following, coupling, sound = self._extend(rest)
+            following, coupling, sound = self._extend(rest, wait=False)
             self._ranks.append((coupling, sound))
         del rest
         self._append(following)
@@ -179,7 +181,7 @@ class Basis:
         """
         matrix, norm, ranks = self._fetched()
         finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
-        if not finite and self._saved is None:
+        if not finite and (self._saved is None or not hasattr(self.operator, "unchecked")):
             raise checks.fail("operator", "finite products", "NaN or infinity")
         scale = max(norm, float(matrix.abs().max()))
         lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
@@ -260,7 +262,7 @@ class Basis:
         for i in range(0, self.order, height):
             used[i : i + height, :keep] = used[i : i + height] @ turn
         frontier, _ = self._orthogonalise(frontier, keep)
-        frontier, triangle = torch.linalg.qr(frontier)
+        frontier, triangle = qr(frontier)
         couplings = triangle.double().cpu() @ (self._host[self.size :] @ chosen)
         # What H lacks in symmetry leads out of the vectors kept, and is forgotten.
         self._forgotten += float(ritz.skews[:keep].norm())
@@ -290,17 +292,22 @@ class Basis:
         rest.addmm_(used, again, alpha=-1)
         return rest, coordinates.double() + again.double()
 
-    def _extend(self, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend(self, rest: Tensor, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
 
         A short or nearly dependent column of rest is mostly rounding: after the factorisation
-        one pass more. Soundness is the least share of a direction that this pass leaves.
+        one pass more. Soundness is the least share of a direction that this pass leaves; 0 where
+        a factorization that waits for nothing does not hold.
         """
         used = self.columns[:, : self.held]
-        q, first = torch.linalg.qr(rest)
+        quick = not wait and is_gpu(self.device)
+        q, first, *holds = cholesky_qr(rest) if quick else qr(rest)
         q.addmm_(used, used.T @ q, alpha=-1)
-        q, second = torch.linalg.qr(q)
-        return q, second.double() @ first.double(), second.diagonal().abs().min()
+        q, second, *again = cholesky_qr(q) if quick else qr(q)
+        sound = second.diagonal().abs().min()
+        for held in (*holds, *again):
+            sound = sound * held
+        return q, second.double() @ first.double(), sound
 
     def _full_rank(self, coupling: Tensor, sound: Tensor, scale: float) -> bool:
         """Whether directions found by `_extend` are more than rounding; waits for them."""
@@ -314,7 +321,7 @@ class Basis:
         """Directions of rest [P, r] and its coordinates in them, without those of rounding."""
         scale = max(float(self.norm), float(self.projected.abs().max()))
         if self.order - self.held >= rest.shape[1]:
-            q, coupling, sound = self._extend(rest)
+            q, coupling, sound = self._extend(rest, wait=True)
             if self._full_rank(coupling, sound, scale):
                 return q, coupling
         return self._directions(rest, scale)
@@ -325,7 +332,7 @@ class Basis:
         Directions along which rest is rounding of products of norm `scale` are left out. Rest is
         overwritten.
         """
-        q, triangle = torch.linalg.qr(rest)
+        q, triangle = qr(rest)
         left, lengths, right = torch.linalg.svd(triangle.double().cpu())
         kept = lengths > self._least(scale)
         # What little is left of a product is mostly rounding: one pass more.
@@ -333,7 +340,7 @@ class Basis:
         del q
         directions, _ = self._orthogonalise(turned, self.held)
         sound = (_norms(directions) > 0.5).cpu()
-        q, triangle = torch.linalg.qr(directions[:, sound.to(self.device)])
+        q, triangle = qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]
         return q, triangle.double() @ coordinates.to(self.device)
 
@@ -343,11 +350,10 @@ class Basis:
             return self.columns[:, :0]
         while True:
             rest, _ = self._orthogonalise(self._random(count), self.held)
-            rest, triangle = torch.linalg.qr(rest)
+            rest, triangle = qr(rest)
             if float(triangle.diagonal().abs().min()) > 1e-3:
                 rest, _ = self._orthogonalise(rest, self.held)
-                fresh: Tensor = torch.linalg.qr(rest)[0]
-                return fresh
+                return qr(rest)[0]
 
     def _random(self, count: int) -> Tensor:
         vectors = torch.empty(self.order, count, dtype=self.dtype, device=self.device)

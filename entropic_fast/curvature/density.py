@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -218,9 +217,11 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], i
         the space of each probe, m under `steps` where it was exhausted; and the steps taken.
     """
     stride = stride_of(starts.device)
-    if stride > 1:
-        with contextlib.suppress(ValueError):
-            return _lanczos_steps(operator, starts, steps, stride)
+    try:
+        return _lanczos_steps(operator, starts, steps, stride)
+    except ValueError:
+        if stride == 1 or not hasattr(operator, "unchecked"):
+            raise
     return _lanczos_steps(operator, starts, steps, 1)
 
 

@@ -12,7 +12,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .. import random
+from .. import checks, random
+from ..devices import is_gpu
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
 from ..loss_functions import widened
@@ -32,6 +33,9 @@ LEADING, DRAWS = 2, 2
 ENOUGH_EXAMPLES = 32
 # Share of all eigenvalues under which negative ones are those of a loss that bends upwards.
 ROUNDING = 1e-12
+# Classes up to which a GPU computes eigenvectors of all examples at once, by Jacobi's method. With
+# more, a factor in closed form has one direction per class, one more than there are eigenvalues.
+SMALL = 32
 # Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
 _MATRICES = 4
 
@@ -125,7 +129,9 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     others together, u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of
     |J^T u|^2 is what they add to the trace. Two draws of the signs tell the standard error, which
     is that of the value for these data. Where there are no more than four directions, fewer than
-    32 examples, or a loss bends downwards, all are taken by themselves, and the error is 0.
+    32 examples, or a loss bends downwards, all are taken by themselves, and the error is 0. On a
+    GPU with more than SMALL classes the directions are those of `_class_factors`, so the draws are
+    others than a CPU's.
     """
     budget = resolve_budget(None, obj.device)
     enough = obj.num_examples >= ENOUGH_EXAMPLES
@@ -213,6 +219,11 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
         targets = targets.double() if targets.is_floating_point() else targets
+    if _has_class_factors(obj, outputs, targets):
+        if not checks.all_finite(obj.output_losses(free, targets)):
+            obj.finite_losses(theta, batch)  # raises, naming the example
+        directions = _class_factors(free)
+        return directions.to(dtype), torch.ones_like(directions[:, :, 0])
     values, vectors = torch.linalg.eigh(_output_hessians(obj, theta, batch, free, targets))
     # Eigenvalues that are zero come out as rounding of the largest, in the dtype of the loss.
     size, eps = values.shape[1], torch.finfo(free.dtype).eps
@@ -225,6 +236,29 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     vectors = vectors.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, size))
     directions = vectors * values.abs().sqrt()[:, :, None]
     return directions.to(dtype), values.sign()
+
+
+def _has_class_factors(obj: Objective, outputs: Tensor, targets: Tensor) -> bool:
+    """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
+    by_class = obj.loss_name == "cross_entropy" and not targets.is_floating_point()
+    return by_class and outputs.ndim == 2 and outputs.shape[1] > SMALL and is_gpu(outputs.device)
+
+
+def _class_factors(outputs: Tensor) -> Tensor:
+    """Directions sqrt(p_k) (e_k - p), the longest first, for class scores [n, K].  # [n, K, K]
+
+    They are the columns of B = diag(sqrt p) - p sqrt(p)^T, and B B^T = diag p - p p^T, the Hessian
+    of the cross-entropy whatever the label.
+    """
+    p = outputs.softmax(1)
+    # 1 - p_k, for the most probable class as a sum: at a confident example it is all rounding.
+    top = p.argmax(1, keepdim=True)
+    left = (1 - p).scatter_(1, top, p.scatter(1, top, 0.0).sum(1, keepdim=True))
+    directions = (-p[:, None]).repeat(1, p.shape[1], 1)
+    directions.diagonal(dim1=1, dim2=2).copy_(left)
+    directions *= p.sqrt()[:, :, None]
+    order = directions.square().sum(2).argsort(1, descending=True)
+    return directions.gather(1, order[:, :, None].expand_as(directions))
 
 
 def _output_hessians(

@@ -14,6 +14,7 @@ from ..results import Eigenpairs
 from .basis import ROUNDING, Basis, Ritz, wanted_first
 from .memory import resolve_budget
 from .protocol import require_operator
+from .tall import qr
 
 WANTED = ("LA", "SA", "LM", "BE")
 # Vectors of a block unless asked for: wider ones gain no more speed.
@@ -217,7 +218,7 @@ def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.de
 
 def _returned(basis: Basis, ritz: Ritz, k: int, which: str, converged: bool) -> Eigenpairs:
     """Ritz pairs with the recurrence's residuals."""
-    vectors, triangle = torch.linalg.qr(ritz_vectors(basis, ritz, k))
+    vectors, triangle = qr(ritz_vectors(basis, ritz, k))
     vectors *= triangle.diagonal().sign()
     values, residuals = ritz.values[:k], ritz.residuals[:k]
     return _pairs(basis, values, vectors, residuals, which, converged)
@@ -225,7 +226,7 @@ def _returned(basis: Basis, ritz: Ritz, k: int, which: str, converged: bool) -> 
 
 def _verified(basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: float) -> Eigenpairs:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
-    vectors, _ = torch.linalg.qr(ritz_vectors(basis, ritz, k))
+    vectors, _ = qr(ritz_vectors(basis, ritz, k))
     products = basis.multiply(vectors)
     values = (vectors.double() * products.double()).sum(0)
     residuals = torch.linalg.vector_norm(products.double() - values * vectors.double(), dim=0)

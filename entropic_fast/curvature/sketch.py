@@ -11,6 +11,7 @@ from .. import checks
 from ..results import Eigenpairs
 from .memory import available_bytes, readable
 from .protocol import multiply, require_operator
+from .tall import qr
 
 
 def project_out(basis: Tensor, vectors: Tensor) -> Tensor:
@@ -25,13 +26,12 @@ def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
     """
     scale = float(_norms(vectors).max())
     rest = project_out(basis, project_out(basis, vectors))
-    q, triangle = torch.linalg.qr(rest)
+    q, triangle = qr(rest)
     left, lengths, _ = torch.linalg.svd(triangle.double().cpu())
     kept = lengths > 10 * torch.finfo(vectors.dtype).eps * scale
     # What little is left of a vector is mostly rounding: one pass more, which sound ones survive.
     fresh = project_out(basis, q @ left[:, kept].to(q))
-    sound: Tensor = torch.linalg.qr(fresh[:, _norms(fresh) > 0.5])[0]
-    return sound
+    return qr(fresh[:, _norms(fresh) > 0.5])[0]
 
 
 def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tensor:
@@ -60,8 +60,7 @@ def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tenso
         )
     checks.finite("deflate", vectors)
     # Orthonormal also where the columns are not, and the estimates hold for any orthonormal basis.
-    basis: Tensor = torch.linalg.qr(vectors.detach())[0]
-    return basis
+    return qr(vectors.detach())[0]
 
 
 def require_room(count: int, operator: Any) -> None:
