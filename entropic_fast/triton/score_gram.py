@@ -1,8 +1,8 @@
 """Family `score_gram` in Triton: rows rows^T, lower triangle, and a b^T, added to float64 sums.
 
 One program owns a tile of the result and a range of columns. Products of float32 rows are summed
-in float32 over a few columns, then added to the program's float64 tile: 16 columns in full float32,
-where such a sum is a chain of rounded additions, and CHUNK on tensor cores. When there are
+in float32 over a few columns, then added to the program's float64 tile: SUM columns in full
+float32, where such a sum is a chain of rounded additions, and CHUNK on tensor cores. When there are
 few tiles, the columns are split among several programs; a second kernel adds their tiles in order,
 so the result is the same bits run after run.
 
@@ -23,10 +23,14 @@ from entropic_fast.ops.precision import matmul_precision
 from entropic_fast.triton.launch import FUSE, INPUT_PRECISION, on_device
 from entropic_fast.triton.loops import count
 
-# Columns whose products tensor cores sum in float32 before they join the float64 sum. A chain of
-# 256 rounded additions would miss the family's accuracy for sums without cancellation (5 eps where
-# 3 are allowed, simulated); 16 columns stay at 1, for one conversion and addition in 16.
+# Columns whose products tensor cores sum in float32 before they join the float64 sum.
 CHUNK = tl.constexpr(256)
+# The same without tensor cores, in a chain of rounded additions. Errors for K = 256 and 4,096
+# without cancellation, simulated, in eps / sqrt(K / 256), of which 3 are allowed: 0.4 for chains of
+# 16, 1.5 for 64, 3 for 128, 5 for 256. A conversion to float64 costs as much as 8 multiply-adds on
+# compute capability 8.0 and 9.0 and 64 on 8.6 and 8.9, so each 16 columns it would cost half as
+# much as the products, or four times as much.
+SUM = tl.constexpr(64)
 # Rows of a tile that one program of the second kernel adds up.
 SLICE = 16
 # Elements of all tiles that programs may hold for want of tiles in the result: 32 MB, 1024 programs
@@ -40,7 +44,8 @@ MIN_RANGE = 1024
 # What runs -> rows of a tile, columns loaded at once, warps, stages of the software pipeline. A
 # thread holds 64 x 64 / 128 = 32 sums in float32 (32 registers) and in float64 (64). Compiled for
 # compute capability 8.0 and 9.0 by Triton 3.6 and 3.9 the first three use at most 255 registers
-# without spilling (32 columns at once in float32 do not), so two programs fit on a multiprocessor;
+# without spilling (32 columns at once in float32 do not, and rows at odd addresses in float32
+# spill 56 bytes on 9.0), so two programs fit on a multiprocessor;
 # float32 has 9 multiply-adds to a 16-byte load from shared memory. TF32 is quick enough for L2 to
 # be the limit: 128 x 128 halves the traffic, for a few registers spilled once every CHUNK columns.
 TILES = {
@@ -77,6 +82,28 @@ def add_products(
 
 
 @triton.jit
+def add_single_products(
+    total, a, b, start, stop, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """total + a[:, start:stop] b[:, start:stop]^T, by float32 sums of SUM columns."""
+    lanes = tl.arange(0, BLOCK_K)
+    part = tl.zeros([total.shape[0], total.shape[1]], dtype=tl.float32)
+    for k in count(start, stop, BLOCK_K):
+        columns = k + lanes[None, :]
+        if MASKED:
+            x = tl.load(a + columns, mask=columns < stop, other=0.0)
+            y = tl.load(b + columns, mask=columns < stop, other=0.0)
+        else:
+            x = tl.load(a + columns)
+            y = tl.load(b + columns)
+        part = tl.dot(x, tl.trans(y), part, input_precision="ieee")
+        if (k - start) % SUM == SUM - BLOCK_K:
+            total += part.to(tl.float64)
+            part = tl.zeros([total.shape[0], total.shape[1]], dtype=tl.float32)
+    return total + part.to(tl.float64)
+
+
+@triton.jit
 def tile_of(program, columns, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr):
     """Tile (i, j) of this program: squares of GROUP x GROUP tiles, row by row."""
     group = program // (GROUP * GROUP)
@@ -94,7 +121,7 @@ def tile_of(program, columns, SYMMETRIC: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def gram_kernel(
     a, b, out, partial, M, N, K, columns, column_range, a_row, b_row, out_row,
-    SYMMETRIC: tl.constexpr, SPLIT: tl.constexpr, DOUBLE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, SPLIT: tl.constexpr, DOUBLE: tl.constexpr, SINGLE: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out or partial[range, program] of one tile; columns of K in ranges of `column_range`."""
@@ -114,7 +141,10 @@ def gram_kernel(
         stop = tl.minimum(start + column_range, K)
         full = start + (stop - start) // CHUNK * CHUNK
         total = tl.zeros([BLOCK, BLOCK], dtype=tl.float64)
-        if PRECISION == "ieee":
+        if PRECISION == "ieee" and SINGLE:
+            total = add_single_products(total, a_tile, b_tile, start, full, False, BLOCK_K)
+            total = add_single_products(total, a_tile, b_tile, full, stop, True, BLOCK_K)
+        elif PRECISION == "ieee":
             total = add_products(
                 total, a_tile, b_tile, start, full, False, DOUBLE, PRECISION, BLOCK_K
             )
@@ -196,7 +226,7 @@ def _add_product(
         gram_kernel[(programs, splits)](
             a, b, out, partial, rows, columns, width, group_columns, column_range,
             a.stride(0), b.stride(0), out.stride(0),
-            SPLIT=splits > 1, DOUBLE=wide and a.dtype == torch.float32,
+            SPLIT=splits > 1, DOUBLE=wide and a.dtype == torch.float32, SINGLE=not wide,
             PRECISION=INPUT_PRECISION[precision], BLOCK_K=block_k,
             num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
