@@ -168,6 +168,8 @@ class Objective:
             raise checks.fail(
                 "theta", f"a tensor of shape [{self.num_params}]", checks.describe(theta)
             )
+        if not theta.is_floating_point():
+            raise checks.fail("theta", "a floating-point tensor", checks.describe(theta))
         if theta.dtype != self.dtype or theta.device != self.device:
             raise checks.fail(
                 "theta",

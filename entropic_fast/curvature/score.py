@@ -117,8 +117,10 @@ def score_gram(
             free memory. What the process holds beforehand is not counted, nor are the two
             examples that the first call on a model compares with `torch.func` (some 8 P numbers).
         products: "float64", exact to float64's rounding for the scores as computed; or
-            "float32", about twice as fast on most processors: sums of 256 products of float32
-            accumulated in float64, so that entry (i, j) is off by some 1e-8 |s_i| |s_j|.
+            "float32": sums of 256 products of float32 accumulated in float64, so that entry
+            (i, j) is off by some 1e-8 |s_i| |s_j|. On CPUs it is about twice as fast. GPUs with
+            float64 tensor cores (A100, H100, H200, B200) should gain nothing from it, most others,
+            with float64 at 1/32 or 1/64 of float32's rate, most of that; neither is measured.
         strategy: "auto", or one of "memory", "disk", "recompute" (see `score_plan`).
         by: None for the whole; "parameter" or "module" for the share of each, by name. The
             shares add up to the whole.

@@ -19,15 +19,29 @@ Results do not depend on the number of threads, and are the same bits run after 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from entropic_fast.checks import fail
-from entropic_fast.ops.backend import implementation, register_family
+from entropic_fast.devices import is_gpu
+from entropic_fast.ops.backend import (
+    backend_for,
+    current_backend,
+    implementation,
+    register_family,
+)
 
 FAMILY = "score_gram"
 DTYPES = (torch.float32, torch.float64)
 BLOCK = 256  # columns of one float32 sum
+# Compute capabilities whose tensor cores multiply float64 as fast as other cores multiply float32
+# (A100, H100 and H200, B200). Triton has the shape m8n8k4 alone for them, which runs at half of
+# Hopper's rate, from memory; cuBLAS has all shapes, and a copy of float32 rows in float64 is read
+# E / 128 times. Other GPUs have float64 at 1/2 (7.0) to 1/64 of float32's rate (8.6, 8.9, 12.0),
+# with nothing to win. To be measured.
+FLOAT64_TENSOR_CORES = frozenset({(8, 0), (9, 0), (10, 0)})
 
 register_family(
     FAMILY,
@@ -89,6 +103,32 @@ def cross_update_(
     torch.ops.entropic_fast.gram_cross_update_(out, a, b, double_products)
 
 
+# ---- which arithmetic a GPU has ------------------------------------------------------------------
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def chosen_backend(device: torch.device, double: bool) -> str:
+    """The backend for an update; `double`: with float64 products, of rows of either dtype.
+
+    Under "auto" GPUs in `FLOAT64_TENSOR_CORES` have float64 products by "reference", which is
+    cuBLAS there, where Triton would be next.
+    """
+    chosen = backend_for(FAMILY, device)
+    if double and chosen == "triton" and current_backend() == "auto" and is_gpu(device):
+        return "reference" if compute_capability(device) in FLOAT64_TENSOR_CORES else chosen
+    return chosen
+
+
+def _module(device: torch.device, double: bool) -> ModuleType:
+    chosen = chosen_backend(device, double)
+    own = chosen != backend_for(FAMILY, device)
+    return implementation(FAMILY, device, chosen if own else None)
+
+
 # ---- registration with torch ---------------------------------------------------------------------
 
 
@@ -96,7 +136,8 @@ def cross_update_(
 def _symmetric_update_(gram: Tensor, rows: Tensor, double_products: bool) -> None:
     _check_symmetric(gram, rows)
     _check_overlap("gram", gram, rows=rows)
-    implementation(FAMILY, gram.device).symmetric_update_(gram, rows, double_products)
+    module = _module(gram.device, double_products or rows.dtype == torch.float64)
+    module.symmetric_update_(gram, rows, double_products)
 
 
 @_symmetric_update_.register_fake
@@ -108,7 +149,8 @@ def _(gram: Tensor, rows: Tensor, double_products: bool) -> None:
 def _cross_update_(out: Tensor, a: Tensor, b: Tensor, double_products: bool) -> None:
     _check_cross(out, a, b)
     _check_overlap("out", out, a=a, b=b)
-    implementation(FAMILY, out.device).cross_update_(out, a, b, double_products)
+    module = _module(out.device, double_products or a.dtype == torch.float64)
+    module.cross_update_(out, a, b, double_products)
 
 
 @_cross_update_.register_fake
