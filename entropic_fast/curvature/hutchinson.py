@@ -33,13 +33,13 @@ def shares(operator: Any, sizes: list[int], groups: list[int]) -> Measure:
 
     def measure(vectors: Tensor) -> Tensor:
         products = multiply(operator, vectors)
-        found = torch.zeros(max(groups) + 1, vectors.shape[1], dtype=torch.float64)
+        found = products.new_zeros(max(groups) + 1, vectors.shape[1], dtype=torch.float64)
         pieces = zip(
             groups, vectors.split_with_sizes(sizes), products.split_with_sizes(sizes), strict=True
         )
         for group, v, product in pieces:
-            found[group] += (v.double() * product.double()).sum(0).cpu()
-        return found.T
+            found[group] += (v.double() * product.double()).sum(0)
+        return found.T.cpu()
 
     return measure
 

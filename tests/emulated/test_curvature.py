@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import entropic_fast as ef
 from entropic_fast import curvature, models, random
 from entropic_fast.curvature import fisher_operator, memory
+from entropic_fast.curvature.rules.pieces import EmbeddingPiece
 
 DEVICE = "emulated:0"
 # Relative norm of what differs in the order of sums; through eigenvectors and their residuals.
@@ -258,7 +259,7 @@ def test_launches_of_scores_and_gradients():
         "gradient": (lambda: obj.gradient(theta), 160, 1),
         "Fisher product": (lambda: fisher @ vectors, 401, 3),
         "score_gram": (lambda: ef.score_gram(obj), 733, 3),
-        "gradient_norms": (lambda: ef.gradient_norms(obj), 878, 3),
+        "gradient_norms": (lambda: ef.gradient_norms(obj), 669, 3),
     }
     for name, (work, launches, synchronizations) in ceilings.items():
         counts = seen(work)
@@ -392,6 +393,40 @@ def test_examples_without_a_gradient_have_zeros_in_joint_records():
             expected, found = {"": expected}, {"": found}
         for name, gram in expected.items():
             assert relative_norm(found[name].cpu(), gram) < 1e-13
+
+
+def test_norms_of_small_parameters_together(monkeypatch: pytest.MonkeyPatch):
+    """Whatever is held back fits the scratch."""
+    on_cpu, on_gpu = (objective(cnn, torch.float64, device) for device in ("cpu", DEVICE))
+    for scratch in (memory.GPU.norms, 600, 1):
+        monkeypatch.setattr(memory, "GPU", memory.GPU._replace(norms=scratch))
+        for by in (None, "module", "parameter"):
+            expected, found = ef.gradient_norms(on_cpu, by=by), ef.gradient_norms(on_gpu, by=by)
+            shares = {"": (expected, found)} if by is None else {
+                name: (share, found[name]) for name, share in expected.items()
+            }  # fmt: skip
+            for share, other in shares.values():
+                assert relative_norm(other.cpu(), share) < 1e-12
+
+
+def test_norms_of_embeddings_wait_for_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Tokens of an example that are all alike, all different, and repeated."""
+    generator = torch.Generator().manual_seed(0)
+    for n, positions, channels in ((1, 1, 1), (5, 8, 3), (4, 1, 2), (0, 3, 2)):
+        tokens = torch.randint(4, (n, positions), generator=generator)
+        tokens[:1] = 2
+        tokens[1:2] = torch.arange(positions)
+        g = torch.randn(n, positions, channels, generator=generator)
+        piece = EmbeddingPiece(tokens, g, 8)
+        on_device = EmbeddingPiece(tokens.to(DEVICE), g.to(DEVICE), 8)
+        expected = piece.rows().double().square().sum(1)
+        assert relative_norm(piece.norms(), expected) < 1e-6
+        for scratch in (memory.GPU.norms, 100):
+            monkeypatch.setattr(memory, "GPU", memory.GPU._replace(norms=scratch))
+            with emulated_gpu.counted() as counts:
+                found = on_device.norms()
+            assert counts.synchronizations == counts.copies == 0
+            assert relative_norm(found.cpu(), expected) < 1e-6
 
 
 def test_a_gpus_computation_may_have_half_of_its_free_memory(monkeypatch: pytest.MonkeyPatch):

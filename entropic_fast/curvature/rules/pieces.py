@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...devices import is_gpu
 from ...ops.score_conv import conv_weight_grads, conv_weight_norms
 from ...ops.score_gram import cross_update_
 from ..memory import scratch_of
@@ -372,6 +373,8 @@ class EmbeddingPiece(Piece):
         most = max(1, scratch_of(g.device).norms // max(1, 16 * g[:1].numel()))
         if n > most:
             return torch.cat([self.part(i, i + most).norms() for i in range(0, n, most)])
+        if is_gpu(g.device):
+            return self._norms_by_order()
         example = torch.arange(n, device=tokens.device)[:, None]
         distinct, place = torch.unique(
             (example * self.vocabulary + tokens).flatten(), return_inverse=True
@@ -381,6 +384,19 @@ class EmbeddingPiece(Piece):
         norms: Tensor = g.new_zeros(n, dtype=torch.float64)
         norms.index_add_(0, distinct // self.vocabulary, squared_norms(sums))
         return norms
+
+    def _norms_by_order(self) -> Tensor:
+        """Norms from tokens in order, whose number of different ones the host need not know."""
+        tokens, g = self.tensors
+        n, positions, channels = g.shape
+        tokens, order = tokens.sort(1)
+        g = g.gather(1, order[:, :, None].expand_as(g)).double()
+        place = torch.zeros_like(tokens)  # of a token among the different ones of its example
+        torch.cumsum(tokens[:, 1:] != tokens[:, :-1], 1, out=place[:, 1:])
+        place += positions * torch.arange(n, device=tokens.device)[:, None]
+        sums = g.new_zeros(n * positions, channels)
+        sums.index_add_(0, place.flatten(), g.flatten(0, 1))
+        return squared_norms(sums.view(n, positions * channels))
 
     @property
     def pair_bytes(self) -> tuple[int, int] | None:
