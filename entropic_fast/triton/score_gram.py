@@ -44,8 +44,7 @@ MIN_RANGE = 1024
 # What runs -> rows of a tile, columns loaded at once, warps, stages of the software pipeline. A
 # thread holds 64 x 64 / 128 = 32 sums in float32 (32 registers) and in float64 (64). Compiled for
 # compute capability 8.0 and 9.0 by Triton 3.6 and 3.9 the first three use at most 255 registers
-# without spilling (32 columns at once in float32 do not, and rows at odd addresses in float32
-# spill 56 bytes on 9.0), so two programs fit on a multiprocessor;
+# without spilling (32 columns at once in float32 do not), so two programs fit on a multiprocessor;
 # float32 has 9 multiply-adds to a 16-byte load from shared memory. TF32 is quick enough for L2 to
 # be the limit: 128 x 128 halves the traffic, for a few registers spilled once every CHUNK columns.
 TILES = {
@@ -82,25 +81,19 @@ def add_products(
 
 
 @triton.jit
-def add_single_products(
-    total, a, b, start, stop, MASKED: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """total + a[:, start:stop] b[:, start:stop]^T, by float32 sums of SUM columns."""
+def add_single_products(total, a, b, start, stop, BLOCK_K: tl.constexpr):
+    """total + a[:, start:stop] b[:, start:stop]^T, multiples of SUM columns, by sums of as many."""
     lanes = tl.arange(0, BLOCK_K)
     part = tl.zeros([total.shape[0], total.shape[1]], dtype=tl.float32)
     for k in count(start, stop, BLOCK_K):
         columns = k + lanes[None, :]
-        if MASKED:
-            x = tl.load(a + columns, mask=columns < stop, other=0.0)
-            y = tl.load(b + columns, mask=columns < stop, other=0.0)
-        else:
-            x = tl.load(a + columns)
-            y = tl.load(b + columns)
+        x = tl.load(a + columns)
+        y = tl.load(b + columns)
         part = tl.dot(x, tl.trans(y), part, input_precision="ieee")
         if (k - start) % SUM == SUM - BLOCK_K:
             total += part.to(tl.float64)
             part = tl.zeros([total.shape[0], total.shape[1]], dtype=tl.float32)
-    return total + part.to(tl.float64)
+    return total
 
 
 @triton.jit
@@ -141,13 +134,13 @@ def gram_kernel(
         stop = tl.minimum(start + column_range, K)
         full = start + (stop - start) // CHUNK * CHUNK
         total = tl.zeros([BLOCK, BLOCK], dtype=tl.float64)
-        if PRECISION == "ieee" and SINGLE:
-            total = add_single_products(total, a_tile, b_tile, start, full, False, BLOCK_K)
-            total = add_single_products(total, a_tile, b_tile, full, stop, True, BLOCK_K)
-        elif PRECISION == "ieee":
-            total = add_products(
-                total, a_tile, b_tile, start, full, False, DOUBLE, PRECISION, BLOCK_K
-            )
+        if PRECISION == "ieee":
+            if SINGLE:
+                total = add_single_products(total, a_tile, b_tile, start, full, BLOCK_K)
+            else:
+                total = add_products(
+                    total, a_tile, b_tile, start, full, False, DOUBLE, PRECISION, BLOCK_K
+                )
             total = add_products(
                 total, a_tile, b_tile, full, stop, True, DOUBLE, PRECISION, BLOCK_K
             )
