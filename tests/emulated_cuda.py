@@ -41,8 +41,8 @@ FLAGS = [
     "-Wno-unknown-pragmas", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE",
 ]  # fmt: skip
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# The process has to be started with AddressSanitizer's library for these.
-SANITIZED = os.environ.get("EMULATED_CUDA_SANITIZED") == "1"
+# In a process that loads AddressSanitizer first, as .ci/sanitize does, this code is checked too.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
 @dataclass(frozen=True)
