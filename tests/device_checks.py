@@ -179,8 +179,8 @@ def check_auto_neb(device: str) -> None:
     )
 
 
-def check_training(device: str) -> None:
-    """Two epochs with augmentation: the CPU's losses, as near as TF32 lets them be."""
+def check_training(device: str, precision: str = "float32") -> None:
+    """Two epochs with augmentation: the CPU's losses, as near as TF32 or bfloat16 let them be."""
 
     def trained(device: str) -> list[float]:
         epochs: list[EpochRecord] = []
@@ -189,11 +189,11 @@ def check_training(device: str) -> None:
         names = tuple("0123456789")
         data = ImageData(images, torch.arange(48) % 10, (0.5,), (0.25,), names, "noise").to(device)
         model = models.digits_cnn("batch", channels=(4, 4, 4)).to(device)
-        config = TrainConfig(epochs=2, batch_size=16, augment=True)
+        config = TrainConfig(epochs=2, batch_size=16, augment=True, precision=precision)
         train(model, data, config, seed=0, on_epoch=epochs.append)
         return [epoch.loss for epoch in epochs]
 
-    assert_near(torch.tensor(trained(device)), torch.tensor(trained("cpu")), 5e-3)
+    assert_near(torch.tensor(trained(device)), torch.tensor(trained("cpu")), 0.02)
 
 
 def check_langevin(device: str) -> None:
@@ -240,6 +240,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "batch norm in evaluation mode": check_batch_norm_in_evaluation_mode,
     "AutoNEB": check_auto_neb,
     "training": check_training,
+    "training in bfloat16": functools.partial(check_training, precision="bfloat16"),
     "Langevin": check_langevin,
     **{
         f"relax by {engine}, {optimizer}": functools.partial(

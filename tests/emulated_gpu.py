@@ -33,6 +33,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from emulated_operations import (
+    KERNELS,
+    NAME,
+    chosen_batch_norm,
+    in_half_precision,
+    recurrent,
+)
 from torch import Tensor
 from torch.fx.experimental import proxy_tensor
 from torch.utils import backend_registration
@@ -41,7 +48,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 import entropic_fast
 from entropic_fast.devices import GPU_TYPES
 
-NAME = "emulated"
+HANDLED = proxy_tensor.HANDLED_TYPES
 # The first release of torch whose interface for such devices is complete enough.
 NEEDS = (2, 14)
 SUPPORTED = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= NEEDS
@@ -252,7 +259,7 @@ def _kind(func: Any) -> _Kind:
     name = str(func)
     return _Kind(
         name,
-        _KERNELS.get(func, func),
+        KERNELS.get(func, func),
         launches=not (_is_view(func) or func in ALLOCATIONS),
         indexes=name.startswith(("aten.index.", "aten.index_put", "aten._index_put")),
         synchronizes=func in SYNCHRONIZING,
@@ -313,131 +320,6 @@ def _reject_mixed_devices(func: Any, kind: _Kind, args: Any, kwargs: Any) -> Non
             "Expected all tensors to be on the same device, but found at least two devices, "
             f"{NAME}:0 and cpu, in {func}: on the cpu {on_host}"
         )
-
-
-# ---- operations that the CPU does not have under the GPU's name ----------------------------------
-
-
-def _cudnn_batch_norm(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-) -> Any:
-    found = aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)
-    return (*found, torch.zeros(0, dtype=torch.uint8))
-
-
-def _cudnn_batch_norm_backward(
-    x: Any, g: Any, weight: Any, mean: Any, var: Any, saved: Any, rstd: Any, eps: float, _: Any
-) -> Any:
-    wanted = [True] * 3
-    return aten.native_batch_norm_backward(g, x, weight, mean, var, saved, rstd, True, eps, wanted)
-
-
-def _lstm_cell(x: Any, h: Any, cx: Any, x_bias: Any = None, h_bias: Any = None) -> Any:
-    """A step; the backward pass gets the gates activated: input, forget, cell, output."""
-    gates = x + h if x_bias is None else x + h + x_bias + h_bias
-    i, f, g, o = gates.chunk(4, 1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    cy = f * cx + i * g
-    return o * cy.tanh(), cy, torch.cat([i, f, g, o], 1)
-
-
-def _lstm_cell_backward(
-    grad_hy: Any, grad_cy: Any, cx: Tensor, cy: Tensor, gates: Tensor, has_bias: bool
-) -> Any:
-    i, f, g, o = gates.chunk(4, 1)
-    t = cy.tanh()
-    grad_hy = torch.zeros_like(cy) if grad_hy is None else grad_hy
-    grad_c = grad_hy * o * (1 - t * t) + (0 if grad_cy is None else grad_cy)
-    moved = [
-        grad_c * g * i * (1 - i),
-        grad_c * cx * f * (1 - f),
-        grad_c * i * (1 - g * g),
-        grad_hy * t * o * (1 - o),
-    ]
-    grad_gates = torch.cat(moved, 1)
-    return grad_gates, grad_c * f, grad_gates.sum(0) if has_bias else None
-
-
-def _gru_cell(x: Any, h: Any, hx: Any, x_bias: Any = None, h_bias: Any = None) -> Any:
-    if x_bias is not None:
-        x, h = x + x_bias, h + h_bias
-    (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + r * hn).tanh()
-    return n + z * (hx - n), torch.cat([r, z, n, hx, hn], 1)
-
-
-def _gru_cell_backward(grad_hy: Tensor, workspace: Tensor, has_bias: bool) -> Any:
-    r, z, n, hx, hn = workspace.chunk(5, 1)
-    moved_z = grad_hy * (hx - n) * z * (1 - z)
-    moved_n = grad_hy * (1 - z) * (1 - n * n)
-    moved_r = moved_n * hn * r * (1 - r)
-    grad_x = torch.cat([moved_r, moved_z, moved_n], 1)
-    grad_h = torch.cat([moved_r, moved_z, moved_n * r], 1)
-    biases = (grad_x.sum(0), grad_h.sum(0)) if has_bias else (None, None)
-    return grad_x, grad_h, grad_hy * z, *biases
-
-
-_KERNELS: dict[Any, Any] = {
-    aten._thnn_fused_lstm_cell.default: _lstm_cell,
-    aten._thnn_fused_lstm_cell_backward_impl.default: _lstm_cell_backward,
-    aten._thnn_fused_gru_cell.default: _gru_cell,
-    aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
-    aten._efficientzerotensor.default: lambda size, dtype=None, **_: torch.zeros(size, dtype=dtype),
-    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
-    aten.cudnn_batch_norm_backward.default: _cudnn_batch_norm_backward,
-}
-
-
-class _OfCudnn(torch.autograd.Function):
-    """What cuDNN's recurrent layers returned, with the derivatives that they have."""
-
-    @staticmethod
-    def forward(ctx: Any, train: bool, *outputs: Tensor) -> Any:
-        ctx.train = train
-        return tuple(t.view_as(t) for t in outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if not ctx.train:
-            raise RuntimeError("cudnn RNN backward can only be called in training mode")
-        if torch.is_grad_enabled():
-            raise RuntimeError("Double backwards is not supported for CuDNN RNNs")
-        return None, *gradients
-
-
-def _recurrent(operation: Any) -> Any:
-    """A recurrent layer as torch chooses it on CUDA: cuDNN's, where it is enabled."""
-    train_at = next(n for n, a in enumerate(operation._schema.arguments) if a.name == "train")
-
-    def chosen(*args: Any) -> Any:
-        outputs = operation._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
-        if not torch._C._get_cudnn_enabled() or not torch.is_grad_enabled():
-            return outputs
-        if torch._C._functorch.maybe_current_level() is not None:
-            raise RuntimeError("cudnn RNN has neither batching rule nor forward derivative")
-        return _OfCudnn.apply(args[train_at], *outputs)
-
-    return chosen
-
-
-_batch_norm, _HANDLED = torch.batch_norm, proxy_tensor.HANDLED_TYPES
-
-
-def _chosen_batch_norm(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float,
-    eps: float, enabled: bool,
-) -> Tensor:  # fmt: skip
-    """Batch normalization as torch chooses it on CUDA: cuDNN's, for images with weights."""
-    inner = x
-    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        inner = torch._C._functorch.get_unwrapped(inner)
-    has_statistics = mean is not None and var is not None
-    fits = x.ndim >= 3 and weight is not None and bias is not None
-    if inner.device.type == NAME and fits and (has_statistics or (training and mean is None)):
-        x = x.contiguous()
-        return aten.cudnn_batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]
-    return _batch_norm(x, weight, bias, mean, var, training, momentum, eps, enabled)
 
 
 # ---- CUDA graphs ---------------------------------------------------------------------------------
@@ -546,7 +428,7 @@ def _copy_between(source: Tensor, target: Tensor, non_blocking: bool = False) ->
 
 
 @functools.cache
-def register() -> torch.library.Library:
+def register() -> tuple[torch.library.Library, torch.library.Library]:
     """Register the device with torch, for the rest of the process.
 
     It must be there before the first backward pass, in which autograd counts the devices.
@@ -557,11 +439,15 @@ def register() -> torch.library.Library:
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("_efficientzerotensor", _zero, "PrivateUse1")
     library.impl("_copy_from", _copy_between, "PrivateUse1")
+    fallbacks = torch.library.Library("_", "IMPL")
+    fallbacks.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for operation in (aten.conv2d.default, aten.linear.default, aten.matmul.default):
+        library.impl(operation, in_half_precision(operation), "AutocastPrivateUse1")
     for layer in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):
         for kind in ("input", "data"):
             operation = getattr(layer, kind)
-            library.impl(operation, _recurrent(operation), "AutogradPrivateUse1")
-    return library
+            library.impl(operation, recurrent(operation), "AutogradPrivateUse1")
+    return library, fallbacks
 
 
 @contextlib.contextmanager
@@ -619,9 +505,9 @@ def present() -> Iterator[None]:
     try:
         with (
             mock.patch.multiple(torch.cuda, **pretended),
-            mock.patch.object(torch, "batch_norm", _chosen_batch_norm),
+            mock.patch.object(torch, "batch_norm", chosen_batch_norm),
             # Else what a model holds besides parameters and buffers would be traced by value.
-            mock.patch.object(proxy_tensor, "HANDLED_TYPES", (*_HANDLED, EmulatedTensor)),
+            mock.patch.object(proxy_tensor, "HANDLED_TYPES", (*HANDLED, EmulatedTensor)),
             _captured_under_cudas_names(),
         ):
             yield

@@ -84,6 +84,12 @@ def test_convolutions_and_products_in_tf32_are_recorded_where_torch_would_round(
     ]
 
 
+def test_autocast_lowers_the_precision_of_products():
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = nn.Linear(2, 2).to(DEVICE)(there(1, 2))
+    assert found.dtype == torch.bfloat16
+
+
 # ---- what is rejected ----------------------------------------------------------------------------
 
 
