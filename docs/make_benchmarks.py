@@ -73,6 +73,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     ("step", "A cycle of projected SGD", "Updates, a projection, and both."),
     ("replicas", "Replicas of projected SGD", "Time for one update of one replica."),
     ("langevin", "Langevin dynamics", "Nanoseconds for a particle and step."),
+    ("random-bits", "Random numbers", "Nanoseconds per number."),
     ("ten-thousand-steps", "Ten thousand Langevin steps", "Of a million particles on the ring."),
     ("long-run", "A million updates", "Memory of a run that is recorded to disk."),
     (
@@ -340,6 +341,16 @@ def _langevin(record: Record) -> str:
     return table(["potential", "scheme", "dtype", *(f"{name}, ns" for name in names)], rows)
 
 
+def _random_bits(record: Record) -> str:
+    key = "ns a number"
+    names = list(record["runs"][0][key])
+    rows = [
+        [run["what"], f"{run['numbers']:,}", *(number(run[key][n]["median"]) for n in names)]
+        for run in record["runs"]
+    ]
+    return table(["what", "numbers", *(f"{name}, ns" for name in names)], rows)
+
+
 SPECIAL: dict[str, Callable[[Record], str]] = {
     "score-spectrum": _spectrum,
     "score-memory": _memory,
@@ -351,6 +362,7 @@ SPECIAL: dict[str, Callable[[Record], str]] = {
     "scaling": _scaling,
     "force-batches": _positions,
     "langevin": _langevin,
+    "random-bits": _random_bits,
 }
 
 

@@ -106,9 +106,20 @@ class ImageData:
 
     def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(images / 255 - mean) / std, by channel.  # [N, C, H, W] -> [N, C, H, W]"""
-        mean = torch.tensor(self.mean, dtype=dtype, device=images.device).mul_(255.0)
-        std = torch.tensor(self.std, dtype=dtype, device=images.device).mul_(255.0)
-        return images.to(dtype).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+        key = (images.device, dtype)
+        if key not in self._scales:
+            mean, std = (
+                torch.tensor(numbers, dtype=dtype, device=images.device).mul_(255.0).view(-1, 1, 1)
+                for numbers in (self.mean, self.std)
+            )
+            self._scales[key] = (mean, std)
+        mean, std = self._scales[key]
+        return images.to(dtype).sub_(mean).div_(std)
+
+    @functools.cached_property
+    def _scales(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        """255 x mean and 255 x std [C, 1, 1] by device and dtype: copied there once."""
+        return {}
 
     def inputs(
         self, index: Tensor | slice | None = None, dtype: torch.dtype = torch.float32
@@ -394,7 +405,9 @@ class CropAndFlip:
             raise fail("images", "a tensor of shape [B, C, H, W]", describe(images))
         if self.fill and len(self.fill) != images.shape[1]:
             raise fail("fill", f"{images.shape[1]} numbers, one a channel", repr(self.fill))
-        out = images.clone()
+        if not (self.pad or self.flip):
+            return images.clone()
+        out = images
         if self.pad:
             height, width = images.shape[-2:]
             windows = self._padded(images).unfold(2, height, 1).unfold(3, width, 1)
@@ -413,19 +426,24 @@ class CropAndFlip:
         return out
 
 
-def epoch_order(n: int, epoch: int, seed: int) -> Tensor:
-    """The order in which an epoch visits n examples.  # [n]"""
+def epoch_order(n: int, epoch: int, seed: int, device: torch.device | str | None = None) -> Tensor:
+    """The order in which an epoch visits n examples, made on `device`.  # [n]"""
     whole("n", n, 1)
-    return permutation(n, derive(seed, "order"), stream=whole("epoch", epoch))
+    return permutation(n, derive(seed, "order"), stream=whole("epoch", epoch), device=device)
 
 
-def batches(n: int, batch_size: int, epoch: int, seed: int) -> Iterator[Tensor]:
+def batches(
+    n: int, batch_size: int, epoch: int, seed: int, device: torch.device | str | None = None
+) -> Iterator[Tensor]:
     """Index batches of one epoch; the last one is short where n does not divide.  # [b]
+
+    Args:
+        device: where they are made, so that none is copied; the numbers are the same on all.
 
     >>> [len(b) for b in batches(10, 4, epoch=0, seed=0)]
     [4, 4, 2]
     """
     whole("batch_size", batch_size, 1)
-    order = epoch_order(n, epoch, seed)
+    order = epoch_order(n, epoch, seed, device)
     for start in range(0, n, batch_size):
         yield order[start : start + batch_size]

@@ -18,11 +18,13 @@ from .ops import random_bits
 from .ops.random_bits import as_int64
 from .reference.random_bits import KINDS
 
-# Keys that `permutations` sorts at once: 0.5 GB, beside twice that for sorted keys and orders.
+# Keys that `permutations` makes at once: 0.5 GB, beside twice that for sorted keys and orders.
 _KEYS_AT_ONCE = 1 << 26
 # Numbers from which torch sorts a vector by radix, on a CPU: 33,000 in a seventh of the time that
 # the row of a matrix takes.
 _RADIX = 1 << 15
+# Keys whose sorted copy, which is not wanted, a CPU holds at once: 32 MB.
+_SORTED_AT_ONCE = 1 << 22
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -200,9 +202,15 @@ def permutations(n: int, seeds: Tensor, stream: int = 0, streams: int = 1) -> Te
 
 def _orders(keys: Tensor) -> Tensor:
     """What puts each row of keys [T, S, n] in order."""
-    if keys.device.type != "cpu" or keys.shape[-1] < _RADIX:
+    n = keys.shape[-1]
+    if keys.device.type != "cpu":
         return torch.argsort(keys, dim=-1, stable=True)
-    orders = torch.empty_like(keys)
-    for row, order in zip(keys.flatten(0, 1), orders.flatten(0, 1), strict=True):
-        torch.argsort(row, stable=True, out=order)
+    orders, some = (
+        torch.empty_like(keys),
+        1 if n >= _RADIX else max(1, _SORTED_AT_ONCE // max(1, n)),
+    )
+    rows, results = keys.flatten(0, 1), orders.flatten(0, 1)
+    for i in range(0, len(rows), some):
+        part = slice(i, i + some) if some > 1 else i  # a vector, not a row of a matrix
+        torch.argsort(rows[part], dim=-1, stable=True, out=results[part])
     return orders

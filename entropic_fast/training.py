@@ -237,8 +237,7 @@ def _epoch(
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses, correct, sizes = [], torch.zeros((), dtype=torch.int64, device=data.device), []
-    for index in batches(len(data), config.batch_size, epoch, order_seed):
-        index = index.to(data.device)
+    for index in batches(len(data), config.batch_size, epoch, order_seed, data.device):
         images = data.images[index]
         if config.augment:
             images = augment(images, index, epoch, order_seed, config.pad, config.flip)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..objective import Objective
-from ..random import derive, permutation, philox
+from ..ops import random_bits
+from ..random import derive, permutation, permutations
 
 # (inputs [n, ...], words [n, 4]) -> inputs of the same shape
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -58,49 +59,63 @@ class Minibatches:
         self.num_examples, self.per_epoch = n, n // batch_size
         self.full, self.augment = batch_size == n, augment
         self._inputs, self._targets = objective.tensors()
-        self._epoch, self._order = -1, torch.empty(0)
+        # Copied to the device once: a cycle then needs nothing from the host.
+        self._keys = self._derived("relax")
+        self._word_keys = self._derived("relax augment")
+        # Batches of whole epochs from `_first` to before `_end`.  # [epochs x per_epoch, R, B]
+        self._first, self._end, self._held = 0, 0, torch.empty(0)
+
+    def _derived(self, purpose: str) -> Tensor:
+        """A seed for each replica, on the device.  # [R] int64"""
+        keys = [derive(self.seed, purpose, i) for i in self.ids]
+        return torch.tensor(keys, dtype=torch.int64, device=self._inputs.device)
 
     def indices(self, step: int) -> Tensor:
         """Examples of update `step` (from 0) of each replica, int64, on the device.  # [R, B]"""
+        return self._batches(step, 1)[0]
+
+    def _batches(self, step: int, count: int) -> Tensor:
+        """Examples of `count` updates from `step` on, in at most 6 launches.  # [k, R, B]"""
         if self.full:
             whole = torch.arange(self.num_examples, device=self._inputs.device)
-            return whole.expand(len(self.ids), -1)
-        epoch, batch = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            used = self.per_epoch * self.batch_size
-            orders = [
-                permutation(
-                    self.num_examples,
-                    derive(self.seed, "relax", i),
-                    epoch,
-                    device=self._inputs.device,
-                )[:used]
-                for i in self.ids
-            ]
-            shape = (len(self.ids), self.per_epoch, self.batch_size)
-            self._order = torch.stack(orders).view(shape)
-            self._epoch = epoch
-        return self._order[:, batch]
+            return whole.expand(count, len(self.ids), -1)
+        first, end = step // self.per_epoch, (step + count - 1) // self.per_epoch + 1
+        if first < self._first or end > self._end:
+            begin = self._end if self._first <= first < self._end else first
+            held = self._drawn(begin, end - begin)
+            if begin > first:
+                known = self._held[(first - self._first) * self.per_epoch :]
+                held = torch.cat([known, held])
+            self._first, self._end, self._held = first, end, held
+        at = step - self._first * self.per_epoch
+        return self._held[at : at + count]
+
+    def _drawn(self, first: int, epochs: int) -> Tensor:
+        """Batches of these epochs.  # [epochs x per_epoch, R, B]"""
+        orders = permutations(self.num_examples, self._keys, first, epochs)  # [E, R, N]
+        used = orders[..., : self.per_epoch * self.batch_size]
+        batches = used.view(epochs, len(self.ids), self.per_epoch, self.batch_size)
+        return batches.transpose(1, 2).reshape(-1, len(self.ids), self.batch_size)
 
     def table(self, step: int, count: int) -> Tensor:
         """All that `count` updates from `step` on take at random, an entry each.  # [k, ...]
 
         Entries are examples [R, B], or with augmentation examples and words [R, B, 5]; the full
-        batch needs none without.
+        batch needs none without. Nothing is copied from the host or waited for.
         """
         if self.augment is not None:
-            return torch.stack([self._with_words(step + j) for j in range(count)])
+            return self._with_words(step, count)
         if self.full:
             return torch.empty(count, 0, dtype=torch.int64, device=self._inputs.device)
-        return torch.stack([self.indices(step + j) for j in range(count)])
+        return self._batches(step, count)
 
-    def _with_words(self, step: int) -> Tensor:
-        index, epoch = self.indices(step), step // self.per_epoch
-        words = [
-            philox(row, derive(self.seed, "relax augment", i), epoch)
-            for row, i in zip(index, self.ids, strict=True)
-        ]
-        return torch.cat([index[..., None], torch.stack(words)], -1)
+    def _with_words(self, step: int, count: int) -> Tensor:
+        index, rows = self._batches(step, count), count * len(self.ids)
+        epochs = torch.arange(step, step + count, device=index.device) // self.per_epoch
+        streams = epochs[:, None].expand(count, len(self.ids)).reshape(rows)
+        keys = self._word_keys.expand(count, -1).reshape(rows)
+        words = random_bits.philox(index.reshape(rows, -1), keys, streams)  # [k R, B, 4]
+        return torch.cat([index[..., None], words.view(*index.shape, 4)], -1)
 
     def take(self, entry: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [R, B, ...] and targets [R, B, ...] of one entry of `table`."""
@@ -131,8 +146,10 @@ class Minibatches:
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with only these rows of the replicas (positions in the present order)."""
         self.ids = [self.ids[r] for r in rows]
-        if self._epoch >= 0:
-            self._order = self._order[list(rows)]
+        at = torch.tensor(list(rows), dtype=torch.int64, device=self._keys.device)
+        self._keys, self._word_keys = self._keys[at], self._word_keys[at]
+        if self._end > self._first:
+            self._held = self._held[:, at]
 
 
 def in_random_batches(obj: Objective, batch_size: int) -> Objective:
