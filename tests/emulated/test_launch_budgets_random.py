@@ -14,8 +14,8 @@ from entropic_fast.curvature.probes import sign_vectors
 from entropic_fast.dynamics.run import Run
 
 GPU = torch.device("emulated", 0)
-# Outside the graph, of a whole cycle of 15 updates and a projection, any number of replicas; 252
-# and 983 (2 and 8 replicas) while random numbers were tensor arithmetic, augmented 4,062 and 16,133.
+# Outside the graph, of a whole cycle of 15 updates and a projection, any number of replicas. While
+# random numbers were tensor arithmetic 252 (2 replicas) and 983 (8), augmented 4,062 and 16,133.
 OUTSIDE, OUTSIDE_AUGMENTED = 10, 16
 # Of an update inside the graph.
 INSIDE, INSIDE_AUGMENTED = 80, 90
