@@ -14,6 +14,7 @@ from entropic_fast.dynamics.minibatches import Minibatches
 from entropic_fast.models import digits_cnn, initialise
 from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, linear_path
+from entropic_fast.random import derive, permutation
 
 
 def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):
@@ -268,6 +269,25 @@ def test_records_table_and_callback_agree():
     chosen = run.select(torch.tensor([False, True]))
     assert torch.equal(chosen.position, run.position[1:])
     assert torch.equal(pickle.loads(pickle.dumps(run)).position, run.position)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_a_table_of_a_cycle_holds_the_batches_of_its_epochs(size):
+    """Orders are made for all replicas and epochs at once, and kept from cycle to cycle."""
+    data = torch.arange(7.0)[:, None], torch.zeros(7, 1)
+    obj = Objective(torch.nn.Linear(1, 1), "mse", data)
+    batches, per_epoch = Minibatches(obj, size, 3, [5, 1]), 7 // size
+    for step, count in ((0, 1), (1, 15), (16, 2), (17, 9), (3, 4), (90, 8), (97, 1)):
+        for entry, at in zip(batches._batches(step, count), range(step, step + count), strict=True):
+            epoch, batch = divmod(at, per_epoch)
+            for row, name in zip(entry, (5, 1), strict=True):
+                order = permutation(7, derive(3, "relax", name), epoch)
+                if size == 7:
+                    order = torch.arange(7)
+                assert torch.equal(row, order[batch * size : (batch + 1) * size])
+    batches.keep([1])
+    alone = Minibatches(obj, size, 3, [1])
+    assert torch.equal(batches._batches(96, 5), alone._batches(96, 5))
 
 
 @pytest.mark.parametrize("engine", ["loop", "threads"])
