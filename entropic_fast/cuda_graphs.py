@@ -21,10 +21,18 @@ def on_side_stream(work: Callable[[], object], device: torch.device) -> None:
 
 
 def captured(
-    work: Callable[[], object], device: torch.device
+    work: Callable[[], object], device: torch.device, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph | None, str]:
-    """The graph of `work()`, in which nothing is computed; or None, and a note of the reason."""
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    """The graph of `work()`, in which nothing is computed; or None, and a note of the reason.
+
+    Args:
+        work: reads no value back, and finds what it reads where it is.
+        device: a GPU.
+        pool: memory that graphs share of which none is read after another has run; None for one
+            of its own.
+    """
+    graph = torch.cuda.CUDAGraph()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     # torch's own stream for captures belongs to the device that was current at the first.
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     try:

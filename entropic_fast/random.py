@@ -152,15 +152,17 @@ def rademacher_columns(
 ) -> Tensor:
     """Columns of signs, `rademacher` of one stream each, written in one launch.  # [size, K]
 
+    Each column's numbers are beside one another in memory, as Hessian products read them.
+
     >>> columns = rademacher_columns(3, 0, range(4, 6), dtype=torch.float32, device="cpu")
     >>> torch.equal(columns[:, 1], rademacher((3,), seed=0, stream=5, dtype=torch.float32))
     True
     """
-    out = torch.empty(size, len(streams), dtype=dtype, device=device)
-    rows, step = out.T[:, None], max(1, len(streams) if streams.step == 1 else 1)
+    rows = torch.empty(len(streams), 1, size, dtype=dtype, device=device)
+    step = max(1, len(streams) if streams.step == 1 else 1)
     for i in range(0, len(streams), step):
         random_bits.fill_(rows[i : i + step], seed, kind="signs", first_stream=streams[i])
-    return out
+    return rows[:, 0].T
 
 
 def permutation(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...cuda_graphs import captured
+
 logger = logging.getLogger(__name__)
 
 
@@ -89,26 +91,16 @@ class TileGraphs:
     def _captured(
         self, key: Hashable, work: Callable[[Tensor, Tensor], None], buffers: _Buffers
     ) -> torch.cuda.CUDAGraph | None:
-        device = buffers.rows.device
-        graph = torch.cuda.CUDAGraph()
-        try:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(
-                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
-                work(buffers.rows, buffers.total)
-        # An operation may refuse capture in any form.
-        except Exception as why:
-            torch.cuda.synchronize(device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, note = captured(
+            lambda: work(buffers.rows, buffers.total), buffers.rows.device, self._pool
+        )
+        if graph is None:
             self.enabled = False
             self.flush()
             self._graphs.clear()
-            logger.info("products without CUDA graphs: %s: %s", type(why).__name__, why)
+            logger.info("products: %s", note)
             return None
         self._graphs[key] = graph
         return graph
