@@ -54,8 +54,8 @@ def spectral_density(
             from 5 sigma under the least Ritz value to 5 sigma over the greatest.  # [G]
         points: G, for the default grid.
         seed: of the probes; they do not depend on the device or the memory.
-        memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory. It
-            decides how many probes advance together.
+        memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory,
+            half on a GPU. It decides how many probes advance together.
         along: directions to leave out, such as a path's tangent: the density is that of
             Z^T A Z, for Z an orthonormal basis of what is orthogonal to them.  # [P] or [P, r]
 

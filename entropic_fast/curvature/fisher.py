@@ -60,7 +60,7 @@ def gradient_norms(
     Args:
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
-        memory_budget: bytes to stay under; None for a quarter of the free memory.
+        memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
         by: None for the whole; "parameter" or "module" for the share of each, by name.
 
     Raises:

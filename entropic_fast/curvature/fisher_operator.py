@@ -42,9 +42,9 @@ class FisherOperator(CurvatureOperator):
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
-        memory_budget: bytes for the scores of a chunk; None for a quarter of the free memory.
-            A product with K columns takes 8 P K bytes beside them, on a GPU a quarter of the
-            scores' bytes more (or 256 MiB) for float64 copies.
+        memory_budget: bytes for the scores of a chunk; None for a quarter of the free memory, half
+            on a GPU. A product with K columns takes 8 P K bytes beside them, on a GPU a quarter of
+            the scores' bytes more (or 256 MiB) for float64 copies.
         dtype: of the vectors it multiplies; None for the objective's (float32 for a model in
             half precision).
 
@@ -162,7 +162,7 @@ def fisher_eigenvalues(
             fewer passes.
         max_passes: most passes over the examples; at least 2.
         seed: of the random block.
-        memory_budget: bytes to stay under; None for a quarter of the free memory.
+        memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
 
     Returns:
         eigenvalues [k] descending, eigenvectors [P, k], residual norms [k], all float64;

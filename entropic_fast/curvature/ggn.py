@@ -85,7 +85,7 @@ def ggn_trace(
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
-        memory_budget: bytes to stay under; None for a quarter of the free memory.
+        memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
         by: None for the whole; "parameter" or "module" for the share of each, by name.
 
     Raises:

@@ -29,8 +29,8 @@ class JetOperator(ByRules, CurvatureOperator):
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
         memory_budget: bytes for activations and their derivatives; None for a quarter of the
-            free memory. A third of it may hold values that the next product needs again. At the
-            least one example and one direction are taken at a time, whatever it says.
+            free memory, half on a GPU. A third of it may hold values that the next product needs
+            again. At the least one example and one direction are taken at a time, whatever it says.
 
     Attributes:
         way: "rules", or "autograd" with the reason.
@@ -111,7 +111,8 @@ class HessianOperator(JetOperator):
     Args:
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
-        memory_budget: bytes for values and tangents; None for a quarter of the free memory.
+        memory_budget: bytes for values and tangents; None for a quarter of the free memory, half on
+            a GPU.
 
     Attributes:
         way: "rules", or "autograd" with the reason.

@@ -32,8 +32,8 @@ class JacobianOperator(ByRules):
     Args:
         obj: the objective, of which the loss does not matter.
         theta: the point; None for the model's own.  # [P]
-        memory_budget: bytes for values and tangents; None for a quarter of the free memory. The
-            results, [M, K], come on top.
+        memory_budget: bytes for values and tangents; None for a quarter of the free memory, half on
+            a GPU. The results, [M, K], come on top.
 
     Attributes:
         shape: (M, P).

@@ -63,7 +63,7 @@ def ntk_gram(
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
-            quarter of the free memory.
+            quarter of the free memory, half on a GPU.
         by: None for the whole; "parameter" or "module" for the share of each, by name. The
             shares add up to the whole.
 

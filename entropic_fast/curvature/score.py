@@ -113,8 +113,8 @@ def score_gram(
 
     Args:
         obj, theta, max_examples: as for `score_matrix`.
-        memory_budget: bytes to stay under, the result included; None for a quarter of the
-            free memory. What the process holds beforehand is not counted, nor are the two
+        memory_budget: bytes to stay under, the result included; None for a quarter of the free
+            memory, half on a GPU. What the process holds beforehand is not counted, nor are the two
             examples that the first call on a model compares with `torch.func` (some 8 P numbers).
         products: "float64", exact to float64's rounding for the scores as computed; or
             "float32": sums of 256 products of float32 accumulated in float64, so that entry
