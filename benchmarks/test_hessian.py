@@ -4,7 +4,7 @@ Small by default, so that it runs with the tests:
     pytest benchmarks/test_hessian.py
 At full size, each part alone; results go to benchmarks/results/hessian-*.json:
     ENTROPIC_FAST_BENCH=full pytest benchmarks/test_hessian.py -k products_resnet
-    (-k products_resnet, products_wide, trace, line or path)
+    (-k products_resnet, products_wide, probes_resnet18, trace, line or path)
 ENTROPIC_FAST_BENCH_COMPILE=1 adds `torch.compile` of jvp(grad), which takes minutes to compile.
 Other settings and the peers are those of test_score.py.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from hessian_peers import (
     settled,
     trained,
 )
-from peers import Problem
+from peers import Problem, importable
 from rounds import FULL, difference, store, synchronize, table, take_turns
+from torch import Tensor, nn
+from torchvision.models import resnet18
 
 import entropic_fast as ef
 from entropic_fast.curvature import (
@@ -132,6 +134,58 @@ def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     record = products_record(problem, 5 if FULL else 1, provenance, () if FULL else BLOCKS)
     store("hessian-products-wrn16-4", record, tmp_path)
     assert record["way"] == "rules"
+
+
+def test_probes_resnet18(provenance: dict[str, Any], tmp_path: Path) -> None:
+    """A trace by 8 probes whole, with the signs and a new operator, on torchvision's ResNet-18."""
+    model = resnet18(num_classes=10)
+    size, examples = (64, 32) if FULL else (32, 2)
+    problem = Problem("torchvision resnet18", examples, size, model=model)
+    hessians = Hessians(problem)
+    loss = nn.CrossEntropyLoss()
+
+    def one_probe(way: Callable[[Tensor], Tensor]) -> Tensor:
+        v = torch.randint(0, 2, (problem.parameters,), device=problem.x.device) * 2.0 - 1.0
+        return v @ way(v).reshape(-1)
+
+    def curvlinops() -> Tensor:
+        from curvlinops import HessianLinearOperator, hutchinson_trace
+
+        parameters = list(problem.model.parameters())
+        data = [(problem.x, problem.y)]
+        return hutchinson_trace(
+            HessianLinearOperator(problem.model, loss, parameters, data, check_deterministic=False),
+            num_matvecs=1,
+        )
+
+    # name: (what to run, probes it makes)
+    rivals: dict[str, tuple[Any, int]] = {
+        PLAIN: (problem.plain, 1),
+        PLAIN_LAST: (problem.plain_channels_last, 1),
+        "ours, hessian_trace, 8 probes": (
+            lambda: hessian_trace(problem.objective, probes=BLOCK),
+            BLOCK,
+        ),
+        "double backward": (lambda: one_probe(hessians.double_backward), 1),
+        "jvp(grad)": (lambda: one_probe(hessians.jvp_grad), 1),
+    }
+    if importable("curvlinops"):
+        rivals["curvlinops"] = (curvlinops, 1)
+    if importable("hessian-eigenthings"):
+        rivals["hessian-eigenthings"] = (lambda: one_probe(hessians.eigenthings), 1)
+    found = take_turns(
+        {name: way for name, (way, _) in rivals.items()}, 9 if FULL else 1, warm_up=FULL, limit=240
+    )
+    for name, (_, count) in rivals.items():
+        if name in found.seconds:
+            found.seconds[name] = [s / count for s in found.seconds[name]]
+    units = {
+        "plain gradients": found.median(PLAIN),
+        "plain gradients, channels last": found.median(PLAIN_LAST),
+    }
+    record = {**problem.facts(provenance), **table(found, **units)}
+    store("hessian-probes-resnet18", record, tmp_path)
+    assert found.values["ours, hessian_trace, 8 probes"].probes == BLOCK
 
 
 def trained_problem(examples: int, seed: int = 0) -> Problem:

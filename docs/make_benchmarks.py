@@ -55,6 +55,11 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "nearer to float64 than ReLUs let it, as rounding turns some of them on or off.",
     ),
     (
+        "hessian-probes",
+        "Probes of the Hessian's trace on a wide network",
+        "Time for one probe of a whole call: random signs, the values at the point and the forms.",
+    ),
+    (
         "hessian-path",
         "Largest eigenvalue along a minimum energy path",
         "Each search begins at the point before.",
