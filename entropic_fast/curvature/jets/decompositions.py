@@ -88,20 +88,11 @@ def _batch_norm(
     return batch_statistics(x, w, b, eps)
 
 
-def _cudnn_batch_norm(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Any:
-    """As on a CPU, so that the rules and the fused chains see one operation on every device."""
-    found = _batch_norm(x, w, b, mean, var, training, momentum, eps)
+def _cudnn_batch_norm(x: Tensor, *arguments: Any) -> Any:
+    """As on a CPU, so that rules and fused chains see one operation on every device."""
+    found = _batch_norm(x, *arguments)
     if found is NotImplemented:
-        found = aten.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
+        found = aten.native_batch_norm(x, *arguments)
     return (*found, x.new_empty(0, dtype=torch.uint8))  # cuDNN's memory for its backward pass
 
 
