@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+VARIABLE = "ENTROPIC_FAST_CUDA_GRAPHS"
 WARM_UP = 2  # runs before a capture: libraries choose and load their kernels in them
+
+_local = threading.local()
+
+
+def switched_off() -> str:
+    """Why CUDA graphs are not to be used; "" if they are."""
+    return f"CUDA graphs were not used: {VARIABLE}=0" if os.environ.get(VARIABLE) == "0" else ""
+
+
+class GraphMemory:
+    """Memory that graphs share of which none is read after another has run.
+
+    They must be captured on one stream too: torch's allocator keeps what is free apart by stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def side_stream(device: torch.device) -> Any:
+    """A stream of a GPU other than the default, the same at every call of a thread.
+
+    Each stream has free memory of its own, which others do not use.
+    """
+    streams: dict[torch.device, Any] = _local.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return streams[device]
 
 
 def on_side_stream(work: Callable[[], object], device: torch.device) -> None:
     """`work()` as it must run before it is captured, on a stream other than the current one."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         work()
@@ -21,26 +53,30 @@ def on_side_stream(work: Callable[[], object], device: torch.device) -> None:
 
 
 def captured(
-    work: Callable[[], object], device: torch.device, pool: Any = None
+    work: Callable[[], object], device: torch.device, memory: GraphMemory | None = None
 ) -> tuple[torch.cuda.CUDAGraph | None, str]:
     """The graph of `work()`, in which nothing is computed; or None, and a note of the reason.
 
     Args:
         work: reads no value back, and finds what it reads where it is.
         device: a GPU.
-        pool: memory that graphs share of which none is read after another has run; None for one
-            of its own.
+        memory: shared with other graphs; None for memory of its own.
     """
+    if switched_off():
+        return None, switched_off()
+    if torch.cuda.is_current_stream_capturing():
+        return None, "CUDA graphs were not used: the caller is capturing one"
     graph = torch.cuda.CUDAGraph()
-    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    pool = torch.cuda.graph_pool_handle() if memory is None else memory.pool
     # torch's own stream for captures belongs to the device that was current at the first.
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = side_stream(device) if memory is None else memory.stream
     try:
-        # A capture that fails does not leave its stream: the outer block does.
+        # A capture that fails does not leave its stream: the outer block does. Other threads may
+        # allocate memory meanwhile, which in the mode "global" would end the capture.
         with (
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, stream=stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             work()
     # A model may refuse capture in any way, by reading a value back for instance.

@@ -25,6 +25,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Iterator
@@ -373,14 +374,23 @@ class Graph:
 
 
 @contextlib.contextmanager
-def _capture(graph: Graph, **_: Any) -> Iterator[None]:
+def _capture(
+    graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     global _graph
+    # The allocator keeps free memory apart by stream: graphs on others would share none.
+    if _stream_of_pool.setdefault(pool, stream) is not stream:
+        raise RuntimeError("graphs of one memory pool must be captured on one stream")
     _graph = graph
     try:
         yield
     finally:
         _graph = None
         graph.restore()
+
+
+_pools = itertools.count(1)
+_stream_of_pool: dict[Any, Any] = {}
 
 
 class _Stream:
@@ -494,7 +504,7 @@ def present() -> Iterator[None]:
         "device": contextlib.nullcontext,
         "CUDAGraph": Graph,
         "graph": _capture,
-        "graph_pool_handle": lambda: (0, 0),
+        "graph_pool_handle": lambda: (0, next(_pools)),
     }
     threads = torch.autograd.is_multithreading_enabled()
     swaps = torch.__future__.get_swap_module_params_on_conversion()

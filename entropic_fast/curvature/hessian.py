@@ -70,6 +70,14 @@ class JetOperator(ByRules, CurvatureOperator):
         total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
         return (total / self.obj.num_examples).T
 
+    @property
+    def graphs(self) -> str:
+        """On a GPU "captured" once CUDA graphs have run, or why none do; else ""."""
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            return ""
+        return "captured" if engine.graphs.captures else engine.graphs.note
+
     def keep_values(self) -> None:
         """Keep what the next product computes at the point, as more are to come.
 

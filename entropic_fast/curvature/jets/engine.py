@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # Share of the budget for values that are kept. Half of it is for what a call takes; the rest is
 # for what the C library leaves unused between tensors, up to a sixth of a small budget.
 KEPT = 1 / 3
+# Share of the budget for the vectors and sums that CUDA graphs read and write.
+BUFFERS = 1 / 8
 
 
 class JetEngine:
@@ -62,7 +64,8 @@ class JetEngine:
         self._keeping = threading.Lock()  # held to change what is kept: threads may share it
         self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
         self._kept_bytes = 0
-        self._graphs = TileGraphs(is_gpu(obj.device))
+        self.graphs = TileGraphs(obj.device, self.width, int(BUFFERS * budget))
+        self._complete: dict[str, int] = {}  # tiles of a kind, where the values of all are kept
         self._programs: dict[Any, Program] = {}
         for tile in tiling.first_of_each_shape():
             self._programs[like(tile.inputs)] = program_for(obj, theta, tile.inputs)
@@ -125,22 +128,21 @@ class JetEngine:
         blocks = list(self._blocks(rows, total)) if len(rows) else []
         if not blocks:
             return
-        with self._graphs.session():
+        with self.graphs.session():
             for i, (values, loss) in enumerate(self._points(kind, sample)):
-                graphed = sample is None and self._can_be_graphed(kind, i, loss)
                 for block, sums in blocks:
-                    if graphed:
+                    if sample is None and self._can_be_graphed(kind, i, loss):
                         work = partial(add, values, loss)
-                        self._graphs.run((kind, i, variant), work, block, sums)
+                        self.graphs.run((kind, variant), i, work, block, sums)
                     else:
                         add(values, loss, block, sums)
-            self._graphs.flush()
+            self.graphs.flush()
 
     def _can_be_graphed(self, kind: str, tile: int, loss: LossAt) -> bool:
         """Whether a tile's values stay where they are, and its work reads nothing back."""
         kept = self._kept.get((kind, tile))
         is_kept = kept is not None and kept[1] is loss
-        return self._graphs.enabled and is_kept and loss.launches_alone
+        return self.graphs.enabled and is_kept and loss.launches_alone
 
     @exact_math()
     @torch.no_grad()
@@ -221,9 +223,14 @@ class JetEngine:
         if sample is not None:
             yield self._at(sample, kind)
             return
+        if kind in self._complete:  # no example is read again
+            yield from (self._kept[kind, i] for i in range(self._complete[kind]))
+            return
         again = kind in self._calls
         self._calls.add(kind)
+        tiles = 0
         for i, tile in enumerate(self.tiles(self.obj.own_batches)):
+            tiles = i + 1
             known = self._kept.get((kind, i))
             if known is not None:
                 yield known
@@ -232,6 +239,8 @@ class JetEngine:
             yield point
             if again:
                 self._keep((kind, i), point)
+        if all((kind, i) in self._kept for i in range(tiles)):
+            self._complete[kind] = tiles
 
     def _keep(self, key: tuple[str, int], point: tuple[Values, LossAt]) -> None:
         size = point[0].prune()

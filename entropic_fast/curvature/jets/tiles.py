@@ -76,9 +76,11 @@ class Tiling:
             widest, total: bytes of an example's activations, in the widest layer and in all.
         """
         count = _longest_run(self.obj)
-        # A product holds the tangents of all layers ahead, and values ahead and behind.
-        width = GPU_WIDTH if is_gpu(self.obj.device) else WIDTH
-        each, room = 2 * total, self.budget // 2
+        # A product holds the tangents of all layers ahead, and values ahead and behind. On a GPU
+        # the same once more, in the memory of CUDA graphs.
+        gpu = is_gpu(self.obj.device)
+        width, room = (GPU_WIDTH, self.budget // 4) if gpu else (WIDTH, self.budget // 2)
+        each = 2 * total
         if not self.separable:
             largest = max(len(batch.inputs) for batch in self.obj.batches())
             return max(1, min(width, room // (largest * each) - 1)), largest
