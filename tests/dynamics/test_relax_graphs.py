@@ -44,7 +44,8 @@ def pretend(monkeypatch, cycles, run, fail=False):
             run.updates(cycles._table)
 
     @contextlib.contextmanager
-    def capture(graph, pool, stream):
+    def capture(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         before = {name: part.clone() for name, part in run.state().items()}
         first, places = run.first_loss.clone(), [getattr(run, name) for name in TENSORS]
         if fail:
@@ -64,6 +65,7 @@ def pretend(monkeypatch, cycles, run, fail=False):
     monkeypatch.setattr(cycle_graph.torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(cycle_graph.torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(cycle_graph.torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(cycle_graph.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(cycles, "_on_side_stream", run.updates)
     cycles._enabled = True
     return captures
