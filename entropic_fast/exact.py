@@ -136,7 +136,11 @@ class _Float32:
     def __call__(self, precision: str) -> Iterator[None]:
         with self._lock:
             self._inside[precision] += 1
-            self._settle()
+            try:
+                self._settle()
+            except BaseException:
+                self._inside[precision] -= 1
+                raise
         try:
             yield
         finally:
@@ -167,11 +171,13 @@ def _set_float32(precision: str) -> Callable[[], None]:
     # may do in its forward (`torch.backends.cudnn.flags`): both are set.
     older = [_unless_contradicted(read) for read, *_ in _OLDER_SWITCHES]
 
+    own = _own_values(settings, before)
+
     def restore() -> None:
         for value, (_, write, *_) in zip(older, _OLDER_SWITCHES, strict=True):
             if value is not None:
                 write(value)
-        for setting, value in zip(settings, before, strict=True):
+        for setting, value in zip(settings, own, strict=True):
             setting.fp32_precision = value
 
     try:
@@ -206,6 +212,32 @@ def _float32_settings() -> list[Any]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     return found
+
+
+def _own_values(settings: list[Any], values: list[str]) -> list[str]:
+    """What settings hold themselves: "none" where their value is that of a setting above them.
+
+    Written back as a value of their own, it would hide later changes of the setting above. cuDNN's
+    begin as TF32 of the lowest rank, which cannot be written: without a setting above them they
+    hold TF32 themselves afterwards.
+    """
+    read: Any = torch._C._get_fp32_precision_getter
+    write: Any = torch._C._set_fp32_precision_setter
+    above, chosen = ("generic", "mkldnn", "cuda"), []
+    if {read(name, "all") for name in above} == {"none"}:
+        return values
+    try:
+        for name in above:  # the first is above the others
+            chosen.append(read(name, "all"))
+            write(name, "all", "none")
+        without = [setting.fp32_precision for setting in settings]
+        for name in above:
+            write(name, "all", "ieee")
+        with_ieee = [setting.fp32_precision for setting in settings]
+    finally:
+        for name, value in zip(above, chosen, strict=False):
+            write(name, "all", value)
+    return [a if a == b else "none" for a, b in zip(without, with_ieee, strict=True)]
 
 
 class TwiceDifferentiable(TorchFunctionMode):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.backends import cudnn
 
-from entropic_fast.exact import exact_math
+from entropic_fast import exact
+from entropic_fast.exact import exact_math, products_in
 
 SETTINGS = {
     "mkldnn.matmul": torch.backends.mkldnn.matmul,
     "mkldnn.conv": torch.backends.mkldnn.conv,
+    "mkldnn.rnn": torch.backends.mkldnn.rnn,
     "cuda.matmul": torch.backends.cuda.matmul,
     "cudnn.conv": cudnn.conv,
     "cudnn.rnn": cudnn.rnn,
@@ -35,6 +37,8 @@ def gpu_and_restore(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     before = state()
     yield
+    for setting in (torch.backends.mkldnn, cudnn, torch.backends):
+        setting.fp32_precision = "none"
     torch.set_float32_matmul_precision(before["matmul"])
     torch._C._set_cudnn_allow_tf32(before["cudnn"])
     for name, setting in SETTINGS.items():
@@ -65,6 +69,14 @@ def newer_full_convolutions():
     cudnn.conv.fp32_precision = "ieee"
 
 
+def newer_tf32_for_all():
+    torch.backends.fp32_precision = "tf32"
+
+
+def newer_full_for_all():
+    torch.backends.fp32_precision = "ieee"
+
+
 def older_full():
     torch._C._set_cudnn_allow_tf32(False)
 
@@ -73,7 +85,7 @@ def older_full():
     "choose",
     [
         nothing, older_high, older_medium, newer_tf32, newer_bf16_on_cpus,
-        newer_full_convolutions, older_full,
+        newer_full_convolutions, newer_tf32_for_all, newer_full_for_all, older_full,
     ],
 )  # fmt: skip
 def test_no_setting_is_below_float32_within_and_all_are_restored(choose):
@@ -101,4 +113,30 @@ def test_a_forward_pass_may_turn_cudnn_off(choose):
         with cudnn.flags(enabled=False):
             assert not torch._C._get_cudnn_enabled()
         assert torch.backends.cuda.matmul.allow_tf32 is False
+    assert state() == before
+
+
+@pytest.mark.parametrize("above", ["tf32", "ieee"])
+@pytest.mark.parametrize("products", ["ieee", "tf32"])
+def test_a_setting_for_all_still_reaches_each_afterwards(above, products):
+    torch.backends.fp32_precision = above
+    cudnn.conv.fp32_precision = "none"  # a new process has a TF32 here that cannot be written
+    cudnn.rnn.fp32_precision = "tf32"  # of its own, unlike the others
+    with products_in(products), exact_math():
+        assert {s.fp32_precision for s in SETTINGS.values()} <= {"ieee", products}
+    for later in (above, "ieee", "tf32"):
+        torch.backends.fp32_precision = later
+        found = {name: setting.fp32_precision for name, setting in SETTINGS.items()}
+        assert found == dict.fromkeys(SETTINGS, later) | {"cudnn.rnn": "tf32"}
+
+
+def test_settings_are_made_again_after_they_could_not_be_made(monkeypatch):
+    older_high()
+    before = state()
+    with monkeypatch.context() as patched:
+        patched.setattr(exact, "_float32_settings", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError), exact_math():
+            pass
+    with exact_math():
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert state() == before
