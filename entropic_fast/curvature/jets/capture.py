@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules import module as _modules
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 
 from ... import random
 from ...exact import exact_math
@@ -68,14 +71,43 @@ def capture(obj: Objective, theta: Tensor, inputs: Tensor) -> Graph:
     Raises:
         NotCapturedError: see above.
     """
-    with _refusing():
-        require_nothing_hidden(obj, theta, inputs)
-        parts = [part.detach() for part in obj.split(theta).values()]
-        forward = _forward(obj, parts, inputs)
-    _require_faithful(forward, obj, theta, inputs)
-    marked = _not_linear(forward, len(parts))
-    with _refusing():
-        return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+    with _unobserved():
+        with _refusing():
+            require_nothing_hidden(obj, theta, inputs)
+            parts = [part.detach() for part in obj.split(theta).values()]
+            forward = _forward(obj, parts, inputs)
+        _require_faithful(forward, obj, theta, inputs)
+        marked = _not_linear(forward, len(parts))
+        with _refusing():
+            return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Within it no dispatch mode, and no module is followed as torch's counters of FLOPs do.
+
+    What they do is no part of the model, whose graph is kept for calls without them.
+    """
+    places = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
+    followed = [
+        (hooks, {key: hook for key, hook in hooks.items() if _follows_modules(hook)})
+        for hooks in places
+    ]
+    with _disable_current_modes():
+        for hooks, own in followed:
+            for key in own:
+                hooks.pop(key, None)
+        try:
+            yield
+        finally:
+            for hooks, own in followed:
+                hooks.update(own)
+                for key in sorted(hooks):  # in the order in which they were registered
+                    hooks.move_to_end(key)
+
+
+def _follows_modules(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 @contextmanager
