@@ -17,6 +17,9 @@ from ..objective import Objective
 # Share of the free memory that a computation takes when no budget is given. A GPU's memory is the
 # process's own, so half of it; the rest is for fragments and what cuDNN and cuBLAS work in.
 CPU_SHARE, GPU_SHARE = 0.25, 0.5
+# Share of the free memory up to which a GPU's cached memory is not looked at closer, as that lists
+# every block of the allocator.
+CACHED_UNSEEN = 1 / 8
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -78,9 +81,12 @@ def scratch_of(device: torch.device) -> Scratch:
 def available_bytes(device: torch.device) -> int:
     """Free memory of a device; for the CPU what the system and its control group allow."""
     if is_gpu(device):
+        free = int(torch.cuda.mem_get_info(device)[0])
         # What torch's allocator has cached counts as used there, but is free to torch.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        if cached > free * CACHED_UNSEEN:
+            cached -= _free_in_private_pools(device)
+        return free + max(0, cached)
     limits = [_read_meminfo(), _read_cgroup()]
     known = [limit for limit in limits if limit is not None]
     if known:
@@ -89,6 +95,20 @@ def available_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError, AttributeError):
         return 4 * _GIB
+
+
+def _free_in_private_pools(device: torch.device) -> int:
+    """Bytes that only the CUDA graphs to which they belong can use, though nothing is there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    except RuntimeError:  # an allocator without segments
+        return 0
+    return sum(
+        int(segment["total_size"]) - int(segment["allocated_size"])
+        for segment in segments
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def resolve_budget(memory_budget: int | None, device: torch.device) -> int:

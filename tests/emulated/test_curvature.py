@@ -434,7 +434,22 @@ def test_a_gpus_computation_may_have_half_of_its_free_memory(monkeypatch: pytest
     assert memory.resolve_budget(None, device) == 2 * 2**30  # of 4 GiB free
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 2**30)
+    segments: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     assert memory.resolve_budget(None, device) == 3 * 2**30  # what is cached is free to torch
+    for index, pool, total in ((0, (0, 0), 2**31), (0, (0, 1), 2**30), (1, (0, 1), 2**30)):
+        segments.append(
+            {
+                "device": index,
+                "segment_pool_id": pool,
+                "total_size": total,
+                "allocated_size": total // 4,
+            }
+        )
+    # but for what a graph of this device has to itself
+    assert memory.resolve_budget(None, device) == 3 * 2**30 - (2**30 - 2**28) // 2
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 2**30 + 2**29)
+    assert memory.resolve_budget(None, device) == 2**31 + 2**28  # little: not looked at
     assert memory.resolve_budget(1000, device) == 1000
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
     assert memory.resolve_budget(None, torch.device("cpu")) == 250

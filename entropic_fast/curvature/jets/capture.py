@@ -88,7 +88,7 @@ def _unobserved() -> Iterator[None]:
 
     What they do is no part of the model, whose graph is kept for calls without them.
     """
-    places = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
+    places: Any = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
     followed = [
         (hooks, {key: hook for key, hook in hooks.items() if _follows_modules(hook)})
         for hooks in places
