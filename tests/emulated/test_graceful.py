@@ -11,6 +11,7 @@ from torch import nn
 import entropic_fast as ef
 from entropic_fast.dynamics import cycle_graph, engines
 from entropic_fast.models import initialise
+from entropic_fast.paths import replay
 
 
 class Reading(nn.Module):
@@ -95,3 +96,18 @@ def test_other_warnings_of_vmap_still_do(text):
     inputs, targets = next(iter(obj.batches()))[1:]
     _, _, note = engines.choose("auto", obj, theta, inputs.expand(2, -1, -1), targets.expand(2, -1))
     assert text in note
+
+
+def test_work_for_more_shapes_than_have_graphs_runs_on_the_current_stream(monkeypatch):
+    device = torch.device("emulated")
+    aside, total = [], torch.zeros(1, device=device)
+    on_side_stream = replay.on_side_stream
+    monkeypatch.setattr(
+        replay, "on_side_stream", lambda *args: (aside.append(1), on_side_stream(*args))
+    )
+    add = replay.Replayed(lambda x: total.add_(x.sum()), device)
+    for size in range(1, replay.SHAPES + 3):
+        for _ in range(replay.WARM_UP + 1):
+            add(torch.ones(size, device=device))
+    assert len(aside) == replay.SHAPES * replay.WARM_UP and not add.note
+    assert total.item() == (replay.WARM_UP + 1) * sum(range(1, replay.SHAPES + 3))
