@@ -159,7 +159,7 @@ def _backend(family: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        if backend.current_backend() != "auto":
+        if backend.setting_for(device) != "auto":
             return backend.backend_for(family, device)
         chosen, _, failing = backend.automatic(family, device)
         return f"{chosen} ({'; '.join(failing)})" if failing else chosen

@@ -2,12 +2,21 @@
 
 A *family* is a group of ops with one implementation module per backend. `auto` takes the first
 usable of `PREFERENCE` for the tensor's device: the order is by timings where there are any, and
-otherwise by what an op costs the host. A backend forced with `set_backend` or the
-environment variable ENTROPIC_FAST_BACKEND runs or raises `BackendError` with the reason.
+otherwise by what an op costs the host.
+
+A backend forced with `set_backend` or the environment variable ENTROPIC_FAST_BACKEND runs or raises
+`BackendError` with the reason. It concerns the kind of device that it is for: "cpp" tensors outside
+GPUs, "cuda" and compiled "triton" tensors outside the CPU, "reference" and interpreted "triton" all
+that they can run on. Tensors on the other kind of device use `auto`, so a program that also computes
+on the CPU (as random draws do) still runs under "cuda" and "triton". On a machine where the forced
+backend cannot run at all, every op raises. A family without an implementation by the forced backend
+raises on tensors that it concerns. A backend named in a call (`backend=`) runs or raises there,
+independent of the device.
 
 Under `auto` a compiler's failure never reaches the caller: a backend that cannot run a trivial
-kernel is skipped. If a function's first call fails, its in-place arguments are restored and the
-call falls back to the next backend. Either is reported once, as a warning with the reason.
+kernel is skipped. If a function's first call fails, or a later one because its kernel cannot be
+compiled or needs more than the GPU has, its in-place arguments are restored and the call falls back
+to the next backend. Either is reported once, as a warning with the reason.
 """
 
 from __future__ import annotations
@@ -25,6 +34,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast.checks import fail
+from entropic_fast.devices import is_gpu
 from entropic_fast.ops import gpu_probe, native
 
 VARIABLE = "ENTROPIC_FAST_BACKEND"
@@ -42,6 +52,8 @@ TIMED_ON_GPU: frozenset[str] = frozenset()
 _families: dict[str, dict[str, str]] = {}
 # family -> function -> positions of the arguments that it writes in place.
 _writes: dict[str, dict[str, Sequence[int]]] = {}
+# family -> functions whose first launch may have written when a later one is compiled.
+_several: dict[str, frozenset[str]] = {}
 # (family, backend, device type) -> why a first call failed.
 _failed: dict[tuple[str, str, str], str] = {}
 _guards: dict[tuple[str, str, str], ModuleType] = {}
@@ -54,14 +66,19 @@ class BackendError(RuntimeError):
 
 
 def register_family(
-    family: str, modules: Mapping[str, str], writes: Mapping[str, Sequence[int]] | None = None
+    family: str,
+    modules: Mapping[str, str],
+    writes: Mapping[str, Sequence[int]] | None = None,
+    several: Sequence[str] = (),
 ) -> None:
     """Declare a family's implementation modules, by backend name.
 
     Args:
         writes: for each function of the modules that writes to its arguments, their positions.
+        several: functions that make another launch after one that has written to an argument.
     """
     _families[family], _writes[family] = dict(modules), dict(writes or {})
+    _several[family] = frozenset(several)
     _choose.cache_clear()
 
 
@@ -78,8 +95,9 @@ def modules_of(family: str) -> dict[str, str]:
 def set_backend(name: str | None) -> None:
     """Force one backend for every op: "reference", "cpp", "cuda" or "triton".
 
-    "auto" chooses per device; None returns to the environment variable ENTROPIC_FAST_BACKEND,
-    which is "auto" when unset.
+    "cpp" concerns tensors outside GPUs, "cuda" and "triton" (unless interpreted) tensors outside
+    the CPU; the others use "auto". "auto" chooses per device; None returns to the environment
+    variable ENTROPIC_FAST_BACKEND, which is "auto" when unset.
 
     Raises:
         ValueError: `name` is none of these.
@@ -112,6 +130,24 @@ def current_backend() -> str:
     return _check_name(VARIABLE, os.environ.get(VARIABLE) or "auto")
 
 
+def setting_for(device: torch.device | str) -> str:
+    """The setting in force for tensors of a device: "auto" where a forced backend is for others.
+
+    >>> set_backend("cpp")
+    >>> setting_for("cpu"), setting_for("cuda")
+    ('cpp', 'auto')
+    >>> set_backend(None)
+    """
+    wanted = current_backend()
+    if wanted == "cpp":
+        elsewhere = is_gpu(device)
+    else:
+        compiled = wanted == "cuda" or (wanted == "triton" and not _triton_interprets())
+        elsewhere = compiled and torch.device(device).type == "cpu"
+    # Where it can run on no tensor at all, the op is to say so.
+    return "auto" if elsewhere and _unusable_anywhere(wanted) is None else wanted
+
+
 def backend_for(family: str, device: torch.device | str, setting: str | None = None) -> str:
     """The backend that runs `family` on tensors of `device`; `setting` for the one in force.
 
@@ -122,7 +158,7 @@ def backend_for(family: str, device: torch.device | str, setting: str | None = N
     >>> backend_for("step", "cpu") in ("cpp", "reference")
     True
     """
-    wanted = current_backend() if setting is None else _check_name("backend", setting)
+    wanted = setting_for(device) if setting is None else _check_name("backend", setting)
     return _choose(family, torch.device(device).type, wanted)
 
 
@@ -131,10 +167,10 @@ def implementation(
 ) -> ModuleType:
     """The module that implements `family` on `device`, importing it if need be.
 
-    Under "auto" on a GPU the result wraps the module: a function whose first call fails falls
-    back to the next backend.
+    Under "auto" on a GPU the result wraps the module: a function whose first call fails, or whose
+    kernel cannot be compiled, falls back to the next backend.
     """
-    wanted = current_backend() if setting is None else setting
+    wanted = setting_for(device) if setting is None else setting
     device_type = torch.device(device).type
     chosen = backend_for(family, device_type, wanted)
     if wanted != "auto" or chosen not in _GUARDED:
@@ -212,7 +248,7 @@ def _choose(family: str, device_type: str, setting: str) -> str:
         raise fail("family", "one of " + ", ".join(_families), repr(family))
     modules = _families[family]
     if setting != "auto":
-        reason = unusable(setting, device_type)
+        reason = _unusable_anywhere(setting) or unusable(setting, device_type)
         if setting not in modules:
             reason = f"{family!r} has no such implementation"
         if reason:
@@ -274,16 +310,19 @@ def _warn_of_fallback(
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
-# ---- first calls ---------------------------------------------------------------------------------
+# ---- calls that fail -----------------------------------------------------------------------------
 
 _GUARDED = ("triton", "cuda")  # compiled, or first run, when they are called
 
 
 class _Guard(ModuleType):
-    """A family's module, whose functions fall back to the next backend's if a first call fails.
+    """A family's module, whose functions fall back to the next backend's where kernels fail.
 
-    Kernels are compiled at the first call for each dtype; later ones go straight to the module.
-    Errors in arguments and a lack of memory are no fault of the backend's, and are raised.
+    Whatever a function's first call for a dtype raises is such a failure, except errors in
+    arguments and a lack of memory, which are no fault of the backend's. Triton compiles again for
+    other sizes and options: what its compiler raises in later calls is one too. Nothing has been
+    written then, except by functions of `several` launches: those are watched, with their in-place
+    arguments copied, at every first call for such sizes and options.
     """
 
     def __init__(self, family: str, backend: str, device_type: str) -> None:
@@ -293,26 +332,43 @@ class _Guard(ModuleType):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
-        proven: dict[tuple[torch.dtype, ...], Callable[..., Any]] = {}
+        proven: dict[Any, Callable[..., Any]] = {}
+        several = self._key[1] == "triton" and name in _several[self._key[0]]
 
         def call(*arguments: Any) -> Any:
             dtypes = tuple(a.dtype for a in arguments[:2] if isinstance(a, Tensor))
             function = proven.get(dtypes)
-            if function is not None:
-                return function(*arguments)
-            found, function = self._first_call(name, arguments)
-            if function is not None:
+            if function is None:
+                found, function = self._watched(name, arguments)
+                if function is None:
+                    return found
                 proven[dtypes] = function
-            return found
+                if several:
+                    proven[_specialization(arguments)] = function
+                return found
+            if several:
+                key = _specialization(arguments)
+                if key in proven:
+                    return function(*arguments)
+                found, function = self._watched(name, arguments, only_compiler=True)
+                if function is not None:
+                    proven[key] = function
+                return found
+            try:
+                return function(*arguments)
+            except Exception as error:
+                if not gpu_probe.is_compiler_error(error):
+                    raise
+                return self._fall_back(name, arguments, error)
 
         setattr(self, name, call)
         return call
 
-    def _first_call(
-        self, name: str, arguments: tuple[Any, ...]
+    def _watched(
+        self, name: str, arguments: tuple[Any, ...], only_compiler: bool = False
     ) -> tuple[Any, Callable[..., Any] | None]:
         """What is computed; and the backend's function, unless another backend had to do it."""
-        family, backend, device_type = self._key
+        family, backend, _ = self._key
         positions = _writes[family].get(name, ())
         written = [arguments[i] for i in positions if isinstance(arguments[i], Tensor)]
         before = [tensor.clone() for tensor in written]
@@ -322,10 +378,31 @@ class _Guard(ModuleType):
         except (ValueError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if only_compiler and not gpu_probe.is_compiler_error(error):
+                raise
             _put_back(written, before, error)
-            _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
-            _choose.cache_clear()
-        return getattr(implementation(family, device_type, "auto"), name)(*arguments), None
+            return self._fall_back(name, arguments, error), None
+
+    def _fall_back(self, name: str, arguments: tuple[Any, ...], error: Exception) -> Any:
+        """The call by the next backend, which has the family from now on."""
+        family, _, device_type = self._key
+        _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
+        _choose.cache_clear()
+        return getattr(implementation(family, device_type, "auto"), name)(*arguments)
+
+
+def _specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All that Triton may compile another kernel for: at least as fine as its own key."""
+    return tuple(map(_specialized, arguments))
+
+
+def _specialized(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        aligned = argument.data_ptr() % 16 == 0
+        return argument.dtype, tuple(argument.shape), argument.device, aligned
+    if isinstance(argument, int) and not isinstance(argument, bool):
+        return argument == 1, argument % 16 == 0, argument.bit_length() // 32
+    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _put_back(written: list[Tensor], before: list[Tensor], error: Exception) -> None:

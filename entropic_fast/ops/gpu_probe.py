@@ -7,6 +7,7 @@ that knows its code; CUDA C++ needs code for the GPU at hand and a driver as new
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -25,6 +26,11 @@ _ADVICE = (
     ),
     (r"no kernel image", "there is no code for this GPU"),
 )
+
+# Of Triton's classes, those raised before a launch; OutOfResources for shared memory and the like.
+_COMPILER_ERRORS = {"CompilationError", "OutOfResources", "PTXASError", "AutotunerError"}
+# What its C++ half and the compiler of its launchers raise has no class of its own.
+_COMPILER_TEXT = r"PassManager::run failed|C compiler|[Pp]txas|LLVM ERROR|failed to translate"
 
 
 def capturing() -> bool:
@@ -87,6 +93,25 @@ def describe(error: BaseException) -> str:
     advice = next((a for pattern, a in _ADVICE if re.search(pattern, text)), None)
     said = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
     return f"{said} ({advice})" if advice else said
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether Triton, or a compiler that it runs, could not make a kernel that fits the GPU.
+
+    Such a kernel was not launched. Errors of the driver are none of these: something may have run.
+
+    >>> is_compiler_error(RuntimeError("PassManager::run failed"))
+    True
+    >>> is_compiler_error(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    False
+    """
+    # By name: triton may not be imported yet, and its modules move between versions.
+    names = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("triton")}
+    return (
+        bool(names & _COMPILER_ERRORS)
+        or isinstance(error, subprocess.SubprocessError)
+        or (isinstance(error, RuntimeError) and re.search(_COMPILER_TEXT, str(error)) is not None)
+    )
 
 
 def _run_step(device: torch.device) -> None:

@@ -149,7 +149,7 @@ def backend_of(dim: int, device: torch.device | str, setting: str | None = None)
     chosen = backend_for(FAMILY, device, setting)
     if dim <= LARGEST_DIM.get(chosen, dim):
         return chosen
-    if (setting or backends.current_backend()) != "auto":
+    if (setting or backends.setting_for(device)) != "auto":
         raise BackendError(
             f"backend {chosen!r} was asked for but its langevin kernel has at most "
             f"{LARGEST_DIM[chosen]} dimensions, and the potential has {dim}. Use 'reference'."

@@ -28,7 +28,7 @@ from entropic_fast.checks import fail
 from entropic_fast.devices import is_gpu
 from entropic_fast.ops.backend import (
     backend_for,
-    current_backend,
+    setting_for,
     implementation,
     register_family,
 )
@@ -118,7 +118,7 @@ def chosen_backend(device: torch.device, double: bool) -> str:
     cuBLAS there, where Triton would be next.
     """
     chosen = backend_for(FAMILY, device)
-    if double and chosen == "triton" and current_backend() == "auto" and is_gpu(device):
+    if double and chosen == "triton" and setting_for(device) == "auto" and is_gpu(device):
         return "reference" if compute_capability(device) in FLOAT64_TENSOR_CORES else chosen
     return chosen
 

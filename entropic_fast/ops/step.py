@@ -63,6 +63,7 @@ register_family(
         "triton": "entropic_fast.triton.step",
     },
     writes={"sgd_step": (0, 2), "adam_step": (0, 2, 3, 4), "project_step": (0, 1)},
+    several=("sgd_step", "adam_step", "project_step"),  # sums come after the update or the move
 )
 
 

@@ -21,7 +21,7 @@ from ..curvature import (
 from ..devices import is_gpu
 from ..dynamics import relax
 from ..objective import Objective
-from ..ops.backend import current_backend
+from ..ops.backend import setting_for
 from ..ops.gpu_probe import describe
 from ..paths import AutoNEBConfig, auto_neb, linear_path
 from .verdict import Check, relative_error
@@ -180,7 +180,7 @@ def _on_device(
 
 def _about(name: str, device: torch.device, dtype: torch.dtype, against: str) -> Check:
     kind = str(dtype).removeprefix("torch.")
-    return Check("network", name, current_backend(), str(device), kind, against, TOLERANCE[dtype])
+    return Check("network", name, setting_for(device), str(device), kind, against, TOLERANCE[dtype])
 
 
 def _vectors(obj: Objective) -> Tensor:

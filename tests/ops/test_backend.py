@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from entropic_fast import random
 from entropic_fast.ops import backend, native
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
@@ -61,10 +62,22 @@ def test_environment_forces_a_backend_and_the_call_overrides_it(
     assert backend.backend_for("step", "cpu") == "reference"
 
 
-def test_forced_backend_raises_where_it_cannot_run() -> None:
+def test_backend_named_in_a_call_raises_where_it_cannot_run() -> None:
+    with pytest.raises(backend.BackendError, match="runs on cpu tensors, not on cuda"):
+        backend.backend_for("step", "cuda", "cpp")
     backend.set_backend("cpp")
     with pytest.raises(backend.BackendError, match="runs on cpu tensors, not on cuda"):
-        backend.backend_for("step", "cuda")
+        backend.implementation("step", "cuda", "cpp")
+
+
+@pytest.mark.filterwarnings("ignore:entropic_fast runs its slow reference")
+def test_forced_cpp_leaves_tensors_on_a_gpu_to_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = backend.backend_for("step", "cuda")
+    backend.set_backend("cpp")
+    assert backend.setting_for("cuda") == "auto" and backend.setting_for("cpu") == "cpp"
+    assert backend.backend_for("step", "cuda") == expected
+    backend.set_backend("reference")
+    assert backend.setting_for("cuda") == backend.setting_for("cpu") == "reference"
 
 
 @NO_GPU
@@ -83,6 +96,17 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(backend.VARIABLE, "triton")
     with pytest.raises(backend.BackendError, match="'triton' was asked for but cannot run 'step'"):
         backend.backend_for("step", "cpu")
+    with pytest.raises(backend.BackendError, match="'triton' was asked for but cannot run 'rando"):
+        random.rademacher((3,), 0)
+
+
+def test_interpreted_triton_is_forced_on_the_cpu_too() -> None:
+    code = (
+        "from entropic_fast.ops import backend; import sys;"
+        "assert backend.backend_for('step', 'cpu') == 'triton' and 'triton' not in sys.modules"
+    )
+    run = python(code, TRITON_INTERPRET="1", ENTROPIC_FAST_BACKEND="triton")
+    assert run.returncode == 0, run.stderr
 
 
 MISSING_MODULE = """
@@ -91,6 +115,7 @@ sys.modules["entropic_fast._C"] = None  # importing it now fails
 import torch
 from rich.console import Console
 from entropic_fast import info
+from entropic_fast import random
 from entropic_fast.ops import backend, native
 from entropic_fast.ops.step import sgd_step
 assert "cannot be imported" in native.problem, native.problem

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import subprocess
 import sys
 import types
 import warnings
@@ -10,7 +12,9 @@ import pytest
 import torch
 from random_calls import OPS
 
+from entropic_fast import models, random
 from entropic_fast.ops import backend, gpu_probe, native
+from entropic_fast.ops.score_gram import symmetric_update_
 from entropic_fast.ops.step import adam_step, sgd_step
 
 
@@ -113,6 +117,39 @@ def test_nothing_is_tried_out_while_a_graph_is_captured(a_gpu, monkeypatch):
     assert a_gpu["triton"] == a_gpu["cuda"] == []
 
 
+@pytest.mark.parametrize("forced", ["triton", "cuda"])
+@pytest.mark.parametrize("by", ["a call", "the environment"])
+def test_a_forced_gpu_backend_leaves_the_cpu_to_auto(a_gpu, monkeypatch, forced, by):
+    """Random draws, initialization and gradient noise are computed on the CPU by every run."""
+    expected = random.rademacher((5, 3), 1)
+    if by == "a call":
+        backend.set_backend(forced)
+    else:
+        monkeypatch.setenv(backend.VARIABLE, forced)
+    assert backend.current_backend() == forced and backend.setting_for("cpu") == "auto"
+    assert backend.backend_for("step", "cuda") == backend.backend_for("random_bits", "cuda")
+    assert backend.backend_for("step", "cuda") == forced
+    assert torch.equal(random.rademacher((5, 3), 1), expected)
+    models.initialise(models.digits_cnn("batch", channels=(2, 2, 2)), 0)
+    theta = torch.tensor([1.0, 2.0])
+    sgd_step(theta, torch.ones(2), lr=0.5)
+    assert theta.tolist() == [0.5, 1.5]
+    with pytest.raises(backend.BackendError, match="runs on c.*not on cpu|interpreter"):
+        backend.backend_for("step", "cpu", forced)
+    if forced == "cuda":
+        with pytest.raises(backend.BackendError, match="'jet' has no such implementation"):
+            backend.backend_for("jet", "cuda")
+        assert backend.backend_for("jet", "cpu") == "cpp"
+
+
+def test_a_forced_backend_that_fails_on_the_gpu_raises_for_every_device(a_gpu, monkeypatch):
+    a_gpu["fail triton"](OSError("no compiler"))
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    for device in ("cuda", "cpu"):
+        with pytest.raises(backend.BackendError, match="'triton' was asked for.*no compiler"):
+            backend.backend_for("step", device)
+
+
 # ---- first calls ---------------------------------------------------------------------------------
 
 
@@ -193,6 +230,88 @@ def test_first_calls_are_watched_for_each_dtype_and_later_ones_are_not(compiled_
     with pytest.warns(RuntimeWarning, match="no float64 here"):
         sgd_step(double, torch.ones_like(double), lr=0.5)
     assert double.tolist() == [0.5, 0.5] and backend.backend_for("step", "cpu") == "cpp"
+
+
+# ---- later calls ---------------------------------------------------------------------------------
+
+
+def triton_error(name, text):
+    """An error of a class of Triton's, as of a compilation for other sizes."""
+    return type(name, (Exception,), {"__module__": "triton.runtime.errors"})(text)
+
+
+COMPILERS = [
+    triton_error("CompilationError", "at 1:0: unsupported"),
+    triton_error("OutOfResources", "out of resource: shared memory, Required: 300000"),
+    RuntimeError("PassManager::run failed"),
+    subprocess.CalledProcessError(1, "gcc"),
+]
+
+
+def works_once(calls, error, result=None, spoils=False):
+    """A function that computes nothing at its first call, and fails at the second."""
+
+    def function(first, *arguments):
+        calls.append(tuple(first.shape))
+        if len(calls) > 1:
+            if spoils:
+                first += 100
+            raise error
+        return None if result is None else result(first)
+
+    return function
+
+
+@pytest.mark.parametrize("error", COMPILERS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_kernel_that_cannot_be_compiled_later_falls_back(compiled_late, monkeypatch, error, size):
+    """A function of one launch, so nothing has been written, whatever its sizes."""
+    families = {**backend._families["score_gram"], "triton": "late"}
+    monkeypatch.setitem(backend._families, "score_gram", families)
+    calls = []
+    compiled_late.symmetric_update_ = works_once(calls, error)
+    first, gram = (torch.zeros(2, 2, dtype=torch.float64) for _ in range(2))
+    symmetric_update_(first, torch.ones(2, 4))
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match=f"symmetric_update_: {type(error).__name__}"):
+        symmetric_update_(gram, torch.ones(size, 4))
+    assert len(calls) == 2
+    assert torch.equal(gram, torch.full_like(gram, 4).tril())
+    assert backend.backend_for("score_gram", "cpu") == "cpp"
+
+
+@pytest.mark.parametrize("error", COMPILERS, ids=lambda error: type(error).__name__)
+def test_a_later_launch_of_an_update_that_cannot_be_compiled_is_undone(compiled_late, error):
+    """The update has been written when the kernel of its sums is compiled for other sizes."""
+    result = functools.partial(torch.zeros, dtype=torch.float64)
+    function = works_once([], error, lambda theta: result((len(theta), 2, 0)), spoils=True)
+    compiled_late.sgd_step = function
+    sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
+    theta = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.warns(RuntimeWarning, match=f"sgd_step: {type(error).__name__}"):
+        sgd_step(theta, torch.ones(3), lr=0.5)
+    assert theta.tolist() == [0.5, 1.5, 2.5]
+    assert backend.backend_for("step", "cpu") == "cpp"
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_an_error_of_a_later_launch_is_raised(compiled_late, size):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    result = functools.partial(torch.zeros, dtype=torch.float64)
+    compiled_late.sgd_step = works_once([], error, lambda theta: result((len(theta), 2, 0)))
+    sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        sgd_step(torch.ones(size), torch.ones(size), lr=0.5)
+    assert backend.backend_for("step", "cpu") == "triton"
+
+
+def test_classes_of_triton_are_known_by_their_names():
+    errors = pytest.importorskip("triton.runtime.errors")
+    compiler = pytest.importorskip("triton.compiler.errors")
+    assert gpu_probe.is_compiler_error(errors.OutOfResources(300_000, 200_000, "shared memory"))
+    assert gpu_probe.is_compiler_error(compiler.CompilationError("x", None, "unsupported"))
+    assert not gpu_probe.is_compiler_error(ValueError("theta: expected"))
+    assert not gpu_probe.is_compiler_error(RuntimeError("Triton Error [CUDA]: invalid argument"))
 
 
 def test_every_op_declares_what_it_writes():
