@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import matmul
 from typing import Any
 
 import torch
@@ -143,6 +144,24 @@ def check_batch_norm_in_evaluation_mode(device: str) -> None:
     assert relative_error(ef.score_gram(there), ef.score_gram(here)) < 2e-5
 
 
+def check_repeated_products(device: str, kind: str) -> None:
+    """CUDA graphs of products and forms of several widths, each with vectors of its own."""
+    here, there = network("cpu"), network(device)
+    operators = {"hessian": ef.HessianOperator, "ggn": ef.GGNOperator}
+    calls: list[Callable[[Any, Tensor], Tensor]] = [matmul]
+    if kind == "hessian":
+        calls.append(lambda operator, v: operator.quadratic_forms(v))
+    for multiply in calls:
+        operator = operators[kind](there)
+        for number, width in enumerate((1, 1, 1, 1, 3, 8, 3, 8, 1, 3, 8, 5)):
+            v = random.normal((here.num_params, width), 0, number).float()
+            # A new operator on the CPU, which keeps nothing.
+            expected = multiply(operators[kind](here), v)
+            found = multiply(operator, v.to(there.device))
+            assert relative_error(found, expected) < 2e-5, (number, width)
+        assert operator.graphs == "captured", operator.graphs
+
+
 def check_relax(device: str, engine: str, optimizer: str) -> None:
     """A relaxation, with cycles as graphs and without, is the CPU's."""
     # Adam divides by what is nearly 0: in float32 it would follow the rounding.
@@ -169,10 +188,11 @@ def check_auto_neb(device: str) -> None:
 
     def found(device: str) -> ef.NEBResult:
         obj = network(device)
-        config = ef.AutoNEBConfig(pivots=3, cycles=((2, 0.05), (1, 0.02)), batch_size=12)
+        config = ef.AutoNEBConfig(pivots=3, cycles=((4, 0.05), (3, 0.02)), batch_size=12)
         return ef.auto_neb(obj, *ends(obj), config)
 
     here, there = found("cpu"), found(device)
+    assert there.graphs and not there.notes and not here.graphs
     assert_near(there.path.pivots, here.path.pivots)
     assert_near(
         torch.as_tensor(there.history["max_loss"]), torch.as_tensor(here.history["max_loss"])
@@ -239,6 +259,10 @@ def check_products_are_read_back_at_the_end(device: str, watched: Watched) -> No
 CHECKS: dict[str, Callable[[str], None]] = {
     "batch norm in evaluation mode": check_batch_norm_in_evaluation_mode,
     "AutoNEB": check_auto_neb,
+    **{
+        f"repeated {kind} products": functools.partial(check_repeated_products, kind=kind)
+        for kind in ("hessian", "ggn")
+    },
     "training": check_training,
     "training in bfloat16": functools.partial(check_training, precision="bfloat16"),
     "Langevin": check_langevin,

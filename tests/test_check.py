@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -109,7 +110,49 @@ def test_a_wrong_calculation_is_named(monkeypatch):
     wrong = [c for c in networks.check_networks([CPU], [torch.float32]) if not c.ok]
     assert [c.name for c in wrong] == ["Hessian product"]
     report = selfcheck.Report({}, wrong)
-    assert not report.ok and 'pass device="cpu"' in report.advice()[0]
+    assert not report.ok and 'set_backend("reference")' in report.advice()[0]
+    assert "device=" not in report.advice()[0]
+    report = selfcheck.Report({}, [dataclasses.replace(wrong[0], device="cuda:0")])
+    assert 'pass device="cpu"' in report.advice()[0]
+
+
+def wrong_op(backend, device="cuda:0", message=""):
+    check = verdict.Check("op", "jet_push", backend, device, "float32", "the reference", 1e-5, 1.0)
+    return check.failed(message) if message else check
+
+
+def test_advice_names_a_backend_that_runs_there_and_is_right(monkeypatch):
+    """Triton may be missing, or be what is wrong; then the reference, or nothing."""
+    usable = {"triton", "reference"}
+    monkeypatch.setattr(backend, "unusable", lambda name, _: None if name in usable else "absent")
+    assert 'set_backend("triton")' in selfcheck.Report({}, [wrong_op("cuda")]).advice()[0]
+    assert 'set_backend("reference")' in selfcheck.Report({}, [wrong_op("triton")]).advice()[0]
+    both = [wrong_op("triton"), wrong_op("reference")]
+    for text in selfcheck.Report({}, both).advice()[:2]:
+        assert "set_backend" not in text and 'pass device="cpu"' in text
+    usable.discard("triton")
+    assert 'set_backend("reference")' in selfcheck.Report({}, [wrong_op("cuda")]).advice()[0]
+
+
+def test_a_forced_backend_that_cannot_run_is_no_wrong_result(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "fortran")
+    with pytest.raises(ValueError, match="ENTROPIC_FAST_BACKEND"):
+        selfcheck.run("cpu", quick=True)
+    monkeypatch.setenv(backend.VARIABLE, "cuda")
+    monkeypatch.setattr(backend, "_unusable_anywhere", lambda name: "absent")
+    monkeypatch.setattr(ops, "check_ops", lambda device: [])
+    report = selfcheck.run("cpu", quick=True)
+    texts = " ".join(report.advice())
+    assert not report.ok and "unset ENTROPIC_FAST_BACKEND" in texts
+    assert "not to be trusted" not in texts
+
+
+def test_interpreted_triton_is_checked_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.backends("jet", "cpu") == ["cpp"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for family in backend.families():
+        assert ops.backends(family, "cpu") == ["cpp", "triton"]
 
 
 @pytest.mark.parametrize("name", samples.SAMPLES)

@@ -7,11 +7,10 @@ otherwise by what an op costs the host.
 A backend forced with `set_backend` or the environment variable ENTROPIC_FAST_BACKEND runs or raises
 `BackendError` with the reason. It concerns the kind of device that it is for: "cpp" tensors outside
 GPUs, "cuda" and compiled "triton" tensors outside the CPU, "reference" and interpreted "triton" all
-that they can run on. Tensors on the other kind of device use `auto`, so a program that also computes
-on the CPU (as random draws do) still runs under "cuda" and "triton". On a machine where the forced
-backend cannot run at all, every op raises. A family without an implementation by the forced backend
-raises on tensors that it concerns. A backend named in a call (`backend=`) runs or raises there,
-independent of the device.
+that they can run on. Tensors on the other kind of device use `auto`, as a program for a GPU also
+computes on the CPU: random draws, initial weights. On a machine where the forced backend cannot run
+at all, every op raises. A family without an implementation by the forced backend raises on tensors
+that it concerns. A backend named in a call (`backend=`) runs or raises there on any device.
 
 Under `auto` a compiler's failure never reaches the caller: a backend that cannot run a trivial
 kernel is skipped. If a function's first call fails, or a later one because its kernel cannot be

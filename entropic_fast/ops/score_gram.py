@@ -28,9 +28,9 @@ from entropic_fast.checks import fail
 from entropic_fast.devices import is_gpu
 from entropic_fast.ops.backend import (
     backend_for,
-    setting_for,
     implementation,
     register_family,
+    setting_for,
 )
 
 FAMILY = "score_gram"

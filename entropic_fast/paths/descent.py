@@ -63,6 +63,11 @@ class Descent:
         self.facts = torch.zeros(0)
 
     @property
+    def graphs(self) -> bool:
+        """Whether CUDA graphs have run."""
+        return self._batch.captured
+
+    @property
     def note(self) -> str:
         """Why no CUDA graphs were used; "" if there is nothing to say."""
         return self._batch.note

@@ -96,7 +96,7 @@ def auto_neb(
     state = _start(a, b, config) if resume is None else _resumed(resume, a, b, config)
     train = _training_objective(obj, train_obj)
     losses: Table | None = None
-    note = ""
+    note, graphs = "", False
     for cycle in range(state.cycle, len(config.cycles)):
         steps, lr = config.cycles[cycle]
         batches = minibatches(
@@ -106,6 +106,7 @@ def auto_neb(
         with contextlib.closing(descent):
             rows = _run_cycle(descent, batches, state, on_step)
         path, note = Path(descent.pivots), descent.note
+        graphs = graphs or descent.graphs
         losses = _dense(obj, path, config)
         inserted: list[float] = []
         if cycle + 1 < len(config.cycles):
@@ -137,7 +138,7 @@ def auto_neb(
     path = Path(state.pivots)
     losses = _dense(obj, path, config) if losses is None else losses
     notes = (note,) if note else ()
-    return NEBResult(path, losses, state.history, state.cycles, saddle(losses), notes)
+    return NEBResult(path, losses, state.history, state.cycles, saddle(losses), notes, graphs)
 
 
 def minibatches(

@@ -27,6 +27,7 @@ class Replayed:
         graphs: False to run it as it is.
 
     Attributes:
+        captured: whether a graph has run.
         note: why there is no graph; "" if there is nothing to say.
 
     >>> total = torch.zeros(2)
@@ -44,7 +45,7 @@ class Replayed:
         self._enabled = graphs and is_gpu(device)
         self._calls: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
-        self.note = ""
+        self.captured, self.note = False, ""
 
     def __call__(self, *tensors: Tensor) -> None:
         """The procedure on these tensors."""
@@ -79,3 +80,4 @@ class Replayed:
             return
         self._graphs[key] = graph, places
         graph.replay()
+        self.captured = True

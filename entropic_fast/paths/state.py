@@ -38,6 +38,7 @@ class NEBResult:
             dense evaluation), length and the number of pivots inserted.
         saddle: the highest point of `losses`, interpolated.
         notes: on a GPU, why CUDA graphs were not used; empty if there is nothing to say.
+        graphs: whether CUDA graphs have run.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class NEBResult:
     cycles: Table
     saddle: Saddle
     notes: tuple[str, ...] = ()
+    graphs: bool = False
 
     def _repr_html_(self) -> str:
         rise, (low, high) = barrier(self.losses), self.saddle.bracket

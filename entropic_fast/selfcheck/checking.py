@@ -60,20 +60,41 @@ class Report:
         return [*found, _ISSUE] if found else []
 
     def _advice(self, check: Check) -> str:
+        if check.message.startswith(backend.BackendError.__name__):
+            return (
+                f"Backend {check.backend} is forced and cannot run everything on {check.device}: "
+                f'call entropic_fast.set_backend("auto"), or unset {backend.VARIABLE}.'
+            )
+        elsewhere = "" if check.device == "cpu" else 'pass device="cpu", or '
         if check.kind != "op":
             return (
-                f'Results on {check.device} are not to be trusted: pass device="cpu", or see '
-                f'whether entropic_fast.set_backend("reference") fixes it.'
+                f"Results on {check.device} are not to be trusted: {elsewhere}see whether "
+                f'entropic_fast.set_backend("reference") fixes it.'
             )
-        wrong = {c.backend for c in self.wrong if c.kind == "op" and c.device == check.device}
-        # set_backend forces one for every family, so it has to be one that all of them have.
-        everywhere = "cpp" if check.device == "cpu" else "triton"
-        good = "reference" if everywhere in wrong else everywhere
+        good = self._another_backend(check.device)
+        if good is None:
+            return (
+                f"Backend {check.backend} is wrong on {check.device}, and no other one is right "
+                f"there: {elsewhere}do not use this installation for results."
+            )
         return (
             f"Backend {check.backend} is wrong on {check.device}: call "
             f'entropic_fast.set_backend("{good}"), or set {backend.VARIABLE}={good}, until it is '
             "fixed."
         )
+
+    def _another_backend(self, device: str) -> str | None:
+        """One that can run every family on the device, and is not known to be wrong there.
+
+        `set_backend` forces it for all families.
+        """
+        kind = torch.device(device).type
+        wrong = {c.backend for c in self.wrong if c.kind == "op" and c.device == device}
+        for name in ("cpp", "triton", "reference"):
+            everywhere = all(name in backend.modules_of(family) for family in backend.families())
+            if name not in wrong and everywhere and backend.unusable(name, kind) is None:
+                return name
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

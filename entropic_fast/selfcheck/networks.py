@@ -31,6 +31,13 @@ from .verdict import Check, relative_error
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}
 
 EXAMPLES, PROBES, CYCLES = 24, 4, 4
+# The first product computes values at the point and the second keeps them. On a GPU the third
+# launches them one by one; the fourth is captured as CUDA graphs, which the fifth replays.
+REPEATS, WIDTHS = 5, (1, 3, 8)
+NEB_STEPS = 5  # of which the third is captured
+
+# What is computed; and of calculations with CUDA graphs, `Check.graphs`.
+Calculated = Tensor | tuple[Tensor, str]
 
 
 def subject(device: torch.device | str, dtype: torch.dtype) -> Objective:
@@ -54,6 +61,27 @@ def product(obj: Objective) -> Tensor:
     return HessianOperator(obj) @ _vectors(obj)
 
 
+def products(obj: Objective) -> Calculated:
+    """Repeated products of each width, with other vectors in between: the last of each."""
+    return _last_of_repeated(obj, lambda operator, v: operator @ v)
+
+
+def forms(obj: Objective) -> Calculated:
+    """The same of quadratic forms."""
+    return _last_of_repeated(obj, lambda operator, v: operator.quadratic_forms(v))
+
+
+def _last_of_repeated(
+    obj: Objective, multiply: Callable[[HessianOperator, Tensor], Tensor]
+) -> Calculated:
+    operator, found = HessianOperator(obj), []
+    for width in WIDTHS:
+        vectors = _vectors(obj, width)
+        results = [multiply(operator, vectors.roll(k, 0)) for k in reversed(range(REPEATS))]
+        found.append(results[-1].flatten())
+    return torch.cat(found), operator.graphs
+
+
 def trace(obj: Objective) -> Tensor:
     """Of each parameter tensor, as the whole may be nearly 0."""
     found = hessian_trace(obj, probes=PROBES, seed=1, by="parameter")
@@ -68,25 +96,35 @@ def norms(obj: Objective) -> Tensor:
     return gradient_norms(obj)
 
 
-def neb(obj: Objective) -> Tensor:
+def neb(obj: Objective) -> Calculated:
     """How far a short AutoNEB takes the pivots from the straight line."""
     a, b = _ends(obj)
-    config = AutoNEBConfig(pivots=4, max_pivots=4, cycles=((3, 0.05),), batch_size=8, eval_points=1)
-    found = auto_neb(obj, a, b, config).path
-    return found.pivots - linear_path(a, b, found.num_pivots).pivots
+    config = AutoNEBConfig(
+        pivots=4, max_pivots=4, cycles=((NEB_STEPS, 0.05),), batch_size=8, eval_points=1
+    )
+    run = auto_neb(obj, a, b, config)
+    moved = run.path.pivots - linear_path(a, b, run.path.num_pivots).pivots
+    return moved, _graphs(run.graphs, run.notes)
 
 
-def relaxation(obj: Objective, engine: str = "auto", cuda_graphs: bool = True) -> Tensor:
+def relaxation(obj: Objective, engine: str = "auto", cuda_graphs: bool = True) -> Calculated:
     """How far projected SGD goes: along the path, and from it before each projection."""
     run = relax(
         obj, linear_path(*_ends(obj), 3), [0.3, 0.6], "nesterov", lr=0.02, batch_size=8,
         project_every=2, steps=2 * CYCLES, engine=engine, cuda_graphs=cuda_graphs,
     )  # fmt: skip
-    return torch.cat([run.position - run.position[:, :1], run.distance[:, 1:]], 1)
+    moved = torch.cat([run.position - run.position[:, :1], run.distance[:, 1:]], 1)
+    return moved, _graphs(run.engine.endswith("+graphs"), run.notes)
 
 
-CALCULATIONS: dict[str, Callable[[Objective], Tensor]] = {
+def _graphs(captured: bool, notes: Sequence[str]) -> str:
+    return "captured" if captured else "; ".join(notes)
+
+
+CALCULATIONS: dict[str, Callable[[Objective], Calculated]] = {
     "Hessian product": product,
+    "repeated products": products,
+    "repeated quadratic forms": forms,
     "Hessian trace": trace,
     "gradient norms": norms,
     "Gram matrix": gram,
@@ -95,12 +133,21 @@ CALCULATIONS: dict[str, Callable[[Objective], Tensor]] = {
 }
 
 
-def _otherwise_relaxed(obj: Objective) -> Tensor:
+def _otherwise_relaxed(obj: Objective) -> Calculated:
     """By another engine than "auto" takes for two replicas, and without CUDA graphs."""
     return relaxation(obj, "loop" if is_gpu(obj.device) else "vmap", cuda_graphs=False)
 
 
-def _in_double(obj: Objective) -> Tensor:
+def _first_products(obj: Objective) -> Tensor:
+    return torch.cat([(HessianOperator(obj) @ _vectors(obj, k)).flatten() for k in WIDTHS])
+
+
+def _first_forms(obj: Objective) -> Tensor:
+    forms = [HessianOperator(obj).quadratic_forms(_vectors(obj, k)) for k in WIDTHS]
+    return torch.cat(forms)
+
+
+def _in_double(obj: Objective) -> Calculated:
     return neb(subject(obj.device, torch.float64))
 
 
@@ -109,7 +156,9 @@ def _scores(obj: Objective) -> Tensor:
         return score_matrix(obj).double()
 
 
-def _by_autograd(calculate: Callable[[Objective], Tensor]) -> Callable[[Objective], Tensor]:
+def _by_autograd(
+    calculate: Callable[[Objective], Tensor],
+) -> Callable[[Objective], Calculated]:
     def calculated(obj: Objective) -> Tensor:
         with without_rules():
             return calculate(obj)
@@ -118,8 +167,10 @@ def _by_autograd(calculate: Callable[[Objective], Tensor]) -> Callable[[Objectiv
 
 
 # The same by another method on the same device. Only precision tells one path from another.
-OTHERS: dict[str, tuple[str, Callable[[Objective], Tensor]]] = {
+OTHERS: dict[str, tuple[str, Callable[[Objective], Calculated]]] = {
     "Hessian product": ("autograd twice", _by_autograd(product)),
+    "repeated products": ("the first of each width", _first_products),
+    "repeated quadratic forms": ("the first of each width", _first_forms),
     "Hessian trace": ("autograd twice", _by_autograd(trace)),
     "gradient norms": (
         "gradients one by one",
@@ -146,7 +197,7 @@ def check_networks(
             cpu = subject("cpu", dtype)
             for name, calculate in CALCULATIONS.items():
                 try:
-                    expected[name] = calculate(cpu)
+                    expected[name], _ = _values(calculate(cpu))
                 except Exception as error:  # whatever is raised is the finding
                     yield _about(name, cpu.device, dtype, "").failed(describe(error))
         for device in devices:
@@ -164,18 +215,24 @@ def _on_device(
         return
     for name, calculate in CALCULATIONS.items():
         try:
-            found = calculate(obj)
+            found, graphs = _values(calculate(obj))
         except Exception as error:
             yield check(name, against="").failed(describe(error))
             continue
         if device.type != "cpu" and name in expected:
-            yield check(name, against="the CPU").measured(relative_error(found, expected[name]))
+            off = relative_error(found, expected[name])
+            yield check(name, against="the CPU").measured(off, graphs)
         if name in OTHERS and (name, dtype) != ("AutoNEB", torch.float64):
             against, other = OTHERS[name]
             try:
-                yield check(name, against=against).measured(relative_error(found, other(obj)))
+                off = relative_error(found, _values(other(obj))[0])
+                yield check(name, against=against).measured(off, graphs)
             except Exception as error:
                 yield check(name, against=against).failed(describe(error))
+
+
+def _values(calculated: Calculated) -> tuple[Tensor, str]:
+    return calculated if isinstance(calculated, tuple) else (calculated, "")
 
 
 def _about(name: str, device: torch.device, dtype: torch.dtype, against: str) -> Check:
@@ -183,10 +240,9 @@ def _about(name: str, device: torch.device, dtype: torch.dtype, against: str) ->
     return Check("network", name, setting_for(device), str(device), kind, against, TOLERANCE[dtype])
 
 
-def _vectors(obj: Objective) -> Tensor:
-    drawn = torch.randn(
-        obj.num_params, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-    )
+def _vectors(obj: Objective, columns: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    drawn = torch.randn(obj.num_params, columns, generator=generator, dtype=torch.float64)
     return drawn.to(obj.device, obj.dtype)
 
 

@@ -38,11 +38,14 @@ def check_ops(device: torch.device) -> Iterator[Check]:
 def backends(family: str, device_type: str) -> list[str]:
     """Those to be checked; what a backend cannot run on this machine `entropic-fast info` says.
 
-    On the CPU the reference in float64 is what others are compared with. A device that no
-    backend names (an emulated one) goes by "auto".
+    Under Triton's interpreter these include "triton" on the CPU. The reference in float64 on the
+    CPU is what others are compared with. A device that no backend names (an emulated one) uses
+    "auto".
     """
-    named = [n for n in backend.PREFERENCE.get(device_type, ()) if n in backend.modules_of(family)]
-    usable = [name for name in named if backend.unusable(name, device_type) is None]
+    if device_type not in backend.PREFERENCE:
+        return ["auto"]
+    there = [name for name in backend.NAMES if name in backend.modules_of(family)]
+    usable = [name for name in there if backend.unusable(name, device_type) is None]
     return [name for name in usable if name != "reference" or device_type != "cpu"] or ["auto"]
 
 

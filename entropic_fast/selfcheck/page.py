@@ -6,6 +6,7 @@ import math
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .checking import Report
 from .speeds import Limits, Speed
@@ -57,10 +58,13 @@ def _operations(checks: list[Check]) -> Table:
 
 def _networks(checks: list[Check]) -> Table:
     table = Table(title="A small network with batch normalization", title_justify="left")
-    for column in ("calculation", "device", "dtype", "compared with", "error"):
+    shown = [c for c in checks if c.kind == "network"]
+    graphs = ["CUDA graphs"] if any(c.graphs for c in shown) else []
+    for column in ("calculation", "device", "dtype", "compared with", "error", *graphs):
         table.add_column(column)
-    for c in (c for c in checks if c.kind == "network"):
-        table.add_row(c.name, c.device, c.dtype, c.against, _worst([c]))
+    for c in shown:
+        last = [Text(c.graphs or "-")] if graphs else []
+        table.add_row(c.name, c.device, c.dtype, c.against, _worst([c]), *last)
     return table
 
 

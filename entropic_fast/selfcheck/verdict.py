@@ -22,6 +22,7 @@ class Check:
         tolerance: largest relative error that rounding explains.
         error: relative error, infinite where it failed; NaN before it was measured.
         message: what was raised, "" if nothing.
+        graphs: on a GPU "captured" if CUDA graphs have run, or why none did; else "".
     """
 
     kind: str
@@ -33,13 +34,14 @@ class Check:
     tolerance: float
     error: float = math.nan
     message: str = ""
+    graphs: str = ""
 
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance
 
-    def measured(self, error: float) -> Check:
-        return replace(self, error=error)
+    def measured(self, error: float, graphs: str = "") -> Check:
+        return replace(self, error=error, graphs=graphs)
 
     def failed(self, message: str) -> Check:
         return replace(self, error=math.inf, message=message)

@@ -6,8 +6,12 @@ import json
 
 import torch
 
+from entropic_fast import cuda_graphs
+from entropic_fast.curvature.jets import tile_graphs
 from entropic_fast.selfcheck import networks
 from entropic_fast.selfcheck.samples import SAMPLES
+
+WITH_GRAPHS = {"repeated products", "repeated quadratic forms", "AutoNEB", "relaxation"}
 
 
 def test_all_is_well_on_the_emulated_gpu(command, tmp_path):
@@ -19,6 +23,33 @@ def test_all_is_well_on_the_emulated_gpu(command, tmp_path):
     places = {(c["name"], c["against"]) for c in found["checks"] if c["device"] == "emulated:0"}
     assert places >= {(name, "the float64 reference") for name in SAMPLES}
     assert places >= {(name, "the CPU") for name in networks.CALCULATIONS}
+    graphs = {c["name"]: c["graphs"] for c in found["checks"] if c["device"] == "emulated:0"}
+    assert {name for name, said in graphs.items() if said == "captured"} == WITH_GRAPHS
+    assert "CUDA graphs" in ended.out and "captured" in ended.out
+
+
+def test_it_is_said_why_no_graphs_ran(monkeypatch):
+    monkeypatch.setenv(cuda_graphs.VARIABLE, "0")
+    found = networks.check_networks([torch.device("emulated:0")], [torch.float32])
+    said = {check.name: check.graphs for check in found if check.ok and check.graphs}
+    assert set(said) == WITH_GRAPHS
+    assert set(said.values()) == {"CUDA graphs were not used: ENTROPIC_FAST_CUDA_GRAPHS=0"}
+
+
+def test_a_graph_that_reads_other_vectors_is_named(monkeypatch):
+    """Replays of the products' graphs, and no other product."""
+    load = tile_graphs.TileGraphs._load
+
+    def stale(self, rows, total):
+        buffers = load(self, rows, total)
+        if self.captures and buffers is not None:
+            buffers[0].mul_(1.001)
+        return buffers
+
+    monkeypatch.setattr(tile_graphs.TileGraphs, "_load", stale)
+    found = networks.check_networks([torch.device("emulated:0")], [torch.float32])
+    wrong = {check.name for check in found if not check.ok}
+    assert wrong == {"repeated products", "repeated quadratic forms"}
 
 
 def test_a_result_that_differs_from_the_cpus_is_named(monkeypatch):

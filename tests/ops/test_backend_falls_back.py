@@ -134,7 +134,7 @@ def test_a_forced_gpu_backend_leaves_the_cpu_to_auto(a_gpu, monkeypatch, forced,
     theta = torch.tensor([1.0, 2.0])
     sgd_step(theta, torch.ones(2), lr=0.5)
     assert theta.tolist() == [0.5, 1.5]
-    with pytest.raises(backend.BackendError, match="runs on c.*not on cpu|interpreter"):
+    with pytest.raises(backend.BackendError, match=r"runs on c.*not on cpu|interpreter"):
         backend.backend_for("step", "cpu", forced)
     if forced == "cuda":
         with pytest.raises(backend.BackendError, match="'jet' has no such implementation"):
@@ -146,7 +146,7 @@ def test_a_forced_backend_that_fails_on_the_gpu_raises_for_every_device(a_gpu, m
     a_gpu["fail triton"](OSError("no compiler"))
     monkeypatch.setenv(backend.VARIABLE, "triton")
     for device in ("cuda", "cpu"):
-        with pytest.raises(backend.BackendError, match="'triton' was asked for.*no compiler"):
+        with pytest.raises(backend.BackendError, match=r"'triton' was asked for.*no compiler"):
             backend.backend_for("step", device)
 
 
