@@ -66,12 +66,9 @@ def output_hessian(
     if loss is mean_squared_error:
         factor = weights * (2 / max(1, outputs[:1].numel()))
         return lambda directions: directions * factor
-    if loss is cross_entropy:
-        mass = _target_mass(outputs, targets, None)
-    elif isinstance(loss, CrossEntropy):
-        mass = loss.target_mass(outputs, targets)
-    else:
+    if loss is not cross_entropy and not isinstance(loss, CrossEntropy):
         return None
+    mass = target_mass(loss, outputs, targets)
     p = outputs.softmax(1)
     scaled = p * (mass * weights / max(1, outputs[:1, :1].numel()))
 
@@ -80,6 +77,13 @@ def output_hessian(
         return (directions - inner).mul_(scaled)
 
     return product
+
+
+def target_mass(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The sum of a position's target weights in a cross-entropy.  # [n, 1, ...] or a number"""
+    if isinstance(loss, CrossEntropy):
+        return loss.target_mass(outputs, targets)
+    return _target_mass(outputs, targets, None)
 
 
 def _target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:

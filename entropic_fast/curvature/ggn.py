@@ -16,7 +16,7 @@ from .. import checks, random
 from ..devices import is_gpu
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
-from ..loss_functions import widened
+from ..loss_functions import CrossEntropy, cross_entropy, target_mass, widened
 from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
@@ -219,11 +219,14 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
         targets = targets.double() if targets.is_floating_point() else targets
-    if _has_class_factors(obj, outputs, targets):
+    if _has_class_factors(obj, outputs):
+        free = free.double()
+        targets = targets.double() if targets.is_floating_point() else targets
         if not checks.all_finite(obj.output_losses(free, targets)):
             obj.finite_losses(theta, batch)  # raises, naming the example
-        directions = _class_factors(free)
-        return directions.to(dtype), torch.ones_like(directions[:, :, 0])
+        mass = target_mass(obj._loss, free, targets).expand(len(free), 1)
+        directions = _class_factors(free) * mass.abs().sqrt()[:, :, None]
+        return directions.to(dtype), mass.sign().expand(directions.shape[:2])
     values, vectors = torch.linalg.eigh(_output_hessians(obj, theta, batch, free, targets))
     # Eigenvalues that are zero come out as rounding of the largest, in the dtype of the loss.
     size, eps = values.shape[1], torch.finfo(free.dtype).eps
@@ -238,9 +241,9 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     return directions.to(dtype), values.sign()
 
 
-def _has_class_factors(obj: Objective, outputs: Tensor, targets: Tensor) -> bool:
+def _has_class_factors(obj: Objective, outputs: Tensor) -> bool:
     """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
-    by_class = obj.loss_name == "cross_entropy" and not targets.is_floating_point()
+    by_class = obj._loss is cross_entropy or isinstance(obj._loss, CrossEntropy)
     return by_class and outputs.ndim == 2 and outputs.shape[1] > SMALL and is_gpu(outputs.device)
 
 
@@ -248,7 +251,7 @@ def _class_factors(outputs: Tensor) -> Tensor:
     """Directions sqrt(p_k) (e_k - p), the longest first, for class scores [n, K].  # [n, K, K]
 
     They are the columns of B = diag(sqrt p) - p sqrt(p)^T, and B B^T = diag p - p p^T, the Hessian
-    of the cross-entropy whatever the label.
+    of the cross-entropy whatever the label, but for the target's weight.
     """
     p = outputs.softmax(1)
     # 1 - p_k, for the most probable class as a sum: at a confident example it is all rounding.

@@ -132,3 +132,43 @@ def test_factors_multiply_to_the_hessian_of_the_loss():
     others = torch.cat([p[3, :7], p[3, 8:]])
     trace = p[3, 7] * rest.exp() + (others * (1 - others)).sum()
     assert float(lengths[3].sum()) == pytest.approx(float(trace), rel=1e-12)
+
+
+WEIGHTS = torch.linspace(-0.5, 2, ggn.SMALL + 5)  # a negative one bends the loss downwards
+LOSSES = {
+    "cross_entropy": "cross_entropy",
+    "weighted": nn.CrossEntropyLoss(WEIGHTS, ignore_index=3, reduction="none"),
+    "smoothed": nn.CrossEntropyLoss(WEIGHTS, label_smoothing=0.2, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "soft"),
+    [
+        ("cross_entropy", False), ("cross_entropy", True), ("weighted", False),
+        ("smoothed", False), ("smoothed", True),
+    ],
+)  # fmt: skip
+def test_factors_of_weighted_targets_multiply_to_each_hessian(
+    loss: str, soft: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    generator = torch.Generator().manual_seed(0)
+    x, classes = torch.randn(7, 6, generator=generator).to(dtype), len(WEIGHTS)
+    y = torch.tensor([0, 3, 5, 36, 20, 3, 1])  # two may be ignored
+    if soft:
+        y = torch.rand(7, classes, generator=generator).double().softmax(1).to(dtype)
+    model = nn.Linear(6, classes).to(dtype)
+    obj = ef.Objective(model, LOSSES[loss], (x, y), device=DEVICE)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    batch = next(iter(obj.batches()))
+    directions, signs = (t.cpu() for t in ggn._factors(obj, obj.parameters_vector(), batch))
+    found = torch.einsum(
+        "nrk,nr,nrl->nkl", directions.double(), signs.double(), directions.double()
+    )
+    outputs, y = model(x).detach().double(), y.double() if soft else y
+    for i in range(7):
+        expected = torch.autograd.functional.hessian(
+            lambda z, i=i: obj._loss(z[None], y[i : i + 1]).sum(), outputs[i]
+        )
+        assert torch.allclose(found[i], expected, atol=1e-6 if dtype == torch.float32 else 1e-12)
