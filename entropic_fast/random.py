@@ -17,9 +17,8 @@ from torch import Tensor
 from .ops import random_bits
 from .ops.random_bits import as_int64
 from .reference.random_bits import KINDS
+from .scratch import scratch_of
 
-# Keys that `permutations` makes at once: 0.5 GB, beside twice that for sorted keys and orders.
-_KEYS_AT_ONCE = 1 << 26
 # Numbers from which torch sorts a vector by radix, on a CPU: 33,000 in a seventh of the time that
 # the row of a matrix takes.
 _RADIX = 1 << 15
@@ -193,7 +192,7 @@ def permutations(n: int, seeds: Tensor, stream: int = 0, streams: int = 1) -> Te
     >>> torch.equal(orders[1, 0], permutation(5, seed=0, stream=4))
     True
     """
-    parts, some = [], max(1, _KEYS_AT_ONCE // max(1, n * len(seeds)))
+    parts, some = [], max(1, scratch_of(seeds.device).keys // max(1, n * len(seeds)))
     for t in range(0, max(1, streams), some):
         shape = (min(some, streams - t), len(seeds), n)
         keys = torch.empty(shape, dtype=torch.int64, device=seeds.device)

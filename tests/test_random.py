@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from entropic_fast import scratch
 from entropic_fast.random import (
     derive,
     normal,
@@ -112,7 +113,7 @@ def test_permutation_holds_every_index_once(n):
 @pytest.mark.parametrize("n", [0, 1, 2, 33, 32_768, 40_001])
 @pytest.mark.parametrize("at_once", [1, 1 << 26])
 def test_permutations_are_those_of_each_seed_and_stream(n, at_once, monkeypatch):
-    monkeypatch.setattr("entropic_fast.random._KEYS_AT_ONCE", at_once)
+    monkeypatch.setattr(scratch, "CPU", scratch.CPU._replace(keys=at_once))
     seeds = [5, 2**63 + 1]
     orders = permutations(n, torch.tensor([5, -(2**63) + 1]), stream=3, streams=2)
     assert orders.shape == (2, 2, n)

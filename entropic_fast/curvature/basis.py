@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, random
 from ..devices import is_gpu
-from .memory import scratch_of
+from ..scratch import scratch_of
 from .protocol import multiply, require_operator
 from .tall import cholesky_qr, qr
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..devices import is_gpu
 from ..objective import Objective
 from ..results import Estimate
+from ..scratch import scratch_of
 from .compiled import undisturbed
 from .engine import ScoreEngine
-from .memory import resolve_budget, scratch_of
+from .memory import resolve_budget
 from .per_example import PassCost, one_of_each, require_finite, rows_made
 from .probes import mean_estimate
 from .rules import Piece, Rows

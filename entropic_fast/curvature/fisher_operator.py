@@ -11,10 +11,11 @@ from .. import checks
 from ..devices import is_gpu
 from ..objective import Objective
 from ..results import Eigenpairs
+from ..scratch import scratch_of
 from .basis import Basis
 from .compiled import undisturbed
 from .krylov import solve
-from .memory import resolve_budget, scratch_of, too_small
+from .memory import resolve_budget, too_small
 from .operators import CurvatureOperator
 from .per_example import ExampleGradients
 

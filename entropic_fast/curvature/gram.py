@@ -29,8 +29,9 @@ from torch import Tensor
 from .. import checks
 from ..objective import Objective
 from ..ops.score_gram import cross_update_, symmetric_update_
+from ..scratch import scratch_of
 from .engine import ScoreEngine
-from .memory import padded_rows, scratch_of, too_small
+from .memory import padded_rows, too_small
 from .per_example import ExampleGradients, one_of_each, require_finite
 from .plan import STRATEGIES, Planner, channels_within, pairing, tile_within
 from .records import Records, RecordsDifferError, kept_form

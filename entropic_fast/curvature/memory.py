@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,61 +21,6 @@ CPU_SHARE, GPU_SHARE = 0.25, 0.5
 # every block of the allocator.
 CACHED_UNSEEN = 1 / 8
 _MIB, _GIB = 2**20, 2**30
-
-
-class Scratch(NamedTuple):
-    """What computations take at a time beside their operands, in bytes where nothing else is said.
-
-    Attributes:
-        products: float64 copies of scores and vectors in a Fisher product.
-        norms: rows, and as many bytes of float64 copies, that norms are computed from.
-        slice: rows made at once from records, for a Gram matrix.
-        tile: inner products of positions computed at once.
-        packed: rows that a Gram product copies.
-        rotated: numbers of a basis multiplied at once when it is rotated in place.
-        tall: rows of tall matrices converted to float64 at once.
-    """
-
-    products: int
-    norms: int
-    slice: int
-    tile: int
-    packed: int
-    rotated: int
-    tall: int
-
-
-# CPU: copies that stay in the caches, slices with columns enough that a product is not bound by
-# memory, and tiles no larger, as they pass through the caches twice.
-CPU = Scratch(
-    products=_MIB,
-    norms=4 * _MIB,
-    slice=32 * _MIB,
-    tile=8 * _MIB,
-    packed=16 * _MIB,
-    rotated=1 << 20,
-    tall=1 << 16,
-)
-# GPU: at some 3 TB/s 256 MiB pass through in 0.1 ms, 20 times what a launch costs the host. With
-# the CPU's sizes a Fisher product of 1,024 scores had 40 launches per thousand parameters.
-GPU = Scratch(
-    products=256 * _MIB,
-    norms=256 * _MIB,
-    slice=256 * _MIB,
-    tile=256 * _MIB,
-    packed=256 * _MIB,
-    rotated=1 << 26,
-    tall=1 << 22,
-)
-
-
-def scratch_of(device: torch.device) -> Scratch:
-    """The sizes for a device.
-
-    >>> scratch_of(torch.device("cpu")).tile // 2**20
-    8
-    """
-    return GPU if is_gpu(device) else CPU
 
 
 def available_bytes(device: torch.device) -> int:

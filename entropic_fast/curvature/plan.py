@@ -9,8 +9,9 @@ from math import isqrt
 from pathlib import Path
 
 from .. import checks, display
+from ..scratch import Scratch, scratch_of
 from .engine import ScoreEngine
-from .memory import Scratch, readable, scratch_of, too_small
+from .memory import readable, too_small
 from .per_example import PassCost, rows_made
 from .records import spill_folder
 from .rules import Piece, Rows, packed_bytes

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import random
 from ..results import Estimate
-from .memory import resolve_budget, scratch_of
+from ..scratch import scratch_of
+from .memory import resolve_budget
 
 # Vectors given to an operator at once: from 8 on they share the work that does not depend on them.
 BLOCK = 8

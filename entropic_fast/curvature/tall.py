@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..devices import is_gpu
-from .memory import scratch_of
+from ..scratch import scratch_of
 
 # Departure of Q^T Q from 1 after the first pass, beyond which the second is not trusted.
 DEPARTURE = 0.1

@@ -7,26 +7,24 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..devices import is_gpu
-
-# Differences between pivots are float64 temporaries of at most so many numbers each.
-CHUNK = 1 << 24
+from ..scratch import scratch_of
 
 
 def segment_lengths(pivots: Tensor) -> Tensor:
     """Euclidean length of each segment, float64, without a float64 copy of the pivots.  # [M - 1]
 
     On a CPU one segment at a time. On a GPU that would be four launches per segment, so all
-    segments at once, over as many parameters as make at most `CHUNK` numbers: one pass for 9
+    segments at once, over as many parameters as the scratch holds differences of: one pass for 9
     pivots of a ResNet-20 (2.4 million numbers).
 
     >>> segment_lengths(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])).tolist()
     [5.0, 1.0]
     """
-    if not is_gpu(pivots.device):
+    at_once = scratch_of(pivots.device).segments
+    if not at_once:
         pairs = itertools.pairwise(pivots)
         return torch.stack([torch.linalg.vector_norm(b.double() - a.double()) for a, b in pairs])
-    columns = max(1, CHUNK // len(pivots))
+    columns = max(1, at_once // len(pivots))
     starts = range(0, pivots.shape[1], columns)
     parts = (pivots[:, i : i + columns].double().diff(dim=0) for i in starts)
     norms = [torch.linalg.vector_norm(part, dim=1) for part in parts]

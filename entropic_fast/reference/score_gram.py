@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from entropic_fast.devices import is_gpu
+from entropic_fast.scratch import scratch_of
 
 BLOCK = 256  # columns of one float32 sum
-# Bytes of any one temporary, where a single row or column block fits. On a GPU large, so that few
-# launches are products of many columns.
-SCRATCH, GPU_SCRATCH = 64 * 2**20, 256 * 2**20
 # On a GPU rows of a block on the diagonal, of whose products half are not wanted, are at most so
 # many or a quarter of all: for 1,024 rows 3/4 of the products of the square, for 4,096 5/8.
 GPU_ROWS = 512
@@ -28,7 +26,7 @@ def symmetric_update_(
     double_products: bool,
 ) -> None:
     count = rows.shape[0]
-    step = max(1, min(count, _scratch(rows) // (8 * max(1, count))))
+    step = max(1, min(count, scratch_of(rows.device).gram // (8 * max(1, count))))
     if is_gpu(rows.device):
         step = min(step, max(GPU_ROWS, -(-count // 4)))
     for slices in _column_slices(double_products, rows):
@@ -47,7 +45,7 @@ def cross_update_(
     b: Tensor,  # [N, K]
     double_products: bool,
 ) -> None:
-    step = max(1, _scratch(a) // (8 * max(1, b.shape[0])))
+    step = max(1, scratch_of(a.device).gram // (8 * max(1, b.shape[0])))
     for left, right in _column_slices(double_products, a, b):
         for start in range(0, a.shape[0], step):
             _add_product(out[start : start + step], left[start : start + step], right)
@@ -57,7 +55,7 @@ def _column_slices(double_products: bool, *matrices: Tensor) -> Iterator[list[Te
     """The same columns of every matrix, in the dtype of the products."""
     # A float32 product that torch may round to TF32 or bfloat16 inputs would not keep the bound.
     single = matrices[0].dtype == torch.float32 and _full_float32() and not double_products
-    columns, scratch = matrices[0].shape[1], _scratch(matrices[0])
+    columns, scratch = matrices[0].shape[1], scratch_of(matrices[0].device).gram
     count = sum(m.shape[0] for m in matrices)
     stops = [columns]
     if not single:
@@ -94,10 +92,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     ]  # [B, n, BLOCK]
     products = torch.bmm(blocks[0], blocks[1].transpose(1, 2))
     return products.sum(0, dtype=torch.float64)
-
-
-def _scratch(rows: Tensor) -> int:
-    return GPU_SCRATCH if is_gpu(rows.device) else SCRATCH
 
 
 def _full_float32() -> bool:

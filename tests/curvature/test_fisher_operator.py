@@ -11,12 +11,11 @@ from cases import CASES, Case, by_name, plain_scores, relative_error
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from entropic_fast import random
+from entropic_fast import random, scratch
 from entropic_fast.curvature import (
     GGNOperator,
     fisher_operator,
     fisher_trace,
-    memory,
     score_matrix,
     score_spectrum,
     top_eigenvalues,
@@ -109,8 +108,8 @@ def test_many_slices_add_up(monkeypatch: pytest.MonkeyPatch):
     obj = by_name("layer norm").objective(9)
     block = random.normal((obj.num_params, 3), 0)
     whole = FisherOperator(obj) @ block
-    for scratch in (1, 500, 2000):
-        monkeypatch.setattr(memory, "CPU", memory.CPU._replace(products=scratch))
+    for size in (1, 500, 2000):
+        monkeypatch.setattr(scratch, "CPU", scratch.CPU._replace(products=size))
         assert torch.allclose(FisherOperator(obj) @ block, whole, atol=1e-14)
 
 
@@ -220,7 +219,7 @@ def test_clustered_eigenvalues_need_restarts_and_get_them():
     values = torch.cat([torch.linspace(0, 1, 150), torch.tensor([1.02, 1.04, 1.1])]).double()
     obj = with_scores(scores := with_singular_values(values, 160, 200))
     columns = fisher_operator.WORKSPACE * 3 + 3 + 3
-    least = 4 * (columns * 8 * 200 + memory.CPU.products) // 3
+    least = 4 * (columns * 8 * 200 + scratch.CPU.products) // 3
     for budget in (least + 1, least + 60_000, None):
         pairs = fisher_eigenvalues(obj, 3, tol=1e-7, block=3, max_passes=2000, memory_budget=budget)
         require_eigenpairs(pairs, scores, 3, 1e-7)

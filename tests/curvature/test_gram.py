@@ -10,8 +10,9 @@ import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
 from torch import Tensor, nn
 
-from entropic_fast.curvature import memory, score_gram, score_plan, score_spectrum
+from entropic_fast import scratch
 from entropic_fast.curvature import records as records_module
+from entropic_fast.curvature import score_gram, score_plan, score_spectrum
 from entropic_fast.curvature.gram import mirror_lower
 from entropic_fast.objective import Objective
 
@@ -143,7 +144,7 @@ def test_tiles_of_one_pair_give_the_same_inner_products(
     obj = wide(9)  # the linear layer has one position
     whole = score_gram(obj)
     for size in (0, 300, 3000):
-        monkeypatch.setattr(memory, "CPU", memory.CPU._replace(tile=size))
+        monkeypatch.setattr(scratch, "CPU", scratch.CPU._replace(tile=size))
         assert relative_error(score_gram(obj, strategy=strategy), whole) < 1e-14
 
 

@@ -13,7 +13,7 @@ from tolerances import relative_norm
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast import curvature, models, random
+from entropic_fast import curvature, models, random, scratch
 from entropic_fast.curvature import fisher_operator, memory
 from entropic_fast.curvature.rules.pieces import EmbeddingPiece
 
@@ -291,8 +291,8 @@ def test_launches_of_a_fisher_product_do_not_grow_with_its_parameters(
     monkeypatch: pytest.MonkeyPatch,
 ):
     generator = torch.Generator().manual_seed(0)
-    for size, scratch in ((3_000, memory.GPU.products), (3_000, 1000), (40_000, 1000)):
-        monkeypatch.setattr(memory, "GPU", memory.GPU._replace(products=scratch))
+    for size, held in ((3_000, scratch.GPU.products), (3_000, 1000), (40_000, 1000)):
+        monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(products=held))
         scores = torch.randn(16, size, generator=generator)
         columns = torch.randn(size, 8, generator=generator)
         total = torch.zeros(size, 8, dtype=torch.float64, device=DEVICE)
@@ -398,8 +398,8 @@ def test_examples_without_a_gradient_have_zeros_in_joint_records():
 def test_norms_of_small_parameters_together(monkeypatch: pytest.MonkeyPatch):
     """Whatever is held back fits the scratch."""
     on_cpu, on_gpu = (objective(cnn, torch.float64, device) for device in ("cpu", DEVICE))
-    for scratch in (memory.GPU.norms, 600, 1):
-        monkeypatch.setattr(memory, "GPU", memory.GPU._replace(norms=scratch))
+    for size in (scratch.GPU.norms, 600, 1):
+        monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(norms=size))
         for by in (None, "module", "parameter"):
             expected, found = ef.gradient_norms(on_cpu, by=by), ef.gradient_norms(on_gpu, by=by)
             shares = {"": (expected, found)} if by is None else {
@@ -421,8 +421,8 @@ def test_norms_of_embeddings_wait_for_nothing(monkeypatch: pytest.MonkeyPatch):
         on_device = EmbeddingPiece(tokens.to(DEVICE), g.to(DEVICE), 8)
         expected = piece.rows().double().square().sum(1)
         assert relative_norm(piece.norms(), expected) < 1e-6
-        for scratch in (memory.GPU.norms, 100):
-            monkeypatch.setattr(memory, "GPU", memory.GPU._replace(norms=scratch))
+        for size in (scratch.GPU.norms, 100):
+            monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(norms=size))
             with emulated_gpu.counted() as counts:
                 found = on_device.norms()
             assert counts.synchronizations == counts.copies == 0

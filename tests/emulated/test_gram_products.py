@@ -8,6 +8,7 @@ import torch
 from tolerances import relative_norm
 from torch import Tensor
 
+from entropic_fast import scratch
 from entropic_fast.curvature import memory
 from entropic_fast.ops import backend
 from entropic_fast.ops import score_gram as ops
@@ -33,8 +34,8 @@ def test_updates_are_the_products(
     square = rows.double() @ rows.double().T
     across = others.double() @ rows.double().T
     limit = 1e-12 if double or dtype == torch.float64 else 2e-6
-    for scratch, block in ((reference.GPU_SCRATCH, 512), (20_000, 4), (100, 1)):
-        monkeypatch.setattr(reference, "GPU_SCRATCH", scratch)
+    for size, block in ((scratch.GPU.gram, 512), (20_000, 4), (100, 1)):
+        monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(gram=size))
         monkeypatch.setattr(reference, "GPU_ROWS", block)
         start = rows_of(count, count, torch.float64)
         gram, out = start.to(DEVICE), torch.ones(7, count).double().to(DEVICE)

@@ -9,7 +9,8 @@ from tolerances import relative_norm
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.curvature import ggn, krylov, memory, tall
+from entropic_fast import scratch
+from entropic_fast.curvature import ggn, krylov, tall
 
 DEVICE = "emulated:0"
 
@@ -29,7 +30,7 @@ def test_a_tall_matrix_is_q_times_r(
     columns: int, condition: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     matrix = tall_matrix(257, columns, condition, dtype)
-    monkeypatch.setattr(memory, "GPU", memory.GPU._replace(tall=100))  # three parts
+    monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(tall=100))  # three parts
     found = tall.cholesky_qr(matrix.to(DEVICE))
     q, triangle, holds = (part.cpu() for part in found)
     eps = torch.finfo(dtype).eps

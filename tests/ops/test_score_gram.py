@@ -11,9 +11,9 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
+from entropic_fast import scratch
 from entropic_fast.ops import backend, native
 from entropic_fast.ops.score_gram import BLOCK, FAMILY, cross_update_, symmetric_update_
-from entropic_fast.reference import score_gram as reference
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
@@ -198,7 +198,8 @@ def test_reduced_precision_of_torch_does_not_reach_the_reference(precision: str)
 
 def test_the_reference_works_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     backend.set_backend("reference")
-    monkeypatch.setattr(reference, "SCRATCH", 8 * 30 * 7)  # seven rows, or seven columns, at a time
+    small = scratch.CPU._replace(gram=8 * 30 * 7)  # seven rows, or seven columns, at a time
+    monkeypatch.setattr(scratch, "CPU", small)
     for dtype, double in KINDS:
         rows = randn(30, 300, seed=1, dtype=dtype)
         gram = torch.zeros(30, 30, dtype=torch.float64)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...devices import is_gpu
 from ...ops.score_conv import conv_weight_grads, conv_weight_norms
 from ...ops.score_gram import cross_update_
-from ..memory import scratch_of
+from ...scratch import scratch_of
 
 # A norm by inner products that is a smaller share of the positions' own squares is taken by rows.
 CANCELS = 1e-2
