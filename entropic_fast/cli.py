@@ -295,14 +295,14 @@ def info_command() -> None:
 def check_command(
     device: DEVICE = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="float32 calculations alone, and no speeds.")
+        bool, typer.Option("--quick", help="Only float32 calculations, and no speeds.")
     ] = False,
     json_: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", metavar="FILE", help="Write everything there too, as JSON."),
     ] = None,
 ) -> None:
-    """Check kernels and calculations on this machine, and time them; under two minutes.
+    """Check kernels and calculations on this machine, and time them.
 
     Every operation on every backend that can run here against its reference in float64; products,
     traces, Gram matrices, AutoNEB and relaxation on CPU and GPU, or by two methods; a table of

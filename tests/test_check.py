@@ -88,16 +88,71 @@ def test_backends_that_fail_are_noted_and_a_lost_gpu_is_left_at_once(monkeypatch
     assert ended.out.count("wrong: ") == 1 and "illegal memory access" in ended.out
 
 
-def test_what_fails_while_it_is_timed_is_a_finding(monkeypatch):
-    def too_large(device):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(speeds, "measure", too_large)
+@pytest.fixture
+def only_tiny_speeds(monkeypatch):
+    tiny = speeds.Sizes("resnet8-w4", 4, 2**16, 64, 8, 64, 1000, 64)
+    monkeypatch.setattr(speeds, "CPU", tiny)
+    monkeypatch.setattr(speeds, "ROUNDS", 1)
     monkeypatch.setattr(ops, "check_ops", lambda device: [])
     monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
-    report = selfcheck.run("cpu")
-    assert [check.name for check in report.wrong] == ["speeds"]
-    assert "out of memory" in report.wrong[0].finding()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyError("sm")])
+def test_a_speed_that_cannot_be_measured_is_named_and_nothing_is_wrong(
+    command, monkeypatch, only_tiny_speeds, error, tmp_path
+):
+    def too_large(*arguments):
+        raise error
+
+    monkeypatch.setattr(speeds, "score_gram", too_large)
+    file = tmp_path / "check.json"
+    ended = command("check", "--device", "cpu", "--json", file)
+    assert ended.code == 0 and "not to be trusted" not in ended.out
+    assert f"not measured: {speeds.GRAM} on cpu: {type(error).__name__}" in ended.out
+    rows = {row["name"]: row for row in json.loads(file.read_text())["speeds"]["cpu"]["work"]}
+    assert rows[speeds.GRAM]["seconds"] is None and rows[speeds.GRAM]["problem"]
+    others = [row for name, row in rows.items() if name != speeds.GRAM]
+    assert len(others) == 8 and all(row["seconds"] > 0 for row in others)
+
+
+@pytest.mark.parametrize("broken", ["_sizes", "_network", "_kernels", "_edges"])
+def test_what_cannot_be_set_up_is_not_measured(monkeypatch, only_tiny_speeds, broken):
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(speeds, broken, too_large)
+    limits, rows = speeds.measure(CPU)
+    problems = [row for row in rows if row.problem]
+    assert len(problems) == 1 and "out of memory" in problems[0].problem
+    assert len(rows) - 1 == {"_sizes": 0, "_network": 3, "_kernels": 6, "_edges": 9}[broken]
+    missing = broken in ("_sizes", "_edges")
+    assert (limits.bandwidth is None) == missing
+    assert all((row.arithmetic or row.bandwidth) is None for row in rows if missing)
+
+
+def test_counted_products_find_kept_values_as_timed_ones_do(only_tiny_speeds):
+    counts = []
+
+    def counted(work):
+        with speeds.FlopCounterMode(display=False) as counter:
+            work.call()
+        return float(counter.get_total_flops())
+
+    for name in ("Hessian product, a column", "trace probe"):
+        work = speeds._network(CPU, speeds.CPU)[name]
+        found = speeds._warmed(speeds._network(CPU, speeds.CPU)[name])
+        counts = [counted(work) for _ in range(5)]
+        assert found == counts[2] == counts[3] == counts[4] < counts[1]
+
+
+def test_each_work_is_warmed_just_before_it_is_timed():
+    calls = []
+    works = {
+        "a": speeds._Work(lambda: calls.append("a")),
+        "b": speeds._Work(lambda: calls.append("b") or 2.5, timed=True),
+    }
+    found = speeds._take_turns(works, CPU, 2, {})
+    assert calls == ["a", "a", "b"] * 2 and found["b"] == [2.5, 2.5]
 
 
 def test_a_wrong_calculation_is_named(monkeypatch):
@@ -184,12 +239,7 @@ def test_relative_errors_count_what_is_not_finite_and_other_shapes():
     assert verdict.relative_error(large + 1, large) == math.inf
 
 
-def test_speeds_are_in_plain_gradients_and_shares(command, monkeypatch, tmp_path):
-    tiny = speeds.Sizes("resnet8-w4", 4, 2**16, 64, 8, 64, 1000, 64)
-    monkeypatch.setattr(speeds, "CPU", tiny)
-    monkeypatch.setattr(speeds, "ROUNDS", 1)
-    monkeypatch.setattr(ops, "check_ops", lambda device: [])
-    monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
+def test_speeds_are_in_plain_gradients_and_shares(command, only_tiny_speeds, tmp_path):
     file = tmp_path / "check.json"
     ended = command("check", "--device", "cpu", "--json", file)
     assert ended.code == 0, ended.err

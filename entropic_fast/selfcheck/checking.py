@@ -17,7 +17,6 @@ import torch
 from .. import checks, info
 from ..devices import GPU_TYPES
 from ..ops import backend
-from ..ops.gpu_probe import describe
 from . import networks, ops, speeds
 from .verdict import Check
 
@@ -116,12 +115,14 @@ class Report:
 def run(
     device: str = "auto", *, quick: bool = False, progress: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Check the kernels, whole calculations, and speeds, in under two minutes.
+    """Check the kernels, whole calculations, and speeds: under two minutes on a CPU.
+
+    On a GPU the first run compiles every Triton kernel too; that has not been timed.
 
     Args:
         device: "cpu"; "cuda" for the current GPU, compared with the CPU; "auto" for the CPU and
             the GPU if there is one.
-        quick: calculations in float32 alone, and no speeds: some ten seconds.
+        quick: only float32 calculations, and no speeds: some ten seconds on a CPU.
         progress: is told what comes next.
 
     Raises:
@@ -143,11 +144,7 @@ def run(
     report.checks += networks.check_networks(devices, dtypes)
     for each in devices if not quick else []:
         progress(f"speeds on {each}")
-        try:
-            report.limits[str(each)], report.speeds[str(each)] = speeds.measure(each)
-        except Exception as error:  # whatever is raised is the finding
-            check = Check("network", "speeds", "auto", str(each), "float32", "", 0.0)
-            report.checks.append(check.failed(describe(error)))
+        report.limits[str(each)], report.speeds[str(each)] = speeds.measure(each)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .checking import Report
-from .speeds import Limits, Speed
+from .speeds import AS_TORCH_IS_SET, Limits, Speed
 from .verdict import Check
 
 
@@ -33,6 +33,9 @@ def print_report(console: Console, report: Report) -> None:
     console.print(_networks(report.checks))
     for device, rows in report.speeds.items():
         console.print(_speeds(device, report.limits[device], rows))
+        for row in (row for row in rows if row.problem):
+            text = f"not measured: {row.name} on {device}: {row.problem}"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for check in report.wrong:
         console.print(f"wrong: {check.finding()}", style="red", markup=False, soft_wrap=True)
     for text in report.advice():
@@ -78,17 +81,27 @@ def _worst(checks: list[Check]) -> str:
 
 
 def _speeds(device: str, limits: Limits, rows: list[Speed]) -> Table:
-    rates = [f"{rate / 1e9:.3g}" for rate in (limits.bandwidth, limits.float32, limits.float64)]
+    rates = [
+        "-" if rate is None else f"{rate / 1e9:.3g}"
+        for rate in (limits.bandwidth, limits.float32, limits.float64)
+    ]
+    caption = (
+        "Most that it does: copies {} GB/s, matrix products {} GFLOP/s in float32, "
+        "{} in float64. All is in full precision".format(*rates)
+    )
+    if any(row.name == AS_TORCH_IS_SET for row in rows):
+        caption += ", the unit too; as torch is set by default, convolutions are in TF32"
     table = Table(
         title=f"Speeds on {device}",
         title_justify="left",
-        caption="Most that it does: copies {} GB/s, matrix products {} GFLOP/s in float32, "
-        "{} in float64.".format(*rates),
+        caption=caption + ".",
         caption_justify="left",
     )
     for column in ("work", "ms", "plain gradients", "of copies", "of products"):
         table.add_column(column, justify="left" if column == "work" else "right")
     for row in rows:
+        if row.seconds is None:
+            continue
         plain = "-" if row.gradients is None else f"{row.gradients:.2f}"
         shares = (_share(row.bandwidth), _share(row.arithmetic))
         table.add_row(row.name, f"{row.seconds * 1e3:.3g}", plain, *shares)

@@ -1,10 +1,16 @@
-"""How fast this machine does each kind of work, in plain gradients and as a share of its limits."""
+"""How fast this machine does each kind of work, in plain gradients and as a share of its limits.
+
+All is in full float32 or float64, but for one line: a gradient as torch is set, on a GPU by default
+with convolutions in TF32. What cannot be timed (for want of memory, say) is named with the reason;
+it says nothing of what is right.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +23,9 @@ from .. import models
 from ..curvature import HessianOperator, gradient_norms, score_gram
 from ..devices import is_gpu
 from ..dynamics import relax
+from ..exact import exact_math
 from ..objective import Objective
+from ..ops.gpu_probe import describe
 from ..ops.jet import push
 from ..ops.score_gram import symmetric_update_
 from ..ops.step import project_step, segment_squares, sgd_step
@@ -31,6 +39,7 @@ CYCLE, WARM, TIMED = 5, 3, 2  # updates a cycle; cycles before the clock starts,
 
 
 GRADIENT, NORMS, GRAM = "plain gradient", "gradient norms", "Gram matrix"
+AS_TORCH_IS_SET = "plain gradient, as torch is set"
 UPDATE = f"SGD update, {REPLICAS} replicas"
 
 
@@ -59,13 +68,13 @@ class Limits:
     """What the machine does at most, the best of all rounds.
 
     Attributes:
-        bandwidth: bytes/s of a copy, read and written.
-        float32, float64: FLOP/s of a matrix product, in full precision.
+        bandwidth: bytes/s of a copy, read and written; None if it was not measured.
+        float32, float64: FLOP/s of a matrix product, in full precision; or None.
     """
 
-    bandwidth: float
-    float32: float
-    float64: float
+    bandwidth: float | None = None
+    float32: float | None = None
+    float64: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,20 +83,25 @@ class Speed:
 
     Attributes:
         name: the work.
-        seconds: median of `rounds` interleaved rounds; of products and probes, a vector.
-        gradients: the same in plain gradients of the same images; None for kernels alone.
+        seconds: median of `rounds` interleaved rounds; per vector for products and probes. None
+            if it was not measured.
+        gradients: the same in plain gradients of the same images, in full float32; None for
+            kernels alone.
         bandwidth: least bytes to be moved, over time, as a share of the copy bandwidth; or None.
         arithmetic: products and sums, over time, as a share of the rate of a matrix product of
-            the same precision; or None. Those of products and probes are counted, others are
-            the least that the work needs.
+            the same precision; or None. Those of products and probes are counted in a call that,
+            like the timed ones, finds values of earlier ones; others are the least that the
+            work needs.
+        problem: why it was not measured; "" if it was.
     """
 
     name: str
-    seconds: float
+    seconds: float | None
     rounds: int
     gradients: float | None = None
     bandwidth: float | None = None
     arithmetic: float | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class _Work:
     flops: float | None = None  # None: counted, where no bytes are given either
     double: bool = False  # arithmetic in float64
     bytes: float | None = None
+    timed: bool = False  # it warms up and reads the clock itself, and returns seconds
 
 
 def to_dict(limits: Limits, speeds: list[Speed]) -> dict[str, Any]:
@@ -113,40 +128,85 @@ def measure(
         sizes: what is timed; None for those of the kind of device.
         rounds: at most; fewer where they take longer than 30 s.
     """
-    sizes = sizes or _sizes(device)
-    network, kernels, edges = (
-        _network(device, sizes),
-        _kernels(device, sizes),
-        _edges(device, sizes),
-    )
+    problems: dict[str, str] = {}
+    with _noted(problems, "speeds"):
+        sizes = sizes or _sizes(device)
+    if sizes is None:
+        return Limits(), [_not_measured(*problems.popitem())]
+    groups: list[dict[str, _Work]] = []
+    for name, make in (("networks", _network), ("kernels", _kernels), ("limits", _edges)):
+        groups.append({})
+        with _noted(problems, name):
+            groups[-1] = make(device, sizes)
+    network, kernels, edges = groups
     both = {**network, **kernels}
-    calls = {name: work.call for name, work in {**both, **edges}.items()}
-    for call in calls.values():
-        call()
-    flops = {name: _count(work) for name, work in both.items()}
+    flops: dict[str, float] = {}
+    for name, work in {**both, **edges}.items():
+        with _noted(problems, name):
+            flops[name] = _warmed(work)
     # At least a gradient of as many images; what torch counts under vmap is not to be trusted.
-    for name in (UPDATE, NORMS, GRAM):
-        flops[name] += flops[GRADIENT]
-    seconds = _take_turns(calls, device, rounds)
+    for name in {UPDATE, NORMS, GRAM} & set(flops):
+        flops[name] += flops.get(GRADIENT, 0.0)
+    works = {name: work for name, work in {**both, **edges}.items() if name not in problems}
+    seconds = _take_turns(works, device, rounds, problems)
+    limits = _limits(edges, flops, seconds)
     taken = {name: statistics.median(found) for name, found in seconds.items()}
+    rows = [
+        _speed(name, work, taken, len(seconds[name]), limits, flops[name], name in network)
+        for name, work in both.items()
+        if name in taken
+    ]
+    return limits, rows + [_not_measured(*problem) for problem in problems.items()]
+
+
+def _speed(
+    name: str,
+    work: _Work,
+    taken: dict[str, float],
+    rounds: int,
+    limits: Limits,
+    flops: float,
+    of_network: bool,
+) -> Speed:
+    seconds = taken[name] * work.share
+    rate = limits.float64 if work.double else limits.float32
+    bandwidth = None
+    if work.bytes and limits.bandwidth:
+        bandwidth = work.bytes / taken[name] / limits.bandwidth
+    return Speed(
+        name,
+        seconds,
+        rounds,
+        seconds / taken[GRADIENT] if of_network and GRADIENT in taken else None,
+        bandwidth,
+        flops / taken[name] / rate if flops and rate else None,
+    )
+
+
+def _limits(
+    edges: dict[str, _Work], flops: dict[str, float], seconds: dict[str, list[float]]
+) -> Limits:
     best = {
-        name: (work.bytes or work.flops or 0.0) / min(seconds[name]) for name, work in edges.items()
+        name: (work.bytes or flops[name]) / min(seconds[name])
+        for name, work in edges.items()
+        if name in seconds
     }
-    limits = Limits(*best.values())
-    speeds = []
-    for name, work in both.items():
-        rate = limits.float64 if work.double else limits.float32
-        speeds.append(
-            Speed(
-                name,
-                taken[name] * work.share,
-                len(seconds[name]),
-                taken[name] * work.share / taken[GRADIENT] if name in network else None,
-                work.bytes / taken[name] / limits.bandwidth if work.bytes else None,
-                flops[name] / taken[name] / rate if flops[name] else None,
-            )
-        )
-    return limits, speeds
+    return Limits(best.get("copy"), best.get("float32"), best.get("float64"))
+
+
+def _not_measured(name: str, problem: str) -> Speed:
+    return Speed(name, None, 0, problem=problem)
+
+
+@contextlib.contextmanager
+def _noted(problems: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a speed cannot be measured, and go on with the others."""
+    try:
+        yield
+    except Exception as error:  # whatever is raised is the reason
+        problems.setdefault(name, describe(error))
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
 
 
 def _sizes(device: torch.device) -> Sizes:
@@ -186,13 +246,16 @@ def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
         )  # fmt: skip
         return (clock[-1] - clock[-1 - TIMED]) / (CYCLE * TIMED)
 
+    # TF32's rate is not that of the products which are the limit.
+    in_tf32 = {AS_TORCH_IS_SET: _Work(gradient, flops=0.0)} if is_gpu(device) else {}
     return {
-        GRADIENT: _Work(gradient),
+        GRADIENT: _Work(exact_math()(gradient)),
+        **in_tf32,
         "Hessian product, a column": _Work(lambda: hessian @ vectors, 1 / COLUMNS),
         "trace probe": _Work(lambda: hessian.quadratic_forms(vectors), 1 / COLUMNS),
         NORMS: _Work(lambda: gradient_norms(obj), flops=0.0),
         GRAM: _Work(lambda: score_gram(obj), flops=len(x) * (len(x) + 1.0) * obj.num_params),
-        UPDATE: _Work(update, flops=0.0),
+        UPDATE: _Work(update, flops=0.0, timed=True),
     }
 
 
@@ -235,37 +298,57 @@ def _edges(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
     b = torch.randn(sizes.matrix // 2, sizes.matrix // 2, device=device).double()
     return {
         "copy": _Work(lambda: target.copy_(source), bytes=2 * source.nbytes),
-        "float32": _Work(lambda: a @ a, flops=2 * len(a) ** 3),
+        "float32": _Work(exact_math()(lambda: a @ a), flops=2 * len(a) ** 3),
         "float64": _Work(lambda: b @ b, flops=2 * len(b) ** 3),
     }
 
 
-def _count(work: _Work) -> float:
-    """Products and sums of one call; of a network's, those of convolutions and matrix products."""
+def _warmed(work: _Work) -> float:
+    """Products and sums of one call like those that are timed, after the calls that come before.
+
+    Counted are those of a network's convolutions and matrix products. Of curvature's calls the
+    first computes values at the point, the second keeps them, and the third is counted: from the
+    fourth on a GPU replays CUDA graphs, in which nothing is seen.
+    """
+    work.call()
     if work.flops is not None or work.bytes is not None:
         return work.flops or 0.0
+    work.call()
     with FlopCounterMode(display=False) as counter:
         work.call()
     return float(counter.get_total_flops())
 
 
 def _take_turns(
-    works: dict[str, Callable[[], Any]], device: torch.device, rounds: int
+    works: dict[str, _Work], device: torch.device, rounds: int, problems: dict[str, str]
 ) -> dict[str, list[float]]:
-    """Seconds of each, one a round, or what it says itself."""
+    """Seconds of each, one a round, or what it says itself; without those that fail.
+
+    Each is called once just before it is timed: captures of CUDA graphs in what ran before have
+    torch give its free memory back to the driver.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     start = time.perf_counter()
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - start > SECONDS:
             break
-        for name, call in works.items():
-            _synchronize(device)
-            before = time.perf_counter()
-            said = call()
-            _synchronize(device)
-            taken = time.perf_counter() - before
-            seconds[name].append(said if isinstance(said, float) else taken)
-    return seconds
+        for name, work in works.items():
+            if name in problems:
+                continue
+            with _noted(problems, name):
+                seconds[name].append(_timed(work, device))
+    return {name: found for name, found in seconds.items() if name not in problems}
+
+
+def _timed(work: _Work, device: torch.device) -> float:
+    if work.timed:
+        return float(work.call())
+    work.call()
+    _synchronize(device)
+    before = time.perf_counter()
+    work.call()
+    _synchronize(device)
+    return time.perf_counter() - before
 
 
 def _synchronize(device: torch.device) -> None:

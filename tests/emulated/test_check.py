@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import emulated_gpu
 import torch
 
 from entropic_fast import cuda_graphs
 from entropic_fast.curvature.jets import tile_graphs
-from entropic_fast.selfcheck import networks
+from entropic_fast.selfcheck import networks, speeds
 from entropic_fast.selfcheck.samples import SAMPLES
 
 WITH_GRAPHS = {"repeated products", "repeated quadratic forms", "AutoNEB", "relaxation"}
@@ -50,6 +51,39 @@ def test_a_graph_that_reads_other_vectors_is_named(monkeypatch):
     found = networks.check_networks([torch.device("emulated:0")], [torch.float32])
     wrong = {check.name for check in found if not check.ok}
     assert wrong == {"repeated products", "repeated quadratic forms"}
+
+
+def test_speeds_are_in_full_float32_but_for_one_line_that_says_so(monkeypatch):
+    tiny = speeds.Sizes("resnet8-w4", 4, 2**16, 64, 8, 64, 1000, 64)
+    low = {}
+    timed = speeds._timed
+
+    def watched(work, device):
+        before = emulated_gpu.reduced_precision.total()
+        seconds = timed(work, device)
+        low[work] = emulated_gpu.reduced_precision.total() - before
+        return seconds
+
+    works = {}
+    for make in ("_network", "_kernels", "_edges"):
+        monkeypatch.setattr(speeds, make, recording(getattr(speeds, make), works))
+    monkeypatch.setattr(speeds, "_timed", watched)
+    _, rows = speeds.measure(torch.device("emulated:0"), tiny, rounds=1)
+    assert not [row for row in rows if row.problem]
+    assert [name for name, work in works.items() if low[work]] == [speeds.AS_TORCH_IS_SET]
+    found = {row.name: row for row in rows}
+    assert found[speeds.GRADIENT].gradients == 1 and found[speeds.GRADIENT].arithmetic > 0
+    assert found[speeds.AS_TORCH_IS_SET].gradients > 0
+    assert found["Hessian product, a column"].arithmetic > 0
+
+
+def recording(make, works):
+    def made(*arguments):
+        found = make(*arguments)
+        works.update(found)
+        return found
+
+    return made
 
 
 def test_a_result_that_differs_from_the_cpus_is_named(monkeypatch):
