@@ -13,13 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from entropic_fast import cuda_graphs
 from entropic_fast._version import __version__
 from entropic_fast.ops import backend, native
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "safetensors")
 # The order of a GPU's backends is then by rule: docs/gpu.md.
 NOT_TIMED = "not timed on a GPU yet"
-VARIABLES = (backend.VARIABLE, native.ISA_VARIABLE, "OMP_NUM_THREADS", "TRITON_INTERPRET")
+VARIABLES = (
+    backend.VARIABLE, native.ISA_VARIABLE, cuda_graphs.VARIABLE, "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+)  # fmt: skip
 
 
 def collect() -> dict[str, Any]:

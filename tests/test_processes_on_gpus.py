@@ -155,7 +155,7 @@ def test_sums_on_a_gpu_are_awaited(monkeypatch):
 def two_gpus(monkeypatch):
     free = {0: 8 * 2**30, 1: 8 * 2**30}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 16 * 2**30))
+    monkeypatch.setattr(schedule, "_free_memory", lambda gpus: [free[gpu] for gpu in range(gpus)])
     return free
 
 
@@ -175,6 +175,17 @@ def test_more_workers_than_memory_are_refused(two_gpus):
     assert said_of(2) == ""
     with pytest.raises(ValueError, match=r"--workers: expected at most 1 processes on GPU 1"):
         said_of(4)
+
+
+def test_several_gpus_are_asked_by_a_process_of_their_own(monkeypatch):
+    opened, ended = [], types.SimpleNamespace(returncode=0, stdout="5 7\n")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: opened.append(gpu) or (3, 9))
+    monkeypatch.setattr(schedule.subprocess, "run", lambda command, **options: ended)
+    assert schedule._free_memory(2) == [5, 7] and not opened
+    assert schedule._free_memory(1) == [3] and opened == [0]
+    ended.returncode = 1  # where no process can be started so, this one asks
+    assert schedule._free_memory(2) == [3, 3]
+    compile(schedule._ASK.format(2), "command", "exec")
 
 
 def test_a_worker_takes_the_gpu_it_is_given(monkeypatch):

@@ -11,6 +11,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,8 +120,8 @@ def execute(
 def _require_room(workers: int, console: Console) -> None:
     """Reject more processes per GPU than it has memory for; report if several share one."""
     gpus = torch.cuda.device_count()
-    for gpu in range(min(gpus, workers)):
-        free, here = torch.cuda.mem_get_info(gpu)[0], len(range(gpu, workers, gpus))
+    for gpu, free in enumerate(_free_memory(min(gpus, workers))):
+        here = len(range(gpu, workers, gpus))
         if free < here * GPU_MEMORY:
             raise checks.fail(
                 "--workers",
@@ -134,6 +136,23 @@ def _require_room(workers: int, console: Console) -> None:
             "each needs memory of its own; one per GPU (--workers) is usually as fast"
         )
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+_ASK = "import torch; print(*(torch.cuda.mem_get_info(i)[0] for i in range({})))"
+
+
+def _free_memory(gpus: int) -> list[int]:
+    """Bytes free on each of the first GPUs.
+
+    Asking opens a context of some 0.5 GiB on each, for as long as the process lives: a short-lived
+    one asks where there are several. On a single GPU this process may compute anyway.
+    """
+    if gpus > 1:
+        command = [sys.executable, "-c", _ASK.format(gpus)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode == 0:
+            return [int(free) for free in ended.stdout.split()]
+    return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)]
 
 
 @contextlib.contextmanager

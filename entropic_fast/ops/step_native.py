@@ -47,6 +47,8 @@ def _call(
 
 def _new_products(theta: Tensor, pivots: Tensor) -> Tensor:
     shape = (theta.shape[0], 2, pivots.shape[0])
+    if theta.device.type != "cpu":  # the kernels write every entry, and a fill would be a launch
+        return torch.empty(shape, dtype=torch.float64, device=theta.device)
     return torch.full(shape, torch.nan, dtype=torch.float64, device=theta.device)
 
 
