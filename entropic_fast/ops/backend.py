@@ -40,7 +40,7 @@ VARIABLE = "ENTROPIC_FAST_BACKEND"
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 
 # Where a family has both, CUDA C++ before Triton until a timing on a GPU says otherwise. Both make
-# the same launches (`step`: two per update, three per projection). CUDA C++ makes all of an op's from
+# the same launches (`step`: two per update, three per projection). CUDA C++ makes an op's from
 # one call, Triton binds 5 to 20 arguments in Python for each. Within a CUDA graph the host's cost
 # is none, and the two are as good as equal. docs/gpu.md has the rule in full.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
