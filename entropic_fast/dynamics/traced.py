@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..devices import is_gpu
 from ..forward_mode import forward_lock
+from ..tracing import graph_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Traced:
     ) -> Callable[..., tuple[Tensor, ...]]:
         try:
             with forward_lock:  # tracing changes torch's state for the whole process
-                graph = make_fx(self._function)(*tensors)
+                graph = graph_of(self._function, *tensors)
             for node in list(graph.graph.nodes):
                 if node.target in _NOTHING:
                     node.replace_all_uses_with(node.args[0])

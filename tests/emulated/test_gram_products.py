@@ -70,7 +70,7 @@ def test_gpus_with_float64_tensor_cores_multiply_by_cublas(monkeypatch: pytest.M
         monkeypatch.setattr(ops, "compute_capability", lambda device, c=capability: c)
         assert ops.chosen_backend(DEVICE, double=True) == "triton"
     monkeypatch.setattr(ops, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(ops, "current_backend", lambda: "triton")  # asked for by name
+    monkeypatch.setattr(ops, "setting_for", lambda device: "triton")  # asked for by name
     assert ops.chosen_backend(DEVICE, double=True) == "triton"
     assert ops.chosen_backend(torch.device("cpu"), double=True) == "triton"
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize, vjp
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as _modules
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -30,6 +29,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ... import random
 from ...exact import exact_math
 from ...objective import Objective
+from ...tracing import graph_of
 from ..agreement import AGREEMENT
 from .decompositions import DECOMPOSITIONS
 from .hidden import NotCapturedError, Watch, require_nothing_hidden
@@ -230,10 +230,10 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
         for kind in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", kind)
         importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
-        graph = make_fx(function, decomposition_table=table)(*arguments)
+        graph = graph_of(function, *arguments, decompositions=table)
         if any(_mutates(node) for node in graph.graph.nodes):
             # Only now, as composite functions hide what they change in place.
-            graph = make_fx(functionalize(graph), decomposition_table=table)(*arguments)
+            graph = graph_of(functionalize(graph), *arguments, decompositions=table)
     for node in graph.graph.nodes:
         if _mutates(node):
             raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
