@@ -109,7 +109,7 @@ def is_compiler_error(error: BaseException) -> bool:
     names = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("triton")}
     return (
         bool(names & _COMPILER_ERRORS)
-        or isinstance(error, subprocess.SubprocessError)
+        or isinstance(error, (subprocess.SubprocessError, OSError))  # also of the compiler's cache
         or (isinstance(error, RuntimeError) and re.search(_COMPILER_TEXT, str(error)) is not None)
     )
 

@@ -245,6 +245,7 @@ COMPILERS = [
     triton_error("OutOfResources", "out of resource: shared memory, Required: 300000"),
     RuntimeError("PassManager::run failed"),
     subprocess.CalledProcessError(1, "gcc"),
+    OSError("[Errno 28] No space left on device"),
 ]
 
 
