@@ -213,7 +213,8 @@ class EmulatedTensor(torch.Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         kind = _kind(func)
-        _reject_mixed_devices(func, kind, args, kwargs)
+        if _has_host_tensor(args) or kwargs:
+            _reject_mixed_devices(func, kind, args, kwargs)
         if kind.multiplies:
             _note_precision(func, args)
         device = kwargs.get("device")
@@ -240,6 +241,8 @@ class EmulatedTensor(torch.Tensor):
             return out
         if into_host:
             return args[0]
+        if not kind.aliases:
+            return _wrapped(out)
         return return_and_correct_aliasing(func, args, kwargs, _wrapped(out))
 
 
@@ -253,11 +256,12 @@ class _Kind:
     indexes: bool
     synchronizes: bool
     multiplies: bool
+    aliases: bool
 
 
 @functools.cache
 def _kind(func: Any) -> _Kind:
-    name = str(func)
+    name, schema = str(func), func._schema
     return _Kind(
         name,
         KERNELS.get(func, func),
@@ -265,6 +269,7 @@ def _kind(func: Any) -> _Kind:
         indexes=name.startswith(("aten.index.", "aten.index_put", "aten._index_put")),
         synchronizes=func in SYNCHRONIZING,
         multiplies="convolution" in name or func.overloadpacket in PRODUCTS,
+        aliases=any(x.alias_info is not None for x in (*schema.arguments, *schema.returns)),
     )
 
 
@@ -284,6 +289,17 @@ def _wrapped(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([_wrapped(v) for v in value])
     return value
+
+
+def _has_host_tensor(args: tuple[Any, ...]) -> bool:
+    for value in args:
+        if isinstance(value, EmulatedTensor):
+            continue
+        if isinstance(value, Tensor) or (
+            isinstance(value, (list, tuple)) and _has_host_tensor(value)
+        ):
+            return True
+    return False
 
 
 def _tensors(value: Any) -> list[Tensor]:
