@@ -21,7 +21,7 @@ curvature.tol=0.01 curvature.spectrum_examples=16 curvature.spectrum_points=3
 relax.steps=16 relax.batch_sizes=[8] relax.lrs=[0.03] relax.cycles=[15]
 relax.optimizers=["adam"]
 force.positions=2 force.directions=1 force.cycles=[1,2]
-lmc.epochs=2 lmc.branch_epochs=[0,1] lmc.seeds=[0] lmc.points=3
+lmc.epochs=2 lmc.branch_epochs=[1] lmc.seeds=[0] lmc.points=3
 fig6.branch_epochs=[1] fig6.points=3
 fig7.seeds=[]
 straight.steps=15 straight.batch_sizes=[4]
