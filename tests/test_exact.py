@@ -119,8 +119,9 @@ def test_a_forward_pass_may_turn_cudnn_off(choose):
 @pytest.mark.parametrize("above", ["tf32", "ieee"])
 @pytest.mark.parametrize("products", ["ieee", "tf32"])
 def test_a_setting_for_all_still_reaches_each_afterwards(above, products):
+    for setting in SETTINGS.values():  # cuDNN's begin as TF32 that cannot be written back
+        setting.fp32_precision = "none"
     torch.backends.fp32_precision = above
-    cudnn.conv.fp32_precision = "none"  # a new process has a TF32 here that cannot be written
     cudnn.rnn.fp32_precision = "tf32"  # of its own, unlike the others
     with products_in(products), exact_math():
         assert {s.fp32_precision for s in SETTINGS.values()} <= {"ieee", products}
