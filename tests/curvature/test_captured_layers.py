@@ -87,8 +87,21 @@ def assert_both_ways_agree(obj: Objective, way: str) -> None:
             assert relative_error(operator.T @ expected, other.T @ expected) < 1e-10
 
 
+def torch_differentiates_grid_sample_twice() -> bool:
+    h = torch.zeros(1, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(grid_sampled(h).sum(), h, create_graph=True)
+    try:
+        torch.autograd.grad(gradient.sum(), h)
+    except RuntimeError as error:
+        assert "not implemented" in str(error)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", BY_RULES)
 def test_products_go_by_rules(name: str):
+    if name == "grid_sample" and not torch_differentiates_grid_sample_twice():
+        pytest.skip(f"torch {torch.__version__} has no second derivative to compare with")
     assert_both_ways_agree(between(BY_RULES[name]), "rules")
 
 
