@@ -453,3 +453,27 @@ def test_a_gpus_computation_may_have_half_of_its_free_memory(monkeypatch: pytest
     assert memory.resolve_budget(1000, device) == 1000
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
     assert memory.resolve_budget(None, torch.device("cpu")) == 250
+
+
+def test_traces_of_a_profile_are_within_their_errors_of_the_exact_ones():
+    # The directions that are deflated depend on how far each device's search went, so that samples
+    # differ from the CPU's: the estimates must still be of the same trace.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (24,), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    cpu, gpu = (
+        ef.Objective(model, "cross_entropy", (x, y), device=d) for d in ("cpu", emulated_gpu.NAME)
+    )
+    path = ef.linear_path(gpu.parameters_vector(), 2 * gpu.parameters_vector(), 2)
+    quantities = ("hessian_trace", "top_eigenvalue")
+    found = ef.curvature_profile(gpu, path, points=3, quantities=quantities, probes=16)
+    for s, value, error in zip(
+        found["s"], found["hessian_trace"], found["hessian_trace_std_error"], strict=True
+    ):
+        operator = ef.HessianOperator(cpu, path.to("cpu").point(float(s)))
+        exact = float((operator @ torch.eye(cpu.num_params, dtype=torch.float64)).trace())
+        assert 0 < float(error) < abs(exact)
+        assert abs(float(value) - exact) < 5 * float(error)
