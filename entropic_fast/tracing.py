@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from .exact import Shared
+
+
+@Shared
+@contextlib.contextmanager
+def told_of_tracing() -> Iterator[None]:
+    """Within it, `torch.compiler.is_compiling()` is true, as within `torch.compile`.
+
+    Models ask it before they read a value back to Python to save work, as whether a mask leaves
+    anything out, and compute without that shortcut where they are traced.
+
+    >>> with told_of_tracing():
+    ...     torch.compiler.is_compiling()
+    True
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """Whether there will be a gradient: vmap's own tensors always say that there is none."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def graph_of(

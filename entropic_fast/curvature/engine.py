@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +23,7 @@ from ..exact import exact_math
 from ..examples import Batch
 from ..loss_functions import LossFunction
 from ..objective import NonFiniteLossError, Objective
+from ..tracing import told_of_tracing
 from .agreement import AGREEMENT, SMALL_GRADIENT, DisagreementError, rules_are_off
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
@@ -95,6 +97,9 @@ class ScoreEngine:
             except UNTRACEABLE as why:
                 # A loss that is not finite is no reason to change the way.
                 self.obj.finite_losses(self.theta, batch)
+                if not self._ways.told:
+                    self._tell(why)
+                    return self.run(batch, sink)
                 logger.info("per-example gradients without layer rules, as vmap fails: %s", why)
                 self._ways.traceable = False
             else:
@@ -120,6 +125,13 @@ class ScoreEngine:
         """Column slices of rows [n, P] by parameter.  # [n, p]"""
         sizes = [part.numel() for part in self.obj.split(self.theta).values()]
         return dict(zip(self.obj.parameter_names, rows.split_with_sizes(sizes, 1), strict=True))
+
+    def _tell(self, why: Exception) -> None:
+        """Have the model told that it is traced, which may spare it what vmap cannot do."""
+        logger.info("per-example gradients as in torch.compile, as vmap fails: %s", why)
+        self._ways.told = True
+        if self._ways.checked:  # another way through the model than the one that was compared
+            self._check()
 
     @exact_math()
     def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:
@@ -160,7 +172,8 @@ class ScoreEngine:
             with mode:
                 return self.obj.losses_with({**tracked, **own}, x[None], y[None]).sum()
 
-        with torch.enable_grad(), no_slow_loops():
+        told = told_of_tracing() if self._ways.told else nullcontext()
+        with torch.enable_grad(), no_slow_loops(), told:
             losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets)
         return losses
 
@@ -193,6 +206,9 @@ class ScoreEngine:
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
             if gap > relative * float(part.double().norm()) + absolute * whole + slack:
+                if self._ways.told:  # the model computes something else where it is traced
+                    self._ways.traceable = False
+                    break
                 raise DisagreementError(
                     f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
                     f"rules and torch.func, where their norm is {float(part.double().norm()):.3g}; "
@@ -208,6 +224,7 @@ class _Ways:
     def __init__(self, loss: LossFunction) -> None:
         self.loss = loss  # held, so that its id stays its own
         self.traceable, self.checked = True, False
+        self.told = False  # whether the model is told that it is traced
         self.batched: set[str] = set()
 
 

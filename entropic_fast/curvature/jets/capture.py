@@ -14,7 +14,7 @@ import importlib
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ... import random
 from ...exact import exact_math
 from ...objective import Objective
-from ...tracing import graph_of
+from ...tracing import graph_of, told_of_tracing
 from ..agreement import AGREEMENT
 from .decompositions import DECOMPOSITIONS
 from .hidden import NotCapturedError, Watch, require_nothing_hidden
@@ -72,14 +72,33 @@ def capture(obj: Objective, theta: Tensor, inputs: Tensor) -> Graph:
         NotCapturedError: see above.
     """
     with _unobserved():
-        with _refusing():
-            require_nothing_hidden(obj, theta, inputs)
-            parts = [part.detach() for part in obj.split(theta).values()]
-            forward = _forward(obj, parts, inputs)
-        _require_faithful(forward, obj, theta, inputs)
-        marked = _not_linear(forward, len(parts))
-        with _refusing():
-            return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+        try:
+            return _captured(obj, theta, inputs)
+        except NotCapturedError as why:
+            if not _reads_values(why):
+                raise
+            try:
+                return _captured(obj, theta, inputs, told_of_tracing())
+            except NotCapturedError:
+                raise why from None
+
+
+def _captured(
+    obj: Objective, theta: Tensor, inputs: Tensor, told: AbstractContextManager[None] | None = None
+) -> Graph:
+    with _refusing(), told or nullcontext():
+        require_nothing_hidden(obj, theta, inputs)
+        parts = [part.detach() for part in obj.split(theta).values()]
+        forward = _forward(obj, parts, inputs)
+    _require_faithful(forward, obj, theta, inputs)
+    marked = _not_linear(forward, len(parts))
+    with _refusing():
+        return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+
+
+def _reads_values(why: NotCapturedError) -> bool:
+    """Whether a model was not captured for reading a value back to Python."""
+    return "_local_scalar_dense" in str(why)
 
 
 @contextmanager

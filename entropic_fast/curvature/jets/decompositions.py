@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,7 +161,17 @@ def _fill(target: Tensor, value: Tensor) -> Tensor:
     return value.to(target.dtype).expand(target.shape).clone()
 
 
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Without the empty tensors [0] that torch joins to tensors of any rank, as caches begin."""
+    kept = [t for t in tensors if t.shape != (0,)]
+    if not kept or len(kept) == len(tensors) or all(t.ndim == 1 for t in kept):
+        return NotImplemented
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return torch.cat([t.to(dtype) for t in kept], dim)
+
+
 DECOMPOSITIONS: dict[Any, Any] = {
+    aten.cat.default: _cat,
     aten._weight_norm_interface.default: _weight_norm,
     aten.silu.default: _silu,  # its backward pass has no forward mode
     aten.mish.default: _mish,  # likewise

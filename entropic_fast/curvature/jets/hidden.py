@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ...model_checks import backward_nodes
 from ...objective import Objective
+from ...tracing import requires_grad
 from .decompositions import FUNCTIONS
 
 
@@ -37,7 +39,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> Non
     with torch.enable_grad(), _no_hooks_on_saved_tensors():
         parts = obj.split(leaf)
         values = {**parts, **obj.buffers}
-        with Watch():
+        with Watch(gradients=True):
             outputs = obj.run_model(values, inputs)
     for node in backward_nodes(outputs):
         if isinstance(node, BackwardCFunction):
@@ -46,27 +48,53 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> Non
 
 
 class Watch(TorchFunctionMode):
-    """Refuses what a graph of operations does not show, and runs others in place of some."""
+    """Refuses what a graph of operations does not show, and runs others in place of some.
+
+    What is hidden is harmless where it depends on no parameter, as a table of angles computed
+    under `torch.no_grad` does not.
+
+    Args:
+        gradients: whether tensors that depend on a parameter require a gradient, which tells
+            them from others. Where none does, only values read back are refused.
+    """
+
+    def __init__(self, gradients: bool = False) -> None:
+        super().__init__()
+        self._gradients = gradients
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
+        kwargs = kwargs or {}
+        if func in _READ:
+            raise NotCapturedError(f"the model calls Tensor.{_READ[func]}")
+        func = FUNCTIONS.get(func, func)
+        if not self._gradients or not _depends_on_parameters((args, kwargs)):
+            return func(*args, **kwargs)
+        if func in _HIDDEN:
+            raise NotCapturedError(f"the model calls Tensor.{_HIDDEN[func]}")
+        result = func(*args, **kwargs)
+        # Sizes and comparisons have no derivative with gradients either.
+        if not torch.is_grad_enabled() and (result is None or _has_floating(result)):
             raise NotCapturedError(
                 "a part of the model runs without gradient (no_grad or autograd.Function)"
             )
-        if func in _HIDDEN:
-            raise NotCapturedError(f"the model calls Tensor.{_HIDDEN[func]}")
-        func = FUNCTIONS.get(func, func)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
+def _depends_on_parameters(arguments: Any) -> bool:
+    return any(isinstance(t, Tensor) and requires_grad(t) for t in tree_leaves(arguments))
+
+
+def _has_floating(result: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(result))
+
+
+_READ: dict[Any, str] = {Tensor.tolist: "tolist", Tensor.numpy: "numpy"}
 _HIDDEN: dict[Any, str] = {
     Tensor.detach: "detach",
     Tensor.detach_: "detach_",
     Tensor.register_hook: "register_hook",
     Tensor.data.__get__: "data",  # type: ignore[attr-defined]
     Tensor.grad_fn.__get__: "grad_fn",  # type: ignore[attr-defined]
-    Tensor.tolist: "tolist",
-    Tensor.numpy: "numpy",
 }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ...tracing import requires_grad
 from .layers import Backward, Layer
 from .pieces import Piece
 from .table import LAYERS
@@ -62,7 +63,7 @@ class Intercept(TorchFunctionMode):
         if func in HOOKS:
             raise GradientHookError("the model puts hooks on gradients")
         if func == REQUIRES_GRAD:
-            return _requires_grad(args[0])
+            return requires_grad(args[0])
         make = LAYERS.get(func)
         if make is not None:
             layer = make(*args, **kwargs)
@@ -101,15 +102,6 @@ _attention = types.FunctionType(
     functional.multi_head_attention_forward.__defaults__,
 )
 _attention.__kwdefaults__ = functional.multi_head_attention_forward.__kwdefaults__
-
-
-def _requires_grad(tensor: Tensor) -> bool:
-    """Whether there will be a gradient: vmap's own tensors always say that there is none."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if tensor.requires_grad:
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
