@@ -28,7 +28,7 @@ class NonFiniteLossError(ValueError):
 
 
 def require_module(model: nn.Module) -> None:
-    """Refuse what is no module, one compiled by TorchScript, and parts of one."""
+    """Refuse what is no module, one compiled by TorchScript, parts of one, one without values."""
     if not isinstance(model, nn.Module):
         raise checks.fail("model", "an nn.Module", checks.describe(model))
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -38,16 +38,38 @@ def require_module(model: nn.Module) -> None:
             "one compiled by torch.jit.script or torch.jit.trace",
             "pass the module that it was made from, with load_state_dict for its weights",
         )
-
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise checks.fail(
+                "model",
+                "initialised parameters",
+                f"a lazy one, {name!r}",
+                "run the model once on an example first",
+            )
+        if tensor.is_meta:
+            raise checks.fail(
+                "model",
+                "parameters and buffers with values",
+                f"{name!r} on the meta device, which keeps none",
+                'call model.to_empty(device="cpu") and load its weights',
+            )
+    if any(
+        c.__name__ == "FullyShardedDataParallel" for m in model.modules() for c in type(m).mro()
+    ):
+        raise _in_pieces("FullyShardedDataParallel")
     # A DTensor there can be only where its module was imported.
     pieces = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
     if any(isinstance(tensor, pieces) for tensor in (*model.parameters(), *model.buffers())):
-        raise checks.fail(
-            "model",
-            "parameters that each process holds whole",
-            "some in pieces (DTensor, as fully_shard makes them)",
-            "replicate the model and share the examples, with entropic_fast.shard",
-        )
+        raise _in_pieces("DTensor, as fully_shard makes them")
+
+
+def _in_pieces(kind: str) -> ValueError:
+    return checks.fail(
+        "model",
+        "parameters that each process holds whole",
+        f"some in pieces ({kind})",
+        "replicate the model and share the examples, with entropic_fast.shard",
+    )
 
 
 def require_model(obj: Objective) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
-from pickle import PickleError
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .examples import Batch
+from .modules import copied
 
 # Layers whose evaluation-mode output uses statistics gathered in training.
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -70,21 +69,6 @@ def explain_too_few(error: ValueError, size: int) -> None:
         ) from error
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was given, for the one it returned, and inside likewise.
-
-    What it returns has no second derivatives, and other names for its parameters. Children are
-    replaced in place.
-    """
-    if type(model).__name__ == "OptimizedModule":  # importing torch's class takes seconds
-        model = _uncompiled(model._orig_mod)  # type: ignore[arg-type]
-    for name, child in model.named_children():
-        plain = _uncompiled(child)
-        if plain is not child:
-            setattr(model, name, plain)
-    return model
-
-
 def _contiguous_gradient(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """The output as it is, through which a gradient comes back contiguous.
 
@@ -98,23 +82,9 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
     """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
 
     Raises:
-        ValueError: a model that cannot be copied, that has lazy parameters, or that lacks the
-            statistics asked for.
+        ValueError: a model that cannot be copied, or that lacks the statistics asked for.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise checks.fail(
-                "model",
-                "initialised parameters",
-                f"a lazy one, {name!r}",
-                "run the model once on an example first",
-            )
-    try:
-        private = _uncompiled(copy.deepcopy(model)).eval()
-    except (RuntimeError, TypeError, PickleError) as error:
-        raise checks.fail(
-            "model", "a module that can be copied (copy.deepcopy)", str(error)
-        ) from error
+    private = copied(model).eval()
     for name, layer in private.named_modules():
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
             layer.sparse = False  # the layout of a gradient, which a flat theta cannot have

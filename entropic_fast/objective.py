@@ -18,8 +18,18 @@ from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples
 from .loss_functions import LossFunction, loss_function, widened
 from .model_checks import NonFiniteLossError
+from .modules import cast, cast_tensor, copied
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
-from .parameters import load_tensors, model_lock, trainable, twin
+from .parameters import (
+    as_complex,
+    as_real,
+    choose,
+    load_tensors,
+    model_lock,
+    real_dtype,
+    studied,
+    twin,
+)
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -30,9 +40,10 @@ __all__ = ["NonFiniteLossError", "Objective"]
 class Objective:
     """The mean loss of a model over data, as a function of a flat parameter vector theta.
 
-    theta holds every parameter that requires a gradient, once (tied parameters are one),
-    flattened in the order of `model.named_parameters()`. Frozen parameters and buffers are
-    constants and never part of theta. The model is copied at construction: training it
+    theta holds every parameter that requires a gradient (or those that `parameters` chooses), once
+    (tied parameters are one), flattened in the order of `model.named_parameters()`. A complex
+    parameter counts as pairs of real numbers (`torch.view_as_real`). Other parameters and buffers
+    are constants and never part of theta. The model is copied at construction: training it
     afterwards does not change the objective, and the objective never changes the model.
 
     Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is random
@@ -61,6 +72,10 @@ class Objective:
             quantities of single examples are then undefined and refused).
         device: where to compute; default, where the model is.
         batch_size: examples a pass takes at once; default 256. Not for data that is batched.
+        parameters: the parameters of theta; None for all that require a gradient. A glob pattern
+            on the names of parameters or modules ("head.*", "layer4"), or a sequence of patterns,
+            parameters and modules of the model. What is chosen is part of theta even if it does
+            not require a gradient; a tied parameter goes by its first name.
 
     Attributes:
         num_params: P, the length of theta.
@@ -91,6 +106,7 @@ class Objective:
         norm: str = "running",
         device: torch.device | str | None = None,
         batch_size: int | None = None,
+        parameters: Any = None,
     ) -> None:
         model_checks.require_module(model)
         checks.one_of("norm", norm, ("running", "batch"))
@@ -98,7 +114,7 @@ class Objective:
         self.loss_name = loss if isinstance(loss, str) else "custom"
         self._loss = loss_function(loss)
         self._model = private_copy(model, norm)
-        self._read_parameters(device)
+        self._read_parameters(device, choose(model, parameters))
         self.examples = Examples(data, self.device, self.dtype, batch_size)
         self.sharing: Sharing | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
@@ -107,8 +123,10 @@ class Objective:
 
     # -- parameters ------------------------------------------------------------------------
 
-    def _read_parameters(self, device: torch.device | str | None) -> None:
-        trainable(self._model)
+    def _read_parameters(
+        self, device: torch.device | str | None, chosen: frozenset[str] | None
+    ) -> None:
+        studied(self._model, chosen)
         devices = {t.device for t in (*self._model.parameters(), *self._model.buffers())}
         if device is None and len(devices) > 1:
             raise checks.fail(
@@ -116,13 +134,15 @@ class Objective:
             )
         self.device = torch.device(device) if device is not None else devices.pop()
         self._model.to(self.device)
-        named = trainable(self._model)
-        self.dtype = next(iter(named.values())).dtype
+        named = studied(self._model, chosen)
+        self.dtype = real_dtype(named)
+        parts = [as_real(p.detach()) for p in named.values()]
         self._names = tuple(named)
-        self._shapes = tuple(p.shape for p in named.values())
-        self._sizes = tuple(p.numel() for p in named.values())
+        self._complex = tuple(name for name, p in named.items() if p.is_complex())
+        self._shapes = tuple(part.shape for part in parts)
+        self._sizes = tuple(part.numel() for part in parts)
         self.num_params = sum(self._sizes)
-        self._theta = torch.cat([p.detach().flatten() for p in named.values()])
+        self._theta = torch.cat([part.flatten() for part in parts])
         self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
@@ -135,12 +155,20 @@ class Objective:
         """Names of the parameters in theta, in order."""
         return self._names
 
+    @property
+    def has_complex_parameters(self) -> bool:
+        """Whether some of theta are pairs that stand for complex numbers."""
+        return bool(self._complex)
+
     def parameters_vector(self) -> Tensor:
         """A copy of theta as the model had it.  # [P]"""
         return self._theta.clone()
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of theta [P] by parameter name, each in its parameter's shape."""
+        """Views of theta [P] by parameter name, each in its parameter's shape.
+
+        Complex parameters come as pairs of real numbers, [..., 2] (`torch.view_as_real`).
+        """
         parts = theta.split_with_sizes(list(self._sizes))
         return {
             name: part.view(shape)
@@ -281,10 +309,8 @@ class Objective:
         parameters, and inputs given as tensors are those already rounded to half.
         """
         other = copy.copy(self)
-        other._model = twin(self._model, dtype, lambda model: copy.deepcopy(model).to(dtype))
-        other.buffers = {
-            n: b.to(dtype) if b.is_floating_point() else b for n, b in self.buffers.items()
-        }
+        other._model = twin(self._model, dtype, lambda model: cast(copied(model), dtype))
+        other.buffers = {name: cast_tensor(b, dtype) for name, b in self.buffers.items()}
         other._theta, other.dtype, other._loss_dtype = self._theta.to(dtype), dtype, None
         other.examples = self.examples.cast(dtype)
         return other
@@ -306,6 +332,8 @@ class Objective:
 
     def run_model(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """The model's outputs, with parameters and buffers by name; for holders of its lock."""
+        if self._complex:
+            values = {**values, **{name: as_complex(values[name]) for name in self._complex}}
         with NativeRecurrence() if is_gpu(self.device) else nullcontext():
             outputs: Tensor = functional_call(
                 self._model, dict(values), (inputs,), tie_weights=True

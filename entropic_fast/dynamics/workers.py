@@ -8,7 +8,6 @@ worker computes on one core, so a replica's numbers do not depend on how many wo
 
 from __future__ import annotations
 
-import copy
 import itertools
 import threading
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..exact import exact_math
 from ..layouts import fitting_layout
+from ..modules import copied
 from ..objective import Objective
 
 Result = TypeVar("Result")
@@ -143,7 +143,7 @@ class ThreadedGradients:
 
 def _module_on(obj: Objective, row: Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
     """The objective's module with parameters that are views of a point [P], in its order."""
-    module = copy.deepcopy(obj._model)
+    module = copied(obj._model)
     places: dict[int, list[str]] = {}  # a parameter may be tied in several places
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)

@@ -78,7 +78,12 @@ class Intercept(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _known(self, layer: Layer) -> bool:
-        """Whether each tensor of the layer but x is tracked, constant or absent."""
+        """Whether each tensor of the layer but x is tracked, constant or absent.
+
+        Rules are for real numbers: with complex ones a gradient would need conjugates.
+        """
+        if layer.x.is_complex() or (layer.weight is not None and layer.weight.is_complex()):
+            return False
         for tensor in (layer.weight, layer.bias):
             if tensor is not None and id(tensor) not in self._names and not self._fixed(tensor):
                 return False
