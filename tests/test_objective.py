@@ -404,9 +404,7 @@ def _mixed() -> nn.Module:
         (lambda: torch.relu, "an nn.Module"),
     ],
 )
-@pytest.mark.filterwarnings(
-    "ignore:Lazy modules", "ignore:Initializing zero-element"
-)
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:Initializing zero-element")
 def test_models_that_do_not_fit_are_refused(model, message):
     with pytest.raises(ValueError, match=message):
         Objective(model(), "cross_entropy", classification())
