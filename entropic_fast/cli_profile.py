@@ -16,6 +16,7 @@ from . import checks
 from .experiments import sources, stages
 from .experiments.profile_model import plan_profile, profile_model
 from .experiments.profile_subject import ProfileSettings
+from .loss_functions import NAMES
 
 _DEFAULT = ProfileSettings()
 
@@ -57,7 +58,7 @@ def profile(
     out: OUT,
     weights: WEIGHTS = None,
     data_dir: DATA_DIR = None,
-    loss: Annotated[str, typer.Option(help="cross_entropy or mse.")] = "cross_entropy",
+    loss: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}.")] = "cross_entropy",
     norm: Annotated[
         str, typer.Option(help="Normalisation by running statistics, or each batch's: batch.")
     ] = "running",
@@ -96,7 +97,7 @@ def profile(
     asked = locals()
     names = {field.name for field in dataclasses.fields(ProfileSettings)}
     settings = ProfileSettings(**{name: asked[name] for name in names & asked.keys()})
-    checks.one_of("--loss", loss, ("cross_entropy", "mse"))
+    checks.one_of("--loss", loss, NAMES)
     checks.one_of("--norm", norm, ("running", "batch"))
     files = weights or []
     if len(files) > 2:

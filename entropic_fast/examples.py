@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from . import checks
 
 DEFAULT_BATCH_SIZE = 256
-
-
-_IGNORING = (
-    'to ignore it, pass nn.CrossEntropyLoss(ignore_index=-100, reduction="none") as the loss: it '
-    "then counts as a loss of 0 in the mean over all"
-)
 
 
 class Batch(NamedTuple):
@@ -170,69 +164,6 @@ class Examples:
                 "max_examples", f"at most the {self.count} examples there are", str(max_examples)
             )
         return number
-
-    def require_labels(
-        self, outputs_of: Callable[[Tensor], Tensor], ignored: int | None = None
-    ) -> None:
-        """Refuse targets that do not fit the outputs' classes, for cross-entropy.
-
-        Targets are either whole numbers in [0, C) or probabilities of the outputs' shape.
-
-        Args:
-            outputs_of: the model; run once for inputs of each shape.
-            ignored: a label that is allowed besides.
-        """
-        known: dict[torch.Size, Tensor] = {}
-        for batch in self.batches():
-            like = batch.inputs.shape[1:]
-            if like not in known:
-                known[like] = outputs_of(batch.inputs[:8])
-            outputs = known[like]
-            if batch.targets.is_floating_point():
-                if batch.targets.shape[1:] != outputs.shape[1:]:
-                    raise checks.fail(
-                        "targets",
-                        f"whole class numbers [N], or probabilities {[*outputs.shape[1:]]} each",
-                        checks.describe(batch.targets),
-                    )
-                sums = batch.targets.double().sum(1)
-                rounding = max(1e-3, torch.finfo(batch.targets.dtype).eps)
-                if bool((batch.targets < 0).any()) or not torch.allclose(
-                    sums, torch.ones_like(sums), atol=rounding
-                ):
-                    raise checks.fail(
-                        "targets",
-                        "probabilities of at least 0 that sum to 1 over the classes",
-                        f"values from {float(batch.targets.min()):.3g} with sums from "
-                        f"{float(sums.min()):.3g} to {float(sums.max()):.3g}",
-                    )
-                continue
-            if batch.targets.dtype not in (torch.int64, torch.uint8):
-                raise checks.fail(
-                    "targets",
-                    "class numbers of dtype int64",
-                    checks.describe(batch.targets),
-                    "convert them with targets.long()",
-                )
-            if outputs.ndim < 2 or batch.targets.shape[1:] != outputs.shape[2:]:
-                raise checks.fail(
-                    "targets",
-                    f"one class number for each output of shape {list(outputs.shape[1:])}",
-                    checks.describe(batch.targets),
-                )
-            classes = outputs.shape[1]
-            bad = (batch.targets < 0) | (batch.targets >= classes)
-            if ignored is not None:
-                bad &= batch.targets != ignored
-            if bool(bad.any()):
-                where = tuple(int(i) for i in bad.nonzero()[0])
-                label = int(batch.targets[where])
-                raise checks.fail(
-                    "targets",
-                    f"labels in 0 .. {classes - 1} (the model has {classes} outputs)",
-                    f"{label} for example {batch.start + where[0]}",
-                    _IGNORING if label == -100 else "",
-                )
 
     def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self._tensors is not None:

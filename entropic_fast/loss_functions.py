@@ -1,14 +1,28 @@
-"""Losses of single examples, by name or as given."""
+"""Losses of single examples, by name, from `torch.nn`, or as given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.loss import _Loss
 
 from . import checks
+from .loss_cross_entropy import CrossEntropy, NegativeLogLikelihood, NextToken
+from .loss_elementwise import (
+    BinaryCrossEntropy,
+    DiagonalLoss,
+    GaussianNLL,
+    MultiMargin,
+    SquaredError,
+)
+from .loss_reductions import Elementwise, OutputHessian, ReducedLoss, require_shape
+
+if TYPE_CHECKING:
+    from .examples import Examples
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -16,16 +30,69 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def loss_function(loss: str | LossFunction) -> LossFunction:
     """A callable(outputs, targets) -> loss of each example [N].
 
+    Losses of `torch.nn`, and functions of `torch.nn.functional` of which torch has a module
+    (`functools.partial` of one too), become a `ReducedLoss`.
+
     Raises:
-        ValueError: a name other than "cross_entropy" and "mse"; `nn.CrossEntropyLoss` that
-            takes a mean or sum.
+        ValueError: a name that is not in `NAMES`; a module with a reduction torch does not have.
     """
-    if type(loss) is nn.CrossEntropyLoss:
-        return CrossEntropy(loss)
-    if callable(loss):
+    if isinstance(loss, str):
+        checks.one_of("loss", loss, NAMES)
+        return NAMES[loss]
+    if not callable(loss):
+        raise checks.fail(
+            "loss",
+            f"one of {', '.join(map(repr, NAMES))}, a loss of torch.nn, or a callable",
+            checks.describe(loss),
+        )
+    module = _module_of(loss)
+    if not isinstance(module, _Loss):
         return loss
-    checks.one_of("loss", loss, ("cross_entropy", "mse"))
-    return cross_entropy if loss == "cross_entropy" else mean_squared_error
+    # What a subclass computes itself is only known by its reduction.
+    for kind, known in _KNOWN.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return known(module)
+    if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.reduction != "none":
+        raise checks.fail(
+            "loss",
+            'a subclass of it with reduction="none"',
+            f"{type(module).__name__} with a {module.reduction} of its own",
+            "return one loss per example from it",
+        )
+    return Elementwise(module)
+
+
+def _module_of(loss: Any) -> Any:
+    """The module of a function of `torch.nn.functional`, or the loss itself."""
+    arguments: dict[str, Any] = {}
+    function = loss
+    if isinstance(loss, partial) and not loss.args:
+        function, arguments = loss.func, loss.keywords
+    try:
+        kind = _MODULES.get(function)
+    except TypeError:  # losses need not be hashable
+        return loss
+    if kind is None:
+        return loss
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise checks.fail(
+            "loss",
+            f"the arguments of nn.{kind.__name__}",
+            f"functools.partial with {sorted(arguments)}",
+            "pass the module, or a function that returns one loss per example",
+        ) from error
+
+
+def bound(loss: LossFunction, examples: Examples) -> LossFunction:
+    """The loss with the constants of the data, if it has any."""
+    return loss.bound_to(examples) if isinstance(loss, ReducedLoss) else loss
+
+
+def origin(loss: Any) -> Any:
+    """The loss without the constants of data, for what does not depend on them."""
+    return loss.origin if isinstance(loss, ReducedLoss) else loss
 
 
 def widened(outputs: Tensor) -> Tensor:
@@ -38,20 +105,14 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.dtype in checks.HALF else outputs
 
 
-class OutputHessian(Protocol):
-    """Products of the Hessians of single examples' losses in their outputs."""
-
-    def __call__(self, directions: Tensor) -> Tensor:
-        """[K, n, ...] for directions [K, n, ...] in the outputs."""
-
-
 def output_hessian(
     loss: LossFunction, outputs: Tensor, targets: Tensor, weights: Tensor
 ) -> OutputHessian | None:
     """The Hessian of a weighted sum of losses in closed form; None for other losses.
 
     For the squared error 2 u / m, m outputs an example; for cross-entropy with probabilities p
-    (softmax of the outputs) and s the sum of a position's target weights, s (p u - p <p, u>).
+    (softmax of the outputs) and s the sum of a position's target weights, s (p u - p <p, u>); for
+    binary cross-entropy p (1 - p) u / m.
 
     Args:
         outputs, targets: [n, ...]
@@ -62,39 +123,24 @@ def output_hessian(
     >>> H(torch.tensor([[[1.0, 0.0]]]))
     tensor([[[ 0.2500, -0.2500]]])
     """
-    weights = weights.to(outputs.dtype).view(-1, *[1] * (outputs.ndim - 1))
-    if loss is mean_squared_error:
-        factor = weights * (2 / max(1, outputs[:1].numel()))
-        return lambda directions: directions * factor
-    if loss is not cross_entropy and not isinstance(loss, CrossEntropy):
+    closed = closed_form(loss)
+    if closed is None or not isinstance(outputs, Tensor):
         return None
-    mass = target_mass(loss, outputs, targets)
-    p = outputs.softmax(1)
-    scaled = p * (mass * weights / max(1, outputs[:1, :1].numel()))
-
-    def product(directions: Tensor) -> Tensor:
-        inner = (directions * p).sum(2, keepdim=True)
-        return (directions - inner).mul_(scaled)
-
-    return product
+    return closed.output_hessian(outputs, targets, weights.to(outputs.dtype))
 
 
-def target_mass(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The sum of a position's target weights in a cross-entropy.  # [n, 1, ...] or a number"""
-    if isinstance(loss, CrossEntropy):
-        return loss.target_mass(outputs, targets)
-    return _target_mass(outputs, targets, None)
+def closed_form(loss: LossFunction) -> ReducedLoss | None:
+    """The loss with its closed forms and likelihood; None for a function the library does not know.
 
-
-def _target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:
-    """The sum of a position's target weights: 1 for a class number.  # [n, 1, ...] or a number"""
-    if not targets.is_floating_point():
-        if weight is None:
-            return outputs.new_ones(())
-        return weight[targets.clamp(0, len(weight) - 1)].unsqueeze(1)
-    if weight is not None:
-        targets = targets * weight.view(-1, *[1] * (targets.ndim - 2))
-    return targets.sum(1, keepdim=True)
+    >>> import torch
+    >>> isinstance(closed_form(mean_squared_error), SquaredError), closed_form(torch.sub)
+    (True, None)
+    """
+    if isinstance(loss, ReducedLoss):
+        return loss
+    if loss is cross_entropy:
+        return _CROSS_ENTROPY
+    return _SQUARED_ERROR if loss is mean_squared_error else None
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -109,65 +155,64 @@ def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: targets of another shape than the outputs.
     """
-    if outputs.shape != targets.shape:
-        raise checks.fail(
-            "targets", f"the outputs' shape {list(outputs.shape)}", str(list(targets.shape))
-        )
+    require_shape(outputs, targets)
     return (outputs - targets).square().reshape(len(outputs), -1).mean(1)
 
 
-class CrossEntropy:
-    """`nn.CrossEntropyLoss(..., reduction="none")` as the loss of each example.
+_CROSS_ENTROPY = CrossEntropy(nn.CrossEntropyLoss(reduction="none"))
+_SQUARED_ERROR = SquaredError(nn.MSELoss(reduction="none"))
 
-    An example's loss is the mean over all its positions, as for "cross_entropy"; an ignored
-    position, or an example of an ignored label, counts as 0 and stays in the mean. torch's mean
-    divides by the total weight of what is not ignored instead: it, its gradient and its curvature
-    are those here times the number of all positions over that weight.
+NAMES: dict[str, LossFunction] = {
+    "cross_entropy": cross_entropy,
+    "mse": mean_squared_error,
+    "bce": BinaryCrossEntropy(nn.BCEWithLogitsLoss()),
+    "next_token": NextToken(),
+}
 
-    Args:
-        loss: its class weights are converted to the outputs' dtype and device.
+_KNOWN: dict[type[_Loss], Callable[[Any], ReducedLoss]] = {
+    nn.CrossEntropyLoss: CrossEntropy,
+    nn.NLLLoss: NegativeLogLikelihood,
+    nn.BCEWithLogitsLoss: BinaryCrossEntropy,
+    nn.MSELoss: SquaredError,
+    nn.GaussianNLLLoss: GaussianNLL,
+    nn.MultiMarginLoss: MultiMargin,
+    nn.MultiLabelMarginLoss: MultiMargin,
+}
 
-    Raises:
-        ValueError: a loss that takes a mean or sum itself.
+_MODULES: dict[Any, type[_Loss]] = {
+    functional.cross_entropy: nn.CrossEntropyLoss,
+    functional.nll_loss: nn.NLLLoss,
+    functional.mse_loss: nn.MSELoss,
+    functional.l1_loss: nn.L1Loss,
+    functional.smooth_l1_loss: nn.SmoothL1Loss,
+    functional.huber_loss: nn.HuberLoss,
+    functional.binary_cross_entropy: nn.BCELoss,
+    functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+    functional.kl_div: nn.KLDivLoss,
+    functional.poisson_nll_loss: nn.PoissonNLLLoss,
+    functional.gaussian_nll_loss: nn.GaussianNLLLoss,
+    functional.soft_margin_loss: nn.SoftMarginLoss,
+    functional.multilabel_soft_margin_loss: nn.MultiLabelSoftMarginLoss,
+    functional.multi_margin_loss: nn.MultiMarginLoss,
+    functional.multilabel_margin_loss: nn.MultiLabelMarginLoss,
+    functional.hinge_embedding_loss: nn.HingeEmbeddingLoss,
+    functional.cosine_embedding_loss: nn.CosineEmbeddingLoss,
+    functional.margin_ranking_loss: nn.MarginRankingLoss,
+    functional.triplet_margin_loss: nn.TripletMarginLoss,
+}
 
-    >>> import torch
-    >>> loss = CrossEntropy(nn.CrossEntropyLoss(ignore_index=-100, reduction="none"))
-    >>> loss(torch.zeros(2, 3), torch.tensor([-100, 1]))
-    tensor([0.0000, 1.0986])
-    """
-
-    def __init__(self, loss: nn.CrossEntropyLoss) -> None:
-        if loss.reduction != "none":
-            raise checks.fail(
-                "loss",
-                'nn.CrossEntropyLoss with reduction="none"',
-                f"reduction={loss.reduction!r}",
-                "the objective takes the mean over all examples; an ignored one counts as 0",
-            )
-        self.ignored, self._smoothing = loss.ignore_index, loss.label_smoothing
-        self._weight = None if loss.weight is None else loss.weight.detach().clone()
-
-    def target_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The sum of a position's target weights, 0 where it is ignored.  # [N, 1, ...]"""
-        weight = None if self._weight is None else self._weight.to(outputs)
-        mass = _target_mass(outputs, targets, weight)
-        if self._smoothing:
-            total = outputs.shape[1] if weight is None else weight.sum()
-            uniform = self._smoothing * total / outputs.shape[1]
-            mass = (1 - self._smoothing) * mass + uniform
-        if targets.is_floating_point():
-            return mass
-        return mass * (targets != self.ignored).unsqueeze(1)
-
-    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of outputs [N, C, ...] for class numbers or probabilities.  # [N]"""
-        weight = None if self._weight is None else self._weight.to(outputs)
-        losses = functional.cross_entropy(
-            outputs,
-            targets,
-            weight,
-            ignore_index=self.ignored,
-            reduction="none",
-            label_smoothing=self._smoothing,
-        )
-        return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+__all__ = [
+    "CrossEntropy",
+    "DiagonalLoss",
+    "LossFunction",
+    "NAMES",
+    "OutputHessian",
+    "bound",
+    "closed_form",
+    "cross_entropy",
+    "loss_function",
+    "mean_squared_error",
+    "origin",
+    "output_hessian",
+    "widened",
+]

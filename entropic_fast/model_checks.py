@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .devices import is_gpu
-from .loss_functions import CrossEntropy
+from .loss_checks import require_fitting
 from .normalisation import mixes_examples
 
 if TYPE_CHECKING:
@@ -121,9 +121,7 @@ def require_model(obj: Objective) -> None:
                 "different ones in evaluation mode (dropout or noise is active)",
                 "use nn.Dropout, or F.dropout(..., training=self.training)",
             )
-        if obj.loss_name == "cross_entropy" or isinstance(obj._loss, CrossEntropy):
-            ignored = getattr(obj._loss, "ignored", None)
-            obj.examples.require_labels(lambda inputs: obj.outputs(theta, inputs), ignored)
+        require_fitting(obj, theta, first, batch)
         losses = obj.output_losses(first, batch.targets)
     with torch.enable_grad():
         differentiable = _differentiable_losses(obj, batch, theta)
@@ -139,7 +137,8 @@ def require_model(obj: Objective) -> None:
             "loss",
             f"one loss an example, shape [{len(batch.inputs)}]",
             checks.describe(losses),
-            'a torch loss needs reduction="none" (and a mean over all but the first axis)',
+            'return one loss per example (reduction="none", and a mean over all but the first '
+            "axis), or pass torch's own loss, such as nn.CrossEntropyLoss()",
         )
 
 

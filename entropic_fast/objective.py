@@ -16,7 +16,7 @@ from . import checks, model_checks
 from .devices import is_gpu
 from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples
-from .loss_functions import LossFunction, loss_function, widened
+from .loss_functions import LossFunction, bound, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .modules import cast, cast_tensor, copied
 from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
@@ -60,10 +60,13 @@ class Objective:
 
     Args:
         model: any `nn.Module` that maps inputs [N, ...] to one output tensor [N, ...].
-        loss: "cross_entropy", "mse", an `nn.CrossEntropyLoss` with reduction="none" (class
-            weights, an ignored index and label smoothing; what is ignored is a loss of 0 in the
-            mean, see `loss_functions.CrossEntropy`), or a callable(outputs, targets) that returns
-            the loss of each example.  # [N]
+        loss: a name, a loss of `torch.nn` (or its function, such as `F.cross_entropy`), or a
+            callable(outputs, targets) that returns the loss of each example, of shape [N]. Names:
+            "cross_entropy", "mse", "bce" (multi-label, from logits) and "next_token" (causal
+            language models: scores [N, T, V], tokens [N, T], -100 for what does not count). With
+            torch's reduction "mean" the objective is torch's loss of the data as one batch: for
+            `nn.CrossEntropyLoss(weight, ignore_index)` the weighted mean over the labels that
+            count. See `loss_reductions.ReducedLoss`, also for "sum" and "none".
         data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches
             (inputs, targets), such as a `DataLoader` that does not shuffle. Batches weigh as
             many examples as they hold. Floating-point inputs are cast to the model's dtype.
@@ -116,6 +119,7 @@ class Objective:
         self._model = private_copy(model, norm)
         self._read_parameters(device, choose(model, parameters))
         self.examples = Examples(data, self.device, self.dtype, batch_size)
+        self._loss = bound(self._loss, self.examples)
         self.sharing: Sharing | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
         model_checks.require_model(self)
@@ -273,15 +277,34 @@ class Objective:
         """The same model, loss and statistics over other data."""
         return self.derived(Examples(data, self.device, self.dtype, batch_size))
 
+    def sampled(self, data: Any, *, batch_size: int | None = None) -> Objective:
+        """`with_data` for a sample of the examples: each keeps the loss it has in this objective.
+
+        A torch loss's mean over what counts has a constant of the data, see `ReducedLoss`.
+        """
+        examples = Examples(data, self.device, self.dtype, batch_size)
+        return self.derived(examples, bind=False)
+
     def derived(
-        self, examples: Examples, loss: LossFunction | None = None, theta: Tensor | None = None
+        self,
+        examples: Examples,
+        loss: LossFunction | None = None,
+        theta: Tensor | None = None,
+        *,
+        bind: bool = True,
     ) -> Objective:
-        """The same model and statistics over other examples, with another loss or point [P]."""
+        """The same model and statistics over other examples, with another loss or point [P].
+
+        Args:
+            bind: whether the loss's constants become those of the examples.
+        """
         other = copy.copy(self)
         other.examples, other._per_example = examples, None
         other._theta = self.point(theta).clone()
         if loss is not None:
             other.loss_name, other._loss, other._loss_dtype = "custom", loss, None
+        elif bind:
+            other._loss = bound(self._loss, examples)
         model_checks.require_model(other)
         return other
 

@@ -69,12 +69,6 @@ def test_without_options_it_is_the_loss_by_name():
     assert one.loss() == other.loss()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_loss_that_reduces_is_refused(reduction: str):
-    with pytest.raises(ValueError, match=r'with reduction="none", got reduction=.* counts as 0'):
-        Objective(language_model(), nn.CrossEntropyLoss(reduction=reduction), sequences(4))
-
-
 def test_labels_out_of_range_are_refused_but_for_the_ignored_one():
     data = sequences(4, ignored=True)
     with pytest.raises(ValueError, match=r"got -100 for example 1; to ignore it, pass nn\."):

@@ -413,7 +413,7 @@ def test_models_that_do_not_fit_are_refused(model, message):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ("hinge", "loss: expected one of 'cross_entropy', 'mse', got 'hinge'"),
+        ("hinge", "loss: expected one of 'cross_entropy', 'mse', 'bce', .*got 'hinge'"),
         ("mse", r"targets: expected the outputs' shape \[8, 3\], got \[8\]"),
         (lambda out, y: out.sum(), r"loss: expected one loss an example, shape \[8\]"),
         (lambda out, y: out, "loss: expected one loss an example"),

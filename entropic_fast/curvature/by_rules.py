@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loss_functions import origin
 from ..objective import NonFiniteLossError, Objective
 from .agreement import require_agreement, rules_are_off
 from .compiled import Compilable, undisturbed
@@ -62,7 +63,7 @@ class ByRules(Compilable):
     @property
     def _loss(self) -> Any:
         """The loss for which the ways are compared."""
-        return self.obj._loss
+        return origin(self.obj._loss)
 
     def _leave_rules(self, why: str) -> None:
         self._say_why(why)

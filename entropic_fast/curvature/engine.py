@@ -21,7 +21,7 @@ from torch.func import vmap
 
 from ..exact import exact_math
 from ..examples import Batch
-from ..loss_functions import LossFunction
+from ..loss_functions import LossFunction, origin
 from ..objective import NonFiniteLossError, Objective
 from ..tracing import told_of_tracing
 from .agreement import AGREEMENT, SMALL_GRADIENT, DisagreementError, rules_are_off
@@ -233,9 +233,10 @@ _known_ways: WeakKeyDictionary[torch.nn.Module, dict[int, _Ways]] = WeakKeyDicti
 
 
 def _ways_of(obj: Objective) -> _Ways:
+    loss = origin(obj._loss)
     if rules_are_off():
-        ways = _Ways(obj._loss)
+        ways = _Ways(loss)
         ways.traceable, ways.checked = False, True
         return ways
     by_loss = _known_ways.setdefault(obj._model, {})
-    return by_loss.setdefault(id(obj._loss), _Ways(obj._loss))
+    return by_loss.setdefault(id(loss), _Ways(loss))

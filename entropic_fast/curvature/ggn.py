@@ -16,7 +16,10 @@ from .. import checks, random
 from ..devices import is_gpu
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
-from ..loss_functions import CrossEntropy, cross_entropy, target_mass, widened
+from ..loss_cross_entropy import CrossEntropy, NegativeLogLikelihood
+from ..loss_elementwise import DiagonalLoss
+from ..loss_functions import closed_form, widened
+from ..loss_reductions import ReducedLoss
 from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
@@ -215,16 +218,20 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
         outputs = obj.outputs(theta, batch.inputs)
     require_finite_outputs(outputs, batch.start)
     dtype, free, targets = widened(outputs).dtype, widened(outputs), batch.targets
-    if obj.loss_name != "custom":
+    closed = closed_form(obj._loss)
+    if closed is not None:
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
         targets = targets.double() if targets.is_floating_point() else targets
-    if _has_class_factors(obj, outputs):
-        free = free.double()
-        targets = targets.double() if targets.is_floating_point() else targets
-        if not checks.all_finite(obj.output_losses(free, targets)):
-            obj.finite_losses(theta, batch)  # raises, naming the example
-        mass = target_mass(obj._loss, free, targets).expand(len(free), 1)
+    known = isinstance(closed, DiagonalLoss) or _has_class_factors(closed, outputs)
+    if known and not checks.all_finite(obj.output_losses(free, targets)):
+        obj.finite_losses(theta, batch)  # raises, naming the example
+    if isinstance(closed, DiagonalLoss):
+        directions, signs = _output_factors(closed.curvatures(free, targets))
+        return directions.to(dtype), signs
+    if _has_class_factors(closed, outputs):
+        assert isinstance(closed, CrossEntropy)
+        mass = closed.target_mass(free, targets).expand(len(free), 1) * closed.scale(1)
         directions = _class_factors(free) * mass.abs().sqrt()[:, :, None]
         return directions.to(dtype), mass.sign().expand(directions.shape[:2])
     values, vectors = torch.linalg.eigh(_output_hessians(obj, theta, batch, free, targets))
@@ -241,10 +248,20 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     return directions.to(dtype), values.sign()
 
 
-def _has_class_factors(obj: Objective, outputs: Tensor) -> bool:
+def _has_class_factors(loss: ReducedLoss | None, outputs: Tensor) -> bool:
     """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
-    by_class = obj._loss is cross_entropy or isinstance(obj._loss, CrossEntropy)
+    by_class = isinstance(loss, CrossEntropy) and not isinstance(loss, NegativeLogLikelihood)
     return by_class and outputs.ndim == 2 and outputs.shape[1] > SMALL and is_gpu(outputs.device)
+
+
+def _output_factors(curvatures: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions sqrt|h_k| e_k, the longest first, for a diagonal Hessian.  # [n, K, K], [n, K]"""
+    flat = curvatures.reshape(len(curvatures), -1)
+    order = flat.abs().argsort(1, descending=True)
+    values = flat.gather(1, order)
+    directions = flat.new_zeros(*flat.shape, flat.shape[1])
+    directions.scatter_(2, order[:, :, None], values.abs().sqrt()[:, :, None])
+    return directions, values.sign()
 
 
 def _class_factors(outputs: Tensor) -> Tensor:

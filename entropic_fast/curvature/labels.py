@@ -8,6 +8,7 @@ over labels y ~ p(y | x, theta); with `sampled_labels` every function of scores 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from torch import Tensor
 from .. import checks, random
 from ..exact import exact_math
 from ..examples import RepeatedExamples
-from ..loss_functions import widened
+from ..loss_cross_entropy import CrossEntropy, NextToken
+from ..loss_elementwise import BinaryCrossEntropy
+from ..loss_functions import closed_form, widened
+from ..loss_reductions import ReducedLoss
 from ..model_checks import require_finite_outputs
 from ..objective import Objective
 from .compiled import undisturbed
@@ -35,9 +39,16 @@ def sampled_labels(
       so the expected second moment of its scores is 1 / S of its Gauss-Newton matrix
       (`GGNOperator`), and 1 / S^2 of the Fisher matrix of the S labels together; with S = 1 all
       three are equal.
-    - "mse": the outputs plus independent Gaussian noise of variance K / 2, for K outputs an
-      example. Then |f - y|^2 / K is the negative log-likelihood, up to a constant and with
-      factor 1, so the expected second moment is the Fisher matrix and the Gauss-Newton matrix.
+    - "bce", nn.BCEWithLogitsLoss: 0 or 1 for each of the C labels, from the sigmoid of its output.
+      As with positions, the loss is a mean over labels: the expected second moment of its scores is
+      1 / C of its Gauss-Newton matrix, and 1 / C^2 of the Fisher matrix of the C labels together.
+    - "next_token", nn.CrossEntropyLoss: as "cross_entropy", a class for each position that counts;
+      ignored labels stay. A position weighs N / W in the loss of its example, with N examples and W
+      positions that count, so the second moment is N / W of the Gauss-Newton matrix.
+    - "mse", nn.MSELoss: the outputs plus independent Gaussian noise of variance K / 2, for K
+      outputs per example. Then |f - y|^2 / K is the negative log-likelihood, up to a constant
+      and with factor 1, so the expected second moment is the Fisher matrix and the Gauss-Newton
+      matrix.
 
     Example e of the data becomes the examples e * draws to e * draws + draws - 1; inputs are
     held once. The labels of a draw are a function of (seed, draw, example) and the outputs, not
@@ -47,8 +58,8 @@ def sampled_labels(
     not: with several draws it is too small as that of a sample of inputs.
 
     Args:
-        obj: an objective with loss "cross_entropy" or "mse", whose examples do not influence
-            one another.
+        obj: an objective with one of these losses, without class weights, weights of labels or
+            label smoothing, whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         draws: labels for each example.
         seed: of the labels.
@@ -68,27 +79,55 @@ def sampled_labels(
     >>> print(fisher_trace(sampled_labels(obj, draws=4)))  # |p - y|^2 |x|^2, whichever the label
     0.5 ± 0 (12 samples)
     """
-    if obj.loss_name not in ("cross_entropy", "mse"):
-        raise checks.fail(
-            "obj",
-            'loss "cross_entropy" or "mse", whose likelihood is known',
-            f"a {obj.loss_name} loss",
-            "draw the labels yourself and pass them with obj.with_data((inputs, labels))",
-        )
+    draw = _drawing(obj)
     checks.whole("draws", draws, 1)
     obj.require_single_examples()
     theta = obj.point(theta)
-    draw = _classes if obj.loss_name == "cross_entropy" else _noisy
     key = random.derive(seed, "sampled labels")
     parts = []
     for batch in obj.batches():
         with torch.no_grad(), exact_math():
             outputs = widened(obj.outputs(theta, batch.inputs))
         require_finite_outputs(outputs, batch.start)
-        labels = [draw(outputs, batch.start, key, d) for d in range(draws)]
+        labels = [draw(outputs, batch.targets, batch.start, key, d) for d in range(draws)]
         parts.append(torch.stack(labels, 1).flatten(0, 1))  # [n * draws, ...]
     examples = RepeatedExamples(obj.examples, draws, torch.cat(parts))
-    return obj.derived(examples, theta=theta)
+    # Drawn labels count where the given ones do.
+    return obj.derived(examples, theta=theta, bind=False)
+
+
+def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor]:
+    """The labels of a draw, from outputs, given targets, index of the first example, key, draw."""
+    loss = closed_form(obj._loss)
+    if loss is None or loss.no_likelihood:
+        why = "a loss the library does not know" if loss is None else loss.no_likelihood
+        raise checks.fail(
+            "obj",
+            'a negative log-likelihood: loss "cross_entropy", "mse", "bce" or "next_token", or '
+            "nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss without weights",
+            why,
+            "draw the labels yourself and pass them with obj.with_data((inputs, labels))",
+        )
+    if isinstance(loss, CrossEntropy):
+        cross_entropy = loss
+        return lambda *given: _labels(cross_entropy, *given)
+    if isinstance(loss, BinaryCrossEntropy):
+        return _binary
+    squared = loss
+    return lambda outputs, targets, *given: _noisy(squared, outputs, *given)
+
+
+def _labels(
+    loss: CrossEntropy, outputs: Tensor, targets: Tensor, first: int, key: int, draw: int
+) -> Tensor:
+    """A class for each position that counts, in the place of the given one; others stay."""
+    drawn = _classes(outputs.movedim(loss.class_axis, 1), first, key, draw)
+    if targets.is_floating_point():
+        return drawn
+    # Position t of "next_token" is compared with token t + 1; no one predicts the first.
+    next_token = isinstance(loss, NextToken)
+    drawn = torch.cat([targets[:, :1], drawn[:, :-1]], 1) if next_token else drawn
+    return torch.where(targets.long() == loss.ignored, targets.long(), drawn)
 
 
 def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
@@ -105,11 +144,19 @@ def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
     return classes.reshape(n, *outputs.shape[2:])
 
 
-def _noisy(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
-    """Outputs [n, ...] plus Gaussian noise of variance K / 2."""
+def _binary(outputs: Tensor, targets: Tensor, first: int, key: int, draw: int) -> Tensor:
+    """Labels 0 or 1 for outputs [n, ...], each 1 with the probability sigmoid of its output."""
+    count = outputs[0].numel()
+    u = random.uniform((len(outputs), count), key, draw, start=first * count, device=outputs.device)
+    drawn = u.view(outputs.shape) < outputs.double().sigmoid()
+    return drawn.to(outputs.dtype)
+
+
+def _noisy(loss: ReducedLoss, outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
+    """Outputs [n, ...] plus Gaussian noise of variance K / 2, or 1 / 2 over a term's weight."""
     count = outputs[0].numel()
     noise = random.normal(
         (len(outputs), count), key, draw, start=first * count, device=outputs.device
     )
-    noisy = outputs.double() + math.sqrt(count / 2) * noise.reshape(outputs.shape)
-    return noisy.to(outputs.dtype)
+    spread = math.sqrt(1 / (2 * loss.scale(count)))
+    return (outputs.double() + spread * noise.reshape(outputs.shape)).to(outputs.dtype)

@@ -176,4 +176,4 @@ def in_random_batches(obj: Objective, batch_size: int) -> Objective:
     used = n // batch_size * batch_size
     order = permutation(n, derive(0, "relax", "any order"), 0, device=inputs.device)[:used]
     data = (inputs[order], targets[order])
-    return obj.with_norm("batch").with_data(data, batch_size=batch_size)
+    return obj.with_norm("batch").sampled(data, batch_size=batch_size)

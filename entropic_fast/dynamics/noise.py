@@ -171,7 +171,7 @@ class GradientNoise:
         else:
             inputs, targets = obj.tensors()
             some = distinct.to(inputs.device)
-            few = obj.with_data((inputs[some], targets[some]))
+            few = obj.sampled((inputs[some], targets[some]))
             rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
         return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 

@@ -75,6 +75,6 @@ def _parts(obj: Objective, max_examples: int | None, most: int) -> list[Objectiv
     number = max(min(obj.num_examples // count, most), 1)
     inputs, targets = obj.tensors(number * count)
     return [
-        obj.with_data((x, y), batch_size=size)
+        obj.sampled((x, y), batch_size=size)
         for x, y in zip(torch.split(inputs, count), torch.split(targets, count), strict=True)
     ]

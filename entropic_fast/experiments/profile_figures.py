@@ -16,7 +16,12 @@ from .report import FigureEntry
 from .unit_store import UnitStore
 
 _STYLES: fig2.Styles = {"A-B": (plots.COLOURS[0], plots.MARKERS[0], "A-B")}
-_LOSSES = {"cross_entropy": "cross-entropy [nats]", "mse": "mean squared error"}
+_LOSSES = {
+    "cross_entropy": "cross-entropy [nats]",
+    "next_token": "cross-entropy [nats]",
+    "bce": "binary cross-entropy [nats]",
+    "mse": "mean squared error",
+}
 _CAPTIONS = {
     "along": (
         "Along the path from A to B.",

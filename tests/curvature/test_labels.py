@@ -48,6 +48,26 @@ def fisher_cases() -> dict[str, tuple[Objective, float]]:
             1 / 4,
         ),
         "mse": (Objective(linear(2, 3), "mse", (randn(6, 2), randn(6, 3, seed=1))), 1.0),
+        "bce of 3 labels": (
+            Objective(linear(2, 3), "bce", (randn(6, 2), (randn(6, 3, seed=1) > 0).double())),
+            1 / 3,
+        ),
+        "4 of 6 labels count": (
+            Objective(
+                linear(2, 3),
+                nn.CrossEntropyLoss(),
+                (randn(6, 2), torch.where(torch.arange(6) % 3 == 2, -100, classes)),
+            ),
+            6 / 4,
+        ),
+        "next token": (
+            Objective(
+                nn.Embedding(3, 3).double(),
+                "next_token",
+                (classes[:, None].repeat(1, 4), torch.tensor([[0, 1, 2, -100]] * 6)),
+            ),
+            1 / 2,
+        ),
         "mse of one output": (Objective(linear(3, 1), "mse", (randn(6, 3), randn(6, 1))), 1.0),
     }
 
@@ -64,6 +84,21 @@ def test_scores_of_sampled_labels_have_the_fisher_matrix_as_second_moment(name: 
     assert float(deviation.abs().max()) < 5
     assert float(deviation.square().mean()) < 3
     assert torch.allclose(moment[~known], expected[~known], atol=1e-9)
+
+
+def test_labels_of_a_summed_squared_error_have_its_gauss_newton_matrix():
+    data = randn(6, 2), randn(6, 3, seed=1)
+    obj = Objective(linear(2, 3), nn.MSELoss(reduction="sum"), data)
+    moment, error = second_moment(sampled_labels(obj, draws=400), 400)
+    expected = GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)
+    assert float(((moment - expected) / error.clamp(min=1e-9)).abs().max()) < 5
+
+
+def test_weighted_likelihoods_are_refused():
+    x, y = randn(6, 2), torch.arange(6) % 3
+    for loss in (nn.CrossEntropyLoss(torch.ones(3)), nn.CrossEntropyLoss(label_smoothing=0.1)):
+        with pytest.raises(ValueError, match="with which it is no likelihood; draw the labels"):
+            sampled_labels(Objective(linear(2, 3), loss, (x, y)))
 
 
 def test_scores_of_given_labels_have_another_second_moment():
@@ -153,7 +188,9 @@ def test_other_dtypes(dtype: torch.dtype):
 def test_what_has_no_likelihood_is_refused():
     x = randn(6, 2)
     custom = Objective(linear(2, 3), lambda out, y: out.square().sum(1), (x, x))
-    with pytest.raises(ValueError, match=r"obj: expected loss .* got a custom loss"):
+    with pytest.raises(
+        ValueError, match=r"obj: expected a negative log-likelihood.*, got a loss the"
+    ):
         sampled_labels(custom)
     obj, _ = fisher_cases()["mse"]
     for bad in (0, -1, 1.5, True):
