@@ -17,6 +17,7 @@ from .experiments import sources, stages
 from .experiments.profile_model import plan_profile, profile_model
 from .experiments.profile_subject import ProfileSettings
 from .loss_functions import NAMES
+from .experiments.weights import load_weights
 
 _DEFAULT = ProfileSettings()
 
@@ -33,7 +34,7 @@ DATA = Annotated[
     typer.Option(
         metavar="SOURCE",
         help="digits, cifar10, cifar100, a folder of train/<class>/* and test/<class>/*, a "
-        ".safetensors file with inputs and targets, or MODULE:FACTORY that returns data.",
+        ".safetensors or .pt file with inputs and targets, or MODULE:FACTORY that returns data.",
     ),
 ]
 OUT = Annotated[Path, typer.Option(help="Folder; the same command resumes it.")]
@@ -41,8 +42,8 @@ WEIGHTS = Annotated[
     Optional[list[Path]],  # noqa: UP045 - typer reads the annotation on Python 3.10
     typer.Option(
         metavar="FILE",
-        help="A .safetensors file with the model's weights. Given twice: two points, and a path "
-        "between them.",
+        help="A .safetensors, .pt or .pth file with the model's weights. Given twice: two points, "
+        "and a path between them.",
     ),
 ]
 DATA_DIR = Annotated[
@@ -134,5 +135,5 @@ def _network(reference: str, weights: Path | None, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     network = sources.model_from(reference, "MODULE:FACTORY")
     if weights is not None:
-        sources.load_weights(network, weights)
+        load_weights(network, weights)
     return network

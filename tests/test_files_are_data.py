@@ -1,4 +1,4 @@
-"""Nothing that is read can run: no pickle, no evaluation of text, anywhere in the package."""
+"""Nothing that is read can run: no pickled objects, no evaluation of text, in the package."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,9 @@ def findings(source: str) -> list[str]:
             # What copying a module may raise is no way to read one.
             found += [str(node.module) for a in node.names if not a.name.endswith("Error")]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in CALLS:
-            found.append(ast.unparse(node.func))
+            # torch reads tensors and plain containers alone where it is told so.
+            safe = "weights_only=True" in map(ast.unparse, node.keywords)
+            found += [] if safe else [ast.unparse(node.func)]
     return found
 
 
@@ -32,7 +34,14 @@ def test_no_module_reads_code_as_data(path):
 
 
 @pytest.mark.parametrize(
-    "line", ["import pickle", "from dill import load", "torch.load('x')", "eval('1')"]
+    "line",
+    [
+        "import pickle",
+        "from dill import load",
+        "torch.load('x')",
+        "eval('1')",
+        "torch.load('x', weights_only=w)",
+    ],
 )
 def test_what_is_looked_for_would_be_found(line):
     assert findings(line)

@@ -1,4 +1,4 @@
-"""A user's own model, weights and data, from what a command line names."""
+"""A user's own model and data, from what a command line names."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 
 from .. import checks
 from ..data import NAMES, ImageData, load
+from .weights import read_tensors
 
 T = TypeVar("T")
-_SHOWN = 3  # names listed in a message
 
 
 def model_from(reference: str, argument: str = "model") -> nn.Module:
@@ -55,9 +53,9 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
 
     Args:
         source: "digits", "cifar10" or "cifar100" (the training set); a folder of
-            train/<class>/* and test/<class>/*; a .safetensors file with tensors `inputs` and
-            `targets`; or "MODULE:FACTORY", which returns (inputs, targets), a Dataset, batches,
-            or an `ImageData`.
+            train/<class>/* and test/<class>/*; a .safetensors, .pt or .pth file with tensors
+            `inputs` and `targets`; or "MODULE:FACTORY", which returns (inputs, targets), a
+            Dataset, batches, or an `ImageData`.
         data_dir: of images, as for `data.load`.
         argument: what messages call it.
 
@@ -70,7 +68,7 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
     """
     if data_dir is not None or source in NAMES:
         return load(source, data_dir)[0].tensors()
-    if source.endswith(".safetensors"):
+    if source.endswith((".safetensors", ".pt", ".pth")):
         return _inputs_and_targets(source, argument)
     if Path(source).is_dir():
         return load(Path(source).resolve().name, source)[0].tensors()
@@ -78,7 +76,7 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
         raise checks.fail(
             argument,
             "one of " + ", ".join(map(repr, NAMES)) + ", a folder of train/<class>/* and "
-            "test/<class>/*, a .safetensors file, or MODULE:FACTORY",
+            "test/<class>/*, a .safetensors, .pt or .pth file, or MODULE:FACTORY",
             repr(source),
             "check the name",
         )
@@ -86,102 +84,8 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
     return data.tensors() if isinstance(data, ImageData) else data
 
 
-def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Copy parameters and buffers from a safetensors file into a model of that architecture.
-
-    Names are those of `model.state_dict()` or, as in the minima of a run, parameter/<name> and
-    buffer/<name>. Of tied tensors the file may hold one. Floating-point values are converted to
-    the model's dtype.
-
-    Raises:
-        ValueError: another kind of file (pickles are never read); names or shapes that are not
-            the model's; values that are NaN or infinite. The model is then unchanged.
-        OSError: a file that cannot be read.
-
-    >>> import tempfile
-    >>> import torch
-    >>> net, other = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     safetensors.torch.save_file(net.state_dict(), f"{folder}/a.safetensors")
-    ...     load_weights(other, f"{folder}/a.safetensors")
-    >>> torch.equal(net.weight, other.weight)
-    True
-    """
-    stored = _plain_names(_read(file, f"weights {file}"))
-    state = model.state_dict(keep_vars=True)
-    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    problems = [*_misnamed(stored, own), *_misshapen(stored, own)]
-    if problems:
-        more = f", and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise checks.fail(
-            f"weights {file}",
-            f"those of this model ({type(model).__name__}, {len(own)} tensors)",
-            f"{len(stored)} tensors of another: {'; '.join(problems[:_SHOWN])}{more}",
-            _advice(stored, own),
-        )
-    for name, value in stored.items():
-        if value.is_floating_point():
-            checks.finite(f"weights {file}, {name}", value)
-    model.load_state_dict(stored, strict=False)
-
-
-# -- weights and data in files --------------------------------------------------------------
-
-
-def _read(file: str | Path, argument: str) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(Path(file).read_bytes())
-    except safetensors.SafetensorError as error:
-        raise checks.fail(
-            argument,
-            "a safetensors file",
-            f"another kind of file ({error})",
-            "write one with safetensors.torch.save_file; pickles (.pt, .pth, .ckpt) are not read, "
-            "because reading one runs what is in it",
-        ) from error
-    return tensors
-
-
-def _plain_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the kind that the minima of a run put before them."""
-    if stored and all(name.split("/")[0] in ("parameter", "buffer") for name in stored):
-        return {name.partition("/")[2]: value for name, value in stored.items()}
-    return dict(stored)
-
-
-def _misnamed(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    given = {_storage(own[name]) for name in stored if name in own}
-    missing = [n for n, v in own.items() if n not in stored and _storage(v) not in given]
-    unknown = [name for name in stored if name not in own]
-    return [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in unknown]
-
-
-def _storage(value: Tensor) -> tuple[object, ...]:
-    """The same for tied tensors; tensors without content are never tied."""
-    return (value.data_ptr(), value.shape) if value.numel() else (id(value),)
-
-
-def _misshapen(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    return [
-        f"{name} is {checks.describe(stored[name])}, not {checks.describe(own[name])}"
-        for name in own
-        if name in stored
-        and (
-            stored[name].shape != own[name].shape
-            or stored[name].is_floating_point() != own[name].is_floating_point()
-        )
-    ]
-
-
-def _advice(stored: Iterable[str], own: Iterable[str]) -> str:
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if {name.removeprefix(prefix) for name in stored} == set(own):
-            return f"the names begin with {prefix!r}: save the state_dict of the module inside"
-    return "save model.state_dict() of the model that the factory builds"
-
-
 def _inputs_and_targets(file: str, argument: str) -> tuple[Tensor, Tensor]:
-    tensors = _read(file, f"{argument} {file}")
+    tensors = read_tensors(file, f"{argument} {file}")
     if not {"inputs", "targets"} <= tensors.keys():
         raise checks.fail(
             f"{argument} {file}",

@@ -6,10 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from entropic_fast.experiments import sources
-from entropic_fast.minima import save_minimum
 
 
 @pytest.fixture
@@ -116,73 +114,6 @@ def test_a_module_that_fails_names_the_line(tmp_path, monkeypatch, by_name):
             sources.model_from(f"{place}:build")
 
 
-# -- weights --------------------------------------------------------------------------------
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
-        self.out.weight = self.embed.weight
-
-
-def test_weights_are_copied_with_buffers_and_converted(tmp_path):
-    one = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    one[1].running_mean.fill_(2.0)
-    save_file({n: t.half() if t.is_floating_point() else t for n, t in one.state_dict().items()},
-              tmp_path / "a.safetensors")  # fmt: skip
-    other = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    sources.load_weights(other, tmp_path / "a.safetensors")
-    assert torch.equal(other[0].weight, one[0].weight.half().float())
-    assert other[1].running_mean.tolist() == [2.0, 2.0] and other[0].weight.dtype == torch.float32
-
-
-def test_of_tied_weights_one_is_enough(tmp_path):
-    save_file({"out.weight": torch.ones(5, 4)}, tmp_path / "a.safetensors")
-    model = Tied()
-    sources.load_weights(model, tmp_path / "a.safetensors")
-    assert torch.equal(model.embed.weight, torch.ones(5, 4)) and model.out.weight is not None
-
-
-def test_the_minima_of_a_run_are_weights_too(tmp_path):
-    one, other = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(2))
-    save_minimum(tmp_path / "m.safetensors", one, {"model": "mine"})
-    sources.load_weights(other, tmp_path / "m.safetensors")
-    assert torch.equal(other[0].weight, one[0].weight)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda s: s | {"0.weight": torch.ones(2, 4)}, ["0.weight is shape [2, 4]", "not shape"]),
-        (lambda s: s | {"0.weight": torch.ones(2, 3).long()}, ["0.weight is shape [2, 3] of int"]),
-        (lambda s: {"0.weight": s["0.weight"]}, ["0.bias is missing", "and 3 more"]),
-        (lambda s: s | {"extra": torch.ones(1)}, ["extra is unknown"]),
-        (lambda s: {f"module.{n}": t for n, t in s.items()}, ["names begin with 'module.'"]),
-        (lambda s: s | {"0.bias": torch.tensor([0.0, torch.nan])}, ["0.bias", "finite values"]),
-    ],
-)
-def test_weights_of_another_model_are_refused_and_it_stays_as_it_was(tmp_path, change, words):
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    stored = change({n: t + 1 for n, t in model.state_dict().items()})
-    save_file(stored, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"^weights .*a\.safetensors") as refused:
-        sources.load_weights(model, tmp_path / "a.safetensors")
-    for word in words:
-        assert word in str(refused.value)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-
-
-def test_pickles_are_not_read(tmp_path):
-    model = nn.Linear(2, 2)
-    torch.save(model.state_dict(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"expected a safetensors file.*pickles .* are not read"):
-        sources.load_weights(model, tmp_path / "a.pt")
-    with pytest.raises(FileNotFoundError):
-        sources.load_weights(model, tmp_path / "absent.safetensors")
-
-
 # -- data -----------------------------------------------------------------------------------
 
 
@@ -207,6 +138,8 @@ def test_data_come_from_a_file_a_folder_a_name_or_a_factory(module, tmp_path, mo
 def test_data_that_are_none_of_these_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data: expected one of 'digits'.*got 'mnist'"):
         sources.data_from("mnist")
+    torch.save({"inputs": torch.ones(3, 2), "targets": torch.arange(3)}, tmp_path / "d.pt")
+    assert sources.data_from(str(tmp_path / "d.pt"))[1].tolist() == [0, 1, 2]
     save_file({"x": torch.ones(3, 2)}, tmp_path / "d.safetensors")
     with pytest.raises(ValueError, match="expected tensors `inputs` and `targets`, got x"):
         sources.data_from(str(tmp_path / "d.safetensors"))
