@@ -46,6 +46,14 @@ WEIGHTS = Annotated[
         "and a path between them.",
     ),
 ]
+PARAMETERS = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        metavar="PATTERN",
+        help="Only the parameters whose name, or whose module's name, matches, as 'head.*'; the "
+        "others are constants. May be given several times.",
+    ),
+]
 DATA_DIR = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where the images of --data are, or where CIFAR is downloaded to."),
@@ -63,6 +71,7 @@ def profile(
     norm: Annotated[
         str, typer.Option(help="Normalisation by running statistics, or each batch's: batch.")
     ] = "running",
+    parameters: PARAMETERS = None,
     examples: Annotated[WHOLE, typer.Option(help="For curvature; default 512, or all.")] = None,
     points: Annotated[int, typer.Option(help="Along the path.")] = _DEFAULT.points,
     probes: Annotated[int, typer.Option(help="Random signs for a trace.")] = _DEFAULT.probes,
@@ -115,6 +124,7 @@ def profile(
         "norm": norm,
         "settings": settings,
         "device": place,
+        "parameters": parameters or None,
     }
     if plan:
         plan_profile(networks[0], examples_of, **common)

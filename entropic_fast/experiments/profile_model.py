@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import checks, store
 from ..dynamics.checkpoint import fingerprint
 from ..loss_functions import LossFunction
+from ..modules import plain_name
 from ..objective import Objective
 from ..parallel import shard
 from ..sharing import Sharing
@@ -85,6 +86,7 @@ def profile_model(
     norm: str = "running",
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
+    parameters: Any = None,
     named: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> ModelProfile:
@@ -106,7 +108,8 @@ def profile_model(
             re-iterable of batches.
         out: the folder.
         other: a model of the same architecture at point B; None for no path.
-        loss, norm, device: as for `Objective`. A callable loss is known by its name when resumed.
+        loss, norm, device, parameters: as for `Objective`. A callable loss is known by its name
+            when resumed.
         settings: how closely; default, `ProfileSettings()`.
         named: what the report calls "model", "weights" and "data".
         console: where the plan and progress are shown; None for nowhere.
@@ -129,17 +132,19 @@ def profile_model(
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device)
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters)
     whole, end, sharing = subject.whole, subject.end, subject.whole.sharing
     first = sharing is None or sharing.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
-    about = {
+    about: dict[str, Any] = {
         "named": named,
         "loss": _loss_name(loss),
         "norm": norm,
         "settings": dataclasses.asdict(settings),
         "found": _facts(whole, end, model),
     }
+    if parameters is not None:
+        about["chosen"] = list(whole.parameter_names)
     todo = units(subject)
     folder = _by_first(sharing, lambda: _open(Path(out), about, whole.device.type))
     folder = folder or UnitStore(Path(out), whole.device.type)
@@ -166,6 +171,7 @@ def plan_profile(
     norm: str = "running",
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
+    parameters: Any = None,
     console: Console | None = None,
 ) -> None:
     """Show what `profile_model` will take, on several numbers of processes, and do none of it.
@@ -173,7 +179,7 @@ def plan_profile(
     Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
 
     Args:
-        model, data, other, loss, norm, settings, device: as for `profile_model`.
+        model, data, other, loss, norm, settings, device, parameters: as for `profile_model`.
         console: where it is shown; None for standard output.
 
     Raises:
@@ -183,7 +189,7 @@ def plan_profile(
     >>> plan_profile(net, (x, torch.arange(20) % 2), console=Console(quiet=True))
     """
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device)
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters)
     sharing = subject.whole.sharing
     console = console or Console(emoji=False)
     print_plan(console if sharing is None or not sharing.rank else Console(quiet=True), subject)
@@ -197,9 +203,10 @@ def _subject(
     norm: str,
     settings: ProfileSettings,
     device: torch.device | str | None,
+    parameters: Any,
 ) -> Subject:
-    whole = shard(_objective(model, data, loss, norm, device))
-    end = None if other is None else _other_end(whole, other, loss)
+    whole = shard(_objective(model, data, loss, norm, device, parameters))
+    end = None if other is None else _other_end(whole, other, loss, parameters is not None)
     return Subject.of(whole, end, settings)
 
 
@@ -219,9 +226,10 @@ def _objective(
     loss: str | LossFunction,
     norm: str,
     device: torch.device | str | None,
+    parameters: Any,
 ) -> Objective:
     try:
-        return Objective(model, loss, data, norm=norm, device=device)
+        return Objective(model, loss, data, norm=norm, device=device, parameters=parameters)
     except TypeError as error:  # from a Dataset whose items do not make a batch
         raise checks.fail(
             "data",
@@ -230,11 +238,19 @@ def _objective(
         ) from error
 
 
-def _other_end(whole: Objective, other: nn.Module, loss: str | LossFunction) -> Tensor:
+def _other_end(
+    whole: Objective, other: nn.Module, loss: str | LossFunction, chosen: bool
+) -> Tensor:
     """The point of the other model, which differs from the first in parameters alone.  # [P]"""
     few = next(whole.batches(batch_size=8))
-    there = Objective(other, loss, [(few.inputs, few.targets)], norm=whole.norm,
-                      device=whole.device)  # fmt: skip
+    there = Objective(
+        other,
+        loss,
+        [(few.inputs, few.targets)],
+        norm=whole.norm,
+        device=whole.device,
+        parameters=_same_names(whole, other) if chosen else None,
+    )
     a, b = (
         {name: tuple(part.shape) for name, part in obj.split(obj.parameters_vector()).items()}
         for obj in (whole, there)
@@ -261,6 +277,12 @@ def _other_end(whole: Objective, other: nn.Module, loss: str | LossFunction) -> 
             "other", "another point than the first", "the same", "give other weights, or only one"
         )
     return end
+
+
+def _same_names(whole: Objective, other: nn.Module) -> list[nn.Parameter] | None:
+    """The other model's parameters of the names in theta; None if it has none of them."""
+    own = {plain_name(other, name): p for name, p in other.named_parameters()}
+    return [own[name] for name in whole.parameter_names if name in own] or None
 
 
 def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:

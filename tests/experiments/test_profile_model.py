@@ -358,13 +358,32 @@ def test_what_cannot_be_measured_is_refused_at_once(
     assert not out.exists()
 
 
+def test_a_block_of_weights_from_a_checkpoint(command, given, tmp_path):
+    mine, out = given / "mine.py", tmp_path / "out"
+    torch.save({"model": nn.DataParallel(net(3)).cpu().state_dict()}, tmp_path / "a.pt")
+    base = ["profile", f"{mine}:build", "--data", f"{mine}:data", "--weights", tmp_path / "a.pt"]
+    few = ["--probes=4", "--density-probes=2", "--density-steps=8"]
+    head = ["--parameters", "2.weight", "--parameters", "*.2.bias", "--out", out]
+    refused(command(*base, *few, *head), "parameters: expected", "'*.2.bias', which matches none")
+    head[3] = "2.b*"
+    assert command(*base, *few, *head).code == 0
+    model = net(3)
+    obj = Objective(model, "cross_entropy", examples(), parameters=model[2])
+    dense = torch.linalg.eigvalsh(HessianOperator(obj) @ torch.eye(obj.num_params))
+    rows = Table.from_csv(out / "tables" / "eigenvalues.csv").rows()
+    row = next(r for r in rows if r["which"] == "largest" and r["rank"] == 1)
+    assert abs(row["eigenvalue"] - float(dense[-1])) <= row["residual"] + 1e-5
+    ended = command(*base, *few, "--parameters", "0", "--out", out)
+    refused(ended, "chosen: ['2.weight', '2.bias'] -> ['0.weight', '0.bias']")
+
+
 def test_weights_that_make_no_path_are_refused(command, given, tmp_path):
     mine, a = given / "mine.py", given / "a.safetensors"
     base = ["profile", f"{mine}:build", "--data", f"{mine}:data", "--out", tmp_path / "out"]
     refused(command(*base, *["--weights", a] * 2), "other: expected another point than the first")
     refused(command(*base, *["--weights", a] * 3), "--weights: expected one file, or two, got 3")
     save_file(nn.Linear(4, 3).state_dict(), tmp_path / "small.safetensors")
-    refused(command(*base, "--weights", tmp_path / "small.safetensors"), "0.weight is missing")
+    refused(command(*base, "--weights", tmp_path / "small.safetensors"), "0.weight, 0.bias")
     refused(command(*base, "--weights", tmp_path / "absent.safetensors"), "absent.safetensors")
     assert not (tmp_path / "out").exists()
 
@@ -377,6 +396,8 @@ def test_points_that_differ_beyond_their_parameters_are_refused(tmp_path):
         model[0].requires_grad_(False)
     with pytest.raises(ValueError, match=r"other: .*the same buffers.*frozen parameters"):
         profile_model(a, examples(), tmp_path / "x", other=b, settings=QUICK)
+    with pytest.raises(ValueError, match=r"other: .*the same buffers.*frozen parameters"):
+        profile_model(a, examples(), tmp_path / "x", other=b, settings=QUICK, parameters=a[2])
     batches = [
         (torch.ones(n, length, 4), torch.ones(n, length).long()) for n, length in ((2, 3), (1, 2))
     ]
