@@ -16,8 +16,8 @@ from . import checks
 from .experiments import sources, stages
 from .experiments.profile_model import plan_profile, profile_model
 from .experiments.profile_subject import ProfileSettings
-from .loss_functions import NAMES
 from .experiments.weights import load_weights
+from .loss_functions import NAMES
 
 _DEFAULT = ProfileSettings()
 

@@ -370,7 +370,7 @@ def test_a_block_of_weights_from_a_checkpoint(command, given, tmp_path):
     model = net(3)
     obj = Objective(model, "cross_entropy", examples(), parameters=model[2])
     dense = torch.linalg.eigvalsh(HessianOperator(obj) @ torch.eye(obj.num_params))
-    rows = Table.from_csv(out / "tables" / "eigenvalues.csv").rows()
+    rows = Table.from_csv(out / "data" / "eigenvalues.csv").rows()
     row = next(r for r in rows if r["which"] == "largest" and r["rank"] == 1)
     assert abs(row["eigenvalue"] - float(dense[-1])) <= row["residual"] + 1e-5
     ended = command(*base, *few, "--parameters", "0", "--out", out)
