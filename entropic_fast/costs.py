@@ -278,7 +278,7 @@ def measure(obj: Objective) -> Machine:
     few = obj.alone()
     if obj.examples.are_tensors:
         size = min(count, obj.examples.batch_size)
-        few = few.with_data(obj.tensors(count), batch_size=size)
+        few = few.sampled(*obj.tensors(count), batch_size=size)
     gradient = _fastest(few.gradient) / few.num_examples
     operations = count_operations(few.gradient) / few.num_examples
     rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)

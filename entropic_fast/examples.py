@@ -1,82 +1,127 @@
-"""The data of an Objective: tensors, a Dataset or batches, read in one fixed order."""
+"""The data of an Objective: trees of tensors, a Dataset or batches, read in one fixed order."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from . import checks
+from . import checks, trees
+from .batch_format import BatchFormat, as_tree, require_one_length
+from .trees import Tree
 
 DEFAULT_BATCH_SIZE = 256
 
 
 class Batch(NamedTuple):
-    """Consecutive examples: index of the first, inputs [n, ...], targets [n, ...]."""
+    """Consecutive examples: index of the first, inputs and targets, trees of tensors [n, ...]."""
 
     start: int
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tree
+    targets: Tree
+
+    @property
+    def size(self) -> int:
+        """n, the number of examples."""
+        return trees.size(self.inputs)
+
+    def cut(self, begin: int, end: int) -> Batch:
+        """Its examples from `begin` to before `end`."""
+        part = slice(begin, end)
+        return Batch(
+            self.start + begin, trees.chosen(self.inputs, part), trees.chosen(self.targets, part)
+        )
+
+
+class WithTargets(NamedTuple):
+    """Inputs of a model whose loss is computed inside: what it takes, and the targets."""
+
+    inputs: Tree
+    targets: Tree
 
 
 class Examples:
     """Examples in a fixed order, in batches, on a device.
 
     Args:
-        data: a pair of tensors, a Dataset of (input, target), or a re-iterable of batches.
+        data: (inputs, targets), trees of tensors or NumPy arrays; a dict with labels; a Dataset
+            of examples; or a re-iterable of batches. See `BatchFormat`.
         device: where batches are delivered.
         dtype: floating-point inputs are cast to it.
         batch_size: examples a batch; None for 256, or for the batches as they come.
+        form: how batches are read; default, as for a model of one input.
+        one_batch: all examples are one batch, never cut.
 
     Raises:
         ValueError: empty data, lengths that differ, data that change between two readings.
     """
 
     def __init__(
-        self, data: Any, device: torch.device, dtype: torch.dtype, batch_size: int | None
+        self,
+        data: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int | None,
+        form: BatchFormat | None = None,
+        *,
+        one_batch: bool = False,
     ) -> None:
         self.device, self.dtype = device, dtype
-        self._tensors: tuple[Tensor, Tensor] | None = None
+        self.form = form = form or BatchFormat(nn.Identity())
+        self.one_batch, self.with_targets = one_batch, False
+        self._tensors: tuple[Tree, Tree] | None = None
         self._source: Iterable[Any] = ()
         self._digest: str | None = None
         if batch_size is not None:
             checks.whole("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
-        if isinstance(data, tuple | list) and len(data) == 2 and _are_tensors(data):
-            self._take_tensors(*data)
-            return
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            if len(data) == 0:  # type: ignore[arg-type]
-                raise _empty()
-            data = DataLoader(data, batch_size=self.batch_size, shuffle=False)
-        elif isinstance(data, IterableDataset):
-            data = DataLoader(data, batch_size=self.batch_size)
-        elif batch_size is not None:
-            raise checks.fail("batch_size", "None for data that come in batches", str(batch_size))
-        self._take_batches(data)
+        if _is_one_batch(data):
+            self._take_tensors(*form.split(data))
+        else:
+            if isinstance(data, Dataset | IterableDataset) or _holds_examples(data):
+                is_map = not isinstance(data, IterableDataset)
+                if is_map and len(data) == 0:
+                    raise _empty()
+                data = DataLoader(data, batch_size=self.batch_size)
+            elif batch_size is not None and not one_batch:
+                raise checks.fail(
+                    "batch_size", "None for data that come in batches", str(batch_size)
+                )
+            self._take_batches(data)
+        if one_batch:
+            self._join(batch_size)
 
-    def _take_tensors(self, inputs: Tensor, targets: Tensor) -> None:
-        if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
-            raise checks.fail(
-                "data",
-                "inputs [N, ...] and targets [N, ...] of one length",
-                f"{list(inputs.shape)} and {list(targets.shape)}",
-            )
-        if len(inputs) == 0:
+    @classmethod
+    def of(cls, inputs: Tree, targets: Tree, like: Examples, batch_size: int | None) -> Examples:
+        """Examples of these trees of tensors as they are, else as `like` reads its own."""
+        made = Examples.__new__(Examples)
+        made.device, made.dtype, made.form = like.device, like.dtype, like.form
+        made.one_batch, made.with_targets = like.one_batch, False
+        made._digest, made._source = None, ()
+        made._take_tensors(inputs, targets)
+        made.batch_size = made.count if made.one_batch else batch_size or DEFAULT_BATCH_SIZE
+        return made
+
+    def _take_tensors(self, inputs: Tree, targets: Tree) -> None:
+        if isinstance(inputs, WithTargets):
+            inputs = inputs.inputs
+        self.count = require_one_length(inputs, targets)
+        if self.count == 0:
             raise _empty()
-        self._tensors = (self._convert(inputs), targets.to(self.device))
-        self.count = len(inputs)
+        self._tensors = (self._convert(inputs), trees.mapped(self._moved, targets))
 
     def _take_batches(self, data: Any) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, str | bytes | dict):
+        if not isinstance(data, Iterable) or isinstance(data, str | bytes | Tensor):
             raise checks.fail(
                 "data",
-                "(inputs, targets), a Dataset, or a re-iterable of batches",
+                "(inputs, targets), a dict with labels, a Dataset, or a re-iterable of batches",
                 checks.describe(data),
             )
         if iter(data) is data:
@@ -89,7 +134,7 @@ class Examples:
         self._source = data
         self.count = 0
         first = [_checksum(batch) for batch in self.batches()]
-        self.count = sum(size for size, _, _ in first)
+        self.count = sum(int(found[0]) for found in first)
         if not first:
             raise _empty()
         if first != [_checksum(batch) for batch in self.batches()]:
@@ -99,6 +144,37 @@ class Examples:
                 "others at the second reading",
                 "pass shuffle=False, and no random augmentation",
             )
+
+    def _join(self, batch_size: int | None) -> None:
+        """Put all examples into one batch."""
+        if batch_size is not None and batch_size < self.count:
+            raise checks.fail(
+                "batch_size",
+                f"None, or the {self.count} examples of a coupled objective",
+                str(batch_size),
+                "its entire data is one batch",
+            )
+        self.batch_size = self.count
+        if self._tensors is not None:
+            return
+        parts = list(self._raw(self.count))
+        forms = {trees.example_form(part) for part in parts}
+        if len(forms) > 1:
+            raise checks.fail(
+                "data",
+                "batches of one form, to be one batch of a coupled objective",
+                f"{len(forms)} different ones, such as {checks.describe(parts[0])} and "
+                f"{checks.describe(parts[-1])}",
+                "pad them to one shape",
+            )
+        inputs, targets = trees.joined(parts)
+        self._tensors, self._source = (inputs, targets), ()
+
+    def including_targets(self) -> Examples:
+        """The same, with inputs that hold the targets too, as `WithTargets`."""
+        other = copy.copy(self)
+        other.with_targets = True
+        return other
 
     def cast(self, dtype: torch.dtype) -> Examples:
         """The same examples with floating-point inputs in another dtype."""
@@ -117,78 +193,98 @@ class Examples:
             max_examples: stop after so many; None for all.
             batch_size: cut batches into pieces of at most so many (tensors: exactly so many).
         """
+        if self.one_batch:
+            max_examples = batch_size = None
         size = batch_size or self.batch_size
         left = self.count if self._tensors is not None else -1
         left = left if max_examples is None else max_examples
         start = 0
         for inputs, targets in self._raw(size):
-            for i in range(0, len(inputs), batch_size or max(1, len(inputs))):
-                piece = slice(i, i + (batch_size or len(inputs)))
-                x, y = inputs[piece], targets[piece]
+            whole = Batch(start, self._delivered(inputs, targets), targets)
+            for i in range(0, whole.size, batch_size or max(1, whole.size)):
+                n = min(batch_size or whole.size, whole.size - i)
                 if left >= 0:
-                    x, y = x[:left], y[:left]
-                    left -= len(x)
-                if len(x) == 0:
+                    n = min(n, left)
+                    left -= n
+                if n == 0:
                     return
-                yield Batch(start, x, y)
-                start += len(x)
+                yield whole if n == whole.size else whole.cut(i, i + n)
+                start += n
+
+    def _delivered(self, inputs: Tree, targets: Tree) -> Tree:
+        return WithTargets(inputs, targets) if self.with_targets else inputs
+
+    def check_batch(self, size: int = 16) -> Batch:
+        """A few examples to check a model on; all of them where they are one batch."""
+        return next(self.batches(batch_size=size))
 
     def digest(self) -> str:
         """SHA-256 of all examples, as they were when it was first asked for."""
         if self._digest is None:
-            self._digest = digest(t for b in self.batches() for t in (b.inputs, b.targets))
+            self._digest = digest(t for b in self.batches() for t in trees.leaves(b[1:]))
         return self._digest
 
     @property
     def are_tensors(self) -> bool:
-        """Whether they were given as two tensors, which batches of any size are cut from."""
+        """Whether all are held, so that batches of any size are cut from them."""
         return self._tensors is not None
 
-    def spread(self, count: int) -> tuple[Tensor, Tensor]:
-        """Up to so many examples: of tensors evenly spaced, of batches from the first alone."""
+    def spread(self, count: int) -> tuple[list[int], Batch]:
+        """Up to so many examples and their numbers: evenly spaced, of batches in the first."""
         if self._tensors is not None:
             inputs, targets = self._tensors
+            held = Batch(0, self._delivered(inputs, targets), targets)
         else:
-            _, inputs, targets = next(self.batches())
-        index = torch.linspace(0, len(inputs) - 1, min(count, len(inputs)), device=self.device)
-        index = index.round().long()
-        return inputs[index], targets[index]
+            held = next(self.batches())
+        if held.size <= count:
+            return list(range(held.size)), held
+        index = torch.linspace(0, held.size - 1, count).round().long()
+        return index.tolist(), Batch(0, *trees.chosen(held[1:], index.to(self.device)))
 
     def require_count(self, max_examples: int | None) -> int:
         """`max_examples` if it is in 1 .. N, or N for None."""
         if max_examples is None:
             return self.count
         number = checks.whole("max_examples", max_examples, 1)
+        if self.one_batch and number != self.count:
+            raise checks.fail(
+                "max_examples",
+                f"None, or the {self.count} examples of a coupled objective",
+                str(max_examples),
+                "its entire data is one batch; build one of fewer examples with with_data",
+            )
         if number > self.count:
             raise checks.fail(
                 "max_examples", f"at most the {self.count} examples there are", str(max_examples)
             )
         return number
 
-    def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
         if self._tensors is not None:
-            inputs, targets = self._tensors
-            for i in range(0, len(inputs), size):
-                yield inputs[i : i + size], targets[i : i + size]
+            for i in range(0, self.count, size):
+                if size >= self.count:
+                    yield self._tensors
+                else:
+                    yield trees.chosen(self._tensors, slice(i, i + size))
             return
         for item in self._source:
-            if not isinstance(item, tuple | list) or len(item) != 2 or not _are_tensors(item):
-                raise checks.fail(
-                    "data", "batches that are (inputs, targets) tensors", checks.describe(item)
-                )
-            if len(item[0]) != len(item[1]):
-                raise checks.fail(
-                    "data",
-                    "as many targets as inputs in a batch",
-                    f"{list(item[0].shape)} and {list(item[1].shape)}",
-                )
-            if len(item[0]):
-                yield self._convert(item[0]), item[1].to(self.device)
+            inputs, targets = self.form.split(item)
+            inputs = inputs.inputs if isinstance(inputs, WithTargets) else inputs
+            if require_one_length(inputs, targets):
+                yield self._convert(inputs), trees.mapped(self._moved, targets)
 
-    def _convert(self, inputs: Tensor) -> Tensor:
-        if inputs.is_floating_point():
-            return inputs.to(self.device, self.dtype)
-        return inputs.to(self.device)
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def _convert(self, inputs: Tree) -> Tree:
+        def to_model(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                return tensor.to(self.device, self.dtype)
+            if tensor.is_complex():
+                return tensor.to(self.device, self.dtype.to_complex())
+            return tensor.to(self.device)
+
+        return trees.mapped(to_model, inputs)
 
 
 class RepeatedExamples(Examples):
@@ -203,42 +299,99 @@ class RepeatedExamples(Examples):
     """
 
     def __init__(self, source: Examples, times: int, targets: Tensor) -> None:
-        self.device, self.dtype = source.device, source.dtype
+        self.device, self.dtype, self.form = source.device, source.dtype, source.form
+        self.one_batch = self.with_targets = False
         self.batch_size = source.batch_size
         self.count = source.count * checks.whole("times", times, 1)
         if len(targets) != self.count:
             raise checks.fail(
                 "targets", f"{self.count}, {times} for each example", checks.describe(targets)
             )
-        self._tensors = None
+        self._tensors, self._digest = None, None
         self._base, self._times, self._targets = source, times, targets
 
     def cast(self, dtype: torch.dtype) -> RepeatedExamples:
         """The same examples with floating-point inputs in another dtype."""
         return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
 
-    def _raw(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
         for batch in self._base.batches(batch_size=max(1, size // self._times)):
             inputs = batch.inputs
             if self._times > 1:
-                inputs = inputs.repeat_interleave(self._times, 0)
+                inputs = trees.mapped(lambda t: t.repeat_interleave(self._times, 0), inputs)
             start = batch.start * self._times
-            yield inputs, self._targets[start : start + len(inputs)]
+            yield inputs, self._targets[start : start + batch.size * self._times]
 
 
-def _are_tensors(pair: Any) -> bool:
-    return all(isinstance(item, Tensor) for item in pair)
+def _is_one_batch(data: Any) -> bool:
+    """Whether data are the examples themselves, not batches of them.
+
+    Raises:
+        ValueError: a tuple of two that may be both.
+    """
+    if isinstance(data, Mapping) and not isinstance(data, Dataset):
+        return True
+    if not isinstance(data, tuple | list) or not data:
+        return False
+    if any(_is_array(item) for item in data):
+        return True
+    if isinstance(data, list) or len(data) != 2:
+        return False
+    if _alike(*data):
+        raise checks.fail(
+            "data",
+            "(inputs, targets), or a list of batches",
+            f"a tuple of two that may be either: {checks.describe(data)}",
+            "pass a list [batch, batch], or inputs and targets in a dict each",
+        )
+    return True
 
 
-def _checksum(batch: Batch) -> tuple[int, float, float]:
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two structures could be batches of one loader."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return set(first) == set(second)
+    containers = isinstance(first, tuple | list) and isinstance(second, tuple | list)
+    if not containers or len(first) != len(second) or len(first) < 2:
+        return False
+    try:
+        forms = {trees.example_form(as_tree("data", list(item))) for item in (first, second)}
+    except ValueError:
+        return False
+    return len(forms) == 1
+
+
+def _holds_examples(data: Any) -> bool:
+    """Whether data that are no torch Dataset hold single examples by index, as Hugging Face's."""
+    if isinstance(data, str | bytes | list | tuple | Tensor | DataLoader):
+        return False
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
+        return False
+    try:
+        return any(np.ndim(leaf) == 0 for leaf in tree_leaves(data[0]))
+    except Exception:  # what cannot be indexed so is read by iteration
+        return False
+
+
+def _checksum(batch: Batch) -> tuple[float, ...]:
     """Size of a batch, and sums over it that depend on the order of its examples."""
-    n = len(batch.inputs)
-    order = torch.arange(1, n + 1, device=batch.inputs.device, dtype=torch.float64)
+    n = batch.size
+    order = torch.arange(1, n + 1, dtype=torch.float64)
     sums = [
-        float((order * part.reshape(n, -1).double().nan_to_num().sum(1)).sum())
-        for part in (batch.inputs, batch.targets)
+        float(
+            (order.to(part.device) * _real(part).reshape(n, -1).double().nan_to_num().sum(1)).sum()
+        )
+        for part in trees.leaves(batch[1:])
     ]
-    return n, sums[0], sums[1]
+    return n, *sums
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def _empty() -> ValueError:

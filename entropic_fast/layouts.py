@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .devices import is_gpu
+from .trees import Tree
 
 
-def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tensor) -> torch.memory_format:
+def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tree) -> torch.memory_format:
     """Channels last, in which convolutions are quicker, unless the network cannot take it.
 
     One that calls `view` on what a convolution returns needs its numbers in the usual order. Two
@@ -26,7 +27,7 @@ def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tensor) -> torch
     >>> fitting_layout(lambda x: torch.relu(x).view(len(x), -1), images)
     torch.contiguous_format
     """
-    if images.ndim != 4:
+    if not isinstance(images, Tensor) or images.ndim != 4:
         return torch.contiguous_format
     usual = images[:2].detach().contiguous()
     last = usual.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -40,3 +41,10 @@ def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tensor) -> torch
     size = float(expected.abs().max()) if expected.numel() else 0.0
     same = torch.allclose(found.detach(), expected, rtol=0, atol=1e-2 * size, equal_nan=True)
     return torch.channels_last if same else torch.contiguous_format
+
+
+def laid_out(inputs: Tree, layout: torch.memory_format) -> Tree:
+    """Inputs in a memory layout, if they are images [N, C, H, W]."""
+    if isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=layout)
+    return inputs

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, trees
 from .loss_cross_entropy import IGNORED, CrossEntropy
 from .loss_elementwise import BinaryCrossEntropy
 from .loss_functions import closed_form
-from .loss_reductions import Elementwise, first_tensor, require_shape
+from .loss_reductions import Elementwise, require_shape
 
 if TYPE_CHECKING:
     from .examples import Batch, Examples
@@ -48,9 +48,9 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
         require_shape(outputs, batch.targets)
         known.require_targets(obj.examples)
     if known is loss and isinstance(known, Elementwise):
-        n = len(first_tensor(batch.inputs))
-        for count in (n, (n + 1) // 2):  # a divisor may depend on the batch
-            known.require_torch_value(_first(outputs, count), _first(batch.targets, count))
+        for count in (batch.size, (batch.size + 1) // 2):  # a divisor may depend on the batch
+            some = trees.chosen((outputs, batch.targets), slice(count))
+            known.require_torch_value(*some)
 
 
 def require_labels(
@@ -69,9 +69,10 @@ def require_labels(
     """
     known: dict[Any, Tensor] = {}
     for batch in examples.batches():
-        like = first_tensor(batch.inputs).shape[1:]
+        like = trees.example_form(batch.inputs)
         if like not in known:
-            known[like] = _scores(outputs_of(_first(batch.inputs, 8)), loss)
+            few = batch if examples.one_batch else batch.cut(0, 8)
+            known[like] = _scores(outputs_of(few.inputs), loss)
         outputs, targets = known[like], batch.targets
         if not isinstance(targets, Tensor):
             raise checks.fail("targets", "one tensor of labels", checks.describe(targets))
@@ -151,12 +152,3 @@ def _require_positions(outputs: Tensor, targets: Tensor, loss: CrossEntropy) -> 
             checks.describe(targets),
             _CLASSES_LAST if last else "use targets.squeeze(1)" if column else "",
         )
-
-
-def _first(tree: Any, count: int) -> Any:
-    """The first examples of outputs or targets, which may be several tensors."""
-    if isinstance(tree, Tensor):
-        return tree[:count]
-    if isinstance(tree, dict):
-        return {name: _first(item, count) for name, item in tree.items()}
-    return type(tree)(_first(item, count) for item in tree)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import checks
+from . import checks, trees
 from .loss_reductions import (
     Elementwise,
     OutputHessian,
     ReducedLoss,
     differing_sizes,
-    first_tensor,
     require_shape,
 )
 
@@ -88,7 +87,7 @@ class BinaryCrossEntropy(DiagonalLoss):
             ValueError: a target outside 0 .. 1, or NaN.
         """
         for batch in examples.batches():
-            targets = first_tensor(batch.targets)
+            targets = trees.leaves(batch.targets)[0]
             bad = ~((targets >= 0) & (targets <= 1))
             if bool(bad.any()):
                 where = tuple(int(i) for i in bad.nonzero()[0])

@@ -105,6 +105,24 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs.float() if outputs.dtype in checks.HALF else outputs
 
 
+def computed_inside(outputs: Tensor, targets: Any) -> Tensor:
+    """The loss of a model whose outputs are the losses of examples.  # [n]"""
+    return outputs
+
+
+def takes_tensor(loss: LossFunction) -> bool:
+    """Whether a loss takes one tensor of outputs, as most do that the library knows.
+
+    >>> takes_tensor(mean_squared_error), takes_tensor(GaussianNLL(nn.GaussianNLLLoss()))
+    (True, False)
+    """
+    known = closed_form(loss)
+    several = isinstance(known, GaussianNLL) or (
+        isinstance(known, Elementwise) and not known.same_shape
+    )
+    return known is not None and not several
+
+
 def output_hessian(
     loss: LossFunction, outputs: Tensor, targets: Tensor, weights: Tensor
 ) -> OutputHessian | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from . import checks
+from . import checks, trees
 
 if TYPE_CHECKING:
     from .examples import Examples
@@ -130,7 +130,7 @@ class Elementwise(ReducedLoss):
         self.same_shape = type(loss).forward in _SAME_SHAPE
 
     def terms(self, outputs: Any, targets: Any) -> Tensor:
-        like = first_tensor(outputs)
+        like = trees.leaves(outputs)[0]
         if self.same_shape:
             require_shape(outputs, targets)
             _require_no_example_weights(self._unreduced, outputs)
@@ -138,7 +138,7 @@ class Elementwise(ReducedLoss):
 
     def _arguments(self, outputs: Any, targets: Any) -> tuple[Any, ...]:
         """What the torch loss takes, of outputs that may be several, and targets."""
-        like = first_tensor(outputs)
+        like = trees.leaves(outputs)[0]
         kind = type(self.torch_loss).forward
         if isinstance(targets, Tensor) and (targets.is_floating_point() or kind in _NUMBERS):
             targets = targets.to(like.dtype)
@@ -166,7 +166,7 @@ class Elementwise(ReducedLoss):
         Raises:
             ValueError: the module itself returns another number.
         """
-        n = len(first_tensor(outputs))
+        n = trees.size(outputs)
         try:
             terms = self.terms(outputs, targets)
         except (TypeError, RuntimeError, IndexError) as error:
@@ -180,7 +180,7 @@ class Elementwise(ReducedLoss):
             return
         total = terms.double().sum()
         number = {"sum": 1, "mean": n if self._by_example else terms.numel()}[self.reduction]
-        like = first_tensor(outputs)
+        like = trees.leaves(outputs)[0]
         module = copy.deepcopy(self.torch_loss).to(like.device, like.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nn.KLDivLoss about its mean
@@ -199,14 +199,6 @@ class Elementwise(ReducedLoss):
                 f"{checks.describe(value)[:80]} for {n} examples, where its terms give {ours:.6g}",
                 'pass it with reduction="none", or a function that returns one loss per example',
             )
-
-
-def first_tensor(outputs: Any) -> Tensor:
-    """The first tensor of outputs, which may be several."""
-    if isinstance(outputs, dict):
-        outputs = tuple(outputs.values())
-    found: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
-    return found
 
 
 def require_shape(outputs: Any, targets: Any) -> None:
@@ -250,7 +242,7 @@ def differing_sizes(examples: Examples, count_targets: bool) -> float | None:
         return None
     sizes, total = set(), 0
     for batch in examples.batches():
-        targets = first_tensor(batch.targets)
+        targets = trees.leaves(batch.targets)[0]
         sizes.add(tuple(targets.shape[1:]))
         total += targets.numel()
     if len(sizes) == 1:

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import checks
 from .devices import is_gpu
+from .exact import exact_math
+from .examples import Batch, WithTargets
 from .loss_checks import require_fitting
-from .normalisation import mixes_examples
+from .normalisation import explain_too_few
+from .parameters import model_lock
+from .trees import Tree
 
 if TYPE_CHECKING:
-    from .examples import Batch
     from .objective import Objective
 
 
@@ -72,8 +76,11 @@ def _in_pieces(kind: str) -> ValueError:
     )
 
 
-def require_model(obj: Objective) -> None:
+def require_model(obj: Objective, separate: bool = True) -> None:
     """Refuse a model that does not fit its data, is random, changes itself, or has no gradient.
+
+    Args:
+        separate: refuse examples that depend on one another, too.
 
     Raises:
         ValueError: as `Objective`.
@@ -85,24 +92,24 @@ def require_model(obj: Objective) -> None:
             "torch.inference_mode, which keeps none",
             "build the objective outside of it",
         )
-    batch, theta = next(obj.batches(batch_size=8)), obj.point(None)
+    batch, theta = check_batch(obj), obj.point(None)
     drawn = _random_state(obj.device)
     with torch.no_grad():
         point = theta.clone()
         try:
             first = obj.outputs(point, batch.inputs)
         except (RuntimeError, TypeError, IndexError) as error:
+            raise _not_taken(batch, error) from error
+        if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
             raise checks.fail(
-                "data",
-                "inputs that the model takes",
-                f"{checks.describe(batch.inputs)}, for which it fails: {error}",
-            ) from error
-        if not isinstance(first, Tensor) or first.shape[:1] != batch.inputs.shape[:1]:
-            raise checks.fail(
-                "model",
-                f"one output tensor [{len(batch.inputs)}, ...] for that many inputs",
+                "model" if obj._reader.loss is None else "loss",
+                f"one output tensor [{batch.size}, ...] for that many inputs"
+                if obj._reader.loss is None
+                else f"one loss an example, shape [{batch.size}]",
                 checks.describe(first),
-                "wrap it in a module that returns the tensor the loss needs",
+                "a loss of all examples together needs coupled=True"
+                if obj._reader.loss is not None
+                else "wrap it in a module that returns the tensor the loss needs",
             )
         if not _same(point, theta) or _writes_far_away(obj, theta, batch.inputs):
             raise checks.fail(
@@ -122,7 +129,7 @@ def require_model(obj: Objective) -> None:
                 "use nn.Dropout, or F.dropout(..., training=self.training)",
             )
         require_fitting(obj, theta, first, batch)
-        losses = obj.output_losses(first, batch.targets)
+        losses = _losses_of(obj, first, batch)
     with torch.enable_grad():
         differentiable = _differentiable_losses(obj, batch, theta)
     if not differentiable.requires_grad:
@@ -132,14 +139,18 @@ def require_model(obj: Objective) -> None:
             "one that does not",
             "look for torch.no_grad or detach in the model or the loss",
         )
-    if losses.shape != batch.inputs.shape[:1]:
+    if losses.shape != (batch.size,):
         raise checks.fail(
             "loss",
-            f"one loss an example, shape [{len(batch.inputs)}]",
-            checks.describe(losses),
+            f"one loss an example, shape [{batch.size}]",
+            f"{checks.describe(losses)} for outputs {checks.describe(first)} and targets "
+            f"{checks.describe(batch.targets)}",
             'return one loss per example (reduction="none", and a mean over all but the first '
-            "axis), or pass torch's own loss, such as nn.CrossEntropyLoss()",
+            "axis), or pass torch's own loss, such as nn.CrossEntropyLoss(); a loss of all "
+            "examples together needs coupled=True",
         )
+    if separate and obj.separable:
+        _require_separate(obj)
 
 
 def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tensor:
@@ -223,30 +234,146 @@ _ONCE = {
 }
 
 
-def interaction(obj: Objective, model: nn.Module) -> str:
-    """How an example's loss depends on the rest of its batch; "" if it does not.
+def check_batch(obj: Objective) -> Batch:
+    """A few examples to check a model on, or the first batch where the model takes no fewer.
 
-    Half precision is looked at in float32: its rounding depends on the batch's size.
+    Raises:
+        ValueError: a model that takes neither; one that takes the batch alone, unless examples
+            are not separate anyhow.
     """
-    if mixes_examples(model, obj.norm):
-        return 'normalisation by batch statistics (norm="batch")'
-    obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    (inputs, targets), theta = obj.examples.spread(6), obj.point(None)
-    with torch.no_grad():
-        outputs = obj.outputs(theta, inputs)
-        together = obj.output_losses(outputs, targets)
-        alone = torch.cat(
-            [obj.losses(theta, inputs[i : i + 1], targets[i : i + 1]) for i in range(len(inputs))]
+    return first_output(obj)[0]
+
+
+def first_output(obj: Objective) -> tuple[Batch, Any]:
+    """`check_batch`, and the model's output for it as it comes."""
+    reader, theta = obj._reader, obj.point(None)
+
+    def output(batch: Batch) -> Any:
+        inputs = batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
+        args, kwargs = reader.form.arguments(inputs)
+        values = {**obj.split(theta.clone()), **obj.buffers}
+        with torch.no_grad(), exact_math(), model_lock(obj._model):
+            return functional_call(obj._model, values, args, kwargs, tie_weights=True)
+
+    few = obj.examples.check_batch()
+    try:
+        return few, output(few)
+    except FAILURES as error:
+        batch = next(obj.batches())
+        found = None
+        if batch.size > few.size:
+            with contextlib.suppress(*FAILURES):
+                found = output(batch)
+        if found is not None and obj.separable:
+            raise checks.fail(
+                "model",
+                "one that takes any number of examples",
+                f"one that takes a batch of {batch.size} but fails for {few.size} of its "
+                f"examples: {_brief(error)}",
+                "if the examples of a batch belong together, pass coupled=True",
+            ) from error
+        if found is not None:
+            return batch, found
+        if isinstance(error, ValueError):
+            explain_too_few(error, few.size)
+        raise _not_taken(few, error) from error
+
+
+# What a model raises for inputs that do not fit.
+FAILURES = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ValueError)
+
+
+def _not_taken(batch: Batch, error: Exception) -> ValueError:
+    return checks.fail(
+        "data",
+        "inputs that the model takes",
+        f"{checks.describe(batch.inputs)}, for which it fails: {_brief(error)}",
+    )
+
+
+def _brief(error: Exception) -> str:
+    said = str(error)
+    return said if len(said) <= 400 else said[:400] + " ..."
+
+
+def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
+    """Losses of a batch's outputs; a loss that fails says what it was called with."""
+    try:
+        losses = obj.output_losses(outputs, batch.targets)
+    except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise checks.fail(
+            "loss",
+            "a loss that takes (outputs, targets)",
+            f"an error for outputs {checks.describe(outputs)} and targets "
+            f"{checks.describe(batch.targets)}: {_brief(error)}",
+        ) from error
+    if not isinstance(losses, Tensor):
+        raise checks.fail(
+            "loss", f"one loss an example, shape [{batch.size}]", checks.describe(losses)
         )
+    return losses
+
+
+def _require_separate(obj: Objective) -> None:
+    """Refuse a loss or a model for which an example's loss depends on the others of its batch.
+
+    The loss is asked for each example's outputs alone, the model for three examples alone. Half
+    precision is looked at in float32: its rounding depends on the batch's size.
+
+    Raises:
+        ValueError: naming an example and both of its losses.
+    """
+    obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
+    (numbers, batch), theta = obj.examples.spread(SEPARATED), obj.point(None)
+    with torch.no_grad():
+        outputs = obj.outputs(theta, batch.inputs)
+        together = obj.output_losses(outputs, batch.targets)
         # Losses may be of any size, and tiny ones mostly rounding: what 1000 units in the last
         # place of the outputs do to them.
         signs = 1 - 2 * (torch.arange(outputs.numel(), device=outputs.device) % 2)
         shift = 1e3 * torch.finfo(outputs.dtype).eps * outputs.abs().max()
-        shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), targets)
+        shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), batch.targets)
         rounding = float((shaken - together).abs().nan_to_num(0, 0).max())
-    if torch.allclose(together, alone, rtol=1e-3, atol=rounding, equal_nan=True):
-        return ""
-    return f"losses {together.tolist()} together but {alone.tolist()} one by one"
+
+        def loss_alone(i: int) -> Tensor:
+            return obj.output_losses(outputs[i : i + 1], batch.cut(i, i + 1).targets)
+
+        def model_alone(i: int) -> Tensor:
+            return obj.losses(theta, *batch.cut(i, i + 1)[1:])
+
+        every, some = range(batch.size), sorted({0, batch.size // 2, batch.size - 1})
+        for what, index, alone in (("loss", every, loss_alone), ("model", some, model_alone)):
+            for i in index:
+                found = alone(i).reshape(-1)[0]
+                if not torch.isclose(together[i], found, 1e-3, rounding, equal_nan=True):
+                    shapes = (
+                        f"outputs {list(outputs.shape)}, targets {checks.describe(batch.targets)}"
+                    )
+                    raise _coupled(
+                        what, numbers[i], batch.size, float(together[i]), float(found), shapes
+                    )
+
+
+# Examples that are compared with each of them alone.
+SEPARATED = 16
+
+
+def _coupled(
+    what: str, example: int, size: int, together: float, alone: float, shapes: str
+) -> ValueError:
+    advice = (
+        "look for a mean over the batch, or shapes such as [N] and [N, 1] that broadcast"
+        if what == "loss"
+        else "look for statistics of the batch"
+    )
+    return checks.fail(
+        what,
+        "the loss of an example to depend on that example alone",
+        f"{together:.6g} for example {example} in a batch of {size} but {alone:.6g} for it alone "
+        f"({shapes})",
+        f"{advice}; if it means to mix examples (a contrastive loss, say), pass coupled=True, for "
+        "which the entire data is one batch",
+    )
 
 
 def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
@@ -295,7 +422,7 @@ def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _writes_far_away(obj: Objective, theta: Tensor, inputs: Tensor) -> bool:
+def _writes_far_away(obj: Objective, theta: Tensor, inputs: Tree) -> bool:
     """Whether the model changes its parameters [P] where a constraint on them would be violated."""
     far = 100 * theta + 1
     far[::2] *= -1

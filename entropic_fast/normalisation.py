@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import checks
 from .examples import Batch
 from .modules import copied
+from .trees import Tree
 
 # Layers whose evaluation-mode output uses statistics gathered in training.
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -31,7 +32,7 @@ def mixes_examples(model: nn.Module, norm: str) -> bool:
 
 
 def gather_statistics(
-    model: nn.Module, batches: Iterable[Batch], forward: Callable[[Tensor], Any]
+    model: nn.Module, batches: Iterable[Batch], forward: Callable[[Tree], Any]
 ) -> None:
     """Averages over batches of every layer's mean and (unbiased) variance, by their size.
 
@@ -48,9 +49,9 @@ def gather_statistics(
             layer.train()
         with torch.no_grad():
             for batch in batches:
-                seen += len(batch.inputs)
+                seen += batch.size
                 for layer in layers:
-                    layer.momentum = len(batch.inputs) / seen
+                    layer.momentum = batch.size / seen
                 forward(batch.inputs)
     finally:
         for layer, (training, momentum) in zip(layers, state, strict=True):

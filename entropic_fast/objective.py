@@ -6,20 +6,29 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import checks, model_checks
+from . import checks, model_checks, trees
+from .batch_format import BatchFormat
 from .devices import is_gpu
 from .exact import NativeRecurrence, exact_math, no_autocast
-from .examples import Batch, Examples
-from .loss_functions import LossFunction, bound, loss_function, widened
+from .examples import Batch, Examples, WithTargets
+from .loss_functions import LossFunction, bound, computed_inside, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .modules import cast, cast_tensor, copied
-from .normalisation import explain_too_few, gather_statistics, norm_layers, private_copy
+from .normalisation import (
+    explain_too_few,
+    gather_statistics,
+    mixes_examples,
+    norm_layers,
+    private_copy,
+)
+from .output_reader import OutputReader, reader_of
 from .parameters import (
     as_complex,
     as_real,
@@ -30,6 +39,7 @@ from .parameters import (
     studied,
     twin,
 )
+from .trees import Tree
 
 if TYPE_CHECKING:
     from .sharing import Sharing
@@ -59,7 +69,8 @@ class Objective:
     along paths, refuses half precision: its rounding is as large as what is sought.
 
     Args:
-        model: any `nn.Module` that maps inputs [N, ...] to one output tensor [N, ...].
+        model: any `nn.Module` whose output for an example does not depend on the others. It
+            returns a tensor [N, ...], or something of many parts (see `output`).
         loss: a name, a loss of `torch.nn` (or its function, such as `F.cross_entropy`), or a
             callable(outputs, targets) that returns the loss of each example, of shape [N]. Names:
             "cross_entropy", "mse", "bce" (multi-label, from logits) and "next_token" (causal
@@ -68,8 +79,13 @@ class Objective:
             `nn.CrossEntropyLoss(weight, ignore_index)` the weighted mean over the labels that
             count. See `loss_reductions.ReducedLoss`, also for "sum" and "none".
         data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches
-            (inputs, targets), such as a `DataLoader` that does not shuffle. Batches weigh as
-            many examples as they hold. Floating-point inputs are cast to the model's dtype.
+            (inputs, targets), such as a `DataLoader` that does not shuffle. Inputs and targets
+            are tensors or NumPy arrays, or dicts, tuples and dataclasses of them. Inputs in a
+            tuple are positional arguments of the model, those in a dict keyword arguments. A
+            batch may be a dict that holds its labels ("labels", "label", "targets", "y", ...),
+            (a, b, targets) for a model of two inputs, or (inputs, targets, index), whose index
+            is dropped. Batches weigh as many examples as they hold. Floating-point inputs are
+            cast to the model's dtype.
         norm: "running" (normalisation layers use their stored statistics, as in evaluation) or
             "batch" (they use the statistics of each batch of `batch_size`, as in training;
             quantities of single examples are then undefined and refused).
@@ -79,6 +95,13 @@ class Objective:
             on the names of parameters or modules ("head.*", "layer4"), or a sequence of patterns,
             parameters and modules of the model. What is chosen is part of theta even if it does
             not require a gradient; a tied parameter goes by its first name.
+        output: of an output with many parts (a dict, tuple, dataclass or other object), the name
+            or index of the tensor that the loss takes. Default: "logits", or the only tensor, for
+            a loss that has a name; a loss of your own takes the entire output. What needs outputs
+            (Gauss-Newton, Fisher matrices of sampled labels) then needs `output` too.
+        coupled: whether the loss, or the model, mixes examples (contrastive losses, statistics
+            of a batch). The entire data is then one batch in everything computed, the loss may
+            return one number, and quantities of single examples are rejected.
 
     Attributes:
         num_params: P, the length of theta.
@@ -90,7 +113,8 @@ class Objective:
     Raises:
         ValueError: data that is empty or does not fit, labels out of range, a model that is
             random, compiled by TorchScript, writes to its parameters, has none to train, mixes
-            dtypes, or uses torch.utils.checkpoint; a loss that is not one number an example.
+            dtypes, or uses torch.utils.checkpoint; a loss that is not one number an example; a
+            model or loss that mixes examples, unless `coupled`.
         NonFiniteLossError: a NaN or infinite loss in `loss` or `gradient`.
 
     >>> import torch
@@ -110,6 +134,8 @@ class Objective:
         device: torch.device | str | None = None,
         batch_size: int | None = None,
         parameters: Any = None,
+        output: str | int | None = None,
+        coupled: bool = False,
     ) -> None:
         model_checks.require_module(model)
         checks.one_of("norm", norm, ("running", "batch"))
@@ -118,12 +144,17 @@ class Objective:
         self._loss = loss_function(loss)
         self._model = private_copy(model, norm)
         self._read_parameters(device, choose(model, parameters))
-        self.examples = Examples(data, self.device, self.dtype, batch_size)
+        self.coupled = bool(coupled)
+        form = BatchFormat(self._model)
+        self.examples = Examples(
+            data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
+        )
         self._loss = bound(self._loss, self.examples)
         self.sharing: Sharing | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
+        self._reader = OutputReader(form)
+        self._choose_outputs(output)
         model_checks.require_model(self)
-        self._per_example: str | None = None  # why single examples are undefined; "" if defined
 
     # -- parameters ------------------------------------------------------------------------
 
@@ -227,7 +258,8 @@ class Objective:
             max_examples: only the first so many examples; None for all.
             batch_size: cut batches into pieces of at most so many examples.
         """
-        self.count(max_examples)
+        if not self.coupled:  # whose batch is never cut, a few for a look being all of it
+            self.count(max_examples)
         return self.examples.batches(max_examples, batch_size)
 
     def own_batches(
@@ -275,14 +307,20 @@ class Objective:
 
     def with_data(self, data: Any, *, batch_size: int | None = None) -> Objective:
         """The same model, loss and statistics over other data."""
-        return self.derived(Examples(data, self.device, self.dtype, batch_size))
+        form = self._reader.form
+        return self.derived(
+            Examples(data, self.device, self.dtype, batch_size, form, one_batch=self.coupled)
+        )
 
-    def sampled(self, data: Any, *, batch_size: int | None = None) -> Objective:
-        """`with_data` for a sample of the examples: each keeps the loss it has in this objective.
+    def sampled(self, inputs: Tree, targets: Tree, *, batch_size: int | None = None) -> Objective:
+        """The same for a sample of the examples, which keep the losses they have here.
 
         A torch loss's mean over what counts has a constant of the data, see `ReducedLoss`.
+
+        Args:
+            inputs, targets: trees as `tensors` returns them.
         """
-        examples = Examples(data, self.device, self.dtype, batch_size)
+        examples = Examples.of(inputs, targets, self.examples, batch_size)
         return self.derived(examples, bind=False)
 
     def derived(
@@ -299,16 +337,19 @@ class Objective:
             bind: whether the loss's constants become those of the examples.
         """
         other = copy.copy(self)
-        other.examples, other._per_example = examples, None
+        inside = self._reader.loss
+        other.examples = examples if inside is None else examples.including_targets()
         other._theta = self.point(theta).clone()
         if loss is not None:
             other.loss_name, other._loss, other._loss_dtype = "custom", loss, None
         elif bind:
             other._loss = bound(self._loss, examples)
-        model_checks.require_model(other)
+            if inside is not None:
+                other._reader = replace(self._reader, loss=bound(inside, examples))
+        model_checks.require_model(other, separate=loss is None)
         return other
 
-    def tensors(self, max_examples: int | None = None) -> tuple[Tensor, Tensor]:
+    def tensors(self, max_examples: int | None = None) -> tuple[Tree, Tree]:
         """All inputs [N, ...] and targets [N, ...] on the device, for minibatches by index.
 
         Tensors given as data come without a copy: read them, do not change them.
@@ -316,10 +357,17 @@ class Objective:
         Args:
             max_examples: only the first so many examples; None for all.
         """
-        whole = list(self.batches(max_examples, self.count(max_examples)))
-        if len(whole) == 1:
-            return whole[0].inputs, whole[0].targets
-        return torch.cat([b.inputs for b in whole]), torch.cat([b.targets for b in whole])
+        parts = list(self.batches(max_examples, self.count(max_examples)))
+        forms = {trees.example_form(part[1:]) for part in parts}
+        if len(forms) > 1:
+            raise checks.fail(
+                "data",
+                "examples of one shape, to be held together",
+                f"{len(forms)} different ones, such as {checks.describe(parts[0].inputs)} and "
+                f"{checks.describe(parts[-1].inputs)}",
+                "pad them to one shape",
+            )
+        return trees.joined([b.inputs for b in parts]), trees.joined([b.targets for b in parts])
 
     def double(self) -> Objective:
         """The same objective in float64."""
@@ -340,47 +388,96 @@ class Objective:
 
     # -- evaluation ------------------------------------------------------------------------
 
-    def outputs(self, theta: Tensor, inputs: Tensor) -> Tensor:
-        """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable."""
+    def outputs(self, theta: Tensor, inputs: Tree) -> Tensor:
+        """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable.
+
+        The tensor that the loss takes. For a loss that takes an output of many parts, the loss of
+        each example; inputs are then `WithTargets`.
+        """
         values, alone = {**self.split(theta), **self.buffers}, self._alone(inputs)
         if alone:
-            inputs = torch.cat([inputs, inputs])
+            inputs = trees.mapped(lambda tensor: torch.cat([tensor, tensor]), inputs)
         try:
             with exact_math(), model_lock(self._model):
                 outputs = self.run_model(values, inputs)
         except ValueError as error:
-            explain_too_few(error, len(inputs))
+            explain_too_few(error, trees.size(inputs))
             raise
         return outputs[:1] if alone else outputs
 
-    def run_model(self, values: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    def run_model(self, values: Mapping[str, Tensor], inputs: Tree) -> Tensor:
         """The model's outputs, with parameters and buffers by name; for holders of its lock."""
         if self._complex:
             values = {**values, **{name: as_complex(values[name]) for name in self._complex}}
+
+        def run(*args: Tree, **kwargs: Tree) -> Any:
+            return functional_call(self._model, dict(values), args, kwargs, tie_weights=True)
+
         with NativeRecurrence() if is_gpu(self.device) else nullcontext():
-            outputs: Tensor = functional_call(
-                self._model, dict(values), (inputs,), tie_weights=True
-            )
+            return self.call(run, inputs)
+
+    def call(self, model: Callable[..., Any], inputs: Tree) -> Tensor:
+        """What the loss takes of `model`'s outputs, for this objective's model or a copy of it."""
+        reader, targets = self._reader, None
+        if isinstance(inputs, WithTargets):
+            inputs, targets = inputs
+        args, kwargs = reader.form.arguments(inputs)
+        outputs: Tensor = reader(model(*args, **kwargs), targets)
+        if reader.loss is not None and outputs.ndim == 0 and self.coupled:
+            outputs = outputs.expand(trees.size(targets))
         return outputs
 
-    def losses(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _choose_outputs(self, part: str | int | None) -> None:
+        """Settle what of the model's output the loss takes."""
+        batch, output = model_checks.first_output(self)
+        self._reader = reader_of(output, part, self._loss, batch.targets, self._reader.form)
+        if self._reader.loss is not None:
+            self.examples, self._loss = self.examples.including_targets(), computed_inside
+
+    def require_outputs(self, what: str) -> None:
+        """Refuse what needs the model's outputs where the loss takes many parts of them.
+
+        Raises:
+            ValueError: naming what to do.
+        """
+        if self._reader.loss is not None:
+            raise checks.fail(
+                "objective",
+                f"a loss of one output tensor, for {what}",
+                "a loss that takes a model's entire output of many parts",
+                'name the part that the loss takes, as Objective(..., output="logits")',
+            )
+
+    def losses(self, theta: Tensor, inputs: Tree, targets: Tree) -> Tensor:
         """Loss of each example at theta [P]; differentiable.  # [n]
 
         Of float32 where the model is in half precision.
         """
-        return self.output_losses(self.outputs(theta, inputs), targets)
+        return self.output_losses(self.outputs(theta, self._complete(inputs, targets)), targets)
 
-    def output_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]"""
+    def output_losses(self, outputs: Tensor, targets: Tree) -> Tensor:
+        """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]
+
+        Of a coupled objective, n times the one loss.
+        """
         with no_autocast():
-            return self._loss(widened(outputs), targets)
+            found = self._loss(widened(outputs), targets)
+        if self.coupled and isinstance(found, Tensor) and found.ndim == 0:
+            return found.expand(trees.size(targets))
+        return found
 
-    def losses_with(self, values: Mapping[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    def losses_with(self, values: Mapping[str, Tensor], inputs: Tree, targets: Tree) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
         values = {**values, **self.buffers}
         with no_autocast(), model_lock(self._model):
-            outputs = self.run_model(values, inputs)
+            outputs = self.run_model(values, self._complete(inputs, targets))
         return self.output_losses(outputs, targets)
+
+    def _complete(self, inputs: Tree, targets: Tree) -> Tree:
+        """Inputs as `outputs` takes them."""
+        if self._reader.loss is None or isinstance(inputs, WithTargets):
+            return inputs
+        return WithTargets(inputs, targets)
 
     def constants(self) -> list[Tensor]:
         """The model's buffers and frozen parameters, the very tensors that it computes with."""
@@ -398,7 +495,7 @@ class Objective:
         def own() -> Tensor:
             found = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
             for batch in self.own_batches():
-                where = slice(batch.start, batch.start + len(batch.inputs))
+                where = slice(batch.start, batch.start + batch.size)
                 found[where] = self.finite_losses(theta, batch)
             return found
 
@@ -416,14 +513,14 @@ class Objective:
         model_checks.require_finite(losses.detach(), theta, batch.start)
         return losses
 
-    def _alone(self, inputs: Tensor) -> bool:
+    def _alone(self, inputs: Tree) -> bool:
         """Whether gradients for a single example need it taken twice.
 
         torch's batch and instance normalisation by stored statistics (2.13 to 2.15, CPU) return a
         wrong gradient for one image if the gradient arrives with its channels last, as it does
         from a sequence of positions.
         """
-        wanted = torch.is_grad_enabled() and self.norm == "running" and len(inputs) == 1
+        wanted = torch.is_grad_enabled() and self.norm == "running" and trees.size(inputs) == 1
         return wanted and bool(norm_layers(self._model))
 
     def mean_losses(self, points: Tensor) -> Tensor:
@@ -496,6 +593,7 @@ class Objective:
             ValueError: outputs that are not class scores [N, C] with whole targets [N].
             NonFiniteLossError: a loss that is NaN or infinite.
         """
+        self.require_outputs("an accuracy")
         theta = self.point(theta)
 
         def own() -> Tensor:
@@ -540,7 +638,7 @@ class Objective:
                 'build it with norm="running"; with_norm("batch") is its training twin',
             )
         other = copy.copy(self)
-        other.norm, other._per_example = norm, None
+        other.norm = norm
         other._model = twin(self._model, norm, lambda model: private_copy(model, norm))
         kept = dict(other._model.named_buffers())
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
@@ -579,9 +677,16 @@ class Objective:
     @property
     def separable(self) -> bool:
         """Whether the loss is a sum over examples that can be taken a few at a time."""
-        if self._per_example is None:
-            self._per_example = model_checks.interaction(self, self._model)
-        return not self._per_example
+        return not self._coupling
+
+    @property
+    def _coupling(self) -> str:
+        """Why an example's loss depends on the rest of its batch; "" if it does not."""
+        if self.coupled:
+            return "coupled=True"
+        if mixes_examples(self._model, self.norm):
+            return 'normalisation by batch statistics (norm="batch")'
+        return ""
 
     def require_single_examples(self) -> None:
         """Refuse quantities of single examples where examples influence one another.
@@ -590,10 +695,11 @@ class Objective:
             ValueError: an example's loss depends on the rest of its batch.
         """
         if not self.separable:
-            assert self._per_example
             raise checks.fail(
                 "objective",
                 "the loss of an example to depend on that example alone",
-                self._per_example,
-                'use norm="running", and layers that keep running statistics',
+                self._coupling,
+                "a coupled objective has no quantities of single examples"
+                if self.coupled
+                else 'use norm="running", and layers that keep running statistics',
             )

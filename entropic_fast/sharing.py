@@ -88,16 +88,16 @@ class Sharing:
             whole: never cut a batch: it goes to the process whose part it begins in.
         """
         first, last = self.range(count)
-        for start, inputs, targets in batches:
-            if start >= last:
+        for batch in batches:
+            if batch.start >= last:
                 return
             if whole:
-                if start >= first:
-                    yield Batch(start, inputs, targets)
+                if batch.start >= first:
+                    yield batch
                 continue
-            low, high = max(first - start, 0), min(last - start, len(inputs))
+            low, high = max(first - batch.start, 0), min(last - batch.start, batch.size)
             if low < high:
-                yield Batch(start + low, inputs[low:high], targets[low:high])
+                yield batch.cut(low, high)
 
     def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """The sum over processes of what each computes, the same bits on each of them.

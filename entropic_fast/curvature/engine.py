@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from .. import trees
 from ..exact import exact_math
 from ..examples import Batch
 from ..loss_functions import LossFunction, origin
 from ..objective import NonFiniteLossError, Objective
 from ..tracing import told_of_tracing
+from ..trees import Tree
 from .agreement import AGREEMENT, SMALL_GRADIENT, DisagreementError, rules_are_off
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
@@ -136,7 +138,7 @@ class ScoreEngine:
     @exact_math()
     def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:
         """Losses, and the backward pass that calls the sink."""
-        n = len(batch.inputs)
+        n = batch.size
         while True:
             tracked, copies = {}, {}
             for name, value in self.obj.split(self.theta).items():
@@ -168,9 +170,10 @@ class ScoreEngine:
     def _losses(
         self, batch: Batch, tracked: dict[str, Tensor], copies: dict[str, Tensor], mode: Intercept
     ) -> Tensor:
-        def loss(own: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        def loss(own: dict[str, Tensor], x: Tree, y: Tree) -> Tensor:
+            one, target = trees.chosen((x, y), None)
             with mode:
-                return self.obj.losses_with({**tracked, **own}, x[None], y[None]).sum()
+                return self.obj.losses_with({**tracked, **own}, one, target).sum()
 
         told = told_of_tracing() if self._ways.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from .. import trees
 from ..exact import Shared, exact_math
 from ..examples import Batch
 from ..objective import Objective
+from ..trees import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Fallback:
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients and losses of a batch.  # [n, P], [n]"""
         # A single example alone goes the way that `Objective.outputs` makes right.
-        if self._vmap_works and len(batch.inputs) > 1:
+        if self._vmap_works and batch.size > 1:
             try:
                 return self._by_vmap(batch)
             except UNTRACEABLE as why:
@@ -47,9 +49,10 @@ class Fallback:
         return self._one_by_one(batch)
 
     def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        def loss(theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        def loss(theta: Tensor, x: Tree, y: Tree) -> Tensor:
             # Not `losses`, which would take a single example twice.
-            return self.obj.losses_with(self.obj.split(theta), x[None], y[None]).sum()
+            one, target = trees.chosen((x, y), None)
+            return self.obj.losses_with(self.obj.split(theta), one, target).sum()
 
         with no_slow_loops():
             gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(
@@ -58,13 +61,13 @@ class Fallback:
         return gradients.detach(), losses.detach()
 
     def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        n = len(batch.inputs)
+        n = batch.size
         gradients = self.theta.new_empty(n, len(self.theta))
         losses = []
         for i in range(n):
             leaf = self.theta.detach().requires_grad_()
-            one = slice(i, i + 1)
-            loss = self.obj.losses(leaf, batch.inputs[one], batch.targets[one])[0]
+            one = batch.cut(i, i + 1)
+            loss = self.obj.losses(leaf, one.inputs, one.targets)[0]
             gradients[i] = torch.autograd.grad(loss, leaf)[0]
             losses.append(loss.detach())
         return gradients, torch.stack(losses)

@@ -90,7 +90,7 @@ def gradient_norms(
     def own() -> Tensor:
         norms = torch.zeros(len(keys), count, dtype=torch.float64, device=obj.device)
         for batch in obj.own_batches(batch_size=chunk):
-            part = norms[:, batch.start : batch.start + len(batch.inputs)]
+            part = norms[:, batch.start : batch.start + batch.size]
             sums = _Sums(dict(zip(keys, part, strict=True)))
 
             def add(name: str, piece: Piece, sums: _Sums = sums) -> None:

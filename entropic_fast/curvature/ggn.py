@@ -103,6 +103,7 @@ def ggn_trace(
     5.0
     """
     obj.require_single_examples()
+    obj.require_outputs("the Gauss-Newton matrix")
     count, theta, key = obj.count(max_examples), obj.point(theta), grouping(by)
     budget = resolve_budget(memory_budget, obj.device)
     # Half of the budget for the Hessians in the outputs, which stay while gradients are taken.
@@ -114,7 +115,7 @@ def ggn_trace(
         for batch in obj.own_batches(count, piece):
             directions, signs = _factors(obj, theta, batch)
             norms = _norms(obj, theta, batch, directions, budget - budget // 2, by)
-            part = found[:, batch.start : batch.start + len(batch.inputs)]
+            part = found[:, batch.start : batch.start + batch.size]
             for row, name in zip(part, names, strict=True):
                 row += (norms[name] * signs).sum(1) if norms else 0
         return found
@@ -193,7 +194,7 @@ def _norms(
     n, rank, _ = directions.shape
     if not rank:
         return {}
-    inputs = Examples((batch.inputs, directions[:, :, 0]), obj.device, obj.dtype, None)
+    inputs = Examples.of(batch.inputs, directions[:, :, 0], obj.examples, None)
     repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
     single = obj.alone().derived(repeated, _along, theta)
     if by is None:

@@ -191,6 +191,7 @@ class HessianOperator(JetOperator):
         >>> H.network_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
         [0.0]
         """
+        self.obj.require_outputs("the curvature of the network itself")
         with undisturbed():
             columns = self._columns(vectors)
             if self._engine is not None:
@@ -239,6 +240,7 @@ class GGNOperator(JetOperator):
     """
 
     name, kind = "GGNOperator", "ggn"
+    needs_outputs = True
 
     @exact_math()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
-from .. import checks, random
+from .. import checks, random, trees
 from ..exact import TwiceDifferentiable, exact_math
 from ..model_checks import require_twice_differentiable
 from ..objective import Objective
@@ -62,19 +62,20 @@ class JacobianOperator(ByRules):
         if not isinstance(obj, Objective):
             raise checks.fail("obj", "an Objective", checks.describe(obj))
         checks.full_precision("obj", obj.dtype, self.name)
+        obj.require_outputs(self.name)
         self.obj = obj
         with torch.inference_mode(False):
             self.theta = obj.point(theta).clone()
         self.dtype, self.device = obj.dtype, obj.device
         # Output numbers of an example, by the shape of its inputs.
-        self._each: dict[torch.Size, int] = {}
+        self._each: dict[Hashable, int] = {}
         count = 0
         for batch in obj.batches():
-            like = batch.inputs.shape[1:]
+            like = trees.example_form(batch.inputs)
             if like not in self._each:
                 with torch.no_grad():
                     self._each[like] = obj.outputs(self.theta, batch.inputs)[0].numel()
-            count += len(batch.inputs) * self._each[like]
+            count += batch.size * self._each[like]
         self.shape = (count, obj.num_params)
         self._plan(memory_budget)
         super().__init__()
@@ -105,13 +106,13 @@ class JacobianOperator(ByRules):
         if self._engine is not None:
             tiles: Iterator[Tile] = self._engine.tiles()
         else:
-            tiles = (Tile(*batch, torch.ones(len(batch.inputs))) for batch in self.obj.batches())
+            tiles = (Tile(*batch, torch.ones(batch.size)) for batch in self.obj.batches())
         begin = 0
         # An end beyond the data pairs the last tile; weights would have to be fetched.
         for tile, following in pairwise(chain(tiles, [None])):
             assert tile is not None
             last = self.obj.num_examples if following is None else following.start
-            end = begin + (last - tile.start) * self._each[tile.inputs.shape[1:]]
+            end = begin + (last - tile.start) * self._each[trees.example_form(tile.inputs)]
             yield tile, (begin, end)
             begin = end
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, trees
 from ..devices import is_gpu
 from ..objective import Objective
 
@@ -100,7 +100,7 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
     """
     batch = next(obj.batches(1))
     leaf = theta.detach().requires_grad_()
-    shared = [leaf, batch.inputs, batch.targets, *obj.buffers.values()]
+    shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
     own = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}
 
@@ -120,7 +120,7 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
         saved.clear()
         for tensor in _saved_in_graph(loss().grad_fn):
             note(tensor)
-    return sum(saved.values()) + batch.inputs.nbytes
+    return sum(saved.values()) + trees.num_bytes(batch.inputs)
 
 
 def _saved_in_graph(root: Any) -> Iterator[Tensor]:

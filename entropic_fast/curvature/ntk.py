@@ -79,6 +79,7 @@ def ntk_gram(
     (torch.Size([2, 2, 2, 2]), [[1.0, 2.0], [2.0, 5.0]], False)
     """
     obj.require_single_examples()
+    obj.require_outputs("the tangent kernel")
     count, theta = obj.count(max_examples), obj.point(theta)
     outputs = _require_outputs(obj, theta, count)
     which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)

@@ -31,12 +31,15 @@ class CurvatureOperator(Compilable):
     name = "operator"
     symmetric = True
     takes_half = False  # whether the model may be in half precision
+    needs_outputs = False  # whether it is of the model's outputs
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
         if not isinstance(obj, Objective):
             raise checks.fail("obj", "an Objective", checks.describe(obj))
         if not self.takes_half:
             checks.full_precision("obj", obj.dtype, self.name)
+        if self.needs_outputs:
+            obj.require_outputs(self.name)
         self.obj = obj
         with torch.inference_mode(False):
             self.theta = obj.point(theta).clone()

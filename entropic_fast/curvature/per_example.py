@@ -134,7 +134,7 @@ class ExampleGradients:
             ValueError: a gradient that is NaN or infinite though the loss is finite.
         """
         for batch in self.obj.batches(max_examples, self.chunk):
-            if batch.start + len(batch.inputs) > first:
+            if batch.start + batch.size > first:
                 yield batch.start, self.rows(batch)
 
     def own_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -144,7 +144,7 @@ class ExampleGradients:
 
     def rows(self, batch: Batch) -> Tensor:
         """Gradients of a batch's examples.  # [n, P]"""
-        rows = padded_rows(self.theta, len(batch.inputs), self.obj.num_params, dtype=self.dtype)
+        rows = padded_rows(self.theta, batch.size, self.obj.num_params, dtype=self.dtype)
         rows.zero_()
         parts = self.engine.split(rows)
 

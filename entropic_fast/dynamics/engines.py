@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from .. import checks
+from .. import checks, trees
 from ..exact import exact_math
 from ..objective import Objective
 from .traced import Traced
@@ -37,7 +37,7 @@ def loop_gradients(objective: Objective) -> Gradients:
         losses, rows = torch.empty_like(theta[:, 0]), torch.empty_like(theta)
         for r in range(len(theta)):
             leaf = theta[r].detach().requires_grad_()
-            loss = objective.losses(leaf, inputs[r], targets[r]).mean()
+            loss = objective.losses(leaf, *trees.chosen((inputs, targets), r)).mean()
             rows[r] = torch.autograd.grad(loss, leaf)[0]
             losses[r] = loss.detach()
         return losses, rows
@@ -56,7 +56,7 @@ def vmap_gradients(objective: Objective) -> Gradients:
     @exact_math()
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
-            batched(*(x[i : i + _CHUNK] for x in (theta, inputs, targets)))
+            batched(*trees.chosen((theta, inputs, targets), slice(i, i + _CHUNK)))
             for i in range(0, len(theta), _CHUNK)
         ]
         rows, losses = (torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True))
@@ -119,7 +119,10 @@ def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
     if theta.device.type != "cpu":
         return ("vmap", "loop") if len(theta) > 1 else ("loop",)
     workers = torch.get_num_threads()
-    small = inputs[0].numel() <= _VMAP_NUMBERS and len(theta) >= _VMAP_REPLICAS * workers
+    small = (
+        sum(t[0].numel() for t in trees.leaves(inputs)) <= _VMAP_NUMBERS
+        and len(theta) >= _VMAP_REPLICAS * workers
+    )
     if len(theta) == 1 and workers > 1:
         return ("loop",)
     return ("vmap", "threads", "loop") if small else ("threads", "loop")
@@ -173,7 +176,7 @@ def _failure(
     # A model may fail under vmap in any way at all; what it raises is passed on in the reason.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    one_loss, one_row = loop(theta[:1], inputs[:1], targets[:1])
+    one_loss, one_row = loop(*trees.chosen((theta, inputs, targets), slice(1)))
     tolerance = 1e-3 if theta.dtype == torch.float32 else 1e-8
     scale = one_row[0].norm() + one_loss[0].abs()
     difference = (rows[0] - one_row[0]).norm() + (losses[0] - one_loss[0]).abs()

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, trees
 from ..objective import Objective
 from ..ops import random_bits
 from ..random import derive, permutation, permutations
+from ..trees import Tree
 
 # (inputs [n, ...], words [n, 4]) -> inputs of the same shape
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -58,7 +59,18 @@ class Minibatches:
         self.batch_size, self.seed, self.ids = batch_size, checks.whole("seed", seed), list(ids)
         self.num_examples, self.per_epoch = n, n // batch_size
         self.full, self.augment = batch_size == n, augment
+        if objective.coupled and batch_size < n:
+            raise checks.fail(
+                "batch_size",
+                f"the {n} examples of a coupled objective, whose entire data is one batch",
+                str(batch_size),
+            )
         self._inputs, self._targets = objective.tensors()
+        self._device = objective.device
+        if augment is not None and not isinstance(self._inputs, Tensor):
+            raise checks.fail(
+                "augment", "None for inputs of many tensors", checks.describe(augment)
+            )
         # Copied to the device once: a cycle then needs nothing from the host.
         self._keys = self._derived("relax")
         self._word_keys = self._derived("relax augment")
@@ -68,7 +80,7 @@ class Minibatches:
     def _derived(self, purpose: str) -> Tensor:
         """A seed for each replica, on the device.  # [R] int64"""
         keys = [derive(self.seed, purpose, i) for i in self.ids]
-        return torch.tensor(keys, dtype=torch.int64, device=self._inputs.device)
+        return torch.tensor(keys, dtype=torch.int64, device=self._device)
 
     def indices(self, step: int) -> Tensor:
         """Examples of update `step` (from 0) of each replica, int64, on the device.  # [R, B]"""
@@ -77,7 +89,7 @@ class Minibatches:
     def _batches(self, step: int, count: int) -> Tensor:
         """Examples of `count` updates from `step` on, in at most 6 launches.  # [k, R, B]"""
         if self.full:
-            whole = torch.arange(self.num_examples, device=self._inputs.device)
+            whole = torch.arange(self.num_examples, device=self._device)
             return whole.expand(count, len(self.ids), -1)
         first, end = step // self.per_epoch, (step + count - 1) // self.per_epoch + 1
         if first < self._first or end > self._end:
@@ -106,7 +118,7 @@ class Minibatches:
         if self.augment is not None:
             return self._with_words(step, count)
         if self.full:
-            return torch.empty(count, 0, dtype=torch.int64, device=self._inputs.device)
+            return torch.empty(count, 0, dtype=torch.int64, device=self._device)
         return self._batches(step, count)
 
     def _with_words(self, step: int, count: int) -> Tensor:
@@ -117,7 +129,7 @@ class Minibatches:
         words = random_bits.philox(index.reshape(rows, -1), keys, streams)  # [k R, B, 4]
         return torch.cat([index[..., None], words.view(*index.shape, 4)], -1)
 
-    def take(self, entry: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, entry: Tensor) -> tuple[Tree, Tree]:
         """Inputs [R, B, ...] and targets [R, B, ...] of one entry of `table`."""
         if self.augment is not None:
             inputs, targets = self._chosen(entry[..., 0])
@@ -125,21 +137,21 @@ class Minibatches:
             return changed.view_as(inputs), targets
         if self.full:
             replicas = len(self.ids)
-            return (
-                self._inputs.expand(replicas, *self._inputs.shape),
-                self._targets.expand(replicas, *self._targets.shape),
-            )
+            both = (self._inputs, self._targets)
+            found: tuple[Tree, Tree] = trees.mapped(lambda t: t.expand(replicas, *t.shape), both)
+            return found
         return self._chosen(entry)
 
-    def _chosen(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs.index_select(0, index.reshape(-1))
-        targets = self._targets.index_select(0, index.reshape(-1))
-        return (
-            inputs.view(*index.shape, *self._inputs.shape[1:]),
-            targets.view(*index.shape, *self._targets.shape[1:]),
-        )
+    def _chosen(self, index: Tensor) -> tuple[Tree, Tree]:
+        flat = index.reshape(-1)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, flat).view(*index.shape, *tensor.shape[1:])
+
+        found: tuple[Tree, Tree] = trees.mapped(rows, (self._inputs, self._targets))
+        return found
+
+    def __call__(self, step: int) -> tuple[Tree, Tree]:
         """Inputs [R, B, ...] and targets [R, B, ...] of update `step` (from 0)."""
         return self.take(self.table(step, 1)[0])
 
@@ -166,14 +178,13 @@ def in_random_batches(obj: Objective, batch_size: int) -> Objective:
     >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.BatchNorm1d(2))
     >>> obj = Objective(net, "cross_entropy", (torch.randn(9, 1), torch.arange(9) // 5))
     >>> found = in_random_batches(obj, 4)
-    >>> found.norm, found.num_examples, [len(b.inputs) for b in found.batches()]
+    >>> found.norm, found.num_examples, [b.size for b in found.batches()]
     ('batch', 8, [4, 4])
     """
     n = obj.num_examples
     if not 1 <= batch_size <= n:
         raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
-    inputs, targets = obj.tensors()
     used = n // batch_size * batch_size
-    order = permutation(n, derive(0, "relax", "any order"), 0, device=inputs.device)[:used]
-    data = (inputs[order], targets[order])
-    return obj.with_norm("batch").sampled(data, batch_size=batch_size)
+    order = permutation(n, derive(0, "relax", "any order"), 0, device=obj.device)[:used]
+    some = trees.chosen(obj.tensors(), order)
+    return obj.with_norm("batch").sampled(*some, batch_size=batch_size)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, trees
 from ..curvature.across import without
 from ..curvature.per_example import ExampleGradients
 from ..exact import exact_math
@@ -30,8 +30,8 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
         return
     size, number = None, 0
     for batch in obj.batches():
-        size = size or len(batch.inputs)
-        if len(batch.inputs) == size:
+        size = size or batch.size
+        if batch.size == size:
             with exact_math():  # not while whoever asked for the row has it
                 leaf = theta.detach().requires_grad_()
                 loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
@@ -49,7 +49,7 @@ def row_scale(obj: Objective) -> tuple[int, float]:
     n = obj.num_examples
     if obj.norm != "batch":
         return n, 1.0
-    b = len(next(obj.batches()).inputs)
+    b = next(obj.batches()).size
     count = n // b
     if count < 2:
         raise checks.fail(
@@ -169,9 +169,7 @@ class GradientNoise:
             wanted = set(distinct.tolist())
             rows = torch.cat([r for i, r in gradient_rows(obj, self.theta) if i in wanted])
         else:
-            inputs, targets = obj.tensors()
-            some = distinct.to(inputs.device)
-            few = obj.sampled((inputs[some], targets[some]))
+            few = obj.sampled(*trees.chosen(obj.tensors(), distinct.to(obj.device)))
             rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
         return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 

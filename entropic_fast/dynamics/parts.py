@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import trees
 from ..curvature import HessianOperator
 from ..curvature.protocol import quadratic_forms
 from ..objective import Objective
@@ -15,7 +16,7 @@ def as_in_dynamics(obj: Objective) -> Objective:
     """The objective itself, or with batch statistics over random batches of the same size."""
     if obj.norm != "batch":
         return obj
-    return in_random_batches(obj, len(next(obj.batches()).inputs))
+    return in_random_batches(obj, next(obj.batches()).size)
 
 
 def first_examples(obj: Objective, max_examples: int | None) -> Objective:
@@ -66,15 +67,15 @@ def mean_of_parts(values: Tensor) -> tuple[float, float]:
 
 
 def _parts(obj: Objective, max_examples: int | None, most: int) -> list[Objective]:
-    size = len(next(obj.batches()).inputs)
+    size = next(obj.batches()).size
     count = min(max_examples or obj.num_examples, obj.num_examples)
     if obj.norm == "batch":
         count = max(count // size, 1) * size
     if count >= obj.num_examples:
         return [obj]
     number = max(min(obj.num_examples // count, most), 1)
-    inputs, targets = obj.tensors(number * count)
+    held = obj.tensors(number * count)
     return [
-        obj.sampled((x, y), batch_size=size)
-        for x, y in zip(torch.split(inputs, count), torch.split(targets, count), strict=True)
+        obj.sampled(*trees.chosen(held, slice(i, i + count)), batch_size=size)
+        for i in range(0, number * count, count)
     ]

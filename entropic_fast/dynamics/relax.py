@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, trees
 from ..exact import products_in
 from ..objective import Objective
 from ..paths.path import Path
@@ -181,9 +181,11 @@ def relax(
             **dict(record_every=record_every, loss_every=loss_every, fixed_every=fixed_every),
             **dict(engine=engine, max_distance=repr(max_distance)),
             "record_to": record_to and File(record_to).name,
-            "fixed_sets": {n: fingerprint(*o.tensors()) for n, o in evaluation.fixed.items()},
+            "fixed_sets": {
+                n: fingerprint(*trees.leaves(o.tensors())) for n, o in evaluation.fixed.items()
+            },
             "path": fingerprint(path.pivots),
-            "data": fingerprint(*obj.tensors()),
+            "data": fingerprint(*trees.leaves(obj.tensors())),
             "model": fingerprint(*obj.constants()),
             "loss": obj.loss_name,
             "augment": _named(augment),

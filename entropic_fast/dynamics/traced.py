@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import trees
 from ..devices import is_gpu
 from ..forward_mode import forward_lock
 from ..tracing import graph_of
+from ..trees import Tree
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Traced:
     or a list cannot be made, the function is called as it is.
 
     Args:
-        function: of tensors; returns a tuple of tensors.
+        function: of trees of tensors; returns a tuple of tensors.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -41,9 +43,9 @@ class Traced:
         self._lists: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
 
     @torch.no_grad()
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tree) -> tuple[Tensor, ...]:
         """The function's value."""
-        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        key = (trees.form(tensors), *(t.stride() for t in trees.leaves(tensors)))
         if key in self._lists:
             return self._lists[key](*tensors)
         found = self._function(*tensors)
@@ -52,7 +54,7 @@ class Traced:
         return found
 
     def _made(
-        self, tensors: tuple[Tensor, ...], expected: tuple[Tensor, ...]
+        self, tensors: tuple[Tree, ...], expected: tuple[Tensor, ...]
     ) -> Callable[..., tuple[Tensor, ...]]:
         try:
             with forward_lock:  # tracing changes torch's state for the whole process

@@ -17,8 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import trees
 from ..exact import exact_math
-from ..layouts import fitting_layout
+from ..layouts import fitting_layout, laid_out
 from ..modules import copied
 from ..objective import Objective
 
@@ -110,7 +111,7 @@ class ThreadedGradients:
         def work() -> None:
             with torch.enable_grad():
                 while (r := next(turn)) < len(theta):
-                    self._one(r, inputs[r], targets[r])
+                    self._one(r, *trees.chosen((inputs, targets), r))
 
         with exact_math():
             self._workers.run(work)
@@ -121,10 +122,10 @@ class ThreadedGradients:
         self._workers.lead(work)
 
     def _one(self, r: int, inputs: Tensor, targets: Tensor) -> None:
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=self._layout)
+        inputs = laid_out(inputs, self._layout)
         module, parameters = self._modules[r]
-        loss = self._objective.output_losses(module(inputs), targets).mean()
+        outputs = self._objective.call(module, inputs)
+        loss = self._objective.output_losses(outputs, targets).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         torch._foreach_copy_(self._parts[r], found)
         self._losses[r] = loss.detach()

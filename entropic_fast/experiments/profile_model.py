@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from .. import checks, store
+from .. import checks, store, trees
 from ..dynamics.checkpoint import fingerprint
 from ..loss_functions import LossFunction
 from ..modules import plain_name
@@ -304,7 +304,7 @@ def _facts(whole: Objective, end: Tensor | None, model: nn.Module) -> dict[str, 
     constants = fingerprint(*whole.constants())
     data = hashlib.sha256()
     for batch in whole.batches():
-        data.update(fingerprint(batch.inputs, batch.targets).encode())
+        data.update(fingerprint(*trees.leaves(batch[1:])).encode())
     return {
         "model": type(model).__name__,
         "parameters": whole.num_params,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, trees
 from ..objective import Objective
 from ..paths import AutoNEBConfig, annealed
 
@@ -153,19 +152,17 @@ def _first(obj: Objective, count: int) -> Objective:
     """The objective over its first `count` examples, in batches as they came."""
     if count == obj.num_examples:
         return obj
-    batches = [(b.inputs, b.targets) for b in obj.batches(count)]
     if not obj.examples.are_tensors:
-        return obj.with_data(batches)
-    data = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    return obj.with_data(data, batch_size=obj.examples.batch_size)
+        return obj.with_data([(b.inputs, b.targets) for b in obj.batches(count)])
+    return obj.sampled(*obj.tensors(count), batch_size=obj.examples.batch_size)
 
 
 def _require_one_shape(obj: Objective) -> None:
-    shapes = {(b.inputs.shape[1:], b.targets.shape[1:]) for b in obj.batches()}
+    shapes = {trees.example_form(b[1:]): checks.describe(b.inputs) for b in obj.batches()}
     if len(shapes) > 1:
         raise checks.fail(
             "data",
             "examples of one shape, to draw minibatches from for a path",
-            f"{len(shapes)} shapes, as " + " and ".join(str(list(s)) for s, _ in list(shapes)[:2]),
+            f"{len(shapes)} shapes, as " + " and ".join(list(shapes.values())[:2]),
             "pad them, or give one point only",
         )

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .. import trees
 from ..exact import exact_math, products_in
-from ..layouts import fitting_layout
+from ..layouts import fitting_layout, laid_out
 from ..objective import Objective
+from ..trees import Tree
 from . import arc
 from .band import band_gradients, improved_tangents
 from .config import AutoNEBConfig
@@ -116,14 +118,14 @@ class Descent:
         return every[:count], every[count:].view(count - 2, -1).to(self.pivots.dtype)
 
     def _own_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        batches: Iterable[tuple[Tensor, Tensor]]
+        batches: Iterable[tuple[Tree, Tree]]
         if index is None:
             self._examples = self._train.num_examples
             batches = ((batch.inputs, batch.targets) for batch in self._train.batches())
         else:
             self._examples = len(index)
             index = index.to(self._train.device)
-            batches = [(self._data[0][index], self._data[1][index])]
+            batches = [trees.chosen(self._data, index)]
         self._losses.zero_()
         self._gradients.zero_()
         with products_in(self._config.precision):
@@ -136,8 +138,7 @@ class Descent:
         """Add a batch's share of the losses and gradients of this process's pivots."""
         sharing, last = self._train.sharing, len(self.pivots) - 1
         turn, processes = (0, 1) if sharing is None else (sharing.rank, sharing.size)
-        if inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=self._layout)
+        inputs = laid_out(inputs, self._layout)
         for i, pivot in enumerate(self.pivots):
             if i % processes != turn:
                 continue

@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from ... import random
+from ... import random, trees
 from ...exact import exact_math
 from ...objective import Objective
 from ...tracing import graph_of, told_of_tracing
+from ...trees import Tree
 from ..agreement import AGREEMENT
 from .decompositions import DECOMPOSITIONS
 from .hidden import NotCapturedError, Watch, require_nothing_hidden
@@ -46,7 +47,7 @@ class Graph:
 
     Attributes:
         nodes: in an order in which they can be computed.
-        parameters, buffers, x, u: its placeholders.
+        parameters, buffers, x, u: its placeholders; x of each tensor of the inputs.
         outputs: the network's outputs.
         gradients: of <outputs, u> in each parameter; None where it is 0.
         cotangents: of each node that is not linear in what depends on the parameters.
@@ -56,7 +57,7 @@ class Graph:
     nodes: list[fx.Node]
     parameters: list[fx.Node]
     buffers: list[fx.Node]
-    x: fx.Node
+    x: list[fx.Node]
     u: fx.Node
     outputs: fx.Node
     gradients: list[fx.Node]
@@ -65,7 +66,7 @@ class Graph:
 
 
 @exact_math()
-def capture(obj: Objective, theta: Tensor, inputs: Tensor) -> Graph:
+def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
     """The graph of an objective's model for inputs like these [n, ...].
 
     Raises:
@@ -84,7 +85,7 @@ def capture(obj: Objective, theta: Tensor, inputs: Tensor) -> Graph:
 
 
 def _captured(
-    obj: Objective, theta: Tensor, inputs: Tensor, told: AbstractContextManager[None] | None = None
+    obj: Objective, theta: Tensor, inputs: Tree, told: AbstractContextManager[None] | None = None
 ) -> Graph:
     with _refusing(), told or nullcontext():
         require_nothing_hidden(obj, theta, inputs)
@@ -93,7 +94,8 @@ def _captured(
     _require_faithful(forward, obj, theta, inputs)
     marked = _not_linear(forward, len(parts))
     with _refusing():
-        return _with_backward(forward, marked, parts, list(obj.buffers.values()), inputs)
+        held = list(obj.buffers.values())
+        return _with_backward(forward, marked, parts, held, trees.leaves(inputs))
 
 
 def _reads_values(why: NotCapturedError) -> bool:
@@ -142,38 +144,37 @@ def _refusing() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _require_faithful(
-    forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tensor
-) -> None:
+def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tree) -> None:
     """Refuse a graph in which numbers of this point are written down as constants."""
     theta = theta * (
         1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
     )
-    inputs = inputs.flip(0)
-    inputs = 0.9 * inputs if inputs.is_floating_point() else inputs
+    inputs = trees.mapped(lambda t: (0.9 * t if t.is_floating_point() else t).flip(0), inputs)
     try:
         expected = obj.outputs(theta, inputs)
     except Exception:  # a model need not run there
         return
-    leaves = (*obj.split(theta).values(), *obj.buffers.values(), inputs)
+    leaves = (*obj.split(theta).values(), *obj.buffers.values(), *trees.leaves(inputs))
     (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
     gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
     if got.shape != expected.shape or not gap <= AGREEMENT[theta.dtype][0] * scale:
         raise NotCapturedError("the graph holds numbers that are others at another point")
 
 
-def _forward(obj: Objective, parts: list[Tensor], inputs: Tensor) -> fx.GraphModule:
+def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModule:
     """The graph (parameters, buffers, x) -> outputs."""
     names, buffers = obj.parameter_names, list(obj.buffers)
 
-    def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Tensor) -> Tensor:
+    def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
         values = dict(zip(names, parts, strict=True)) | dict(zip(buffers, held, strict=True))
         with Watch():
-            outputs = obj.run_model(values, x)
+            outputs = obj.run_model(values, trees.rebuilt(inputs, x))
         return outputs
 
     with torch.enable_grad():
-        graph = _traced(run, DECOMPOSITIONS, parts, list(obj.buffers.values()), inputs)
+        graph = _traced(
+            run, DECOMPOSITIONS, parts, list(obj.buffers.values()), trees.leaves(inputs)
+        )
     graph.graph.eliminate_dead_code()
     for node in graph.graph.nodes:
         if _has_sizes_from_data(node):
@@ -193,7 +194,7 @@ def _with_backward(
     marked: list[fx.Node],
     parts: list[Tensor],
     buffers: list[Tensor],
-    inputs: Tensor,
+    inputs: list[Tensor],
 ) -> Graph:
     """Differentiate the graph in the parameters, and in shifts (of 0) of the marked nodes."""
     shifts = []
@@ -203,7 +204,11 @@ def _with_backward(
     outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
 
     def run(
-        parts: list[Tensor], buffers: list[Tensor], x: Tensor, u: Tensor, shifts: list[Tensor]
+        parts: list[Tensor],
+        buffers: list[Tensor],
+        x: list[Tensor],
+        u: Tensor,
+        shifts: list[Tensor],
     ) -> Any:
         def network(parts: list[Tensor], shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             return _Shifted(forward, marked).run(parts, buffers, x, shifts)
@@ -215,8 +220,8 @@ def _with_backward(
     arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
     joint = _traced(run, DECOMPOSITIONS, *arguments)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    p, b = len(parts), len(buffers)
-    for shift in placeholders[p + b + 2 :]:
+    p, b, i = len(parts), len(buffers), len(inputs)
+    for shift in placeholders[p + b + i + 1 :]:
         for add in list(shift.users):
             others = [a for a in add.all_input_nodes if a is not shift]
             if add.target is not aten.add.Tensor or len(others) != 1:
@@ -233,8 +238,8 @@ def _with_backward(
         nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
         parameters=placeholders[:p],
         buffers=placeholders[p : p + b],
-        x=placeholders[p + b],
-        u=placeholders[p + b + 1],
+        x=placeholders[p + b : p + b + i],
+        u=placeholders[p + b + i],
         outputs=outputs_node,
         gradients=gradients,
         cotangents=dict(zip(before, cotangents, strict=True)),
@@ -298,10 +303,10 @@ class _Shifted(fx.Interpreter):
         self._marked = {node: i for i, node in enumerate(marked)}
 
     def run(  # type: ignore[override]
-        self, parts: list[Tensor], buffers: list[Tensor], x: Tensor, shifts: list[Tensor]
+        self, parts: list[Tensor], buffers: list[Tensor], x: list[Tensor], shifts: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         self._shifts, self._before = shifts, list(shifts)
-        outputs = super().run(*parts, *buffers, x, enable_io_processing=False)
+        outputs = super().run(*parts, *buffers, *x, enable_io_processing=False)
         (outputs,) = tree_leaves(outputs)
         return outputs, self._before
 

@@ -13,11 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ... import trees
 from ...devices import is_gpu
 from ...exact import exact_math
 from ...forward_mode import forward_lock
 from ...objective import Objective
 from ...parameters import model_lock
+from ...trees import Tree
 from .allocator import keep_freed_memory
 from .capture import capture
 from .hidden import NotCapturedError
@@ -25,7 +27,7 @@ from .loss import LossAt
 from .program import Program, Values
 from .step import Sum
 from .tile_graphs import TileGraphs
-from .tiles import SHAPES, Tile, Tiling, like
+from .tiles import SHAPES, Tile, Tiling
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +70,11 @@ class JetEngine:
         self._complete: dict[str, int] = {}  # tiles of a kind, where the values of all are kept
         self._programs: dict[Any, Program] = {}
         for tile in tiling.first_of_each_shape():
-            self._programs[like(tile.inputs)] = program_for(obj, theta, tile.inputs)
+            self._programs[trees.form(tile.inputs)] = program_for(obj, theta, tile.inputs)
 
     def program(self, tile: Tile) -> Program:
         """The program for a tile's shapes."""
-        return self._programs[like(tile.inputs)]
+        return self._programs[trees.form(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
 
@@ -266,9 +268,9 @@ _programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | NotCapturedError]]
 _programs = WeakKeyDictionary()
 
 
-def program_for(obj: Objective, theta: Tensor, inputs: Tensor) -> Program:
+def program_for(obj: Objective, theta: Tensor, inputs: Tree) -> Program:
     """The program of an objective's model for inputs like these, captured once."""
-    key = (*like(inputs), theta.dtype, tuple(obj.buffers))
+    key = (trees.form(inputs), theta.dtype, tuple(obj.buffers))
     with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:

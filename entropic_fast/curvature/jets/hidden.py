@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ...model_checks import backward_nodes
 from ...objective import Objective
 from ...tracing import requires_grad
+from ...trees import Tree
 from .decompositions import FUNCTIONS
 
 
@@ -26,7 +27,7 @@ class NotCapturedError(RuntimeError):
     """A model whose graph does not say all there is to its derivatives; the message says why."""
 
 
-def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tensor) -> None:
+def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> None:
     """Refuse a model with derivatives that its operations do not show, for inputs [n, ...].
 
     Raises:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ... import trees
+from ...trees import Tree
 from . import batch_norm, convolution
 from .capture import Graph
 from .forms import form
@@ -111,12 +113,15 @@ class Program:
 
     # -- values ----------------------------------------------------------------------------
 
-    def forward(self, parts: Sequence[Tensor], buffers: Iterable[Tensor], x: Tensor) -> Values:
+    def forward(self, parts: Sequence[Tensor], buffers: Iterable[Tensor], x: Tree) -> Values:
         """Values of the nodes that lead to the outputs."""
         values = Values(self)
         values.update(zip(self.graph.parameters, parts, strict=True))
         values.update(zip(self.graph.buffers, buffers, strict=True))
-        values[self.graph.x] = convolution.packed(x) if x.ndim == 4 else x
+        for node, leaf in zip(self.graph.x, trees.leaves(x), strict=True):
+            values[node] = (
+                convolution.packed(leaf) if leaf.ndim == 4 and leaf.is_floating_point() else leaf
+            )
         self._evaluate(self._units_ahead, values)
         return values
 

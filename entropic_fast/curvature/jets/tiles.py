@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ... import trees
 from ...devices import is_gpu
 from ...examples import Batch
 from ...objective import Objective
@@ -48,7 +49,7 @@ class Tile(NamedTuple):
     def batch(self) -> Batch:
         """The examples that count."""
         n = int(self.weights.sum())
-        return Batch(self.start, self.inputs[:n], self.targets[:n])
+        return Batch(self.start, self.inputs, self.targets).cut(0, n)
 
 
 class Tiling:
@@ -82,7 +83,7 @@ class Tiling:
         width, room = (GPU_WIDTH, self.budget // 4) if gpu else (WIDTH, self.budget // 2)
         each = 2 * total
         if not self.separable:
-            largest = max(len(batch.inputs) for batch in self.obj.batches())
+            largest = max(batch.size for batch in self.obj.batches())
             return max(1, min(width, room // (largest * each) - 1)), largest
         if self.obj.device.type == "cpu":
             if CPU_TILE // max(1, width * widest) < ENOUGH_EXAMPLES:
@@ -99,12 +100,10 @@ class Tiling:
         read = read or self.obj.batches
         if not self.separable:
             for batch in read():
-                yield Tile(*batch, self._weights(len(batch.inputs), len(batch.inputs)))
+                yield Tile(*batch, self._weights(batch.size, batch.size))
             return
-        for start, inputs, targets in _regrouped(read, self.size):
-            missing = self.size - len(inputs)
-            weights = self._weights(self.size, len(inputs))
-            yield Tile(start, _filled(inputs, missing), _filled(targets, missing), weights)
+        for batch in _regrouped(read, self.size):
+            yield self._filled(batch)
 
     def _weights(self, n: int, counted: int) -> Tensor:
         weights = torch.zeros(n, dtype=self.obj.dtype, device=self.obj.device)
@@ -115,9 +114,9 @@ class Tiling:
         """A tile of each shape of inputs."""
         seen = set()
         for tile in self.tiles():
-            if like(tile.inputs) in seen:
+            if trees.form(tile.inputs) in seen:
                 continue
-            seen.add(like(tile.inputs))
+            seen.add(trees.form(tile.inputs))
             if len(seen) > SHAPES:
                 raise NotCapturedError(f"inputs come in more than {SHAPES} shapes")
             yield tile
@@ -130,27 +129,18 @@ class Tiling:
             if not self.separable:
                 yield first
                 continue
-            counted = min(2, len(first.batch.inputs))
-            rest = self.size - counted
-            yield Tile(
-                first.start,
-                _filled(first.inputs[:counted], rest),
-                _filled(first.targets[:counted], rest),
-                self._weights(self.size, counted),
-            )
+            yield self._filled(first.batch.cut(0, min(2, first.batch.size)))
 
-
-def like(inputs: Tensor) -> tuple[Any, ...]:
-    """What programs depend on of their inputs."""
-    return inputs.shape, inputs.dtype, inputs.device
+    def _filled(self, batch: Batch) -> Tile:
+        """A batch filled up to the tile's size with examples of weight 0."""
+        missing, weights = self.size - batch.size, self._weights(self.size, batch.size)
+        inputs, targets = trees.mapped(lambda tensor: _filled(tensor, missing), batch[1:])
+        return Tile(batch.start, inputs, targets, weights)
 
 
 def _alike(one: Batch, other: Batch) -> bool:
     """Whether batches can be put together."""
-    return all(
-        a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
-        for a, b in zip(one[1:], other[1:], strict=True)
-    )
+    return trees.example_form(one[1:]) == trees.example_form(other[1:])
 
 
 def _longest_run(obj: Objective) -> int:
@@ -161,7 +151,7 @@ def _longest_run(obj: Objective) -> int:
     longest = run = 0
     last = None
     for batch in obj.batches():
-        run = len(batch.inputs) + (run if last is not None and _alike(last, batch) else 0)
+        run = batch.size + (run if last is not None and _alike(last, batch) else 0)
         longest, last = max(longest, run), batch
     return longest
 
@@ -171,17 +161,15 @@ def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
     held = None
     for batch in read(batch_size=size):
         if held is not None and _alike(held, batch):
-            inputs, targets = (torch.cat(pair) for pair in zip(held[1:], batch[1:], strict=True))
+            inputs, targets = trees.joined([held[1:], batch[1:]])
             held = Batch(held.start, inputs, targets)
         else:
             if held is not None:
                 yield held
             held = batch
-        if len(held.inputs) >= size:
-            start, inputs, targets = held
-            yield Batch(start, inputs[:size], targets[:size])
-            held = Batch(start + size, inputs[size:], targets[size:])
-            held = held if len(held.inputs) else None
+        if held.size >= size:
+            yield held.cut(0, size)
+            held = held.cut(size, held.size) if held.size > size else None
     if held is not None:
         yield held
 
@@ -214,5 +202,5 @@ def _example_bytes(obj: Objective, theta: Tensor) -> tuple[int, int]:
     batch = next(obj.batches(2 if obj.num_examples > 1 else 1))
     with torch.no_grad(), _Meter() as meter:
         obj.outputs(theta, batch.inputs)
-    n = len(batch.inputs)
+    n = batch.size
     return meter.widest // n, meter.total // n

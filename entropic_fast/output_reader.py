@@ -1,0 +1,132 @@
+"""What of a model's output a loss takes: the tensor itself, one part of it, or all of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from . import checks, trees
+from .batch_format import BatchFormat
+from .loss_functions import LossFunction, takes_tensor, widened
+from .trees import Tree
+
+LOGITS = "logits"  # where Hugging Face's models have them
+
+
+@dataclass(frozen=True)
+class OutputReader:
+    """How a model is called, and what of its output is used.
+
+    Args:
+        form: how it is called.
+        part: the name or index of the part that the loss takes; None for a tensor.
+        loss: for an output of many parts, the loss that takes all of them: it is then computed as
+            the last part of the model, whose "output" is the loss of each example.
+    """
+
+    form: BatchFormat
+    part: str | int | None = None
+    loss: LossFunction | None = None
+
+    def __call__(self, output: Any, targets: Tree) -> Any:
+        """What the objective takes for the model's output."""
+        if self.loss is not None:
+            return self.loss(_widened(output), targets)
+        return output if self.part is None else part_of(output, self.part)
+
+
+def part_of(output: Any, part: str | int) -> Any:
+    """The part of an output with this name or index.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if isinstance(part, str) and not isinstance(output, Mapping):
+            return getattr(output, part)
+        return output[part]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise checks.fail(
+            "output", f"one of the parts of the model's output, {parts(output)}", repr(part)[:80]
+        ) from error
+
+
+def parts(output: Any) -> str:
+    """Names or indices of the parts of an output, for a message."""
+    if isinstance(output, Mapping):
+        names = [repr(key) for key in output]
+    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        names = [str(i) for i in range(len(output))]
+    else:
+        names = [repr(key) for key in getattr(output, "_fields", getattr(output, "__dict__", ()))]
+    return (", ".join(names[:12]) or checks.describe(output)) + (", ..." if len(names) > 12 else "")
+
+
+def reader_of(
+    output: Any, part: str | int | None, loss: LossFunction, targets: Tree, form: BatchFormat
+) -> OutputReader:
+    """How to read outputs like this one.
+
+    `part`, if it is given. Otherwise a tensor is taken as it is; of an output with parts, a loss
+    of the user's takes all (or the logits, if it fails on all), and one by name or of torch's the
+    logits or the only tensor.
+
+    Raises:
+        ValueError: a part that is no tensor; several tensors for a loss that takes one; a loss
+            that fails.
+    """
+    if part is not None:
+        if not isinstance(part_of(output, part), Tensor):
+            found = checks.describe(part_of(output, part))
+            raise checks.fail("output", "the name or index of a tensor", f"{part!r}, {found}")
+        return OutputReader(form, part)
+    count = trees.size(targets)
+    if isinstance(output, Tensor) and (output.shape[:1] == (count,) or takes_tensor(loss)):
+        return OutputReader(form)
+    tensors = [] if isinstance(output, Tensor) else _tensors(output)
+    if takes_tensor(loss):
+        chosen = [LOGITS] if LOGITS in tensors else tensors
+        if len(chosen) == 1:
+            return OutputReader(form, chosen[0])
+        raise checks.fail(
+            "output",
+            "the name or index of the part that the loss takes",
+            f"none, for an output with the parts {parts(output)}",
+            f"pass output={tensors[0]!r}, for one" if tensors else "return a tensor from the model",
+        )
+    try:
+        loss(_widened(output), targets)
+        return OutputReader(form, loss=loss)
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        if LOGITS in tensors:
+            with contextlib.suppress(Exception):
+                loss(widened(part_of(output, LOGITS)), targets)
+                return OutputReader(form, LOGITS)
+        raise checks.fail(
+            "loss",
+            "a loss that takes the model's output",
+            f"an error for the parts {parts(output)}: {str(error)[:200]}",
+            "it is called with the entire output and the targets; output=... picks one part",
+        ) from error
+
+
+def _tensors(output: Any) -> list[str | int]:
+    """Names or indices of the parts that are floating-point tensors."""
+    if isinstance(output, Mapping):
+        named = list(output.items())
+    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        named = list(enumerate(output))
+    elif hasattr(output, "_fields"):
+        named = list(output._asdict().items())
+    else:
+        named = list(getattr(output, "__dict__", {}).items())
+    return [key for key, t in named if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _widened(output: Any) -> Any:
+    return tree_map_only(Tensor, widened, output)

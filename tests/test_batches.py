@@ -1,0 +1,339 @@
+"""Batches and outputs that are not one tensor: dicts, tuples, arrays, nested structures."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import entropic_fast as ef
+
+N = 7
+
+
+def ce(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+class Two(nn.Module):
+    """Of a picture and of features: a model of two inputs of different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 5), nn.Linear(3, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.a(image.flatten(1)) * self.b(features)))
+
+
+class OneDict(Two):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["image"], batch["features"])
+
+
+class Nested(Two):
+    def forward(self, image: Tensor, rest: dict[str, Any]) -> Tensor:  # type: ignore[override]
+        return super().forward(image, rest["deep"][0]["features"])
+
+
+@dataclass
+class Pair:
+    image: Any
+    features: Any
+
+
+class OfDataclass(Two):
+    def forward(self, pair: Pair) -> Tensor:  # type: ignore[override]
+        return super().forward(pair.image, pair.features)
+
+
+class Parts(nn.Module):
+    """Returns logits and hidden features in a container of some kind."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.f, self.g, self.pack = nn.Linear(4, 6), nn.Linear(6, 3), pack
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.f(x))
+        return self.pack(self.g(h), h)
+
+
+def pictures() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(N, *s, generator=g, dtype=torch.float64) for s in ((2, 4), (3,)))
+    return a, b, torch.arange(N) % 3
+
+
+class Rows(Dataset):
+    def __init__(self, *columns: Tensor, keys: tuple[str, ...] = ()) -> None:
+        self.columns, self.keys = columns, keys
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def __getitem__(self, i: int) -> Any:
+        row = [c[i] for c in self.columns]
+        return dict(zip(self.keys, row, strict=True)) if self.keys else tuple(row)
+
+
+class Listed:
+    """Examples by index, as Hugging Face's datasets: no torch Dataset."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Any:
+        if i >= len(self):
+            raise IndexError
+        return self.rows[i]
+
+
+A, B, Y = pictures()
+KEYS = ("image", "features", "labels")
+DICT = {"image": A, "features": B, "labels": Y, "names": ["a"] * N}
+FORMS: dict[str, tuple[type[nn.Module], Any]] = {
+    "((a, b), y)": (Two, ((A, B), Y)),
+    "([a, b], y)": (Two, ([A, B], Y)),
+    "(a, b, y)": (Two, (A, B, Y)),
+    "[a, b, y]": (Two, [A, B, Y]),
+    "TensorDataset": (Two, TensorDataset(A, B, Y)),
+    "batches of pairs": (Two, [((A[:4], B[:4]), Y[:4]), ((A[4:], B[4:]), Y[4:])]),
+    "DataLoader of triples": (Two, DataLoader(TensorDataset(A, B, Y), batch_size=3)),
+    "a dict": (Two, DICT),
+    "a UserDict": (Two, UserDict(DICT)),
+    "(dict, y)": (Two, ({"image": A, "features": B, "id": torch.arange(N)}, Y)),
+    "batches (dict, y)": (Two, [({"features": B[:2], "image": A[:2]}, Y[:2]),
+                                ({"features": B[2:], "image": A[2:]}, Y[2:])]),
+    "batches of dicts": (Two, [{k: DICT[k][:4] for k in KEYS}, {k: DICT[k][4:] for k in KEYS}]),
+    "Dataset of dicts": (Two, Rows(A, B, Y, keys=KEYS)),
+    "DataLoader of dicts": (Two, DataLoader(Rows(A, B, Y, keys=KEYS), batch_size=2)),
+    "examples by index": (Two, Listed(Rows(A, B, Y, keys=KEYS))),
+    "NumPy": (Two, ((A.numpy(), B.numpy()), Y.numpy())),
+    "NumPy in a dict": (Two, {"image": A.numpy()[::1], "features": B.numpy(), "label": Y.numpy()}),
+    "one dict argument": (OneDict, ({"image": A, "features": B}, Y)),
+    "one dict with labels": (OneDict, {"image": A, "features": B, "y": Y}),
+    "nested": (Nested, ((A, {"deep": [{"features": B}]}), Y)),
+    "a dataclass": (OfDataclass, (Pair(A, B.numpy()), Y)),
+}  # fmt: skip
+
+
+def expected() -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, per-example gradients and Hessian by double backward."""
+    model = Two()
+    ps = list(model.parameters())
+    losses = ce(model(A, B), Y)
+    rows = torch.stack([_flat(torch.autograd.grad(v, ps, retain_graph=True)) for v in losses])
+    g = _flat(torch.autograd.grad(losses.mean(), ps, create_graph=True))
+    hessian = torch.stack([_flat(torch.autograd.grad(v, ps, retain_graph=True)) for v in g])
+    return losses.mean().detach(), rows, hessian
+
+
+def _flat(parts: Any) -> Tensor:
+    return torch.cat([p.flatten() for p in parts])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_batch_gives_the_same_numbers(form: str):
+    kind, data = FORMS[form]
+    obj = ef.Objective(kind(), "cross_entropy", data)
+    loss, rows, hessian = expected()
+    identity = torch.eye(obj.num_params, dtype=torch.float64)
+    operator = ef.HessianOperator(obj)
+    assert operator.way == "rules"
+    assert obj.num_examples == N
+    assert abs(obj.loss() - float(loss)) < 1e-12
+    assert relative_error(ef.score_matrix(obj), rows) < 1e-10
+    assert relative_error(operator @ identity, hessian) < 1e-10
+    by_autograd = ef.HessianOperator(obj)
+    with ef.curvature.without_rules():
+        assert relative_error(by_autograd @ identity, hessian) < 1e-10
+    assert relative_error(ef.score_gram(obj), rows @ rows.T) < 1e-10
+    assert relative_error(obj.double().gradient(), rows.mean(0)) < 1e-12
+    trace = ef.ggn_trace(obj)
+    G = ef.GGNOperator(obj) @ identity
+    assert abs(float(trace) - float(G.trace())) < 1e-9 * float(G.trace())
+
+
+@pytest.mark.parametrize("form", ["((a, b), y)", "batches of dicts", "nested", "a dataclass"])
+@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
+def test_dynamics_and_paths_take_structured_batches(form: str, engine: str):
+    kind, data = FORMS[form]
+    obj = ef.Objective(kind(), "cross_entropy", data)
+    plain = ef.Objective(Two(), "cross_entropy", ((A, B), Y))
+    theta = obj.parameters_vector()
+    path = ef.linear_path(theta, theta + 0.3 * torch.ones_like(theta), 5)
+    found, wanted = (
+        ef.relax(o, path, start=0.5, steps=6, lr=0.05, batch_size=3, replicas=3, engine=e, seed=1)
+        for o, e in ((obj, engine), (plain, "loop"))
+    )
+    assert torch.allclose(found.position, wanted.position, atol=1e-9)
+    losses = [ef.path_losses(o, path, 5) for o in (obj, plain)]
+    assert np.allclose(losses[0]["loss"], losses[1]["loss"], rtol=1e-13)
+
+
+OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda a, h: (a, h),
+    "list": lambda a, h: [a, h],
+    "dict": lambda a, h: {"logits": a, "hidden": h},
+    "namespace": lambda a, h: SimpleNamespace(logits=a, hidden=h, past=None),
+    "dataclass": lambda a, h: Pair(a, h),
+}
+
+
+def two_losses(outputs: Any, targets: Tensor) -> Tensor:
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    elif isinstance(outputs, SimpleNamespace):
+        outputs = outputs.logits, outputs.hidden
+    elif isinstance(outputs, Pair):
+        outputs = outputs.image, outputs.features
+    return ce(outputs[0], targets) + outputs[1].square().mean(1)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_loss_of_the_users_takes_the_entire_output(kind: str):
+    x = torch.randn(N, 4, dtype=torch.float64)
+    obj = ef.Objective(Parts(OUTPUTS[kind]), two_losses, (x, Y))
+    model = Parts(lambda a, h: torch.cat([a, h], 1))
+    plain = ef.Objective(model, lambda o, t: ce(o[:, :3], t) + o[:, 3:].square().mean(1), (x, Y))
+    identity = torch.eye(obj.num_params, dtype=torch.float64)
+    operator = ef.HessianOperator(obj)
+    assert operator.way == "rules"
+    with ef.curvature.without_rules():
+        wanted = ef.HessianOperator(plain) @ identity
+    assert relative_error(operator @ identity, wanted) < 1e-10
+    assert relative_error(ef.score_matrix(obj), ef.score_matrix(plain)) < 1e-12
+    trace = ef.hessian_trace(obj, probes=64)
+    assert abs(float(trace) - float(wanted.trace())) < 5 * trace.std_error
+    assert obj.loss() == pytest.approx(plain.loss(), rel=1e-14)
+    with pytest.raises(ValueError, match=r'output="logits"'):
+        ef.GGNOperator(obj)
+    with pytest.raises(ValueError, match=r'output="logits"'):
+        obj.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("tuple", 0), ("list", 0), ("dict", None), ("dict", "logits"), ("namespace", None),
+     ("namespace", "logits"), ("dataclass", "image")],
+)  # fmt: skip
+def test_logits_are_picked_by_name_by_index_or_by_themselves(kind: str, part: Any):
+    x = torch.randn(N, 4, dtype=torch.float64)
+    obj = ef.Objective(Parts(OUTPUTS[kind]), "cross_entropy", (x, Y), output=part)
+    plain = ef.Objective(Parts(lambda a, h: a), "cross_entropy", (x, Y))
+    v = torch.randn(obj.num_params, dtype=torch.float64)
+    for make in (ef.HessianOperator, ef.GGNOperator):
+        assert make(obj).way == "rules"
+        assert relative_error(make(obj) @ v, make(plain) @ v) < 1e-12
+    assert obj.evaluate() == plain.evaluate()
+    custom = ef.Objective(Parts(OUTPUTS["namespace"]), lambda o, t: ce(o, t), (x, Y))
+    assert relative_error(custom.gradient(), plain.gradient()) < 1e-12  # .logits by itself
+
+
+def test_a_part_that_is_not_there_is_rejected_with_the_names_that_are():
+    x = torch.randn(N, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"'logits', 'hidden', got 'scores'"):
+        ef.Objective(Parts(OUTPUTS["dict"]), "cross_entropy", (x, Y), output="scores")
+    with pytest.raises(ValueError, match=r"with the parts 0, 1; pass output=0"):
+        ef.Objective(Parts(OUTPUTS["tuple"]), "cross_entropy", (x, Y))
+
+
+X = torch.randn(N, 4, dtype=torch.float64)
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 3).double()
+
+
+def test_an_index_of_examples_is_dropped():
+    plain = ef.Objective(linear(), "cross_entropy", (X, Y))
+    for data in (
+        (X, Y, torch.arange(N)),
+        TensorDataset(X, Y, torch.arange(N)),
+        [(X[:3], Y[:3], torch.arange(3)), (X[3:], Y[3:], torch.arange(3, N))],
+    ):
+        obj = ef.Objective(linear(), "cross_entropy", data)
+        assert relative_error(obj.gradient(), plain.gradient()) < 1e-14
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.linear(x if mask is None else x * mask[:, None])
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (linear, (X, Y, torch.ones(N)), "weights of examples belong to the targets"),
+        (Optional, (X, torch.ones(N), torch.arange(N)), r"pass \(\(a, b\), targets\)"),
+        (linear, ((X, Y), (X, Y)), "a tuple of two that may be either"),
+        (linear, {"x": X, "label": Y, "labels": Y}, "several: 'labels', 'label'"),
+        (linear, (X, ["a"] * N), r"targets\[0\]: expected tensors or NumPy arrays"),
+        (linear, (X, np.array(["a"] * N)), "targets: expected numbers, got an array of dtype <U1"),
+        (linear, (X, {"a": Y, "b": Y[:3]}), r"targets\['b'\] \[3\]"),
+        (linear, (X, torch.tensor(0)), "of one length"),
+        (linear, X, "a dict with labels, a Dataset, or a re-iterable of batches"),
+        (linear, {}, "at least one input"),
+    ],
+)
+def test_data_that_say_too_little_are_rejected(model: Any, data: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        ef.Objective(model(), "cross_entropy", data)
+
+
+def test_targets_may_be_structured_for_a_loss_of_ones_own():
+    weights = torch.rand(N, dtype=torch.float64)
+    obj = ef.Objective(linear(), lambda o, t: t["w"] * ce(o, t["y"]), (X, {"y": Y, "w": weights}))
+    plain = ef.Objective(linear(), lambda o, t: t[1] * ce(o, t[0]), (X, (Y, weights)))
+    assert torch.equal(obj.gradient(), plain.gradient())
+    v = torch.randn(obj.num_params, dtype=torch.float64)
+    assert relative_error(ef.HessianOperator(obj) @ v, ef.HessianOperator(plain) @ v) < 1e-14
+
+
+def test_a_dict_without_labels_is_the_target_itself():
+    model = nn.Linear(4, 4).double()
+    obj = ef.Objective(model, lambda o, batch: (o - batch["input"]).square().sum(1), {"input": X})
+    assert obj.loss() == pytest.approx(float((model(X) - X).square().sum(1).mean().detach()))
+
+
+def test_inputs_in_half_precision_and_integers_keep_their_kinds():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, ids: Tensor, scale: Tensor) -> Tensor:
+            return self.out((self.embed(ids) * scale[:, :, None]).sum(1))
+
+    ids, scale = torch.randint(9, (N, 5)), torch.rand(N, 5, dtype=torch.float64)
+    data = {"ids": ids, "scale": scale, "target": Y % 2}
+    obj = ef.Objective(Tokens(), "cross_entropy", data)
+    batch = next(obj.batches())
+    assert batch.inputs["ids"].dtype == torch.int64
+    assert batch.inputs["scale"].dtype == torch.float32
+    half = ef.Objective(Tokens().bfloat16(), "cross_entropy", data)
+    assert next(half.batches()).inputs["scale"].dtype == torch.bfloat16
+    assert obj.double().gradient().dtype == torch.float64
