@@ -182,7 +182,7 @@ def test_other_data_have_constants_of_their_own():
     assert other.loss() == pytest.approx(loss(model(x[:2]), CLASSES[:2]).item(), rel=1e-13)
     assert obj.loss() == pytest.approx(loss(model(x), CLASSES).item(), rel=1e-13)
     # A sample keeps the losses of its examples.
-    kept = obj.sampled((x[:2], CLASSES[:2])).example_losses()
+    kept = obj.sampled(x[:2], CLASSES[:2]).example_losses()
     assert torch.equal(kept, obj.example_losses()[:2])
 
 
