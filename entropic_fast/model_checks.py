@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks
+from .derivatives import AnyOrder, Watcher, require_right_gradients
 from .devices import is_gpu
 from .exact import exact_math
 from .examples import Batch, WithTargets
@@ -92,12 +93,13 @@ def require_model(obj: Objective, separate: bool = True) -> None:
             "torch.inference_mode, which keeps none",
             "build the objective outside of it",
         )
+    require_right_gradients(obj._model)
     batch, theta = check_batch(obj), obj.point(None)
     drawn = _random_state(obj.device)
     with torch.no_grad():
         point = theta.clone()
         try:
-            first = obj.outputs(point, batch.inputs)
+            first = _first_outputs(obj, point, batch.inputs)
         except (RuntimeError, TypeError, IndexError) as error:
             raise _not_taken(batch, error) from error
         if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
@@ -130,8 +132,9 @@ def require_model(obj: Objective, separate: bool = True) -> None:
             )
         require_fitting(obj, theta, first, batch)
         losses = _losses_of(obj, first, batch)
-    with torch.enable_grad():
+    with torch.enable_grad(), Watcher() as watcher:
         differentiable = _differentiable_losses(obj, batch, theta)
+    obj.takes_derivatives = watcher.derivative
     if not differentiable.requires_grad:
         raise checks.fail(
             "model",
@@ -151,6 +154,19 @@ def require_model(obj: Objective, separate: bool = True) -> None:
         )
     if separate and obj.separable:
         _require_separate(obj)
+
+
+def _first_outputs(obj: Objective, theta: Tensor, inputs: Tensor) -> Tensor:
+    """The model's outputs; by formulas where torch has no derivative that the model takes."""
+    obj.takes_derivatives = False
+    with Watcher() as watcher:
+        try:
+            return obj.outputs(theta, inputs)
+        except RuntimeError:
+            if not watcher.derivative:
+                raise
+    obj.takes_derivatives = True
+    return obj.outputs(theta, inputs)
 
 
 def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tensor:
@@ -252,7 +268,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
         inputs = batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
         args, kwargs = reader.form.arguments(inputs)
         values = {**obj.split(theta.clone()), **obj.buffers}
-        with torch.no_grad(), exact_math(), model_lock(obj._model):
+        with torch.no_grad(), exact_math(), AnyOrder(), model_lock(obj._model):
             return functional_call(obj._model, values, args, kwargs, tie_weights=True)
 
     few = obj.examples.check_batch()

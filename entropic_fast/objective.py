@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from . import checks, model_checks, trees
 from .batch_format import BatchFormat
+from .derivatives import AnyOrder
 from .devices import is_gpu
 from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples, WithTargets
@@ -152,6 +153,7 @@ class Objective:
         self._loss = bound(self._loss, self.examples)
         self.sharing: Sharing | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
+        self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
         self._choose_outputs(output)
         model_checks.require_model(self)
@@ -422,7 +424,8 @@ class Objective:
         if isinstance(inputs, WithTargets):
             inputs, targets = inputs
         args, kwargs = reader.form.arguments(inputs)
-        outputs: Tensor = reader(model(*args, **kwargs), targets)
+        with self.formulas():
+            outputs: Tensor = reader(model(*args, **kwargs), targets)
         if reader.loss is not None and outputs.ndim == 0 and self.coupled:
             outputs = outputs.expand(trees.size(targets))
         return outputs
@@ -460,11 +463,15 @@ class Objective:
 
         Of a coupled objective, n times the one loss.
         """
-        with no_autocast():
+        with no_autocast(), self.formulas():
             found = self._loss(widened(outputs), targets)
         if self.coupled and isinstance(found, Tensor) and found.ndim == 0:
             return found.expand(trees.size(targets))
         return found
+
+    def formulas(self) -> AbstractContextManager[object]:
+        """Within it torch differentiates the model and loss rightly, as often as needed."""
+        return AnyOrder() if self.takes_derivatives else nullcontext()
 
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tree, targets: Tree) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""

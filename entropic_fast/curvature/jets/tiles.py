@@ -189,9 +189,10 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+        # By the storage itself: those of forward mode have no address.
+        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
         for leaf in tree_leaves(results):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
                 size = leaf.element_size() * prod(leaf.shape)
                 self.widest, self.total = max(self.widest, size), self.total + size
         return results

@@ -1,0 +1,52 @@
+"""torch's derivatives, as models with derivatives of their own use them, against differences."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from derivative_cases import Case, cases
+from derivative_sweep import first_fault, routes, transform_faults, variants
+
+from entropic_fast.derivatives import NO_DERIVATIVE, AnyOrder
+from entropic_fast.exact import exact_math
+
+CASES: dict[str, list[Case]] = {}
+for case in cases():
+    CASES.setdefault(case.name, []).append(case)
+CONSTANT = {f"special {function.__name__[len('special_') :]}" for function in NO_DERIVATIVE}
+WRONG_GRADIENT = {"CrossMapLRN2d"}
+# Third derivatives that are NaN, which products refuse.
+NOT_FINITE = {"logcumsumexp"}
+# Normalization has formulas of its own; of the others a few that models with derivatives use.
+TRANSFORMED = [
+    name
+    for name in CASES
+    if "_norm" in name or "weight norm" in name or name in (
+        "silu", "softplus", "gelu", "tanh", "softmax", "linear", "conv2d", "pdist 2", "cdist 2",
+        "hardsigmoid", "scaled_dot_product_attention", "norm 2", "normalize 2", "prelu",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of functions that are in beta
+@pytest.mark.parametrize("name", sorted(set(CASES) - CONSTANT - WRONG_GRADIENT))
+def test_three_derivatives_are_those_of_differences_or_missing(name: str):
+    """Those of torch, by formulas where it has them wrong."""
+    with exact_math():
+        for case in CASES[name]:
+            for layout, tensors in variants(case):
+                for taken, route in routes(len(tensors)).items():
+                    fault = first_fault(case.function, tensors, route, layout, AnyOrder)
+                    allowed = fault is None or fault[1].startswith("missing")
+                    if name in NOT_FINITE:
+                        allowed = allowed or "nan" in fault[1]
+                    assert allowed, (layout, taken, fault)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_give_what_nested_gradients_give(name: str):
+    with exact_math(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, when its forward mode is first used
+        faults = transform_faults(CASES[name][0].function, CASES[name][0].tensors, AnyOrder)
+    assert not {how: why for how, why in faults.items() if not why.startswith("missing")}

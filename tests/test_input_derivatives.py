@@ -1,0 +1,233 @@
+"""Models and losses that take derivatives in their inputs: everything against differences."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from cases import relative_error
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+import entropic_fast as ef
+
+STEP = 1e-5
+
+
+def by_autograd(net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        u = net(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return slope.flatten(1) + u.flatten(1).sum(1, keepdim=True)
+
+
+def laplacian(net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        u = net(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        bends = [
+            torch.autograd.grad(g.sum(), x, create_graph=True)[0].flatten(1)[:, i]
+            for i, g in enumerate(slope.flatten(1).T)
+        ]
+    return torch.stack(bends).sum(0)[:, None] + u.flatten(1).sum(1, keepdim=True)
+
+
+def by_backward(net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        return torch.autograd.functional.jvp(net, x, torch.ones_like(x), create_graph=True)[1]
+
+
+def by_func_grad(net, x: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: net(x).sum())(x).flatten(1)
+
+
+def by_vmap(net, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda x: net(x[None]).sum()))(x).flatten(1)
+
+
+def by_jacrev(net, x: Tensor) -> Tensor:
+    return torch.func.vmap(torch.func.jacrev(lambda x: net(x[None])[0]))(x).flatten(1)
+
+
+def by_jvp(net, x: Tensor) -> Tensor:
+    return torch.func.jvp(net, (x,), (torch.ones_like(x),))[1].flatten(1)
+
+
+def by_hessian(net, x: Tensor) -> Tensor:
+    matrices = torch.func.vmap(torch.func.hessian(lambda x: net(x[None]).sum()))(x)
+    return matrices.reshape(len(x), -1)
+
+
+def by_dual_numbers(net, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(net(forward_ad.make_dual(x, torch.cos(x)))).tangent
+
+
+INNER = {
+    f.__name__: f
+    for f in (
+        by_autograd, laplacian, by_backward, by_func_grad, by_vmap, by_jacrev, by_jvp, by_hessian,
+        by_dual_numbers,
+    )
+}  # fmt: skip
+
+
+class Sum(nn.Module):
+    """Called as torch.layer_norm, without a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, [4], eps=1e-3) + F.layer_norm(2 * x, (4,))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.TransformerEncoderLayer(4, 2, 6, activation="gelu", batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x.view(len(x), 1, 4) * torch.tensor([[1.0], [0.5]]).to(x)).mean(1)
+
+
+def mlp(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 4), middle, nn.SiLU(), nn.Linear(4, 1))
+
+
+def images(middle: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2)), nn.Conv2d(1, 4, 2, padding=1), middle, nn.Tanh(), nn.Flatten(),
+        nn.Linear(24, 1),
+    )  # fmt: skip
+
+
+NETS = {
+    "LayerNorm": lambda: mlp(nn.LayerNorm(4)),
+    "LayerNorm by functions": lambda: mlp(Sum()),
+    "RMSNorm": lambda: mlp(nn.RMSNorm(4)),
+    "GroupNorm": lambda: images(nn.GroupNorm(2, 4)),
+    "InstanceNorm": lambda: images(nn.InstanceNorm2d(4, affine=True)),
+    "BatchNorm": lambda: images(nn.BatchNorm2d(4)),
+    "weight_norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.Tanh(), nn.Linear(4, 1)
+    ),
+    "attention": lambda: mlp(Attention()),
+    "Hardsigmoid": lambda: mlp(nn.Sequential(nn.LayerNorm(4), nn.Hardsigmoid())),
+}
+
+
+class Inner(nn.Module):
+    def __init__(self, net: nn.Module, derivative) -> None:
+        super().__init__()
+        self.net, self.derivative = net, derivative
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.derivative(self.net, x)
+
+
+def squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets[:, None]).square().sum(1)
+
+
+def objective(net: str, how: str, norm: str = "running", n: int = 5) -> ef.Objective:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Inner(NETS[net](), INNER[how]).double()
+        x, y = torch.randn(n, 2).double(), torch.randn(n).double()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return ef.Objective(model, squares, (x, y), norm=norm)
+
+
+def assert_right(obj: ef.Objective) -> None:
+    """Gradient and products against differences, and everything else against the Hessian."""
+    theta = obj.parameters_vector()
+    v = torch.randn(len(theta), generator=torch.Generator().manual_seed(1)).double()
+    ends = [theta + sign * STEP * v for sign in (1, -1)]
+    slope = (obj.loss(ends[0]) - obj.loss(ends[1])) / (2 * STEP)
+    assert slope == pytest.approx(float(obj.gradient() @ v), rel=1e-6, abs=1e-8)
+    expected = (obj.gradient(ends[0]) - obj.gradient(ends[1])) / (2 * STEP)
+    operator = ef.HessianOperator(obj)
+    assert relative_error(operator @ v, expected) < 1e-6
+    full = operator @ torch.eye(len(theta)).double()
+    assert relative_error(full, full.T) < 1e-10
+    assert relative_error(operator.quadratic_forms(v[:, None]), (v @ full @ v)[None]) < 1e-10
+
+
+@pytest.mark.parametrize("how", INNER)
+def test_the_hessian_of_a_model_with_an_input_derivative(how: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, when its forward mode is first used
+        for net in ("LayerNorm", "LayerNorm by functions"):
+            assert_right(objective(net, how))
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("how", ["by_autograd", "laplacian"])
+def test_the_hessian_with_each_layer(net: str, how: str):
+    assert_right(objective(net, how))
+
+
+@pytest.mark.parametrize("net", ["BatchNorm", "InstanceNorm"])
+def test_statistics_of_the_batch(net: str):
+    """A gradient penalty on a critic in training, of which torch has no third derivative."""
+    assert_right(objective(net, "by_autograd", norm="batch"))
+
+
+def test_all_quantities_of_one_objective():
+    obj = objective("LayerNorm", "by_autograd")
+    size = obj.num_params
+    full = ef.HessianOperator(obj) @ torch.eye(size).double()
+    assert relative_error(ef.hessian_diagonal(obj, probes=2000).value, full.diagonal()) < 0.2
+    trace = ef.hessian_trace(obj, probes=size, method="hutch++")
+    assert trace.value == pytest.approx(float(full.trace()), rel=1e-8)
+    top = ef.top_eigenvalues(ef.HessianOperator(obj), k=1)
+    assert float(top.values[0]) == pytest.approx(float(torch.linalg.eigvalsh(full)[-1]), rel=1e-3)
+    J = ef.JacobianOperator(obj) @ torch.eye(size).double()
+    x, _ = obj.tensors()
+    theta, units = obj.parameters_vector(), torch.eye(size).double()
+    columns = [
+        (obj.outputs(theta + STEP * e, x) - obj.outputs(theta - STEP * e, x)).flatten()
+        for e in units
+    ]
+    assert relative_error(J, torch.stack(columns, 1).detach() / (2 * STEP)) < 1e-6
+    G = ef.GGNOperator(obj) @ units
+    assert relative_error(G, 2 * J.T @ J / obj.num_examples) < 1e-8
+    assert ef.ggn_trace(obj).value == pytest.approx(float(G.trace()), rel=1e-8)
+    scores = ef.score_matrix(obj)
+    assert relative_error(scores.mean(0), obj.gradient()) < 1e-8
+
+
+def test_a_model_without_input_derivative_keeps_torchs_layers():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        obj = ef.Objective(mlp(nn.LayerNorm(4)), "mse", (torch.randn(5, 2), torch.randn(5, 1)))
+    assert not obj.takes_derivatives
+    assert ef.HessianOperator(obj).way == "rules"
+
+
+def test_a_vmap_alone_is_no_derivative():
+    net = Inner(mlp(nn.LayerNorm(4)), lambda net, x: torch.vmap(lambda row: net(row[None])[0])(x))
+    assert not ef.Objective(net, "mse", (torch.randn(5, 2), torch.randn(5, 1))).takes_derivatives
+
+
+def test_a_function_that_torch_takes_for_a_constant_is_refused():
+    class Bessel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + torch.special.bessel_j0(self.linear(x))
+
+    with pytest.raises(ValueError, match=r"torch\.special\.bessel_j0"):
+        ef.Objective(Bessel(), "mse", (torch.randn(5, 2), torch.randn(5, 1)))
+
+
+def test_a_layer_with_a_wrong_gradient_is_refused():
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.CrossMapLRN2d(3), nn.Flatten(), nn.Linear(16, 1))
+    with pytest.raises(ValueError, match="CrossMapLRN2d"):
+        ef.Objective(net, "mse", (torch.randn(5, 1, 2, 2), torch.randn(5, 1)))
