@@ -1,6 +1,7 @@
 """Geometry of loss landscapes: curvature, minimum energy paths and entropic forces."""
 
 from ._version import __version__
+from .convergence import NotConvergedWarning
 from .curvature import (
     DisagreementError,
     FisherOperator,
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "Objective",
     "NonFiniteLossError",
+    "NotConvergedWarning",
     "shard",
     "score_matrix",
     "score_gram",

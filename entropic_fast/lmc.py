@@ -17,6 +17,7 @@ from torch import nn
 
 from . import display
 from .checks import fail, full_precision, positive, whole
+from .convergence import held, warn_once
 from .curvature import HessianOperator, tracked_eigenpairs
 from .data import ImageData
 from .models import build
@@ -36,8 +37,9 @@ class LMCResult:
     Attributes:
         table: one row a point of a line: k (epoch of branching), point (0 to 1 along the
             line), loss and accuracy on the training examples, test_loss and test_accuracy where
-            a test set was given, eigenvalue (largest of the Hessian) and residual (its error
-            bound), distance (between the two ends, of parameters).
+            a test set was given, eigenvalue (largest of the Hessian), residual (its error bound)
+            and converged (1 where it met the tolerance, else 0), distance (between the two ends, of
+            parameters).
         instability: one row a k: loss_instability, eigenvalue_instability (see `instability`),
             barrier (highest loss on the line less the mean of the ends, nats), and, with a test
             set, error_barrier (the same for the test error, a share).
@@ -184,6 +186,7 @@ def measure_line(
     test_data = None if eval_data is None else eval_data.tensors()
     distance = float((ends[1] - ends[0]).norm())
     rows, pairs = [], None
+    messages: list[str] = []
     for i in range(points):
         t = i / (points - 1)
         theta = torch.lerp(ends[0], ends[1], t)  # exact at both ends
@@ -192,14 +195,17 @@ def measure_line(
         row: dict[str, float] = {"point": t, "loss": loss, "accuracy": accuracy}
         if test_data is not None:
             row["test_loss"], row["test_accuracy"] = here.with_data(test_data).evaluate(theta)
-        pairs = tracked_eigenpairs(
-            HessianOperator(here.with_data(curvature_data), theta), pairs, tol=tol, seed=seed
-        )
+        with held() as missed:
+            operator = HessianOperator(here.with_data(curvature_data), theta)
+            pairs = tracked_eigenpairs(operator, pairs, tol=tol, seed=seed)
+        messages += [f"at {t:.4g} of the line, {message}" for message in missed]
         row["eigenvalue"] = float(pairs.values[0])
         row["residual"] = float(pairs.residuals[0])
+        row["converged"] = int(pairs.converged)
         row["distance"] = distance
         rows.append(row)
         _tell(progress, "line", i + 1, points)
+    warn_once(messages, "measure_line:")
     return Table.from_rows(rows)
 
 
@@ -328,7 +334,9 @@ def linear_mode_connectivity(
         return Table({"k": [k] * points, **line})
 
     run = unit or (lambda name, make: make())
-    tables = [run(f"k{k}", lambda k=k: compute(k)) for k in chosen]  # type: ignore[misc]
+    with held() as missed:
+        tables = [run(f"k{k}", lambda k=k: compute(k)) for k in chosen]  # type: ignore[misc]
+    warn_once(missed, "linear_mode_connectivity:")
     table = Table({name: np.concatenate([t[name] for t in tables]) for name in tables[0].columns})
     return LMCResult(table, summarise(table))
 

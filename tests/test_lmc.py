@@ -61,6 +61,7 @@ def test_the_tables_have_their_columns(result):
         "test_accuracy",
         "eigenvalue",
         "residual",
+        "converged",
         "distance",
     )
     assert result.table["k"].tolist() == [0] * 5 + [2] * 5 + [4] * 5

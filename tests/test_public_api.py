@@ -14,6 +14,7 @@ NAMES = [
     "__version__",
     "Objective",
     "NonFiniteLossError",
+    "NotConvergedWarning",
     "shard",
     "score_matrix",
     "score_gram",

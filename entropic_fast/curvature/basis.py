@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import checks, random
 from ..devices import is_gpu
 from ..scratch import scratch_of
-from .protocol import multiply, require_operator
+from .protocol import require_operator
+from .searches import Search, run
 from .tall import cholesky_qr, qr
 
 # Rounding does not break the symmetry of the projected matrix by this share of its scale.
@@ -129,6 +130,10 @@ class Basis:
 
         Of more columns than the width, every width-th are added up, at length 1 each.
         """
+        run(self.operator, self.starting(v0))
+
+    def starting(self, v0: Tensor | None = None) -> Search[None]:
+        """`start`, as a search that asks for its product."""
         if v0 is not None:
             unit = _unit(v0.to(self.columns))
             sums = [unit[:, i :: self.width].sum(1) for i in range(self.width)]
@@ -137,9 +142,14 @@ class Basis:
                 raise checks.fail("v0", "a vector other than zero", "all zeros")
             self._append(self._directions(folded, 1.0)[0])
         self._append(self._fresh(self.width - self.frontier))
-        self.grow()
+        yield from self.growing()
 
-    def grow(self, count: int | None = None, wait: bool = True) -> None:
+    def forming(self) -> Search[None]:
+        """Multiply all unit vectors, as the first block: H is then the matrix itself."""
+        self._append(torch.eye(self.order, dtype=self.dtype, device=self.device))
+        yield from self.growing()
+
+    def growing(self, count: int | None = None, wait: bool = True) -> Search[None]:
         """Multiply the first `count` directions of F, and append those that follow them.
 
         Args:
@@ -149,7 +159,7 @@ class Basis:
         count = self.frontier if count is None else count
         old, held = self.size, self.held
         block = self.columns[:, old : old + count]
-        product = self.multiply(block, wait)
+        product = yield from self.multiplied(block, wait)
         self.norm = torch.maximum(self.norm, _norms(product).max())
         rest, rows = self._orthogonalise(product, held)
         del product
@@ -166,12 +176,22 @@ class Basis:
         if self.frontier == 0:  # Q spans an invariant subspace
             self._append(self._fresh(min(self.width, self.order - self.size)))
 
-    def multiply(self, vectors: Tensor, check: bool = True) -> Tensor:
+    def multiplied(self, vectors: Tensor, check: bool = True) -> Search[Tensor]:
         """operator @ vectors [P, r], counted."""
-        product = multiply(self.operator, vectors, check)
+        product = yield vectors, check
         self.matvecs += vectors.shape[1]
         self.products += 1
         return product
+
+    @property
+    def complete(self) -> bool:
+        """Whether Q spans everything, so that the operator is known: A = Q H Q^T."""
+        return self.size == self.order
+
+    def known_product(self, vectors: Tensor) -> Tensor:
+        """A @ vectors [P, r] in float64, of a complete basis at the last look."""
+        columns = self.columns[:, : self.size].double()
+        return columns @ (self._host.to(columns) @ (columns.T @ vectors.double()))
 
     def look(self) -> None:
         """Fetch H, and settle what the steps since the last look left open.

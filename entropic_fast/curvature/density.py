@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, random
+from ..convergence import warn_not_converged
 from ..exact import exact_math
-from ..results import Density, Eigenpairs
+from ..results import PROBE_ERROR, RESOLUTION, Density, Eigenpairs, smoothed
 from .across import Across, orthonormal, without
 from .basis import ROUNDING, require_symmetry
 from .krylov import stride_of
@@ -20,6 +21,11 @@ from .quadrature import Rule, other_rules, stacked, tridiagonal
 
 # Default width of the smoothing Gaussian, as a share of the range of Ritz values.
 SIGMA_SHARE = 0.01
+# Up to this order the matrix is formed where that takes no more products than the probes' steps.
+# At 1024 its eigenvalues take as long as some ten products of a small network.
+EXACT = 1024
+# Unit vectors multiplied at once to form it.
+TOGETHER = 32
 # Smoothing widths that the default grid goes beyond the Ritz values: the tails are there.
 MARGIN = 5.0
 
@@ -44,6 +50,9 @@ def spectral_density(
     tr f(A) / P without bias for polynomials f of degree up to 2 steps - 1; `Density.trace`
     gives it for any f, with its standard error.
 
+    Where P is at most probes x steps (and 1024), P products form the matrix instead, and all
+    eigenvalues are the nodes: `Density.exact`, without error.
+
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@` on blocks, a matrix too.
         probes: V, normal vectors scaled to length 1.
@@ -60,8 +69,9 @@ def spectral_density(
             Z^T A Z, for Z an orthonormal basis of what is orthogonal to them.  # [P] or [P, r]
 
     Returns:
-        see `Density`; a probe whose Krylov space is exhausted early has rows padded with its
-        last node at weight 0.
+        see `Density`. Where steps or probes are too few for sigma (`Density.converged`), with a
+        `NotConvergedWarning`. A probe whose Krylov space is exhausted early has rows padded with
+        its last node at weight 0.
 
     Raises:
         ValueError: an operator that is not square or not symmetric; counts, sigma, grid or along
@@ -70,11 +80,29 @@ def spectral_density(
     >>> import torch
     >>> d = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), probes=2, steps=3)
     >>> [round(v, 3) for v in d.nodes[0].tolist()], round(float(d.weights.sum()), 4)
-    ([1.0, 2.0, 4.0], 2.0)
+    ([1.0, 2.0, 4.0], 1.0)
     """
     density, _ = density_and_pairs(
         operator, probes, steps, sigma, grid, points, seed, memory_budget, along
     )
+    if not density.converged:
+        found = (
+            f"the curve of fewer steps is off by {density.resolution:.2g} of the eigenvalues "
+            f"against {RESOLUTION:g}, the probes' standard error by {density.probe_error:.2g} "
+            f"against {PROBE_ERROR:g}"
+        )
+        more = [
+            name
+            for name, value, limit in (
+                ("steps", density.resolution, RESOLUTION),
+                ("probes", density.probe_error, PROBE_ERROR),
+            )
+            if value > limit
+        ]
+        warn_not_converged(
+            f"spectral_density: not converged after {probes} probes of {density.nodes.shape[1]} "
+            f"steps: {found}; raise {' and '.join(more)}, or sigma ({density.sigma:.3g})"
+        )
     return density
 
 
@@ -127,6 +155,11 @@ def density_and_pairs(
             f"{steps} Lanczos vectors of length {size}",
             "give more memory, or fewer steps",
         )
+    if size <= min(EXACT, probes * steps):
+        nodes, pairs = _exact(operator, left_out, kept)
+        weights = torch.full_like(nodes, 1 / count)
+        density = _density(nodes[None], weights[None], (), sigma, grid, points, exact=True)
+        return density, pairs
     if left_out is not None:
         operator = Across(operator, left_out)
     together = min(probes, budget // each)
@@ -154,6 +187,29 @@ def density_and_pairs(
             best = _largest(space, kept)
         del spaces, space
     nodes, weights = stacked(rules, steps)
+    several = tuple(stacked(kind, steps + 1) for kind in zip(*others, strict=True))
+    assert best is not None
+    pairs = Eigenpairs(best.values, best.vectors, best.residuals, matvecs, False)
+    density = _density(nodes, weights, several, sigma, grid, points, size=count)
+    return density, pairs
+
+
+def _density(
+    nodes: Tensor,
+    weights: Tensor,
+    others: tuple[Rule, ...],
+    sigma: float | None,
+    grid: Tensor | None,
+    points: int,
+    *,
+    size: int | None = None,
+    exact: bool = False,
+) -> Density:
+    """The smoothed curve of rules [V, m], with the defaults of `spectral_density`.
+
+    Args:
+        size: how many eigenvalues there are; None for as many as nodes.
+    """
     low, high = float(nodes.min()), float(nodes.max())
     if sigma is None:
         # An operator with one eigenvalue has no range: a width to its scale instead.
@@ -175,14 +231,45 @@ def density_and_pairs(
         grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
     where = checks.finite("grid", grid).detach().double().cpu()
     curves = torch.stack(
-        [_smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
+        [smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
     )
-    error = curves.std(0) / math.sqrt(probes) if probes > 1 else torch.full_like(where, math.nan)
-    assert best is not None
-    pairs = Eigenpairs(best.values, best.vectors, best.residuals, matvecs, False)
-    several = tuple(stacked(kind, steps + 1) for kind in zip(*others, strict=True))
-    mean = curves.mean(0)
-    return Density(where, mean, error, nodes, weights, sigma, count, several), pairs
+    if exact:
+        error = torch.zeros_like(where)
+    elif len(nodes) > 1:
+        error = curves.std(0) / math.sqrt(len(nodes))
+    else:
+        error = torch.full_like(where, math.nan)
+    count = nodes.shape[1] if size is None else size
+    return Density(where, curves.mean(0), error, nodes, weights, sigma, count, others, exact)
+
+
+def _exact(operator: Any, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
+    """All eigenvalues [P - r], ascending, and the largest pairs, from P products.
+
+    Args:
+        left_out: orthonormal directions [P, r] that the operator is taken across.
+    """
+    size, dtype, device = require_operator(operator)
+    blocks = []
+    for start in range(0, size, TOGETHER):
+        units = torch.zeros(size, min(TOGETHER, size - start), dtype=dtype, device=device)
+        units[start : start + TOGETHER].fill_diagonal_(1)
+        blocks.append(multiply(operator, units).double().cpu())
+    matrix = torch.cat(blocks, 1)
+    gap = matrix - matrix.T
+    require_symmetry(operator, float(gap.abs().max()), float(matrix.norm(dim=0).max()))
+    basis = torch.eye(size, dtype=torch.float64)
+    if left_out is not None:
+        full = torch.linalg.qr(left_out.double().cpu(), mode="complete")[0]
+        basis = full[:, left_out.shape[1] :]
+        matrix = basis.T @ matrix @ basis
+    nodes, coordinates = torch.linalg.eigh((matrix + matrix.T) / 2)
+    chosen, values = coordinates.flip(1)[:, :kept], nodes.flip(0)[:kept]
+    rounding = ROUNDING * torch.finfo(dtype).eps * float(nodes.abs().max())
+    residuals = torch.linalg.vector_norm(matrix @ chosen - values * chosen, dim=0)
+    residuals = torch.hypot(residuals, residuals.new_tensor(rounding))
+    vectors = (basis @ chosen).to(device, dtype)
+    return nodes, Eigenpairs(values.to(vectors), vectors, residuals.to(vectors), size, False)
 
 
 class _Space(NamedTuple):
@@ -287,8 +374,3 @@ def _largest(space: _Space, kept: int) -> Eigenpairs:
     residuals = torch.hypot(remainder, torch.tensor(space.rounding, dtype=torch.float64))
     values = space.nodes.flip(0)[:kept]
     return Eigenpairs(values.to(vectors), vectors, residuals.to(vectors), 0, False)
-
-
-def _smoothed(grid: Tensor, nodes: Tensor, weights: Tensor, sigma: float) -> Tensor:
-    z = (grid[:, None] - nodes) / sigma
-    return torch.exp(-0.5 * z.square()) @ weights / (sigma * math.sqrt(2 * math.pi))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 
 import torch
@@ -14,7 +16,7 @@ from ..results import Eigenpairs
 from ..scratch import scratch_of
 from .basis import Basis
 from .compiled import undisturbed
-from .krylov import solve
+from .krylov import require_converged, solve
 from .memory import resolve_budget, too_small
 from .operators import CurvatureOperator
 from .per_example import ExampleGradients
@@ -199,6 +201,10 @@ def fisher_eigenvalues(
     budget, scratch = resolve_budget(memory_budget, obj.device), scratch_of(obj.device).products
     if is_gpu(obj.device):  # more than the copies of all scores at once is not needed
         scratch = min(scratch, 8 * size * (obj.count(max_examples) + 2 * width))
+    if block is None and size <= 2 * width:  # one pass gives the matrix, two with k + 5 may not do
+        with contextlib.suppress(ValueError):
+            _plan(size, k, size, budget, scratch)
+            width = size
     capacity, left = _plan(size, k, width, budget, scratch)
     try:
         operator = FisherOperator(obj, theta, max_examples, left, dtype=torch.float64)
@@ -213,10 +219,10 @@ def fisher_eigenvalues(
         "%d Fisher eigenvalues: %d passes with blocks of %d, a basis of at most %d vectors",
         *(k, operator.passes, width, capacity),
     )
+    more = "max_passes" if basis.products + 1 >= max_passes and not basis.complete else ""
+    require_converged(pairs, "fisher_eigenvalues", more, f"{basis.products} passes")
     # No eigenvalue is under 0, only rounding.
-    return Eigenpairs(
-        pairs.values.clamp(min=0), pairs.vectors, pairs.residuals, pairs.matvecs, pairs.converged
-    )
+    return dataclasses.replace(pairs, values=pairs.values.clamp(min=0))
 
 
 def _plan(size: int, k: int, width: int, budget: int, scratch: int) -> tuple[int, int]:

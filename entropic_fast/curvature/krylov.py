@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..convergence import warn_not_converged
 from ..exact import exact_math
 from ..results import Eigenpairs
 from .basis import ROUNDING, Basis, Ritz, wanted_first
 from .memory import resolve_budget
 from .protocol import require_operator
+from .searches import Search, run
 from .tall import qr
 
 WANTED = ("LA", "SA", "LM", "BE")
@@ -23,6 +25,9 @@ WIDEST = 8
 EXTRA_COLUMNS = 40
 # ... and no fewer than so many blocks.
 DEPTH = 4
+# Up to this order a basis may hold all: no restart, and never more products than the matrix has
+# columns. Beyond, the eigenvalues of H at every look would take longer than restarts.
+COMPLETE = 512
 # A device is asked for results every so many steps, because asking makes it idle. On the CPU
 # asking is free.
 STRIDE = 3
@@ -109,9 +114,54 @@ def top_eigenvalues(
     width = min(width, size)
     if width > max_matvecs:
         raise checks.fail("max_matvecs", f"at least the first block's {width}", str(max_matvecs))
-    basis = Basis(operator, capacity(k, width, size, dtype, device), seed, width)
-    basis.start(start)
-    return solve(basis, k, which, tol, max_matvecs=max_matvecs)
+    room = capacity(k, width, size, dtype, device)
+    formed = forms_matrix(k, size, max_matvecs, room)
+    basis = Basis(operator, room, seed, size if formed else width)
+    run(operator, basis.forming() if formed else basis.starting(start))
+    pairs = solve(basis, k, which, tol, max_matvecs=max_matvecs)
+    require_converged(pairs, "top_eigenvalues", limited_by(basis, max_matvecs))
+    return pairs
+
+
+def forms_matrix(k: int, size: int, max_matvecs: int, room: int) -> bool:
+    """Whether P products with unit vectors are no more than a search for k pairs would take.
+
+    For k = P / 2 a search took 0.7 P products where eigenvalues decay fast and 1.3 P where they do
+    not, in narrower blocks.
+    """
+    return size <= min(2 * k, max_matvecs, room)
+
+
+def limited_by(basis: Basis, max_matvecs: int) -> str:
+    """What ended a search that did not converge; "" for rounding."""
+    return "max_matvecs" if basis.matvecs >= max_matvecs and not basis.complete else ""
+
+
+def require_converged(pairs: Eigenpairs, what: str, more: str, spent: str = "") -> None:
+    """Warn of pairs that are not converged, with the worst residual and what to do.
+
+    Args:
+        what: the function that the user called.
+        more: the argument that ended the search, "" if the operator's rounding did.
+        spent: on the search, if not its products.
+    """
+    if pairs.converged:
+        return
+    residuals = pairs.residuals.double().cpu()
+    limits = torch.zeros_like(residuals) if pairs.limits is None else pairs.limits.to(residuals)
+    missed = residuals > limits
+    do = (
+        f"raise {more} or tol"
+        if more
+        else "more products do not help, as the rest is the operator's own rounding: use float64 "
+        "(obj.double()), or raise tol"
+    )
+    worst = int((residuals - limits).where(missed, residuals.new_tensor(-1.0)).argmax())
+    warn_not_converged(
+        f"{what}: {int(missed.sum())} of {len(residuals)} eigenvalues not converged after "
+        f"{spent or f'{pairs.matvecs} products'}, the worst {float(pairs.values[worst]):.6g} with "
+        f"a residual of {float(residuals[worst]):.3g} against {float(limits[worst]):.3g}; {do}"
+    )
 
 
 def solve(
@@ -124,6 +174,23 @@ def solve(
     max_matvecs: int = sys.maxsize,
     max_products: int = sys.maxsize,
 ) -> Eigenpairs:
+    """`solving` with the basis's own operator."""
+    search = solving(
+        basis, k, which, tol, narrow=narrow, max_matvecs=max_matvecs, max_products=max_products
+    )
+    return run(basis.operator, search)
+
+
+def solving(
+    basis: Basis,
+    k: int,
+    which: str,
+    tol: float,
+    *,
+    narrow: bool = True,
+    max_matvecs: int = sys.maxsize,
+    max_products: int = sys.maxsize,
+) -> Search[Eigenpairs]:
     """Grow a started basis, restarting it when it is full, until its k pairs are accepted.
 
     Args:
@@ -148,13 +215,13 @@ def solve(
             if not exact:  # leave one to verify
                 spent = spent or basis.products + 1 >= max_products
             noisy = bool((ritz.skews[:k] > FAR * limits).any())  # which growth does not mend
-            over = spent or at_floor or noisy or basis.size == basis.order
-            if exact or last:
+            over = spent or at_floor or noisy or basis.complete
+            if (exact or last) and not basis.complete:
                 converged = bool((ritz.residuals[:k] <= limits).all())
                 if converged or over:
-                    return _returned(basis, ritz, k, which, converged)
+                    return _returned(basis, ritz, k, which, limits)
             elif over or not bool(missing.any()):
-                pairs = _verified(basis, ritz, k, which, tol, floor)
+                pairs = yield from _verified(basis, ritz, k, which, tol, floor)
                 if pairs.converged or over:
                     return pairs
                 goal *= 0.1  # rounding made the bound optimistic: ask more of it
@@ -168,21 +235,21 @@ def solve(
             basis.restart(ritz, min(keep, basis.capacity - count))
         most = min((max_matvecs - basis.matvecs) // count, max_products - basis.products)
         far = bool((ritz.bounds[:k][missing] > FAR * limits[missing]).all())
-        _advance(basis, count, most if far and count == basis.frontier else 1)
+        yield from _advance(basis, count, most if far and count == basis.frontier else 1)
 
 
-def _advance(basis: Basis, count: int, most: int) -> None:
+def _advance(basis: Basis, count: int, most: int) -> Search[None]:
     """Multiply blocks of `count` vectors until the next look, `most` of them or one."""
     room = min(basis.capacity - basis.size, basis.order - basis.held) // count
     # A good start is done after a product or two.
     steps = 1 if basis.careful or basis.products < 2 else stride_of(basis.device)
     steps = max(1, min(steps, room, most))
     if steps == 1:
-        basis.grow(count)
+        yield from basis.growing(count)
         return
     basis.remember()
     for _ in range(steps):
-        basis.grow(count, wait=False)
+        yield from basis.growing(count, wait=False)
 
 
 def stride_of(device: torch.device) -> int:
@@ -213,25 +280,32 @@ def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.de
         raise checks.fail(
             "k", f"few enough vectors of length {size} for the free memory, at most {fits}", str(k)
         )
+    if size <= COMPLETE:
+        return int(min(size, fits))
     return int(min(size, max(k, first) + max(EXTRA_COLUMNS, DEPTH * first), fits))
 
 
-def _returned(basis: Basis, ritz: Ritz, k: int, which: str, converged: bool) -> Eigenpairs:
+def _returned(basis: Basis, ritz: Ritz, k: int, which: str, limits: Tensor) -> Eigenpairs:
     """Ritz pairs with the recurrence's residuals."""
     vectors, triangle = qr(ritz_vectors(basis, ritz, k))
     vectors *= triangle.diagonal().sign()
     values, residuals = ritz.values[:k], ritz.residuals[:k]
-    return _pairs(basis, values, vectors, residuals, which, converged)
+    return _pairs(basis, values, vectors, residuals, which, limits)
 
 
-def _verified(basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: float) -> Eigenpairs:
+def _verified(
+    basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: float
+) -> Search[Eigenpairs]:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
     vectors, _ = qr(ritz_vectors(basis, ritz, k))
-    products = basis.multiply(vectors)
-    values = (vectors.double() * products.double()).sum(0)
-    residuals = torch.linalg.vector_norm(products.double() - values * vectors.double(), dim=0)
-    converged = bool((residuals <= (tol * values.abs()).clamp(min=floor)).all())
-    return _pairs(basis, values, vectors, residuals, which, converged)
+    if basis.complete:  # all products are known
+        products = basis.known_product(vectors)
+    else:
+        products = (yield from basis.multiplied(vectors)).double()
+    values = (vectors.double() * products).sum(0)
+    residuals = torch.linalg.vector_norm(products - values * vectors.double(), dim=0)
+    limits = (tol * values.abs()).clamp(min=floor)
+    return _pairs(basis, values, vectors, residuals, which, limits)
 
 
 def ritz_vectors(basis: Basis, ritz: Ritz, k: int) -> Tensor:
@@ -240,14 +314,18 @@ def ritz_vectors(basis: Basis, ritz: Ritz, k: int) -> Tensor:
 
 
 def _pairs(
-    basis: Basis, values: Tensor, vectors: Tensor, residuals: Tensor, which: str, converged: bool
+    basis: Basis, values: Tensor, vectors: Tensor, residuals: Tensor, which: str, limits: Tensor
 ) -> Eigenpairs:
     """Eigenpairs in the order promised."""
     order = wanted_first(values, "LA" if which == "BE" else which)
+    converged = bool((residuals <= limits).all())
+    # Limits are rounded up, so that what met them in float64 does in the vectors' dtype.
+    loose = limits[order] * (1 + 2 * torch.finfo(vectors.dtype).eps)
     return Eigenpairs(
         values[order].to(vectors),
         vectors[:, order.to(vectors.device)],
         residuals[order].to(vectors),
         basis.matvecs,
         converged,
+        loose.to(vectors),
     )

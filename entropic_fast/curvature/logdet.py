@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..convergence import held, warn_once
 from ..exact import exact_math
 from ..results import Density, Eigenpairs, Estimate, LogDeterminant
 from .across import Across, orthonormal
 from .basis import ROUNDING
-from .density import spectral_density
+from .density import density_and_pairs
 from .krylov import top_eigenvalues
 from .protocol import require_operator
+
+# Errors of the stochastic part that count as converged, as shares of the sum of the logarithms'
+# sizes. A standard error tells of itself and may be large; an error of too few steps is a bias.
+QUADRATURE_SHARE, PROBE_SHARE = 0.05, 0.25
 
 
 @exact_math()
@@ -51,7 +57,8 @@ def log_determinant(
     the rest, whose variance is far smaller. Where delta is far below the largest eigenvalue, few
     `steps` do not resolve the eigenvalues near 0 and the sum is off by more than its `std_error`,
     whatever the probes; `quadrature` estimates by how much (see `Density.trace`), and more steps
-    cure it.
+    cure it. With a `NotConvergedWarning`, `converged` is False where eigenvalues missed tol,
+    `quadrature` exceeds 5 % of sum |log|, or the standard error 25 % of it.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
@@ -86,25 +93,35 @@ def log_determinant(
         if floor > 0:
             raise checks.fail("floor", "0 with delta, which needs none", repr(floor))
     pairs = None
+    messages: list[str] = []
     value = error = bound = quadrature = 0.0
     if k is not None:
         across = operator if left_out is None else Across(operator, left_out)
-        pairs = top_eigenvalues(across, k, tol, seed, max_matvecs, v0=v0)
+        with held() as messages:
+            pairs = top_eigenvalues(across, k, tol, seed, max_matvecs, v0=v0)
         # Along the directions left out Across is 0, and comes out as rounding.
         rounding = ROUNDING * torch.finfo(dtype).eps * float(pairs.values.abs().max())
         kept = pairs.values > max(floor, rounding)
         value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)
         if delta is None:
-            return LogDeterminant(value, 0.0, bound, int(kept.sum()), floor, 0.0, pairs)
+            warn_once(messages, "log_determinant:")
+            return LogDeterminant(
+                *(value, 0.0, bound, int(kept.sum()), floor, 0.0, pairs),
+                converged=pairs.converged,
+            )
         known = pairs.vectors[:, kept]
         left_out = known if left_out is None else torch.cat([left_out, known], 1)
     assert delta is not None
     if left_out is None or left_out.shape[1] < size:
         along = None if left_out is None or left_out.shape[1] == 0 else left_out
-        density = spectral_density(operator, probes, steps, seed=seed, along=along)
-        rest = density_log_determinant(density, delta)
+        density, _ = density_and_pairs(operator, probes, steps, seed=seed, along=along)
+        rest = _trace_of_log(density, delta)
+        messages += _missed(density, delta, rest, abs(value))
         value, error, quadrature = value + rest.value, rest.std_error, rest.quadrature
-    return LogDeterminant(value, error, bound, count, 0.0, delta, pairs, quadrature)
+    warn_once(messages, "log_determinant:")
+    return LogDeterminant(
+        value, error, bound, count, 0.0, delta, pairs, quadrature, converged=not messages
+    )
 
 
 def density_log_determinant(density: Density, delta: float) -> Estimate:
@@ -115,12 +132,42 @@ def density_log_determinant(density: Density, delta: float) -> Estimate:
         delta: above 0, added to each eigenvalue's positive part.
 
     >>> import torch
+    >>> from entropic_fast import spectral_density
     >>> density = spectral_density(torch.eye(3), probes=2)
     >>> round(density_log_determinant(density, 1.0).value, 4)  # 3 log 2
     2.0794
     """
     checks.positive("delta", delta)
+    estimate = _trace_of_log(density, delta)
+    messages = _missed(density, delta, estimate)
+    warn_once(messages, "density_log_determinant:")
+    return dataclasses.replace(estimate, converged=not messages)
+
+
+def _trace_of_log(density: Density, delta: float) -> Estimate:
     return density.trace(lambda values: (values.clamp(min=0) + delta).log())
+
+
+def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0) -> list[str]:
+    """What is not converged in `_trace_of_log`, as at most one message.
+
+    Args:
+        others: size of the logarithms besides those of the density.
+    """
+    # Logarithms of both signs cancel in the sum: errors are judged by the sum of their sizes.
+    logs = density.trace(lambda values: (values.clamp(min=0) + delta).log().abs())
+    size = logs.value + others
+    limits = (QUADRATURE_SHARE * size, PROBE_SHARE * size)
+    pairs = (("steps", found.quadrature, limits[0]), ("probes", found.std_error, limits[1]))
+    more = [name for name, error, limit in pairs if error > limit]
+    if not more:
+        return []
+    return [
+        f"errors of {found.quadrature:.3g} from {density.nodes.shape[1]} steps against "
+        f"{limits[0]:.3g} and of {found.std_error:.3g} from {found.probes} probes against "
+        f"{limits[1]:.3g}, at logarithms of size {size:.4g} in all; raise {' and '.join(more)}, "
+        f"or delta ({delta:.3g})"
+    ]
 
 
 def _sum_of_logs(values: Tensor, residuals: Tensor, shift: float) -> tuple[float, float]:

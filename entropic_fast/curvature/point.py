@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..convergence import held, warn_once
 from ..exact import exact_math
 from ..objective import Objective
 from ..results import Density, Eigenpairs, Estimate
@@ -39,11 +41,13 @@ class Point(NamedTuple):
         pairs: the largest eigenvalue's pair, and what is known of those that follow, as the next
             point's `start`; None if neither "top_eigenvalue" nor "density" was asked for.
         density: None if it was not asked for.
+        missed: what is not converged, as messages.
     """
 
     row: Row
     pairs: Eigenpairs | None
     density: Density | None
+    missed: tuple[str, ...] = ()
 
 
 def profile_point(
@@ -88,7 +92,8 @@ def profile_point(
             "density": "log_determinant", tr log(H_+ + delta) over the positive parts of the
             eigenvalues, and "negative_mass", the sum of the sizes of the negative ones, each
             with its "..._std_error" (over the density's probes) and "..._quadrature", an estimate
-            of the error of too few steps (see `Density.trace`); hundreds of products.
+            of the error of too few steps (see `Density.trace`), and "log_determinant_converged"
+            (0 or 1, see `log_determinant`); hundreds of products.
         seed: of the trace probes and Lanczos vectors.
         recalibrate: whether to re-estimate running statistics at the point first; a number
             for the first so many examples only. Nothing to do for a model without them.
@@ -116,7 +121,7 @@ def profile_point(
     >>> row["loss"], row["hessian_trace"], row["products"], row["forms"]
     (2.5, 5.0, 0, 32)
     """
-    return measure_point(
+    found = measure_point(
         obj,
         theta,
         quantities,
@@ -129,7 +134,9 @@ def profile_point(
         steps=steps,
         delta=delta,
         along=along,
-    ).row
+    )
+    warn_once(list(found.missed), "profile_point:")
+    return found.row
 
 
 @exact_math()
@@ -149,6 +156,8 @@ def measure_point(
     along: Tensor | None = None,
 ) -> Point:
     """`profile_point`, with the eigenpairs to start from at the next point and the density.
+
+    What is not converged is said by `missed` and by columns, without a warning.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -182,17 +191,20 @@ def measure_point(
             delta=delta,
             along=along,
         )
-    for name in quantities:
-        if shared is not None and name in _OF_HESSIAN:
-            row |= shared.columns(name)
-        else:
-            row |= _MEASURES[name](obj, theta)
+    with held() as missed:
+        for name in quantities:
+            if shared is not None and name in _OF_HESSIAN:
+                row |= shared.columns(name)
+            else:
+                row |= _MEASURES[name](obj, theta)
     if shared is not None:
         row |= {"products": shared.operator.products, "forms": shared.forms}
     row["norm_examples"] = norm_examples
     if shared is None:
         return Point(row, None, None)
-    return Point(row, shared.pairs, shared.density)
+    with held() as more:  # a search that no column asked for
+        pairs = shared.pairs
+    return Point(row, pairs, shared.density, (*missed, *more))
 
 
 def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
@@ -253,6 +265,7 @@ class _Hessian:
             row: Row = {}
             for key, estimate in sums.items():
                 row |= _with_error(key, estimate) | {f"{key}_quadrature": estimate.quadrature}
+            row["log_determinant_converged"] = int(sums["log_determinant"].converged)
             return row
         assert self.pairs is not None
         return {
@@ -278,7 +291,7 @@ class _Hessian:
         # Residuals by the recurrence hold where the tolerance is well above rounding.
         exact = self._tol * value >= TRUSTED * rounding
         if self._along is None and exact and residual <= self._tol * value:
-            return Eigenpairs(known.values, known.vectors, known.residuals, known.matvecs, True)
+            return dataclasses.replace(known, converged=True)
         return self._tracked(known, guarded=False)
 
     @cached_property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from .. import random
+from ..convergence import warn_not_converged
 from ..results import Estimate
 from ..scratch import scratch_of
 from .memory import resolve_budget
@@ -50,6 +52,19 @@ def mean_estimate(samples: Tensor, exact: float = 0.0, error: float = 0.0) -> Es
         return Estimate(exact + mean, float("nan"), 1)
     variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
     return Estimate(exact + mean, math.hypot(math.sqrt(variance / n), error), n)
+
+
+def judged(estimates: list[Estimate], total: Estimate, tol: float | None) -> list[Estimate]:
+    """Estimates that say whether their total met its tolerance; a warning if it did not."""
+    if tol is None or precise(total, tol):
+        return estimates
+    warn_not_converged(
+        f"trace: a standard error of {total.std_error:.3g} against tol |value| = "
+        f"{tol * abs(total.value):.3g} after {total.probes} samples; raise probes or tol, or take "
+        "out known directions with deflate (tol is relative: where positive and negative "
+        "eigenvalues cancel, judge the standard error by itself)"
+    )
+    return [dataclasses.replace(estimate, converged=False) for estimate in estimates]
 
 
 def precise(estimate: Estimate, tol: float) -> bool:

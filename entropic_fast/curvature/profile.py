@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import checks
+from ..convergence import warn_once
 from ..objective import Objective
 from ..results import Density, Eigenpairs
 from ..table import Table
@@ -62,7 +63,8 @@ def curvature_profile(
         on_density: called with (index, density) after each point, with "density" asked for.
 
     Returns:
-        a table with column "s" and those of `profile_point`, a row a point.
+        a table with column "s" and those of `profile_point`, a row a point. Of points where a
+        result is not converged (a column says so) one `NotConvergedWarning` tells.
 
     Raises:
         ValueError: positions, quantities or tol out of range; a path without points; `across`
@@ -93,6 +95,7 @@ def curvature_profile(
         )
     rows: list[Row] = []
     pairs: Eigenpairs | None = None
+    missed: list[str] = []
     for index, s in enumerate(positions):
         here = measure_point(
             obj,
@@ -109,12 +112,14 @@ def curvature_profile(
             along=None if tangent is None else tangent(s),
         )
         pairs = here.pairs
+        missed += [f"at s = {s:.4g}, {message}" for message in here.missed]
         row: Row = {"s": s, **here.row}
         rows.append(row)
         if on_point is not None:
             on_point(index, row)
         if on_density is not None and here.density is not None:
             on_density(index, here.density)
+    warn_once(missed, "curvature_profile:")
     return Table.from_rows(rows)
 
 

@@ -14,7 +14,7 @@ from .ggn import ggn_trace, quick_ggn_trace
 from .hessian import HessianOperator
 from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
 from .hutchpp import hutchpp
-from .probes import BLOCK, MIN_SAMPLES, precise
+from .probes import BLOCK, MIN_SAMPLES, judged, precise
 from .protocol import require_operator
 from .score import grouping
 from .sketch import Complement, deflation_basis
@@ -82,7 +82,8 @@ def hessian_trace(
             "hutch++". The blocks' traces add up to the whole, to which `tol` applies.
 
     Returns:
-        value, its standard error, and the number of probes spent.
+        value, its standard error, and the number of probes spent; `converged` is False, with a
+        `NotConvergedWarning`, where tol was missed.
 
     Raises:
         ValueError: arguments out of range; as `HessianOperator`.
@@ -141,7 +142,7 @@ def _beside_gauss_newton(
     if tol is not None and sampler.exact_error and not precise(sampler.total(), tol):
         sampler.exact, sampler.exact_error = others + ggn_trace(obj, theta).value, 0.0
         sampler.sample_until(tol, probes)
-    return sampler.each()[0]
+    return judged(sampler.each(), sampler.total(), tol)[0]
 
 
 @exact_math()
@@ -178,7 +179,8 @@ def operator_trace(
         operator: anything with `shape`, `dtype` and `@` on blocks [P, K], and if it has it
             `quadratic_forms`; a matrix too. Symmetric, for the last two methods.
         probes: number of vectors multiplied, those of the sketch included; with `tol`, the most.
-        tol: stop early once std_error <= tol |value|.
+        tol: stop early once std_error <= tol |value|; a `NotConvergedWarning` if all probes
+            do not reach it.
         seed: of the signs, which depend on nothing else: not on the device or the memory.
         method: "hutchinson", "hutch++" or "xtrace".
         deflate: directions Q whose part tr(Q^T A Q) is computed exactly, by as many quadratic
@@ -201,9 +203,11 @@ def operator_trace(
     if _exact_is_cheaper(len(basis), probes, tol):
         return traces_of_all(whole(operator), operator)[0]
     if basis.shape[1] == 0:
-        return xtrace(operator, probes, tol, seed, 0.0)
+        found = xtrace(operator, probes, tol, seed, 0.0)
+        return judged([found], found, tol)[0]
     known = float(Hutchinson(operator, whole(operator), seed, basis).exact.sum())
-    return xtrace(Complement(operator, basis), probes, tol, seed, known)
+    found = xtrace(Complement(operator, basis), probes, tol, seed, known)
+    return judged([found], found, tol)[0]
 
 
 def _traces(
@@ -221,12 +225,13 @@ def _traces(
     if method == "hutchinson":
         sampler = Hutchinson(operator, measure, seed, basis)
         sampler.sample_until(tol, probes)
-        return sampler.each()
+        return judged(sampler.each(), sampler.total(), tol)
     if _exact_is_cheaper(len(basis), probes, tol):
         return traces_of_all(measure, operator)
     sampler = Hutchinson(operator, measure, seed, basis)
     hutchpp(sampler, operator, probes, tol, seed)
-    return [Estimate(e.value, e.std_error, sampler.spent) for e in sampler.each()]
+    found = [Estimate(e.value, e.std_error, sampler.spent) for e in sampler.each()]
+    return judged(found, sampler.total(), tol)
 
 
 def _checked(

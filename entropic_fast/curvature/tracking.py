@@ -11,7 +11,7 @@ from .. import checks, random
 from ..exact import exact_math
 from ..results import Eigenpairs
 from .basis import Basis
-from .krylov import capacity, ritz_vectors, solve
+from .krylov import capacity, limited_by, require_converged, ritz_vectors, solve
 from .protocol import require_operator
 
 # Pairs returned at most: a block of them costs a trace that leaves them out one call.
@@ -66,6 +66,9 @@ def tracked_eigenpairs(
     first = solve(basis, 1, "LA", tol, max_matvecs=max_matvecs)
     ritz = basis.ritz("LA")
     kept = min(KEPT, basis.size)
+    require_converged(first, "tracked_eigenpairs", limited_by(basis, max_matvecs))
+    assert first.limits is not None
+    limits = first.limits
     following = ritz_vectors(basis, ritz, kept)[:, 1:]
     return Eigenpairs(
         torch.cat([first.values, ritz.values[1:kept].to(first.values)]),
@@ -73,6 +76,7 @@ def tracked_eigenpairs(
         torch.cat([first.residuals, ritz.residuals[1:kept].to(first.residuals)]),
         basis.matvecs,
         first.converged,
+        torch.cat([limits, torch.full_like(ritz.values[1:kept], torch.inf).to(limits)]),
     )
 
 

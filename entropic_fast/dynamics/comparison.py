@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from .. import checks
+from ..convergence import held, warn_once
 from ..objective import Objective
 from ..paths.path import Path
 from ..random import derive
@@ -252,6 +253,7 @@ class ForceComparison:
             "residual": measured - energetic - predicted_exclusion, what the fit explains;
             "noise_share": of tr C in the r directions; "force_share": what they alone give of
             the entropic prediction;
+            "eigenvalues_converged": 1 if all r eigenvalues met their tolerance, else 0;
             "squared_distance", "predicted_squared_distance": from the path at the burst's end.
         fit: residual = a x predicted_entropic.
         correlation, shuffled_p: of `shuffled_curvature`.
@@ -295,11 +297,13 @@ def compare_force(
     """
     if forces is None:
         found: list[PointForce] = []
-        for i, s in enumerate(positions):
-            start = found[-1].pairs if found else None
-            found.append(point_force(obj, path, float(s), seed=seed, v0=start, **options))
-            if on_position is not None:
-                on_position(i)
+        with held() as missed:
+            for i, s in enumerate(positions):
+                start = found[-1].pairs if found else None
+                found.append(point_force(obj, path, float(s), seed=seed, v0=start, **options))
+                if on_position is not None:
+                    on_position(i)
+        warn_once(missed, "compare_force:")
         forces = found
     drift = measure_drift(obj, path, positions, settings, replicas, seed=seed, control=control)
     energetic = noiseless_drift(obj, path, positions, settings)
@@ -354,6 +358,7 @@ def comparison_table(
                 "squared_distance": float(distance[i][kept].square().mean()),
                 "predicted_squared_distance": float(point.squared_distance(settings)[-1]),
                 "replicas": len(velocity),
+                "eigenvalues_converged": int(point.pairs.converged),
             }
         )
     return Table.from_rows(rows)

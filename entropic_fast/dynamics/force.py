@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..convergence import held, warn_once
 from ..curvature import HessianOperator, top_eigenvalues
 from ..curvature.across import Across, orthonormal
 from ..curvature.protocol import multiply
@@ -245,7 +246,9 @@ def point_force(
         for side, place in zip(beside, places, strict=True)
     ]
     across = Across(HessianOperator(first_examples(here, max_examples), theta), u)
-    pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
+    with held() as missed:
+        pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
+    warn_once(missed, f"point_force at s = {position:.4g}:")
     vectors = pairs.vectors
     ahead, behind = (multiply(side, vectors).double() for side in sides)
     turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V

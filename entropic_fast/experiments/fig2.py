@@ -250,6 +250,8 @@ def draw_curvature(trace: Axes, eigenvalue: Axes, curvature: Table, styles: Styl
                 capsize=2,
                 label=text,
             )
+        if column == "top_eigenvalue":
+            plots.mark_unconverged(ax, curvature, "s", column, "top_eigenvalue_converged")
         ax.set_xlabel(DISTANCE)
         ax.set_ylabel(label)
         if curvature[column].min() >= 0:

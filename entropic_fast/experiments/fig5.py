@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..convergence import held
 from ..lmc import Trunk, branch, measure_line, summarise
 from ..table import Table
 from ..training import Trained
@@ -77,17 +78,18 @@ def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> 
     a, b = (
         branch(start, training, config, number, seed=seed, progress=progress) for number in (1, 2)
     )
-    line = measure_line(
-        a,
-        b,
-        training,
-        eval_data=test,
-        points=lmc.points,
-        curvature_examples=run.config.data.curvature_examples or None,
-        tol=run.config.curvature.tol,
-        seed=seed,
-        progress=progress,
-    )
+    with held():  # the table says what is not converged
+        line = measure_line(
+            a,
+            b,
+            training,
+            eval_data=test,
+            points=lmc.points,
+            curvature_examples=run.config.data.curvature_examples or None,
+            tol=run.config.curvature.tol,
+            seed=seed,
+            progress=progress,
+        )
     rows = line.num_rows
     found: dict[str, Any] = {
         "line": Table({"seed": [seed] * rows, "k": [k] * rows, **line}),
@@ -141,6 +143,10 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
             x = lines.where(seed=seeds[0], k=k)["point"]
             y = np.mean([lines.where(seed=s, k=k)[column] for s in seeds], axis=0)
             ax.plot(x, y, "o-", color=shade, label=f"k = {k}")
+            if column == "eigenvalue" and "converged" in lines.columns:
+                met = [lines.where(seed=s, k=k)["converged"] for s in seeds]
+                means = Table({"x": x, "y": y, "met": np.min(met, axis=0)})
+                plots.mark_unconverged(ax, means, "x", "y", "met")
         ax.set_xlabel("position on the line")
         plots.log_if_wide(ax, lines[column])
     loss.legend()

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .. import store
+from ..results import NOT_CONVERGED
+from ..table import Table
 from .claims.intervals import mean_interval
 
 # Okabe and Ito's palette, without its yellow (too light on white).
@@ -85,6 +87,16 @@ def save(figure: Figure, folder: Path, name: str) -> None:
         data = io.BytesIO()
         figure.savefig(data, format=kind, **options)
         store.write_bytes(folder / f"{name}.{kind}", data.getvalue())
+
+
+def mark_unconverged(ax: Axes, table: Table, x: str, y: str, converged: str) -> None:
+    """Crosses on the values of a column that another column says are not converged."""
+    if converged not in table.columns:  # of a run before there was one
+        return
+    bad = table[converged] == 0
+    if bad.any():
+        (cross,) = ax.plot(table[x][bad], table[y][bad], "x", color="black", ms=9, zorder=5)
+        ax.legend([cross], [NOT_CONVERGED])
 
 
 def log_if_wide(ax: Axes, values: np.ndarray) -> None:

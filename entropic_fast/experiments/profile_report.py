@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .. import store
+from ..results import NOT_CONVERGED
 from ..table import Table
 from . import fig2, profile_figures, relaxation, report
 from .claims.intervals import mean_interval
@@ -165,6 +166,8 @@ def _shown(row: Mapping[str, Any]) -> dict[str, str]:
     if "fisher_trace" in row:
         cells["Fisher trace"] = both("fisher_trace", "std_error")
     cells["largest eigenvalue"] = both("top_eigenvalue", "residual")
+    if not row.get("top_eigenvalue_converged", 1):
+        cells["largest eigenvalue"] += f", {NOT_CONVERGED}"
     cells["negative mass"] = both("negative_mass", "std_error")
     return cells
 
@@ -175,7 +178,8 @@ def _eigenvalues(table: Table) -> list[dict[str, str]]:
             "point": str(row["point"]),
             "which": f"{row['which']} {row['rank']}" if row["which"] == "largest" else "smallest",
             "eigenvalue": f"{row['eigenvalue']:.4g}",
-            "residual": f"{row['residual']:.2g}",
+            "residual": f"{row['residual']:.2g}"
+            + ("" if row.get("converged", row["all_converged"]) else f", {NOT_CONVERGED}"),
         }
         for row in table.rows()
     ]

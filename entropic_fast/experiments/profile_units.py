@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..convergence import held
 from ..curvature import (
     HessianOperator,
     curvature_profile,
@@ -68,16 +69,17 @@ def find_path(store: UnitStore, report: Report, subject: Subject) -> dict[str, A
 def measure_along(store: UnitStore, report: Report, subject: Subject) -> dict[str, Any]:
     """Loss and curvature at points of the path."""
     s = subject.settings
-    table = curvature_profile(
-        subject.some,
-        load_path(store),
-        s.points,
-        subject.quantities,
-        seed=s.seed,
-        probes=s.probes,
-        tol=s.tol,
-        on_point=lambda i, _: report((i + 1) / s.points),
-    )
+    with held():  # a column says what is not converged, and the figure
+        table = curvature_profile(
+            subject.some,
+            load_path(store),
+            s.points,
+            subject.quantities,
+            seed=s.seed,
+            probes=s.probes,
+            tol=s.tol,
+            on_point=lambda i, _: report((i + 1) / s.points),
+        )
     return {"curvature": Table.from_rows([{"path": "A-B", **row} for row in table.rows()])}
 
 
@@ -125,9 +127,10 @@ def measure_spectra(
     operator = HessianOperator(obj, theta)
     most = min(s.eigenvalues, obj.num_params)
     matvecs = max(MATVECS, 2 * most)
-    largest = top_eigenvalues(operator, most, s.tol, s.seed, matvecs, v0=found.pairs)
-    report(0.8)
-    smallest = top_eigenvalues(operator, 1, s.tol, s.seed, matvecs, which="SA")
+    with held():  # the table and the report say what is not converged
+        largest = top_eigenvalues(operator, most, s.tol, s.seed, matvecs, v0=found.pairs)
+        report(0.8)
+        smallest = top_eigenvalues(operator, 1, s.tol, s.seed, matvecs, which="SA")
     report(0.9)
     slope = float(torch.linalg.vector_norm(obj.gradient(theta), dtype=torch.float64))
     tables = {
@@ -169,15 +172,15 @@ def place_of(store: UnitStore, name: str) -> float:
 
 
 def _eigenvalues(name: str, which: str, pairs: Eigenpairs) -> Iterator[dict[str, object]]:
-    for rank, (value, residual) in enumerate(
-        zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1
-    ):
+    columns = (pairs.values.tolist(), pairs.residuals.tolist(), pairs.each_converged)
+    for rank, (value, residual, converged) in enumerate(zip(*columns, strict=True), 1):
         yield {
             "point": name,
             "which": which,
             "rank": rank,
             "eigenvalue": value,
             "residual": residual,
+            "converged": converged,
             "all_converged": pairs.converged,
         }
 

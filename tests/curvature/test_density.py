@@ -12,6 +12,15 @@ from entropic_fast import random
 from entropic_fast.curvature import HessianOperator, density, spectral_density
 from entropic_fast.curvature.density import density_and_pairs
 
+# Small matrices with few probes and steps on purpose: how they miss is what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")
+
+
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any order are estimated, not formed."""
+    monkeypatch.setattr(density, "EXACT", 0)
+
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:
     q = torch.linalg.qr(random.normal((len(values), len(values)), seed))[0]

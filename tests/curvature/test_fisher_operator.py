@@ -11,7 +11,7 @@ from cases import CASES, Case, by_name, plain_scores, relative_error
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from entropic_fast import random, scratch
+from entropic_fast import NotConvergedWarning, random, scratch
 from entropic_fast.curvature import (
     GGNOperator,
     fisher_operator,
@@ -248,7 +248,8 @@ def test_max_passes_is_kept_and_said_to_be_too_few(most: int, monkeypatch: pytes
     monkeypatch.setattr(FisherOperator, "__init__", init)
     values = torch.linspace(0.9, 1, 100).double()
     scores = with_singular_values(values, 110, 120)
-    pairs = fisher_eigenvalues(with_scores(scores), 2, tol=1e-12, max_passes=most)
+    with pytest.warns(NotConvergedWarning, match=f"after {most} passes.*raise max_passes"):
+        pairs = fisher_eigenvalues(with_scores(scores), 2, tol=1e-12, max_passes=most)
     assert operators[0].passes == most and operators[0].products == pairs.matvecs
     assert not pairs.converged
     matrix = scores.T @ scores / 110

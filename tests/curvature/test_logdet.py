@@ -11,10 +11,20 @@ from torch import Tensor
 from entropic_fast import random
 from entropic_fast.curvature import (
     HessianOperator,
+    density,
     density_log_determinant,
     log_determinant,
     spectral_density,
 )
+
+# Small matrices with few probes and steps on purpose: how they miss is what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")
+
+
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any order are estimated, not formed."""
+    monkeypatch.setattr(density, "EXACT", 0)
 
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ from entropic_fast import random
 from entropic_fast.curvature import (
     HessianOperator,
     curvature_profile,
+    density,
     fisher_trace,
     hessian_trace,
     measure_point,
@@ -23,6 +24,16 @@ from entropic_fast.curvature import (
 from entropic_fast.objective import Objective
 from entropic_fast.paths.path import Path
 from entropic_fast.table import Table
+
+# Small matrices with few probes and steps on purpose: how they miss is what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")
+
+
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any order are estimated, not formed."""
+    monkeypatch.setattr(density, "EXACT", 0)
+
 
 ALL = [
     "s", "loss", "accuracy", "fisher_trace", "fisher_trace_std_error", "hessian_trace",

@@ -7,11 +7,26 @@ import torch
 from torch import Tensor
 
 from entropic_fast import random
-from entropic_fast.curvature import density_log_determinant, log_determinant, spectral_density
+from entropic_fast.curvature import (
+    density,
+    density_log_determinant,
+    log_determinant,
+    spectral_density,
+)
 from entropic_fast.curvature.point import profile_point
 from entropic_fast.curvature.quadrature import gauss_rule, other_rules
 from entropic_fast.objective import Objective
 from entropic_fast.results import Density, Estimate
+
+# Small matrices with few probes and steps on purpose: how they miss is what is tested.
+pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")
+
+
+@pytest.fixture(autouse=True)
+def estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of any order are estimated, not formed."""
+    monkeypatch.setattr(density, "EXACT", 0)
+
 
 FUNCTIONS = {
     "log of little": lambda x: (x.clamp(min=0) + 5e-4).log(),

@@ -8,7 +8,7 @@ import torch
 from cases import by_name, difference_hessian
 from torch import Tensor
 
-from entropic_fast import random
+from entropic_fast import NotConvergedWarning, random
 from entropic_fast.curvature import HessianOperator, hessian_trace, operator_trace
 
 
@@ -99,7 +99,10 @@ def test_tolerance_stops_early_and_never_exceeds_the_probes():
     loose = operator_trace(matrix, probes=400, tol=0.01)
     assert loose.probes < 400 and loose.probes % 8 == 0
     assert loose.std_error <= 0.01 * abs(loose.value)
-    assert operator_trace(matrix, probes=20, tol=1e-9).probes == 20
+    assert loose.converged
+    with pytest.warns(NotConvergedWarning, match=r"after 20 samples; raise probes or tol"):
+        strict = operator_trace(matrix, probes=20, tol=1e-9)
+    assert strict.probes == 20 and not strict.converged
     assert operator_trace(torch.zeros(3, 3), probes=50, tol=0.1).probes == 16
 
 

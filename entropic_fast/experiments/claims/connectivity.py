@@ -7,7 +7,15 @@ from scipy import stats
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import Array, floats, mean_interval, mean_text, normal_interval, pairs
+from .intervals import (
+    Array,
+    floats,
+    mean_interval,
+    mean_text,
+    normal_interval,
+    pairs,
+    unconverged_text,
+)
 
 
 def lmc(instability: Table, figure: str = "5") -> list[Claim]:
@@ -100,7 +108,7 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
             verdict(low, high, 0.0),
             f"{mean_text(few)} and {mean_text(many)}, over {len(few)} replicas that share their "
             f"noise, of starts off the middle; {lost} diverged; the largest eigenvalue on the line "
-            f"is at most {rise:.2f} of the ends' mean",
+            f"is at most {rise:.2f} of the ends' mean{unconverged_text(line, 'converged')}",
         )
     ]
 

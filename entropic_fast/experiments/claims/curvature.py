@@ -7,7 +7,7 @@ from scipy import stats
 
 from ...table import Table
 from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import LEVEL, floats, geometric_mean, mean_error
+from .intervals import LEVEL, floats, geometric_mean, mean_error, unconverged_text
 
 
 def curvature(curvature: Table) -> list[Claim]:
@@ -55,6 +55,7 @@ def _rises(table: Table, figure: str, column: str, error: str, label: str, repor
     detail = f"{certain.count(HOLDS)} of {len(certain)} paths above 1 beyond their own error"
     if ratios:
         detail += f"; range {min(ratios):.2f} to {max(ratios):.2f}"
+    detail += unconverged_text(table, f"{column}_converged")
     if without:
         detail += f"; {without} without a ratio, as a mean is not above 0"
     return Claim(

@@ -85,6 +85,16 @@ def select(table: Table, keep: np.ndarray) -> Table:
     return Table({name: table[name][keep] for name in table.columns})
 
 
+def unconverged_text(table: Table, column: str) -> str:
+    """How many values a column of flags says are not converged; "" for none or no such column.
+
+    >>> unconverged_text(Table({"ok": [1, 0, 1]}), "ok")
+    '; 1 of 3 values not converged'
+    """
+    bad = int((table[column] == 0).sum()) if column in table.columns else 0
+    return f"; {bad} of {table.num_rows} values not converged" if bad else ""
+
+
 def floats(values: np.ndarray) -> Array:
     """A column in float64."""
     return np.asarray(values, dtype=np.float64)
