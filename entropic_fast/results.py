@@ -167,8 +167,8 @@ class Density:
         density: density smoothed by a Gaussian of width `sigma`; integrates to 1 over the
             real line.  # [G]
         std_error: standard error of `density` over the probes.  # [G]
-        nodes: Ritz values of each probe, [V, m]; where `exact`, all eigenvalues, [1, P].
-        weights: quadrature weights of each probe; each row sums to 1.  # as nodes
+        nodes: Ritz values of each probe; where `exact`, all eigenvalues in one row.  # [V, m]
+        weights: quadrature weights of each probe; each row sums to 1.  # [V, m]
         sigma: width of the Gaussian, in units of the eigenvalues.
         size: order P of the operator (the number of eigenvalues).
         others: nodes and weights of other rules from the same products, whose distance from the
