@@ -146,7 +146,8 @@ class Basis:
 
     def forming(self) -> Search[None]:
         """Multiply all unit vectors, as the first block: H is then the matrix itself."""
-        self._append(torch.eye(self.order, dtype=self.dtype, device=self.device))
+        units = torch.zeros(self.order, self.order, dtype=self.dtype, device=self.device)
+        self._append(units.fill_diagonal_(1))
         yield from self.growing()
 
     def growing(self, count: int | None = None, wait: bool = True) -> Search[None]:
