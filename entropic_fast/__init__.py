@@ -40,6 +40,7 @@ from .dynamics import (
     relax_many,
     simulate_langevin,
 )
+from .live_model import StaleStatisticsWarning
 from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
 from .ops.backend import set_backend
@@ -53,6 +54,7 @@ __all__ = [
     "Objective",
     "NonFiniteLossError",
     "NotConvergedWarning",
+    "StaleStatisticsWarning",
     "shard",
     "score_matrix",
     "score_gram",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import checks
 from .derivatives import AnyOrder, Watcher, require_right_gradients
@@ -269,7 +268,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
         args, kwargs = reader.form.arguments(inputs)
         values = {**obj.split(theta.clone()), **obj.buffers}
         with torch.no_grad(), exact_math(), AnyOrder(), model_lock(obj._model):
-            return functional_call(obj._model, values, args, kwargs, tie_weights=True)
+            return obj.functional(values)(*args, **kwargs)
 
     few = obj.examples.check_batch()
     try:

@@ -19,6 +19,7 @@ from .derivatives import AnyOrder
 from .devices import is_gpu
 from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples, WithTargets
+from .live_model import StatisticsPoint, read_model
 from .loss_functions import LossFunction, bound, computed_inside, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .modules import cast, cast_tensor, copied
@@ -151,6 +152,7 @@ class Objective:
             data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
         )
         self._loss = bound(self._loss, self.examples)
+        self._statistics = StatisticsPoint(self._theta)
         self.sharing: Sharing | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
@@ -163,6 +165,7 @@ class Objective:
     def _read_parameters(
         self, device: torch.device | str | None, chosen: frozenset[str] | None
     ) -> None:
+        self._keeps_statistics = any(m.track_running_stats for m in norm_layers(self._model))
         studied(self._model, chosen)
         devices = {t.device for t in (*self._model.parameters(), *self._model.buffers())}
         if device is None and len(devices) > 1:
@@ -218,10 +221,55 @@ class Objective:
         Raises:
             ValueError: a model whose parameters have other names or shapes; it is unchanged.
         """
-        load_tensors(model, self.split(self.point(theta)), self.buffers)
+        load_tensors(model, self.split(self._finite_point(theta)), self.buffers)
+
+    def at(self, model: nn.Module) -> Objective:
+        """This objective at the parameters and buffers of a live model of the same architecture.
+
+        For a model that trains on: its normalization statistics belong to its parameters, and a
+        theta alone leaves those of the objective behind. The price is a copy; graphs and checks
+        of the objective serve the new one.
+
+        Args:
+            model: as the objective was built from, inside wrappers or not; it is not changed.
+
+        Returns:
+            a new Objective, of the same loss and data, whose own point is the model's.
+
+        Raises:
+            ValueError: a model whose parameters or buffers have other names, shapes or dtypes.
+
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.BatchNorm1d(2))
+        >>> obj = Objective(net, "mse", (torch.ones(4, 1), torch.ones(4, 2)))
+        >>> _ = net.train()(torch.randn(8, 1))  # moves its running statistics
+        >>> obj.at(net).loss() == Objective(net.eval(), "mse", (torch.ones(4, 1),
+        ...     torch.ones(4, 2))).loss()
+        True
+        """
+        other = copy.copy(self)
+        other._theta, other.buffers = read_model(
+            model, self.split(self._theta), self.buffers, self._frozen()
+        )
+        other._statistics = StatisticsPoint(other._theta)
+        return other
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """Constant parameters by name, but those that are among the buffers."""
+        known = {*self._names, *self.buffers}
+        return {n: p.detach() for n, p in self._model.named_parameters() if n not in known}
 
     def point(self, theta: Tensor | None) -> Tensor:
-        """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]"""
+        """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]
+
+        Warns once of a point far from where running statistics were gathered.
+        """
+        found = self._finite_point(theta)
+        if theta is not None and self.norm == "running" and self._keeps_statistics:
+            self._statistics.check(found)
+        return found
+
+    def _finite_point(self, theta: Tensor | None) -> Tensor:
+        """`point` for what uses no statistics."""
         found = self._fitting(theta)
         return found if theta is None else checks.finite("theta", found)
 
@@ -341,7 +389,7 @@ class Objective:
         other = copy.copy(self)
         inside = self._reader.loss
         other.examples = examples if inside is None else examples.including_targets()
-        other._theta = self.point(theta).clone()
+        other._theta = self._finite_point(theta).clone()
         if loss is not None:
             other.loss_name, other._loss, other._loss_dtype = "custom", loss, None
         elif bind:
@@ -409,14 +457,18 @@ class Objective:
 
     def run_model(self, values: Mapping[str, Tensor], inputs: Tree) -> Tensor:
         """The model's outputs, with parameters and buffers by name; for holders of its lock."""
+        with NativeRecurrence() if is_gpu(self.device) else nullcontext():
+            return self.call(self.functional(values), inputs)
+
+    def functional(self, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """The model with parameters and buffers by name, as a function of what it takes."""
         if self._complex:
             values = {**values, **{name: as_complex(values[name]) for name in self._complex}}
 
         def run(*args: Tree, **kwargs: Tree) -> Any:
             return functional_call(self._model, dict(values), args, kwargs, tie_weights=True)
 
-        with NativeRecurrence() if is_gpu(self.device) else nullcontext():
-            return self.call(run, inputs)
+        return run
 
     def call(self, model: Callable[..., Any], inputs: Tree) -> Tensor:
         """What the loss takes of `model`'s outputs, for this objective's model or a copy of it."""
@@ -488,7 +540,8 @@ class Objective:
 
     def constants(self) -> list[Tensor]:
         """The model's buffers and frozen parameters, the very tensors that it computes with."""
-        frozen = [p for name, p in self._model.named_parameters() if name not in self._names]
+        known = {*self._names, *self.buffers}
+        frozen = [p for name, p in self._model.named_parameters() if name not in known]
         return [*self.buffers.values(), *frozen]
 
     def example_losses(self, theta: Tensor | None = None) -> Tensor:
@@ -623,7 +676,7 @@ class Objective:
     @property
     def has_running_statistics(self) -> bool:
         """Whether any normalisation layer uses stored statistics."""
-        return any(m.track_running_stats for m in norm_layers(self._model))
+        return self._keeps_statistics
 
     def with_norm(self, norm: str) -> Objective:
         """This objective with normalisation layers in another mode, "running" or "batch".
@@ -647,7 +700,7 @@ class Objective:
         other = copy.copy(self)
         other.norm = norm
         other._model = twin(self._model, norm, lambda model: private_copy(model, norm))
-        kept = dict(other._model.named_buffers())
+        kept = {**dict(other._model.named_buffers()), **dict(other._model.named_parameters())}
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other
 
@@ -665,13 +718,14 @@ class Objective:
             a new Objective at the same data; this one unchanged if nothing keeps statistics.
         """
         self.count(max_examples)
-        return self.recalibrated_at(self.point(theta), max_examples)
+        return self.recalibrated_at(self._finite_point(theta), max_examples)
 
     def recalibrated_at(self, theta: Tensor, max_examples: int | None = None) -> Objective:
         """`recalibrated` at a point that is known to be one: reads no value back."""
         if not self.has_running_statistics:
             return self
         other = copy.copy(self)
+        other._statistics = StatisticsPoint(theta)
         other.buffers = {name: b.clone() for name, b in self.buffers.items()}
         with model_lock(self._model):
             gather_statistics(

@@ -215,7 +215,7 @@ def load_tensors(
     Args:
         model: inside wrappers or not.
         parameters: complex ones as pairs of real numbers.
-        buffers: as the model has them.
+        buffers: as the model has them, and parameters that are no part of theta.
 
     Raises:
         ValueError: a model whose parameters have other names or shapes; it is unchanged.
@@ -235,7 +235,7 @@ def load_tensors(
     with torch.no_grad():
         for name, value in parameters.items():
             own[name].copy_(value)
-        for name, buffer in model.named_buffers():
+        for name, held in (*model.named_buffers(), *model.named_parameters()):
             name = plain_name(model, name)
             if name in buffers:
-                buffer.copy_(buffers[name])
+                held.copy_(buffers[name])

@@ -15,6 +15,7 @@ NAMES = [
     "Objective",
     "NonFiniteLossError",
     "NotConvergedWarning",
+    "StaleStatisticsWarning",
     "shard",
     "score_matrix",
     "score_gram",

@@ -156,7 +156,11 @@ def _module_on(obj: Objective, row: Tensor) -> tuple[nn.Module, list[nn.Paramete
         for place in places[id(by_name[name])]:
             owner, _, leaf = place.rpartition(".")
             setattr(module.get_submodule(owner), leaf, view)
-    for name, buffer in obj.buffers.items():
+    for name, held in obj.buffers.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = buffer.clone()
+        holder = module.get_submodule(owner)
+        if leaf in holder._parameters:  # frozen, and of another value than the model's
+            holder._parameters[leaf] = nn.Parameter(held.clone(), requires_grad=False)
+        else:
+            holder._buffers[leaf] = held.clone()
     return module, parameters
