@@ -104,6 +104,11 @@ class Objective:
         coupled: whether the loss, or the model, mixes examples (contrastive losses, statistics
             of a batch). The entire data is then one batch in everything computed, the loss may
             return one number, and quantities of single examples are rejected.
+        weight_decay: c of the term c |theta|^2 / 2 beside the mean loss, as `torch.optim.SGD`
+            has it. `loss`, `gradient`, Hessian and Gauss-Newton matrix with their traces and
+            spectra, losses along paths and the dynamics are of the sum; quantities of single
+            examples (`losses`, `example_losses`, scores, Fisher matrix, tangent kernel) are of
+            the data term alone.
 
     Attributes:
         num_params: P, the length of theta.
@@ -138,10 +143,12 @@ class Objective:
         parameters: Any = None,
         output: str | int | None = None,
         coupled: bool = False,
+        weight_decay: float = 0.0,
     ) -> None:
         model_checks.require_module(model)
         checks.one_of("norm", norm, ("running", "batch"))
         self.norm = norm
+        self.weight_decay = float(checks.at_least("weight_decay", weight_decay, 0.0))
         self.loss_name = loss if isinstance(loss, str) else "custom"
         self._loss = loss_function(loss)
         self._model = private_copy(model, norm)
@@ -339,13 +346,35 @@ class Objective:
     def mark(self) -> str:
         """What tells this objective from others that processes share: data, dtype, statistics."""
         data = self.examples.digest()[:12]
-        return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}"
+        decay = f", weight_decay={self.weight_decay}" if self.weight_decay else ""
+        return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}{decay}"
 
     def alone(self) -> Objective:
         """The same objective, all of whose work this process does."""
         other = copy.copy(self)
         other.sharing = None
         return other
+
+    # -- weight decay ----------------------------------------------------------------------
+
+    def data_term(self) -> Objective:
+        """This objective without weight decay."""
+        if not self.weight_decay:
+            return self
+        other = copy.copy(self)
+        other.weight_decay = 0.0
+        return other
+
+    def penalty(self, theta: Tensor) -> Tensor:
+        """weight_decay / 2 |theta|^2 at points [P] or [R, P], differentiable, in float64."""
+        return (0.5 * self.weight_decay) * theta.double().square().sum(-1)
+
+    def minibatch_loss(self, theta: Tensor, inputs: Any, targets: Any) -> Tensor:
+        """The mean loss of a minibatch at theta [P], with weight decay; differentiable."""
+        loss = self.losses(theta, inputs, targets).mean()
+        return loss + self.penalty(theta).to(loss.dtype) if self.weight_decay else loss
+
+    # -- counting --------------------------------------------------------------------------
 
     def count(self, max_examples: int | None = None) -> int:
         """How many examples `max_examples` stands for: itself, or N for None.
@@ -603,11 +632,13 @@ class Objective:
     def unread_loss(self, theta: Tensor) -> Tensor:
         """`loss` at a finite theta [P] by this process, NaN or infinite or not, not read back."""
         losses = [self.losses(theta, batch.inputs, batch.targets) for batch in self.batches()]
-        return torch.cat(losses).double().mean()
+        mean = torch.cat(losses).double().mean()
+        return mean + self.penalty(theta) if self.weight_decay else mean
 
     def loss(self, theta: Tensor | None = None) -> float:
-        """Mean loss over all examples at theta [P], summed in float64."""
-        return float(self.example_losses(theta).double().mean())
+        """Mean loss over all examples at theta [P], summed in float64, with weight decay."""
+        mean = float(self.example_losses(theta).double().mean())
+        return mean + float(self.penalty(self.point(theta))) if self.weight_decay else mean
 
     @exact_math()
     def gradient(self, theta: Tensor | None = None) -> Tensor:
@@ -644,7 +675,10 @@ class Objective:
             self.point(theta)
         total = self.summed(own, "gradient", theta)
         model_checks.require_in_range(total, theta.dtype)
-        return (total / self.num_examples).to(theta.dtype)
+        mean = total / self.num_examples
+        if self.weight_decay:
+            mean.add_(theta, alpha=self.weight_decay)
+        return mean.to(theta.dtype)
 
     def evaluate(self, theta: Tensor | None = None) -> tuple[float, float]:
         """Mean loss, and the share of examples whose largest output is the target.
@@ -669,7 +703,7 @@ class Objective:
 
         with torch.no_grad():
             loss, correct = (self.summed(own, "evaluate", theta) / self.num_examples).tolist()
-        return loss, correct
+        return loss + float(self.penalty(theta)), correct
 
     # -- normalisation ---------------------------------------------------------------------
 

@@ -172,7 +172,12 @@ def shard(obj: Objective, group: Any = None) -> Objective:
         {
             "model": digest([obj.parameters_vector(), *obj.constants()]),
             "data": obj.examples.digest(),
-            "settings": repr((obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size)),
+            "settings": repr(
+                (
+                    *(obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size),
+                    obj.weight_decay,
+                )
+            ),
         }
     )
     _require_same_function(obj, sharing)

@@ -117,8 +117,26 @@ def everything(share):
     flat = torch.nn.Sequential(torch.nn.Flatten(), *layers).double()
     flat = share(ef.Objective(flat, "cross_entropy", images(17), norm="batch", batch_size=5))
     found |= {"flat loss": flat.loss(), "flat gradient": flat.gradient()}
+    decayed = ef.Objective(network(False), "cross_entropy", images(23), weight_decay=0.3)
+    found |= with_decay(share(decayed))
     found["path losses"] = torch.tensor([losses[c].tolist() for c in ("loss", "accuracy")])
     return found | along_a_path(share(whole))
+
+
+def with_decay(obj):
+    a = obj.parameters_vector()
+    path = ef.linear_path(a, 1.2 * a)
+    config = ef.AutoNEBConfig(pivots=4, max_pivots=4, cycles=((3, 0.1),), weight_decay=0)
+    band = ef.auto_neb(obj, a, 1.2 * a, config)
+    run = ef.relax(obj, path, [0.2, 0.4], lr=0.01, batch_size=4, steps=10, loss_every=10,
+                   project_every=5, record_every=5)  # fmt: skip
+    found = {f"decayed.{key}": value for key, value in at_a_point(obj, a).items()}
+    return found | {
+        "decayed path": torch.as_tensor(ef.path_losses(obj, path, points=3)["loss"]).double(),
+        "decayed pivots": band.path.pivots,
+        "decayed position": run.position,
+        "decayed full loss": run.full_loss,
+    }
 
 
 def at_a_point(obj, theta):

@@ -85,7 +85,7 @@ def test_every_public_name_has_a_docstring():
 
 # Parameters that may be given by position come first, in this order; those after * by keyword.
 SIGNATURES = {
-    "Objective": "model, loss, data, *, norm, device, batch_size, parameters=None",
+    "Objective": "model, loss, data, *, norm, device, batch_size, parameters=None, weight_decay",
     "Objective.loss": "self, theta=None",
     "Objective.gradient": "self, theta=None",
     "Objective.parameters_vector": "self",

@@ -13,7 +13,7 @@ from ..objective import Objective
 from ..results import Diagonal, Eigenpairs
 from .hessian import HessianOperator
 from .probes import block_width, sign_vectors
-from .protocol import multiply, require_operator
+from .protocol import multiply, require_operator, without_shift
 from .sketch import deflation_basis, project_out
 
 DEFAULT_PROBES = 64
@@ -79,9 +79,16 @@ def operator_diagonal(
     >>> bool(((found.value - torch.tensor([1.0, 2.0])).abs() < 4 * found.std_error).all())
     True
     """
-    size, dtype, device = require_operator(operator)
+    require_operator(operator)
     checks.whole("probes", probes, 1)
     basis = deflation_basis(deflate, operator)
+    with without_shift(operator) as (sampled, shift):
+        found = _sampled_diagonal(sampled, probes, seed, basis)
+    return Diagonal(found.value + shift, found.std_error, found.probes)
+
+
+def _sampled_diagonal(operator: Any, probes: int, seed: int, basis: Tensor) -> Diagonal:
+    size, dtype, device = require_operator(operator)
     width = block_width(size, dtype, device)
     exact = torch.zeros(size, dtype=torch.float64, device=device)
     for i in range(0, basis.shape[1], width):

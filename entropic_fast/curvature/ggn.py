@@ -121,13 +121,18 @@ def ggn_trace(
         return found
 
     found = obj.summed(own, f"Gauss-Newton trace by {by} of {count}", theta)
-    traces = {name: mean_estimate(part) for name, part in zip(names, found, strict=True)}
+    decay = dict.fromkeys(names, 0.0)
+    for name, part in obj.split(theta).items():
+        decay[key(name)] += obj.weight_decay * part.numel()
+    traces = {
+        name: mean_estimate(part, decay[name]) for name, part in zip(names, found, strict=True)
+    }
     return traces[""] if by is None else traces
 
 
 @undisturbed()
 def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
-    """The trace for these data from four gradients an example, however many outputs there are.
+    """The data term's trace from four gradients an example, however many outputs there are.
 
     The two directions of an example in which its loss bends most are taken by themselves; all
     others together, u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,7 @@ class JetOperator(ByRules, CurvatureOperator):
         total = self.obj.summed(
             lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
         )
-        return (total / self.obj.num_examples).T
+        return self._mean(total, rows).T
 
     def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
         if self._engine is None:
@@ -68,7 +69,27 @@ class JetOperator(ByRules, CurvatureOperator):
             return own
 
         total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
-        return (total / self.obj.num_examples).T
+        return self._mean(total, rows).T
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        """Products with rows [K, P] from their sum over examples, with weight decay.  # [K, P]"""
+        mean = total / self.obj.num_examples
+        return mean.add_(rows, alpha=self.obj.weight_decay) if self.obj.weight_decay else mean
+
+    @property
+    def shift(self) -> float:
+        """The multiple of the identity in this matrix: the objective's weight decay."""
+        return self.obj.weight_decay
+
+    def without_shift(self) -> JetOperator:
+        """This matrix without weight decay, from the same values at the point."""
+        with undisturbed():
+            engine = self._engine
+        other = copy.copy(self)
+        if engine is not None:
+            other._engine = engine
+        other.obj = self.obj.data_term()
+        return other
 
     @property
     def graphs(self) -> str:
@@ -173,7 +194,10 @@ class HessianOperator(JetOperator):
             self.theta,
             rows,
         )
-        return forms / self.obj.num_examples
+        forms = forms / self.obj.num_examples
+        if self.obj.weight_decay and not network_alone:
+            forms += self.obj.weight_decay * rows.double().square().sum(1)
+        return forms
 
     def network_forms(self, vectors: Tensor) -> Tensor:
         """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +59,22 @@ def multiply(operator: Any, vectors: Tensor, check: bool = True) -> Tensor:
             "check the point, or scale the operator",
         )
     return product
+
+
+@contextmanager
+def without_shift(operator: Any) -> Iterator[tuple[Any, float]]:
+    """An operator less the multiple of the identity it is known to have, and that multiple.
+
+    What estimators sample is then what is unknown; weight decay is no part of it.
+    """
+    if not getattr(operator, "shift", 0.0) or not hasattr(operator, "without_shift"):
+        yield operator, 0.0
+        return
+    inner = operator.without_shift()
+    try:
+        yield inner, operator.shift
+    finally:
+        operator.products = inner.products
 
 
 def quadratic_forms(operator: Any, vectors: Tensor) -> Tensor:

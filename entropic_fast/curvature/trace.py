@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from .. import checks, random
@@ -15,7 +16,7 @@ from .hessian import HessianOperator
 from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
 from .hutchpp import hutchpp
 from .probes import BLOCK, MIN_SAMPLES, judged, precise
-from .protocol import require_operator
+from .protocol import require_operator, without_shift
 from .score import grouping
 from .sketch import Complement, deflation_basis
 from .xtrace import xtrace
@@ -111,8 +112,13 @@ def hessian_trace(
         )
     sizes = {name: part.numel() for name, part in obj.split(operator.theta).items()}
     names = list(dict.fromkeys(map(key, sizes)))
-    measure = shares(operator, list(sizes.values()), [names.index(key(name)) for name in sizes])
-    found = _traces(operator, measure, probes, tol, seed, method, deflate)
+    groups = [names.index(key(name)) for name in sizes]
+    with without_shift(operator) as (sampled, shift):
+        measure = shares(sampled, list(sizes.values()), groups)
+        known = torch.zeros(len(names), dtype=torch.float64)
+        for group, size in zip(groups, sizes.values(), strict=True):
+            known[group] += shift * size
+        found = _traces(sampled, measure, probes, tol, seed, method, deflate, known)
     return dict(zip(names, found, strict=True))
 
 
@@ -130,17 +136,17 @@ def _beside_gauss_newton(
     known = quick_ggn_trace(obj, theta, random.derive(seed, "gauss-newton"))
     exact = tol is not None and not precise(known, tol / 2)  # most of the error is for the rest
     if exact:
-        known = ggn_trace(obj, theta)
+        known = ggn_trace(obj.data_term(), theta)
 
     def measure(vectors: Tensor) -> Tensor:
         return operator.network_forms(vectors).cpu()[:, None]
 
     sampler = Hutchinson(operator, measure, seed, basis)
-    others = sampler.exact
+    others = sampler.exact + operator.shift * len(theta)
     sampler.exact, sampler.exact_error = others + known.value, 0.0 if exact else known.std_error
     sampler.sample_until(tol, probes)
     if tol is not None and sampler.exact_error and not precise(sampler.total(), tol):
-        sampler.exact, sampler.exact_error = others + ggn_trace(obj, theta).value, 0.0
+        sampler.exact, sampler.exact_error = others + ggn_trace(obj.data_term(), theta).value, 0.0
         sampler.sample_until(tol, probes)
     return judged(sampler.each(), sampler.total(), tol)[0]
 
@@ -197,17 +203,21 @@ def operator_trace(
     >>> operator_trace(torch.diag(torch.tensor([1.0, 2.0])), probes=2).value
     3.0
     """
-    if method != "xtrace":
-        return _traces(operator, whole(operator), probes, tol, seed, method, deflate)[0]
+    checks.one_of("method", method, METHODS)
     basis = _checked(operator, probes, tol, deflate)
-    if _exact_is_cheaper(len(basis), probes, tol):
-        return traces_of_all(whole(operator), operator)[0]
-    if basis.shape[1] == 0:
-        found = xtrace(operator, probes, tol, seed, 0.0)
+    with without_shift(operator) as (sampled, shift):
+        known = torch.tensor([shift * len(basis)], dtype=torch.float64)
+        measure = whole(sampled)
+        if method != "xtrace":
+            return _traces(sampled, measure, probes, tol, seed, method, deflate, known)[0]
+        if _exact_is_cheaper(len(basis), probes, tol):
+            return traces_of_all(measure, sampled, known)[0]
+        rest = sampled
+        if basis.shape[1]:
+            known += Hutchinson(sampled, measure, seed, basis).exact.sum()
+            rest = Complement(sampled, basis)
+        found = xtrace(rest, probes, tol, seed, float(known))
         return judged([found], found, tol)[0]
-    known = float(Hutchinson(operator, whole(operator), seed, basis).exact.sum())
-    found = xtrace(Complement(operator, basis), probes, tol, seed, known)
-    return judged([found], found, tol)[0]
 
 
 def _traces(
@@ -218,17 +228,20 @@ def _traces(
     seed: int,
     method: str,
     deflate: Eigenpairs | Tensor | None,
+    known: Tensor,
 ) -> list[Estimate]:
-    """The L traces of a measure by Hutchinson's estimator or Hutch++."""
+    """The L traces of a measure, each with what is known besides, by Hutchinson's or Hutch++."""
     checks.one_of("method", method, METHODS)
     basis = _checked(operator, probes, tol, deflate)
     if method == "hutchinson":
         sampler = Hutchinson(operator, measure, seed, basis)
+        sampler.exact = sampler.exact + known
         sampler.sample_until(tol, probes)
         return judged(sampler.each(), sampler.total(), tol)
     if _exact_is_cheaper(len(basis), probes, tol):
-        return traces_of_all(measure, operator)
+        return traces_of_all(measure, operator, known)
     sampler = Hutchinson(operator, measure, seed, basis)
+    sampler.exact = sampler.exact + known
     hutchpp(sampler, operator, probes, tol, seed)
     found = [Estimate(e.value, e.std_error, sampler.spent) for e in sampler.each()]
     return judged(found, sampler.total(), tol)

@@ -37,7 +37,7 @@ def loop_gradients(objective: Objective) -> Gradients:
         losses, rows = torch.empty_like(theta[:, 0]), torch.empty_like(theta)
         for r in range(len(theta)):
             leaf = theta[r].detach().requires_grad_()
-            loss = objective.losses(leaf, *trees.chosen((inputs, targets), r)).mean()
+            loss = objective.minibatch_loss(leaf, *trees.chosen((inputs, targets), r))
             rows[r] = torch.autograd.grad(loss, leaf)[0]
             losses[r] = loss.detach()
         return losses, rows
@@ -49,7 +49,7 @@ def vmap_gradients(objective: Objective) -> Gradients:
     """Gradients of all replicas in one call: parameters stacked, convolutions grouped."""
 
     def mean_loss(theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return objective.losses(theta, inputs, targets).mean()
+        return objective.minibatch_loss(theta, inputs, targets)
 
     batched = Traced(vmap(grad_and_value(mean_loss)))
 

@@ -77,7 +77,7 @@ class Reduced:
             for r, theta in enumerate(self.lift(rows)):
 
                 def loss(at: Tensor, r: int = r) -> Tensor:
-                    return self._obj.losses(at, inputs[r], targets[r]).mean()
+                    return self._obj.minibatch_loss(at, inputs[r], targets[r])
 
                 for d, direction in enumerate(self._directions):
                     value: tuple[Any, ...] = jvp(loss, (theta,), (direction,))

@@ -92,6 +92,7 @@ class GradientNoise:
         draws: int = 0,
         seed: int = 0,
     ) -> None:
+        obj = obj.data_term()  # weight decay has no noise
         self.obj, self.theta = obj, theta
         self.count, self.scale = row_scale(obj)
         self.basis = torch.cat([tangent, vectors], 1)  # [P, 1 + r]

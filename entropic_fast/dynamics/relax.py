@@ -90,7 +90,8 @@ def relax(
         replicas: R; may be left out where `start`, `lr` or `ids` has one entry a replica.
         seed: of the minibatches.
         momentum: of "sgd" or "nesterov"; None for the default.
-        weight_decay: L2 coefficient, added to the gradient.
+        weight_decay: L2 coefficient, added to the gradient; 0 for an objective with weight decay
+            of its own, whose gradient and losses have it already.
         betas, eps: Adam's.
         ids: whole numbers that name the replicas' noise; default 0 .. R-1. Two replicas with
             one id see the same minibatches.
@@ -167,6 +168,13 @@ def relax(
     multiple("checkpoint_every", checkpoint_every, "project_every", project_every)
     if not max_distance > 0:
         raise checks.fail("max_distance", "a number above 0, or math.inf", repr(max_distance))
+    if weight_decay and obj.weight_decay:
+        raise checks.fail(
+            "weight_decay",
+            "0 for an objective with weight decay of its own",
+            f"{weight_decay} beside {obj.weight_decay}",
+            "pass one of the two",
+        )
     rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
     evaluation = Evaluation(obj, fixed_sets or {}, loss_every, fixed_every)
@@ -190,6 +198,8 @@ def relax(
             "loss": obj.loss_name,
             "augment": _named(augment),
         }
+        if obj.weight_decay:
+            settings["objective_weight_decay"] = obj.weight_decay
         if precision != "float32":  # which checkpoints without the setting are of
             settings["precision"] = precision
         saved = Checkpoint(checkpoint, settings)

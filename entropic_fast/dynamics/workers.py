@@ -129,6 +129,10 @@ class ThreadedGradients:
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         torch._foreach_copy_(self._parts[r], found)
         self._losses[r] = loss.detach()
+        if self._objective.weight_decay:
+            assert self._theta is not None
+            self._rows[r].add_(self._theta[r], alpha=self._objective.weight_decay)
+            self._losses[r] += self._objective.penalty(self._theta[r])
 
     def _place(self, theta: Tensor) -> None:
         obj = self._objective

@@ -41,7 +41,8 @@ class AutoNEBConfig:
         batch_size: examples a step, the same ones for every pivot; None, or as many as there
             are, for all of them. Each pass over the data takes whole batches only.
         momentum: of the pivots' updates, in [0, 1); the buffers start at zero in each cycle.
-        weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends.
+        weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends; 0
+            for an objective with weight decay of its own.
         springs: spring constant between pivots; infinity for redistribution to equal arc
             length after every step.
         insert_threshold: a pivot is inserted where the dense loss exceeds the one interpolated

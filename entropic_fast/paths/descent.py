@@ -105,6 +105,13 @@ class Descent:
 
         Processes that share work take pivots in turn.
         """
+        losses, gradients = self._data_energies(index)
+        if self._train.weight_decay:  # once, not once per process
+            losses = losses + self._train.penalty(self.pivots)
+            gradients.add_(self.pivots[1:-1], alpha=self._train.weight_decay)
+        return losses, gradients
+
+    def _data_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._train.sharing is None:
             return self._own_energies(index)
 

@@ -158,7 +158,9 @@ def _values(
             require_classifier(outputs, batch.targets)
             sums[0] += here.output_losses(outputs, batch.targets).double().sum()
             sums[1] += (outputs.argmax(1) == batch.targets).sum()
-        return sums / here.num_examples
+        sums /= here.num_examples
+        sums[0] += here.penalty(theta)
+        return sums
 
 
 def _explain(

@@ -95,6 +95,13 @@ def auto_neb(
     a, b = obj.point(a), obj.point(b)
     state = _start(a, b, config) if resume is None else _resumed(resume, a, b, config)
     train = _training_objective(obj, train_obj)
+    if train.weight_decay and config.weight_decay:
+        raise checks.fail(
+            "config.weight_decay",
+            "0 for an objective with weight decay of its own",
+            f"{config.weight_decay} beside {train.weight_decay}",
+            "pass AutoNEBConfig(weight_decay=0)",
+        )
     losses: Table | None = None
     note, graphs = "", False
     for cycle in range(state.cycle, len(config.cycles)):
