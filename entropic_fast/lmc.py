@@ -21,7 +21,9 @@ from .convergence import held, warn_once
 from .curvature import HessianOperator, tracked_eigenpairs
 from .data import ImageData
 from .models import build
+from .modules import plain_name
 from .objective import Objective
+from .parameters import as_real
 from .random import derive
 from .table import Table
 from .training import TrainConfig, Trained, train
@@ -175,12 +177,14 @@ def measure_line(
     objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
     full_precision("a", objective.dtype, "a line between networks")
     shapes_a, shapes_b = (
-        {n: tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad} for m in (a, b)
+        {plain_name(m, n): tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad}
+        for m in (a, b)
     )
     if shapes_a != shapes_b:
         raise fail("b", "a network with the parameters of a", "other names or shapes")
     ends = [
-        torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad]) for m in (a, b)
+        torch.cat([as_real(p.detach()).flatten() for p in m.parameters() if p.requires_grad])
+        for m in (a, b)
     ]
     curvature_data = data.tensors(curvature_examples)
     test_data = None if eval_data is None else eval_data.tensors()

@@ -20,7 +20,7 @@ from .exact import exact_math
 from .examples import Batch, WithTargets
 from .loss_checks import require_fitting
 from .normalisation import explain_too_few
-from .parameters import model_lock
+from .parameters import mixed_precision, model_lock
 from .trees import Tree
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def require_model(obj: Objective, separate: bool = True) -> None:
         try:
             first = _first_outputs(obj, point, batch.inputs)
         except (RuntimeError, TypeError, IndexError) as error:
-            raise _not_taken(batch, error) from error
+            raise _not_taken(obj, batch, error) from error
         if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
             raise checks.fail(
                 "model" if obj._reader.loss is None else "loss",
@@ -111,6 +111,13 @@ def require_model(obj: Objective, separate: bool = True) -> None:
                 "a loss of all examples together needs coupled=True"
                 if obj._reader.loss is not None
                 else "wrap it in a module that returns the tensor the loss needs",
+            )
+        if first.is_complex() and obj.loss_name != "custom":
+            raise checks.fail(
+                "model",
+                f"real outputs for the loss {obj.loss_name!r}",
+                checks.describe(first),
+                "return torch.view_as_real of them, or pass a loss of your own that is real",
             )
         if not _same(point, theta) or _writes_far_away(obj, theta, batch.inputs):
             raise checks.fail(
@@ -140,6 +147,13 @@ def require_model(obj: Objective, separate: bool = True) -> None:
             "a loss that depends on the trainable parameters",
             "one that does not",
             "look for torch.no_grad or detach in the model or the loss",
+        )
+    if losses.is_complex():
+        raise checks.fail(
+            "loss",
+            "real losses",
+            checks.describe(losses),
+            "take (outputs - targets).abs().square(), say, which is real",
         )
     if losses.shape != (batch.size,):
         raise checks.fail(
@@ -298,11 +312,12 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
 FAILURES = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ValueError)
 
 
-def _not_taken(batch: Batch, error: Exception) -> ValueError:
+def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:
     return checks.fail(
         "data",
         "inputs that the model takes",
         f"{checks.describe(batch.inputs)}, for which it fails: {_brief(error)}",
+        mixed_precision(obj._model),
     )
 
 
@@ -404,8 +419,20 @@ def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
         )
 
 
+def require_real_outputs(outputs: Tensor) -> None:
+    """Refuse complex outputs, for what is defined by derivatives of single output numbers."""
+    if outputs.is_complex():
+        raise checks.fail(
+            "outputs",
+            "real numbers",
+            checks.describe(outputs),
+            "return torch.view_as_real of them, and take the loss of those",
+        )
+
+
 def require_finite_outputs(outputs: Tensor, start: int) -> None:
-    """Refuse NaN and infinite outputs [n, ...] of the examples from `start` on."""
+    """Refuse complex, NaN and infinite outputs [n, ...] of the examples from `start` on."""
+    require_real_outputs(outputs)
     finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not bool(finite.all()):
         raise checks.fail(
@@ -418,7 +445,7 @@ def require_finite_outputs(outputs: Tensor, start: int) -> None:
 
 def require_classifier(outputs: Tensor, targets: Tensor) -> None:
     """Refuse outputs and targets that are not class scores [n, C] and whole numbers [n]."""
-    if outputs.ndim != 2 or targets.is_floating_point():
+    if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
         raise checks.fail(
             "evaluate",
             "a classifier (outputs [N, C], whole targets [N])",

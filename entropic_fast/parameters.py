@@ -116,6 +116,19 @@ def _cast_advice(dtypes: set[torch.dtype]) -> str:
     return f"cast it with {real}"
 
 
+def mixed_precision(model: nn.Module) -> str:
+    """What to do about a model with parameters of several precisions, theta's or not; "" if none.
+
+    >>> mixed_precision(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).bfloat16()))
+    'it has parameters in bfloat16 and float32: cast it with model.float()'
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    if len({_PAIRS.get(dtype, dtype) for dtype in dtypes}) < 2:
+        return ""
+    named = " and ".join(sorted(map(_short, dtypes)))
+    return f"it has parameters in {named}: {_cast_advice(dtypes)}"
+
+
 def as_real(value: Tensor) -> Tensor:
     """A complex tensor [...] as pairs of real numbers [..., 2]; a real one as it is."""
     return torch.view_as_real(value) if value.is_complex() else value

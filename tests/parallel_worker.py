@@ -34,6 +34,20 @@ def network(norm):
     return torch.nn.Sequential(*layers, torch.nn.Linear(64, 3)).double()
 
 
+class Waves(torch.nn.Module):
+    """A complex layer, and constants before it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(32, 4).double()
+        self.layer = torch.nn.Linear(4, 3, dtype=torch.complex128)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x.flatten(1)))
+        return self.layer(torch.complex(h, h.flip(1))).abs()
+
+
 def images(n):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
@@ -119,6 +133,9 @@ def everything(share):
     found |= {"flat loss": flat.loss(), "flat gradient": flat.gradient()}
     decayed = ef.Objective(network(False), "cross_entropy", images(23), weight_decay=0.3)
     found |= with_decay(share(decayed))
+    waves = share(ef.Objective(Waves(), "cross_entropy", images(17), parameters="layer"))
+    found |= {"complex gradient": waves.gradient(), "complex gram": ef.score_gram(waves)}
+    found["complex hessian"] = ef.HessianOperator(waves) @ torch.eye(waves.num_params).double()
     found["path losses"] = torch.tensor([losses[c].tolist() for c in ("loss", "accuracy")])
     return found | along_a_path(share(whole))
 

@@ -281,3 +281,48 @@ def test_two_complex_precisions_are_refused_with_advice_that_works():
         if p.is_complex():
             p.data = p.data.to(torch.complex128)
     assert Objective(model, "mse", data(Waves)).dtype == torch.float64
+
+
+# -- complex outputs -----------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 2, dtype=torch.complex128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.complex(x, x)).square()
+
+
+def data_with_complex_targets() -> tuple[Tensor, Tensor]:
+    return data(Waves)[0], torch.ones(5, 2, dtype=torch.complex128)
+
+
+def _distance(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).abs().square().sum(1)
+
+
+def test_complex_outputs_go_with_a_real_loss():
+    obj = Objective(Plain(), _distance, data_with_complex_targets())
+    theta, identity = obj.parameters_vector(), torch.eye(obj.num_params).double()
+    sides = [[obj.gradient(theta + s * row) for row in 1e-5 * identity] for s in (1, -1)]
+    expected = (torch.stack(sides[0]) - torch.stack(sides[1])) / 2e-5
+    assert torch.allclose(ef.HessianOperator(obj) @ identity, expected, atol=1e-6)
+    assert torch.allclose(ef.score_matrix(obj).mean(0), obj.gradient(), atol=1e-12)
+    for quantity in (ef.JacobianOperator, ef.ggn_trace, ef.ntk_gram):
+        with pytest.raises(ValueError, match=r"outputs: expected real numbers.*view_as_real"):
+            quantity(obj)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_complex_outputs_for_a_loss_by_name_are_refused(loss: str):
+    y = torch.ones(5, 2) if loss == "mse" else torch.arange(5) % 2
+    with pytest.raises(ValueError, match=rf"model: expected real outputs for the loss '{loss}'"):
+        Objective(Plain(), loss, (data(Waves)[0], y))
+
+
+def test_a_complex_loss_is_refused():
+    with pytest.raises(ValueError, match="loss: expected real losses"):
+        Objective(Plain(), lambda out, y: (out - y).square().sum(1), data_with_complex_targets())

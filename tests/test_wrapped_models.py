@@ -428,3 +428,18 @@ def test_advice_for_half_precision_with_wide_norms_works():
     with pytest.raises(ValueError, match=r"bfloat16 \('0.weight'\), float32.*model\.float\(\)"):
         Objective(model, "cross_entropy", data())
     assert Objective(model.float(), "cross_entropy", data()).dtype == torch.float32
+
+
+def test_a_frozen_backbone_in_half_precision_is_named():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Linear(4, 4).bfloat16(), nn.Linear(4, 3)
+            self.backbone.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(x))
+
+    with pytest.raises(ValueError, match=r"bfloat16 and float32: cast it with model\.float\(\)"):
+        Objective(Head(), "cross_entropy", data())
+    assert Objective(Head().float(), "cross_entropy", data()).num_params == 15

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks, random, trees
 from ..exact import TwiceDifferentiable, exact_math
-from ..model_checks import require_twice_differentiable
+from ..model_checks import require_real_outputs, require_twice_differentiable
 from ..objective import Objective
 from .by_rules import ByRules
 from .compiled import Compilable
@@ -74,7 +74,9 @@ class JacobianOperator(ByRules):
             like = trees.example_form(batch.inputs)
             if like not in self._each:
                 with torch.no_grad():
-                    self._each[like] = obj.outputs(self.theta, batch.inputs)[0].numel()
+                    outputs = obj.outputs(self.theta, batch.inputs)
+                require_real_outputs(outputs)
+                self._each[like] = outputs[0].numel()
             count += batch.size * self._each[like]
         self.shape = (count, obj.num_params)
         self._plan(memory_budget)
