@@ -305,7 +305,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
             return batch, found
         if isinstance(error, ValueError):
             explain_too_few(error, few.size)
-        raise _not_taken(few, error) from error
+        raise _not_taken(obj, few, error) from error
 
 
 # What a model raises for inputs that do not fit.
