@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from ..objective import Objective
+    from ..trees import Tree
 
 # Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
 # them is wrong; and differences that are small against the whole gradient, as roundings are.
@@ -29,16 +36,48 @@ class DisagreementError(RuntimeError):
 _ROUNDING = 1e3
 
 
-def require_agreement(name: str, got: Tensor, expected: Tensor) -> None:
+class _Coarsest(TorchFunctionMode):
+    """Notes the dtype of fewest digits among results that depend on what requires a gradient."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.dtype in AGREEMENT and t.requires_grad:
+                self.dtype = max(self.dtype, t.dtype, key=lambda dtype: AGREEMENT[dtype])
+        return result
+
+
+def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
+    """In which the model computes: that of theta [P], or one of fewer digits somewhere within.
+
+    A float64 model with normalization in float32, as Llama's, has the rounding of float32.
+    """
+    mode = _Coarsest(theta.dtype)
+    with torch.enable_grad(), mode:
+        obj.outputs(theta.detach().requires_grad_(), inputs)
+    return mode.dtype
+
+
+def require_agreement(
+    name: str, got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Refuse products by the rules that are not autograd's.
+
+    Args:
+        dtype: whose rounding they have; None for their own.
 
     Raises:
         DisagreementError: naming the operator.
     """
     scale = float(expected.double().norm())
     gap = float((got.double() - expected.double()).norm())
-    slack = _ROUNDING * torch.finfo(expected.dtype).eps
-    if not gap <= AGREEMENT[expected.dtype][0] * scale + slack:
+    dtype = dtype or expected.dtype
+    slack = _ROUNDING * torch.finfo(dtype).eps
+    if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise DisagreementError(
             f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
             "rules and autograd; this is a bug in entropic_fast: please report the model; "

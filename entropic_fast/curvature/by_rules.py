@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..loss_functions import origin
 from ..objective import NonFiniteLossError, Objective
-from .agreement import require_agreement, rules_are_off
+from .agreement import coarsest_dtype, require_agreement, rules_are_off
 from .compiled import Compilable, undisturbed
 from .jets import JetEngine, NotCapturedError
 from .jets.tiles import Tile
@@ -85,8 +85,9 @@ class ByRules(Compilable):
         except Exception as why:  # an operation that the rules take wrongly
             said = (str(why) or "no message").splitlines()[0]
             raise NotCapturedError(f"{type(why).__name__}: {said}") from why
+        dtype = coarsest_dtype(self.obj, self.theta, sample.inputs)
         for got, (_, expected) in zip(found, pairs, strict=True):
-            require_agreement(self.name, got, expected)
+            require_agreement(self.name, got, expected, dtype)
         return True
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:

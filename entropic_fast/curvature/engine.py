@@ -26,7 +26,13 @@ from ..loss_functions import LossFunction, origin
 from ..objective import NonFiniteLossError, Objective
 from ..tracing import told_of_tracing
 from ..trees import Tree
-from .agreement import AGREEMENT, SMALL_GRADIENT, DisagreementError, rules_are_off
+from .agreement import (
+    AGREEMENT,
+    SMALL_GRADIENT,
+    DisagreementError,
+    coarsest_dtype,
+    rules_are_off,
+)
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
 from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
 
@@ -202,10 +208,11 @@ class ScoreEngine:
             logger.info("per-example gradients without layer rules, which fail: %s", why)
             self._ways.traceable = False
             self.run(batch, keep)
-        relative, absolute = AGREEMENT[self.theta.dtype]
+        dtype = coarsest_dtype(self.obj, self.theta, batch.inputs)
+        relative, absolute = AGREEMENT[dtype]
         whole = float(expected.double().norm())
         # Gradients that are roundings of numbers near 1, as at a minimum of loss 0, decide nothing.
-        slack = SMALL_GRADIENT.get(self.theta.dtype, 0.0)
+        slack = SMALL_GRADIENT.get(dtype, 0.0)
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
             if gap > relative * float(part.double().norm()) + absolute * whole + slack:

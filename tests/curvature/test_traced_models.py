@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, score_matrix
+from entropic_fast.curvature.agreement import coarsest_dtype
 from entropic_fast.curvature.engine import ScoreEngine
 from entropic_fast.objective import Objective
 
@@ -162,3 +163,40 @@ def test_scores_of_a_model_that_looks_at_its_mask_go_by_layer_rules(left_out: in
     obj = Objective(Means().double(), "cross_entropy", (x, torch.arange(5) % 3))
     assert ScoreEngine(obj).by_rule == set(obj.parameter_names)
     assert not torch.compiler.is_compiling()
+
+
+class Computes(Net):
+    """In a dtype of its own between the layers."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self._between = between
+
+    def between(self, h: Tensor, x: Tensor) -> Tensor:
+        return self._between(h, x).to(x.dtype)
+
+
+def in_half(h: Tensor, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return nn.functional.linear(h, torch.eye(6))
+
+
+@pytest.mark.parametrize(
+    ("between", "dtype"),
+    [
+        (lambda h, x: h, torch.float64),
+        (lambda h, x: h.float().square().mean(1, keepdim=True).rsqrt() * h, torch.float32),
+        (lambda h, x: h * x.float().sum(1, keepdim=True).cos(), torch.float64),
+        (in_half, torch.bfloat16),
+    ],
+)
+def test_rounding_is_that_of_the_dtype_in_which_the_model_computes(between, dtype):
+    """Two ways to a derivative of a float64 model may differ by float32's, as in Llama."""
+    model = Computes(between).double()
+    x = flat()
+    if between is in_half:
+        model, x = model.float(), x.float()
+    obj = Objective(model, "cross_entropy", (x, torch.arange(7) % 3))
+    assert coarsest_dtype(obj, obj.point(None), obj.tensors()[0]) == dtype
+    assert HessianOperator(obj).way == "rules"
+    score_matrix(obj)

@@ -31,7 +31,7 @@ from ...exact import exact_math
 from ...objective import Objective
 from ...tracing import graph_of, told_of_tracing
 from ...trees import Tree
-from ..agreement import AGREEMENT
+from ..agreement import AGREEMENT, coarsest_dtype
 from .decompositions import DECOMPOSITIONS
 from .hidden import NotCapturedError, Watch, require_nothing_hidden
 from .linear import is_linear
@@ -152,12 +152,13 @@ def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, in
     inputs = trees.mapped(lambda t: (0.9 * t if t.is_floating_point() else t).flip(0), inputs)
     try:
         expected = obj.outputs(theta, inputs)
+        dtype = coarsest_dtype(obj, theta, inputs)
     except Exception:  # a model need not run there
         return
     leaves = (*obj.split(theta).values(), *obj.buffers.values(), *trees.leaves(inputs))
     (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
     gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
-    if got.shape != expected.shape or not gap <= AGREEMENT[theta.dtype][0] * scale:
+    if got.shape != expected.shape or not gap <= AGREEMENT[dtype][0] * scale:
         raise NotCapturedError("the graph holds numbers that are others at another point")
 
 
