@@ -1,11 +1,10 @@
 """The score engine: gradients of single examples at about the cost of one backward pass.
 
-Exactness is kept by parameter. One that a layer rule sees all of (one use, as the weight or bias
-of a layer we know, with inputs that depend on the example; read from autograd's graph in every
-chunk) goes by its rule. Any other, tied, used twice, raw, or in a module we do not know, is given
-to vmap as a copy an example, whose gradients autograd itself returns. A model that vmap cannot
-trace goes to `Fallback`. Before the first result for a model, both ways are compared on two
-examples.
+Exactness is kept by parameter. One that layer rules see all of (each use as the weight or bias of
+a layer we know, with inputs that depend on the example; read from autograd's graph in every chunk)
+goes by them. Any other, used otherwise or in a module we do not know, is given to vmap as a copy an
+example, whose gradients autograd itself returns. A model that vmap cannot trace goes to `Fallback`.
+Before the first result for a model, both ways are compared on two examples.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from .agreement import (
     rules_are_off,
 )
 from .fallback import UNTRACEABLE, Fallback, no_slow_loops
-from .rules import Intercept, Piece, Rows, Sink, full_precision, reached_by_rules
+from .rules import Intercept, Piece, Rows, Sink, combined, full_precision, uses_by_rules
 
 logger = logging.getLogger(__name__)
 
@@ -152,10 +151,11 @@ class ScoreEngine:
                     copies[name] = value.detach().expand(n, *value.shape).requires_grad_()
                 else:
                     tracked[name] = value.detach().requires_grad_()
-            mode = Intercept(tracked, self.obj.constants(), sink)
+            uses = _Uses(sink)
+            mode = Intercept(tracked, self.obj.constants(), uses.add)
             losses = self._losses(batch, tracked, copies, mode)
-            reached = reached_by_rules(losses, tracked)
-            others = {name for name, by_rule in reached.items() if not by_rule}
+            uses.counts = uses_by_rules(losses, tracked)
+            others = {name for name, count in uses.counts.items() if not count}
             if not others:
                 break
             logger.info("no layer rule covers %s", ", ".join(sorted(others)))
@@ -163,10 +163,11 @@ class ScoreEngine:
 
         @exact_math()
         def backward() -> None:
-            leaves = {name: tracked[name] for name in reached} | copies
+            leaves = {name: tracked[name] for name in uses.counts} | copies
             if not leaves:
                 return
             gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+            uses.finish()
             for name, gradient in zip(leaves, gradients, strict=True):
                 if name in copies and gradient is not None:
                     sink(name, Rows(*full_precision((gradient.reshape(n, -1),))))
@@ -226,6 +227,25 @@ class ScoreEngine:
                     "within `with entropic_fast.curvature.without_rules():`"
                 )
         self._ways.checked = whole > slack
+
+
+class _Uses:
+    """Hands a parameter's piece to a sink once the layers that use it have all given theirs."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self.counts = sink, dict[str, int]()
+        self._waiting: dict[str, list[Piece]] = {}
+
+    def add(self, name: str, piece: Piece) -> None:
+        pieces = self._waiting.setdefault(name, [])
+        pieces.append(piece)
+        if len(pieces) == self.counts[name]:
+            self._sink(name, combined(self._waiting.pop(name)))
+
+    def finish(self) -> None:
+        """Hand over what layers without a gradient have been waited for."""
+        for name in list(self._waiting):
+            self._sink(name, combined(self._waiting.pop(name)))
 
 
 class _Ways:

@@ -37,7 +37,7 @@ class ScorePlan:
         folder: where files go, if any.
         block: rows of the score matrix held, for "recompute".
         by_rule, copied, by_torch: how many of the P parameters go by layer rules, as a copy an
-            example under vmap (tied, used twice, or in modules without a rule), and by
+            example under vmap (used in a module without a rule, or by itself), and by
             `torch.func`, as all do where vmap cannot trace the model.
     """
 

@@ -15,10 +15,7 @@ from entropic_fast.objective import NonFiniteLossError, Objective
 
 # Cases that no rule covers whole: the parameters left to copies an example.
 COPIES = {
-    "module twice": {"inner.weight", "inner.bias"},
-    # A layer is a rule's only with all its parameters, so a tied weight takes its biases along.
-    "tied weight": {"first.weight", "first.bias", "second.bias"},
-    "raw parameter": {"scale", "matrix", "temperature"},
+    "raw parameter": {"scale", "temperature"},
 }
 UNTRACEABLE = {"data-dependent branch", "lstm"}
 

@@ -122,8 +122,9 @@ def test_a_model_that_asks_for_gradients_and_hooks_nothing_goes_by_rule():
 class NormTwice(nn.Module):
     """One normalisation layer twice, then a sequence of positions with channels last."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, outside: Callable[[Tensor], Any]) -> None:
         super().__init__()
+        self.outside = outside  # of its weight besides
         self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3, padding=1), norm, nn.LayerNorm(4)
         for tensor in (norm.weight, norm.bias):
             nn.init.normal_(tensor)
@@ -133,11 +134,12 @@ class NormTwice(nn.Module):
         self.double().eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(torch.tanh(self.norm(self.conv(x))))
+        h = self.norm(torch.tanh(self.norm(self.conv(x)))) * self.outside(self.norm.weight)
         return self.out(h.flatten(2).transpose(1, 2)).square().mean(1)[:, :3]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("by_rule", [True, False])
 @pytest.mark.parametrize(
     "norm",
     [
@@ -147,11 +149,12 @@ class NormTwice(nn.Module):
     ],
     ids=["batch", "instance", "instance, stored"],
 )
-def test_a_shared_norm_layer_is_right_for_chunks_of_any_size(norm: Any, size: int):
+def test_a_shared_norm_layer_is_right_for_chunks_of_any_size(norm: Any, by_rule: bool, size: int):
     torch.manual_seed(0)
-    model, x, y = NormTwice(norm()), torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3).double()
+    model = NormTwice(norm(), (lambda weight: 1.0) if by_rule else Tensor.sum)
+    x, y = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3).double()
     obj = Objective(model, "mse", (x, y), batch_size=size)
-    assert {"norm.weight", "norm.bias"} <= ScoreEngine(obj).batched
+    assert ScoreEngine(obj).batched == (set() if by_rule else {"norm.weight", "norm.bias"})
     assert relative_error(score_matrix(obj), explicit(model, x, y)) < 1e-12
 
 

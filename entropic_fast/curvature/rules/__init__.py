@@ -1,14 +1,16 @@
 """Layer rules: a layer's input and the gradient of its output give single examples' gradients."""
 
-from .intercept import Intercept, Sink, reached_by_rules
+from .intercept import Intercept, Sink, uses_by_rules
 from .pieces import Piece, Rows, full_precision, packed_bytes
+from .several import combined
 
 __all__ = [
     "Intercept",
     "Piece",
     "Rows",
     "Sink",
+    "combined",
     "full_precision",
     "packed_bytes",
-    "reached_by_rules",
+    "uses_by_rules",
 ]

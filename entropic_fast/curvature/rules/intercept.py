@@ -32,6 +32,10 @@ Sink = Callable[[str, Piece], None]
 # How a model puts hooks on gradients (a tensor's, a node's, a module's), and what it asks before.
 _prototype: Any = Tensor
 HOOKS = {Tensor.register_hook, _prototype.grad_fn.__get__}
+TRANSPOSES = {
+    torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute,
+    _prototype.T.__get__, _prototype.mT.__get__,
+}  # fmt: skip
 REQUIRES_GRAD = _prototype.requires_grad.__get__
 
 
@@ -57,6 +61,8 @@ class Intercept(TorchFunctionMode):
         self._names = {id(tensor): name for name, tensor in parameters.items()}
         self._constants = {id(tensor) for tensor in constants}
         self._sink = sink
+        # Transposes of tracked matrices, by their id while they live here.
+        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,16 +72,28 @@ class Intercept(TorchFunctionMode):
             return requires_grad(args[0])
         make = LAYERS.get(func)
         if make is not None:
-            layer = make(*args, **kwargs)
+            layer = self._of_parameter(make(*args, **kwargs))
             if layer is not None and self._known(layer):
                 return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
             if layer is not None and not layer.right_under_vmap:
                 return layer.by_operations(layer.x, layer.weight, layer.bias)
+        if func in TRANSPOSES and args[0].ndim == 2 and id(args[0]) in self._names:
+            result = func(*args, **kwargs)
+            if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
+                self._transposes[id(result)] = result, args[0]
+            return result
         if func is functional.multi_head_attention_forward:
             # Its projections are calls of F.linear, which the mode should see.
             with self:
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _of_parameter(self, layer: Layer | None) -> Layer | None:
+        """The layer in terms of a tracked matrix, where its weight is the transpose of one."""
+        _, parameter = self._transposes.get(id(layer and layer.weight), (None, None))
+        if layer is None or parameter is None:
+            return layer
+        return layer.transposed_of(parameter) or layer
 
     def _known(self, layer: Layer) -> bool:
         """Whether each tensor of the layer but x is tracked, constant or absent.
@@ -184,12 +202,12 @@ class _Physical(torch.autograd.Function):
         return x_gradient, None, None, None, None
 
 
-def reached_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, bool]:
-    """For each parameter that the losses depend on, whether one rule sees all of it.
+def uses_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, int]:
+    """How many layers of ours use each parameter that the losses depend on; 0 if another does.
 
-    Autograd's graph holds every differentiable use of a parameter as an edge to its leaf. One
-    edge, and from a layer of ours where it is weight or bias: then its gradient is what the rule
-    gives. Parameters that no edge leads to are absent: their gradient is zero.
+    Autograd's graph holds every differentiable use of a parameter as an edge to its leaf. If all
+    come from layers of ours where it is weight or bias, its gradient is the sum of what their
+    rules give. Parameters that no edge leads to are absent: their gradient is zero.
     """
     edges: dict[int, list[bool]] = {id(p): [] for p in parameters.values()}
     ours: Any = _Physical
@@ -208,4 +226,5 @@ def reached_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str,
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return {name: edges[id(p)] == [True] for name, p in parameters.items() if edges[id(p)]}
+    found = {name: edges[id(p)] for name, p in parameters.items()}
+    return {name: len(uses) if all(uses) else 0 for name, uses in found.items() if uses}

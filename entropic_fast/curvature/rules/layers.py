@@ -79,6 +79,10 @@ class Layer(ABC):
         """The output with the examples' axis of x [n, ...] first."""
         return out
 
+    def transposed_of(self, weight: Tensor) -> Layer | None:
+        """The rule in terms of a parameter whose transpose this layer's weight is; None if none."""
+        return None
+
     @abstractmethod
     def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
         """Gradient of x if needed, and the pieces of weight and bias if wanted."""
@@ -106,6 +110,27 @@ class Linear(Layer):
         a, g = full_precision((at.x, at.g))
         a, g = a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1])
         return gradient, (LinearPiece(a, g) if at.wanted[0] else None, bias_piece(g, at.wanted[1]))
+
+    def transposed_of(self, weight: Tensor) -> Layer:
+        return RightProduct(self.x, weight, self.bias)
+
+
+class RightProduct(Linear):
+    """`x @ W + b` with W [inputs, outputs], as in Hugging Face's `Conv1D`."""
+
+    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return functional.linear(x, weight.t(), bias)
+
+    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+        assert at.weight is not None
+        gradient, (piece, bias) = super().backward(at._replace(weight=at.weight.t()))
+        if isinstance(piece, LinearPiece):
+            piece = LinearPiece(*reversed(piece.tensors))
+        return gradient, (piece, bias)
+
+    def transposed_of(self, weight: Tensor) -> Layer:
+        return Linear(self.x, weight, self.bias)
 
 
 class Convolution(Layer):

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .layers import Convolution, Embedding, Layer, Linear, PReLU
 from .norm_layers import BatchNorm, GroupNorm, LayerNorm
+from .products import addmm, matmul
 
 
 def _convolution(dims: int) -> Callable[..., Layer]:
@@ -138,4 +139,12 @@ LAYERS: dict[Any, Callable[..., Layer | None]] = {
     functional.rms_norm: _rms_norm,
     functional.embedding: _embedding,
     torch.prelu: PReLU,
+    torch.addmm: addmm,
+    Tensor.addmm: addmm,
+    torch.matmul: matmul,
+    Tensor.matmul: matmul,
+    torch.mm: matmul,
+    Tensor.mm: matmul,
+    torch.mv: matmul,
+    Tensor.mv: matmul,
 }
