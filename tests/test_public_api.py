@@ -28,6 +28,7 @@ NAMES = [
     "sampled_labels",
     "ntk_gram",
     "DisagreementError",
+    "WrongDerivativeError",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

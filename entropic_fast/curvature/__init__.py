@@ -1,6 +1,6 @@
 """Curvature at a point of an Objective, and along a path."""
 
-from .agreement import DisagreementError, without_rules
+from .agreement import DisagreementError, WrongDerivativeError, without_rules
 from .density import spectral_density
 from .diagonal import hessian_diagonal, operator_diagonal
 from .fisher import fisher_trace, gradient_norms
@@ -37,6 +37,7 @@ __all__ = [
     "sampled_labels",
     "ntk_gram",
     "DisagreementError",
+    "WrongDerivativeError",
     "without_rules",
     "FisherOperator",
     "fisher_eigenvalues",

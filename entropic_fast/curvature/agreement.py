@@ -32,8 +32,12 @@ class DisagreementError(RuntimeError):
     """The fast way and torch's own give different derivatives; the message says of what."""
 
 
+class WrongDerivativeError(RuntimeError):
+    """Second derivatives by autograd that are none: a function in the model has them wrong."""
+
+
 # Differences of so many roundings of 1 are none, however small the product.
-_ROUNDING = 1e3
+ROUNDINGS = 1e3
 
 
 class _Coarsest(TorchFunctionMode):
@@ -76,7 +80,7 @@ def require_agreement(
     scale = float(expected.double().norm())
     gap = float((got.double() - expected.double()).norm())
     dtype = dtype or expected.dtype
-    slack = _ROUNDING * torch.finfo(dtype).eps
+    slack = ROUNDINGS * torch.finfo(dtype).eps
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise DisagreementError(
             f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "

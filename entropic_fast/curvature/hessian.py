@@ -15,6 +15,7 @@ from ..model_checks import require_twice_differentiable
 from ..objective import Objective
 from .by_rules import ByRules
 from .compiled import undisturbed
+from .first_use import require_right_loss, require_right_products
 from .jets import JetEngine
 from .jets.tiles import Tile
 from .operators import CurvatureOperator, finite_together
@@ -42,6 +43,7 @@ class JetOperator(ByRules, CurvatureOperator):
     ) -> None:
         CurvatureOperator.__init__(self, obj, theta)
         self._plan(memory_budget)
+        self._is_tested = self._rules_off  # products by autograd
 
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
@@ -62,6 +64,10 @@ class JetOperator(ByRules, CurvatureOperator):
         return product
 
     def _product_by_autograd(self, rows: Tensor) -> Tensor:
+        if not self._is_tested:
+            require_right_products(self)
+            self._is_tested = True
+
         def by_autograd() -> Tensor:
             own = torch.zeros_like(rows)
             for batch in self.obj.own_batches() if len(rows) else ():
@@ -111,6 +117,10 @@ class JetOperator(ByRules, CurvatureOperator):
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
         raise TypeError("use HessianOperator or GGNOperator")
+
+    def _agrees(self, engine: JetEngine, sample: Tile) -> bool:
+        require_right_loss(self.obj, self.theta, self.name)  # which both ways leave to autograd
+        return super()._agrees(engine, sample)
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)

@@ -12,8 +12,10 @@ from .. import checks, random, trees
 from ..exact import TwiceDifferentiable, exact_math
 from ..model_checks import require_real_outputs, require_twice_differentiable
 from ..objective import Objective
+from .agreement import coarsest_dtype
 from .by_rules import ByRules
 from .compiled import Compilable
+from .first_use import require_adjoint
 from .jets import JetEngine
 from .jets.tiles import Tile
 from .operators import finite_together, require_vectors
@@ -80,6 +82,7 @@ class JacobianOperator(ByRules):
             count += batch.size * self._each[like]
         self.shape = (count, obj.num_params)
         self._plan(memory_budget)
+        self._is_tested = self._rules_off  # products by autograd
         super().__init__()
         self.T = _Transpose(self)
 
@@ -121,6 +124,8 @@ class JacobianOperator(ByRules):
     def _push(self, tile: Tile, rows: Tensor) -> Tensor:
         """J of a tile times rows [K, P].  # [K, n * outputs]"""
         if self._engine is None:
+            if not self._is_tested:
+                self._require_adjoint(tile)
             return self._push_by_autograd(tile, rows)
         return self._engine.pushed(tile, rows)
 
@@ -129,6 +134,13 @@ class JacobianOperator(ByRules):
         if self._engine is None:
             return self._pull_by_autograd(tile, rows)
         return self._engine.pulled(tile, rows)
+
+    def _require_adjoint(self, tile: Tile) -> None:
+        """Compare a product by autograd with one of the transpose."""
+        (row, pushed), (back, pulled) = self._by_autograd(tile)
+        dtype = coarsest_dtype(self.obj, self.theta, tile.batch.inputs)
+        require_adjoint(self.name, pushed, pulled, row, back, dtype)
+        self._is_tested = True
 
     # -- by autograd -----------------------------------------------------------------------
 
