@@ -19,6 +19,7 @@ from .devices import is_gpu
 from .exact import exact_math
 from .examples import Batch, WithTargets
 from .loss_checks import require_fitting
+from .modules import require_no_references
 from .normalisation import explain_too_few
 from .parameters import mixed_precision, model_lock
 from .trees import Tree
@@ -34,7 +35,12 @@ class NonFiniteLossError(ValueError):
 def require_module(model: nn.Module) -> None:
     """Refuse what is no module, one compiled by TorchScript, parts of one, one without values."""
     if not isinstance(model, nn.Module):
-        raise checks.fail("model", "an nn.Module", checks.describe(model))
+        raise checks.fail(
+            "model",
+            "an nn.Module",
+            checks.describe(model),
+            "put a function into a module that holds its parameters; pass an instance of a class",
+        )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise checks.fail(
             "model",
@@ -49,6 +55,13 @@ def require_module(model: nn.Module) -> None:
                 "initialised parameters",
                 f"a lazy one, {name!r}",
                 "run the model once on an example first",
+            )
+        if tensor.layout != torch.strided and isinstance(tensor, nn.Parameter):
+            raise checks.fail(
+                "model",
+                "dense parameters",
+                f"{name!r} of layout {tensor.layout}",
+                "make it dense, or a buffer if it is constant",
             )
         if tensor.is_meta:
             raise checks.fail(
@@ -76,11 +89,12 @@ def _in_pieces(kind: str) -> ValueError:
     )
 
 
-def require_model(obj: Objective, separate: bool = True) -> None:
+def require_model(obj: Objective, separate: bool = True, given: nn.Module | None = None) -> None:
     """Refuse a model that does not fit its data, is random, changes itself, or has no gradient.
 
     Args:
         separate: refuse examples that depend on one another, too.
+        given: the model as the user has it; refuse what uses its parameters, too.
 
     Raises:
         ValueError: as `Objective`.
@@ -99,7 +113,7 @@ def require_model(obj: Objective, separate: bool = True) -> None:
         point = theta.clone()
         try:
             first = _first_outputs(obj, point, batch.inputs)
-        except (RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
             raise _not_taken(obj, batch, error) from error
         if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
             raise checks.fail(
@@ -141,6 +155,8 @@ def require_model(obj: Objective, separate: bool = True) -> None:
     with torch.enable_grad(), Watcher() as watcher:
         differentiable = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative
+    if given is not None:
+        require_no_references(backward_nodes(differentiable), given, obj._model)
     if not differentiable.requires_grad:
         raise checks.fail(
             "model",
@@ -309,7 +325,9 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
 
 
 # What a model raises for inputs that do not fit.
-FAILURES = (RuntimeError, TypeError, IndexError, KeyError, AttributeError, ValueError)
+FAILURES = (
+    RuntimeError, TypeError, IndexError, KeyError, AttributeError, ValueError, AssertionError
+)  # fmt: skip
 
 
 def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:

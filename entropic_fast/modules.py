@@ -6,7 +6,7 @@ import copy
 import itertools
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pickle import PickleError
 from typing import Any
 
@@ -84,6 +84,41 @@ def copied(model: nn.Module) -> nn.Module:
             "a module that can be copied (copy.deepcopy)",
             f"{str(error)[:200]}{_where(model)}",
         ) from error
+
+
+def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Module) -> None:
+    """Refuse losses that use parameters of the user's own model, or of its first forward pass.
+
+    A function that holds the model (in a closure, as a global) goes on using it in the copy. Its
+    parameters are constants there: gradients would lack terms, without a word.
+
+    Args:
+        nodes: of the backward pass of some losses.
+        given: the model as the user has it.
+        private: the objective's copy of it, whose own parameters require no gradient.
+
+    Raises:
+        ValueError: naming such a parameter.
+    """
+    names = {id(p): name for name, p in given.named_parameters()}
+    used = {id(node.variable) for node in nodes if node.name().endswith("AccumulateGrad")}
+    for key in used & names.keys():
+        raise checks.fail(
+            "model",
+            "a model and a loss that use parameters by way of the module that is called",
+            f"a function that holds the model itself and uses its {names[key]!r}, which a copy "
+            "cannot follow",
+            "replace a forward by types.MethodType(function, module), use the module that a hook "
+            "is called with, and leave a penalty on the parameters to weight_decay=",
+        )
+    late = [name for name, p in private.named_parameters() if p.requires_grad]
+    if late:
+        raise checks.fail(
+            "model",
+            "parameters that exist before the first forward pass",
+            f"{late[0]!r}, which it created",
+            "run the model once on an example first",
+        )
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -165,7 +165,7 @@ class Objective:
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
         self._choose_outputs(output)
-        model_checks.require_model(self)
+        model_checks.require_model(self, given=model)
 
     # -- parameters ------------------------------------------------------------------------
 

@@ -131,7 +131,7 @@ def mixed_precision(model: nn.Module) -> str:
 
 def as_real(value: Tensor) -> Tensor:
     """A complex tensor [...] as pairs of real numbers [..., 2]; a real one as it is."""
-    return torch.view_as_real(value) if value.is_complex() else value
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def as_complex(pairs: Tensor) -> Tensor:
@@ -234,8 +234,8 @@ def load_tensors(
         ValueError: a model whose parameters have other names or shapes; it is unchanged.
     """
     # An objective's names are those without wrappers.
-    own = {plain_name(model, name): as_real(p.data) for name, p in model.named_parameters()}
-    shapes = {name: p.shape for name, p in own.items()}
+    own = {plain_name(model, name): p for name, p in model.named_parameters()}
+    shapes = {name: as_real(p.detach()).shape for name, p in own.items()}
     for name, value in parameters.items():
         if shapes.get(name) != value.shape:
             got = list(shapes[name]) if name in shapes else "no such parameter"
@@ -247,7 +247,7 @@ def load_tensors(
             )
     with torch.no_grad():
         for name, value in parameters.items():
-            own[name].copy_(value)
+            own[name].copy_(as_complex(value) if own[name].is_complex() else value)
         for name, held in (*model.named_buffers(), *model.named_parameters()):
             name = plain_name(model, name)
             if name in buffers:

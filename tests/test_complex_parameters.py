@@ -203,6 +203,16 @@ def test_theta_goes_back_into_a_model(case):
     assert torch.equal(Twin(other).vector(), theta)
 
 
+def test_conjugates_are_what_they_stand_for():
+    model = wide(Waves())
+    model.layer.weight = nn.Parameter(model.layer.weight.detach().conj())
+    obj = Objective(model, "mse", data(Waves))
+    part = obj.split(obj.parameters_vector())["layer.weight"]
+    assert torch.equal(part, torch.view_as_real(model.layer.weight.detach().resolve_conj()))
+    obj.load_into(model, obj.parameters_vector() + 1)
+    assert torch.equal(Objective(model, "mse", data(Waves)).parameters_vector(), 1 + obj._theta)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_precision_goes_together(kind: type[nn.Module]):
     obj = Objective(kind(), "mse", data(kind))

@@ -1,5 +1,7 @@
 """Models that are no function of the parameters given, refused with what to do instead."""
 
+import functools
+import types
 import warnings
 
 import pytest
@@ -76,3 +78,93 @@ def test_modules_compiled_by_torchscript_are_refused(how: str, whole: bool):
     model = compiled if whole else nn.Sequential(compiled, nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"model: .* pass the module that it was made from"):
         Objective(model, "cross_entropy", (X, Y))
+
+
+# -- what a copy cannot follow --------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def _closure(layer: nn.Linear):
+    return lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def _by_closure(model: nn.Sequential) -> None:
+    model[0].forward = _closure(model[0])
+
+
+def _by_hook(model: nn.Sequential) -> None:
+    model[1].register_forward_hook(lambda module, inputs, output: output * model[0].bias.mean())
+
+
+@pytest.mark.parametrize("change", [_by_closure, _by_hook])
+def test_a_function_that_holds_the_model_is_refused(change):
+    model = network()
+    change(model)
+    with pytest.raises(ValueError, match=r"holds the model itself and uses its '0\.(weight|bias)'"):
+        Objective(model, "cross_entropy", (X, Y))
+
+
+@pytest.mark.parametrize("bind", [types.MethodType, functools.partial])
+def test_a_forward_that_is_bound_to_its_module_is_fine(bind):
+    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, layer.weight, layer.bias)
+
+    model = network()
+    model[0].forward = bind(forward, model[0])
+    obj = Objective(model, "cross_entropy", (X, Y))
+    assert torch.equal(obj.gradient(), Objective(network(), "cross_entropy", (X, Y)).gradient())
+
+
+def test_a_penalty_on_the_parameters_of_the_given_model_is_refused():
+    model = network()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return nn.functional.cross_entropy(outputs, targets, reduction="none") + penalty
+
+    with pytest.raises(ValueError, match="penalty on the parameters to weight_decay="):
+        Objective(model, loss, (X, Y))
+
+
+def test_a_loss_with_parameters_of_its_own_is_fine():
+    scale = nn.Parameter(torch.tensor(2.0))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return scale * nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    plain = Objective(network(), "cross_entropy", (X, Y))
+    assert Objective(network(), loss, (X, Y)).loss() == pytest.approx(2 * plain.loss())
+
+
+def test_parameters_that_the_first_forward_pass_creates_are_refused():
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "last"):
+                torch.manual_seed(0)
+                self.last = nn.Linear(4, 3)
+            return self.last(self.first(x))
+
+    model = Late()
+    with pytest.raises(
+        ValueError, match=r"got 'last\.weight', which it created; run the model once"
+    ):
+        Objective(model, "cross_entropy", (X, Y))
+    model(X)
+    assert Objective(model, "cross_entropy", (X, Y)).num_params == 35
+
+
+def test_sparse_parameters_and_functions_are_refused_by_name():
+    model = network()
+    model.register_parameter("graph", nn.Parameter(torch.eye(3).to_sparse()))
+    with pytest.raises(ValueError, match=r"dense parameters, got 'graph' of layout torch\.sparse"):
+        Objective(model, "cross_entropy", (X, Y))
+    with pytest.raises(ValueError, match=r"an nn\.Module, got function .*put a function into"):
+        Objective(_closure(network()[0]), "cross_entropy", (X, Y))
