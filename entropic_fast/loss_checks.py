@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import checks, trees
-from .loss_cross_entropy import IGNORED, CrossEntropy
-from .loss_elementwise import BinaryCrossEntropy
-from .loss_functions import closed_form
+from .loss_cross_entropy import IGNORED, CrossEntropy, NegativeLogLikelihood
+from .loss_elementwise import BinaryCrossEntropy, KLDivergence
+from .loss_functions import closed_form, widened
 from .loss_reductions import Elementwise, require_shape
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
     """
     loss = obj._loss
     known = closed_form(loss)
+    if isinstance(known, NegativeLogLikelihood | KLDivergence) and known.normalized is None:
+        known = loss = obj._loss = copy.copy(known)
+        known.normalized = _are_normalized(obj, theta, batch)
     if isinstance(known, CrossEntropy):
         ignoring = known if known is loss else None
         require_labels(
@@ -51,6 +55,18 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
         for count in (batch.size, (batch.size + 1) // 2):  # a divisor may depend on the batch
             some = trees.chosen((outputs, batch.targets), slice(count))
             known.require_torch_value(*some)
+
+
+def _are_normalized(obj: Objective, theta: Tensor, batch: Batch) -> bool:
+    """Whether outputs [n, C, ...] are logarithms of what sums to 1, at theta and elsewhere."""
+    for point in (theta, 1.1 * theta + 0.01):
+        outputs = widened(obj.outputs(point, batch.inputs))
+        if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
+            return False
+        slack = 1e3 * torch.finfo(outputs.dtype).eps
+        if not bool((outputs.logsumexp(1).abs() <= slack).all()):
+            return False
+    return isinstance(obj._loss, NegativeLogLikelihood) or outputs.ndim == 2
 
 
 def require_labels(

@@ -54,6 +54,11 @@ class CrossEntropy(ReducedLoss):
         return targets if targets.is_floating_point() else targets.long()
 
     @property
+    def by_class(self) -> bool:
+        """Whether its Hessian in the outputs is that of softmax."""
+        return True
+
+    @property
     def no_likelihood(self) -> str:
         """Why labels drawn from softmax have another distribution than the loss's; "" if not."""
         if self.weight is not None:
@@ -158,10 +163,23 @@ class NextToken(CrossEntropy):
 
 
 class NegativeLogLikelihood(CrossEntropy):
-    """`nn.NLLLoss`, of outputs that are log-probabilities, as one loss per example."""
+    """`nn.NLLLoss`, of outputs that are log-probabilities, as one loss per example.
+
+    It is linear in them, so that its Gauss-Newton matrix by itself would be 0. If they are
+    normalized, as by `nn.LogSoftmax`, cross-entropy is the same function of the parameters, whose
+    Gauss-Newton matrix is the Fisher matrix; the loss is computed as that.
+
+    Attributes:
+        normalized: whether the outputs are; None before it is known.
+
+    >>> loss = NegativeLogLikelihood(nn.NLLLoss())
+    >>> loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+    tensor([2.])
+    """
 
     name = "nn.NLLLoss"
     takes_probabilities = False
+    normalized: bool | None = None
 
     def __init__(self, loss: nn.NLLLoss) -> None:
         like = nn.CrossEntropyLoss(
@@ -171,9 +189,15 @@ class NegativeLogLikelihood(CrossEntropy):
 
     @property
     def no_likelihood(self) -> str:
-        return "outputs that are log-probabilities; leave log_softmax to nn.CrossEntropyLoss"
+        return super().no_likelihood if self.normalized else "log-probabilities not normalized"
+
+    @property
+    def by_class(self) -> bool:
+        return bool(self.normalized)
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.normalized:
+            return super().terms(outputs, targets)
         return functional.nll_loss(
             outputs,
             self.positions(targets),
@@ -185,8 +209,12 @@ class NegativeLogLikelihood(CrossEntropy):
     def output_hessian(
         self, outputs: Tensor, targets: Tensor, weights: Tensor
     ) -> OutputHessian | None:
-        """Zero: the loss is linear in log-probabilities."""
-        return torch.zeros_like
+        """Zero where the loss is linear in log-probabilities."""
+        return super().output_hessian(outputs, targets, weights) if self.normalized else _zero
+
+
+def _zero(directions: Tensor) -> Tensor:
+    return torch.zeros_like(directions)
 
 
 def target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tensor:

@@ -100,11 +100,46 @@ class BinaryCrossEntropy(DiagonalLoss):
                 )
 
 
+class KLDivergence(Elementwise):
+    """`nn.KLDivLoss`, of outputs that are log-probabilities.
+
+    As `NegativeLogLikelihood`: of normalized outputs [n, C] it is computed with the logarithm of
+    their sum besides, which is 0, so that the Gauss-Newton matrix is that of soft targets.
+    """
+
+    normalized: bool | None = None
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        terms = super().terms(outputs, targets)
+        if not self.normalized:
+            return terms
+        return terms + self._probabilities(outputs, targets) * outputs.logsumexp(1, keepdim=True)
+
+    def _probabilities(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        targets = targets.to(outputs.dtype)
+        return targets.exp() if getattr(self.torch_loss, "log_target", False) else targets
+
+    def output_hessian(
+        self, outputs: Tensor, targets: Tensor, weights: Tensor
+    ) -> OutputHessian | None:
+        if not self.normalized:
+            return None
+        p = outputs.softmax(1)
+        mass = self._probabilities(outputs, targets).sum(1, keepdim=True)
+        scaled = p * (mass * weights[:, None] * self.scale(outputs[:1].numel()))
+
+        def product(directions: Tensor) -> Tensor:
+            return (directions - (directions * p).sum(2, keepdim=True)) * scaled
+
+        return product
+
+
 class GaussianNLL(ReducedLoss):
     """`nn.GaussianNLLLoss`: outputs (mean, variance), or targets (target, variance).
 
     A model with two outputs returns the mean and the variance, in this order; a known variance
-    comes with the targets. A variance that is negative gives NaN, which is refused.
+    comes with the targets. A variance under `eps` counts as `eps`, a constant (torch lets the
+    gradient in it pass); one that is negative gives NaN, which is rejected.
 
     >>> loss = GaussianNLL(nn.GaussianNLLLoss())
     >>> loss((torch.zeros(1, 1), torch.ones(1, 1)), torch.ones(1, 1))
@@ -134,9 +169,7 @@ class GaussianNLL(ReducedLoss):
                 f"shape {list(variance.shape)}",
             )
         variance = variance.to(mean.dtype)
-        # torch clamps without a derivative, so that the gradient in the variance goes on there.
-        clamped = variance + (variance.clamp(min=self._eps) - variance).detach()
-        clamped = torch.where(variance < 0, math.nan, clamped)
+        clamped = torch.where(variance < 0, math.nan, variance.clamp(min=self._eps))
         terms = 0.5 * (clamped.log() + (mean - target.to(mean.dtype)).square() / clamped)
         return terms + 0.5 * math.log(2 * math.pi) if self._full else terms
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.loss import _Loss
@@ -16,6 +17,7 @@ from .loss_elementwise import (
     BinaryCrossEntropy,
     DiagonalLoss,
     GaussianNLL,
+    KLDivergence,
     MultiMargin,
     SquaredError,
 )
@@ -123,6 +125,21 @@ def takes_tensor(loss: LossFunction) -> bool:
     return known is not None and not several
 
 
+def hits(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+    """How many of outputs [n, C] have their largest where the label is, and how many count.
+
+    >>> import torch
+    >>> hits(CrossEntropy(nn.CrossEntropyLoss()), torch.eye(3), torch.tensor([0, -100, 1]))
+    tensor([1, 2])
+    """
+    counted = torch.ones_like(targets, dtype=torch.bool)
+    known = closed_form(loss)
+    if isinstance(known, CrossEntropy) and known is loss:
+        counted = targets.long() != known.ignored
+    right = (outputs.argmax(1) == targets) & counted
+    return torch.stack([right.sum(), counted.sum()])
+
+
 def output_hessian(
     loss: LossFunction, outputs: Tensor, targets: Tensor, weights: Tensor
 ) -> OutputHessian | None:
@@ -193,6 +210,7 @@ _KNOWN: dict[type[_Loss], Callable[[Any], ReducedLoss]] = {
     nn.BCEWithLogitsLoss: BinaryCrossEntropy,
     nn.MSELoss: SquaredError,
     nn.GaussianNLLLoss: GaussianNLL,
+    nn.KLDivLoss: KLDivergence,
     nn.MultiMarginLoss: MultiMargin,
     nn.MultiLabelMarginLoss: MultiMargin,
 }
@@ -228,6 +246,7 @@ __all__ = [
     "bound",
     "closed_form",
     "cross_entropy",
+    "hits",
     "loss_function",
     "mean_squared_error",
     "origin",

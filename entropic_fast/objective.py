@@ -20,7 +20,7 @@ from .devices import is_gpu
 from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples, WithTargets
 from .live_model import StatisticsPoint, read_model
-from .loss_functions import LossFunction, bound, computed_inside, loss_function, widened
+from .loss_functions import LossFunction, bound, computed_inside, hits, loss_function, widened
 from .model_checks import NonFiniteLossError
 from .modules import cast, cast_tensor, copied
 from .normalisation import (
@@ -683,6 +683,8 @@ class Objective:
     def evaluate(self, theta: Tensor | None = None) -> tuple[float, float]:
         """Mean loss, and the share of examples whose largest output is the target.
 
+        Examples whose label the loss ignores do not count in the share.
+
         Raises:
             ValueError: outputs that are not class scores [N, C] with whole targets [N].
             NonFiniteLossError: a loss that is NaN or infinite.
@@ -691,19 +693,20 @@ class Objective:
         theta = self.point(theta)
 
         def own() -> Tensor:
-            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            sums = torch.zeros(3, dtype=torch.float64, device=self.device)
             for batch in self.own_batches():
                 outputs = self.outputs(theta, batch.inputs)
                 model_checks.require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
                 model_checks.require_finite(losses, theta, batch.start)
                 sums[0] += losses.double().sum()
-                sums[1] += (outputs.argmax(1) == batch.targets).sum()
+                sums[1:] += hits(self._loss, outputs, batch.targets)
             return sums
 
         with torch.no_grad():
-            loss, correct = (self.summed(own, "evaluate", theta) / self.num_examples).tolist()
-        return loss + float(self.penalty(theta)), correct
+            loss, correct, counted = self.summed(own, "evaluate", theta).tolist()
+        share = correct / counted if counted else math.nan
+        return loss / self.num_examples + float(self.penalty(theta)), share
 
     # -- normalisation ---------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from . import checks, trees
 from .batch_format import BatchFormat
 from .loss_functions import LossFunction, takes_tensor, widened
+from .loss_reductions import Elementwise
 from .trees import Tree
 
 LOGITS = "logits"  # where Hugging Face's models have them
@@ -101,6 +102,8 @@ def reader_of(
         )
     try:
         loss(_widened(output), targets)
+        if isinstance(loss, Elementwise):
+            loss.require_torch_value(_widened(output), targets)
         return OutputReader(form, loss=loss)
     except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
         if LOGITS in tensors:

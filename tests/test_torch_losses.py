@@ -14,10 +14,12 @@ from entropic_fast.curvature import (
     HessianOperator,
     fisher_trace,
     ggn_trace,
+    sampled_labels,
     score_matrix,
     without_rules,
 )
 from entropic_fast.objective import Objective
+from entropic_fast.paths import linear_path, path_losses
 
 N, C = 7, 3
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -360,3 +362,128 @@ def test_labels_that_are_not_the_tokens_are_refused(labels: Callable[[Tensor], T
     model, tokens, _ = language_data()
     with pytest.raises(ValueError, match=message):
         Objective(model, "next_token", (tokens, labels(tokens)))
+
+
+def test_accuracy_is_over_the_labels_that_count():
+    x, model = randn(N, 4), network()
+    obj = Objective(model, nn.CrossEntropyLoss(WEIGHT), (x, CLASSES), batch_size=3)
+    kept = CLASSES >= 0
+    right = (model(x).argmax(1) == CLASSES)[kept].double().mean().item()
+    assert obj.evaluate() == (obj.loss(), pytest.approx(right, rel=1e-14))
+    theta = obj.parameters_vector()
+    table = path_losses(obj, linear_path(theta, 1.1 * theta), [0.0, 1.0])
+    assert table["accuracy"][0] == pytest.approx(right, rel=1e-14)
+    assert table["loss"][0] == pytest.approx(obj.loss(), rel=1e-14)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_log_probabilities_have_the_gauss_newton_matrix_of_cross_entropy(weight: Tensor | None):
+    """The loss is linear in them, which by itself would make it 0."""
+    x, body = randn(N, 4), network()
+    eye = torch.eye(27, dtype=torch.float64)
+    one = Objective(nn.Sequential(body, LOG_SOFTMAX), nn.NLLLoss(weight), (x, CLASSES))
+    other = Objective(body, nn.CrossEntropyLoss(weight), (x, CLASSES))
+    torch.testing.assert_close(GGNOperator(one) @ eye, GGNOperator(other) @ eye)
+    assert ggn_trace(one).value == pytest.approx(ggn_trace(other).value, rel=1e-10)
+    if weight is None:
+        trace = fisher_trace(sampled_labels(one)).value
+        assert trace == pytest.approx(fisher_trace(sampled_labels(other)).value, rel=1e-10)
+    # Distillation: the entropy of the targets does not matter.
+    kl = nn.KLDivLoss(reduction="batchmean")
+    soft = Objective(nn.Sequential(body, LOG_SOFTMAX), kl, (x, PROBABILITIES))
+    expected = GGNOperator(Objective(body, "cross_entropy", (x, PROBABILITIES))) @ eye
+    torch.testing.assert_close(GGNOperator(soft) @ eye, expected)
+    with without_rules():
+        torch.testing.assert_close(GGNOperator(soft) @ eye, expected)
+        torch.testing.assert_close(
+            HessianOperator(soft) @ eye,
+            HessianOperator(Objective(body, "cross_entropy", (x, PROBABILITIES))) @ eye,
+        )
+    assert ggn_trace(soft).value == pytest.approx(float(expected.trace()), rel=1e-10)
+
+
+def test_numbers_that_are_not_normalized_are_no_log_probabilities():
+    x, model = randn(N, 4), network()
+    loss = nn.NLLLoss()
+    obj = Objective(model, loss, (x, CLASSES))
+    assert obj.loss() == pytest.approx(loss(model(x), CLASSES).item(), rel=1e-13)
+    gradient = torch.autograd.grad(loss(model(x), CLASSES), list(model.parameters()))
+    torch.testing.assert_close(obj.gradient(), torch.cat([g.reshape(-1) for g in gradient]))
+    with pytest.raises(ValueError, match="log-probabilities not normalized"):
+        sampled_labels(obj)
+
+
+class Several(nn.Module):
+    """Two or three outputs [n, 2] or [n]."""
+
+    def __init__(self, count: int, axis: bool = True) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 3), nn.ModuleList(nn.Linear(3, 2) for _ in "abc")
+        self.count, self.axis = count, axis
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = torch.tanh(self.body(x))
+        found = [head(features) for head in self.heads[: self.count]]
+        if self.count == 2 and self.axis:
+            found[1] = F.softplus(found[1]) + 0.1
+        return tuple(found) if self.axis else tuple(one[:, 0] for one in found)
+
+
+SIGNS = torch.tensor([1, -1, 1, 1, -1, 1, -1])
+SEVERAL: dict[str, tuple[nn.Module, int, bool, Tensor]] = {
+    "gaussian": (nn.GaussianNLLLoss(), 2, True, randn(N, 2)),
+    "gaussian sum": (nn.GaussianNLLLoss(full=True, reduction="sum"), 2, True, randn(N, 2)),
+    "cosine": (nn.CosineEmbeddingLoss(margin=0.2), 2, True, SIGNS),
+    "ranking": (nn.MarginRankingLoss(margin=0.5), 2, False, SIGNS),
+    "triplet": (nn.TripletMarginLoss(swap=True), 3, True, SIGNS),
+    "triplet by distance": (nn.TripletMarginWithDistanceLoss(), 3, True, SIGNS),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_losses_of_several_outputs(name: str):
+    loss, count, axis, targets = SEVERAL[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = Several(count, axis).double()
+    x = randn(N, 4)
+
+    def expected() -> Tensor:
+        outputs = model(x)
+        if "gaussian" in name:
+            return loss(outputs[0], targets, outputs[1])
+        return loss(*outputs) if count == 3 else loss(*outputs, targets)
+
+    for parameter in model.heads[count:].parameters():
+        parameter.requires_grad_(False)
+    for data in ((x, targets), [(x[:3], targets[:3]), (x[3:], targets[3:])]):
+        obj = Objective(model, loss, data)
+        assert obj.loss() == pytest.approx(expected().item(), rel=1e-13)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(expected(), parameters, create_graph=True)
+        gradient = torch.cat([g.reshape(-1) for g in gradient])
+        torch.testing.assert_close(obj.gradient(), gradient.detach())
+        v = randn(obj.num_params)
+        product = torch.autograd.grad(gradient, parameters, v, materialize_grads=True)
+        operator = HessianOperator(obj)
+        torch.testing.assert_close(operator @ v, torch.cat([p.reshape(-1) for p in product]))
+        assert operator.way == "rules"
+        torch.testing.assert_close(score_matrix(obj).mean(0), gradient.detach())
+
+
+def test_a_known_variance_comes_with_the_targets():
+    x, model, targets = randn(N, 4), network(), (randn(N, C), POSITIVE + 0.1)
+    loss = nn.GaussianNLLLoss()
+    obj = Objective(model, loss, (x, targets), batch_size=3)
+    assert obj.loss() == pytest.approx(loss(model(x), *targets).item(), rel=1e-13)
+    _, matrix = hessian(model, lambda: loss(model(x), *targets))
+    eye = torch.eye(obj.num_params, dtype=torch.float64)
+    torch.testing.assert_close(HessianOperator(obj) @ eye, matrix)
+    with pytest.raises(ValueError, match="let the model return"):
+        Objective(model, loss, (x, targets[0]))
+
+
+def test_pairs_that_torch_would_broadcast_are_refused():
+    model, loss = Several(2, axis=False).double(), nn.MarginRankingLoss()
+    with pytest.raises(ValueError):
+        Objective(model, loss, (randn(N, 4), SIGNS[:, None]))

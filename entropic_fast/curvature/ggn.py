@@ -16,7 +16,7 @@ from .. import checks, random
 from ..devices import is_gpu
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
-from ..loss_cross_entropy import CrossEntropy, NegativeLogLikelihood
+from ..loss_cross_entropy import CrossEntropy
 from ..loss_elementwise import DiagonalLoss
 from ..loss_functions import closed_form, widened
 from ..loss_reductions import ReducedLoss
@@ -256,7 +256,7 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
 
 def _has_class_factors(loss: ReducedLoss | None, outputs: Tensor) -> bool:
     """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
-    by_class = isinstance(loss, CrossEntropy) and not isinstance(loss, NegativeLogLikelihood)
+    by_class = isinstance(loss, CrossEntropy) and loss.by_class
     return by_class and outputs.ndim == 2 and outputs.shape[1] > SMALL and is_gpu(outputs.device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..devices import is_gpu
+from ..loss_functions import hits
 from ..model_checks import require_classifier
 from ..objective import NonFiniteLossError, Objective
 from ..table import Table
@@ -152,15 +153,14 @@ def _values(
     with torch.no_grad():
         if not classifier:
             return here.unread_loss(theta)[None]
-        sums = torch.zeros(2, dtype=torch.float64, device=theta.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=theta.device)
         for batch in here.batches():
             outputs = here.outputs(theta, batch.inputs)
             require_classifier(outputs, batch.targets)
             sums[0] += here.output_losses(outputs, batch.targets).double().sum()
-            sums[1] += (outputs.argmax(1) == batch.targets).sum()
-        sums /= here.num_examples
-        sums[0] += here.penalty(theta)
-        return sums
+            sums[1:] += hits(here._loss, outputs, batch.targets)
+        loss = sums[0] / here.num_examples + here.penalty(theta)
+        return torch.stack([loss, sums[1] / sums[2]])
 
 
 def _explain(
