@@ -295,32 +295,43 @@ class RepeatedExamples(Examples):
     Args:
         source: the examples to repeat.
         times: how often.
-        targets: for each repetition, on the source's device.  # [N * times, ...]
+        targets: for each repetition, on the source's device, of shape [N * times, ...]; or a
+            list of them for each batch of the source, of which shapes may differ.
     """
 
-    def __init__(self, source: Examples, times: int, targets: Tensor) -> None:
+    def __init__(self, source: Examples, times: int, targets: Tensor | list[Tensor]) -> None:
         self.device, self.dtype, self.form = source.device, source.dtype, source.form
         self.one_batch = self.with_targets = False
         self.batch_size = source.batch_size
         self.count = source.count * checks.whole("times", times, 1)
-        if len(targets) != self.count:
+        parts = [targets] if isinstance(targets, Tensor) else targets
+        if sum(map(len, parts)) != self.count:
             raise checks.fail(
                 "targets", f"{self.count}, {times} for each example", checks.describe(targets)
             )
         self._tensors, self._digest = None, None
-        self._base, self._times, self._targets = source, times, targets
+        alike = len({part.shape[1:] for part in parts}) == 1
+        self._base, self._times = source, times
+        self._targets = [torch.cat(parts)] if alike else parts
 
     def cast(self, dtype: torch.dtype) -> RepeatedExamples:
         """The same examples with floating-point inputs in another dtype."""
         return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
+
+    def _targets_from(self, start: int, count: int) -> Tensor:
+        """Those of `count` repetitions, which are in one batch of the source if shapes differ."""
+        for part in self._targets:
+            if start < len(part):
+                return part[start : start + count]
+            start -= len(part)
+        raise IndexError(start)
 
     def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
         for batch in self._base.batches(batch_size=max(1, size // self._times)):
             inputs = batch.inputs
             if self._times > 1:
                 inputs = trees.mapped(lambda t: t.repeat_interleave(self._times, 0), inputs)
-            start = batch.start * self._times
-            yield inputs, self._targets[start : start + batch.size * self._times]
+            yield inputs, self._targets_from(batch.start * self._times, batch.size * self._times)
 
 
 def _is_one_batch(data: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks, trees
 from .loss_cross_entropy import IGNORED, CrossEntropy, NegativeLogLikelihood
 from .loss_elementwise import BinaryCrossEntropy, KLDivergence
-from .loss_functions import closed_form, widened
+from .loss_functions import closed_form
 from .loss_reductions import Elementwise, require_shape
 
 if TYPE_CHECKING:
@@ -59,8 +59,11 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
 
 def _are_normalized(obj: Objective, theta: Tensor, batch: Batch) -> bool:
     """Whether outputs [n, C, ...] are logarithms of what sums to 1, at theta and elsewhere."""
+    whole = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
+    theta = theta.to(whole.dtype)
+    batch = next(whole.batches(batch_size=batch.size))
     for point in (theta, 1.1 * theta + 0.01):
-        outputs = widened(obj.outputs(point, batch.inputs))
+        outputs = whole.outputs(point, batch.inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
             return False
         slack = 1e3 * torch.finfo(outputs.dtype).eps

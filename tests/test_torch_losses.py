@@ -487,3 +487,42 @@ def test_pairs_that_torch_would_broadcast_are_refused():
     model, loss = Several(2, axis=False).double(), nn.MarginRankingLoss()
     with pytest.raises(ValueError):
         Objective(model, loss, (randn(N, 4), SIGNS[:, None]))
+
+
+def test_labels_are_drawn_for_batches_of_other_lengths():
+    model, tokens, labels = language_data()
+    data = [(tokens[:2], labels[:2]), (tokens[2:, :4], labels[2:, :4])]
+    obj = Objective(model, "next_token", data)
+    drawn = sampled_labels(obj, draws=3)
+    for before, after in zip(obj.batches(), drawn.batches(), strict=True):
+        given = before.targets.repeat_interleave(3, 0)
+        kept = given == -100
+        kept[:, 0] = True
+        assert torch.equal(after.targets[kept], given[kept])
+        assert ((after.targets >= 0) | kept).all()
+    draws = 300
+    scores = score_matrix(sampled_labels(obj, draws=draws)).square().sum(1).view(4, draws)
+    weight = obj._loss.scale(1)
+    expected = weight * ggn_trace(obj).value
+    error = float((scores.var(1).sum() / draws).sqrt()) / 4
+    assert abs(float(scores.mean()) - expected) < 5 * error
+
+
+def test_gauss_newton_trace_with_a_known_variance():
+    targets = (randn(N, C), POSITIVE + 0.1)
+    obj = Objective(network(), nn.GaussianNLLLoss(), (randn(N, 4), targets))
+    matrix = GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)
+    assert ggn_trace(obj).value == pytest.approx(float(matrix.trace()), rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_them_in_float32(dtype: torch.dtype):
+    x, model = randn(N, 4).to(dtype), nn.Sequential(network(), LOG_SOFTMAX).to(dtype)
+    for loss, targets in ((nn.NLLLoss(WEIGHT), CLASSES), (nn.MSELoss(), randn(N, C))):
+        obj = Objective(model, loss, (x, targets))
+        outputs = model(x).float()
+        module = nn.NLLLoss(WEIGHT.float()) if loss.__class__ is nn.NLLLoss else loss
+        targets = targets.float() if targets.is_floating_point() else targets
+        assert obj.loss() == pytest.approx(module(outputs, targets).item(), rel=1e-2)
+        if module is not loss:
+            assert obj._loss.normalized

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .. import checks, random
+from .. import checks, random, trees
 from ..devices import is_gpu
 from ..exact import exact_math
 from ..examples import Batch, Examples, RepeatedExamples
@@ -228,7 +228,7 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
     if closed is not None:
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
-        targets = targets.double() if targets.is_floating_point() else targets
+        targets = trees.mapped(lambda t: t.double() if t.is_floating_point() else t, targets)
     known = isinstance(closed, DiagonalLoss) or _has_class_factors(closed, outputs)
     if known and not checks.all_finite(obj.output_losses(free, targets)):
         obj.finite_losses(theta, batch)  # raises, naming the example

@@ -84,20 +84,21 @@ def sampled_labels(
     obj.require_single_examples()
     theta = obj.point(theta)
     key = random.derive(seed, "sampled labels")
-    parts = []
+    parts, start = [], 0
     for batch in obj.batches():
         with torch.no_grad(), exact_math():
             outputs = widened(obj.outputs(theta, batch.inputs))
         require_finite_outputs(outputs, batch.start)
-        labels = [draw(outputs, batch.targets, batch.start, key, d) for d in range(draws)]
+        labels = [draw(outputs, batch.targets, start, key, d) for d in range(draws)]
+        start += labels[0].numel()
         parts.append(torch.stack(labels, 1).flatten(0, 1))  # [n * draws, ...]
-    examples = RepeatedExamples(obj.examples, draws, torch.cat(parts))
+    examples = RepeatedExamples(obj.examples, draws, parts)
     # Drawn labels count where the given ones do.
     return obj.derived(examples, theta=theta, bind=False)
 
 
 def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor]:
-    """The labels of a draw, from outputs, given targets, index of the first example, key, draw."""
+    """The labels of a draw, from outputs, given targets, labels before them, key and draw."""
     loss = closed_form(obj._loss)
     if loss is None or loss.no_likelihood:
         why = "a loss the library does not know" if loss is None else loss.no_likelihood
@@ -134,11 +135,11 @@ def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
     """A class for each position of outputs [n, C, ...], by inverting its distribution function.
 
     Args:
-        first: index of the first example, whose random numbers follow those of the ones before.
+        first: the number of labels before, which the random numbers follow.
     """
     n, positions = len(outputs), outputs[0, 0].numel()
     cumulative = outputs.double().softmax(1).reshape(n, -1, positions).cumsum(1)  # [n, C, S]
-    u = random.uniform((n, 1, positions), key, draw, start=first * positions, device=outputs.device)
+    u = random.uniform((n, 1, positions), key, draw, start=first, device=outputs.device)
     # A class of probability 0 ends where it begins and is never the first to reach u.
     classes = (cumulative < u * cumulative[:, -1:]).sum(1)
     return classes.reshape(n, *outputs.shape[2:])
@@ -147,7 +148,7 @@ def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
 def _binary(outputs: Tensor, targets: Tensor, first: int, key: int, draw: int) -> Tensor:
     """Labels 0 or 1 for outputs [n, ...], each 1 with the probability sigmoid of its output."""
     count = outputs[0].numel()
-    u = random.uniform((len(outputs), count), key, draw, start=first * count, device=outputs.device)
+    u = random.uniform((len(outputs), count), key, draw, start=first, device=outputs.device)
     drawn = u.view(outputs.shape) < outputs.double().sigmoid()
     return drawn.to(outputs.dtype)
 
@@ -155,8 +156,6 @@ def _binary(outputs: Tensor, targets: Tensor, first: int, key: int, draw: int) -
 def _noisy(loss: ReducedLoss, outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
     """Outputs [n, ...] plus Gaussian noise of variance K / 2, or 1 / 2 over a term's weight."""
     count = outputs[0].numel()
-    noise = random.normal(
-        (len(outputs), count), key, draw, start=first * count, device=outputs.device
-    )
+    noise = random.normal((len(outputs), count), key, draw, start=first, device=outputs.device)
     spread = math.sqrt(1 / (2 * loss.scale(count)))
     return (outputs.double() + spread * noise.reshape(outputs.shape)).to(outputs.dtype)
