@@ -7,6 +7,7 @@ what is right and not to what another processor rounds.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import matmul
@@ -75,12 +76,14 @@ def _measured(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, Te
         "transposed": jacobian.T @ pushed,
     }
     if dtype == torch.float32 or device == "cpu":  # in float64 they are what is above, once more
-        found |= {
-            "Hessian trace": ef.hessian_trace(obj, probes=2).value,
-            "Gauss-Newton trace": ef.ggn_trace(obj).value,
-            "* eigenvalue": ef.top_eigenvalues(hessian, max_matvecs=6, block=1).values,
-            "* density": ef.spectral_density(hessian, probes=1, steps=3).nodes,
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ef.NotConvergedWarning)
+            found |= {
+                "Hessian trace": ef.hessian_trace(obj, probes=2).value,
+                "Gauss-Newton trace": ef.ggn_trace(obj).value,
+                "* eigenvalue": ef.top_eigenvalues(hessian, max_matvecs=6, block=1).values,
+                "* density": ef.spectral_density(hessian, probes=1, steps=3).nodes,
+            }
     on_device = {name: t for name, t in found.items() if isinstance(t, Tensor)}
     for name, tensor in on_device.items():
         assert tensor.dtype in (dtype, torch.float64), f"{name}: {tensor.dtype}"

@@ -17,6 +17,9 @@ from entropic_fast import curvature, models, random, scratch
 from entropic_fast.curvature import fisher_operator, memory
 from entropic_fast.curvature.rules.pieces import EmbeddingPiece
 
+# Few probes and steps, as what is compared is the device.
+pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")
+
 DEVICE = "emulated:0"
 # Relative norm of what differs in the order of sums; through eigenvectors and their residuals.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 2e-12}
