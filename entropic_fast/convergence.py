@@ -1,4 +1,7 @@
-"""Warnings about results that missed their tolerance: one for each call, of one class."""
+"""Warnings about results that are not what was asked for: one for each call.
+
+Those that missed their tolerance have a class of their own.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def warn_not_converged(message: str) -> None:
     if held is not None:
         held.append(message)
         return
-    warnings.warn(message, NotConvergedWarning, stacklevel=_stacklevel())
+    warnings.warn(message, NotConvergedWarning, stacklevel=stacklevel())
 
 
 @contextlib.contextmanager
@@ -63,8 +66,18 @@ def warn_once(messages: list[str], what: str) -> None:
         warn_not_converged(f"{what}{count} {messages[0]}")
 
 
-def _stacklevel() -> int:
-    """Frames from `warn_not_converged` to the first outside of the package."""
+def warn_of_overflow(what: str, lost: int, points: int, first: str, and_more: str = "") -> None:
+    """Warn of points at which the loss is not finite and results are `inf` or NaN."""
+    warnings.warn(
+        f"{what}: the loss{and_more} is not finite at {lost} of {points} points, inf or NaN in the "
+        f"table; the first is {first}",
+        RuntimeWarning,
+        stacklevel=stacklevel(),
+    )
+
+
+def stacklevel() -> int:
+    """Frames from the function that warns to the first outside of the package."""
     level, frame = 1, sys._getframe(1)
     inside = (_HERE, contextlib.__file__)  # decorators are frames of contextlib
     while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):

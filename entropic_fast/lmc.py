@@ -6,6 +6,7 @@ ICML 2020; here with the curvature along the line beside the loss.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -13,16 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import display
 from .checks import fail, full_precision, positive, whole
-from .convergence import held, warn_once
+from .convergence import held, warn_of_overflow, warn_once
 from .curvature import HessianOperator, tracked_eigenpairs
+from .curvature.protocol import NonFiniteProductError
 from .data import ImageData
 from .models import build
 from .modules import plain_name
-from .objective import Objective
+from .objective import NonFiniteLossError, Objective
 from .parameters import as_real
 from .random import derive
 from .table import Table
@@ -153,7 +155,8 @@ def measure_line(
     """Loss, accuracy and largest Hessian eigenvalue on the straight line from `a` to `b`.
 
     Normalisation statistics are re-estimated from the training examples at every point, the
-    ends included, so that all points are treated alike.
+    ends included, so that all points are treated alike. Where the loss overflows it is `inf`, and
+    accuracy and eigenvalue are NaN, with one RuntimeWarning.
 
     Args:
         a, b: networks of one architecture.
@@ -195,41 +198,57 @@ def measure_line(
         t = i / (points - 1)
         theta = torch.lerp(ends[0], ends[1], t)  # exact at both ends
         here = objective.recalibrated(theta)
-        loss, accuracy = here.evaluate(theta)
+        loss, accuracy = _evaluated(here, theta)
         row: dict[str, float] = {"point": t, "loss": loss, "accuracy": accuracy}
         if test_data is not None:
-            row["test_loss"], row["test_accuracy"] = here.with_data(test_data).evaluate(theta)
-        with held() as missed:
+            row["test_loss"], row["test_accuracy"] = _evaluated(here.with_data(test_data), theta)
+        row |= {"eigenvalue": math.nan, "residual": math.nan, "converged": 0}
+        with held() as missed, contextlib.suppress(NonFiniteLossError, NonFiniteProductError):
             operator = HessianOperator(here.with_data(curvature_data), theta)
             pairs = tracked_eigenpairs(operator, pairs, tol=tol, seed=seed)
+            row["eigenvalue"] = float(pairs.values[0])
+            row["residual"] = float(pairs.residuals[0])
+            row["converged"] = int(pairs.converged)
         messages += [f"at {t:.4g} of the line, {message}" for message in missed]
-        row["eigenvalue"] = float(pairs.values[0])
-        row["residual"] = float(pairs.residuals[0])
-        row["converged"] = int(pairs.converged)
         row["distance"] = distance
         rows.append(row)
         _tell(progress, "line", i + 1, points)
     warn_once(messages, "measure_line:")
+    lost = [row["point"] for row in rows if math.isnan(row["eigenvalue"])]
+    if lost:
+        first = f"at {lost[0]:.4g} of the line"
+        warn_of_overflow("measure_line", len(lost), points, first, " or its curvature")
     return Table.from_rows(rows)
+
+
+def _evaluated(obj: Objective, theta: Tensor) -> tuple[float, float]:
+    """Loss and accuracy; `inf` and NaN where the loss is not finite."""
+    try:
+        return obj.evaluate(theta)
+    except NonFiniteLossError:
+        return math.inf, math.nan
 
 
 def instability(values: Sequence[float] | np.ndarray) -> float:
     """Relative rise along a path: (max over the path - mean of the ends) / mean of the ends.
 
-    NaN where the mean of the ends is not above 0, for which it has no meaning.
+    NaN where the mean of the ends is not above 0, for which it has no meaning; infinite where any
+    value is.
 
     Args:
         values: along the path, ends included.
 
     Raises:
-        ValueError: fewer than 2 values, or one that is NaN or infinite.
+        ValueError: fewer than 2 values, or one that is NaN or minus infinity.
 
     >>> instability([1.0, 6.0, 3.0])
     2.0
     """
     path = np.asarray(values, dtype=np.float64)
-    if path.ndim != 1 or len(path) < 2 or not np.isfinite(path).all():
+    if path.ndim != 1 or len(path) < 2 or not (path > -np.inf).all():
         raise fail("values", "at least 2 finite numbers along a path", repr(values)[:80])
+    if np.isposinf(path).any():
+        return math.inf
     ends = (path[0] + path[-1]) / 2
     return float((path.max() - ends) / ends) if ends > 0 else math.nan
 
@@ -243,8 +262,12 @@ def summarise(table: Table) -> Table:
         row = {
             "k": k,
             "loss_instability": instability(loss),
-            "eigenvalue_instability": instability(line["eigenvalue"]),
-            "barrier": float(loss.max() - (loss[0] + loss[-1]) / 2),
+            "eigenvalue_instability": math.nan
+            if np.isnan(line["eigenvalue"]).any()
+            else instability(line["eigenvalue"]),
+            "barrier": math.inf
+            if np.isinf(loss).any()
+            else float(loss.max() - (loss[0] + loss[-1]) / 2),
         }
         if "test_accuracy" in table.columns:
             error = 1 - line["test_accuracy"]

@@ -713,7 +713,7 @@ class Objective:
     @property
     def has_running_statistics(self) -> bool:
         """Whether any normalisation layer uses stored statistics."""
-        return self._keeps_statistics
+        return self.norm == "running" and self._keeps_statistics
 
     def with_norm(self, norm: str) -> Objective:
         """This objective with normalisation layers in another mode, "running" or "batch".

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .devices import is_gpu
 from .examples import Batch
+from .model_checks import NonFiniteLossError
 from .signs import Signs
 
 T = TypeVar("T")
@@ -42,6 +43,14 @@ class DifferentCallsError(OtherProcessError):
 
 class LostProcessError(RuntimeError):
     """A process ended, or did not answer in time, while others waited for it."""
+
+
+def not_finite(error: Exception) -> bool:
+    """Whether an error, here or of another process, is about a loss that is not finite."""
+    name = NonFiniteLossError.__name__
+    return isinstance(error, NonFiniteLossError) or (
+        isinstance(error, OtherProcessError) and name in str(error)
+    )
 
 
 class Sharing:

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -234,6 +235,22 @@ def test_the_ends_are_met_exactly():
         assert loss == Objective(model, "cross_entropy", TRAIN.tensors()).loss()
 
 
+def test_a_line_that_overflows_keeps_its_other_points():
+    a = initialise(small("none"), 1)
+    b = copy.deepcopy(a)
+    with torch.no_grad():
+        for p in b.parameters():
+            p.mul_(1e20)
+    with pytest.warns(RuntimeWarning, match=r"measure_line: .* not finite at 2 of 3 points"):
+        line = measure_line(a, b, TRAIN, points=3, curvature_examples=10)
+    assert line["loss"][1:].tolist() == [math.inf] * 2 and math.isfinite(line["loss"][0])
+    assert np.isnan(line["accuracy"]).tolist() == [False, True, True]
+    assert line["converged"].tolist() == [1, 0, 0] and math.isfinite(line["eigenvalue"][0])
+    row = summarise(Table({"k": [0] * 3, **line})).rows()[0]
+    assert row["barrier"] == row["loss_instability"] == math.inf
+    assert math.isnan(row["eigenvalue_instability"])
+
+
 def test_models_can_be_named():
     result = linear_mode_connectivity(
         "digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0], points=3, curvature_examples=10
@@ -246,7 +263,14 @@ def test_models_can_be_named():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([1, 1], 0), ([2, 5, 4], 2 / 3), ([4, 1, 2], 1 / 3), ([1, 3, 1], 2), ([0.5, 0.5, 0.5], 0)],
+    [
+        ([1, 1], 0),
+        ([1, math.inf, 2], math.inf),
+        ([2, 5, 4], 2 / 3),
+        ([4, 1, 2], 1 / 3),
+        ([1, 3, 1], 2),
+        ([0.5, 0.5, 0.5], 0),
+    ],
 )
 def test_instability_is_the_relative_rise(values, expected):
     assert instability(values) == pytest.approx(expected)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks, random
 from ..devices import is_gpu
 from ..scratch import scratch_of
-from .protocol import require_operator
+from .protocol import not_finite, require_operator
 from .searches import Search, run
 from .tall import cholesky_qr, qr
 
@@ -203,7 +203,7 @@ class Basis:
         matrix, norm, ranks = self._fetched()
         finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
         if not finite and (self._saved is None or not hasattr(self.operator, "unchecked")):
-            raise checks.fail("operator", "finite products", "NaN or infinity")
+            raise not_finite("products")
         scale = max(norm, float(matrix.abs().max()))
         lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
         self._ranks.clear()

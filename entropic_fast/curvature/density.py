@@ -16,7 +16,7 @@ from .across import Across, orthonormal, without
 from .basis import ROUNDING, require_symmetry
 from .krylov import stride_of
 from .memory import resolve_budget, too_small
-from .protocol import multiply, require_operator
+from .protocol import multiply, not_finite, require_operator
 from .quadrature import Rule, other_rules, stacked, tridiagonal
 
 # Default width of the smoothing Gaussian, as a share of the range of Ritz values.
@@ -355,7 +355,7 @@ def _lanczos_steps(
             break
     alphas, betas = alphas.cpu(), betas.cpu()
     if not bool((alphas.isfinite() & betas.isfinite()).all()):
-        raise checks.fail("operator", "finite products", "NaN or infinity")
+        raise not_finite("products")
     require_symmetry(operator, float(gap.max()), float(scale.max()))
     rounding = torch.hypot(ROUNDING * torch.finfo(starts.dtype).eps * scale, gap).cpu()
     spaces = []

@@ -11,6 +11,7 @@ from .. import checks
 from ..devices import is_gpu
 from ..objective import Objective
 from .compiled import Compilable, forms_operation, undisturbed
+from .protocol import NonFiniteProductError
 
 
 class CurvatureOperator(Compilable):
@@ -76,7 +77,7 @@ class CurvatureOperator(Compilable):
 
     def _finite(self, result: Tensor) -> Tensor:
         if not checks.all_finite(result):
-            raise ValueError(
+            raise NonFiniteProductError(
                 f"{self.name}: expected a finite product, got NaN or infinity at a point of norm "
                 f"{float(self.theta.norm()):.4g}, where the loss is finite; look for a function "
                 "without a second derivative there, or overflow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -31,6 +32,7 @@ _OF_HESSIAN = ("hessian_trace", "top_eigenvalue", "density")
 # Added to each eigenvalue's positive part in log-determinants: the paper's weight decay.
 DEFAULT_DELTA = 5e-4
 Row = dict[str, float | int]
+_ERRORS = ("", "_std_error", "_quadrature")
 
 
 class Point(NamedTuple):
@@ -169,12 +171,10 @@ def measure_point(
     """
     require_quantities(obj, quantities)
     checks.positive("delta", delta)
+    norm_examples = _norm_examples(obj, recalibrate)
+    if norm_examples:
+        obj = obj.recalibrated(theta, max_examples=norm_examples)
     theta = obj.point(theta)
-    norm_examples = 0
-    if obj.has_running_statistics and recalibrate is not False:
-        count = None if recalibrate is True else recalibrate
-        obj = obj.recalibrated(theta, max_examples=count)
-        norm_examples = count or obj.num_examples
     row: Row = {}
     shared = None
     if any(name in _OF_HESSIAN for name in quantities):
@@ -205,6 +205,58 @@ def measure_point(
     with held() as more:  # a search that no column asked for
         pairs = shared.pairs
     return Point(row, pairs, shared.density, (*missed, *more))
+
+
+def _norm_examples(obj: Objective, recalibrate: bool | int) -> int:
+    """On how many examples running statistics are re-estimated; 0 for none."""
+    if not obj.has_running_statistics or recalibrate is False:
+        return 0
+    return obj.num_examples if recalibrate is True else recalibrate
+
+
+def lost_row(
+    obj: Objective,
+    theta: Tensor,
+    quantities: Sequence[str],
+    recalibrate: bool | int,
+    *,
+    loss_is_finite: bool = False,
+) -> Row:
+    """The row of a point at which the loss is not finite: `inf`, and NaN for what needs it.
+
+    Args:
+        loss_is_finite: products of the Hessian alone are not: NaN for what needs them.
+    """
+    row: Row = {}
+    known: Row = {}
+    others = [name for name in quantities if name not in _OF_HESSIAN]
+    if loss_is_finite and others:
+        known = measure_point(obj, theta, others, recalibrate=recalibrate).row
+    for name in quantities:
+        if name == "loss":
+            row["loss"] = math.inf
+            if _is_classifier(obj, theta):
+                row["accuracy"] = math.nan
+        elif name == "norm":
+            row |= _norm(obj, theta)
+        else:
+            row |= dict.fromkeys(_COLUMNS[name], math.nan)
+    row |= {name: 0 for name in row if name.endswith("_converged")}
+    if any(name in _OF_HESSIAN for name in quantities):
+        row |= {"products": 0, "forms": 0}
+    return row | {"norm_examples": _norm_examples(obj, recalibrate)} | known
+
+
+# Columns of the quantities that a point without a finite loss does not have.
+_COLUMNS = {
+    "fisher_trace": ("fisher_trace", "fisher_trace_std_error"),
+    "hessian_trace": ("hessian_trace", "hessian_trace_std_error"),
+    "top_eigenvalue": ("top_eigenvalue", "top_eigenvalue_residual", "top_eigenvalue_converged"),
+    "density": (
+        *(f"{name}{of}" for name in ("log_determinant", "negative_mass") for of in _ERRORS),
+        "log_determinant_converged",
+    ),
+}
 
 
 def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:

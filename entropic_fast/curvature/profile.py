@@ -9,11 +9,21 @@ from typing import Protocol
 from torch import Tensor
 
 from .. import checks
-from ..convergence import warn_once
-from ..objective import Objective
+from ..convergence import warn_of_overflow, warn_once
+from ..objective import NonFiniteLossError, Objective
 from ..results import Density, Eigenpairs
+from ..sharing import OtherProcessError, not_finite
 from ..table import Table
-from .point import DEFAULT_DELTA, QUANTITIES, Row, measure_point, require_quantities
+from .point import (
+    DEFAULT_DELTA,
+    QUANTITIES,
+    Point,
+    Row,
+    lost_row,
+    measure_point,
+    require_quantities,
+)
+from .protocol import NonFiniteProductError
 from .trace import DEFAULT_PROBES
 
 
@@ -64,7 +74,8 @@ def curvature_profile(
 
     Returns:
         a table with column "s" and those of `profile_point`, a row a point. Of points where a
-        result is not converged (a column says so) one `NotConvergedWarning` tells.
+        result is not converged (a column says so) one `NotConvergedWarning` tells. Where the loss
+        overflows it is `inf`, and what needs it NaN, with one RuntimeWarning.
 
     Raises:
         ValueError: positions, quantities or tol out of range; a path without points; `across`
@@ -93,33 +104,48 @@ def curvature_profile(
         raise checks.fail(
             "path", "one with tangent(s), for across=True", type(path).__name__, "use ef.Path"
         )
+    row: Row
     rows: list[Row] = []
     pairs: Eigenpairs | None = None
     missed: list[str] = []
+    lost: list[str] = []
     for index, s in enumerate(positions):
-        here = measure_point(
-            obj,
-            path.point(s),
-            quantities,
-            seed=seed,
-            recalibrate=recalibrate,
-            probes=probes,
-            tol=tol,
-            start=pairs,
-            density_probes=density_probes,
-            steps=steps,
-            delta=delta,
-            along=None if tangent is None else tangent(s),
-        )
+        theta = path.point(s)
+        try:
+            here = measure_point(
+                obj,
+                theta,
+                quantities,
+                seed=seed,
+                recalibrate=recalibrate,
+                probes=probes,
+                tol=tol,
+                start=pairs,
+                density_probes=density_probes,
+                steps=steps,
+                delta=delta,
+                along=None if tangent is None else tangent(s),
+            )
+        except (NonFiniteLossError, NonFiniteProductError, OtherProcessError) as error:
+            loss_is_finite = isinstance(error, NonFiniteProductError)
+            if not loss_is_finite and not not_finite(error):
+                raise
+            row = lost_row(obj, theta, quantities, recalibrate, loss_is_finite=loss_is_finite)
+            here = Point(row, pairs, None)
+            lost.append(f"s = {s:.6g}: {error}")
         pairs = here.pairs
         missed += [f"at s = {s:.4g}, {message}" for message in here.missed]
-        row: Row = {"s": s, **here.row}
+        row = {"s": s, **here.row}
         rows.append(row)
         if on_point is not None:
             on_point(index, row)
         if on_density is not None and here.density is not None:
             on_density(index, here.density)
     warn_once(missed, "curvature_profile:")
+    if lost:
+        warn_of_overflow(
+            "curvature_profile", len(lost), len(positions), lost[0], " or its curvature"
+        )
     return Table.from_rows(rows)
 
 

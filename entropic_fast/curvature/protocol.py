@@ -16,6 +16,18 @@ from .. import checks
 from ..objective import Objective
 
 
+class NonFiniteProductError(ValueError):
+    """A product or quadratic form that is NaN or infinite."""
+
+
+def not_finite(what: str) -> NonFiniteProductError:
+    """The error for products or forms (`what`) of an operator that are not finite."""
+    message = checks.fail(
+        "operator", f"finite {what}", "NaN or infinity", "check the point, or scale the operator"
+    )
+    return NonFiniteProductError(str(message))
+
+
 def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
     """Order, dtype and device of a square operator.
 
@@ -52,12 +64,7 @@ def multiply(operator: Any, vectors: Tensor, check: bool = True) -> Tensor:
             "operator", f"a product of shape {list(vectors.shape)}", checks.describe(product)
         )
     if check and not getattr(operator, "looks", False) and not checks.all_finite(product):
-        raise checks.fail(
-            "operator",
-            "finite products",
-            "NaN or infinity",
-            "check the point, or scale the operator",
-        )
+        raise not_finite("products")
     return product
 
 
@@ -101,10 +108,5 @@ def quadratic_forms(operator: Any, vectors: Tensor) -> Tensor:
             checks.describe(forms),
         )
     if not getattr(operator, "looks", False) and not checks.all_finite(forms):
-        raise checks.fail(
-            "operator",
-            "finite quadratic forms",
-            "NaN or infinity",
-            "check the point, or scale the operator",
-        )
+        raise not_finite("quadratic forms")
     return forms.double()

@@ -97,7 +97,7 @@ def insertions(
 
     Args:
         s: positions, ascending, the first and last at pivots.  # [K]
-        losses: dense evaluation.  # [K]
+        losses: dense evaluation, infinite where it overflowed.  # [K]
         is_pivot: which positions are pivots'.  # [K]
         threshold: share of the range.
         room: how many may be inserted.
@@ -110,6 +110,10 @@ def insertions(
     """
     s, losses = np.asarray(s, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     pivot = np.asarray(is_pivot, dtype=bool)
+    if not np.isfinite(losses).all():  # an infinite loss is worse than all others, and not by inf
+        finite = losses[np.isfinite(losses)]
+        low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+        losses = np.where(np.isfinite(losses), losses, high + (high - low) + 1.0)
     excess = losses - np.interp(s, s[pivot], losses[pivot])
     limit = threshold * (losses.max() - losses.min())
     edges = np.flatnonzero(pivot)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..convergence import warn_of_overflow
 from ..devices import is_gpu
 from ..loss_functions import hits
 from ..model_checks import require_classifier
 from ..objective import NonFiniteLossError, Objective
+from ..sharing import OtherProcessError, not_finite
 from ..table import Table
 from . import arc
 from .path import Path
@@ -76,6 +78,9 @@ def path_losses(
     At every point, the ends included, running statistics of normalisation layers are
     re-estimated first (`Objective.recalibrated`), so all points are treated alike.
 
+    Where the loss overflows (NaN or infinite for any example) it is `inf` in the table and the
+    accuracy NaN; one RuntimeWarning says at how many points, and the first one's reason.
+
     Args:
         obj: the objective.
         path: a path in its parameters.
@@ -90,7 +95,6 @@ def path_losses(
 
     Raises:
         ValueError: a path of another model, or positions outside [0, 1].
-        NonFiniteLossError: a NaN or infinite loss; the message names the position.
 
     >>> x = torch.tensor([[1.0]])
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 0 * x))
@@ -119,9 +123,6 @@ def path_losses(
                 [_values(whole, point, classifier, recalibration_examples) for point in points]
             )
             places = range(first + start * every, len(s), every)[: len(points)]
-            for place, loss in zip(places, values[:, 0].tolist(), strict=True):
-                if not math.isfinite(loss):
-                    _explain(whole, path, s[place], recalibration_examples)
             found[places.start : places.stop : every] = values
             while on_point is not None and reported <= places[-1]:
                 reported += 1
@@ -132,6 +133,10 @@ def path_losses(
         return found
 
     found = own() if sharing is None else obj.summed(own, "losses along a path", path.pivots)
+    lost = ~found[:, 0].isfinite()
+    found[lost, 0], found[lost, 1:] = math.inf, math.nan
+    if bool(lost.any()):
+        _warn_of(lost.nonzero()[:, 0].tolist(), s, whole, path, recalibration_examples)
     columns = dict(zip(("loss", "accuracy"), found.T.tolist(), strict=False))
     return Table({"s": s, "loss": columns.pop("loss"), "is_pivot": [p in pivots_at for p in s],
                   **columns})  # fmt: skip
@@ -142,13 +147,19 @@ def _values(
 ) -> Tensor:
     """The mean loss at a point [P] of the path and, of a classifier, the accuracy.  # [1 or 2]
 
-    What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device.
+    What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device; NaN or
+    infinite where they raise.
     """
     if obj.sharing is not None:  # whose processes meet at every point
         here = obj.recalibrated(theta, max_examples=recalibration_examples)
-        return theta.new_tensor(
-            here.evaluate(theta) if classifier else [here.loss(theta)], dtype=torch.float64
-        )
+        values: tuple[float, ...]
+        try:
+            values = here.evaluate(theta) if classifier else (here.loss(theta),)
+        except (NonFiniteLossError, OtherProcessError) as error:
+            if not not_finite(error):
+                raise
+            values = (math.inf, math.nan)[: 1 + classifier]
+        return theta.new_tensor(values, dtype=torch.float64)
     here = obj.recalibrated_at(theta, recalibration_examples)
     with torch.no_grad():
         if not classifier:
@@ -163,19 +174,26 @@ def _values(
         return torch.stack([loss, sums[1] / sums[2]])
 
 
-def _explain(
-    obj: Objective, path: Path, position: float, recalibration_examples: int | None
+def _warn_of(
+    lost: list[int],
+    s: list[float],
+    obj: Objective,
+    path: Path,
+    recalibration_examples: int | None,
 ) -> None:
-    """Raise what the objective says of the loss at this position, which is not finite."""
-    theta = path.point(position)
-    try:
-        obj.recalibrated(theta, max_examples=recalibration_examples).loss(theta)
-    except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"path position s = {position:.6g}: {error}") from error
+    """Say once at how many positions the loss is not finite, and of the first why."""
+    first, why = s[lost[0]], ""
+    if obj.sharing is None:
+        theta = path.point(first)
+        try:
+            obj.recalibrated(theta, max_examples=recalibration_examples).loss(theta)
+        except NonFiniteLossError as error:
+            why = f": {error}"
+    warn_of_overflow("path_losses", len(lost), len(s), f"s = {first:.6g}{why}")
 
 
 def barrier(table: Table) -> Barrier:
-    """The rise of `loss` along a table that `path_losses` made.
+    """The rise of `loss` along a table that `path_losses` made; infinite if any loss is.
 
     >>> barrier(Table({"s": [0.0, 0.5, 1.0], "loss": [0.0, 3.0, 1.0]}))
     Barrier(over_max=2.0, over_mean=2.5, max_loss=3.0, position=0.5)
@@ -183,11 +201,15 @@ def barrier(table: Table) -> Barrier:
     s, losses = _profile(table)
     top = int(np.argmax(losses))
     highest, ends = float(losses[top]), (float(losses[0]), float(losses[-1]))
+    if math.isinf(highest):
+        return Barrier(highest, highest, highest, float(s[top]))
     return Barrier(highest - max(ends), highest - sum(ends) / 2, highest, float(s[top]))
 
 
 def saddle(table: Table) -> Saddle:
     """The highest point of a table that `path_losses` made, interpolated by a parabola.
+
+    Where losses are infinite it is the first such point, with the nearest finite ones as bracket.
 
     >>> s = np.linspace(0, 1, 5)
     >>> found = saddle(Table({"s": s, "loss": 1 - (s - 0.4) ** 2}))
@@ -197,9 +219,11 @@ def saddle(table: Table) -> Saddle:
     s, losses = _profile(table)
     top = int(np.argmax(losses))
     left, right = max(0, top - 1), min(len(s) - 1, top + 1)
+    while right < len(s) - 1 and math.isinf(losses[right]):
+        right += 1
     position, height = float(s[top]), float(losses[top])
     bracket = (float(s[left]), float(s[right]))
-    if left < top < right:
+    if left < top < right and math.isfinite(height):
         # Newton's form of the parabola through the three points, about the middle one.
         u, v = float(s[left]) - position, float(s[right]) - position
         slope_u, slope_v = (losses[left] - height) / u, (losses[right] - height) / v
@@ -272,6 +296,7 @@ def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:
             f"s = {s.tolist()[:9]}",
             "evaluate both ends and give the positions in order",
         )
-    if not bool(np.isfinite(losses).all()):
-        raise checks.fail("table", "finite losses", f"{losses[~np.isfinite(losses)][0]}")
+    wrong = losses[np.isnan(losses) | np.isneginf(losses)]
+    if len(wrong):
+        raise checks.fail("table", "losses that are finite, or inf", f"{wrong[0]}")
     return s, losses

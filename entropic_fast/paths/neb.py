@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -114,7 +115,10 @@ def auto_neb(
             rows = _run_cycle(descent, batches, state, on_step)
         path, note = Path(descent.pivots), descent.note
         graphs = graphs or descent.graphs
-        losses = _dense(obj, path, config)
+        with warnings.catch_warnings():  # the last evaluation warns
+            if cycle + 1 < len(config.cycles):
+                warnings.filterwarnings("ignore", "path_losses: the loss is not finite")
+            losses = _dense(obj, path, config)
         inserted: list[float] = []
         if cycle + 1 < len(config.cycles):
             inserted = insertions(

@@ -336,3 +336,30 @@ def test_arguments_of_other_kinds_are_refused():
         curvature_profile(obj, Line(), 3.0)
     with pytest.raises(ValueError, match=r"got an Objective; pass HessianOperator\(obj\)"):
         top_eigenvalues(obj)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_points_that_overflow_keep_their_row_and_all_others(normalised: bool):
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 3), nn.BatchNorm1d(3)] if normalised else [nn.Linear(2, 3)]
+    model = nn.Sequential(*layers, nn.Linear(3, 2)).eval()
+    x = torch.randn(12, 2)
+    x[0] *= 100
+    obj = Objective(model, "cross_entropy", (x, torch.arange(12) % 2))
+    theta = obj.parameters_vector()
+    far = theta.clone()
+    far[-8:] = 3e37
+    path = Path(torch.stack([theta, far, theta + 0.1]))
+    quantities = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", "density")
+    seen = []
+    with pytest.warns(RuntimeWarning, match=r"curvature_profile.* at 1 of 3 points.*s = 0\.5"):
+        table = curvature_profile(obj, path, 3, quantities, on_point=lambda i, r: seen.append(r))
+    alone = curvature_profile(obj, path, [0.0], quantities)
+    assert table.columns == alone.columns and len(seen) == 3
+    assert table.rows()[0] == alone.rows()[0]
+    middle = table.rows()[1]
+    # With normalisation the loss there is finite, and its second derivatives alone overflow.
+    assert math.isinf(middle["loss"]) == (not normalised)
+    assert math.isnan(middle["top_eigenvalue"]) and math.isnan(middle["log_determinant"])
+    assert (middle["top_eigenvalue_converged"], middle["products"]) == (0, 0)
+    assert middle["norm"] > 1e37 and math.isfinite(table["hessian_trace"][2])

@@ -105,3 +105,12 @@ def test_insertion_keeps_to_the_room_there_is_worst_first():
 def test_insertion_needs_points_between_pivots_and_a_range():
     assert insertions([0, 0.5, 1], [0, 1, 0], [1, 1, 1], 0.2, room=5) == []
     assert insertions([0, 0.5, 1], [2, 2, 2], [1, 0, 1], 0.2, room=5) == []
+
+
+def test_insertion_takes_an_infinite_loss_first_and_others_by_the_finite_range():
+    s, pivot = np.linspace(0, 1, 7), [1, 0, 1, 0, 1, 0, 1]
+    losses = [0.0, 5.0, 0.0, np.inf, 0.0, 0.1, 0.0]
+    assert insertions(s, losses, pivot, 0.2, room=1) == [s[3]]
+    assert insertions(s, losses, pivot, 0.2, room=5) == [s[1], s[3]]
+    assert insertions(s, [np.inf] * 7, pivot, 0.2, room=5) == []
+    assert insertions(s, [0.0, 1.0, np.inf, 1.0, 0.0, 9.0, 0.0], pivot, 0.2, room=1) == [s[5]]

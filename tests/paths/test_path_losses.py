@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropic_fast.objective import NonFiniteLossError, Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, barrier, linear_path, path_losses, saddle
 from entropic_fast.table import Table
 
@@ -97,7 +97,7 @@ def test_bad_positions_are_refused(points):
 
 
 @pytest.mark.parametrize("classifier", [False, True])
-def test_a_nan_loss_names_the_position(classifier):
+def test_points_that_overflow_are_infinite_and_named_once(classifier):
     x = torch.tensor([[1.0]])
     y = torch.tensor([0]) if classifier else torch.tensor([[0.0, 0.0]])
 
@@ -106,8 +106,19 @@ def test_a_nan_loss_names_the_position(classifier):
 
     obj = Objective(nn.Linear(1, 2, bias=False), loss, (x, y))
     path = linear_path(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
-    with pytest.raises(NonFiniteLossError, match=r"s = 0\.75.*example 0"):
-        path_losses(obj, path, points=3)
+    seen = []
+    told = r"not finite at 2 of 5 points.* s = 0\.75.*example 0"
+    with pytest.warns(RuntimeWarning, match=told) as warned:
+        table = path_losses(obj, path, points=3, on_point=lambda i, n: seen.append((i, n)))
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert table["loss"].tolist() == pytest.approx([0.5**0.5, 0.5, 0.0, math.inf, math.inf])
+    assert seen == [(i + 1, 5) for i in range(5)]
+    if classifier:
+        assert np.isnan(table["accuracy"]).tolist() == [False, False, False, True, True]
+    rise = barrier(table)
+    assert (rise.over_max, rise.over_mean, rise.max_loss, rise.position) == (*[math.inf] * 3, 0.75)
+    found = saddle(table)
+    assert (found.position, found.loss, found.bracket) == (0.75, math.inf, (0.5, 1.0))
 
 
 def test_barrier_is_over_the_higher_end_and_over_the_mean():
@@ -142,5 +153,33 @@ def test_tables_that_are_no_whole_path_are_refused():
     for s in ([0.0, 0.5], [0.0, 0.6, 0.5, 1.0], [0.0]):
         with pytest.raises(ValueError, match="from 0 to 1"):
             barrier(Table({"s": s, "loss": np.zeros(len(s))}))
-    with pytest.raises(ValueError, match="finite"):
-        saddle(Table({"s": [0.0, 1.0], "loss": [0.0, math.nan]}))
+    for wrong in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match="losses that are finite, or inf"):
+            saddle(Table({"s": [0.0, 1.0], "loss": [0.0, wrong]}))
+
+
+def test_a_saddle_among_infinite_losses_lies_between_finite_ones():
+    s = np.linspace(0, 1, 6)
+    losses = [0.0, 1.0, math.inf, math.inf, 2.0, math.inf]
+    found = saddle(Table({"s": s, "loss": losses}))
+    assert (found.position, found.bracket) == (s[2], (s[1], s[4]))
+    assert math.isinf(found.loss) and math.isinf(found.sampled_loss)
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+def test_a_wall_in_the_middle_of_a_path_keeps_both_sides(recalibrated):
+    """Logits overflow between two points where they do not, with and without statistics."""
+    layers = [nn.Linear(2, 3), nn.BatchNorm1d(3)] if recalibrated else [nn.Linear(2, 3)]
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers, nn.Linear(3, 2)).eval()
+    obj = Objective(model, "cross_entropy", (torch.randn(12, 2), torch.arange(12) % 2))
+    theta = obj.parameters_vector()
+    far = theta.clone()
+    far[-8:] = 3e38  # of the last layer: sums of two overflow
+    path = Path(torch.stack([theta, far, theta + 0.1]))
+    with pytest.warns(RuntimeWarning, match=r"not finite at \d of 5 points"):
+        table = path_losses(obj, path, points=1)
+    alone = path_losses(obj, Path(torch.stack([theta, theta + 0.1])), points=0)
+    ends = table["loss"][[0, -1]]
+    assert ends.tolist() == pytest.approx(alone["loss"].tolist())
+    assert math.isinf(table["loss"][2]) and barrier(table).over_max == math.inf
