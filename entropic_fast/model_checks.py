@@ -107,6 +107,8 @@ def require_model(obj: Objective, separate: bool = True, given: nn.Module | None
             "build the objective outside of it",
         )
     require_right_gradients(obj._model)
+    if given is not None:
+        obj.protect_buffers()
     batch, theta = check_batch(obj), obj.point(None)
     drawn = _random_state(obj.device)
     with torch.no_grad():

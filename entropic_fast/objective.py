@@ -193,6 +193,7 @@ class Objective:
         self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
+        self._written: tuple[str, ...] = ()  # buffers that a forward pass changes; once known
         self.buffers: dict[str, Tensor] = {
             name: b.detach().clone() for name, b in self._model.named_buffers()
         }
@@ -203,9 +204,20 @@ class Objective:
         return self._names
 
     @property
-    def has_complex_parameters(self) -> bool:
-        """Whether some of theta are pairs that stand for complex numbers."""
-        return bool(self._complex)
+    def only_functional(self) -> str:
+        """Why a module cannot run by itself with views of theta as parameters; "" if it can."""
+        if self._complex:
+            return "complex parameters"
+        return "buffers that a forward pass changes" if self._written else ""
+
+    def protect_buffers(self) -> None:
+        """Find the buffers that a first forward pass changed, and undo that; later ones get copies.
+
+        So the model stays a function of theta and its inputs, with the buffers it was given.
+        """
+        given = {name: b.detach() for name, b in self._model.named_buffers()}
+        self._written = tuple(n for n, b in self.buffers.items() if not torch.equal(b, given[n]))
+        self.buffers |= {name: given[name].clone() for name in self._written}
 
     def parameters_vector(self) -> Tensor:
         """A copy of theta as the model had it.  # [P]"""
@@ -493,6 +505,9 @@ class Objective:
         """The model with parameters and buffers by name, as a function of what it takes."""
         if self._complex:
             values = {**values, **{name: as_complex(values[name]) for name in self._complex}}
+        if self._written:
+            fresh = {n: values[n].clone() for n in self._written if n in values}
+            values = {**values, **fresh}
 
         def run(*args: Tree, **kwargs: Tree) -> Any:
             return functional_call(self._model, dict(values), args, kwargs, tie_weights=True)

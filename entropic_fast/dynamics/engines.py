@@ -134,8 +134,8 @@ def _tried(
     """An engine that gives the loop's gradient, or why it will not do for this model."""
     if name == "threads" and theta.device.type != "cpu":
         return None, f"a model on {theta.device}"
-    if name == "threads" and objective.has_complex_parameters:
-        return None, "complex parameters, which cannot be views of theta"
+    if name == "threads" and objective.only_functional:
+        return None, objective.only_functional
     gradients: Gradients
     if name == "vmap":
         gradients = vmap_gradients(objective)

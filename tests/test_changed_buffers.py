@@ -1,0 +1,89 @@
+"""Models whose forward pass changes buffers, in evaluation mode too: they stay functions."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import entropic_fast as ef
+from entropic_fast.objective import Objective
+
+X, Y = torch.linspace(-1, 1, 24).view(6, 4).double(), torch.arange(6) % 3
+
+
+class Counting(nn.Linear):
+    """Counts its calls, after three of which its outputs change."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(4, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * (1 if int(self.calls) < 4 else 2)
+
+
+class Iterating(nn.Linear):
+    """A spectral norm that makes a power iteration at each call."""
+
+    def __init__(self, how: str) -> None:
+        torch.manual_seed(0)
+        super().__init__(4, 3)
+        self.how = how
+        self.register_buffer("u", nn.functional.normalize(torch.randn(3), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            v = nn.functional.normalize(self.weight.T @ self.u, dim=0)
+            u = nn.functional.normalize(self.weight @ v, dim=0)
+            if self.how == "in place":
+                self.u.copy_(u)
+            elif self.how == "data":
+                self.u.data = u
+            else:
+                self.u = u
+        return nn.functional.linear(x, self.weight / (u @ self.weight @ v), self.bias)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned", "data"])
+def test_an_iteration_begins_where_the_given_model_is(how: str):
+    model = Iterating(how).double()
+    obj = Objective(model, "cross_entropy", (X, Y), batch_size=4)
+    theta, first = obj.parameters_vector(), obj.loss()
+    assert first == obj.loss()
+    assert torch.equal(obj.buffers["u"], model.u)
+    identity = torch.eye(15).double()
+    twin = copy.deepcopy(model)
+    loss = nn.functional.cross_entropy(twin(X), Y)
+    gradient = torch.autograd.grad(loss, list(twin.parameters()), create_graph=True)
+    flat = torch.cat([g.flatten() for g in gradient])
+    assert torch.allclose(obj.gradient(), flat.detach(), atol=1e-12)
+    rows = [torch.autograd.grad(g, list(twin.parameters()), retain_graph=True) for g in flat]
+    hessian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    for _ in range(2):
+        assert torch.allclose(ef.HessianOperator(obj) @ identity, hessian, atol=1e-10)
+        assert torch.allclose(ef.score_matrix(obj).mean(0), flat.detach(), atol=1e-12)
+    assert obj.loss() == first
+    assert obj.double().loss() == first
+
+
+def test_a_count_stands_still():
+    model = Counting().double()
+    obj = Objective(model, "cross_entropy", (X, Y), batch_size=2)
+    plain = nn.Linear(4, 3).double()
+    plain.load_state_dict({n: p for n, p in model.named_parameters()})
+    expected = Objective(plain, "cross_entropy", (X, Y))
+    for _ in range(3):
+        assert obj.loss() == pytest.approx(expected.loss(), rel=1e-13)
+        assert torch.allclose(obj.gradient(), expected.gradient(), atol=1e-14)
+    path = ef.linear_path(obj.parameters_vector(), obj.parameters_vector() + 0.1, 3)
+    runs = [
+        ef.relax(o, path, 0.5, lr=0.1, batch_size=3, steps=5, replicas=2).position
+        for o in (obj, expected)
+    ]
+    assert torch.allclose(runs[0], runs[1], atol=1e-12)
+    with pytest.raises(ValueError, match=r"engine: .*buffers that a forward pass changes"):
+        ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, steps=5, engine="threads")
+    assert int(model.calls) == 0 and int(obj.buffers["calls"]) == 0
