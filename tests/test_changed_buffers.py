@@ -51,7 +51,7 @@ class Iterating(nn.Linear):
 def test_an_iteration_begins_where_the_given_model_is(how: str):
     model = Iterating(how).double()
     obj = Objective(model, "cross_entropy", (X, Y), batch_size=4)
-    theta, first = obj.parameters_vector(), obj.loss()
+    first = obj.loss()
     assert first == obj.loss()
     assert torch.equal(obj.buffers["u"], model.u)
     identity = torch.eye(15).double()
