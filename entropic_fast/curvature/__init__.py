@@ -3,12 +3,12 @@
 from .agreement import DisagreementError, WrongDerivativeError, without_rules
 from .density import spectral_density
 from .diagonal import hessian_diagonal, operator_diagonal
+from .eigenvalues import top_eigenvalues
 from .fisher import fisher_trace, gradient_norms
 from .fisher_operator import FisherOperator, fisher_eigenvalues
 from .ggn import ggn_trace
 from .hessian import GGNOperator, HessianOperator
 from .jacobian import JacobianOperator
-from .krylov import top_eigenvalues
 from .labels import sampled_labels
 from .logdet import density_log_determinant, log_determinant
 from .ntk import ntk_gram

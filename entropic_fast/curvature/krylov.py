@@ -1,26 +1,20 @@
-"""Extreme eigenpairs by thick-restart block Lanczos."""
+"""Thick-restart block Lanczos: the search for extreme eigenpairs in a basis."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from ..convergence import warn_not_converged
-from ..exact import exact_math
 from ..results import Eigenpairs
 from .basis import ROUNDING, Basis, Ritz, wanted_first
 from .memory import resolve_budget
-from .protocol import require_operator
 from .searches import Search, run
 from .tall import qr
 
-WANTED = ("LA", "SA", "LM", "BE")
-# Vectors of a block unless asked for: wider ones gain no more speed.
-WIDEST = 8
 # Basis vectors held before a restart, beyond k: more than most spectra of networks need ...
 EXTRA_COLUMNS = 40
 # ... and no fewer than so many blocks.
@@ -36,91 +30,6 @@ STRIDE = 3
 FAR = 10
 # Residuals are taken from the recurrence where the tolerance is so many times its rounding.
 TRUSTED = 10
-
-
-@exact_math()
-def top_eigenvalues(
-    operator: Any,
-    k: int = 1,
-    tol: float = 1e-3,
-    seed: int = 0,
-    max_matvecs: int = 500,
-    which: str = "LA",
-    v0: Tensor | Eigenpairs | None = None,
-    block: int | None = None,
-) -> Eigenpairs:
-    """The k extreme eigenpairs of a symmetric operator.
-
-    Block Lanczos with full reorthogonalisation in two passes (one leaves ghosts: copies of
-    converged eigenvalues), restarted with the best Ritz vectors when the basis is full (thick
-    restart, Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Of a block only the directions
-    in which wanted pairs still have a residual are multiplied.
-
-    The residual norms are those of the returned vectors to rounding. The basis keeps the
-    relation A Q = Q H + F C to rounding, so they follow from its coefficients; only where the
-    tolerance asked for is not far above rounding (100 eps ||A||) are k products more spent to
-    compute them.
-
-    A block of b vectors sees b copies of a multiple eigenvalue, or all once the basis spans an
-    invariant subspace, because the search then goes on with random vectors orthogonal to it.
-    Where eigenvalues are known to be simple, block=1 needs fewest products: for k = 8 of the
-    Hessian of a small trained network 20 instead of 43, of which 8 at once may cost less each.
-
-    A warm start, such as the pairs of a neighbouring point on a path, is tested after its first
-    product; along a path of 33 points k = 1 took 5 products a point (9 from random vectors),
-    k = 3 took 13 by blocks, 10 with block=1 (19, 13). A start that holds nothing of the wanted
-    eigenvector can end at another: one that is an eigenvector is accepted, in a block with
-    random vectors too. `tracked_eigenpairs` guards against that for k = 1.
-
-    Args:
-        operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
-        k: how many, at most P.
-        tol: converged when each residual is at most tol |lambda|, or at the rounding floor
-            of the operator's dtype (10 eps ||A||).
-        seed: of the random vectors.
-        max_matvecs: most products with a vector to spend before any that verify the residuals.
-        which: "LA" the algebraically largest, "SA" the smallest, "LM" the largest in
-            magnitude, "BE" both ends: the (k + 1) // 2 largest and the k // 2 smallest.
-        v0: vectors to start from, or pairs found before; None for random ones.  # [P], [P, r]
-        block: b, most vectors multiplied at once; None for k up to 8, or v0's columns if they
-            are more. The first block is v0 and random vectors up to b; of more than b columns
-            in v0 every b-th are added up.
-
-    Returns:
-        eigenvalues [k], the wanted end first (for "BE" descending), eigenvectors [P, k],
-        residual norms [k], products spent, and whether all converged.
-
-    Raises:
-        ValueError: an operator that is not square or not symmetric; k, tol, which, block or v0
-            out of range; max_matvecs under k or b; a product that is not finite.
-
-    >>> import torch
-    >>> pairs = top_eigenvalues(torch.diag(torch.tensor([3.0, -5.0, 1.0])), k=2)
-    >>> [round(v, 4) for v in pairs.values.tolist()], pairs.converged
-    ([3.0, 1.0], True)
-    """
-    size, dtype, device = require_operator(operator)
-    if checks.whole("k", k, 1) > size:
-        raise checks.fail("k", f"at most the operator's order {size}", str(k))
-    checks.positive("tol", tol)
-    checks.one_of("which", which, WANTED)
-    if checks.whole("max_matvecs", max_matvecs, 1) < k:
-        raise checks.fail("max_matvecs", f"at least k = {k}", str(max_matvecs))
-    start = None if v0 is None else _columns(v0, size)
-    if block is None:
-        width = max(min(k, WIDEST), 1 if start is None else start.shape[1])
-    else:
-        width = checks.whole("block", block, 1)
-    width = min(width, size)
-    if width > max_matvecs:
-        raise checks.fail("max_matvecs", f"at least the first block's {width}", str(max_matvecs))
-    room = capacity(k, width, size, dtype, device)
-    formed = forms_matrix(k, size, max_matvecs, room)
-    basis = Basis(operator, room, seed, size if formed else width)
-    run(operator, basis.forming() if formed else basis.starting(start))
-    pairs = solve(basis, k, which, tol, max_matvecs=max_matvecs)
-    require_converged(pairs, "top_eigenvalues", limited_by(basis, max_matvecs))
-    return pairs
 
 
 def forms_matrix(k: int, size: int, max_matvecs: int, room: int) -> bool:
@@ -255,18 +164,6 @@ def _advance(basis: Basis, count: int, most: int) -> Search[None]:
 def stride_of(device: torch.device) -> int:
     """Steps from a look at the results to the next."""
     return 1 if device.type == "cpu" else STRIDE
-
-
-def _columns(v0: Tensor | Eigenpairs, size: int) -> Tensor:
-    """The start as finite columns [P, r]."""
-    vectors = v0.vectors if isinstance(v0, Eigenpairs) else v0
-    if isinstance(vectors, Tensor) and vectors.ndim == 2:
-        if len(vectors) != size or not 1 <= vectors.shape[1] <= size:
-            raise checks.fail(
-                "v0", f"a tensor of shape [{size}] or [{size}, r]", checks.describe(vectors)
-            )
-        return checks.finite("v0", vectors).detach()
-    return checks.vector("v0", vectors, size).detach()[:, None]
 
 
 def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -16,7 +16,7 @@ from ..results import Density, Eigenpairs, Estimate, LogDeterminant
 from .across import Across, orthonormal
 from .basis import ROUNDING
 from .density import density_and_pairs
-from .krylov import top_eigenvalues
+from .eigenvalues import top_eigenvalues
 from .protocol import require_operator
 
 # Errors of the stochastic part that count as converged, as shares of the sum of the logarithms'
