@@ -81,8 +81,8 @@ def ggn_trace(
     many per-example gradients as the Hessian of the loss in the outputs has eigenvalues other than
     zero: C - 1 an example for cross-entropy with C classes, K for K outputs with squared errors.
 
-    The value is exact for the data; the standard error is that of a mean over E examples taken as
-    a sample (NaN for one example).
+    Weight decay c of the objective adds c P. The value is exact for the data; the standard error is
+    that of a mean over E examples taken as a sample (NaN for one example).
 
     Args:
         obj: an objective whose examples do not influence one another.

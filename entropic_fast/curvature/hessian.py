@@ -257,7 +257,8 @@ class GGNOperator(JetOperator):
 
     It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
     semi-definite for a loss convex in the outputs; for cross-entropy with class labels it is
-    the Fisher matrix with labels drawn from the model. J v by the derivative of J^T u in u.
+    the Fisher matrix with labels drawn from the model. J v by the derivative of J^T u in u. As in
+    the Hessian, weight decay c of the objective adds c I.
 
     Args:
         obj: the objective; any loss with second derivatives in the outputs.

@@ -33,6 +33,9 @@ def score_matrix(
 ) -> Tensor:
     """The score matrix: row e is d loss_e / d theta.  # [E, P]
 
+    Scores are gradients of the data term: weight decay of the objective is no part of them, nor of
+    what is computed from them (norms, Gram, Fisher and kernel matrices).
+
     Args:
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]

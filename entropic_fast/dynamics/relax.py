@@ -71,7 +71,9 @@ def relax(
     projected. Layers with running statistics use each minibatch's own statistics, as in
     training, whatever `obj.norm` says. Minibatches are epochs of permutations without
     replacement; a replica's minibatches are a function of (seed, its id, step) alone, so it
-    does what it would do without the others, up to rounding.
+    does what it would do without the others, up to rounding. Each minibatch's gradient is an
+    unbiased estimate of the full gradient: where torch's loss is a mean over what counts, it is
+    divided by what counts in the entire data, not in the minibatch (`loss_reductions`).
 
     Two controls show the entropic force by its absence: `batch_size` = N is full-batch descent
     (all examples in a fixed order, no noise), and with `project_every=1` the fast directions
