@@ -77,6 +77,8 @@ class Examples:
         self.form = form = form or BatchFormat(nn.Identity())
         self.one_batch, self.with_targets = one_batch, False
         self._tensors: tuple[Tree, Tree] | None = None
+        # Those of targets that follow the objective's: of the objectives it was cast from.
+        self._target_dtypes: set[torch.dtype] = set()
         self._source: Iterable[Any] = ()
         self._digest: str | None = None
         if batch_size is not None:
@@ -104,7 +106,7 @@ class Examples:
         made = Examples.__new__(Examples)
         made.device, made.dtype, made.form = like.device, like.dtype, like.form
         made.one_batch, made.with_targets = like.one_batch, False
-        made._digest, made._source = None, ()
+        made._digest, made._source, made._target_dtypes = None, (), set()
         made._take_tensors(inputs, targets)
         made.batch_size = made.count if made.one_batch else batch_size or DEFAULT_BATCH_SIZE
         return made
@@ -177,11 +179,13 @@ class Examples:
         return other
 
     def cast(self, dtype: torch.dtype) -> Examples:
-        """The same examples with floating-point inputs in another dtype."""
+        """The same examples in another floating-point dtype: inputs, and targets of this dtype."""
         other = copy.copy(self)
         other.dtype = dtype
+        other._target_dtypes = {*self._target_dtypes, self.dtype}
         if self._tensors is not None:
-            other._tensors = (other._convert(self._tensors[0]), self._tensors[1])
+            inputs, targets = self._tensors
+            other._tensors = (other._convert(inputs), trees.mapped(other._moved, targets))
         return other
 
     def batches(
@@ -274,7 +278,9 @@ class Examples:
                 yield self._convert(inputs), trees.mapped(self._moved, targets)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
+        """A target, on the device."""
+        recast = tensor.dtype in self._target_dtypes
+        return tensor.to(self.device, self.dtype if recast else tensor.dtype)
 
     def _convert(self, inputs: Tree) -> Tree:
         def to_model(tensor: Tensor) -> Tensor:

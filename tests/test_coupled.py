@@ -139,3 +139,23 @@ def test_batches_of_a_coupled_objective_cannot_be_cut(bad: dict[str, int]):
             [(X, T), (X[:, :2], T)],
             coupled=True,
         )
+
+
+def test_a_coupled_objective_in_another_dtype_and_on_other_data():
+    obj = ef.Objective(network(), contrastive, (X, T), coupled=True)
+    single = obj.cast(torch.float32)
+    assert single.loss() == pytest.approx(obj.loss(), rel=1e-5)
+    assert single.double().loss() == pytest.approx(obj.loss(), rel=1e-5)
+    few = obj.with_data([(X[:4], T[:4]), (X[4:7], T[4:7])])
+    assert few.loss() == pytest.approx(float(contrastive(network()(X[:7]), T[:7]).mean().detach()))
+
+
+def test_paths_of_a_coupled_objective_take_all_examples_in_every_step():
+    obj = ef.Objective(network(), contrastive, (X, T), coupled=True)
+    a = obj.parameters_vector()
+    b = a + 0.3 * torch.randn(len(a), generator=torch.Generator().manual_seed(5)).double()
+    results = [
+        ef.auto_neb(obj, a, b, ef.AutoNEBConfig(cycles=((4, 0.1),), pivots=4, batch_size=size))
+        for size in (3, None)
+    ]
+    assert torch.equal(results[0].path.pivots, results[1].path.pivots)

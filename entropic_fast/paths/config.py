@@ -39,7 +39,8 @@ class AutoNEBConfig:
         max_pivots: pivots at most, both ends counted.
         cycles: (steps, learning rate) of each cycle.
         batch_size: examples a step, the same ones for every pivot; None, or as many as there
-            are, for all of them. Each pass over the data takes whole batches only.
+            are, for all of them. Each pass over the data takes whole batches only. A coupled
+            objective takes all examples, whatever it is.
         momentum: of the pivots' updates, in [0, 1); the buffers start at zero in each cycle.
         weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends; 0
             for an objective with weight decay of its own.

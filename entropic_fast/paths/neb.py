@@ -108,7 +108,11 @@ def auto_neb(
     for cycle in range(state.cycle, len(config.cycles)):
         steps, lr = config.cycles[cycle]
         batches = minibatches(
-            train.num_examples, config.batch_size, config.seed, cycle, train.device
+            train.num_examples,
+            None if train.coupled else config.batch_size,
+            config.seed,
+            cycle,
+            train.device,
         )
         descent = Descent(train, state.pivots, lr, config, cuda_graphs)
         with contextlib.closing(descent):
