@@ -218,7 +218,7 @@ class Examples:
     def _delivered(self, inputs: Tree, targets: Tree) -> Tree:
         return WithTargets(inputs, targets) if self.with_targets else inputs
 
-    def check_batch(self, size: int = 16) -> Batch:
+    def check_batch(self, size: int = 8) -> Batch:
         """A few examples to check a model on; all of them where they are one batch."""
         return next(self.batches(batch_size=size))
 

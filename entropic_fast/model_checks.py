@@ -19,6 +19,7 @@ from .devices import is_gpu
 from .exact import exact_math
 from .examples import Batch, WithTargets
 from .loss_checks import require_fitting
+from .loss_functions import closed_form
 from .modules import require_no_references
 from .normalisation import explain_too_few
 from .parameters import mixed_precision, model_lock
@@ -374,7 +375,8 @@ def _require_separate(obj: Objective) -> None:
         ValueError: naming an example and both of its losses.
     """
     obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    (numbers, batch), theta = obj.examples.spread(SEPARATED), obj.point(None)
+    known = closed_form(obj._loss) is not None  # which never mixes examples
+    (numbers, batch), theta = obj.examples.spread(FEW if known else SEPARATED), obj.point(None)
     with torch.no_grad():
         outputs = obj.outputs(theta, batch.inputs)
         together = obj.output_losses(outputs, batch.targets)
@@ -391,7 +393,8 @@ def _require_separate(obj: Objective) -> None:
         def model_alone(i: int) -> Tensor:
             return obj.losses(theta, *batch.cut(i, i + 1)[1:])
 
-        every, some = range(batch.size), sorted({0, batch.size // 2, batch.size - 1})
+        every = range(0 if known else batch.size)
+        some = sorted({0, batch.size // 2, batch.size - 1})
         for what, index, alone in (("loss", every, loss_alone), ("model", some, model_alone)):
             for i in index:
                 found = alone(i).reshape(-1)[0]
@@ -404,8 +407,9 @@ def _require_separate(obj: Objective) -> None:
                     )
 
 
-# Examples that are compared with each of them alone.
-SEPARATED = 16
+# Examples together that are compared with some of them alone: for losses of the library's or
+# torch's own, and for losses that may depend on pairs of the same label, say.
+FEW, SEPARATED = 4, 16
 
 
 def _coupled(

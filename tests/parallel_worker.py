@@ -48,6 +48,28 @@ class Waves(torch.nn.Module):
         return self.layer(torch.complex(h, h.flip(1))).abs()
 
 
+class Parts(torch.nn.Module):
+    """Of two inputs, with an output of two parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(32, 3).double(), torch.nn.Linear(4, 3).double()
+
+    def forward(self, a, b):
+        h = torch.tanh(self.b(b))
+        return {"scores": self.a(a.flatten(1)) * h, "hidden": h}
+
+
+def two_parts(outputs, y):
+    losses = torch.nn.functional.cross_entropy(outputs["scores"], y, reduction="none")
+    return losses + outputs["hidden"].square().mean(1)
+
+
+def about_the_mean(outputs, y):
+    return (outputs - outputs.mean(0)).square().mean() + outputs[:, 0].mean() ** 2
+
+
 def images(n):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 2, 4, 4, generator=generator, dtype=torch.float64)
@@ -136,6 +158,14 @@ def everything(share):
     waves = share(ef.Objective(Waves(), "cross_entropy", images(17), parameters="layer"))
     found |= {"complex gradient": waves.gradient(), "complex gram": ef.score_gram(waves)}
     found["complex hessian"] = ef.HessianOperator(waves) @ torch.eye(waves.num_params).double()
+    parts = share(ef.Objective(Parts(), two_parts, {"a": x[:17], "b": x[:17, 0, 0], "y": y[:17]}))
+    found |= {"parts gradient": parts.gradient(), "parts scores": ef.score_matrix(parts)}
+    found["parts hessian"] = ef.HessianOperator(parts) @ torch.eye(parts.num_params).double()
+    mixed = share(ef.Objective(network(False), about_the_mean, images(17), coupled=True))
+    v = torch.linspace(-1, 1, mixed.num_params).double()
+    found |= {"coupled loss": mixed.loss(), "coupled gradient": mixed.gradient()}
+    found |= {"coupled hessian": ef.HessianOperator(mixed) @ v}
+    found |= {"coupled trace": pair(ef.hessian_trace(mixed, probes=4))}
     found["path losses"] = torch.tensor([losses[c].tolist() for c in ("loss", "accuracy")])
     return found | along_a_path(share(whole))
 

@@ -122,7 +122,7 @@ def test_a_model_of_whole_batches_is_named():
             return self.linear(x.view(20, 3) + x[:1])
 
     x, t = torch.randn(20, 3).double(), torch.randn(20, 3).double()
-    with pytest.raises(ValueError, match=r"takes a batch of 20 but fails for 16 .* coupled=True"):
+    with pytest.raises(ValueError, match=r"takes a batch of 20 but fails for 8 .* coupled=True"):
         ef.Objective(Fixed(), "mse", (x, t))
     obj = ef.Objective(Fixed(), "mse", (x, t), coupled=True)
     assert ef.HessianOperator(obj).way == "rules"

@@ -263,7 +263,7 @@ class Centred(nn.Module):
 
 
 def test_models_that_mix_examples_are_rejected_with_the_example():
-    with pytest.raises(ValueError, match=r"for example 0 in a batch of 9 but .* for it alone"):
+    with pytest.raises(ValueError, match=r"for example 0 in a batch of 4 but .* for it alone"):
         Objective(Centred(), "cross_entropy", classification(9))
     alone = Objective(Centred(), "cross_entropy", classification(1))
     alone.require_single_examples()  # one example has no other to depend on
@@ -413,8 +413,8 @@ def test_models_that_do_not_fit_are_refused(model, message):
     ("loss", "message"),
     [
         ("hinge", "loss: expected one of 'cross_entropy', 'mse', 'bce', .*got 'hinge'"),
-        ("mse", r"targets: expected the outputs' shape \[9, 3\], got \[9\]"),
-        (lambda out, y: out.sum(), r"loss: expected one loss an example, shape \[9\]"),
+        ("mse", r"targets: expected the outputs' shape \[8, 3\], got \[8\]"),
+        (lambda out, y: out.sum(), r"loss: expected one loss an example, shape \[8\]"),
         (lambda out, y: out, "loss: expected one loss an example"),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import parallel_worker
@@ -41,7 +42,9 @@ def launch(processes, *arguments, timeout=300):
 def alone():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = parallel_worker.everything(lambda obj: obj)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ef.NotConvergedWarning)  # little is asked on purpose
+        found = parallel_worker.everything(lambda obj: obj)
     torch.set_num_threads(threads)
     return {name: torch.as_tensor(value) for name, value in found.items()}
 
