@@ -23,6 +23,7 @@ _IGNORING = (
     "to ignore it, pass nn.CrossEntropyLoss() as the loss: its ignore_index is -100, and the mean "
     "is then over the labels that count"
 )
+_ONE_OUTPUT = 'for a single logit use the loss "bce", with targets of the outputs\' shape [N, 1]'
 _CLASSES_LAST = (
     "classes are in axis 1, as torch has them: let the model return outputs.transpose(1, 2), or "
     'use "next_token" if the labels are the tokens themselves'
@@ -122,7 +123,7 @@ def require_labels(
                 "targets",
                 f"labels in 0 .. {classes - 1} (the model has {classes} outputs)",
                 f"{label} for example {batch.start + where[0]}",
-                _IGNORING if label == IGNORED else "",
+                _IGNORING if label == IGNORED else _ONE_OUTPUT if classes == 1 else "",
             )
 
 

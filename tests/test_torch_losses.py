@@ -14,6 +14,7 @@ from entropic_fast.curvature import (
     HessianOperator,
     fisher_trace,
     ggn_trace,
+    profile_point,
     sampled_labels,
     score_matrix,
     without_rules,
@@ -240,6 +241,7 @@ def test_a_gaussian_takes_a_known_or_a_predicted_variance():
             CLASSES,
             r"pass nn.CrossEntropyLoss\(\) as the loss: its ignore_index",
         ),
+        ("cross_entropy", 1, CLASSES.clamp(0, 1), 'for a single logit use the loss "bce"'),
         ("cross_entropy", C, CLASSES.clamp(min=0)[:, None], r"use targets.squeeze\(1\)"),
         (nn.NLLLoss(), C, PROBABILITIES, r"whole class numbers \[N\], got shape"),
         (lambda out, y: F.mse_loss(out, y), C, randn(N, C), "or pass torch's own loss"),
@@ -371,6 +373,7 @@ def test_accuracy_is_over_the_labels_that_count():
     right = (model(x).argmax(1) == CLASSES)[kept].double().mean().item()
     assert obj.evaluate() == (obj.loss(), pytest.approx(right, rel=1e-14))
     theta = obj.parameters_vector()
+    assert profile_point(obj, None, ("loss",))["accuracy"] == pytest.approx(right, rel=1e-14)
     table = path_losses(obj, linear_path(theta, 1.1 * theta), [0.0, 1.0])
     assert table["accuracy"][0] == pytest.approx(right, rel=1e-14)
     assert table["loss"][0] == pytest.approx(obj.loss(), rel=1e-14)

@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import checks
 from ..convergence import held, warn_once
 from ..exact import exact_math
+from ..loss_cross_entropy import CrossEntropy
+from ..loss_functions import closed_form
 from ..objective import Objective
 from ..results import Density, Eigenpairs, Estimate
 from .basis import ROUNDING
@@ -384,7 +386,7 @@ def _loss(obj: Objective, theta: Tensor) -> Row:
 
 
 def _is_classifier(obj: Objective, theta: Tensor) -> bool:
-    if obj.loss_name != "cross_entropy":
+    if not isinstance(closed_form(obj._loss), CrossEntropy):
         return False
     batch = next(obj.batches())
     with torch.no_grad():
