@@ -23,6 +23,7 @@ from .loss_functions import closed_form
 from .modules import require_no_references
 from .normalisation import explain_too_few
 from .parameters import mixed_precision, model_lock
+from .randomness import not_repeatable
 from .trees import Tree
 
 if TYPE_CHECKING:
@@ -147,14 +148,12 @@ def require_model(obj: Objective, separate: bool = True, given: nn.Module | None
         second = obj.outputs(theta, batch.inputs)
         # Rare noise may spare these examples, but not the generator it is drawn from.
         if not _same(first, second) or not torch.equal(drawn, _random_state(obj.device)):
-            raise checks.fail(
-                "model",
-                "the same outputs for the same inputs",
-                "different ones in evaluation mode (dropout or noise is active)",
-                "use nn.Dropout, or F.dropout(..., training=self.training)",
-            )
+            raise not_repeatable("model", lambda: obj.outputs(theta, batch.inputs))
         require_fitting(obj, theta, first, batch)
-        losses = _losses_of(obj, first, batch)
+        drawn, losses = _random_state(obj.device), _losses_of(obj, first, batch)
+        again = _losses_of(obj, first, batch)
+        if not _same(losses, again) or not torch.equal(drawn, _random_state(obj.device)):
+            raise not_repeatable("loss", lambda: _losses_of(obj, first, batch))
     with torch.enable_grad(), Watcher() as watcher:
         differentiable = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative

@@ -464,7 +464,7 @@ def test_rare_noise_is_refused_by_the_generator_it_draws_from():
         def forward(self, x):
             return nn.functional.dropout(self.linear(x), 1e-6, training=True)
 
-    with pytest.raises(ValueError, match="dropout or noise is active"):
+    with pytest.raises(ValueError, match="noise in evaluation mode from dropout"):
         Objective(Rare(), "cross_entropy", (torch.randn(4, 3), torch.tensor([0, 1, 1, 0])))
 
 
