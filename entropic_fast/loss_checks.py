@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +41,7 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
     loss = obj._loss
     known = closed_form(loss)
     if isinstance(known, NegativeLogLikelihood | KLDivergence) and known.normalized is None:
-        known = loss = obj._loss = copy.copy(known)
-        known.normalized = _are_normalized(obj, theta, batch)
+        known = loss = obj._loss = known.with_outputs(_are_normalized(obj, theta, batch))
     if isinstance(known, CrossEntropy):
         ignoring = known if known is loss else None
         require_labels(

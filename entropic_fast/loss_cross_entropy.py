@@ -169,9 +169,6 @@ class NegativeLogLikelihood(CrossEntropy):
     normalized, as by `nn.LogSoftmax`, cross-entropy is the same function of the parameters, whose
     Gauss-Newton matrix is the Fisher matrix; the loss is computed as that.
 
-    Attributes:
-        normalized: whether the outputs are; None before it is known.
-
     >>> loss = NegativeLogLikelihood(nn.NLLLoss())
     >>> loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor([2.])
@@ -179,7 +176,6 @@ class NegativeLogLikelihood(CrossEntropy):
 
     name = "nn.NLLLoss"
     takes_probabilities = False
-    normalized: bool | None = None
 
     def __init__(self, loss: nn.NLLLoss) -> None:
         like = nn.CrossEntropyLoss(

@@ -107,8 +107,6 @@ class KLDivergence(Elementwise):
     their sum besides, which is 0, so that the Gauss-Newton matrix is that of soft targets.
     """
 
-    normalized: bool | None = None
-
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         terms = super().terms(outputs, targets)
         if not self.normalized:

@@ -21,7 +21,14 @@ from .loss_elementwise import (
     MultiMargin,
     SquaredError,
 )
-from .loss_reductions import Elementwise, OutputHessian, ReducedLoss, require_shape
+from .loss_reductions import (
+    Elementwise,
+    OutputHessian,
+    ReducedLoss,
+    interned,
+    require_shape,
+    settings_key,
+)
 
 if TYPE_CHECKING:
     from .examples import Examples
@@ -53,7 +60,7 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
     # What a subclass computes itself is only known by its reduction.
     for kind, known in _KNOWN.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            return known(module)
+            return interned(known(module), settings_key(module))
     if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.reduction != "none":
         raise checks.fail(
             "loss",
@@ -61,7 +68,7 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
             f"{type(module).__name__} with a {module.reduction} of its own",
             "return one loss per example from it",
         )
-    return Elementwise(module)
+    return interned(Elementwise(module), settings_key(module))
 
 
 def _module_of(loss: Any) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,13 @@ class ReducedLoss:
 
     Attributes:
         factor: what the sum of an example's terms is multiplied with; None for their mean.
+        key: equal for losses of the same settings; None where that is not known.
+        normalized: whether outputs are normalized log-probabilities; None before it is known, and
+            for losses that do not ask.
     """
+
+    key: Hashable = None
+    normalized: bool | None = None
 
     def __init__(self, reduction: str) -> None:
         self.reduction = checks.one_of("loss.reduction", reduction, REDUCTIONS)
@@ -103,9 +110,49 @@ class ReducedLoss:
         other.factor, other._origin = factor, self.origin
         return other
 
+    def with_outputs(self, normalized: bool) -> ReducedLoss:
+        """This loss for outputs that are or are not normalized log-probabilities."""
+        base = copy.copy(self.origin)
+        base.normalized = normalized
+        base = interned(base, None if base.key is None else (base.key, normalized))
+        if self.factor is None:
+            return base
+        other = copy.copy(base)
+        other.factor, other._origin = self.factor, base
+        return other
+
     def scale(self, terms: int) -> float:
         """What each term of an example with so many terms weighs in its loss."""
         return 1 / max(1, terms) if self.factor is None else self.factor
+
+
+_interned: WeakValueDictionary[Hashable, ReducedLoss] = WeakValueDictionary()
+
+
+def interned(loss: ReducedLoss, key: Hashable) -> ReducedLoss:
+    """The loss with this key that there is, or this one: what is known of a loss is kept by it."""
+    loss.key = key
+    return loss if key is None else _interned.setdefault(key, loss)
+
+
+def settings_key(loss: _Loss) -> Hashable:
+    """A loss of torch by its settings and weights; None for one of the user's.
+
+    >>> settings_key(nn.MSELoss()) == settings_key(nn.MSELoss())
+    True
+    >>> settings_key(nn.MSELoss()) == settings_key(nn.MSELoss(reduction="sum"))
+    False
+    """
+    if type(loss).__module__ != _Loss.__module__:
+        return None
+    settings = {n: v for n, v in vars(loss).items() if not n.startswith("_") and n != "training"}
+    if not all(v is None or isinstance(v, bool | int | float | str) for v in settings.values()):
+        return None
+    tensors = (
+        (name, str(t.dtype), tuple(t.shape), tuple(t.detach().flatten().tolist()))
+        for name, t in loss.named_buffers()
+    )
+    return type(loss), tuple(sorted(settings.items())), tuple(tensors)
 
 
 class Elementwise(ReducedLoss):

@@ -529,3 +529,23 @@ def test_half_precision_takes_them_in_float32(dtype: torch.dtype):
         assert obj.loss() == pytest.approx(module(outputs, targets).item(), rel=1e-2)
         if module is not loss:
             assert obj._loss.normalized
+
+
+def test_losses_of_the_same_settings_are_compared_once():
+    x, model = randn(N, 4), nn.Sequential(network(), LOG_SOFTMAX)
+
+    def origin(loss: nn.Module, labels: Tensor = CLASSES) -> object:
+        return Objective(model, loss, (x, labels))._loss.origin
+
+    kept = [
+        origin(nn.CrossEntropyLoss(WEIGHT)),
+        origin(nn.NLLLoss()),
+        origin(nn.MSELoss(), x[:, :3]),
+    ]
+    assert origin(nn.CrossEntropyLoss(WEIGHT.clone()), CLASSES.roll(1)) is kept[0]
+    assert origin(nn.CrossEntropyLoss(2 * WEIGHT)) is not kept[0]
+    assert origin(nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1)) is not kept[0]
+    assert origin(nn.NLLLoss()) is kept[1] and kept[1].normalized
+    assert Objective(network(), nn.NLLLoss(), (x, CLASSES))._loss.origin is not kept[1]
+    assert origin(nn.MSELoss(), x[:, :3]) is kept[2]
+    assert origin(nn.MSELoss(reduction="none"), x[:, :3]) is not kept[2]
