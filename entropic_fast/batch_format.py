@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class BatchFormat:
 
     Args:
         model: whose forward is asked.
+        labels_of: makes the targets of inputs that come without labels; None where a loss needs
+            some.
 
     >>> form = BatchFormat(nn.Linear(2, 1))
     >>> x, y = form.split([torch.ones(3, 2), torch.zeros(3), torch.arange(3)])
@@ -41,7 +43,8 @@ class BatchFormat:
     ((3, 2), (3,))
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, labels_of: Callable[[Tree], Tensor] | None = None) -> None:
+        self.labels_of = labels_of
         try:
             parameters = list(inspect.signature(model.forward).parameters.values())
         except (TypeError, ValueError):  # a forward without one, in C
@@ -99,6 +102,9 @@ class BatchFormat:
         """
         if isinstance(item, Mapping):
             return self._split_dict(dict(item))
+        if self.labels_of is not None and isinstance(item, Tensor | np.ndarray):
+            inputs = as_tree("inputs", item)
+            return inputs, self.labels_of(inputs)
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise checks.fail("data", f"batches that are {_FORMS}", checks.describe(item))
         if len(item) == 2:
@@ -128,7 +134,7 @@ class BatchFormat:
         inputs = {key: value for key, value in item.items() if key not in found}
         kept = self._inputs(inputs)
         if not found:
-            return kept, kept
+            return kept, kept if self.labels_of is None else self.labels_of(kept)
         return kept, as_tree(f"labels {found[0]!r}", item[found[0]])
 
     def _split_many(self, item: Any) -> tuple[Tree, Tree]:

@@ -84,7 +84,7 @@ class Examples:
         if batch_size is not None:
             checks.whole("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
-        if _is_one_batch(data):
+        if _is_one_batch(data) or (form.labels_of is not None and _is_array(data)):
             self._take_tensors(*form.split(data))
         else:
             if isinstance(data, Dataset | IterableDataset) or _holds_examples(data):

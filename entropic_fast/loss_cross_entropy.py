@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,9 @@ class NextToken(CrossEntropy):
 
     Outputs [n, T, V] are scores over the vocabulary at every position, targets [n, T] the tokens
     themselves: the scores at position t are compared with token t + 1. Tokens labeled -100
-    (padding, prompts) do not count. The mean is that over all tokens that count, in the data as
-    one batch, as `transformers` computes it for a batch.
+    (padding, prompts) do not count. Data without labels are tokens alone, or a dict with
+    `input_ids`, of which those outside `attention_mask` do not count. The mean is that over all
+    tokens that count, in the data as one batch, as `transformers` computes it for a batch.
 
     >>> from entropic_fast import Objective
     >>> tokens = torch.tensor([[2, 1, 0, 1]])
@@ -151,6 +152,24 @@ class NextToken(CrossEntropy):
 
     def __init__(self) -> None:
         super().__init__(nn.CrossEntropyLoss(ignore_index=IGNORED))
+
+    def labels_of(self, inputs: Any) -> Tensor:
+        """The tokens of inputs that came without labels; those of padding do not count.  # [N, T]
+
+        Args:
+            inputs: the tokens, or a dict with `input_ids` and perhaps `attention_mask`.
+        """
+        tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
+        if not isinstance(tokens, Tensor):
+            raise checks.fail(
+                "data",
+                "tokens: a tensor [N, T], or a dict with 'input_ids' or labels, for next_token",
+                checks.describe(inputs),
+            )
+        mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+        if mask is None or mask.shape != tokens.shape:
+            return tokens
+        return tokens.masked_fill(mask == 0, self.ignored)
 
     def positions(self, targets: Tensor) -> Tensor:
         """The token after each position; none counts after the last, which keeps all shapes."""

@@ -154,7 +154,7 @@ class Objective:
         self._model = private_copy(model, norm)
         self._read_parameters(device, choose(model, parameters))
         self.coupled = bool(coupled)
-        form = BatchFormat(self._model)
+        form = BatchFormat(self._model, getattr(self._loss, "labels_of", None))
         self.examples = Examples(
             data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
         )

@@ -337,3 +337,39 @@ def test_inputs_in_half_precision_and_integers_keep_their_kinds():
     half = ef.Objective(Tokens().bfloat16(), "cross_entropy", data)
     assert next(half.batches()).inputs["scale"].dtype == torch.bfloat16
     assert obj.double().gradient().dtype == torch.float64
+
+
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embed, self.out = nn.Embedding(9, 4).double(), nn.Linear(4, 9).double()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        h = self.embed(input_ids)
+        if attention_mask is not None:
+            h = h * attention_mask[..., None]
+        return SimpleNamespace(logits=self.out(torch.tanh(h.cumsum(1))))
+
+
+def test_tokens_without_labels_are_their_own_for_the_next_token():
+    ids = torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = mask[4, 2:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    full = ef.Objective(Causal(), "next_token", {"input_ids": ids, "attention_mask": mask,
+                                                 "labels": labels})  # fmt: skip
+    for data in (
+        {"input_ids": ids, "attention_mask": mask},
+        [{"input_ids": ids[:2], "attention_mask": mask[:2]},
+         {"input_ids": ids[2:], "attention_mask": mask[2:]}],
+        {"input_ids": ids.numpy(), "attention_mask": mask.numpy()},
+    ):  # fmt: skip
+        assert ef.Objective(Causal(), "next_token", data).loss() == pytest.approx(full.loss())
+    logits = Causal()(ids, mask).logits[:, :-1]
+    wanted = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:])
+    assert full.loss() == pytest.approx(float(wanted.detach()), rel=1e-12)
+    alone = ef.Objective(Causal(), "next_token", ids)
+    assert alone.loss() == ef.Objective(Causal(), "next_token", (ids, ids)).loss()
+    with pytest.raises(ValueError, match="'input_ids' or labels, for next_token"):
+        ef.Objective(Causal(), "next_token", {"tokens": ids})
