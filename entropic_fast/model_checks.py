@@ -6,7 +6,7 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,9 @@ def require_module(model: nn.Module) -> None:
             "model",
             "an nn.Module",
             checks.describe(model),
-            "put a function into a module that holds its parameters; pass an instance of a class",
+            "load a state dict into the model that it is of"
+            if isinstance(model, Mapping)
+            else "put a function into a module that holds its parameters; pass an instance",
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise checks.fail(

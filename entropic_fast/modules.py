@@ -86,6 +86,27 @@ def copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tensors that several modules share, with the first name of each.
+
+    A module that is registered twice has one set of names: `torch.func.functional_call` with
+    `tie_weights=True` puts tensors into it twice, and afterwards leaves the first ones there.
+
+    >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    >>> b.weight = a.weight
+    >>> tied_names(nn.Sequential(a, b, a))
+    {'1.weight': '0.weight'}
+    """
+    first: dict[int, str] = {}
+    tied = {}
+    for prefix, module in model.named_modules():
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                tied[name] = first[id(tensor)]
+    return tied
+
+
 def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Module) -> None:
     """Refuse losses that use parameters of the user's own model, or of its first forward pass.
 

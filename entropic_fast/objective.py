@@ -22,7 +22,7 @@ from .examples import Batch, Examples, WithTargets
 from .live_model import StatisticsPoint, read_model
 from .loss_functions import LossFunction, bound, computed_inside, hits, loss_function, widened
 from .model_checks import NonFiniteLossError
-from .modules import cast, cast_tensor, copied
+from .modules import cast, cast_tensor, copied, tied_names
 from .normalisation import (
     explain_too_few,
     gather_statistics,
@@ -193,6 +193,7 @@ class Objective:
         self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
+        self._tied = tied_names(self._model)
         self._written: tuple[str, ...] = ()  # buffers that a forward pass changes; once known
         self.buffers: dict[str, Tensor] = {
             name: b.detach().clone() for name, b in self._model.named_buffers()
@@ -509,8 +510,11 @@ class Objective:
             fresh = {n: values[n].clone() for n in self._written if n in values}
             values = {**values, **fresh}
 
+        tied = {name: values[first] for name, first in self._tied.items() if first in values}
+        values = {**values, **tied}
+
         def run(*args: Tree, **kwargs: Tree) -> Any:
-            return functional_call(self._model, dict(values), args, kwargs, tie_weights=True)
+            return functional_call(self._model, values, args, kwargs, tie_weights=False)
 
         return run
 

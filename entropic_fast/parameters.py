@@ -198,7 +198,9 @@ _SHOWN = 8  # names in a message
 
 def _matches(model: nn.Module, name: str, pattern: str) -> bool:
     """Whether a pattern matches a parameter's name or that of a module which holds it."""
-    for own in {name, plain_name(model, name)}:
+    plain = plain_name(model, name)
+    # What a weight is computed from goes by the weight's name too.
+    for own in {name, plain, plain.replace("parametrizations.", "")}:
         parts = own.split(".")
         places = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
         if any(fnmatchcase(place, pattern) for place in places):
@@ -209,7 +211,8 @@ def _matches(model: nn.Module, name: str, pattern: str) -> bool:
 def _no_match(model: nn.Module, pattern: str) -> ValueError:
     names = [plain_name(model, name) for name, _ in model.named_parameters()]
     modules = [plain_name(model, name) for name, _ in model.named_modules()]
-    near = difflib.get_close_matches(pattern.rstrip(".*"), dict.fromkeys([*names, *modules]), 3)
+    known = dict.fromkeys(name for name in (*names, *modules) if name)
+    near = difflib.get_close_matches(pattern.rstrip(".*"), known, 3)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return checks.fail(
         "parameters",

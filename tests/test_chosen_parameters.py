@@ -160,6 +160,15 @@ def test_names_with_and_without_wrappers_are_taken():
     ).parameter_names == ("3.weight", "3.bias")
 
 
+@pytest.mark.parametrize("pattern", ["0.weight", "0.w*", "0"])
+def test_a_computed_weight_stands_for_what_it_is_computed_from(pattern: str):
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[0])
+    obj = Objective(model, "cross_entropy", data(), parameters=pattern)
+    of = ("0.parametrizations.weight.original0", "0.parametrizations.weight.original1")
+    assert obj.parameter_names == (("0.bias", *of) if pattern == "0" else of)
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
@@ -198,3 +207,8 @@ class Unused(nn.Module):
 def test_parameters_without_influence_are_refused():
     with pytest.raises(ValueError, match="a loss that depends on the trainable parameters"):
         Objective(Unused(), "cross_entropy", data(), parameters="spare")
+
+
+def test_a_state_dict_is_no_model():
+    with pytest.raises(ValueError, match="load a state dict into the model that it is of"):
+        Objective(network().state_dict(), "cross_entropy", data())

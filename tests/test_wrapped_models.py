@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from entropic_fast import HessianOperator, gradient_norms, hessian_trace, relax, score_matrix
+from entropic_fast.curvature.engine import ScoreEngine
 from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 
@@ -157,6 +158,31 @@ def test_tied_modules_stay_tied_across_a_wrapper():
     assert torch.allclose(HessianOperator(obj) @ torch.eye(20).double(), expected, atol=1e-8)
 
 
+def test_a_module_registered_twice_keeps_its_own_parameters():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(4, 4)
+            self.again = self.first
+            self.tied = nn.Linear(4, 4)
+            self.tied.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tied(torch.tanh(self.again(self.first(x))))
+
+    x, y = data()
+    model = Twice().double()
+    obj = Objective(model, "cross_entropy", (x, y))
+    assert obj.parameter_names == ("first.weight", "first.bias", "tied.bias")
+    found = HessianOperator(obj) @ torch.eye(24).double()
+    assert torch.allclose(found, hessian(model, x, y), atol=1e-8)
+    assert torch.allclose(score_matrix(obj), scores(model, x, y), atol=1e-12)
+    held = list(obj._model.named_parameters(remove_duplicate=False))
+    assert len(held) == 6 and all(isinstance(p, nn.Parameter) for _, p in held)
+    assert obj.cast(torch.float32).loss() == pytest.approx(obj.loss(), rel=1e-5)
+
+
 def test_a_forward_may_reach_through_its_wrapper():
     class Reaching(nn.Module):
         def __init__(self) -> None:
@@ -280,6 +306,8 @@ def test_computed_weights_are_taken_after_training(change, training: bool):
         float(nn.functional.cross_entropy(model(x), y).detach()), rel=1e-12
     )
     assert torch.allclose(score_matrix(obj), scores(model, x, y), atol=1e-12)
+    if "weight_norm" in change.__name__:
+        assert ScoreEngine(obj).traceable
     expected = (differences if "weight_norm" in change.__name__ else hessian)(model, x, y)
     for now in (obj, obj.double()):
         found = HessianOperator(now) @ torch.eye(obj.num_params).double()

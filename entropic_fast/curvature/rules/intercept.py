@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ...exact import weight_norm
 from ...tracing import requires_grad
 from .layers import Backward, Layer
 from .pieces import Piece
@@ -82,6 +83,8 @@ class Intercept(TorchFunctionMode):
             if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
                 self._transposes[id(result)] = result, args[0]
             return result
+        if func is torch._weight_norm:  # which has no rule for vmap
+            return weight_norm(*args, **kwargs)
         if func is functional.multi_head_attention_forward:
             # Its projections are calls of F.linear, which the mode should see.
             with self:
