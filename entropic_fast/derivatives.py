@@ -252,14 +252,47 @@ def _called_instance_norm(
     )
 
 
+def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`F.conv_transpose1d` or another, of which torch has no third derivative if it pads outputs.
+
+    It is then the convolution without padding, cut off and padded.
+    """
+
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        axes = weight.ndim - 2
+        before, extra = (
+            [value] * axes if isinstance(value, int) else [*value] * (axes // len(value))
+            for value in (padding, output_padding)
+        )
+        if not any(extra):
+            return function(input, weight, bias, stride, padding, 0, groups, dilation)
+        full = function(input, weight, None, stride, 0, 0, groups, dilation)
+        ends = [(-p, e - p) for p, e in zip(before, extra, strict=True)]
+        found = functional.pad(full, [side for pair in reversed(ends) for side in pair])
+        return found if bias is None else found + bias.view(-1, *[1] * axes)
+
+    return convolution
+
+
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.silu`, of which torch has no forward mode of the gradient."""
-    return _placed(input * torch.sigmoid(input), input, inplace)
+    x = input.clone() if inplace else input  # which the backward pass needs
+    return _placed(x * torch.sigmoid(x), input, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.mish`, likewise."""
-    return _placed(input * functional.softplus(input).tanh(), input, inplace)
+    x = input.clone() if inplace else input
+    return _placed(x * functional.softplus(x).tanh(), input, inplace)
 
 
 def _placed(result: Tensor, input: Tensor, inplace: bool) -> Tensor:
@@ -286,6 +319,14 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     functional.instance_norm: instance_norm,
     torch.batch_norm: _called_batch_norm,
     torch.instance_norm: _called_instance_norm,
+    **{
+        function: _transposed(function)
+        for function in (
+            functional.conv_transpose1d,
+            functional.conv_transpose2d,
+            functional.conv_transpose3d,
+        )
+    },
     functional.hardsigmoid: hardsigmoid,
     functional.silu: silu,
     functional.mish: mish,

@@ -234,16 +234,20 @@ class Examples:
         return self._tensors is not None
 
     def spread(self, count: int) -> tuple[list[int], Batch]:
-        """Up to so many examples and their numbers: evenly spaced, of batches in the first."""
+        """Up to so many examples and their numbers: evenly spaced, in one batch.
+
+        Of data in batches it is the first with several examples, of which one may not show
+        whether they depend on each other.
+        """
         if self._tensors is not None:
             inputs, targets = self._tensors
             held = Batch(0, self._delivered(inputs, targets), targets)
         else:
-            held = next(self.batches())
+            held = next((b for b in self.batches() if b.size > 1), None) or next(self.batches())
         if held.size <= count:
-            return list(range(held.size)), held
+            return list(range(held.start, held.start + held.size)), held
         index = torch.linspace(0, held.size - 1, count).round().long()
-        return index.tolist(), Batch(0, *trees.chosen(held[1:], index.to(self.device)))
+        return (index + held.start).tolist(), Batch(0, *trees.chosen(held[1:], index.to(self.device)))
 
     def require_count(self, max_examples: int | None) -> int:
         """`max_examples` if it is in 1 .. N, or N for None."""

@@ -102,12 +102,7 @@ def random_case(seed: int) -> RandomCase:
     draw = Draw(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, shape, out, vocabulary = _model(draw)
-        if not any(p.requires_grad for p in model.parameters()):
-            draw.note("a layer added, as nothing was trained")
-            model = nn.Sequential(model, nn.Linear(out[-1], out[-1]))
-        settle(model)
-        model = model.double().eval()
+        model, shape, out, vocabulary = random_network(draw)
         examples = draw.whole(1, 7)
         if draw.fold is not None and draw.chance(0.5):
             draw.note("as many examples as positions")
@@ -123,6 +118,16 @@ def random_case(seed: int) -> RandomCase:
     return RandomCase(
         seed, model, loss, inputs, targets, _batches(draw, examples), frozenset(draw.kinds)
     )
+
+
+def random_network(draw: Draw) -> tuple[nn.Module, Shape, Shape, int]:
+    """A model, the shapes of one input and one output, and the vocabulary (0 for numbers)."""
+    model, shape, out, vocabulary = _model(draw)
+    if not any(p.requires_grad for p in model.parameters()):
+        draw.note("a layer added, as nothing was trained")
+        model = nn.Sequential(model, nn.Linear(out[-1], out[-1]))
+    settle(model)
+    return model.double().eval(), shape, out, vocabulary
 
 
 def _loss(draw: Draw, examples: int, out: Shape) -> tuple[Loss, Tensor]:
@@ -148,7 +153,6 @@ def _batches(draw: Draw, examples: int) -> tuple[int, ...]:
 
 
 def _model(draw: Draw) -> tuple[nn.Module, Shape, Shape, int]:
-    """A model, the shapes of one input and one output, and the vocabulary (0 for numbers)."""
     kind = draw.one(
         "vectors", "images", "images", "images", "sequences", "sequences", "grids", "tokens"
     )

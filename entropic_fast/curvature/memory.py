@@ -105,6 +105,8 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Any:
+        if tensor._is_zerotensor():  # of forward mode: it has no storage
+            return tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
