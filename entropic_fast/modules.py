@@ -132,7 +132,12 @@ def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Mo
             "replace a forward by types.MethodType(function, module), use the module that a hook "
             "is called with, and leave a penalty on the parameters to weight_decay=",
         )
-    late = [name for name, p in private.named_parameters() if p.requires_grad]
+    # A module in two places keeps the tensors of the last functional call, no parameters.
+    late = [
+        name
+        for name, p in private.named_parameters()
+        if p.requires_grad and isinstance(p, nn.Parameter)
+    ]
     if late:
         raise checks.fail(
             "model",
