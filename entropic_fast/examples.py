@@ -247,7 +247,9 @@ class Examples:
         if held.size <= count:
             return list(range(held.start, held.start + held.size)), held
         index = torch.linspace(0, held.size - 1, count).round().long()
-        return (index + held.start).tolist(), Batch(0, *trees.chosen(held[1:], index.to(self.device)))
+        return (index + held.start).tolist(), Batch(
+            0, *trees.chosen(held[1:], index.to(self.device))
+        )
 
     def require_count(self, max_examples: int | None) -> int:
         """`max_examples` if it is in 1 .. N, or N for None."""

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class PlainProblem:
 
     def __init__(self, problem: RandomProblem) -> None:
         self.problem = problem
-        self.parameters = list(problem.parameters().values())
+        self.parameters = [p.requires_grad_() for p in problem.parameters().values()]
+        self.decay = problem.arguments.get("weight_decay", 0.0)
         self.batches = [b for b in problem.batches if len(b[0]["x"])]
         if problem.coupled and len(self.batches) > 1:
             columns, targets = zip(*self.batches, strict=True)
@@ -59,8 +60,11 @@ class PlainProblem:
     def _outputs(self) -> list[tuple[Any, Any]]:
         return [(self.output(columns), targets) for columns, targets in self.batches]
 
-    def example_losses(self, output: Any, targets: Any) -> Tensor:
+    def example_losses(self, output: Any, targets: Any, bends: bool = False) -> Tensor:
+        """Losses [n]; with `bends`, of log-probabilities those of a model of their scores."""
         loss = self.problem.loss
+        if bends and loss.of_scores is not None:
+            loss = replace(loss, terms=loss.of_scores)
         if self.problem.coupled:
             terms = loss.terms(output, targets)
             if terms.ndim == 0:
@@ -70,7 +74,14 @@ class PlainProblem:
     def total(self, found: list[tuple[Any, Any]] | None = None) -> Tensor:
         """The mean loss over the data."""
         found = self._outputs() if found is None else found
-        return torch.cat([self.example_losses(*each) for each in found]).sum() / self.count
+        mean = self.data_term(found)
+        if not self.decay:
+            return mean
+        return mean + self.decay / 2 * sum(p.abs().square().sum() for p in self.parameters)
+
+    def data_term(self, found: list[tuple[Any, Any]], bends: bool = False) -> Tensor:
+        losses = [self.example_losses(*each, bends=bends) for each in found]
+        return torch.cat(losses).sum() / self.count
 
     def losses(self) -> Tensor:
         with self.context():
@@ -201,12 +212,14 @@ class PlainProblem:
                 columns.append(
                     self.flat(torch.autograd.grad(outputs, self.parameters, bends, **options))
                 )
-            return torch.stack(columns, 1)
+            return torch.stack(columns, 1) + self.decay * V
 
     def _output_product(self, pairs: Any, leaves: list[Tensor], moves: Any) -> Any:
         options = {"allow_unused": True, "materialize_grads": True}
         try:
-            slopes = torch.autograd.grad(self.total(pairs), leaves, create_graph=True, **options)
+            slopes = torch.autograd.grad(
+                self.data_term(pairs, bends=True), leaves, create_graph=True, **options
+            )
             if not any(s.requires_grad for s in slopes):
                 return [torch.zeros_like(s) for s in slopes]
             return torch.autograd.grad(slopes, leaves, moves, **options)
@@ -218,7 +231,7 @@ class PlainProblem:
                     for leaf, m in zip(leaves, moves, strict=True)
                 ]
                 at = [(o, t) for o, (_, t) in zip(there, pairs, strict=True)]
-                ends.append(torch.autograd.grad(self.total(at), there, **options))
+                ends.append(torch.autograd.grad(self.data_term(at), there, **options))
             return [(a - b) / 2e-5 for a, b in zip(*ends, strict=True)]
 
 
@@ -326,10 +339,13 @@ def _check_losses(obj: Objective, problem: RandomProblem, plain: PlainProblem) -
         _agree("loss", number(obj.loss())[None], expected, lambda: expected, plain)
         return
     _agree("losses of examples", obj.example_losses(), expected, plain.losses, plain)
-    _agree("loss", number(obj.loss()), expected.mean(), lambda: expected.mean(), plain)
+    with plain.context(), torch.no_grad():
+        total = plain.total()
+    _agree("loss", number(obj.loss()), total, lambda: total, plain)
     own = plain.by_torch()
-    if own is not None and abs(own - obj.loss()) > 1e-10 * (abs(own) + 1e-3):
-        raise WrongError(f"loss {obj.loss():.12g}, torch's own {own:.12g}")
+    mean = float(obj.example_losses().mean())
+    if own is not None and abs(own - mean) > 1e-10 * (abs(own) + 1e-3):
+        raise WrongError(f"loss {mean:.12g}, torch's own {own:.12g}")
 
 
 def _check_coupled(obj: Objective, problem: RandomProblem, plain: PlainProblem) -> None:
@@ -376,7 +392,9 @@ def _check_scores(obj: Objective, plain: PlainProblem, report: Report) -> None:
     for name, shape in zip(obj.parameter_names, obj._shapes, strict=True):
         end = begin + shape.numel()
         mine, wanted = got[:, begin:end], expected[:, begin:end]
-        if float((mine - wanted).norm()) > 1e-9 * float(wanted.norm()) + 1e-12 * float(expected.norm()):
+        if float((mine - wanted).norm()) > 1e-9 * float(wanted.norm()) + 1e-12 * float(
+            expected.norm()
+        ):
             _agree(f"scores of {name}", mine, wanted, lambda: plain.scores()[:, begin:end], plain)  # noqa: B023
         begin = end
     gram = expected @ expected.T

@@ -217,7 +217,11 @@ def random_form(draw: Draw, two: bool, plain_targets: bool) -> Form:
         sources += ["index", "index"]
     source = draw.one(*sources)
     numpy = source == "tensors" and draw.chance(0.25)
-    label = draw.one("labels", "label", "targets", "y") if name != "a dict with labels, optional arguments" else "labels"
+    label = (
+        draw.one("labels", "label", "targets", "y")
+        if name != "a dict with labels, optional arguments"
+        else "labels"
+    )
     draw.note(f"batch: {name}")
     if source != "tensors":
         draw.note(f"batch: {source}")

@@ -31,6 +31,8 @@ class RandomLoss:
     count: Callable[[Any, Tensor], float] | None = None  # what torch's mean divides by
     squash: Callable[[Tensor], Tensor] | None = None  # outputs that it takes
     parts: int = 1  # outputs that it takes
+    # For the Gauss-Newton matrix of a loss of log-probabilities, which is that of their scores.
+    of_scores: Terms | None = None
 
     def total(self, outputs: Any, targets: Any) -> float:
         """What the mean over the data divides by, for one batch."""
@@ -209,7 +211,9 @@ def _negative_log_likelihood(draw: Draw, shape: Shape) -> RandomLoss:
     terms = partial(F.nll_loss, weight=weight, reduction="none")
     count = partial(_counted, weight, IGNORED)
     targets = partial(_some_ignored, draw.one(None, IGNORED))
-    return RandomLoss(given, targets, terms, reduction, count, partial(torch.log_softmax, dim=1))
+    of_scores = partial(F.cross_entropy, weight=weight, reduction="none")
+    squash = partial(torch.log_softmax, dim=1)
+    return RandomLoss(given, targets, terms, reduction, count, squash, of_scores=of_scores)
 
 
 def _margins(draw: Draw, shape: Shape) -> RandomLoss:
@@ -237,7 +241,9 @@ def _label_lists(n: int, shape: Shape) -> Tensor:
 def _several(draw: Draw, shape: Shape) -> RandomLoss:
     """Losses of torch's that take several outputs."""
     reduction = _reduction(draw)
-    kind = draw.one("GaussianNLLLoss", "GaussianNLLLoss", "CosineEmbeddingLoss", "TripletMarginLoss")
+    kind = draw.one(
+        "GaussianNLLLoss", "GaussianNLLLoss", "CosineEmbeddingLoss", "TripletMarginLoss"
+    )
     draw.note(f"loss: nn.{kind}")
     if kind == "GaussianNLLLoss":
         full = draw.chance(0.5)

@@ -183,6 +183,9 @@ def _problem(seed: int, draw: Draw) -> RandomProblem:
     given, read, arguments, loss = _outputs(draw, inner, loss, derivative == "penalty")
     if coupled:
         arguments["coupled"] = True
+    if draw.chance(0.15):
+        draw.note("weight decay")
+        arguments["weight_decay"] = draw.one(1e-2, 0.5)
 
     batches = _batches(draw, inner, loss, read, columns, coupled)
     plain_targets = isinstance(batches[0][1], Tensor)

@@ -55,6 +55,11 @@ def test_losses_that_mix_examples_are_rejected_with_an_example(name: str):
         ef.Objective(network(), LOSSES[name], (X, T))
 
 
+def test_losses_that_mix_examples_are_rejected_behind_a_batch_of_one():
+    with pytest.raises(ValueError, match=r"for example \d+ in a batch of 10 "):
+        ef.Objective(network(), LOSSES["contrastive"], [(X[:1], T[:1]), (X[1:], T[1:])])
+
+
 @pytest.mark.parametrize("name", ["contrastive mean", "scalar"])
 def test_one_loss_for_all_says_what_to_do(name: str):
     with pytest.raises(ValueError, match="coupled=True"):

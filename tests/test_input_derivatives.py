@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import entropic_fast as ef
+from entropic_fast.derivatives import FORMULAS
 
 STEP = 1e-5
 
@@ -114,6 +115,15 @@ NETS = {
     "weight_norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(2, 4)), nn.Tanh(), nn.Linear(4, 1)
     ),
+    "ConvTranspose with output padding": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 1, 2)),
+        nn.ConvTranspose2d(1, 2, 3, stride=2, padding=1, output_padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, 1),
+    ),
+    "SiLU in place": lambda: mlp(nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=True))),
+    "Mish in place": lambda: mlp(nn.Sequential(nn.Linear(4, 4), nn.Mish(inplace=True))),
     "attention": lambda: mlp(Attention()),
     "Hardsigmoid": lambda: mlp(nn.Sequential(nn.LayerNorm(4), nn.Hardsigmoid())),
 }
@@ -199,6 +209,29 @@ def test_all_quantities_of_one_objective():
     assert ef.ggn_trace(obj).value == pytest.approx(float(G.trace()), rel=1e-8)
     scores = ef.score_matrix(obj)
     assert relative_error(scores.mean(0), obj.gradient()) < 1e-8
+
+
+@pytest.mark.parametrize("how", ["by_jvp", "by_dual_numbers"])
+def test_scores_of_models_in_forward_mode(how: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        obj = objective("LayerNorm", how)
+        assert relative_error(ef.score_matrix(obj).mean(0), obj.gradient()) < 1e-10
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(2, 0, 1), (3, 1, 2), (1, 2, 3)])
+def test_transposed_convolutions_are_those_of_torch(
+    axes: int, stride: int, padding: int, dilation: int
+):
+    function = getattr(F, f"conv_transpose{axes}d")
+    x, w = torch.randn(2, 4, *[4] * axes).double(), torch.randn(4, 3, *[3] * axes).double()
+    for extra in range(max(stride, dilation)):
+        for bias in (None, torch.randn(6).double()):
+            options = {"stride": stride, "padding": padding, "output_padding": extra}
+            given = (x, w, bias), {**options, "groups": 2, "dilation": dilation}
+            mine = FORMULAS[function](*given[0], **given[1])
+            assert torch.allclose(mine, function(*given[0], **given[1]), atol=1e-12)
 
 
 def test_a_model_without_input_derivative_keeps_torchs_layers():

@@ -168,3 +168,11 @@ def test_sparse_parameters_and_functions_are_refused_by_name():
         Objective(model, "cross_entropy", (X, Y))
     with pytest.raises(ValueError, match=r"an nn\.Module, got function .*put a function into"):
         Objective(_closure(network()[0]), "cross_entropy", (X, Y))
+
+
+def test_a_module_in_two_places_is_taken():
+    """torch's functional call leaves the tensors it was given in such a module."""
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Sequential(layer))
+    obj = Objective(model, "mse", (torch.randn(4, 3), torch.randn(4, 3)))
+    assert obj.num_params == 12
