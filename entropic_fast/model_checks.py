@@ -500,7 +500,7 @@ def _writes_far_away(obj: Objective, theta: Tensor, inputs: Tree) -> bool:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num())
+    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _random_state(device: torch.device) -> Tensor:

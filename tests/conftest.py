@@ -82,6 +82,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_programs():
+    """No test finds what another has captured, and compared with autograd."""
+    from entropic_fast.curvature.jets import shared_programs
+
+    shared_programs.forget()
+
+
 @dataclass
 class Ended:
     """How a command of the command line ended."""

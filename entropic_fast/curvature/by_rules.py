@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import trees
 from ..loss_functions import origin
 from ..objective import NonFiniteLossError, Objective
 from .agreement import coarsest_dtype, require_agreement, rules_are_off
@@ -53,8 +54,9 @@ class ByRules(Compilable):
             engine = JetEngine(self.obj, self.theta, self._budget)
             for sample in engine.samples():
                 checked = engine.program(sample).checked
-                if (self.kind, self._loss) not in checked and self._agrees(engine, sample):
-                    checked.add(self.kind, self._loss)
+                kind = self.kind, trees.form(sample.targets)
+                if (kind, self._loss) not in checked and self._agrees(engine, sample):
+                    checked.add(kind, self._loss)
         except NotCapturedError as why:
             self._say_why(str(why))
             return None

@@ -235,6 +235,8 @@ def _with_backward(
     cotangents = [next(leaves) for _ in marked]
     before = [next(leaves) for _ in marked]
     joint.graph.eliminate_dead_code()
+    constants = {n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"}
+    joint.graph.owning_module = None  # which holds the model's tensors too
     return Graph(
         nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
         parameters=placeholders[:p],
@@ -244,9 +246,7 @@ def _with_backward(
         outputs=outputs_node,
         gradients=gradients,
         cotangents=dict(zip(before, cotangents, strict=True)),
-        constants={
-            n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"
-        },
+        constants=constants,
     )
 
 

@@ -25,6 +25,7 @@ from .capture import capture
 from .hidden import NotCapturedError
 from .loss import LossAt
 from .program import Program, Values
+from .shared_programs import Architecture, find, keep, reading
 from .step import Sum
 from .tile_graphs import TileGraphs
 from .tiles import SHAPES, Tile, Tiling
@@ -263,26 +264,34 @@ class JetEngine:
         return values, loss
 
 
-# Programs of a model, by what they depend on; or why there is none.
-_programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | NotCapturedError]]
-_programs = WeakKeyDictionary()
+# Programs of a model, by what they depend on; or why it has none (an error would hold the model).
+_programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | str]] = WeakKeyDictionary()
 
 
 def program_for(obj: Objective, theta: Tensor, inputs: Tree) -> Program:
-    """The program of an objective's model for inputs like these, captured once."""
-    key = (trees.form(inputs), theta.dtype, tuple(obj.buffers))
+    """The program of an objective's model for inputs like these, captured once an architecture."""
+    key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
     with forward_lock, model_lock(obj._model):
         known = _programs.setdefault(obj._model, OrderedDict())
         if key in known:
             known.move_to_end(key)
         else:
-            try:
-                known[key] = Program(capture(obj, theta, inputs))
-            except NotCapturedError as why:
-                known[key] = why
+            known[key] = _program_or_reason(obj, theta, inputs, key)
             while len(known) > SHAPES:
                 known.popitem(last=False)
         found = known[key]
-    if isinstance(found, NotCapturedError):
-        raise found
+    if isinstance(found, str):
+        raise NotCapturedError(found)
+    return found
+
+
+def _program_or_reason(obj: Objective, theta: Tensor, inputs: Tree, key: Any) -> Program | str:
+    architecture = Architecture(obj, *key)
+    found: Program | str | None = find(obj, theta, inputs, architecture)
+    if found is None:
+        try:
+            found = Program(capture(obj, theta, inputs))
+        except NotCapturedError as why:
+            found = str(why)
+        keep(found, architecture)
     return found

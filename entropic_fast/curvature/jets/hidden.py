@@ -27,8 +27,11 @@ class NotCapturedError(RuntimeError):
     """A model whose graph does not say all there is to its derivatives; the message says why."""
 
 
-def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> None:
+def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tensor:
     """Refuse a model with derivatives that its operations do not show, for inputs [n, ...].
+
+    Returns:
+        the outputs at theta.
 
     Raises:
         NotCapturedError: naming what it has.
@@ -46,6 +49,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> None:
         if isinstance(node, BackwardCFunction):
             name = type(node).__name__
             raise NotCapturedError(f"the model has a backward pass of its own ({name})")
+    return outputs.detach()
 
 
 class Watch(TorchFunctionMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ... import trees
+from ...architecture import key_of
 from ...trees import Tree
 from . import batch_norm, convolution
 from .capture import Graph
@@ -57,8 +58,13 @@ class Values(dict[fx.Node, Any]):
         return sum(storages.values())
 
 
+_LOSSES = 256  # that models of an architecture share, at most
+
+
 class Checked:
     """Kinds of results and the losses for which they were compared; keeps no loss alive.
+
+    Losses that compute the same are one for all models of an architecture.
 
     >>> checked, loss = Checked(), torch.nn.MSELoss()
     >>> checked.add("hessian", loss)
@@ -66,15 +72,25 @@ class Checked:
     (True, False)
     """
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int], Any] = {}
+    def __init__(self, shared: set[Hashable] | None = None) -> None:
+        self._known: dict[tuple[Hashable, int], Any] = {}
+        self._shared: set[Hashable] = set() if shared is None else shared
 
-    def __contains__(self, pair: tuple[str, Any]) -> bool:
+    def for_another_model(self) -> Checked:
+        """What is known for the losses of another model of the same architecture."""
+        return Checked(self._shared)
+
+    def __contains__(self, pair: tuple[Hashable, Any]) -> bool:
         kind, loss = pair
         known = self._known.get((kind, id(loss)))  # losses need not be hashable
-        return known is not None and known() is loss
+        if known is not None and known() is loss:
+            return True
+        return (kind, key_of(loss)) in self._shared
 
-    def add(self, kind: str, loss: Any) -> None:
+    def add(self, kind: Hashable, loss: Any) -> None:
+        alike = key_of(loss)
+        if alike is not None and len(self._shared) < _LOSSES:
+            self._shared.add((kind, alike))
         key = kind, id(loss)
         if loss is None:  # for what depends on none
             self._known[key] = lambda: None

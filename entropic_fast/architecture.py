@@ -1,0 +1,411 @@
+"""A key that models have in common only if they compute the same function of their tensors.
+
+It is made of everything that a forward pass may read: types and the code of their methods,
+attributes, hooks, closures, module-level names, and by value each tensor that is not given from
+outside. Whatever is not understood gives no key, and the model then shares nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import logging
+import struct
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _modules
+
+from .code_names import Reads, reads_of
+
+# Packages whose code is constant: its functions and classes are the same if they are one object.
+_LIBRARIES = frozenset(
+    {"torch", "torchvision", "transformers", "timm", "numpy", "entropic_fast"}
+    | set(sys.stdlib_module_names)
+)
+logger = logging.getLogger(__name__)
+
+_LIMIT = 200_000  # entries of a key
+_LARGE = 2**31  # bytes of tensors to compare by value
+# Bytes of an instance of a class written in Python that has no slots: the rest is state in C.
+_PLAIN = 32
+_HEAP_TYPE = 1 << 9
+
+Key = tuple[Hashable, ...]
+
+
+class _UnknownError(Exception):
+    """Something whose influence on a forward pass is not understood."""
+
+
+def key_of(
+    *things: Any, given: Iterable[Tensor] = (), constants: list[Tensor] | None = None
+) -> Key | None:
+    """A key that equal things have in common; None where something is not understood.
+
+    Args:
+        things: models, losses, settings.
+        given: tensors whose values come from outside, so that only what they look like counts.
+        constants: where to put all other tensors, in an order that equal things share.
+
+    >>> key_of(nn.Linear(2, 3), 0.5) == key_of(nn.Linear(2, 3), 0.5)  # two sets of weights
+    False
+    >>> a, b = nn.ReLU(), nn.ReLU(inplace=True)
+    >>> key_of(a) == key_of(nn.ReLU()), key_of(a) == key_of(b)
+    (True, False)
+    """
+    walk = _Walk(given)
+    try:
+        for thing in things:
+            walk.visit(thing)
+    except (_UnknownError, RecursionError) as why:
+        logger.debug("not compared with other models: %s", why)
+        return None
+    if constants is not None:
+        constants += walk.constants
+    return tuple(walk.found)
+
+
+def settings() -> tuple[Any, ...]:
+    """What a forward pass reads of the process."""
+    return (
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_mkldnn_enabled(),
+        *(list(hooks.values()) for hooks in _global_hooks()),
+    )
+
+
+def _global_hooks() -> list[Mapping[int, Any]]:
+    return [
+        getattr(_modules, f"_global_{kind}_hooks")
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ]
+
+
+class _Same:
+    """Equal to itself alone, by identity; keeps nothing alive."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, thing: Any) -> None:
+        self._id = id(thing)
+        try:
+            self._ref: Callable[[], Any] = ref(thing)
+        except TypeError:
+            if not isinstance(thing, _IMMORTAL):
+                raise _UnknownError(type(thing).__name__) from None
+            self._ref = lambda: thing
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __eq__(self, other: object) -> bool:
+        thing = self._ref()
+        return isinstance(other, _Same) and thing is not None and thing is other._ref()
+
+
+_IMMORTAL = (
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+)
+_PLAIN_VALUES = (
+    str, bytes, torch.dtype, torch.layout, torch.memory_format, torch.device, range, type(None),
+    type(Ellipsis), type(NotImplemented), bool, int,
+)  # fmt: skip
+_BY_IDENTITY = (
+    *_IMMORTAL, types.BuiltinFunctionType, logging.Logger,
+    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+)  # fmt: skip
+_PLACES = (types.MemberDescriptorType, type(vars(Reads)["names"]))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Of hooks, beside the hooks themselves; of loading and saving; and views of parameters.
+_NOT_READ = frozenset({
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks", "_compiled_call_impl",
+})  # fmt: skip
+_OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})
+_NOT_OF_CLASSES = frozenset({
+    "__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__annotations__",
+    "__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__match_args__",
+    "__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__type_params__", "__slots__",
+})  # fmt: skip
+
+
+class _Walk:
+    """Writes down what it visits, and what is met again as such."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self.found: list[Hashable] = []
+        self._given = {id(tensor): tensor for tensor in given}
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []  # so that no id is another's
+        self.constants: list[Tensor] = []
+        self._bytes = 0
+
+    def visit(self, thing: Any) -> None:
+        if len(self.found) > _LIMIT:
+            raise _UnknownError("too much to compare")
+        kind = type(thing)
+        if kind in _PLAIN_VALUES:
+            self.found.append((kind.__name__, thing))
+        elif kind in (float, complex):  # 0.0 is -0.0, and NaN is not NaN
+            value = complex(thing)
+            self.found.append((kind.__name__, struct.pack("dd", value.real, value.imag)))
+        elif id(thing) in self._seen:
+            if id(thing) in self._given:
+                raise _UnknownError("a parameter held as an attribute too")
+            self.found.append(("again", self._seen[id(thing)]))
+        else:
+            self._notice(thing)
+            self._first(thing)
+
+    def _notice(self, thing: Any) -> None:
+        self._seen[id(thing)] = len(self._seen)
+        self._alive.append(thing)
+
+    def _first(self, thing: Any) -> None:
+        for kinds, method in _METHODS:
+            if isinstance(thing, kinds):
+                method(self, thing)
+                return
+        self._instance(thing)
+
+    def _many(self, name: str, things: Iterable[Any]) -> None:
+        things = list(things)
+        self.found.append((name, len(things)))
+        for thing in things:
+            self.visit(thing)
+
+    # -- values ----------------------------------------------------------------------------
+
+    def _tensor(self, tensor: Tensor) -> None:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            raise _UnknownError(type(tensor).__name__)
+        if id(tensor) in self._given:  # not in its place: read past what is given
+            raise _UnknownError("a parameter held as an attribute")
+        self.found.append((*_looks(tensor), tensor.stride(), tensor.requires_grad))
+        self._bytes += tensor.numel() * tensor.element_size()
+        if self._bytes > _LARGE or tensor.is_meta:
+            raise _UnknownError("too much to compare")
+        self.constants.append(tensor)
+        kept = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        content = kept.reshape(-1).view(torch.uint8).numpy()
+        self.found.append(hashlib.sha256(content.data).digest())
+
+    def _array(self, array: Any) -> None:
+        if array.dtype.hasobject:
+            raise _UnknownError("an array of objects")
+        self.found.append((type(array).__name__, str(array.dtype), array.shape))
+        self.found.append(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
+
+    def _sequence(self, things: Any) -> None:
+        self._type_of(things)
+        self._many("sequence", things)
+
+    def _set(self, things: Any) -> None:
+        if not all(type(thing) in (str, int) for thing in things):
+            raise _UnknownError("a set")
+        self._type_of(things)
+        self._many("set", sorted(things, key=repr))
+
+    def _mapping(self, things: Any) -> None:
+        self._type_of(things)
+        self._many("mapping", (part for pair in dict.items(things) for part in pair))
+
+    def _type_of(self, thing: Any) -> None:
+        """The type of a container, and attributes beside what it contains."""
+        self.visit(type(thing))
+        self.visit(getattr(thing, "default_factory", None))
+        if getattr(thing, "__dict__", None):
+            self.visit(vars(thing))
+
+    def _enum(self, member: enum.Enum) -> None:
+        self.visit(type(member))
+        self.visit(member.value)
+
+    # -- code ------------------------------------------------------------------------------
+
+    def _python_module(self, module: types.ModuleType) -> None:
+        if not _is_library(module.__name__):
+            raise _UnknownError(f"all of the module {module.__name__}")
+        self.found.append(_Same(module))
+
+    def _identity(self, thing: Any) -> None:
+        owner = getattr(thing, "__self__", None)  # of a function written in C
+        if owner is None or isinstance(owner, types.ModuleType | type):
+            self.found.append(_Same(thing))
+        else:
+            self.found.append(thing.__name__)
+            self.visit(owner)
+
+    def _function(self, function: types.FunctionType) -> None:
+        original = getattr(function, "_torchdynamo_orig_callable", None)
+        if original is not None:  # compiled, but run as it was written
+            self.visit(original)
+            return
+        self.found.append(_Same(function.__code__))
+        self.visit(function.__defaults__)
+        self.visit(function.__kwdefaults__)
+        cells = function.__closure__ or ()
+        self._many("closure", (cell.cell_contents for cell in cells if not _is_empty(cell)))
+        if _is_library(function.__globals__.get("__name__")):
+            return
+        self.visit(vars(function))
+        reads = reads_of(function.__code__)
+        for name in reads.imports:
+            if not _is_library(name):  # its attributes may change
+                raise _UnknownError(f"an import of {name} within a function")
+        for first, *further in reads.names:
+            value = function.__globals__.get(first, "not there")
+            while further and isinstance(value, types.ModuleType):
+                value = getattr(value, further.pop(0), "not there")
+            self.found.append(first)
+            self.visit(value)
+
+    def _method(self, method: types.MethodType) -> None:
+        self.found.append("method")
+        self.visit(method.__func__)
+        self.visit(method.__self__)
+
+    def _partial(self, partial: functools.partial[Any]) -> None:
+        self._many("partial", (type(partial), partial.func, partial.args, partial.keywords))
+
+    def _wrapper(self, thing: Any) -> None:
+        """A static or class method, or a function whose results are cached."""
+        self.found.append(type(thing).__name__)
+        self.visit(thing.__wrapped__)
+
+    def _property(self, thing: property) -> None:
+        self._many("property", (thing.fget, thing.fset, thing.fdel))
+
+    def _class(self, cls: type) -> None:
+        named = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+        if _is_library(cls.__module__) and named is cls:
+            self.found.append(_Same(cls))
+            if issubclass(cls, nn.Module):  # or another put in its place
+                self.found.append(_Same(cls.forward))
+            return
+        if issubclass(cls, enum.Enum):
+            self.found.append(_Same(cls))
+            return
+        if cls.__module__ == "torch.nn.utils.parametrize":  # made for one model alone
+            self._many("parametrized", (*cls.__bases__, *vars(cls)))
+            return
+        self.found.append((cls.__module__, cls.__qualname__))
+        self._many("bases", (*cls.__bases__, type(cls)))
+        for name, value in vars(cls).items():
+            if name not in _NOT_OF_CLASSES and not isinstance(value, _PLACES):
+                self.found.append(name)
+                self.visit(value)
+
+    # -- objects ---------------------------------------------------------------------------
+
+    def _module(self, module: nn.Module) -> None:
+        self.visit(type(module))
+        recurrent = isinstance(module, nn.RNNBase)
+        for name, value in vars(module).items():
+            if name in _NOT_READ or (recurrent and name in _OF_RECURRENT):
+                continue
+            self.found.append(name)
+            if name in _HOOKS:
+                self._hooks(module, name, value)
+            elif name in ("_parameters", "_buffers"):
+                for own, tensor in value.items():
+                    self.found.append(own)
+                    self._placed(tensor)
+            else:
+                self.visit(value)
+
+    def _placed(self, tensor: Tensor | None) -> None:
+        """A parameter or buffer in its place: one that is given counts by its looks alone."""
+        if tensor is None or id(tensor) not in self._given:
+            self.visit(tensor)
+        elif id(tensor) in self._seen:
+            self.found.append(("again", self._seen[id(tensor)]))
+        else:
+            self._notice(tensor)
+            self.found.append(("given", *_looks(tensor)))
+
+    def _hooks(self, module: nn.Module, name: str, hooks: Mapping[int, Any]) -> None:
+        kinds = [getattr(module, f"{name}_{kind}", {}) for kind in ("with_kwargs", "always_called")]
+        for number, hook in hooks.items():
+            self.found.append(tuple(number in kind for kind in kinds))
+            self.visit(hook)
+
+    def _instance(self, thing: Any) -> None:
+        """An object of a class written in Python is its class and its attributes."""
+        cls = type(thing)
+        bases = [base for base in cls.__mro__ if base is not object]
+        in_python = [base.__flags__ & _HEAP_TYPE or base is SimpleNamespace for base in bases]
+        slots = [name for base in bases for name in _slots(base)]
+        if (
+            not bases
+            or not all(in_python)
+            or cls.__basicsize__ > _PLAIN + 8 * len(slots)
+            or not (slots or hasattr(thing, "__dict__"))
+        ):
+            raise _UnknownError(cls.__name__)
+        self.visit(cls)
+        for name in slots:
+            self.visit(getattr(thing, name, None))
+        self.visit(getattr(thing, "__dict__", None))
+
+
+_Method = Callable[[_Walk, Any], None]
+_METHODS: tuple[tuple[Any, _Method], ...] = (
+    (Tensor, _Walk._tensor),
+    (nn.Module, _Walk._module),
+    (type, _Walk._class),
+    (enum.Enum, _Walk._enum),
+    ((np.ndarray, np.generic), _Walk._array),
+    (dict, _Walk._mapping),
+    ((set, frozenset), _Walk._set),
+    ((tuple, list, deque), _Walk._sequence),
+    (types.FunctionType, _Walk._function),
+    (types.MethodType, _Walk._method),
+    (functools.partial, _Walk._partial),
+    ((staticmethod, classmethod, functools._lru_cache_wrapper), _Walk._wrapper),
+    (property, _Walk._property),
+    (types.ModuleType, _Walk._python_module),
+    (_BY_IDENTITY, _Walk._identity),
+)
+
+
+def _slots(cls: type) -> list[str]:
+    names = vars(cls).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if any(name.startswith("__") and not name.endswith("__") for name in names):
+        raise _UnknownError("a private slot")
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
+
+
+def _looks(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def _is_library(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] in _LIBRARIES
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
