@@ -164,8 +164,7 @@ class Objective:
         self._loss_dtype: torch.dtype | None = None  # once it is known
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
-        self._choose_outputs(output)
-        model_checks.require_model(self, given=model)
+        model_checks.require_model(self, given=model, batch=self._choose_outputs(output))
 
     # -- parameters ------------------------------------------------------------------------
 
@@ -530,12 +529,14 @@ class Objective:
             outputs = outputs.expand(trees.size(targets))
         return outputs
 
-    def _choose_outputs(self, part: str | int | None) -> None:
-        """Settle what of the model's output the loss takes."""
+    def _choose_outputs(self, part: str | int | None) -> Batch | None:
+        """Settle what of the model's output the loss takes; the batch to check the model on."""
         batch, output = model_checks.first_output(self)
         self._reader = reader_of(output, part, self._loss, batch.targets, self._reader.form)
         if self._reader.loss is not None:
             self.examples, self._loss = self.examples.including_targets(), computed_inside
+            return None
+        return batch
 
     def require_outputs(self, what: str) -> None:
         """Refuse what needs the model's outputs where the loss takes many parts of them.

@@ -83,11 +83,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def own_programs():
-    """No test finds what another has captured, and compared with autograd."""
-    from entropic_fast.curvature.jets import shared_programs
+def nothing_known():
+    """No test finds what another has captured, checked, or compared with autograd."""
+    from entropic_fast import architecture
 
-    shared_programs.forget()
+    architecture.forget()
 
 
 @dataclass

@@ -409,7 +409,7 @@ def test_no_model_is_kept_alive():
         del model, obj, operator
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
-    assert shared_programs._programs
+    assert shared_programs.programs
 
 
 def test_no_refused_model_is_kept_alive():
@@ -423,10 +423,10 @@ def test_no_refused_model_is_kept_alive():
 
 
 def test_few_programs_are_kept(monkeypatch):
-    monkeypatch.setattr(shared_programs, "KEPT", 2)
+    monkeypatch.setattr(shared_programs.programs, "most", 2)
     for width in (2, 3, 4):
         assert_right(objective(sized(width)))
-    assert len(shared_programs._programs) == 2
+    assert len(shared_programs.programs) == 2
 
 
 def test_a_model_without_key_is_captured_by_itself(captures):

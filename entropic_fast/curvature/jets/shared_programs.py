@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import trees
-from ...architecture import Key, key_of, settings
+from ...architecture import Kept, key_of, objective_key
 from ...exact import exact_math
 from ...objective import Objective
 from ...trees import Tree
@@ -28,16 +26,14 @@ from .program import Program
 
 logger = logging.getLogger(__name__)
 
-KEPT = 32  # programs
 _LARGE = 2**20  # bytes of constants that a kept program may hold
 _ROUNDINGS = 1e3  # of the outputs' norm, by which outputs of the same graph may differ
 _EXAMPLES = 4  # to compare, of a program's
 _SHIFT = 0.1  # relative, of parameters
 _PERIOD = 8191  # of the pattern that shifts them: prime, so that no rows of a matrix are alike
 
-# What is kept: programs without the tensors of any model, or why there is none.
-_programs: OrderedDict[Key, Program | str] = OrderedDict()
-_lock = threading.Lock()
+# Programs without the tensors of any model, or why an architecture has none.
+programs: Kept[Program | str] = Kept(32)
 
 
 class Architecture:
@@ -49,27 +45,14 @@ class Architecture:
     """
 
     def __init__(self, obj: Objective, *like: Hashable) -> None:
-        model = obj._model
-        given = [p for name, p in model.named_parameters() if name in set(obj.parameter_names)]
         self.constants: list[Tensor] = []
-        self.key = key_of(
-            like,
-            settings(),
-            model,
-            *_read(obj),
-            given=[*given, *model.buffers()],
-            constants=self.constants,
-        )
+        self.key = objective_key(obj, like, constants=self.constants)
 
 
 def reading(obj: Objective) -> Hashable:
     """What an objective takes of its model's output; objectives may share the model."""
-    part, loss = _read(obj)
-    return part, loss is not None and (key_of(loss) or id(loss))
-
-
-def _read(obj: Objective) -> tuple[Any, Any]:
-    return obj._reader.part, obj._reader.loss
+    loss = obj._reader.loss
+    return obj._reader.part, loss is not None and (key_of(loss) or id(loss))
 
 
 def find(
@@ -79,13 +62,8 @@ def find(
 
     None if nothing is known.
     """
-    key = architecture.key
-    with _lock:
-        known = None if key is None else _programs.get(key)
-        if known is None:
-            return None
-        _programs.move_to_end(key)  # type: ignore[arg-type]
-    if isinstance(known, str):
+    known = programs.get(architecture.key)
+    if known is None or isinstance(known, str):
         return known
     program = _with_constants(known, architecture)
     if _gives_outputs(program, obj, theta, inputs):
@@ -96,21 +74,9 @@ def find(
 
 def keep(found: Program | str, architecture: Architecture) -> None:
     """Keep what was found for an architecture, for other objectives; no model is kept alive."""
-    if architecture.key is None:
-        return
     kept = found if isinstance(found, str) else _bare(found, architecture)
-    if kept is None:
-        return
-    with _lock:
-        _programs[architecture.key] = kept
-        while len(_programs) > KEPT:
-            _programs.popitem(last=False)
-
-
-def forget() -> None:
-    """Forget all that is kept."""
-    with _lock:
-        _programs.clear()
+    if kept is not None:
+        programs.put(architecture.key, kept)
 
 
 def _bare(program: Program, architecture: Architecture) -> Program | None:
