@@ -79,6 +79,13 @@ class Watcher(TorchFunctionMode):
                 f"torch.special.{func.__name__[len('special_') :]}, for a constant in its gradient",
                 "write it as a torch.autograd.Function with its derivative",
             )
+        if getattr(func, "__name__", "") == "flex_attention":
+            raise checks.fail(
+                "model",
+                "attention with derivatives",
+                "flex_attention, which has none on CPUs and no second one on GPUs",
+                "use F.scaled_dot_product_attention, with the scores to add as attn_mask",
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,7 @@ from . import checks, trees
 from .architecture import Kept, objective_key
 from .derivatives import AnyOrder, Watcher, require_right_gradients
 from .devices import is_gpu
+from .eager import eager
 from .exact import exact_math
 from .examples import Batch, WithTargets
 from .loss_checks import require_fitting
@@ -317,7 +318,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
         inputs = batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
         args, kwargs = reader.form.arguments(inputs)
         values = {**obj.split(theta.clone()), **obj.buffers}
-        with torch.no_grad(), exact_math(), AnyOrder(), model_lock(obj._model):
+        with torch.no_grad(), exact_math(), eager(), AnyOrder(), model_lock(obj._model):
             return obj.functional(values)(*args, **kwargs)
 
     few = obj.examples.check_batch()

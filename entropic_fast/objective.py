@@ -17,6 +17,7 @@ from . import checks, model_checks, trees
 from .batch_format import BatchFormat
 from .derivatives import AnyOrder
 from .devices import is_gpu
+from .eager import eager
 from .exact import NativeRecurrence, exact_math, no_autocast
 from .examples import Batch, Examples, WithTargets
 from .live_model import StatisticsPoint, read_model
@@ -523,7 +524,7 @@ class Objective:
         if isinstance(inputs, WithTargets):
             inputs, targets = inputs
         args, kwargs = reader.form.arguments(inputs)
-        with self.formulas():
+        with eager(), self.formulas():
             outputs: Tensor = reader(model(*args, **kwargs), targets)
         if reader.loss is not None and outputs.ndim == 0 and self.coupled:
             outputs = outputs.expand(trees.size(targets))
@@ -564,7 +565,7 @@ class Objective:
 
         Of a coupled objective, n times the one loss.
         """
-        with no_autocast(), self.formulas():
+        with eager(), no_autocast(), self.formulas():
             found = self._loss(widened(outputs), targets)
         if self.coupled and isinstance(found, Tensor) and found.ndim == 0:
             return found.expand(trees.size(targets))

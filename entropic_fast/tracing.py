@@ -12,6 +12,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .eager import inlined
 from .exact import Shared
 
 
@@ -57,5 +58,5 @@ def graph_of(
     >>> [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     ['aten.exp.default', 'aten.add.Tensor']
     """
-    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+    with inlined(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
         return make_fx(function, decomposition_table=decompositions)(*arguments)
