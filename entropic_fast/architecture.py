@@ -13,23 +13,18 @@ import hashlib
 import logging
 import struct
 import sys
-import threading
 import types
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any
 from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
 
 from .code_names import Reads, reads_of
-
-if TYPE_CHECKING:
-    from .objective import Objective
 
 # Packages whose code is constant: its functions and classes are the same if they are one object.
 _LIBRARIES = frozenset(
@@ -45,58 +40,6 @@ _PLAIN = 32
 _HEAP_TYPE = 1 << 9
 
 Key = tuple[Hashable, ...]
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Value]):
-    """The values of the keys that were asked for last; threads may share it.
-
-    >>> kept = Kept(1)
-    >>> kept.put(("a",), 1), kept.put(("b",), 2), kept.put(None, 3)
-    (None, None, None)
-    >>> kept.get(("a",)), kept.get(("b",)), kept.get(None)
-    (None, 2, None)
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-        self._lock = threading.Lock()
-        _kept.append(self)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def get(self, key: Key | None) -> Value | None:
-        """The value of a key, None if there is none."""
-        with self._lock:
-            if key is None or key not in self._values:
-                return None
-            self._values.move_to_end(key)
-            return self._values[key]
-
-    def put(self, key: Key | None, value: Value) -> None:
-        """Keep a value; nothing happens without a key."""
-        if key is None:
-            return
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self.most:
-                self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        """Keep nothing more."""
-        with self._lock:
-            self._values.clear()
-
-
-_kept: list[Kept[Any]] = []
-
-
-def forget() -> None:
-    """Forget what is known of all architectures."""
-    for kept in _kept:
-        kept.clear()
 
 
 class _UnknownError(Exception):
@@ -129,46 +72,6 @@ def key_of(
     if constants is not None:
         constants += walk.constants
     return tuple(walk.found)
-
-
-def objective_key(
-    obj: Objective, *things: Any, constants: list[Tensor] | None = None
-) -> Key | None:
-    """The key of an objective's model and what is read of its output, whatever theta and buffers.
-
-    Args:
-        things: what counts besides.
-        constants: as `key_of`.
-    """
-    model, names, reader = obj._model, set(obj.parameter_names), obj._reader
-    given = [p for name, p in model.named_parameters() if name in names]
-    return key_of(
-        settings(),
-        model,
-        (reader.part, reader.loss, obj.norm, str(obj.dtype)),
-        *things,
-        given=[*given, *model.buffers()],
-        constants=constants,
-    )
-
-
-def settings() -> tuple[Any, ...]:
-    """What a forward pass reads of the process."""
-    return (
-        torch.get_default_dtype(),
-        str(torch.get_default_device()),
-        torch.are_deterministic_algorithms_enabled(),
-        torch._C._get_cudnn_enabled(),
-        torch._C._get_mkldnn_enabled(),
-        *(list(hooks.values()) for hooks in _global_hooks()),
-    )
-
-
-def _global_hooks() -> list[Mapping[int, Any]]:
-    return [
-        getattr(_modules, f"_global_{kind}_hooks")
-        for kind in ("forward", "forward_pre", "backward", "backward_pre")
-    ]
 
 
 class _Same:

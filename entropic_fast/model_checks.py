@@ -14,12 +14,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import checks, trees
-from .architecture import Kept, objective_key
 from .derivatives import AnyOrder, Watcher, require_right_gradients
 from .devices import is_gpu
 from .eager import eager
 from .exact import exact_math
 from .examples import Batch, WithTargets
+from .known import Kept, objective_key
 from .loss_checks import require_fitting
 from .loss_functions import closed_form, origin
 from .modules import require_no_references

@@ -85,9 +85,9 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def nothing_known():
     """No test finds what another has captured, checked, or compared with autograd."""
-    from entropic_fast import architecture
+    from entropic_fast import known
 
-    architecture.forget()
+    known.forget()
 
 
 @dataclass

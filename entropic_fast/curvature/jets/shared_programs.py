@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ... import trees
-from ...architecture import Kept, key_of, objective_key
+from ...architecture import key_of
 from ...exact import exact_math
+from ...known import Kept, objective_key
 from ...objective import Objective
 from ...trees import Tree
 from .hidden import require_nothing_hidden
@@ -50,9 +51,10 @@ class Architecture:
 
 
 def reading(obj: Objective) -> Hashable:
-    """What an objective takes of its model's output; objectives may share the model."""
+    """How an objective runs its model, which objectives may share."""
     loss = obj._reader.loss
-    return obj._reader.part, loss is not None and (key_of(loss) or id(loss))
+    taken = loss is not None and (key_of(loss) or id(loss))
+    return obj._reader.part, taken, obj.takes_derivatives
 
 
 def find(
