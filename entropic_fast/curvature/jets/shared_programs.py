@@ -54,7 +54,7 @@ def reading(obj: Objective) -> Hashable:
     """How an objective runs its model, which objectives may share."""
     loss = obj._reader.loss
     taken = loss is not None and (key_of(loss) or id(loss))
-    return obj._reader.part, taken, obj.takes_derivatives
+    return obj._reader.part, taken, obj.takes_derivatives, obj._written
 
 
 def find(
