@@ -549,3 +549,19 @@ def test_losses_of_the_same_settings_are_compared_once():
     assert Objective(network(), nn.NLLLoss(), (x, CLASSES))._loss.origin is not kept[1]
     assert origin(nn.MSELoss(), x[:, :3]) is kept[2]
     assert origin(nn.MSELoss(reduction="none"), x[:, :3]) is not kept[2]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gauss_newton_trace_of_pixels(smoothing: float):
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, C, 1)).double()
+    labels = torch.arange(4 * 2 * 3).view(4, 2, 3) % (C + 1) - 1
+    loss = nn.CrossEntropyLoss(WEIGHT, ignore_index=-1, label_smoothing=smoothing)
+    x = randn(4, 2, 3, 4)
+    obj = Objective(model, loss, (x, labels), batch_size=3)
+    assert obj.loss() == pytest.approx(loss(model(x), labels).item(), rel=1e-13)
+    matrix = GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)
+    assert ggn_trace(obj).value == pytest.approx(float(matrix.trace()), rel=1e-10)
+    by = ggn_trace(obj, by="module")
+    assert sum(e.value for e in by.values()) == pytest.approx(float(matrix.trace()), rel=1e-10)

@@ -19,7 +19,6 @@ from ..examples import Batch, Examples, RepeatedExamples
 from ..loss_cross_entropy import CrossEntropy
 from ..loss_elementwise import DiagonalLoss
 from ..loss_functions import closed_form, widened
-from ..loss_reductions import ReducedLoss
 from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
@@ -229,35 +228,71 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
         targets = trees.mapped(lambda t: t.double() if t.is_floating_point() else t, targets)
-    known = isinstance(closed, DiagonalLoss) or _has_class_factors(closed, outputs)
-    if known and not checks.all_finite(obj.output_losses(free, targets)):
+    by_class = closed if isinstance(closed, CrossEntropy) and closed.by_class else None
+    if by_class is not None and outputs.ndim == 2 and not _has_class_factors(outputs):
+        by_class = None
+    diagonal = closed if isinstance(closed, DiagonalLoss) else None
+    known = by_class or diagonal
+    if known is not None and not checks.all_finite(obj.output_losses(free, targets)):
         obj.finite_losses(theta, batch)  # raises, naming the example
-    if isinstance(closed, DiagonalLoss):
-        directions, signs = _output_factors(closed.curvatures(free, targets))
+    if diagonal is not None:
+        directions, signs = _output_factors(diagonal.curvatures(free, targets))
         return directions.to(dtype), signs
-    if _has_class_factors(closed, outputs):
-        assert isinstance(closed, CrossEntropy)
-        mass = closed.target_mass(free, targets).expand(len(free), 1) * closed.scale(1)
+    if by_class is not None and outputs.ndim > 2:
+        directions, signs = _position_factors(by_class, free, targets)
+        return directions.to(dtype), signs
+    if by_class is not None:
+        mass = by_class.target_mass(free, targets).expand(len(free), 1) * by_class.scale(1)
         directions = _class_factors(free) * mass.abs().sqrt()[:, :, None]
         return directions.to(dtype), mass.sign().expand(directions.shape[:2])
     values, vectors = torch.linalg.eigh(_output_hessians(obj, theta, batch, free, targets))
-    # Eigenvalues that are zero come out as rounding of the largest, in the dtype of the loss.
-    size, eps = values.shape[1], torch.finfo(free.dtype).eps
-    sizes = values.abs()
-    values = values * (sizes > size * eps * sizes.amax(1, keepdim=True))
-    order = values.abs().argsort(1, descending=True)
-    rank = int((values != 0).sum(1).max())
-    order = order[:, :rank]
-    values = values.gather(1, order)
-    vectors = vectors.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, size))
+    values, order = _largest(values, torch.finfo(free.dtype).eps)
+    vectors = vectors.transpose(1, 2).gather(1, order[:, :, None].expand(-1, -1, len(vectors[0])))
     directions = vectors * values.abs().sqrt()[:, :, None]
     return directions.to(dtype), values.sign()
 
 
-def _has_class_factors(loss: ReducedLoss | None, outputs: Tensor) -> bool:
+def _largest(values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n, K] other than zero, the largest first, and their places.  # [n, r] each"""
+    sizes = values.abs()
+    # Eigenvalues that are zero come out as rounding of the largest, in the dtype of the loss.
+    values = values * (sizes > values.shape[1] * eps * sizes.amax(1, keepdim=True))
+    rank = int((values != 0).sum(1).max())
+    order = values.abs().argsort(1, descending=True)[:, :rank]
+    return values.gather(1, order), order
+
+
+def _position_factors(
+    loss: CrossEntropy, outputs: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Directions [n, r, K] and signs [n, r] for a cross-entropy at many positions.
+
+    The Hessian has a block diag p - p p^T for each position: its eigenvectors are found by
+    themselves, in C^3 operations per position.
+    """
+    axis = loss.class_axis
+    scores = outputs.movedim(axis, -1)  # [n, ..., C]
+    positions = scores.shape[1:-1]
+    p = scores.flatten(1, -2).softmax(2)  # [n, S, C]
+    n, count, classes = p.shape
+    mass = loss.target_mass(outputs, targets) * loss.scale(count)
+    mass = mass.movedim(axis, -1) if mass.ndim else mass.expand(n, *positions, 1)
+    values, vectors = torch.linalg.eigh(torch.diag_embed(p) - p[..., None] * p[:, :, None])
+    values = (values * mass.reshape(n, count, 1)).flatten(1)
+    values, order = _largest(values, torch.finfo(outputs.dtype).eps)
+    columns = vectors.transpose(2, 3).flatten(1, 2)  # [n, S C, C]
+    columns = columns.gather(1, order[:, :, None].expand(-1, -1, classes))
+    columns = columns * values.abs().sqrt()[:, :, None]
+    directions = columns.new_zeros(n, order.shape[1], count, classes)
+    place = (order // classes)[:, :, None, None].expand(-1, -1, 1, classes)
+    directions.scatter_(2, place, columns[:, :, None])
+    directions = directions.view(n, -1, *positions, classes).movedim(-1, axis + 1)
+    return directions.flatten(2), values.sign()
+
+
+def _has_class_factors(outputs: Tensor) -> bool:
     """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
-    by_class = isinstance(loss, CrossEntropy) and loss.by_class
-    return by_class and outputs.ndim == 2 and outputs.shape[1] > SMALL and is_gpu(outputs.device)
+    return outputs.shape[1] > SMALL and is_gpu(outputs.device)
 
 
 def _output_factors(curvatures: Tensor) -> tuple[Tensor, Tensor]:
