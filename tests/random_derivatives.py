@@ -80,7 +80,7 @@ DERIVATIVES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     f.__name__: f
     for f in (force, residual, second_order, by_func_grad, by_vmap, by_jvp, by_dual_numbers)
 }
-WEIGHTS = {"force": 4, "residual": 3, "second_order": 3, "by_jvp": 2, "by_dual_numbers": 2}
+WEIGHTS = {"force": 2, "residual": 2, "second_order": 2}
 
 
 class InputDerivative(nn.Module):

@@ -51,13 +51,13 @@ class RandomLoss:
 
 def random_loss(draw: Draw, shape: Shape) -> RandomLoss:
     """A loss for outputs of this shape, one example's."""
-    kinds = [_pointwise, _pointwise, _named_pointwise, _own]
+    kinds = [*[_pointwise] * 5, _named_pointwise, _named_pointwise, _own]
     if shape[0] > 1:
-        kinds += [_cross_entropy] * 3 + [_named_cross_entropy, _negative_log_likelihood]
+        kinds += [_cross_entropy] * 4 + [_named_cross_entropy, _negative_log_likelihood]
     if len(shape) == 1 and shape[0] > 1:
-        kinds += [_margins]
+        kinds += [_margins] * 2
     if len(shape) == 1:
-        kinds += [_several]
+        kinds += [_several] * 2
     if len(shape) == 2 and min(shape) > 1:
         kinds += [_next_token] * 6
     return draw.one(*kinds)(draw, shape)
@@ -220,14 +220,34 @@ def _margins(draw: Draw, shape: Shape) -> RandomLoss:
     reduction = _reduction(draw)
     kind = draw.one("MultiMarginLoss", "MultiLabelSoftMarginLoss", "MultiLabelMarginLoss")
     draw.note(f"loss: nn.{kind}")
-    options = {"margin": 0.7} if kind == "MultiMarginLoss" else {}
-    given, terms = (getattr(nn, kind)(reduction=r, **options) for r in (reduction, "none"))
-    targets: Callable[[int, Shape], Tensor] = _labels
-    if kind == "MultiLabelSoftMarginLoss":
-        targets = _bits
-    elif kind == "MultiLabelMarginLoss":
-        targets = _label_lists
-    return RandomLoss(given, targets, terms, reduction)
+    if kind == "MultiMarginLoss":
+        return RandomLoss(
+            nn.MultiMarginLoss(margin=0.7, reduction=reduction), _labels, _margin, reduction
+        )
+    if kind == "MultiLabelMarginLoss":
+        given = nn.MultiLabelMarginLoss(reduction=reduction)
+        return RandomLoss(given, _label_lists, _label_margin, reduction)
+    given, terms = (nn.MultiLabelSoftMarginLoss(reduction=r) for r in (reduction, "none"))
+    return RandomLoss(given, _bits, terms, reduction)
+
+
+def _margin(outputs: Tensor, labels: Tensor) -> Tensor:
+    """By its formula, as torch has one derivative of it."""
+    rows = []
+    for out, label in zip(outputs, labels.tolist(), strict=True):
+        others = [out[j] for j in range(len(out)) if j != label]
+        rows.append(torch.stack([F.relu(0.7 - out[label] + o) for o in others]).sum() / len(out))
+    return torch.stack(rows) if rows else outputs.new_zeros(0)
+
+
+def _label_margin(outputs: Tensor, labels: Tensor) -> Tensor:
+    rows = []
+    for out, row in zip(outputs, labels.tolist(), strict=True):
+        mine = row[: row.index(-1)] if -1 in row else row
+        others = [j for j in range(len(out)) if j not in mine]
+        gaps = [F.relu(1 - out[i] + out[j]) for i in mine for j in others]
+        rows.append(torch.stack([*gaps, 0 * out[0]]).sum() / len(out))
+    return torch.stack(rows) if rows else outputs.new_zeros(0)
 
 
 def _label_lists(n: int, shape: Shape) -> Tensor:

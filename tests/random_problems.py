@@ -31,7 +31,7 @@ from entropic_fast.objective import Objective
 # Differences of gradients are no derivative of these, for which a value is a constant.
 DETACHED = {
     "output also detached", "weight also detached", "used under no_grad too",
-    "conv under no_grad too", "F.linear of a rounded weight",
+    "conv under no_grad too", "F.linear of a rounded weight", "Embedding with padding_idx",
 }  # fmt: skip
 
 
@@ -112,6 +112,7 @@ class Inner(nn.Module):
         self.mixes = False
         self.squash: Callable[[Tensor], Tensor] | None = None
         self.pack: Callable[[Tensor, Tensor], Any] | None = None
+        self.kind = "tuple"  # of container, one of PACKS where it is one
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Any:
         if isinstance(self.body, WithInput):  # the loss differentiates the outputs
@@ -276,7 +277,7 @@ def _outputs(
         return loss.given, _itself, {}, loss
     kind = draw.one(*PACKS)
     draw.note(f"outputs: {kind}")
-    inner.pack = PACKS[kind]
+    inner.pack, inner.kind = PACKS[kind], kind
     own_loss = loss.given is loss.terms
     if own_loss and draw.chance(0.6):
         draw.note("a loss of several parts")
@@ -311,8 +312,8 @@ def _batches(
     def with_targets(columns: Columns) -> tuple[Columns, Any]:
         with torch.no_grad():
             part = read(inner(columns["x"], columns.get("scale")))
-        while not isinstance(part, Tensor):
-            part = next(iter(part.values() if isinstance(part, dict) else _parts(part)))
+        if not isinstance(part, Tensor):
+            part = unpacked(inner.kind, part)[0]
         return columns, loss.targets(len(part), tuple(part.shape[1:]))
 
     n = len(columns["x"])
@@ -333,10 +334,6 @@ def _batches(
         draw.note("an empty batch")
         pieces.insert(draw.whole(0, 2), _cut(whole, slice(0)))
     return pieces
-
-
-def _parts(output: Any) -> Any:
-    return output if isinstance(output, tuple | list) else vars(output).values()
 
 
 def _cut(batch: tuple[Columns, Any], part: slice) -> tuple[Columns, Any]:
