@@ -168,15 +168,16 @@ def require_model(
         if not _same(losses, again) or not torch.equal(drawn, _random_state(obj.device)):
             raise not_repeatable("loss", lambda: _losses_of(obj, first, batch))
     with torch.enable_grad(), Watcher() as watcher:
+        before = obj.independent
         differentiable = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative
     if given is not None:
         require_no_references(backward_nodes(differentiable), given, obj._model)
-    if not differentiable.requires_grad:
+    if obj.independent > before or not differentiable.requires_grad:
         raise checks.fail(
             "model",
             "a loss that depends on the trainable parameters",
-            "one that does not",
+            f"one that does not, for the first {batch.size} examples",
             "look for torch.no_grad or detach in the model or the loss",
         )
     if losses.is_complex():

@@ -165,6 +165,7 @@ class Objective:
         self._loss_dtype: torch.dtype | None = None  # once it is known
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
+        self.independent = 0  # how often outputs or losses did not depend on theta
         model_checks.require_model(self, given=model, batch=self._choose_outputs(output))
 
     # -- parameters ------------------------------------------------------------------------
@@ -495,7 +496,17 @@ class Objective:
         except ValueError as error:
             explain_too_few(error, trees.size(inputs))
             raise
-        return outputs[:1] if alone else outputs
+        return self._attached(outputs[:1] if alone else outputs, theta)
+
+    def _attached(self, value: Tensor, theta: Tensor) -> Tensor:
+        """`value`, of which there is a derivative in theta: 0 where it does not depend on it.
+
+        Some examples may use none of the parameters in theta (those of one expert among several).
+        """
+        if value.requires_grad or not (theta.requires_grad and torch.is_grad_enabled()):
+            return value
+        self.independent += 1
+        return value + (0 * theta).sum().to(value.dtype)
 
     def run_model(self, values: Mapping[str, Tensor], inputs: Tree) -> Tensor:
         """The model's outputs, with parameters and buffers by name; for holders of its lock."""
@@ -558,7 +569,8 @@ class Objective:
 
         Of float32 where the model is in half precision.
         """
-        return self.output_losses(self.outputs(theta, self._complete(inputs, targets)), targets)
+        outputs = self.outputs(theta, self._complete(inputs, targets))
+        return self._attached(self.output_losses(outputs, targets), theta)
 
     def output_losses(self, outputs: Tensor, targets: Tree) -> Tensor:
         """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]

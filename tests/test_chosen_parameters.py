@@ -212,3 +212,39 @@ def test_parameters_without_influence_are_refused():
 def test_a_state_dict_is_no_model():
     with pytest.raises(ValueError, match="load a state dict into the model that it is of"):
         Objective(network().state_dict(), "cross_entropy", data())
+
+
+class Experts(nn.Module):
+    """Of two experts, one for each example; an example uses none of the other's parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.experts[int(one[0] > 0)](one[None]) for one in x])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_examples_may_use_no_chosen_parameter(batch_size: int):
+    x, y = data()
+    x[:, 0] = torch.tensor([1.0, 1, -1, -1, -1, 1])
+    arguments = (Experts().double(), "cross_entropy", (x, y))
+    full = Objective(*arguments, batch_size=batch_size)
+    obj = Objective(*arguments, batch_size=batch_size, parameters="experts.1")
+    assert torch.allclose(obj.gradient(), full.gradient()[15:], atol=1e-14)
+    assert torch.allclose(ef.score_matrix(obj), ef.score_matrix(full)[:, 15:], atol=1e-14)
+    identity = torch.eye(15).double()
+    for operator in (ef.HessianOperator, ef.GGNOperator):
+        expected = (operator(full) @ torch.eye(30).double())[15:, 15:]
+        assert torch.allclose(operator(obj) @ identity, expected, atol=1e-13)
+    jacobian = ef.JacobianOperator(full) @ torch.eye(30).double()
+    assert torch.allclose(ef.JacobianOperator(obj) @ identity, jacobian[:, 15:], atol=1e-13)
+    path = ef.linear_path(obj.parameters_vector(), obj.parameters_vector() + 0.1, 3)
+    settings = {"lr": 0.1, "batch_size": 1, "steps": 6, "replicas": 2}
+    runs = [ef.relax(obj, path, 0.5, engine=e, **settings).position for e in ("loop", "threads")]
+    assert torch.allclose(*runs, atol=1e-12)
+    config = ef.AutoNEBConfig(pivots=3, batch_size=1, cycles=[(4, 0.01)])
+    result = ef.auto_neb(obj, obj.parameters_vector(), obj.parameters_vector() + 0.1, config)
+    assert bool(torch.isfinite(result.path.pivots).all())

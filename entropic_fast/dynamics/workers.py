@@ -126,8 +126,11 @@ class ThreadedGradients:
         module, parameters = self._modules[r]
         outputs = self._objective.call(module, inputs)
         loss = self._objective.output_losses(outputs, targets).mean()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        torch._foreach_copy_(self._parts[r], found)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            torch._foreach_copy_(self._parts[r], found)
+        else:  # a minibatch that uses none of the parameters in theta
+            torch._foreach_zero_(self._parts[r])
         self._losses[r] = loss.detach()
         if self._objective.weight_decay:
             assert self._theta is not None
