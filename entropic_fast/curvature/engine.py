@@ -177,14 +177,16 @@ class ScoreEngine:
     def _losses(
         self, batch: Batch, tracked: dict[str, Tensor], copies: dict[str, Tensor], mode: Intercept
     ) -> Tensor:
-        def loss(own: dict[str, Tensor], x: Tree, y: Tree) -> Tensor:
+        def loss(own: dict[str, Tensor], x: Tree, y: Tree, zero: Tensor) -> Tensor:
             one, target = trees.chosen((x, y), None)
+            mode.example = zero
             with mode:
                 return self.obj.losses_with({**tracked, **own}, one, target).sum()
 
         told = told_of_tracing() if self._ways.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:
-            losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets)
+            zeros = self.theta.new_zeros(batch.size, dtype=torch.int64)
+            losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets, zeros)
         return losses
 
     def _require_finite(self, losses: Tensor, batch: Batch) -> None:

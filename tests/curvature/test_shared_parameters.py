@@ -77,6 +77,19 @@ MODELS = {
         "",
     ),
     "bias of two layers": (lambda m, x: F.linear(x, m.b, m.bias) + conv1d(m, x) @ m.b @ m.a, ""),
+    "bias made of others": (
+        lambda m, x: F.linear(x, m.b, torch.cat([m.bias[:2], m.bias[2:] * 0])).tanh() @ m.b,
+        "bias",
+    ),
+    "addmm of a bias made of others": (
+        lambda m, x: torch.addmm(2 * m.bias, x[:, 1], m.a)[:, None] @ m.b,
+        "bias",
+    ),
+    "of a constant": (lambda m, x: x * F.linear(torch.ones(1, 4).to(x), m.square).tanh(), ""),
+    "of a long constant": (
+        lambda m, x: x * F.linear(torch.ones(3, 4).to(x), m.square).tanh(),
+        "square",
+    ),
     "and by itself": (lambda m, x: tanh(x @ m.a) @ m.b + m.b.sum(), "b"),
 }
 WORDS = {
@@ -84,6 +97,11 @@ WORDS = {
     "tied, without padding": (lambda m, x: m.head(tanh(F.embedding(x, m.table.weight))), ""),
     "tied by a transpose": (lambda m, x: tanh(m.table(x)) @ m.table.weight.T, ""),
     "tied thrice": (lambda m, x: m.head(m.table(x) + F.embedding(x.flip(1), m.head.weight)), ""),
+    "positions": (lambda m, x: m.table(x).cos() * m.table(torch.arange(6).expand(1, 6)), ""),
+    "many positions": (
+        lambda m, x: m.table(x).cos() * m.table(torch.arange(18) % 7).view(3, 6, 4).sum(0),
+        "table",
+    ),
     "embedded twice": (lambda m, x: m.table(x).cos() + m.table(x.flip(1)), ""),
 }
 

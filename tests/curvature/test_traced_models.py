@@ -76,6 +76,15 @@ class SetWithoutGradient(Net):
         return h * table
 
 
+class Pooled(Net):
+    """Means over one axis that lies next to the examples, as from a sequence of positions."""
+
+    def between(self, h: Tensor, x: Tensor) -> Tensor:
+        pooled = nn.functional.adaptive_avg_pool1d(h.view(-1, 2, 3).transpose(1, 2), 1)
+        images = h.view(-1, 1, 2, 3).permute(0, 3, 1, 2)
+        return h * (pooled + nn.functional.adaptive_avg_pool2d(images, 1)[..., 0]).mean(1)
+
+
 class Means(nn.Module):
     """The mean over positions that a mask leaves, cheaper where it leaves all."""
 
@@ -118,6 +127,7 @@ CASES = {
     "table without gradient": (Angles, flat, True),
     "comparison without gradient": (SignsWithoutGradient, flat, True),
     "features without gradient": (SetWithoutGradient, flat, False),
+    "means with channels last": (Pooled, flat, True),
     "mask that leaves all": (Means, lambda: masked(0), True),
     "mask that leaves some": (Means, lambda: masked(2), True),
     "other where traced": (OtherMeans, lambda: masked(2), False),
@@ -155,6 +165,11 @@ def test_scores_are_those_of_a_backward_pass_an_example(case):
     losses = obj.losses(leaf, inputs, targets)
     expected = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(score_matrix(obj), torch.stack(expected), rtol=1e-10, atol=1e-14)
+
+
+def test_scores_of_means_with_channels_last_go_by_layer_rules():
+    obj = Objective(Pooled().double(), "cross_entropy", (flat(), torch.arange(7) % 3))
+    assert ScoreEngine(obj).by_rule == set(obj.parameter_names)
 
 
 @pytest.mark.parametrize("left_out", [0, 2])

@@ -204,6 +204,7 @@ def _global_mean(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
 FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     function: _global_mean(function, dims)
     for dims, functions in {
+        1: (functional.adaptive_avg_pool1d,),
         2: (functional.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool2d),
         3: (functional.adaptive_avg_pool3d, torch._C._nn.adaptive_avg_pool3d),
     }.items()

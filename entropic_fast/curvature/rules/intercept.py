@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...exact import weight_norm
 from ...tracing import requires_grad
+from ..jets.decompositions import FUNCTIONS
 from .layers import Backward, Layer
 from .pieces import Piece
 from .table import LAYERS
@@ -55,7 +56,12 @@ class Intercept(TorchFunctionMode):
         parameters: the tensors to track and their names.
         constants: every other tensor of the model that depends on no parameter and no example.
         sink: called in the backward pass with a parameter's name and its piece.
+
+    Attributes:
+        example: a zero of each example, under vmap; None where there is none.
     """
+
+    example: Tensor | None = None
 
     def __init__(self, parameters: dict[str, Tensor], constants: list[Tensor], sink: Sink) -> None:
         super().__init__()
@@ -71,14 +77,18 @@ class Intercept(TorchFunctionMode):
             raise GradientHookError("the model puts hooks on gradients")
         if func == REQUIRES_GRAD:
             return requires_grad(args[0])
+        func = FUNCTIONS.get(func, func)
         make = LAYERS.get(func)
-        if make is not None:
-            layer = self._of_parameter(make(*args, **kwargs))
-            if layer is not None and self._known(layer):
-                return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
-            if layer is not None and not layer.right_under_vmap:
+        layer = None if make is None else self._of_parameter(make(*args, **kwargs))
+        if layer is not None:
+            if self._known(layer):
+                return self._by_rule(layer)
+            core = layer.without_bias()
+            if core is not None and layer.bias is not None and self._known(core):
+                return self._by_rule(core) + layer.bias
+            if not layer.right_under_vmap:
                 return layer.by_operations(layer.x, layer.weight, layer.bias)
-        if func in TRANSPOSES and args[0].ndim == 2 and id(args[0]) in self._names:
+        if func in TRANSPOSES and args and id(args[0]) in self._names and args[0].ndim == 2:
             result = func(*args, **kwargs)
             if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
                 self._transposes[id(result)] = result, args[0]
@@ -90,6 +100,14 @@ class Intercept(TorchFunctionMode):
             with self:
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _by_rule(self, layer: Layer) -> Tensor:
+        x = layer.x
+        shared = not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if shared and self.example is not None and any(layer.names) and layer.is_small():
+            # The same for all examples, such as positions: as if each had its own.
+            layer.x = x + self.example.to(x.dtype)
+        return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
 
     def _of_parameter(self, layer: Layer | None) -> Layer | None:
         """The layer in terms of a tracked matrix, where its weight is the transpose of one."""

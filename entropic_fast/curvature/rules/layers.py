@@ -83,6 +83,14 @@ class Layer(ABC):
         """The rule in terms of a parameter whose transpose this layer's weight is; None if none."""
         return None
 
+    def without_bias(self) -> Layer | None:
+        """The layer but for a vector that is added to its output at last; None if there is none."""
+        return None
+
+    def is_small(self) -> bool:
+        """Whether input and output take less memory than the weight."""
+        return False
+
     @abstractmethod
     def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
         """Gradient of x if needed, and the pieces of weight and bias if wanted."""
@@ -110,6 +118,15 @@ class Linear(Layer):
         a, g = full_precision((at.x, at.g))
         a, g = a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1])
         return gradient, (LinearPiece(a, g) if at.wanted[0] else None, bias_piece(g, at.wanted[1]))
+
+    def without_bias(self) -> Layer | None:
+        assert self.weight is not None
+        return None if self.bias is None else type(self)(self.x, self.weight)
+
+    def is_small(self) -> bool:
+        assert self.weight is not None
+        positions = self.x.numel() // max(1, self.x.shape[-1])
+        return positions * sum(self.weight.shape) <= self.weight.numel()
 
     def transposed_of(self, weight: Tensor) -> Layer:
         return RightProduct(self.x, weight, self.bias)
@@ -239,6 +256,10 @@ class Embedding(Layer):
     def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return functional.embedding(x, weight, self.padding)
+
+    def is_small(self) -> bool:
+        assert self.weight is not None
+        return self.x.numel() <= len(self.weight)
 
     def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
