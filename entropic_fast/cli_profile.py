@@ -54,6 +54,14 @@ PARAMETERS = Annotated[
         "others are constants. May be given several times.",
     ),
 ]
+OUTPUT = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="PART",
+        help="Of an output with many parts, the name or index of the tensor that the loss takes; "
+        "default: logits, or the only tensor.",
+    ),
+]
 DATA_DIR = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where the images of --data are, or where CIFAR is downloaded to."),
@@ -72,6 +80,7 @@ def profile(
         str, typer.Option(help="Normalisation by running statistics, or each batch's: batch.")
     ] = "running",
     parameters: PARAMETERS = None,
+    output: OUTPUT = None,
     examples: Annotated[WHOLE, typer.Option(help="For curvature; default 512, or all.")] = None,
     points: Annotated[int, typer.Option(help="Along the path.")] = _DEFAULT.points,
     probes: Annotated[int, typer.Option(help="Random signs for a trace.")] = _DEFAULT.probes,
@@ -125,6 +134,7 @@ def profile(
         "settings": settings,
         "device": place,
         "parameters": parameters or None,
+        "output": int(output) if output and output.isdigit() else output,
     }
     if plan:
         plan_profile(networks[0], examples_of, **common)

@@ -550,6 +550,11 @@ class Objective:
             return None
         return batch
 
+    @property
+    def output_part(self) -> str | int | None:
+        """The name or index of the part of the output that the loss takes; None for all of it."""
+        return self._reader.part
+
     def require_outputs(self, what: str) -> None:
         """Refuse what needs the model's outputs where the loss takes many parts of them.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import entropic_fast as ef
+from entropic_fast.experiments.profile_model import ProfileSettings, profile_model
 
 N = 7
 
@@ -373,3 +376,14 @@ def test_tokens_without_labels_are_their_own_for_the_next_token():
     assert alone.loss() == ef.Objective(Causal(), "next_token", (ids, ids)).loss()
     with pytest.raises(ValueError, match="'input_ids' or labels, for next_token"):
         ef.Objective(Causal(), "next_token", {"tokens": ids})
+
+
+def test_the_report_of_a_model_takes_dicts_and_parts(tmp_path: Path):
+    few = ProfileSettings(probes=4, density_probes=2, density_steps=4, eigenvalues=2, tol=1.0)
+    data = {"x": torch.randn(20, 4, dtype=torch.float64), "labels": torch.arange(20) % 3}
+    model = Parts(OUTPUTS["tuple"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ef.NotConvergedWarning)
+        found = profile_model(model, data, tmp_path, output=0, settings=few)
+    wanted = ef.Objective(Parts(lambda a, h: a), "cross_entropy", data).loss()
+    assert found.tables["points"]["loss"][0] == pytest.approx(wanted)

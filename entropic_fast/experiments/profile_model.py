@@ -87,6 +87,7 @@ def profile_model(
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
     parameters: Any = None,
+    output: str | int | None = None,
     named: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> ModelProfile:
@@ -108,8 +109,8 @@ def profile_model(
             re-iterable of batches.
         out: the folder.
         other: a model of the same architecture at point B; None for no path.
-        loss, norm, device, parameters: as for `Objective`. A callable loss is known by its name
-            when resumed.
+        loss, norm, device, parameters, output: as for `Objective`. A callable loss is known by
+            its name when resumed.
         settings: how closely; default, `ProfileSettings()`.
         named: what the report calls "model", "weights" and "data".
         console: where the plan and progress are shown; None for nowhere.
@@ -132,7 +133,7 @@ def profile_model(
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device, parameters)
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
     whole, end, sharing = subject.whole, subject.end, subject.whole.sharing
     first = sharing is None or sharing.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
@@ -143,6 +144,8 @@ def profile_model(
         "settings": dataclasses.asdict(settings),
         "found": _facts(whole, end, model),
     }
+    if output is not None:
+        about["output"] = output
     if parameters is not None:
         about["chosen"] = list(whole.parameter_names)
     todo = units(subject)
@@ -172,6 +175,7 @@ def plan_profile(
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
     parameters: Any = None,
+    output: str | int | None = None,
     console: Console | None = None,
 ) -> None:
     """Show what `profile_model` will take, on several numbers of processes, and do none of it.
@@ -179,7 +183,8 @@ def plan_profile(
     Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
 
     Args:
-        model, data, other, loss, norm, settings, device, parameters: as for `profile_model`.
+        model, data, other, loss, norm, settings, device, parameters, output: as for
+            `profile_model`.
         console: where it is shown; None for standard output.
 
     Raises:
@@ -189,7 +194,7 @@ def plan_profile(
     >>> plan_profile(net, (x, torch.arange(20) % 2), console=Console(quiet=True))
     """
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device, parameters)
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
     sharing = subject.whole.sharing
     console = console or Console(emoji=False)
     print_plan(console if sharing is None or not sharing.rank else Console(quiet=True), subject)
@@ -204,8 +209,9 @@ def _subject(
     settings: ProfileSettings,
     device: torch.device | str | None,
     parameters: Any,
+    output: str | int | None,
 ) -> Subject:
-    whole = shard(_objective(model, data, loss, norm, device, parameters))
+    whole = shard(_objective(model, data, loss, norm, device, parameters, output))
     end = None if other is None else _other_end(whole, other, loss, parameters is not None)
     return Subject.of(whole, end, settings)
 
@@ -227,9 +233,12 @@ def _objective(
     norm: str,
     device: torch.device | str | None,
     parameters: Any,
+    output: str | int | None,
 ) -> Objective:
     try:
-        return Objective(model, loss, data, norm=norm, device=device, parameters=parameters)
+        return Objective(
+            model, loss, data, norm=norm, device=device, parameters=parameters, output=output
+        )
     except TypeError as error:  # from a Dataset whose items do not make a batch
         raise checks.fail(
             "data",
@@ -250,6 +259,7 @@ def _other_end(
         norm=whole.norm,
         device=whole.device,
         parameters=_same_names(whole, other) if chosen else None,
+        output=whole.output_part,
     )
     a, b = (
         {name: tuple(part.shape) for name, part in obj.split(obj.parameters_vector()).items()}
