@@ -10,6 +10,7 @@ transforms of `torch.func` have second derivatives of normalization layers wrong
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,6 +51,26 @@ def require_right_gradients(model: nn.Module) -> None:
             )
 
 
+@lru_cache
+def cdist_is_right() -> bool:
+    """Whether torch has the second derivative of `torch.cdist` (2.14.1 has).
+
+    >>> isinstance(cdist_is_right(), bool)
+    True
+    """
+    x = torch.tensor([[0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    far, p = torch.zeros(1, 2, dtype=torch.float64), 3.0
+    with torch.enable_grad():
+        gradients, forms = [], (torch.cdist(x, far, p), torch.linalg.vector_norm(x, p))
+        for form in forms:
+            (slope,) = torch.autograd.grad(form.square().sum(), x, create_graph=True)
+            try:
+                gradients.append(torch.autograd.grad(slope[0, 0], x)[0])
+            except RuntimeError:
+                return False
+    return torch.allclose(gradients[0], gradients[1])
+
+
 class Watcher(TorchFunctionMode):
     """Notes whether a derivative is taken within it, and refuses functions without derivative.
 
@@ -65,7 +86,7 @@ class Watcher(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.derivative = False
-        self._depth = _depth()
+        self._depth, self._forward = _depth(), _forward_depth()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
@@ -86,18 +107,37 @@ class Watcher(TorchFunctionMode):
                 "flex_attention, which has none on CPUs and no second one on GPUs",
                 "use F.scaled_dot_product_attention, with the scores to add as attn_mask",
             )
+        wrong = func in WRONG_FORWARD or (func in _SCATTERED and _is_product(args, kwargs))
+        if wrong and _forward_depth() > self._forward:
+            raise checks.fail(
+                "model",
+                "derivatives of its own that torch can differentiate again",
+                f"torch's forward mode through {func.__name__}, whose gradient is wrong",
+                "take that derivative by torch.func.grad, torch.func.vjp or torch.autograd.grad",
+            )
         return func(*args, **(kwargs or {}))
 
 
 _DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
+def _is_product(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(a, str) and a == "prod" for a in (*args, *(kwargs or {}).values()))
+
+
 def _depth() -> int:
-    """How many derivatives are being taken around a call: by torch.func, or by forward mode."""
+    """How many derivatives are being taken around a call, by torch.func or forward mode."""
+    return _levels("Grad") + _forward_depth()
+
+
+def _forward_depth() -> int:
+    return _levels("Jvp") + forward_ad._current_level + 1
+
+
+def _levels(kind: str) -> int:
     functorch: Any = torch._C._functorch
-    kinds = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
-    transforms = sum(each.key() in kinds for each in functorch.get_interpreter_stack() or ())
-    return transforms + forward_ad._current_level + 1
+    wanted = getattr(functorch.TransformType, kind)
+    return sum(each.key() == wanted for each in functorch.get_interpreter_stack() or ())
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -353,3 +393,14 @@ _CONSTANT = """
 NO_DERIVATIVE = {
     getattr(torch.special, name) for name in str.split(_CONSTANT) if hasattr(torch.special, name)
 }
+_SCATTERED = {torch.scatter_reduce, Tensor.scatter_reduce}  # wrong for products alone
+# Functions of which torch's forward mode gives numbers whose gradient is wrong (of
+# `cholesky_inverse` the numbers too).
+WRONG_FORWARD = {
+    torch.det, torch.linalg.det, Tensor.det,
+    torch.slogdet, torch.linalg.slogdet, Tensor.slogdet,
+    torch.logdet, Tensor.logdet,
+    torch.linalg.solve, torch.linalg.solve_ex,
+    torch.cholesky_inverse, Tensor.cholesky_inverse,
+    torch.linalg.householder_product, torch.orgqr, Tensor.orgqr,
+}  # fmt: skip

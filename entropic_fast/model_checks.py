@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import checks, trees
-from .derivatives import AnyOrder, Watcher, require_right_gradients
+from .derivatives import AnyOrder, Watcher, cdist_is_right, require_right_gradients
 from .devices import is_gpu
 from .eager import eager
 from .exact import exact_math
@@ -276,7 +276,7 @@ def require_twice_differentiable(tensor: Tensor) -> None:
         RuntimeError: naming the function.
     """
     for node in backward_nodes(tensor):
-        if node.name() in _ONCE:
+        if node.name() in _ONCE and not (node.name() == _CDIST and cdist_is_right()):
             what, instead = _ONCE[node.name()]
             raise RuntimeError(f"{what}: torch has no second derivative of it; {instead}")
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
@@ -288,13 +288,14 @@ def require_twice_differentiable(tensor: Tensor) -> None:
             )
 
 
+_CDIST = "CdistBackward0"
 # What torch has a first derivative of alone, and what to use instead.
 _ONCE = {
     "EmbeddingBagBackward0": (
         "nn.EmbeddingBag",
         "use nn.Embedding, and a sum, mean or maximum over its positions",
     ),
-    "CdistBackward0": (
+    _CDIST: (
         "torch.cdist",
         "use torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)",
     ),

@@ -23,6 +23,7 @@ from ..model_checks import require_finite_outputs, require_twice_differentiable
 from ..objective import Objective
 from ..results import Estimate
 from .compiled import undisturbed
+from .first_use import require_right_loss
 from .fisher import gradient_norms
 from .memory import resolve_budget, too_small
 from .probes import mean_estimate
@@ -326,6 +327,7 @@ def _output_hessians(
     obj: Objective, theta: Tensor, batch: Batch, outputs: Tensor, targets: Tensor
 ) -> Tensor:
     """Second derivatives of each example's loss in its outputs, in float64.  # [n, K, K]"""
+    require_right_loss(obj, theta, "ggn_trace")
     n = len(outputs)
     size = outputs[0].numel()
     found = torch.zeros(n, size, size, dtype=torch.float64, device=obj.device)

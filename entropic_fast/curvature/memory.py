@@ -108,8 +108,13 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
         if tensor._is_zerotensor():  # of forward mode: it has no storage
             return tensor.detach()
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # what a transform within the model leaves has none
+            saved[storage._cdata] = tensor.nbytes
+        else:
+            if address not in own:
+                saved[address] = storage.nbytes()
         return tensor.detach()  # a node that held its own result would never be freed
 
     def loss() -> Tensor:

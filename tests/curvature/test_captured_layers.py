@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.derivatives import cdist_is_right
 from entropic_fast.models import resnet
 from entropic_fast.objective import Objective
 
@@ -166,19 +167,28 @@ class Bag(nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_torch_differentiates_once_is_refused_by_name(kind: type, rules: bool):
     bag = Objective(Bag().double(), "cross_entropy", (torch.arange(6).view(3, 2), torch.arange(3)))
-    far = between(
-        lambda h: torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double())[:, 0]
-    )
-    for obj, message in (
-        (bag, r"nn\.EmbeddingBag: .* use nn\.Embedding"),
-        (far, r"torch\.cdist: "),
-    ):
+    operator = kind(bag)
+    if not rules:
+        with without_rules():
+            operator = kind(bag)
+    with pytest.raises(RuntimeError, match=r"nn\.EmbeddingBag: .* use nn\.Embedding"):
+        operator @ torch.ones(bag.num_params, dtype=torch.float64)
+
+
+def far(h: Tensor) -> Tensor:
+    return torch.cdist(h[:, None], h.view(-1, 8, 1) * torch.ones(8).double(), p=3)[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distances_are_right_or_refused_by_name(kind: type, monkeypatch):
+    obj = between(far)
+    if cdist_is_right():
+        assert_both_ways_agree(obj, "")
+    monkeypatch.setattr("entropic_fast.model_checks.cdist_is_right", lambda: False)
+    with without_rules():
         operator = kind(obj)
-        if not rules:
-            with without_rules():
-                operator = kind(obj)
-        with pytest.raises(RuntimeError, match=message):
-            operator @ torch.ones(obj.num_params, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"torch\.cdist: "):
+        operator @ torch.ones(obj.num_params, dtype=torch.float64)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it is imported

@@ -125,6 +125,8 @@ def test_a_loss_with_a_wrong_second_derivative_beside_a_right_model(kind: type):
     obj = objective(torch.tanh, loss)
     with pytest.raises(ef.WrongDerivativeError, match="loss"):
         kind(obj) @ ones(obj)
+    with pytest.raises(ef.WrongDerivativeError, match="loss"):
+        ef.ggn_trace(obj)
 
 
 def test_torchs_own_third_derivative_of_layer_normalization(monkeypatch):
