@@ -12,7 +12,6 @@ import json
 import runpy
 import sys
 import warnings
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ def main() -> None:
     from derivative_sweep import TRANSFORMS, first_fault, routes, transform_faults, variants
 
     from entropic_fast.derivatives import AnyOrder
-    from entropic_fast.exact import exact_math
 
     facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()
     refused = known.CONSTANT | known.WRONG_GRADIENT
@@ -57,8 +55,7 @@ def main() -> None:
         plain = transform_faults(case.function, case.tensors, nullcontext, AnyOrder)
         wrong = [how for how, why in plain.items() if why.startswith("wrong")]
         if wrong:
-            left = Counter(here[how].split(":")[0] if how in here else "right" for how in wrong)
-            transforms[name] = {"wrong in torch": wrong, "here": _left(left, here, wrong)}
+            transforms[name] = {"wrong in torch": wrong, "here": _left(here, wrong)}
     record = {
         **facts,
         "functions": len(known.CASES),
@@ -68,7 +65,12 @@ def main() -> None:
         "not right under transforms": transforms,
         "names": sorted(known.CASES),
     }
-    file = ROOT / "benchmarks" / "results" / f"torch-derivatives-{torch.__version__.split('+')[0]}.json"
+    file = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"torch-derivatives-{torch.__version__.split('+')[0]}.json"
+    )
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(known.CASES)} functions, {tried} ways: {len(found)} not right in torch")
 
@@ -89,13 +91,16 @@ def _here(faults: list[tuple[int, str]]) -> str:
     return "refused, as not finite" if all("nan" in why for _, why in faults) else "WRONG"
 
 
-def _left(left: Counter[str], here: dict[str, str], wrong: list[str]) -> str:
-    if set(left) == {"right"}:
-        return "right, by its formula"
-    if left["wrong"]:
-        nan = all("nan" in here[how] for how in wrong if how in here)
-        return "refused, as not finite" if nan else "WRONG"
-    return "refused by name"
+def _left(here: dict[str, str], wrong: list[str]) -> str:
+    left = {here[how].split(":")[0] for how in wrong if how in here}
+    if any(
+        here[how].startswith("wrong") and "nan" not in here[how] for how in wrong if how in here
+    ):
+        return "WRONG"
+    if left == {"missing", "wrong"}:
+        return "refused by name, or as not finite"
+    refused = {"missing": "refused by name", "wrong": "refused, as not finite"}
+    return refused[left.pop()] if left else "right, by its formula"
 
 
 if __name__ == "__main__":

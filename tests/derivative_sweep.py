@@ -66,8 +66,8 @@ def first_fault(
     point = [*tensors, u]
     probes = [[draw(t) for t in point] for _ in range(ORDERS)]
 
-    def chain(values: list[Tensor], order: int) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """Leaves, the number whose gradient is of this order, and that gradient."""
+    def chain(values: list[Tensor], order: int) -> tuple[list[Tensor], Tensor]:
+        """Leaves, and a number that holds so many derivatives in them."""
         leaves = [
             v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for v in values
         ]
@@ -76,23 +76,20 @@ def first_fault(
         # Not linear, so that the cotangent moves with the leaves; but that with channels last is
         # to arrive as it is.
         number = (out * leaves[-1]).sum() if layout == "last" else (out * leaves[-1]).sin().sum()
-        gradient: list[Tensor] = []
         for k in range(order):
-            number, gradient = _derived(number, leaves, route[k], probes[k])
-        return leaves, number, gradient
+            number = _derived(number, leaves, route[k], probes[k])
+        return leaves, number
 
     def number(values: list[Tensor], order: int) -> float:
         return float(chain(values, order)[1].detach())
 
     for order in range(1, ORDERS + 1):
         try:
-            leaves, before, _ = chain(point, order - 1)
+            leaves, before = chain(point, order - 1)
             wanted = [leaves[i] for i in route[order - 1]]
             found: tuple[Tensor | None, ...] = (None,) * len(wanted)
             if before.requires_grad:  # else torch takes it for a constant, and so must differences
-                found = torch.autograd.grad(
-                    before, wanted, create_graph=order < ORDERS, allow_unused=True
-                )
+                found = torch.autograd.grad(before, wanted, allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
             return order, "missing: " + str(error).splitlines()[0]
         scale = max((float(g.detach().norm()) for g in found if g is not None), default=0.0)
@@ -115,16 +112,16 @@ def first_fault(
 
 def _derived(
     number: Tensor, leaves: list[Tensor], wanted: list[int], probe: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
+) -> Tensor:
     if not number.requires_grad:
-        return number.detach() * 0, []
+        return number.detach() * 0
     found = torch.autograd.grad(
         number, [leaves[i] for i in wanted], create_graph=True, allow_unused=True
     )
     terms = [(g * probe[i]).sum() for i, g in zip(wanted, found, strict=True) if g is not None]
     if not terms:
-        return number.detach() * 0, []
-    return torch.stack(terms).sum(), [g for g in found if g is not None]
+        return number.detach() * 0
+    return torch.stack(terms).sum()
 
 
 def transformed(how: str, number: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
