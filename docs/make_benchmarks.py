@@ -99,6 +99,14 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "How many were tried, and how many were wrong.",
     ),
     (
+        "torch-derivatives",
+        "torch's own derivatives",
+        "The first three derivatives of torch's layers and functions against central differences "
+        "of the one before, and transforms of `torch.func` against nested gradients; what is wrong "
+        "or missing, and what becomes of it here "
+        "([Numerics](numerics.md#where-torchs-derivatives-are-wrong)).",
+    ),
+    (
         "trust-ops",
         "Random calls of every operation against its oracle",
         "How many were made, and how many were wrong.",
@@ -202,6 +210,19 @@ def _timings(seconds: dict[str, Any]) -> str:
         median = number(scale * row["median"])
         rows.append([name, median, f"{low} to {high}", row["rounds"], *ratios])
     return table(["", f"median, {unit}", "quartiles", "rounds", *units], rows)
+
+
+def _derivatives(record: Record) -> str:
+    wrong, transforms = record["not right in torch"], record["not right under transforms"]
+    said = f"{record['functions']} functions, {record['tried']:,} ways; all others are right."
+    rows = [[f"`{name}`", row["in torch"], row["here"]] for name, row in wrong.items()]
+    more = [
+        [f"`{name}`", ", ".join(row["wrong in torch"]), row["here"]]
+        for name, row in transforms.items()
+    ]
+    head = ["", "in torch", "here"]
+    parts = [said, "", table(head, rows), table(["", "wrong under", "here"], more)]
+    return "\n".join(parts)
 
 
 def _products(record: Record) -> str:
@@ -363,6 +384,7 @@ SPECIAL: dict[str, Callable[[Record], str]] = {
     "score-kernels": _kernels,
     "hessian-products": _products,
     "hessian-trace": _trace,
+    "torch-derivatives": _derivatives,
     "replicas": _replicas,
     "scaling": _scaling,
     "force-batches": _positions,

@@ -162,6 +162,22 @@ def test_settings_of_a_recorded_run_that_differ_are_said(script, tmp_path, monke
     assert "The recorded run of `demo` was made with train.epochs = 7." in text
 
 
+# -- torch's derivatives -----------------------------------------------------------------
+
+
+def test_the_page_on_numerics_names_every_derivative_that_torch_has_wrong():
+    text = PAGES["numerics.md"].split("## Where torch's derivatives are wrong")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", text))
+    files = sorted(RESULTS.glob("torch-derivatives-*.json"))
+    assert files
+    for file in files:
+        record = json.loads(file.read_text())
+        wrong = record["not right in torch"] | record["not right under transforms"]
+        assert not [name for name, row in wrong.items() if "WRONG" in row["here"]]
+        names = {name.split()[0] for name in wrong} - {"weight"}  # of a convolution: _weight_norm
+        assert names <= named
+
+
 # -- compiled kernels -----------------------------------------------------------------------
 
 
