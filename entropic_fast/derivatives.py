@@ -349,8 +349,21 @@ def _placed(result: Tensor, input: Tensor, inplace: bool) -> Tensor:
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     """`F.pdist`, of which torch's third derivative is NaN for p = 2."""
     i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
-    distances: Tensor = torch.linalg.vector_norm(input[i] - input[j], p, dim=-1)
-    return distances
+    return _lengths(input[i] - input[j]) if p == 2 else functional.pdist(input, p)
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """`torch.cdist`, of which torch's derivatives are NaN for p = 2 where a distance is 0."""
+    if p != 2 or x1.shape[-1] != x2.shape[-1]:
+        return torch.cdist(x1, x2, p)
+    return _lengths(x1[..., :, None, :] - x2[..., None, :, :])
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Euclidean lengths [...] of vectors [..., n]; at 0 all derivatives are 0, as torch's first."""
+    squares = vectors.square().sum(-1)
+    is_zero = squares == 0
+    return torch.where(is_zero, 1, squares).sqrt() * ~is_zero
 
 
 # What torch calls them where: as functions of F, and as those that F calls.
@@ -380,6 +393,7 @@ FORMULAS: dict[Any, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.pdist: pdist,
     functional.pdist: pdist,
+    torch.cdist: cdist,
 }
 # Functions whose result torch takes for a constant, though it is not.
 _CONSTANT = """
