@@ -15,7 +15,7 @@ import struct
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 from weakref import ref
@@ -23,6 +23,7 @@ from weakref import ref
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .code_names import Reads, reads_of
 
@@ -47,13 +48,17 @@ class _UnknownError(Exception):
 
 
 def key_of(
-    *things: Any, given: Iterable[Tensor] = (), constants: list[Tensor] | None = None
+    *things: Any,
+    given: Iterable[Tensor] = (),
+    lasting: Iterable[Tensor] = (),
+    constants: list[Tensor] | None = None,
 ) -> Key | None:
     """A key that equal things have in common; None where something is not understood.
 
     Args:
         things: models, losses, settings.
         given: tensors whose values come from outside, so that only what they look like counts.
+        lasting: tensors that nothing changes, so that their values are read once.
         constants: where to put all other tensors, in an order that equal things share.
 
     >>> key_of(nn.Linear(2, 3), 0.5) == key_of(nn.Linear(2, 3), 0.5)  # two sets of weights
@@ -62,11 +67,12 @@ def key_of(
     >>> key_of(a) == key_of(nn.ReLU()), key_of(a) == key_of(b)
     (True, False)
     """
-    walk = _Walk(given)
+    walk = _Walk(given, lasting)
     try:
         for thing in things:
             walk.visit(thing)
-    except (_UnknownError, RecursionError) as why:
+    except (_UnknownError, RuntimeError, AttributeError, TypeError, ValueError) as why:
+        # Also of objects that change meanwhile, or that do not take being looked at.
         logger.debug("not compared with other models: %s", why)
         return None
     if constants is not None:
@@ -112,6 +118,7 @@ _BY_IDENTITY = (
     torch._ops.OpOverload, torch._ops.OpOverloadPacket,
 )  # fmt: skip
 _PLACES = (types.MemberDescriptorType, type(vars(Reads)["names"]))
+_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of hooks, beside the hooks themselves; of loading and saving; and views of parameters.
 _NOT_READ = frozenset({
@@ -131,9 +138,10 @@ _NOT_OF_CLASSES = frozenset({
 class _Walk:
     """Writes down what it visits, and what is met again as such."""
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Iterable[Tensor], lasting: Iterable[Tensor]) -> None:
         self.found: list[Hashable] = []
         self._given = {id(tensor): tensor for tensor in given}
+        self._lasting = {id(tensor): tensor for tensor in lasting}
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no id is another's
         self.constants: list[Tensor] = []
@@ -176,7 +184,7 @@ class _Walk:
     # -- values ----------------------------------------------------------------------------
 
     def _tensor(self, tensor: Tensor) -> None:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        if type(tensor) not in _TENSORS or tensor.layout != torch.strided:
             raise _UnknownError(type(tensor).__name__)
         if id(tensor) in self._given:  # not in its place: read past what is given
             raise _UnknownError("a parameter held as an attribute")
@@ -185,15 +193,21 @@ class _Walk:
         if self._bytes > _LARGE or tensor.is_meta:
             raise _UnknownError("too much to compare")
         self.constants.append(tensor)
-        kept = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        content = kept.reshape(-1).view(torch.uint8).numpy()
-        self.found.append(hashlib.sha256(content.data).digest())
+        if id(tensor) not in self._lasting:
+            self.found.append(_digest(tensor))
+            return
+        if tensor not in _digests:
+            _digests[tensor] = _digest(tensor)
+        self.found.append(_digests[tensor])
 
     def _array(self, array: Any) -> None:
         if array.dtype.hasobject:
             raise _UnknownError("an array of objects")
         self.found.append((type(array).__name__, str(array.dtype), array.shape))
         self.found.append(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
+
+    def _slice(self, thing: slice) -> None:
+        self._many("slice", (thing.start, thing.stop, thing.step))
 
     def _sequence(self, things: Any) -> None:
         self._type_of(things)
@@ -319,6 +333,8 @@ class _Walk:
             self.visit(tensor)
         elif id(tensor) in self._seen:
             self.found.append(("again", self._seen[id(tensor)]))
+        elif type(tensor) not in _TENSORS:
+            raise _UnknownError(type(tensor).__name__)
         else:
             self._notice(tensor)
             self.found.append(("given", *_looks(tensor)))
@@ -358,6 +374,7 @@ _METHODS: tuple[tuple[Any, _Method], ...] = (
     (dict, _Walk._mapping),
     ((set, frozenset), _Walk._set),
     ((tuple, list, deque), _Walk._sequence),
+    (slice, _Walk._slice),
     (types.FunctionType, _Walk._function),
     (types.MethodType, _Walk._method),
     (functools.partial, _Walk._partial),
@@ -366,6 +383,14 @@ _METHODS: tuple[tuple[Any, _Method], ...] = (
     (types.ModuleType, _Walk._python_module),
     (_BY_IDENTITY, _Walk._identity),
 )
+
+
+_digests: MutableMapping[Tensor, bytes] = WeakIdKeyDictionary()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    kept = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return hashlib.sha256(kept.reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _slots(cls: type) -> list[str]:

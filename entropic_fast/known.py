@@ -82,13 +82,15 @@ def objective_key(
     """
     model, names, reader = obj._model, set(obj.parameter_names), obj._reader
     with model_lock(model):  # a thread that runs it puts its own parameters into it
-        given = [p for name, p in model.named_parameters() if name in names]
+        named = list(model.named_parameters())
+        given = [p for name, p in named if name in names]
         return key_of(
             settings(),
             model,
             (reader.part, reader.loss, obj.norm, str(obj.dtype)),
             *things,
             given=[*given, *model.buffers()],
+            lasting=[p for name, p in named if name not in names],
             constants=constants,
         )
 
