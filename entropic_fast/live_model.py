@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
+from .convergence import stacklevel
 from .modules import plain_name
 from .parameters import as_real
 
@@ -33,11 +34,11 @@ class StatisticsPoint:
 
     def check(self, theta: Tensor) -> None:
         """Warn if theta [P] is far from here, at the first such point."""
-        if self._warned:
+        if self._warned or theta is self._theta:
             return
         here = self._theta.to(theta)
-        distance = float((theta.detach() - here).norm())
-        size = float(here.norm())
+        norms = torch.stack([(theta.detach() - here).norm(), here.norm()])
+        distance, size = norms.tolist()
         if distance <= FAR * size:
             return
         self._warned = True
@@ -47,7 +48,7 @@ class StatisticsPoint:
             "objective.recalibrated(theta) to gather them at theta, or "
             'objective.with_norm("batch")',
             StaleStatisticsWarning,
-            stacklevel=4,
+            stacklevel=stacklevel(),
         )
 
 

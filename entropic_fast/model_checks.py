@@ -21,11 +21,12 @@ from .exact import exact_math
 from .examples import Batch, WithTargets
 from .known import Kept, objective_key
 from .loss_checks import require_fitting
-from .loss_functions import closed_form, origin
+from .loss_functions import origin
 from .modules import require_no_references
 from .normalisation import explain_too_few
 from .parameters import mixed_precision, model_lock
 from .randomness import not_repeatable
+from .separate_examples import require_separate
 from .trees import Tree
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ def require_model(
             raise _not_taken(obj, batch, error) from error
         if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
             raise checks.fail(
-                "model" if obj._reader.loss is None else "loss",
+                "model" if not obj.loss_is_inside else "loss",
                 f"one output tensor [{batch.size}, ...] for that many inputs"
-                if obj._reader.loss is None
+                if not obj.loss_is_inside
                 else f"one loss an example, shape [{batch.size}]",
                 checks.describe(first),
                 "a loss of all examples together needs coupled=True"
-                if obj._reader.loss is not None
+                if obj.loss_is_inside
                 else "wrap it in a module that returns the tensor the loss needs",
             )
         if first.is_complex() and obj.loss_name != "custom":
@@ -197,8 +198,8 @@ def require_model(
             "axis), or pass torch's own loss, such as nn.CrossEntropyLoss(); a loss of all "
             "examples together needs coupled=True",
         )
-    if separate and obj.separable and not known:
-        _require_separate(obj)
+    if separate and obj.separable:
+        require_separate(obj, model=not known)
     _passed.put(key, True)
 
 
@@ -383,71 +384,6 @@ def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
             "loss", f"one loss an example, shape [{batch.size}]", checks.describe(losses)
         )
     return losses
-
-
-def _require_separate(obj: Objective) -> None:
-    """Refuse a loss or a model for which an example's loss depends on the others of its batch.
-
-    The loss is asked for each example's outputs alone, the model for three examples alone. Half
-    precision is looked at in float32: its rounding depends on the batch's size.
-
-    Raises:
-        ValueError: naming an example and both of its losses.
-    """
-    obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    known = closed_form(obj._loss) is not None  # which never mixes examples
-    (numbers, batch), theta = obj.examples.spread(FEW if known else SEPARATED), obj.point(None)
-    with torch.no_grad():
-        outputs = obj.outputs(theta, batch.inputs)
-        together = obj.output_losses(outputs, batch.targets)
-        # Losses may be of any size, and tiny ones mostly rounding: what 1000 units in the last
-        # place of the outputs do to them.
-        signs = 1 - 2 * (torch.arange(outputs.numel(), device=outputs.device) % 2)
-        shift = 1e3 * torch.finfo(outputs.dtype).eps * outputs.abs().max()
-        shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), batch.targets)
-        rounding = float((shaken - together).abs().nan_to_num(0, 0).max())
-
-        def loss_alone(i: int) -> Tensor:
-            return obj.output_losses(outputs[i : i + 1], batch.cut(i, i + 1).targets)
-
-        def model_alone(i: int) -> Tensor:
-            return obj.losses(theta, *batch.cut(i, i + 1)[1:])
-
-        every = range(0 if known else batch.size)
-        some = sorted({0, batch.size // 2, batch.size - 1})
-        for what, index, alone in (("loss", every, loss_alone), ("model", some, model_alone)):
-            for i in index:
-                found = alone(i).reshape(-1)[0]
-                if not torch.isclose(together[i], found, 1e-3, rounding, equal_nan=True):
-                    shapes = (
-                        f"outputs {list(outputs.shape)}, targets {checks.describe(batch.targets)}"
-                    )
-                    raise _coupled(
-                        what, numbers[i], batch.size, float(together[i]), float(found), shapes
-                    )
-
-
-# Examples together that are compared with some of them alone: for losses of the library's or
-# torch's own, and for losses that may depend on pairs of the same label, say.
-FEW, SEPARATED = 4, 16
-
-
-def _coupled(
-    what: str, example: int, size: int, together: float, alone: float, shapes: str
-) -> ValueError:
-    advice = (
-        "look for a mean over the batch, or shapes such as [N] and [N, 1] that broadcast"
-        if what == "loss"
-        else "look for statistics of the batch"
-    )
-    return checks.fail(
-        what,
-        "the loss of an example to depend on that example alone",
-        f"{together:.6g} for example {example} in a batch of {size} but {alone:.6g} for it alone "
-        f"({shapes})",
-        f"{advice}; if it means to mix examples (a contrastive loss, say), pass coupled=True, for "
-        "which the entire data is one batch",
-    )
 
 
 def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:

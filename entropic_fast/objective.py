@@ -555,13 +555,18 @@ class Objective:
         """The name or index of the part of the output that the loss takes; None for all of it."""
         return self._reader.part
 
+    @property
+    def loss_is_inside(self) -> bool:
+        """Whether the loss takes all of an output of many parts, and `outputs` are the losses."""
+        return self._reader.loss is not None
+
     def require_outputs(self, what: str) -> None:
         """Refuse what needs the model's outputs where the loss takes many parts of them.
 
         Raises:
             ValueError: naming what to do.
         """
-        if self._reader.loss is not None:
+        if self.loss_is_inside:
             raise checks.fail(
                 "objective",
                 f"a loss of one output tensor, for {what}",

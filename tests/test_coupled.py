@@ -164,3 +164,17 @@ def test_paths_of_a_coupled_objective_take_all_examples_in_every_step():
         for size in (3, None)
     ]
     assert torch.equal(results[0].path.pivots, results[1].path.pivots)
+
+
+def test_what_a_loss_mixes_may_depend_on_the_targets():
+    """Examples of one label alone are mixed; the first data have none."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        alike = (targets[:, None] == targets[None]).double()
+        return (outputs[:, None] - outputs[None]).square().sum(2).mul(alike).sum(1) + outputs[:, 0]
+
+    obj = ef.Objective(network(), loss, (X, torch.arange(N)))
+    with pytest.raises(ValueError, match="for it alone"):
+        obj.with_data((X, torch.arange(N) // 5))
+    with pytest.raises(ValueError, match="for it alone"):
+        ef.Objective(network(), loss, (X, torch.arange(N) // 5))
