@@ -121,7 +121,7 @@ def require_model(
         )
     require_right_gradients(obj._model)
     if given is not None:
-        obj.protect_buffers()
+        obj.protect_state()
     batch, theta = batch or check_batch(obj), obj.point(None)
     key = objective_key(obj, origin(obj._loss), obj.coupled, separate, trees.form(batch[1:]))
     known = _passed.get(key) is not None

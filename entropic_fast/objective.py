@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import checks, model_checks, trees
+from .attributes import Place, attributes, changed, only_tensors, put_back, unchanged
 from .batch_format import BatchFormat
 from .derivatives import AnyOrder
 from .devices import is_gpu
@@ -195,7 +196,11 @@ class Objective:
         for parameter in self._model.parameters():
             parameter.requires_grad_(False)
         self._tied = tied_names(self._model)
-        self._written: tuple[str, ...] = ()  # buffers that a forward pass changes; once known
+        # What a forward pass changes: buffers and attributes; once it is known.
+        self._written: tuple[str, ...] = ()
+        self._changed: tuple[Place, ...] = ()
+        self._counts = False  # whether later passes see some of it
+        self._given_attributes = attributes(self._model)
         self.buffers: dict[str, Tensor] = {
             name: b.detach().clone() for name, b in self._model.named_buffers()
         }
@@ -210,16 +215,22 @@ class Objective:
         """Why a module cannot run by itself with views of theta as parameters; "" if it can."""
         if self._complex:
             return "complex parameters"
-        return "buffers that a forward pass changes" if self._written else ""
+        return "a state that a forward pass changes" if self._counts else ""
 
-    def protect_buffers(self) -> None:
-        """Find the buffers that a first forward pass changed, and undo that; later ones get copies.
+    def protect_state(self) -> None:
+        """Find buffers and attributes that a first forward pass changed, and undo that.
 
-        So the model stays a function of theta and its inputs, with the buffers it was given.
+        Later passes get copies of the buffers, and attributes are put back after them. So the
+        model stays a function of theta and its inputs, in the state in which it was given.
         """
         given = {name: b.detach() for name, b in self._model.named_buffers()}
         self._written = tuple(n for n, b in self.buffers.items() if not torch.equal(b, given[n]))
         self.buffers |= {name: given[name].clone() for name in self._written}
+        found = changed(self._given_attributes, self._model)
+        put_back(self._given_attributes, self._model, found)
+        self._changed = tuple(found)
+        self._counts = bool(self._written) or not only_tensors(found.values())
+        self._given_attributes = {}
 
     def parameters_vector(self) -> Tensor:
         """A copy of theta as the model had it.  # [P]"""
@@ -525,7 +536,8 @@ class Objective:
         values = {**values, **tied}
 
         def run(*args: Tree, **kwargs: Tree) -> Any:
-            return functional_call(self._model, values, args, kwargs, tie_weights=False)
+            with unchanged(self._model, self._changed) if self._changed else nullcontext():
+                return functional_call(self._model, values, args, kwargs, tie_weights=False)
 
         return run
 

@@ -1,4 +1,4 @@
-"""Models whose forward pass changes buffers, in evaluation mode too: they stay functions."""
+"""Models whose forward pass changes their state, in evaluation mode too: they stay functions."""
 
 import copy
 
@@ -15,10 +15,13 @@ X, Y = torch.linspace(-1, 1, 24).view(6, 4).double(), torch.arange(6) % 3
 class Counting(nn.Linear):
     """Counts its calls, after three of which its outputs change."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: bool) -> None:
         torch.manual_seed(0)
         super().__init__(4, 3)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        if buffer:
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        else:
+            self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -69,8 +72,9 @@ def test_an_iteration_begins_where_the_given_model_is(how: str):
     assert obj.double().loss() == first
 
 
-def test_a_count_stands_still():
-    model = Counting().double()
+@pytest.mark.parametrize("buffer", [True, False])
+def test_a_count_stands_still(buffer: bool):
+    model = Counting(buffer).double()
     obj = Objective(model, "cross_entropy", (X, Y), batch_size=2)
     plain = nn.Linear(4, 3).double()
     plain.load_state_dict({n: p for n, p in model.named_parameters()})
@@ -84,6 +88,42 @@ def test_a_count_stands_still():
         for o in (obj, expected)
     ]
     assert torch.allclose(runs[0], runs[1], atol=1e-12)
-    with pytest.raises(ValueError, match=r"engine: .*buffers that a forward pass changes"):
+    with pytest.raises(ValueError, match=r"engine: .*a state that a forward pass changes"):
         ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, steps=5, engine="threads")
-    assert int(model.calls) == 0 and int(obj.buffers["calls"]) == 0
+    assert int(model.calls) == 0 and int(obj._model.calls) == 0
+    assert not buffer or int(obj.buffers["calls"]) == 0
+
+
+class Remembering(nn.Module):
+    """Begins with the hidden state of its last call, and keeps what it computed."""
+
+    def __init__(self, begin: Tensor | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+        self.state = begin
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.state is not None:
+            h = h + self.state.mean(0)
+        self.state = torch.tanh(h)
+        self.kept = [self.state]
+        return self.last(self.state)
+
+
+@pytest.mark.parametrize("begin", [None, torch.ones(2, 4).double()])
+def test_a_hidden_state_is_that_of_the_given_model(begin: Tensor | None):
+    obj = Objective(Remembering(begin), "cross_entropy", (X, Y), batch_size=4)
+    twin = Remembering(begin)
+    expected = nn.functional.cross_entropy(twin(X), Y)
+    gradient = torch.autograd.grad(expected, list(twin.parameters()))
+    flat = torch.cat([g.flatten() for g in gradient])
+    for now in (obj, obj.cast(torch.float32).double(), obj.with_norm("batch")):
+        for _ in range(2):
+            assert now.loss() == pytest.approx(float(expected.detach()), rel=1e-6)
+            assert torch.allclose(now.gradient(), flat, atol=1e-6)
+        assert torch.allclose(ef.score_matrix(now).mean(0), flat, atol=1e-6)
+        assert ef.HessianOperator(now).way == "rules"
+        assert not hasattr(now._model, "kept")
+        assert (now._model.state is None) == (begin is None)
