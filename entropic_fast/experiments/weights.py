@@ -43,7 +43,7 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     >>> import tempfile
     >>> net, other = nn.Linear(2, 1), nn.Linear(2, 1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     torch.save({"model": nn.DataParallel(net).state_dict(), "epoch": 3}, f"{folder}/a.pt")
+    ...     torch.save({"model": nn.ModuleDict({"module": net}).state_dict()}, f"{folder}/a.pt")
     ...     load_weights(other, f"{folder}/a.pt")
     >>> torch.equal(net.weight, other.weight)
     True
