@@ -77,7 +77,7 @@ class PlainProblem:
         mean = self.data_term(found)
         if not self.decay:
             return mean
-        return mean + self.decay / 2 * sum(p.abs().square().sum() for p in self.parameters)
+        return mean + self.decay / 2 * sum(real(p).square().sum() for p in self.parameters)
 
     def data_term(self, found: list[tuple[Any, Any]], bends: bool = False) -> Tensor:
         losses = [self.example_losses(*each, bends=bends) for each in found]
