@@ -171,6 +171,10 @@ def require_model(
     with torch.enable_grad(), Watcher() as watcher:
         before = obj.independent
         differentiable = _differentiable_losses(obj, batch, theta)
+    if watcher.derivative and not obj.takes_derivatives:
+        obj.takes_derivatives = True
+        with torch.enable_grad():  # again, as a graph may now be that of the inputs alone
+            differentiable = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative
     if given is not None:
         require_no_references(backward_nodes(differentiable), given, obj._model)

@@ -513,8 +513,16 @@ class Objective:
         """`value`, of which there is a derivative in theta: 0 where it does not depend on it.
 
         Some examples may use none of the parameters in theta (those of one expert among several).
+        The graph of a model that takes derivatives may be that of its inputs alone.
         """
-        if value.requires_grad or not (theta.requires_grad and torch.is_grad_enabled()):
+        if not (theta.requires_grad and torch.is_grad_enabled()):
+            return value
+        if value.requires_grad and not (self.takes_derivatives and theta.is_leaf):
+            return value
+        if any(
+            node.name().endswith("AccumulateGrad") and node.variable is theta
+            for node in model_checks.backward_nodes(value)
+        ):
             return value
         self.independent += 1
         return value + (0 * theta).sum().to(value.dtype)

@@ -348,3 +348,26 @@ def test_a_layer_with_a_wrong_gradient_is_refused():
     net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.CrossMapLRN2d(3), nn.Flatten(), nn.Linear(16, 1))
     with pytest.raises(ValueError, match="CrossMapLRN2d"):
         ef.Objective(net, "mse", (torch.randn(5, 1, 2, 2), torch.randn(5, 1)))
+
+
+class Energy(nn.Module):
+    """The force of an energy, to which a bias adds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.linear(x) + x.pow(3)
+            return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+
+def test_parameters_that_a_derivative_loses_are_refused_alone():
+    x = torch.randn(5, 2).double()
+    with pytest.raises(ValueError, match="depends on the trainable parameters"):
+        ef.Objective(Energy(), "mse", (x, x), parameters="linear.bias")
+    obj = ef.Objective(Energy(), "mse", (x, x))
+    assert float(obj.gradient()[2]) == 0.0
+    assert obj.num_params == 3
