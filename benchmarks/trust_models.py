@@ -3,6 +3,7 @@
     python benchmarks/trust_models.py FIRST LAST [PROCESSES]
     python benchmarks/trust_models.py again
     python benchmarks/trust_models.py problems FIRST LAST [PROCESSES]
+    python benchmarks/trust_models.py problems-again
 
 Of every seed in FIRST .. LAST - 1: scores, Gram matrix, norms and Fisher trace against one backward
 pass an example; Hessian and Gauss-Newton products and quadratic forms against two backward passes.
@@ -20,6 +21,7 @@ trust-problems-cpu.json, with the refused quantities counted by the message.
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -137,21 +139,30 @@ def main(first: int, last: int, processes: int = 2, *, problems: bool = False) -
             file.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def again() -> None:
-    record = json.loads(FILE.read_text())
+def _seed(note: str) -> int:
+    """Of a note such as "wrong 12: ..." or, of older records, "wrong 12 ..."."""
+    found = re.search(r"\d+", note)
+    assert found
+    return int(found[0])
+
+
+def again(file: Path = FILE, mode: str = "check") -> None:
+    record = json.loads(file.read_text())
     commit = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()["commit"]
     counts, notes = Counter[str](), []
-    for seed in sorted({int(note.split(":")[0].split()[-1]) for note in record["others"]}):
-        found, said, _ = supervise(seed, seed + 1)
+    for seed in sorted({_seed(note) for note in record["others"]}):
+        found, said, _ = supervise(seed, seed + 1, mode)
         counts += found
         notes += said
     record["others again"] = {"commit": commit, "counts": dict(counts), "others": notes}
-    FILE.write_text(json.dumps(record, indent=1) + "\n")
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "again":
         again()
+    elif sys.argv[1] == "problems-again":
+        again(PROBLEMS_FILE, "check-problems")
     elif sys.argv[1] == "check":
         check(*map(int, sys.argv[2:]))
     elif sys.argv[1] == "check-problems":

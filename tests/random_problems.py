@@ -9,9 +9,9 @@ The oracle is in `plain_problems`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,9 +134,16 @@ class Inner(nn.Module):
         return out if self.pack is None else self.pack(out, hidden)
 
 
-def plainly() -> AbstractContextManager[Any]:
+@contextmanager
+def plainly() -> Iterator[None]:
     """Within it attention has all derivatives."""
-    return sdpa_kernel(SDPBackend.MATH)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def random_problem(seed: int) -> RandomProblem:
@@ -191,6 +198,8 @@ def _problem(seed: int, draw: Draw) -> RandomProblem:
     batches = _batches(draw, inner, loss, read, columns, coupled)
     plain_targets = isinstance(batches[0][1], Tensor)
     form = random_form(draw, two, plain_targets)
+    if coupled and form.batch_size == 1:  # for which nothing mixes
+        form = replace(form, batch_size=2)
     plain = form.model(inner)
     model = _wrapped(draw, plain)
     plain = getattr(model, "module", getattr(model, "_orig_mod", model))
@@ -389,7 +398,8 @@ def _chosen(draw: Draw, plain: Called, arguments: dict[str, Any]) -> frozenset[s
     draw.note(f"parameters= by {kind}")
     if kind == "pattern":
         pattern = "*." + parts[-1]
-        names = [n for n in every if n.endswith("." + parts[-1])]
+        # Of modules too, such as those that hold a normalized weight's factors.
+        names = [n for n in every if f".{parts[-1]}." in f"{n}."]
         arguments["parameters"] = draw.one(pattern, [pattern])
     elif kind == "module" and place != name:
         arguments["parameters"] = plain.get_submodule(place)
