@@ -37,7 +37,16 @@ class OutputReader:
     def __call__(self, output: Any, targets: Tree) -> Any:
         """What the objective takes for the model's output."""
         if self.loss is not None:
-            return self.loss(_widened(output), targets)
+            losses = self.loss(_widened(output), targets)
+            if losses is None:
+                raise checks.fail(
+                    "loss",
+                    "a tensor of losses",
+                    "None",
+                    "labels are not handed to the model, so it computes no loss of its own: "
+                    'compute one from its other outputs, or name it, such as "next_token"',
+                )
+            return losses
         return output if self.part is None else part_of(output, self.part)
 
 

@@ -233,6 +233,15 @@ def test_a_loss_of_the_users_takes_the_entire_output(kind: str):
         obj.evaluate()
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_a_loss_that_the_model_would_compute_of_labels_is_rejected(coupled: bool):
+    """As Hugging Face's `output.loss`, which is None without labels."""
+    model = Parts(lambda a, h: SimpleNamespace(logits=a, loss=None))
+    x = torch.randn(N, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"labels are not handed to the model.*next_token"):
+        ef.Objective(model, lambda output, _: output.loss, (x, Y), coupled=coupled)
+
+
 @pytest.mark.parametrize(
     ("kind", "part"),
     [("tuple", 0), ("list", 0), ("dict", None), ("dict", "logits"), ("namespace", None),
