@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 # Examples that are looked at; all of them where they are one batch.
 FEW = 4
-# Changes of theta, in units of its root mean square, and the least of that.
-STEP, LEAST = 1e-5, 1e-2
+# Changes of theta, in units of its root mean square, and the least of that. The smaller ones cross
+# fewer kinks of wide networks, and round more.
+STEP, SMALLER, LEAST = 1e-5, 1e-8, 1e-2
 # Relative difference of products and differences that is a wrong derivative, if it is RESOLVED
 # times what the step does to the differences themselves (at a kink, or where they round).
 TOLERANCE, RESOLVED = 1e-5, 10
@@ -133,42 +134,20 @@ def _on_few_examples(operator: JetOperator) -> Any:
 
 def _test_differences(small: Any, v: Tensor, product: Tensor) -> None:
     """Compare a product with differences of the gradient along v."""
-    obj, theta = small.obj, small.theta
-    step = STEP * max(LEAST, float(theta.square().mean().sqrt()))
+    obj = small.obj
     try:
-        losses, gradients = {}, {}
-        for k in (-2, -1, 0, 1, 2):
-            point = theta + k * step * v
-            losses[k], gradients[k] = obj.loss(point), obj.gradient(point)
+        gap = _gap(lambda point: (obj.loss(point), obj.gradient(point)), small.theta, v, product)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         logger.info("%s: differences were not taken: %s", small.name, error)
         return
-    slope = float(gradients[0] @ v)
-    found = (losses[1] - losses[-1]) / (2 * step)
-    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * abs(losses[0]) / step
-    if not abs(slope - found) <= 1e-4 * float(gradients[0].norm()) + rounding:
-        logger.info("%s: the gradient is no derivative of the loss, by intention", small.name)
-        return
-    gap = _resolved_gap(product, gradients, step)
     if gap:
         why = (
             f"a product differs by {gap:.2g} of itself from what central differences of the "
             "gradient give"
         )
         raise _wrong(small.name, why, small)
-
-
-def _resolved_gap(product: Tensor, at: dict[int, Tensor], step: float) -> float:
-    """The relative gap between a product and differences of `at`; 0 if it is none for sure."""
-    near, far = (at[1] - at[-1]) / (2 * step), (at[2] - at[-2]) / (4 * step)
-    bend = (at[1] + at[-1] - 2 * at[0]) / (2 * step)
-    gap, size = float((near - product).norm()), float(torch.stack([near, product]).norm())
-    unsure = max(float((near - far).norm()), float(bend.norm()))
-    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * float(at[0].norm()) / step
-    resolved = gap > TOLERANCE * size + rounding and gap > RESOLVED * unsure  # not of NaN
-    return gap / size if resolved else 0.0
 
 
 @exact_math()
@@ -180,39 +159,66 @@ def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
         weights = torch.ones(batch.size, dtype=torch.float64, device=outputs.device)
         if output_hessian(obj._loss, outputs, batch.targets, weights) is not None:
             return
-        step = STEP * max(LEAST, float(outputs.square().mean().sqrt()))
         v = random.normal(outputs.shape, 0, 3, dtype=torch.float64, device=outputs.device)
 
-        def slope(k: int, create_graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-            leaf = (outputs + k * step * v).requires_grad_()
+        def derived(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            leaf = at.detach().clone().requires_grad_()
             with torch.enable_grad(), TwiceDifferentiable():
                 loss = obj.output_losses(leaf, batch.targets).sum()
             require_twice_differentiable(loss)
-            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=create_graph)
-            return leaf, loss.detach(), gradient
+            return leaf, loss, torch.autograd.grad(loss, leaf, create_graph=True)[0]
 
-        leaf, _, gradient = slope(0, True)
-        product = torch.zeros_like(leaf)
+        def value(at: Tensor) -> tuple[float, Tensor]:
+            _, loss, gradient = derived(at)
+            return float(loss.detach()), gradient.detach()
+
+        leaf, _, gradient = derived(outputs)
+        product = torch.zeros_like(outputs)
         if gradient.requires_grad:
             (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
-        found = {k: slope(k)[1:] for k in (-2, -1, 0, 1, 2)}
+        gap = _gap(value, outputs, v, product.detach())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a loss of one dtype, or one that asks for more examples
         logger.info("%s: second derivatives of the loss were not tested: %s", name, error)
         return
-    along, centre = float((found[0][1] * v).sum()), float(found[0][0])
-    difference = float(found[1][0] - found[-1][0]) / (2 * step)
-    rounding = ROUNDINGS * torch.finfo(torch.float64).eps * abs(centre) / step
-    if not abs(along - difference) <= 1e-4 * float(found[0][1].norm()) + rounding:
-        return
-    gap = _resolved_gap(product.detach(), {k: gradient for k, (_, gradient) in found.items()}, step)
     if gap:
         why = (
             f"the loss's second derivative in the outputs differs by {gap:.2g} of itself from "
             "what central differences of its gradient give"
         )
         raise _wrong(name, why, None)
+
+
+def _gap(
+    value: Callable[[Tensor], tuple[float, Tensor]], at: Tensor, v: Tensor, product: Tensor
+) -> float:
+    """The relative gap between a product and differences along v; 0 if it is none for sure.
+
+    Args:
+        value: a loss and its gradient at a point, in float64.
+        product: of the second derivatives at a point with v.
+    """
+    scale, eps = max(LEAST, float(at.square().mean().sqrt())), torch.finfo(torch.float64).eps
+    centre, gradient = value(at)
+    for step in (scale * STEP, scale * SMALLER):
+        losses, slopes = {}, {}
+        for k in (-2, -1, 1, 2):
+            losses[k], slopes[k] = value(at + k * step * v)
+        if step == scale * STEP:  # where kinks do not matter
+            along, found = float((gradient * v).sum()), (losses[1] - losses[-1]) / (2 * step)
+            rounding = ROUNDINGS * eps * abs(centre) / step
+            if not abs(along - found) <= 1e-4 * float(gradient.norm()) + rounding:
+                logger.info("a gradient is no derivative of its loss, by intention")
+                return 0.0
+        near, far = (slopes[1] - slopes[-1]) / (2 * step), (slopes[2] - slopes[-2]) / (4 * step)
+        bend = (slopes[1] + slopes[-1] - 2 * gradient) / (2 * step)
+        gap, size = float((near - product).norm()), float(torch.stack([near, product]).norm())
+        if gap <= TOLERANCE * size + ROUNDINGS * eps * float(gradient.norm()) / step:
+            return 0.0
+        if gap > RESOLVED * max(float((near - far).norm()), float(bend.norm())):
+            return gap / size
+    return 0.0
 
 
 def _probes(theta: Tensor, count: int) -> list[Tensor]:

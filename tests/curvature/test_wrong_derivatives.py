@@ -86,6 +86,24 @@ def test_a_wrong_double_backward_pass_is_named(function, dtype: torch.dtype):
     ef.GGNOperator(obj) @ ones(obj)  # which needs first derivatives alone
 
 
+def test_a_wide_network_of_kinks():
+    """Every step crosses some of them."""
+
+    def network(function) -> ef.Objective:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [m for _ in range(3) for m in (nn.Linear(200, 200), nn.ReLU())]
+            net = nn.Sequential(nn.Linear(3, 200), *layers, nn.Linear(200, 2))
+            data = torch.randn(12, 3).double(), torch.randn(12, 2).double()
+            model = nn.Sequential(Net(function), nn.Linear(2, 3), net)
+            return ef.Objective(model.double(), "mse", data)
+
+    wrong, right = network(Forgetful.apply), network(lambda h: h.tanh() + 0 * h.detach())
+    with pytest.raises(ef.WrongDerivativeError, match="Forgetful"):
+        ef.HessianOperator(wrong) @ ones(wrong)
+    ef.HessianOperator(right) @ ones(right)
+
+
 USES = {
     "forms": lambda obj: ef.HessianOperator(obj).quadratic_forms(ones(obj)[:, None]),
     "trace": ef.hessian_trace,
@@ -194,3 +212,40 @@ def test_products_are_tested_once_for_a_model_and_a_loss(monkeypatch):
     assert tested == ["hessian"]
     ef.HessianOperator(objective(torch.tanh)) @ ones(obj)  # by the graph
     assert tested == ["hessian"]
+
+
+class Normalized(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(F.batch_norm(h * h.detach(), None, None, training=True))
+
+
+def contrast(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs @ outputs.T).logsumexp(1).mean() + outputs.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        ("mse", {"weight_decay": 0.3}),
+        (contrast, {"coupled": True}),
+        (contrast, {"coupled": True, "weight_decay": 0.3}),
+    ],
+)
+def test_decay_and_examples_that_mix_are_no_wrong_derivatives(loss, settings: dict):
+    """Products by autograd agree with differences of the objective's own gradient."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, y = torch.randn(12, 3).double(), torch.randn(12, 2).double()
+        net = (
+            Normalized(None)
+            if settings.get("coupled")
+            else Net(lambda h: h.tanh() + 0 * h.detach())
+        )
+    obj = ef.Objective(net.double(), loss, (x, y), **settings)
+    operator = ef.HessianOperator(obj)
+    assert operator.way.startswith("autograd")
+    assert bool(torch.isfinite(operator @ ones(obj)).all())
+    with pytest.raises(ef.WrongDerivativeError):
+        wrong = ef.Objective(Net(Forgetful.apply).double(), loss, (x, y), **settings)
+        ef.HessianOperator(wrong) @ ones(wrong)
