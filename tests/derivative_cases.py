@@ -1,15 +1,14 @@
-# ruff: noqa: B008, B023 (functions are called before the loops that make them go on)
+# ruff: noqa: B008 (functions are called before the loops that make them go on)
 """Functions and layers of torch with tensors to differentiate in: what the sweep tries.
 
 A case is a function of floating-point tensors in float64, at a generic point, and these tensors:
-first the input, then what a model has as parameters. `cases()` draws all of them.
+first the input, then what a model has as parameters. `derivative_layers.cases` draws all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class Case:
     layouts: tuple[str, ...] = ("plain",)
 
 
-class _Draw:
+class Draw:
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
 
@@ -39,43 +38,44 @@ class _Draw:
         return torch.rand(*shape, generator=self.generator, dtype=FLOAT) * 0.8 + 0.1
 
 
-def cases() -> Iterator[Case]:
-    """Every case; those of one name differ in shapes."""
-    for group in (_pointwise, _reductions, _norms, _pooling, _shapes, _convolutions, _attention):
-        yield from group(_Draw())
-    for group in (_recurrent, _lookups, _losses, _distances, _linalg):
-        yield from group(_Draw())
+def function_cases() -> Iterator[Case]:
+    """Those of functions without parameters of their own."""
+    for group in (_pointwise, _reductions, _norms, _pooling, _shapes):
+        yield from group(Draw())
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return text.split()
 
 
-def _pointwise(draw: _Draw) -> Iterator[Case]:
-    for name in _words(
+def _pointwise(draw: Draw) -> Iterator[Case]:
+    for name in words(
         "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish relu "
         "relu6 selu sigmoid silu softplus softshrink softsign tanh tanhshrink"
     ):
         yield Case(name, getattr(F, name), (draw(2, 5),))
+    for name in words("celu_ elu_ hardtanh_ leaky_relu_ relu_ rrelu_ selu_"):
+        yield Case(name, lambda x, f=getattr(F, name): f(1 * x), (draw(2, 5),))
+    yield Case("threshold_", lambda x: F.threshold_(1 * x, 0.1, 20.0), (draw(2, 5),))
     yield Case("gelu tanh", lambda x: F.gelu(x, approximate="tanh"), (draw(2, 5),))
     yield Case("threshold", lambda x: F.threshold(x, 0.1, 20.0), (draw(2, 5),))
     yield Case("rrelu eval", lambda x: F.rrelu(x), (draw(2, 5),))
     yield Case("prelu", F.prelu, (draw(2, 3, 4), draw(3)), ("plain", "last"))
     yield Case("prelu one", F.prelu, (draw(2, 3, 4), draw(1)))
     yield Case("glu", F.glu, (draw(2, 6),))
-    for name in _words("exp sin cos atan sinh tan erf sinc square sign abs cosh asinh exp2 expm1"):
+    for name in words("exp sin cos atan sinh tan erf sinc square sign abs cosh asinh exp2 expm1"):
         yield Case(name, getattr(torch, name), (draw(2, 3),))
-    for name in _words("log sqrt rsqrt acos asin atanh log1p log2 reciprocal lgamma logit erfinv"):
+    for name in words("log sqrt rsqrt acos asin atanh log1p log2 reciprocal lgamma logit erfinv"):
         yield Case(name, getattr(torch, name), (draw.positive(2, 3),))
-    for name in _words("digamma i0 i0e i1 i1e ndtri log_ndtr entr erfcx"):
+    for name in words("digamma i0 i0e i1 i1e ndtri log_ndtr entr erfcx"):
         yield Case(f"special {name}", getattr(torch.special, name), (draw.positive(2, 3),))
-    for name in _words(
+    for name in words(
         "airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1 "
         "modified_bessel_k0 modified_bessel_k1 scaled_modified_bessel_k0 "
         "scaled_modified_bessel_k1 spherical_bessel_j0"
     ):
         yield Case(f"special {name}", getattr(torch.special, name), (draw.positive(2, 3),))
-    for name in _words(
+    for name in words(
         "chebyshev_polynomial_t hermite_polynomial_h laguerre_polynomial_l legendre_polynomial_p"
     ):
         function = getattr(torch.special, name)
@@ -87,7 +87,7 @@ def _pointwise(draw: _Draw) -> Iterator[Case]:
     yield Case("zeta", lambda q: torch.special.zeta(2.5, q), (draw.positive(2, 3),))
     yield Case("pow", torch.pow, (draw.positive(2, 3), draw(2, 3)))
     yield Case("pow 3", lambda x: x**3, (draw(2, 3),))
-    for name in _words("atan2 hypot logaddexp maximum minimum fmod div mul"):
+    for name in words("atan2 hypot logaddexp maximum minimum fmod div mul"):
         yield Case(name, getattr(torch, name), (draw(2, 3), draw(2, 3)))
     yield Case("xlogy", torch.xlogy, (draw.positive(2, 3), draw.positive(2, 3)))
     yield Case("lerp", torch.lerp, (draw(2, 3), draw(2, 3), draw(2, 3)))
@@ -102,14 +102,14 @@ def _pointwise(draw: _Draw) -> Iterator[Case]:
     yield Case("complex angle", lambda x, y: torch.complex(x, y).angle(), (draw(3), draw(3)))
 
 
-def _reductions(draw: _Draw) -> Iterator[Case]:
-    for name in _words("softmax log_softmax softmin"):
+def _reductions(draw: Draw) -> Iterator[Case]:
+    for name in words("softmax log_softmax softmin"):
         yield Case(name, lambda x, f=getattr(F, name): f(x, 1), (draw(2, 4, 3),), ("plain", "last"))
-    for name in _words("logsumexp prod cumprod cumsum logcumsumexp std var mean sum amax amin"):
+    for name in words("logsumexp prod cumprod cumsum logcumsumexp std var mean sum amax amin"):
         yield Case(
             name, lambda x, f=getattr(torch, name): f(x, 1), (draw(3, 4),), ("plain", "last")
         )
-    for name in _words("median nanmedian min max cummax"):
+    for name in words("median nanmedian min max cummax"):
         yield Case(name, lambda x, f=getattr(torch, name): f(x, 1).values, (draw(3, 4),))
     yield Case("prod of all", lambda x: x.prod(), (draw(3, 2),))
     yield Case("sort", lambda x: x.sort(1).values, (draw(3, 4),))
@@ -137,7 +137,7 @@ def _reductions(draw: _Draw) -> Iterator[Case]:
     yield Case("weight norm of a convolution", torch._weight_norm, (draw(2, 3, 3), draw(2, 1, 1)))
 
 
-def _norms(draw: _Draw) -> Iterator[Case]:
+def _norms(draw: Draw) -> Iterator[Case]:
     last = ("plain", "last", "one")
     for shape in ((4, 5), (2, 3, 6), (2, 2, 3, 4)):
         width = shape[-1]
@@ -225,7 +225,7 @@ def _norms(draw: _Draw) -> Iterator[Case]:
     yield Case("CrossMapLRN2d", lambda x: nn.CrossMapLRN2d(3, alpha=1.0)(x), (draw(1, 3, 2, 2),))
 
 
-def _pooling(draw: _Draw) -> Iterator[Case]:
+def _pooling(draw: Draw) -> Iterator[Case]:
     layouts = ("plain", "last", "one")
     for dims, shape in ((1, (2, 3, 6)), (2, (2, 3, 4, 4)), (3, (2, 2, 4, 4, 4))):
         for name, arguments in {
@@ -251,13 +251,13 @@ def _pooling(draw: _Draw) -> Iterator[Case]:
             return back(*pool(x, 2, return_indices=True), 2)
 
         yield Case(f"max_unpool{dims}d", unpooled, (draw(*shape),))
-    samples = torch.rand(2, 3, 2, dtype=FLOAT)
+    samples = draw.positive(2, 3, 2)
     yield Case(
         "fractional_max_pool2d",
         lambda x: F.fractional_max_pool2d(x, 2, output_size=2, _random_samples=samples),
         (draw(2, 3, 5, 5),),
     )
-    more = torch.rand(1, 2, 3, dtype=FLOAT)
+    more = draw.positive(1, 2, 3)
     yield Case(
         "fractional_max_pool3d",
         lambda x: F.fractional_max_pool3d(x, 2, output_size=2, _random_samples=more),
@@ -265,7 +265,7 @@ def _pooling(draw: _Draw) -> Iterator[Case]:
     )
 
 
-def _shapes(draw: _Draw) -> Iterator[Case]:
+def _shapes(draw: Draw) -> Iterator[Case]:
     layouts = ("plain", "last", "one")
     for dims, shape in ((1, (2, 3, 4)), (2, (2, 3, 4, 4)), (3, (1, 2, 3, 3, 3))):
         for mode in ("constant", "reflect", "replicate", "circular"):
@@ -360,292 +360,3 @@ def _shapes(draw: _Draw) -> Iterator[Case]:
 def _short_time(x: Tensor) -> Tensor:
     window = torch.hann_window(4, dtype=FLOAT)
     return torch.stft(x, 4, 2, window=window, return_complex=True).abs().square()
-
-
-def _convolutions(draw: _Draw) -> Iterator[Case]:
-    layouts = ("plain", "last", "one")
-    for dims, size in ((1, (5,)), (2, (4, 4)), (3, (3, 3, 3))):
-        conv, back = getattr(F, f"conv{dims}d"), getattr(F, f"conv_transpose{dims}d")
-        kernel = (2,) * dims
-        yield Case(f"conv{dims}d", conv, (draw(2, 2, *size), draw(3, 2, *kernel), draw(3)), layouts)
-        yield Case(
-            f"conv{dims}d grouped",
-            lambda x, w, b, f=conv: f(x, w, b, padding=1, stride=2, groups=2),
-            (draw(2, 2, *size), draw(4, 1, *kernel), draw(4)),
-            layouts,
-        )
-        yield Case(
-            f"conv{dims}d dilated",
-            lambda x, w, f=conv: f(x, w, dilation=2, padding="same"),
-            (draw(1, 2, *size), draw(2, 2, *kernel)),
-        )
-        yield Case(
-            f"conv_transpose{dims}d",
-            lambda x, w, b, f=back: f(x, w, b, stride=2, padding=1),
-            (draw(2, 2, *size), draw(2, 2, *kernel), draw(2)),
-            layouts,
-        )
-        yield Case(
-            f"conv_transpose{dims}d grouped",
-            lambda x, w, b, f=back: f(x, w, b, groups=2),
-            (draw(1, 2, *size), draw(2, 2, *kernel), draw(4)),
-        )
-    yield Case("conv_tbc", torch.conv_tbc, (draw(4, 2, 3), draw(2, 3, 2), draw(2)))
-    yield Case("linear", F.linear, (draw(2, 3), draw(4, 3), draw(4)))
-    yield Case("bilinear", F.bilinear, (draw(2, 3), draw(2, 4), draw(2, 3, 4), draw(2)))
-    yield Case("einsum", lambda a, b: torch.einsum("ij,jk->ik", a, b), (draw(2, 3), draw(3, 2)))
-    yield Case("einsum of three", _three, (draw(2, 3), draw(3, 2), draw(2, 2)))
-    yield Case("baddbmm", torch.baddbmm, (draw(2, 3, 2), draw(2, 3, 4), draw(2, 4, 2)))
-    yield Case("addmv", torch.addmv, (draw(3), draw(3, 2), draw(2)))
-    yield Case("cross", torch.linalg.cross, (draw(2, 3), draw(2, 3)))
-    yield Case("kron", torch.kron, (draw(2, 2), draw(2, 2)))
-
-
-def _three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return torch.einsum("ij,jk,kl->il", a, b, c)
-
-
-def module_case(name: str, make: Callable[[], nn.Module], x: Tensor, call: Any = None) -> Case:
-    """A module as a function of its input and parameters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = make().to(FLOAT).eval()
-        values = {n: p.detach() + 0.1 * torch.randn_like(p) for n, p in module.named_parameters()}
-    names = list(values)
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        found = torch.func.functional_call(
-            module, dict(zip(names, parameters, strict=True)), (x,) if call is None else call(x)
-        )
-        return found if isinstance(found, Tensor) else found[0]
-
-    return Case(name, function, (x, *values.values()))
-
-
-def _attention(draw: _Draw) -> Iterator[Case]:
-    q, k, v = draw(1, 2, 3, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4)
-    mask = torch.ones(3, 3, dtype=torch.bool).tril()
-    attend = F.scaled_dot_product_attention
-    yield Case("scaled_dot_product_attention", attend, (q, k, v))
-    yield Case(
-        "scaled_dot_product_attention causal", lambda *t: attend(*t, is_causal=True), (q, k, v)
-    )
-    yield Case(
-        "scaled_dot_product_attention bias",
-        lambda q, k, v, m: attend(q, k, v, attn_mask=m),
-        (q, k, v, draw(3, 3)),
-    )
-    yield Case(
-        "scaled_dot_product_attention mask", lambda *t: attend(*t, attn_mask=mask), (q, k, v)
-    )
-    x = draw(2, 3, 4)
-    yield module_case(
-        "MultiheadAttention",
-        lambda: nn.MultiheadAttention(4, 2, batch_first=True),
-        x,
-        lambda x: (x, x, x),
-    )
-    yield module_case(
-        "TransformerEncoderLayer",
-        lambda: nn.TransformerEncoderLayer(4, 2, 5, activation="gelu", batch_first=True),
-        x,
-    )
-    yield module_case(
-        "TransformerEncoderLayer norm first",
-        lambda: nn.TransformerEncoderLayer(4, 2, 5, activation=F.silu, norm_first=True),
-        x,
-    )
-    yield module_case(
-        "TransformerDecoderLayer",
-        lambda: nn.TransformerDecoderLayer(4, 2, 5, activation="gelu"),
-        x,
-        lambda x: (x, x.sin()),
-    )
-
-
-def _recurrent(draw: _Draw) -> Iterator[Case]:
-    for layer in (nn.RNN, nn.LSTM, nn.GRU):
-        yield module_case(layer.__name__, lambda c=layer: c(2, 2), draw(3, 2, 2))
-        yield module_case(
-            f"{layer.__name__} both ways",
-            lambda c=layer: c(2, 2, num_layers=2, bidirectional=True, batch_first=True),
-            draw(1, 2, 2),
-        )
-    yield module_case("LSTM projected", lambda: nn.LSTM(2, 3, proj_size=2), draw(3, 1, 2))
-    for cell in (nn.RNNCell, nn.LSTMCell, nn.GRUCell):
-        yield module_case(cell.__name__, lambda c=cell: c(3, 2), draw(2, 3))
-
-
-def _lookups(draw: _Draw) -> Iterator[Case]:
-    index = torch.tensor([[0, 2, 2], [1, 0, 1]])
-    yield Case("embedding", lambda w: F.embedding(index, w), (draw(3, 2),))
-    yield Case("embedding padded", lambda w: F.embedding(index, w, padding_idx=3), (draw(4, 2),))
-    for mode in ("mean", "sum", "max"):
-        yield Case(
-            f"embedding_bag {mode}",
-            lambda w, m=mode: F.embedding_bag(index, w, mode=m),
-            (draw(3, 2),),
-        )
-    yield Case(
-        "embedding_bag weights",
-        lambda w, s: F.embedding_bag(index, w, mode="sum", per_sample_weights=s),
-        (draw(3, 2), draw(2, 3)),
-    )
-
-
-def _losses(draw: _Draw) -> Iterator[Case]:
-    labels = torch.tensor([0, 2, 1])
-    x, y = draw(3, 4), draw(3, 4)
-    p, q = draw.positive(3, 4), draw.positive(3, 4)
-    weight = draw.positive(4)
-    for reduction in ("none", "mean"):
-        r = {"reduction": reduction}
-        mark = "" if reduction == "none" else " mean"
-        for name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "poisson_nll_loss"):
-            yield Case(f"{name}{mark}", lambda a, b, f=getattr(F, name), r=r: f(a, b, **r), (x, y))
-        if reduction == "none":  # its mean warns that it is none
-            yield Case("kl_div", lambda a, b: F.kl_div(a, b, reduction="none"), (x, p))
-        yield Case(
-            f"binary_cross_entropy{mark}",
-            lambda a, b, r=r: F.binary_cross_entropy(a, b, weight, **r),
-            (p, q),
-        )
-        yield Case(
-            f"binary_cross_entropy_with_logits{mark}",
-            lambda a, b, r=r: F.binary_cross_entropy_with_logits(a, b, pos_weight=weight, **r),
-            (x, q),
-        )
-        yield Case(
-            f"cross_entropy{mark}", lambda a, r=r: F.cross_entropy(a, labels, weight, **r), (x,)
-        )
-        yield Case(
-            f"cross_entropy smoothed{mark}",
-            lambda a, r=r: F.cross_entropy(a, labels, label_smoothing=0.1, **r),
-            (x,),
-        )
-        yield Case(
-            f"cross_entropy soft{mark}", lambda a, b, r=r: F.cross_entropy(a, b, **r), (x, p)
-        )
-        yield Case(
-            f"nll_loss{mark}", lambda a, r=r: F.nll_loss(a.log_softmax(1), labels, **r), (x,)
-        )
-        yield Case(
-            f"nll_loss of images{mark}",
-            lambda a, r=r: F.nll_loss(a, labels[:, None, None], **r),
-            (draw(3, 4, 1, 1),),
-        )
-        yield Case(
-            f"gaussian_nll_loss{mark}",
-            lambda a, b, v, r=r: F.gaussian_nll_loss(a, b, v, **r),
-            (x, y, p),
-        )
-        yield Case(
-            f"multi_margin_loss{mark}",
-            lambda a, r=r: F.multi_margin_loss(a, labels, p=2, **r),
-            (x,),
-        )
-        many = torch.tensor([[0, 2, -1, -1], [1, -1, 0, 0], [3, 2, 1, -1]])
-        yield Case(
-            f"multilabel_margin_loss{mark}",
-            lambda a, r=r: F.multilabel_margin_loss(a, many, **r),
-            (x,),
-        )
-        yield Case(
-            f"multilabel_soft_margin_loss{mark}",
-            lambda a, b, r=r: F.multilabel_soft_margin_loss(a, b, **r),
-            (x, q),
-        )
-        signs = torch.tensor([[1.0, -1, 1, -1]], dtype=FLOAT).expand(3, 4)
-        yield Case(
-            f"soft_margin_loss{mark}", lambda a, r=r: F.soft_margin_loss(a, signs, **r), (x,)
-        )
-        yield Case(
-            f"hinge_embedding_loss{mark}",
-            lambda a, r=r: F.hinge_embedding_loss(a, signs, **r),
-            (x,),
-        )
-        yield Case(
-            f"margin_ranking_loss{mark}",
-            lambda a, b, r=r: F.margin_ranking_loss(a, b, signs, **r),
-            (x, y),
-        )
-        yield Case(
-            f"cosine_embedding_loss{mark}",
-            lambda a, b, r=r: F.cosine_embedding_loss(a, b, signs[:, 0], **r),
-            (x, y),
-        )
-        yield Case(
-            f"triplet_margin_loss{mark}",
-            lambda a, b, c, r=r: F.triplet_margin_loss(a, b, c, **r),
-            (x, y, draw(3, 4)),
-        )
-        lengths = torch.tensor([4, 3]), torch.tensor([2, 1])
-        yield Case(
-            f"ctc_loss{mark}",
-            lambda a, r=r: F.ctc_loss(
-                a.log_softmax(2), torch.tensor([[1, 2], [2, 2]]), *lengths, **r
-            ),
-            (draw(4, 2, 3),),
-        )
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.14
-        yield Case(
-            "linear_cross_entropy",
-            lambda a, w: F.linear_cross_entropy(a, w, labels),
-            (x, draw(5, 4)),
-        )
-    yield module_case(
-        "AdaptiveLogSoftmaxWithLoss",
-        lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2, 4], div_value=2),
-        x,
-        lambda x: (x, torch.tensor([0, 2, 5])),
-    )
-
-
-def _distances(draw: _Draw) -> Iterator[Case]:
-    x, y = draw(3, 4), draw(3, 4)
-    yield Case("cosine_similarity", F.cosine_similarity, (x, y))
-    for p in (1, 2, 3):
-        yield Case(f"pairwise_distance {p}", lambda a, b, p=p: F.pairwise_distance(a, b, p), (x, y))
-        yield Case(f"cdist {p}", lambda a, b, p=p: torch.cdist(a, b, p), (x, draw(2, 4)))
-        yield Case(f"pdist {p}", lambda a, p=p: F.pdist(a, p), (x,))
-        yield Case(f"dist {p}", lambda a, b, p=p: torch.dist(a, b, p), (x, y))
-    for mode in ("use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist"):
-        yield Case(
-            f"cdist 2 {mode}", lambda a, b, m=mode: torch.cdist(a, b, compute_mode=m), (x, y)
-        )
-    yield Case("cdist 2 itself", lambda a: torch.cdist(a, a + 1), (x,))
-
-
-def _linalg(draw: _Draw) -> Iterator[Case]:
-    a = torch.eye(3, dtype=FLOAT) * 2 + 0.3 * draw(3, 3)
-    b = draw(3, 2)
-    spd = a @ a.T
-    linalg = torch.linalg
-    for name in _words("det slogdet inv matrix_norm pinv cholesky matrix_exp eigvalsh svdvals"):
-        if name == "slogdet":
-            yield Case(name, lambda m: linalg.slogdet(m).logabsdet, (a,))
-        elif name in ("cholesky", "eigvalsh"):
-            yield Case(name, lambda m, f=getattr(linalg, name): f(m @ m.T), (a,))
-        else:
-            yield Case(name, getattr(linalg, name), (a,))
-    yield Case("det of several", linalg.det, (torch.stack([a, spd]),))
-    yield Case("logdet", lambda m: torch.logdet(m @ m.T), (a,))
-    yield Case("solve", linalg.solve, (a, b))
-    yield Case(
-        "solve_triangular", lambda m, b: linalg.solve_triangular(m.tril(), b, upper=False), (a, b)
-    )
-    yield Case("cholesky_solve", lambda m, b: torch.cholesky_solve(b, m.tril()), (a, b))
-    yield Case("cholesky_inverse", lambda m: torch.cholesky_inverse(m.tril()), (a,))
-    yield Case("lstsq", lambda m, b: linalg.lstsq(m, b).solution, (draw(4, 2), draw(4, 1)))
-    yield Case("qr", lambda m: linalg.qr(m).Q, (a,))
-    yield Case("svd", lambda m: linalg.svd(m, full_matrices=False)[0].square(), (a,))
-    yield Case("eigh", lambda m: linalg.eigh(m @ m.T)[1].square(), (a,))
-    yield Case("matrix_power", lambda m: linalg.matrix_power(m, 3), (a,))
-    yield Case("matrix_power -1", lambda m: linalg.matrix_power(m, -1), (a,))
-    yield Case("nuclear norm", lambda m: linalg.matrix_norm(m, "nuc"), (a,))
-    yield Case("spectral norm", lambda m: linalg.matrix_norm(m, 2), (a,))
-    yield Case("lu_solve", lambda m, b: linalg.lu_solve(*linalg.lu_factor(m), b), (a, b))
-    yield Case("householder_product", linalg.householder_product, (draw(3, 2), draw(2)))
-    yield Case("eigvals", lambda m: linalg.eigvals(m @ m.T).real.sort().values, (a,))
-    yield Case("multi_dot", lambda m, b: linalg.multi_dot([m, m, b]), (a, b))
-    yield Case("trace", torch.trace, (a,))
