@@ -99,6 +99,12 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "How many were tried, and how many were wrong.",
     ),
     (
+        "trust-problems",
+        "Random problems against plain torch",
+        "Random models in batches, outputs, losses and derivatives of every kind: how many were "
+        "tried, how many were wrong, and what was rejected, by the message.",
+    ),
+    (
         "torch-derivatives",
         "torch's own derivatives",
         "The first three derivatives of torch's layers and functions against central differences "

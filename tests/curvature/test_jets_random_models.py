@@ -13,7 +13,7 @@ from random_models import EPS, random_case
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
 
 # Of seed 457 (replicated padding, channels last) torch 2.13 crashes in its own double backward.
-SEEDS = [seed for seed in range(1, 600, 2) if seed != 457]
+SEEDS = [seed for seed in range(1, 600, 3) if seed != 457]
 # torch has no second derivative of these, whichever way is taken.
 NO_SECOND_DERIVATIVE = {"EmbeddingBag"}
 # What a graph of operations does not show goes to autograd.
