@@ -40,8 +40,18 @@ class PlainProblem:
             columns, targets = zip(*self.batches, strict=True)
             self.batches = [(joined(columns), joined(targets))]
         self.count = sum(len(columns["x"]) for columns, _ in self.batches)
+        self.single = self.batches
+        # One example is there twice, as in `RandomCase.scores`.
+        sizes = [len(columns["x"]) for columns, _ in self.batches]
+        twice = [size == 1 and not problem.coupled for size in sizes]
+        self.weights = [0.5 if double else 1.0 for double in twice]
+        self.batches = [
+            tree_map(lambda t: torch.cat([t, t]), batch) if double else batch
+            for double, batch in zip(twice, self.batches, strict=True)
+        ]
         with self.context(), torch.no_grad():
-            self.divisor = sum(problem.loss.total(*found) for found in self._outputs())
+            pairs = zip(self.weights, self._outputs(), strict=True)
+            self.divisor = sum(w * problem.loss.total(*found) for w, found in pairs)
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -81,21 +91,25 @@ class PlainProblem:
 
     def data_term(self, found: list[tuple[Any, Any]], bends: bool = False) -> Tensor:
         losses = [self.example_losses(*each, bends=bends) for each in found]
-        return torch.cat(losses).sum() / self.count
+        sums = [w * each.sum() for w, each in zip(self.weights, losses, strict=True)]
+        return torch.stack(sums).sum() / self.count
 
     def losses(self) -> Tensor:
         with self.context():
-            return torch.cat([self.example_losses(*each) for each in self._outputs()]).detach()
+            found = [self.example_losses(*each).detach() for each in self._outputs()]
+        pairs = zip(self.weights, found, strict=True)
+        return torch.cat([losses[:1] if w < 1 else losses for w, losses in pairs])
 
     def by_torch(self) -> float | None:
         """The loss by torch's own reduction, where it is a module and the data are one batch."""
         given = self.problem.given
-        if len(self.batches) > 1 or not isinstance(given, torch.nn.modules.loss._Loss):
+        if len(self.single) > 1 or not isinstance(given, torch.nn.modules.loss._Loss):
             return None
         if given.reduction == "none":
             return None
         with self.context(), torch.no_grad():
-            output, targets = self._outputs()[0]
+            columns, targets = self.single[0]
+            output = self.output(columns)
             several = output if isinstance(output, tuple) else (output,)
             if len(several) == 3:
                 return float(given(*several))
@@ -127,7 +141,7 @@ class PlainProblem:
         """One backward pass per example, which is there twice (`RandomCase.scores`).  # [N, P]"""
         rows = []
         with self.context():
-            for columns, targets in self.batches:
+            for columns, targets in self.single:
                 for i in range(len(columns["x"])):
                     two = tree_map(lambda t, i=i: torch.stack([t[i], t[i]]), (columns, targets))
                     losses = self.example_losses(self.output(two[0]), two[1])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -381,7 +382,9 @@ def _wrapped(draw: Draw, plain: Called) -> nn.Module:
     kind = draw.one("DataParallel", "AveragedModel", "torch.compile")
     draw.note(f"wrapper: {kind}")
     if kind == "DataParallel":
-        return nn.DataParallel(plain)
+        where = nn.DataParallel.__init__.__globals__  # no GPU is looked for
+        with mock.patch.dict(where, _get_available_device_type=lambda: None):
+            return nn.DataParallel(plain)
     if kind == "AveragedModel":
         return AveragedModel(plain)
     return torch.compile(plain, backend="eager")  # type: ignore[return-value]
