@@ -118,6 +118,8 @@ class Objective:
         examples: the data, in a fixed order.
         sharing: the processes that share its work (see `parallel.shard`); None if it is alone.
         dtype, device: of theta.
+        takes_derivatives: whether the model or loss takes a derivative of its own, in its inputs
+            say; normalization layers and others are then computed by their formulas.
 
     Raises:
         ValueError: data that is empty or does not fit, labels out of range, a model that is
