@@ -285,11 +285,13 @@ class Examples:
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """A target, on the device."""
+        tensor = _normal(tensor)
         recast = tensor.dtype in self._target_dtypes
         return tensor.to(self.device, self.dtype if recast else tensor.dtype)
 
     def _convert(self, inputs: Tree) -> Tree:
         def to_model(tensor: Tensor) -> Tensor:
+            tensor = _normal(tensor)
             if tensor.is_floating_point():
                 return tensor.to(self.device, self.dtype)
             if tensor.is_complex():
@@ -297,6 +299,11 @@ class Examples:
             return tensor.to(self.device)
 
         return trees.mapped(to_model, inputs)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """The tensor; a copy of one made in inference mode, which autograd does not take."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class RepeatedExamples(Examples):

@@ -22,7 +22,7 @@ from .examples import Batch, WithTargets
 from .known import Kept, objective_key
 from .loss_checks import require_fitting
 from .loss_functions import origin
-from .modules import require_no_references
+from .modules import require_no_references, requiring_gradients
 from .normalisation import explain_too_few
 from .parameters import mixed_precision, model_lock
 from .randomness import not_repeatable
@@ -168,7 +168,11 @@ def require_model(
         again = _losses_of(obj, first, batch)
         if not _same(losses, again) or not torch.equal(drawn, _random_state(obj.device)):
             raise not_repeatable("loss", lambda: _losses_of(obj, first, batch))
-    with torch.enable_grad(), Watcher() as watcher:
+    # Frozen parameters may be part of theta; in a function that holds the given model, too.
+    follow: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if given is not None:
+        follow = requiring_gradients(given, obj.parameter_names)
+    with torch.enable_grad(), Watcher() as watcher, follow:
         before = obj.independent
         differentiable = _differentiable_losses(obj, batch, theta)
     if watcher.derivative and not obj.takes_derivatives:

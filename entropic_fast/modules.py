@@ -6,7 +6,8 @@ import copy
 import itertools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pickle import PickleError
 from typing import Any
 
@@ -145,6 +146,23 @@ def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Mo
             f"{late[0]!r}, which it created",
             "run the model once on an example first",
         )
+
+
+@contextmanager
+def requiring_gradients(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Within it the parameters of these names, without wrappers, require gradients."""
+    frozen = [
+        p
+        for name, p in model.named_parameters()
+        if not (p.requires_grad or p.is_inference()) and plain_name(model, name) in names
+    ]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,5 +1,7 @@
 """Examples: one fixed order, true sizes, and no data that changes."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -180,3 +182,16 @@ def test_repeated_examples_need_a_target_each():
         RepeatedExamples(sources(3)["tensors"], 2, torch.arange(5))
     with pytest.raises(ValueError, match="times: expected a whole number"):
         RepeatedExamples(sources(3)["tensors"], 0, torch.arange(0))
+
+
+def test_data_and_models_made_in_inference_mode_are_taken():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    expected = Objective(model, "mse", (x, y)).gradient()
+    with torch.inference_mode():
+        made, inputs, targets = copy.deepcopy(model), x.clone(), y.clone()
+    assert inputs.is_inference() and made.weight.is_inference()
+    for data in ((inputs, targets), [(inputs, targets)]):
+        obj = Objective(made, "mse", data)
+        assert torch.equal(obj.gradient(), expected)
+        assert obj.double().loss() == pytest.approx(obj.loss())

@@ -108,6 +108,15 @@ def test_a_function_that_holds_the_model_is_refused(change):
         Objective(model, "cross_entropy", (X, Y))
 
 
+def test_a_function_that_holds_a_frozen_model_is_refused_where_that_is_chosen():
+    model = network().requires_grad_(False)
+    _by_closure(model)
+    with pytest.raises(ValueError, match="holds the model itself"):
+        Objective(model, "cross_entropy", (X, Y), parameters="*")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert Objective(model, "cross_entropy", (X, Y), parameters="2").num_params == 18
+
+
 @pytest.mark.parametrize("bind", [types.MethodType, functools.partial])
 def test_a_forward_that_is_bound_to_its_module_is_fine(bind):
     def forward(layer: nn.Linear, x: Tensor) -> Tensor:
