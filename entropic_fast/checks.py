@@ -6,13 +6,23 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .devices import is_gpu
 
 HALF = (torch.float16, torch.bfloat16)
+# Of an error message: what came is one line of so many characters, strings are cut after so many,
+# and of a sequence so many are shown.
+LONGEST, TEXT, ITEMS = 240, 98, 4
+PLAIN = (
+    *(int, float, complex, bool, str, bytes, NoneType, slice, np.generic),
+    *(torch.dtype, torch.device, PurePath),
+)
 
 
 def fail(argument: str, expected: str, got: str, do: str = "") -> ValueError:
@@ -23,21 +33,50 @@ def fail(argument: str, expected: str, got: str, do: str = "") -> ValueError:
     ...
     ValueError: lr: expected a positive number, got -1
     """
-    message = f"{argument}: expected {expected}, got {got}"
+    message = f"{argument}: expected {expected}, got {_cut(got, 2 * LONGEST)}"
     return ValueError(f"{message}; {do}" if do else message)
+
+
+def device_of(value: object) -> torch.device:
+    """The device that a name or a device stands for.
+
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    if isinstance(value, str | int | torch.device) and len(str(value)) <= TEXT:
+        try:
+            return torch.device(value)
+        except RuntimeError:  # a name that torch does not know
+            pass
+    raise fail("device", 'a device, as torch.device("cuda:0") or its name', shown(value))
+
+
+def boolean(argument: str, value: bool) -> bool:
+    """`value` if it is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise fail(argument, "True or False", shown(value))
+    return bool(value)
 
 
 def positive(argument: str, value: float) -> float:
     """`value` if it is a finite number above zero."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise fail(argument, "a finite number above 0", repr(value))
+    if not (_is_finite(value) and value > 0):
+        raise fail(argument, "a finite number above 0", shown(value))
     return value
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # of a whole number
+        return False
 
 
 def at_least(argument: str, value: float, minimum: float) -> float:
     """`value` if it is a finite number not below `minimum`."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value >= minimum):
-        raise fail(argument, f"a finite number of at least {minimum}", repr(value))
+    if not (_is_finite(value) and value >= minimum):
+        raise fail(argument, f"a finite number of at least {minimum}", shown(value))
     return value
 
 
@@ -48,15 +87,15 @@ def whole(argument: str, value: int, minimum: int = 0) -> int:
     except TypeError:
         number = minimum - 1
     if isinstance(value, bool) or number < minimum:
-        raise fail(argument, f"a whole number of at least {minimum}", repr(value))
+        raise fail(argument, f"a whole number of at least {minimum}", shown(value))
     return number
 
 
 def one_of(argument: str, value: str, choices: Iterable[str]) -> str:
     """`value` if it is one of `choices`."""
     allowed = tuple(choices)
-    if value not in allowed:
-        raise fail(argument, "one of " + ", ".join(map(repr, allowed)), repr(value))
+    if not isinstance(value, str) or value not in allowed:
+        raise fail(argument, "one of " + ", ".join(map(repr, allowed)), shown(value))
     return value
 
 
@@ -118,23 +157,65 @@ def all_finite(*values: Tensor) -> bool:
     return finite or all(bool(torch.isfinite(value).all()) for value in values)
 
 
-def describe(value: object) -> str:
-    """A tensor's shape and dtype, or a value's type, for an error message.
+def describe(value: object, depth: int = 2) -> str:
+    """A tensor's shape and dtype, or a value's type, for an error message: one short line.
 
     >>> describe({"x": torch.ones(2, 3)})
     "dict {'x': shape [2, 3] of float32}"
+    >>> describe(list(range(10**6)))
+    'list {int 0, int 1, int 2, int 3, ...} of length 1000000'
     """
+    kind = type(value).__name__
     if isinstance(value, Tensor):
         return f"shape {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, np.ndarray):
+        return f"a NumPy array of shape {list(value.shape)} of {value.dtype}"
     if isinstance(value, nn.Module):
-        return f"{type(value).__name__}, an nn.Module"
-    if isinstance(value, Mapping):
-        items = [f"{key!r}: {describe(v)}" for key, v in islice(value.items(), 4)]
-    elif isinstance(value, list | tuple):
-        items = [describe(v) for v in value[:4]]
-    else:
-        items = None
-    if items is not None:
-        more = ", ..." if len(value) > 4 else ""  # type: ignore[arg-type]
-        return f"{type(value).__name__} {{{', '.join(items)}{more}}}"
-    return f"{type(value).__name__} {value!r}"[:120]
+        return f"{kind}, an nn.Module"
+    if isinstance(value, Mapping | list | tuple):
+        count = len(value)
+        if depth == 0:
+            return f"{kind} of length {count}"
+        if isinstance(value, Mapping):
+            pairs = islice(value.items(), ITEMS)
+            items = [f"{shown(key, depth - 1)}: {describe(v, depth - 1)}" for key, v in pairs]
+        else:
+            items = [describe(v, depth - 1) for v in value[:ITEMS]]
+        more = f", ...}} of length {count}" if count > ITEMS else "}"
+        return _cut(f"{kind} {{{', '.join(items)}", LONGEST - len(more)) + more
+    if isinstance(value, type):
+        return f"the class {kind if value is type else value.__name__}"
+    if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
+        return f"the function {value.__name__}"
+    return _cut(
+        f"{kind} {shown(value)}" if isinstance(value, PLAIN) else f"an object of type {kind}"
+    )
+
+
+def shown(value: object, depth: int = 2) -> str:
+    """A value as it is written in a program if that is short, or else as `describe` says.
+
+    >>> shown(0.5), shown("LA"), shown((1, None))
+    ('0.5', "'LA'", '(1, None)')
+    >>> shown(torch.ones(2, 3)), shown("x" * 1000)[:8], len(shown("x" * 1000))
+    ('shape [2, 3] of float32', "'xxxxxxx", 103)
+    """
+    if isinstance(value, str):
+        return repr(value) if len(value) <= TEXT else repr(value[:TEXT]) + "..."
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, PLAIN):
+        return _cut(repr(value))
+    if isinstance(value, list | tuple) and depth and len(value) <= 2 * ITEMS:
+        text = ", ".join(shown(v, depth - 1) for v in value)
+        if len(text) <= TEXT:
+            comma = "," if len(value) == 1 else ""
+            return f"[{text}]" if isinstance(value, list) else f"({text}{comma})"
+    return describe(value, depth)
+
+
+def _cut(text: str, longest: int = 0) -> str:
+    """A text on one line, cut where it is too long."""
+    longest = longest or LONGEST
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 3] + "..."

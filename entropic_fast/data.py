@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import folders
-from .checks import at_least, describe, fail, whole
+from .checks import at_least, describe, fail, shown, whole
 from .random import derive, permutation, philox, uniform
 
 NAMES = ("digits", "cifar10", "cifar100")
@@ -76,10 +76,10 @@ class ImageData:
             values = getattr(self, argument)
             if len(values) != images.shape[1] or not np.isfinite(values).all():
                 raise fail(
-                    argument, f"{images.shape[1]} finite numbers, one a channel", repr(values)
+                    argument, f"{images.shape[1]} finite numbers, one a channel", shown(values)
                 )
         if min(self.std) <= 0:
-            raise fail("std", "numbers above 0", repr(self.std))
+            raise fail("std", "numbers above 0", shown(self.std))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -186,7 +186,7 @@ class ImageData:
             ValueError: a fraction outside [0, 1].
         """
         if at_least("fraction", fraction, 0) > 1:
-            raise fail("fraction", "a share from 0 to 1", repr(fraction))
+            raise fail("fraction", "a share from 0 to 1", shown(fraction))
         chosen = uniform((len(self),), derive(seed, "noisy")) < fraction
         drawn = uniform((len(self),), derive(seed, "label")) * self.num_classes
         labels = torch.where(chosen, drawn.long(), self.labels.cpu())
@@ -242,7 +242,7 @@ def load(
             raise fail(
                 "data_dir",
                 "None for 'digits', which scikit-learn holds",
-                repr(data_dir),
+                shown(data_dir),
                 "leave it out, or give the data set another name",
             )
         parts = _digits()
@@ -261,7 +261,7 @@ def load(
         raise fail(
             "data set",
             "one of " + ", ".join(map(repr, NAMES)),
-            repr(name),
+            shown(name),
             "for images of your own, pass data_dir, a folder of train/<class>/* and test/<class>/*",
         )
     (images, labels), (test_images, test_labels), classes = parts
@@ -404,7 +404,7 @@ class CropAndFlip:
         if images.ndim != 4:
             raise fail("images", "a tensor of shape [B, C, H, W]", describe(images))
         if self.fill and len(self.fill) != images.shape[1]:
-            raise fail("fill", f"{images.shape[1]} numbers, one a channel", repr(self.fill))
+            raise fail("fill", f"{images.shape[1]} numbers, one a channel", shown(self.fill))
         if not (self.pad or self.flip):
             return images.clone()
         out = images

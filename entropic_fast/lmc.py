@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import display
-from .checks import fail, full_precision, positive, whole
+from .checks import fail, full_precision, positive, shown, whole
 from .convergence import held, warn_of_overflow, warn_once
 from .curvature import HessianOperator, tracked_eigenpairs
 from .curvature.protocol import NonFiniteProductError
@@ -246,7 +246,7 @@ def instability(values: Sequence[float] | np.ndarray) -> float:
     """
     path = np.asarray(values, dtype=np.float64)
     if path.ndim != 1 or len(path) < 2 or not (path > -np.inf).all():
-        raise fail("values", "at least 2 finite numbers along a path", repr(values)[:80])
+        raise fail("values", "at least 2 finite numbers along a path", shown(values))
     if np.isposinf(path).any():
         return math.inf
     ends = (path[0] + path[-1]) / 2
@@ -328,7 +328,7 @@ def linear_mode_connectivity(
         raise fail(
             "epochs",
             f"different numbers from 0 to {config.epochs}, at least one",
-            repr(tuple(epochs)),
+            shown(tuple(epochs)),
         )
     for argument, count in (
         ("loss_examples", loss_examples),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import fail, one_of, whole
+from .checks import fail, one_of, shown, whole
 from .random import derive, normal
 
 NAMES = (
@@ -178,7 +178,7 @@ def digits_cnn(
     one_of("norm", norm, ("none", "batch"))
     _sizes(num_classes, in_channels)
     if len(channels) != 3:
-        raise fail("channels", "three numbers, one a convolution", repr(channels))
+        raise fail("channels", "three numbers, one a convolution", shown(channels))
     layers: list[nn.Module] = []
     before = in_channels
     for after, stride in zip(channels, (1, 2, 1), strict=True):
@@ -214,7 +214,7 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
         return digits_cnn(norm, num_classes, 1 if in_channels is None else in_channels)
     found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
     if found is None:
-        raise fail("model name", "one of " + ", ".join(map(repr, NAMES)) + _FORMS, repr(name))
+        raise fail("model name", "one of " + ", ".join(map(repr, NAMES)) + _FORMS, shown(name))
     depth, wrn_depth, widen, width = (int(g) if g else 0 for g in found.groups())
     channels = 3 if in_channels is None else in_channels
     width = width or 16

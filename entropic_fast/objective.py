@@ -157,7 +157,7 @@ class Objective:
         self._loss = loss_function(loss)
         self._model = private_copy(model, norm)
         self._read_parameters(device, choose(model, parameters))
-        self.coupled = bool(coupled)
+        self.coupled = checks.boolean("coupled", coupled)
         form = BatchFormat(self._model, getattr(self._loss, "labels_of", None))
         self.examples = Examples(
             data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
@@ -183,7 +183,7 @@ class Objective:
             raise checks.fail(
                 "model", "one device", str(sorted(map(str, devices))), "pass device=..."
             )
-        self.device = torch.device(device) if device is not None else devices.pop()
+        self.device = checks.device_of(device) if device is not None else devices.pop()
         self._model.to(self.device)
         named = studied(self._model, chosen)
         self.dtype = real_dtype(named)
@@ -866,3 +866,21 @@ class Objective:
                 if self.coupled
                 else 'use norm="running", and layers that keep running statistics',
             )
+
+
+def require_objective(obj: object) -> None:
+    """Refuse what is no objective, such as the model itself.
+
+    >>> require_objective(torch.nn.Linear(1, 1))
+    Traceback (most recent call last):
+    ...
+    ValueError: obj: expected an Objective, got Linear, an nn.Module; make one of the model, its
+    loss and data: Objective(model, loss, data)
+    """
+    if not isinstance(obj, Objective):
+        raise checks.fail(
+            "obj",
+            "an Objective",
+            checks.describe(obj),
+            "make one of the model, its loss and data: Objective(model, loss, data)",
+        )

@@ -62,7 +62,7 @@ def part_of(output: Any, part: str | int) -> Any:
         return output[part]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
         raise checks.fail(
-            "output", f"one of the parts of the model's output, {parts(output)}", repr(part)[:80]
+            "output", f"one of the parts of the model's output, {parts(output)}", checks.shown(part)
         ) from error
 
 

@@ -32,7 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from . import checks
 from .devices import is_gpu
 from .examples import digest
-from .objective import Objective
+from .objective import Objective, require_objective
 from .sharing import DifferentCallsError, LostProcessError, OtherProcessError, Sharing
 from .signs import Signs
 
@@ -145,8 +145,7 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     >>> obj.loss(torch.tensor([2.0]))
     2.5
     """
-    if not isinstance(obj, Objective):
-        raise checks.fail("obj", "an Objective", checks.describe(obj))
+    require_objective(obj)
     init()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return obj

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import random_bits
-from .ops.random_bits import as_int64
+from .ops.random_bits import as_int64, whole_seed
 from .reference.random_bits import KINDS
 from .scratch import scratch_of
 
@@ -35,7 +35,7 @@ def derive(seed: int, *names: str | int) -> int:
     >>> derive(0, "train") == derive(0, "train"), derive(0, "train") == derive(0, "path")
     (True, False)
     """
-    text = "\x1f".join([str(int(seed)), *map(str, names)])
+    text = "\x1f".join([str(whole_seed(seed)), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import HALF, at_least, fail, one_of, positive, whole
+from .checks import HALF, at_least, fail, one_of, positive, shown, whole
 from .data import ImageData, augment, batches
 from .devices import is_gpu
 from .layouts import fitting_layout
@@ -75,7 +75,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("lr", self.lr)
         if at_least("momentum", self.momentum, 0) >= 1:
-            raise fail("momentum", "a number in [0, 1)", repr(self.momentum))
+            raise fail("momentum", "a number in [0, 1)", shown(self.momentum))
         at_least("weight_decay", self.weight_decay, 0)
         whole("batch_size", self.batch_size, 1)
         whole("epochs", self.epochs)
@@ -84,15 +84,15 @@ class TrainConfig:
             0 < m < 1 for m in self.milestones
         ):
             raise fail(
-                "milestones", "ascending shares of training in (0, 1)", repr(self.milestones)
+                "milestones", "ascending shares of training in (0, 1)", shown(self.milestones)
             )
         if positive("gamma", self.gamma) > 1:
-            raise fail("gamma", "a number in (0, 1]", repr(self.gamma))
+            raise fail("gamma", "a number in (0, 1]", shown(self.gamma))
         if self.nesterov and self.momentum == 0:
             raise fail("nesterov", "a momentum above 0", "momentum 0")
         whole("pad", self.pad)
         if at_least("label_noise", self.label_noise, 0) > 1:
-            raise fail("label_noise", "a share from 0 to 1", repr(self.label_noise))
+            raise fail("label_noise", "a share from 0 to 1", shown(self.label_noise))
         one_of("precision", self.precision, ("float32", "bfloat16"))
 
 

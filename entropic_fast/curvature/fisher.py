@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..devices import is_gpu
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..results import Estimate
 from ..scratch import scratch_of
 from .compiled import undisturbed
@@ -74,6 +74,7 @@ def gradient_norms(
     >>> gradient_norms(obj, torch.tensor([2.0])).tolist()
     [4.0, 64.0]
     """
+    require_objective(obj)
     obj.require_single_examples()
     key = grouping(by)
     engine, count = ScoreEngine(obj, theta), obj.num_examples
@@ -178,6 +179,7 @@ def fisher_trace(
     >>> fisher_trace(obj, torch.tensor([2.0])).value
     34.0
     """
+    require_objective(obj)
     if by is None:
         return mean_estimate(gradient_norms(obj, theta, memory_budget=memory_budget))
     norms = gradient_norms(obj, theta, memory_budget=memory_budget, by=by)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from ..devices import is_gpu
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..results import Eigenpairs
 from ..scratch import scratch_of
 from .basis import Basis
@@ -79,8 +79,8 @@ class FisherOperator(CurvatureOperator):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(obj, theta)
-        if dtype not in (None, torch.float32, torch.float64):
-            raise checks.fail("dtype", "torch.float32 or torch.float64", str(dtype))
+        if not any(dtype is known for known in (None, torch.float32, torch.float64)):
+            raise checks.fail("dtype", "torch.float32 or torch.float64", checks.shown(dtype))
         if dtype is not None or obj.dtype in checks.HALF:
             self.dtype = dtype or torch.float32
         self.count = obj.count(max_examples)
@@ -182,8 +182,7 @@ def fisher_eigenvalues(
     >>> [round(v, 9) for v in pairs.values.tolist()], pairs.converged
     ([4.5, 0.5], True)
     """
-    if not isinstance(obj, Objective):
-        raise checks.fail("obj", "an Objective", checks.describe(obj))
+    require_objective(obj)
     size = obj.num_params
     if checks.whole("k", k, 1) > size:
         raise checks.fail("k", f"at most the {size} parameters", str(k))

@@ -20,7 +20,7 @@ from ..loss_cross_entropy import CrossEntropy
 from ..loss_elementwise import DiagonalLoss
 from ..loss_functions import closed_form, widened
 from ..model_checks import require_finite_outputs, require_twice_differentiable
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..results import Estimate
 from .compiled import undisturbed
 from .first_use import require_right_loss
@@ -102,6 +102,7 @@ def ggn_trace(
     >>> round(ggn_trace(obj).value, 5)  # the mean of 2 x^2
     5.0
     """
+    require_objective(obj)
     obj.require_single_examples()
     obj.require_outputs("the Gauss-Newton matrix")
     count, theta, key = obj.count(max_examples), obj.point(theta), grouping(by)

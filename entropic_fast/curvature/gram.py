@@ -88,7 +88,7 @@ class GramTask:
             raise checks.fail(
                 "strategy",
                 '"auto" or "memory" where processes share the work',
-                repr(strategy),
+                checks.shown(strategy),
                 "take more processes, or obj.alone()",
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks, random, trees
 from ..exact import TwiceDifferentiable, exact_math
 from ..model_checks import require_real_outputs, require_twice_differentiable
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from .agreement import coarsest_dtype
 from .by_rules import ByRules
 from .compiled import Compilable
@@ -61,8 +61,7 @@ class JacobianOperator(ByRules):
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
     ) -> None:
-        if not isinstance(obj, Objective):
-            raise checks.fail("obj", "an Objective", checks.describe(obj))
+        require_objective(obj)
         checks.full_precision("obj", obj.dtype, self.name)
         obj.require_outputs(self.name)
         self.obj = obj

@@ -21,7 +21,7 @@ from ..loss_elementwise import BinaryCrossEntropy
 from ..loss_functions import closed_form, widened
 from ..loss_reductions import ReducedLoss
 from ..model_checks import require_finite_outputs
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from .compiled import undisturbed
 
 
@@ -79,6 +79,7 @@ def sampled_labels(
     >>> print(fisher_trace(sampled_labels(obj, draws=4)))  # |p - y|^2 |x|^2, whichever the label
     0.5 ± 0 (12 samples)
     """
+    require_objective(obj)
     draw = _drawing(obj)
     checks.whole("draws", draws, 1)
     obj.require_single_examples()

@@ -91,7 +91,7 @@ def log_determinant(
     if delta is not None:
         checks.positive("delta", delta)
         if floor > 0:
-            raise checks.fail("floor", "0 with delta, which needs none", repr(floor))
+            raise checks.fail("floor", "0 with delta, which needs none", checks.shown(floor))
     pairs = None
     messages: list[str] = []
     value = error = bound = quadrature = 0.0
@@ -137,6 +137,10 @@ def density_log_determinant(density: Density, delta: float) -> Estimate:
     >>> round(density_log_determinant(density, 1.0).value, 4)  # 3 log 2
     2.0794
     """
+    if not isinstance(density, Density):
+        raise checks.fail(
+            "density", "a Density", checks.describe(density), "give what spectral_density returned"
+        )
     checks.positive("delta", delta)
     estimate = _trace_of_log(density, delta)
     messages = _missed(density, delta, estimate)

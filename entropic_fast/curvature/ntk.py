@@ -11,7 +11,7 @@ from .. import checks
 from ..exact import exact_math
 from ..examples import RepeatedExamples
 from ..model_checks import require_finite_outputs
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from .compiled import undisturbed
 from .score import score_gram
 
@@ -78,6 +78,7 @@ def ntk_gram(
     >>> kernel.shape, kernel[:, 0, :, 0].tolist(), bool(kernel[:, 0, :, 1].any())
     (torch.Size([2, 2, 2, 2]), [[1.0, 2.0], [2.0, 5.0]], False)
     """
+    require_objective(obj)
     obj.require_single_examples()
     obj.require_outputs("the tangent kernel")
     count, theta = obj.count(max_examples), obj.point(theta)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..devices import is_gpu
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from .compiled import Compilable, forms_operation, undisturbed
 from .protocol import NonFiniteProductError
 
@@ -35,8 +35,7 @@ class CurvatureOperator(Compilable):
     needs_outputs = False  # whether it is of the model's outputs
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
-        if not isinstance(obj, Objective):
-            raise checks.fail("obj", "an Objective", checks.describe(obj))
+        require_objective(obj)
         if not self.takes_half:
             checks.full_precision("obj", obj.dtype, self.name)
         if self.needs_outputs:

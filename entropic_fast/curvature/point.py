@@ -16,7 +16,7 @@ from ..convergence import held, warn_once
 from ..exact import exact_math
 from ..loss_cross_entropy import CrossEntropy
 from ..loss_functions import closed_form
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..results import Density, Eigenpairs, Estimate
 from .basis import ROUNDING
 from .density import density_and_pairs
@@ -171,6 +171,7 @@ def measure_point(
     >>> measure_point(obj, torch.tensor([2.1]), top, start=pairs).row["products"]
     1
     """
+    require_objective(obj)
     require_quantities(obj, quantities)
     checks.positive("delta", delta)
     norm_examples = _norm_examples(obj, recalibrate)
@@ -268,7 +269,9 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         ValueError: as said.
     """
     if isinstance(quantities, str) or not quantities:
-        raise checks.fail("quantities", "a sequence of names", repr(quantities), 'as ("loss",)')
+        raise checks.fail(
+            "quantities", "a sequence of names", checks.shown(quantities), 'as ("loss",)'
+        )
     for name in quantities:
         checks.one_of("quantities", name, ALL_QUANTITIES)
         if name in _OF_HESSIAN:

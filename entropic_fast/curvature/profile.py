@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..convergence import warn_of_overflow, warn_once
-from ..objective import NonFiniteLossError, Objective
+from ..objective import NonFiniteLossError, Objective, require_objective
 from ..results import Density, Eigenpairs
 from ..sharing import OtherProcessError, not_finite
 from ..table import Table
@@ -91,6 +91,7 @@ def curvature_profile(
     >>> table["s"].tolist(), table["loss"].tolist(), table["norm"].tolist()
     ([0.0, 1.0], [2.5, 0.0], [2.0, 3.0])
     """
+    require_objective(obj)
     positions = profile_positions(points)
     checks.positive("tol", tol)
     if not callable(getattr(path, "point", None)):
@@ -98,7 +99,9 @@ def curvature_profile(
     require_quantities(obj, quantities)
     for name, asked in (("across", across), ("on_density", on_density is not None)):
         if asked and "density" not in quantities:
-            raise checks.fail("quantities", f'"density" among them with {name}', repr(quantities))
+            raise checks.fail(
+                "quantities", f'"density" among them with {name}', checks.shown(quantities)
+            )
     tangent = getattr(path, "tangent", None) if across else None
     if across and tangent is None:
         raise checks.fail(
@@ -166,5 +169,5 @@ def profile_positions(points: int | Sequence[float]) -> list[float]:
         raise checks.fail("points", "at least one position", "none")
     for s in positions:
         if not (math.isfinite(s) and 0 <= s <= 1):
-            raise checks.fail("points", "positions in [0, 1]", repr(s))
+            raise checks.fail("points", "positions in [0, 1]", checks.shown(s))
     return positions

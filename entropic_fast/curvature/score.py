@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..ops.score_gram import symmetric_update_
 from .compiled import undisturbed
 from .gram import GramTask, mirror_lower
@@ -54,6 +54,7 @@ def score_matrix(
     >>> score_matrix(obj, torch.tensor([2.0])).tolist()
     [[-2.0], [-8.0]]
     """
+    require_objective(obj)
     obj.require_single_examples()
     count = obj.count(max_examples)
     itemsize = 8 if obj.dtype == torch.float64 else 4
@@ -137,6 +138,7 @@ def score_gram(
     >>> score_gram(obj, torch.tensor([2.0])).tolist()
     [[4.0, 16.0], [16.0, 64.0]]
     """
+    require_objective(obj)
     obj.require_single_examples()
     count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
@@ -174,6 +176,7 @@ def score_plan(
     >>> score_plan(obj, memory_budget=10**6).strategy
     'memory'
     """
+    require_objective(obj)
     count = obj.count(max_examples)
     budget = resolve_budget(memory_budget, obj.device)
     return GramTask(obj.alone(), theta, count, budget, strategy, True).plan
@@ -236,6 +239,7 @@ def score_spectrum(
     >>> score_spectrum(obj, torch.tensor([2.0])).tolist()
     [34.0]
     """
+    require_objective(obj)
     obj.require_single_examples()
     count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)

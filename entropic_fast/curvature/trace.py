@@ -101,14 +101,16 @@ def hessian_trace(
     operator = HessianOperator(obj, theta)
     if method == GAUSS_NEWTON:
         if by is not None:
-            raise checks.fail("by", f'None with method="{GAUSS_NEWTON}"', repr(by))
+            raise checks.fail("by", f'None with method="{GAUSS_NEWTON}"', checks.shown(by))
         return _beside_gauss_newton(operator, probes, tol, seed, deflate)
     if by is None:
         return operator_trace(operator, probes, tol, seed, method=method, deflate=deflate)
     key = grouping(by)
     if method == "xtrace":
         raise checks.fail(
-            "method", '"hutchinson" or "hutch++" for shares of the trace (by=...)', repr(method)
+            "method",
+            '"hutchinson" or "hutch++" for shares of the trace (by=...)',
+            checks.shown(method),
         )
     sizes = {name: part.numel() for name, part in obj.split(operator.theta).items()}
     names = list(dict.fromkeys(map(key, sizes)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..paths.path import Path
 
 PerReplica = float | Sequence[float] | Tensor
@@ -55,8 +55,7 @@ def _numbers(argument: str, value: PerReplica) -> Tensor:
 
 def check_path(obj: Objective, path: Path) -> None:
     """Refuse a path that is not in the objective's parameters."""
-    if not isinstance(obj, Objective):
-        raise checks.fail("obj", "an Objective", checks.describe(obj))
+    require_objective(obj)
     if not isinstance(path, Path):
         raise checks.fail(
             "path",

@@ -40,7 +40,9 @@ class Evaluation:
             isinstance(name, str) and name.isidentifier() for name in fixed_sets
         ):
             raise checks.fail(
-                "fixed_sets", "data by name, as {'test': (inputs, targets)}", repr(fixed_sets)[:80]
+                "fixed_sets",
+                "data by name, as {'test': (inputs, targets)}",
+                checks.shown(fixed_sets),
             )
         self.fixed = {name: obj.with_data(data) for name, data in fixed_sets.items()}
         self._obj, self._loss_every, self._fixed_every = obj, loss_every, fixed_every

@@ -54,7 +54,7 @@ from ..curvature import HessianOperator, top_eigenvalues
 from ..curvature.across import Across, orthonormal
 from ..curvature.protocol import multiply
 from ..exact import exact_math
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..paths.path import Path
 from ..results import Eigenpairs, Estimate
 from .noise import GradientNoise
@@ -222,9 +222,13 @@ def point_force(
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
     """
+    require_objective(obj)
     if not (step > 0 and step <= position <= 1 - step):
         raise checks.fail(
-            "position", f"s with s +- step ({step:g}) in [0, 1]", repr(position), "lower step"
+            "position",
+            f"s with s +- step ({step:g}) in [0, 1]",
+            checks.shown(position),
+            "lower step",
         )
     checks.whole("directions", directions, 1)
     checks.whole("rest_examples", rest_examples)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import checks
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..paths.path import Path
 from .relax import relax
 from .trajectory import DivergenceError, Trajectory
@@ -55,10 +55,14 @@ def relax_many(
     >>> [run.batch_size for run in runs], [run.lr.item() for run in runs]
     ([2, 2, 4, 4], [0.1, 0.2, 0.1, 0.2])
     """
+    require_objective(obj)
     for name in ("record_to", "checkpoint", "ids", "replicas"):
         if name in common:
             raise checks.fail(
-                name, "to be left out of relax_many", repr(common[name]), "call relax by group"
+                name,
+                "to be left out of relax_many",
+                checks.shown(common[name]),
+                "call relax by group",
             )
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     full = []

@@ -47,17 +47,20 @@ class Optimizer:
         self.weight_decay = float(checks.at_least("weight_decay", weight_decay, 0.0))
         self.eps = float(checks.positive("eps", eps))
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise checks.fail("betas", "two numbers in [0, 1)", repr(betas))
+            raise checks.fail("betas", "two numbers in [0, 1)", checks.shown(betas))
         self.betas = (float(betas[0]), float(betas[1]))
         if momentum is None:
             momentum = 0.9 if name == "nesterov" else 0.0
         elif name == "adam":
             raise checks.fail(
-                "momentum", 'None with optimizer="adam"', repr(momentum), "set betas instead"
+                "momentum",
+                'None with optimizer="adam"',
+                checks.shown(momentum),
+                "set betas instead",
             )
         if not 0 <= momentum < 1 or (name == "nesterov" and momentum == 0):
             raise checks.fail(
-                "momentum", "a number in [0, 1), above 0 for Nesterov", repr(momentum)
+                "momentum", "a number in [0, 1), above 0 for Nesterov", checks.shown(momentum)
             )
         self.momentum = float(momentum)
         # Momentum buffer; for Adam both moments and the count of updates. Made at the first.

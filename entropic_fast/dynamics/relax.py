@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks, trees
 from ..exact import products_in
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..paths.path import Path
 from . import engines, forward
 from .arguments import PerReplica, check_path, multiple
@@ -153,6 +153,7 @@ def relax(
     >>> run.steps[-1].item(), tuple(run.position.shape), bool((run.position[:, -1] > 0.7).all())
     (50, (2, 11), True)
     """
+    require_objective(obj)
     given = dict(locals())
     starts, lrs, names = per_replica(start, lr, ids, replicas)
     check_path(obj, path)
@@ -169,7 +170,9 @@ def relax(
         checkpoint_every = CHECKPOINT_CYCLES * project_every
     multiple("checkpoint_every", checkpoint_every, "project_every", project_every)
     if not max_distance > 0:
-        raise checks.fail("max_distance", "a number above 0, or math.inf", repr(max_distance))
+        raise checks.fail(
+            "max_distance", "a number above 0, or math.inf", checks.shown(max_distance)
+        )
     if weight_decay and obj.weight_decay:
         raise checks.fail(
             "weight_decay",

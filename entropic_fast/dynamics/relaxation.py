@@ -206,7 +206,7 @@ def relaxation_time(
         ValueError: a start at the target, or half-way between the ends with "nearest".
     """
     if not 0 <= fraction < 1:
-        raise checks.fail("fraction", "a number in [0, 1)", repr(fraction))
+        raise checks.fail("fraction", "a number in [0, 1)", checks.shown(fraction))
     goal = _goal(trajectory.start, target)
     away = (trajectory.position - goal[:, None]).abs()  # [R, T]
     # A replica put exactly on the threshold by rounding has arrived.
@@ -244,7 +244,7 @@ def _goal(start: Tensor, target: str | float) -> Tensor:
     elif isinstance(target, int | float) and 0 <= target <= 1:
         goal = torch.full_like(start, float(target))
     else:
-        raise checks.fail("target", "'nearest' or a position in [0, 1]", repr(target))
+        raise checks.fail("target", "'nearest' or a position in [0, 1]", checks.shown(target))
     if bool((start == goal).any()):
         raise checks.fail(
             "target",
@@ -263,7 +263,7 @@ def _finished(trajectory: Trajectory) -> Trajectory:
 
 def _samples(samples: Tensor, confidence: float) -> Tensor:
     if not 0 < confidence < 1:
-        raise checks.fail("confidence", "a number between 0 and 1", repr(confidence))
+        raise checks.fail("confidence", "a number between 0 and 1", checks.shown(confidence))
     samples = torch.as_tensor(samples, dtype=torch.float64)
     if samples.ndim != 1 or len(samples) == 0 or bool(samples.isnan().any()):
         raise checks.fail(

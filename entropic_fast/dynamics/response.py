@@ -57,7 +57,7 @@ class ProjectedSGD:
         if self.momentum is None:
             object.__setattr__(self, "momentum", 0.9 if self.optimizer == "nesterov" else 0.0)
         if not 0 <= self.friction < 1:
-            raise checks.fail("momentum", "a number in [0, 1)", repr(self.momentum))
+            raise checks.fail("momentum", "a number in [0, 1)", checks.shown(self.momentum))
 
     @property
     def friction(self) -> float:

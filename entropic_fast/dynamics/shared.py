@@ -41,7 +41,7 @@ def over_processes(
             raise checks.fail(
                 name,
                 "None where processes share the replicas",
-                repr(given[name]),
+                checks.shown(given[name]),
                 "on each process relax(obj.alone(), ids=...), with a file of its own",
             )
     sharing: Sharing = given["obj"].sharing

@@ -65,7 +65,7 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
     ([1.0, 2.0], [0.75, 0.5], 2.0)
     """
     if not 0 < confidence < 1:
-        raise checks.fail("confidence", "a number between 0 and 1", repr(confidence))
+        raise checks.fail("confidence", "a number between 0 and 1", checks.shown(confidence))
     data = _censored(found)
     arrived = int((~found.censored).sum())
     if arrived == 0:

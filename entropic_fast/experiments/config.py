@@ -51,7 +51,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     else:
         if name not in presets():
             known = ", ".join(map(repr, presets()))
-            raise checks.fail("preset", f"one of {known}, or a .toml file", repr(name))
+            raise checks.fail("preset", f"one of {known}, or a .toml file", checks.shown(name))
         source = resources.files(__package__) / "presets" / f"{name}.toml"
         text = source.read_text(encoding="utf-8")
     try:
@@ -101,28 +101,30 @@ def changed_values(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[
 def _apply(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise checks.fail("--set", "section.key=value", repr(override))
+        raise checks.fail("--set", "section.key=value", checks.shown(override))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     *sections, last = key.strip().split(".")
     if not last or key.strip() == "preset":
-        raise checks.fail("--set", "section.key=value", repr(override), "use --preset for presets")
+        raise checks.fail(
+            "--set", "section.key=value", checks.shown(override), "use --preset for presets"
+        )
     target = document
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise checks.fail("--set", "section.key=value", repr(override))
+            raise checks.fail("--set", "section.key=value", checks.shown(override))
     target[last] = value
 
 
 def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
     kinds = typing.get_type_hints(cls)
     if not isinstance(document, Mapping):
-        raise checks.fail(where or "configuration", "sections and keys", repr(document)[:80])
+        raise checks.fail(where or "configuration", "sections and keys", checks.shown(document))
     if cls is Config and not isinstance(document.get("preset"), str):
-        raise checks.fail("preset", "the preset's name", repr(document.get("preset")))
+        raise checks.fail("preset", "the preset's name", checks.shown(document.get("preset")))
     unknown = document.keys() - kinds.keys()
     if unknown:
         raise checks.fail(
@@ -134,22 +136,22 @@ def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise checks.fail(where, "a section", repr(value))
+            raise checks.fail(where, "a section", checks.shown(value))
         return _build(kind, value, f"{where}.")
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, list | tuple):
-            raise checks.fail(where, "a list", repr(value))
+            raise checks.fail(where, "a list", checks.shown(value))
         if items[-1] is Ellipsis:
             return tuple(_value(items[0], v, where) for v in value)
         if len(items) != len(value):
-            raise checks.fail(where, f"a list of {len(items)}", repr(value))
+            raise checks.fail(where, f"a list of {len(items)}", checks.shown(value))
         return tuple(_value(k, v, where) for k, v in zip(items, value, strict=True))
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         name = kind.__name__ if not isinstance(kind, types.GenericAlias) else str(kind)
-        raise checks.fail(where, f"a value of type {name}", repr(value))
+        raise checks.fail(where, f"a value of type {name}", checks.shown(value))
     return value
 
 
@@ -233,10 +235,10 @@ _MAY_BE_EMPTY = ("fig6.seeds", "fig7.seeds", "straight.batch_sizes")  # then the
 def _check(config: Config) -> None:
     seeds = config.train.seeds
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        raise checks.fail("train.seeds", "at least two different seeds", repr(seeds))
+        raise checks.fail("train.seeds", "at least two different seeds", checks.shown(seeds))
     for pair in config.path.pairs:
         if pair[0] == pair[1] or not set(pair) <= set(seeds):
-            raise checks.fail("path.pairs", f"two different seeds of {seeds}", repr(pair))
+            raise checks.fail("path.pairs", f"two different seeds of {seeds}", checks.shown(pair))
     if len(config.path.steps) != len(config.path.lrs) or not config.path.steps:
         raise checks.fail(
             "path.steps",
@@ -247,7 +249,7 @@ def _check(config: Config) -> None:
     for key in _SETS:
         entries = [repr(entry) for entry in flat[key]]
         if not (entries or key in _MAY_BE_EMPTY) or len(set(entries)) < len(entries):
-            raise checks.fail(key, "at least one entry, and none twice", repr(flat[key]))
+            raise checks.fail(key, "at least one entry, and none twice", checks.shown(flat[key]))
     for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float):
@@ -261,19 +263,21 @@ def _check(config: Config) -> None:
         ("poor.starts", config.poor.starts),
     ):
         if any(start > 1 for start in starts):
-            raise checks.fail(key, "positions in [0, 1]", repr(starts))
+            raise checks.fail(key, "positions in [0, 1]", checks.shown(starts))
     checks.one_of("train.precision", config.train.precision, ("float32", "bfloat16"))
     for name in config.relax.optimizers:
         checks.one_of("relax.optimizers", name, OPTIMIZERS)
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
-            raise checks.fail(key, "a number in [0, 1)", repr(flat[key]))
+            raise checks.fail(key, "a number in [0, 1)", checks.shown(flat[key]))
     for name in ("lmc", "fig6", "fig7"):
         section: LMCSection = getattr(config, name)
         epochs = section.epochs or config.train.epochs
         if section.seeds and max(section.branch_epochs) > epochs:
             raise checks.fail(
-                f"{name}.branch_epochs", f"at most {epochs} epochs", repr([*section.branch_epochs])
+                f"{name}.branch_epochs",
+                f"at most {epochs} epochs",
+                checks.shown([*section.branch_epochs]),
             )
     segments = config.path.pivots - 1
     for key in ("force.positions", "relax.start_every"):

@@ -77,7 +77,7 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
             argument,
             "one of " + ", ".join(map(repr, NAMES)) + ", a folder of train/<class>/* and "
             "test/<class>/*, a .safetensors, .pt or .pth file, or MODULE:FACTORY",
-            repr(source),
+            checks.shown(source),
             "check the name",
         )
     data = _made(source, argument)
@@ -103,7 +103,9 @@ def _made(reference: str, argument: str) -> Any:
     place, colon, name = reference.rpartition(":")
     if not (colon and place and name):
         raise checks.fail(
-            argument, "MODULE:FACTORY, as mynet:build or path/to/mynet.py:build", repr(reference)
+            argument,
+            "MODULE:FACTORY, as mynet:build or path/to/mynet.py:build",
+            checks.shown(reference),
         )
     module = _file(Path(place), argument) if place.endswith(".py") else _named(place, argument)
     factory = _attribute(module, place, name, argument)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast.checks import fail
+from entropic_fast.checks import fail, shown
 from entropic_fast.devices import is_gpu
 from entropic_fast.ops import gpu_probe, native
 
@@ -202,7 +202,7 @@ def unusable(backend: str, device_type: str) -> str | None:
 
 def _check_name(argument: str, name: str) -> str:
     if name not in NAMES:
-        raise fail(argument, "one of " + ", ".join(NAMES), repr(name))
+        raise fail(argument, "one of " + ", ".join(NAMES), shown(name))
     return name
 
 
@@ -244,7 +244,7 @@ def _triton_interprets() -> bool:
 @cache
 def _choose(family: str, device_type: str, setting: str) -> str:
     if family not in _families:
-        raise fail("family", "one of " + ", ".join(_families), repr(family))
+        raise fail("family", "one of " + ", ".join(_families), shown(family))
     modules = _families[family]
     if setting != "auto":
         reason = _unusable_anywhere(setting) or unusable(setting, device_type)

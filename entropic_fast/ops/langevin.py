@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast import checks
-from entropic_fast.checks import fail
+from entropic_fast.checks import fail, shown
 from entropic_fast.ops import backend as backends
 from entropic_fast.ops.backend import BackendError, backend_for, implementation, register_family
 from entropic_fast.reference.langevin import SCHEMES, UNDERDAMPED, Coefficients
@@ -241,7 +241,7 @@ def _check(
     checks.one_of("scheme", scheme, SCHEMES)
     names = PARAMETERS[potential]
     if len(parameters) != len(names) or not all(map(math.isfinite, parameters)):
-        raise fail("parameters", f"finite {', '.join(names)}", repr(tuple(parameters)))
+        raise fail("parameters", f"finite {', '.join(names)}", shown(tuple(parameters)))
     wanted = "[N, 2]" if potential == "ring" else "[N, D] with D >= 2"
     if x.dim() != 2 or x.shape[1] < 2 or (potential == "ring" and x.shape[1] != 2):
         raise fail("x", f"shape {wanted} for the {potential}", f"shape {list(x.shape)}")

@@ -12,11 +12,13 @@ reference takes 570 ms.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
 from entropic_fast import checks
-from entropic_fast.checks import fail
+from entropic_fast.checks import fail, shown
 from entropic_fast.ops.backend import implementation, register_family
 from entropic_fast.reference.random_bits import KINDS
 
@@ -101,13 +103,21 @@ def philox(
     return words
 
 
+def whole_seed(seed: int) -> int:
+    """A seed, or a stream's number, if it is a whole number."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise fail("seed", "a whole number", shown(seed)) from None
+
+
 def as_int64(number: int) -> int:
     """The number with the same low 64 bits in [-2^63, 2^63), which torch's integers can hold.
 
     >>> as_int64(2**64 - 1)
     -1
     """
-    low = number & (2**64 - 1)
+    low = whole_seed(number) & (2**64 - 1)
     return low - 2**64 if low >= 2**63 else low
 
 

@@ -24,7 +24,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from entropic_fast.checks import describe, fail, whole
+from entropic_fast.checks import describe, fail, shown, whole
 from entropic_fast.ops.backend import implementation, register_family
 
 FAMILY = "score_conv"
@@ -189,7 +189,7 @@ def _in_three_dimensions(
     filled = []
     for name, values, neutral in zip(_SIZES, sizes, (1, 1, 0, 1), strict=True):
         if isinstance(values, int) or len(values) != spatial:
-            raise fail(name, f"{spatial} numbers, one for each spatial dimension", repr(values))
+            raise fail(name, f"{spatial} numbers, one for each spatial dimension", shown(values))
         filled.append([neutral] * (3 - spatial) + list(values))
     for _ in range(3 - spatial):
         a, g = a.unsqueeze(1), g.unsqueeze(1)
@@ -236,7 +236,7 @@ def _check(
     sizes = zip(_SIZES, (kernel, stride, padding, dilation), (1, 1, 0, 1), strict=True)
     for name, values, least in sizes:
         if len(values) != 3:
-            raise fail(name, "three numbers", repr(list(values)))
+            raise fail(name, "three numbers", shown(list(values)))
         for value in values:
             whole(name, value, least)
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from entropic_fast.checks import fail
+from entropic_fast.checks import fail, shown
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -59,7 +59,7 @@ def _check_common(theta: Tensor, lr: Tensor, pivots: Tensor, **state: Tensor) ->
 def _check_at_least_zero(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise fail(name, "a finite number of at least 0", repr(value))
+            raise fail(name, "a finite number of at least 0", shown(value))
 
 
 def check_sgd(
@@ -78,7 +78,7 @@ def check_sgd(
         _check_fits("momentum_buffer", momentum_buffer, theta, theta.dtype, *theta.shape)
     _check_at_least_zero(momentum=momentum, weight_decay=weight_decay)
     if not -float("inf") < dampening < float("inf"):
-        raise fail("dampening", "a finite number", repr(dampening))
+        raise fail("dampening", "a finite number", shown(dampening))
     if nesterov and (momentum <= 0 or dampening != 0):
         raise fail(
             "nesterov",
@@ -105,7 +105,7 @@ def check_adam(
     _check_at_least_zero(eps=eps, weight_decay=weight_decay)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
-            raise fail(name, "a number in [0, 1)", repr(beta))
+            raise fail(name, "a number in [0, 1)", shown(beta))
 
 
 def check_project(theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor) -> None:

@@ -85,7 +85,7 @@ class AutoNEBConfig:
             cycles = tuple((steps, lr) for steps, lr in self.cycles)
         except (TypeError, ValueError) as error:
             raise checks.fail(
-                "cycles", "pairs (steps, learning rate), one a cycle", repr(self.cycles)
+                "cycles", "pairs (steps, learning rate), one a cycle", checks.shown(self.cycles)
             ) from error
         if not cycles:
             raise checks.fail("cycles", "at least one (steps, learning rate)", "none")
@@ -96,7 +96,7 @@ class AutoNEBConfig:
         if self.batch_size is not None:
             checks.whole("batch_size", self.batch_size, 1)
         if checks.at_least("momentum", self.momentum, 0) >= 1:
-            raise checks.fail("momentum", "a number in [0, 1)", repr(self.momentum))
+            raise checks.fail("momentum", "a number in [0, 1)", checks.shown(self.momentum))
         checks.at_least("weight_decay", self.weight_decay, 0)
         if self.springs != math.inf:
             checks.positive("springs", self.springs)

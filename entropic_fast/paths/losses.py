@@ -16,7 +16,7 @@ from ..convergence import warn_of_overflow
 from ..devices import is_gpu
 from ..loss_functions import hits
 from ..model_checks import require_classifier
-from ..objective import NonFiniteLossError, Objective
+from ..objective import NonFiniteLossError, Objective, require_objective
 from ..sharing import OtherProcessError, not_finite
 from ..table import Table
 from . import arc
@@ -102,6 +102,7 @@ def path_losses(
     >>> path_losses(obj, line, points=1)["loss"].tolist()
     [1.0, 0.0, 1.0]
     """
+    require_objective(obj)
     require_same_parameters(obj, path)
     obj.count(recalibration_examples)
     pivots_at = path.positions.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, random
 from ..devices import is_gpu
-from ..objective import Objective
+from ..objective import Objective, require_objective
 from ..table import Table
 from .band import insertions
 from .config import AutoNEBConfig
@@ -89,6 +89,7 @@ def auto_neb(
     >>> [round(x, 2) for x in result.path.point(0.5).tolist()]  # the saddle, above the line
     [0.0, 1.0]
     """
+    require_objective(obj)
     config = AutoNEBConfig() if config is None else config
     checks.full_precision("obj", obj.dtype, "a path")
     for name, end in (("a", a), ("b", b)):
