@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import PurePath
@@ -56,6 +57,48 @@ def boolean(argument: str, value: bool) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise fail(argument, "True or False", shown(value))
     return bool(value)
+
+
+def functions(**given: object) -> None:
+    """Refuse what is to be called, where there is any, and cannot be."""
+    for argument, value in given.items():
+        if value is not None and not callable(value):
+            raise fail(argument, "a function", shown(value))
+
+
+def instance(argument: str, value: object, kind: type, do: str = "") -> None:
+    """Refuse what is not of a class."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIO" else "a"
+        raise fail(argument, f"{article} {kind.__name__}", shown(value), do)
+
+
+def share(argument: str, value: float) -> float:
+    """`value` if it is a number in [0, 1)."""
+    if not (_is_finite(value) and 0 <= value < 1):
+        raise fail(argument, "a number in [0, 1)", shown(value))
+    return value
+
+
+def numbers(argument: str, values: Iterable[float]) -> list[float]:
+    """Numbers of a sequence, array or tensor, as floats.
+
+    >>> numbers("points", torch.tensor([0.0, 0.5]))
+    [0.0, 0.5]
+    """
+    try:
+        if isinstance(values, str | Mapping):
+            raise TypeError
+        return [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise fail(argument, "numbers, in a sequence or tensor", shown(values)) from None
+
+
+def file_name(argument: str, value: object) -> str:
+    """A file's name as text."""
+    if not isinstance(value, str | os.PathLike) or len(os.fspath(value)) > 4096:
+        raise fail(argument, "a file's name", shown(value))
+    return str(os.fspath(value))
 
 
 def positive(argument: str, value: float) -> float:

@@ -87,7 +87,8 @@ class Examples:
         if _is_one_batch(data) or (form.labels_of is not None and _is_array(data)):
             self._take_tensors(*form.split(data))
         else:
-            if isinstance(data, Dataset | IterableDataset) or _holds_examples(data):
+            holds = _holds_examples(data) and not isinstance(data, nn.Module)
+            if isinstance(data, Dataset | IterableDataset) or holds:
                 is_map = not isinstance(data, IterableDataset)
                 if is_map and len(data) == 0:
                     raise _empty()
@@ -120,7 +121,7 @@ class Examples:
         self._tensors = (self._convert(inputs), trees.mapped(self._moved, targets))
 
     def _take_batches(self, data: Any) -> None:
-        if not isinstance(data, Iterable) or isinstance(data, str | bytes | Tensor):
+        if not isinstance(data, Iterable) or isinstance(data, str | bytes | Tensor | nn.Module):
             raise checks.fail(
                 "data",
                 "(inputs, targets), a dict with labels, a Dataset, or a re-iterable of batches",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import display
-from .checks import fail, full_precision, positive, shown, whole
+from .checks import fail, full_precision, functions, instance, numbers, positive, shown, whole
 from .convergence import held, warn_of_overflow, warn_once
 from .curvature import HessianOperator, tracked_eigenpairs
 from .curvature.protocol import NonFiniteProductError
@@ -323,6 +323,14 @@ def linear_mode_connectivity(
     >>> float(result.instability["loss_instability"][1])  # branched at the end: no difference
     0.0
     """
+    instance("data", data, ImageData)
+    instance("config", config, TrainConfig)
+    if eval_data is not None:
+        instance("eval_data", eval_data, ImageData)
+    if not isinstance(model, str):
+        functions(model=model)
+    functions(unit=unit, progress=progress)
+    numbers("epochs", epochs)
     chosen = sorted(whole("epochs", k) for k in epochs)
     if not chosen or len(set(chosen)) < len(chosen) or chosen[-1] > config.epochs:
         raise fail(

@@ -243,6 +243,10 @@ class Objective:
 
         Complex parameters come as pairs of real numbers, [..., 2] (`torch.view_as_real`).
         """
+        if not isinstance(theta, Tensor) or theta.shape != (self.num_params,):
+            raise checks.fail(
+                "theta", f"a tensor of shape [{self.num_params}]", checks.describe(theta)
+            )
         parts = theta.split_with_sizes(list(self._sizes))
         return {
             name: part.view(shape)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import display, store
+from . import checks, display, store
 
 
 class Table(Mapping[str, np.ndarray]):
@@ -27,6 +27,7 @@ class Table(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, columns: Mapping[str, Sequence[object] | np.ndarray]) -> None:
+        checks.instance("columns", columns, Mapping, "give names and their values")
         self._columns = {name: np.asarray(values) for name, values in columns.items()}
         lengths = {name: len(values) for name, values in self._columns.items()}
         if len(set(lengths.values())) > 1:

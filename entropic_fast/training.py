@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import HALF, at_least, fail, one_of, positive, shown, whole
+from .checks import HALF, at_least, boolean, fail, numbers, one_of, positive, shown, whole
 from .data import ImageData, augment, batches
 from .devices import is_gpu
 from .layouts import fitting_layout
@@ -79,7 +79,8 @@ class TrainConfig:
         at_least("weight_decay", self.weight_decay, 0)
         whole("batch_size", self.batch_size, 1)
         whole("epochs", self.epochs)
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "milestones", tuple(numbers("milestones", self.milestones)))
+        boolean("nesterov", self.nesterov)
         if list(self.milestones) != sorted(self.milestones) or not all(
             0 < m < 1 for m in self.milestones
         ):

@@ -175,7 +175,7 @@ def test_sparse_parameters_and_functions_are_refused_by_name():
     model.register_parameter("graph", nn.Parameter(torch.eye(3).to_sparse()))
     with pytest.raises(ValueError, match=r"dense parameters, got 'graph' of layout torch\.sparse"):
         Objective(model, "cross_entropy", (X, Y))
-    with pytest.raises(ValueError, match=r"an nn\.Module, got function .*put a function into"):
+    with pytest.raises(ValueError, match=r"an nn\.Module, got the function .*put a function into"):
         Objective(_closure(network()[0]), "cross_entropy", (X, Y))
 
 

@@ -268,7 +268,7 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
     Raises:
         ValueError: as said.
     """
-    if isinstance(quantities, str) or not quantities:
+    if not isinstance(quantities, list | tuple) or not quantities:
         raise checks.fail(
             "quantities", "a sequence of names", checks.shown(quantities), 'as ("loss",)'
         )

@@ -97,6 +97,8 @@ def curvature_profile(
     if not callable(getattr(path, "point", None)):
         raise checks.fail("path", "a path with point(s)", checks.describe(path), "use ef.Path")
     require_quantities(obj, quantities)
+    checks.functions(on_point=on_point, on_density=on_density)
+    checks.boolean("across", across)
     for name, asked in (("across", across), ("on_density", on_density is not None)):
         if asked and "density" not in quantities:
             raise checks.fail(
@@ -164,7 +166,7 @@ def profile_positions(points: int | Sequence[float]) -> list[float]:
     if not isinstance(points, Iterable):
         count = checks.whole("points", points, 2)
         return [i / (count - 1) for i in range(count)]
-    positions = [float(s) for s in points]
+    positions = checks.numbers("points", points)
     if not positions:
         raise checks.fail("points", "at least one position", "none")
     for s in positions:

@@ -307,6 +307,8 @@ def score_spectrum_floor(
             checks.describe(spectrum),
             "of score_spectrum(by=...) pass one value at a time",
         )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise checks.fail("dtype", "a dtype of floating point", checks.shown(dtype))
     values = checks.finite("spectrum", spectrum).double()
     if not len(values):
         return 0.0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def replicas(
     values = {"start": _numbers("start", start), "lr": _numbers("lr", lr)}
     lengths = {name: len(v) for name, v in values.items() if v.ndim}
     if ids is not None:
-        lengths["ids"] = len(ids)
+        lengths["ids"] = len(checks.numbers("ids", ids))
     if count > 1:
         lengths["replicas"] = count
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -34,13 +35,18 @@ def replicas(
     count = next(iter(lengths.values()), 1)
     starts, lrs = (v.expand(count).clone() for v in values.values())
     if not bool(((starts >= 0) & (starts <= 1)).all()):
-        raise checks.fail(
-            "start", "positions in [0, 1] (relative arc length)", str(starts.tolist())
-        )
+        raise checks.fail("start", "positions in [0, 1] (relative arc length)", checks.shown(start))
     if not bool((torch.isfinite(lrs) & (lrs > 0)).all()):
-        raise checks.fail("lr", "finite numbers above 0", str(lrs.tolist()))
-    names = list(range(count)) if ids is None else [checks.whole("ids", int(i)) for i in ids]
+        raise checks.fail("lr", "finite numbers above 0", checks.shown(lr))
+    names = list(range(count)) if ids is None else _whole_numbers("ids", ids)
     return starts, lrs, names
+
+
+def _whole_numbers(argument: str, values: Iterable[int]) -> list[int]:
+    found = checks.numbers(argument, values)
+    if not all(math.isfinite(number) and number == int(number) for number in found):
+        raise checks.fail(argument, "whole numbers", checks.shown(values))
+    return [checks.whole(argument, int(number)) for number in values]
 
 
 def _numbers(argument: str, value: PerReplica) -> Tensor:

@@ -44,7 +44,12 @@ class Evaluation:
                 "data by name, as {'test': (inputs, targets)}",
                 checks.shown(fixed_sets),
             )
-        self.fixed = {name: obj.with_data(data) for name, data in fixed_sets.items()}
+        self.fixed = {}
+        for name, data in fixed_sets.items():
+            try:
+                self.fixed[name] = obj.with_data(data)
+            except ValueError as error:
+                raise ValueError(f"fixed_sets[{checks.shown(name)}]: {error}") from error
         self._obj, self._loss_every, self._fixed_every = obj, loss_every, fixed_every
 
     def __call__(self, step: int, points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -66,6 +66,8 @@ def relax_many(
             )
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     full = []
+    if not isinstance(settings, list | tuple) or not all(isinstance(s, Mapping) for s in settings):
+        raise checks.fail("settings", "a list of dicts, one a replica", checks.shown(settings))
     for i, given in enumerate(settings):
         unknown = sorted(given.keys() - {*_PER_REPLICA, *_PER_GROUP})
         replica = {"id": i, **common, **given}

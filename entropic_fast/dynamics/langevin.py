@@ -120,6 +120,7 @@ def simulate_langevin(
     ((3, 5, 2), [0.0, 0.1, 0.2])
     """
     _check_start(potential, start)
+    checks.functions(observe=observe)
     checks.at_least("temperature", temperature, 0.0)
     checks.positive("dt", dt)
     checks.whole("steps", steps, 1)
@@ -246,6 +247,12 @@ def _check_start(potential: Callable[[Tensor], Tensor], start: Tensor) -> None:
     checks.finite("start", start)
     if start.dtype not in kernels.DTYPES:
         raise checks.fail("start", "float32 or float64", checks.describe(start))
+    if not callable(potential):
+        raise checks.fail(
+            "potential",
+            "a function of positions [N, D], or RingPotential()",
+            checks.shown(potential),
+        )
     dim = getattr(potential, "dim", start.shape[1])
     if dim != start.shape[1]:
         raise checks.fail(

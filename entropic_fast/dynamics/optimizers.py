@@ -46,7 +46,8 @@ class Optimizer:
         self.lr = lr
         self.weight_decay = float(checks.at_least("weight_decay", weight_decay, 0.0))
         self.eps = float(checks.positive("eps", eps))
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        pair = checks.numbers("betas", betas)
+        if len(pair) != 2 or not all(0 <= b < 1 for b in pair):
             raise checks.fail("betas", "two numbers in [0, 1)", checks.shown(betas))
         self.betas = (float(betas[0]), float(betas[1]))
         if momentum is None:
@@ -58,10 +59,9 @@ class Optimizer:
                 checks.shown(momentum),
                 "set betas instead",
             )
-        if not 0 <= momentum < 1 or (name == "nesterov" and momentum == 0):
-            raise checks.fail(
-                "momentum", "a number in [0, 1), above 0 for Nesterov", checks.shown(momentum)
-            )
+        checks.share("momentum", momentum)
+        if name == "nesterov" and momentum == 0:
+            raise checks.fail("momentum", "a number above 0 for Nesterov", checks.shown(momentum))
         self.momentum = float(momentum)
         # Momentum buffer; for Adam both moments and the count of updates. Made at the first.
         self.state: list[Tensor] = []

@@ -43,8 +43,7 @@ class RingPotential:
 
     def __init__(self, stiffness: float = 10.0, contrast: float = 0.9, modes: int = 1) -> None:
         self.mean_stiffness = float(checks.positive("stiffness", stiffness))
-        if not 0 <= contrast < 1:
-            raise checks.fail("contrast", "a number in [0, 1)", checks.shown(contrast))
+        checks.share("contrast", contrast)
         self.contrast, self.modes = float(contrast), checks.whole("modes", modes, 1)
 
     def stiffness(self, angle: Tensor) -> Tensor:

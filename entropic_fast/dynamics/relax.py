@@ -160,6 +160,13 @@ def relax(
     if obj.sharing is not None:
         return over_processes(relax, given, starts, lrs, names)
     checks.one_of("precision", precision, ("float32", "tf32"))
+    checks.functions(augment=augment, on_record=on_record)
+    checks.boolean("cuda_graphs", cuda_graphs)
+    checks.one_of("engine", engine, engines.ENGINES)
+    for argument, file in (("record_to", record_to), ("checkpoint", checkpoint)):
+        if file is not None:
+            checks.file_name(argument, file)
+    checks.at_least("weight_decay", weight_decay, 0)
     checks.whole("steps", steps, 1)
     checks.whole("project_every", project_every, 1)
     record_every = multiple("record_every", record_every, "project_every", project_every)
@@ -169,7 +176,7 @@ def relax(
     if checkpoint_every is None:
         checkpoint_every = CHECKPOINT_CYCLES * project_every
     multiple("checkpoint_every", checkpoint_every, "project_every", project_every)
-    if not max_distance > 0:
+    if not (isinstance(max_distance, int | float) and max_distance > 0):
         raise checks.fail(
             "max_distance", "a number above 0, or math.inf", checks.shown(max_distance)
         )
@@ -182,7 +189,7 @@ def relax(
         )
     rule = Optimizer(optimizer, lrs.to(path.pivots.device), momentum, weight_decay, betas, eps)
     obj = obj.with_norm("batch") if obj.has_running_statistics else obj
-    evaluation = Evaluation(obj, fixed_sets or {}, loss_every, fixed_every)
+    evaluation = Evaluation(obj, {} if fixed_sets is None else fixed_sets, loss_every, fixed_every)
     minibatches = Minibatches(obj, batch_size, seed, names, augment)
 
     saved, stored = None, None

@@ -201,7 +201,7 @@ def unusable(backend: str, device_type: str) -> str | None:
 
 
 def _check_name(argument: str, name: str) -> str:
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise fail(argument, "one of " + ", ".join(NAMES), shown(name))
     return name
 

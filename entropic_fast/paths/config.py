@@ -98,7 +98,7 @@ class AutoNEBConfig:
         if checks.at_least("momentum", self.momentum, 0) >= 1:
             raise checks.fail("momentum", "a number in [0, 1)", checks.shown(self.momentum))
         checks.at_least("weight_decay", self.weight_decay, 0)
-        if self.springs != math.inf:
+        if not (isinstance(self.springs, float) and self.springs == math.inf):
             checks.positive("springs", self.springs)
         checks.positive("insert_threshold", self.insert_threshold)
         checks.whole("eval_points", self.eval_points, 1)

@@ -104,6 +104,9 @@ def path_losses(
     """
     require_objective(obj)
     require_same_parameters(obj, path)
+    checks.functions(on_point=on_point)
+    if recalibration_examples is not None:
+        checks.whole("recalibration_examples", recalibration_examples, 1)
     obj.count(recalibration_examples)
     pivots_at = path.positions.tolist()
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
@@ -246,6 +249,7 @@ def require_same_parameters(obj: Objective, path: Path) -> None:
             two points of a path may round to one.
     """
     checks.full_precision("obj", obj.dtype, "a path")
+    checks.instance("path", path, Path, "build one with Path(pivots) or linear_path(a, b)")
     got = (path.num_params, path.pivots.dtype, path.pivots.device)
     want = (obj.num_params, obj.dtype, obj.device)
     if got != want:
@@ -268,7 +272,12 @@ def _dense(pivots_at: list[float], points: int) -> list[float]:
 
 
 def _given(points: Sequence[float] | Tensor) -> list[float]:
-    s = torch.as_tensor(points, dtype=torch.float64, device="cpu")
+    try:
+        s = torch.as_tensor(points, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise checks.fail(
+            "points", "a whole number, or positions [K]", checks.shown(points)
+        ) from None
     if s.ndim != 1 or len(s) == 0:
         raise checks.fail("points", "a whole number, or positions [K]", checks.describe(s))
     outside = s[~((s >= 0) & (s <= 1))]

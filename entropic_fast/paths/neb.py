@@ -91,6 +91,13 @@ def auto_neb(
     """
     require_objective(obj)
     config = AutoNEBConfig() if config is None else config
+    checks.instance("config", config, AutoNEBConfig)
+    checks.functions(on_step=on_step, on_cycle=on_cycle)
+    checks.boolean("cuda_graphs", cuda_graphs)
+    if train_obj is not None:
+        checks.instance("train_obj", train_obj, Objective)
+    if resume is not None:
+        checks.instance("resume", resume, NEBState, "give what on_cycle was called with")
     checks.full_precision("obj", obj.dtype, "a path")
     for name, end in (("a", a), ("b", b)):
         checks.vector(name, end, obj.num_params)

@@ -299,7 +299,10 @@ class Path:
 
     def _checked(self, s: float | Tensor) -> tuple[Tensor, bool]:
         """s as float64 [K] on the path's device, and whether it was a single position."""
-        many = torch.as_tensor(s, dtype=torch.float64, device=self._positions.device).detach()
+        try:
+            many = torch.as_tensor(s, dtype=torch.float64, device=self._positions.device).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise checks.fail("s", "positions in [0, 1]", checks.shown(s)) from None
         if many.ndim > 1:
             raise checks.fail("s", "a number or positions [K]", checks.describe(many))
         if not bool(((many >= 0) & (many <= 1)).all()):
