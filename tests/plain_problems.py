@@ -176,11 +176,12 @@ class PlainProblem:
 
     @contextmanager
     def moved(self, v: Tensor | None = None) -> Iterator[None]:
-        """Parameters moved by v, or by a unit of their last place."""
-        kept = [p.detach().clone() for p in self.parameters]
+        """Parameters moved by v, or all of the model's by a unit of their last place."""
+        moving = list(self.problem.plain.parameters()) if v is None else self.parameters
+        kept = [p.detach().clone() for p in moving]
         with torch.no_grad():
             begin = 0
-            for p in self.parameters:
+            for p in moving:
                 part = real(p.data)  # graphs that are kept meet the same values again
                 if v is None:
                     part.mul_(1 + EPS)
@@ -191,7 +192,7 @@ class PlainProblem:
             yield
         finally:
             with torch.no_grad():
-                for p, value in zip(self.parameters, kept, strict=True):
+                for p, value in zip(moving, kept, strict=True):
                     p.data.copy_(value)
 
     def differences(self, v: Tensor, step: float = STEP) -> Tensor:
