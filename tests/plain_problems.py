@@ -498,7 +498,7 @@ def _by_differences(got: Tensor, plain: PlainProblem, V: Tensor, why: str) -> No
     """Raises if products differ from differences of gradients by more than these vary."""
     for v, mine in zip(V.unbind(1), got.unbind(1), strict=True):
         gaps = []
-        for step in (STEP, STEP / 16, STEP / 256):
+        for step in (STEP, STEP / 16, STEP / 256, STEP / 4096):
             found = plain.differences(v, step)
             gaps.append(float((mine - found).norm()) / (float(found.norm()) + 1e-9))
             if gaps[-1] <= 1e-6:
