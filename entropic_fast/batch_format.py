@@ -142,7 +142,7 @@ class BatchFormat:
         several = len(self._required) <= count - 1 and (
             self._any_positional or count - 1 <= len(self._positional)
         )
-        index = np.ndim(last) == 1 and not _is_fractional(last)
+        index = _is_row(last) and not _is_fractional(last)
         indexed = count == 3 and index and len(self._required) <= 1
         got = f"a batch of {count}: {checks.describe(item)}"
         if several and indexed:
@@ -163,6 +163,13 @@ class BatchFormat:
             "pass ((a, b), targets) for several inputs; weights of examples belong to the targets, "
             "(inputs, (targets, weights)), for a loss of your own",
         )
+
+
+def _is_row(value: Any) -> bool:
+    """Whether it is one number per example."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, list) and all(np.ndim(item) == 0 for item in value[:1])
 
 
 def _is_fractional(value: Any) -> bool:

@@ -396,3 +396,16 @@ def test_the_report_of_a_model_takes_dicts_and_parts(tmp_path: Path):
         found = profile_model(model, data, tmp_path, output=0, settings=few)
     wanted = ef.Objective(Parts(lambda a, h: a), "cross_entropy", data).loss()
     assert found.tables["points"]["loss"][0] == pytest.approx(wanted)
+
+
+def test_targets_of_two_inputs_may_be_nested():
+    weights, rows = torch.rand(N, dtype=torch.float64), torch.rand(N, 3, dtype=torch.float64)
+    batch = (A, B, (rows, (weights, 2 * weights)))
+
+    def loss(outputs: Tensor, targets: Any) -> Tensor:
+        value, (low, high) = targets
+        return (low + high) * (outputs - value).square().sum(1)
+
+    obj = ef.Objective(Two(), loss, [batch])
+    plain = ef.Objective(Two(), loss, ((A, B), batch[2]))
+    assert torch.equal(obj.gradient(), plain.gradient())
