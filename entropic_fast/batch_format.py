@@ -78,6 +78,22 @@ class BatchFormat:
             return tuple(inputs), {}
         return (inputs,), {}
 
+    def advice(self, inputs: Tree) -> str:
+        """Why a model may fail on inputs that were read from a batch, for a message."""
+        names = ", ".join(self._required)
+        if isinstance(inputs, Mapping) and not self._takes_keywords(inputs):
+            keys = ", ".join(map(repr, list(inputs)[:8]))
+            return (
+                f"the dict was passed as it is, as its keys {keys} are not the arguments of "
+                f"forward ({names}): rename them, or pass (inputs, targets)"
+            )
+        if isinstance(inputs, Tensor) and len(self._required) > 1:
+            return (
+                f"forward takes {names}, and a pair is read as (inputs, targets): pass "
+                "((a, b), targets)"
+            )
+        return ""
+
     def _takes_positional(self, count: int) -> bool:
         if count == 1:  # a list of one tensor may be what a forward of one argument asks for
             return len(self._positional) == 1 or self._any_positional
@@ -189,6 +205,10 @@ def as_tree(where: str, value: Any) -> Tree:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc":
             raise checks.fail(where, "numbers", f"an array of dtype {value.dtype}")
+        if (
+            value.dtype.kind in "iu" and value.dtype.itemsize > 1
+        ):  # as labels and indices have to be
+            return torch.from_numpy(value.astype(np.int64))
         return torch.from_numpy(value if value.flags.writeable else value.copy())
     if isinstance(value, Mapping):
         return {
@@ -214,8 +234,11 @@ def as_tree(where: str, value: Any) -> Tree:
     )
 
 
-def require_one_length(inputs: Tree, targets: Tree) -> int:
+def require_one_length(inputs: Tree, targets: Tree, one_batch: bool = False) -> int:
     """The length of the first axis that all tensors share.
+
+    Args:
+        one_batch: the examples are one batch, never cut: only the targets count them.
 
     Raises:
         ValueError: a tensor without axes, lengths that differ; the message names the tensors.
@@ -227,13 +250,15 @@ def require_one_length(inputs: Tree, targets: Tree) -> int:
     ]
     if not any(name.startswith("inputs") for name, _ in named):
         raise checks.fail("data", "at least one input", f"inputs {checks.describe(inputs)}")
-    lengths = {leaf.shape[:1] for _, leaf in named}
+    counted = [leaf for name, leaf in named if not one_batch or name.startswith("targets")]
+    lengths = {leaf.shape[:1] for leaf in counted}
     if len(lengths) == 1 and () not in lengths:
-        return len(named[0][1])
+        return len(counted[0])
     shown = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in named[:8])
     raise checks.fail(
         "data",
         "inputs [N, ...] and targets [N, ...] of one length",
         shown,
-        "repeat what all examples share, once per example",
+        "repeat what all examples share, once per example, or register it as a buffer of the "
+        "model; for one graph, say, whose edges are not counted by examples, pass coupled=True",
     )

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     @property
     def size(self) -> int:
         """n, the number of examples."""
-        return trees.size(self.inputs)
+        return trees.size(self.targets)
 
     def cut(self, begin: int, end: int) -> Batch:
         """Its examples from `begin` to before `end`."""
@@ -115,7 +115,7 @@ class Examples:
     def _take_tensors(self, inputs: Tree, targets: Tree) -> None:
         if isinstance(inputs, WithTargets):
             inputs = inputs.inputs
-        self.count = require_one_length(inputs, targets)
+        self.count = require_one_length(inputs, targets, self.one_batch)
         if self.count == 0:
             raise _empty()
         self._tensors = (self._convert(inputs), trees.mapped(self._moved, targets))
@@ -161,6 +161,9 @@ class Examples:
         if self._tensors is not None:
             return
         parts = list(self._raw(self.count))
+        if len(parts) > 1:
+            for part in parts:  # what is not of one length, as the edges of a graph, cannot be
+                require_one_length(*part)
         forms = {trees.example_form(part) for part in parts}
         if len(forms) > 1:
             raise checks.fail(
@@ -234,10 +237,10 @@ class Examples:
         """Whether all are held, so that batches of any size are cut from them."""
         return self._tensors is not None
 
-    def spread(self, count: int) -> tuple[list[int], Batch]:
-        """Up to so many examples and their numbers: evenly spaced, in one batch.
+    def some(self, in_a_row: int, spread: int) -> tuple[list[int], Batch]:
+        """The first examples, and others evenly over all, and their numbers.
 
-        Of data in batches it is the first with several examples, of which one may not show
+        Of data in batches those of the first with several examples, of which one may not show
         whether they depend on each other.
         """
         if self._tensors is not None:
@@ -245,12 +248,12 @@ class Examples:
             held = Batch(0, self._delivered(inputs, targets), targets)
         else:
             held = next((b for b in self.batches() if b.size > 1), None) or next(self.batches())
-        if held.size <= count:
-            return list(range(held.start, held.start + held.size)), held
-        index = torch.linspace(0, held.size - 1, count).round().long()
-        return (index + held.start).tolist(), Batch(
-            0, *trees.chosen(held[1:], index.to(self.device))
-        )
+        n = held.size
+        if n <= in_a_row + spread:
+            return list(range(held.start, held.start + n)), held
+        index = [*range(in_a_row), *torch.linspace(in_a_row, n - 1, spread).round().int().tolist()]
+        chosen = torch.tensor(index, device=self.device)
+        return [held.start + i for i in index], Batch(0, *trees.chosen(held[1:], chosen))
 
     def require_count(self, max_examples: int | None) -> int:
         """`max_examples` if it is in 1 .. N, or N for None."""
@@ -281,7 +284,7 @@ class Examples:
         for item in self._source:
             inputs, targets = self.form.split(item)
             inputs = inputs.inputs if isinstance(inputs, WithTargets) else inputs
-            if require_one_length(inputs, targets):
+            if require_one_length(inputs, targets, self.one_batch):
                 yield self._convert(inputs), trees.mapped(self._moved, targets)
 
     def _moved(self, tensor: Tensor) -> Tensor:

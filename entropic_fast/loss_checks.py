@@ -24,8 +24,9 @@ _IGNORING = (
 )
 _ONE_OUTPUT = 'for a single logit use the loss "bce", with targets of the outputs\' shape [N, 1]'
 _CLASSES_LAST = (
-    "classes are in axis 1, as torch has them: let the model return outputs.transpose(1, 2), or "
-    'use "next_token" if the labels are the tokens themselves'
+    "classes are in axis 1, as torch has them: pass a loss of your own, lambda o, t: "
+    'F.cross_entropy(o.transpose(1, 2), t, reduction="none").mean(1); for a causal language model, '
+    'whose labels are the tokens that follow, "next_token"'
 )
 
 

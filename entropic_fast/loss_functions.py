@@ -48,6 +48,10 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
     if isinstance(loss, str):
         checks.one_of("loss", loss, NAMES)
         return NAMES[loss]
+    if isinstance(loss, type):
+        raise checks.fail(
+            "loss", "an instance", f"the class {loss.__name__}", f"pass nn.{loss.__name__}()"
+        )
     if not callable(loss):
         raise checks.fail(
             "loss",

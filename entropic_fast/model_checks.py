@@ -326,15 +326,31 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
     reader, theta = obj._reader, obj.point(None)
 
     def output(batch: Batch) -> Any:
-        inputs = batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
-        args, kwargs = reader.form.arguments(inputs)
+        args, kwargs = reader.form.arguments(_inputs_of(batch))
         values = {**obj.split(theta.clone()), **obj.buffers}
-        with torch.no_grad(), exact_math(), eager(), AnyOrder(), model_lock(obj._model):
+        with (
+            torch.no_grad(),
+            obj.gradients_inside(),
+            exact_math(),
+            eager(),
+            AnyOrder(),
+            model_lock(obj._model),
+        ):
             return obj.functional(values)(*args, **kwargs)
 
     few = obj.examples.check_batch()
     try:
-        return few, output(few)
+        try:
+            return few, output(few)
+        except RuntimeError:  # of a derivative in forward, perhaps, that no_grad prevents
+            if obj.takes_derivatives:
+                raise
+            obj.takes_derivatives = True
+            try:
+                return few, output(few)
+            except FAILURES:
+                obj.takes_derivatives = False
+                raise
     except FAILURES as error:
         batch = next(obj.batches())
         found = None
@@ -362,12 +378,16 @@ FAILURES = (
 )  # fmt: skip
 
 
+def _inputs_of(batch: Batch) -> Tree:
+    return batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
+
+
 def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:
     return checks.fail(
         "data",
         "inputs that the model takes",
         f"{checks.describe(batch.inputs)}, for which it fails: {_brief(error)}",
-        mixed_precision(obj._model),
+        mixed_precision(obj._model) or obj._reader.form.advice(_inputs_of(batch)),
     )
 
 

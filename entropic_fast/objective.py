@@ -561,16 +561,31 @@ class Objective:
         if isinstance(inputs, WithTargets):
             inputs, targets = inputs
         args, kwargs = reader.form.arguments(inputs)
-        with eager(), self.formulas():
+        wanted = torch.is_grad_enabled()
+        with eager(), self.formulas(), self.gradients_inside():
             outputs: Tensor = reader(model(*args, **kwargs), targets)
+        outputs = outputs if wanted or not isinstance(outputs, Tensor) else outputs.detach()
         if reader.loss is not None and outputs.ndim == 0 and self.coupled:
             outputs = outputs.expand(trees.size(targets))
         return outputs
 
+    def gradients_inside(self) -> AbstractContextManager[Any]:
+        """Within it a model that takes derivatives of its own has them, whatever is outside."""
+        return torch.enable_grad() if self.takes_derivatives else nullcontext()
+
     def _choose_outputs(self, part: str | int | None) -> Batch | None:
         """Settle what of the model's output the loss takes; the batch to check the model on."""
         batch, output = model_checks.first_output(self)
-        self._reader = reader_of(output, part, self._loss, batch.targets, self._reader.form)
+        form = self._reader.form
+        try:
+            self._reader = reader_of(output, part, self._loss, batch.targets, form)
+        except ValueError as error:
+            if self.takes_derivatives or not isinstance(error.__cause__, RuntimeError):
+                raise
+            # The loss may take a derivative in the inputs, which no_grad prevented.
+            self.takes_derivatives = True
+            batch, output = model_checks.first_output(self)
+            self._reader = reader_of(output, part, self._loss, batch.targets, form)
         if self._reader.loss is not None:
             self.examples, self._loss = self.examples.including_targets(), computed_inside
             return None
@@ -678,7 +693,12 @@ class Objective:
         wrong gradient for one image if the gradient arrives with its channels last, as it does
         from a sequence of positions.
         """
-        wanted = torch.is_grad_enabled() and self.norm == "running" and trees.size(inputs) == 1
+        wanted = (
+            torch.is_grad_enabled()
+            and self.norm == "running"
+            and not self.coupled
+            and trees.size(inputs) == 1
+        )
         return wanted and bool(norm_layers(self._model))
 
     def mean_losses(self, points: Tensor) -> Tensor:
@@ -844,10 +864,10 @@ class Objective:
     @property
     def separable(self) -> bool:
         """Whether the loss is a sum over examples that can be taken a few at a time."""
-        return not self._coupling
+        return not self.coupling
 
     @property
-    def _coupling(self) -> str:
+    def coupling(self) -> str:
         """Why an example's loss depends on the rest of its batch; "" if it does not."""
         if self.coupled:
             return "coupled=True"
@@ -865,8 +885,9 @@ class Objective:
             raise checks.fail(
                 "objective",
                 "the loss of an example to depend on that example alone",
-                self._coupling,
-                "a coupled objective has no quantities of single examples"
+                self.coupling,
+                "a coupled objective has no scores, Fisher matrices or sums over examples; "
+                "hessian_trace(obj) and operator_trace(GGNOperator(obj)) are of its entire loss"
                 if self.coupled
                 else 'use norm="running", and layers that keep running statistics',
             )

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from . import checks, trees
 from .batch_format import BatchFormat
-from .loss_functions import LossFunction, takes_tensor, widened
+from .loss_cross_entropy import CrossEntropy
+from .loss_functions import LossFunction, closed_form, takes_tensor, widened
 from .loss_reductions import Elementwise
 from .trees import Tree
 
@@ -28,11 +29,14 @@ class OutputReader:
         part: the name or index of the part that the loss takes; None for a tensor.
         loss: for an output of many parts, the loss that takes all of them: it is then computed as
             the last part of the model, whose "output" is the loss of each example.
+        classes_last: move the last axis, of classes, to where torch's cross-entropy has it: for
+            scores per token [N, T, C], as Hugging Face's models return them.
     """
 
     form: BatchFormat
     part: str | int | None = None
     loss: LossFunction | None = None
+    classes_last: bool = False
 
     def __call__(self, output: Any, targets: Tree) -> Any:
         """What the objective takes for the model's output."""
@@ -47,7 +51,8 @@ class OutputReader:
                     'compute one from its other outputs, or name it, such as "next_token"',
                 )
             return losses
-        return output if self.part is None else part_of(output, self.part)
+        found = output if self.part is None else part_of(output, self.part)
+        return found.movedim(-1, 1) if self.classes_last else found
 
 
 def part_of(output: Any, part: str | int) -> Any:
@@ -94,7 +99,7 @@ def reader_of(
         if not isinstance(part_of(output, part), Tensor):
             found = checks.describe(part_of(output, part))
             raise checks.fail("output", "the name or index of a tensor", f"{part!r}, {found}")
-        return OutputReader(form, part)
+        return OutputReader(form, part, None, _classes_last(part_of(output, part), loss, targets))
     count = trees.size(targets)
     if isinstance(output, Tensor) and (output.shape[:1] == (count,) or takes_tensor(loss)):
         return OutputReader(form)
@@ -102,7 +107,8 @@ def reader_of(
     if takes_tensor(loss):
         chosen = [LOGITS] if LOGITS in tensors else tensors
         if len(chosen) == 1:
-            return OutputReader(form, chosen[0])
+            last = _classes_last(part_of(output, chosen[0]), loss, targets)
+            return OutputReader(form, chosen[0], None, last)
         raise checks.fail(
             "output",
             "the name or index of the part that the loss takes",
@@ -125,6 +131,18 @@ def reader_of(
             f"an error for the parts {parts(output)}: {str(error)[:200]}",
             "it is called with the entire output and the targets; output=... picks one part",
         ) from error
+
+
+def _classes_last(scores: Tensor, loss: LossFunction, targets: Tree) -> bool:
+    """Whether scores are [N, T, C] for labels [N, T], which torch has as [N, C, T]."""
+    known = closed_form(loss)
+    if not isinstance(known, CrossEntropy) or known.class_axis != 1 or scores.ndim < 3:
+        return False
+    return (
+        isinstance(targets, Tensor)
+        and targets.shape == scores.shape[:-1]
+        and targets.shape[1:] != scores.shape[2:]
+    )
 
 
 def _tensors(output: Any) -> list[str | int]:

@@ -12,19 +12,22 @@ from . import checks
 from .loss_functions import closed_form
 
 if TYPE_CHECKING:
+    from .examples import Batch
     from .objective import Objective
 
 
-# Examples together that are compared with some of them alone: for losses of the library's or
-# torch's own, and for losses that may depend on pairs of the same label, say.
-FEW, SEPARATED = 4, 16
+# Examples that are looked at: so many in a row, where groups often are, and so many over the data.
+IN_A_ROW = SPREAD = 32
+# The batch is cut behind this share of it: not at a multiple of a group's usual size.
+CUT = 0.37
 
 
 def require_separate(obj: Objective, *, model: bool = True) -> None:
     """Refuse a loss or a model for which an example's loss depends on the others of its batch.
 
-    The loss is asked for each example's outputs alone, the model for three examples alone. Half
-    precision is looked at in float32: its rounding depends on the batch's size.
+    The loss is asked for each example's outputs alone; the model for three examples alone, and for
+    the batch in two parts. Half precision is looked at in float32: its rounding depends on the
+    batch's size.
 
     Args:
         model: whether the model is asked too. The loss always is, unless it is the library's or
@@ -37,45 +40,76 @@ def require_separate(obj: Objective, *, model: bool = True) -> None:
     known = closed_form(obj._loss) is not None  # which never mixes examples
     if known and not model:
         return
-    (numbers, batch), theta = obj.examples.spread(FEW if known else SEPARATED), obj.point(None)
+    (numbers, batch), theta = obj.examples.some(IN_A_ROW, SPREAD), obj.point(None)
+    n = batch.size
+    if n == 1:
+        return
     with torch.no_grad():
         outputs = obj.outputs(theta, batch.inputs)
         together = obj.output_losses(outputs, batch.targets)
         # Losses may be of any size, and tiny ones mostly rounding: what 1000 units in the last
         # place of the outputs do to them.
+        eps = torch.finfo(outputs.dtype).eps
+        tolerance = 1e-6 if eps < 1e-10 else 1e-4
         signs = 1 - 2 * (torch.arange(outputs.numel(), device=outputs.device) % 2)
-        shift = 1e3 * torch.finfo(outputs.dtype).eps * outputs.abs().max()
+        shift = 1e3 * eps * outputs.abs().max()
         shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), batch.targets)
         rounding = float((shaken - together).abs().nan_to_num(0, 0).max())
 
-        def loss_alone(i: int) -> Tensor:
-            return obj.output_losses(outputs[i : i + 1], batch.cut(i, i + 1).targets)
+        def loss_of(part: Batch) -> Tensor:
+            first = part.start - batch.start
+            return obj.output_losses(outputs[first : first + part.size], part.targets)
 
-        def model_alone(i: int) -> Tensor:
-            return obj.losses(theta, *batch.cut(i, i + 1)[1:])
+        def model_of(part: Batch) -> Tensor:
+            return obj.losses(theta, part.inputs, part.targets)
 
-        every, some = range(batch.size), sorted({0, batch.size // 2, batch.size - 1})
-        asked: list[tuple[str, Sequence[int], Callable[[int], Tensor]]] = []
+        alone = [(i, i + 1) for i in range(n)]
+        cut = max(1, round(CUT * n))
+        parts = [*(alone[i] for i in sorted({0, n // 2, n - 1})), (0, cut), (cut, n)]
+        asked: list[tuple[str, Sequence[tuple[int, int]], Callable[[Batch], Tensor]]] = []
         if obj.loss_is_inside:
-            asked.append(("loss", every, model_alone))
+            asked.append(("loss", alone, model_of))
         elif not known:
-            asked.append(("loss", every, loss_alone))
+            asked.append(("loss", alone, loss_of))
         if model:
-            asked.append(("model", some, model_alone))
-        for what, index, alone in asked:
-            for i in index:
-                found = alone(i).reshape(-1)[0]
-                if not torch.isclose(together[i], found, 1e-3, rounding, equal_nan=True):
+            asked.append(("model", parts, model_of))
+        for what, pieces, losses_of in asked:
+            for begin, end in pieces:
+                found = _losses(losses_of, batch.cut(begin, end), n)
+                there = together[begin:end]
+                same = torch.isclose(there, found, tolerance, rounding, equal_nan=True)
+                if not bool(same.all()):
+                    i = int((~same).nonzero()[0])
                     shapes = (
                         f"outputs {list(outputs.shape)}, targets {checks.describe(batch.targets)}"
                     )
                     raise _coupled(
-                        what, numbers[i], batch.size, float(together[i]), float(found), shapes
+                        what,
+                        numbers[begin + i],
+                        (n, end - begin),
+                        (float(there[i]), float(found[i])),
+                        shapes,
                     )
 
 
+def _losses(losses_of: Callable[[Batch], Tensor], part: Batch, size: int) -> Tensor:
+    try:
+        return losses_of(part).reshape(-1)[: part.size]
+    except (RuntimeError, TypeError, IndexError, ValueError, AssertionError) as error:
+        raise checks.fail(
+            "model",
+            "one that takes any number of examples",
+            f"one that takes {size} of them together but fails for {part.size}: {str(error)[:300]}",
+            "if the examples of a batch belong together, pass coupled=True",
+        ) from error
+
+
 def _coupled(
-    what: str, example: int, size: int, together: float, alone: float, shapes: str
+    what: str,
+    example: int,
+    sizes: tuple[int, int],
+    losses: tuple[float, float],
+    shapes: str,
 ) -> ValueError:
     advice = (
         "look for a mean over the batch, or shapes such as [N] and [N, 1] that broadcast"
@@ -85,8 +119,9 @@ def _coupled(
     return checks.fail(
         what,
         "the loss of an example to depend on that example alone",
-        f"{together:.6g} for example {example} in a batch of {size} but {alone:.6g} for it alone "
-        f"({shapes})",
+        f"{losses[0]:.6g} for example {example} in a batch of {sizes[0]} but {losses[1]:.6g} "
+        + (f"in one of {sizes[1]}" if sizes[1] > 1 else "for it alone")
+        + f" ({shapes})",
         f"{advice}; if it means to mix examples (a contrastive loss, say), pass coupled=True, for "
         "which the entire data is one batch",
     )

@@ -409,3 +409,85 @@ def test_targets_of_two_inputs_may_be_nested():
     obj = ef.Objective(Two(), loss, [batch])
     plain = ef.Objective(Two(), loss, ((A, B), batch[2]))
     assert torch.equal(obj.gradient(), plain.gradient())
+
+
+def test_scores_per_token_of_structured_outputs_have_their_classes_last():
+    ids = torch.randint(9, (5, 6), generator=torch.Generator().manual_seed(0))
+    labels = ids.roll(1, 1).masked_fill(ids == 0, -100)
+    for loss in (nn.CrossEntropyLoss(), functional.cross_entropy):
+        obj = ef.Objective(Causal(), loss, {"input_ids": ids, "labels": labels})
+        wanted = functional.cross_entropy(Causal()(ids).logits.transpose(1, 2), labels)
+        assert obj.loss() == pytest.approx(float(wanted.detach()), rel=1e-12)
+        assert ef.GGNOperator(obj).way == "rules"
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "data", "message"),
+    [
+        (Two, "cross_entropy", (A, A), r"forward takes image, features, and a pair is read as"),
+        (linear, "cross_entropy", {"image": X, "labels": Y, "boxes": X},
+         r"its keys 'image', 'boxes' are not the arguments of forward \(input\)"),
+        (linear, nn.CrossEntropyLoss, (X, Y), r"an instance, got the class CrossEntropyLoss"),
+    ],
+)  # fmt: skip
+def test_the_cause_of_a_failure_is_named(model: Any, loss: Any, data: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        ef.Objective(model(), loss, data)
+
+
+def test_integers_of_arrays_are_labels_of_any_width():
+    labels = Y.numpy().astype(np.int32)
+    obj = ef.Objective(linear(), "cross_entropy", (X.numpy(), labels))
+    assert obj.loss() == ef.Objective(linear(), "cross_entropy", (X, Y)).loss()
+
+
+def test_accuracy_along_a_path_is_that_of_cross_entropy_alone():
+    obj = ef.Objective(linear(), lambda o, t: (o - t[:, None]).square().mean(1), (X, Y))
+    theta = obj.parameters_vector()
+    path = ef.linear_path(theta, theta + 1)
+    assert "accuracy" not in ef.path_losses(obj, path, 2).columns
+    named = ef.Objective(linear(), "cross_entropy", (X, Y))
+    assert "accuracy" in ef.path_losses(named, path, 2).columns
+
+
+class Slope(nn.Module):
+    """A derivative in the inputs, without `torch.enable_grad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_(True)
+        (found,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return found[:, 1:]
+
+
+class Field(Slope):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = x.clone().requires_grad_(True)
+        return self.net(x), x
+
+
+def residual(outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+    u, x = outputs
+    (found,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    return (found[:, 1:] - targets).square().mean(1)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [(Slope, "mse"), (Field, residual)])
+def test_derivatives_in_the_inputs_need_no_switch(kind: type[nn.Module], loss: Any):
+    targets = torch.randn(N, 3, dtype=torch.float64)
+    obj, plain = ef.Objective(kind(), loss, (X, targets)), Slope()
+    theta, v = obj.parameters_vector(), torch.randn(obj.num_params, dtype=torch.float64)
+    with torch.enable_grad():
+        assert obj.loss() == pytest.approx(float((plain(X) - targets).square().mean().detach()))
+    differences = (obj.gradient(theta + 1e-5 * v) - obj.gradient(theta - 1e-5 * v)) / 2e-5
+    assert relative_error(ef.HessianOperator(obj) @ v, differences) < 1e-6
+    assert relative_error(ef.score_matrix(obj).mean(0), obj.gradient()) < 1e-10
+    path = ef.linear_path(theta, theta + 0.1)
+    assert ef.path_losses(obj, path, 2)["loss"][0] == pytest.approx(obj.loss())
+    run = ef.relax(obj, path, start=0.5, steps=2, lr=0.01, batch_size=3, project_every=1)
+    assert bool(run.position.isfinite().all())

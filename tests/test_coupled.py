@@ -178,3 +178,112 @@ def test_what_a_loss_mixes_may_depend_on_the_targets():
         obj.with_data((X, torch.arange(N) // 5))
     with pytest.raises(ValueError, match="for it alone"):
         ef.Objective(network(), loss, (X, torch.arange(N) // 5))
+
+
+def pulled(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each example towards those of its group.  # [N]"""
+    same = (targets[:, None] == targets[None]).double()
+    return (outputs[:, None] - outputs[None]).square().sum(2).mul(same).sum(1) + outputs[:, 0]
+
+
+class Centered(nn.Module):
+    """About the mean of each group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor, group: Tensor) -> Tensor:
+        h = self.a(x)
+        same = (group[:, None] == group[None]).double()
+        return self.b(torch.tanh(h - same @ h / same.sum(1, keepdim=True)))
+
+
+class Capacity(nn.Module):
+    """The 8 largest of a batch take another layer, as in mixtures of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (x[:, 0].argsort(descending=True).argsort() < 8).double()
+        return self.a(x) + kept[:, None] * self.b(x)
+
+
+GROUPS = {
+    "in a row": lambda n: torch.arange(n) // 3,
+    "in turn": lambda n: torch.arange(n) % 10,
+    "shuffled": lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(0)) // 3,
+}
+
+
+@pytest.mark.parametrize("order", GROUPS)
+@pytest.mark.parametrize("n", [40, 300])
+def test_examples_that_are_mixed_within_groups_are_found(order: str, n: int):
+    x, group = torch.randn(n, 3).double(), GROUPS[order](n)
+    with pytest.raises(ValueError, match="coupled=True"):
+        ef.Objective(nn.Linear(3, 2).double(), pulled, (x, group))
+    with pytest.raises(ValueError, match="coupled=True"):
+        ef.Objective(Centered(), "cross_entropy", ((x, group), torch.arange(n) % 2))
+
+
+def test_what_depends_on_the_size_of_the_batch_is_found():
+    x, y = torch.randn(300, 3).double(), torch.arange(300) % 2
+    with pytest.raises(ValueError, match="coupled=True"):
+        ef.Objective(Capacity(), "cross_entropy", (x, y))
+
+
+class Graph(nn.Module):
+    """A graph whose edges [2, E] are not counted by nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.b(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+
+
+def test_one_graph_is_one_batch_of_nodes():
+    x, edges = torch.randn(8, 3).double(), torch.randint(8, (2, 20))
+    y = torch.arange(8) % 2
+    with pytest.raises(ValueError, match=r"inputs\[1\] \[2, 20\].*coupled=True"):
+        ef.Objective(Graph(), "cross_entropy", ((x, edges), y))
+    obj = ef.Objective(Graph(), "cross_entropy", ((x, edges), y), coupled=True)
+    model = Graph()
+    ps = list(model.parameters())
+    value = functional.cross_entropy(model(x, edges), y)
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(value, ps, create_graph=True)])
+    rows = [torch.autograd.grad(v, ps, retain_graph=True) for v in g]
+    H = torch.stack([torch.cat([p.flatten() for p in row]) for row in rows])
+    assert obj.num_examples == 8
+    assert relative_error(obj.gradient(), g.detach()) < 1e-12
+    assert relative_error(ef.HessianOperator(obj) @ torch.eye(len(g)).double(), H) < 1e-10
+    with pytest.raises(ValueError, match="of one length"):  # the edges of two graphs
+        ef.Objective(Graph(), "cross_entropy", [((x, edges), y)] * 2, coupled=True)
+
+
+def test_a_model_of_a_fixed_number_of_nodes_says_what_to_do():
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("links", torch.rand(8, 8).double())
+            self.out = nn.Linear(3, 2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.links @ x)
+
+    data = torch.randn(8, 3).double(), torch.arange(8) % 2
+    with pytest.raises(ValueError, match=r"fails for 3: .*coupled=True"):
+        ef.Objective(Fixed(), "cross_entropy", data)
+    assert ef.Objective(Fixed(), "cross_entropy", data, coupled=True).loss() > 0
+
+
+def test_a_profile_of_a_coupled_objective_leaves_the_scores_out():
+    obj = ef.Objective(network(), contrastive, (X, T), coupled=True)
+    a = obj.parameters_vector()
+    table = ef.curvature_profile(obj, ef.linear_path(a, a + 0.1), points=2, tol=1.0)
+    assert "hessian_trace" in table.columns and "fisher_trace" not in table.columns

@@ -263,7 +263,7 @@ class Centred(nn.Module):
 
 
 def test_models_that_mix_examples_are_rejected_with_the_example():
-    with pytest.raises(ValueError, match=r"for example 0 in a batch of 4 but .* for it alone"):
+    with pytest.raises(ValueError, match=r"for example 0 in a batch of 9 but .* for it alone"):
         Objective(Centred(), "cross_entropy", classification(9))
     alone = Objective(Centred(), "cross_entropy", classification(1))
     alone.require_single_examples()  # one example has no other to depend on

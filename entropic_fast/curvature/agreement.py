@@ -84,7 +84,8 @@ def require_agreement(
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise DisagreementError(
             f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
-            "rules and autograd; this is a bug in entropic_fast: please report the model; "
+            "rules and autograd; if the loss or the model mixes examples of a batch, pass "
+            "coupled=True; else this is a bug in entropic_fast: please report the model; "
             "meanwhile, build the operator within "
             "`with entropic_fast.curvature.without_rules():`"
         )

@@ -225,6 +225,7 @@ class ScoreEngine:
                 raise DisagreementError(
                     f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
                     f"rules and torch.func, where their norm is {float(part.double().norm()):.3g}; "
+                    "if the loss or the model mixes examples of a batch, pass coupled=True; else "
                     "this is a bug in entropic_fast: please report the model; meanwhile, call "
                     "within `with entropic_fast.curvature.without_rules():`"
                 )

@@ -276,8 +276,14 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         checks.one_of("quantities", name, ALL_QUANTITIES)
         if name in _OF_HESSIAN:
             checks.full_precision("obj", obj.dtype, name)
-    if "fisher_trace" in quantities:
-        obj.require_single_examples()  # before work is spent on the other quantities
+    if "fisher_trace" in quantities and not obj.separable:  # before work is spent on the others
+        raise checks.fail(
+            "quantities",
+            "none of single examples where the loss of an example does not depend on that example "
+            "alone",
+            f'"fisher_trace", with {obj.coupling}',
+            'leave it out: quantities=("loss", "hessian_trace", "top_eigenvalue", "norm")',
+        )
 
 
 class _Hessian:

@@ -63,7 +63,8 @@ def curvature_profile(
         points: how many, evenly spaced in arc length with both ends (at least 2); or the
             positions themselves, each in [0, 1].
         quantities: of "loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", and
-            "density", which is not among the defaults.
+            "density", which is not among the defaults. The defaults of a coupled objective have
+            no "fisher_trace".
         seed: of the trace probes and Lanczos vectors, the same at every point, so that
             differences between points have less noise than each point.
         recalibrate, probes, tol, density_probes, steps, delta: as for `profile_point`.
@@ -96,6 +97,8 @@ def curvature_profile(
     checks.positive("tol", tol)
     if not callable(getattr(path, "point", None)):
         raise checks.fail("path", "a path with point(s)", checks.describe(path), "use ef.Path")
+    if obj.coupled and tuple(quantities) == QUANTITIES:
+        quantities = [name for name in quantities if name != "fisher_trace"]
     require_quantities(obj, quantities)
     checks.functions(on_point=on_point, on_density=on_density)
     checks.boolean("across", across)

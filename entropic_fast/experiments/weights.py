@@ -104,6 +104,8 @@ def _read_torch(file: str | Path, argument: str) -> Any:
         if isinstance(error, OSError):
             raise
         said = next((line for line in str(error).splitlines() if line.strip()), "")[:160]
+        if type(error).__name__ == "UnpicklingError":  # torch's advice would be to run them
+            said = "it holds pickled objects"
         raise checks.fail(
             argument,
             "tensors that torch.load(weights_only=True) reads",

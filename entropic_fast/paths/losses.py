@@ -14,7 +14,8 @@ from torch import Tensor
 from .. import checks
 from ..convergence import warn_of_overflow
 from ..devices import is_gpu
-from ..loss_functions import hits
+from ..loss_cross_entropy import CrossEntropy
+from ..loss_functions import closed_form, hits
 from ..model_checks import require_classifier
 from ..objective import NonFiniteLossError, Objective, require_objective
 from ..sharing import OtherProcessError, not_finite
@@ -90,7 +91,7 @@ def path_losses(
         on_point: called with (points done, points in all); on a GPU for some points at once.
 
     Returns:
-        columns s, loss, is_pivot, and accuracy for a classifier (scores [N, C] and whole
+        columns s, loss, is_pivot, and accuracy for cross-entropy (scores [N, C] and whole
         targets [N]).
 
     Raises:
@@ -289,6 +290,8 @@ def _given(points: Sequence[float] | Tensor) -> list[float]:
 
 
 def _is_classifier(obj: Objective) -> bool:
+    if not isinstance(closed_form(obj._loss), CrossEntropy):
+        return False
     batch = next(obj.batches(batch_size=2))
     if batch.targets.ndim != 1 or batch.targets.is_floating_point():
         return False

@@ -182,7 +182,7 @@ class Branching(nn.Module):
 
     def forward(self, x):
         y = self.layer(x)
-        return y if float(y.detach().sum()) > 0 else 2 * y
+        return y if float(self.layer.weight.detach().sum()) > -1e6 else 2 * y
 
 
 def test_a_model_that_vmap_cannot_do_falls_back_to_threads_and_says_so():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from entropic_fast.loss_cross_entropy import CrossEntropy
 from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, barrier, linear_path, path_losses, saddle
 from entropic_fast.table import Table
@@ -101,9 +102,12 @@ def test_points_that_overflow_are_infinite_and_named_once(classifier):
     x = torch.tensor([[1.0]])
     y = torch.tensor([0]) if classifier else torch.tensor([[0.0, 0.0]])
 
-    def loss(outputs, targets):
-        return (outputs[:, 0] - 0.5).sqrt()
+    class Root(CrossEntropy):
+        def __call__(self, outputs, targets):
+            return (outputs[:, 0] - 0.5).sqrt()
 
+    root = Root(nn.CrossEntropyLoss(reduction="none"))
+    loss = root if classifier else lambda outputs, targets: root(outputs, targets)
     obj = Objective(nn.Linear(1, 2, bias=False), loss, (x, y))
     path = linear_path(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
     seen = []
