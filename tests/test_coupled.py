@@ -277,7 +277,7 @@ def test_a_model_of_a_fixed_number_of_nodes_says_what_to_do():
             return self.out(self.links @ x)
 
     data = torch.randn(8, 3).double(), torch.arange(8) % 2
-    with pytest.raises(ValueError, match=r"fails for 3: .*coupled=True"):
+    with pytest.raises(ValueError, match=r"fails for 1: .*coupled=True"):
         ef.Objective(Fixed(), "cross_entropy", data)
     assert ef.Objective(Fixed(), "cross_entropy", data, coupled=True).loss() > 0
 
