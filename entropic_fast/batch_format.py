@@ -82,7 +82,7 @@ class BatchFormat:
         """Why a model may fail on inputs that were read from a batch, for a message."""
         names = ", ".join(self._required)
         if isinstance(inputs, Mapping) and not self._takes_keywords(inputs):
-            keys = ", ".join(map(repr, list(inputs)[:8]))
+            keys = ", ".join(repr(str(key)[:16]) for key in list(inputs)[:3])
             return (
                 f"the dict was passed as it is, as its keys {keys} are not the arguments of "
                 f"forward ({names}): rename them, or pass (inputs, targets)"

@@ -258,7 +258,10 @@ def shown(value: object, depth: int = 2) -> str:
 
 
 def _cut(text: str, longest: int = 0) -> str:
-    """A text on one line, cut where it is too long."""
+    """A text on one line, cut where it is too long; the lines of a list ("\\n  ") stay."""
     longest = longest or LONGEST
+    first, *items = text.split("\n  ")
+    if items:
+        return "\n  ".join([_cut(first, longest), *(_cut(item) for item in items)]) + "\n"
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 3] + "..."

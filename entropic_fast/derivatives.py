@@ -86,7 +86,7 @@ class Watcher(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.derivative = False
-        self._depth, self._forward = _depth(), _forward_depth()
+        self._depth, self._forward = _depth(), forward_depth()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():
@@ -108,7 +108,7 @@ class Watcher(TorchFunctionMode):
                 "use F.scaled_dot_product_attention, with the scores to add as attn_mask",
             )
         wrong = func in WRONG_FORWARD or (func in _SCATTERED and _is_product(args, kwargs))
-        if wrong and _forward_depth() > self._forward:
+        if wrong and forward_depth() > self._forward:
             raise checks.fail(
                 "model",
                 "derivatives of its own that torch can differentiate again",
@@ -127,10 +127,11 @@ def _is_product(args: Any, kwargs: Any) -> bool:
 
 def _depth() -> int:
     """How many derivatives are being taken around a call, by torch.func or forward mode."""
-    return _levels("Grad") + _forward_depth()
+    return _levels("Grad") + forward_depth()
 
 
-def _forward_depth() -> int:
+def forward_depth() -> int:
+    """How many derivatives of forward mode are being taken around a call."""
     return _levels("Jvp") + forward_ad._current_level + 1
 
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from . import checks, model_checks, trees
 from .attributes import Place, attributes, changed, only_tensors, put_back, unchanged
 from .batch_format import BatchFormat
-from .derivatives import AnyOrder
+from .derivatives import AnyOrder, forward_depth
 from .devices import is_gpu
 from .eager import eager
 from .exact import NativeRecurrence, exact_math, no_autocast
@@ -561,10 +561,11 @@ class Objective:
         if isinstance(inputs, WithTargets):
             inputs, targets = inputs
         args, kwargs = reader.form.arguments(inputs)
-        wanted = torch.is_grad_enabled()
+        ungraphed = self.takes_derivatives and not torch.is_grad_enabled()
         with eager(), self.formulas(), self.gradients_inside():
             outputs: Tensor = reader(model(*args, **kwargs), targets)
-        outputs = outputs if wanted or not isinstance(outputs, Tensor) else outputs.detach()
+        if ungraphed and isinstance(outputs, Tensor) and not forward_depth():
+            outputs = outputs.detach()  # which would drop the tangents of forward mode
         if reader.loss is not None and outputs.ndim == 0 and self.coupled:
             outputs = outputs.expand(trees.size(targets))
         return outputs

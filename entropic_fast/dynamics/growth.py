@@ -56,7 +56,7 @@ def scale_invariant_rows(
     ['0.weight']
     """
     theta = obj.point(theta)
-    places = obj.split(torch.arange(obj.num_params, device=theta.device))
+    places = obj.split(torch.ones_like(theta, dtype=torch.int64).cumsum(0) - 1)  # 0 .. P - 1
     found = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
     if obj.norm != "batch":
         return {}

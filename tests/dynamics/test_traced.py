@@ -108,7 +108,7 @@ def test_a_model_that_branches_on_values_goes_elsewhere():
 
         def forward(self, x):
             out = self.linear(self.flatten(x))
-            return out if out.sum() > 0 else 2 * out
+            return out if self.linear.weight.sum() > -1e6 else 2 * out
 
     obj, theta, x, y = problem(40, Branching())
     name, _, note = choose("auto", obj, theta, x, y)

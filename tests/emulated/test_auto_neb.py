@@ -134,7 +134,7 @@ class ReadsBack(nn.Module):
 
     def forward(self, x):
         x = x.flatten(1)
-        return self.layer(x / max(1.0, float(x.detach().abs().max())))
+        return self.layer(x / max(1.0, float(self.layer.weight.detach().abs().max())))
 
 
 def test_a_model_that_refuses_capture_runs_as_it_is():
@@ -178,5 +178,6 @@ def test_a_loss_that_is_not_finite_is_named():
         )
         ends = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], device=obj.device)
         line = ef.Path(ends)
-        with pytest.raises(ef.NonFiniteLossError, match=r"position s = 0\.6.*example 0"):
-            ef.path_losses(obj, line, [0.2, 0.6, 0.9])
+        with pytest.warns(RuntimeWarning, match=r"2 of 3 points.*s = 0\.6.*example 0"):
+            table = ef.path_losses(obj, line, [0.2, 0.6, 0.9])
+        assert torch.as_tensor(table["loss"]).isfinite().tolist() == [True, False, False]

@@ -178,7 +178,7 @@ def test_any_loss_serves_and_is_named(tmp_path):
 def test_a_model_that_rules_do_not_take_says_so(tmp_path):
     class Branching(nn.Linear):
         def forward(self, x):
-            return super().forward(x) * (2 if float(x.sum()) > 0 else 1)
+            return super().forward(x) * (2 if float(self.weight.sum()) > -1e6 else 1)
 
     found = profile_model(Branching(4, 3), examples(), tmp_path / "out", settings=QUICK)
     assert found.ways["point"]["Hessian"].startswith("autograd, as ")
