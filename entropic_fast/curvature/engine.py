@@ -2,8 +2,8 @@
 
 Exactness is kept by parameter. One that layer rules see all of (each use as the weight or bias of
 a layer we know, with inputs that depend on the example; read from autograd's graph in every chunk)
-goes by them. Any other, used otherwise or in a module we do not know, is given to vmap as a copy an
-example, whose gradients autograd itself returns. A model that vmap cannot trace goes to `Fallback`.
+uses them. Any other, used otherwise or in a module we do not know, is expanded to one copy per
+example and handled by vmap. A model that vmap cannot trace uses `Fallback`.
 Before the first result for a model, both ways are compared on two examples.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -185,7 +186,7 @@ class ScoreEngine:
 
         told = told_of_tracing() if self._ways.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:
-            zeros = self.theta.new_zeros(batch.size, dtype=torch.int64)
+            zeros = _zero(self.theta.device).expand(batch.size)
             losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets, zeros)
         return losses
 
@@ -249,6 +250,13 @@ class _Uses:
         """Hand over what layers without a gradient have been waited for."""
         for name in list(self._waiting):
             self._sink(name, combined(self._waiting.pop(name)))
+
+
+@cache
+def _zero(device: torch.device) -> Tensor:
+    """A zero, made once for each device: a launch of its own for every pass otherwise."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _Ways:

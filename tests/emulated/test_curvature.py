@@ -260,7 +260,7 @@ def test_launches_of_scores_and_gradients():
     fisher = ef.FisherOperator(obj)
     ceilings = {
         "gradient": (lambda: obj.gradient(theta), 160, 1),
-        "Fisher product": (lambda: fisher @ vectors, 402, 3),
+        "Fisher product": (lambda: fisher @ vectors, 401, 3),
         "score_gram": (lambda: ef.score_gram(obj), 733, 3),
         "gradient_norms": (lambda: ef.gradient_norms(obj), 669, 3),
     }
