@@ -60,6 +60,12 @@ KINDS: tuple[tuple[str, str, str], ...] = (
         "Time for one probe of a whole call: random signs, the values at the point and the forms.",
     ),
     (
+        "hessian-second-objective",
+        "A second objective of an architecture",
+        "Time until an objective of a new network is ready for its first product, the network's "
+        "construction included: with nothing known of the architecture, and after another.",
+    ),
+    (
         "hessian-path",
         "Largest eigenvalue along a minimum energy path",
         "Each search begins at the point before.",
