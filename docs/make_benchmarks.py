@@ -389,6 +389,15 @@ def _random_bits(record: Record) -> str:
     return table(["what", "numbers", *(f"{name}, ns" for name in names)], rows)
 
 
+def _second(record: Record) -> str:
+    names = list(record["runs"][0]["seconds"])
+    rows = [
+        [run["examples"], *(number(run["seconds"][n]["median"]) for n in names)]
+        for run in record["runs"]
+    ]
+    return table(["images", *(f"{name}, s" for name in names)], rows)
+
+
 SPECIAL: dict[str, Callable[[Record], str]] = {
     "score-spectrum": _spectrum,
     "score-memory": _memory,
@@ -396,6 +405,7 @@ SPECIAL: dict[str, Callable[[Record], str]] = {
     "score-kernels": _kernels,
     "hessian-products": _products,
     "hessian-trace": _trace,
+    "hessian-second-objective": _second,
     "torch-derivatives": _derivatives,
     "replicas": _replicas,
     "scaling": _scaling,
