@@ -32,6 +32,9 @@ from .response import ProjectedSGD, Sampling, response, travel
 # small number to variances, so that the cosine is not 0.
 _ORTHOGONAL = 1e-2
 
+# Random weightings of the losses per batch, beside their mean.
+_WEIGHTINGS = 3
+
 
 @exact_math()
 def scale_invariant_rows(
@@ -39,7 +42,9 @@ def scale_invariant_rows(
 ) -> dict[str, Tensor]:
     """Parameters each of whose rows (filters) has a length that the loss does not depend on.
 
-    Found by their gradients on some batches: at right angles to every row.
+    Found by gradients of randomly weighted losses on some batches: orthogonal to every row. The
+    weights differ from draw to draw, because the gradient of one loss can be orthogonal to a row
+    by chance (about once in 100 for a row of four weights).
 
     Args:
         obj: with `norm="batch"`; stored statistics make no weights scale-invariant.
@@ -60,17 +65,22 @@ def scale_invariant_rows(
     found = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
     if obj.norm != "batch":
         return {}
-    kept = []  # whether each is one on each batch, read once
+    generator = torch.Generator().manual_seed(0)
+    kept = []  # for each weighting and parameter, whether it is scale-invariant; read once
     for _, batch in zip(range(batches), obj.batches(), strict=False):
         leaf = theta.detach().requires_grad_()
-        loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
-        gradient = torch.autograd.grad(loss, leaf)[0].double()
-        for rows in found.values():
-            w, g = theta[rows].double(), gradient[rows]
-            scale = w.norm(dim=1) * g.norm(dim=1)
-            live = scale > 0
-            cosine = torch.where(live, (w * g).sum(1).abs() / scale, 0.0)
-            kept.append(live.any() & ~(cosine.max() > _ORTHOGONAL))
+        losses = obj.losses(leaf, batch.inputs, batch.targets)
+        weightings = torch.randn(_WEIGHTINGS + 1, len(losses), generator=generator)
+        weightings[0] = 1.0
+        for weights in weightings.to(losses):
+            loss = (weights * losses).mean()
+            gradient = torch.autograd.grad(loss, leaf, retain_graph=True)[0].double()
+            for rows in found.values():
+                w, g = theta[rows].double(), gradient[rows]
+                scale = w.norm(dim=1) * g.norm(dim=1)
+                live = scale > 0
+                cosine = torch.where(live, (w * g).sum(1).abs() / scale, 0.0)
+                kept.append(live.any() & ~(cosine.max() > _ORTHOGONAL))
     if kept:
         every = torch.stack(kept).view(-1, len(found)).all(0).tolist()
         found = {name: found[name] for name, one in zip(list(found), every, strict=True) if one}
