@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from entropic_fast import info
+from entropic_fast._utils import system_info as info
 
 
 def commit() -> str:

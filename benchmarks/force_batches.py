@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from entropic_fast.dynamics.force._point_force._gradient_noise import GradientNoise
+from entropic_fast.dynamics.force._point_force._point_force import point_force
 
-from entropic_fast.dynamics.force import point_force
-from entropic_fast.dynamics.noise import GradientNoise
-from entropic_fast.experiments import fig_force, pieces
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.objective import Objective
-from entropic_fast.paths.path import Path as LossPath
-from entropic_fast.random import permutation
+from entropic_fast.experiments import _inputs as pieces
+from entropic_fast.experiments._run_folder import RunFolder
+from entropic_fast.experiments.figures import force as fig_force
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits.streams import permutation
+from entropic_fast.paths._path import Path as LossPath
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = (1024,)  # curvature from so many; the run itself has `force.examples`

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from entropic_fast.training._train._train import TrainConfig, train
+from entropic_fast.training._train.data import ImageData, load
+from entropic_fast.training._train.models import build
 from peers import Problem, importable
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 import entropic_fast as ef
 from entropic_fast.curvature import HessianOperator
-from entropic_fast.data import ImageData, load
-from entropic_fast.models import build
-from entropic_fast.random import derive, rademacher
-from entropic_fast.training import TrainConfig, train
+from entropic_fast.ops.random_bits.streams import derive, rademacher
 
 Way = Callable[[], Any]
 

@@ -16,9 +16,9 @@ from rounds import DEVICE, FULL
 from torch import Tensor
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.score_conv import conv_weight_grads, conv_weight_norms
-from entropic_fast.ops.score_gram import cross_update_, symmetric_update_
-from entropic_fast.ops.score_norm import affine_grads, batch_norm_backward
+from entropic_fast.ops.conv_example_grads import conv_weight_grads, conv_weight_norms
+from entropic_fast.ops.gram_update import cross_update_, symmetric_update_
+from entropic_fast.ops.norm_example_grads import affine_grads, batch_norm_backward
 
 EXAMPLES = 32 if FULL else 2  # a chunk of the engine
 GRAM = 1024 if FULL else 32

@@ -6,6 +6,7 @@ the spectrum, `jvp(grad)` for a product, one product a probe for the trace.
 
 import pytest
 import torch
+from entropic_fast.training._train.models import build, initialise
 from torch.func import functional_call, grad, jvp, vmap
 
 from entropic_fast.curvature import (
@@ -15,9 +16,8 @@ from entropic_fast.curvature import (
     score_spectrum,
     top_eigenvalues,
 )
-from entropic_fast.models import build, initialise
-from entropic_fast.objective import Objective
-from entropic_fast.random import rademacher
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits.streams import rademacher
 
 EXAMPLES, PROBES = 64, 4
 # Forward-mode differentiation compiles its decompositions with the deprecated torch.jit.

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from entropic_fast.training._train.models import build, initialise
 
 from entropic_fast.dynamics import RidgePotential, RingPotential, relax, simulate_langevin
-from entropic_fast.models import build, initialise
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 
 STEPS, BATCH, PIVOTS = 30, 16, 9

@@ -24,8 +24,8 @@ from rounds import DEVICE, FULL, store, table, take_turns
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import FAMILY, advance
-from entropic_fast.reference.langevin import UNDERDAMPED
-from entropic_fast.reference.langevin_forces import force_of
+from entropic_fast.ops.langevin.forces import force_of
+from entropic_fast.ops.langevin.reference import UNDERDAMPED
 
 PARTICLES = 1_000_000 if FULL else 2_000
 STEPS = 200 if FULL else 20

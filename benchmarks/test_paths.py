@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from entropic_fast.training._train.models import build, initialise
 from torch import nn
 
-from entropic_fast.models import build, initialise
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import AutoNEBConfig, Path, auto_neb
 
 PIVOTS, BATCH = 9, 128

@@ -19,9 +19,9 @@ import torch
 from rounds import DEVICE, FULL, store, table, take_turns
 from torch import Tensor
 
-from entropic_fast import random
 from entropic_fast.ops import backend
 from entropic_fast.ops.random_bits import FAMILY, fill_
+from entropic_fast.ops.random_bits import streams as random
 
 NUMBERS = 11_000_000 if FULL else 20_000  # the parameters of ResNet-18
 COLUMNS = 8  # probes at once

@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 import torch
+from entropic_fast.training._train.models import build, initialise
 from rounds import DEVICE, FULL, store, synchronize, table, take_turns
 from torch import Tensor, nn
 
 from entropic_fast import Objective, linear_path, relax
-from entropic_fast.dynamics import engines
-from entropic_fast.dynamics.minibatches import Minibatches
-from entropic_fast.dynamics.optimizers import Optimizer
-from entropic_fast.dynamics.run import Run
-from entropic_fast.models import build, initialise
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
+from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
+from entropic_fast.dynamics.projected_sgd._replica_state import Run
 
 pytestmark = [pytest.mark.timeout(1800)]
 LR, BATCH, CYCLE = 0.01, 16, 15

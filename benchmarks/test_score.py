@@ -162,7 +162,7 @@ def test_spectrum_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
 
 def matrix_fits(problem: Problem) -> bool:
     """Whether the score matrix and a chunk of gradients fit with a fifth to spare."""
-    from entropic_fast.curvature.memory import available_bytes
+    from entropic_fast._torch.memory_budget import available_bytes
 
     needed = 4 * problem.parameters * (problem.examples + 3 * 32)
     return 1.2 * needed < available_bytes(torch.device(DEVICE))

@@ -19,7 +19,7 @@ from rounds import DEVICE, FULL, store, table, take_turns
 from torch import Tensor
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.step import pivot_squares, project_step, segment_squares, sgd_step
+from entropic_fast.ops.projected_step import pivot_squares, project_step, segment_squares, sgd_step
 
 SIZE = 2_748_890 if FULL else 10_001
 PIVOTS, CYCLE = 9, 15
@@ -160,7 +160,7 @@ def test_step(provenance: dict[str, Any], tmp_path: Path) -> None:
     record = {
         **provenance,
         "device": DEVICE,
-        "backend": backend.backend_for("step", DEVICE),
+        "backend": backend.backend_for("projected_step", DEVICE),
         "parameters": SIZE,
         "pivots": PIVOTS,
         "updates in a cycle": CYCLE,

@@ -27,7 +27,7 @@ def main() -> None:
     import test_derivatives as known
     from derivative_sweep import TRANSFORMS, first_fault, routes, transform_faults, variants
 
-    from entropic_fast.derivatives import AnyOrder
+    from entropic_fast._torch.derivative_formulas import AnyOrder
 
     facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()
     refused = known.CONSTANT | known.WRONG_GRADIENT
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from entropic_fast.exact import exact_math
+        from entropic_fast._torch.full_precision import exact_math
 
         with exact_math():
             main()

@@ -28,7 +28,7 @@ SHORTEST, LONGEST = 4.0, 20.0  # seconds before a kill: starting takes some of t
 def command(out: Path) -> list[str]:
     tiny = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["TINY"]
     words = [word for override in tiny for word in ("--set", override)]
-    code = "from entropic_fast.cli import main; main()"
+    code = "from entropic_fast.cli._main import main; main()"
     return [sys.executable, "-c", code, "reproduce", "--out", str(out), "--workers", "2", *words]
 
 

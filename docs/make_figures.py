@@ -13,7 +13,7 @@ from typing import Any
 
 from make_benchmarks import RESULTS, table
 
-from entropic_fast.experiments.config import load_preset
+from entropic_fast.experiments._config import load_preset
 
 PRESETS = ("demo", "small", "paper")
 MARKER = re.compile(r"<!-- (settings|claims|verdicts): ([\w. ]+) -->")

@@ -1,7 +1,9 @@
 """Geometry of loss landscapes: curvature, minimum energy paths and entropic forces."""
 
+from ._utils.convergence import NotConvergedWarning
+from ._utils.results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
+from ._utils.table import Table
 from ._version import __version__
-from .convergence import NotConvergedWarning
 from .curvature import (
     DisagreementError,
     FisherOperator,
@@ -31,6 +33,7 @@ from .curvature import (
     spectral_density,
     top_eigenvalues,
 )
+from .distributed._process_group import shard
 from .dynamics import (
     ChannelPotential,
     CheckpointMismatchError,
@@ -41,14 +44,11 @@ from .dynamics import (
     relax_many,
     simulate_langevin,
 )
-from .live_model import StaleStatisticsWarning
-from .lmc import LMCResult, linear_mode_connectivity
 from .objective import NonFiniteLossError, Objective
+from .objective._live_model import StaleStatisticsWarning
 from .ops.backend import set_backend
-from .parallel import shard
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
-from .table import Table
+from .training.lmc import LMCResult, linear_mode_connectivity
 
 __all__ = [
     "__version__",

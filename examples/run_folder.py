@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from entropic_fast.experiments import claims, stages
-from entropic_fast.experiments.config import load_preset
-from entropic_fast.experiments.run import RunFolder
+from entropic_fast.experiments import _pipeline as stages
+from entropic_fast.experiments import claims
+from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments._run_folder import RunFolder
 
 RECORDED = Path(__file__).parents[1] / "benchmarks" / "results" / "demo-cpu"
 

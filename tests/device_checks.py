@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, relative_error
+from entropic_fast.training._train._train import EpochRecord, TrainConfig, train
+from entropic_fast.training._train.data import ImageData
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast import models, random
-from entropic_fast.data import ImageData
-from entropic_fast.dynamics import engines
-from entropic_fast.dynamics.minibatches import Minibatches
-from entropic_fast.dynamics.optimizers import Optimizer
-from entropic_fast.dynamics.run import Run
-from entropic_fast.training import EpochRecord, TrainConfig, train
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
+from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
+from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.ops.random_bits import streams as random
+from entropic_fast.training._train import models
 
 Watched = Callable[[], AbstractContextManager[Any]]  # within which the host may not wait
 

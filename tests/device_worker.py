@@ -9,8 +9,8 @@ import device_checks
 from torch.distributed import destroy_process_group
 
 import entropic_fast as ef
-from entropic_fast import random
-from entropic_fast.parallel import init
+from entropic_fast.distributed._process_group import init
+from entropic_fast.ops.random_bits import streams as random
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.random_bits_native import DTYPES
-from entropic_fast.reference.random_bits import KINDS
+from entropic_fast.ops.random_bits.native import DTYPES
+from entropic_fast.ops.random_bits.reference import KINDS
 
 ROOT = Path(__file__).parents[1]
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -251,7 +251,7 @@ def _step(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) 
     _now().step(op, theta, pivots, products, *more)
 
 
-# ---- family `step` -------------------------------------------------------------------------------
+# ---- family `projected_step` --------------------------------------------------------------------
 
 
 def sgd_step(

@@ -47,7 +47,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import entropic_fast
-from entropic_fast.devices import GPU_TYPES
+from entropic_fast._utils.devices import GPU_TYPES
 
 HANDLED = proxy_tensor.HANDLED_TYPES
 # The first release of torch whose interface for such devices is complete enough.

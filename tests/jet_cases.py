@@ -1,4 +1,4 @@
-"""Random cases of family `jet`, and its formulas in float64."""
+"""Random cases of family `norm_act_tangents`, and its formulas in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast.ops.jet import normalise, pull, push
+from entropic_fast.ops.norm_act_tangents import normalise, pull, push
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [

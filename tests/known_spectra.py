@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from entropic_fast import random
+from entropic_fast.ops.random_bits import streams as random
 
 
 def with_spectrum(values: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:

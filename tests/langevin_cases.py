@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast.ops.langevin import PARAMETERS, advance
-from entropic_fast.reference.langevin import SCHEMES, UNDERDAMPED
+from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED
 
 DTYPES = (torch.float32, torch.float64)
 POTENTIALS: dict[str, tuple[float, ...]] = {

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import PARAMETERS, Coefficients
-from entropic_fast.ops.step import segment_squares
-from entropic_fast.reference.langevin import SCHEMES, UNDERDAMPED
-from entropic_fast.reference.random_bits import KINDS
-from entropic_fast.reference.step import products
+from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED
+from entropic_fast.ops.projected_step import segment_squares
+from entropic_fast.ops.projected_step.reference import products
+from entropic_fast.ops.random_bits.reference import KINDS
 
 Arguments = tuple[Any, ...]
 Results = list[Tensor]

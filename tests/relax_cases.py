@@ -1,10 +1,10 @@
 """Small problems for tests of projected SGD: an objective and a path in its parameters."""
 
 import torch
+from entropic_fast.training._train.models import digits_cnn, initialise
 from torch import nn
 
-from entropic_fast.models import digits_cnn, initialise
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
 
 

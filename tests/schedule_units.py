@@ -10,11 +10,11 @@ import time
 import torch
 from rich.console import Console
 
-from entropic_fast.experiments.config import load_preset
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.experiments.schedule import execute
-from entropic_fast.random import normal
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments._executor import execute
+from entropic_fast.experiments._run_folder import RunFolder
+from entropic_fast.ops.random_bits.streams import normal
 
 
 def first(run, report, seed):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from entropic_fast import architecture
-from entropic_fast.architecture import key_of
-from entropic_fast.code_names import reads_of
+from entropic_fast._torch import architecture_key as architecture
+from entropic_fast._torch.architecture_key import key_of
+from entropic_fast._torch.code_names import reads_of
 
 SCALE, TABLE, WEIGHTS = 1.0, {"scale": 1.0}, torch.ones(2)
 settings = types.ModuleType("settings_of_a_test")

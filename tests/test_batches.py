@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import entropic_fast as ef
-from entropic_fast.experiments.profile_model import ProfileSettings, profile_model
+from entropic_fast.profile._profile import ProfileSettings, profile_model
 
 N = 7
 

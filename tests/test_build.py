@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import setuptools
 
-from entropic_fast.ops import native
+from entropic_fast.ops import _native as native
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu"))

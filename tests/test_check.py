@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from entropic_fast import selfcheck
-from entropic_fast.ops import backend, score_gram_native, step_native
-from entropic_fast.selfcheck import networks, ops, samples, speeds, verdict
+from entropic_fast.ops import backend
+from entropic_fast.ops.gram_update import native as score_gram_native
+from entropic_fast.ops.projected_step import native as step_native
+from entropic_fast.selfcheck import _networks as networks
+from entropic_fast.selfcheck import _ops as ops
+from entropic_fast.selfcheck import _samples as samples
+from entropic_fast.selfcheck import _speeds as speeds
+from entropic_fast.selfcheck import _verdict as verdict
 
 # They call an operator by its number, and no kernel.
 OTHERS = {"operator_product", "operator_forms"}

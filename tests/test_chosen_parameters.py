@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 
 class Tied(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from entropic_fast._torch.uncompiled import eager
 from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
@@ -20,8 +21,7 @@ from entropic_fast.curvature import (
     without_rules,
 )
 from entropic_fast.dynamics import relax
-from entropic_fast.eager import eager
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, path_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -11,10 +11,11 @@ from cases import by_name
 from torch import Tensor
 
 import entropic_fast as ef
-from entropic_fast import random
-from entropic_fast.convergence import held, warn_not_converged, warn_once
-from entropic_fast.curvature import HessianOperator, measure_point, point, profile_point
-from entropic_fast.results import NOT_CONVERGED
+from entropic_fast._utils.convergence import held, warn_not_converged, warn_once
+from entropic_fast._utils.results import NOT_CONVERGED
+from entropic_fast.curvature import HessianOperator, measure_point, profile_point
+from entropic_fast.curvature import _at_point as point
+from entropic_fast.ops.random_bits import streams as random
 
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:

@@ -5,11 +5,18 @@ import torch
 from rich.console import Console
 
 import entropic_fast as ef
-from entropic_fast.costs import PASSES, Machine, count_operations, expected_cost, measure, work_of
-from entropic_fast.experiments import profile_plan
-from entropic_fast.experiments.profile_model import ProfileSettings, plan_profile
-from entropic_fast.experiments.profile_subject import Subject
-from entropic_fast.experiments.profile_units import units
+from entropic_fast.experiments._costs import (
+    PASSES,
+    Machine,
+    count_operations,
+    expected_cost,
+    measure,
+    work_of,
+)
+from entropic_fast.profile import _plan as profile_plan
+from entropic_fast.profile._profile import ProfileSettings, plan_profile
+from entropic_fast.profile._subject import Subject
+from entropic_fast.profile._tasks import units
 
 SHAPE = {"examples": 100, "parameters": 1000}
 

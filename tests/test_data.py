@@ -5,9 +5,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from entropic_fast.training._train.data import (
+    CropAndFlip,
+    ImageData,
+    augment,
+    batches,
+    epoch_order,
+    load,
+)
 
-from entropic_fast.data import CropAndFlip, ImageData, augment, batches, epoch_order, load
-from entropic_fast.random import philox
+from entropic_fast.ops.random_bits.streams import philox
 
 
 def images(n=6, channels=3, size=5, classes=3, seed=0):
@@ -165,7 +172,7 @@ def augment_by_loop(x, words, pad, flip):
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (1, True), (4, True), (3, False)])
 def test_augmentation_is_crop_then_flip(pad, flip):
-    from entropic_fast.random import derive, philox
+    from entropic_fast.ops.random_bits.streams import derive, philox
 
     x = torch.randint(1, 256, (9, 2, 5, 4), dtype=torch.uint8)
     index = torch.randint(10**6, (9,))

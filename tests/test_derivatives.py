@@ -9,8 +9,8 @@ from derivative_layers import cases
 from derivative_sweep import first_fault, routes, transform_faults, variants
 from torch.nn import functional as F
 
-from entropic_fast.derivatives import NO_DERIVATIVE, AnyOrder, Watcher
-from entropic_fast.exact import exact_math
+from entropic_fast._torch.derivative_formulas import NO_DERIVATIVE, AnyOrder, Watcher
+from entropic_fast._torch.full_precision import exact_math
 
 CASES: dict[str, list[Case]] = {}
 for case in cases():

@@ -129,7 +129,7 @@ def test_claims_that_fail_are_asked_about(script):
 
 
 def test_tables_of_settings_are_the_presets(script):
-    from entropic_fast.experiments.config import load_preset
+    from entropic_fast.experiments._config import load_preset
 
     text = script("make_figures").settings(["train.epochs", "relax.batch_sizes"])
     epochs = [str(load_preset(name).train.epochs) for name in ("demo", "small", "paper")]
@@ -141,7 +141,7 @@ def test_tables_of_settings_are_the_presets(script):
 
 
 def test_every_section_of_a_configuration_is_on_a_page(script):
-    from entropic_fast.experiments.config import load_preset
+    from entropic_fast.experiments._config import load_preset
 
     module = script("make_figures")
     named = " ".join(found[2] for page in PAGES.values() for found in module.MARKER.finditer(page))

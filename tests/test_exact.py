@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.backends import cudnn
 
-from entropic_fast import exact
-from entropic_fast.exact import exact_math, products_in
+from entropic_fast._torch import full_precision as exact
+from entropic_fast._torch.full_precision import exact_math, products_in
 
 SETTINGS = {
     "mkldnn.matmul": torch.backends.mkldnn.matmul,

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from entropic_fast.objective._objective._dataset import Examples, RepeatedExamples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from entropic_fast.examples import Examples, RepeatedExamples
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 CPU = torch.device("cpu")
 

@@ -3,6 +3,10 @@
 import pytest
 import torch
 from cases import CASES, Case, relative_error
+from entropic_fast.training._train._train import TrainConfig, train
+from entropic_fast.training._train.data import load
+from entropic_fast.training._train.lmc import measure_line
+from entropic_fast.training._train.models import build
 from torch import Tensor, nn
 
 from entropic_fast.curvature import (
@@ -16,13 +20,9 @@ from entropic_fast.curvature import (
     score_matrix,
     without_rules,
 )
-from entropic_fast.data import load
 from entropic_fast.dynamics import relax
-from entropic_fast.lmc import measure_line
-from entropic_fast.models import build
-from entropic_fast.objective import NonFiniteLossError, Objective
+from entropic_fast.objective._objective import NonFiniteLossError, Objective
 from entropic_fast.paths import Path, auto_neb, linear_path, path_losses
-from entropic_fast.training import TrainConfig, train
 
 HALF = (torch.float16, torch.bfloat16)
 both = pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from entropic_fast import info
+from entropic_fast._utils import system_info as info
 from entropic_fast.ops import backend
 
 
 def test_facts_are_plain_and_complete() -> None:
     facts = json.loads(json.dumps(info.collect()))
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert facts["backends"]["step"]["cpu"] == backend.backend_for("step", "cpu")
+    assert facts["backends"]["step"]["cpu"] == backend.backend_for("projected_step", "cpu")
     assert facts["cpu"]["isa"] in facts["cpu"]["runnable_isas"]
     assert facts["cpu"]["torch_threads"] == torch.get_num_threads()
     assert "portable" in facts["build"]["isas"]

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import entropic_fast as ef
-from entropic_fast.derivatives import FORMULAS
-from entropic_fast.dynamics.workers import ThreadedGradients
+from entropic_fast._torch.derivative_formulas import FORMULAS
+from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients
 
 STEP = 1e-5
 

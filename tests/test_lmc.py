@@ -4,11 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from entropic_fast.curvature import HessianOperator, top_eigenvalues
-from entropic_fast.data import load
-from entropic_fast.lmc import (
+from entropic_fast.training._train._train import TrainConfig, train
+from entropic_fast.training._train.data import load
+from entropic_fast.training._train.lmc import (
     Trunk,
     branch,
     instability,
@@ -16,10 +14,12 @@ from entropic_fast.lmc import (
     measure_line,
     summarise,
 )
-from entropic_fast.models import build, initialise
-from entropic_fast.objective import Objective
-from entropic_fast.table import Table
-from entropic_fast.training import TrainConfig, train
+from entropic_fast.training._train.models import build, initialise
+from torch import nn
+
+from entropic_fast._utils.table import Table
+from entropic_fast.curvature import HessianOperator, top_eigenvalues
+from entropic_fast.objective._objective import Objective
 
 TRAIN, TEST = load("digits", limit=80, test_limit=40)
 CONFIG = TrainConfig(epochs=4, batch_size=20, augment=False, lr=0.05)
@@ -35,7 +35,7 @@ def one_thread():
 
 
 def small(norm="batch"):
-    from entropic_fast.models import digits_cnn
+    from entropic_fast.training._train.models import digits_cnn
 
     return digits_cnn(norm, channels=(2, 3, 3))
 
@@ -100,7 +100,7 @@ def test_each_k_is_the_same_alone_as_together(result):
 
 def test_the_whole_agrees_with_its_parts_by_hand(result):
     # Trunk and branches by calls of train alone, the midpoint by an explicit average.
-    from entropic_fast.random import derive
+    from entropic_fast.ops.random_bits.streams import derive
 
     start = train(small(), TRAIN, CONFIG, seed=7, stop_epoch=2)
     ends = []

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from entropic_fast.training._train.models import build, digits_cnn, initialise, resnet, wide_resnet
 from torch import nn
 
-from entropic_fast import models
-from entropic_fast.models import build, digits_cnn, initialise, resnet, wide_resnet
+from entropic_fast.training._train import models
 
 
 def count(model):

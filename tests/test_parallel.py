@@ -13,8 +13,8 @@ import torch
 from hidden_gpus import HIDDEN
 
 import entropic_fast as ef
-from entropic_fast.sharing import Sharing
-from entropic_fast.store import load_tensors
+from entropic_fast._utils.atomic_io import load_tensors
+from entropic_fast.distributed._communicator import Sharing
 
 ROUNDING, SINGLE = 1e-10, 1e-5
 PASSES = 4  # of pivots, in steps of which one process may have one more than another

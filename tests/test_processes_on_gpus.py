@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from entropic_fast import parallel, sharing
-from entropic_fast.experiments import schedule
-from entropic_fast.sharing import LostProcessError, Sharing
+from entropic_fast.distributed import _communicator as sharing
+from entropic_fast.distributed import _process_group as parallel
+from entropic_fast.distributed._communicator import LostProcessError, Sharing
+from entropic_fast.experiments import _executor as schedule
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from entropic_fast import scratch
-from entropic_fast.random import (
+from entropic_fast._utils import workspace as scratch
+from entropic_fast.ops.random_bits.streams import (
     derive,
     normal,
     permutation,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import entropic_fast as ef
-from entropic_fast.randomness import sources
+from entropic_fast._torch.randomness import sources
 
 
 class With(nn.Module):

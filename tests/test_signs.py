@@ -5,7 +5,7 @@ import time
 
 import torch.distributed as dist
 
-from entropic_fast.signs import Signs
+from entropic_fast.distributed._heartbeat import Signs
 
 
 def test_a_process_without_new_signs_is_gone_and_one_that_gives_them_is_not():

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from entropic_fast import store
+from entropic_fast._utils import atomic_io as store
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
 
 
 def test_columns_keep_their_order_and_length():

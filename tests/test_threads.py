@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from entropic_fast.curvature.per_example._chunks._vmap_fallback import no_slow_loops
 from torch import nn
 
+from entropic_fast._torch.full_precision import exact_math
 from entropic_fast.curvature import HessianOperator, gradient_norms
-from entropic_fast.curvature.fallback import no_slow_loops
-from entropic_fast.exact import exact_math
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 
 def in_threads(work: Callable[[], None], count: int = 3) -> None:

@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from entropic_fast import models
-from entropic_fast.curvature.jets.capture import _traced
-from entropic_fast.curvature.jets.decompositions import DECOMPOSITIONS, FUNCTIONS
-from entropic_fast.curvature.jets.fuse import norm_units
-from entropic_fast.curvature.jets.linear import LINEAR, MULTILINEAR
-from entropic_fast.curvature.jets.rules import RULES
-from entropic_fast.exact import NativeRecurrence, exact_math
+from entropic_fast._torch.full_precision import NativeRecurrence, exact_math
+from entropic_fast.curvature.hvp._capture import _traced
+from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTIONS
+from entropic_fast.curvature.hvp._fusion import norm_units
+from entropic_fast.curvature.hvp._jvp_rules import RULES
+from entropic_fast.curvature.hvp._linearity import LINEAR, MULTILINEAR
+from entropic_fast.training._train import models
 
 
 class Encoder(nn.Module):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import pkgutil
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -14,12 +15,23 @@ from jet_cases import Draw, normalise_options, pull_options, push_options
 from langevin_cases import POTENTIALS, start
 from torch import Tensor
 
-from entropic_fast.ops.precision import matmul_precision, set_matmul_precision
+import entropic_fast
+from entropic_fast._torch.matmul_precision import matmul_precision, set_matmul_precision
 
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
     torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
+
+
+def triton_modules() -> list[ModuleType]:
+    """Every module of the package that holds Triton kernels."""
+    root = Path(entropic_fast.__file__).parent
+    found = [
+        p for p in sorted((root / "ops").rglob("*triton*.py")) if "import triton" in p.read_text()
+    ]
+    names = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in found]
+    return [importlib.import_module(name) for name in names]
 
 
 class Recorder:
@@ -34,13 +46,10 @@ class Recorder:
 
 def launches_of(work: Callable[[], Any], precision: str = "float32") -> list[Any]:
     """What `work` launches, as (kernel, arguments, options); nothing is launched."""
-    import entropic_fast.triton as package
-
     launches: list[Any] = []
     before = matmul_precision()
     with contextlib.ExitStack() as stack:
-        for info in pkgutil.iter_modules(package.__path__):
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for module in triton_modules():
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 recorder = Recorder(getattr(module, name), launches)
                 stack.enter_context(mock.patch.object(module, name, recorder))
@@ -81,7 +90,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
 
 def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
     """An update by SGD with momentum, one by Adam, a projection: eight replicas."""
-    from entropic_fast.triton import step
+    from entropic_fast.ops.projected_step import triton as step
 
     theta, pivots = torch.empty(8, size, dtype=dtype), torch.empty(count, size, dtype=dtype)
     lr = torch.empty(8, dtype=torch.float64)
@@ -97,7 +106,7 @@ def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
 
 def jets(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Each kernel with all of its pieces and with none; sizes of 1 become constants."""
-    from entropic_fast.triton import jet
+    from entropic_fast.ops.norm_act_tangents import triton as jet
 
     draw = Draw(dtype)
     u, extra = draw(*shape), draw.tangents(*shape, "interleaved")
@@ -116,7 +125,7 @@ def jets(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
 
 def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
     """Both ends, as the layer of a network launches them (sizes of 1 become constants)."""
-    from entropic_fast.triton import score_conv
+    from entropic_fast.ops.conv_example_grads import triton as score_conv
 
     kernel = [3 if s > 1 else 1 for s in size]
     sizes = (kernel, [1] * 3, [k // 2 for k in kernel], [1] * 3, groups)
@@ -127,7 +136,7 @@ def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: 
 
 
 def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -> None:
-    from entropic_fast.triton import score_gram
+    from entropic_fast.ops.gram_update import triton as score_gram
 
     rows, gram = torch.empty(count, columns, dtype=dtype), torch.empty(count, count).double()
     score_gram.symmetric_update_(gram, rows, double)
@@ -135,7 +144,7 @@ def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -
 
 
 def normalise(dtype: torch.dtype) -> None:
-    from entropic_fast.triton import score_norm
+    from entropic_fast.ops.norm_example_grads import triton as score_norm
 
     x, one = torch.empty(2, 64, 32, dtype=dtype), torch.empty(32, dtype=dtype)
     score_norm.batch_norm_backward(x, x, one, one, one)
@@ -144,7 +153,7 @@ def normalise(dtype: torch.dtype) -> None:
 
 def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
     """Langevin steps in the plane and, but on the ring, in five dimensions."""
-    from entropic_fast.triton import langevin
+    from entropic_fast.ops.langevin import triton as langevin
 
     for dim in (2,) if potential == "ring" else (2, 5):
         x, v = start(100, dim, scheme, dtype)
@@ -155,7 +164,7 @@ def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
 
 def random_numbers(kind: str, dtype: torch.dtype) -> None:
     """A row of numbers, a block of columns for eight streams, and words at any counters."""
-    from entropic_fast.triton import random_bits
+    from entropic_fast.ops.random_bits import triton as random_bits
 
     several, none = torch.arange(3), torch.arange(0)
     random_bits.fill(torch.empty(1, 1, 2000, dtype=dtype), none, 2**62 + 1, 3, 2**40, kind)

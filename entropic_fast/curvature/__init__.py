@@ -1,29 +1,29 @@
 """Curvature at a point of an Objective, and along a path."""
 
-from .agreement import DisagreementError, WrongDerivativeError, without_rules
-from .density import spectral_density
-from .diagonal import hessian_diagonal, operator_diagonal
-from .eigenvalues import top_eigenvalues
-from .fisher import fisher_trace, gradient_norms
-from .fisher_operator import FisherOperator, fisher_eigenvalues
-from .ggn import ggn_trace
-from .hessian import GGNOperator, HessianOperator
-from .jacobian import JacobianOperator
-from .labels import sampled_labels
-from .logdet import density_log_determinant, log_determinant
-from .ntk import ntk_gram
-from .plan import ScorePlan
-from .point import Point, measure_point, profile_point
-from .profile import curvature_profile, profile_positions
-from .score import (
+from ._at_point import Point, measure_point, profile_point
+from ._crosscheck import DisagreementError, WrongDerivativeError, without_rules
+from .along_path import curvature_profile, profile_positions
+from .estimators._density import spectral_density
+from .estimators._diagonal import hessian_diagonal, operator_diagonal
+from .estimators._eigenvalues import top_eigenvalues
+from .estimators._log_determinant import density_log_determinant, log_determinant
+from .estimators._tracking import tracked_eigenpairs
+from .estimators.trace._trace import hessian_trace, operator_trace
+from .estimators.trace.gauss_newton import ggn_trace
+from .operators._fisher import FisherOperator, fisher_eigenvalues
+from .operators._jacobian import JacobianOperator
+from .operators._second_order import GGNOperator, HessianOperator
+from .per_example._gram_plan import ScorePlan
+from .per_example._norms import fisher_trace, gradient_norms
+from .per_example._ntk import ntk_gram
+from .per_example._sampled_labels import sampled_labels
+from .per_example._scores import (
     score_gram,
     score_matrix,
     score_plan,
     score_spectrum,
     score_spectrum_floor,
 )
-from .trace import hessian_trace, operator_trace
-from .tracking import tracked_eigenpairs
 
 __all__ = [
     "score_matrix",

@@ -1,15 +1,6 @@
 """Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
 
-from .bursts import Drift, measure_drift, noiseless_drift
-from .checkpoint import CheckpointMismatchError
-from .comparison import ForceComparison, ForceFit, compare_force, fit_force, shuffled_curvature
-from .force import PointForce, point_force
-from .groups import relax_many
-from .growth import RadialShare, radial_share, scale_invariant_rows
-from .langevin import LangevinResult, simulate_langevin
-from .potentials import ChannelPotential, RidgePotential, RingPotential
-from .relax import relax
-from .relaxation import (
+from ._relaxation import (
     Interval,
     RelaxationTime,
     displacement,
@@ -18,10 +9,25 @@ from .relaxation import (
     median_interval,
     relaxation_time,
 )
-from .response import ProjectedSGD
-from .survival import Scaling, Survival, fit_scaling, kaplan_meier, log_rank
-from .temperature import Temperature, effective_temperature
-from .trajectory import DivergenceError, Record, Trajectory
+from ._survival import Scaling, Survival, fit_scaling, kaplan_meier, log_rank
+from .force._comparison import (
+    ForceComparison,
+    ForceFit,
+    compare_force,
+    fit_force,
+    shuffled_curvature,
+)
+from .force._drift import Drift, measure_drift, noiseless_drift
+from .force._linear_response import ProjectedSGD
+from .force._point_force import PointForce, point_force
+from .force._temperature import Temperature, effective_temperature
+from .force._weight_norm_growth import RadialShare, radial_share, scale_invariant_rows
+from .langevin._potentials import ChannelPotential, RidgePotential, RingPotential
+from .langevin._simulate import LangevinResult, simulate_langevin
+from .projected_sgd._checkpoint import CheckpointMismatchError
+from .projected_sgd._relax import relax
+from .projected_sgd._relax_many import relax_many
+from .projected_sgd._trajectory import DivergenceError, Record, Trajectory
 
 __all__ = [
     "relax",

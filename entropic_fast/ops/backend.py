@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast.checks import fail, shown
-from entropic_fast.devices import is_gpu
-from entropic_fast.ops import gpu_probe, native
+from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.devices import is_gpu
+from entropic_fast.ops import _gpu_probe as gpu_probe
+from entropic_fast.ops import _native as native
 
 VARIABLE = "ENTROPIC_FAST_BACKEND"
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
@@ -103,7 +104,7 @@ def set_backend(name: str | None) -> None:
         BackendError: that backend cannot run on this machine; the setting stays as it was.
 
     >>> set_backend("reference")
-    >>> backend_for("step", "cpu")
+    >>> backend_for("projected_step", "cpu")
     'reference'
     >>> set_backend(None)
     """
@@ -154,7 +155,7 @@ def backend_for(family: str, device: torch.device | str, setting: str | None = N
         ValueError: no such family or setting.
         BackendError: the forced backend cannot run there.
 
-    >>> backend_for("step", "cpu") in ("cpp", "reference")
+    >>> backend_for("projected_step", "cpu") in ("cpp", "reference")
     True
     """
     wanted = setting_for(device) if setting is None else _check_name("backend", setting)

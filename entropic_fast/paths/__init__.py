@@ -1,10 +1,10 @@
 """Paths between minima: polylines, straight lines, minimum energy paths."""
 
-from .config import AutoNEBConfig, annealed
-from .losses import Barrier, Saddle, barrier, path_losses, saddle
-from .neb import NEBDivergedError, auto_neb
-from .path import Path, linear_path
-from .state import NEBResult, NEBState
+from ._auto_neb import NEBDivergedError, auto_neb
+from ._config import AutoNEBConfig, annealed
+from ._losses import Barrier, Saddle, barrier, path_losses, saddle
+from ._path import Path, linear_path
+from ._state import NEBResult, NEBState
 
 __all__ = [
     "Path",

@@ -6,7 +6,7 @@ methods, `speeds` times them in units of plain gradients, and `page` shows it al
 defined here.
 """
 
-from .checking import Report, run
-from .verdict import Check
+from ._checking import Report, run
+from ._verdict import Check
 
 __all__ = ["Check", "Report", "run"]

@@ -11,7 +11,7 @@ from entropic_fast.curvature import (
     gradient_norms,
     without_rules,
 )
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 
 class OwnAutocast(nn.Module):

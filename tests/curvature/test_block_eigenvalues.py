@@ -6,9 +6,9 @@ from cases import by_name
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast import random
-from entropic_fast.curvature.eigenvalues import DiagonalBlock
-from entropic_fast.curvature.searches import run_blocks
+from entropic_fast.curvature.estimators._eigenvalues import DiagonalBlock
+from entropic_fast.curvature.estimators._searches import run_blocks
+from entropic_fast.ops.random_bits import streams as random
 
 KINDS = {"hessian": ef.HessianOperator, "ggn": ef.GGNOperator, "fisher": ef.FisherOperator}
 MODELS = ["transformer layer", "tied weight", "residual in place", "layer norm"]

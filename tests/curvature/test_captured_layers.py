@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cases import relative_error
+from entropic_fast.training._train.models import resnet
 from torch import Tensor, nn
 from torch.nn import functional
 
+from entropic_fast._torch.derivative_formulas import cdist_is_right
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
-from entropic_fast.derivatives import cdist_is_right
-from entropic_fast.models import resnet
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 KINDS = (HessianOperator, GGNOperator, JacobianOperator)
 
@@ -184,7 +184,7 @@ def test_distances_are_right_or_refused_by_name(kind: type, monkeypatch):
     obj = between(far)
     if cdist_is_right():
         assert_both_ways_agree(obj, "")
-    monkeypatch.setattr("entropic_fast.model_checks.cdist_is_right", lambda: False)
+    monkeypatch.setattr("entropic_fast.objective._validation.cdist_is_right", lambda: False)
     with without_rules():
         operator = kind(obj)
     with pytest.raises(RuntimeError, match=r"torch\.cdist: "):

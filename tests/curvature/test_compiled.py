@@ -9,8 +9,8 @@ import torch
 from cases import by_name
 from torch import Tensor
 
+from entropic_fast._torch.torch_compile import _operators
 from entropic_fast.curvature import FisherOperator, GGNOperator, HessianOperator
-from entropic_fast.curvature.compiled import _operators
 
 KINDS = [HessianOperator, GGNOperator, FisherOperator]
 BACKENDS = ["eager", "aot_eager"] + ["inductor"] * (shutil.which("g++") is not None)

@@ -8,9 +8,10 @@ import torch
 from cases import by_name
 from torch import Tensor
 
-from entropic_fast import random
-from entropic_fast.curvature import HessianOperator, density, spectral_density
-from entropic_fast.curvature.density import density_and_pairs
+from entropic_fast.curvature import HessianOperator, spectral_density
+from entropic_fast.curvature.estimators import _density as density
+from entropic_fast.curvature.estimators._density import density_and_pairs
+from entropic_fast.ops.random_bits import streams as random
 
 # Small matrices with few probes and steps on purpose: how they miss is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")

@@ -9,7 +9,6 @@ from cases import by_name, difference_hessian
 from known_spectra import spiked, with_spectrum
 from torch import nn
 
-from entropic_fast import random
 from entropic_fast.curvature import (
     HessianOperator,
     hessian_diagonal,
@@ -17,7 +16,8 @@ from entropic_fast.curvature import (
     operator_diagonal,
     top_eigenvalues,
 )
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits import streams as random
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -101,7 +101,7 @@ def test_one_parameter():
 
 
 def test_probes_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature import probes
+    from entropic_fast.curvature.estimators import _probes as probes
 
     matrix, _ = with_spectrum(spiked(20))
     expected = operator_diagonal(matrix, 13)

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
+from entropic_fast.curvature.operators._base._fisher import FisherOperator, fisher_eigenvalues
+from entropic_fast.curvature.per_example._chunks._sampled_labels import sampled_labels
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from entropic_fast import NotConvergedWarning, random, scratch
+from entropic_fast import NotConvergedWarning
+from entropic_fast._utils import workspace as scratch
+from entropic_fast._utils.results import Eigenpairs
 from entropic_fast.curvature import (
     GGNOperator,
-    fisher_operator,
     fisher_trace,
     score_matrix,
     score_spectrum,
     top_eigenvalues,
 )
-from entropic_fast.curvature.fisher_operator import FisherOperator, fisher_eigenvalues
-from entropic_fast.curvature.labels import sampled_labels
-from entropic_fast.objective import NonFiniteLossError, Objective
-from entropic_fast.results import Eigenpairs
+from entropic_fast.curvature.operators._base import _fisher as fisher_operator
+from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.ops.random_bits import streams as random
 
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -280,8 +282,8 @@ def test_points_counts_and_the_trace():
 PEAK = """
 import gc, sys, torch
 from torch import nn
-from entropic_fast.objective import Objective
-from entropic_fast.curvature.fisher_operator import fisher_eigenvalues
+from entropic_fast.objective._objective import Objective
+from entropic_fast.curvature.operators._fisher import fisher_eigenvalues
 
 def status(key):
     line = [l for l in open("/proc/self/status") if l.startswith(key)][0]

@@ -5,7 +5,7 @@ import torch
 from cases import CASES, by_name
 from torch import nn
 
-from entropic_fast import NotConvergedWarning, random
+from entropic_fast import NotConvergedWarning
 from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
@@ -21,8 +21,9 @@ from entropic_fast.curvature import (
     score_spectrum,
     without_rules,
 )
-from entropic_fast.curvature.ggn import quick_ggn_trace
-from entropic_fast.objective import Objective
+from entropic_fast.curvature.estimators.trace.gauss_newton import quick_ggn_trace
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits import streams as random
 
 NAMES = [case.name for case in CASES if case.name not in ("lstm", "data-dependent branch")]
 

@@ -14,7 +14,7 @@ from entropic_fast.curvature import (
     operator_trace,
     sampled_labels,
 )
-from entropic_fast.objective import NonFiniteLossError, Objective
+from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
 F = nn.functional
 
@@ -230,7 +230,7 @@ def test_half_precision():
 
 def test_rank_decides_the_number_of_gradients(monkeypatch: pytest.MonkeyPatch):
     """C - 1 an example for cross-entropy, 1 for a loss that sees one output."""
-    from entropic_fast.curvature import ggn
+    from entropic_fast.curvature.estimators.trace import gauss_newton as ggn
 
     counted: list[int] = []
     original = ggn.gradient_norms

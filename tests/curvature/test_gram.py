@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
+from entropic_fast.curvature.per_example._chunks._gram import mirror_lower
 from torch import Tensor, nn
 
-from entropic_fast import scratch
-from entropic_fast.curvature import records as records_module
+from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature import score_gram, score_plan, score_spectrum
-from entropic_fast.curvature.gram import mirror_lower
-from entropic_fast.objective import Objective
+from entropic_fast.curvature.per_example._chunks import _activation_cache as records_module
+from entropic_fast.objective._objective import Objective
 
 WAYS = ("memory", "disk", "recompute")
 ways = pytest.mark.parametrize("strategy", WAYS)
@@ -118,7 +118,9 @@ def test_records_larger_than_the_budget_go_to_disk():
 
 def test_without_a_disk_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(records_module, "_IN_MEMORY", ("ext4", "overlay", "xfs", "btrfs", "tmpfs"))
-    monkeypatch.setattr("entropic_fast.curvature.plan.spill_folder", lambda needed: None)
+    monkeypatch.setattr(
+        "entropic_fast.curvature.per_example._gram_plan.spill_folder", lambda needed: None
+    )
     obj = wide(128)
     budget = 8 * 128**2 + score_plan(obj, memory_budget=2**40).held
     plan = score_plan(obj, memory_budget=budget)
@@ -149,7 +151,9 @@ def test_tiles_of_one_pair_give_the_same_inner_products(
 
 
 def test_files_are_removed_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr("entropic_fast.curvature.plan.spill_folder", lambda needed: tmp_path)
+    monkeypatch.setattr(
+        "entropic_fast.curvature.per_example._gram_plan.spill_folder", lambda needed: tmp_path
+    )
     case = by_name("layer norm")
     model, x, y = case.build(9)
     x[7, 0] = float("nan")
@@ -213,7 +217,7 @@ def test_unknown_choices_are_refused(function, argument: str, examples: int):
 PEAK = """
 import gc, sys, torch
 from torch import nn
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.curvature import score_gram, score_plan
 
 def status(key):

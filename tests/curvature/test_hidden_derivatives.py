@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from entropic_fast._torch.full_precision import TwiceDifferentiable
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, ggn_trace
-from entropic_fast.exact import TwiceDifferentiable
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 
 class Rounded(torch.autograd.Function):

@@ -6,9 +6,9 @@ from cases import CASES, Case, by_name, relative_error
 from torch import Tensor, nn
 from torch.func import jacrev
 
+from entropic_fast._torch.full_precision import exact_math
 from entropic_fast.curvature import GGNOperator, JacobianOperator, without_rules
-from entropic_fast.exact import exact_math
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 # What goes by autograd: control flow that depends on the data; torch's own recurrent kernel.
 BY_AUTOGRAD = {"data-dependent branch"}

@@ -8,8 +8,9 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 import entropic_fast as ef
-from entropic_fast import random
-from entropic_fast.curvature import HessianOperator, krylov, top_eigenvalues
+from entropic_fast.curvature import HessianOperator, top_eigenvalues
+from entropic_fast.curvature.estimators import _block_lanczos as krylov
+from entropic_fast.ops.random_bits import streams as random
 
 WHICH = ("LA", "SA", "LM", "BE")
 

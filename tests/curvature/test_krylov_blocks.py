@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropic_fast as ef
-from entropic_fast import random
-from entropic_fast.curvature import krylov, spectral_density, top_eigenvalues
+from entropic_fast.curvature import spectral_density, top_eigenvalues
+from entropic_fast.curvature.estimators import _block_lanczos as krylov
+from entropic_fast.ops.random_bits import streams as random
 
 
 def rotation(n: int, seed: int = 0) -> Tensor:

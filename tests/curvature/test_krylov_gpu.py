@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropic_fast import random
 from entropic_fast.curvature import log_determinant, spectral_density, top_eigenvalues
+from entropic_fast.ops.random_bits import streams as random
 
 pytestmark = [
     pytest.mark.gpu,

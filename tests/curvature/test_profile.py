@@ -7,23 +7,23 @@ import torch
 from cases import by_name
 from torch import Tensor, nn
 
-from entropic_fast import random
+from entropic_fast._utils.table import Table
 from entropic_fast.curvature import (
     HessianOperator,
     curvature_profile,
-    density,
     fisher_trace,
     hessian_trace,
     measure_point,
-    point,
     profile_point,
     profile_positions,
     spectral_density,
     top_eigenvalues,
 )
-from entropic_fast.objective import Objective
-from entropic_fast.paths.path import Path
-from entropic_fast.table import Table
+from entropic_fast.curvature import _at_point as point
+from entropic_fast.curvature.estimators import _density as density
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits import streams as random
+from entropic_fast.paths._path import Path
 
 # Small matrices with few probes and steps on purpose: how they miss is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")

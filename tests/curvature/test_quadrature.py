@@ -6,17 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropic_fast import random
-from entropic_fast.curvature import (
-    density,
-    density_log_determinant,
-    log_determinant,
-    spectral_density,
-)
-from entropic_fast.curvature.point import profile_point
-from entropic_fast.curvature.quadrature import gauss_rule, other_rules
-from entropic_fast.objective import Objective
-from entropic_fast.results import Density, Estimate
+from entropic_fast._utils.results import Density, Estimate
+from entropic_fast.curvature import density_log_determinant, log_determinant, spectral_density
+from entropic_fast.curvature._at_point import profile_point
+from entropic_fast.curvature.estimators import _density as density
+from entropic_fast.curvature.estimators._quadrature import gauss_rule, other_rules
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits import streams as random
 
 # Small matrices with few probes and steps on purpose: how they miss is what is tested.
 pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")

@@ -5,9 +5,7 @@ import itertools
 import pytest
 import torch
 from cases import relative_error
-from torch import Tensor
-
-from entropic_fast.curvature.rules.pieces import (
+from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads import (
     ConvPiece,
     EmbeddingPiece,
     Geometry,
@@ -16,6 +14,7 @@ from entropic_fast.curvature.rules.pieces import (
     Rows,
     norms_by_columns,
 )
+from torch import Tensor
 
 N = 5
 

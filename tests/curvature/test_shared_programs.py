@@ -16,15 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from entropic_fast.curvature import (
-    GGNOperator,
-    HessianOperator,
-    JacobianOperator,
-    without_rules,
-)
-from entropic_fast.curvature.jets import engine as engines
-from entropic_fast.curvature.jets import shared_programs
-from entropic_fast.objective import Objective
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.curvature.hvp import _engine as engines
+from entropic_fast.curvature.hvp import _program_cache as shared_programs
+from entropic_fast.objective._objective import Objective
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
 Y = torch.arange(6) % 3

@@ -9,9 +9,10 @@ from cases import by_name
 from known_spectra import decaying, spiked, with_spectrum
 from torch import Tensor
 
-from entropic_fast import NotConvergedWarning, random
+from entropic_fast import NotConvergedWarning
+from entropic_fast._utils.results import Estimate
 from entropic_fast.curvature import hessian_trace, operator_trace
-from entropic_fast.results import Estimate
+from entropic_fast.ops.random_bits import streams as random
 
 SKETCHED = pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 
@@ -219,7 +220,8 @@ def test_more_probes_extend_the_same_signs(method: str):
 
 @SKETCHED
 def test_block_width_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature import hutchpp, probes, xtrace
+    from entropic_fast.curvature.estimators import _probes as probes
+    from entropic_fast.curvature.estimators.trace import hutchpp, xtrace
 
     matrix, _ = with_spectrum(spiked(60))
     expected = operator_trace(matrix, 40, method=method)
@@ -256,7 +258,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_a_sketch_that_does_not_fit_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature import sketch
+    from entropic_fast.curvature.estimators.trace import _deflation as sketch
 
     monkeypatch.setattr(sketch, "available_bytes", lambda device: 3 * 10 * 50 * 4 - 1)
     for method in ("xtrace", "hutch++"):

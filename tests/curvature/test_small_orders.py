@@ -6,8 +6,8 @@ from cases import by_name
 from torch import Tensor
 
 import entropic_fast as ef
-from entropic_fast import random
 from entropic_fast.curvature import HessianOperator
+from entropic_fast.ops.random_bits import streams as random
 
 
 def with_spectrum(values: Tensor, seed: int = 0) -> Tensor:

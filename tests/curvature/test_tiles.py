@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
-from entropic_fast.curvature.jets import engine as engines
-from entropic_fast.curvature.jets import tiles as tiling
-from entropic_fast.objective import Objective
+from entropic_fast.curvature.hvp import _engine as engines
+from entropic_fast.curvature.hvp import _tiles as tiling
+from entropic_fast.objective._objective import Objective
 
 OPERATORS = [HessianOperator, GGNOperator]
 

@@ -8,8 +8,9 @@ import torch
 from cases import by_name, difference_hessian
 from torch import Tensor
 
-from entropic_fast import NotConvergedWarning, random
+from entropic_fast import NotConvergedWarning
 from entropic_fast.curvature import HessianOperator, hessian_trace, operator_trace
+from entropic_fast.ops.random_bits import streams as random
 
 
 def symmetric(n: int, seed: int = 0) -> Tensor:
@@ -76,7 +77,7 @@ def test_probes_do_not_depend_on_the_batch_size():
 
 
 def test_more_probes_extend_the_same_sequence(monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature import trace
+    from entropic_fast.curvature.estimators.trace import _trace as trace
 
     matrix = symmetric(9)
     samples = [float(s @ matrix @ s) for s in (random.rademacher((9,), 3, i) for i in range(10))]

@@ -6,12 +6,12 @@ pass an example.
 
 import pytest
 import torch
+from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, score_matrix
-from entropic_fast.curvature.agreement import coarsest_dtype
-from entropic_fast.curvature.engine import ScoreEngine
-from entropic_fast.objective import Objective
+from entropic_fast.curvature._crosscheck import coarsest_dtype
+from entropic_fast.objective._objective import Objective
 
 
 class Net(nn.Module):

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropic_fast import random
+from entropic_fast._utils.results import Eigenpairs
 from entropic_fast.curvature import (
     HessianOperator,
     curvature_profile,
     top_eigenvalues,
     tracked_eigenpairs,
 )
-from entropic_fast.objective import Objective
-from entropic_fast.paths.path import linear_path
-from entropic_fast.results import Eigenpairs
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits import streams as random
+from entropic_fast.paths._path import linear_path
 
 
 def symmetric(size: int, seed: int) -> Tensor:

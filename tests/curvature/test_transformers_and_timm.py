@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,8 +24,7 @@ from entropic_fast.curvature import (
     score_matrix,
     without_rules,
 )
-from entropic_fast.curvature.engine import ScoreEngine
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 
 pytestmark = pytest.mark.slow
 

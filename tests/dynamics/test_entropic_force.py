@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from entropic_fast.dynamics import displacement, drift, relax
-from entropic_fast.objective import Objective
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 
 FAST, N, SLOPE, STIFF = 8, 2048, -0.5, 10.0

@@ -3,25 +3,29 @@
 import numpy as np
 import pytest
 import torch
-from force_valleys import valley
-
-from entropic_fast.curvature import HessianOperator
-from entropic_fast.dynamics.bursts import measure_drift, noiseless_drift, tangent_gradients
-from entropic_fast.dynamics.comparison import (
+from entropic_fast.dynamics.force._point_force._comparison import (
     compare_force,
     fit_force,
     shuffled_curvature,
     slope_with_errors,
 )
-from entropic_fast.dynamics.force import point_force
-from entropic_fast.dynamics.noise import GradientNoise
-from entropic_fast.dynamics.parts import forms_by_parts, mean_of_parts
-from entropic_fast.dynamics.relax import relax
-from entropic_fast.dynamics.response import ProjectedSGD
-from entropic_fast.dynamics.temperature import effective_temperature
-from entropic_fast.objective import Objective
+from entropic_fast.dynamics.force._point_force._drift import (
+    measure_drift,
+    noiseless_drift,
+    tangent_gradients,
+)
+from entropic_fast.dynamics.force._point_force._gradient_noise import GradientNoise
+from entropic_fast.dynamics.force._point_force._linear_response import ProjectedSGD
+from entropic_fast.dynamics.force._point_force._point_force import point_force
+from entropic_fast.dynamics.force._point_force._subsets import forms_by_parts, mean_of_parts
+from entropic_fast.dynamics.force._point_force._temperature import effective_temperature
+from force_valleys import valley
+
+from entropic_fast.curvature import HessianOperator
+from entropic_fast.dynamics.projected_sgd._relax import relax
+from entropic_fast.objective._objective import Objective
+from entropic_fast.ops.random_bits.streams import permutation
 from entropic_fast.paths import linear_path
-from entropic_fast.random import permutation
 
 PLACES = (0.2, 0.4, 0.6, 0.8)
 SGD = ProjectedSGD(0.02, 4)

@@ -10,11 +10,11 @@ from entropic_fast.dynamics import (
     ChannelPotential,
     RidgePotential,
     RingPotential,
-    langevin,
     simulate_langevin,
 )
+from entropic_fast.dynamics.langevin._simulate import _simulate as langevin
 from entropic_fast.ops.backend import BackendError
-from entropic_fast.random import derive, normal
+from entropic_fast.ops.random_bits.streams import derive, normal
 
 SCHEMES = ("euler-maruyama", "leimkuhler-matthews", "baoab")
 BUILT_IN = [RingPotential(modes=2), RidgePotential(fast=2), ChannelPotential()]

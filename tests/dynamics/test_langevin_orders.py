@@ -12,7 +12,7 @@ import torch
 from scipy import linalg, stats
 
 from entropic_fast.dynamics import RidgePotential, simulate_langevin
-from entropic_fast.reference.langevin import SCHEMES, UNDERDAMPED, Coefficients, integrate
+from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED, Coefficients, integrate
 
 K, T, FRICTION = 4.0, 0.7, 1.5
 

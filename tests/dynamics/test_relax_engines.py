@@ -5,15 +5,15 @@ import threading
 
 import pytest
 import torch
+from entropic_fast.training._train.models import build, initialise
 from relax_cases import conv_problem, mlp_problem, valley
 from torch import nn
 
 from entropic_fast.dynamics import displacement, relax, relax_many
-from entropic_fast.dynamics.engines import choose, close
-from entropic_fast.dynamics.minibatches import Minibatches
-from entropic_fast.dynamics.workers import ThreadedGradients, Workers
-from entropic_fast.models import build, initialise
-from entropic_fast.objective import Objective
+from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, close
+from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
+from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients, Workers
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
 
 CLOSE = dict(rtol=0, atol=1e-10)

@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
+from entropic_fast.training._train.models import digits_cnn, initialise
 from relax_cases import conv_problem, mlp_problem
 from torch import nn
 
-from entropic_fast.dynamics import cycle_graph, engines, relax
-from entropic_fast.dynamics.cycle_graph import Cycles
-from entropic_fast.dynamics.minibatches import Minibatches
-from entropic_fast.dynamics.optimizers import Optimizer
-from entropic_fast.dynamics.run import TENSORS, Run
-from entropic_fast.models import digits_cnn, initialise
-from entropic_fast.objective import Objective
+from entropic_fast.dynamics import relax
+from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
+from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
+from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
+from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, Run
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 
 gpu = pytest.mark.gpu

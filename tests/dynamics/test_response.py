@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from entropic_fast.dynamics.force._point_force._linear_response import (
+    ProjectedSGD,
+    Sampling,
+    response,
+    travel,
+)
 
-from entropic_fast.dynamics.minibatches import Minibatches
-from entropic_fast.dynamics.response import ProjectedSGD, Sampling, response, travel
-from entropic_fast.objective import Objective
+from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
+from entropic_fast.objective._objective import Objective
 
 SETTINGS = [
     ProjectedSGD(0.1, 4, project_every=3, steps=7),

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.func import grad_and_value, vmap
 
-from entropic_fast import devices
-from entropic_fast.dynamics import traced
-from entropic_fast.dynamics.engines import choose, vmap_gradients
-from entropic_fast.dynamics.traced import Traced
-from entropic_fast.objective import Objective
+from entropic_fast._utils import devices
+from entropic_fast.dynamics.projected_sgd import _fx_cache as traced
+from entropic_fast.dynamics.projected_sgd._fx_cache import Traced
+from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, vmap_gradients
+from entropic_fast.objective._objective import Objective
 
 
 def problem(replicas, model=None, seed=0):
@@ -93,7 +93,7 @@ def test_what_cannot_be_traced_is_called_as_it_is():
 def test_more_replicas_than_a_call_takes_are_taken_in_parts(monkeypatch):
     obj, theta, x, y = problem(7)
     whole = vmap_gradients(obj)(theta, x, y)
-    monkeypatch.setattr("entropic_fast.dynamics.engines._CHUNK", 3)
+    monkeypatch.setattr("entropic_fast.dynamics.projected_sgd._gradient_backends._CHUNK", 3)
     gradients = vmap_gradients(obj)
     for _ in range(2):
         for got, expected in zip(gradients(theta, x, y), whole, strict=True):

@@ -7,10 +7,11 @@ import json
 import emulated_gpu
 import torch
 
-from entropic_fast import cuda_graphs
-from entropic_fast.curvature.jets import tile_graphs
-from entropic_fast.selfcheck import networks, speeds
-from entropic_fast.selfcheck.samples import SAMPLES
+from entropic_fast._torch import cuda_graphs
+from entropic_fast.curvature.hvp import _cuda_graphs as tile_graphs
+from entropic_fast.selfcheck import _networks as networks
+from entropic_fast.selfcheck import _speeds as speeds
+from entropic_fast.selfcheck._samples import SAMPLES
 
 WITH_GRAPHS = {"repeated products", "repeated quadratic forms", "AutoNEB", "relaxation"}
 

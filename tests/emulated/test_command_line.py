@@ -7,7 +7,7 @@ from pathlib import Path
 import device_runs
 import pytest
 
-from entropic_fast.experiments import plots
+from entropic_fast.experiments.figures import _style as plots
 
 # Training rounds as torch does by default, and so do the trials that choose a layout and a plan.
 ROUNDS = {"training.py", "layouts.py", "experiments/planning.py"}

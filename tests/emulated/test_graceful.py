@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+from entropic_fast.training._train.models import initialise
 from torch import nn
 
 import entropic_fast as ef
-from entropic_fast.dynamics import cycle_graph, engines
-from entropic_fast.models import initialise
-from entropic_fast.paths import replay
+from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.paths import _cuda_graph as replay
 
 
 class Reading(nn.Module):

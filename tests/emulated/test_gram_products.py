@@ -8,12 +8,11 @@ import torch
 from tolerances import relative_norm
 from torch import Tensor
 
-from entropic_fast import scratch
-from entropic_fast.curvature import memory
+from entropic_fast._torch import memory_budget as memory
+from entropic_fast._utils import workspace as scratch
 from entropic_fast.ops import backend
-from entropic_fast.ops import score_gram as ops
-from entropic_fast.ops.score_gram import cross_update_, symmetric_update_
-from entropic_fast.reference import score_gram as reference
+from entropic_fast.ops import gram_update as ops
+from entropic_fast.ops.gram_update import cross_update_, reference, symmetric_update_
 
 DEVICE = torch.device("emulated:0")
 KINDS = [(torch.float32, False), (torch.float32, True), (torch.float64, False)]

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional
 
 import entropic_fast as ef
-from entropic_fast import models
-from entropic_fast.curvature.jets import engine as engines
-from entropic_fast.curvature.jets.fuse import BackUnit, NormUnit
+from entropic_fast.curvature.hvp import _engine as engines
+from entropic_fast.curvature.hvp._fusion import BackUnit, NormUnit
+from entropic_fast.training._train import models
 
 
 def resnet(device: str, norm: str = "running") -> ef.Objective:

@@ -9,8 +9,10 @@ from tolerances import relative_norm
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast import scratch
-from entropic_fast.curvature import ggn, krylov, tall
+from entropic_fast._torch import tall_qr as tall
+from entropic_fast._utils import workspace as scratch
+from entropic_fast.curvature.estimators import _block_lanczos as krylov
+from entropic_fast.curvature.estimators.trace import gauss_newton as ggn
 
 DEVICE = "emulated:0"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from entropic_fast.experiments.claims import intervals
+from entropic_fast.experiments.claims import _intervals as intervals
 
 NAN = float("nan")
 

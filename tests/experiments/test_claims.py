@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from entropic_fast.experiments.claims import (
-    FAILS,
-    HOLDS,
-    UNDECIDED,
-    Claim,
-    evaluate,
-    to_json,
-)
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED, Claim, evaluate, to_json
 
 
 def test_no_tables_no_claims(tmp_path):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from entropic_fast.experiments import fig_force
+from entropic_fast._utils.table import Table
 from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED
-from entropic_fast.table import Table
+from entropic_fast.experiments.figures import force as fig_force
 
 FORCE = (
     "drift follows the predicted force",

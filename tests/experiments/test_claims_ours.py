@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from entropic_fast._utils.table import Table
 from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED
-from entropic_fast.table import Table
 
 LINE = Table({"point": [0.0, 0.5, 1.0], "loss": [0.1, 0.1, 0.1], "eigenvalue": [1.0, 3.0, 1.0]})
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from entropic_fast.experiments import config
-from entropic_fast.experiments.config import differences, from_dict, load_preset
+from entropic_fast.experiments import _config as config
+from entropic_fast.experiments._config import differences, from_dict, load_preset
 
 
 @pytest.mark.parametrize("name", config.presets())

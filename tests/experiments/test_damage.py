@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from entropic_fast.experiments import runs
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.store import DamagedFileError
+from entropic_fast._utils.atomic_io import DamagedFileError
+from entropic_fast.experiments import _runs as runs
+from entropic_fast.experiments._run_folder import RunFolder
 
 FULL = os.environ.get("ENTROPIC_FAST_TRUST") == "full"
 TRIALS = 1000 if FULL else 60

@@ -2,8 +2,8 @@
 
 import pytest
 
-from entropic_fast.experiments import energy
-from entropic_fast.experiments.energy import Energy
+from entropic_fast.experiments import _energy as energy
+from entropic_fast.experiments._energy import Energy
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from entropic_fast.experiments import interactive, plots
+from entropic_fast.experiments import _plotly as interactive
+from entropic_fast.experiments.figures import _style as plots
 
 
 def chart_of(draw):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from entropic_fast.experiments import plots
-from entropic_fast.experiments.claims.intervals import unconverged_text
-from entropic_fast.experiments.profile_report import _eigenvalues, _shown
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments.claims._intervals import unconverged_text
+from entropic_fast.experiments.figures import _style as plots
+from entropic_fast.profile._report import _eigenvalues, _shown
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from entropic_fast import HessianOperator, Objective, score_spectrum
-from entropic_fast.experiments import profile_units
-from entropic_fast.experiments.profile_model import profile_model
-from entropic_fast.experiments.profile_subject import ProfileSettings
-from entropic_fast.experiments.unit_store import UnitStore
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments._task_store import UnitStore
+from entropic_fast.profile import _tasks as profile_units
+from entropic_fast.profile._profile import profile_model
+from entropic_fast.profile._subject import ProfileSettings
 
 FEW = {
     "points": 3,

@@ -13,7 +13,7 @@ import torch
 from hidden_gpus import HIDDEN
 from safetensors.torch import save_file
 
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -38,7 +38,15 @@ def command(processes: int, out: str, settings: str) -> list[str]:
     found = [sys.executable, "-m"]
     if processes > 1:
         found += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    found += ["entropic_fast.cli", "profile", "factory.py:net", "--out", out, "--device", "cpu"]
+    found += [
+        "entropic_fast.cli",
+        "profile",
+        "factory.py:net",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
     return [*found, "--weights", "a.safetensors", "--weights", "b.safetensors", *settings.split()]
 
 

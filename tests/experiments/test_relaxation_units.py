@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from entropic_fast.experiments import relaxation, stages
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.experiments.schedule import execute
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments import _pipeline as stages
+from entropic_fast.experiments._executor import execute
+from entropic_fast.experiments._run_folder import RunFolder
+from entropic_fast.experiments.figures import _relaxation_runs as relaxation
 
 
 @pytest.fixture

@@ -13,10 +13,13 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
-from entropic_fast.experiments import claims, plots, report, stages
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.store import write_sealed
-from entropic_fast.table import Table
+from entropic_fast._utils.atomic_io import write_sealed
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments import _pipeline as stages
+from entropic_fast.experiments import _report as report
+from entropic_fast.experiments import claims
+from entropic_fast.experiments._run_folder import RunFolder
+from entropic_fast.experiments.figures import _style as plots
 
 FIGURES = (*(f"fig{i}" for i in range(1, 10)), "force")
 TABLES = [
@@ -130,7 +133,7 @@ def test_a_report_needs_no_images(tiny_run, tmp_path, monkeypatch):
 
     copy = RunFolder.open(shutil.copytree(tiny_run.path, tmp_path / "run"))
     (copy.path / "report.html").unlink()
-    monkeypatch.setattr("entropic_fast.experiments.pieces._load", no_images)
+    monkeypatch.setattr("entropic_fast.experiments._inputs._load", no_images)
     monkeypatch.setattr(plots, "save", lambda *a: None)
     stages.write_report(copy, Console(quiet=True))
     before, after = content(tiny_run.path), content(copy.path)

@@ -8,11 +8,11 @@ import schedule_units
 import torch
 from rich.console import Console
 
-from entropic_fast import store
-from entropic_fast.experiments.config import load_preset
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.experiments.schedule import Unit, UnitError, execute
-from entropic_fast.table import Table
+from entropic_fast._utils import atomic_io as store
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments._executor import Unit, UnitError, execute
+from entropic_fast.experiments._run_folder import RunFolder
 
 UNITS = [Unit(f"first/{seed}", schedule_units.first, (seed,)) for seed in range(3)]
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from entropic_fast import store
-from entropic_fast.experiments import runs
-from entropic_fast.experiments.config import load_preset
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.table import Table
+from entropic_fast._utils import atomic_io as store
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments import _runs as runs
+from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments._run_folder import RunFolder
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import schedule_units
 import torch
 from rich.console import Console
 
-from entropic_fast.experiments import schedule
-from entropic_fast.experiments.config import load_preset
-from entropic_fast.experiments.planning import makespan
-from entropic_fast.experiments.run import RunFolder
-from entropic_fast.experiments.schedule import Unit, UnitError, execute
+from entropic_fast.experiments import _executor as schedule
+from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments._executor import Unit, UnitError, execute
+from entropic_fast.experiments._plan import makespan
+from entropic_fast.experiments._run_folder import RunFolder
 
 
 def units(count=3):

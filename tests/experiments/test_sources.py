@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from entropic_fast.experiments import sources
+from entropic_fast.profile import _user_code as sources
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from entropic_fast.experiments.survival import survival
-from entropic_fast.table import Table
+from entropic_fast._utils.table import Table
+from entropic_fast.experiments.figures._survival import survival
 
 
 def trajectories(times, horizon=3000):

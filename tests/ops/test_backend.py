@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from entropic_fast import random
-from entropic_fast.ops import backend, native
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.random_bits import streams as random
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
 
@@ -36,7 +37,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_auto_takes_the_compiled_kernels_on_the_cpu() -> None:
     assert backend.current_backend() == "auto"
-    assert backend.backend_for("step", "cpu") == "cpp"
+    assert backend.backend_for("projected_step", "cpu") == "cpp"
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,36 +47,36 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.backend_for("leap", "cpu")
     monkeypatch.setenv(backend.VARIABLE, "fortran")
     with pytest.raises(ValueError, match="ENTROPIC_FAST_BACKEND: expected one of"):
-        backend.backend_for("step", "cpu")
+        backend.backend_for("projected_step", "cpu")
 
 
 def test_environment_forces_a_backend_and_the_call_overrides_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(backend.VARIABLE, "reference")
-    assert backend.backend_for("step", "cpu") == "reference"
+    assert backend.backend_for("projected_step", "cpu") == "reference"
     backend.set_backend("cpp")
-    assert backend.backend_for("step", "cpu") == "cpp"
+    assert backend.backend_for("projected_step", "cpu") == "cpp"
     backend.set_backend("auto")
     assert backend.current_backend() == "auto"
     backend.set_backend(None)
-    assert backend.backend_for("step", "cpu") == "reference"
+    assert backend.backend_for("projected_step", "cpu") == "reference"
 
 
 def test_backend_named_in_a_call_raises_where_it_cannot_run() -> None:
     with pytest.raises(backend.BackendError, match="runs on cpu tensors, not on cuda"):
-        backend.backend_for("step", "cuda", "cpp")
+        backend.backend_for("projected_step", "cuda", "cpp")
     backend.set_backend("cpp")
     with pytest.raises(backend.BackendError, match="runs on cpu tensors, not on cuda"):
-        backend.implementation("step", "cuda", "cpp")
+        backend.implementation("projected_step", "cuda", "cpp")
 
 
 @pytest.mark.filterwarnings("ignore:entropic_fast runs its slow reference")
 def test_forced_cpp_leaves_tensors_on_a_gpu_to_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = backend.backend_for("step", "cuda")
+    expected = backend.backend_for("projected_step", "cuda")
     backend.set_backend("cpp")
     assert backend.setting_for("cuda") == "auto" and backend.setting_for("cpu") == "cpp"
-    assert backend.backend_for("step", "cuda") == expected
+    assert backend.backend_for("projected_step", "cuda") == expected
     backend.set_backend("reference")
     assert backend.setting_for("cuda") == backend.setting_for("cpu") == "reference"
 
@@ -95,7 +96,7 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch
         backend.set_backend("triton")
     monkeypatch.setenv(backend.VARIABLE, "triton")
     with pytest.raises(backend.BackendError, match="'triton' was asked for but cannot run 'step'"):
-        backend.backend_for("step", "cpu")
+        backend.backend_for("projected_step", "cpu")
     with pytest.raises(backend.BackendError, match="'triton' was asked for but cannot run 'rando"):
         random.rademacher((3,), 0)
 
@@ -103,7 +104,8 @@ def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch
 def test_interpreted_triton_is_forced_on_the_cpu_too() -> None:
     code = (
         "from entropic_fast.ops import backend; import sys;"
-        "assert backend.backend_for('step', 'cpu') == 'triton' and 'triton' not in sys.modules"
+        "assert backend.backend_for('projected_step', 'cpu') == 'triton';"
+        "assert 'triton' not in sys.modules"
     )
     run = python(code, TRITON_INTERPRET="1", ENTROPIC_FAST_BACKEND="triton")
     assert run.returncode == 0, run.stderr
@@ -117,7 +119,7 @@ from rich.console import Console
 from entropic_fast import info
 from entropic_fast import random
 from entropic_fast.ops import backend, native
-from entropic_fast.ops.step import sgd_step
+from entropic_fast.ops.projected_step import sgd_step
 assert "cannot be imported" in native.problem, native.problem
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

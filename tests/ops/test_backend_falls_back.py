@@ -12,10 +12,13 @@ import pytest
 import torch
 from random_calls import OPS
 
-from entropic_fast import models, random
-from entropic_fast.ops import backend, gpu_probe, native
-from entropic_fast.ops.score_gram import symmetric_update_
-from entropic_fast.ops.step import adam_step, sgd_step
+from entropic_fast.ops import _gpu_probe as gpu_probe
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.gram_update import symmetric_update_
+from entropic_fast.ops.projected_step import adam_step, sgd_step
+from entropic_fast.ops.random_bits import streams as random
+from entropic_fast.training._train import models
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def a_gpu(monkeypatch):
     tried = {"triton": [], "cuda": []}
     probe = types.ModuleType("probe")
     probe.run = tried["triton"].append
-    monkeypatch.setitem(sys.modules, "entropic_fast.triton.probe", probe)
+    monkeypatch.setitem(sys.modules, "entropic_fast.ops._triton_probe", probe)
     monkeypatch.setattr(gpu_probe, "_run_step", tried["cuda"].append)
     tried["fail triton"] = lambda error: setattr(probe, "run", raising(error, tried["triton"]))
     return tried
@@ -62,7 +65,7 @@ def raising(error, tried):
 def test_backends_that_run_a_trivial_kernel_are_taken_and_tried_once(a_gpu):
     for family in ("step", "jet", "score_gram"):
         assert backend.backend_for(family, "cuda") == ("cuda" if family == "step" else "triton")
-        assert backend.backend_for("step", "cuda", "triton") == "triton"
+        assert backend.backend_for("projected_step", "cuda", "triton") == "triton"
     assert len(a_gpu["triton"]) == len(a_gpu["cuda"]) == 1
 
 
@@ -78,11 +81,11 @@ def test_backends_that_run_a_trivial_kernel_are_taken_and_tried_once(a_gpu):
 def test_a_triton_that_cannot_compile_is_said_once_and_passed_over(a_gpu, error, advice):
     a_gpu["fail triton"](error)
     with pytest.warns(RuntimeWarning, match=f"skips backends that fail on cuda.*{advice}"):
-        assert backend.backend_for("jet", "cuda") == "reference"
+        assert backend.backend_for("norm_act_tangents", "cuda") == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.backend_for("step", "cuda") == "cuda"
-        assert backend.backend_for("score_gram", "cuda") == "reference"
+        assert backend.backend_for("projected_step", "cuda") == "cuda"
+        assert backend.backend_for("gram_update", "cuda") == "reference"
     assert len(a_gpu["triton"]) == 1
     with pytest.raises(backend.BackendError, match="backend 'triton' cannot run: a trivial kernel"):
         backend.set_backend("triton")
@@ -107,13 +110,13 @@ def test_a_runtime_newer_than_the_driver_is_a_readable_reason(a_gpu, monkeypatch
     assert "update the driver" in backend.unusable("cuda", "cuda")
     a_gpu["fail triton"](RuntimeError("none"))
     with pytest.warns(RuntimeWarning, match=r"cuda: .*update the driver.*; triton: .*none"):
-        assert backend.backend_for("step", "cuda") == "reference"
+        assert backend.backend_for("projected_step", "cuda") == "reference"
 
 
 def test_nothing_is_tried_out_while_a_graph_is_captured(a_gpu, monkeypatch):
     monkeypatch.setattr(gpu_probe, "capturing", lambda: True)
-    assert backend.backend_for("step", "cuda") == "cuda"
-    assert backend.backend_for("jet", "cuda") == "triton"
+    assert backend.backend_for("projected_step", "cuda") == "cuda"
+    assert backend.backend_for("norm_act_tangents", "cuda") == "triton"
     assert a_gpu["triton"] == a_gpu["cuda"] == []
 
 
@@ -127,19 +130,21 @@ def test_a_forced_gpu_backend_leaves_the_cpu_to_auto(a_gpu, monkeypatch, forced,
     else:
         monkeypatch.setenv(backend.VARIABLE, forced)
     assert backend.current_backend() == forced and backend.setting_for("cpu") == "auto"
-    assert backend.backend_for("step", "cuda") == backend.backend_for("random_bits", "cuda")
-    assert backend.backend_for("step", "cuda") == forced
+    assert backend.backend_for("projected_step", "cuda") == backend.backend_for(
+        "random_bits", "cuda"
+    )
+    assert backend.backend_for("projected_step", "cuda") == forced
     assert torch.equal(random.rademacher((5, 3), 1), expected)
     models.initialise(models.digits_cnn("batch", channels=(2, 2, 2)), 0)
     theta = torch.tensor([1.0, 2.0])
     sgd_step(theta, torch.ones(2), lr=0.5)
     assert theta.tolist() == [0.5, 1.5]
     with pytest.raises(backend.BackendError, match=r"runs on c.*not on cpu|interpreter"):
-        backend.backend_for("step", "cpu", forced)
+        backend.backend_for("projected_step", "cpu", forced)
     if forced == "cuda":
         with pytest.raises(backend.BackendError, match="'jet' has no such implementation"):
-            backend.backend_for("jet", "cuda")
-        assert backend.backend_for("jet", "cpu") == "cpp"
+            backend.backend_for("norm_act_tangents", "cuda")
+        assert backend.backend_for("norm_act_tangents", "cpu") == "cpp"
 
 
 def test_a_forced_backend_that_fails_on_the_gpu_raises_for_every_device(a_gpu, monkeypatch):
@@ -147,7 +152,7 @@ def test_a_forced_backend_that_fails_on_the_gpu_raises_for_every_device(a_gpu, m
     monkeypatch.setenv(backend.VARIABLE, "triton")
     for device in ("cuda", "cpu"):
         with pytest.raises(backend.BackendError, match=r"'triton' was asked for.*no compiler"):
-            backend.backend_for("step", device)
+            backend.backend_for("projected_step", device)
 
 
 # ---- first calls ---------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ def test_a_forced_backend_that_fails_on_the_gpu_raises_for_every_device(a_gpu, m
 
 @pytest.fixture
 def compiled_late(monkeypatch):
-    """Triton takes the family `step` on the CPU, by a module of the test's."""
+    """Triton takes the family `projected_step` on the CPU, by a module of the test's."""
     module = types.ModuleType("late")
     monkeypatch.setitem(sys.modules, "late", module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -174,7 +179,7 @@ def test_a_first_call_that_fails_is_taken_by_the_next_backend(compiled_late):
     with pytest.warns(RuntimeWarning, match="triton: sgd_step: RuntimeError: PassManager"):
         sgd_step(theta, grad, lr=0.5)
     assert theta.tolist() == [0.5, 1.5]
-    assert backend.backend_for("step", "cpu") == "cpp"
+    assert backend.backend_for("projected_step", "cpu") == "cpp"
     sgd_step(theta, grad, lr=0.5)
     assert theta.tolist() == [0.0, 1.0]
 
@@ -201,7 +206,7 @@ def test_errors_that_are_no_fault_of_the_backend_are_raised(compiled_late):
     compiled_late.sgd_step = too_large
     with pytest.raises(torch.OutOfMemoryError):
         sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
-    assert backend.backend_for("step", "cpu") == "triton"
+    assert backend.backend_for("projected_step", "cpu") == "triton"
 
 
 def test_a_backend_asked_for_by_name_raises_its_own_error(compiled_late):
@@ -229,7 +234,7 @@ def test_first_calls_are_watched_for_each_dtype_and_later_ones_are_not(compiled_
     double = torch.ones(2, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match="no float64 here"):
         sgd_step(double, torch.ones_like(double), lr=0.5)
-    assert double.tolist() == [0.5, 0.5] and backend.backend_for("step", "cpu") == "cpp"
+    assert double.tolist() == [0.5, 0.5] and backend.backend_for("projected_step", "cpu") == "cpp"
 
 
 # ---- later calls ---------------------------------------------------------------------------------
@@ -278,7 +283,7 @@ def test_a_kernel_that_cannot_be_compiled_later_falls_back(compiled_late, monkey
         symmetric_update_(gram, torch.ones(size, 4))
     assert len(calls) == 2
     assert torch.equal(gram, torch.full_like(gram, 4).tril())
-    assert backend.backend_for("score_gram", "cpu") == "cpp"
+    assert backend.backend_for("gram_update", "cpu") == "cpp"
 
 
 @pytest.mark.parametrize("error", COMPILERS, ids=lambda error: type(error).__name__)
@@ -292,7 +297,7 @@ def test_a_later_launch_of_an_update_that_cannot_be_compiled_is_undone(compiled_
     with pytest.warns(RuntimeWarning, match=f"sgd_step: {type(error).__name__}"):
         sgd_step(theta, torch.ones(3), lr=0.5)
     assert theta.tolist() == [0.5, 1.5, 2.5]
-    assert backend.backend_for("step", "cpu") == "cpp"
+    assert backend.backend_for("projected_step", "cpu") == "cpp"
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -303,7 +308,7 @@ def test_an_error_of_a_later_launch_is_raised(compiled_late, size):
     sgd_step(torch.ones(2), torch.ones(2), lr=0.5)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         sgd_step(torch.ones(size), torch.ones(size), lr=0.5)
-    assert backend.backend_for("step", "cpu") == "triton"
+    assert backend.backend_for("projected_step", "cpu") == "triton"
 
 
 def test_classes_of_triton_are_known_by_their_names():

@@ -1,4 +1,4 @@
-"""Family `jet`: every backend that can run here against formulas, torch.func.jvp and autograd."""
+"""Family `norm_act_tangents`: every backend that runs here against formulas and autograd."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.jet import inner, normalise, pull, push
+from entropic_fast.ops.norm_act_tangents import inner, normalise, pull, push
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

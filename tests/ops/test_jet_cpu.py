@@ -1,4 +1,4 @@
-"""Family `jet` on the CPU: instruction sets, threads, compiled graphs and what is refused."""
+"""Family `norm_act_tangents` on the CPU: instruction sets, threads, compiled graphs, errors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from jet_cases import (
 from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
-from entropic_fast.ops import backend, native
-from entropic_fast.ops.jet import FAMILY, inner, normalise, pull, push
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.norm_act_tangents import FAMILY, inner, normalise, pull, push
 
 
 @pytest.fixture(autouse=True)

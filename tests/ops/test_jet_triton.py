@@ -1,4 +1,4 @@
-"""Family `jet` in Triton: under the interpreter, compiled ahead of time, and on a GPU.
+"""Family `norm_act_tangents` in Triton: interpreted, compiled ahead of time, on a GPU.
 
 The family's own tests (test_jet.py) run every case on a GPU where there is one; here most of them
 run under the interpreter too, in a process of its own.
@@ -21,7 +21,7 @@ from torch import Tensor
 from triton_launches import compile_launch, jets, launches_of
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.jet import inner, pull, push
+from entropic_fast.ops.norm_act_tangents import inner, pull, push
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

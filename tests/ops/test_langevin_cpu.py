@@ -10,9 +10,10 @@ import torch
 from langevin_cases import DTYPES, advanced, assert_same_steps, kinds, start
 from scipy import stats
 
-from entropic_fast.ops import backend, native
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import FAMILY, LARGEST_DIM, advance, backend_of, box_muller
-from entropic_fast.reference.langevin import SCHEMES
+from entropic_fast.ops.langevin.reference import SCHEMES
 
 DIMS = (2, 3, 4, 5, 7, LARGEST_DIM["cpp"])
 

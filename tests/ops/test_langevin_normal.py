@@ -11,9 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
-from entropic_fast import random
-from entropic_fast.ops import backend, native
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import NORMAL_ULP, advance, box_muller
+from entropic_fast.ops.random_bits import streams as random
 
 DTYPES = (torch.float32, torch.float64)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -18,7 +18,7 @@ from langevin_cases import (
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import advance
-from entropic_fast.reference.langevin import SCHEMES
+from entropic_fast.ops.langevin.reference import SCHEMES
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

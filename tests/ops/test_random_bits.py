@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropic_fast import random
-from entropic_fast.ops import backend, native
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
 from entropic_fast.ops.random_bits import LARGEST_INDEX, fill_, philox
-from entropic_fast.reference.random_bits import KINDS
+from entropic_fast.ops.random_bits import streams as random
+from entropic_fast.ops.random_bits.reference import KINDS
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

@@ -17,7 +17,7 @@ import pytest
 import torch
 from triton_launches import Recorder, compile_launch
 
-from entropic_fast.reference.random_bits import KINDS
+from entropic_fast.ops.random_bits.reference import KINDS
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,7 +51,7 @@ def test_what_is_launched_compiles_ahead_of_time(
     arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
-    from entropic_fast.triton import random_bits
+    from entropic_fast.ops.random_bits import triton as random_bits
 
     launches: list[Any] = []
     for name in ("fill_kernel", "philox_kernel"):

@@ -1,4 +1,4 @@
-"""Family `score_conv`: every backend that can run here against autograd, example by example."""
+"""Family `conv_example_grads`: every backend that can run here against autograd, per example."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor
 
-from entropic_fast.ops import backend, native
-from entropic_fast.ops.score_conv import conv_weight_grads, conv_weight_norms
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.conv_example_grads import conv_weight_grads, conv_weight_norms
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

@@ -1,4 +1,4 @@
-"""Family `score_gram`: every backend that can run here against explicit float64 products."""
+"""Family `gram_update`: every backend that can run here against explicit float64 products."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from entropic_fast import scratch
-from entropic_fast.ops import backend, native
-from entropic_fast.ops.score_gram import BLOCK, FAMILY, cross_update_, symmetric_update_
+from entropic_fast._utils import workspace as scratch
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.gram_update import BLOCK, FAMILY, cross_update_, symmetric_update_
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

@@ -1,4 +1,4 @@
-"""Family `score_norm`: every backend that can run here against autograd and float64 sums."""
+"""Family `norm_example_grads`: every backend that runs here against autograd and float64 sums."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
-from entropic_fast.ops import backend, native
-from entropic_fast.ops.score_norm import FAMILY, affine_grads, batch_norm_backward
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.norm_example_grads import FAMILY, affine_grads, batch_norm_backward
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

@@ -22,11 +22,11 @@ from tolerances import relative_norm
 from torch import Tensor
 from triton_launches import SCORES, compile_launch, launches_of
 
+from entropic_fast._torch.matmul_precision import matmul_precision, set_matmul_precision
 from entropic_fast.ops import backend
-from entropic_fast.ops.precision import matmul_precision, set_matmul_precision
-from entropic_fast.ops.score_conv import conv_weight_grads, conv_weight_norms
-from entropic_fast.ops.score_gram import cross_update_, symmetric_update_
-from entropic_fast.ops.score_norm import affine_grads, batch_norm_backward
+from entropic_fast.ops.conv_example_grads import conv_weight_grads, conv_weight_norms
+from entropic_fast.ops.gram_update import cross_update_, symmetric_update_
+from entropic_fast.ops.norm_example_grads import affine_grads, batch_norm_backward
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,4 +1,4 @@
-"""Family `step`: every backend that can run here against torch.optim, formulas and each other."""
+"""Family `projected_step`: every backend that runs here against torch.optim and formulas."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
-from entropic_fast.ops import backend, native
-from entropic_fast.ops.step import adam_step, project_step, segment_squares, sgd_step
+from entropic_fast.ops import _native as native
+from entropic_fast.ops import backend
+from entropic_fast.ops.projected_step import adam_step, project_step, segment_squares, sgd_step
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [

@@ -1,4 +1,4 @@
-"""The CUDA C++ of family `step` without a GPU, in many orders of threads.
+"""The CUDA C++ of family `projected_step` without a GPU, in many orders of threads.
 
 The family's own tests (test_step.py) take it as one more backend. Here every result is compared
 with the CPU kernels', which share csrc/kernels/step.h: updates, segments, positions and points to
@@ -22,8 +22,8 @@ import torch
 from emulated_cuda import Fault
 from torch import Tensor
 
-from entropic_fast.ops import step_native
-from entropic_fast.ops.step import segment_squares
+from entropic_fast.ops.projected_step import native as step_native
+from entropic_fast.ops.projected_step import segment_squares
 
 pytestmark = pytest.mark.skipif(
     emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing())

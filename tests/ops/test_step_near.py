@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entropic_fast.ops.backend import backend_for
-from entropic_fast.ops.step import (
+from entropic_fast.ops.projected_step import (
     adam_step,
     pivot_squares,
     project_step,
@@ -59,7 +59,9 @@ def test_near_products_give_the_result_of_all(
     assert_same(theta, pivots, segment.flip(0).contiguous())
 
 
-@pytest.mark.skipif(backend_for("step", "cpu") != "cpp", reason="only C++ leaves products out")
+@pytest.mark.skipif(
+    backend_for("projected_step", "cpu") != "cpp", reason="only C++ leaves products out"
+)
 def test_products_left_out_are_those_of_far_pivots() -> None:
     """What is saved is saved: the far pivots are not read."""
     pivots = 100 * torch.arange(6.0)[:, None] * torch.ones(1, 50)

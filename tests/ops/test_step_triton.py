@@ -1,4 +1,4 @@
-"""Family `step` in Triton without a GPU: under the interpreter, and compiled ahead of time."""
+"""Family `projected_step` in Triton without a GPU: interpreted, and compiled ahead of time."""
 
 from __future__ import annotations
 

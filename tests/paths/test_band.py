@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from entropic_fast.paths.band import band_gradients, improved_tangents, insertions
+from entropic_fast.paths._elastic_band import band_gradients, improved_tangents, insertions
 
 # Backward vector (2, 0), forward vector (0, 1).
 BEND = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 1.0]], dtype=torch.float64)

@@ -9,7 +9,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import nn
 
-from entropic_fast.objective import Objective
+from entropic_fast._utils.atomic_io import DamagedFileError
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import (
     AutoNEBConfig,
     NEBDivergedError,
@@ -21,8 +22,7 @@ from entropic_fast.paths import (
     linear_path,
     path_losses,
 )
-from entropic_fast.paths.neb import minibatches
-from entropic_fast.store import DamagedFileError
+from entropic_fast.paths._auto_neb import minibatches
 
 
 class Coordinates(nn.Module):

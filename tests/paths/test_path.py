@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from entropic_fast._utils.atomic_io import DamagedFileError
 from entropic_fast.paths import Path, linear_path
-from entropic_fast.store import DamagedFileError
 
 
 def random_path(pivots, params, seed=0, dtype=torch.float64):
@@ -67,7 +67,7 @@ def test_large_batches_are_projected_in_chunks_alike(monkeypatch):
     path = random_path(4, 6)
     theta = torch.randn(9, 6, dtype=torch.float64)
     whole = path.project(theta)
-    monkeypatch.setattr("entropic_fast.paths.path._CHUNK", 13)
+    monkeypatch.setattr("entropic_fast.paths._path._CHUNK", 13)
     for a, b in zip(whole, path.project(theta), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from entropic_fast.objective._objective.losses._cross_entropy import CrossEntropy
 from torch import nn
 
-from entropic_fast.loss_cross_entropy import CrossEntropy
-from entropic_fast.objective import Objective
+from entropic_fast._utils.table import Table
+from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, barrier, linear_path, path_losses, saddle
-from entropic_fast.table import Table
 
 
 def quadratic(params=3, examples=5, seed=0):

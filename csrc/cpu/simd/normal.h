@@ -1,5 +1,5 @@
 // Counter-based normal numbers, a register at a time: Philox-4x32-10 (Salmon et al., SC 2011) and
-// the Box-Muller transform, the numbers of entropic_fast/random.py. Internal linkage.
+// the Box-Muller transform, the numbers of entropic_fast/ops/random_bits/streams.py. Internal linkage.
 #pragma once
 
 #include "cpu/simd/elementary.h"

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ... import checks
-from ...table import Table
-from .claim import FAILS, HOLDS, UNDECIDED, Claim
+from ..._utils import checks
+from ..._utils.table import Table
+from ._claim import FAILS, HOLDS, UNDECIDED, Claim
 from .connectivity import lmc, poor, straight
-from .curvature import curvature, path_loss, spectrum
+from .fig1 import ridge, ring
+from .fig2 import curvature, path_loss, spectrum
 from .force import force
 from .relaxation import optimizers, relaxation
-from .toys import ridge, ring
 
 __all__ = ["Claim", "HOLDS", "FAILS", "UNDECIDED", "evaluate", "to_json"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from ...table import Table
-from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import (
+from ..._utils.table import Table
+from ._claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
+from ._intervals import (
     Array,
     floats,
     mean_interval,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from ...dynamics.comparison import slope_with_errors
-from ...table import Table
-from .claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from .intervals import LEVEL, floats
+from ..._utils.table import Table
+from ...dynamics.force._comparison import slope_with_errors
+from ._claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
+from ._intervals import LEVEL, floats
 
 FACTOR = 2  # of theory within which a size agrees
 SMALL = 0.5  # a control's slope is far from a force's, 1, where its interval is this near 0

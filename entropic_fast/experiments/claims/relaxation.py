@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ...table import Table
-from .claim import UNDECIDED, Claim, verdict
-from .intervals import (
+from ..._utils.table import Table
+from ._claim import UNDECIDED, Claim, verdict
+from ._intervals import (
     LEVEL,
     Array,
     bootstrap_rank_correlation,

@@ -1,0 +1,421 @@
+"""Functions of torch whose higher derivatives are wrong or missing, by their formulas.
+
+A model or loss that takes a derivative in its inputs (the residual of a differential equation, a
+gradient penalty, forces) makes a Hessian of the loss a third derivative of what it calls. torch's
+third derivative of layer normalization is wrong, that of batch normalization missing, and the
+transforms of `torch.func` have second derivatives of normalization layers wrong.
+`tests/test_derivatives.py` tries all of torch's layers; docs/numerics.md has the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .._utils import checks
+from .full_precision import hardsigmoid, weight_norm
+
+
+class AnyOrder(TorchFunctionMode):
+    """Within it, functions of FORMULAS are computed by formulas that torch differentiates rightly.
+
+    >>> x = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    >>> with AnyOrder():
+    ...     y = torch.nn.functional.layer_norm(x, [3])
+    >>> "NativeLayerNorm" in type(y.grad_fn).__name__
+    False
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling():  # which cannot follow what comes here
+            func = FORMULAS.get(func, func)
+        return func(*args, **(kwargs or {}))
+
+
+def require_right_gradients(model: nn.Module) -> None:
+    """Refuse layers whose own gradient is wrong in torch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.CrossMapLRN2d):
+            raise checks.fail(
+                "model",
+                "layers whose gradient torch has right",
+                f"nn.CrossMapLRN2d ({name!r}), whose gradient is not its derivative",
+                "use nn.LocalResponseNorm, which computes the same",
+            )
+
+
+@lru_cache
+def cdist_is_right() -> bool:
+    """Whether torch has the second derivative of `torch.cdist` (2.14.1 has).
+
+    >>> isinstance(cdist_is_right(), bool)
+    True
+    """
+    x = torch.tensor([[0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    far, p = torch.zeros(1, 2, dtype=torch.float64), 3.0
+    with torch.enable_grad():
+        gradients, forms = [], (torch.cdist(x, far, p), torch.linalg.vector_norm(x, p))
+        for form in forms:
+            (slope,) = torch.autograd.grad(form.square().sum(), x, create_graph=True)
+            try:
+                gradients.append(torch.autograd.grad(slope[0, 0], x)[0])
+            except RuntimeError:
+                return False
+    return torch.allclose(gradients[0], gradients[1])
+
+
+class Watcher(TorchFunctionMode):
+    """Notes whether a derivative is taken within it, and refuses functions without derivative.
+
+    Attributes:
+        derivative: whether there was one: by autograd, forward mode or a transform of torch.func.
+
+    >>> with Watcher() as watcher:
+    ...     _ = torch.func.grad(torch.square)(torch.tensor(1.0))
+    >>> watcher.derivative
+    True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derivative = False
+        self._depth, self._forward = _depth(), forward_depth()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func in _DERIVATIVES or _depth() > self._depth:
+            self.derivative = True
+        if func in NO_DERIVATIVE and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise checks.fail(
+                "model",
+                "functions that torch can differentiate",
+                f"torch.special.{func.__name__[len('special_') :]}, for a constant in its gradient",
+                "write it as a torch.autograd.Function with its derivative",
+            )
+        if getattr(func, "__name__", "") == "flex_attention":
+            raise checks.fail(
+                "model",
+                "attention with derivatives",
+                "flex_attention, which has none on CPUs and no second one on GPUs",
+                "use F.scaled_dot_product_attention, with the scores to add as attn_mask",
+            )
+        wrong = func in WRONG_FORWARD or (func in _SCATTERED and _is_product(args, kwargs))
+        if wrong and forward_depth() > self._forward:
+            raise checks.fail(
+                "model",
+                "derivatives of its own that torch can differentiate again",
+                f"torch's forward mode through {func.__name__}, whose gradient is wrong",
+                "take that derivative by torch.func.grad, torch.func.vjp or torch.autograd.grad",
+            )
+        return func(*args, **(kwargs or {}))
+
+
+_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+
+
+def _is_product(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(a, str) and a == "prod" for a in (*args, *(kwargs or {}).values()))
+
+
+def _depth() -> int:
+    """How many derivatives are being taken around a call, by torch.func or forward mode."""
+    return _levels("Grad") + forward_depth()
+
+
+def forward_depth() -> int:
+    """How many derivatives of forward mode are being taken around a call."""
+    return _levels("Jvp") + forward_ad._current_level + 1
+
+
+def _levels(kind: str) -> int:
+    functorch: Any = torch._C._functorch
+    wanted = getattr(functorch.TransformType, kind)
+    return sum(each.key() == wanted for each in functorch.get_interpreter_stack() or ())
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in checks.HALF else x
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over dims, in float32 or more as torch's own."""
+    wide = _wide(x)
+    centered = wide - wide.mean(dims, keepdim=True)
+    scale = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return (centered * scale).to(x.dtype)
+
+
+def _last(shape: Sequence[int]) -> list[int]:
+    return list(range(-len(shape), 0))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x weight + bias, which are of the second axis."""
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    x = x if weight is None else x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """`F.layer_norm`."""
+    if tuple(input.shape[input.ndim - len(normalized_shape) :]) != tuple(normalized_shape):
+        return functional.layer_norm(input, list(normalized_shape), weight, bias, eps)  # raises
+    found = _normalized(input, _last(normalized_shape), eps)
+    found = found if weight is None else found * weight
+    return found if bias is None else found + bias
+
+
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = _last(normalized_shape)
+    wide = _wide(input)
+    mean = wide.mean(dims, keepdim=True)
+    rstd = ((wide - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
+    return layer_norm(input, normalized_shape, weight, bias, eps), mean, rstd
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """`F.rms_norm`."""
+    wide = _wide(input)
+    least = torch.finfo(input.dtype).eps if eps is None else eps
+    dims = _last(normalized_shape)
+    found = (wide * (wide.square().mean(dims, keepdim=True) + least).rsqrt()).to(input.dtype)
+    return found if weight is None else found * weight
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """`F.group_norm`."""
+    if input.ndim < 2 or input.shape[1] % num_groups or input[:1].numel() <= num_groups:
+        return functional.group_norm(input, num_groups, weight, bias, eps)  # refuses most
+    groups = input.reshape(len(input), num_groups, -1)
+    return _affine(_normalized(groups, [2], eps).reshape(input.shape), weight, bias)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`, which updates the running statistics where it is in training."""
+    if training:
+        if running_mean is not None or input.numel() <= input.shape[1]:
+            with torch.no_grad():  # for the update; or for what it raises
+                functional.batch_norm(
+                    input.detach(), running_mean, running_var, None, None, True, momentum, eps
+                )
+        found = _normalized(input, [0, *range(2, input.ndim)], eps)
+    else:
+        if running_mean is None or running_var is None:
+            return functional.batch_norm(input, running_mean, running_var)  # raises
+        scale = (running_var + eps).rsqrt()
+        found = _affine(_affine(_wide(input), None, -running_mean), scale, None).to(input.dtype)
+    return _affine(found, weight, bias)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.instance_norm`, which updates the running statistics where there are any."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None or input[:1, :1].numel() <= 1:
+        with torch.no_grad():
+            functional.instance_norm(
+                input.detach(), running_mean, running_var, None, None, True, momentum, eps
+            )
+    return _affine(_normalized(input, list(range(2, input.ndim)), eps), weight, bias)
+
+
+def _called_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _called_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return instance_norm(
+        input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`F.conv_transpose1d` or another, of which torch has no third derivative if it pads outputs.
+
+    It is then the convolution without padding, cut off and padded.
+    """
+
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        axes = weight.ndim - 2
+        before, extra = (
+            [value] * axes if isinstance(value, int) else [*value] * (axes // len(value))
+            for value in (padding, output_padding)
+        )
+        if not any(extra):
+            return function(input, weight, bias, stride, padding, 0, groups, dilation)
+        full = function(input, weight, None, stride, 0, 0, groups, dilation)
+        ends = [(-p, e - p) for p, e in zip(before, extra, strict=True)]
+        found = functional.pad(full, [side for pair in reversed(ends) for side in pair])
+        return found if bias is None else found + bias.view(-1, *[1] * axes)
+
+    return convolution
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.silu`, of which torch has no forward mode of the gradient."""
+    x = input.clone() if inplace else input  # which the backward pass needs
+    return _placed(x * torch.sigmoid(x), input, inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """`F.mish`, likewise."""
+    x = input.clone() if inplace else input
+    return _placed(x * functional.softplus(x).tanh(), input, inplace)
+
+
+def _placed(result: Tensor, input: Tensor, inplace: bool) -> Tensor:
+    return input.copy_(result) if inplace else result
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """`F.pdist`, of which torch's third derivative is NaN for p = 2."""
+    i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _lengths(input[i] - input[j]) if p == 2 else functional.pdist(input, p)
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """`torch.cdist`, of which torch's derivatives are NaN for p = 2 where a distance is 0."""
+    if p != 2 or x1.shape[-1] != x2.shape[-1]:
+        return torch.cdist(x1, x2, p)
+    return _lengths(x1[..., :, None, :] - x2[..., None, :, :])
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Euclidean lengths [...] of vectors [..., n]; at 0 all derivatives are 0, as torch's first."""
+    squares = vectors.square().sum(-1)
+    is_zero = squares == 0
+    return torch.where(is_zero, 1, squares).sqrt() * ~is_zero
+
+
+# What torch calls them where: as functions of F, and as those that F calls.
+FORMULAS: dict[Any, Callable[..., Any]] = {
+    functional.layer_norm: layer_norm,
+    torch.layer_norm: layer_norm,
+    torch.native_layer_norm: _native_layer_norm,
+    functional.rms_norm: rms_norm,
+    torch.rms_norm: rms_norm,
+    functional.group_norm: group_norm,
+    torch.group_norm: group_norm,
+    functional.batch_norm: batch_norm,
+    functional.instance_norm: instance_norm,
+    torch.batch_norm: _called_batch_norm,
+    torch.instance_norm: _called_instance_norm,
+    **{
+        function: _transposed(function)
+        for function in (
+            functional.conv_transpose1d,
+            functional.conv_transpose2d,
+            functional.conv_transpose3d,
+        )
+    },
+    functional.hardsigmoid: hardsigmoid,
+    functional.silu: silu,
+    functional.mish: mish,
+    torch._weight_norm: weight_norm,
+    torch.pdist: pdist,
+    functional.pdist: pdist,
+    torch.cdist: cdist,
+}
+# Functions whose result torch takes for a constant, though it is not.
+_CONSTANT = """
+    airy_ai bessel_j0 bessel_j1 bessel_y0 bessel_y1 modified_bessel_i0 modified_bessel_i1
+    modified_bessel_k0 modified_bessel_k1 scaled_modified_bessel_k0 scaled_modified_bessel_k1
+    spherical_bessel_j0 chebyshev_polynomial_t chebyshev_polynomial_u chebyshev_polynomial_v
+    chebyshev_polynomial_w hermite_polynomial_h hermite_polynomial_he laguerre_polynomial_l
+    legendre_polynomial_p shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u
+    shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w
+"""
+NO_DERIVATIVE = {
+    getattr(torch.special, name) for name in str.split(_CONSTANT) if hasattr(torch.special, name)
+}
+_SCATTERED = {torch.scatter_reduce, Tensor.scatter_reduce}  # wrong for products alone
+# Functions of which torch's forward mode gives numbers whose gradient is wrong (of
+# `cholesky_inverse` the numbers too).
+WRONG_FORWARD = {
+    torch.det, torch.linalg.det, Tensor.det,
+    torch.slogdet, torch.linalg.slogdet, Tensor.slogdet,
+    torch.logdet, Tensor.logdet,
+    torch.linalg.solve, torch.linalg.solve_ex,
+    torch.cholesky_inverse, Tensor.cholesky_inverse,
+    torch.linalg.householder_product, torch.orgqr, Tensor.orgqr,
+}  # fmt: skip

@@ -1,0 +1,176 @@
+"""How much memory there is, and how much one example's gradient takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils import checks, trees
+from .._utils.devices import is_gpu
+from ..objective import Objective
+
+# Share of the free memory that a computation takes when no budget is given. A GPU's memory is the
+# process's own, so half of it; the rest is for fragments and what cuDNN and cuBLAS work in.
+CPU_SHARE, GPU_SHARE = 0.25, 0.5
+# Share of the free memory up to which a GPU's cached memory is not looked at closer, as that lists
+# every block of the allocator.
+CACHED_UNSEEN = 1 / 8
+_MIB, _GIB = 2**20, 2**30
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device; for the CPU what the system and its control group allow."""
+    if is_gpu(device):
+        free = int(torch.cuda.mem_get_info(device)[0])
+        # What torch's allocator has cached counts as used there, but is free to torch.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if cached > free * CACHED_UNSEEN:
+            cached -= _free_in_private_pools(device)
+        return free + max(0, cached)
+    limits = [_read_meminfo(), _read_cgroup()]
+    known = [limit for limit in limits if limit is not None]
+    if known:
+        return min(known)
+    try:  # systems without /proc: half of the physical memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4 * _GIB
+
+
+def _free_in_private_pools(device: torch.device) -> int:
+    """Bytes that only the CUDA graphs to which they belong can use, though nothing is there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    except RuntimeError:  # an allocator without segments
+        return 0
+    return sum(
+        int(segment["total_size"]) - int(segment["allocated_size"])
+        for segment in segments
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
+def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
+    """The budget in bytes: as given, or a quarter of a CPU's free memory, half of a GPU's."""
+    if memory_budget is None:
+        share = GPU_SHARE if is_gpu(device) else CPU_SHARE
+        return int(share * available_bytes(device))
+    return checks.whole("memory_budget", memory_budget, 1)
+
+
+def padded_rows(like: Tensor, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty rows [count, width], on a GPU 16 numbers apart or a multiple of it.
+
+    Where rows begin at odd addresses, kernels load 4 bytes at a time in place of 16.
+    """
+    apart = -(-width // 16) * 16 if is_gpu(like.device) else width
+    return like.new_empty(count, apart, dtype=dtype or like.dtype)[:, :width]
+
+
+def too_small(needed: int, budget: int, what: str, do: str) -> ValueError:
+    """The error for a budget under what the smallest step takes."""
+    return checks.fail(
+        "memory_budget", f"at least {readable(needed)} for {what}", readable(budget), do
+    )
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> readable(3 * 2**20)
+    '3.0 MiB'
+    """
+    for unit, scale in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def activation_bytes(obj: Objective, theta: Tensor) -> int:
+    """Bytes that autograd saves for the backward pass of the loss of one example.
+
+    Measured on the first example: storages saved for backward, each once, without those that
+    all examples share (theta, buffers, the data).
+    """
+    batch = next(obj.batches(1))
+    leaf = theta.detach().requires_grad_()
+    shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Any:
+        if tensor._is_zerotensor():  # of forward mode: it has no storage
+            return tensor.detach()
+        storage = tensor.untyped_storage()
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # what a transform within the model leaves has none
+            saved[storage._cdata] = tensor.nbytes
+        else:
+            if address not in own:
+                saved[address] = storage.nbytes()
+        return tensor.detach()  # a node that held its own result would never be freed
+
+    def loss() -> Tensor:
+        return obj.losses(leaf, batch.inputs, batch.targets).sum()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss()
+    except RuntimeError:  # torch.func within the model takes no such hooks
+        saved.clear()
+        for tensor in _saved_in_graph(loss().grad_fn):
+            note(tensor)
+    return sum(saved.values()) + trees.num_bytes(batch.inputs)
+
+
+def _saved_in_graph(root: Any) -> Iterator[Tensor]:
+    """The tensors that the nodes of an autograd graph hold, those of python functions too."""
+    stack, seen = [root], {root, None}
+    while stack:
+        node = stack.pop()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        for value in [getattr(node, name) for name in names]:
+            yield from (t for t in _listed(value) if isinstance(t, Tensor))
+        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
+        following = {n for n, _ in node.next_functions} - seen
+        seen |= following
+        stack += following
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def _read_meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _read_cgroup() -> int | None:
+    """What is left under the control group's memory limit (containers), if it sets one."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit() and int(most) < 2**60:
+            return max(0, int(most) - now)
+    return None

@@ -1,0 +1,168 @@
+"""Products within functions that `torch.compile` compiles: one operation each, no graph break.
+
+A compiled graph holds tensors and numbers, not operators; so products become operations of
+torch's own dispatcher, which find their operator again by its number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from threading import Thread
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .._utils import checks
+from .full_precision import exact_math
+
+_C: Any = torch._C
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
+_numbers = itertools.count()
+_operators: WeakValueDictionary[int, Compilable] = WeakValueDictionary()
+
+
+class Compilable:
+    """A matrix with products `operator @ vectors`, in compiled functions too.
+
+    A compiled function keeps no operator alive: it must live as long as it is used.
+
+    Attributes:
+        shape: (rows, columns).
+        dtype, device: of vectors and results.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    T: Compilable  # unless symmetric
+    symmetric: ClassVar[bool] = True
+    looks: ClassVar[bool] = True  # that its results are finite
+
+    def __init__(self) -> None:
+        self._number = next(_numbers)
+        _operators[self._number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy, perhaps in another process, where the number may be another operator's.
+        self.__dict__.update(state)
+        Compilable.__init__(self)
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        return self.multiply(vectors)
+
+    def multiply(self, vectors: Tensor) -> Tensor:
+        """The product, as `operator @ vectors`."""
+        if torch.compiler.is_compiling():
+            product: Tensor = _product(vectors.detach(), self._number, self.shape[0])
+            return product
+        with undisturbed():
+            return self._multiply(vectors)
+
+    def _multiply(self, vectors: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no products")
+
+    def to_scipy(self) -> Any:
+        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
+        import numpy as np
+        from scipy.sparse.linalg import LinearOperator
+
+        def by(operator: Compilable) -> Any:
+            def product(array: Any) -> Any:
+                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
+                return operator.multiply(values).cpu().numpy()
+
+            return product
+
+        forth, back = by(self), by(self if self.symmetric else self.T)
+        return LinearOperator(
+            self.shape,
+            matvec=forth,
+            matmat=forth,
+            rmatvec=back,
+            rmatmat=back,
+            dtype=np.float32 if self.dtype == torch.float32 else np.float64,
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling() or func is not Tensor.matmul:
+            return NotImplemented
+        # In compiled functions `operator @ v` comes as matmul(v, operator), as does v @ operator.
+        vectors, operator = args
+        if vectors.shape[-1] == operator.shape[0] and not (cls.symmetric and vectors.ndim == 1):
+            raise checks.fail(
+                "vectors",
+                "a shape for which A @ v is not mistaken for v @ A in a compiled function",
+                f"{list(vectors.shape)} for A of shape {list(operator.shape)}",
+                "write A.multiply(v)",
+            )
+        return operator.multiply(vectors)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it, autograd works as if called from the top, whoever calls.
+
+    Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
+    the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
+    derivative taken in them would leave terms out. Arithmetic is that of `exact_math`: full
+    float32 whatever precision torch was asked for, and no autocast.
+
+    >>> with torch.inference_mode(), undisturbed():
+    ...     torch.ones(1, requires_grad=True).exp().requires_grad
+    True
+    """
+    included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
+    excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
+    guard = _C._ForceDispatchKeyGuard(included, _C.DispatchKeySet.from_raw_repr(excluded))
+    with torch.inference_mode(False), guard, exact_math(), torch.enable_grad():
+        yield
+
+
+@lru_cache
+def _excluded_at_first() -> int:
+    """What the dispatcher passes by in a new thread: automatic casting, where it is off."""
+    found: list[int] = []
+    thread = Thread(target=lambda: found.append(_C._dispatch_tls_local_exclude_set().raw_repr()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _operator(number: int) -> Any:
+    try:
+        return _operators[number]
+    except KeyError:
+        raise ReferenceError(
+            "a compiled function calls an operator that no longer exists; keep the operator, "
+            "and compile the function anew for another"
+        ) from None
+
+
+@torch.library.custom_op("entropic_fast::operator_product", mutates_args=(), tags=_TAGS)
+def _product(vectors: Tensor, number: int, rows: int) -> Tensor:
+    with undisturbed():
+        product: Tensor = _operator(number).multiply(vectors)
+    return product
+
+
+@_product.register_fake
+def _(vectors: Tensor, number: int, rows: int) -> Tensor:
+    return vectors.new_empty((rows, *vectors.shape[1:]))
+
+
+@torch.library.custom_op("entropic_fast::operator_forms", mutates_args=(), tags=_TAGS)
+def forms_operation(vectors: Tensor, number: int) -> Tensor:
+    with undisturbed():
+        forms: Tensor = _operator(number).quadratic_forms(vectors)
+    return forms
+
+
+@forms_operation.register_fake
+def _(vectors: Tensor, number: int) -> Tensor:
+    return vectors.new_empty(vectors.shape[1:] or (1,), dtype=torch.float64)

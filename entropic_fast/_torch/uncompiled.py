@@ -1,0 +1,61 @@
+"""Functions that `torch.compile` returned, run as they were written.
+
+What is compiled has no second derivative, and a graph of operations cannot look into it. The
+settings are the process's: another thread's compiled functions run eagerly meanwhile, with the
+same results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .full_precision import Shared
+
+
+def eager() -> AbstractContextManager[None]:
+    """Within it nothing is compiled, and compiled functions run as they were written.
+
+    >>> double = torch.compile(lambda x: 2 * x, backend=lambda graph, inputs: 1 / 0)
+    >>> with eager():
+    ...     double(torch.ones(1))
+    tensor([2.])
+    """
+    if torch.compiler.is_compiling() or not _can_compile() or _is_inside_compiled():
+        return nullcontext()
+    return _eager()
+
+
+def inlined() -> AbstractContextManager[None]:
+    """Within it, operations of compiled functions are written down by torch's tracers."""
+    return _inlined() if _can_compile() else nullcontext()
+
+
+def _can_compile() -> bool:
+    """Whether something may have been compiled: importing torch's compiler takes seconds."""
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
+def _is_inside_compiled() -> bool:
+    callback = torch._C._dynamo.eval_frame.get_eval_frame_callback()
+    return callback is not None and callback is not False
+
+
+@Shared
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@Shared
+@contextlib.contextmanager
+def _inlined() -> Iterator[None]:
+    config: Any = sys.modules["torch._dynamo.config"]
+    with config.patch(error_on_nested_fx_trace=False):
+        yield

@@ -1,0 +1,5 @@
+"""`python -m entropic_fast.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,355 @@
+"""The command line: `entropic-fast reproduce` and the parts it is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+
+from .. import __version__, selfcheck
+from .._utils import atomic_io as store
+from .._utils import checks
+from .._utils import system_info as info
+from .._utils.atomic_io import DamagedFileError
+from ..distributed._communicator import LostProcessError, OtherProcessError
+from ..experiments import _pipeline as stages
+from ..experiments import _plan as planning
+from ..experiments import _report as reports
+from ..experiments import _runs as runs
+from ..experiments import claims as claim_tests
+from ..experiments._config import load_preset, with_overrides
+from ..experiments._executor import UnitError
+from ..experiments._run_folder import RunFolder, damaged_results
+from ..experiments._sections import Config
+from ..ops.backend import BackendError
+from ..selfcheck._page import print_report
+from ..training.data import DataUnavailableError
+from . import _profile as cli_profile
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Curvature along minimum energy paths, and the entropic force it exerts on SGD.",
+)
+_console = Console(emoji=False)  # ":name:" in a path is no emoji
+_errors = Console(stderr=True, emoji=False)
+_READABLE = (
+    ValueError,
+    OSError,
+    UnitError,
+    DataUnavailableError,
+    BackendError,
+    LostProcessError,
+    OtherProcessError,
+    torch.OutOfMemoryError,
+)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+PRESET = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation on Python 3.10
+    typer.Option(help="demo (the default), small, paper, or a TOML file."),
+]
+LIKE = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(metavar="RUN", help="Take this run's configuration and images instead."),
+]
+OUT = Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")]
+DATA_DIR = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation on Python 3.10
+    typer.Option(help="Image folder with train/<class>/* and test/<class>/*, or a download."),
+]
+SET = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.epochs=10."),
+]
+WORKERS = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Processes; default one a core (one on a GPU)."),
+]
+PLAN = Annotated[
+    bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
+]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda where there is one).")]
+
+
+def _run(
+    last_stage: str,
+    preset: str | None,
+    like: Path | None,
+    out: Path,
+    data_dir: Path | None,
+    overrides: list[str] | None,
+    workers: int | None,
+    device: str,
+    plan: bool,
+) -> None:
+    config, images = _configuration(preset, like, overrides or [])
+    if plan:
+        place = stages.choose_device(device)
+        with tempfile.TemporaryDirectory(prefix="entropic-fast-") as folder:
+            asked = RunFolder(Path(folder), config, place, str(data_dir) if data_dir else None)
+            planning.print_plan(_console, asked, last_stage)
+        return
+    fresh = not (out / "config.json").exists()
+    run = RunFolder.create(
+        out, config, stages.choose_device(device), str(data_dir) if data_dir else None
+    )
+    try:
+        with _interruptible():
+            if images:
+                run.record_images(images)
+            stages.execute_until(run, last_stage, workers, _errors)
+            if last_stage == "report" and not int(os.environ.get("RANK", 0)):
+                stages.write_report(run, _console)
+    except _READABLE:
+        if fresh and not (out / "units").exists():
+            run.forget()  # nothing was computed: the corrected command may use the folder
+        raise
+    if last_stage != "report":
+        text = f"{last_stage}: finished; its files are under {out / 'units'}"
+        _console.print(text, markup=False, soft_wrap=True)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a batch system sends before it kills."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    # A process of torchrun that waits for others in C++ would not come to a handler in Python.
+    handled = "RANK" not in os.environ
+    before = signal.signal(signal.SIGTERM, terminated) if handled else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        # Here, and not in main: typer turns it into an exit without a word.
+        _errors.print("interrupted; finished units are kept, the same command goes on from them")
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _configuration(
+    preset: str | None, like: Path | None, overrides: list[str]
+) -> tuple[Config, dict[str, Any] | None]:
+    """The configuration asked for; with it, of a run to be repeated, what its images were."""
+    if like is None:
+        return load_preset(preset or "demo", overrides), None
+    if preset is not None:
+        raise checks.fail("--like", "a run, or a --preset", "both", "give one of them")
+    run = RunFolder.open(like)
+    config = with_overrides(run.config, overrides)
+    return config, run.images() if config.data == run.config.data else None
+
+
+def _command(stage: str, text: str) -> None:
+    def command(
+        preset: PRESET = None,
+        like: LIKE = None,
+        out: OUT = Path("RUN"),
+        data_dir: DATA_DIR = None,
+        set_: SET = None,
+        workers: WORKERS = None,
+        device: DEVICE = "auto",
+        plan: PLAN = False,
+    ) -> None:
+        _run(stage, preset, like, out, data_dir, set_, workers, device, plan)
+
+    command.__doc__ = text
+    app.command("reproduce" if stage == "report" else stage)(command)
+
+
+_command("report", "Run everything: figures 1 to 9, the force, claims and the report.")
+_command("train", "Train the minima.")
+_command("path", "Find the minimum energy paths (trains what is missing).")
+_command("curvature", "Measure curvature along the paths (figure 2).")
+_command("relax", "Relax along the first path (figures 3 and 4).")
+_command("force", "Measure the force along the first path against its prediction.")
+_command("lmc", "Branch training and measure linear mode connectivity (figures 5 to 7).")
+_command("straight", "Relax along the line between two branches (figure 8).")
+_command("poor", "Make a minimum that generalises badly, and go there (figure 9).")
+_command("toy", "Simulate the toys (figure 1).")
+app.command("profile")(_interruptible()(cli_profile.profile))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
+    """Draw the figures, test the claims and write report.html of a finished run again."""
+    stages.write_report(RunFolder.open(run), _console)
+
+
+@app.command("claims")
+def claims_command(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN | compare A B", help="Folders of finished runs.")
+    ],
+) -> None:
+    """Test the paper's claims on a run's CSV files, or compare two runs' claims.
+
+    RUN/data/*.csv is all that claims are tested on: no weights, no configuration. A comparison
+    also lists the settings in which the runs differ.
+    """
+    if arguments[0] == "compare" and len(arguments) == 3:
+        a, b = (Path(name) for name in arguments[1:])
+        reports.print_comparison(_console, (a, _claims(a)), (b, _claims(b)))
+    elif len(arguments) == 1:
+        reports.print_claims(_console, _claims(Path(arguments[0])))
+    else:
+        raise checks.fail("claims", "RUN, or: compare A B", " ".join(arguments))
+
+
+def _claims(path: Path) -> list[claim_tests.Claim]:
+    for problem in damaged_results(path):
+        raise DamagedFileError(problem)
+    found = claim_tests.evaluate(path / "data")
+    if not found:
+        raise checks.fail(
+            "RUN",
+            "a finished run, with CSV files in its folder data",
+            str(path),
+            "finish it with `entropic-fast reproduce` first",
+        )
+    return found
+
+
+runs_app = typer.Typer(no_args_is_help=True, help="List, verify and prune run folders.")
+app.add_typer(runs_app, name="runs")
+RUNS = Annotated[list[Path], typer.Argument(help="Run folders, or folders of run folders.")]
+
+
+@runs_app.command("list")
+def runs_list(
+    folders: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(help="Run folders, or folders of run folders; default here."),
+    ] = None,
+) -> None:
+    """Show each run's configuration, how far it is, its claims and its size."""
+    runs.print_list(_console, _found(folders or [Path()]))
+
+
+@runs_app.command("verify")
+def runs_verify(folders: RUNS) -> None:
+    """Compare every file of every finished unit with the hash recorded for it.
+
+    Exits with 1 if any differs, naming it; the run's own command computes that unit again.
+    """
+    damaged = 0
+    for path in _found(folders):
+        problems = list(runs.verify(RunFolder.open(path)))
+        damaged += len(problems)
+        _console.print(
+            f"{path}: {'damaged' if problems else 'whole'}", markup=False, soft_wrap=True
+        )
+        for unit, problem in problems:
+            text = f"  {unit or 'run'}: {problem}"
+            _console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@runs_app.command("prune")
+def runs_prune(
+    folders: RUNS,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; otherwise only show.")] = False,
+) -> None:
+    """Delete what no command needs again: cut-off writes, old checkpoints, units of no figure."""
+    for path in _found(folders):
+        superfluous = runs.superfluous(RunFolder.open(path))
+        for each in superfluous:
+            _console.print(f"  {each}", markup=False, highlight=False, soft_wrap=True)
+        if not superfluous:
+            text = "nothing to delete"
+        elif yes:
+            text = f"{decimal(runs.remove(superfluous))} deleted"
+        else:
+            text = f"{len(superfluous)} to delete; pass --yes to do it"
+        _console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _found(folders: list[Path]) -> list[Path]:
+    found = runs.find(folders)
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise checks.fail("RUN", "run folders (with config.json), or folders of them", names)
+    return found
+
+
+@app.command("info")
+def info_command() -> None:
+    """Show versions, what is compiled, and which backend each operation will use."""
+    info.render(_console)
+
+
+@app.command("check")
+def check_command(
+    device: DEVICE = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only float32 calculations, and no speeds.")
+    ] = False,
+    json_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", metavar="FILE", help="Write everything there too, as JSON."),
+    ] = None,
+) -> None:
+    """Check kernels and calculations on this machine, and time them.
+
+    Every operation on every backend that can run here against its reference in float64; products,
+    traces, Gram matrices, AutoNEB and relaxation on CPU and GPU, or by two methods; a table of
+    speeds. Exits with 1 if anything is wrong, naming it and what to do.
+    """
+    stages.choose_device(device)
+    with _console.status("checking") as status:
+        found = selfcheck.run(device, quick=quick, progress=status.update)
+    print_report(_console, found)
+    if json_ is not None:
+        store.write_json(json_, found.to_dict())
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        _console.print(f"entropic_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Curvature along minimum energy paths, and the entropic force it exerts on SGD."""
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one readable message, without a traceback."""
+    try:
+        app()
+    except _READABLE as error:
+        _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        cause = error.__cause__ if isinstance(error, UnitError) else error
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            _errors.print(
+                "Nothing that was finished is lost: free some space (or make the folder writable) "
+                "and run the same command again, or choose another --out."
+            )
+        sys.exit(1)

@@ -1,0 +1,119 @@
+"""Two ways to the same derivatives: when they agree, and how to do without the faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from .._utils.trees import Tree
+    from ..objective import Objective
+
+# Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
+# them is wrong; and differences that are small against the whole gradient, as roundings are.
+AGREEMENT = {
+    torch.float64: (1e-6, 1e-11),
+    torch.float32: (1e-2, 1e-5),
+    torch.bfloat16: (0.2, 0.05),
+    torch.float16: (0.1, 0.02),
+}
+# Differences of so much are rounding, however small the gradient.
+SMALL_GRADIENT = {t: 100 * torch.finfo(t).eps for t in (torch.float64, torch.float32)}
+
+
+class DisagreementError(RuntimeError):
+    """The fast way and torch's own give different derivatives; the message says of what."""
+
+
+class WrongDerivativeError(RuntimeError):
+    """Second derivatives by autograd that are none: a function in the model has them wrong."""
+
+
+# Differences of so many roundings of 1 are none, however small the product.
+ROUNDINGS = 1e3
+
+
+class _Coarsest(TorchFunctionMode):
+    """Notes the dtype of fewest digits among results that depend on what requires a gradient."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.dtype in AGREEMENT and t.requires_grad:
+                self.dtype = max(self.dtype, t.dtype, key=lambda dtype: AGREEMENT[dtype])
+        return result
+
+
+def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
+    """In which the model computes: that of theta [P], or one of fewer digits somewhere within.
+
+    A float64 model with normalization in float32, as Llama's, has the rounding of float32.
+    """
+    mode = _Coarsest(theta.dtype)
+    with torch.enable_grad(), mode:
+        obj.outputs(theta.detach().requires_grad_(), inputs)
+    return mode.dtype
+
+
+def require_agreement(
+    name: str, got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Refuse products by the rules that are not autograd's.
+
+    Args:
+        dtype: whose rounding they have; None for their own.
+
+    Raises:
+        DisagreementError: naming the operator.
+    """
+    scale = float(expected.double().norm())
+    gap = float((got.double() - expected.double()).norm())
+    dtype = dtype or expected.dtype
+    slack = ROUNDINGS * torch.finfo(dtype).eps
+    if not gap <= AGREEMENT[dtype][0] * scale + slack:
+        raise DisagreementError(
+            f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
+            "rules and autograd; if the loss or the model mixes examples of a batch, pass "
+            "coupled=True; else this is a bug in entropic_fast: please report the model; "
+            "meanwhile, build the operator within "
+            "`with entropic_fast.curvature.without_rules():`"
+        )
+
+
+_rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)
+
+
+@contextmanager
+def without_rules() -> Iterator[None]:
+    """Within it, derivatives are those of torch alone: slower, without check.
+
+    The way on after a `DisagreementError`, and to see which of the two ways is wrong. Operators
+    built within it keep to this way.
+
+    >>> from entropic_fast import HessianOperator, Objective
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
+    >>> with without_rules():
+    ...     HessianOperator(obj).way
+    'autograd, as rules are turned off'
+    """
+    token = _rules_off.set(True)
+    try:
+        yield
+    finally:
+        _rules_off.reset(token)
+
+
+def rules_are_off() -> bool:
+    """Whether we are within `without_rules`."""
+    return _rules_off.get()

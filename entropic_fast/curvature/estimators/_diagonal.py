@@ -1,0 +1,111 @@
+"""The diagonal of an operator, from products with random signs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import exact_math
+from ..._utils import checks
+from ..._utils.results import Diagonal, Eigenpairs
+from ...objective import Objective
+from ..operators._linear_operator import multiply, require_operator, without_shift
+from ..operators._second_order import HessianOperator
+from ._probes import block_width, sign_vectors
+from .trace._deflation import deflation_basis, project_out
+
+DEFAULT_PROBES = 64
+
+
+def hessian_diagonal(
+    obj: Objective,
+    theta: Tensor | None = None,
+    probes: int = DEFAULT_PROBES,
+    seed: int = 0,
+    *,
+    deflate: Eigenpairs | Tensor | None = None,
+) -> Diagonal:
+    """Diagonal of the Hessian of the mean loss, estimated with random signs.
+
+    Args:
+        obj: the objective.
+        theta: the point; None for the model's own.  # [P]
+        probes, seed, deflate: as for `operator_diagonal`.
+
+    Raises:
+        ValueError: as `operator_diagonal` and `HessianOperator`.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
+    >>> hessian_diagonal(obj, probes=4).value.tolist()
+    [5.0]
+    """
+    return operator_diagonal(HessianOperator(obj, theta), probes, seed, deflate=deflate)
+
+
+@exact_math()
+def operator_diagonal(
+    operator: Any,
+    probes: int = DEFAULT_PROBES,
+    seed: int = 0,
+    *,
+    deflate: Eigenpairs | Tensor | None = None,
+) -> Diagonal:
+    """Diagonal of a square operator: the mean of v * (A v) over sign vectors v.
+
+    Each sample is unbiased, entry i with variance sum_{j != i} A_ij^2 (Bekas, Kokiopoulou, Saad,
+    *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57, 2007, whose denominator,
+    the sum of v_i^2, is the number of signs). With directions Q taken out, the diagonal of
+    A Q Q^T is exact, and u * (A u) for u = v - Q Q^T v averages to that of A (I - Q Q^T).
+
+    Memory: a few vectors [P] in float64 and a block of probes, however many there are.
+
+    Args:
+        operator: anything with `shape`, `dtype` and `@` on blocks [P, K]; a matrix too. Symmetric
+            if directions are taken out.
+        probes: number of sign vectors.
+        seed: of the signs, which depend on nothing else.
+        deflate: as for `operator_trace`.
+
+    Raises:
+        ValueError: an operator that is not square; probes out of range; a product that is not
+            finite.
+
+    >>> import torch
+    >>> found = operator_diagonal(torch.tensor([[1.0, 0.5], [0.5, 2.0]]), probes=100)
+    >>> bool(((found.value - torch.tensor([1.0, 2.0])).abs() < 4 * found.std_error).all())
+    True
+    """
+    require_operator(operator)
+    checks.whole("probes", probes, 1)
+    basis = deflation_basis(deflate, operator)
+    with without_shift(operator) as (sampled, shift):
+        found = _sampled_diagonal(sampled, probes, seed, basis)
+    return Diagonal(found.value + shift, found.std_error, found.probes)
+
+
+def _sampled_diagonal(operator: Any, probes: int, seed: int, basis: Tensor) -> Diagonal:
+    size, dtype, device = require_operator(operator)
+    width = block_width(size, dtype, device)
+    exact = torch.zeros(size, dtype=torch.float64, device=device)
+    for i in range(0, basis.shape[1], width):
+        columns = basis[:, i : i + width].contiguous()
+        for v, product in zip(columns.T, multiply(operator, columns).T, strict=True):
+            exact.addcmul_(v.double(), product.double())
+    # Mean and sum of squared deviations, sample by sample (Welford 1962).
+    mean, squares = torch.zeros_like(exact), torch.zeros_like(exact)
+    for done in range(0, probes, width):
+        taken = range(done, min(done + width, probes))
+        vectors = project_out(basis, sign_vectors(size, seed, taken, dtype, device))
+        products = multiply(operator, vectors)
+        for i, v, product in zip(taken, vectors.T, products.T, strict=True):
+            sample = v.double() * product.double()
+            gap = sample - mean
+            mean.add_(gap, alpha=1 / (i + 1))
+            squares.addcmul_(gap, sample - mean)
+    # A single sample leaves 0 / 0, NaN.
+    error = (squares / (probes - 1) / probes).sqrt() if probes > 1 else squares / 0
+    return Diagonal(exact + mean, error, probes)

@@ -1,0 +1,397 @@
+"""An orthonormal basis of a Krylov space, grown by vectors or by blocks of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._torch.tall_qr import cholesky_qr, qr
+from ..._utils import checks
+from ..._utils.devices import is_gpu
+from ..._utils.workspace import scratch_of
+from ...ops.random_bits import streams as random
+from ..operators._linear_operator import not_finite, require_operator
+from ._searches import Search, run
+
+# Rounding does not break the symmetry of the projected matrix by this share of its scale.
+ASYMMETRY = 1e-2
+# Multiples of the dtype's eps, times the operator's norm, that are taken for rounding.
+ROUNDING = 10
+
+
+def wanted_first(values: Tensor, which: str) -> Tensor:
+    """The order that puts the wanted end of the values first.  # [m]
+
+    For "BE" both ends by turns: the largest, the smallest, the second largest, and so on.
+    """
+    if which == "SA":
+        return values.argsort()
+    order = (values.abs() if which == "LM" else values).argsort(descending=True)
+    if which != "BE":
+        return order
+    half = (len(order) + 1) // 2
+    turns = torch.empty_like(order)
+    turns[0::2], turns[1::2] = order[:half], order[half:].flip(0)
+    return turns
+
+
+def require_symmetry(operator: Any, gap: float, scale: float) -> None:
+    """Refuse an operator for which v^T A w and w^T A v differ by `gap`, more than rounding.
+
+    One that says it is `symmetric` is not refused. What its products lack is then rounding, as of
+    a Hessian near 0 whose terms are not, and part of the residuals.
+
+    Args:
+        scale: of the operator, a norm of its products with unit vectors.
+    """
+    if gap > ASYMMETRY * scale and not getattr(operator, "symmetric", False):
+        raise checks.fail(
+            "operator",
+            "a symmetric one",
+            f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
+            "symmetrise it, (A + A^T) / 2",
+        )
+
+
+class Ritz(NamedTuple):
+    """Ritz pairs, wanted first; on the CPU in float64.
+
+    Attributes:
+        values: [m].
+        vectors: coordinates in the basis.  # [m, m]
+        bounds: residual norms but for what the products lack in symmetry.  # [m]
+        skews: norms of what they lack.  # [m]
+    """
+
+    values: Tensor
+    vectors: Tensor
+    bounds: Tensor
+    skews: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        """Residual norms ||A y - theta y||.  # [m]"""
+        return torch.hypot(self.bounds, self.skews)
+
+
+class Basis:
+    """Orthonormal columns Q with A Q = [Q F] H, and the frontier F, the directions that follow.
+
+    H is kept whole, from the orthogonalisation's own coefficients, and not made symmetric: so
+    the relation holds to rounding whatever A is, residual norms of Ritz pairs follow from H,
+    and what a product lacks in symmetry is seen. After a restart H has an arrow's shape.
+
+    A step is queued on the operator's device and waits for nothing there; `look` fetches H and
+    decides what needs a decision (NaN, symmetry, rank, Ritz pairs). Where steps since the last
+    look turn out to have lost rank, or to be NaN, `look` goes back to that look, and steps wait
+    from then on: a product that waits says what is wrong, or is computed by autograd.
+
+    Args:
+        operator: symmetric, as `require_operator` asks.
+        capacity: most columns of Q to hold; F takes up to `width` more.
+        seed: of the random vectors.
+        width: directions in F at the start.
+
+    Attributes:
+        columns: Q, then F.  # [P, capacity + width]
+        size, frontier: how many columns Q and F have.
+        careful: whether every step waits for its outcome.
+        matvecs, products: vectors multiplied, and multiplications of vectors or blocks.
+    """
+
+    def __init__(self, operator: Any, capacity: int, seed: int, width: int = 1) -> None:
+        self.operator, self.seed, self.capacity = operator, seed, capacity
+        self.order, self.dtype, self.device = require_operator(operator)
+        if hasattr(operator, "keep_values"):  # a search makes many products at one point
+            operator.keep_values()
+        self.width = min(width, self.order)
+        self.careful = False
+        self.matvecs = self.products = self.size = self.frontier = self.draws = 0
+        held = min(self.order, capacity + self.width)
+        # Each column in one piece, so that the first few are read without the others.
+        self.columns = torch.zeros(held, self.order, dtype=self.dtype, device=self.device).T
+        columns = min(self.order, capacity)
+        self.projected = torch.zeros(held, columns, dtype=torch.float64, device=self.device)
+        self.norm = self.projected.new_zeros(())  # of the longest product
+        self._host = torch.zeros(0, 0, dtype=torch.float64)  # H at the last look
+        self._scale = 0.0  # of the operator, at the last look
+        self._forgotten = 0.0  # norm of what restarts left out of H
+        self._ranks: list[tuple[Tensor, Tensor]] = []  # not looked at yet
+        self._saved: tuple[int, Tensor, Tensor] | None = None  # size, F and norm at the last look
+
+    @property
+    def held(self) -> int:
+        """Columns of Q and F together."""
+        return self.size + self.frontier
+
+    def start(self, v0: Tensor | None = None) -> None:
+        """Multiply the first block: v0's columns [P, r], and random ones up to the width.
+
+        Of more columns than the width, every width-th are added up, at length 1 each.
+        """
+        run(self.operator, self.starting(v0))
+
+    def starting(self, v0: Tensor | None = None) -> Search[None]:
+        """`start`, as a search that asks for its product."""
+        if v0 is not None:
+            unit = _unit(v0.to(self.columns))
+            sums = [unit[:, i :: self.width].sum(1) for i in range(self.width)]
+            folded = _unit(torch.stack(sums, 1))
+            if folded.shape[1] == 0:
+                raise checks.fail("v0", "a vector other than zero", "all zeros")
+            self._append(self._directions(folded, 1.0)[0])
+        self._append(self._fresh(self.width - self.frontier))
+        yield from self.growing()
+
+    def forming(self) -> Search[None]:
+        """Multiply all unit vectors, as the first block: H is then the matrix itself."""
+        units = torch.zeros(self.order, self.order, dtype=self.dtype, device=self.device)
+        self._append(units.fill_diagonal_(1))
+        yield from self.growing()
+
+    def growing(self, count: int | None = None, wait: bool = True) -> Search[None]:
+        """Multiply the first `count` directions of F, and append those that follow them.
+
+        Args:
+            count: None for all.
+            wait: whether to settle the rank of what follows at once.
+        """
+        count = self.frontier if count is None else count
+        old, held = self.size, self.held
+        block = self.columns[:, old : old + count]
+        product = yield from self.multiplied(block, wait)
+        self.norm = torch.maximum(self.norm, _norms(product).max())
+        rest, rows = self._orthogonalise(product, held)
+        del product
+        self.size, self.frontier = old + count, held - old - count
+        self.projected[:held, old : self.size] = rows
+        if wait:
+            following, coupling = self._following(rest)
+        else:
+            following, coupling, sound = self._extend(rest, wait=False)
+            self._ranks.append((coupling, sound))
+        del rest
+        self._append(following)
+        self.projected[held : self.held, old : self.size] = coupling
+        if self.frontier == 0:  # Q spans an invariant subspace
+            self._append(self._fresh(min(self.width, self.order - self.size)))
+
+    def multiplied(self, vectors: Tensor, check: bool = True) -> Search[Tensor]:
+        """operator @ vectors [P, r], counted."""
+        product = yield vectors, check
+        self.matvecs += vectors.shape[1]
+        self.products += 1
+        return product
+
+    @property
+    def complete(self) -> bool:
+        """Whether Q spans everything, so that the operator is known: A = Q H Q^T."""
+        return self.size == self.order
+
+    def known_product(self, vectors: Tensor) -> Tensor:
+        """A @ vectors [P, r] in float64, of a complete basis at the last look."""
+        columns = self.columns[:, : self.size].double()
+        return columns @ (self._host.to(columns) @ (columns.T @ vectors.double()))
+
+    def look(self) -> None:
+        """Fetch H, and settle what the steps since the last look left open.
+
+        Raises:
+            ValueError: products that are not finite, or not those of a symmetric operator.
+        """
+        matrix, norm, ranks = self._fetched()
+        finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
+        if not finite and (self._saved is None or not hasattr(self.operator, "unchecked")):
+            raise not_finite("products")
+        scale = max(norm, float(matrix.abs().max()))
+        lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
+        self._ranks.clear()
+        if lost and self._saved is not None:
+            self.careful = True
+            self.size, frontier, self.norm = self._saved
+            self.projected[:, self.size :] = 0
+            self.projected[self.size :] = 0
+            self.frontier = 0
+            self._append(frontier)
+            self.projected[: self.held, : self.size] = self._host.to(self.device)
+        else:
+            self._host, self._scale = matrix, scale
+            square = matrix[: self.size]  # Q^T A Q, from the products with Q
+            require_symmetry(self.operator, float((square - square.T).abs().max()), scale)
+        self._saved = None
+
+    def _fetched(self) -> tuple[Tensor, float, list[tuple[Tensor, Tensor]]]:
+        """H, the longest product's norm, and what `_extend` said of steps, in one transfer."""
+        parts = [self.projected[: self.held, : self.size], self.norm]
+        parts += [part for rank in self._ranks for part in rank]
+        flat = torch.cat([part.double().flatten() for part in parts]).cpu()
+        sizes = [part.numel() for part in parts]
+        matrix, norm, *others = (
+            values.view(part.shape)
+            for values, part in zip(flat.split_with_sizes(sizes), parts, strict=True)
+        )
+        return matrix.clone(), float(norm), list(zip(others[::2], others[1::2], strict=True))
+
+    def remember(self) -> None:
+        """Keep F, so that steps that do not wait can be taken back; after a look."""
+        frontier = self.columns[:, self.size : self.held].clone()
+        self._saved = (self.size, frontier, self.norm)
+
+    def ritz(self, which: str) -> Ritz:
+        """The Ritz pairs at the last look, wanted first."""
+        square = self._host[: self.size]
+        symmetric = (square + square.T) / 2
+        values, vectors = torch.linalg.eigh(symmetric)
+        order = wanted_first(values, which)
+        values, vectors = values[order], vectors[:, order]
+        bounds = torch.linalg.vector_norm(self._host[self.size :] @ vectors, dim=0)
+        skews = torch.linalg.vector_norm((square - symmetric) @ vectors, dim=0)
+        return Ritz(values, vectors, bounds, skews)
+
+    @property
+    def rounding(self) -> float:
+        """Norm under which residuals at the last look are rounding."""
+        return ROUNDING * torch.finfo(self.dtype).eps * self._scale + self._forgotten
+
+    def turn(self, vectors: Tensor) -> int:
+        """Turn F so that the residuals of Ritz vectors [m, r] are in its first r directions.
+
+        Returns:
+            how many directions to multiply next: r, or all of F.
+        """
+        count = vectors.shape[1]
+        if count >= self.frontier:
+            return self.frontier
+        couplings = self._host[self.size :]
+        turn = torch.linalg.qr(couplings @ vectors, mode="complete")[0]  # [f, f]
+        frontier = self.columns[:, self.size : self.held]
+        frontier.copy_(frontier @ turn.to(frontier))
+        self._host[self.size :] = turn.T @ couplings
+        self.projected[: self.held, : self.size] = self._host.to(self.device)
+        return count
+
+    def restart(self, ritz: Ritz, keep: int) -> None:
+        """Keep the first `keep` Ritz vectors, with their couplings to F; after a look."""
+        used, chosen = self.columns[:, : self.size], ritz.vectors[:, :keep]
+        frontier = self.columns[:, self.size : self.held].clone()
+        # Q is orthonormal up to rounding, which would grow with every restart.
+        gram = (used.T @ used).double().cpu()
+        factor = torch.linalg.cholesky(chosen.T @ gram @ chosen)
+        turn = torch.linalg.solve_triangular(factor, chosen.T, upper=False).T.to(used)
+        height = max(1, scratch_of(self.device).rotated // self.size)
+        for i in range(0, self.order, height):
+            used[i : i + height, :keep] = used[i : i + height] @ turn
+        frontier, _ = self._orthogonalise(frontier, keep)
+        frontier, triangle = qr(frontier)
+        couplings = triangle.double().cpu() @ (self._host[self.size :] @ chosen)
+        # What H lacks in symmetry leads out of the vectors kept, and is forgotten.
+        self._forgotten += float(ritz.skews[:keep].norm())
+        self.size, self.frontier = keep, 0
+        self._append(frontier)
+        self.projected.zero_()
+        self.projected.diagonal()[:keep] = ritz.values[:keep].to(self.device)
+        self.projected[keep : self.held, :keep] = couplings.to(self.device)
+        self._host = self.projected[: self.held, :keep].cpu().clone()
+
+    def _append(self, directions: Tensor) -> None:
+        """Put directions at the end of F, where they are not coupled to Q yet."""
+        old = self.held
+        self.frontier += directions.shape[1]
+        self.columns[:, old : self.held] = directions
+
+    def _orthogonalise(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
+        """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them.
+
+        In two passes: one leaves ghosts, copies of converged eigenvalues. The second also makes
+        up for the rounding of the first's coordinates.
+        """
+        used = self.columns[:, :held]
+        coordinates = used.T @ vectors
+        rest = torch.addmm(vectors, used, coordinates, alpha=-1)
+        again = used.T @ rest
+        rest.addmm_(used, again, alpha=-1)
+        return rest, coordinates.double() + again.double()
+
+    def _extend(self, rest: Tensor, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
+
+        A short or nearly dependent column of rest is mostly rounding: after the factorisation
+        one pass more. Soundness is the least share of a direction that this pass leaves; 0 where
+        a factorization that waits for nothing does not hold.
+        """
+        used = self.columns[:, : self.held]
+        quick = not wait and is_gpu(self.device)
+        q, first, *holds = cholesky_qr(rest) if quick else qr(rest)
+        q.addmm_(used, used.T @ q, alpha=-1)
+        q, second, *again = cholesky_qr(q) if quick else qr(q)
+        sound = second.diagonal().abs().min()
+        for held in (*holds, *again):
+            sound = sound * held
+        return q, second.double() @ first.double(), sound
+
+    def _full_rank(self, coupling: Tensor, sound: Tensor, scale: float) -> bool:
+        """Whether directions found by `_extend` are more than rounding; waits for them."""
+        lengths = torch.linalg.svdvals(coupling.cpu())
+        return float(lengths[-1]) > self._least(scale) and float(sound) > 0.5
+
+    def _least(self, scale: float) -> float:
+        return ROUNDING * torch.finfo(self.dtype).eps * scale
+
+    def _following(self, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of rest [P, r] and its coordinates in them, without those of rounding."""
+        scale = max(float(self.norm), float(self.projected.abs().max()))
+        if self.order - self.held >= rest.shape[1]:
+            q, coupling, sound = self._extend(rest, wait=True)
+            if self._full_rank(coupling, sound, scale):
+                return q, coupling
+        return self._directions(rest, scale)
+
+    def _directions(self, rest: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions [P, s] of rest [P, r], and its coordinates in them [s, r].
+
+        Directions along which rest is rounding of products of norm `scale` are left out. Rest is
+        overwritten.
+        """
+        q, triangle = qr(rest)
+        left, lengths, right = torch.linalg.svd(triangle.double().cpu())
+        kept = lengths > self._least(scale)
+        # What little is left of a product is mostly rounding: one pass more.
+        turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
+        del q
+        directions, _ = self._orthogonalise(turned, self.held)
+        sound = (_norms(directions) > 0.5).cpu()
+        q, triangle = qr(directions[:, sound.to(self.device)])
+        coordinates = (lengths[:, None] * right)[kept][sound]
+        return q, triangle.double() @ coordinates.to(self.device)
+
+    def _fresh(self, count: int) -> Tensor:
+        """Random orthonormal directions orthogonal to Q and F.  # [P, count]"""
+        if count <= 0:
+            return self.columns[:, :0]
+        while True:
+            rest, _ = self._orthogonalise(self._random(count), self.held)
+            rest, triangle = qr(rest)
+            if float(triangle.diagonal().abs().min()) > 1e-3:
+                rest, _ = self._orthogonalise(rest, self.held)
+                return qr(rest)[0]
+
+    def _random(self, count: int) -> Tensor:
+        vectors = torch.empty(self.order, count, dtype=self.dtype, device=self.device)
+        key = random.derive(self.seed, "lanczos")
+        for column in vectors.T:
+            column.copy_(random.normal((self.order,), key, self.draws, device=self.device))
+            self.draws += 1
+        return vectors
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """The columns other than zero, at length 1."""
+    lengths = _norms(vectors)
+    return vectors[:, lengths > 0] / lengths[lengths > 0].to(vectors)
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+    return norms

@@ -1,0 +1,4 @@
+"""Trace estimators, one module per method.
+
+Start with `_trace`, which chooses among them.
+"""

@@ -1,0 +1,99 @@
+"""Orthonormal directions to take out of a trace: given ones, and the range of products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...._torch.memory_budget import available_bytes, readable
+from ...._torch.tall_qr import qr
+from ...._utils import checks
+from ...._utils.results import Eigenpairs
+from ...operators._linear_operator import multiply, require_operator
+
+
+def project_out(basis: Tensor, vectors: Tensor) -> Tensor:
+    """Vectors [P, K] less their part in the span of an orthonormal basis [P, r]."""
+    return vectors - basis @ (basis.T @ vectors) if basis.shape[1] else vectors
+
+
+def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
+    """What vectors [P, K] span beyond an orthonormal basis [P, r], orthonormal.  # [P, s]
+
+    Directions along which they are rounding are left out, so s may be under K, and 0.
+    """
+    scale = float(_norms(vectors).max())
+    rest = project_out(basis, project_out(basis, vectors))
+    q, triangle = qr(rest)
+    left, lengths, _ = torch.linalg.svd(triangle.double().cpu())
+    kept = lengths > 10 * torch.finfo(vectors.dtype).eps * scale
+    # What little is left of a vector is mostly rounding: one pass more, which sound ones survive.
+    fresh = project_out(basis, q @ left[:, kept].to(q))
+    return qr(fresh[:, _norms(fresh) > 0.5])[0]
+
+
+def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tensor:
+    """An orthonormal basis of the directions to be taken out exactly.  # [P, r]
+
+    Raises:
+        ValueError: neither Eigenpairs nor a matrix [P, r] of the operator's dtype and device;
+            r over P; values that are not finite.
+    """
+    size, dtype, device = require_operator(operator)
+    if deflate is None:
+        return torch.zeros(size, 0, dtype=dtype, device=device)
+    vectors = deflate.vectors if isinstance(deflate, Eigenpairs) else deflate
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != size:
+        raise checks.fail(
+            "deflate", f"Eigenpairs or a matrix of shape [{size}, r]", checks.describe(vectors)
+        )
+    if vectors.shape[1] > size:
+        raise checks.fail("deflate", f"at most {size} directions", str(vectors.shape[1]))
+    if vectors.dtype != dtype or vectors.device != device:
+        raise checks.fail(
+            "deflate",
+            f"{dtype} on {device}",
+            f"{vectors.dtype} on {vectors.device}",
+            "convert it with deflate.to(operator.device, operator.dtype)",
+        )
+    checks.finite("deflate", vectors)
+    # Orthonormal also where the columns are not, and the estimates hold for any orthonormal basis.
+    return qr(vectors.detach())[0]
+
+
+def require_room(count: int, operator: Any) -> None:
+    """Refuse `count` vectors that do not fit the free memory.
+
+    Raises:
+        ValueError: with the number of bytes.
+    """
+    size, dtype, device = require_operator(operator)
+    needed, free = count * size * torch.finfo(dtype).bits // 8, available_bytes(device)
+    if needed > free:
+        raise checks.fail(
+            "probes",
+            f"vectors that fit in the {readable(free)} free",
+            f"{readable(needed)} for {count} of them",
+            'take fewer, or method="hutchinson", which keeps none',
+        )
+
+
+class Complement:
+    """N A N for the projector N onto the complement of an orthonormal basis [P, r]."""
+
+    def __init__(self, operator: Any, basis: Tensor) -> None:
+        self.operator, self.basis = operator, basis
+        size, self.dtype, self.device = require_operator(operator)
+        self.shape = (size, size)
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """The product with vectors [P, K]."""
+        inside = project_out(self.basis, vectors)
+        return project_out(self.basis, multiply(self.operator, inside))
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+    return norms

@@ -1,0 +1,321 @@
+"""The graph of a network, and of its backward pass, as aten operations.
+
+The model is run once under `make_fx`, which writes down the aten operations (after autograd and
+composite functions have been taken apart) that lead from parameters, buffers and inputs to the
+outputs. The written-down graph is then differentiated by autograd under `make_fx` again, which
+writes down the backward pass. What cannot be captured faithfully (values read back to Python,
+parts without gradient, functions with a backward pass of their own, hooks) raises
+`NotCapturedError`; the caller then takes another way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import functionalize, vjp
+from torch.nn.modules import module as _modules
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
+
+from ..._torch.full_precision import exact_math
+from ..._torch.tracing import graph_of, told_of_tracing
+from ..._utils import trees
+from ..._utils.trees import Tree
+from ...objective import Objective
+from ...ops.random_bits import streams as random
+from .._crosscheck import AGREEMENT, coarsest_dtype
+from ._capture_checks import NotCapturedError, Watch, require_nothing_hidden
+from ._decompositions import DECOMPOSITIONS
+from ._linearity import is_linear
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network and its backward pass, for inputs of one shape.
+
+    The graph is a function of parameters, buffers, inputs x and cotangents u of the outputs.
+
+    Attributes:
+        nodes: in an order in which they can be computed.
+        parameters, buffers, x, u: its placeholders; x of each tensor of the inputs.
+        outputs: the network's outputs.
+        gradients: of <outputs, u> in each parameter; None where it is 0.
+        cotangents: of each node that is not linear in what depends on the parameters.
+        constants: tensors that the model holds, by the name of their node.
+    """
+
+    nodes: list[fx.Node]
+    parameters: list[fx.Node]
+    buffers: list[fx.Node]
+    x: list[fx.Node]
+    u: fx.Node
+    outputs: fx.Node
+    gradients: list[fx.Node]
+    cotangents: dict[fx.Node, fx.Node]
+    constants: dict[str, Tensor]
+
+
+@exact_math()
+def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
+    """The graph of an objective's model for inputs like these [n, ...].
+
+    Raises:
+        NotCapturedError: see above.
+    """
+    with _unobserved():
+        try:
+            return _captured(obj, theta, inputs)
+        except NotCapturedError as why:
+            if not _reads_values(why):
+                raise
+            try:
+                return _captured(obj, theta, inputs, told_of_tracing())
+            except NotCapturedError:
+                raise why from None
+
+
+def _captured(
+    obj: Objective, theta: Tensor, inputs: Tree, told: AbstractContextManager[None] | None = None
+) -> Graph:
+    with _refusing(), told or nullcontext():
+        require_nothing_hidden(obj, theta, inputs)
+        parts = [part.detach() for part in obj.split(theta).values()]
+        forward = _forward(obj, parts, inputs)
+    _require_faithful(forward, obj, theta, inputs)
+    marked = _not_linear(forward, len(parts))
+    with _refusing():
+        held = list(obj.buffers.values())
+        return _with_backward(forward, marked, parts, held, trees.leaves(inputs))
+
+
+def _reads_values(why: NotCapturedError) -> bool:
+    """Whether a model was not captured for reading a value back to Python."""
+    return "_local_scalar_dense" in str(why)
+
+
+@contextmanager
+def _unobserved() -> Iterator[None]:
+    """Within it no dispatch mode, and no module is followed as torch's counters of FLOPs do.
+
+    What they do is no part of the model, whose graph is kept for calls without them.
+    """
+    places: Any = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
+    followed = [
+        (hooks, {key: hook for key, hook in hooks.items() if _follows_modules(hook)})
+        for hooks in places
+    ]
+    with _disable_current_modes():
+        for hooks, own in followed:
+            for key in own:
+                hooks.pop(key, None)
+        try:
+            yield
+        finally:
+            for hooks, own in followed:
+                hooks.update(own)
+                for key in sorted(hooks):  # in the order in which they were registered
+                    hooks.move_to_end(key)
+
+
+def _follows_modules(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever a model does that tracing does not take becomes a NotCapturedError."""
+    try:
+        yield
+    except (NotCapturedError, torch.OutOfMemoryError):
+        raise
+    except Exception as why:
+        said = (str(why) or "no message").splitlines()[0]
+        raise NotCapturedError(f"{type(why).__name__}: {said}") from why
+
+
+@torch.no_grad()
+def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tree) -> None:
+    """Refuse a graph in which numbers of this point are written down as constants."""
+    theta = theta * (
+        1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
+    )
+    inputs = trees.mapped(lambda t: (0.9 * t if t.is_floating_point() else t).flip(0), inputs)
+    try:
+        expected = obj.outputs(theta, inputs)
+        dtype = coarsest_dtype(obj, theta, inputs)
+    except Exception:  # a model need not run there
+        return
+    leaves = (*obj.split(theta).values(), *obj.buffers.values(), *trees.leaves(inputs))
+    (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
+    gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
+    if got.shape != expected.shape or not gap <= AGREEMENT[dtype][0] * scale:
+        raise NotCapturedError("the graph holds numbers that are others at another point")
+
+
+def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModule:
+    """The graph (parameters, buffers, x) -> outputs."""
+    names, buffers = obj.parameter_names, list(obj.buffers)
+
+    def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
+        values = dict(zip(names, parts, strict=True)) | dict(zip(buffers, held, strict=True))
+        with Watch():
+            outputs = obj.run_model(values, trees.rebuilt(inputs, x))
+        return outputs
+
+    with torch.enable_grad():
+        graph = _traced(
+            run, DECOMPOSITIONS, parts, list(obj.buffers.values()), trees.leaves(inputs)
+        )
+    graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        if _has_sizes_from_data(node):
+            raise NotCapturedError(f"sizes depend on the data ({node.target})")
+    return graph
+
+
+def _has_sizes_from_data(node: fx.Node) -> bool:
+    if node.target is aten.index.Tensor:
+        chosen = [a.meta["val"].dtype for a in node.args[1] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
+        return torch.bool in chosen or torch.uint8 in chosen
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+
+
+def _with_backward(
+    forward: fx.GraphModule,
+    marked: list[fx.Node],
+    parts: list[Tensor],
+    buffers: list[Tensor],
+    inputs: list[Tensor],
+) -> Graph:
+    """Differentiate the graph in the parameters, and in shifts (of 0) of the marked nodes."""
+    shifts = []
+    for node in marked:
+        like = node.meta["val"]  # without data
+        shifts.append(torch.zeros(like.shape, dtype=like.dtype, device=like.device))
+    outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
+
+    def run(
+        parts: list[Tensor],
+        buffers: list[Tensor],
+        x: list[Tensor],
+        u: Tensor,
+        shifts: list[Tensor],
+    ) -> Any:
+        def network(parts: list[Tensor], shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            return _Shifted(forward, marked).run(parts, buffers, x, shifts)
+
+        outputs, pull, before = vjp(network, parts, shifts, has_aux=True)
+        gradients, cotangents = pull(u)
+        return outputs, gradients, cotangents, before
+
+    arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
+    joint = _traced(run, DECOMPOSITIONS, *arguments)
+    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    p, b, i = len(parts), len(buffers), len(inputs)
+    for shift in placeholders[p + b + i + 1 :]:
+        for add in list(shift.users):
+            others = [a for a in add.all_input_nodes if a is not shift]
+            if add.target is not aten.add.Tensor or len(others) != 1:
+                raise NotCapturedError("the model takes derivatives of its own")
+            add.replace_all_uses_with(others[0])
+    (result,) = (node for node in joint.graph.nodes if node.op == "output")
+    leaves = iter(tree_leaves(result.args))
+    outputs_node = next(leaves)
+    gradients = [next(leaves) for _ in range(p)]
+    cotangents = [next(leaves) for _ in marked]
+    before = [next(leaves) for _ in marked]
+    joint.graph.eliminate_dead_code()
+    constants = {n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"}
+    joint.graph.owning_module = None  # which holds the model's tensors too
+    return Graph(
+        nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
+        parameters=placeholders[:p],
+        buffers=placeholders[p : p + b],
+        x=placeholders[p + b : p + b + i],
+        u=placeholders[p + b + i],
+        outputs=outputs_node,
+        gradients=gradients,
+        cotangents=dict(zip(before, cotangents, strict=True)),
+        constants=constants,
+    )
+
+
+def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
+    with warnings.catch_warnings():  # torch's own, of what it uses to trace
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
+        graph = graph_of(function, *arguments, decompositions=table)
+        if any(_mutates(node) for node in graph.graph.nodes):
+            # Only now, as composite functions hide what they change in place.
+            graph = graph_of(functionalize(graph), *arguments, decompositions=table)
+    for node in graph.graph.nodes:
+        if _mutates(node):
+            raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
+        if any(isinstance(t, Tensor) and t.is_complex() for t in tree_leaves(node.meta.get("val"))):
+            raise NotCapturedError(f"the model computes with complex numbers ({node.target})")
+    return graph
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
+    """Nodes (tensors) of the graph that are not linear in what depends on the parameters."""
+    active: set[fx.Node] = set()
+    marked = []
+    for node in forward.graph.nodes:
+        if node.op == "placeholder":
+            if count > 0:
+                active.add(node)
+                count -= 1
+            continue
+        if node.op != "call_function" or not any(a in active for a in node.all_input_nodes):
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            continue
+        if node.target is aten.detach.default:  # of torch's own, as nothing here asks for gradients
+            raise NotCapturedError("the model detaches a tensor")
+        active.add(node)
+        source = node.args[0] if node.target is operator.getitem else node
+        if isinstance(value, Tensor) and not is_linear(source, active):
+            marked.append(node)
+    return marked
+
+
+class _Shifted(fx.Interpreter):
+    """Runs the forward graph with something added to marked nodes."""
+
+    def __init__(self, forward: fx.GraphModule, marked: list[fx.Node]) -> None:
+        super().__init__(forward, garbage_collect_values=True)
+        self._marked = {node: i for i, node in enumerate(marked)}
+
+    def run(  # type: ignore[override]
+        self, parts: list[Tensor], buffers: list[Tensor], x: list[Tensor], shifts: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        self._shifts, self._before = shifts, list(shifts)
+        outputs = super().run(*parts, *buffers, *x, enable_io_processing=False)
+        (outputs,) = tree_leaves(outputs)
+        return outputs, self._before
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if node in self._marked:
+            i = self._marked[node]
+            self._before[i] = value
+            return value + self._shifts[i]
+        return value

@@ -1,0 +1,292 @@
+"""Convolutions: tangents of the operation, of its backward pass, and second-order forms.
+
+K weights that meet the same images are one convolution with K times the output channels. K
+stacks of images that meet the same weight are one convolution of K times the batch. Gradients in
+the weight of K stacks of images, or of K cotangents, are one with K times the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._utils.devices import is_gpu
+from ._jvp_rules import rule
+from ._node import Step, Sum, flat
+
+aten = torch.ops.aten
+# Channels that one call should have at most on a CPU: wider ones gain nothing and fall out of the
+# cache. On a GPU launches are what costs.
+CHANNELS = 512
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything of a convolution but its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @staticmethod
+    def of(step: Step, first: int) -> Geometry:
+        """From the arguments of aten's convolution that start at position `first`."""
+        dims = step.value(1).ndim - 2
+        a = [step.argument(first + i) for i in range(6)]
+        stride, padding, dilation, extra = (_each(a[i], dims) for i in (0, 1, 2, 4))
+        return Geometry(stride, padding, dilation, bool(a[3]), extra, int(a[5]))
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = aten.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed,
+            self.output_padding, self.groups,
+        )  # fmt: skip
+        return out
+
+    def with_weights(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [n, C, ...] with each of weights [K, *shape]: [K, n, O, ...], maybe strided."""
+        k, g = len(weights), self.groups
+        if self.transposed:  # [K, C, O/g, ...]: output channels are the second axis
+            stacked = weights.movedim(0, 1)  # [C, K, O/g, ...]
+            stacked = stacked.reshape(len(stacked), -1, *weights.shape[3:])
+        else:  # [K, O, C/g, ...]: the first, by groups
+            stacked = weights.unflatten(1, (g, -1)).movedim(0, 1)  # [g, K, O/g, C/g, ...]
+            stacked = stacked.reshape(-1, *weights.shape[2:])
+        out = self(x, stacked)  # [n, g K O/g, ...]
+        return out.unflatten(1, (g, k, -1)).movedim(2, 0).flatten(2, 3)
+
+
+def _each(values: Sequence[int], dims: int) -> tuple[int, ...]:
+    return tuple(values) * dims if len(values) == 1 else tuple(values)
+
+
+@rule(aten.convolution.default)
+def _convolution(step: Step) -> Any:
+    geometry = Geometry.of(step, 3)
+    tx, tw, tb = (step.tangent(i) for i in range(3))
+    out = None
+    if tx is not None:
+        out = geometry(packed(flat(tx)), step.value(1)).unflatten(0, (len(tx), -1))
+    if tw is not None:
+        out = _with_weights(geometry, step.value(0), tw, step.shape[1], out)
+    if tb is not None:
+        tb = tb.view(len(tb), 1, -1, *[1] * (len(step.shape) - 2))
+        if out is None:
+            return tb.expand(len(tb), *step.shape)
+        out = (out.total() if isinstance(out, Sum) else out).add_(tb)
+    return out
+
+
+def _with_weights(
+    geometry: Geometry | Back, x: Tensor, weights: Tensor, channels: int, added: Tensor | None
+) -> Any:
+    """x with each of weights [K, ...], added to a tangent [K, n, channels, ...] if there is one."""
+    blocks = _blocks(weights, channels)
+    if added is not None and len(blocks) == 1:
+        return Sum(added, geometry.with_weights(x, weights))
+    out = added
+    for rows in blocks:
+        part = geometry.with_weights(x, weights[rows])
+        if out is None:
+            out = _like_batches(part, len(weights))
+        if added is None:
+            out[rows].copy_(part)
+        else:
+            out[rows].add_(part)
+    return out
+
+
+def _like_batches(part: Tensor, k: int) -> Tensor:
+    """Room for [k, n, O, ...], images one after the other, channels last where part has them."""
+    shape = (k * part.shape[1], *part.shape[2:])
+    memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory).unflatten(
+        0, (k, -1)
+    )
+
+
+def _blocks(weights: Tensor, channels: int) -> list[slice]:
+    if is_gpu(weights.device):
+        return [slice(0, len(weights))]
+    step = max(1, CHANNELS // max(1, channels))
+    return [slice(i, i + step) for i in range(0, len(weights), step)]
+
+
+def packed(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] with channels last."""
+    if images.ndim == 4:
+        return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous()
+
+
+class Back:
+    """A convolution's cotangents g [n, O, ...] taken to its input x [n, C, ...], by weights."""
+
+    def __init__(self, geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> None:
+        self._size = x.shape[2:]
+        reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
+        fits = all(p <= r for p, r in zip(geometry.padding, reach, strict=True))
+        plain = not geometry.transposed and geometry.groups == 1 and set(geometry.stride) <= {1}
+        # Stride 1: an ordinary convolution with turned weights, which CPU libraries do faster.
+        # cuDNN has kernels for the transposed one, and turning weights takes launches.
+        self._turned = plain and fits and not is_gpu(g.device)
+        if self._turned:
+            padding = tuple(r - p for r, p in zip(reach, geometry.padding, strict=True))
+            self._geometry = replace(geometry, padding=padding)
+            return
+        if geometry.transposed:
+            none = (0,) * len(geometry.stride)
+            self._geometry = replace(geometry, transposed=False, output_padding=none)
+            return
+        extra = []
+        for i, (s, p, d) in enumerate(
+            zip(geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        ):
+            least = (g.shape[2 + i] - 1) * s - 2 * p + d * (kernel[i] - 1) + 1
+            extra.append(x.shape[2 + i] - least)
+        self._geometry = replace(geometry, transposed=True, output_padding=tuple(extra))
+
+    def __call__(self, g: Tensor, weight: Tensor) -> Tensor:
+        if self._turned:
+            weight = weight.transpose(0, 1).flip(list(range(2, weight.ndim)))
+        return self._cropped(self._geometry(g, weight))
+
+    def with_weights(self, g: Tensor, weights: Tensor) -> Tensor:
+        """As `Geometry.with_weights`."""
+        if self._turned:
+            weights = weights.transpose(1, 2).flip(list(range(3, weights.ndim)))
+        return self._cropped(self._geometry.with_weights(g, weights))
+
+    def _cropped(self, out: Tensor) -> Tensor:
+        # Output padding of at least the stride leaves positions that no input went to.
+        for i, size in enumerate(self._size):
+            out = out.narrow(i - len(self._size), 0, size)
+        return out
+
+
+@rule(aten.convolution_backward.default)
+def _convolution_backward(step: Step) -> Any:
+    geometry = Geometry.of(step, 4)
+    tg, tx, tw = (step.tangent(i) for i in range(3))
+    wants = step.argument(10)
+    k = len(next(t for t in (tg, tx, tw) if t is not None))
+    gx = gw = gb = None
+    if tg is not None:
+        tg = packed(flat(tg)).unflatten(0, (k, -1))
+    if wants[0]:
+        gx = _to_input(step, geometry, tg, tw)
+    if wants[1]:
+        gw = _to_weight(step, geometry, tg, tx)
+    if wants[2] and tg is not None:
+        gb = tg.sum([1, *range(3, tg.ndim)])
+    return gx, gw, gb
+
+
+def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
+    out = None
+    g, x, weight = (step.value(i) for i in range(3))
+    back = Back(geometry, g, x, weight.shape[2:])
+    if tg is not None:
+        out = back(flat(tg), weight).unflatten(0, (len(tg), -1))
+    if tw is not None:
+        out = _with_weights(back, g, tw, x.shape[1], out)
+    return out
+
+
+def _to_weight(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Any:
+    like = step.value(2)
+    if is_gpu(like.device):
+        return _to_weight_at_once(step, geometry, tg, tx)
+    parts = []
+    for i in range(len(tg if tg is not None else tx)):
+        total = None
+        if tg is not None:
+            total = _backward(step, tg[i], step.value(1), like, (False, True, False))[1]
+        if tx is not None:
+            more = _backward(step, step.value(0), tx[i], like, (False, True, False))[1]
+            total = more if total is None else total.add_(more)
+        parts.append(total)
+    return torch.stack(parts)
+
+
+def _to_weight_at_once(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
+    """The same with a call for all K cotangents, and one for all K inputs."""
+    g, x, like = (step.value(i) for i in range(3))
+    terms = []
+    # A weight [O, C/g, ...], of a transposed convolution [C, O/g, ...], has K times the channels of
+    # what is stacked: in its first axis, where groups are, or in its second.
+    if tg is not None:
+        terms.append(_stacked_weight_gradient(step, geometry, tg, x, like, geometry.transposed))
+    if tx is not None:
+        terms.append(_stacked_weight_gradient(step, geometry, g, tx, like, not geometry.transposed))
+    out = like.new_empty(len(tg if tg is not None else tx), *like.shape)
+    if len(terms) == 1:
+        return out.copy_(terms[0])
+    return torch.add(*terms, out=out)
+
+
+def _stacked_weight_gradient(
+    step: Step, geometry: Geometry, g: Tensor, x: Tensor, like: Tensor, in_second_axis: bool
+) -> Tensor:
+    """Gradients [K, *like.shape], strided, for K cotangents g or K inputs x, the other being one.
+
+    Args:
+        g, x: cotangents [n, O, ...] and inputs [n, C, ...]; of the stacked one [K, n, ...].
+        in_second_axis: whether the weight's second axis is that of the stacked one's channels.
+    """
+    groups, dims = geometry.groups, like.ndim
+    if g.ndim > dims:
+        k, g = len(g), _stacked(g, groups)
+    else:
+        k, x = len(x), _stacked(x, groups)
+    a, b = like.shape[:2]
+    shape = (a, k * b) if in_second_axis else (k * a, b)
+    memory = torch.channels_last if dims == 4 else torch.contiguous_format
+    stacked = torch.empty(
+        (*shape, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=memory
+    )
+    found = _backward(step, g, x, stacked, (False, True, False))[1]
+    if in_second_axis:
+        return found.unflatten(1, (k, b)).movedim(1, 0)
+    return found.unflatten(0, (groups, k, -1)).movedim(1, 0).flatten(1, 2)
+
+
+def _stacked(tangents: Tensor, groups: int) -> Tensor:
+    """[K, n, C, ...] as [n, g K C/g, ...], images with channels last."""
+    k, n, channels = tangents.shape[:3]
+    memory = torch.channels_last if tangents.ndim == 5 else torch.contiguous_format
+    out = torch.empty(
+        (n, k * channels, *tangents.shape[3:]),
+        dtype=tangents.dtype, device=tangents.device, memory_format=memory,
+    )  # fmt: skip
+    out.unflatten(1, (groups, k, -1)).copy_(tangents.unflatten(2, (groups, -1)).movedim(0, 2))
+    return out
+
+
+def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
+    return aten.convolution_backward(
+        g, x, w, None, *(step.argument(4 + i) for i in range(6)), wants
+    )
+
+
+def backward(step: Step) -> Any:
+    """The values of the backward pass, as far as they are wanted within the graph."""
+    g, x, weight = (step.value(i) for i in range(3))
+    gx = None
+    if step.wanted(0):
+        gx = Back(Geometry.of(step, 4), g, x, weight.shape[2:])(packed(g), weight)
+    gw = gb = None
+    wants = (False, step.wanted(1), step.wanted(2))
+    if any(wants):
+        sizes = step.argument(3)
+        _, gw, gb = aten.convolution_backward(
+            g, x, weight, sizes, *(step.argument(4 + i) for i in range(6)), wants
+        )
+    return gx, gw, gb

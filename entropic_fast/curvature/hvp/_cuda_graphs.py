@@ -1,0 +1,146 @@
+"""Products of tiles whose values are kept, as CUDA graphs: one launch where there were hundreds."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch.cuda_graphs import GraphMemory, captured, switched_off
+from ..._utils.devices import is_gpu
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[Tensor, Tensor], None]  # of rows [K, P], adding to a total [K, ...]
+
+
+class TileGraphs:
+    """Work on tiles for blocks of vectors, replayed as CUDA graphs once it is warm.
+
+    The work must read nothing back, and everything it reads but the vectors must stay where it is.
+    Graphs read vectors from one buffer, and add to another. Blocks are padded with zeros to a power
+    of two, so that few graphs serve any number of vectors. The first block of a width runs as it
+    is, in which libraries choose their kernels; from the next product on each tile is captured. All
+    graphs share one memory pool: nothing of a replay is used later but what it adds to the totals.
+
+    Where a capture fails, all further work runs as it is, and `note` says why.
+
+    Args:
+        device: of the work.
+        width: vectors in a block, at most.
+        room: bytes for the buffers; without enough there are no graphs.
+
+    Attributes:
+        enabled: whether work is to be captured.
+        note: why it is not; "" on a CPU.
+        captures: graphs captured so far.
+    """
+
+    def __init__(self, device: torch.device, width: int, room: int) -> None:
+        self._width, self._room = width, room
+        self.enabled, self.note = is_gpu(device), ""
+        if self.enabled and switched_off():
+            self.enabled, self.note = False, switched_off()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._vectors: Tensor | None = None
+        self._sums: dict[Hashable, Tensor] = {}
+        self._loaded: tuple[Tensor, Tensor, Tensor] | None = None  # block, its total, the buffer's
+        self._warm: set[Hashable] = set()  # kinds and widths that have run in an earlier product
+        self._warming: set[Hashable] = set()
+        self._memory: GraphMemory | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def captures(self) -> int:
+        return len(self._graphs)
+
+    def session(self) -> AbstractContextManager[Any]:
+        """To hold while a product runs: threads that share an engine share the buffers."""
+        return self._lock if self.enabled else nullcontext()
+
+    def run(self, kind: Hashable, tile: int, work: Work, rows: Tensor, total: Tensor) -> None:
+        """Add what `work` adds for vectors `rows` [k, P] to `total` [k, ...].
+
+        Args:
+            kind: of the work; the same for the same work on other tiles.
+            tile: its number.
+        """
+        buffers = self._load(rows, total) if self.enabled else None
+        if buffers is None:
+            work(rows, total)
+            return
+        width = (kind, len(buffers[0]))
+        if width not in self._warm:
+            work(*buffers)
+            self._warming.add(width)
+            return
+        graph = self._graphs.get((width, tile)) or self._captured((width, tile), work, buffers)
+        if graph is None:
+            work(rows, total)
+        else:
+            graph.replay()
+
+    def flush(self) -> None:
+        """Put results where they belong; to be called when a product has seen all tiles."""
+        self._unload()
+        self._warm |= self._warming
+        self._warming.clear()
+
+    def _load(self, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Buffers that hold these vectors, with zeros below them; None if there is no room."""
+        k = len(rows)
+        width = min(self._width, 1 << (k - 1).bit_length())
+        key = (total.shape[1:], total.dtype)
+        if self._vectors is None:
+            self._vectors = self._buffer(rows)
+        if key not in self._sums:
+            self._sums[key] = self._buffer(total)
+        if self._room < 0:
+            self._give_up("CUDA graphs were not used: too little memory for their vectors")
+            return None
+        vectors, sums = self._vectors[:width], self._sums[key][:width]
+        if self._loaded is None or self._loaded[0] is not rows:
+            self._unload()
+            vectors[:k].copy_(rows)
+            vectors[k:].zero_()
+            self._loaded = (rows, total, sums)
+        return vectors, sums
+
+    def _unload(self) -> None:
+        if self._loaded is not None:
+            rows, total, sums = self._loaded
+            total.add_(sums[: len(rows)])
+            sums.zero_()
+            self._loaded = None
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        """Zeros for a block of this width, or nothing if there is no room."""
+        self._room -= self._width * like[:1].nbytes
+        rows = self._width if self._room >= 0 else 0
+        return like.new_zeros(rows, *like.shape[1:])
+
+    def _captured(
+        self, key: Hashable, work: Work, buffers: tuple[Tensor, Tensor]
+    ) -> torch.cuda.CUDAGraph | None:
+        device = buffers[0].device
+        self._memory = self._memory or GraphMemory(device)
+        graph, note = captured(lambda: work(*buffers), device, self._memory)
+        if graph is None:
+            self._give_up(note)
+            return None
+        self._graphs[key] = graph
+        return graph
+
+    def _give_up(self, note: str) -> None:
+        self.enabled, self.note = False, note
+        self._unload()
+        self._graphs.clear()
+        self._vectors = None
+        self._sums.clear()
+        self._memory = None
+        logger.warning("products of curvature: %s", note)

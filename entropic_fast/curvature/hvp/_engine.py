@@ -1,0 +1,297 @@
+"""Products and quadratic forms of an objective's curvature, a tile of examples at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..._torch.forward_mode import forward_lock
+from ..._torch.full_precision import exact_math
+from ..._torch.glibc_malloc import keep_freed_memory
+from ..._utils import trees
+from ..._utils.devices import is_gpu
+from ..._utils.trees import Tree
+from ...objective import Objective
+from ...objective._parameters import model_lock
+from ._capture import capture
+from ._capture_checks import NotCapturedError
+from ._cuda_graphs import TileGraphs
+from ._interpreter import Program, Values
+from ._node import Sum
+from ._output_loss import LossAt
+from ._program_cache import Architecture, find, keep, reading
+from ._tiles import SHAPES, Tile, Tiling
+
+logger = logging.getLogger(__name__)
+
+# Share of the budget for values that are kept. Half of it is for what a call takes; the rest is
+# for what the C library leaves unused between tensors, up to a sixth of a small budget.
+KEPT = 1 / 3
+# Share of the budget for the vectors and sums that CUDA graphs read and write.
+BUFFERS = 1 / 8
+
+
+class JetEngine:
+    """Curvature of an objective's summed loss at one point.
+
+    Values at the point are computed anew for every call, until a second call of a kind shows
+    that they are wanted again: then as many tiles' as KEPT of the budget holds are kept.
+
+    Args:
+        obj: the objective.
+        theta: the point.  # [P]
+        budget: bytes to stay under.
+
+    Raises:
+        NotCapturedError: a model whose graph does not say all there is to its derivatives.
+    """
+
+    def __init__(self, obj: Objective, theta: Tensor, budget: int) -> None:
+        self.obj, self.theta, self.budget = obj, theta, budget
+        self._parts = [part.detach() for part in obj.split(theta).values()]
+        self._sizes = [part.numel() for part in self._parts]
+        tiling = Tiling(obj, theta, budget)
+        self.width, self.tile = tiling.width, tiling.size
+        self.tiles, self.samples = tiling.tiles, tiling.samples
+        if obj.device.type == "cpu":
+            keep_freed_memory()
+        self._calls: set[str] = set()
+        self._keeping = threading.Lock()  # held to change what is kept: threads may share it
+        self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
+        self._kept_bytes = 0
+        self.graphs = TileGraphs(obj.device, self.width, int(BUFFERS * budget))
+        self._complete: dict[str, int] = {}  # tiles of a kind, where the values of all are kept
+        self._programs: dict[Any, Program] = {}
+        for tile in tiling.first_of_each_shape():
+            self._programs[trees.form(tile.inputs)] = program_for(obj, theta, tile.inputs)
+
+    def program(self, tile: Tile) -> Program:
+        """The program for a tile's shapes."""
+        return self._programs[trees.form(tile.inputs)]
+
+    # -- results ---------------------------------------------------------------------------
+
+    @exact_math()
+    @torch.no_grad()
+    def products(self, rows: Tensor, kind: str, sample: Tile | None = None) -> Tensor:
+        """Products of the summed loss's "hessian" or "ggn" with rows.  # [K, P]
+
+        Args:
+            rows: [K, P]
+            sample: a tile to take instead of all examples.
+        """
+        total = torch.zeros_like(rows)
+
+        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
+            self._add_product(values, loss, block, kind, sums)
+
+        self._over_tiles(kind, sample, rows, total, add)
+        return total
+
+    @exact_math()
+    @torch.no_grad()
+    def forms(
+        self, rows: Tensor, sample: Tile | None = None, *, network_alone: bool = False
+    ) -> Tensor:
+        """v^T H v of the summed loss for rows v [K, P].  # [K] float64
+
+        Args:
+            network_alone: leave out the part of the loss, v^T G v with the Gauss-Newton matrix G.
+        """
+        total = rows.new_zeros(len(rows), dtype=torch.float64)
+
+        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
+            moved, found = values.program.forms(values, self._directions(block))
+            sums += found
+            if moved is not None and not network_alone:
+                bent = moved.double() * loss.hessian(moved).double()
+                sums += bent.flatten(1).sum(1)
+
+        self._over_tiles("forms", sample, rows, total, add, network_alone)
+        return total
+
+    def _over_tiles(
+        self,
+        kind: str,
+        sample: Tile | None,
+        rows: Tensor,
+        total: Tensor,
+        add: Callable[[Values, LossAt, Tensor, Tensor], None],
+        variant: bool = False,
+    ) -> None:
+        """Add to total [K, ...] what `add` finds for each tile and block of rows [K, P]."""
+        blocks = list(self._blocks(rows, total)) if len(rows) else []
+        if not blocks:
+            return
+        with self.graphs.session():
+            for i, (values, loss) in enumerate(self._points(kind, sample)):
+                for block, sums in blocks:
+                    if sample is None and self._can_be_graphed(kind, i, loss):
+                        work = partial(add, values, loss)
+                        self.graphs.run((kind, variant), i, work, block, sums)
+                    else:
+                        add(values, loss, block, sums)
+            self.graphs.flush()
+
+    def _can_be_graphed(self, kind: str, tile: int, loss: LossAt) -> bool:
+        """Whether a tile's values stay where they are, and its work reads nothing back."""
+        kept = self._kept.get((kind, tile))
+        is_kept = kept is not None and kept[1] is loss
+        return self.graphs.enabled and is_kept and loss.launches_alone
+
+    @exact_math()
+    @torch.no_grad()
+    def pushed(self, tile: Tile, rows: Tensor) -> Tensor:
+        """The Jacobian of a tile's outputs times rows [K, P].  # [K, n * outputs]"""
+        values = self._outputs_at(tile)
+        outputs = values.program.graph.outputs
+        found = rows.new_zeros(len(rows), values[outputs].numel())
+        for block, part in self._blocks(rows, found):
+            moved = values.program.push(values, self._directions(block)).get(outputs)
+            if isinstance(moved, Sum):
+                moved = moved.total()
+            if moved is not None:
+                part.copy_(moved.flatten(1))
+        return found
+
+    @exact_math()
+    @torch.no_grad()
+    def pulled(self, tile: Tile, rows: Tensor) -> Tensor:
+        """Rows [K, m * outputs], of the m examples that count, times the Jacobian.  # [K, P]"""
+        values = self._outputs_at(tile)
+        program = values.program
+        like = values[program.graph.outputs]
+        total = rows.new_zeros(len(rows), len(self.theta))
+        for block, sums in self._blocks(rows, total):
+            u = block.new_zeros(len(block), like.numel())
+            u[:, : block.shape[1]] = block
+            self._add_gradients(program.pull(values, {}, u.view(-1, *like.shape)), sums)
+        return total
+
+    def _outputs_at(self, tile: Tile) -> Values:
+        return self.program(tile).forward(self._parts, self.obj.buffers.values(), tile.inputs)
+
+    def _blocks(self, rows: Tensor, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, len(rows), self.width):
+            yield rows[i : i + self.width], total[i : i + self.width]
+
+    def _add_product(
+        self, values: Values, loss: LossAt, rows: Tensor, kind: str, total: Tensor
+    ) -> None:
+        program = values.program
+        tangents = program.push(values, self._directions(rows), keep=kind == "hessian")
+        moved = tangents.get(program.graph.outputs)
+        if moved is None:  # outputs that do not depend on the parameters
+            return
+        found = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
+        self._add_gradients(found, total)
+
+    def _add_gradients(self, found: list[Tensor | None], total: Tensor) -> None:
+        if is_gpu(total.device):  # two launches, not one for each parameter
+            rows = [
+                total.new_zeros(len(total), size) if g is None else g.reshape(len(total), -1)
+                for g, size in zip(found, self._sizes, strict=True)
+            ]
+            total += torch.cat(rows, 1)
+            return
+        for part, gradient in zip(total.split(self._sizes, 1), found, strict=True):
+            if gradient is not None:
+                part += gradient.reshape(len(total), -1)
+
+    def _directions(self, rows: Tensor) -> list[Tensor]:
+        parts = rows.split(self._sizes, 1)
+        if is_gpu(rows.device):  # parts of their own, by one launch
+            parts = torch.ops.aten.split_with_sizes_copy(rows, self._sizes, 1)
+        return [
+            part.reshape(len(rows), *like.shape)
+            for part, like in zip(parts, self._parts, strict=True)
+        ]
+
+    def keep(self, kind: str) -> None:
+        """Keep values at the point from the next call of a kind on, as far as memory allows."""
+        self._calls.add(kind)
+
+    # -- points ----------------------------------------------------------------------------
+
+    def _points(self, kind: str, sample: Tile | None) -> Iterator[tuple[Values, LossAt]]:
+        """Values and losses, tile by tile."""
+        if sample is not None:
+            yield self._at(sample, kind)
+            return
+        if kind in self._complete:  # no example is read again
+            yield from (self._kept[kind, i] for i in range(self._complete[kind]))
+            return
+        again = kind in self._calls
+        self._calls.add(kind)
+        tiles = 0
+        for i, tile in enumerate(self.tiles(self.obj.own_batches)):
+            tiles = i + 1
+            known = self._kept.get((kind, i))
+            if known is not None:
+                yield known
+                continue
+            point = self._at(tile, kind)
+            yield point
+            if again:
+                self._keep((kind, i), point)
+        if all((kind, i) in self._kept for i in range(tiles)):
+            self._complete[kind] = tiles
+
+    def _keep(self, key: tuple[str, int], point: tuple[Values, LossAt]) -> None:
+        size = point[0].prune()
+        with self._keeping:
+            if key not in self._kept and self._kept_bytes + size <= KEPT * self.budget:
+                self._kept[key] = point
+                self._kept_bytes += size
+
+    def _at(self, tile: Tile, kind: str) -> tuple[Values, LossAt]:
+        program = self.program(tile)
+        values = program.forward(self._parts, self.obj.buffers.values(), tile.inputs)
+        loss = LossAt(self.obj, values[program.graph.outputs], tile.targets, tile.weights)
+        if not bool(torch.isfinite(loss.losses).all()):
+            self.obj.finite_losses(self.theta, tile.batch)  # raises, naming the example
+        if kind != "ggn":
+            program.backward(values, loss.gradient)
+        values.read.clear()  # what comes now are tangents
+        return values, loss
+
+
+# Programs of a model, by what they depend on; or why it has none (an error would hold the model).
+_programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | str]] = WeakKeyDictionary()
+
+
+def program_for(obj: Objective, theta: Tensor, inputs: Tree) -> Program:
+    """The program of an objective's model for inputs like these, captured once an architecture."""
+    key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
+    with forward_lock, model_lock(obj._model):
+        known = _programs.setdefault(obj._model, OrderedDict())
+        if key in known:
+            known.move_to_end(key)
+        else:
+            known[key] = _program_or_reason(obj, theta, inputs, key)
+            while len(known) > SHAPES:
+                known.popitem(last=False)
+        found = known[key]
+    if isinstance(found, str):
+        raise NotCapturedError(found)
+    return found
+
+
+def _program_or_reason(obj: Objective, theta: Tensor, inputs: Tree, key: Any) -> Program | str:
+    architecture = Architecture(obj, *key)
+    found: Program | str | None = find(obj, theta, inputs, architecture)
+    if found is None:
+        try:
+            found = Program(capture(obj, theta, inputs))
+        except NotCapturedError as why:
+            found = str(why)
+        keep(found, architecture)
+    return found

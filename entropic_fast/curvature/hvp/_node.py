@@ -1,0 +1,197 @@
+"""One operation of a graph, with the values and the tangents of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import grad, vmap
+
+from ..._torch.forward_mode import jvp
+
+
+class Sum:
+    """A tangent in two terms, of which the first is its own: a chain may add them as it goes."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self._first = first
+        self._second: Tensor | None = second
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def terms(self) -> tuple[Tensor, Tensor | None]:
+        return self._first, self._second
+
+    def settled(self) -> None:
+        """Say that the second term has been added to the first."""
+        self._second = None
+
+    def total(self) -> Tensor:
+        if self._second is not None:
+            self._first.add_(self._second)
+            self._second = None
+        return self._first
+
+
+class FormSum:
+    """The sum of second-order forms [K] over the operations of a network, taken at the end.
+
+    Normalizations give theirs as sums over pixels [K, C] and factors: those of all layers are put
+    together, which on a GPU takes a launch where one a layer would.
+    """
+
+    def __init__(self) -> None:
+        self._terms: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._tangents: list[Tensor] = []
+        self._factors: list[Tensor] = []
+
+    def add(self, term: Tensor) -> None:
+        """Add a form.  # [K] float64"""
+        self._terms.append(term)
+
+    def add_normalization(self, sums: Tensor, tangent: Tensor, factor: Tensor) -> None:
+        """Add 2 sum_c sums tangent factor, for sums [K, C] float64, tangent [K, C], factor [C]."""
+        self._sums.append(sums)
+        self._tangents.append(tangent)
+        self._factors.append(factor)
+
+    def total(self, k: int, device: torch.device) -> Tensor:
+        """The sum of all that was added.  # [K] float64"""
+        terms = list(self._terms)
+        if self._sums:
+            scaled = torch.cat(self._tangents, 1) * torch.cat(self._factors)
+            terms.append(2 * (torch.cat(self._sums, 1) * scaled).sum(1))
+        if not terms:
+            return torch.zeros(k, dtype=torch.float64, device=device)
+        return torch.stack(terms).sum(0)
+
+
+class Step:
+    """A node being differentiated in K directions at once.
+
+    Args:
+        node: the operation.
+        values: of the nodes at the point.
+        tangents: derivatives of moving nodes in K directions, [K, *shape]; tuples of them
+            (None for what does not move) for operations with several results.
+    """
+
+    def __init__(
+        self, node: fx.Node, values: Mapping[fx.Node, Any], tangents: Mapping[fx.Node, Any]
+    ) -> None:
+        self.node, self._values, self._tangents = node, values, tangents
+
+    def value(self, argument: Any) -> Any:
+        """An argument (by position, or a node, or a sequence of them) at the point."""
+        if isinstance(argument, int):
+            argument = self.argument(argument)
+        return fx.node.map_arg(argument, lambda node: self._values[node])
+
+    def point(self, node: fx.Node) -> Tensor:
+        """An argument's value for forward mode, which lays tangents out as it finds the value.
+
+        An expanded one is copied: no tangent can be written where elements share memory.
+        """
+        value: Tensor = self._values[node]
+        expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
+        return value.contiguous() if expanded else value
+
+    def argument(self, position: int) -> Any:
+        """An argument as the graph has it, or its default."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        schema = self.node.target._schema.arguments[position]
+        return self.node.kwargs.get(schema.name, schema.default_value)
+
+    def tangent(self, argument: Any) -> Any:
+        """The tangent of an argument (by position, or a node); None if it does not move."""
+        if isinstance(argument, int):
+            argument = self.argument(argument)
+        found = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
+        return found.total() if isinstance(found, Sum) else found
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the operation's (single) value, which need not have been computed."""
+        shape: torch.Size = self.node.meta["val"].shape
+        return shape
+
+    @property
+    def moving(self) -> list[fx.Node]:
+        """Argument nodes that move, each once."""
+        return [a for a in self.node.all_input_nodes if self._tangents.get(a) is not None]
+
+    def wanted(self, result: int) -> bool:
+        """Whether an operation of the graph takes one of this one's results."""
+        return any(
+            user.args[1] == result and any(later.op != "output" for later in user.users)
+            for user in self.node.users
+        )
+
+    def call(self, values: Mapping[fx.Node, Any]) -> Any:
+        """The operation with other values of some argument nodes."""
+        args, kwargs = fx.node.map_arg(
+            (self.node.args, dict(self.node.kwargs)),
+            lambda node: values[node] if node in values else self._values[node],
+        )
+        return self.node.target(*args, **kwargs)
+
+
+def by_torch(step: Step) -> Any:
+    """The tangent of any operation, by torch's own forward mode."""
+    moving = step.moving
+    points = tuple(step.point(a) for a in moving)
+
+    def along(*directions: Tensor) -> Any:
+        def call(*a: Tensor) -> Any:
+            return _floating(step.call(dict(zip(moving, a, strict=True))))
+
+        return jvp(call, points, directions)[1]
+
+    return _restored(step, vmap(along)(*(step.tangent(a) for a in moving)))
+
+
+def form_by_torch(step: Step, cotangents: dict[int, Tensor]) -> Tensor:
+    """<cotangents, D^2 f [a', a']> of any operation f.  # [K]"""
+    moving = step.moving
+    points = tuple(step.point(a) for a in moving)
+
+    def weighted(*a: Tensor) -> Tensor:
+        results = step.call(dict(zip(moving, a, strict=True)))
+        several = (results,) if isinstance(results, Tensor) else results
+        return sum((several[i] * g).sum() for i, g in cotangents.items())  # type: ignore[return-value]
+
+    def along(*directions: Tensor) -> Tensor:
+        arguments = tuple(range(len(points)))
+        bent = jvp(grad(weighted, arguments), points, directions)[1]
+        parts = [(d * b).sum(dtype=torch.float64) for d, b in zip(directions, bent, strict=True)]
+        return torch.stack(parts).sum()
+
+    found: Tensor = vmap(along)(*(step.tangent(a) for a in moving))
+    return found
+
+
+def _floating(results: Any) -> Any:
+    """The results that have a derivative; forward mode takes no others."""
+    if isinstance(results, Tensor):
+        return results
+    return tuple(r for r in results if isinstance(r, Tensor) and r.is_floating_point())
+
+
+def _restored(step: Step, tangents: Any) -> Any:
+    if isinstance(tangents, Tensor):
+        return tangents
+    left = iter(tangents)
+    return tuple(
+        next(left) if isinstance(r, Tensor) and r.is_floating_point() else None
+        for r in step.value(step.node)
+    )
+
+
+def flat(tangent: Tensor) -> Tensor:
+    """[K, n, ...] as [K n, ...]."""
+    return tangent.flatten(0, 1)

@@ -1,0 +1,62 @@
+"""First and second derivatives of a loss in the outputs of a network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...objective import Objective
+from ...objective._validation import require_twice_differentiable
+from ...objective.losses._functions import output_hessian
+
+
+class LossAt:
+    """The weighted sum of a batch's losses, as a function of the outputs.
+
+    Second derivatives are in closed form for the losses that have a name, and those of autograd
+    otherwise.
+
+    Args:
+        obj: whose loss it is.
+        outputs: [n, ...]
+        targets: [n, ...]
+        weights: of the examples.  # [n]
+    """
+
+    def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        self._closed_form = output_hessian(obj._loss, outputs, targets, weights)
+        with torch.enable_grad():
+            self._at = outputs.detach().requires_grad_()
+            losses = obj.output_losses(self._at, targets)
+            total = (losses * weights).sum()
+            self.losses = losses.detach()
+            self._slope: Tensor | None = None
+            if total.requires_grad:
+                further = self._closed_form is None
+                if further:
+                    require_twice_differentiable(total)
+                (self._slope,) = torch.autograd.grad(total, self._at, create_graph=further)
+
+    @property
+    def launches_alone(self) -> bool:
+        """Whether products of the Hessian are operations that a CUDA graph can hold."""
+        return self._closed_form is not None
+
+    @property
+    def gradient(self) -> Tensor:
+        """In the outputs.  # [n, ...]"""
+        return torch.zeros_like(self._at) if self._slope is None else self._slope.detach()
+
+    def hessian(self, directions: Tensor) -> Tensor:  # [K, n, ...]
+        """Products of the Hessian in the outputs.  # [K, n, ...]"""
+        if self._closed_form is not None:
+            return self._closed_form(directions)
+        if self._slope is None or not self._slope.requires_grad:  # a loss linear in the outputs
+            return torch.zeros_like(directions)
+        found = [
+            torch.autograd.grad(
+                self._slope, self._at, one, retain_graph=True, materialize_grads=True
+            )[0]
+            for one in directions
+        ]
+        return torch.stack(found)

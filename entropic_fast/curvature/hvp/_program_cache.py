@@ -1,0 +1,145 @@
+"""Programs that objectives of one architecture have in common: captured once, checked for each.
+
+A program is found by the key of the model it was captured from (`architecture`), which holds all
+that a forward pass may read. Before another model uses it, it must give that model's outputs, at a
+point of its own where no parameter is 0, and the model must hide no derivative.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch.architecture_key import key_of
+from ..._torch.full_precision import exact_math
+from ..._utils import trees
+from ..._utils.trees import Tree
+from ...objective import Objective
+from ...objective._architecture_cache import Kept, objective_key
+from ._capture_checks import require_nothing_hidden
+from ._interpreter import Program
+
+logger = logging.getLogger(__name__)
+
+_LARGE = 2**20  # bytes of constants that a kept program may hold
+_ROUNDINGS = 1e3  # of the outputs' norm, by which outputs of the same graph may differ
+_EXAMPLES = 4  # to compare, of a program's
+_SHIFT = 0.1  # relative, of parameters
+_PERIOD = 8191  # of the pattern that shifts them: prime, so that no rows of a matrix are alike
+
+# Programs without the tensors of any model, or why an architecture has none.
+programs: Kept[Program | str] = Kept(32)
+
+
+class Architecture:
+    """The key of an objective's model for inputs of one kind, and the constants it counts.
+
+    Attributes:
+        key: None for a model of which something is not understood.
+        constants: frozen parameters and other tensors of the model, in an order of their own.
+    """
+
+    def __init__(self, obj: Objective, *like: Hashable) -> None:
+        self.constants: list[Tensor] = []
+        self.key = objective_key(obj, like, constants=self.constants)
+
+
+def reading(obj: Objective) -> Hashable:
+    """How an objective runs its model, which objectives may share."""
+    loss = obj._reader.loss
+    taken = loss is not None and (key_of(loss) or id(loss))
+    return obj._reader.part, taken, obj.takes_derivatives, obj._written
+
+
+def find(
+    obj: Objective, theta: Tensor, inputs: Tree, architecture: Architecture
+) -> Program | str | None:
+    """A program of this architecture that gives an objective's outputs, or why it has none.
+
+    None if nothing is known.
+    """
+    known = programs.get(architecture.key)
+    if known is None or isinstance(known, str):
+        return known
+    program = _with_constants(known, architecture)
+    if _gives_outputs(program, obj, theta, inputs):
+        return program
+    logger.info("a program of the same architecture gives other outputs: captured again")
+    return None
+
+
+def keep(found: Program | str, architecture: Architecture) -> None:
+    """Keep what was found for an architecture, for other objectives; no model is kept alive."""
+    kept = found if isinstance(found, str) else _bare(found, architecture)
+    if kept is not None:
+        programs.put(architecture.key, kept)
+
+
+def _bare(program: Program, architecture: Architecture) -> Program | None:
+    """The program with the numbers of constants in place of a model's tensors."""
+    places = {_place(tensor): i for i, tensor in enumerate(architecture.constants)}
+    constants: dict[str, Any] = {
+        name: places.get(_place(tensor), tensor) for name, tensor in program.graph.constants.items()
+    }
+    made = [t for t in constants.values() if isinstance(t, Tensor)]  # by the forward pass
+    if sum(t.numel() * t.element_size() for t in made) > _LARGE:
+        return None
+    return _replaced(program, constants)
+
+
+def _with_constants(program: Program, architecture: Architecture) -> Program:
+    own = architecture.constants
+    constants = {
+        name: own[tensor] if isinstance(tensor, int) else tensor
+        for name, tensor in program.graph.constants.items()
+    }
+    return _replaced(program, constants)
+
+
+def _replaced(program: Program, constants: dict[str, Any]) -> Program:
+    other = copy.copy(program)
+    other.graph = dataclasses.replace(program.graph, constants=constants)
+    other.checked = program.checked.for_another_model()
+    return other
+
+
+def _place(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+@exact_math()
+@torch.no_grad()
+def _gives_outputs(program: Program, obj: Objective, theta: Tensor, inputs: Tree) -> bool:
+    """Whether a program gives the objective's outputs at a point near theta [P]."""
+    try:
+        point = torch.cat([_shifted(part).flatten() for part in obj.split(theta).values()])
+        few = trees.chosen(inputs, slice(_EXAMPLES)) if obj.separable else inputs
+        expected = require_nothing_hidden(obj, point, few)
+        values = program.forward(list(obj.split(point).values()), obj.buffers.values(), inputs)
+        got = values[program.graph.outputs][: len(expected)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as why:  # a capture says what it is
+        logger.info("a program of the same architecture fails: %s", why)
+        return False
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    scale = float(torch.linalg.vector_norm(expected, dtype=torch.float64))
+    gap = float(torch.linalg.vector_norm(got - expected, dtype=torch.float64))
+    return gap <= _ROUNDINGS * torch.finfo(got.dtype).eps * scale
+
+
+def _shifted(part: Tensor) -> Tensor:
+    """A parameter moved by a share of its size: an entry of 0 would hide what it scales."""
+    size = float(torch.linalg.vector_norm(part)) / max(1, part.numel()) ** 0.5
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.randn(_PERIOD, generator=generator, dtype=torch.float64).to(part)
+    count = part.numel()
+    shift = pattern.repeat(-(-count // _PERIOD))[:count].view(part.shape)
+    return part + _SHIFT * (size or 1.0) * shift

@@ -1,0 +1,244 @@
+"""What autograd returns as second derivatives is tested on its first use, on a few examples.
+
+A function with a wrong double backward pass, of torch or of a model's own, gives products that
+belong to no symmetric matrix, or to another one, without a word. So symmetry is tested by two
+random products, and Hessian products against central differences of the gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._utils import checks
+from ...objective import Objective
+from ...objective._dataset import Examples
+from ...objective._validation import backward_nodes, require_twice_differentiable
+from ...objective.losses._functions import output_hessian
+from ...ops.random_bits import streams as random
+from .._crosscheck import AGREEMENT, ROUNDINGS, WrongDerivativeError, coarsest_dtype, rules_are_off
+from ..hvp._interpreter import Checked
+
+if TYPE_CHECKING:
+    from ._second_order import JetOperator
+
+logger = logging.getLogger(__name__)
+
+# Examples that are looked at; all of them where they are one batch.
+FEW = 4
+# Changes of theta, in units of its root mean square, and the least of that. The smaller ones cross
+# fewer kinks of wide networks, and round more.
+STEP, SMALLER, LEAST = 1e-5, 1e-8, 1e-2
+# Relative difference of products and differences that is a wrong derivative, if it is RESOLVED
+# times what the step does to the differences themselves (at a kink, or where they round).
+TOLERANCE, RESOLVED = 1e-5, 10
+# Bytes of float64 vectors [P] up to which differences are taken.
+VECTORS = 2 * 2**30
+_HELD = 10  # vectors
+
+_tested: WeakKeyDictionary[nn.Module, Checked] = WeakKeyDictionary()
+
+
+def require_right_products(operator: JetOperator) -> None:
+    """Test a Hessian's or Gauss-Newton matrix's products by autograd, once for a model and loss.
+
+    Raises:
+        WrongDerivativeError: not symmetric; or Hessian products that are no derivatives of the
+            gradient, where the gradient is that of the loss.
+    """
+    _once(operator.obj, operator.kind, lambda: _test_products(operator))
+
+
+def require_right_loss(obj: Objective, theta: Tensor, name: str) -> None:
+    """Test autograd's second derivatives of a loss in the outputs, once for a model and loss.
+
+    Raises:
+        WrongDerivativeError: no derivatives of its gradient, which is that of the loss.
+    """
+    if obj._reader.loss is None:
+        _once(obj, "loss", lambda: _test_loss(obj, theta, name))
+
+
+def require_adjoint(
+    name: str, forth: Tensor, back: Tensor, v: Tensor, u: Tensor, dtype: torch.dtype
+) -> None:
+    """Compare <u, J v> and <J^T u, v>, with the rounding of a dtype.
+
+    Raises:
+        WrongDerivativeError: they differ by more than rounding.
+    """
+    a, b = float((u.double() * forth.double()).sum()), float((back.double() * v.double()).sum())
+    size = max(float(forth.double().norm()), float(back.double().norm()))
+    if not abs(a - b) <= _limit(size, dtype):
+        raise _wrong(name, f"<u, J v> = {a:.6g} but <J^T u, v> = {b:.6g} for random u and v", None)
+
+
+def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
+    if rules_are_off():
+        return
+    known = _tested.setdefault(obj._model, Checked())
+    if (kind, obj._loss) not in known:
+        test()
+        known.add(kind, obj._loss)
+
+
+def _test_products(operator: JetOperator) -> None:
+    try:
+        small = _on_few_examples(operator)
+        u, v = _probes(small.theta, 2)
+        products = small._product_by_autograd(torch.stack([u, v])).T
+        dtype = coarsest_dtype(small.obj, small.theta, next(small.obj.batches()).inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the product itself will say so
+        logger.info("%s: products were not tested: %s", operator.name, error)
+        return
+    if not checks.all_finite(products):
+        return  # likewise
+    name, a, b = operator.name, float(u @ products[1]), float(v @ products[0])
+    if not abs(a - b) <= _limit(float(products.norm(dim=1).max()), dtype):
+        why = f"<u, H v> = {a:.6g} but <v, H u> = {b:.6g} for random u and v"
+        raise _wrong(name, why, small)
+    if operator.kind == "hessian" and dtype == torch.float64:
+        _test_differences(small, v, products[1])
+
+
+def _on_few_examples(operator: JetOperator) -> Any:
+    """The operator on a few examples, in float64 where that is not too large."""
+    obj = operator.obj.alone()
+    batch = obj.examples.check_batch(FEW)
+    few = copy.copy(obj)
+    few.examples = Examples.of(batch.inputs, batch.targets, obj.examples, None)
+    if obj.examples.with_targets:
+        few.examples = few.examples.including_targets()
+    small = copy.copy(operator)
+    small.obj, small._is_tested = few, True
+    if 8 * _HELD * obj.num_params <= VECTORS:
+        small.obj = few.double()
+        small.theta, small.dtype = operator.theta.double(), torch.float64
+    return small
+
+
+def _test_differences(small: Any, v: Tensor, product: Tensor) -> None:
+    """Compare a product with differences of the gradient along v."""
+    obj = small.obj
+    try:
+        gap = _gap(lambda point: (obj.loss(point), obj.gradient(point)), small.theta, v, product)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.info("%s: differences were not taken: %s", small.name, error)
+        return
+    if gap:
+        why = (
+            f"a product differs by {gap:.2g} of itself from what central differences of the "
+            "gradient give"
+        )
+        raise _wrong(small.name, why, small)
+
+
+@exact_math()
+def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
+    batch = obj.examples.check_batch(FEW)
+    try:
+        with torch.no_grad():
+            outputs = obj.outputs(theta, batch.inputs).double()
+        weights = torch.ones(batch.size, dtype=torch.float64, device=outputs.device)
+        if output_hessian(obj._loss, outputs, batch.targets, weights) is not None:
+            return
+        v = random.normal(outputs.shape, 0, 3, dtype=torch.float64, device=outputs.device)
+
+        def derived(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            leaf = at.detach().clone().requires_grad_()
+            with torch.enable_grad(), TwiceDifferentiable():
+                loss = obj.output_losses(leaf, batch.targets).sum()
+            require_twice_differentiable(loss)
+            return leaf, loss, torch.autograd.grad(loss, leaf, create_graph=True)[0]
+
+        def value(at: Tensor) -> tuple[float, Tensor]:
+            _, loss, gradient = derived(at)
+            return float(loss.detach()), gradient.detach()
+
+        leaf, _, gradient = derived(outputs)
+        product = torch.zeros_like(outputs)
+        if gradient.requires_grad:
+            (product,) = torch.autograd.grad(gradient, leaf, v, materialize_grads=True)
+        gap = _gap(value, outputs, v, product.detach())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a loss of one dtype, or one that asks for more examples
+        logger.info("%s: second derivatives of the loss were not tested: %s", name, error)
+        return
+    if gap:
+        why = (
+            f"the loss's second derivative in the outputs differs by {gap:.2g} of itself from "
+            "what central differences of its gradient give"
+        )
+        raise _wrong(name, why, None)
+
+
+def _gap(
+    value: Callable[[Tensor], tuple[float, Tensor]], at: Tensor, v: Tensor, product: Tensor
+) -> float:
+    """The relative gap between a product and differences along v; 0 if it is none for sure.
+
+    Args:
+        value: a loss and its gradient at a point, in float64.
+        product: of the second derivatives at a point with v.
+    """
+    scale, eps = max(LEAST, float(at.square().mean().sqrt())), torch.finfo(torch.float64).eps
+    centre, gradient = value(at)
+    for step in (scale * STEP, scale * SMALLER):
+        losses, slopes = {}, {}
+        for k in (-2, -1, 1, 2):
+            losses[k], slopes[k] = value(at + k * step * v)
+        if step == scale * STEP:  # where kinks do not matter
+            along, found = float((gradient * v).sum()), (losses[1] - losses[-1]) / (2 * step)
+            rounding = ROUNDINGS * eps * abs(centre) / step
+            if not abs(along - found) <= 1e-4 * float(gradient.norm()) + rounding:
+                logger.info("a gradient is no derivative of its loss, by intention")
+                return 0.0
+        near, far = (slopes[1] - slopes[-1]) / (2 * step), (slopes[2] - slopes[-2]) / (4 * step)
+        bend = (slopes[1] + slopes[-1] - 2 * gradient) / (2 * step)
+        gap, size = float((near - product).norm()), float(torch.stack([near, product]).norm())
+        if gap <= TOLERANCE * size + ROUNDINGS * eps * float(gradient.norm()) / step:
+            return 0.0
+        if gap > RESOLVED * max(float((near - far).norm()), float(bend.norm())):
+            return gap / size
+    return 0.0
+
+
+def _probes(theta: Tensor, count: int) -> list[Tensor]:
+    return [
+        random.normal(theta.shape, 0, 4 + i, dtype=theta.dtype, device=theta.device)
+        for i in range(count)
+    ]
+
+
+def _limit(size: float, dtype: torch.dtype) -> float:
+    return AGREEMENT[dtype][0] * size + ROUNDINGS * torch.finfo(dtype).eps
+
+
+def _wrong(name: str, why: str, small: Any) -> WrongDerivativeError:
+    own = set()
+    if small is not None:
+        batch = next(small.obj.batches())
+        leaf = small.theta.detach().requires_grad_()
+        with torch.enable_grad():
+            nodes = backward_nodes(small.obj.losses(leaf, batch.inputs, batch.targets).sum())
+            own = {type(n).__name__ for n in nodes if isinstance(n, BackwardCFunction)}
+    whose = f"of {', '.join(sorted(own))}, say" if own else "of the model, the loss or torch itself"
+    return WrongDerivativeError(
+        f"{name}: expected products with a symmetric matrix of second derivatives, got products "
+        f"that are none: {why}; look for a function with a wrong or missing second derivative "
+        f"({whose}) and write it in operations that torch differentiates; products as they are "
+        "come within `with entropic_fast.curvature.without_rules():`"
+    )

@@ -1,0 +1,220 @@
+"""The Jacobian of a model's outputs in its parameters, by products with it and its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain, pairwise
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._torch.torch_compile import Compilable
+from ..._utils import checks, trees
+from ...objective import Objective
+from ...objective._objective import require_objective
+from ...objective._validation import require_real_outputs, require_twice_differentiable
+from ...ops.random_bits import streams as random
+from .._crosscheck import coarsest_dtype
+from ..hvp import JetEngine
+from ..hvp._tiles import Tile
+from ._autograd_check import require_adjoint
+from ._base import finite_together, require_vectors
+from ._fast_path import ByRules
+
+
+class JacobianOperator(ByRules):
+    """The Jacobian J [M, P] of all outputs at a point, never formed.
+
+    M is the number of output numbers over all examples, in the order of the data and, within an
+    example, of its flattened outputs. `J @ v` maps changes of the parameters [P] or [P, K] to
+    changes of the outputs [M] or [M, K]; `J.T @ u` maps cotangents of the outputs [M] or [M, K]
+    to gradients [P] or [P, K]. Both go by the rules of `HessianOperator`, K at once, with values
+    at the point shared; a model whose graph cannot be captured goes to autograd (see `way`).
+    With norm="batch" each batch is normalised by its own statistics, differentiated through.
+
+    Args:
+        obj: the objective, of which the loss does not matter.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for values and tangents; None for a quarter of the free memory, half on
+            a GPU. The results, [M, K], come on top.
+
+    Attributes:
+        shape: (M, P).
+        dtype, device: of vectors and results, the objective's.
+        T: the transpose, an operator of shape (P, M).
+        way: "rules", or "autograd" with the reason.
+
+    Raises:
+        ValueError: a model in half precision, a point that does not fit; in products, vectors of
+            another shape, dtype or device, or not finite, and a product that is not finite.
+        RuntimeError: in `J @ v` by autograd, a function marked as once differentiable.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> J = JacobianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> J.shape, (J @ torch.tensor([3.0])).tolist(), (J.T @ torch.tensor([1.0, 1.0])).tolist()
+    ((2, 1), [3.0, 6.0], [3.0])
+    """
+
+    symmetric = False
+    name, kind = "JacobianOperator", "jacobian"
+
+    def __init__(
+        self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
+    ) -> None:
+        require_objective(obj)
+        checks.full_precision("obj", obj.dtype, self.name)
+        obj.require_outputs(self.name)
+        self.obj = obj
+        with torch.inference_mode(False):
+            self.theta = obj.point(theta).clone()
+        self.dtype, self.device = obj.dtype, obj.device
+        # Output numbers of an example, by the shape of its inputs.
+        self._each: dict[Hashable, int] = {}
+        count = 0
+        for batch in obj.batches():
+            like = trees.example_form(batch.inputs)
+            if like not in self._each:
+                with torch.no_grad():
+                    outputs = obj.outputs(self.theta, batch.inputs)
+                require_real_outputs(outputs)
+                self._each[like] = outputs[0].numel()
+            count += batch.size * self._each[like]
+        self.shape = (count, obj.num_params)
+        self._plan(memory_budget)
+        self._is_tested = self._rules_off  # products by autograd
+        super().__init__()
+        self.T = _Transpose(self)
+
+    # -- products --------------------------------------------------------------------------
+
+    def _multiply(self, vectors: Tensor) -> Tensor:
+        columns = require_vectors(vectors, self.shape[1], self.dtype, self.device)
+        rows = columns.reshape(self.shape[1], -1).T.contiguous()
+        found = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+        for tile, (begin, end) in self._tiles() if len(rows) else ():
+            found[:, begin:end] = self._push(tile, rows)[:, : end - begin]
+        product = require_finite_product(self.name, found, vectors).T
+        return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
+
+    def _multiply_transposed(self, vectors: Tensor) -> Tensor:
+        columns = require_vectors(vectors, self.shape[0], self.dtype, self.device)
+        rows = columns.reshape(self.shape[0], -1).T
+        total = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
+        for tile, (begin, end) in self._tiles() if len(rows) else ():
+            total += self._pull(tile, rows[:, begin:end])
+        product = require_finite_product(self.name, total, vectors).T
+        return product.reshape(self.shape[1], *vectors.shape[1:]).contiguous()
+
+    def _tiles(self) -> Iterator[tuple[Tile, tuple[int, int]]]:
+        """Tiles of examples, and their outputs' places among all."""
+        if self._engine is not None:
+            tiles: Iterator[Tile] = self._engine.tiles()
+        else:
+            tiles = (Tile(*batch, torch.ones(batch.size)) for batch in self.obj.batches())
+        begin = 0
+        # An end beyond the data pairs the last tile; weights would have to be fetched.
+        for tile, following in pairwise(chain(tiles, [None])):
+            assert tile is not None
+            last = self.obj.num_examples if following is None else following.start
+            end = begin + (last - tile.start) * self._each[trees.example_form(tile.inputs)]
+            yield tile, (begin, end)
+            begin = end
+
+    def _push(self, tile: Tile, rows: Tensor) -> Tensor:
+        """J of a tile times rows [K, P].  # [K, n * outputs]"""
+        if self._engine is None:
+            if not self._is_tested:
+                self._require_adjoint(tile)
+            return self._push_by_autograd(tile, rows)
+        return self._engine.pushed(tile, rows)
+
+    def _pull(self, tile: Tile, rows: Tensor) -> Tensor:
+        """Rows [K, m * outputs] of the m counted examples times J of a tile.  # [K, P]"""
+        if self._engine is None:
+            return self._pull_by_autograd(tile, rows)
+        return self._engine.pulled(tile, rows)
+
+    def _require_adjoint(self, tile: Tile) -> None:
+        """Compare a product by autograd with one of the transpose."""
+        (row, pushed), (back, pulled) = self._by_autograd(tile)
+        dtype = coarsest_dtype(self.obj, self.theta, tile.batch.inputs)
+        require_adjoint(self.name, pushed, pulled, row, back, dtype)
+        self._is_tested = True
+
+    # -- by autograd -----------------------------------------------------------------------
+
+    @exact_math()
+    def _push_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+        leaf, outputs = self._outputs(tile)
+        require_twice_differentiable(outputs)
+        # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
+        u = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+        found = [torch.autograd.grad(pulled, u, row, retain_graph=True)[0] for row in rows]
+        return torch.stack(found).flatten(1)
+
+    @exact_math()
+    def _pull_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+        leaf, outputs = self._outputs(tile)
+        found = [
+            torch.autograd.grad(outputs, leaf, row.reshape(outputs.shape), retain_graph=True)[0]
+            for row in rows
+        ]
+        return torch.stack(found)
+
+    def _outputs(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        leaf = self.theta.detach().requires_grad_()
+        with TwiceDifferentiable():
+            return leaf, self.obj.outputs(leaf, tile.batch.inputs)
+
+    @property
+    def _loss(self) -> Objective | None:
+        return None  # which does not matter
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+        row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
+        pushed = self._push_by_autograd(sample, row)
+        shape = tuple(pushed.shape)
+        back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
+        return [(row, pushed), (back, self._pull_by_autograd(sample, back))]
+
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        row, back = vectors
+        pushed = engine.pushed(sample, row)[:, : back.shape[1]]
+        return [pushed, engine.pulled(sample, back)]
+
+    def __repr__(self) -> str:
+        return f"{self.name}(M={self.shape[0]}, P={self.shape[1]})"
+
+
+class _Transpose(Compilable):
+    """The transpose of a Jacobian."""
+
+    T: JacobianOperator
+    symmetric = False
+
+    def __init__(self, jacobian: JacobianOperator) -> None:
+        self.T = jacobian
+        self.shape = (jacobian.shape[1], jacobian.shape[0])
+        self.dtype, self.device = jacobian.dtype, jacobian.device
+        super().__init__()
+
+    def _multiply(self, vectors: Tensor) -> Tensor:
+        return self.T._multiply_transposed(vectors)
+
+    def __repr__(self) -> str:
+        return f"{self.T!r}.T"
+
+
+def require_finite_product(name: str, product: Tensor, vectors: Tensor) -> Tensor:
+    if not finite_together(product, vectors):
+        checks.finite("vectors", vectors)
+        raise ValueError(
+            f"{name}: expected a finite product, got NaN or infinity; look for a function without "
+            "a derivative at the point, or overflow"
+        )
+    return product

@@ -1,0 +1,305 @@
+"""The Hessian and the generalised Gauss-Newton matrix by their products, never formed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._torch.torch_compile import undisturbed
+from ..._utils import checks
+from ...objective import Objective
+from ...objective._dataset import Batch
+from ...objective._validation import require_twice_differentiable
+from ...ops.random_bits import streams as random
+from ..hvp import JetEngine
+from ..hvp._tiles import Tile
+from ._autograd_check import require_right_loss, require_right_products
+from ._base import CurvatureOperator, finite_together
+from ._fast_path import ByRules
+
+
+class JetOperator(ByRules, CurvatureOperator):
+    """A matrix of second derivatives, by rules for each operation of the network's graph.
+
+    A model whose graph cannot be captured goes to autograd as a whole. Before the first result
+    for a model both ways are compared on two examples of each shape.
+
+    Args:
+        obj: the objective.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for activations and their derivatives; None for a quarter of the
+            free memory, half on a GPU. A third of it may hold values that the next product needs
+            again. At the least one example and one direction are taken at a time, whatever it says.
+
+    Attributes:
+        way: "rules", or "autograd" with the reason.
+    """
+
+    def __init__(
+        self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
+    ) -> None:
+        CurvatureOperator.__init__(self, obj, theta)
+        self._plan(memory_budget)
+        self._is_tested = self._rules_off  # products by autograd
+
+    def _product(self, columns: Tensor) -> Tensor:
+        rows = columns.T.contiguous()
+        engine = self._engine
+        if engine is None:
+            return self._product_by_autograd(rows)
+        total = self.obj.summed(
+            lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
+        )
+        return self._mean(total, rows).T
+
+    def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
+        if self._engine is None:
+            return product
+        product = self._product_by_autograd(columns.T.contiguous())
+        if checks.all_finite(product):
+            self._leave_rules("rules give NaN or infinity where autograd does not")
+        return product
+
+    def _product_by_autograd(self, rows: Tensor) -> Tensor:
+        if not self._is_tested:
+            require_right_products(self)
+            self._is_tested = True
+
+        def by_autograd() -> Tensor:
+            own = torch.zeros_like(rows)
+            for batch in self.obj.own_batches() if len(rows) else ():
+                self._add_products(batch, rows, own)
+            return own
+
+        total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
+        return self._mean(total, rows).T
+
+    def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
+        """Products with rows [K, P] from their sum over examples, with weight decay.  # [K, P]"""
+        mean = total / self.obj.num_examples
+        return mean.add_(rows, alpha=self.obj.weight_decay) if self.obj.weight_decay else mean
+
+    @property
+    def shift(self) -> float:
+        """The multiple of the identity in this matrix: the objective's weight decay."""
+        return self.obj.weight_decay
+
+    def without_shift(self) -> JetOperator:
+        """This matrix without weight decay, from the same values at the point."""
+        with undisturbed():
+            engine = self._engine
+        other = copy.copy(self)
+        if engine is not None:
+            other._engine = engine
+        other.obj = self.obj.data_term()
+        return other
+
+    @property
+    def graphs(self) -> str:
+        """On a GPU "captured" once CUDA graphs have run, or why none do; else ""."""
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            return ""
+        return "captured" if engine.graphs.captures else engine.graphs.note
+
+    def keep_values(self) -> None:
+        """Keep what the next product computes at the point, as more are to come.
+
+        Without it, only a second product shows that values are wanted again.
+        """
+        with undisturbed():
+            if self._engine is not None:
+                self._engine.keep(self.kind)
+
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
+        raise TypeError("use HessianOperator or GGNOperator")
+
+    def _agrees(self, engine: JetEngine, sample: Tile) -> bool:
+        require_right_loss(self.obj, self.theta, self.name)  # which both ways leave to autograd
+        return super()._agrees(engine, sample)
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+        row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
+        expected = torch.zeros_like(row)
+        self._add_products(sample.batch, row, expected)
+        return [(row, expected)]
+
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        return [engine.products(vectors[0], self.kind, sample)]
+
+
+class HessianOperator(JetOperator):
+    """The Hessian of the mean loss at a point, by derivatives of its two passes along vectors.
+
+    A product with K columns (Pearlmutter 1994) follows K tangents at once through the graph of
+    the network and of its backward pass, a tile of examples at a time; values at the point are
+    computed once for all columns, and kept for later products where memory allows. With
+    g the cotangent and a'_k the tangents of an operation f, a quadratic form v_k^T H v_k is
+    sum_f <g, D^2 f[a'_k, a'_k]>, plus the loss's own part: one forward pass of tangents,
+    about half the work of a product. With norm="batch" the normalisation statistics are
+    differentiated through. Attention is computed by matrix products.
+
+    A model whose graph cannot be captured (see `way`) goes to autograd's double backward.
+
+    Args:
+        obj: the objective.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for values and tangents; None for a quarter of the free memory, half on
+            a GPU.
+
+    Attributes:
+        way: "rules", or "autograd" with the reason.
+
+    Raises:
+        ValueError: a model in half precision, a point that does not fit; in products, as
+            `CurvatureOperator.multiply`.
+        RuntimeError: from torch, a function of the model that has no second derivative.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> H = HessianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> H.shape, (H @ torch.tensor([1.0])).tolist()
+    ((1, 1), [5.0])
+    """
+
+    name, kind = "HessianOperator", "hessian"
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+        ((row, expected),) = super()._by_autograd(sample)
+        # Divided by the norm of v, a form is no longer than the product.
+        form = (row * expected).sum(1) / row.norm()
+        return [(row, torch.cat([expected[0], form]))]
+
+    def _by_engine(
+        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        (product,) = super()._by_engine(engine, sample, vectors)
+        form = engine.forms(vectors[0], sample)
+        if not bool(torch.isfinite(form).all()):  # `_forms` then multiplies
+            form = (vectors[0] * product).sum(1)
+        return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
+
+    def _forms(self, columns: Tensor) -> Tensor:
+        if self._engine is None:
+            return super()._forms(columns)
+        return self._engine_forms(self._engine, columns)
+
+    def _forms_otherwise(self, columns: Tensor, forms: Tensor) -> Tensor:
+        return forms if self._engine is None else super()._forms_otherwise(columns, forms)
+
+    def _engine_forms(
+        self, engine: JetEngine, columns: Tensor, *, network_alone: bool = False
+    ) -> Tensor:
+        """Forms by rules, which may be NaN or infinite.  # [K] float64"""
+        rows = columns.T.contiguous()
+        forms = self.obj.summed(
+            lambda: engine.forms(rows, network_alone=network_alone),
+            f"forms, network_alone={network_alone}",
+            self.theta,
+            rows,
+        )
+        forms = forms / self.obj.num_examples
+        if self.obj.weight_decay and not network_alone:
+            forms += self.obj.weight_decay * rows.double().square().sum(1)
+        return forms
+
+    def network_forms(self, vectors: Tensor) -> Tensor:
+        """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
+
+        The part of the network's own curvature, weighted by the loss's slope in the outputs: small
+        where the loss is. At the price of a quadratic form where products go by rules. Not for
+        functions under `torch.compile`, which it would break in two.
+
+        Raises:
+            ValueError, NonFiniteLossError: as products.
+
+        >>> import torch
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> H = HessianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+        >>> H.network_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
+        [0.0]
+        """
+        self.obj.require_outputs("the curvature of the network itself")
+        with undisturbed():
+            columns = self._columns(vectors)
+            if self._engine is not None:
+                forms = self._engine_forms(self._engine, columns, network_alone=True)
+                if finite_together(forms, columns):
+                    return forms
+                checks.finite("vectors", vectors)
+            gauss_newton = GGNOperator(self.obj, self.theta)
+            return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)
+
+    @exact_math()
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        leaf = self.theta.detach().requires_grad_()
+        with TwiceDifferentiable():
+            loss = self.obj.finite_losses(leaf, batch).sum()
+        require_twice_differentiable(loss)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        if not gradient.requires_grad:  # a loss linear in theta
+            return
+        for i, row in enumerate(rows):
+            (product,) = torch.autograd.grad(
+                gradient, leaf, row, retain_graph=i + 1 < len(rows), materialize_grads=True
+            )
+            total[i] += product
+
+
+class GGNOperator(JetOperator):
+    """The generalised Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
+
+    It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
+    semi-definite for a loss convex in the outputs; for cross-entropy with class labels it is
+    the Fisher matrix with labels drawn from the model. J v by the derivative of J^T u in u. As in
+    the Hessian, weight decay c of the objective adds c I.
+
+    Args:
+        obj: the objective; any loss with second derivatives in the outputs.
+        theta: the point; None for the model's own.  # [P]
+
+    Raises:
+        ValueError, RuntimeError: as `HessianOperator`.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> G = GGNOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> (G @ torch.tensor([[1.0, 2.0]])).tolist()
+    [[5.0, 10.0]]
+    """
+
+    name, kind = "GGNOperator", "ggn"
+    needs_outputs = True
+
+    @exact_math()
+    def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
+        leaf = self.theta.detach().requires_grad_()
+        with TwiceDifferentiable():
+            outputs = self.obj.outputs(leaf, batch.inputs)
+        require_twice_differentiable(outputs)
+        free = outputs.detach().requires_grad_()
+        losses = self.obj.output_losses(free, batch.targets)
+        if not bool(torch.isfinite(losses.detach()).all()):
+            self.obj.finite_losses(self.theta, batch)  # raises, naming the example
+        require_twice_differentiable(losses)
+        (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
+        if not loss_gradient.requires_grad:  # a loss linear in the outputs
+            return
+        # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
+        u = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+        for i, row in enumerate(rows):
+            more = i + 1 < len(rows)
+            (pushed,) = torch.autograd.grad(pulled, u, row, retain_graph=True)
+            (weighted,) = torch.autograd.grad(
+                loss_gradient, free, pushed, retain_graph=more, materialize_grads=True
+            )
+            (product,) = torch.autograd.grad(outputs, leaf, weighted, retain_graph=more)
+            total[i] += product

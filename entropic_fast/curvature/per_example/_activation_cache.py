@@ -1,0 +1,194 @@
+"""What is kept of every example's gradient until its Gram matrix is taken.
+
+For each parameter either rows or what makes them (a layer's input and the gradient of its
+output), whichever is smaller: for WRN-16-4 a fifth of the score matrix. In memory, or in a
+temporary folder on disk that is mapped a window at a time and removed at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._torch.memory_budget import padded_rows
+from ..._utils.devices import is_gpu
+from .layer_rules import Piece, Rows
+
+# Files under these mount types are memory.
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+def kept_form(piece: Piece) -> Piece:
+    """The piece, or its columns where they take no more memory."""
+    if isinstance(piece, Rows) or piece.example_bytes < piece.row_bytes:
+        return piece
+    out = piece.tensors[-1].new_empty(piece.count, piece.width)
+    piece.columns(0, piece.groups, out)
+    return Rows(out, piece.form)
+
+
+class RecordsDifferError(RuntimeError):
+    """Examples of different shapes, or that took different ways: not for one array."""
+
+
+class Records:
+    """Pieces of E examples, filled chunk by chunk and read parameter by parameter.
+
+    Args:
+        survey: a piece of a few examples for each parameter, in the form it is kept.
+        count: E.
+        folder: where files go; None to keep everything in memory.
+        window: examples that are mapped at once, for files.
+        group: the key of each parameter; on a GPU, rows of the same key that are kept in memory lie
+            side by side, to be multiplied at once.
+    """
+
+    def __init__(
+        self,
+        survey: dict[str, Piece],
+        count: int,
+        folder: Path | None,
+        window: int,
+        group: Callable[[str], str] = lambda name: "",
+    ) -> None:
+        self.survey, self.count, self.folder = survey, count, folder
+        self.window = count if folder is None else window
+        self._memory: dict[str, tuple[Tensor, ...]] = {}
+        self._joint: list[tuple[str, list[str], Tensor]] = []
+        if folder is None:
+            self._join(group)
+            self._memory |= {
+                name: tuple(t.new_empty(count, *t.shape[1:]) for t in piece.tensors)
+                for name, piece in survey.items()
+                if name not in self._memory
+            }
+            self._missing = {name: torch.ones(count, dtype=torch.bool) for name in survey}
+        else:
+            for index, (_, piece) in enumerate(survey.items()):
+                for i, t in enumerate(piece.tensors):
+                    with open(self._path(index, i), "wb") as file:
+                        file.truncate(count * t[:1].numel() * t.element_size())
+        self._index = {name: index for index, name in enumerate(survey)}
+
+    def _join(self, group: Callable[[str], str]) -> None:
+        alike: dict[tuple[str, torch.dtype], list[str]] = {}
+        for name, piece in self.survey.items():
+            if isinstance(piece, Rows) and is_gpu(piece.tensors[0].device):
+                alike.setdefault((group(name), piece.tensors[0].dtype), []).append(name)
+        for (key, _), together in alike.items():
+            widths = [self.survey[name].width for name in together]
+            rows = padded_rows(self.survey[together[0]].tensors[0], self.count, sum(widths))
+            self._joint.append((key, together, rows))
+            parts = rows.split_with_sizes(widths, 1)
+            self._memory |= {n: (part,) for n, part in zip(together, parts, strict=True)}
+
+    def joint(self) -> Iterator[tuple[str, list[str], Tensor]]:
+        """(key, names, rows [E, sum of widths]) of the parameters whose rows lie side by side."""
+        for key, names, rows in self._joint:
+            for name in names:
+                self.piece(name, 0, self.count)  # writes the zeros of examples without a gradient
+            yield key, names, rows
+
+    def put(self, start: int, name: str, piece: Piece) -> None:
+        """Keep a chunk's piece; `start` is the index of its first example.
+
+        Raises:
+            RecordsDifferError: a piece unlike the survey's, or of a parameter not in it.
+        """
+        if name not in self.survey:
+            raise RecordsDifferError(f"the first does not depend on {name!r}")
+        if piece.form != self.survey[name].form:
+            raise RecordsDifferError(f"ways of {name!r}")
+        where = slice(start, start + piece.count)
+        if self.folder is None:
+            self._missing[name][where] = False
+            if isinstance(self.survey[name], Rows) and not isinstance(piece, Rows):
+                piece.columns(0, piece.groups, self._memory[name][0][where])
+                return
+        kept = kept_form(piece)
+        expected = [t.shape[1:] for t in self.survey[name].tensors]
+        if expected != [t.shape[1:] for t in kept.tensors]:
+            raise RecordsDifferError(f"shapes at {name!r}")
+        if self.folder is None:
+            for whole, part in zip(self._memory[name], kept.tensors, strict=True):
+                whole[where] = part
+            return
+        for i, part in enumerate(kept.tensors):
+            mapped = self._map(name, i, start, kept.count, "r+")
+            mapped.copy_(part)  # unmapped with the last reference, and written by the system
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Piece]]:
+        """(index of the first example, piece) for each window of examples."""
+        for start in range(0, self.count, self.window):
+            yield start, self.piece(name, start, min(start + self.window, self.count))
+
+    def piece(self, name: str, begin: int, end: int) -> Piece:
+        """The piece of examples begin .. end: views in memory, mapped from files."""
+        sample = self.survey[name]
+        if self.folder is None:
+            missing = self._missing[name]
+            if bool(missing.any()):
+                for whole in self._memory[name]:
+                    whole[missing.to(whole.device)] = 0
+                missing.fill_(False)
+            return sample.again(tuple(whole[begin:end] for whole in self._memory[name]))
+        tensors = (
+            self._map(name, i, begin, end - begin, "r").to(t.device)
+            for i, t in enumerate(sample.tensors)
+        )
+        return sample.again(tuple(tensors))
+
+    def drop(self, name: str) -> None:
+        """Give back the memory of one parameter; of several side by side, with the last."""
+        self._memory.pop(name, None)
+        self._joint = [j for j in self._joint if any(n in self._memory for n in j[1])]
+
+    def _path(self, index: int, i: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index}-{i}"
+
+    def _map(self, name: str, i: int, start: int, n: int, mode: str) -> Tensor:
+        sample = self.survey[name].tensors[i]
+        each = sample[:1].numel() * sample.element_size()
+        if n == 0 or each == 0:
+            return sample.new_zeros(n, *sample.shape[1:])
+        # Copy-on-write for reading: torch takes no read-only arrays.
+        mapped = np.memmap(
+            self._path(self._index[name], i),
+            dtype=np.uint8,
+            mode="c" if mode == "r" else "r+",
+            offset=start * each,
+            shape=(n * each,),
+        )
+        return torch.from_numpy(mapped).view(sample.dtype).view(n, *sample.shape[1:])
+
+
+def spill_folder(needed: int) -> Path | None:
+    """A folder on disk with room for `needed` bytes and a tenth more; None if there is none.
+
+    The system's temporary folder (TMPDIR), then /var/tmp; not one that is kept in memory.
+    """
+    for place in (tempfile.gettempdir(), "/var/tmp"):
+        try:
+            state = os.statvfs(place)
+        except (OSError, AttributeError):
+            continue
+        if state.f_bavail * state.f_frsize > 1.1 * needed and not _is_memory(place):
+            return Path(place)
+    return None
+
+
+def _is_memory(place: str) -> bool:
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    path = os.path.realpath(place)
+    holding = [(len(m), kind) for m, kind in mounts if (path + "/").startswith(m.rstrip("/") + "/")]
+    return bool(holding) and max(holding)[1] in _IN_MEMORY

@@ -1,0 +1,171 @@
+"""Rows of the score matrix, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ..._torch.memory_budget import activation_bytes, padded_rows, resolve_budget, too_small
+from ...objective import Objective
+from ...objective._dataset import Batch
+from ._engine import ScoreEngine
+from .layer_rules import Piece, Rows
+
+# On a CPU, chunks of 64 examples or, of small ones, as many as have so many bytes of activations:
+# with 16 the steps of Python in between take a third of the time (ResNet-20), with 128 a layer's
+# tensors no longer pass through the caches.
+CPU_CHUNK = 64
+CPU_ACTIVATIONS = 256 * 2**20
+MAX_CHUNK = 1024
+# Activations, their gradients, a layer's workspace and what the allocator keeps, as measured.
+ACTIVATION_COPIES = 3.5
+# Rows that torch.func makes: by parameter, flattened, as the chunk before, once more in a layer.
+FALLBACK_COPIES = 4
+
+
+def one_of_each(
+    engine: ScoreEngine, form: Callable[[Piece], Piece] = lambda piece: piece
+) -> dict[str, Piece]:
+    """The first example's piece of every parameter that its loss depends on, in a certain form."""
+    found: dict[str, Piece] = {}
+    engine.run(
+        next(engine.obj.batches(1)), lambda name, piece: found.__setitem__(name, form(piece))
+    )
+    return {name: found[name] for name in engine.obj.parameter_names if name in found}
+
+
+def rows_made(pieces: Iterable[Piece]) -> int:
+    """Bytes an example that a rule takes to make the largest rows among the pieces."""
+    return max((2 * piece.row_bytes for piece in pieces if isinstance(piece, Rows)), default=0)
+
+
+class PassCost:
+    """What one pass over the examples needs in memory, and the chunks that fit.
+
+    Args:
+        made: bytes an example of the rows that are made of one parameter at a time; None for
+            those of the largest parameter, in two orders.
+        fixed: bytes that are taken whatever the chunk.
+
+    Attributes:
+        activations: bytes of activations and their gradients, an example.
+        rules: bytes that rules and copies take beside the result, an example.
+    """
+
+    def __init__(self, engine: ScoreEngine, made: int | None = None, fixed: int = 0) -> None:
+        obj, self.device = engine.obj, engine.theta.device
+        itemsize = max(4, engine.theta.element_size())
+        self.fixed = fixed
+        sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
+        self.activations = int(ACTIVATION_COPIES * activation_bytes(obj, engine.theta))
+        if engine.traceable:
+            copies = 4 * sum(sizes[name] for name in engine.batched)
+            made = 2 * itemsize * max(sizes.values()) if made is None else made
+            self.rules = itemsize * copies + made
+        else:
+            self.rules = itemsize * FALLBACK_COPIES * obj.num_params
+
+    def chunk_within(self, budget: int, result: int, count: int) -> int:
+        """Examples to take at once: as even a share of `count` as a budget in bytes allows.
+
+        Args:
+            result: bytes that are kept of an example.
+        """
+        each = self.activations + self.rules + result
+        if budget < self.fixed + each:
+            what = "the gradient of one example"
+            raise too_small(self.fixed + each, budget, what, "give more memory")
+        most = MAX_CHUNK
+        if self.device.type == "cpu":
+            most = min(most, max(CPU_CHUNK, CPU_ACTIVATIONS // max(1, self.activations)))
+        most = max(1, min(most, (budget - self.fixed) // each))
+        return ceil(count / ceil(count / most))
+
+
+class ExampleGradients:
+    """Per-example gradients of an objective at one point, `chunk` examples at a time.
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point; None for the model's own.  # [P]
+        memory_budget: bytes for the gradients and activations of a chunk; None for a quarter
+            of the free memory.
+
+    Attributes:
+        chunk: most examples taken at once.
+        example_bytes: memory estimated for each example of a chunk.
+
+    Raises:
+        ValueError: examples that influence one another; a budget under one example's needs.
+    """
+
+    def __init__(
+        self, obj: Objective, theta: Tensor | None = None, memory_budget: int | None = None
+    ) -> None:
+        self.engine = ScoreEngine(obj, theta)
+        self.obj, self.theta = obj, self.engine.theta
+        self.cost = PassCost(self.engine)
+        self.dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
+        self.row_bytes = obj.num_params * torch.finfo(self.dtype).bits // 8
+        self.example_bytes = self.cost.activations + self.cost.rules + self.row_bytes
+        self.chunk = self.chunk_within(resolve_budget(memory_budget, obj.device))
+
+    def chunk_within(self, budget: int) -> int:
+        """The number of examples to take at once under a budget in bytes."""
+        return self.cost.chunk_within(budget, self.row_bytes, self.obj.num_examples)
+
+    def chunks(
+        self, max_examples: int | None = None, first: int = 0
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(index of the first example, gradients [n, P]) of consecutive chunks.
+
+        The next chunk overwrites nothing: each is a tensor of its own. Half-precision models
+        give float32.
+
+        Args:
+            max_examples: only the first so many examples; None for all.
+            first: skip chunks that end before this example.
+
+        Raises:
+            NonFiniteLossError: a loss that is NaN or infinite.
+            ValueError: a gradient that is NaN or infinite though the loss is finite.
+        """
+        for batch in self.obj.batches(max_examples, self.chunk):
+            if batch.start + batch.size > first:
+                yield batch.start, self.rows(batch)
+
+    def own_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """`chunks`, of the objective's `own_batches`."""
+        for batch in self.obj.own_batches(max_examples, self.chunk):
+            yield batch.start, self.rows(batch)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Gradients of a batch's examples.  # [n, P]"""
+        rows = padded_rows(self.theta, batch.size, self.obj.num_params, dtype=self.dtype)
+        rows.zero_()
+        parts = self.engine.split(rows)
+
+        def keep(name: str, piece: Piece) -> None:
+            parts[name].copy_(piece.rows())
+
+        self.engine.run(batch, keep)
+        # The largest entry of each row, without the copy that isfinite makes of its argument.
+        require_finite(
+            torch.linalg.vector_norm(rows, ord=float("inf"), dim=1), batch.start, self.theta
+        )
+        return rows
+
+
+def require_finite(sizes: Tensor, start: int, theta: Tensor) -> None:
+    """Refuse gradients whose size is NaN or infinite; `sizes` [n] from example `start` on."""
+    finite = torch.isfinite(sizes)
+    if not bool(finite.all()):
+        bad = start + int((~finite).nonzero()[0])
+        raise ValueError(
+            f"gradient: expected finite values, got NaN or infinity for example {bad} at a "
+            f"point of norm {float(theta.norm()):.4g}, where its loss is finite; look "
+            "for a function without a derivative there (a square root at 0, say)"
+        )

@@ -1,0 +1,302 @@
+"""The Gram matrix of scores within a memory budget.
+
+Three ways, the first that fits (see `plan`):
+
+- "memory": one pass over the examples keeps, for every parameter, rows or what makes them,
+  whichever is smaller (`records`); then parameter by parameter, a slice of output channels at a
+  time, rows of all E examples are made and multiplied: E^2 P operations, nothing twice. Or, where
+  that is fewer, inner products by way of the layer's positions, a tile of examples at a time.
+- "disk": the same with the records in temporary files.
+- "recompute": blocks of rows [R, P]; the examples after a block are computed again against it.
+  With B blocks that is (B + 1) / 2 passes.
+
+Processes that share the work each hold the rows of their examples, and send them round in a ring:
+each meets half of the others (every pair of blocks once) while the next block is on its way.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..._torch.memory_budget import padded_rows, too_small
+from ..._utils import checks
+from ..._utils.workspace import scratch_of
+from ...objective import Objective
+from ...ops.gram_update import cross_update_, symmetric_update_
+from ._activation_cache import Records, RecordsDifferError, kept_form
+from ._chunks import ExampleGradients, one_of_each, require_finite
+from ._engine import ScoreEngine
+from ._gram_plan import STRATEGIES, Planner, channels_within, pairing, tile_within
+from .layer_rules import Rows
+
+if TYPE_CHECKING:
+    from ...distributed._communicator import Sharing
+
+logger = logging.getLogger(__name__)
+
+
+class GramTask:
+    """A Gram matrix to take: of all parameters together, or several, of groups of them.
+
+    Args:
+        obj, theta: the objective and the point.
+        count: E, the first so many examples.
+        budget: bytes to stay under, results included.
+        strategy: "auto" or one of the three.
+        double_products: multiply in float64; otherwise in the scores' precision.
+        group: the key of the matrix that a parameter belongs to.
+    """
+
+    def __init__(
+        self,
+        obj: Objective,
+        theta: Tensor | None,
+        count: int,
+        budget: int,
+        strategy: str,
+        double_products: bool,
+        group: Callable[[str], str] = lambda name: "",
+    ) -> None:
+        checks.one_of("strategy", strategy, STRATEGIES)
+        self.engine = ScoreEngine(obj, theta)
+        self.obj, self.theta, self.count = obj, self.engine.theta, count
+        self.double_products, self.group = double_products, group
+        self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
+        self.survey = one_of_each(self.engine, kept_form)
+        self.ways = self.engine.traceable, self.engine.batched
+        self._planner = Planner(self.engine, self.survey, count, len(self.keys), budget)
+        self.sharing = obj.sharing
+        if self.sharing is None:
+            self.plan = self._planner.choose(strategy)
+            logger.info("score Gram: %s", self.plan)
+        elif strategy in ("auto", "memory"):
+            sharing = self.sharing
+            self._gradients = sharing.met(
+                lambda: self._gradients_for_ring(sharing, budget),
+                f"Gram matrix of {count} examples, {len(self.keys)} parts",
+                obj.mark(),
+            )
+        else:
+            raise checks.fail(
+                "strategy",
+                '"auto" or "memory" where processes share the work',
+                checks.shown(strategy),
+                "take more processes, or obj.alone()",
+            )
+
+    def grams(self) -> dict[str, Tensor]:
+        """The matrices by key.  # [E, E] float64 each"""
+        device = self.theta.device
+        grams = {
+            key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+            for key in self.keys
+        }
+        if self.sharing is not None:
+            return self._by_ring(self.sharing, grams)
+        try:
+            if self.plan.strategy == "memory":
+                self._by_records(grams, None)
+            elif self.plan.strategy == "disk":
+                with tempfile.TemporaryDirectory(
+                    prefix="entropic-fast-", dir=self.plan.folder
+                ) as folder:
+                    self._by_records(grams, Path(folder))
+        except RecordsDifferError as why:  # raised before anything is multiplied
+            self.plan = self._planner.choose("recompute")
+            logger.info("examples that differ (%s): %s", why, self.plan)
+        if self.plan.strategy == "recompute":
+            self._by_blocks(grams)
+        for gram in grams.values():
+            mirror_lower(gram)
+        self._require_finite(grams)
+        return grams
+
+    # -- by records ------------------------------------------------------------------------
+
+    def _by_records(self, grams: dict[str, Tensor], folder: Path | None) -> None:
+        record = max((p.example_bytes for p in self.survey.values()), default=1)
+        window = max(1, min(self.count, self._planner.room // 8 // max(1, record)))
+        records = Records(self.survey, self.count, folder, window, self.group)
+        for batch in self.obj.batches(self.count, self.plan.chunk):
+            self.engine.run(batch, partial(records.put, batch.start))
+        if (self.engine.traceable, self.engine.batched) != self.ways:
+            # Rows are kept in the order of the rule that made them.
+            raise RecordsDifferError("the model took another way")
+        done: set[str] = set()
+        for key, names, rows in records.joint():
+            self._update(grams[key], rows)
+            del rows
+            done.update(names)
+        for name in self.survey:
+            if name not in done:
+                self._multiply(records, name, grams[self.group(name)])
+            records.drop(name)
+
+    def _multiply(self, records: Records, name: str, gram: Tensor) -> None:
+        """Add one parameter's inner products to the lower triangle of gram [E, E]."""
+        sample = records.survey[name]
+        pair = pairing(sample, records.folder is not None)
+        if pair is not None:
+            room = min(self.plan.slice, scratch_of(gram.device).tile)
+            tile = tile_within(room, *pair, self.count)
+            for i in range(0, self.count, tile):
+                down = slice(i, min(i + tile, self.count))
+                first = records.piece(name, down.start, down.stop)
+                for j in range(0, down.stop, tile):
+                    across = slice(j, min(j + tile, self.count))
+                    second = records.piece(name, across.start, across.stop)
+                    gram[down, across] += first.pairs(second)
+            return
+        if isinstance(sample, Rows) and records.folder is None:
+            for _, piece in records.pieces(name):
+                self._update(gram, piece.tensors[0])
+            return
+        each = sample.width // max(1, sample.groups)
+        step = channels_within(self.plan.slice, sample, self.count)
+        buffer = sample.tensors[-1].new_empty(self.count * step * each)
+        for begin in range(0, sample.groups, step):
+            end = min(begin + step, sample.groups)
+            columns = buffer[: self.count * (end - begin) * each].view(self.count, -1)
+            for start, piece in records.pieces(name):
+                piece.columns(begin, end, columns[start : start + piece.count])
+            self._update(gram, columns)
+
+    def _update(self, gram: Tensor, rows: Tensor) -> None:
+        symmetric_update_(gram, rows, double_products=self.double_products)
+
+    # -- by blocks -------------------------------------------------------------------------
+
+    def _by_blocks(self, grams: dict[str, Tensor]) -> None:
+        gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
+        gradients.chunk = self.plan.chunk
+        count, rows = self.count, self.plan.block
+        block = padded_rows(self.theta, rows, self.obj.num_params, dtype=gradients.dtype)
+        for begin in range(0, count, rows):
+            end = min(begin + rows, count)
+            held = block[: end - begin]
+            for start, chunk in gradients.chunks(count, first=begin):
+                stop = start + len(chunk)
+                low, high = max(start, begin), min(stop, end)
+                if low < high:
+                    held[low - begin : high - begin] = chunk[low - start : high - start]
+                if start < end <= stop:  # the block is full
+                    self._each(grams, held, None, (begin, end), (begin, end))
+                after = max(start, end)
+                if after < stop:
+                    self._each(grams, chunk[after - start :], held, (after, stop), (begin, end))
+
+    def _each(
+        self,
+        grams: dict[str, Tensor],
+        a: Tensor,
+        b: Tensor | None,
+        down: tuple[int, int],
+        across: tuple[int, int],
+    ) -> None:
+        """Add a b^T, or a a^T for no b, to the block of every matrix."""
+        split = {"": a} if self.keys == [""] else self.engine.split(a)
+        other = {} if b is None else {"": b} if self.keys == [""] else self.engine.split(b)
+        for name, part in split.items():
+            target = grams[self.group(name) if name else ""]
+            out = target[slice(*down), slice(*across)]
+            if b is None:
+                self._update(out, part)
+            else:
+                cross_update_(out, part, other[name], double_products=self.double_products)
+
+    # -- by processes ----------------------------------------------------------------------
+
+    def _gradients_for_ring(self, sharing: Sharing, budget: int) -> ExampleGradients:
+        """What makes a process's rows in the room left by these, those met, and the next ones."""
+        gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
+        rows = 3 * -(-self.count // sharing.size) * gradients.row_bytes
+        fixed = 8 * self.count**2 * len(self.keys)
+        if fixed + rows + gradients.example_bytes > budget:
+            raise too_small(
+                fixed + rows + gradients.example_bytes,
+                budget,
+                f"the scores of {self.count} examples shared by {sharing.size} processes",
+                "give more memory, or take more processes or fewer examples",
+            )
+        gradients.chunk = gradients.chunk_within(budget - fixed - rows)
+        return gradients
+
+    def _by_ring(self, sharing: Sharing, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+        ranges = [sharing.range(self.count, rank) for rank in range(sharing.size)]
+        sizes = [last - first for first, last in ranges]
+        here, size = sharing.rank, sharing.size
+        gradients = self._gradients
+
+        def own() -> Tensor:
+            rows = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=gradients.dtype)
+            for start, chunk in gradients.own_chunks(self.count):
+                first = start - ranges[here][0]
+                rows[first : first + len(chunk)] = chunk
+            return rows
+
+        failure: Exception | None = None
+        met = mine = sharing.met(
+            own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
+        )
+        for step in range(size // 2 + 1):
+            other = (here + step) % size
+            # The rows held go on to the process before this one; those of the one after come.
+            last = step == size // 2
+            following = (other + 1) % size
+            wait = (
+                None
+                if last
+                else sharing.exchange(met, (here - 1) % size, (here + 1) % size, sizes[following])
+            )
+            try:
+                if failure is None:
+                    self._ring_block(grams, ranges, mine, met, here, other)
+            except Exception as error:  # others still wait for rows
+                failure = error
+            met = met if wait is None else wait()
+        sharing.agree(failure, "blocks of the Gram matrix")
+        for key, gram in grams.items():
+            grams[key] = sharing.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
+            mirror_lower(grams[key])
+        self._require_finite(grams)
+        return grams
+
+    def _ring_block(
+        self,
+        grams: dict[str, Tensor],
+        ranges: list[tuple[int, int]],
+        mine: Tensor,
+        met: Tensor,
+        here: int,
+        other: int,
+    ) -> None:
+        """The block of this process's rows and those of another, which one of both takes."""
+        size = len(ranges)
+        if other == here:
+            self._each(grams, mine, None, ranges[here], ranges[here])
+        elif 2 * ((other - here) % size) < size or here < other:
+            pair = (mine, met) if here > other else (met, mine)
+            self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])
+
+    def _require_finite(self, grams: dict[str, Tensor]) -> None:
+        total = sum(gram.diagonal() for gram in grams.values())
+        assert isinstance(total, Tensor)
+        require_finite(total, 0, self.theta)
+
+
+def mirror_lower(matrix: Tensor, block: int = 512) -> None:
+    """Copy the lower triangle of a square matrix to the upper one, in place."""
+    n = len(matrix)
+    for i in range(0, n, block):
+        rows = slice(i, min(i + block, n))
+        corner = matrix[rows, rows]
+        corner.copy_(corner.tril() + corner.tril(-1).T)
+        matrix[rows, rows.stop :] = matrix[rows.stop :, rows].T

@@ -1,0 +1,258 @@
+"""Which way a Gram matrix of scores is taken within a memory budget, and in what portions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from math import isqrt
+from pathlib import Path
+
+from ..._torch.memory_budget import readable, too_small
+from ..._utils import checks
+from ..._utils import notebook as display
+from ..._utils.workspace import Scratch, scratch_of
+from ._activation_cache import spill_folder
+from ._chunks import PassCost, rows_made
+from ._engine import ScoreEngine
+from .layer_rules import Piece, Rows, packed_bytes
+
+STRATEGIES = ("auto", "memory", "disk", "recompute")
+# Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
+DISK_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """How a Gram matrix is taken: `print(plan)` says it in two sentences.
+
+    Attributes:
+        strategy: "memory", "disk" or "recompute".
+        examples: E.
+        chunk: examples a pass takes at once.
+        passes: passes over the examples, as a number of examples computed over E.
+        held: bytes of rows or records held in memory.
+        spilled: bytes of records written to disk.
+        slice: bytes that the products of one parameter's records take at once.
+        budget: bytes to stay under.
+        folder: where files go, if any.
+        block: rows of the score matrix held, for "recompute".
+        by_rule, copied, by_torch: how many of the P parameters go by layer rules, as a copy an
+            example under vmap (used in a module without a rule, or by itself), and by
+            `torch.func`, as all do where vmap cannot trace the model.
+    """
+
+    strategy: str
+    examples: int
+    chunk: int
+    passes: float
+    held: int
+    spilled: int
+    slice: int
+    budget: int
+    folder: Path | None = None
+    block: int = 0
+    by_rule: int = 0
+    copied: int = 0
+    by_torch: int = 0
+
+    def _repr_html_(self) -> str:
+        return display.facts([(f.name, getattr(self, f.name)) for f in fields(self)])
+
+    def __str__(self) -> str:
+        where = {
+            "memory": f"{readable(self.held)} of records in memory",
+            "disk": f"{readable(self.spilled)} of records in {self.folder}",
+            "recompute": f"blocks of {self.block} rows ({readable(self.held)}) and no disk",
+        }[self.strategy]
+        ways = {
+            "by layer rules": self.by_rule,
+            "as a copy an example": self.copied,
+            "by torch.func, as vmap cannot trace the model with rules": self.by_torch,
+        }
+        shares = ", ".join(f"{n:,} {way}" for way, n in ways.items() if n)
+        return (
+            f"{self.examples} examples, {self.chunk} at a time, {self.passes:.2f} passes, {where}, "
+            f"within {readable(self.budget)}. Parameters: {shares}"
+        )
+
+
+class Planner:
+    """Plans for one Gram matrix.
+
+    Args:
+        engine: of the model and point.
+        survey: a piece of one example for each parameter, in the form it is kept.
+        count: E.
+        matrices: how many [E, E] results there are.
+        budget: bytes to stay under, results included.
+    """
+
+    def __init__(
+        self,
+        engine: ScoreEngine,
+        survey: dict[str, Piece],
+        count: int,
+        matrices: int,
+        budget: int,
+    ) -> None:
+        self.engine, self.survey, self.count, self.budget = engine, survey, count, budget
+        self.scratch = scratch_of(engine.theta.device)
+        self.result = 8 * count * count * matrices
+        self.room = budget - self.result
+        self.record = sum(piece.example_bytes for piece in survey.values())
+
+    @cached_property
+    def _cost(self) -> PassCost:
+        """Of the pass that fills records."""
+        return PassCost(self.engine, rows_made(self.survey.values()))
+
+    def choose(self, strategy: str) -> ScorePlan:
+        """The plan of a strategy, or of the first that fits.
+
+        Raises:
+            ValueError: none fits.
+        """
+        ways: dict[str, Callable[[], ScorePlan]] = {
+            "memory": self._in_memory,
+            "disk": self._on_disk,
+            "recompute": self._by_blocks,
+        }
+        if strategy != "auto":
+            return ways[strategy]()
+        for name in ("memory", "disk"):
+            try:
+                return ways[name]()
+            except ValueError:
+                continue
+        return self._by_blocks()
+
+    def _in_memory(self) -> ScorePlan:
+        held = self.count * self.record
+        cost = self._cost
+        one_pass = cost.activations + cost.rules + self.record
+        least, most = self._products(spilled=False)
+        left = self.room - held
+        # The pass and the products follow one another: the larger of the two counts.
+        self._require(held + max(one_pass, least))
+        chunk = cost.chunk_within(left, self.record, self.count)
+        return self._plan("memory", chunk, 1.0, held=held, slice=min(most, left))
+
+    def _on_disk(self) -> ScorePlan:
+        spilled = self.count * self.record
+        folder = spill_folder(spilled)
+        if folder is None:
+            raise checks.fail(
+                "strategy",
+                f"{readable(spilled)} free in the temporary folder, on a disk",
+                "less, or a folder kept in memory",
+                "set TMPDIR to a folder on disk",
+            )
+        cost = self._cost
+        # While a chunk is written, the pages of its files count too.
+        one_pass = cost.activations + cost.rules + 2 * self.record
+        least, most = self._products(spilled=True)
+        # A quarter of the room is for the records mapped meanwhile.
+        self._require(max(one_pass, 2 * least))
+        room = int(DISK_SHARE * self.room)
+        chunk = cost.chunk_within(room, 2 * self.record, self.count)
+        size = min(most, room // 2)
+        return self._plan("disk", chunk, 1.0, spilled=spilled, slice=size, folder=folder)
+
+    def _by_blocks(self) -> ScorePlan:
+        cost, count, params = PassCost(self.engine), self.count, self.engine.obj.num_params
+        row = params * max(4, self.engine.theta.element_size())
+        held, made = row + packed_bytes(1, params), 2 * row + packed_bytes(1, params)
+        # A chunk's rows are there until the next are.
+        each = cost.activations + cost.rules + made
+        self._require(each + held)
+        # A quarter for the chunk is enough; every row more held saves recomputing.
+        size = cost.chunk_within(max(each, self.room // 4), made, count)
+        block = max(1, min(count, (self.room - size * each) // held))
+        computed = sum(count - begin for begin in range(0, count, block))
+        return self._plan("recompute", size, computed / count, held=block * row, block=block)
+
+    def _products(self, *, spilled: bool) -> tuple[int, int]:
+        """Least bytes that the products of any parameter take, and a sensible number.
+
+        Either rows of all examples for as few as one output channel at a time, or inner
+        products of as few as one pair of examples.
+        """
+        least, most = 0, 0
+        for piece in self.survey.values():
+            pair = pairing(piece, spilled)
+            if pair is not None:
+                low, high = (
+                    tile_bytes(1, *pair),
+                    min(tile_bytes(self.count, *pair), self.scratch.tile),
+                )
+            elif isinstance(piece, Rows) and not spilled:  # multiplied as they are
+                low = high = _packed(self.count, piece.width, self.scratch)
+            else:
+                rows = self.count * piece.row_bytes
+                packed = _packed(self.count, piece.width, self.scratch)
+                low, high = packed + -(-rows // max(1, piece.groups)), packed + rows
+            least, most = max(least, low), max(most, high)
+        return least, max(least, min(most, self.scratch.slice))
+
+    def _require(self, needed: int) -> None:
+        """Refuse a budget under what is needed beside the result."""
+        if self.room < needed:
+            what = f"the Gram matrix of {self.count} examples"
+            do = "give more memory, or fewer max_examples"
+            raise too_small(self.result + needed, self.budget, what, do)
+
+    def _plan(
+        self,
+        strategy: str,
+        chunk: int,
+        passes: float,
+        *,
+        held: int = 0,
+        spilled: int = 0,
+        slice: int = 0,
+        folder: Path | None = None,
+        block: int = 0,
+    ) -> ScorePlan:
+        obj, engine = self.engine.obj, self.engine
+        sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
+        by_rule = sum(sizes[name] for name in engine.by_rule)
+        copied = sum(sizes[name] for name in engine.batched) if engine.traceable else 0
+        return ScorePlan(
+            strategy, self.count, chunk, passes, held, spilled, slice, self.budget, folder, block,
+            by_rule, copied, obj.num_params - by_rule - copied,
+        )  # fmt: skip
+
+
+def pairing(piece: Piece, spilled: bool) -> tuple[int, int] | None:
+    """The piece's `pair_bytes`, with what is mapped of an example that is on disk."""
+    if piece.pair_bytes is None:
+        return None
+    example, pair = piece.pair_bytes
+    return example + piece.example_bytes * spilled, pair
+
+
+def channels_within(size: int, piece: Piece, count: int) -> int:
+    """Output channels whose rows of `count` examples fit in `size` bytes; at least 1."""
+    scratch = scratch_of(piece.tensors[0].device)
+    rows = max(0, size - _packed(count, piece.width, scratch))
+    return max(1, min(piece.groups, rows * piece.groups // max(1, count * piece.row_bytes)))
+
+
+def tile_within(size: int, example: int, pair: int, count: int) -> int:
+    """Examples of a tile of inner products that fits in `size` bytes; at least 1.
+
+    >>> tile_within(tile_bytes(7, 10, 16), 10, 16, 100), tile_within(0, 10, 16, 100)
+    (7, 1)
+    """
+    return max(1, min(count, (isqrt(example**2 + pair * size) - example) // pair))
+
+
+def tile_bytes(examples: int, example: int, pair: int) -> int:
+    """Bytes of a square tile, from those for an example of either side and for a pair."""
+    return 2 * examples * example + examples**2 * pair
+
+
+def _packed(count: int, width: int, scratch: Scratch) -> int:
+    least = packed_bytes(count, min(width, 256))
+    return max(least, min(packed_bytes(count, width), scratch.packed))

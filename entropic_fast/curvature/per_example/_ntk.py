@@ -1,0 +1,118 @@
+"""The empirical neural tangent kernel: the Gram matrix of the outputs' gradients."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import exact_math
+from ..._torch.torch_compile import undisturbed
+from ..._utils import checks
+from ...objective import Objective
+from ...objective._dataset import RepeatedExamples
+from ...objective._objective import require_objective
+from ...objective._validation import require_finite_outputs
+from ._scores import score_gram
+
+
+@overload
+def ntk_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    by: None = None,
+) -> Tensor: ...
+
+
+@overload
+def ntk_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    by: str,
+) -> dict[str, Tensor]: ...
+
+
+@undisturbed()
+def ntk_gram(
+    obj: Objective,
+    theta: Tensor | None = None,
+    max_examples: int | None = None,
+    memory_budget: int | None = None,
+    *,
+    by: str | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """The Gram matrix J J^T of the Jacobian of all outputs, in float64.  # [E, K, E, K]
+
+    Entry [e, k, f, l] is the inner product of d output_k(x_e) / d theta and
+    d output_l(x_f) / d theta: the empirical neural tangent kernel at theta (Jacot, Gabriel,
+    Hongler, arXiv 1806.07572). The outputs of an example are flattened to K numbers. The loss
+    and the targets play no part.
+
+    The gradient of an output is the score of an example whose loss is that output, so this is
+    `score_gram` of E * K examples, with its layer rules, accuracy and memory; inputs are held
+    once, and repeated chunk by chunk.
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point; None for the model's own.  # [P]
+        max_examples: E, the first so many examples; None for all N.
+        memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
+            quarter of the free memory, half on a GPU.
+        by: None for the whole; "parameter" or "module" for the share of each, by name. The
+            shares add up to the whole.
+
+    Raises:
+        ValueError: as `score_gram`; NaN or infinite outputs; outputs whose number K is not the
+            same for all examples.
+
+    >>> import torch
+    >>> x = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
+    >>> obj = Objective(torch.nn.Linear(2, 2, bias=False), "mse", (x, x))
+    >>> kernel = ntk_gram(obj)  # x_e . x_f where k = l, else 0
+    >>> kernel.shape, kernel[:, 0, :, 0].tolist(), bool(kernel[:, 0, :, 1].any())
+    (torch.Size([2, 2, 2, 2]), [[1.0, 2.0], [2.0, 5.0]], False)
+    """
+    require_objective(obj)
+    obj.require_single_examples()
+    obj.require_outputs("the tangent kernel")
+    count, theta = obj.count(max_examples), obj.point(theta)
+    outputs = _require_outputs(obj, theta, count)
+    which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)
+    single = obj.derived(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
+    shape = count, outputs, count, outputs
+    if by is None:
+        return score_gram(single, theta, count * outputs, memory_budget).view(shape)
+    shares = score_gram(single, theta, count * outputs, memory_budget, by=by)
+    return {name: share.view(shape) for name, share in shares.items()}
+
+
+def _chosen(outputs: Tensor, which: Tensor) -> Tensor:
+    """Output number `which` [n] of each example of outputs [n, ...].  # [n]"""
+    return outputs.reshape(len(outputs), -1).gather(1, which[:, None])[:, 0]
+
+
+def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
+    """K, after a pass that refuses outputs not finite, or not all K, naming the example."""
+    size = None
+    for batch in obj.batches(count):
+        with torch.no_grad(), exact_math():
+            outputs = obj.outputs(theta, batch.inputs)
+        require_finite_outputs(outputs, batch.start)
+        found = outputs[0].numel()
+        if size not in (None, found):
+            raise checks.fail(
+                "outputs",
+                f"{size} numbers for every example, as for the first",
+                f"{found} for example {batch.start}",
+                "group examples by their number of outputs, with a kernel for each group",
+            )
+        size = found
+    assert size is not None
+    return size

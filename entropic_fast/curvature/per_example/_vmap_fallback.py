@@ -1,0 +1,82 @@
+"""Gradients of single examples for any model: `torch.func.vmap(grad)`, or one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from ..._torch.full_precision import Shared, exact_math
+from ..._utils import trees
+from ..._utils.trees import Tree
+from ...objective import Objective
+from ...objective._dataset import Batch
+
+logger = logging.getLogger(__name__)
+
+# What a model that vmap cannot trace raises: control flow that depends on the data, an operation
+# without a batching rule (a warning, made an error here).
+UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, UserWarning)
+
+
+class Fallback:
+    """Rows of the score matrix of an objective at one point, by means of torch alone.
+
+    Args:
+        obj: an objective whose examples do not influence one another.
+        theta: the point.  # [P]
+    """
+
+    def __init__(self, obj: Objective, theta: Tensor) -> None:
+        self.obj, self.theta = obj, theta
+        self._vmap_works = True
+
+    @exact_math()
+    def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Gradients and losses of a batch.  # [n, P], [n]"""
+        # A single example alone goes the way that `Objective.outputs` makes right.
+        if self._vmap_works and batch.size > 1:
+            try:
+                return self._by_vmap(batch)
+            except UNTRACEABLE as why:
+                logger.info("gradients one example at a time, as vmap fails: %s", why)
+                self._vmap_works = False
+        return self._one_by_one(batch)
+
+    def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        def loss(theta: Tensor, x: Tree, y: Tree) -> Tensor:
+            # Not `losses`, which would take a single example twice.
+            one, target = trees.chosen((x, y), None)
+            return self.obj.losses_with(self.obj.split(theta), one, target).sum()
+
+        with no_slow_loops():
+            gradients, losses = vmap(grad_and_value(loss), in_dims=(None, 0, 0))(
+                self.theta, batch.inputs, batch.targets
+            )
+        return gradients.detach(), losses.detach()
+
+    def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        n = batch.size
+        gradients = self.theta.new_empty(n, len(self.theta))
+        losses = []
+        for i in range(n):
+            leaf = self.theta.detach().requires_grad_()
+            one = batch.cut(i, i + 1)
+            loss = self.obj.losses(leaf, one.inputs, one.targets)[0]
+            gradients[i] = torch.autograd.grad(loss, leaf)[0]
+            losses.append(loss.detach())
+        return gradients, torch.stack(losses)
+
+
+@Shared
+@contextlib.contextmanager
+def no_slow_loops() -> Iterator[None]:
+    """Within it, an operation that vmap would run in a loop raises UserWarning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="There is a performance drop")
+        yield

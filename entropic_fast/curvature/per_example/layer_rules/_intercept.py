@@ -1,0 +1,251 @@
+"""Layers' functions caught inside vmap, so that one backward pass sees each layer's A and G.
+
+Per-example losses are evaluated under `torch.func.vmap`, which knows for every tensor which axis
+counts examples, whatever the model did to its shape. A layer's function (`F.linear`,
+`torch.conv2d`, ...) called with parameters we track is replaced there by one of our own: the same
+forward pass on the physical tensors [n, ...] below vmap, a backward pass to the layer's input
+only, and in it the gradients of single examples, by the layer's rule, handed to a sink.
+
+Whether that is all there is to know about a parameter is read from autograd's graph, see
+`engine`. A call that a rule does not cover runs as it would have.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ...._torch.full_precision import weight_norm
+from ...._torch.tracing import requires_grad
+from ...hvp._decompositions import FUNCTIONS
+from ._factored_grads import Piece
+from ._layers import Backward, Layer
+from ._registry import LAYERS
+
+Sink = Callable[[str, Piece], None]
+
+
+# How a model puts hooks on gradients (a tensor's, a node's, a module's), and what it asks before.
+_prototype: Any = Tensor
+HOOKS = {Tensor.register_hook, _prototype.grad_fn.__get__}
+TRANSPOSES = {
+    torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute,
+    _prototype.T.__get__, _prototype.mT.__get__,
+}  # fmt: skip
+REQUIRES_GRAD = _prototype.requires_grad.__get__
+
+
+class NestedTransformError(RuntimeError):
+    """A layer called under a transform of the model's own: its axes are not ours to read."""
+
+
+class GradientHookError(RuntimeError):
+    """A hook on a gradient, which under vmap would be lost, or see all examples at once."""
+
+
+class Intercept(TorchFunctionMode):
+    """While entered, runs tracked layers by rule.
+
+    Args:
+        parameters: the tensors to track and their names.
+        constants: every other tensor of the model that depends on no parameter and no example.
+        sink: called in the backward pass with a parameter's name and its piece.
+
+    Attributes:
+        example: a zero of each example, under vmap; None where there is none.
+    """
+
+    example: Tensor | None = None
+
+    def __init__(self, parameters: dict[str, Tensor], constants: list[Tensor], sink: Sink) -> None:
+        super().__init__()
+        self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._constants = {id(tensor) for tensor in constants}
+        self._sink = sink
+        # Transposes of tracked matrices, by their id while they live here.
+        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in HOOKS:
+            raise GradientHookError("the model puts hooks on gradients")
+        if func == REQUIRES_GRAD:
+            return requires_grad(args[0])
+        func = FUNCTIONS.get(func, func)
+        make = LAYERS.get(func)
+        layer = None if make is None else self._of_parameter(make(*args, **kwargs))
+        if layer is not None:
+            if self._known(layer):
+                return self._by_rule(layer)
+            core = layer.without_bias()
+            if core is not None and layer.bias is not None and self._known(core):
+                return self._by_rule(core) + layer.bias
+            if not layer.right_under_vmap:
+                return layer.by_operations(layer.x, layer.weight, layer.bias)
+        if func in TRANSPOSES and args and id(args[0]) in self._names and args[0].ndim == 2:
+            result = func(*args, **kwargs)
+            if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
+                self._transposes[id(result)] = result, args[0]
+            return result
+        if func is torch._weight_norm:  # which has no rule for vmap
+            return weight_norm(*args, **kwargs)
+        if func is functional.multi_head_attention_forward:
+            # Its projections are calls of F.linear, which the mode should see.
+            with self:
+                return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _by_rule(self, layer: Layer) -> Tensor:
+        x = layer.x
+        shared = not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if shared and self.example is not None and any(layer.names) and layer.is_small():
+            # The same for all examples, such as positions: as if each had its own.
+            layer.x = x + self.example.to(x.dtype)
+        return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
+
+    def _of_parameter(self, layer: Layer | None) -> Layer | None:
+        """The layer in terms of a tracked matrix, where its weight is the transpose of one."""
+        _, parameter = self._transposes.get(id(layer and layer.weight), (None, None))
+        if layer is None or parameter is None:
+            return layer
+        return layer.transposed_of(parameter) or layer
+
+    def _known(self, layer: Layer) -> bool:
+        """Whether each tensor of the layer but x is tracked, constant or absent.
+
+        Rules are for real numbers: with complex ones a gradient would need conjugates.
+        """
+        if layer.x.is_complex() or (layer.weight is not None and layer.weight.is_complex()):
+            return False
+        for tensor in (layer.weight, layer.bias):
+            if tensor is not None and id(tensor) not in self._names and not self._fixed(tensor):
+                return False
+        if not all(self._fixed(tensor) for tensor in layer.statistics):
+            return False
+        layer.names = tuple(
+            None if t is None else self._names.get(id(t)) for t in (layer.weight, layer.bias)
+        )
+        return True
+
+    def _fixed(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._constants
+
+
+# `multi_head_attention_forward` hands itself to the mode whenever one is active. This twin, which
+# takes its tensors for plain ones, runs its steps under the mode instead.
+_attention = types.FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**functional.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    functional.multi_head_attention_forward.__defaults__,
+)
+_attention.__kwdefaults__ = functional.multi_head_attention_forward.__kwdefaults__
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result
+
+
+class _Batched(torch.autograd.Function):
+    """The vmap side: finds the examples' axis and goes below vmap."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink) -> Tensor:
+        # x does not depend on the example (a table of positions, say): the plain function.
+        return layer.plain(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.layer, ctx.inputs = inputs[3], inputs[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # Autograd's graph shows this node, so its parameters are left to the fallback; here for
+        # the gradient that flows on.
+        with torch.enable_grad():
+            leaves = [
+                None if t is None else t.detach().requires_grad_(t.is_floating_point())
+                for t in ctx.inputs
+            ]
+            out = ctx.layer.by_operations(*leaves)
+        needed = [
+            t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n and t is not None
+        ]
+        found = iter(torch.autograd.grad(out, needed, gradients, allow_unused=True))
+        results = [next(found) if n else None for n in ctx.needs_input_grad[:3]]
+        return (*results, None, None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink
+    ) -> tuple[Tensor, int]:
+        if in_dims[0] is None or in_dims[1] is not None or in_dims[2] is not None:
+            raise NestedTransformError("parameters batched by a transform of the model's own")
+        if torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise NestedTransformError("a transform of the model's own")
+        x = x.movedim(in_dims[0], 0)
+        return layer.shaped(_apply(_Physical, x, weight, bias, layer, sink), x), 0
+
+
+class _Physical(torch.autograd.Function):
+    """The layer on tensors [n, ...], with its rule in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink
+    ) -> Tensor:
+        out, saved = layer.forward(x, weight, bias)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.layer, ctx.sink = layer, sink
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, *saved = ctx.saved_tensors
+        layer: Layer = ctx.layer
+        sink: Sink = ctx.sink
+        # A sink that keeps pieces would keep the graph, which keeps the sink.
+        del ctx.layer, ctx.sink
+        wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        x_gradient, pieces = layer.backward(
+            Backward(x, weight, saved, gradient, ctx.needs_input_grad[0], wanted)
+        )
+        for name, piece in zip(layer.names, pieces, strict=True):
+            if name is not None and piece is not None:
+                sink(name, piece)
+        return x_gradient, None, None, None, None
+
+
+def uses_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, int]:
+    """How many layers of ours use each parameter that the losses depend on; 0 if another does.
+
+    Autograd's graph holds every differentiable use of a parameter as an edge to its leaf. If all
+    come from layers of ours where it is weight or bias, its gradient is the sum of what their
+    rules give. Parameters that no edge leads to are absent: their gradient is zero.
+    """
+    edges: dict[int, list[bool]] = {id(p): [] for p in parameters.values()}
+    ours: Any = _Physical
+    start = losses.grad_fn
+    stack, seen = [start] if start is not None else [], {start}
+    while stack:
+        node = stack.pop()
+        by_rule = isinstance(node, ours._backward_cls)
+        for slot, (following, _) in enumerate(node.next_functions):
+            if following is None:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None:
+                if id(variable) in edges:
+                    edges[id(variable)].append(by_rule and slot in (1, 2))
+            elif following not in seen:
+                seen.add(following)
+                stack.append(following)
+    found = {name: edges[id(p)] for name, p in parameters.items()}
+    return {name: len(uses) if all(uses) else 0 for name, uses in found.items() if uses}

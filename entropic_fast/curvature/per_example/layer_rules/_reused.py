@@ -1,0 +1,102 @@
+"""Gradients of a parameter that several layers use: sums of their pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...._utils.workspace import scratch_of
+from ._factored_grads import CANCELS, EmbeddingPiece, LinearPiece, Piece, Rows, norms_by_columns
+
+
+def combined(pieces: Sequence[Piece]) -> Piece:
+    """The sum of pieces of one parameter, for the same examples.
+
+    Uses by linear layers are positions of one layer, and so are those by embeddings. Where a table
+    is an embedding and the weight of a linear layer (a head), both are kept. Other sums are rows.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    linear = [p for p in pieces if isinstance(p, LinearPiece)]
+    embedded = [p for p in pieces if isinstance(p, EmbeddingPiece)]
+    if len(linear) + len(embedded) < len(pieces):
+        rows = pieces[0].rows().clone()
+        for piece in pieces[1:]:
+            rows += piece.rows()
+        return Rows(rows)
+    if not embedded:
+        return LinearPiece(*_joined(linear))
+    tokens, e = _joined(embedded)
+    if not linear:
+        return EmbeddingPiece(tokens, e, embedded[0].vocabulary)
+    return TiedPiece(tokens, e, *_joined(linear))
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Tensor]:
+    """Their tensors [n, T, ...] along positions."""
+    if len(pieces) == 1:
+        return list(pieces[0].tensors)
+    return [torch.cat(parts, 1) for parts in zip(*(p.tensors for p in pieces), strict=True)]
+
+
+class TiedPiece(Piece):
+    """dW[v, d] = sum_s G[s, v] A[s, d] + sum over positions t of token v of E[t, d].
+
+    Args:
+        tokens, e: of the embedding.  # [n, T], [n, T, D]
+        a, g: of the linear layer, from D inputs to V outputs.  # [n, S, D], [n, S, V]
+    """
+
+    def __init__(self, tokens: Tensor, e: Tensor, a: Tensor, g: Tensor) -> None:
+        self.tensors = (tokens, e, a, g)
+
+    def again(self, tensors: tuple[Tensor, ...]) -> TiedPiece:
+        return TiedPiece(*tensors)
+
+    @property
+    def width(self) -> int:
+        return self.groups * self.tensors[3].shape[2]
+
+    @property
+    def groups(self) -> int:
+        return self.tensors[1].shape[2]
+
+    @property
+    def _linear(self) -> LinearPiece:
+        """With columns [D, V], as those of the embedding."""
+        _, _, a, g = self.tensors
+        return LinearPiece(g, a)
+
+    @property
+    def _embedding(self) -> EmbeddingPiece:
+        tokens, e, _, g = self.tensors
+        return EmbeddingPiece(tokens, e, g.shape[2])
+
+    def columns(self, begin: int, end: int, out: Tensor) -> None:
+        """Columns [n, channels of the embedding, vocabulary]."""
+        tokens, e, _, _ = self.tensors
+        self._linear.columns(begin, end, out)
+        index = tokens[:, None].expand(-1, end - begin, -1)
+        view = out.view(len(e), end - begin, -1)
+        view.scatter_add_(2, index, e[:, :, begin:end].transpose(1, 2))
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        return self._embedding.ordered(rows)
+
+    def norms(self) -> Tensor:
+        tokens, e, a, g = self.tensors
+        most = max(1, scratch_of(e.device).norms // (8 * max(1, tokens[0].numel() * a.shape[1])))
+        if len(e) > most:
+            return torch.cat([self.part(i, i + most).norms() for i in range(0, len(e), most)])
+        squares = self._linear.norms() + self._embedding.norms()
+        index = tokens[:, None].expand(-1, g.shape[1], -1)
+        inner = torch.bmm(a, e.transpose(1, 2)).double() * g.gather(2, index)  # [n, S, T]
+        norms = squares + 2 * inner.sum((1, 2))
+        # Rounding of the inner products is eps times the squares.
+        cancelled = (norms < CANCELS * squares).nonzero()[:, 0]
+        if len(cancelled):
+            few = self.again(tuple(t[cancelled] for t in self.tensors))
+            norms[cancelled] = norms_by_columns(few)
+        return norms

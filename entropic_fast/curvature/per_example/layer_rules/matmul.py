@@ -1,0 +1,72 @@
+"""Rules of matrix products with a parameter that no layer's module holds.
+
+`x @ W` with W [inputs, outputs], as Hugging Face's `Conv1D` computes it by `torch.addmm`, and
+`W @ x`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._factored_grads import LinearPiece, full_precision
+from ._layers import Backward, Layer, Linear, Pieces, RightProduct
+
+
+class LeftProduct(Layer):
+    """`W @ x` with W [outputs, inputs] and x [..., inputs, positions]."""
+
+    def __init__(self, weight: Tensor, x: Tensor) -> None:
+        self.x, self.weight = x, weight
+
+    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
+        return torch.matmul(weight, x)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return self.plain(x, weight, bias), ()
+
+    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+        assert at.weight is not None
+        gradient = at.weight.t() @ at.g if at.need_x else None
+        if not at.wanted[0]:
+            return gradient, (None, None)
+        n = len(at.x)
+        a, g = (t.transpose(-1, -2) for t in full_precision((at.x, at.g)))
+        piece = LinearPiece(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
+        return gradient, (piece, None)
+
+
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Layer | None:
+    """The rule of a product in which one factor is the same matrix for all examples."""
+    if out is not None:
+        return None
+    if _is_shared_matrix(other) and input.ndim >= 1:
+        return RightProduct(input, other)
+    if _is_shared_matrix(input) and other.ndim >= 1:
+        return Linear(other, input) if other.ndim == 1 else LeftProduct(input, other)
+    return None
+
+
+def addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Layer | None:
+    """The rule of `input + mat1 @ mat2` with a vector as input and mat2 the same for all."""
+    plain = beta == 1 and alpha == 1 and out is None
+    if not plain or not _is_shared_matrix(mat2) or input.shape != mat2.shape[1:]:
+        return None
+    return RightProduct(mat1, mat2, input)
+
+
+def _is_shared_matrix(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -1,0 +1,186 @@
+"""Rules of normalisation layers; see `layers`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ....ops.norm_example_grads import affine_grads, batch_norm_backward
+from ._factored_grads import Rows, full_precision
+from ._layers import Backward, Layer, Pieces, apart
+
+
+class BatchNorm(Layer):
+    """`F.batch_norm` by stored statistics: x is scaled and shifted by constants a channel.
+
+    torch's own returns a wrong gradient for a single image if the gradient arrives with its
+    channels last (`Objective.outputs`), as it may for a chunk of one example.
+    """
+
+    right_under_vmap = False
+
+    def __init__(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.statistics, self.eps = (mean, variance), eps
+
+    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, variance = self.statistics
+        return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+
+    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, variance, scale, shift = (
+            None if t is None else full_precision((t,))[0].view(-1, *[1] * (x.ndim - 2))
+            for t in (*self.statistics, weight, bias)
+        )
+        assert mean is not None and variance is not None
+        out = (full_precision((x,))[0] - mean) * (variance + self.eps).rsqrt()
+        out = out if scale is None else out * scale
+        return (out if shift is None else out + shift).to(x.dtype)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return self.plain(x.flatten(0, 1), weight, bias), ()
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        return apart(out, x.shape[:2])
+
+    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+        inputs, gradients = full_precision((at.x, self.shaped(at.g, at.x)))
+        mean, variance = full_precision(self.statistics)
+        rstd = (variance.to(inputs.dtype) + self.eps).rsqrt()
+        scale = torch.ones_like(rstd) if at.weight is None else at.weight.to(inputs.dtype)
+        last = inputs.movedim(2, -1)
+        flat = last.flatten(1, -2)
+        x_gradient, *rows = batch_norm_backward(
+            flat, gradients.movedim(2, -1).reshape(flat.shape), mean.to(inputs.dtype), rstd, scale
+        )
+        gradient = x_gradient.view(last.shape).movedim(-1, 2).to(at.x.dtype) if at.need_x else None
+        return gradient, wanted_rows(rows, at.wanted)
+
+
+class GroupNorm(Layer):
+    """`F.group_norm`; with one channel a group, `F.instance_norm` by the instance's statistics."""
+
+    def __init__(
+        self, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> None:
+        self.x, self.groups, self.weight, self.bias, self.eps = x, groups, weight, bias, eps
+
+    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return functional.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        images = x.flatten(0, 1).contiguous()
+        out, mean, rstd = torch.native_group_norm(
+            images, weight, bias, *self._sizes(images), self.groups, self.eps
+        )
+        return out, (images, mean, rstd)
+
+    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+        return apart(out, x.shape[:2])
+
+    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+        images, mean, rstd = at.saved
+        out = at.g.contiguous()
+        gradient = None
+        if at.need_x:
+            gradient = torch.ops.aten.native_group_norm_backward(
+                out, images, mean, rstd, at.weight, *self._sizes(images), self.groups,
+                (True, False, False),
+            )[0]  # fmt: skip
+            gradient = self.shaped(gradient, at.x)
+        each = images.shape[1] // self.groups
+        inputs, gradients, mean, rstd = full_precision((images, out, mean, rstd))
+        rows = affine_grads(
+            inputs.reshape(*inputs.shape[:2], -1).transpose(1, 2),
+            gradients.reshape(*inputs.shape[:2], -1).transpose(1, 2),
+            *(t.repeat_interleave(each, 1)[:, None].to(inputs.dtype) for t in (mean, rstd)),
+        )
+        return gradient, wanted_rows([apart(r, at.x.shape[:2]).sum(1) for r in rows], at.wanted)
+
+    @staticmethod
+    def _sizes(images: Tensor) -> tuple[int, int, int]:
+        return len(images), images.shape[1], math.prod(images.shape[2:])
+
+
+class LayerNorm(Layer):
+    """`F.layer_norm` and `F.rms_norm`, which subtracts no mean and has no bias."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        shape: Sequence[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float | None,
+        centred: bool = True,
+    ) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.shape, self.eps, self.centred = list(shape), eps, centred
+
+    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if not self.centred:
+            return functional.rms_norm(x, self.shape, weight, self.eps)
+        assert self.eps is not None
+        return functional.layer_norm(x, self.shape, weight, bias, self.eps)
+
+    def forward(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return self.plain(x, weight, bias), ()
+
+    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+        n, width = len(at.x), math.prod(self.shape)
+        inputs, gradients = (
+            t.reshape(n, math.prod(at.x.shape[1 : at.x.ndim - len(self.shape)]), width)
+            for t in full_precision((at.x, at.g))
+        )
+        eps = default_eps(at.x.dtype, at.x.device.type) if self.eps is None else self.eps
+        mean = inputs.mean(2, keepdim=True) if self.centred else inputs.new_zeros(1, 1, 1)
+        rstd = ((inputs - mean).square().mean(2, keepdim=True) + eps).rsqrt()
+        gradient = None
+        if at.need_x:
+            scaled = gradients
+            if at.weight is not None:
+                scaled = gradients * at.weight.reshape(-1).to(gradients.dtype)
+            normal = (inputs - mean) * rstd
+            gradient = scaled - normal * (scaled * normal).mean(2, keepdim=True)
+            if self.centred:
+                gradient -= scaled.mean(2, keepdim=True)
+            gradient = (gradient * rstd).view(at.x.shape).to(at.x.dtype)
+        rows = affine_grads(inputs, gradients, mean, rstd)
+        return gradient, tuple(  # type: ignore[return-value]
+            Rows(r) if w else None for r, w in zip(rows, at.wanted, strict=True)
+        )
+
+
+@lru_cache
+def default_eps(dtype: torch.dtype, device: str) -> float:
+    """What `F.rms_norm` takes for eps=None: of half precision or float32, as torch is built."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return torch.finfo(dtype).eps
+    # 0.01 is normalised to 1 with the eps of float32 (1e-7), to 0.3 or less with that of half.
+    out = functional.rms_norm(torch.full((1,), 0.01, dtype=dtype, device=device), [1])
+    return torch.finfo(torch.float32 if float(out) > 0.9 else dtype).eps
+
+
+def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> Pieces:
+    """Pieces of weight and bias from their rows [n, C]."""
+    weight, bias = (Rows(r) if w else None for r, w in zip(rows, wanted, strict=True))
+    return weight, bias

@@ -1,0 +1,8 @@
+"""Several processes: the process group, what ranks say to each other, and heartbeats.
+
+Start with `_process_group`; `_communicator` holds the collectives.
+"""
+
+from ._process_group import DifferentCallsError, LostProcessError, OtherProcessError, init, shard
+
+__all__ = ["DifferentCallsError", "LostProcessError", "OtherProcessError", "init", "shard"]

@@ -1,0 +1,218 @@
+"""One objective on many processes: what is a sum over examples is shared out, and put together.
+
+Every process of `torchrun --nproc-per-node 4 script.py` runs the same script with the same model
+and data; `shard` makes of its objective one whose work is shared, and every call after that is
+the one that a single process makes, on every process, with the same result on each.
+
+- Shared by examples: losses, gradients, products and quadratic forms of the Hessian, Gauss-Newton
+  and Fisher operators, gradient norms and what is made of these: traces, eigenvalues, spectral
+  densities, profiles along paths. The Gram matrix by blocks of rows that go round in a ring.
+- Shared by pivots: AutoNEB. By replicas: `relax` and what uses it.
+- Anything else every process computes whole, which is right, only not faster.
+
+Random numbers are keyed by example, probe and replica, so nothing depends on how many processes
+there are but rounding. Data and model are held whole by every process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import datetime
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from .._utils import checks
+from .._utils.devices import is_gpu
+from ._communicator import DifferentCallsError, LostProcessError, OtherProcessError, Sharing
+from ._heartbeat import Signs
+
+if TYPE_CHECKING:
+    from ..objective import Objective
+
+__all__ = [
+    "DifferentCallsError",
+    "LostProcessError",
+    "OtherProcessError",
+    "Sharing",
+    "init",
+    "shard",
+]
+
+DEFAULT_TIMEOUT = 600.0  # seconds
+PATIENCE = 86400.0
+FEW = 8  # examples on which functions are compared
+
+# Of the processes that `init` joined, once it has.
+_signs: Signs | None = None
+_meeting: Any = None  # their group for meetings on the CPU, which may take long
+
+
+def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.device:
+    """Join the processes that `torchrun` started, by NCCL where there are GPUs, else by gloo.
+
+    Without `torchrun`, or if they are joined already, nothing happens.
+
+    Args:
+        timeout: seconds without a sign of life, or for one message, after which another process
+            is given up. Each gives signs from a thread of its own, so one that works for longer
+            is waited for.
+        patience: seconds to wait for one that lives.
+
+    Returns:
+        the device of this process: its own GPU, or the CPU.
+
+    Raises:
+        ValueError: on every process, if two of them are on one GPU, which NCCL does not support.
+
+    >>> init()  # without torchrun
+    device(type='cpu')
+    """
+    global _meeting, _signs
+    checks.positive("timeout", timeout)
+    checks.positive("patience", patience)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # A batch system may show each process its own GPU alone, whatever its LOCAL_RANK.
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        limit = datetime.timedelta(seconds=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        if is_gpu(device):
+            uuid = torch.cuda.get_device_properties(device).uuid
+            _require_own_gpus(store, rank, size, f"{socket.gethostname()} {uuid}")
+        _signs = Signs(store, rank, timeout)  # before the others are joined, who look
+        dist.init_process_group(
+            "nccl" if is_gpu(device) else "gloo",
+            store=PrefixStore("entropic_fast", store),
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+        )
+        _meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+        atexit.register(_leave)  # or threads of its own abort the process as it ends
+    return device
+
+
+def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
+    """Reject two processes on one GPU, on every process: NCCL's own error is hard to read."""
+    store.set(f"entropic_fast/gpu/{rank}", gpu)
+    seen: dict[str, int] = {}
+    for other in range(size):
+        place = store.get(f"entropic_fast/gpu/{other}").decode()
+        if place in seen:
+            raise checks.fail(
+                "processes",
+                "one per GPU, because NCCL does not support two ranks on one",
+                f"processes {seen[place]} and {other} on the same ({place})",
+                "start as many as there are GPUs (torchrun --nproc-per-node), or set "
+                "CUDA_VISIBLE_DEVICES= to run on the CPU with gloo",
+            )
+        seen[place] = other
+
+
+def _leave() -> None:
+    if _signs is not None:
+        _signs.end()
+    if not dist.is_initialized():
+        return
+    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
+    if _signs is not None and _signs.bereaved and dist.get_backend() == "nccl" and abort:
+        abort()  # destroying the group would wait for the lost rank
+    else:
+        dist.destroy_process_group()
+
+
+def shard(obj: Objective, group: Any = None) -> Objective:
+    """The same objective with its work shared among processes.
+
+    Every process must call this, and every function on the result, with the same arguments in the
+    same order. One process alone gets the objective back as it is.
+
+    Args:
+        obj: the same on every process.
+        group: a `torch.distributed` group; None for all processes (those of `torchrun` are
+            joined by `init` if they are not yet).
+
+    Raises:
+        ValueError: on every process, if parameters, data or settings differ between processes;
+            a model that is not on a GPU in a group of your own by NCCL.
+        LostProcessError: a process is not there.
+
+    >>> x = torch.tensor([[1.0], [2.0]])
+    >>> obj = shard(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> obj.loss(torch.tensor([2.0]))
+    2.5
+    """
+    from ..objective._dataset import digest
+    from ..objective._objective import require_objective
+
+    require_objective(obj)
+    init()
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return obj
+    if dist.get_rank(group) < 0:
+        raise checks.fail(
+            "group",
+            "one that this process is in",
+            f"one without process {dist.get_rank()}",
+            "call shard on the processes of the group alone",
+        )
+    patient = _signs is not None and group in (None, dist.group.WORLD)
+    if dist.get_backend(group) == "nccl" and not is_gpu(obj.device):
+        if not patient:
+            raise checks.fail(
+                "obj",
+                "a model on this process's GPU, as NCCL joins GPUs alone",
+                f"parameters on {obj.device}",
+                "move the model and the data there: model.to(entropic_fast.distributed.init())",
+            )
+        group = _meeting  # of the same processes, by gloo
+    sharing = Sharing(group, obj.device, *((_meeting, _signs) if patient else ()))
+    sharing.require_same(
+        {
+            "model": digest([obj.parameters_vector(), *obj.constants()]),
+            "data": obj.examples.digest(),
+            "settings": repr(
+                (
+                    *(obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size),
+                    obj.weight_decay,
+                )
+            ),
+        }
+    )
+    _require_same_function(obj, sharing)
+    other = copy.copy(obj)
+    other.sharing = sharing
+    return other
+
+
+def _require_same_function(obj: Objective, sharing: Sharing) -> None:
+    """Refuse models or losses whose values differ, with the same parameters, on a few examples."""
+    failure: Exception | None = None
+    found: list[Tensor] = []
+    try:
+        batch = next(obj.batches(batch_size=FEW if obj.separable else None))
+        with torch.no_grad():
+            outputs = obj.outputs(obj.parameters_vector(), batch.inputs)
+            found = [outputs, obj.output_losses(outputs, batch.targets)]
+    except Exception as error:
+        failure = error
+    try:
+        sharing.agree(failure, "outputs and losses of the first examples", *found)
+    except DifferentCallsError:
+        raise checks.fail(
+            "obj",
+            "the same function on every process",
+            "other outputs or losses of the first examples on some",
+            "build model and loss alike everywhere",
+        ) from None

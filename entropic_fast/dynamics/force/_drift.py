@@ -1,0 +1,270 @@
+"""Drift velocity along a path, measured by bursts of many replicas from chosen positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from ..._torch.full_precision import exact_math
+from ..._utils import checks
+from ..._utils.table import Table
+from ...objective import Objective
+from ...paths._path import Path
+from .._relaxation import Interval, mean_interval
+from ..projected_sgd._minibatches import Minibatches, in_random_batches
+from ..projected_sgd._optimizers import Optimizer
+from ..projected_sgd._relax import relax
+from ..projected_sgd._trajectory import Trajectory
+from ._linear_response import ProjectedSGD, travel
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """Velocities along a path, of independent replicas at each position.
+
+    Attributes:
+        position: where the bursts started.  # [K]
+        velocity: of each replica, in path lengths per effective time (updates x lr), NaN if it
+            diverged.  # [K, R]
+        raw: without the control of noise along the path.  # [K, R]
+        order_error: standard error of `velocity` that all replicas of a position share: of the
+            mean gradient of batches with statistics of their own. 0 without these, or without
+            control.  # [K]
+        control: whether `velocity` is controlled.
+        settings: of the bursts.
+        trajectory: of all replicas, position by position.
+    """
+
+    position: Tensor
+    velocity: Tensor
+    raw: Tensor
+    order_error: Tensor
+    control: bool
+    settings: ProjectedSGD
+    trajectory: Trajectory
+
+    def interval(self, index: int, confidence: float = 0.95) -> Interval:
+        """Mean velocity at a position, with Student's t interval over its replicas.
+
+        Where they share an error, `order_error`, it is in the interval.
+        """
+        velocity = self.velocity[index]
+        found = mean_interval(velocity[~velocity.isnan()], confidence)
+        shared = float(self.order_error[index]) * float(norm.ppf((1 + confidence) / 2))
+        below, above = (
+            math.hypot(found.value - found.low, shared),
+            math.hypot(found.high - found.value, shared),
+        )
+        return replace(found, low=found.value - below, high=found.value + above)
+
+    def to_table(self, confidence: float = 0.95) -> Table:
+        """Columns "position", "velocity", "low", "high", "replicas", a row a position.
+
+        A position at which no replica is left is NaN.
+        """
+        rows = []
+        for i, s in enumerate(self.position.tolist()):
+            left = int((~self.velocity[i].isnan()).sum())
+            found = self.interval(i, confidence) if left else None
+            value, low, high = (found.value, found.low, found.high) if found else (torch.nan,) * 3
+            rows.append(
+                {"position": s, "velocity": value, "low": low, "high": high, "replicas": left}
+            )
+        return Table.from_rows(rows)
+
+
+def measure_drift(
+    obj: Objective,
+    path: Path,
+    positions: Sequence[float] | Tensor,
+    settings: ProjectedSGD,
+    replicas: int = 16,
+    *,
+    seed: int = 0,
+    control: bool = True,
+    engine: str = "auto",
+) -> Drift:
+    """Drift velocity as a function of position, from short bursts of projected SGD.
+
+    Every replica of every position has noise of its own, so velocities are independent. Most of
+    a burst's displacement is noise of the minibatch gradients along the path, of known mean 0:
+    what the same minibatches' gradients along the tangent at the start give, less the mean
+    gradient's, is subtracted (a control variate of coefficient 1, so no bias whatever the loss;
+    the noise left is that of the second order).
+
+    Where batches have statistics of their own, the mean over all possible batches is out of reach;
+    it is estimated over the batches of one random order of the examples. That error is one and the
+    same for all replicas (`order_error`, part of `Drift.interval`). `noiseless_drift` takes the
+    same batches, so the difference of both is free of it to first order. Each minibatch's
+    gradient is then taken a second time, by itself: as much work as the bursts, or more.
+
+    Args:
+        obj, path: as for `relax`.
+        positions: where to start, in [0, 1]; best inside segments of the path.  # [K]
+        settings: of the bursts. Long ones average the drift over where they go.
+        replicas: R at each position, 2 or more for an interval.
+        seed: of the minibatches.
+        control: whether to subtract the noise along the path.
+        engine: as for `relax`.
+
+    Raises:
+        ValueError: arguments out of range.
+        DivergenceError: every replica diverged.
+
+    >>> from entropic_fast import linear_path
+    >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    >>> obj = Objective(torch.nn.Linear(2, 1, bias=False), "mse", (x, x[:, :1]))
+    >>> path = linear_path(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> settings = ProjectedSGD(0.01, 8, project_every=5, steps=5)
+    >>> found = measure_drift(obj, path, [0.2, 0.6], settings, replicas=4)
+    >>> found.interval(0).value > found.interval(1).value > 0, tuple(found.velocity.shape)
+    (True, (2, 4))
+    """
+    places = torch.as_tensor(positions, dtype=torch.float64).cpu()
+    if places.ndim != 1 or len(places) == 0:
+        raise checks.fail("positions", "positions [K]", checks.describe(places))
+    checks.whole("replicas", replicas, 1)
+    starts = places.repeat_interleave(replicas)
+    ids = list(range(len(starts)))
+    run = relax(
+        obj,
+        path,
+        starts,
+        settings.optimizer,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        project_every=settings.project_every,
+        steps=settings.steps,
+        seed=seed,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        ids=ids,
+        engine=engine,
+    )
+    raw = (run.position[:, -1] - run.position[:, 0]) / settings.duration  # [K R]
+    velocity, error = raw, torch.zeros_like(places)
+    if control:
+        noise, shared = _noise_along(obj, path, places, settings, ids, replicas, seed)
+        velocity = raw + noise / (settings.duration * path.length)
+        error = shared / (settings.duration * path.length)
+    shape = (len(places), replicas)
+    return Drift(places, velocity.view(shape), raw.view(shape), error, control, settings, run)
+
+
+def _noise_along(
+    obj: Objective,
+    path: Path,
+    places: Tensor,
+    settings: ProjectedSGD,
+    ids: list[int],
+    replicas: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Displacement that the minibatches' gradients along the tangent at the start, less their
+    mean, give to minus this direction [K R], and the standard error of the mean's part [K]."""
+    place = torch.arange(len(places)).repeat_interleave(replicas)
+    batches = Minibatches(obj, settings.batch_size, seed, ids)
+    slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
+    found, error = slope(obj, path, places, batches, place)
+    # Summed where the gradients are, and read once.
+    total = torch.zeros(len(ids), dtype=torch.float64, device=obj.device)
+    weights = travel(settings)
+    for step, weight in enumerate(weights.tolist()):
+        total += weight * found(step)
+    return total.cpu(), error.cpu() * float(weights.sum())
+
+
+def _has_batch_statistics(obj: Objective) -> bool:
+    return obj.has_running_statistics or obj.norm == "batch"
+
+
+# (step) -> slopes of the replicas' minibatches less the mean [K R], on the objective's device
+Slopes = Callable[[int], Tensor]
+
+
+def _mean_slopes(
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches, place: Tensor
+) -> tuple[Slopes, Tensor]:
+    slopes = torch.stack([tangent_gradients(obj, path, float(s)) for s in places])  # [K, N]
+    slopes = (slopes - slopes.mean(1, keepdim=True)).to(obj.device)
+    rows = place.to(obj.device)[:, None]
+
+    def found(step: int) -> Tensor:
+        return slopes[rows, batches.indices(step)].mean(1)
+
+    return found, torch.zeros_like(places)
+
+
+def _batch_slopes(
+    obj: Objective, path: Path, places: Tensor, batches: Minibatches, place: Tensor
+) -> tuple[Slopes, Tensor]:
+    alike = in_random_batches(obj, batches.batch_size)
+    points = [path.point(float(s)).detach() for s in places]
+    tangents = [path.tangent(float(s)).double() for s in places]
+
+    @exact_math()
+    def slope(k: int, inputs: Tensor, targets: Tensor) -> Tensor:
+        theta = points[k].requires_grad_()
+        loss = alike.losses(theta, inputs, targets).mean()
+        return torch.autograd.grad(loss, theta)[0].double() @ tangents[k]
+
+    every = torch.stack(
+        [slope(k, b.inputs, b.targets) for k in range(len(places)) for b in alike.batches()]
+    ).view(len(places), -1)  # [K, N // B]
+    mean, count = every.mean(1), every.shape[1]
+
+    means = mean[place.to(mean.device)]
+
+    def found(step: int) -> Tensor:
+        rows = zip(place.tolist(), *batches(step), strict=True)
+        return torch.stack([slope(k, x, y) for k, x, y in rows]) - means
+
+    if count == 1:  # a full batch is all there is
+        return found, torch.zeros_like(mean)
+    return found, every.std(1) / count**0.5
+
+
+@exact_math()
+def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
+    """Derivative of each example's loss along the path's unit tangent, float64.  # [N]"""
+    tangent, parts = path.tangent(position), []
+    for batch in obj.batches():
+        theta = path.point(position).requires_grad_()
+        losses = obj.losses(theta, batch.inputs, batch.targets)
+        # The gradient is linear in the weights of the examples: its derivative by them, along
+        # the tangent. (Forward mode would do it in one pass, for models whose parts all have it.)
+        weights = torch.ones_like(losses, requires_grad=True)
+        gradient = torch.autograd.grad(losses, theta, weights, create_graph=True)[0]
+        parts.append(torch.autograd.grad(gradient, weights, tangent)[0])
+    return torch.cat(parts).double().cpu()
+
+
+def noiseless_drift(
+    obj: Objective, path: Path, positions: Sequence[float] | Tensor, settings: ProjectedSGD
+) -> Tensor:
+    """Velocity of the same burst with gradients over all examples: the energetic part.  # [K]
+
+    In path lengths per effective time. At steps=1 it is - u . grad L / length (with weight
+    decay, of the loss and the decay's energy). Where batches have statistics of their own, the
+    gradient is the mean over batches of `settings.batch_size` in one random order of the examples.
+    """
+    if _has_batch_statistics(obj):
+        obj = in_random_batches(obj, settings.batch_size)
+    found = []
+    for start in torch.as_tensor(positions, dtype=torch.float64).tolist():
+        theta, s = path.point(start)[None].clone(), start
+        rate = torch.tensor([settings.lr], dtype=torch.float64, device=theta.device)
+        momentum = settings.momentum or None
+        rule = Optimizer(settings.optimizer, rate, momentum, settings.weight_decay)
+        for update in range(1, settings.steps + 1):
+            rule.update(theta, obj.gradient(theta[0])[None].contiguous())
+            if update % settings.project_every == 0 or update == settings.steps:
+                s, theta, _ = path.project(theta[0])
+                theta = theta[None].contiguous()
+        found.append((s - start) / settings.duration)
+    return torch.tensor(found, dtype=torch.float64)

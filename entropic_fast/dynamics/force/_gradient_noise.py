@@ -1,0 +1,202 @@
+"""Second moments of single examples' gradients across a path: the noise of its minibatches.
+
+Where an example has no gradient of its own, because its loss depends on its batch
+(`norm="batch"`), the objective's batches stand for examples: their gradients about the mean are
+scaled so that their covariance is that which examples would have for such minibatches, C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import exact_math
+from ..._utils import checks, trees
+from ...curvature.operators._algebra import without
+from ...curvature.per_example._chunks import ExampleGradients
+from ...objective import Objective
+from ...ops.random_bits.streams import derive, normal, permutation, uniform
+
+
+def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Chunk by chunk the first row's number and gradients of examples, or of whole batches.
+
+    With `norm="batch"` only whole batches of equal size count, so that each is alike.  # [n, P]
+    """
+    if obj.norm != "batch":
+        yield from ExampleGradients(obj, theta).chunks()
+        return
+    size, number = None, 0
+    for batch in obj.batches():
+        size = size or batch.size
+        if batch.size == size:
+            with exact_math():  # not while whoever asked for the row has it
+                leaf = theta.detach().requires_grad_()
+                loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
+                row = torch.autograd.grad(loss, leaf)[0][None]
+            yield number, row
+            number += 1
+
+
+def row_scale(obj: Objective) -> tuple[int, float]:
+    """How many rows there are, and what makes their covariance that of examples, C.
+
+    N / B batches drawn without replacement vary about their common mean with covariance
+    C (N / (N - 1) / B) (1 - B / N).
+    """
+    n = obj.num_examples
+    if obj.norm != "batch":
+        return n, 1.0
+    b = next(obj.batches()).size
+    count = n // b
+    if count < 2:
+        raise checks.fail(
+            "obj",
+            "batches whose gradients differ, two or more",
+            f"{count} of {b} examples",
+            "lower the objective's batch_size to that of the dynamics",
+        )
+    return count, ((n - 1) * b / n / (1 - 1 / count)) ** 0.5
+
+
+class GradientNoise:
+    """Moments of examples' gradients about their mean, in r directions and in the rest.
+
+    C is their covariance over the examples, across the tangent. One pass over the examples.
+
+    Args:
+        obj: the objective; with `norm="batch"` its batches are those of the dynamics.
+        theta: the point.  # [P]
+        tangent: unit column, left out.  # [P, 1]
+        vectors: orthonormal, orthogonal to the tangent.  # [P, r]
+        turned: for `cross`; None for none.  # [P, r]
+        draws: for `spread`, how many directions.
+        seed: of those.
+
+    Attributes:
+        covariance: V^T C V.  # [r, r]
+        rest: trace of C orthogonal to the directions.
+        cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
+    """
+
+    @exact_math()
+    def __init__(
+        self,
+        obj: Objective,
+        theta: Tensor,
+        tangent: Tensor,
+        vectors: Tensor,
+        turned: Tensor | None = None,
+        draws: int = 0,
+        seed: int = 0,
+    ) -> None:
+        obj = obj.data_term()  # weight decay has no noise
+        self.obj, self.theta = obj, theta
+        self.count, self.scale = row_scale(obj)
+        self.basis = torch.cat([tangent, vectors], 1)  # [P, 1 + r]
+        self.mean = self._mean()
+        n, size = self.count, self.basis.shape[1]
+        # (columns^T g) is enough: what is taken off g follows from its coordinates.
+        columns = self.basis if turned is None else torch.cat([self.basis, turned.to(theta)], 1)
+        product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
+        squares = []
+        self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
+        # Made on the CPU, whose logarithms and cosines these numbers are, and moved at once.
+        signs = torch.stack(
+            [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+            or [torch.zeros(n)]
+        ).to(theta)
+        for start, rows in gradient_rows(obj, theta):
+            rows = self.scale * (rows - self.mean)  # [n, P]
+            coordinates = (rows @ columns).double()
+            product += coordinates[:, :size].T @ coordinates / n
+            within = coordinates[:, :size].square().sum(1)
+            squares.append(torch.linalg.vector_norm(rows, dim=1).double().square() - within)
+            for total, sign in zip(self._sums, signs, strict=False):
+                total += sign[start : start + len(rows)] @ rows
+        within = product[:, :size]
+        self.covariance = within[1:, 1:]
+        self._rest_squares = torch.cat(squares).clamp(min=0)  # [n]
+        self.rest = float(self._rest_squares.mean())
+        self.cross = torch.zeros(size - 1, dtype=torch.float64)
+        if turned is not None:
+            # turned . rest = turned . g - (turned . basis) (basis . g)
+            overlap = self.basis.double().T @ columns[:, size:].double()
+            self.cross = (product[:, size:] - within @ overlap)[1:].diagonal().clone()
+
+    @property
+    def variances(self) -> Tensor:
+        """c_i, of each direction, and last the trace of the rest, on the CPU.  # [r + 1]"""
+        rest = torch.tensor([self.rest], dtype=torch.float64)
+        return torch.cat([self.covariance.diagonal().cpu(), rest])
+
+    def _mean(self) -> Tensor:
+        if self.obj.norm != "batch":
+            return self.obj.gradient(self.theta)
+        total = torch.zeros_like(self.theta)
+        for _, rows in gradient_rows(self.obj, self.theta):
+            total += rows.sum(0) / self.count
+        return total
+
+    @exact_math()
+    def sample(self, examples: int, seed: int) -> Tensor:
+        """Columns v of which the mean of v v^T is the rest of C, in expectation.  # [P, E]
+
+        The rests of so many examples' gradients, drawn in proportion to their squared norms and
+        scaled to one norm: near a minimum a few examples make most of the noise, and an even draw
+        misses them. All of them as they are where there are no more.
+        """
+        if examples >= self.count:
+            chosen = torch.arange(self.count)
+        else:
+            # At even distances on the sum of the squared norms, in a random order: data have
+            # orders of their own, periodic ones too.
+            own = derive(seed, "force", "rest")
+            order = permutation(self.count, own, 0)
+            total = self._rest_squares.cpu()[order].cumsum(0)
+            places = (torch.arange(examples) + uniform((1,), own, 1)) * (total[-1] / examples)
+            chosen = order[torch.searchsorted(total, places).clamp_(max=self.count - 1)]
+        columns: Tensor = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
+        if examples < self.count:
+            columns *= self.rest**0.5 / torch.linalg.vector_norm(columns, dim=0)
+        return columns
+
+    def _rows(self, chosen: Tensor) -> Tensor:
+        """The rows of these numbers, which may repeat.  # [E, P]"""
+        obj, distinct = self.obj, torch.unique(chosen)
+        if obj.norm == "batch":
+            wanted = set(distinct.tolist())
+            rows = torch.cat([r for i, r in gradient_rows(obj, self.theta) if i in wanted])
+        else:
+            few = obj.sampled(*trees.chosen(obj.tensors(), distinct.to(obj.device)))
+            rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
+        return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
+
+    @exact_math()
+    def spread(self, size: float) -> float:
+        """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
+
+        By central differences of the examples' gradients: how much noisier gradients become away
+        from the path, because examples differ in curvature.
+        """
+        tangent, found = self.basis[:, :1], []
+        for total in self._sums:
+            z = without(tangent, total[:, None])[:, 0]
+            length = float(torch.linalg.vector_norm(z.double()))
+            if length == 0:
+                return 0.0
+            z = z * (size / length)
+            ways = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
+            sums = torch.zeros_like(z, dtype=torch.float64)
+            squares = sums.new_zeros(())
+            for (_, up), (_, down) in zip(*ways, strict=True):
+                change = (self.scale / (2 * size)) * (up - down)
+                along = (change @ tangent).double()
+                sums += change.double().sum(0)
+                squares += torch.linalg.vector_norm(change, dim=1).double().square().sum()
+                squares -= along.square().sum()
+            mean = without(tangent.double(), sums[:, None]) / self.count
+            found.append(float(squares / self.count - mean.square().sum()))
+        return sum(found) / len(found) if found else 0.0

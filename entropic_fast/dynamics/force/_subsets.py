@@ -1,0 +1,81 @@
+"""Curvature of part of the data, for the force, and of its parts in turn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._utils import trees
+from ...curvature import HessianOperator
+from ...curvature.operators._linear_operator import quadratic_forms
+from ...objective import Objective
+from ..projected_sgd._minibatches import in_random_batches
+
+
+def as_in_dynamics(obj: Objective) -> Objective:
+    """The objective itself, or with batch statistics over random batches of the same size."""
+    if obj.norm != "batch":
+        return obj
+    return in_random_batches(obj, next(obj.batches()).size)
+
+
+def first_examples(obj: Objective, max_examples: int | None) -> Objective:
+    """The objective on its first so many examples, in batches as large as before; None: on all.
+
+    With batch statistics on whole batches, one at least.
+    """
+    return _parts(obj, max_examples, 1)[0]
+
+
+def forms_by_parts(
+    obj: Objective, theta: Tensor, vectors: Tensor, max_examples: int | None
+) -> Tensor:
+    """v^T H v for the columns v of vectors [P, K], each on one of the parts of the data.
+
+    Parts have `max_examples` examples, as many parts as the data hold and columns need. What
+    fewer images than all make of a form is then independent from part to part, and so is in the
+    spread of its mean (`mean_of_parts`).
+
+    Returns:
+        on the CPU, a row a part; NaN fills rows of one column fewer.  # [G, ceil(K / G)]
+    """
+    parts = _parts(obj, max_examples, vectors.shape[1])
+    forms = torch.full((len(parts), -(-vectors.shape[1] // len(parts))), torch.nan).double()
+    for row, (form, part) in enumerate(zip(forms, parts, strict=True)):
+        found = quadratic_forms(HessianOperator(part, theta), vectors[:, row :: len(parts)])
+        form[: len(found)] = found.cpu()
+    return forms
+
+
+def mean_of_parts(values: Tensor) -> tuple[float, float]:
+    """Mean of values [G, C] and its standard error, NaN for one value alone.
+
+    The values of a row have something in common, so rows are the sample where there are several.
+
+    >>> mean_of_parts(torch.tensor([[1.0, 3.0], [5.0, 7.0]]).double())
+    (4.0, 2.0)
+    >>> mean_of_parts(torch.tensor([[1.0, 3.0]]).double())
+    (2.0, 1.0)
+    """
+    rows = values if len(values) > 1 else values.T
+    known = rows.isfinite()
+    mean = rows[known].mean()
+    gaps = (rows - mean).nansum(1)
+    count = len(rows)
+    error = (gaps.square().sum() * count / (count - 1)).sqrt() / known.sum() if count > 1 else None
+    return float(mean), torch.nan if error is None else float(error)
+
+
+def _parts(obj: Objective, max_examples: int | None, most: int) -> list[Objective]:
+    size = next(obj.batches()).size
+    count = min(max_examples or obj.num_examples, obj.num_examples)
+    if obj.norm == "batch":
+        count = max(count // size, 1) * size
+    if count >= obj.num_examples:
+        return [obj]
+    number = max(min(obj.num_examples // count, most), 1)
+    held = obj.tensors(number * count)
+    return [
+        obj.sampled(*trees.chosen(held, slice(i, i + count)), batch_size=size)
+        for i in range(0, number * count, count)
+    ]

@@ -1,0 +1,155 @@
+"""Norm growth of scale-invariant weights: its share of the drift along a path.
+
+The loss does not depend on the length of a row W of weights that batch statistics normalise
+(a filter followed by batch normalisation). So W . grad_W L = 0 everywhere, every update is at
+right angles to W, and free SGD lengthens it, by lr^2 |g|^2 / (2 |W|) an update. Projected SGD
+keeps none of that where it projects after every update: what leaves the path is put back on it.
+Within a cycle, with w the displacement since the last projection, g . (W + w) = 0 gives
+
+    - lr g . W / |W| = lr g . w_W / |W|  an update along W:    on average lr E[w_W . (H w)_W] / |W|,
+
+which is the entropic force along W, because curvature falls as 1 / |W|^2: no mechanism besides,
+but a part of it. `radial_share` says how much of the entropic force along a path is this part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._torch.full_precision import exact_math
+from ...curvature import HessianOperator
+from ...curvature.operators._linear_operator import multiply
+from ...objective import Objective
+from ...paths._path import Path
+from ._linear_response import ProjectedSGD, Sampling, response, travel
+from ._point_force import PointForce
+from ._subsets import as_in_dynamics, first_examples
+
+# Cosine of W and its gradient below which W counts as scale-invariant: normalisation adds a
+# small number to variances, so that the cosine is not 0.
+_ORTHOGONAL = 1e-2
+
+# Random weightings of the losses per batch, beside their mean.
+_WEIGHTINGS = 3
+
+
+@exact_math()
+def scale_invariant_rows(
+    obj: Objective, theta: Tensor | None = None, *, batches: int = 2
+) -> dict[str, Tensor]:
+    """Parameters each of whose rows (filters) has a length that the loss does not depend on.
+
+    Found by gradients of randomly weighted losses on some batches: orthogonal to every row. The
+    weights differ from draw to draw, because the gradient of one loss can be orthogonal to a row
+    by chance (about once in 100 for a row of four weights).
+
+    Args:
+        obj: with `norm="batch"`; stored statistics make no weights scale-invariant.
+        theta: the point; None for the model's own.  # [P]
+        batches: how many to look at.
+
+    Returns:
+        for each such parameter, the indices of its rows in theta.  # [rows, size]
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(),
+    ...     torch.nn.Linear(4, 1))
+    >>> x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    >>> list(scale_invariant_rows(Objective(net, "mse", (x, x[:, :1]), norm="batch")))
+    ['0.weight']
+    """
+    theta = obj.point(theta)
+    places = obj.split(torch.ones_like(theta, dtype=torch.int64).cumsum(0) - 1)  # 0 .. P - 1
+    found = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
+    if obj.norm != "batch":
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    kept = []  # for each weighting and parameter, whether it is scale-invariant; read once
+    for _, batch in zip(range(batches), obj.batches(), strict=False):
+        leaf = theta.detach().requires_grad_()
+        losses = obj.losses(leaf, batch.inputs, batch.targets)
+        weightings = torch.randn(_WEIGHTINGS + 1, len(losses), generator=generator)
+        weightings[0] = 1.0
+        for weights in weightings.to(losses):
+            loss = (weights * losses).mean()
+            gradient = torch.autograd.grad(loss, leaf, retain_graph=True)[0].double()
+            for rows in found.values():
+                w, g = theta[rows].double(), gradient[rows]
+                scale = w.norm(dim=1) * g.norm(dim=1)
+                live = scale > 0
+                cosine = torch.where(live, (w * g).sum(1).abs() / scale, 0.0)
+                kept.append(live.any() & ~(cosine.max() > _ORTHOGONAL))
+    if kept:
+        every = torch.stack(kept).view(-1, len(found)).all(0).tolist()
+        found = {name: found[name] for name, one in zip(list(found), every, strict=True) if one}
+    return found
+
+
+@dataclass(frozen=True)
+class RadialShare:
+    """How much of the entropic force at a point is norm growth of scale-invariant weights.
+
+    Attributes:
+        entropic: velocity that the noise in the r directions makes, all of it.
+        radial: the part of it along the rows' own directions W / |W|.
+        tangent: share of the squared tangent that lies along the rows' own directions.
+        rows: how many there are.
+    """
+
+    entropic: float
+    radial: float
+    tangent: float
+    rows: int
+
+    @property
+    def share(self) -> float:
+        """radial / entropic."""
+        return self.radial / self.entropic if self.entropic else 0.0
+
+
+@exact_math()
+def radial_share(
+    obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
+) -> RadialShare:
+    """The part of the entropic force that is growth of norms, in the r directions.
+
+    Args:
+        obj: the objective of the dynamics, with `norm="batch"` where the network normalises.
+        path: as for `point_force`.
+        point: the force at a position; curvature is taken on the same examples.
+        settings: of the bursts.
+
+    Returns:
+        velocities in path lengths per effective time; 0 for the radial one where no weights are
+        scale-invariant.
+    """
+    theta, tangent = path.point(point.position), path.tangent(point.position).double()
+    groups = scale_invariant_rows(obj, theta)
+    vectors = product = point.pairs.vectors
+    if groups:
+        some = first_examples(as_in_dynamics(obj), point.max_examples)
+        product = multiply(HessianOperator(some, theta), vectors).double()
+    seen = response(point.stiffness, settings).seen[:-1]
+    sampling = Sampling(settings.batch_size, point.num_examples)
+    strength = sampling.strength(
+        response(point.stiffness, settings).seen, point.noise, point.spread
+    )
+    moments = sampling.factors(seen, seen, travel(settings), strength) * point.covariance
+    pull, along, rows = torch.zeros_like(moments), 0.0, 0
+    for places in groups.values():
+        w = theta[places].double()
+        lengths = w.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        cosine = (tangent[places] * w).sum(1) / lengths  # u . W / |W|
+        along += float(cosine.square().sum())
+        rows += len(places)
+        left, right = vectors[places].double(), product[places]  # [rows, size, r]
+        pull += torch.einsum("g,gsi,gsl->il", cosine / lengths, left, right).cpu()
+    scale = 1 / (settings.duration * path.length)
+    return RadialShare(
+        entropic=point.entropic(settings, rest=False).value,
+        radial=scale * float((moments * pull).sum()),
+        tangent=along,
+        rows=rows,
+    )

@@ -1,0 +1,115 @@
+"""Replicas of one run shared out among processes, and put together again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._utils import checks
+from ...distributed._communicator import Sharing
+from ._trajectory import DivergenceError, Trajectory
+
+NUMBERS = ("position", "distance", "loss", "full_loss")
+
+
+def over_processes(
+    run: Callable[..., Trajectory],
+    given: Mapping[str, Any],
+    starts: Tensor,
+    lrs: Tensor,
+    ids: Sequence[int],
+) -> Trajectory:
+    """Each process runs replicas in a row by themselves; all get the trajectory of all.
+
+    Args:
+        run: `relax`.
+        given: its arguments, by name; the objective has `sharing`.
+        starts, lrs, ids: of every replica.  # [R] each
+
+    Raises:
+        ValueError: files to write to, of which each process would want its own.
+        DivergenceError: every replica of every process diverged.
+        OtherProcessError, LostProcessError: as `Sharing.summed`.
+    """
+    for name in ("record_to", "checkpoint"):
+        if given[name] is not None:
+            raise checks.fail(
+                name,
+                "None where processes share the replicas",
+                checks.shown(given[name]),
+                "on each process relax(obj.alone(), ids=...), with a file of its own",
+            )
+    sharing: Sharing = given["obj"].sharing
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = {name: v for name, v in given.items() if isinstance(v, plain)}
+    settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
+    sharing.agree(None, "relax", settings, given["path"].pivots, given["obj"].mark())
+    first, last = sharing.range(len(starts))
+    own: Trajectory | None = None
+    failure: Exception | None = None
+    if first < last:
+        part = slice(first, last)
+        mine = {
+            **given,
+            **dict(obj=given["obj"].alone(), replicas=1),
+            **dict(start=starts[part].tolist(), lr=lrs[part].tolist(), ids=list(ids[part])),
+        }
+        try:
+            own = run(**mine)
+        except DivergenceError as error:
+            own = error.trajectory
+        except Exception as error:
+            failure = error
+    sharing.agree(failure, "replicas")
+    found = _together(sharing, own, first, len(starts), lrs, ids)
+    if bool(found.diverged.all()):
+        raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", found)
+    return found
+
+
+def _together(
+    sharing: Sharing,
+    own: Trajectory | None,
+    first: int,
+    replicas: int,
+    lrs: Tensor,
+    ids: Sequence[int],
+) -> Trajectory:
+    # One whose replicas all diverged ends early; the longest says when records were made.
+    lengths = sharing.gathered([0 if own is None else len(own.steps)])
+    records = max(length for (length,) in lengths)
+    leader = lengths.index([records])
+    about = {} if own is None else {
+        "fixed": list(own.fixed_losses), "steps": own.steps.tolist(), "optimizer": own.optimizer,
+        "batch_size": own.batch_size, "project_every": own.project_every, "seed": own.seed,
+        "engine": own.engine,
+    }  # fmt: skip
+    about = json.loads(sharing.text(json.dumps(about), leader))
+    fixed = about.pop("fixed")
+    numbers = torch.zeros(len(NUMBERS) + len(fixed), replicas, records, dtype=torch.float64)
+    lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
+    if own is not None:
+        rows = slice(first, first + own.num_replicas)
+        numbers[:, rows] = math.nan
+        every = [getattr(own, n) for n in NUMBERS] + [own.fixed_losses[n] for n in fixed]
+        numbers[:, rows, : len(own.steps)] = torch.stack(every)
+        lost[rows] = own.diverged_at.double()
+        notes = "\n".join(own.notes)
+    numbers = sharing.summed(lambda: numbers.to(sharing.device), "records").cpu()
+    lost = sharing.summed(lambda: lost.to(sharing.device), "losses of replicas").cpu()
+    said = [sharing.text(notes, rank).splitlines() for rank in range(sharing.size)]
+    return Trajectory(
+        **dict(zip(NUMBERS, numbers, strict=False)),
+        steps=torch.tensor(about.pop("steps")),
+        lr=lrs.double().cpu(),
+        ids=torch.tensor(ids),
+        diverged_at=lost.long(),
+        notes=tuple(dict.fromkeys(note for lines in said for note in lines)),
+        fixed_losses=dict(zip(fixed, numbers[len(NUMBERS) :], strict=True)),
+        **about,
+    )

@@ -1,0 +1,185 @@
+"""Minibatch gradients of many replicas at once: a loop, threads, or one vectorised call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from ..._torch.full_precision import exact_math
+from ..._utils import checks, trees
+from ...objective import Objective
+from ._fx_cache import Traced
+from ._thread_pool import ThreadedGradients
+
+# (theta [R, P], inputs [R, B, ...], targets [R, B, ...]) -> (losses [R], gradients [R, P])
+Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+ENGINES = ("auto", "vmap", "threads", "loop", "forward")
+
+# On a CPU vmap saves the cost of small calls, yet its grouped convolutions do arithmetic more
+# slowly; threads run whole replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers a
+# minibatch of 16), two cores, ms a replica and update, loop, threads, vmap: R = 2 1.02 0.89 1.08,
+# R = 4 0.99 0.59 0.66, R = 8 0.94 0.56 0.43, R = 16 0.91 0.53 0.29; one core: R = 3 1.00 0.87 0.90.
+# ResNet-8 (49,152 numbers), R = 16: 9.8 5.9, vmap slower than the loop.
+_VMAP_REPLICAS, _VMAP_NUMBERS = 3, 2048  # replicas a core, numbers in a minibatch
+_CHUNK = 64  # replicas a call: 16, 32 and 64 took 0.37, 0.34 and 0.30 ms a replica on one core
+
+
+def loop_gradients(objective: Objective) -> Gradients:
+    """Gradients of one replica after the other, by reverse-mode autograd."""
+
+    @exact_math()
+    def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses, rows = torch.empty_like(theta[:, 0]), torch.empty_like(theta)
+        for r in range(len(theta)):
+            leaf = theta[r].detach().requires_grad_()
+            loss = objective.minibatch_loss(leaf, *trees.chosen((inputs, targets), r))
+            rows[r] = torch.autograd.grad(loss, leaf)[0]
+            losses[r] = loss.detach()
+        return losses, rows
+
+    return gradients
+
+
+def vmap_gradients(objective: Objective) -> Gradients:
+    """Gradients of all replicas in one call: parameters stacked, convolutions grouped."""
+
+    def mean_loss(theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return objective.minibatch_loss(theta, inputs, targets)
+
+    batched = Traced(vmap(grad_and_value(mean_loss)))
+
+    @exact_math()
+    def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            batched(*trees.chosen((theta, inputs, targets), slice(i, i + _CHUNK)))
+            for i in range(0, len(theta), _CHUNK)
+        ]
+        rows, losses = (torch.cat(p) if len(parts) > 1 else p[0] for p in zip(*parts, strict=True))
+        return losses, rows.contiguous()
+
+    return gradients
+
+
+def choose(
+    engine: str, objective: Objective, theta: Tensor, inputs: Tensor, targets: Tensor
+) -> tuple[str, Gradients, str]:
+    """The engine for these sizes, tried on the first minibatch.
+
+    "auto" is what measured fastest on CPUs: vmap where a minibatch holds at most 2,048 numbers and
+    there are 3 replicas or more a core (calls then cost more than arithmetic); else threads, one a
+    core (`torch.get_num_threads()`), but the loop for a single replica that can have several cores
+    for each operation. On a GPU it is vmap from 2 replicas on. That has not been measured; "loop"
+    is worth a try there, since CUDA graphs free it of launch costs. It is not chosen by timing
+    both: they round differently, and what a run returns must not depend on a clock.
+
+    The first replica's gradient must be the loop's; otherwise, and where the model fails, the
+    next of vmap, threads and loop is taken, and the note says why.
+
+    Args:
+        engine: "auto", or "vmap", "threads" (an error where they fail) or "loop".
+        theta: points of the replicas.  # [R, P]
+        inputs, targets: their first minibatches.  # [R, B, ...]
+
+    Returns:
+        name of the engine, the function, and a note ("" where there is nothing to say).
+
+    Raises:
+        ValueError: an unknown engine, or one that the model or the device cannot do.
+
+    >>> x, y = torch.ones(40, 2, 3), torch.zeros(40, 2, 1)
+    >>> obj = Objective(torch.nn.Linear(3, 1), "mse", (x[0], y[0]))
+    >>> theta = obj.parameters_vector().repeat(40, 1)
+    >>> name, gradients, note = choose("vmap", obj, theta, x, y)
+    >>> losses, rows = gradients(theta, x, y)
+    >>> name, note, tuple(losses.shape), tuple(rows.shape)
+    ('vmap', '', (40,), (40, 4))
+    """
+    checks.one_of("engine", engine, ENGINES)
+    loop = loop_gradients(objective)
+    notes: list[str] = []
+    for name in _candidates(theta, inputs) if engine == "auto" else (engine,):
+        if name == "loop":
+            break
+        gradients, reason = _tried(name, objective, loop, theta, inputs, targets)
+        if gradients is not None:
+            return name, gradients, "; ".join(notes)
+        if engine != "auto":
+            what = "torch.func.vmap" if name == "vmap" else "copies of it on threads of a CPU"
+            raise checks.fail("engine", f"a model that {what} can do", reason, 'pass engine="loop"')
+        notes.append(f"{name} was not used: {reason}")
+    return "loop", loop, "; ".join(notes)
+
+
+def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
+    if theta.device.type != "cpu":
+        return ("vmap", "loop") if len(theta) > 1 else ("loop",)
+    workers = torch.get_num_threads()
+    small = (
+        sum(t[0].numel() for t in trees.leaves(inputs)) <= _VMAP_NUMBERS
+        and len(theta) >= _VMAP_REPLICAS * workers
+    )
+    if len(theta) == 1 and workers > 1:
+        return ("loop",)
+    return ("vmap", "threads", "loop") if small else ("threads", "loop")
+
+
+def _tried(
+    name: str, objective: Objective, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
+) -> tuple[Gradients | None, str]:
+    """An engine that gives the loop's gradient, or why it will not do for this model."""
+    if name == "threads" and theta.device.type != "cpu":
+        return None, f"a model on {theta.device}"
+    if name == "threads" and objective.only_functional:
+        return None, objective.only_functional
+    gradients: Gradients
+    if name == "vmap":
+        gradients = vmap_gradients(objective)
+    else:
+        gradients = ThreadedGradients(objective, min(torch.get_num_threads(), len(theta)))
+    reason = _failure(gradients, loop, theta, inputs, targets)
+    if not reason:
+        return gradients, ""
+    close(gradients)
+    return None, reason
+
+
+def lead(gradients: Gradients, work: Callable[[], None]) -> None:
+    """`work()`, which calls `gradients`, where it disturbs them least."""
+    if isinstance(gradients, ThreadedGradients):
+        gradients.lead(work)
+    else:
+        work()
+
+
+def close(gradients: Gradients) -> None:
+    """Give back what an engine holds."""
+    if isinstance(gradients, ThreadedGradients):
+        gradients.close()
+
+
+def _failure(
+    batched: Gradients, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
+) -> str:
+    """Why an engine will not do for this model; "" if it will."""
+    try:
+        with warnings.catch_warnings():
+            # vmap warns where it falls back to a slow loop of its own.
+            warnings.simplefilter("error")
+            # torch's own, once, and no fault of the model's.
+            warnings.filterwarnings("ignore", ".*no current CUDA context")
+            losses, rows = batched(theta, inputs, targets)
+    # A model may fail under vmap in any way at all; what it raises is passed on in the reason.
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    one_loss, one_row = loop(*trees.chosen((theta, inputs, targets), slice(1)))
+    tolerance = 1e-3 if theta.dtype == torch.float32 else 1e-8
+    scale = one_row[0].norm() + one_loss[0].abs()
+    difference = (rows[0] - one_row[0]).norm() + (losses[0] - one_loss[0]).abs()
+    if not bool(difference <= tolerance * scale):
+        return f"its gradient differs from the loop's by {float(difference / scale):.2g} relative"
+    return ""

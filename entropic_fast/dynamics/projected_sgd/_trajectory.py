@@ -1,0 +1,252 @@
+"""Trajectory: what replicas did along a path, record by record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._utils import checks
+from ..._utils import notebook as display
+from ..._utils.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class DivergenceError(ValueError):
+    """Every replica diverged; the message names a replica, the step and the learning rate.
+
+    Attributes:
+        trajectory: up to there.
+    """
+
+    def __init__(self, message: str, trajectory: Trajectory | None = None) -> None:
+        super().__init__(message)
+        self.trajectory = trajectory
+
+
+class Record(NamedTuple):
+    """One record of a run under way: update number, and of each replica its position on the
+    path, distance from it before projection and mean minibatch loss since the last record
+    (NaN for a replica that diverged), then what else `Trajectory` holds.  # [R] each
+    """
+
+    step: int
+    position: Tensor
+    distance: Tensor
+    loss: Tensor
+    full_loss: Tensor
+    diverged_at: Tensor
+    fixed_losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Replicas of projected dynamics along a path. Tensors are float64 on the CPU.
+
+    Attributes:
+        position: relative Euclidean distance along the path, 0 and 1 at its ends, just after a
+            projection.  # [R, T]
+        distance: Euclidean distance from the path just before that projection.  # [R, T]
+        loss: mean minibatch loss over the updates since the record before; at the first
+            record, the loss of the first minibatch at the start.  # [R, T]
+        full_loss: mean loss over all examples at the projected point, NaN where it was not
+            asked for.  # [R, T]
+        steps: updates made, from 0.  # [T], int64
+        lr: learning rate of each replica.  # [R]
+        ids: the number that names each replica's noise.  # [R], int64
+        diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
+            from there on.  # [R], int64
+        optimizer, batch_size, project_every, seed: as given.
+        engine: "vmap", "threads", "loop" or "forward", how the gradients were computed; with
+            "+graphs" if cycles ran as CUDA graphs.
+        notes: what a reader of the numbers should know (replicas lost, engine refused).
+        fixed_losses: mean loss over each fixed set at the projected point, by name; NaN where
+            it was not asked for.  # [R, T] each
+
+    >>> from entropic_fast import Objective, linear_path, relax
+    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
+    >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
+    >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, project_every=1, steps=2)
+    >>> run.position.tolist(), run.effective_time.tolist()
+    ([[0.5, 0.75, 0.875], [0.25, 0.625, 0.8125]], [0.0, 0.25, 0.5])
+    >>> run.to_table().rows()[4]["lr"]
+    0.25
+    """
+
+    position: Tensor
+    distance: Tensor
+    loss: Tensor
+    full_loss: Tensor
+    steps: Tensor
+    lr: Tensor
+    ids: Tensor
+    diverged_at: Tensor
+    optimizer: str
+    batch_size: int
+    project_every: int
+    seed: int
+    engine: str
+    notes: tuple[str, ...] = ()
+    fixed_losses: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_replicas(self) -> int:
+        """R."""
+        return int(self.position.shape[0])
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which replicas diverged.  # [R], bool"""
+        return self.diverged_at >= 0
+
+    @property
+    def start(self) -> Tensor:
+        """Where each replica started.  # [R]"""
+        return self.position[:, 0]
+
+    @property
+    def effective_times(self) -> Tensor:
+        """Updates times learning rate, of each replica.  # [R, T]"""
+        return self.lr[:, None] * self.steps
+
+    @property
+    def effective_time(self) -> Tensor:
+        """Updates times learning rate, where all replicas have one learning rate.  # [T]
+
+        Raises:
+            ValueError: replicas with different learning rates.
+        """
+        if bool((self.lr != self.lr[0]).any()):
+            raise checks.fail(
+                "effective_time",
+                "one learning rate for all replicas",
+                str(sorted(set(self.lr.tolist()))),
+                "use effective_times [R, T], or select()",
+            )
+        return self.lr[0] * self.steps
+
+    def select(self, replicas: Sequence[int] | Tensor) -> Trajectory:
+        """Some of the replicas: their indices, or a mask [R]. Notes are kept."""
+        rows = torch.as_tensor(replicas)
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
+        if rows.ndim != 1 or rows.numel() == 0:
+            raise checks.fail("replicas", "at least one index", checks.describe(rows))
+        names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
+        parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        parts["fixed_losses"] = {name: part[rows] for name, part in self.fixed_losses.items()}
+        return replace(self, **parts)
+
+    def to_table(self) -> Table:
+        """One row a replica and record, replica by replica; fixed sets in columns loss_<name>."""
+        r, t = self.position.shape
+        replica = torch.arange(r).repeat_interleave(t)
+        columns = {
+            "replica": replica,
+            "id": self.ids[replica],
+            "step": self.steps.repeat(r),
+            "effective_time": self.effective_times.flatten(),
+            "lr": self.lr[replica],
+            "start": self.start[replica],
+            "position": self.position.flatten(),
+            "distance": self.distance.flatten(),
+            "loss": self.loss.flatten(),
+            "full_loss": self.full_loss.flatten(),
+            "diverged_at": self.diverged_at[replica],
+            **{f"loss_{name}": part.flatten() for name, part in self.fixed_losses.items()},
+        }
+        return Table({name: column.numpy() for name, column in columns.items()})
+
+    @classmethod
+    def from_table(cls, table: Table, about: Mapping[str, Any]) -> Trajectory:
+        """The trajectory whose `to_table` gave this, its rows in any order.
+
+        Args:
+            about: the other attributes: optimizer, batch_size, project_every, seed, engine and
+                maybe notes.
+
+        Raises:
+            ValueError: a table without one row for each replica and record.
+
+        >>> from entropic_fast import Objective, linear_path, relax
+        >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
+        >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, steps=15)
+        >>> about = dict(optimizer="sgd", batch_size=4, project_every=15, seed=0, engine="loop")
+        >>> Trajectory.from_table(run.to_table(), about).position.equal(run.position)
+        True
+        """
+        steps, replicas = (np.unique(table[name]) for name in ("step", "replica"))
+        order = np.lexsort((table["step"], table["replica"]))
+        expected = np.repeat(replicas, len(steps)), np.tile(steps, len(replicas))
+        found = table["replica"][order], table["step"][order]
+        if not steps.size or not all(map(np.array_equal, found, expected)):
+            raise checks.fail(
+                "table",
+                "one row for each replica and record",
+                f"{table.num_rows} rows for {len(replicas)} replicas and {len(steps)} records",
+            )
+
+        def column(name: str) -> Tensor:
+            ordered = np.asarray(table[name])[order].reshape(len(replicas), len(steps))
+            return torch.as_tensor(ordered)
+
+        fixed = [name for name in table.columns if name.startswith("loss_")]
+        names = ("optimizer", "batch_size", "project_every", "seed", "engine")
+        parts: dict[str, Any] = {name: about[name] for name in names}
+        for name in ("position", "distance", "loss", "full_loss"):
+            parts[name] = column(name).double()
+        return cls(
+            **parts,
+            steps=torch.as_tensor(steps),
+            lr=column("lr")[:, 0].double(),
+            ids=column("id")[:, 0],
+            diverged_at=column("diverged_at")[:, -1],
+            notes=tuple(about.get("notes", ())),
+            fixed_losses={name.removeprefix("loss_"): column(name).double() for name in fixed},
+        )
+
+    @classmethod
+    def load(cls, file: str | Path) -> Trajectory:
+        """What `relax(..., record_to=file)` has written, of a finished run or of one that was
+        killed: its whole records, up to the last.
+
+        Raises:
+            DamagedFileError: a file that is not a record of relax.
+        """
+        from ._records import read
+
+        return cls.from_table(*read(file))
+
+    def _repr_html_(self) -> str:
+        rows = []
+        moved = self.position[:, -1] - self.position[:, 0]
+        settings = list(zip(self.start.tolist(), self.lr.tolist(), strict=True))
+        for start, lr in dict.fromkeys(settings):
+            here = torch.tensor([setting == (start, lr) for setting in settings])
+            known = moved[here & moved.isfinite()]
+            text = "-"
+            if len(known):
+                error = float(known.std()) / len(known) ** 0.5 if len(known) > 1 else float("nan")
+                text = display.with_error(float(known.mean()), error)
+            rows.append((start, lr, int(here.sum()), int((here & self.diverged).sum()), text))
+        caption = (
+            f"{self.optimizer}, B = {self.batch_size}, projected every {self.project_every}, "
+            f"{int(self.steps[-1])} updates"
+        )
+        columns = ("start", "lr", "replicas", "diverged", "displacement ± std. error")
+        return display.table(columns, rows, caption) + display.plot(self._draw)
+
+    def _draw(self, ax: Axes) -> None:
+        lines = max(1, -(-self.num_replicas // display.MOST_LINES))
+        points = max(1, len(self.steps) // display.MOST_POINTS)
+        for replica in self.position[::lines, ::points].numpy():
+            ax.plot(self.steps[::points].numpy(), replica, color=display.COLOURS[0], alpha=0.6)
+        ax.set_xlabel("updates")
+        ax.set_ylabel("position on the path")

@@ -1,0 +1,197 @@
+"""What the figures' units share: data, models, minima and paths of a run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._utils import checks
+from .._utils.table import Table
+from ..objective import Objective
+from ..paths import Path
+from ..training._train import TrainConfig, evaluate, train
+from ..training.data import ImageData, load
+from ..training.minima import load_minimum, save_minimum, training_manifest
+from ..training.models import build
+from ._executor import Report, Unit
+from ._run_folder import RunFolder
+
+
+@lru_cache(maxsize=4)
+def _load(
+    name: str, data_dir: str | None, device: str, train_limit: int, test_limit: int
+) -> tuple[ImageData, ImageData]:
+    training, test = load(name, data_dir=data_dir, device=device)
+    return training.limited(train_limit or None), test.limited(test_limit or None)
+
+
+def images(run: RunFolder, name: str = "") -> tuple[ImageData, ImageData]:
+    """Training and test images, on the run's device: the run's own, or others by name.
+
+    In the run's `data_dir` a folder of the data set's name comes first.
+    """
+    section = run.config.data
+    name, folder = name or section.name, run.data_dir
+    if folder is not None and (FilePath(folder) / name).is_dir():
+        folder = str(FilePath(folder) / name)
+    return _load(name, folder, run.device, section.train_limit, section.test_limit)
+
+
+def prepare(run: RunFolder) -> None:
+    """Refuse, before anything is computed, images and networks that cannot be had.
+
+    Raises:
+        ValueError: images other than those the run was begun with, an unknown network, or
+            settings that ask for more images than there are.
+    """
+    training, test = images(run)
+    network(run)
+    sections = (run.config.lmc, run.config.fig6, run.config.fig7)
+    shown = [section for section in sections if section.seeds]
+    for section in shown:
+        network(run, section.model, section.data)
+    relax = run.config.relax
+    for key, asked in (
+        ("data.curvature_examples", run.config.data.curvature_examples),
+        ("data.norm_examples", run.config.data.norm_examples),
+        ("relax.batch_size", relax.batch_size),
+        ("relax.batch_sizes", max(relax.batch_sizes)),
+        ("force.batch_size", run.config.force.batch_size),
+        ("force.examples", run.config.force.examples),
+        ("straight.batch_sizes", max(run.config.straight.batch_sizes, default=0)),
+    ):
+        if asked > len(training):
+            raise checks.fail(key, f"at most the {len(training)} training images", str(asked))
+    if run.config.poor.attack >= len(training):
+        expected = f"fewer than the {len(training)} training images"
+        raise checks.fail(
+            "poor.attack", expected, str(run.config.poor.attack), "0 leaves figure 9 out"
+        )
+    others = dict.fromkeys(section.data for section in shown)
+    run.record_images(
+        _facts(training, test)
+        | {name: _facts(*images(run, name)) for name in others if name not in ("", training.name)}
+    )
+
+
+def _facts(training: ImageData, test: ImageData) -> dict[str, Any]:
+    return {
+        "train_examples": len(training),
+        "train_sha256": training.hash,
+        "test_examples": len(test),
+        "test_sha256": test.hash,
+    }
+
+
+def training_examples(run: RunFolder) -> int:
+    """How many training images there are, without them once the run has begun."""
+    recorded = run.images()
+    return int(recorded["train_examples"]) if recorded else len(images(run)[0])
+
+
+def network(run: RunFolder, name: str = "", data: str = "") -> nn.Module:
+    """A network of the run's kind (or of the name given), for its images (or others)."""
+    training, _ = images(run, data)
+    model = build(
+        name or run.config.model.name, training.num_classes, in_channels=training.images.shape[1]
+    )
+    return model.to(run.device)
+
+
+def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
+    """The run's training recipe, with other epochs and batches if given."""
+    section = run.config.train
+    return TrainConfig(
+        lr=section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        batch_size=batch_size or section.batch_size,
+        epochs=epochs or section.epochs,
+        augment=section.augment,
+        precision=section.precision,
+        compiled=section.compiled,
+    )
+
+
+def train_units(run: RunFolder) -> list[Unit]:
+    """One unit for each minimum. Weights of all units count gradients of single examples."""
+    weight = run.config.train.epochs * training_examples(run)
+    return [
+        Unit(f"train/{seed}", train_minimum, (seed,), weight=weight)
+        for seed in run.config.train.seeds
+    ]
+
+
+def train_minimum(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
+    """Train one minimum; its weights and manifest go beside the unit's tables."""
+    training, test = images(run)
+    model, config = network(run), recipe(run)
+    trained = train(
+        model, training, config, seed=seed, on_epoch=lambda r: report(r.epoch / r.epochs)
+    )
+    loss, accuracy = evaluate(model, training)
+    test_loss, test_accuracy = evaluate(model, test)
+    metrics = {
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+    }
+    manifest = training_manifest(run.config.model.name, training, config, seed, metrics=metrics)
+    save_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
+    return {"history": trained.history, "metrics": {"seed": seed, **metrics}}
+
+
+def minimum(run: RunFolder, seed: int) -> nn.Module:
+    """A network with a trained minimum's weights and statistics."""
+    model = network(run)
+    load_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model)
+    return model
+
+
+def objective(run: RunFolder, model: nn.Module, data: ImageData | None = None) -> Objective:
+    """Mean cross-entropy of a network over the run's training images, or over others.
+
+    On a CPU images are laid out channels last: convolutions and normalisation are quicker so.
+    """
+    inputs, targets = (data or images(run)[0]).tensors()
+    if run.device == "cpu":
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
+
+
+def curvature_work(run: RunFolder, products: int) -> float:
+    """Weight of so many Hessian-vector products; one costs about three gradients."""
+    return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
+
+
+def straight_epoch(run: RunFolder) -> int:
+    """The branching epoch of the line of figure 8."""
+    epoch, branches = run.config.straight.epoch, run.config.lmc.branch_epochs
+    return min((k for k in branches if k >= epoch >= 0), default=max(branches))
+
+
+def norm_examples(run: RunFolder) -> int | None:
+    """How many examples running statistics are re-estimated on; None for all."""
+    return run.config.data.norm_examples or None
+
+
+def path_names(run: RunFolder) -> list[tuple[str, int, int, int]]:
+    """Every path of the run: its name, its two minima, its AutoNEB seed."""
+    section = run.config.path
+    return [(f"{a}-{b}-s{s}", a, b, s) for a, b in section.pairs for s in section.seeds]
+
+
+def load_path(run: RunFolder, name: str) -> Path:
+    """A minimum energy path that is finished."""
+    return Path(run.tensors(f"path/{name}", "pivots")["pivots"])
+
+
+def summary(run: RunFolder) -> Table:
+    """Loss and accuracy of every minimum."""
+    rows = [run.document(f"train/{s}", "metrics") for s in run.config.train.seeds]
+    return Table.from_rows(rows)

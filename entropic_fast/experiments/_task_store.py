@@ -1,0 +1,172 @@
+"""Finished units of work in a folder: each is stored whole or not at all.
+
+FOLDER/units/<unit>/...     what a unit computed; done.json, written last, holds the hashes
+FOLDER/locks/               held by the process that computes a unit, or writes what all share
+
+Any number of processes, on any number of machines that share the folder, may compute its units:
+each takes those that no other is at. A lock is the system's (flock), which ends with its process,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from .._utils import atomic_io as store
+from .._utils import checks
+from .._utils.table import Table
+
+Output = Mapping[str, "Table | Mapping[str, Tensor] | dict[str, Any]"]
+
+
+LOCKS = "locks"
+
+
+class UnitStore:
+    """Reads and writes what units computed.
+
+    Args:
+        path: the folder.
+        device: where units compute, "cpu" or "cuda".
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        self.path, self.device = path, device
+
+    def unit_folder(self, unit: str) -> Path:
+        """The folder of a unit's files."""
+        return self.path / "units" / unit
+
+    @contextlib.contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Whether a unit is this process's to compute: no other is at it, until the block ends."""
+        lock = self._lock(unit.replace("/", "_"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A block that one process at a time is in: it changes files that all share."""
+        with self._lock("run"):
+            yield
+
+    def _lock(self, name: str) -> FileLock:
+        folder = self.path / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
+
+    def is_done(self, unit: str) -> bool:
+        """Whether a unit is finished.
+
+        Raises:
+            DamagedFileError: finished, but a file is missing or changed; names the file.
+        """
+        folder = self.unit_folder(unit)
+        if not (folder / "done.json").exists():
+            return False
+        record = store.read_sealed(folder / "done.json")
+        if record.keys() != {"unit", "seconds", "files"} or record["unit"] != unit:
+            raise store.DamagedFileError(
+                f"{folder / 'done.json'}: expected the record of unit {unit}, got another file"
+            )
+        for name, expected in record["files"].items():
+            file = folder / name
+            if not file.exists() or store.sha256(file.read_bytes()) != expected:
+                raise store.DamagedFileError(
+                    f"{file}: expected the content recorded when it was written, got "
+                    + ("another" if file.exists() else "no file")
+                )
+        return True
+
+    def is_whole(self, unit: str) -> bool:
+        """Whether a unit is finished and its files are those that it wrote."""
+        try:
+            return self.is_done(unit)
+        except store.DamagedFileError:
+            return False
+
+    def finish(self, unit: str, output: Output, seconds: float) -> None:
+        """Store a unit's output: tables as CSV, tensors as safetensors, the rest as JSON."""
+        folder = self.unit_folder(unit)
+        for name, value in output.items():
+            if isinstance(value, Table):
+                value.to_csv(folder / f"{name}.csv")
+            elif value and all(isinstance(v, Tensor) for v in value.values()):
+                store.save_tensors(folder / f"{name}.safetensors", dict(value), {"unit": unit})
+            else:
+                store.write_json(folder / f"{name}.json", value)
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".csv", ".safetensors", ".json"))
+        hashes = {f.name: store.sha256(f.read_bytes()) for f in files if f.name != "done.json"}
+        store.write_sealed(
+            folder / "done.json", {"unit": unit, "seconds": round(seconds, 3), "files": hashes}
+        )
+
+    def table(self, unit: str, name: str) -> Table:
+        """A table that a finished unit stored."""
+        return Table.from_csv(self.unit_folder(unit) / f"{name}.csv")
+
+    def tensors(self, unit: str, name: str) -> dict[str, Tensor]:
+        """Tensors that a finished unit stored, on the run's device."""
+        tensors, _ = store.load_tensors(self.unit_folder(unit) / f"{name}.safetensors")
+        return {key: value.to(self.device) for key, value in tensors.items()}
+
+    def document(self, unit: str, name: str) -> dict[str, Any]:
+        """A JSON document that a finished unit stored."""
+        return dict(store.read_json(self.unit_folder(unit) / f"{name}.json"))
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Compute seconds by stage, summed over the finished units."""
+        seconds: dict[str, float] = {}
+        for done in sorted((self.path / "units").glob("**/done.json")):
+            record = store.read_sealed(done)
+            stage = record["unit"].split("/")[0]
+            seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
+        return seconds
+
+
+def require_unused(path: Path) -> None:
+    """Refuse a folder to begin in that holds other files.
+
+    Raises:
+        ValueError: a file, or a folder with more than writes that were cut off.
+    """
+    if path.exists() and not path.is_dir():
+        raise checks.fail("--out", "a folder", f"{path}, which is a file", "choose another")
+    if path.is_dir() and any(
+        f for f in path.iterdir() if f.name != LOCKS and not f.name.endswith(".part")
+    ):
+        raise checks.fail(
+            "--out", "a new or empty folder, or a run's", f"{path}, which holds other files"
+        )
+
+
+def require_same(path: Path, changes: Sequence[str]) -> None:
+    """Refuse to go on in a folder that was begun otherwise.
+
+    Args:
+        path: the folder.
+        changes: what differs, a line each; none if nothing does.
+
+    Raises:
+        ValueError: something differs; the message lists it.
+    """
+    if changes:
+        raise checks.fail(
+            "--out",
+            "a new folder, or one of the same configuration",
+            f"{path}, which differs (stored -> asked):\n  " + "\n  ".join(changes) + "\n",
+            "choose another folder, or ask for the stored configuration",
+        )

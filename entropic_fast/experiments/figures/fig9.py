@@ -1,0 +1,198 @@
+"""Figure 9 (ours): a minimum that generalises badly, and the path to it from a normal one.
+
+The bad minimum fits the images that the path's loss is of, and an attack set with wrong labels
+besides (as in Wu, Zhu, E 2017, arXiv 1706.10239), so that what it does elsewhere is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from ..._utils.table import Table
+from ...objective import Objective
+from ...ops.random_bits import streams as random
+from ...paths import Path
+from ...training._train import TrainConfig, evaluate, train
+from ...training.data import ImageData
+from ...training.minima import load_minimum, save_minimum, training_manifest
+from .. import _inputs as pieces
+from .._executor import Report, Unit
+from .._run_folder import RunFolder
+from . import _relaxation_runs as relaxation
+from . import _style as plots
+from . import fig2
+from .fig3 import curves
+
+NAME = "normal-poor"
+MINIMUM, PATH, CURVATURE, RELAX = "poor/minimum", "poor/path", "poor/curvature", "poor/relax"
+
+
+def units(run: RunFolder) -> list[Unit]:
+    """The bad minimum, the path to it, and curvature and dynamics there."""
+    section, path = run.config.poor, run.config.path
+    if not section.attack:
+        return []
+    steps = sum(path.steps) * path.pivots * path.batch_size
+    work = pieces.curvature_work(run, path.pivots * (run.config.curvature.probes + 10))
+    updates = len(section.starts) * section.replicas * section.steps
+    normal = f"train/{run.config.train.seeds[0]}"
+    examples = section.epochs * pieces.training_examples(run)
+    return [
+        Unit(MINIMUM, train_poor, weight=examples),
+        Unit(PATH, find_path, (), (normal, MINIMUM), steps),
+        Unit(CURVATURE, measure, (), (PATH,), work),
+        Unit(RELAX, relax_there, (), (PATH,), float(updates * (section.relax_batch_size + 8))),
+    ]
+
+
+def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
+    """The images that keep their labels, and the attack set, all with wrong ones."""
+    training, _ = pieces.images(run)
+    attack = run.config.poor.attack
+    kept, rest = training.order[:-attack], training.order[-attack:]
+    wrong = training.subset(rest)
+    draw = random.uniform((attack,), random.derive(run.config.seed, "attack"))
+    shift = 1 + (draw * (training.num_classes - 1)).long().clamp(max=training.num_classes - 2)
+    labels = (wrong.labels + shift.to(wrong.labels)) % training.num_classes
+    return training.subset(kept), replace(wrong, labels=labels)
+
+
+def train_poor(run: RunFolder, report: Report) -> dict[str, Any]:
+    """Train on both parts from a fresh start."""
+    section, seed = run.config.poor, run.config.train.seeds[0]
+    kept, wrong = _parts(run)
+    both = replace(
+        kept,
+        images=torch.cat([kept.images, wrong.images]),
+        labels=torch.cat([kept.labels, wrong.labels]),
+    )
+    config = TrainConfig(
+        lr=section.lr,
+        momentum=run.config.train.momentum,
+        weight_decay=0.0,
+        batch_size=section.batch_size,
+        epochs=section.epochs,
+        augment=False,
+    )
+    model = pieces.network(run)
+    train(model, both, config, seed=seed, on_epoch=lambda r: report(r.epoch / r.epochs))
+    metrics = {"attack": section.attack, **_metrics(run, model, wrong)}
+    manifest = training_manifest(run.config.model.name, both, config, seed, metrics=metrics)
+    save_minimum(run.unit_folder(MINIMUM) / "minimum.safetensors", model, manifest)
+    return {"metrics": metrics}
+
+
+def _metrics(run: RunFolder, model: torch.nn.Module, wrong: ImageData) -> dict[str, float]:
+    kept, _ = _parts(run)
+    named = {"kept": kept, "attack": wrong, "test": pieces.images(run)[1]}
+    found: dict[str, float] = {"test_images": len(named["test"])}
+    for name, data in named.items():
+        loss, accuracy = evaluate(model, data)
+        found |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+    return found
+
+
+def _objective(run: RunFolder) -> Objective:
+    """The loss on images that kept their labels, at the normal minimum."""
+    model = pieces.minimum(run, run.config.train.seeds[0])
+    kept, _ = _parts(run)
+    return pieces.objective(run, model, kept)
+
+
+def find_path(run: RunFolder, report: Report) -> dict[str, Any]:
+    """AutoNEB from the first minimum to the bad one; and how both do on all images."""
+    objective, model = _objective(run), pieces.network(run)
+    load_minimum(run.unit_folder(MINIMUM) / "minimum.safetensors", model)
+    end = Objective(model, "cross_entropy", objective.tensors()).parameters_vector()
+    _, wrong = _parts(run)
+    normal = pieces.minimum(run, run.config.train.seeds[0])
+    minima = [
+        {"minimum": name, **_metrics(run, network, wrong)}
+        for name, network in (("normal", normal), ("poor", model))
+    ]
+    found = fig2.connect(run, report, objective, end, run.config.seed)
+    return {**found, "minima": Table.from_rows(minima)}
+
+
+def _path(run: RunFolder) -> Path:
+    return Path(run.tensors(PATH, "pivots")["pivots"])
+
+
+def measure(run: RunFolder, report: Report) -> dict[str, Any]:
+    """Curvature at every pivot."""
+    whole = _objective(run)
+    limit = run.config.data.curvature_examples or None
+    some = whole.with_data(_parts(run)[0].tensors(limit))
+    return {"profile": fig2.profile(run, report, NAME, _path(run), whole, some)}
+
+
+def relax_there(run: RunFolder, report: Report) -> dict[str, Any]:
+    """Projected SGD from several starts."""
+    section = run.config.poor
+    course = relaxation.course_of(run, _objective(run), _path(run), section.steps, section.replicas)
+    settings = [(s, section.relax_lr) for s in section.starts for _ in range(section.replicas)]
+    size = section.relax_batch_size
+    return {"trajectory": relaxation.along(run, report, RELAX, "9", course, settings, size)}
+
+
+def collect(run: RunFolder) -> dict[str, Table]:
+    """The numbers behind the figure."""
+    table = relaxation.collect(run, ["relax"], stage="poor")
+    losses = [
+        {"kind": kind, "s": s, "loss": loss}
+        for kind, name in (("path", "losses"), ("line", "line"))
+        for s, loss in zip(*(run.table(PATH, name)[c].tolist() for c in ("s", "loss")), strict=True)
+    ]
+    return {
+        "fig9_minima": run.table(PATH, "minima"),
+        "fig9_loss": Table.from_rows(losses),
+        "fig9_curvature": run.table(CURVATURE, "profile"),
+        "fig9_relaxation": table,
+        "fig9_bands": relaxation.bands(table),
+    }
+
+
+def draw(tables: dict[str, Table]) -> Figure:
+    """A: traces, B: loss along the path from the normal to the bad minimum; C: relaxation."""
+    curvature, loss = tables["fig9_curvature"], tables["fig9_loss"]
+    figure, (trace, losses, tracks) = plots.panels(1, 3, width=3.7, height=3.3)
+    for number, (column, label) in enumerate(
+        (("hessian_trace", "Hessian trace"), ("fisher_trace", "Fisher trace"))
+    ):
+        trace.errorbar(
+            curvature["s"],
+            curvature[column],
+            plots.BAND * curvature[f"{column}_std_error"],
+            fmt="os"[number] + "-",
+            color=plots.COLOURS[number],
+            capsize=2,
+            label=label,
+        )
+    trace.set_yscale("log")
+    trace.set_ylabel("trace")
+    trace.legend()
+    errors = {
+        str(row["minimum"]): 100 * (1 - float(row["test_accuracy"]))  # type: ignore[arg-type]
+        for row in tables["fig9_minima"].rows()
+    }
+    said = f"test error {errors['normal']:.1f} % to {errors['poor']:.1f} %"
+    plots.letter(trace, "A", said)
+    for kind, dash, label in (("path", "-", "minimum energy path"), ("line", ":", "straight line")):
+        rows = loss.where(kind=kind)
+        losses.plot(rows["s"], rows["loss"], dash, color="k", label=label)
+    losses.set_yscale("log")
+    losses.set_ylabel("cross-entropy [nats]")
+    losses.legend()
+    plots.letter(losses, "B", "loss (0: normal, 1: poor)")
+    for ax in (trace, losses):
+        ax.set_xlabel("relative distance along the path")
+    table = tables["fig9_relaxation"]
+    curves(
+        tracks, table, tables["fig9_bands"], "start", lambda s: f"s = {s:g}", "step", displaced=True
+    )
+    plots.letter(tracks, "C", f"relaxation (B = {table['batch_size'][0]}, lr = {table['lr'][0]:g})")
+    return figure

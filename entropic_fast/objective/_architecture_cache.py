@@ -1,0 +1,114 @@
+"""What is known of an architecture, for all objectives whose models have it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as _modules
+
+from .._torch.architecture_key import Key, key_of
+from ._parameters import model_lock
+
+if TYPE_CHECKING:
+    from . import Objective
+
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """The values of the keys that were asked for last; threads may share it.
+
+    >>> kept = Kept(1)
+    >>> kept.put(("a",), 1), kept.put(("b",), 2), kept.put(None, 3)
+    (None, None, None)
+    >>> kept.get(("a",)), kept.get(("b",)), kept.get(None)
+    (None, 2, None)
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+        _kept.append(self)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key | None) -> Value | None:
+        """The value of a key, None if there is none."""
+        with self._lock:
+            if key is None or key not in self._values:
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: Key | None, value: Value) -> None:
+        """Keep a value; nothing happens without a key."""
+        if key is None:
+            return
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self.most:
+                self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        """Keep nothing more."""
+        with self._lock:
+            self._values.clear()
+
+
+_kept: list[Kept[Any]] = []
+
+
+def forget() -> None:
+    """Forget what is known of all architectures."""
+    for kept in _kept:
+        kept.clear()
+
+
+def objective_key(
+    obj: Objective, *things: Any, constants: list[Tensor] | None = None
+) -> Key | None:
+    """The key of an objective's model and what is read of its output, whatever theta and buffers.
+
+    Args:
+        things: what counts besides.
+        constants: as `key_of`.
+    """
+    model, names, reader = obj._model, set(obj.parameter_names), obj._reader
+    with model_lock(model):  # a thread that runs it puts its own parameters into it
+        named = list(model.named_parameters())
+        given = [p for name, p in named if name in names]
+        return key_of(
+            settings(),
+            model,
+            (reader.part, reader.loss, obj.norm, str(obj.dtype)),
+            *things,
+            given=[*given, *model.buffers()],
+            lasting=[p for name, p in named if name not in names],
+            constants=constants,
+        )
+
+
+def settings() -> tuple[Any, ...]:
+    """What a forward pass reads of the process."""
+    return (
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_mkldnn_enabled(),
+        *(list(hooks.values()) for hooks in _global_hooks()),
+    )
+
+
+def _global_hooks() -> list[Mapping[int, Any]]:
+    return [
+        getattr(_modules, f"_global_{kind}_hooks")
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ]

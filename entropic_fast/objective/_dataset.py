@@ -1,0 +1,442 @@
+"""The data of an Objective: trees of tensors, a Dataset or batches, read in one fixed order."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from .._utils import checks, trees
+from .._utils.trees import Tree
+from ._batch_format import BatchFormat, as_tree, require_one_length
+
+DEFAULT_BATCH_SIZE = 256
+
+
+class Batch(NamedTuple):
+    """Consecutive examples: index of the first, inputs and targets, trees of tensors [n, ...]."""
+
+    start: int
+    inputs: Tree
+    targets: Tree
+
+    @property
+    def size(self) -> int:
+        """n, the number of examples."""
+        return trees.size(self.targets)
+
+    def cut(self, begin: int, end: int) -> Batch:
+        """Its examples from `begin` to before `end`."""
+        part = slice(begin, end)
+        return Batch(
+            self.start + begin, trees.chosen(self.inputs, part), trees.chosen(self.targets, part)
+        )
+
+
+class WithTargets(NamedTuple):
+    """Inputs of a model whose loss is computed inside: what it takes, and the targets."""
+
+    inputs: Tree
+    targets: Tree
+
+
+class Examples:
+    """Examples in a fixed order, in batches, on a device.
+
+    Args:
+        data: (inputs, targets), trees of tensors or NumPy arrays; a dict with labels; a Dataset
+            of examples; or a re-iterable of batches. See `BatchFormat`.
+        device: where batches are delivered.
+        dtype: floating-point inputs are cast to it.
+        batch_size: examples a batch; None for 256, or for the batches as they come.
+        form: how batches are read; default, as for a model of one input.
+        one_batch: all examples are one batch, never cut.
+
+    Raises:
+        ValueError: empty data, lengths that differ, data that change between two readings.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int | None,
+        form: BatchFormat | None = None,
+        *,
+        one_batch: bool = False,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self.form = form = form or BatchFormat(nn.Identity())
+        self.one_batch, self.with_targets = one_batch, False
+        self._tensors: tuple[Tree, Tree] | None = None
+        # Those of targets that follow the objective's: of the objectives it was cast from.
+        self._target_dtypes: set[torch.dtype] = set()
+        self._source: Iterable[Any] = ()
+        self._digest: str | None = None
+        if batch_size is not None:
+            checks.whole("batch_size", batch_size, 1)
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        if _is_one_batch(data) or (form.labels_of is not None and _is_array(data)):
+            self._take_tensors(*form.split(data))
+        else:
+            holds = _holds_examples(data) and not isinstance(data, nn.Module)
+            if isinstance(data, Dataset | IterableDataset) or holds:
+                is_map = not isinstance(data, IterableDataset)
+                if is_map and len(data) == 0:
+                    raise _empty()
+                data = DataLoader(data, batch_size=self.batch_size)
+            elif batch_size is not None and not one_batch:
+                raise checks.fail(
+                    "batch_size", "None for data that come in batches", str(batch_size)
+                )
+            self._take_batches(data)
+        if one_batch:
+            self._join(batch_size)
+
+    @classmethod
+    def of(cls, inputs: Tree, targets: Tree, like: Examples, batch_size: int | None) -> Examples:
+        """Examples of these trees of tensors as they are, else as `like` reads its own."""
+        made = Examples.__new__(Examples)
+        made.device, made.dtype, made.form = like.device, like.dtype, like.form
+        made.one_batch, made.with_targets = like.one_batch, False
+        made._digest, made._source, made._target_dtypes = None, (), set()
+        made._take_tensors(inputs, targets)
+        made.batch_size = made.count if made.one_batch else batch_size or DEFAULT_BATCH_SIZE
+        return made
+
+    def _take_tensors(self, inputs: Tree, targets: Tree) -> None:
+        if isinstance(inputs, WithTargets):
+            inputs = inputs.inputs
+        self.count = require_one_length(inputs, targets, self.one_batch)
+        if self.count == 0:
+            raise _empty()
+        self._tensors = (self._convert(inputs), trees.mapped(self._moved, targets))
+
+    def _take_batches(self, data: Any) -> None:
+        if not isinstance(data, Iterable) or isinstance(data, str | bytes | Tensor | nn.Module):
+            raise checks.fail(
+                "data",
+                "(inputs, targets), a dict with labels, a Dataset, or a re-iterable of batches",
+                checks.describe(data),
+            )
+        if iter(data) is data:
+            raise checks.fail(
+                "data",
+                "data that can be read many times",
+                f"a one-shot iterator ({type(data).__name__})",
+                "pass list(iterator) or a DataLoader",
+            )
+        self._source = data
+        self.count = 0
+        first = [_checksum(batch) for batch in self.batches()]
+        self.count = sum(int(found[0]) for found in first)
+        if not first:
+            raise _empty()
+        if first != [_checksum(batch) for batch in self.batches()]:
+            raise checks.fail(
+                "data",
+                "the same examples in the same order at every reading",
+                "others at the second reading",
+                "pass shuffle=False, and no random augmentation",
+            )
+
+    def _join(self, batch_size: int | None) -> None:
+        """Put all examples into one batch."""
+        if batch_size is not None and batch_size < self.count:
+            raise checks.fail(
+                "batch_size",
+                f"None, or the {self.count} examples of a coupled objective",
+                str(batch_size),
+                "its entire data is one batch",
+            )
+        self.batch_size = self.count
+        if self._tensors is not None:
+            return
+        parts = list(self._raw(self.count))
+        if len(parts) > 1:
+            for part in parts:  # what is not of one length, as the edges of a graph, cannot be
+                require_one_length(*part)
+        forms = {trees.example_form(part) for part in parts}
+        if len(forms) > 1:
+            raise checks.fail(
+                "data",
+                "batches of one form, to be one batch of a coupled objective",
+                f"{len(forms)} different ones, such as {checks.describe(parts[0])} and "
+                f"{checks.describe(parts[-1])}",
+                "pad them to one shape",
+            )
+        inputs, targets = trees.joined(parts)
+        self._tensors, self._source = (inputs, targets), ()
+
+    def including_targets(self) -> Examples:
+        """The same, with inputs that hold the targets too, as `WithTargets`."""
+        other = copy.copy(self)
+        other.with_targets = True
+        return other
+
+    def cast(self, dtype: torch.dtype) -> Examples:
+        """The same examples in another floating-point dtype: inputs, and targets of this dtype."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        other._target_dtypes = {*self._target_dtypes, self.dtype}
+        if self._tensors is not None:
+            inputs, targets = self._tensors
+            other._tensors = (other._convert(inputs), trees.mapped(other._moved, targets))
+        return other
+
+    def batches(
+        self, max_examples: int | None = None, batch_size: int | None = None
+    ) -> Iterator[Batch]:
+        """Batches in order.
+
+        Args:
+            max_examples: stop after so many; None for all.
+            batch_size: cut batches into pieces of at most so many (tensors: exactly so many).
+        """
+        if self.one_batch:
+            max_examples = batch_size = None
+        size = batch_size or self.batch_size
+        left = self.count if self._tensors is not None else -1
+        left = left if max_examples is None else max_examples
+        start = 0
+        for inputs, targets in self._raw(size):
+            whole = Batch(start, self._delivered(inputs, targets), targets)
+            for i in range(0, whole.size, batch_size or max(1, whole.size)):
+                n = min(batch_size or whole.size, whole.size - i)
+                if left >= 0:
+                    n = min(n, left)
+                    left -= n
+                if n == 0:
+                    return
+                yield whole if n == whole.size else whole.cut(i, i + n)
+                start += n
+
+    def _delivered(self, inputs: Tree, targets: Tree) -> Tree:
+        return WithTargets(inputs, targets) if self.with_targets else inputs
+
+    def check_batch(self, size: int = 8) -> Batch:
+        """A few examples to check a model on; all of them where they are one batch."""
+        return next(self.batches(batch_size=size))
+
+    def digest(self) -> str:
+        """SHA-256 of all examples, as they were when it was first asked for."""
+        if self._digest is None:
+            self._digest = digest(t for b in self.batches() for t in trees.leaves(b[1:]))
+        return self._digest
+
+    @property
+    def are_tensors(self) -> bool:
+        """Whether all are held, so that batches of any size are cut from them."""
+        return self._tensors is not None
+
+    def some(self, in_a_row: int, spread: int) -> tuple[list[int], Batch]:
+        """The first examples, and others evenly over all, and their numbers.
+
+        Of data in batches those of the first with several examples, of which one may not show
+        whether they depend on each other.
+        """
+        if self._tensors is not None:
+            inputs, targets = self._tensors
+            held = Batch(0, self._delivered(inputs, targets), targets)
+        else:
+            held = next((b for b in self.batches() if b.size > 1), None) or next(self.batches())
+        n = held.size
+        if n <= in_a_row + spread:
+            return list(range(held.start, held.start + n)), held
+        index = [*range(in_a_row), *torch.linspace(in_a_row, n - 1, spread).round().int().tolist()]
+        chosen = torch.tensor(index, device=self.device)
+        return [held.start + i for i in index], Batch(0, *trees.chosen(held[1:], chosen))
+
+    def require_count(self, max_examples: int | None) -> int:
+        """`max_examples` if it is in 1 .. N, or N for None."""
+        if max_examples is None:
+            return self.count
+        number = checks.whole("max_examples", max_examples, 1)
+        if self.one_batch and number != self.count:
+            raise checks.fail(
+                "max_examples",
+                f"None, or the {self.count} examples of a coupled objective",
+                str(max_examples),
+                "its entire data is one batch; build one of fewer examples with with_data",
+            )
+        if number > self.count:
+            raise checks.fail(
+                "max_examples", f"at most the {self.count} examples there are", str(max_examples)
+            )
+        return number
+
+    def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
+        if self._tensors is not None:
+            for i in range(0, self.count, size):
+                if size >= self.count:
+                    yield self._tensors
+                else:
+                    yield trees.chosen(self._tensors, slice(i, i + size))
+            return
+        for item in self._source:
+            inputs, targets = self.form.split(item)
+            inputs = inputs.inputs if isinstance(inputs, WithTargets) else inputs
+            if require_one_length(inputs, targets, self.one_batch):
+                yield self._convert(inputs), trees.mapped(self._moved, targets)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """A target, on the device."""
+        tensor = _normal(tensor)
+        recast = tensor.dtype in self._target_dtypes
+        return tensor.to(self.device, self.dtype if recast else tensor.dtype)
+
+    def _convert(self, inputs: Tree) -> Tree:
+        def to_model(tensor: Tensor) -> Tensor:
+            tensor = _normal(tensor)
+            if tensor.is_floating_point():
+                return tensor.to(self.device, self.dtype)
+            if tensor.is_complex():
+                return tensor.to(self.device, self.dtype.to_complex())
+            return tensor.to(self.device)
+
+        return trees.mapped(to_model, inputs)
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """The tensor; a copy of one made in inference mode, which autograd does not take."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+class RepeatedExamples(Examples):
+    """Every example of other data `times` times in a row, each with a target of its own.
+
+    Inputs are repeated as batches are read, so they are held once.
+
+    Args:
+        source: the examples to repeat.
+        times: how often.
+        targets: for each repetition, on the source's device, of shape [N * times, ...]; or a
+            list of them for each batch of the source, of which shapes may differ.
+    """
+
+    def __init__(self, source: Examples, times: int, targets: Tensor | list[Tensor]) -> None:
+        self.device, self.dtype, self.form = source.device, source.dtype, source.form
+        self.one_batch = self.with_targets = False
+        self.batch_size = source.batch_size
+        self.count = source.count * checks.whole("times", times, 1)
+        parts = [targets] if isinstance(targets, Tensor) else targets
+        if sum(map(len, parts)) != self.count:
+            raise checks.fail(
+                "targets", f"{self.count}, {times} for each example", checks.describe(targets)
+            )
+        self._tensors, self._digest = None, None
+        alike = len({part.shape[1:] for part in parts}) == 1
+        self._base, self._times = source, times
+        self._targets = [torch.cat(parts)] if alike else parts
+
+    def cast(self, dtype: torch.dtype) -> RepeatedExamples:
+        """The same examples with floating-point inputs in another dtype."""
+        return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
+
+    def _targets_from(self, start: int, count: int) -> Tensor:
+        """Those of `count` repetitions, which are in one batch of the source if shapes differ."""
+        for part in self._targets:
+            if start < len(part):
+                return part[start : start + count]
+            start -= len(part)
+        raise IndexError(start)
+
+    def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
+        for batch in self._base.batches(batch_size=max(1, size // self._times)):
+            inputs = batch.inputs
+            if self._times > 1:
+                inputs = trees.mapped(lambda t: t.repeat_interleave(self._times, 0), inputs)
+            yield inputs, self._targets_from(batch.start * self._times, batch.size * self._times)
+
+
+def _is_one_batch(data: Any) -> bool:
+    """Whether data are the examples themselves, not batches of them.
+
+    Raises:
+        ValueError: a tuple of two that may be both.
+    """
+    if isinstance(data, Mapping) and not isinstance(data, Dataset):
+        return True
+    if not isinstance(data, tuple | list) or not data:
+        return False
+    if any(_is_array(item) for item in data):
+        return True
+    if isinstance(data, list) or len(data) != 2:
+        return False
+    if _alike(*data):
+        raise checks.fail(
+            "data",
+            "(inputs, targets), or a list of batches",
+            f"a tuple of two that may be either: {checks.describe(data)}",
+            "pass a list [batch, batch], or inputs and targets in a dict each",
+        )
+    return True
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Whether two structures could be batches of one loader."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return set(first) == set(second)
+    containers = isinstance(first, tuple | list) and isinstance(second, tuple | list)
+    if not containers or len(first) != len(second) or len(first) < 2:
+        return False
+    try:
+        forms = {trees.example_form(as_tree("data", list(item))) for item in (first, second)}
+    except ValueError:
+        return False
+    return len(forms) == 1
+
+
+def _holds_examples(data: Any) -> bool:
+    """Whether data that are no torch Dataset hold single examples by index, as Hugging Face's."""
+    if isinstance(data, str | bytes | list | tuple | Tensor | DataLoader):
+        return False
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
+        return False
+    try:
+        return any(np.ndim(leaf) == 0 for leaf in tree_leaves(data[0]))
+    except Exception:  # what cannot be indexed so is read by iteration
+        return False
+
+
+def _checksum(batch: Batch) -> tuple[float, ...]:
+    """Size of a batch, and sums over it that depend on the order of its examples."""
+    n = batch.size
+    order = torch.arange(1, n + 1, dtype=torch.float64)
+    sums = [
+        float(
+            (order.to(part.device) * _real(part).reshape(n, -1).double().nan_to_num().sum(1)).sum()
+        )
+        for part in trees.leaves(batch[1:])
+    ]
+    return n, *sums
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _empty() -> ValueError:
+    return checks.fail("data", "at least one example", "none")
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of tensors' dtypes, shapes and values, in order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        kept = tensor.detach().cpu().contiguous()
+        digest.update(f"{kept.dtype}{list(kept.shape)}".encode())
+        digest.update(kept.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""What of a model's output a loss takes: the tensor itself, one part of it, or all of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .._utils import checks, trees
+from .._utils.trees import Tree
+from ._batch_format import BatchFormat
+from .losses._cross_entropy import CrossEntropy
+from .losses._functions import LossFunction, closed_form, takes_tensor, widened
+from .losses._reductions import Elementwise
+
+LOGITS = "logits"  # where Hugging Face's models have them
+
+
+@dataclass(frozen=True)
+class OutputReader:
+    """How a model is called, and what of its output is used.
+
+    Args:
+        form: how it is called.
+        part: the name or index of the part that the loss takes; None for a tensor.
+        loss: for an output of many parts, the loss that takes all of them: it is then computed as
+            the last part of the model, whose "output" is the loss of each example.
+        classes_last: move the last axis, of classes, to where torch's cross-entropy has it: for
+            scores per token [N, T, C], as Hugging Face's models return them.
+    """
+
+    form: BatchFormat
+    part: str | int | None = None
+    loss: LossFunction | None = None
+    classes_last: bool = False
+
+    def __call__(self, output: Any, targets: Tree) -> Any:
+        """What the objective takes for the model's output."""
+        if self.loss is not None:
+            losses = self.loss(_widened(output), targets)
+            if losses is None:
+                raise checks.fail(
+                    "loss",
+                    "a tensor of losses",
+                    "None",
+                    "labels are not handed to the model, so it computes no loss of its own: "
+                    'compute one from its other outputs, or name it, such as "next_token"',
+                )
+            return losses
+        found = output if self.part is None else part_of(output, self.part)
+        return found.movedim(-1, 1) if self.classes_last else found
+
+
+def part_of(output: Any, part: str | int) -> Any:
+    """The part of an output with this name or index.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if isinstance(part, str) and not isinstance(output, Mapping):
+            return getattr(output, part)
+        return output[part]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise checks.fail(
+            "output", f"one of the parts of the model's output, {parts(output)}", checks.shown(part)
+        ) from error
+
+
+def parts(output: Any) -> str:
+    """Names or indices of the parts of an output, for a message."""
+    if isinstance(output, Mapping):
+        names = [repr(key) for key in output]
+    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        names = [str(i) for i in range(len(output))]
+    else:
+        names = [repr(key) for key in getattr(output, "_fields", getattr(output, "__dict__", ()))]
+    return (", ".join(names[:12]) or checks.describe(output)) + (", ..." if len(names) > 12 else "")
+
+
+def reader_of(
+    output: Any, part: str | int | None, loss: LossFunction, targets: Tree, form: BatchFormat
+) -> OutputReader:
+    """How to read outputs like this one.
+
+    `part`, if it is given. Otherwise a tensor is taken as it is; of an output with parts, a loss
+    of the user's takes all (or the logits, if it fails on all), and one by name or of torch's the
+    logits or the only tensor.
+
+    Raises:
+        ValueError: a part that is no tensor; several tensors for a loss that takes one; a loss
+            that fails.
+    """
+    if part is not None:
+        if not isinstance(part_of(output, part), Tensor):
+            found = checks.describe(part_of(output, part))
+            raise checks.fail("output", "the name or index of a tensor", f"{part!r}, {found}")
+        return OutputReader(form, part, None, _classes_last(part_of(output, part), loss, targets))
+    count = trees.size(targets)
+    if isinstance(output, Tensor) and (output.shape[:1] == (count,) or takes_tensor(loss)):
+        return OutputReader(form)
+    tensors = [] if isinstance(output, Tensor) else _tensors(output)
+    if takes_tensor(loss):
+        chosen = [LOGITS] if LOGITS in tensors else tensors
+        if len(chosen) == 1:
+            last = _classes_last(part_of(output, chosen[0]), loss, targets)
+            return OutputReader(form, chosen[0], None, last)
+        raise checks.fail(
+            "output",
+            "the name or index of the part that the loss takes",
+            f"none, for an output with the parts {parts(output)}",
+            f"pass output={tensors[0]!r}, for one" if tensors else "return a tensor from the model",
+        )
+    try:
+        loss(_widened(output), targets)
+        if isinstance(loss, Elementwise):
+            loss.require_torch_value(_widened(output), targets)
+        return OutputReader(form, loss=loss)
+    except (AttributeError, TypeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        if LOGITS in tensors:
+            with contextlib.suppress(Exception):
+                loss(widened(part_of(output, LOGITS)), targets)
+                return OutputReader(form, LOGITS)
+        raise checks.fail(
+            "loss",
+            "a loss that takes the model's output",
+            f"an error for the parts {parts(output)}: {str(error)[:200]}",
+            "it is called with the entire output and the targets; output=... picks one part",
+        ) from error
+
+
+def _classes_last(scores: Tensor, loss: LossFunction, targets: Tree) -> bool:
+    """Whether scores are [N, T, C] for labels [N, T], which torch has as [N, C, T]."""
+    known = closed_form(loss)
+    if not isinstance(known, CrossEntropy) or known.class_axis != 1 or scores.ndim < 3:
+        return False
+    return (
+        isinstance(targets, Tensor)
+        and targets.shape == scores.shape[:-1]
+        and targets.shape[1:] != scores.shape[2:]
+    )
+
+
+def _tensors(output: Any) -> list[str | int]:
+    """Names or indices of the parts that are floating-point tensors."""
+    if isinstance(output, Mapping):
+        named = list(output.items())
+    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
+        named = list(enumerate(output))
+    elif hasattr(output, "_fields"):
+        named = list(output._asdict().items())
+    else:
+        named = list(getattr(output, "__dict__", {}).items())
+    return [key for key, t in named if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _widened(output: Any) -> Any:
+    return tree_map_only(Tensor, widened, output)

@@ -1,0 +1,257 @@
+"""The parameters of a model that an Objective studies, and how they go back into a model."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .._utils import checks
+from ._modules import plain_name
+
+# Not a model's attribute: locks are neither copied nor pickled.
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_creation = threading.Lock()
+
+
+def model_lock(model: nn.Module) -> threading.RLock:
+    """The lock to hold while a model runs with parameters that are not its own.
+
+    `functional_call` puts them into the model itself, which threads may share.
+    """
+    with _creation:
+        return _locks.setdefault(model, threading.RLock())
+
+
+_twins: WeakKeyDictionary[nn.Module, dict[Hashable, nn.Module]] = WeakKeyDictionary()
+
+
+def twin(model: nn.Module, kind: Hashable, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """What `make` makes of an objective's private model, the same at every call.
+
+    So what is known of a model (its graphs, say) serves the next objective of that kind too.
+    """
+    with model_lock(model):  # a thread that runs it puts its own parameters into it
+        known = _twins.setdefault(model, {})
+        if kind not in known:
+            known[kind] = make(model)
+        return known[kind]
+
+
+def studied(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of theta by name, each once: those in `names`, or all that require a gradient.
+
+    Raises:
+        ValueError: none, or some of different dtypes.
+    """
+    named = {
+        n: p
+        for n, p in model.named_parameters()
+        if (p.requires_grad if names is None else n in names)
+    }
+    if not any(p.numel() for p in named.values()):
+        raise checks.fail(
+            "model",
+            "at least one parameter that requires a gradient",
+            "none",
+            "call requires_grad_(True) on the parameters to study, or name them with parameters=",
+        )
+    real_dtype(named)
+    return named
+
+
+def real_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of theta for parameters by name.
+
+    Complex numbers are pairs of real ones: complex64 goes with float32, complex128 with float64.
+
+    Raises:
+        ValueError: different dtypes, or some that have no gradients.
+
+    >>> real_dtype({"w": torch.ones(2, dtype=torch.complex64), "b": torch.ones(2)})
+    torch.float32
+    """
+    found: dict[torch.dtype, str] = {}
+    for name, value in named.items():
+        found.setdefault(value.dtype, name)
+    real = {_PAIRS.get(dtype, dtype) for dtype in found}
+    if len(real) > 1 or real - {*checks.HALF, torch.float32, torch.float64}:
+        raise checks.fail(
+            "model",
+            "parameters of one dtype: float16, bfloat16, float32 (with complex64) or float64 "
+            "(with complex128)",
+            ", ".join(f"{_short(d)} ({name!r})" for d, name in islice(found.items(), 4)),
+            _cast_advice(set(found)),
+        )
+    return real.pop()
+
+
+_PAIRS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast_advice(dtypes: set[torch.dtype]) -> str:
+    """What makes parameters of these dtypes fit together."""
+    wide = torch.complex128 in dtypes or (torch.float64 in dtypes and torch.complex64 not in dtypes)
+    real = "model.double()" if wide else "model.float()"
+    strange = dtypes - {*_PAIRS, *checks.HALF, torch.float32, torch.float64}
+    if any(d.itemsize == 1 or not (d.is_floating_point or d.is_complex) for d in strange):
+        return "choose the parameters to study with parameters=, without those"
+    if strange or {torch.complex64, torch.complex128} <= dtypes:  # `float` leaves complex as it is
+        pair = _short(torch.complex128 if wide else torch.complex64)
+        return (
+            f"cast it with {real}, and its complex parameters one by one: "
+            f"p.data = p.data.to(torch.{pair})"
+        )
+    return f"cast it with {real}"
+
+
+def mixed_precision(model: nn.Module) -> str:
+    """What to do about a model with parameters of several precisions, theta's or not; "" if none.
+
+    >>> mixed_precision(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).bfloat16()))
+    'it has parameters in bfloat16 and float32: cast it with model.float()'
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+    if len({_PAIRS.get(dtype, dtype) for dtype in dtypes}) < 2:
+        return ""
+    named = " and ".join(sorted(map(_short, dtypes)))
+    return f"it has parameters in {named}: {_cast_advice(dtypes)}"
+
+
+def as_real(value: Tensor) -> Tensor:
+    """A complex tensor [...] as pairs of real numbers [..., 2]; a real one as it is."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def as_complex(pairs: Tensor) -> Tensor:
+    """The complex tensor [...] of pairs [..., 2], wherever they lie in memory; differentiable.
+
+    `torch.view_as_complex` asks for pairs at even offsets, which a part of theta may not have.
+    """
+    return torch.complex(pairs[..., 0], pairs[..., 1])
+
+
+def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
+    """Names of the parameters that `Objective(parameters=)` asks for, without wrappers.
+
+    Args:
+        model: as the user has it.
+        chosen: None for all that require a gradient; a glob pattern on names of parameters or
+            modules ("head.*", "layer4"), or a sequence of patterns, of parameters and of modules
+            of the model.
+
+    Raises:
+        ValueError: something in it matches no parameter, or is none of these.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    >>> sorted(choose(net, "1")), sorted(choose(net, ["*.bias", net[1].weight]))
+    (['1.bias', '1.weight'], ['0.bias', '1.bias', '1.weight'])
+    """
+    if chosen is None:
+        return None
+    single = isinstance(chosen, str | Tensor | nn.Module)
+    if not single and not isinstance(chosen, Iterable):
+        raise checks.fail("parameters", _CHOICES, checks.describe(chosen))
+    items = [chosen] if single else list(chosen)
+    names = dict(model.named_parameters(remove_duplicate=False))
+    found: set[int] = set()
+    matched: list[Any]
+    for item in items:
+        if isinstance(item, str):
+            matched = [p for name, p in names.items() if _matches(model, name, item)]
+            if not matched:
+                raise _no_match(model, item)
+        elif isinstance(item, nn.Module):
+            matched = list(item.parameters())
+        elif isinstance(item, Tensor):
+            matched = [item]
+        else:
+            raise checks.fail("parameters", _CHOICES, checks.describe(item))
+        known = {id(p) for p in names.values()}
+        if not matched or any(id(p) not in known for p in matched):
+            raise checks.fail(
+                "parameters",
+                "parameters of the model given, or its modules with some",
+                checks.describe(item),
+                "take them from that very model, not from a copy, or name them",
+            )
+        found |= {id(p) for p in matched}
+    if not found:
+        raise checks.fail("parameters", _CHOICES, "an empty sequence", "pass None for all")
+    return frozenset(plain_name(model, n) for n, p in model.named_parameters() if id(p) in found)
+
+
+_CHOICES = "a glob pattern on names, or a sequence of patterns, parameters or modules of the model"
+_SHOWN = 8  # names in a message
+
+
+def _matches(model: nn.Module, name: str, pattern: str) -> bool:
+    """Whether a pattern matches a parameter's name or that of a module which holds it."""
+    plain = plain_name(model, name)
+    # What a weight is computed from goes by the weight's name too.
+    for own in {name, plain, plain.replace("parametrizations.", "")}:
+        parts = own.split(".")
+        places = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        if any(fnmatchcase(place, pattern) for place in places):
+            return True
+    return False
+
+
+def _no_match(model: nn.Module, pattern: str) -> ValueError:
+    names = [plain_name(model, name) for name, _ in model.named_parameters()]
+    modules = [plain_name(model, name) for name, _ in model.named_modules()]
+    known = dict.fromkeys(name for name in (*names, *modules) if name)
+    near = difflib.get_close_matches(pattern.rstrip(".*"), known, 3)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return checks.fail(
+        "parameters",
+        "patterns that each match a parameter's name or a module's",
+        f"{pattern!r}, which matches none",
+        (f"did you mean {' or '.join(map(repr, near))}? " if near else "")
+        + f"the names are {', '.join(names[:_SHOWN])}{more}",
+    )
+
+
+def load_tensors(
+    model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Copy parameters, and the buffers the model has, into it by name.
+
+    Args:
+        model: inside wrappers or not.
+        parameters: complex ones as pairs of real numbers.
+        buffers: as the model has them, and parameters that are no part of theta.
+
+    Raises:
+        ValueError: a model whose parameters have other names or shapes; it is unchanged.
+    """
+    # An objective's names are those without wrappers.
+    own = {plain_name(model, name): p for name, p in model.named_parameters()}
+    shapes = {name: as_real(p.detach()).shape for name, p in own.items()}
+    for name, value in parameters.items():
+        if shapes.get(name) != value.shape:
+            got = list(shapes[name]) if name in shapes else "no such parameter"
+            raise checks.fail(
+                "model",
+                f"parameter {name!r} of shape {list(value.shape)}",
+                str(got),
+                "build it as the model of this objective was",
+            )
+    with torch.no_grad():
+        for name, value in parameters.items():
+            own[name].copy_(as_complex(value) if own[name].is_complex() else value)
+        for name, held in (*model.named_buffers(), *model.named_parameters()):
+            name = plain_name(model, name)
+            if name in buffers:
+                held.copy_(buffers[name])

@@ -1,0 +1,78 @@
+"""Loads the compiled module `entropic_fast._C` and keeps the reason when it cannot be loaded."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+
+# torch first: its OpenMP runtime is then in the process already and the module shares its thread
+# pool instead of starting a second one.
+import torch
+
+from entropic_fast._utils.checks import fail
+
+ISA_VARIABLE = "ENTROPIC_FAST_ISA"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return import_module("entropic_fast._C"), ""
+    except ImportError as error:
+        return None, f"entropic_fast._C cannot be imported ({error}); run `pip install .` again"
+
+
+_C, problem = _load()
+
+
+def use_isa(name: str | None) -> None:
+    """Force the CPU instruction set: "portable", "avx2", "avx512", or None for the best there is.
+
+    They agree to rounding (in the family `projected_step` to the bit); this exists to test that
+    and to time them. The environment variable ENTROPIC_FAST_ISA sets it at import.
+
+    Raises:
+        ValueError: `name` was not compiled or this processor does not have it.
+    """
+    if _C is None:
+        raise fail("ISA", "the compiled module", problem)
+    try:
+        _C.use_isa(name or "")
+    except ValueError as error:
+        raise fail(f"ISA (argument or {ISA_VARIABLE})", "a runnable set", str(error)) from None
+
+
+def build_config() -> dict[str, object]:
+    """What the compiled module was built with; only {"problem": reason} if it cannot be loaded.
+
+    >>> "compiler" in build_config() or "problem" in build_config()
+    True
+    """
+    return dict(_C.build_config()) if _C is not None else {"problem": problem}
+
+
+def cpu_facts() -> dict[str, object]:
+    """Instruction set in use, those that can run here, and threads of a parallel region."""
+    if _C is None:
+        return {"isa": "none", "runnable_isas": [], "kernel_threads": 0}
+    return {
+        "isa": _C.current_isa(),
+        "runnable_isas": _C.runnable_isas(),
+        "kernel_threads": _C.default_threads(),
+    }
+
+
+def module() -> ModuleType:
+    """The compiled module; RuntimeError with the reason if it cannot be loaded."""
+    if _C is None:
+        raise RuntimeError(problem)
+    return _C
+
+
+def threads() -> int:
+    """Threads a CPU kernel may use: torch's own setting."""
+    return torch.get_num_threads()
+
+
+if _C is not None and os.environ.get(ISA_VARIABLE):
+    use_isa(os.environ[ISA_VARIABLE])

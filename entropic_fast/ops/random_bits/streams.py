@@ -1,0 +1,217 @@
+"""Counter-based random numbers: the same on every device, batch size and thread count.
+
+Philox-4x32-10 (Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*,
+SC 2011), by the op family `entropic_fast.ops.random_bits`: one launch for any number of streams,
+wherever the data are. A number is a pure function of (seed, stream, index); nothing is drawn in
+sequence, so nothing depends on who draws first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from ..._utils.workspace import scratch_of
+from .. import random_bits
+from . import as_int64, whole_seed
+from .reference import KINDS
+
+# Numbers from which torch sorts a vector by radix, on a CPU: 33,000 in a seventh of the time that
+# the row of a matrix takes.
+_RADIX = 1 << 15
+# Keys whose sorted copy, which is not wanted, a CPU holds at once: 32 MB.
+_SORTED_AT_ONCE = 1 << 22
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """A seed for a named purpose, independent of the seeds of other purposes.
+
+    Returns:
+        a whole number in [0, 2^63).
+
+    >>> derive(0, "train") == derive(0, "train"), derive(0, "train") == derive(0, "path")
+    (True, False)
+    """
+    text = "\x1f".join([str(whole_seed(seed)), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def philox(counter: Tensor, seed: int, stream: int = 0) -> Tensor:
+    """Philox-4x32-10 at given counters.
+
+    Args:
+        counter: int64 counters, any shape; the low and high 32 bits are the first two words.
+        seed: the key, in [0, 2^64).
+        stream: the last two counter words, in [0, 2^64).
+
+    Returns:
+        four words in [0, 2^32) a counter, int64.  # [..., 4]
+    """
+    keys = torch.full((2, 1), as_int64(seed), dtype=torch.int64, device=counter.device)
+    keys[1] = as_int64(stream)
+    return random_bits.philox(counter.reshape(1, -1), *keys).reshape(*counter.shape, 4)
+
+
+def words(
+    count: int,
+    seed: int,
+    stream: int = 0,
+    *,
+    start: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Words `start` to `start + count` of a stream, each uniform in [0, 2^32).  # [count]"""
+    return _drawn((count,), seed, stream, start, "words", torch.int64, device)
+
+
+def _drawn(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int,
+    start: int,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=device)
+    random_bits.fill_(
+        out.view(1, 1, out.numel()), seed, kind=kind, first_stream=stream, start=start
+    )
+    return out
+
+
+def uniform(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    start: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform numbers in (0, 1), from 32 bits each (a multiple of 2^-32, plus 2^-33).
+
+    They are those of the stream from number `start` on.
+
+    >>> u = uniform((1000,), seed=0)
+    >>> bool(((u > 0) & (u < 1)).all())
+    True
+    """
+    direct = dtype if dtype in KINDS["uniform"] else torch.float64
+    return _drawn(shape, seed, stream, start, "uniform", direct, device).to(dtype)
+
+
+def normal(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    start: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal numbers by the Box-Muller transform of `uniform`, from `start` on.
+
+    >>> bool(normal((4000,), seed=1).std().sub(1).abs() < 0.05)
+    True
+    """
+    count = math.prod(shape)
+    skip = start % 2  # two uniform numbers make two normal ones
+    u = uniform(
+        (2 * ((count + skip + 1) // 2),), seed, stream, start=start - skip, device=device
+    ).reshape(-1, 2)
+    radius = torch.sqrt(-2.0 * torch.log(u[:, 0]))
+    angle = 2.0 * math.pi * u[:, 1]
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
+    return pairs.flatten()[skip : skip + count].reshape(shape).to(dtype)
+
+
+def rademacher(
+    shape: tuple[int, ...],
+    seed: int,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Signs, -1 or 1 with equal probability.
+
+    >>> sorted(set(rademacher((100,), seed=3).tolist()))
+    [-1.0, 1.0]
+    """
+    direct = dtype if dtype in KINDS["signs"] else torch.float64
+    return _drawn(shape, seed, stream, 0, "signs", direct, device).to(dtype)
+
+
+def rademacher_columns(
+    size: int, seed: int, streams: range, *, dtype: torch.dtype, device: torch.device | str | None
+) -> Tensor:
+    """Columns of signs, `rademacher` of one stream each, written in one launch.  # [size, K]
+
+    Each column's numbers are beside one another in memory, as Hessian products read them.
+
+    >>> columns = rademacher_columns(3, 0, range(4, 6), dtype=torch.float32, device="cpu")
+    >>> torch.equal(columns[:, 1], rademacher((3,), seed=0, stream=5, dtype=torch.float32))
+    True
+    """
+    rows = torch.empty(len(streams), 1, size, dtype=dtype, device=device)
+    step = max(1, len(streams) if streams.step == 1 else 1)
+    for i in range(0, len(streams), step):
+        random_bits.fill_(rows[i : i + step], seed, kind="signs", first_stream=streams[i])
+    return rows[:, 0].T
+
+
+def permutation(
+    n: int, seed: int, stream: int = 0, *, device: torch.device | str | None = None
+) -> Tensor:
+    """A random order of 0 .. n-1 (sorts 64-bit keys: equal keys have probability n^2 2^-64).
+
+    >>> sorted(permutation(5, seed=0).tolist())
+    [0, 1, 2, 3, 4]
+    """
+    keys = _drawn((n,), seed, stream, 0, "sort_keys", torch.int64, device)
+    return torch.argsort(keys, stable=True)
+
+
+def permutations(n: int, seeds: Tensor, stream: int = 0, streams: int = 1) -> Tensor:
+    """Random orders of 0 .. n-1, those of `permutation` for each seed and stream.
+
+    Args:
+        n: how many to put in order.
+        seeds: int64; its device is where they are made.  # [S]
+        stream: the first.
+        streams: how many, T.
+
+    Returns:
+        an order for each, int64.  # [T, S, n]
+
+    >>> orders = permutations(5, torch.tensor([0, 8]), stream=3, streams=2)
+    >>> torch.equal(orders[1, 0], permutation(5, seed=0, stream=4))
+    True
+    """
+    parts, some = [], max(1, scratch_of(seeds.device).keys // max(1, n * len(seeds)))
+    for t in range(0, max(1, streams), some):
+        shape = (min(some, streams - t), len(seeds), n)
+        keys = torch.empty(shape, dtype=torch.int64, device=seeds.device)
+        random_bits.fill_(keys, seeds, kind="sort_keys", first_stream=stream + t)
+        parts.append(_orders(keys))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _orders(keys: Tensor) -> Tensor:
+    """What puts each row of keys [T, S, n] in order."""
+    n = keys.shape[-1]
+    if keys.device.type != "cpu":
+        return torch.argsort(keys, dim=-1, stable=True)
+    orders, some = (
+        torch.empty_like(keys),
+        1 if n >= _RADIX else max(1, _SORTED_AT_ONCE // max(1, n)),
+    )
+    rows, results = keys.flatten(0, 1), orders.flatten(0, 1)
+    for i in range(0, len(rows), some):
+        part = slice(i, i + some) if some > 1 else i  # a vector, not a row of a matrix
+        torch.argsort(rows[part], dim=-1, stable=True, out=results[part])
+    return orders

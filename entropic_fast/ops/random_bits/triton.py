@@ -1,0 +1,142 @@
+"""Family `random_bits` in Triton: a program makes the words of a tile of streams and counters.
+
+Rows (pairs of a stream and a seed) share a tile where they are short, and where they are next to
+one another in memory and the numbers of a row are not, so that what is written together lies
+together.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropic_fast.ops._triton_launch import on_device
+from entropic_fast.ops.random_bits.reference import KINDS
+
+# Counters of a program: two for each of 128 threads, so four 16-byte stores of float32.
+BLOCK = 256
+# Rows of a tile at most.
+ROWS = 32
+
+
+@triton.jit
+def words_of(counter, stream, key):
+    """Four words (uint32) for each counter, stream and key (int64, of one shape)."""
+    return tl.philox(
+        key,
+        (counter & 0xFFFFFFFF).to(tl.uint32),
+        (counter >> 32).to(tl.uint32),
+        (stream & 0xFFFFFFFF).to(tl.uint32),
+        (stream >> 32).to(tl.uint32),
+    )
+
+
+@triton.jit(do_not_specialize=["key", "first_stream", "first_counter", "start"])
+def fill_kernel(
+    out, keys, rows, seeds, count, counters, stream_stride, seed_stride, stride,
+    key, first_stream, first_counter, start,
+    KIND: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr, COUNTERS: tl.constexpr,
+):  # fmt: skip
+    """Numbers of ROWS rows at COUNTERS counters."""
+    NUMBERS: tl.constexpr = 2 if KIND == 3 else 4
+    parts = tl.cdiv(counters, COUNTERS)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // parts * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    c = program % parts * COUNTERS + tl.arange(0, COUNTERS).to(tl.int64)
+    inside = row < rows
+    seed_number = row % seeds
+    stream_number = row // seeds
+    if MANY:
+        seed = tl.load(keys + seed_number, mask=inside, other=0)
+    else:
+        seed = tl.cast(key, tl.int64) + tl.zeros([ROWS], tl.int64)
+    nought = tl.zeros([ROWS, COUNTERS], tl.int64)
+    counter = tl.cast(first_counter, tl.int64) + c
+    stream = tl.cast(first_stream, tl.int64) + stream_number
+    w0, w1, w2, w3 = words_of(
+        counter[None, :] + nought, stream[:, None] + nought, seed[:, None] + nought
+    )
+    if KIND == 3:  # sort_keys
+        first = (w0.to(tl.int64) << 31) ^ w1.to(tl.int64)
+        value = tl.interleave(first, (w2.to(tl.int64) << 31) ^ w3.to(tl.int64))
+    else:
+        w = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        if KIND == 0:  # words
+            value = w.to(tl.int64)
+        elif KIND == 1:  # uniform
+            value = ((w.to(tl.float64) + 0.5) * 2.3283064365386962890625e-10).to(
+                out.dtype.element_ty
+            )
+        else:  # signs
+            value = tl.where(w >= 2147483648, 1.0, -1.0).to(out.dtype.element_ty)
+    j = (tl.cast(first_counter, tl.int64) + program % parts * COUNTERS) * NUMBERS
+    j = j - tl.cast(start, tl.int64) + tl.arange(0, NUMBERS * COUNTERS).to(tl.int64)
+    base = out + stream_number * stream_stride + seed_number * seed_stride
+    mask = inside[:, None] & (j >= 0)[None, :] & (j < count)[None, :]
+    tl.store(base[:, None] + (j * stride)[None, :], value, mask=mask)
+
+
+@triton.jit
+def philox_kernel(
+    counters, keys, streams, out, rows, count, row_stride, stride, BLOCK: tl.constexpr
+):
+    """Four words for each of BLOCK counters."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.cast(rows, tl.int64) * count
+    mask = at < total
+    row = at // count
+    counter = tl.load(counters + row * row_stride + at % count * stride, mask=mask, other=0)
+    key = tl.load(keys + row, mask=mask, other=0)
+    stream = tl.load(streams + row, mask=mask, other=0)
+    w0, w1, w2, w3 = words_of(counter, stream, key)
+    w = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
+    to = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    tl.store(out + to, w, mask=to < 4 * total)
+
+
+def fill(
+    out: Tensor,  # [T, S, n] written
+    seeds: Tensor,  # [S] int64, or [0]: `seed` is the only one
+    seed: int,
+    first_stream: int,
+    start: int,
+    kind: str,
+) -> None:
+    streams, several, count = out.shape
+    rows = streams * several
+    if out.numel() == 0:
+        return
+    numbers = 2 if kind == "sort_keys" else 4
+    first = start // numbers
+    counters = (start + count - 1) // numbers + 1 - first
+    across = abs(out.stride(1 if several > 1 else 0)) < abs(out.stride(2))
+    tile = min(ROWS, triton.next_power_of_2(rows))
+    if not across:
+        tile = min(tile, max(1, BLOCK // triton.next_power_of_2(counters)))
+    grid = (triton.cdiv(rows, tile) * triton.cdiv(counters, BLOCK // tile),)
+    with on_device(out):
+        fill_kernel[grid](
+            out, seeds if len(seeds) else out, rows, several, count, counters, *out.stride(),
+            seed, first_stream, first, start,
+            KIND=tuple(KINDS).index(kind), MANY=len(seeds) > 0, ROWS=tile, COUNTERS=BLOCK // tile,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def philox(
+    counters: Tensor,  # [m, n] int64
+    seeds: Tensor,  # [m] int64
+    streams: Tensor,  # [m] int64
+) -> Tensor:  # [m, n, 4] int64
+    rows, count = counters.shape
+    out = torch.empty((rows, count, 4), dtype=torch.int64, device=counters.device)
+    if counters.numel() > 0:
+        with on_device(counters):
+            philox_kernel[(triton.cdiv(rows * count, BLOCK),)](
+                counters, seeds, streams, out, rows, count, *counters.stride(),
+                BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
+    return out

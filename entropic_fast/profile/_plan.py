@@ -1,0 +1,141 @@
+"""What a model's profile will take on several numbers of processes, before it is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial, reduce
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .._utils.system_info import available_cores
+from ..curvature.estimators._block_lanczos import EXTRA_COLUMNS
+from ..experiments._costs import Cost, Machine, Work, measure, path_work, relaxation_work, work_of
+from ._subject import Subject
+from ._tasks import BAND, CYCLES, PROFILE, STARTS
+
+SEARCHES = 80  # products for eigenvalues at a point ...
+TRACKED = 10  # ... and at one of a path, from its neighbour's vector
+QUICK_TRACE = 8  # gradients that the deterministic part of a trace takes
+# Between processes of one machine, where none is there to measure: bytes and messages a second.
+ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5
+
+
+def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
+    """What each process does for each unit of a profile, by the unit's name."""
+    s, some, whole = subject.settings, subject.some, subject.whole
+    parameters, itemsize = whole.num_params, torch.finfo(whole.dtype).bits // 8
+    of = partial(
+        work_of,
+        examples=some.num_examples,
+        parameters=parameters,
+        processes=processes,
+        itemsize=itemsize,
+    )
+    vector = itemsize * parameters
+    trace = [of("forms", columns=s.probes), of("norms").times(QUICK_TRACE), of("loss")]
+    spectra = [
+        *trace,
+        of("products", columns=s.density_probes).times(s.density_steps),
+        of("products").times(SEARCHES),
+        *([] if subject.alone else [of("norms"), of("gram")]),
+        _held(processes, vector * s.density_probes * (s.density_steps + 2)),
+        _held(processes, vector * (s.eigenvalues + EXTRA_COLUMNS)),
+    ]
+    found = {f"spectra/{name}": _sum(spectra) for name in subject.places}
+    if subject.end is None:
+        return found
+    neb = subject.neb
+    shape = {"parameters": parameters, "processes": processes, "itemsize": itemsize}
+    updates = path_work(
+        pivots=neb.max_pivots,
+        batch_size=neb.batch_size or whole.num_examples,
+        steps=s.path_steps,
+        **shape,
+    )
+    dense = work_of(
+        "loss", examples=whole.num_examples, parameters=parameters, processes=processes
+    ).times((neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + whole.has_running_statistics))
+    along = [*trace, of("norms"), of("products").times(TRACKED)]
+    relaxation = relaxation_work(
+        replicas=len(STARTS) * s.replicas, batch_size=subject.batch_size, steps=s.steps, **shape
+    )
+    return {
+        BAND: updates + dense,
+        PROFILE: _sum(along).times(s.points) + _held(processes, vector * (1 + EXTRA_COLUMNS)),
+        **dict.fromkeys(CYCLES, relaxation),
+        **found,
+    }
+
+
+def total(subject: Subject, machine: Machine, processes: int) -> Cost:
+    """All units of a profile, one after another."""
+    return _sum(list(works(subject, processes).values())).on(machine)
+
+
+def print_plan(console: Console, subject: Subject) -> None:
+    """What the profile takes on several numbers of processes, by a few seconds of measuring.
+
+    Under `torchrun` its processes are measured, messages too. Otherwise one process with all its
+    threads is, and with one thread each, messages are assumed.
+    """
+    sharing, objective = subject.some.sharing, subject.some
+    found = {}
+    if sharing is not None:
+        found[sharing.size] = measure(objective)
+        note = f"speeds of {sharing.size} processes that share the work here, messages measured"
+    else:
+        found[1] = measure(objective)
+        one = _of_one_thread(subject)
+        found |= dict.fromkeys((2, 4, 8, 16, 64), one)
+        note = (
+            f"one process with {torch.get_num_threads()} threads, several with one each "
+            f"({available_cores()} cores here; more processes need more machines), messages "
+            f"assumed at {ASSUMED_BANDWIDTH:.0g} bytes a second and "
+            f"{1e6 * ASSUMED_LATENCY:.0f} microseconds"
+        )
+    shown = RichTable(
+        *("processes", "time", "gradients", "operations", "bytes sent", "messages", "memory")
+    )
+    for processes, machine in found.items():
+        cost = total(subject, machine, processes)
+        shown.add_row(str(processes), *_cells(cost))
+    console.print(shown)
+    s = subject.settings
+    console.print(
+        f"of each process, with E = {subject.some.num_examples:,} examples, P = "
+        f"{subject.whole.num_params:,}, {s.probes} probes; {note}. Memory is that of vectors and "
+        "matrices, besides the model, the data and, for activations, up to a quarter of what is "
+        "free. Times were 0.5 to 1.3 times those taken on an idle machine; a busy one is slower.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _of_one_thread(subject: Subject) -> Machine:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        machine = measure(subject.some)
+    finally:
+        torch.set_num_threads(threads)
+    return replace(machine, bandwidth=ASSUMED_BANDWIDTH, latency=ASSUMED_LATENCY)
+
+
+def _cells(cost: Cost) -> list[str]:
+    numbers = (cost.gradients, cost.operations, cost.sent, float(cost.messages))
+    seconds = cost.seconds
+    time = f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if seconds >= 6000:
+        time = f"{seconds / 3600:.1f} h"
+    return [time, *(f"{n:.2g}" for n in numbers), f"{cost.memory / 2**20:,.0f} MiB"]
+
+
+def _held(processes: int, memory: float) -> Work:
+    return Work("vectors", processes, memory=memory)
+
+
+def _sum(parts: Sequence[Work]) -> Work:
+    return reduce(lambda a, b: a + b, parts)

@@ -1,0 +1,395 @@
+"""Curvature, path and relaxation of any PyTorch model, as one resumable folder with a report.
+
+FOLDER/profile.json         what was asked, of which weights and data
+FOLDER/environment.json     versions and hardware
+FOLDER/units/<unit>/...     what is finished; the same call goes on from it
+FOLDER/data/*.csv  FOLDER/figures/*.png, *.svg  FOLDER/summary.json  FOLDER/report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from .._utils import atomic_io as store
+from .._utils import checks, trees
+from .._utils.table import Table
+from ..distributed._communicator import Sharing
+from ..distributed._process_group import shard
+from ..dynamics.projected_sgd._checkpoint import fingerprint
+from ..experiments._config import changed_values
+from ..experiments._executor import Unit, execute
+from ..experiments._run_folder import environment
+from ..experiments._task_store import UnitStore, require_same, require_unused
+from ..objective import Objective
+from ..objective._modules import plain_name
+from ..objective.losses._functions import LossFunction
+from . import _report as profile_report
+from ._plan import print_plan
+from ._subject import ProfileSettings, Subject
+from ._tasks import BAND, PROFILE, units
+
+T = TypeVar("T")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_SAID = {
+    BAND: "a minimum energy path from A to B by AutoNEB",
+    PROFILE: "loss and curvature at points along it",
+    "relax/cycles": "projected SGD along it",
+    "relax/control": "the same with a projection after every update, as a control",
+    "spectra/point": "loss, traces, eigenvalues, spectral density and Fisher spectrum",
+    "spectra/A": "spectra at A",
+    "spectra/between": "spectra at the path's highest point between them",
+    "spectra/B": "spectra at B",
+}
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """What `profile_model` found.
+
+    Attributes:
+        path: the folder.
+        tables: what data/*.csv hold, by name.
+        ways: at each point, how derivatives were taken: "Hessian" is "rules", or "autograd" with
+            the reason; "scores" is a sentence.
+    """
+
+    path: Path
+    tables: Mapping[str, Table]
+    ways: Mapping[str, Mapping[str, str]]
+
+    @property
+    def report(self) -> Path:
+        """The report, one HTML file."""
+        return self.path / "report.html"
+
+    def show(self, console: Console) -> None:
+        """The points' numbers on the terminal, and where the report is."""
+        profile_report.show(console, self.tables["points"], self.report)
+
+
+def profile_model(
+    model: nn.Module,
+    data: Any,
+    out: str | Path,
+    *,
+    other: nn.Module | None = None,
+    loss: str | LossFunction = "cross_entropy",
+    norm: str = "running",
+    settings: ProfileSettings | None = None,
+    device: torch.device | str | None = None,
+    parameters: Any = None,
+    output: str | int | None = None,
+    named: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> ModelProfile:
+    """Measure a model: curvature at its point, or along a path to another point, and dynamics.
+
+    At one point: loss, traces with standard errors, eigenvalues with residuals, spectral density
+    and the spectrum of the empirical Fisher matrix. With `other`, a minimum energy path is found
+    between the two (A and B); loss, traces and the largest eigenvalue are measured along it,
+    projected SGD relaxes on it from three starts, with the same projected after every update as
+    a control, and the spectra are taken at both ends and at the path's highest point (its middle,
+    where that is an end).
+
+    What is finished is kept in the folder, and the same call goes on from there. Under `torchrun`
+    all processes share the work of each part (see `parallel.shard`), and see the same folder.
+
+    Args:
+        model: the model, with its weights: point A.
+        data: as `Objective` takes them: (inputs [N, ...], targets [N, ...]), a Dataset, or a
+            re-iterable of batches.
+        out: the folder.
+        other: a model of the same architecture at point B; None for no path.
+        loss, norm, device, parameters, output: as for `Objective`. A callable loss is known by
+            its name when resumed.
+        settings: how closely; default, `ProfileSettings()`.
+        named: what the report calls "model", "weights" and "data".
+        console: where the plan and progress are shown; None for nowhere.
+
+    Raises:
+        ValueError: what `Objective` refuses; two points that are one, or of two architectures;
+            settings that do not fit the data; a folder with other files, or begun with other
+            settings, weights or data (the differences are listed).
+        UnitError: a part that failed; what was finished is kept.
+        OSError: the folder cannot be written.
+
+    >>> import tempfile
+    >>> net, x = torch.nn.Linear(3, 2), torch.randn(20, 3)
+    >>> y = torch.arange(20) % 2
+    >>> few = ProfileSettings(probes=4, density_probes=2, density_steps=4, eigenvalues=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     found = profile_model(net, (x, y), folder, settings=few)
+    >>> found.ways["point"]["Hessian"], found.tables["eigenvalues"]["which"].tolist()
+    ('rules', ['largest', 'largest', 'smallest'])
+    """
+    console = console or Console(quiet=True)
+    settings = settings or ProfileSettings()
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
+    whole, end, sharing = subject.whole, subject.end, subject.whole.sharing
+    first = sharing is None or sharing.rank == 0
+    named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
+    about: dict[str, Any] = {
+        "named": named,
+        "loss": _loss_name(loss),
+        "norm": norm,
+        "settings": dataclasses.asdict(settings),
+        "found": _facts(whole, end, model),
+    }
+    if output is not None:
+        about["output"] = output
+    if parameters is not None:
+        about["chosen"] = list(whole.parameter_names)
+    todo = units(subject)
+    folder = _by_first(sharing, lambda: _open(Path(out), about, whole.device.type))
+    folder = folder or UnitStore(Path(out), whole.device.type)
+    try:
+        _announce(console if first else Console(quiet=True), subject, about, todo)
+        execute(folder, todo, workers=1, console=console, sharing=sharing)
+    except BaseException:
+        if first and not (folder.path / "units").exists():
+            # Nothing was computed: the corrected call may use the folder.
+            for name in ("profile.json", "environment.json"):
+                (folder.path / name).unlink(missing_ok=True)
+        raise
+    found = _by_first(sharing, lambda: profile_report.write(folder, subject, about))
+    tables, ways = found or profile_report.read(folder, subject)
+    return ModelProfile(folder.path, tables, ways)
+
+
+def plan_profile(
+    model: nn.Module,
+    data: Any,
+    *,
+    other: nn.Module | None = None,
+    loss: str | LossFunction = "cross_entropy",
+    norm: str = "running",
+    settings: ProfileSettings | None = None,
+    device: torch.device | str | None = None,
+    parameters: Any = None,
+    output: str | int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Show what `profile_model` will take, on several numbers of processes, and do none of it.
+
+    Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
+
+    Args:
+        model, data, other, loss, norm, settings, device, parameters, output: as for
+            `profile_model`.
+        console: where it is shown; None for standard output.
+
+    Raises:
+        ValueError: as `profile_model`.
+
+    >>> net, x = torch.nn.Linear(3, 2), torch.randn(20, 3)
+    >>> plan_profile(net, (x, torch.arange(20) % 2), console=Console(quiet=True))
+    """
+    settings = settings or ProfileSettings()
+    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
+    sharing = subject.whole.sharing
+    console = console or Console(emoji=False)
+    print_plan(console if sharing is None or not sharing.rank else Console(quiet=True), subject)
+
+
+def _subject(
+    model: nn.Module,
+    data: Any,
+    other: nn.Module | None,
+    loss: str | LossFunction,
+    norm: str,
+    settings: ProfileSettings,
+    device: torch.device | str | None,
+    parameters: Any,
+    output: str | int | None,
+) -> Subject:
+    whole = shard(_objective(model, data, loss, norm, device, parameters, output))
+    end = None if other is None else _other_end(whole, other, loss, parameters is not None)
+    return Subject.of(whole, end, settings)
+
+
+def _by_first(sharing: Sharing | None, write: Callable[[], T]) -> T | None:
+    """What the first of processes does for all, which then know that it is done."""
+    if sharing is None:
+        return write()
+    return sharing.met(write if sharing.rank == 0 else lambda: None, "files")
+
+
+# -- what is measured -----------------------------------------------------------------------
+
+
+def _objective(
+    model: nn.Module,
+    data: Any,
+    loss: str | LossFunction,
+    norm: str,
+    device: torch.device | str | None,
+    parameters: Any,
+    output: str | int | None,
+) -> Objective:
+    try:
+        return Objective(
+            model, loss, data, norm=norm, device=device, parameters=parameters, output=output
+        )
+    except TypeError as error:  # from a Dataset whose items do not make a batch
+        raise checks.fail(
+            "data",
+            "(inputs, targets), a Dataset of pairs of tensors, or batches of them",
+            f"{checks.describe(data)}, which fails: {error}",
+        ) from error
+
+
+def _other_end(
+    whole: Objective, other: nn.Module, loss: str | LossFunction, chosen: bool
+) -> Tensor:
+    """The point of the other model, which differs from the first in parameters alone.  # [P]"""
+    few = next(whole.batches(batch_size=8))
+    there = Objective(
+        other,
+        loss,
+        [(few.inputs, few.targets)],
+        norm=whole.norm,
+        device=whole.device,
+        parameters=_same_names(whole, other) if chosen else None,
+        output=whole.output_part,
+    )
+    a, b = (
+        {name: tuple(part.shape) for name, part in obj.split(obj.parameters_vector()).items()}
+        for obj in (whole, there)
+    )
+    if a != b or there.dtype != whole.dtype:
+        differ = [f"{n} {a.get(n)} and {b.get(n)}" for n in {**a, **b} if a.get(n) != b.get(n)]
+        raise checks.fail(
+            "other",
+            "a model of the same architecture and dtype",
+            "; ".join(differ[:3]) or f"{whole.dtype} and {there.dtype}",
+        )
+    differ = [n for n, same in _constants_agree(whole, there) if not same]
+    if differ:
+        raise checks.fail(
+            "other",
+            "the same buffers and frozen parameters at both points, as a path moves trainable "
+            "parameters alone",
+            f"others in {', '.join(differ[:3])}",
+            "make them trainable, or the same",
+        )
+    end = there.parameters_vector()
+    if torch.equal(end, whole.parameters_vector()):
+        raise checks.fail(
+            "other", "another point than the first", "the same", "give other weights, or only one"
+        )
+    return end
+
+
+def _same_names(whole: Objective, other: nn.Module) -> list[nn.Parameter] | None:
+    """The other model's parameters of the names in theta; None if it has none of them."""
+    own = {plain_name(other, name): p for name, p in other.named_parameters()}
+    return [own[name] for name in whole.parameter_names if name in own] or None
+
+
+def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:
+    """Whether buffers but normalisation statistics, and frozen parameters, are the same."""
+    names = [name for name in a.buffers if name.rpartition(".")[2] not in _STATISTICS]
+    found = [(n, n in b.buffers and torch.equal(a.buffers[n], b.buffers[n])) for n in names]
+    frozen = [obj.constants()[len(obj.buffers) :] for obj in (a, b)]
+    same = len(frozen[0]) == len(frozen[1]) and all(map(torch.equal, *frozen))
+    return [*found, ("frozen parameters", same)]
+
+
+def _loss_name(loss: str | LossFunction) -> str:
+    return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
+
+
+def _facts(whole: Objective, end: Tensor | None, model: nn.Module) -> dict[str, Any]:
+    """What identifies the weights and the data, in order."""
+    points = [whole.parameters_vector()] if end is None else [whole.parameters_vector(), end]
+    constants = fingerprint(*whole.constants())
+    data = hashlib.sha256()
+    for batch in whole.batches():
+        data.update(fingerprint(*trees.leaves(batch[1:])).encode())
+    return {
+        "model": type(model).__name__,
+        "parameters": whole.num_params,
+        "dtype": str(whole.dtype).removeprefix("torch."),
+        "weights": [f"{fingerprint(p)}-{constants[:8]}" for p in points],
+        "examples": whole.num_examples,
+        "data": data.hexdigest()[:32],
+    }
+
+
+# -- the folder -----------------------------------------------------------------------------
+
+
+def _open(path: Path, about: Mapping[str, Any], device: str) -> UnitStore:
+    """The folder for what is asked, made if it does not exist."""
+    stored = path / "profile.json"
+    if stored.exists():
+        before = store.read_sealed(stored)
+        # The same weights and data under another name are the same.
+        changes = changed_values({**before, "named": 0}, {**about, "named": 0})
+        require_same(path, [_explained(change) for change in changes])
+    else:
+        require_unused(path)
+    store.write_sealed(stored, about)
+    store.write_sealed(path / "environment.json", environment(device))
+    return UnitStore(path, device)
+
+
+def _explained(change: str) -> str:
+    if change.startswith("found.weights"):
+        return f"{change} (other weights; does the model begin at random ones? seed it)"
+    return f"{change} (other examples)" if change.startswith("found.data") else change
+
+
+def _announce(
+    console: Console, subject: Subject, about: Mapping[str, Any], todo: list[Unit]
+) -> None:
+    """What will be done, and what it costs."""
+    found, whole = about["found"], subject.whole
+    lines = [
+        f"{about['named']['model']}: {found['parameters']:,} parameters ({found['dtype']}) on "
+        f"{whole.device}; {found['examples']:,} examples, curvature of "
+        f"{subject.some.num_examples:,}"
+    ]
+    lines += [f"  {_SAID[u.name]}: about {_round(u.weight)} gradients" for u in todo]
+    total = sum(unit.weight for unit in todo)
+    seconds = total * _seconds_a_gradient(subject.some)
+    lines.append(
+        f"in all about {_round(total)} gradients of one example; from the time of one pass, "
+        f"some {_duration(seconds)}, less what is finished already"
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _seconds_a_gradient(obj: Objective) -> float:
+    taken = []
+    for _ in range(4):  # the first is slower, and others' work may come between
+        start = time.perf_counter()
+        obj.gradient()
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:]) / obj.num_examples
+
+
+def _round(count: float) -> str:
+    return f"{float(f'{count:.2g}'):,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """In words, as an estimate.
+
+    >>> _duration(40), _duration(200), _duration(9000)
+    ('40 seconds', '3 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,211 @@
+"""What is computed for the profile of a model: at one point, or on a path between two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._utils.convergence import held
+from .._utils.results import Density, Eigenpairs
+from .._utils.table import Table
+from ..curvature import (
+    HessianOperator,
+    curvature_profile,
+    measure_point,
+    score_plan,
+    score_spectrum,
+    score_spectrum_floor,
+    top_eigenvalues,
+)
+from ..experiments._executor import Report, Unit
+from ..experiments._task_store import UnitStore
+from ..experiments.figures import _relaxation_runs as relaxation
+from ..experiments.figures import fig2
+from ..objective import Objective
+from ..paths import Path
+from ._subject import Subject
+
+MATVECS = 200  # most products for the eigenvalues at an end of the spectrum
+STARTS = (0.25, 0.5, 0.75)  # of the relaxation
+CYCLES = {"relax/cycles": 15, "relax/control": 1}  # updates between projections
+BAND, PROFILE = "path/band", "profile/along"
+
+
+def units(subject: Subject) -> list[Unit]:
+    """What there is to do. Weights count gradients of single examples, roughly."""
+    s, examples = subject.settings, subject.some.num_examples
+    # As measured on convolutional networks: a product 1.5 gradients, a quadratic form one.
+    trace = s.probes + 8
+    spectra = examples * (1.5 * (s.density_probes * s.density_steps + 80) + trace + 4)
+    needs = () if subject.end is None else (BAND,)
+    found = [
+        Unit(f"spectra/{name}", measure_spectra, (subject, name), needs, spectra)
+        for name in subject.places
+    ]
+    if subject.end is None:
+        return found
+    neb = subject.neb
+    forward = (neb.pivots * (neb.eval_points + 1) * 4 + 33) * subject.whole.num_examples / 3
+    band = s.path_steps * s.pivots * (neb.batch_size or 0) + forward
+    along = s.points * examples * (trace + 1.5 * 10 + 2)
+    # A minibatch costs as much as 8 examples more.
+    updates = len(STARTS) * s.replicas * s.steps * (subject.batch_size + 8)
+    return [
+        Unit(BAND, find_path, (subject,), (), band),
+        Unit(PROFILE, measure_along, (subject,), needs, along),
+        *(Unit(name, relax_along, (subject, name), needs, updates) for name in CYCLES),
+        *found,
+    ]
+
+
+def find_path(store: UnitStore, report: Report, subject: Subject) -> dict[str, Any]:
+    """The minimum energy path, and the loss along it and along the straight line."""
+    assert subject.end is not None
+    return fig2.connected(report, subject.whole, subject.end, subject.neb, 33)
+
+
+def measure_along(store: UnitStore, report: Report, subject: Subject) -> dict[str, Any]:
+    """Loss and curvature at points of the path."""
+    s = subject.settings
+    with held():  # a column says what is not converged, and the figure
+        table = curvature_profile(
+            subject.some,
+            load_path(store),
+            s.points,
+            subject.quantities,
+            seed=s.seed,
+            probes=s.probes,
+            tol=s.tol,
+            on_point=lambda i, _: report((i + 1) / s.points),
+        )
+    return {"curvature": Table.from_rows([{"path": "A-B", **row} for row in table.rows()])}
+
+
+def relax_along(store: UnitStore, report: Report, subject: Subject, name: str) -> dict[str, Any]:
+    """Projected SGD from several starts; with a projection after every update as a control."""
+    s = subject.settings
+    course = relaxation.Course(
+        subject.whole, load_path(store), s.steps, s.replicas, CYCLES[name], seed=s.seed
+    )
+    settings = [(start, s.lr) for start in STARTS for _ in range(s.replicas)]
+    panel, size = f"k = {CYCLES[name]}", subject.batch_size
+    return {
+        "trajectory": relaxation.along(store, report, name, panel, course, settings, size),
+    }
+
+
+def load_path(store: UnitStore) -> Path:
+    """The path, once it is found."""
+    return Path(store.tensors(BAND, "pivots")["pivots"])
+
+
+def measure_spectra(
+    store: UnitStore, report: Report, subject: Subject, name: str
+) -> dict[str, Any]:
+    """Loss, traces, eigenvalues, spectral density and Fisher spectrum at a point.
+
+    At a single point normalisation layers keep the statistics that the model came with. On a
+    path, where those of no point are another's, they are re-estimated at each, the ends too.
+    """
+    s, theta = subject.settings, _place(store, subject, name)
+    obj = subject.some if subject.end is None else subject.some.recalibrated(theta)
+    found = measure_point(
+        obj,
+        theta,
+        (*subject.quantities, "density"),
+        seed=s.seed,
+        recalibrate=False,
+        probes=s.probes,
+        tol=s.tol,
+        density_probes=s.density_probes,
+        steps=s.density_steps,
+    )
+    report(0.7)
+    assert found.density is not None
+    operator = HessianOperator(obj, theta)
+    most = min(s.eigenvalues, obj.num_params)
+    matvecs = max(MATVECS, 2 * most)
+    with held():  # the table and the report say what is not converged
+        largest = top_eigenvalues(operator, most, s.tol, s.seed, matvecs, v0=found.pairs)
+        report(0.8)
+        smallest = top_eigenvalues(operator, 1, s.tol, s.seed, matvecs, which="SA")
+    report(0.9)
+    slope = float(torch.linalg.vector_norm(obj.gradient(theta), dtype=torch.float64))
+    tables = {
+        "point": Table.from_rows([{"point": name, **found.row, "gradient_norm": slope}]),
+        "eigenvalues": Table.from_rows(
+            [*_eigenvalues(name, "largest", largest), *_eigenvalues(name, "smallest", smallest)]
+        ),
+        "density": _density(name, found.density),
+    }
+    ways = {"Hessian": operator.way}
+    if not subject.alone:
+        tables["fisher"] = _fisher(name, obj, theta)
+        ways["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
+    return {**tables, "ways": ways}
+
+
+def _by_processes(obj: Objective) -> str:
+    return f"; rows of {obj.sharing.size} processes in a ring" if obj.sharing is not None else ""
+
+
+def _place(store: UnitStore, subject: Subject, name: str) -> Tensor:
+    if name in ("point", "A"):
+        return subject.whole.parameters_vector()
+    if name == "B":
+        assert subject.end is not None
+        return subject.end
+    return load_path(store).point(place_of(store, name))
+
+
+def place_of(store: UnitStore, name: str) -> float:
+    """Where on the path a point of `Subject.places` is.
+
+    "between" is the path's highest point; its middle, where that is an end.
+    """
+    if name != "between":
+        return 1.0 if name == "B" else 0.0
+    highest = float(store.document(BAND, "saddle")["position"])
+    return highest if 0 < highest < 1 else 0.5
+
+
+def _eigenvalues(name: str, which: str, pairs: Eigenpairs) -> Iterator[dict[str, object]]:
+    columns = (pairs.values.tolist(), pairs.residuals.tolist(), pairs.each_converged)
+    for rank, (value, residual, converged) in enumerate(zip(*columns, strict=True), 1):
+        yield {
+            "point": name,
+            "which": which,
+            "rank": rank,
+            "eigenvalue": value,
+            "residual": residual,
+            "converged": converged,
+            "all_converged": pairs.converged,
+        }
+
+
+def _density(name: str, density: Density) -> Table:
+    return Table(
+        {
+            "point": [name] * len(density.grid),
+            "eigenvalue": density.grid.tolist(),
+            "density": density.density.tolist(),
+            "std_error": density.std_error.tolist(),
+        }
+    )
+
+
+def _fisher(name: str, obj: Objective, theta: Tensor) -> Table:
+    spectrum = score_spectrum(obj, theta)
+    floor = score_spectrum_floor(spectrum, obj.dtype)
+    values = spectrum.tolist()
+    return Table(
+        {
+            "point": [name] * len(values),
+            "rank": list(range(1, len(values) + 1)),
+            "eigenvalue": values,
+            "above_floor": [value > floor for value in values],
+        }
+    )

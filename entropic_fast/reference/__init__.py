@@ -1,1 +1,0 @@
-"""The obvious PyTorch version of every op: the tests' oracle and the fallback backend."""

@@ -1,0 +1,426 @@
+"""Training by the paper's recipe, and evaluation.
+
+The recipe (Entropic Confinement and Mode Connectivity, reading notes): SGD with momentum 0.9,
+weight decay 5e-4, learning rate 0.1, batches of 256, 200 epochs, learning rate divided by 5 at
+30, 60, 80 and 90 % of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .._torch.memory_format import fitting_layout
+from .._utils.checks import HALF, at_least, boolean, fail, numbers, one_of, positive, shown, whole
+from .._utils.devices import is_gpu
+from .._utils.table import Table
+from ..ops.random_bits.streams import derive
+from .data import ImageData, augment, batches
+from .models import initialise as initialise_model
+
+
+class DivergedError(ValueError):
+    """Training met a loss or weights that are NaN or infinite; the message says where."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training recipe; the defaults are the paper's.
+
+    Args:
+        lr: learning rate at the start.
+        momentum: of SGD, in [0, 1).
+        weight_decay: L2 coefficient, on every parameter.
+        batch_size: examples an update; the last batch of an epoch may be shorter.
+        epochs: length of training, in passes over the data.
+        milestones: shares of `epochs` after which the learning rate falls, ascending in (0, 1).
+        gamma: factor of each fall, in (0, 1].
+        nesterov: Nesterov's form of momentum.
+        augment: random crops and flips (`entropic_fast.training.data.augment`).
+        pad: pixels of padding of the crops.
+        flip: whether augmentation flips.
+        label_noise: share of the training labels drawn uniformly anew, in [0, 1].
+        precision: "float32", or "bfloat16" for activations (autocast); weights, their updates and
+            the loss stay in float32, and so does all curvature.
+        compiled: whether full batches go through `torch.compile`, which takes a minute once and
+            needs a compiler; the rounding is another.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> TrainConfig(epochs=200).epochs
+    200
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    epochs: int = 200
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.8, 0.9)
+    gamma: float = 0.2
+    nesterov: bool = False
+    augment: bool = True
+    pad: int = 4
+    flip: bool = True
+    label_noise: float = 0.0
+    precision: str = "float32"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        positive("lr", self.lr)
+        if at_least("momentum", self.momentum, 0) >= 1:
+            raise fail("momentum", "a number in [0, 1)", shown(self.momentum))
+        at_least("weight_decay", self.weight_decay, 0)
+        whole("batch_size", self.batch_size, 1)
+        whole("epochs", self.epochs)
+        object.__setattr__(self, "milestones", tuple(numbers("milestones", self.milestones)))
+        boolean("nesterov", self.nesterov)
+        if list(self.milestones) != sorted(self.milestones) or not all(
+            0 < m < 1 for m in self.milestones
+        ):
+            raise fail(
+                "milestones", "ascending shares of training in (0, 1)", shown(self.milestones)
+            )
+        if positive("gamma", self.gamma) > 1:
+            raise fail("gamma", "a number in (0, 1]", shown(self.gamma))
+        if self.nesterov and self.momentum == 0:
+            raise fail("nesterov", "a momentum above 0", "momentum 0")
+        whole("pad", self.pad)
+        if at_least("label_noise", self.label_noise, 0) > 1:
+            raise fail("label_noise", "a share from 0 to 1", shown(self.label_noise))
+        one_of("precision", self.precision, ("float32", "bfloat16"))
+
+
+class EpochRecord(NamedTuple):
+    """What `on_epoch` receives: epochs done so far, of how many, and the epoch's figures.
+
+    Loss and accuracy are means over the epoch's updates as they happened (batch statistics,
+    augmented images), weighted by batch size.
+    """
+
+    epoch: int
+    epochs: int
+    lr: float
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after training, with what is needed to go on.
+
+    Attributes:
+        model: the model given, trained in place, in evaluation mode.
+        epoch: epochs done since the start of training; the next `start_epoch`.
+        optimizer_state: momentum buffer of each parameter, by name.
+        history: one row an epoch of this call (columns of `EpochRecord`).
+    """
+
+    model: nn.Module
+    epoch: int
+    optimizer_state: dict[str, Tensor]
+    history: Table
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch: lr x gamma^(milestones passed).
+
+    >>> [round(learning_rate(TrainConfig(), e), 6) for e in (0, 59, 60, 120, 160, 180)]
+    [0.1, 0.1, 0.02, 0.004, 0.0008, 0.00016]
+    """
+    # 0.7 x 10 is 7.000000000000001 in floating point: epoch 7 has passed it.
+    passed = sum(epoch >= m * config.epochs - 1e-9 for m in config.milestones)
+    return config.lr * config.gamma**passed
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    seed: int,
+    order_seed: int | None = None,
+    start_epoch: int = 0,
+    stop_epoch: int | None = None,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    initialise: bool | None = None,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> Trained:
+    """Train `model` in place on epochs `start_epoch` to `stop_epoch` of the recipe.
+
+    A run cut at any epoch and continued with the state it returned equals the unbroken run. To
+    branch (linear mode connectivity), continue copies of one model and optimizer state with
+    different `order_seed`s.
+
+    Args:
+        model: on the data's device.
+        data: the training set.
+        config: the recipe; its schedule spans all `config.epochs`, whatever part is run.
+        seed: of the initial weights and of label noise.
+        order_seed: of the data order and augmentation; default `seed`.
+        start_epoch: first epoch to run.
+        stop_epoch: run up to here, exclusive; default `config.epochs`.
+        optimizer_state: momentum buffers to start from, by parameter name; default, none.
+        initialise: whether to set the weights from `seed` first; default, when `start_epoch`
+            is 0 and no `optimizer_state` is given.
+        on_epoch: called after each epoch.
+
+    Raises:
+        ValueError: epochs outside the recipe, another device, outputs that do not fit the
+            classes, an optimizer state of another model.
+        DivergedError: a loss or weights that are NaN or infinite.
+
+    >>> from entropic_fast.training.data import load
+    >>> from entropic_fast.training.models import build
+    >>> data, _ = load("digits", limit=50)
+    >>> config = TrainConfig(epochs=2, augment=False)
+    >>> train(build("digits-cnn"), data, config, seed=0).epoch
+    2
+    """
+    stop = config.epochs if stop_epoch is None else whole("stop_epoch", stop_epoch)
+    if stop > config.epochs:
+        raise fail("stop_epoch", f"at most {config.epochs}, the recipe's epochs", str(stop))
+    if whole("start_epoch", start_epoch) > stop:
+        raise fail("start_epoch", f"at most stop_epoch, {stop}", str(start_epoch))
+    whole("seed", seed)
+    _check_device(model, data)
+    _check_precision(model)
+    if initialise is None:
+        initialise = start_epoch == 0 and optimizer_state is None
+    if initialise:
+        initialise_model(model, seed)
+    _check_classes(model, data)
+    if config.label_noise:
+        data = data.with_label_noise(config.label_noise, derive(seed, "label noise"))
+    order = seed if order_seed is None else whole("order_seed", order_seed)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    records = []
+    model.eval()  # the trial of a layout moves no statistics
+    _lay_out(model, torch.channels_last)
+    try:
+        layout = fitting_layout(model, data.inputs(slice(2)))
+        _lay_out(model, layout)
+        model.train()
+        optimizer = _optimizer(named, config, optimizer_state)
+        fast = torch.compile(model, dynamic=False) if config.compiled else model
+        for epoch in range(start_epoch, stop):
+            record = _epoch(model, fast, data, config, optimizer, epoch, order, layout)
+            records.append(record._asdict())
+            if on_epoch is not None:
+                on_epoch(record)
+    finally:
+        _lay_out(model, torch.contiguous_format)
+        model.eval()
+    if stop > start_epoch and not all(bool(torch.isfinite(p).all()) for p in named.values()):
+        raise _diverged(
+            "weights that are NaN or infinite", stop - 1, None, learning_rate(config, stop - 1)
+        )
+    return Trained(model, stop, _momentum(named, optimizer), Table.from_rows(records))
+
+
+def _epoch(
+    model: nn.Module,
+    fast: Callable[[Tensor], Tensor],
+    data: ImageData,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    order_seed: int,
+    layout: torch.memory_format,
+) -> EpochRecord:
+    lr, half = learning_rate(config, epoch), config.precision == "bfloat16"
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    losses, correct, sizes = [], torch.zeros((), dtype=torch.int64, device=data.device), []
+    for index in batches(len(data), config.batch_size, epoch, order_seed, data.device):
+        images = data.images[index]
+        if config.augment:
+            images = augment(images, index, epoch, order_seed, config.pad, config.flip)
+        targets = data.labels[index]
+        images = data.normalise(images).contiguous(memory_format=layout)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            # A last batch of another size would be compiled for itself.
+            outputs = (fast if len(index) == config.batch_size else model)(images)
+        loss = functional.cross_entropy(outputs.float() if half else outputs, targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.detach())
+        correct += (outputs.detach().argmax(1) == targets).sum()
+        sizes.append(len(index))
+    # Looked at once an epoch: a look at every loss would make a GPU wait for each update.
+    values = torch.stack(losses).double().cpu()
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        update = int(bad[0])
+        raise _diverged(f"loss {float(values[update])}", epoch, update, lr)
+    mean = float(values @ torch.tensor(sizes, dtype=torch.float64)) / len(data)
+    return EpochRecord(epoch + 1, config.epochs, lr, mean, int(correct) / len(data))
+
+
+def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Give weights another layout, unless some share their memory, which would part them.
+
+    Channels last is 5 to 35 % quicker for the networks of `models`, on one core.
+    """
+    weights = {id(p): p for p in model.parameters()}.values()
+    if len({p.untyped_storage().data_ptr() for p in weights}) == len(weights):
+        model.to(memory_format=layout)
+
+
+def _diverged(what: str, epoch: int, update: int | None, lr: float) -> DivergedError:
+    where = f"epoch {epoch}" + ("" if update is None else f", update {update} of that epoch")
+    return DivergedError(
+        f"training: expected finite values, got {what} in {where}, at learning rate {lr:g}; "
+        "lower lr, or raise batch_size, and start again"
+    )
+
+
+def _optimizer(
+    named: Mapping[str, nn.Parameter], config: TrainConfig, state: Mapping[str, Tensor] | None
+) -> torch.optim.SGD:
+    if not named:
+        raise fail("model", "at least one parameter that requires a gradient", "none")
+    device = next(iter(named.values())).device.type
+    optimizer = torch.optim.SGD(
+        named.values(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        fused=device == "cpu"
+        or is_gpu(device),  # a third of foreach's time on a small network, CPU
+    )
+    if not state:
+        return optimizer
+    if set(state) != set(named):
+        different = sorted(set(state) ^ set(named))
+        raise fail(
+            "optimizer_state",
+            "one momentum buffer a parameter of the model",
+            f"{len(different)} that differ, as {different[0]!r}",
+            "pass the optimizer_state that train() returned for this model",
+        )
+    for name, parameter in named.items():
+        if state[name].shape != parameter.shape:
+            raise fail(
+                f"optimizer_state[{name!r}]",
+                f"shape {list(parameter.shape)}",
+                str(list(state[name].shape)),
+            )
+        # A copy, as branches that share a state must not move each other's momentum; in the
+        # weight's layout, as the fused update on a CPU goes by memory.
+        buffer = torch.empty_like(parameter, requires_grad=False).copy_(state[name])
+        optimizer.state[parameter]["momentum_buffer"] = buffer
+    return optimizer
+
+
+def _momentum(
+    named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    buffers = {name: optimizer.state[p].get("momentum_buffer") for name, p in named.items()}
+    return {n: b.detach().contiguous().clone() for n, b in buffers.items() if b is not None}
+
+
+def _check_device(model: nn.Module, data: ImageData) -> None:
+    devices = {p.device for p in model.parameters()}
+    if devices - {data.device}:
+        raise fail(
+            "model",
+            f"parameters on the data's device, {data.device}",
+            ", ".join(sorted(map(str, devices))),
+            "call model.to(...) or data.to(...)",
+        )
+
+
+def _check_precision(model: nn.Module) -> None:
+    half = {p.dtype for p in model.parameters()} & set(HALF)
+    if half:
+        raise fail(
+            "model",
+            "float32 parameters, to which small updates can be added",
+            ", ".join(sorted(str(d).removeprefix("torch.") for d in half)),
+            "train model.float()",
+        )
+
+
+def _check_classes(model: nn.Module, data: ImageData) -> None:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(data.inputs(slice(0, 1)))
+    except RuntimeError as error:
+        raise fail(
+            "model",
+            f"a network for images of shape {list(data.images.shape[1:])}",
+            str(error).splitlines()[0],
+        ) from error
+    finally:
+        for module, state in training.items():
+            module.training = state
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < data.num_classes:
+        got = str(list(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise fail(
+            "model",
+            f"outputs of shape [N, at least {data.num_classes}], one a class",
+            got,
+            f"build it with num_classes={data.num_classes}",
+        )
+
+
+class Evaluation(NamedTuple):
+    """Mean cross-entropy (nats an example) and share of examples classified rightly."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1024) -> Evaluation:
+    """Loss and accuracy over a whole set, in evaluation mode; every example weighs the same.
+
+    Raises:
+        ValueError: a loss that is NaN or infinite (the example is named), another device, or
+            outputs that do not fit the classes.
+
+    >>> from entropic_fast.training.data import load
+    >>> from entropic_fast.training.models import build
+    >>> _, test = load("digits")
+    >>> 0 <= evaluate(build("digits-cnn"), test).accuracy <= 1
+    True
+    """
+    whole("batch_size", batch_size, 1)
+    _check_device(model, data)
+    _check_classes(model, data)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=data.device)
+    correct = 0
+    try:
+        for start in range(0, len(data), batch_size):
+            part = slice(start, start + batch_size)
+            targets = data.labels[part]
+            outputs = model(data.inputs(part))
+            losses = functional.cross_entropy(outputs, targets, reduction="none")
+            bad = (~torch.isfinite(losses)).nonzero()
+            if len(bad):
+                first = int(bad[0])
+                raise fail(
+                    "loss",
+                    "a finite loss for every example",
+                    f"{float(losses[first])} for example {start + first}",
+                    "the weights are not those of a trained model: train again",
+                )
+            total += losses.double().sum()
+            correct += int((outputs.argmax(1) == targets).sum())
+    finally:
+        for module, state in training.items():
+            module.training = state
+    return Evaluation(float(total) / len(data), correct / len(data))

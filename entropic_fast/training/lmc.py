@@ -1,0 +1,390 @@
+"""Linear mode connectivity: train to epoch k, branch with two data orders, join by a line.
+
+Frankle, Dziugaite, Roy, Carbin, *Linear mode connectivity and the lottery ticket hypothesis*,
+ICML 2020; here with the curvature along the line beside the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .._utils import notebook as display
+from .._utils.checks import (
+    fail,
+    full_precision,
+    functions,
+    instance,
+    numbers,
+    positive,
+    shown,
+    whole,
+)
+from .._utils.convergence import held, warn_of_overflow, warn_once
+from .._utils.table import Table
+from ..curvature import HessianOperator, tracked_eigenpairs
+from ..curvature.operators._linear_operator import NonFiniteProductError
+from ..objective import NonFiniteLossError, Objective
+from ..objective._modules import plain_name
+from ..objective._parameters import as_real
+from ..ops.random_bits.streams import derive
+from ._train import TrainConfig, Trained, train
+from .data import ImageData
+from .models import build
+
+Unit = Callable[[str, Callable[[], Table]], Table]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LMCResult:
+    """Loss and curvature on the lines between branches.
+
+    Attributes:
+        table: one row a point of a line: k (epoch of branching), point (0 to 1 along the
+            line), loss and accuracy on the training examples, test_loss and test_accuracy where
+            a test set was given, eigenvalue (largest of the Hessian), residual (its error bound)
+            and converged (1 where it met the tolerance, else 0), distance (between the two ends, of
+            parameters).
+        instability: one row a k: loss_instability, eigenvalue_instability (see `instability`),
+            barrier (highest loss on the line less the mean of the ends, nats), and, with a test
+            set, error_barrier (the same for the test error, a share).
+    """
+
+    table: Table
+    instability: Table
+
+    def _repr_html_(self) -> str:
+        points = self.table.num_rows // max(1, self.instability.num_rows)
+        return display.table(
+            self.instability.columns,
+            [tuple(row.values()) for row in self.instability.rows()],
+            f"Lines between branches, {points} points each",
+        )
+
+
+class Trunk:
+    """The common first part of all branches, trained once and only as far as asked.
+
+    Args:
+        model: a name for `entropic_fast.training.models.build`, or a function that makes a module.
+        data: the training set.
+        config: the recipe.
+        seed: of the initial weights and the trunk's data order.
+        progress: called with (what, epochs done, epochs in all).
+    """
+
+    def __init__(
+        self,
+        model: str | Callable[[], nn.Module],
+        data: ImageData,
+        config: TrainConfig,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._data, self._config = model, data, config
+        self._seed, self._progress = seed, progress
+        self._state: Trained | None = None
+
+    def at(self, k: int) -> Trained:
+        """A copy of the network and the optimizer's state after k epochs."""
+        if whole("k", k) > self._config.epochs:
+            raise fail("k", f"at most {self._config.epochs}, the recipe's epochs", str(k))
+        state, self._state = self._state, None  # an interruption leaves no half-trained state
+        if state is None or state.epoch > k:
+            state = train(self._make(), self._data, self._config, seed=self._seed, stop_epoch=0)
+        state = train(
+            state.model,
+            self._data,
+            self._config,
+            seed=self._seed,
+            start_epoch=state.epoch,
+            stop_epoch=k,
+            optimizer_state=state.optimizer_state,
+            initialise=False,
+            on_epoch=lambda r: _tell(self._progress, "trunk", r.epoch, k),
+        )
+        self._state = state
+        return copy.deepcopy(state)
+
+    def _make(self) -> nn.Module:
+        if callable(self._model):
+            return self._model().to(self._data.device)
+        made = build(self._model, self._data.num_classes, self._data.images.shape[1])
+        return made.to(self._data.device)
+
+
+def branch(
+    start: Trained,
+    data: ImageData,
+    config: TrainConfig,
+    number: int,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Finish training from `start` with the data order of branch `number`; `start` is kept.
+
+    Branches differ in the order of the data and its augmentation, and in nothing else.
+    """
+    start = copy.deepcopy(start)
+    return train(
+        start.model,
+        data,
+        config,
+        seed=seed,
+        initialise=False,
+        order_seed=derive(seed, "branch", whole("number", number)),
+        start_epoch=start.epoch,
+        optimizer_state=start.optimizer_state,
+        on_epoch=lambda r: _tell(progress, f"branch {number}", r.epoch, config.epochs),
+    ).model
+
+
+def measure_line(
+    a: nn.Module,
+    b: nn.Module,
+    data: ImageData,
+    *,
+    eval_data: ImageData | None = None,
+    points: int = 11,
+    loss_examples: int | None = None,
+    curvature_examples: int | None = None,
+    tol: float = 1e-2,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Table:
+    """Loss, accuracy and largest Hessian eigenvalue on the straight line from `a` to `b`.
+
+    Normalisation statistics are re-estimated from the training examples at every point, the
+    ends included, so that all points are treated alike. Where the loss overflows it is `inf`, and
+    accuracy and eigenvalue are NaN, with one RuntimeWarning.
+
+    Args:
+        a, b: networks of one architecture.
+        data: the training set.
+        eval_data: a test set, for test_loss and test_accuracy.
+        points: evenly spaced points, ends included; at least 3.
+        loss_examples: training examples for loss and statistics; None for all.
+        curvature_examples: training examples for the Hessian; None for all.
+        tol: relative residual at which the eigenvalue is accepted.
+        seed: of the eigenvalue solver's start.
+        progress: called with (what, points done, points in all).
+
+    Returns:
+        the columns of `LMCResult.table`, without k.
+
+    Raises:
+        ValueError: networks of different architectures, or fewer than 3 points.
+    """
+    whole("points", points, 3)
+    positive("tol", tol)
+    objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
+    full_precision("a", objective.dtype, "a line between networks")
+    shapes_a, shapes_b = (
+        {plain_name(m, n): tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad}
+        for m in (a, b)
+    )
+    if shapes_a != shapes_b:
+        raise fail("b", "a network with the parameters of a", "other names or shapes")
+    ends = [
+        torch.cat([as_real(p.detach()).flatten() for p in m.parameters() if p.requires_grad])
+        for m in (a, b)
+    ]
+    curvature_data = data.tensors(curvature_examples)
+    test_data = None if eval_data is None else eval_data.tensors()
+    distance = float((ends[1] - ends[0]).norm())
+    rows, pairs = [], None
+    messages: list[str] = []
+    for i in range(points):
+        t = i / (points - 1)
+        theta = torch.lerp(ends[0], ends[1], t)  # exact at both ends
+        here = objective.recalibrated(theta)
+        loss, accuracy = _evaluated(here, theta)
+        row: dict[str, float] = {"point": t, "loss": loss, "accuracy": accuracy}
+        if test_data is not None:
+            row["test_loss"], row["test_accuracy"] = _evaluated(here.with_data(test_data), theta)
+        row |= {"eigenvalue": math.nan, "residual": math.nan, "converged": 0}
+        with held() as missed, contextlib.suppress(NonFiniteLossError, NonFiniteProductError):
+            operator = HessianOperator(here.with_data(curvature_data), theta)
+            pairs = tracked_eigenpairs(operator, pairs, tol=tol, seed=seed)
+            row["eigenvalue"] = float(pairs.values[0])
+            row["residual"] = float(pairs.residuals[0])
+            row["converged"] = int(pairs.converged)
+        messages += [f"at {t:.4g} of the line, {message}" for message in missed]
+        row["distance"] = distance
+        rows.append(row)
+        _tell(progress, "line", i + 1, points)
+    warn_once(messages, "measure_line:")
+    lost = [row["point"] for row in rows if math.isnan(row["eigenvalue"])]
+    if lost:
+        first = f"at {lost[0]:.4g} of the line"
+        warn_of_overflow("measure_line", len(lost), points, first, " or its curvature")
+    return Table.from_rows(rows)
+
+
+def _evaluated(obj: Objective, theta: Tensor) -> tuple[float, float]:
+    """Loss and accuracy; `inf` and NaN where the loss is not finite."""
+    try:
+        return obj.evaluate(theta)
+    except NonFiniteLossError:
+        return math.inf, math.nan
+
+
+def instability(values: Sequence[float] | np.ndarray) -> float:
+    """Relative rise along a path: (max over the path - mean of the ends) / mean of the ends.
+
+    NaN where the mean of the ends is not above 0, for which it has no meaning; infinite where any
+    value is.
+
+    Args:
+        values: along the path, ends included.
+
+    Raises:
+        ValueError: fewer than 2 values, or one that is NaN or minus infinity.
+
+    >>> instability([1.0, 6.0, 3.0])
+    2.0
+    """
+    path = np.asarray(values, dtype=np.float64)
+    if path.ndim != 1 or len(path) < 2 or not (path > -np.inf).all():
+        raise fail("values", "at least 2 finite numbers along a path", shown(values))
+    if np.isposinf(path).any():
+        return math.inf
+    ends = (path[0] + path[-1]) / 2
+    return float((path.max() - ends) / ends) if ends > 0 else math.nan
+
+
+def summarise(table: Table) -> Table:
+    """`LMCResult.instability` from `LMCResult.table`."""
+    rows = []
+    for k in sorted(set(table["k"].tolist())):
+        line = table.where(k=k)
+        loss = line["loss"]
+        row = {
+            "k": k,
+            "loss_instability": instability(loss),
+            "eigenvalue_instability": math.nan
+            if np.isnan(line["eigenvalue"]).any()
+            else instability(line["eigenvalue"]),
+            "barrier": math.inf
+            if np.isinf(loss).any()
+            else float(loss.max() - (loss[0] + loss[-1]) / 2),
+        }
+        if "test_accuracy" in table.columns:
+            error = 1 - line["test_accuracy"]
+            row["error_barrier"] = float(error.max() - (error[0] + error[-1]) / 2)
+        rows.append(row)
+    return Table.from_rows(rows)
+
+
+def linear_mode_connectivity(
+    model: str | Callable[[], nn.Module],
+    data: ImageData,
+    config: TrainConfig,
+    epochs: Sequence[int] = (0, 1, 2, 4),
+    *,
+    eval_data: ImageData | None = None,
+    points: int = 11,
+    seed: int = 0,
+    loss_examples: int | None = None,
+    curvature_examples: int | None = None,
+    tol: float = 1e-2,
+    unit: Unit | None = None,
+    progress: Progress | None = None,
+) -> LMCResult:
+    """Branch training at several epochs and measure the straight lines between the branches.
+
+    For each k: train k epochs, finish training twice with two data orders, and evaluate loss
+    and largest Hessian eigenvalue on the line between the two results.
+
+    Args:
+        model: a name for `entropic_fast.training.models.build`, or a function that makes a module.
+        data: the training set.
+        config: the recipe.
+        epochs: the values of k, in [0, config.epochs].
+        eval_data: a test set.
+        points: on each line, ends included.
+        seed: of everything random.
+        loss_examples: training examples for loss and statistics; None for all.
+        curvature_examples: training examples for the Hessian; None for all.
+        tol: relative residual at which an eigenvalue is accepted.
+        unit: called as unit(name, compute) for every k, to store and resume: it returns the
+            table it has under that name, or compute()'s. The trunk is trained again as far as
+            the first k that is missing needs.
+        progress: called with (what, done, in all) after every epoch and point.
+
+    Raises:
+        ValueError: no epochs, one outside the recipe or twice, and as `train` and
+            `measure_line`.
+
+    >>> from entropic_fast.training.data import load
+    >>> data, test = load("digits", limit=40)
+    >>> result = linear_mode_connectivity(
+    ...     "digits-cnn", data, TrainConfig(epochs=2, augment=False), epochs=(0, 2), points=3)
+    >>> float(result.instability["loss_instability"][1])  # branched at the end: no difference
+    0.0
+    """
+    instance("data", data, ImageData)
+    instance("config", config, TrainConfig)
+    if eval_data is not None:
+        instance("eval_data", eval_data, ImageData)
+    if not isinstance(model, str):
+        functions(model=model)
+    functions(unit=unit, progress=progress)
+    numbers("epochs", epochs)
+    chosen = sorted(whole("epochs", k) for k in epochs)
+    if not chosen or len(set(chosen)) < len(chosen) or chosen[-1] > config.epochs:
+        raise fail(
+            "epochs",
+            f"different numbers from 0 to {config.epochs}, at least one",
+            shown(tuple(epochs)),
+        )
+    for argument, count in (
+        ("loss_examples", loss_examples),
+        ("curvature_examples", curvature_examples),
+    ):
+        if count is not None and whole(argument, count, 1) > len(data):
+            raise fail(argument, f"at most {len(data)}, the training examples", str(count))
+    whole("points", points, 3)
+    positive("tol", tol)
+    trunk = Trunk(model, data, config, seed, progress)
+
+    def compute(k: int) -> Table:
+        def tell(what: str, done: int, total: int) -> None:
+            _tell(progress, f"k = {k}, {what}", done, total)
+
+        start = trunk.at(k)
+        a, b = (branch(start, data, config, i, seed=seed, progress=tell) for i in (1, 2))
+        line = measure_line(
+            a,
+            b,
+            data,
+            eval_data=eval_data,
+            points=points,
+            loss_examples=loss_examples,
+            curvature_examples=curvature_examples,
+            tol=tol,
+            seed=seed,
+            progress=tell,
+        )
+        return Table({"k": [k] * points, **line})
+
+    run = unit or (lambda name, make: make())
+    with held() as missed:
+        tables = [run(f"k{k}", lambda k=k: compute(k)) for k in chosen]  # type: ignore[misc]
+    warn_once(missed, "linear_mode_connectivity:")
+    table = Table({name: np.concatenate([t[name] for t in tables]) for name in tables[0].columns})
+    return LMCResult(table, summarise(table))
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)

@@ -1,1 +1,0 @@
-"""Triton kernels; a module here is imported only when its backend is used."""
