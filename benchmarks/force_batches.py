@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from entropic_fast.dynamics.force._point_force._gradient_noise import GradientNoise
-from entropic_fast.dynamics.force._point_force._point_force import point_force
 
+from entropic_fast.dynamics.force._gradient_noise import GradientNoise
+from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.experiments import _inputs as pieces
 from entropic_fast.experiments._run_folder import RunFolder
 from entropic_fast.experiments.figures import force as fig_force

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import ImageData, load
-from entropic_fast.training._train.models import build
 from peers import Problem, importable
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -20,6 +17,9 @@ from torch.func import functional_call, grad, jvp, vmap
 import entropic_fast as ef
 from entropic_fast.curvature import HessianOperator
 from entropic_fast.ops.random_bits.streams import derive, rademacher
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import ImageData, load
+from entropic_fast.training.models import build
 
 Way = Callable[[], Any]
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from entropic_fast.training._train.models import build, initialise
 from rounds import DEVICE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import entropic_fast as ef
+from entropic_fast.training.models import build, initialise
 
 PEERS = {
     "BackPACK": "backpack",

@@ -17,12 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from entropic_fast.training._train.models import build
 
 import entropic_fast as ef
 from entropic_fast.distributed._communicator import Sharing
 from entropic_fast.distributed._process_group import init
 from entropic_fast.experiments._costs import PASSES, measure, path_work, relaxation_work, work_of
+from entropic_fast.training.models import build
 
 STEPS = 3
 WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more than "gram"

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torchvision
-from entropic_fast.objective._objective._architecture_cache import forget
 from rounds import DEVICE, FULL, store, table, take_turns
 from torch import nn
 
 from entropic_fast import HessianOperator, Objective
+from entropic_fast.objective._architecture_cache import forget
 
 ROUNDS = 5 if FULL else 1
 SIZE, EXAMPLES = (64, (8, 32)) if FULL else (8, (4,))

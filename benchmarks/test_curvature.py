@@ -6,7 +6,6 @@ the spectrum, `jvp(grad)` for a product, one product a probe for the trace.
 
 import pytest
 import torch
-from entropic_fast.training._train.models import build, initialise
 from torch.func import functional_call, grad, jvp, vmap
 
 from entropic_fast.curvature import (
@@ -18,6 +17,7 @@ from entropic_fast.curvature import (
 )
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import rademacher
+from entropic_fast.training.models import build, initialise
 
 EXAMPLES, PROBES = 64, 4
 # Forward-mode differentiation compiles its decompositions with the deprecated torch.jit.

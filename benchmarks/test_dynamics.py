@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from entropic_fast.training._train.models import build, initialise
 
 from entropic_fast.dynamics import RidgePotential, RingPotential, relax, simulate_langevin
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.training.models import build, initialise
 
 STEPS, BATCH, PIVOTS = 30, 16, 9
 PARTICLES, LANGEVIN_STEPS = 20_000, 50

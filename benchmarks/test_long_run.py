@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from entropic_fast.training._train.data import load
 from rounds import FULL, store
 
 import entropic_fast as ef
+from entropic_fast.training.data import load
 
 pytestmark = pytest.mark.timeout(3600)
 STEPS = 1_000_000 if FULL else 3_000

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from entropic_fast.training._train.models import build, initialise
 from torch import nn
 
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import AutoNEBConfig, Path, auto_neb
+from entropic_fast.training.models import build, initialise
 
 PIVOTS, BATCH = 9, 128
 

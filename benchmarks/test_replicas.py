@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-from entropic_fast.training._train.models import build, initialise
 from rounds import DEVICE, FULL, store, synchronize, table, take_turns
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.training.models import build, initialise
 
 pytestmark = [pytest.mark.timeout(1800)]
 LR, BATCH, CYCLE = 0.01, 16, 15

@@ -6,11 +6,11 @@ of 14,378 parameters.
 """
 
 import torch
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
-from entropic_fast.training._train.models import build
 
 import entropic_fast as ef
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
+from entropic_fast.training.models import build
 
 
 def main(epochs: int = 12, examples: int = 256, probes: int = 32, steps: int = 20) -> None:

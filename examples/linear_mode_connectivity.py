@@ -4,10 +4,9 @@ Train to epoch k, finish twice with different data orders, join the two by a str
 compare how far loss and curvature rise on it. Digits, 14,378 parameters.
 """
 
-from entropic_fast.training._train._train import TrainConfig
-from entropic_fast.training._train.data import load
-
 import entropic_fast as ef
+from entropic_fast.training._train import TrainConfig
+from entropic_fast.training.data import load
 
 
 def main(epochs: int = 8, branches: tuple[int, ...] = (0, 2, 6), points: int = 5) -> None:

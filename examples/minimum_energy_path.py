@@ -4,12 +4,12 @@ A small network on the digits is trained twice. The straight line between the tw
 AutoNEB finds a path of low loss, and `curvature_profile` measures it with errors.
 """
 
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.paths import annealed, barrier
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
 
 
 def network() -> nn.Module:

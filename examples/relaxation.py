@@ -4,12 +4,12 @@ Projected SGD starts part of the way along a minimum energy path, at two batch s
 all examples has no noise: what moves there is moved by the loss alone.
 """
 
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.dynamics import displacement
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
 
 
 def main(epochs: int = 30, neb_steps: int = 60, steps: int = 300, replicas: int = 8) -> None:

@@ -8,12 +8,12 @@ One process alone (`python examples/shared_curvature.py`) prints the same number
 import os
 
 import torch
-from entropic_fast.training._train.data import load
-from entropic_fast.training._train.models import build
 
 import entropic_fast as ef
 from entropic_fast.distributed._process_group import init
 from entropic_fast.experiments._costs import expected_cost, measure
+from entropic_fast.training.data import load
+from entropic_fast.training.models import build
 
 
 def main(examples: int = 256, probes: int = 16) -> None:

@@ -85,7 +85,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def nothing_known():
     """No test finds what another has captured, checked, or compared with autograd."""
-    from entropic_fast.objective._objective import _architecture_cache as known
+    from entropic_fast.objective import _architecture_cache as known
 
     known.forget()
 
@@ -101,7 +101,7 @@ class Ended:
 
 def entropic_fast(*arguments: object) -> Ended:
     """Run `entropic-fast` with these arguments in this process."""
-    from entropic_fast.cli._main import _main as cli
+    from entropic_fast.cli import _main as cli
 
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["entropic-fast", *map(str, arguments)]

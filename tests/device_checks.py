@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, relative_error
-from entropic_fast.training._train._train import EpochRecord, TrainConfig, train
-from entropic_fast.training._train.data import ImageData
 from torch import Tensor, nn
 
 import entropic_fast as ef
@@ -25,7 +23,9 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
 from entropic_fast.ops.random_bits import streams as random
-from entropic_fast.training._train import models
+from entropic_fast.training import models
+from entropic_fast.training._train import EpochRecord, TrainConfig, train
+from entropic_fast.training.data import ImageData
 
 Watched = Callable[[], AbstractContextManager[Any]]  # within which the host may not wait
 

@@ -12,11 +12,11 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from entropic_fast.curvature.per_example._chunks._chunks import ExampleGradients
 from torch.distributed.fsdp import fully_shard
 
 import entropic_fast as ef
 from entropic_fast._utils.atomic_io import save_tensors
+from entropic_fast.curvature.per_example._chunks import ExampleGradients
 from entropic_fast.distributed._process_group import OtherProcessError, init
 from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches

@@ -1,11 +1,11 @@
 """Small problems for tests of projected SGD: an objective and a path in its parameters."""
 
 import torch
-from entropic_fast.training._train.models import digits_cnn, initialise
 from torch import nn
 
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
+from entropic_fast.training.models import digits_cnn, initialise
 
 
 def float64(values):

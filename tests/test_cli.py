@@ -18,7 +18,7 @@ import entropic_fast
 from entropic_fast import __version__
 from entropic_fast._utils import atomic_io as store
 from entropic_fast._utils import system_info as info
-from entropic_fast.cli._main import _main as cli
+from entropic_fast.cli import _main as cli
 from entropic_fast.experiments._run_folder import RunFolder
 
 STAGES = ("toy", "train", "path", "curvature", "relax", "lmc", "straight", "poor", "reproduce")

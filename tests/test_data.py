@@ -5,7 +5,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from entropic_fast.training._train.data import (
+
+from entropic_fast.ops.random_bits.streams import philox
+from entropic_fast.training.data import (
     CropAndFlip,
     ImageData,
     augment,
@@ -13,8 +15,6 @@ from entropic_fast.training._train.data import (
     epoch_order,
     load,
 )
-
-from entropic_fast.ops.random_bits.streams import philox
 
 
 def images(n=6, channels=3, size=5, classes=3, seed=0):

@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from entropic_fast.training._train.lmc import summarise
 from matplotlib import pyplot
 
 import entropic_fast as ef
 from entropic_fast._utils import notebook as display
 from entropic_fast.dynamics import DivergenceError
 from entropic_fast.paths import NEBResult, path_losses, saddle
+from entropic_fast.training.lmc import summarise
 
 
 def cells(html: str) -> list[list[str]]:

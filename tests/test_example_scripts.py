@@ -9,8 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from entropic_fast.cli._main._main import app
 from typer.testing import CliRunner
+
+from entropic_fast.cli._main import app
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECORDED = EXAMPLES.parent / "benchmarks" / "results" / "demo-cpu"

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from entropic_fast.objective._objective._dataset import Examples, RepeatedExamples
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from entropic_fast.objective._dataset import Examples, RepeatedExamples
 from entropic_fast.objective._objective import Objective
 
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from entropic_fast.training._train.data import load
 from PIL import Image
 
-from entropic_fast.training._train import _image_folder as folders
+from entropic_fast.training import _image_folder as folders
+from entropic_fast.training.data import load
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,6 @@
 import pytest
 import torch
 from cases import CASES, Case, relative_error
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
-from entropic_fast.training._train.lmc import measure_line
-from entropic_fast.training._train.models import build
 from torch import Tensor, nn
 
 from entropic_fast.curvature import (
@@ -23,6 +19,10 @@ from entropic_fast.curvature import (
 from entropic_fast.dynamics import relax
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 from entropic_fast.paths import Path, auto_neb, linear_path, path_losses
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
+from entropic_fast.training.lmc import measure_line
+from entropic_fast.training.models import build
 
 HALF = (torch.float16, torch.bfloat16)
 both = pytest.mark.parametrize("dtype", HALF, ids=str)

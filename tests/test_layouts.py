@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._torch.memory_format import fitting_layout
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
 
 
 class Viewer(nn.Module):

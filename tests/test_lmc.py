@@ -4,9 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from entropic_fast.training._train._train import TrainConfig, train
-from entropic_fast.training._train.data import load
-from entropic_fast.training._train.lmc import (
+from torch import nn
+
+from entropic_fast._utils.table import Table
+from entropic_fast.curvature import HessianOperator, top_eigenvalues
+from entropic_fast.objective._objective import Objective
+from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training.data import load
+from entropic_fast.training.lmc import (
     Trunk,
     branch,
     instability,
@@ -14,12 +19,7 @@ from entropic_fast.training._train.lmc import (
     measure_line,
     summarise,
 )
-from entropic_fast.training._train.models import build, initialise
-from torch import nn
-
-from entropic_fast._utils.table import Table
-from entropic_fast.curvature import HessianOperator, top_eigenvalues
-from entropic_fast.objective._objective import Objective
+from entropic_fast.training.models import build, initialise
 
 TRAIN, TEST = load("digits", limit=80, test_limit=40)
 CONFIG = TrainConfig(epochs=4, batch_size=20, augment=False, lr=0.05)
@@ -35,7 +35,7 @@ def one_thread():
 
 
 def small(norm="batch"):
-    from entropic_fast.training._train.models import digits_cnn
+    from entropic_fast.training.models import digits_cnn
 
     return digits_cnn(norm, channels=(2, 3, 3))
 

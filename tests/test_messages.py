@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from entropic_fast.training._train._train import TrainConfig
-from entropic_fast.training._train.data import load
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._utils.checks import describe, shown
+from entropic_fast.training._train import TrainConfig
+from entropic_fast.training.data import load
 
 
 class Strange:

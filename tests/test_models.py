@@ -1,9 +1,9 @@
 import pytest
 import torch
-from entropic_fast.training._train.models import build, digits_cnn, initialise, resnet, wide_resnet
 from torch import nn
 
-from entropic_fast.training._train import models
+from entropic_fast.training import models
+from entropic_fast.training.models import build, digits_cnn, initialise, resnet, wide_resnet
 
 
 def count(model):

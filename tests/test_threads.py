@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks._vmap_fallback import no_slow_loops
 from torch import nn
 
 from entropic_fast._torch.full_precision import exact_math
 from entropic_fast.curvature import HessianOperator, gradient_norms
+from entropic_fast.curvature.per_example._vmap_fallback import no_slow_loops
 from entropic_fast.objective._objective import Objective
 
 

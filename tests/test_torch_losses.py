@@ -213,7 +213,7 @@ def test_functions_of_torch_are_their_modules(function: Loss, loss: nn.Module, t
 def test_a_gaussian_takes_a_known_or_a_predicted_variance():
     loss = nn.GaussianNLLLoss(full=True)
     mean, target = randn(N, C), randn(N, C, seed=1)
-    from entropic_fast.objective._objective.losses._elementwise import GaussianNLL
+    from entropic_fast.objective.losses._elementwise import GaussianNLL
 
     for variance in (POSITIVE + 0.1, POSITIVE[:, :1], POSITIVE[:, 0], 1e-9 * POSITIVE):
         expected = loss(mean, target, variance)

@@ -5,15 +5,18 @@ import shutil
 
 import pytest
 import torch
-from entropic_fast.training._train._train import (
+from torch import nn
+
+from entropic_fast._utils import atomic_io as store
+from entropic_fast.training._train import (
     DivergedError,
     TrainConfig,
     evaluate,
     learning_rate,
     train,
 )
-from entropic_fast.training._train.data import ImageData, load
-from entropic_fast.training._train.minima import (
+from entropic_fast.training.data import ImageData, load
+from entropic_fast.training.minima import (
     Minimum,
     MismatchError,
     load_minimum,
@@ -21,10 +24,7 @@ from entropic_fast.training._train.minima import (
     save_minimum,
     training_manifest,
 )
-from entropic_fast.training._train.models import build, initialise
-from torch import nn
-
-from entropic_fast._utils import atomic_io as store
+from entropic_fast.training.models import build, initialise
 
 DIGITS = load("digits")
 SMALL = DIGITS[0].limited(150)
@@ -90,7 +90,7 @@ def test_a_bad_recipe_is_refused(change, message):
 
 def plain_sgd(model, data, config, seed):
     """The recipe again, with the update written out."""
-    from entropic_fast.training._train.data import augment, batches
+    from entropic_fast.training.data import augment, batches
 
     initialise(model, seed)
     model.train()

@@ -8,12 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from entropic_fast import HessianOperator, gradient_norms, hessian_trace, relax, score_matrix
+from entropic_fast.curvature.per_example._engine import ScoreEngine
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 

@@ -24,7 +24,7 @@ from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTION
 from entropic_fast.curvature.hvp._fusion import norm_units
 from entropic_fast.curvature.hvp._jvp_rules import RULES
 from entropic_fast.curvature.hvp._linearity import LINEAR, MULTILINEAR
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 class Encoder(nn.Module):

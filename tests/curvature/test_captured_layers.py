@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cases import relative_error
-from entropic_fast.training._train.models import resnet
 from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast._torch.derivative_formulas import cdist_is_right
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
 from entropic_fast.objective._objective import Objective
+from entropic_fast.training.models import resnet
 
 KINDS = (HessianOperator, GGNOperator, JacobianOperator)
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
-from entropic_fast.curvature.per_example._chunks._engine import DisagreementError, ScoreEngine
-from entropic_fast.curvature.per_example._chunks.layer_rules import Sink
-from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads import LinearPiece
-from entropic_fast.objective._objective._dataset import Batch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
+from entropic_fast.curvature.per_example._engine import DisagreementError, ScoreEngine
+from entropic_fast.curvature.per_example.layer_rules import Sink
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
+from entropic_fast.objective._dataset import Batch
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
 # Cases that no rule covers whole: the parameters left to copies an example.

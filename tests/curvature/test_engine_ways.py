@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from cases import by_name, relative_error
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
-from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads import LinearPiece
 from torch import Tensor, nn
 
 import entropic_fast as ef
 from entropic_fast.curvature import gradient_norms, ntk_gram, score_matrix, without_rules
+from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
 from entropic_fast.objective._objective import Objective
 
 

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
-from entropic_fast.curvature.operators._base._fisher import FisherOperator, fisher_eigenvalues
-from entropic_fast.curvature.per_example._chunks._sampled_labels import sampled_labels
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
@@ -23,7 +21,9 @@ from entropic_fast.curvature import (
     score_spectrum,
     top_eigenvalues,
 )
-from entropic_fast.curvature.operators._base import _fisher as fisher_operator
+from entropic_fast.curvature.operators import _fisher as fisher_operator
+from entropic_fast.curvature.operators._fisher import FisherOperator, fisher_eigenvalues
+from entropic_fast.curvature.per_example._sampled_labels import sampled_labels
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 from entropic_fast.ops.random_bits import streams as random
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
-from entropic_fast.curvature.per_example._chunks._gram import mirror_lower
 from torch import Tensor, nn
 
 from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature import score_gram, score_plan, score_spectrum
-from entropic_fast.curvature.per_example._chunks import _activation_cache as records_module
+from entropic_fast.curvature.per_example import _activation_cache as records_module
+from entropic_fast.curvature.per_example._gram import mirror_lower
 from entropic_fast.objective._objective import Objective
 
 WAYS = ("memory", "disk", "recompute")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from cases import by_name
-from entropic_fast.curvature.per_example._chunks._sampled_labels import sampled_labels
 from scipy import stats
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, fisher_trace, score_matrix
+from entropic_fast.curvature.per_example._sampled_labels import sampled_labels
 from entropic_fast.objective._objective import Objective
 
 

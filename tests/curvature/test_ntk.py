@@ -3,11 +3,11 @@
 import pytest
 import torch
 from cases import CASES, Case, by_name, relative_error
-from entropic_fast.curvature.per_example._chunks._ntk import ntk_gram
-from entropic_fast.objective._objective._dataset import RepeatedExamples
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator
+from entropic_fast.curvature.per_example._ntk import ntk_gram
+from entropic_fast.objective._dataset import RepeatedExamples
 from entropic_fast.objective._objective import Objective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 from cases import relative_error
-from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads import (
+from torch import Tensor
+
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import (
     ConvPiece,
     EmbeddingPiece,
     Geometry,
@@ -14,7 +16,6 @@ from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads imp
     Rows,
     norms_by_columns,
 )
-from torch import Tensor
 
 N = 5
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, by_name, plain_scores, relative_error
-from entropic_fast.curvature.per_example._chunks._chunks import ExampleGradients
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import nn
 
 from entropic_fast.curvature import (
@@ -20,6 +18,8 @@ from entropic_fast.curvature import (
     score_spectrum,
     score_spectrum_floor,
 )
+from entropic_fast.curvature.per_example._chunks import ExampleGradients
+from entropic_fast.curvature.per_example._engine import ScoreEngine
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
@@ -351,7 +351,7 @@ def test_points_that_do_not_fit_are_refused():
 
 
 def test_a_matrix_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature.per_example._chunks import _scores as score
+    from entropic_fast.curvature.per_example import _scores as score
 
     monkeypatch.setattr(score, "available_bytes", lambda device: 500)
     with pytest.raises(ValueError, match="score_gram, which needs no whole score matrix"):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
-from entropic_fast.curvature.per_example._chunks.layer_rules._reused import TiedPiece
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
+from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example.layer_rules._reused import TiedPiece
 from entropic_fast.objective._objective import Objective
 
 

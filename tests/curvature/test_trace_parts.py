@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, by_name, difference_hessian
-from entropic_fast.curvature.operators._base._linear_operator import quadratic_forms
 from known_spectra import spiked, with_spectrum
 from torch import Tensor
 
 from entropic_fast._utils.results import Eigenpairs
 from entropic_fast.curvature import HessianOperator, hessian_trace, operator_trace, top_eigenvalues
+from entropic_fast.curvature.operators._linear_operator import quadratic_forms
 from entropic_fast.ops.random_bits import streams as random
 
 METHODS = pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])

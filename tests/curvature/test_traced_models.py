@@ -6,11 +6,11 @@ pass an example.
 
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, score_matrix
 from entropic_fast.curvature._crosscheck import coarsest_dtype
+from entropic_fast.curvature.per_example._engine import ScoreEngine
 from entropic_fast.objective._objective import Objective
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks._engine import ScoreEngine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +23,7 @@ from entropic_fast.curvature import (
     score_matrix,
     without_rules,
 )
+from entropic_fast.curvature.per_example._engine import ScoreEngine
 from entropic_fast.objective._objective import Objective
 
 pytestmark = pytest.mark.slow

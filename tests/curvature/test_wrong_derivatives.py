@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import entropic_fast as ef
 from entropic_fast._torch import derivative_formulas as derivatives
 from entropic_fast.curvature import without_rules
-from entropic_fast.curvature.operators._base import _autograd_check as first_use
+from entropic_fast.curvature.operators import _autograd_check as first_use
 
 
 class Forgetful(torch.autograd.Function):

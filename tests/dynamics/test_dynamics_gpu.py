@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from entropic_fast.training._train.models import digits_cnn, initialise
 
 from entropic_fast.dynamics import RingPotential, relax, simulate_langevin
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.training.models import digits_cnn, initialise
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,25 +3,25 @@
 import numpy as np
 import pytest
 import torch
-from entropic_fast.dynamics.force._point_force._comparison import (
+from force_valleys import valley
+
+from entropic_fast.curvature import HessianOperator
+from entropic_fast.dynamics.force._comparison import (
     compare_force,
     fit_force,
     shuffled_curvature,
     slope_with_errors,
 )
-from entropic_fast.dynamics.force._point_force._drift import (
+from entropic_fast.dynamics.force._drift import (
     measure_drift,
     noiseless_drift,
     tangent_gradients,
 )
-from entropic_fast.dynamics.force._point_force._gradient_noise import GradientNoise
-from entropic_fast.dynamics.force._point_force._linear_response import ProjectedSGD
-from entropic_fast.dynamics.force._point_force._point_force import point_force
-from entropic_fast.dynamics.force._point_force._subsets import forms_by_parts, mean_of_parts
-from entropic_fast.dynamics.force._point_force._temperature import effective_temperature
-from force_valleys import valley
-
-from entropic_fast.curvature import HessianOperator
+from entropic_fast.dynamics.force._gradient_noise import GradientNoise
+from entropic_fast.dynamics.force._linear_response import ProjectedSGD
+from entropic_fast.dynamics.force._point_force import point_force
+from entropic_fast.dynamics.force._subsets import forms_by_parts, mean_of_parts
+from entropic_fast.dynamics.force._temperature import effective_temperature
 from entropic_fast.dynamics.projected_sgd._relax import relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import permutation

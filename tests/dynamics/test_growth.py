@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from entropic_fast.dynamics.force._point_force._drift import measure_drift, noiseless_drift
-from entropic_fast.dynamics.force._point_force._linear_response import ProjectedSGD
-from entropic_fast.dynamics.force._point_force._point_force import point_force
-from entropic_fast.dynamics.force._point_force._subsets import as_in_dynamics, first_examples
-from entropic_fast.dynamics.force._point_force._weight_norm_growth import (
+from torch import nn
+
+from entropic_fast.dynamics.force._drift import measure_drift, noiseless_drift
+from entropic_fast.dynamics.force._linear_response import ProjectedSGD
+from entropic_fast.dynamics.force._point_force import point_force
+from entropic_fast.dynamics.force._subsets import as_in_dynamics, first_examples
+from entropic_fast.dynamics.force._weight_norm_growth import (
     radial_share,
     scale_invariant_rows,
 )
-from entropic_fast.training._train.models import digits_cnn
-from torch import nn
-
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.training.models import digits_cnn
 
 
 class Direction(nn.Module):

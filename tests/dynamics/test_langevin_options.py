@@ -12,7 +12,7 @@ from entropic_fast.dynamics import (
     RingPotential,
     simulate_langevin,
 )
-from entropic_fast.dynamics.langevin._simulate import _simulate as langevin
+from entropic_fast.dynamics.langevin import _simulate as langevin
 from entropic_fast.ops.backend import BackendError
 from entropic_fast.ops.random_bits.streams import derive, normal
 

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from entropic_fast.training._train.models import digits_cnn, initialise
 from relax_cases import conv_problem, float64, images, mlp_problem
 from torch import nn
 
@@ -15,6 +14,7 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import derive, permutation
 from entropic_fast.paths import Path, linear_path
+from entropic_fast.training.models import digits_cnn, initialise
 
 
 def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):

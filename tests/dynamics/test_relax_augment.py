@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from entropic_fast.training._train.data import CropAndFlip
 from relax_cases import conv_problem
 
 from entropic_fast.dynamics import relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.ops.random_bits.streams import derive, philox
+from entropic_fast.training.data import CropAndFlip
 
 COMMON = dict(lr=0.05, batch_size=8, project_every=3, steps=12, seed=4)
 

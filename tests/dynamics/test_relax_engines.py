@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-from entropic_fast.training._train.models import build, initialise
 from relax_cases import conv_problem, mlp_problem, valley
 from torch import nn
 
@@ -15,6 +14,7 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients, Workers
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
+from entropic_fast.training.models import build, initialise
 
 CLOSE = dict(rtol=0, atol=1e-10)
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from entropic_fast.training._train.models import digits_cnn, initialise
 from relax_cases import conv_problem, mlp_problem
 from torch import nn
 
@@ -18,6 +17,7 @@ from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, Run
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.training.models import digits_cnn, initialise
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

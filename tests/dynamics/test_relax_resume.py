@@ -10,13 +10,13 @@ from pathlib import Path as File
 
 import pytest
 import torch
-from entropic_fast.training._train.data import CropAndFlip
-from entropic_fast.training._train.models import digits_cnn, initialise
 
 from entropic_fast._utils.atomic_io import DamagedFileError
 from entropic_fast.dynamics import CheckpointMismatchError, Trajectory, relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
+from entropic_fast.training.data import CropAndFlip
+from entropic_fast.training.models import digits_cnn, initialise
 
 COLUMNS = ("position", "distance", "loss", "full_loss", "steps", "lr", "ids", "diverged_at")
 

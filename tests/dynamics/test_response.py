@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from entropic_fast.dynamics.force._point_force._linear_response import (
+
+from entropic_fast.dynamics.force._linear_response import (
     ProjectedSGD,
     Sampling,
     response,
     travel,
 )
-
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
 

@@ -11,7 +11,7 @@ from torch import nn
 import entropic_fast as ef
 from entropic_fast.paths import NEBDivergedError, NEBState
 from entropic_fast.paths._descent import Descent
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 def objectives(model, shape=(24, 1, 8, 8), dtype=torch.float32, **options):

@@ -10,7 +10,7 @@ import entropic_fast as ef
 from entropic_fast.curvature.hvp._capture import capture
 from entropic_fast.curvature.hvp._fusion import BackUnit, NormUnit
 from entropic_fast.curvature.hvp._interpreter import Program
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 @pytest.mark.parametrize("dtype", device_checks.DTYPES, ids=["float32", "float64"])

@@ -9,7 +9,6 @@ from typing import Any
 import emulated_gpu
 import pytest
 import torch
-from entropic_fast.curvature.per_example._chunks.layer_rules._factored_grads import EmbeddingPiece
 from tolerances import relative_norm
 from torch import Tensor, nn
 
@@ -17,9 +16,10 @@ import entropic_fast as ef
 from entropic_fast import curvature
 from entropic_fast._torch import memory_budget as memory
 from entropic_fast._utils import workspace as scratch
-from entropic_fast.curvature.operators._base import _fisher as fisher_operator
+from entropic_fast.curvature.operators import _fisher as fisher_operator
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import EmbeddingPiece
 from entropic_fast.ops.random_bits import streams as random
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 # Few probes and steps, as what is compared is the device.
 pytestmark = pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")

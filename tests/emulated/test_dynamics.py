@@ -7,15 +7,15 @@ import threading
 
 import pytest
 import torch
-from entropic_fast.dynamics.force._point_force._point_force import point_force
-from entropic_fast.training._train._train import TrainConfig
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._torch.full_precision import exact_math, products_in
-from entropic_fast.dynamics.force._point_force import _drift as bursts
-from entropic_fast.dynamics.force._point_force import _weight_norm_growth as growth
-from entropic_fast.training._train import data, models
+from entropic_fast.dynamics.force import _drift as bursts
+from entropic_fast.dynamics.force import _weight_norm_growth as growth
+from entropic_fast.dynamics.force._point_force import point_force
+from entropic_fast.training import data, models
+from entropic_fast.training._train import TrainConfig
 
 ON_PURPOSE = ("training.py", "layouts.py")
 SETTINGS = bursts.ProjectedSGD(0.02, 6, project_every=2, steps=3)
@@ -226,7 +226,7 @@ def test_paths_are_in_full_precision(precision, emulated):
 
 def test_gradients_of_noise_leave_precision_alone_between_rows():
     # A generator must not hold a setting of the process while its caller works.
-    from entropic_fast.dynamics.force._point_force._gradient_noise import gradient_rows
+    from entropic_fast.dynamics.force._gradient_noise import gradient_rows
 
     _, (obj, _) = pair()
     obj = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8)

@@ -8,13 +8,13 @@ from unittest import mock
 import pytest
 import torch
 from emulated_gpu import Graph
-from entropic_fast.training._train.models import digits_cnn, initialise
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.curvature.hvp._interpreter import Program
 from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.training.models import digits_cnn, initialise
 
 DEVICE = "emulated"
 

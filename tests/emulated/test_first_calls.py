@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import entropic_fast as ef
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 @pytest.fixture(params=["emulated", "emulated:0"])

@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
-from entropic_fast.training._train.models import initialise
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
 from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.paths import _cuda_graph as replay
+from entropic_fast.training.models import initialise
 
 
 class Reading(nn.Module):

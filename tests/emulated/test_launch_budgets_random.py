@@ -12,8 +12,8 @@ import entropic_fast as ef
 from entropic_fast.curvature.estimators._probes import sign_vectors
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
 from entropic_fast.ops.random_bits import streams as random
-from entropic_fast.training._train import _train as training
-from entropic_fast.training._train import data, models
+from entropic_fast.training import _train as training
+from entropic_fast.training import data, models
 
 GPU = torch.device("emulated", 0)
 # Outside the graph, of a whole cycle of 15 updates and a projection, any number of replicas. While

@@ -11,7 +11,7 @@ from torch.nn import functional
 import entropic_fast as ef
 from entropic_fast.curvature.hvp import _engine as engines
 from entropic_fast.curvature.hvp._fusion import BackUnit, NormUnit
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 def resnet(device: str, norm: str = "running") -> ef.Objective:

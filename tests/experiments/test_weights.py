@@ -6,12 +6,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from entropic_fast.training._train.minima import save_minimum
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from entropic_fast.profile._weight_files import load_weights, read_tensors
+from entropic_fast.training.minima import save_minimum
 
 
 def network(seed: int = 0) -> nn.Sequential:

@@ -18,7 +18,7 @@ from entropic_fast.ops import backend
 from entropic_fast.ops.gram_update import symmetric_update_
 from entropic_fast.ops.projected_step import adam_step, sgd_step
 from entropic_fast.ops.random_bits import streams as random
-from entropic_fast.training._train import models
+from entropic_fast.training import models
 
 
 @pytest.fixture(autouse=True)

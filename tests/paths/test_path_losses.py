@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from entropic_fast.objective._objective.losses._cross_entropy import CrossEntropy
 from torch import nn
 
 from entropic_fast._utils.table import Table
 from entropic_fast.objective._objective import Objective
+from entropic_fast.objective.losses._cross_entropy import CrossEntropy
 from entropic_fast.paths import Path, barrier, linear_path, path_losses, saddle
 
 
