@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 import entropic_fast as ef
-from entropic_fast.distributed._communicator import Sharing
+from entropic_fast.distributed._communicator import Communicator
 from entropic_fast.distributed._process_group import init
 from entropic_fast.experiments._costs import PASSES, measure, path_work, relaxation_work, work_of
 from entropic_fast.training.models import build
@@ -30,13 +30,13 @@ WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more
 
 def gram_without_overlap(obj: ef.Objective) -> torch.Tensor:
     """The Gram matrix, with nothing computed while rows are on their way."""
-    exchange = Sharing.exchange
+    exchange = Communicator.exchange
 
     def at_once(*args: Any) -> Callable[[], torch.Tensor]:
         rows = exchange(*args)()
         return lambda: rows
 
-    with patch.object(Sharing, "exchange", at_once):
+    with patch.object(Communicator, "exchange", at_once):
         return ef.score_gram(obj)
 
 
@@ -48,7 +48,7 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     batch = min(16, examples)
     pivots, replicas = (7, 4) if rounds > 1 else (3, 2)
     x, y = torch.randn(examples, 3, 32, 32), torch.randint(10, (examples,))
-    obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
+    obj = ef.distribute(ef.Objective(net, "cross_entropy", (x, y), batch_size=64))
     v = torch.randn(obj.num_params, columns, generator=torch.Generator().manual_seed(1))
     hessian = ef.HessianOperator(obj)
     path = ef.linear_path(obj.parameters_vector(), 1.01 * obj.parameters_vector())
@@ -68,20 +68,20 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
             obj, path, starts, lr=1e-3, batch_size=batch, project_every=STEPS, steps=STEPS
         ),
     }
-    if obj.sharing is not None:
+    if obj.communicator is not None:
         work[WAITING] = lambda: gram_without_overlap(obj)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for action in work.values():
         action()
     for _ in range(rounds):
         for name, action in work.items():
-            if obj.sharing is not None:
-                obj.sharing.agree()
+            if obj.communicator is not None:
+                obj.communicator.agree()
             start = time.perf_counter()
             action()
             seconds[name].append(time.perf_counter() - start)
     machine = measure(obj)
-    processes = 1 if obj.sharing is None else obj.sharing.size
+    processes = 1 if obj.communicator is None else obj.communicator.size
     shape = dict(parameters=obj.num_params, processes=processes)
     updates = dict(batch_size=batch, steps=STEPS, **shape)
     # With one point between pivots the loss is taken at twice as many, after its statistics.

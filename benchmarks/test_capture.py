@@ -37,7 +37,7 @@ def rivals(examples: int) -> dict[str, Callable[[], Any]]:
     known = Objective(network(), "cross_entropy", (x, y))
 
     def ready() -> str:
-        return HessianOperator(Objective(network(), "cross_entropy", (x, y))).way
+        return HessianOperator(Objective(network(), "cross_entropy", (x, y))).method
 
     def first() -> str:
         forget()

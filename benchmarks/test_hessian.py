@@ -36,10 +36,10 @@ from torchvision.models import resnet18
 import entropic_fast as ef
 from entropic_fast.curvature import (
     HessianOperator,
+    autograd_only,
     hessian_trace,
     top_eigenvalues,
     tracked_eigenpairs,
-    without_rules,
 )
 
 # Peers warn of hooks, deprecations and optional parts.
@@ -98,7 +98,7 @@ def products_record(
         for name, value in found.values.items()
         if name not in (PLAIN, PLAIN_LAST, "ours, 8 probes")
     }
-    with without_rules():
+    with autograd_only():
         by_torch = (HessianOperator(double) @ one.double()).reshape(-1)
     assert difference(exact, by_torch) < 1e-10
     theirs = max(error for name, error in errors.items() if not name.startswith("ours"))
@@ -115,7 +115,7 @@ def products_record(
     }
     return {
         **problem.facts(provenance),
-        "way": fixed.way,
+        "way": fixed.method,
         "error against float64": errors,
         **table(found, **units),
     }

@@ -107,7 +107,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from entropic_fast._torch.full_precision import exact_math
+        from entropic_fast._torch.full_precision import full_precision
 
-        with exact_math():
+        with full_precision():
             main()

@@ -5,7 +5,7 @@ from ._utils.results import Density, Diagonal, Eigenpairs, Estimate, LogDetermin
 from ._utils.table import Table
 from ._version import __version__
 from .curvature import (
-    DisagreementError,
+    FastPathMismatchError,
     FisherOperator,
     GGNOperator,
     HessianOperator,
@@ -24,7 +24,6 @@ from .curvature import (
     ntk_gram,
     operator_diagonal,
     operator_trace,
-    sampled_labels,
     score_gram,
     score_matrix,
     score_plan,
@@ -32,8 +31,9 @@ from .curvature import (
     score_spectrum_floor,
     spectral_density,
     top_eigenvalues,
+    with_sampled_labels,
 )
-from .distributed._process_group import shard
+from .distributed._process_group import distribute
 from .dynamics import (
     ChannelPotential,
     CheckpointMismatchError,
@@ -56,7 +56,7 @@ __all__ = [
     "NonFiniteLossError",
     "NotConvergedWarning",
     "StaleStatisticsWarning",
-    "shard",
+    "distribute",
     "score_matrix",
     "score_gram",
     "score_spectrum",
@@ -65,9 +65,9 @@ __all__ = [
     "ScorePlan",
     "gradient_norms",
     "fisher_trace",
-    "sampled_labels",
+    "with_sampled_labels",
     "ntk_gram",
-    "DisagreementError",
+    "FastPathMismatchError",
     "WrongDerivativeError",
     "FisherOperator",
     "fisher_eigenvalues",

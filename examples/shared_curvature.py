@@ -21,8 +21,8 @@ def main(examples: int = 256, probes: int = 16) -> None:
     torch.manual_seed(0)  # the same network on every process
     data, _ = load("digits", limit=examples)
     net = build("digits-cnn").to(device)
-    obj = ef.shard(ef.Objective(net, "cross_entropy", data.to(device).tensors()))
-    processes = 1 if obj.sharing is None else obj.sharing.size
+    obj = ef.distribute(ef.Objective(net, "cross_entropy", data.to(device).tensors()))
+    processes = 1 if obj.communicator is None else obj.communicator.size
 
     machine = measure(obj)
     shape = dict(examples=obj.num_examples, parameters=obj.num_params, processes=processes)

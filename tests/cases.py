@@ -25,7 +25,7 @@ class Case:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]  # of one input
     classes: int = 3
-    vocabulary: int = 0  # inputs are whole numbers below it, if not 0
+    vocabulary: int = 0  # inputs are integers below it, if not 0
     # torch's fused float32 LSTM has no second derivative on the CPU.
     double_backward_in: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 

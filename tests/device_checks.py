@@ -88,7 +88,7 @@ def _measured(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, Te
     on_device = {name: t for name, t in found.items() if isinstance(t, Tensor)}
     for name, tensor in on_device.items():
         assert tensor.dtype in (dtype, torch.float64), f"{name}: {tensor.dtype}"
-    return {name: torch.as_tensor(t).detach().cpu() for name, t in found.items()}, hessian.way
+    return {name: torch.as_tensor(t).detach().cpu() for name, t in found.items()}, hessian.method
 
 
 @functools.cache
@@ -147,7 +147,7 @@ def check_batch_norm_in_evaluation_mode(device: str) -> None:
     for kind in (ef.HessianOperator, ef.GGNOperator):
         operator = kind(there)
         assert relative_error(operator @ v.to(there.device), kind(here) @ v) < 2e-5
-        assert operator.way == "rules"
+        assert operator.method == "graph"
     assert relative_error(ef.score_gram(there), ef.score_gram(here)) < 2e-5
 
 

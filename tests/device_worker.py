@@ -15,7 +15,7 @@ from entropic_fast.ops.random_bits import streams as random
 
 def main() -> None:
     alone = device_checks.network(str(init()))
-    shared = ef.shard(alone)
+    shared = ef.distribute(alone)
     v = random.normal((alone.num_params, 2), 0).to(alone.device, alone.dtype)
     device_checks.assert_near(shared.gradient(), alone.gradient())
     device_checks.assert_near(ef.score_gram(shared), ef.score_gram(alone))

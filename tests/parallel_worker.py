@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import entropic_fast as ef
 from entropic_fast._utils.atomic_io import save_tensors
 from entropic_fast.curvature.per_example._chunks import ExampleGradients
-from entropic_fast.distributed._process_group import OtherProcessError, init
+from entropic_fast.distributed._process_group import RankFailedError, init
 from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
@@ -209,12 +209,12 @@ def at_a_point(obj, theta):
     pairs = ef.fisher_eigenvalues(obj, 2, theta, tol=1e-8)
     return found | {
         "norms": ef.gradient_norms(obj, theta),
-        "norms by": torch.stack(list(ef.gradient_norms(obj, theta, by="module").values())),
+        "norms by": torch.stack(list(ef.gradient_norms(obj, theta, group_by="module").values())),
         "fisher": pair(ef.fisher_trace(obj, theta)),
         "ggn trace": pair(ef.ggn_trace(obj, theta)),
         "beside": pair(ef.hessian_trace(obj, theta, probes=4, method="gauss-newton")),
         "gram": ef.score_gram(obj, theta),
-        "gram by": torch.stack(list(ef.score_gram(obj, theta, by="parameter").values())),
+        "gram by": torch.stack(list(ef.score_gram(obj, theta, group_by="parameter").values())),
         "gram first": ef.score_gram(obj, theta, max_examples=min(5, obj.num_examples)),
         "spectrum": ef.score_spectrum(obj, theta),
         "scores": ef.score_matrix(obj, theta),
@@ -277,7 +277,7 @@ def fault(kind):
     x = x.flatten(1)
     if kind == "data" and rank == 1:
         x = x + 1
-    obj = ef.shard(ef.Objective(net, "cross_entropy", (x, y)))
+    obj = ef.distribute(ef.Objective(net, "cross_entropy", (x, y)))
     if kind == "arguments":
         differ(obj, rank)
     if kind == "elsewhere" and rank == 1:
@@ -324,10 +324,10 @@ def differ(obj, rank):
     for name, call in calls.items():
         try:
             call()
-        except (OtherProcessError, ValueError) as error:
+        except (RankFailedError, ValueError) as error:
             say(f"{name}: {type(error).__name__}: {error}")
     with torch.inference_mode():
-        say(f"inference: {abs(obj.loss() - obj.alone().loss()) < 1e-12}")
+        say(f"inference: {abs(obj.loss() - obj.without_distribution().loss()) < 1e-12}")
     failing = patch.object(Objective, "finite_losses", side_effect=RuntimeError("out of luck"))
     with failing if other else ExitStack():
         try:
@@ -338,11 +338,11 @@ def differ(obj, rank):
             except RuntimeError as second:
                 say(f"again: {first} | {second}")
     with patch.object(dist, "get_backend", lambda group=None: "nccl" if group is None else "gloo"):
-        loss = ef.shard(obj.alone()).loss()  # a model on the CPU beside GPUs
-        say(f"beside: {abs(loss - obj.alone().loss()) < 1e-12}")
+        loss = ef.distribute(obj.without_distribution()).loss()  # a model on the CPU beside GPUs
+        say(f"beside: {abs(loss - obj.without_distribution().loss()) < 1e-12}")
     group = dist.new_group([0, 2])
     try:
-        ef.shard(obj.alone(), group).gradient()
+        ef.distribute(obj.without_distribution(), group).gradient()
     except ValueError as error:
         say(f"group: {error}")
 
@@ -358,7 +358,7 @@ if __name__ == "__main__":
             say(f"{type(error).__name__}: {error}")
             sys.exit(3)
         sys.exit(0)
-    results = everything(ef.shard)
-    results |= {f"counted.{k}": v for k, v in counts(ef.shard).items()}
+    results = everything(ef.distribute)
+    results |= {f"counted.{k}": v for k, v in counts(ef.distribute).items()}
     results = {k: torch.as_tensor(v).contiguous() for k, v in results.items()}
     save_tensors(f"{sys.argv[1]}/{os.environ['RANK']}.safetensors", results, {})

@@ -294,7 +294,7 @@ class Report:
         try:
             return compute()
         except (ValueError, RuntimeError) as error:
-            if isinstance(error, ef.DisagreementError):
+            if isinstance(error, ef.FastPathMismatchError):
                 raise WrongError(f"{what}: {error}") from error
             if without is not None and without():  # torch's own
                 self.refused.append(f"{what}: torch has none: {reason(error)}")
@@ -459,7 +459,7 @@ def _check_hessian(
                 raise WrongError(f"{report.refused[-1]}, though torch has a finite one")
         return
     operator, got, forms = found
-    report.method = operator.way
+    report.method = operator.method
     if got.shape != V.shape or not bool(torch.isfinite(got).all()):
         raise WrongError(f"Hessian product: shape {list(got.shape)}, or not finite")
     failed = _by_two_passes(got, plain, V)

@@ -160,13 +160,13 @@ def test_every_form_of_a_batch_gives_the_same_numbers(form: str):
     loss, rows, hessian = expected()
     identity = torch.eye(obj.num_params, dtype=torch.float64)
     operator = ef.HessianOperator(obj)
-    assert operator.way == "rules"
+    assert operator.method == "graph"
     assert obj.num_examples == N
     assert abs(obj.loss() - float(loss)) < 1e-12
     assert relative_error(ef.score_matrix(obj), rows) < 1e-10
     assert relative_error(operator @ identity, hessian) < 1e-10
     by_autograd = ef.HessianOperator(obj)
-    with ef.curvature.without_rules():
+    with ef.curvature.autograd_only():
         assert relative_error(by_autograd @ identity, hessian) < 1e-10
     assert relative_error(ef.score_gram(obj), rows @ rows.T) < 1e-10
     assert relative_error(obj.double().gradient(), rows.mean(0)) < 1e-12
@@ -219,8 +219,8 @@ def test_a_loss_of_the_users_takes_the_entire_output(kind: str):
     plain = ef.Objective(model, lambda o, t: ce(o[:, :3], t) + o[:, 3:].square().mean(1), (x, Y))
     identity = torch.eye(obj.num_params, dtype=torch.float64)
     operator = ef.HessianOperator(obj)
-    assert operator.way == "rules"
-    with ef.curvature.without_rules():
+    assert operator.method == "graph"
+    with ef.curvature.autograd_only():
         wanted = ef.HessianOperator(plain) @ identity
     assert relative_error(operator @ identity, wanted) < 1e-10
     assert relative_error(ef.score_matrix(obj), ef.score_matrix(plain)) < 1e-12
@@ -253,7 +253,7 @@ def test_logits_are_picked_by_name_by_index_or_by_themselves(kind: str, part: An
     plain = ef.Objective(Parts(lambda a, h: a), "cross_entropy", (x, Y))
     v = torch.randn(obj.num_params, dtype=torch.float64)
     for make in (ef.HessianOperator, ef.GGNOperator):
-        assert make(obj).way == "rules"
+        assert make(obj).method == "graph"
         assert relative_error(make(obj) @ v, make(plain) @ v) < 1e-12
     assert obj.evaluate() == plain.evaluate()
     custom = ef.Objective(Parts(OUTPUTS["namespace"]), lambda o, t: ce(o, t), (x, Y))
@@ -418,7 +418,7 @@ def test_scores_per_token_of_structured_outputs_have_their_classes_last():
         obj = ef.Objective(Causal(), loss, {"input_ids": ids, "labels": labels})
         wanted = functional.cross_entropy(Causal()(ids).logits.transpose(1, 2), labels)
         assert obj.loss() == pytest.approx(float(wanted.detach()), rel=1e-12)
-        assert ef.GGNOperator(obj).way == "rules"
+        assert ef.GGNOperator(obj).method == "graph"
 
 
 @pytest.mark.parametrize(

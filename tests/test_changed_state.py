@@ -124,6 +124,6 @@ def test_a_hidden_state_is_that_of_the_given_model(begin: Tensor | None):
             assert now.loss() == pytest.approx(float(expected.detach()), rel=1e-6)
             assert torch.allclose(now.gradient(), flat, atol=1e-6)
         assert torch.allclose(ef.score_matrix(now).mean(0), flat, atol=1e-6)
-        assert ef.HessianOperator(now).way == "rules"
+        assert ef.HessianOperator(now).method == "graph"
         assert not hasattr(now._model, "kept")
         assert (now._model.state is None) == (begin is None)

@@ -84,7 +84,7 @@ def test_everything_is_that_of_the_block(chosen, names: tuple[str, ...], loss):
         block, whole = operator(obj), operator(full)
         expected = (whole @ torch.eye(full.num_params).double())[at][:, at]
         assert torch.allclose(block @ torch.eye(len(at)).double(), expected, atol=1e-12)
-        assert block.way == whole.way
+        assert block.method == whole.method
     expected = ef.HessianOperator(full) @ torch.eye(full.num_params).double()
     block = expected[at][:, at]
     largest = torch.linalg.eigvalsh(block)[-1]

@@ -139,7 +139,7 @@ def test_products_and_traces(case):
     obj, twin, _, x, y = case
     expected = hessian(twin, x, y)
     operator = ef.HessianOperator(obj)
-    assert operator.way.startswith("autograd")
+    assert operator.method.startswith("autograd")
     identity = torch.eye(obj.num_params).double()
     assert torch.allclose(operator @ identity, expected, atol=1e-12)
     largest = torch.linalg.eigvalsh(expected)[-1:]

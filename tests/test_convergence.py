@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "hessian_trace": (lambda: ef.hessian_trace(problem(), probes=1, tol=0.1), "after 1 samples"),
     "hessian_trace by parts": (
-        lambda: ef.hessian_trace(problem(), probes=20, tol=1e-9, by="module"),
+        lambda: ef.hessian_trace(problem(), probes=20, tol=1e-9, group_by="module"),
         "raise probes or tol",
     ),
     "curvature_profile": (

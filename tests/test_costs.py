@@ -61,9 +61,9 @@ def test_work_adds_up_and_takes_time_by_each_speed():
     ("arguments", "message"),
     [
         ({"quantity": "spectra"}, "quantity: expected one of"),
-        ({"quantity": "loss", "examples": 0}, "examples: expected a whole number of at least 1"),
-        ({"quantity": "loss", "processes": 0}, "processes: expected a whole number"),
-        ({"quantity": "forms", "columns": 0}, "columns: expected a whole number"),
+        ({"quantity": "loss", "examples": 0}, "examples: expected an integer of at least 1"),
+        ({"quantity": "loss", "processes": 0}, "processes: expected an integer"),
+        ({"quantity": "forms", "columns": 0}, "columns: expected an integer"),
     ],
 )
 def test_other_numbers_are_refused(arguments, message):

@@ -78,9 +78,9 @@ def test_a_coupled_objective_is_of_all_examples_at_once(name: str, batched: bool
     )
     assert relative_error(obj.gradient(), g) < 1e-12
     operator = ef.HessianOperator(obj)
-    assert operator.way == "rules"
+    assert operator.method == "graph"
     assert relative_error(operator @ identity, H) < 1e-10
-    with ef.curvature.without_rules():
+    with ef.curvature.autograd_only():
         assert relative_error(ef.HessianOperator(obj) @ identity, H) < 1e-10
     trace = ef.hessian_trace(obj, probes=64, seed=0)
     assert abs(float(trace) - float(H.trace())) < 5 * trace.std_error + 1e-9
@@ -130,7 +130,7 @@ def test_a_model_of_whole_batches_is_named():
     with pytest.raises(ValueError, match=r"takes a batch of 20 but fails for 8 .* coupled=True"):
         ef.Objective(Fixed(), "mse", (x, t))
     obj = ef.Objective(Fixed(), "mse", (x, t), coupled=True)
-    assert ef.HessianOperator(obj).way == "rules"
+    assert ef.HessianOperator(obj).method == "graph"
 
 
 @pytest.mark.parametrize("bad", [{"batch_size": 4}])

@@ -135,7 +135,7 @@ def test_data_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: x.tensors(0), "limit: expected a whole number of at least 1"),
+        (lambda x: x.tensors(0), "limit: expected an integer of at least 1"),
         (lambda x: x.tensors(7), "limit: expected at most 6"),
         (lambda x: x.limited(7), "limit: expected at most 6"),
         (lambda x: x.subset([]), "images: expected at least one"),
@@ -172,11 +172,11 @@ def augment_by_loop(x, words, pad, flip):
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (1, True), (4, True), (3, False)])
 def test_augmentation_is_crop_then_flip(pad, flip):
-    from entropic_fast.ops.random_bits.streams import derive, philox
+    from entropic_fast.ops.random_bits.streams import fold_in, philox
 
     x = torch.randint(1, 256, (9, 2, 5, 4), dtype=torch.uint8)
     index = torch.randint(10**6, (9,))
-    words = philox(index, derive(8, "augment"), stream=3)
+    words = philox(index, fold_in(8, "augment"), stream=3)
     got = augment(x, index, 3, 8, pad, flip)
     assert got.dtype == torch.uint8
     assert torch.equal(got, augment_by_loop(x, words, pad, flip))

@@ -10,7 +10,7 @@ from derivative_sweep import first_fault, routes, transform_faults, variants
 from torch.nn import functional as F
 
 from entropic_fast._torch.derivative_formulas import NO_DERIVATIVE, AnyOrder, Watcher
-from entropic_fast._torch.full_precision import exact_math
+from entropic_fast._torch.full_precision import full_precision
 
 CASES: dict[str, list[Case]] = {}
 for case in cases():
@@ -54,7 +54,7 @@ def test_every_function_of_torch_is_tried():
 @pytest.mark.parametrize("name", sorted(set(CASES) - CONSTANT - WRONG_GRADIENT))
 def test_three_derivatives_are_those_of_differences_or_missing(name: str):
     """Those of torch, by formulas where it has them wrong."""
-    with exact_math():
+    with full_precision():
         for case in CASES[name]:
             for layout, tensors in variants(case):
                 for taken, route in routes(len(tensors)).items():
@@ -92,7 +92,7 @@ class Refusing(AnyOrder):
     ],
 )
 def test_transforms_give_what_nested_gradients_give(name: str):
-    with exact_math():
+    with full_precision():
         faults = transform_faults(CASES[name][0].function, CASES[name][0].tensors, Refusing)
     for how, why in faults.items():
         refused = why.startswith("missing") or "nan" in why  # products refuse what is not finite

@@ -1,4 +1,4 @@
-"""Full precision holds within `exact_math`, and what a user had set is there afterwards."""
+"""Full precision holds within `full_precision`, and what a user had set is there afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.backends import cudnn
 
 from entropic_fast._torch import full_precision as exact
-from entropic_fast._torch.full_precision import exact_math, products_in
+from entropic_fast._torch.full_precision import full_precision, products_in
 
 SETTINGS = {
     "mkldnn.matmul": torch.backends.mkldnn.matmul,
@@ -91,7 +91,7 @@ def older_full():
 def test_no_setting_is_below_float32_within_and_all_are_restored(choose):
     choose()
     before = state()
-    with exact_math(), exact_math():
+    with full_precision(), full_precision():
         low = [n for n, s in SETTINGS.items() if s.fp32_precision in ("tf32", "bf16")]
     assert low == []
     assert state() == before
@@ -100,7 +100,7 @@ def test_no_setting_is_below_float32_within_and_all_are_restored(choose):
 def test_settings_are_restored_after_an_error():
     older_high()
     before = state()
-    with pytest.raises(KeyError), exact_math():
+    with pytest.raises(KeyError), full_precision():
         raise KeyError
     assert state() == before
 
@@ -109,7 +109,7 @@ def test_settings_are_restored_after_an_error():
 def test_a_forward_pass_may_turn_cudnn_off(choose):
     choose()
     before = state()
-    with exact_math():
+    with full_precision():
         with cudnn.flags(enabled=False):
             assert not torch._C._get_cudnn_enabled()
         assert torch.backends.cuda.matmul.allow_tf32 is False
@@ -123,7 +123,7 @@ def test_a_setting_for_all_still_reaches_each_afterwards(above, products):
         setting.fp32_precision = "none"
     torch.backends.fp32_precision = above
     cudnn.rnn.fp32_precision = "tf32"  # of its own, unlike the others
-    with products_in(products), exact_math():
+    with products_in(products), full_precision():
         assert {s.fp32_precision for s in SETTINGS.values()} <= {"ieee", products}
     for later in (above, "ieee", "tf32"):
         torch.backends.fp32_precision = later
@@ -136,8 +136,8 @@ def test_settings_are_made_again_after_they_could_not_be_made(monkeypatch):
     before = state()
     with monkeypatch.context() as patched:
         patched.setattr(exact, "_float32_settings", lambda: 1 / 0)
-        with pytest.raises(ZeroDivisionError), exact_math():
+        with pytest.raises(ZeroDivisionError), full_precision():
             pass
-    with exact_math():
+    with full_precision():
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert state() == before

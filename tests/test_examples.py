@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from entropic_fast.objective._dataset import Examples, RepeatedExamples
+from entropic_fast.objective._dataset import ExampleSet, RepeatedExamples
 from entropic_fast.objective._objective import Objective
 
 CPU = torch.device("cpu")
@@ -17,8 +17,8 @@ def tensors(n: int) -> tuple[Tensor, Tensor]:
     return torch.arange(2.0 * n).view(n, 2), torch.arange(n)
 
 
-def make(data, batch_size: int | None = None) -> Examples:
-    return Examples(data, CPU, torch.float64, batch_size)
+def make(data, batch_size: int | None = None) -> ExampleSet:
+    return ExampleSet(data, CPU, torch.float64, batch_size)
 
 
 class Stream(IterableDataset):
@@ -29,7 +29,7 @@ class Stream(IterableDataset):
         return zip(*self.data, strict=True)
 
 
-def sources(n: int) -> dict[str, Examples]:
+def sources(n: int) -> dict[str, ExampleSet]:
     x, y = tensors(n)
     return {
         "tensors": make((x, y), 4),
@@ -124,7 +124,7 @@ def test_data_that_does_not_fit_is_refused(data, message):
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True])
 def test_bad_batch_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="batch_size: expected a whole number"):
+    with pytest.raises(ValueError, match="batch_size: expected an integer"):
         make(tensors(3), size)
 
 
@@ -180,7 +180,7 @@ def test_repeated_examples_are_those_of_repeated_data(kind: str, times: int):
 def test_repeated_examples_need_a_target_each():
     with pytest.raises(ValueError, match="targets: expected 6, 2 for each example"):
         RepeatedExamples(sources(3)["tensors"], 2, torch.arange(5))
-    with pytest.raises(ValueError, match="times: expected a whole number"):
+    with pytest.raises(ValueError, match="times: expected an integer"):
         RepeatedExamples(sources(3)["tensors"], 0, torch.arange(0))
 
 

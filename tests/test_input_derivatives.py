@@ -323,7 +323,7 @@ def test_a_model_without_input_derivative_keeps_torchs_layers():
         torch.manual_seed(3)
         obj = ef.Objective(mlp(nn.LayerNorm(4)), "mse", (torch.randn(5, 2), torch.randn(5, 1)))
     assert not obj.takes_derivatives
-    assert ef.HessianOperator(obj).way == "rules"
+    assert ef.HessianOperator(obj).method == "graph"
 
 
 def test_a_vmap_alone_is_no_derivative():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import entropic_fast as ef
-from entropic_fast._torch.memory_format import fitting_layout
+from entropic_fast._torch.memory_format import preferred_memory_format
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients
 from entropic_fast.training._train import TrainConfig, train
 from entropic_fast.training.data import load
@@ -88,7 +88,7 @@ class Scrambler(nn.Module):
     ],
 )
 def test_the_layout_is_one_that_gives_the_same(network, layout):
-    assert fitting_layout(network, images()[0]) is layout
+    assert preferred_memory_format(network, images()[0]) is layout
 
 
 def test_training_tries_layouts_without_a_trace():

@@ -44,7 +44,7 @@ def test_an_objective_follows_a_model_that_trains(wrapped: bool):
         assert there.loss() == fresh.loss()
         assert torch.equal(there.parameters_vector(), fresh.parameters_vector())
         operators = ef.HessianOperator(there), ef.HessianOperator(fresh)
-        assert operators[0].way == "rules"
+        assert operators[0].method == "graph"
         assert relative_error(operators[0] @ v, operators[1] @ v) < 1e-12
         assert relative_error(ef.score_matrix(there), ef.score_matrix(fresh)) < 1e-12
     assert obj.loss() == ef.Objective(network(), "cross_entropy", (X, Y)).loss()  # as it was

@@ -100,7 +100,7 @@ def test_each_k_is_the_same_alone_as_together(result):
 
 def test_the_whole_agrees_with_its_parts_by_hand(result):
     # Trunk and branches by calls of train alone, the midpoint by an explicit average.
-    from entropic_fast.ops.random_bits.streams import derive
+    from entropic_fast.ops.random_bits.streams import fold_in
 
     start = train(small(), TRAIN, CONFIG, seed=7, stop_epoch=2)
     ends = []
@@ -111,7 +111,7 @@ def test_the_whole_agrees_with_its_parts_by_hand(result):
             TRAIN,
             CONFIG,
             seed=7,
-            order_seed=derive(7, "branch", i),
+            order_seed=fold_in(7, "branch", i),
             start_epoch=2,
             optimizer_state=start.optimizer_state,
         )
@@ -308,8 +308,8 @@ def test_a_summary_takes_the_worst_point():
         ({"epochs": ()}, "epochs: expected different numbers from 0 to 4, at least one"),
         ({"epochs": (1, 1)}, "epochs: expected different"),
         ({"epochs": (5,)}, "epochs: expected different"),
-        ({"epochs": (-1,)}, "epochs: expected a whole number"),
-        ({"points": 2}, "points: expected a whole number of at least 3"),
+        ({"epochs": (-1,)}, "epochs: expected an integer"),
+        ({"points": 2}, "points: expected an integer of at least 3"),
         ({"tol": 0}, "tol"),
         ({"loss_examples": 81}, "loss_examples: expected at most 80"),
         ({"curvature_examples": 0}, "curvature_examples"),

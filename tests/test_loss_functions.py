@@ -47,7 +47,7 @@ def test_ignored_positions_count_as_zero_in_the_mean(weighted: bool):
     expected = nn.functional.cross_entropy(model(batch[0]).detach(), labels, double)
     assert obj.loss() == pytest.approx(float(expected * total / labels.numel()), rel=1e-13)
     assert torch.equal(each.weight, weight) if weighted else each.weight is None
-    assert HessianOperator(obj).way == "rules"
+    assert HessianOperator(obj).method == "graph"
 
 
 def test_an_example_of_an_ignored_label_has_no_loss():

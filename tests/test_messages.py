@@ -80,7 +80,7 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "score_plan": (ef.score_plan, one),
         "gradient_norms": (ef.gradient_norms, one),
         "fisher_trace": (ef.fisher_trace, one),
-        "sampled_labels": (ef.sampled_labels, one),
+        "with_sampled_labels": (ef.with_sampled_labels, one),
         "ntk_gram": (ef.ntk_gram, one),
         "FisherOperator": (ef.FisherOperator, one),
         "HessianOperator": (ef.HessianOperator, one),

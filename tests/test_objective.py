@@ -511,4 +511,4 @@ def test_gradients_through_instance_normalisation_are_right_in_any_layout(dims, 
     along = (obj.gradient(theta + 1e-5 * v) - obj.gradient(theta - 1e-5 * v)) / 2e-5
     operator = ef.HessianOperator(obj, theta)
     torch.testing.assert_close(operator @ v, along, rtol=1e-6, atol=1e-6)
-    assert operator.way == "rules"
+    assert operator.method == "graph"

@@ -14,7 +14,7 @@ from hidden_gpus import HIDDEN
 
 import entropic_fast as ef
 from entropic_fast._utils.atomic_io import load_tensors
-from entropic_fast.distributed._communicator import Sharing
+from entropic_fast.distributed._communicator import Communicator
 
 ROUNDING, SINGLE = 1e-10, 1e-5
 PASSES = 4  # of pivots, in steps of which one process may have one more than another
@@ -80,10 +80,10 @@ def test_any_number_of_processes_gives_what_one_gives(alone, processes, tmp_path
     [
         ("model", "ValueError: obj: expected the same model on every process", None),
         ("data", "ValueError: obj: expected the same data on every process", None),
-        ("loss", "NonFiniteLossError: ", "OtherProcessError: process 2 of 3: NonFiniteLossError"),
+        ("loss", "NonFiniteLossError: ", "RankFailedError: process 2 of 3: NonFiniteLossError"),
         ("fsdp", "ValueError: model: expected parameters that each process holds whole", None),
         ("function", "ValueError: obj: expected the same function on every process", None),
-        ("elsewhere", "DifferentCallsError: expected 3 processes at one place", None),
+        ("elsewhere", "CollectiveMismatchError: expected 3 processes at one place", None),
     ],
 )
 def test_a_fault_of_one_process_is_one_readable_error_on_every_process(kind, here, elsewhere):
@@ -114,10 +114,10 @@ def test_other_arguments_on_one_process_are_refused_by_all_of_them():
         "single Gram": "float32",
         "examples": "Gram matrix of 4 examples, 1 parts",
     }.items():
-        lines = [line for line in said if f"{name}: DifferentCallsError: " in line]
+        lines = [line for line in said if f"{name}: CollectiveMismatchError: " in line]
         assert len(lines) == 3 and all(reason in line for line in lines), ended.stderr
     assert sum("budget: ValueError: memory_budget" in line for line in said) == 1
-    failed = "budget: OtherProcessError: process 1 of 3: ValueError: memory_budget"
+    failed = "budget: RankFailedError: process 1 of 3: ValueError: memory_budget"
     assert sum(failed in line for line in said) == 2, ended.stderr
     assert said.count("beside: True") == said.count("inference: True") == 3
     # One that fails in a call, and in the same call made again as that is handled.
@@ -151,7 +151,7 @@ def test_where_a_process_is_killed_the_others_say_so_and_nobody_hangs():
     assert started[1].returncode == -9
     for rank in (0, 2):
         assert started[rank].returncode == 3, said[rank]
-        assert "LostProcessError: a process of 3 ended" in said[rank]
+        assert "RankLostError: a process of 3 ended" in said[rank]
 
 
 @pytest.mark.timeout(200)
@@ -162,15 +162,15 @@ def test_one_that_is_late_is_waited_for_and_one_that_stands_still_is_not():
     started[1].communicate()
     for text in said:
         assert "was waited for" in text
-        assert "LostProcessError: process 1 of 3 gave no sign of life for 10 s" in text
+        assert "RankLostError: process 1 of 3 gave no sign of life for 10 s" in text
     assert [started[rank].returncode for rank in (0, 2)] == [3, 3]
 
 
 def test_one_process_gets_its_objective_back():
     obj = ef.Objective(parallel_worker.network(False), "cross_entropy", parallel_worker.images(3))
-    assert ef.shard(obj) is obj
+    assert ef.distribute(obj) is obj
     with pytest.raises(ValueError, match="obj: expected an Objective"):
-        ef.shard(torch.nn.Linear(1, 1))
+        ef.distribute(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 64])
@@ -181,12 +181,12 @@ def test_parts_are_in_a_row_and_every_example_is_in_one(count, size, whole):
     obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (x, x), batch_size=3)
     seen = []
     for rank in range(size):
-        sharing = object.__new__(Sharing)
-        sharing.rank, sharing.size = rank, size
-        first, last = sharing.range(count)
+        communicator = object.__new__(Communicator)
+        communicator.rank, communicator.size = rank, size
+        first, last = communicator.range(count)
         assert last - first in (count // size, -(-count // size))
         batches = [b for b in obj.batches() if b.start < count]
-        for start, inputs, targets in sharing.own(iter(batches), count, whole):
+        for start, inputs, targets in communicator.own(iter(batches), count, whole):
             assert inputs[0, 0] == start and torch.equal(inputs, targets)
             seen += inputs[:, 0].tolist()
     assert seen == list(range(count)) or (count == 0 and not seen)
@@ -198,4 +198,4 @@ def test_a_model_on_the_cpu_is_refused_where_nccl_joins_the_processes(monkeypatc
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (torch.ones(2, 1), torch.ones(2, 1)))
     with pytest.raises(ValueError, match=r"on this process's GPU.*on cpu.*parallel\.init"):
-        ef.shard(obj)
+        ef.distribute(obj)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from entropic_fast.distributed import _communicator as sharing
+from entropic_fast.distributed import _communicator as communicator
 from entropic_fast.distributed import _process_group as parallel
-from entropic_fast.distributed._communicator import LostProcessError, Sharing
+from entropic_fast.distributed._communicator import Communicator, RankLostError
 from entropic_fast.experiments import _executor as schedule
 
 
@@ -89,7 +89,7 @@ def streams(monkeypatch):
 
 
 def waiting(signs):
-    shared = object.__new__(Sharing)
+    shared = object.__new__(Communicator)
     shared._signs, shared._ranks, shared.size = signs, [0, 1], 2
     return shared
 
@@ -123,7 +123,7 @@ def test_waits_on_a_gpu_are_in_the_callers_stream_and_until_it_is_done(streams, 
 def test_a_process_that_is_gone_is_named_while_the_gpu_waits_for_it(streams):
     never = threading.Event()
     stream = types.SimpleNamespace(name="mine", synchronize=lambda: never.wait(5))
-    with torch.cuda.stream(stream), pytest.raises(LostProcessError, match="process 1 of 2 gave"):
+    with torch.cuda.stream(stream), pytest.raises(RankLostError, match="process 1 of 2 gave"):
         waiting(Alive(gone=[1]))._attend(lambda: None, torch.device("cuda", 0))
     never.set()
 
@@ -134,7 +134,7 @@ def test_errors_of_nccl_are_readable(streams):
             "NCCL error in: ProcessGroupNCCL.cpp:123, remote process exited"
         )
 
-    with pytest.raises(LostProcessError, match="a process of 2 ended or did not answer in time"):
+    with pytest.raises(RankLostError, match="a process of 2 ended or did not answer in time"):
         waiting(Alive())._attend(fails, torch.device("cuda", 0))
 
 
@@ -142,9 +142,9 @@ def test_sums_on_a_gpu_are_awaited(monkeypatch):
     attended = []
     shared = waiting(None)
     shared.group = None
-    monkeypatch.setattr(Sharing, "met", lambda self, compute, *what, form=None: compute())
-    monkeypatch.setattr(Sharing, "_attend", lambda self, wait, device: attended.append(device))
-    monkeypatch.setattr(sharing, "is_gpu", lambda device: True)
+    monkeypatch.setattr(Communicator, "met", lambda self, compute, *what, form=None: compute())
+    monkeypatch.setattr(Communicator, "_attend", lambda self, wait, device: attended.append(device))
+    monkeypatch.setattr(communicator, "is_gpu", lambda device: True)
     shared.summed(lambda: torch.ones(2))
     assert attended == [torch.device("cpu")]
 

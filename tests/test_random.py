@@ -7,7 +7,7 @@ from scipy import stats
 
 from entropic_fast._utils import workspace as scratch
 from entropic_fast.ops.random_bits.streams import (
-    derive,
+    fold_in,
     normal,
     permutation,
     permutations,
@@ -167,15 +167,15 @@ def test_numbers_do_not_depend_on_threads_or_the_global_generator():
 
 def test_derive_is_fixed_and_separates_names():
     expected = int.from_bytes(hashlib.sha256(b"5\x1fa\x1fb").digest()[:8], "little") >> 1
-    assert derive(5, "a", "b") == expected
+    assert fold_in(5, "a", "b") == expected
     seeds = {
-        derive(0),
-        derive(0, "a"),
-        derive(0, "a", 1),
-        derive(0, "a", 11),
-        derive(0, "ab"),
-        derive(1, "a"),
-        derive(0, "a", "b"),
+        fold_in(0),
+        fold_in(0, "a"),
+        fold_in(0, "a", 1),
+        fold_in(0, "a", 11),
+        fold_in(0, "ab"),
+        fold_in(1, "a"),
+        fold_in(0, "a", "b"),
     }
     assert len(seeds) == 7 and all(0 <= s < 2**63 for s in seeds)
 

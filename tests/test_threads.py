@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropic_fast._torch.full_precision import exact_math
+from entropic_fast._torch.full_precision import full_precision
 from entropic_fast.curvature import HessianOperator, gradient_norms
 from entropic_fast.curvature.per_example._vmap_fallback import no_slow_loops
 from entropic_fast.objective._objective import Objective
@@ -86,14 +86,14 @@ def test_settings_stay_until_the_last_thread_leaves_and_are_restored():
     first_left, second_in = threading.Event(), threading.Event()
 
     def second() -> None:
-        with exact_math(), no_slow_loops():
+        with full_precision(), no_slow_loops():
             second_in.set()
             first_left.wait(10)
             inside.append((torch.backends.mha.get_fastpath_enabled(), len(warnings.filters)))
 
     inside: list[tuple[bool, int]] = []
     thread = threading.Thread(target=second)
-    with exact_math(), no_slow_loops():
+    with full_precision(), no_slow_loops():
         thread.start()
         assert second_in.wait(10)
     first_left.set()

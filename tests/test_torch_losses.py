@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
+    autograd_only,
     fisher_trace,
     ggn_trace,
     profile_point,
-    sampled_labels,
     score_matrix,
-    without_rules,
+    with_sampled_labels,
 )
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path, path_losses
@@ -125,11 +125,11 @@ def test_loss_gradient_and_hessian_are_those_of_torch_over_all_data(name: str):
     eye = torch.eye(obj.num_params, dtype=torch.float64)
     operator = HessianOperator(obj)
     product = operator @ eye
-    assert operator.way == "rules"
+    assert operator.method == "graph"
     if matrix is None:
         matrix = differences(obj, eye)
     torch.testing.assert_close(product, matrix, rtol=1e-9, atol=1e-9 if once else 1e-12)
-    with without_rules():
+    with autograd_only():
         torch.testing.assert_close(HessianOperator(obj) @ eye, product, rtol=1e-9, atol=1e-12)
     scores = score_matrix(obj)
     torch.testing.assert_close(scores.mean(0), obj.gradient(), rtol=1e-9, atol=1e-12)
@@ -340,8 +340,8 @@ def test_next_token_is_the_mean_over_tokens_that_count(padded: bool):
     torch.testing.assert_close(obj.gradient(), gradient, rtol=1e-11, atol=1e-14)
     eye, operator = torch.eye(obj.num_params, dtype=torch.float64), HessianOperator(obj)
     torch.testing.assert_close(operator @ eye, matrix, rtol=1e-10, atol=1e-13)
-    assert operator.way == "rules"
-    with without_rules():
+    assert operator.method == "graph"
+    with autograd_only():
         torch.testing.assert_close(HessianOperator(obj) @ eye, matrix, rtol=1e-10, atol=1e-13)
         gauss_newton = GGNOperator(obj) @ eye
     torch.testing.assert_close(GGNOperator(obj) @ eye, gauss_newton, rtol=1e-10, atol=1e-13)
@@ -389,14 +389,14 @@ def test_log_probabilities_have_the_gauss_newton_matrix_of_cross_entropy(weight:
     torch.testing.assert_close(GGNOperator(one) @ eye, GGNOperator(other) @ eye)
     assert ggn_trace(one).value == pytest.approx(ggn_trace(other).value, rel=1e-10)
     if weight is None:
-        trace = fisher_trace(sampled_labels(one)).value
-        assert trace == pytest.approx(fisher_trace(sampled_labels(other)).value, rel=1e-10)
+        trace = fisher_trace(with_sampled_labels(one)).value
+        assert trace == pytest.approx(fisher_trace(with_sampled_labels(other)).value, rel=1e-10)
     # Distillation: the entropy of the targets does not matter.
     kl = nn.KLDivLoss(reduction="batchmean")
     soft = Objective(nn.Sequential(body, LOG_SOFTMAX), kl, (x, PROBABILITIES))
     expected = GGNOperator(Objective(body, "cross_entropy", (x, PROBABILITIES))) @ eye
     torch.testing.assert_close(GGNOperator(soft) @ eye, expected)
-    with without_rules():
+    with autograd_only():
         torch.testing.assert_close(GGNOperator(soft) @ eye, expected)
         torch.testing.assert_close(
             HessianOperator(soft) @ eye,
@@ -413,7 +413,7 @@ def test_numbers_that_are_not_normalized_are_no_log_probabilities():
     gradient = torch.autograd.grad(loss(model(x), CLASSES), list(model.parameters()))
     torch.testing.assert_close(obj.gradient(), torch.cat([g.reshape(-1) for g in gradient]))
     with pytest.raises(ValueError, match="log-probabilities not normalized"):
-        sampled_labels(obj)
+        with_sampled_labels(obj)
 
 
 class Several(nn.Module):
@@ -470,7 +470,7 @@ def test_losses_of_several_outputs(name: str):
         product = torch.autograd.grad(gradient, parameters, v, materialize_grads=True)
         operator = HessianOperator(obj)
         torch.testing.assert_close(operator @ v, torch.cat([p.reshape(-1) for p in product]))
-        assert operator.way == "rules"
+        assert operator.method == "graph"
         torch.testing.assert_close(score_matrix(obj).mean(0), gradient.detach())
 
 
@@ -496,7 +496,7 @@ def test_labels_are_drawn_for_batches_of_other_lengths():
     model, tokens, labels = language_data()
     data = [(tokens[:2], labels[:2]), (tokens[2:, :4], labels[2:, :4])]
     obj = Objective(model, "next_token", data)
-    drawn = sampled_labels(obj, draws=3)
+    drawn = with_sampled_labels(obj, draws=3)
     for before, after in zip(obj.batches(), drawn.batches(), strict=True):
         given = before.targets.repeat_interleave(3, 0)
         kept = given == -100
@@ -504,7 +504,7 @@ def test_labels_are_drawn_for_batches_of_other_lengths():
         assert torch.equal(after.targets[kept], given[kept])
         assert ((after.targets >= 0) | kept).all()
     draws = 300
-    scores = score_matrix(sampled_labels(obj, draws=draws)).square().sum(1).view(4, draws)
+    scores = score_matrix(with_sampled_labels(obj, draws=draws)).square().sum(1).view(4, draws)
     weight = obj._loss.scale(1)
     expected = weight * ggn_trace(obj).value
     error = float((scores.var(1).sum() / draws).sqrt()) / 4
@@ -563,5 +563,5 @@ def test_gauss_newton_trace_of_pixels(smoothing: float):
     assert obj.loss() == pytest.approx(loss(model(x), labels).item(), rel=1e-13)
     matrix = GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)
     assert ggn_trace(obj).value == pytest.approx(float(matrix.trace()), rel=1e-10)
-    by = ggn_trace(obj, by="module")
+    by = ggn_trace(obj, group_by="module")
     assert sum(e.value for e in by.values()) == pytest.approx(float(matrix.trace()), rel=1e-10)

@@ -8,7 +8,7 @@ from relax_cases import mlp_problem
 from torch import Tensor
 
 import entropic_fast as ef
-from entropic_fast.curvature import without_rules
+from entropic_fast.curvature import autograd_only
 from entropic_fast.dynamics import ProjectedSGD, measure_drift, point_force
 from entropic_fast.objective._objective import Objective
 
@@ -58,7 +58,7 @@ def test_products_and_forms_have_the_decay_once(rules: bool, dtype: torch.dtype)
     eye = torch.eye(obj.num_params, dtype=dtype)
     vectors = torch.randn(obj.num_params, 3, dtype=dtype, generator=torch.manual_seed(0))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    with contextlib.nullcontext() if rules else without_rules():
+    with contextlib.nullcontext() if rules else autograd_only():
         for kind, matrix in zip((ef.HessianOperator, ef.GGNOperator), expected, strict=True):
             operator = kind(obj)
             for _ in range(2):  # then from values that are kept
@@ -98,12 +98,12 @@ def test_traces_by_module_and_tolerance():
     obj, plain, _ = problem()
     sizes = {name: part.numel() for name, part in obj.split(obj.parameters_vector()).items()}
     for method in ("hutchinson", "hutch++"):
-        found = ef.hessian_trace(obj, probes=12, by="parameter", method=method)
-        rest = ef.hessian_trace(plain, probes=12, by="parameter", method=method)
+        found = ef.hessian_trace(obj, probes=12, group_by="parameter", method=method)
+        rest = ef.hessian_trace(plain, probes=12, group_by="parameter", method=method)
         for name, estimate in found.items():
             expected = rest[name].value + DECAY * sizes[name]
             assert estimate.value == pytest.approx(expected, rel=1e-12)
-    found, rest = ef.ggn_trace(obj, by="parameter"), ef.ggn_trace(plain, by="parameter")
+    found, rest = ef.ggn_trace(obj, group_by="parameter"), ef.ggn_trace(plain, group_by="parameter")
     for name, estimate in found.items():
         assert estimate.value == pytest.approx(rest[name].value + DECAY * sizes[name], rel=1e-12)
     assert ef.ggn_trace(obj).value == pytest.approx(
@@ -154,7 +154,7 @@ def test_quantities_of_single_examples_are_of_the_data_alone():
     assert torch.equal(ef.gradient_norms(obj), ef.gradient_norms(plain))
     assert torch.equal(ef.ntk_gram(obj), ef.ntk_gram(plain))
     assert ef.fisher_trace(obj) == ef.fisher_trace(plain)
-    labels = [ef.sampled_labels(o, draws=2).tensors()[1] for o in (obj, plain)]
+    labels = [ef.with_sampled_labels(o, draws=2).tensors()[1] for o in (obj, plain)]
     assert torch.equal(*labels)
 
 

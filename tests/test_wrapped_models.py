@@ -106,7 +106,7 @@ def test_a_wrapped_model_is_the_model_inside(wrap, inside: bool):
     assert torch.allclose(score_matrix(obj), score_matrix(expected), atol=1e-14)
     operator = HessianOperator(obj)
     assert torch.allclose(operator @ torch.eye(43).double(), hessian(plain, x, y), atol=1e-8)
-    assert operator.way == "rules"
+    assert operator.method == "graph"
 
 
 def test_wrappers_nest_and_names_are_those_without():

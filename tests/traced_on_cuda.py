@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from entropic_fast._torch.full_precision import NativeRecurrence, exact_math
+from entropic_fast._torch.full_precision import NativeRecurrence, full_precision
 from entropic_fast.curvature.hvp._capture import _traced
 from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTIONS
 from entropic_fast.curvature.hvp._fusion import norm_units
@@ -75,7 +75,7 @@ def traced(name: str, device: str) -> fx.Graph:
     held = [*model.named_parameters(), *model.named_buffers()]
     size = 8 if name.startswith("digits") else 32
     shape = (2, 3, size, size) if name in OF_IMAGES else (2, 4, 8)
-    with FakeTensorMode(), exact_math():
+    with FakeTensorMode(), full_precision():
         x = torch.empty(shape, device=device)
         values = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in held}
 

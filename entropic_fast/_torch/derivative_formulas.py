@@ -43,7 +43,7 @@ def require_right_gradients(model: nn.Module) -> None:
     """Refuse layers whose own gradient is wrong in torch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.CrossMapLRN2d):
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "layers whose gradient torch has right",
                 f"nn.CrossMapLRN2d ({name!r}), whose gradient is not its derivative",
@@ -94,14 +94,14 @@ class Watcher(TorchFunctionMode):
         if func in _DERIVATIVES or _depth() > self._depth:
             self.derivative = True
         if func in NO_DERIVATIVE and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "functions that torch can differentiate",
                 f"torch.special.{func.__name__[len('special_') :]}, for a constant in its gradient",
                 "write it as a torch.autograd.Function with its derivative",
             )
         if getattr(func, "__name__", "") == "flex_attention":
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "attention with derivatives",
                 "flex_attention, which has none on CPUs and no second one on GPUs",
@@ -109,7 +109,7 @@ class Watcher(TorchFunctionMode):
             )
         wrong = func in WRONG_FORWARD or (func in _SCATTERED and _is_product(args, kwargs))
         if wrong and forward_depth() > self._forward:
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "derivatives of its own that torch can differentiate again",
                 f"torch's forward mode through {func.__name__}, whose gradient is wrong",

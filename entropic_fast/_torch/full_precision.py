@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-class Shared:
+class RefCountedContext:
     """A setting of the whole process that threads may hold at the same time.
 
     The first that enters makes it and the last that leaves undoes it, so that none restores what
@@ -26,7 +26,7 @@ class Shared:
     ...     states.append("set")
     ...     yield
     ...     states.append("restored")
-    >>> shared = Shared(setting)
+    >>> shared = RefCountedContext(setting)
     >>> with shared(), shared():
     ...     states
     ['set']
@@ -55,7 +55,7 @@ class Shared:
 
 
 @contextlib.contextmanager
-def exact_math() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Within it, and as a decorator: full float32, no autocast, no fused attention.
 
     On a GPU torch convolves float32 numbers in TF32 unless told otherwise, with 10 bits of
@@ -65,7 +65,7 @@ def exact_math() -> Iterator[None]:
     round to half precision; what a model itself asks for within its forward still acts. What was
     set before is restored.
 
-    >>> with exact_math():
+    >>> with full_precision():
     ...     torch.backends.mha.get_fastpath_enabled()
     False
     """
@@ -76,13 +76,13 @@ def exact_math() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Within it, in this thread, what `exact_math` has a GPU round float32 products to.
+    """Within it, in this thread, what `full_precision` has a GPU round float32 products to.
 
     Args:
         precision: "float32", as without it; or "tf32", with 10 bits of mantissa. While another
             thread is within full float32, so is this one: settings are the process's.
 
-    >>> with products_in("tf32"), exact_math():  # on a GPU, products in TF32
+    >>> with products_in("tf32"), full_precision():  # on a GPU, products in TF32
     ...     pass
     """
     before = getattr(_tf32, "allowed", False)
@@ -102,7 +102,7 @@ def no_autocast() -> AbstractContextManager[None]:
     return guard
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
     # Flag by flag: `sdpa_kernel` must be left in the thread that entered it.
@@ -240,14 +240,14 @@ def _own_values(settings: list[Any], values: list[str]) -> list[str]:
     return [a if a == b else "none" for a, b in zip(without, with_ieee, strict=True)]
 
 
-class TwiceDifferentiable(TorchFunctionMode):
+class double_backward_fixes(TorchFunctionMode):
     """Within it, functions whose second derivative torch has wrong are computed by others.
 
     The double backward pass of weight normalisation (torch 2.13 and 2.15, CPU, weights normalised
     along their first or last dimension) returns products that are wrong by their own size; the
     hard sigmoid has none.
 
-    >>> with TwiceDifferentiable():
+    >>> with double_backward_fixes():
     ...     torch._weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), 0)
     tensor([[6., 8.]])
     """
@@ -274,7 +274,7 @@ class NativeRecurrence(TorchFunctionMode):
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def _without_cudnn() -> Iterator[None]:
     before = torch._C._get_cudnn_enabled()

@@ -16,7 +16,7 @@ never reduced.
 
 from __future__ import annotations
 
-from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.checks import invalid, shown
 
 NAMES = ("float32", "tf32x3", "tf32")
 
@@ -36,7 +36,7 @@ def set_matmul_precision(name: str) -> None:
     """
     global _precision
     if name not in NAMES:
-        raise fail("name", "one of " + ", ".join(NAMES), shown(name))
+        raise invalid("name", "one of " + ", ".join(NAMES), shown(name))
     _precision = name
 
 

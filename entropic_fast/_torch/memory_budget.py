@@ -61,7 +61,7 @@ def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
     if memory_budget is None:
         share = GPU_SHARE if is_gpu(device) else CPU_SHARE
         return int(share * available_bytes(device))
-    return checks.whole("memory_budget", memory_budget, 1)
+    return checks.integer("memory_budget", memory_budget, 1)
 
 
 def padded_rows(like: Tensor, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,7 +75,7 @@ def padded_rows(like: Tensor, count: int, width: int, dtype: torch.dtype | None 
 
 def too_small(needed: int, budget: int, what: str, do: str) -> ValueError:
     """The error for a budget under what the smallest step takes."""
-    return checks.fail(
+    return checks.invalid(
         "memory_budget", f"at least {readable(needed)} for {what}", readable(budget), do
     )
 

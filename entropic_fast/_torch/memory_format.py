@@ -11,7 +11,9 @@ from .._utils.devices import is_gpu
 from .._utils.trees import Tree
 
 
-def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tree) -> torch.memory_format:
+def preferred_memory_format(
+    forward: Callable[[Tensor], Tensor], images: Tree
+) -> torch.memory_format:
     """Channels last, in which convolutions are quicker, unless the network cannot take it.
 
     One that calls `view` on what a convolution returns needs its numbers in the usual order. Two
@@ -22,9 +24,9 @@ def fitting_layout(forward: Callable[[Tensor], Tensor], images: Tree) -> torch.m
         images: anything that is not [N, C, H, W] has the usual layout.
 
     >>> images = torch.zeros(2, 3, 4, 4)
-    >>> fitting_layout(torch.nn.Conv2d(3, 2, 3), images)
+    >>> preferred_memory_format(torch.nn.Conv2d(3, 2, 3), images)
     torch.channels_last
-    >>> fitting_layout(lambda x: torch.relu(x).view(len(x), -1), images)
+    >>> preferred_memory_format(lambda x: torch.relu(x).view(len(x), -1), images)
     torch.contiguous_format
     """
     if not isinstance(images, Tensor) or images.ndim != 4:

@@ -45,7 +45,7 @@ def not_repeatable(what: str, compute: Callable[[], object]) -> ValueError:
             f"{name} ({place})" for name, place in draws[:_MOST]
         )
         do = "; ".join(dict.fromkeys(_advice(name) for name, _ in draws[:_MOST]))
-    return checks.fail(what, "the same outputs for the same inputs", got, do)
+    return checks.invalid(what, "the same outputs for the same inputs", got, do)
 
 
 def sources(compute: Callable[[], object]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._utils import checks
-from .full_precision import exact_math
+from .full_precision import full_precision
 
 _C: Any = torch._C
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
@@ -95,7 +95,7 @@ class Compilable:
         # In compiled functions `operator @ v` comes as matmul(v, operator), as does v @ operator.
         vectors, operator = args
         if vectors.shape[-1] == operator.shape[0] and not (cls.symmetric and vectors.ndim == 1):
-            raise checks.fail(
+            raise checks.invalid(
                 "vectors",
                 "a shape for which A @ v is not mistaken for v @ A in a compiled function",
                 f"{list(vectors.shape)} for A of shape {list(operator.shape)}",
@@ -110,7 +110,7 @@ def undisturbed() -> Iterator[None]:
 
     Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
     the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
-    derivative taken in them would leave terms out. Arithmetic is that of `exact_math`: full
+    derivative taken in them would leave terms out. Arithmetic is that of `full_precision`: full
     float32 whatever precision torch was asked for, and no autocast.
 
     >>> with torch.inference_mode(), undisturbed():
@@ -120,7 +120,7 @@ def undisturbed() -> Iterator[None]:
     included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
     guard = _C._ForceDispatchKeyGuard(included, _C.DispatchKeySet.from_raw_repr(excluded))
-    with torch.inference_mode(False), guard, exact_math(), torch.enable_grad():
+    with torch.inference_mode(False), guard, full_precision(), torch.enable_grad():
         yield
 
 

@@ -12,11 +12,11 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .full_precision import Shared
+from .full_precision import RefCountedContext
 from .uncompiled import inlined
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def told_of_tracing() -> Iterator[None]:
     """Within it, `torch.compiler.is_compiling()` is true, as within `torch.compile`.

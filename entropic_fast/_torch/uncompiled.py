@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .full_precision import Shared
+from .full_precision import RefCountedContext
 
 
 def eager() -> AbstractContextManager[None]:
@@ -46,14 +46,14 @@ def _is_inside_compiled() -> bool:
     return callback is not None and callback is not False
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def _inlined() -> Iterator[None]:
     config: Any = sys.modules["torch._dynamo.config"]

@@ -26,10 +26,10 @@ PLAIN = (
 )
 
 
-def fail(argument: str, expected: str, got: str, do: str = "") -> ValueError:
+def invalid(argument: str, expected: str, got: str, do: str = "") -> ValueError:
     """The error for a bad argument, in the form every public function uses.
 
-    >>> raise fail("lr", "a positive number", "-1")
+    >>> raise invalid("lr", "a positive number", "-1")
     Traceback (most recent call last):
     ...
     ValueError: lr: expected a positive number, got -1
@@ -49,13 +49,13 @@ def device_of(value: object) -> torch.device:
             return torch.device(value)
         except RuntimeError:  # a name that torch does not know
             pass
-    raise fail("device", 'a device, as torch.device("cuda:0") or its name', shown(value))
+    raise invalid("device", 'a device, as torch.device("cuda:0") or its name', shown(value))
 
 
 def boolean(argument: str, value: bool) -> bool:
     """`value` if it is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise fail(argument, "True or False", shown(value))
+        raise invalid(argument, "True or False", shown(value))
     return bool(value)
 
 
@@ -63,20 +63,20 @@ def functions(**given: object) -> None:
     """Refuse what is to be called, where there is any, and cannot be."""
     for argument, value in given.items():
         if value is not None and not callable(value):
-            raise fail(argument, "a function", shown(value))
+            raise invalid(argument, "a function", shown(value))
 
 
 def instance(argument: str, value: object, kind: type, do: str = "") -> None:
     """Refuse what is not of a class."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIO" else "a"
-        raise fail(argument, f"{article} {kind.__name__}", shown(value), do)
+        raise invalid(argument, f"{article} {kind.__name__}", shown(value), do)
 
 
 def share(argument: str, value: float) -> float:
     """`value` if it is a number in [0, 1)."""
     if not (_is_finite(value) and 0 <= value < 1):
-        raise fail(argument, "a number in [0, 1)", shown(value))
+        raise invalid(argument, "a number in [0, 1)", shown(value))
     return value
 
 
@@ -91,20 +91,20 @@ def numbers(argument: str, values: Iterable[float]) -> list[float]:
             raise TypeError
         return [float(value) for value in values]
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise fail(argument, "numbers, in a sequence or tensor", shown(values)) from None
+        raise invalid(argument, "numbers, in a sequence or tensor", shown(values)) from None
 
 
 def file_name(argument: str, value: object) -> str:
     """A file's name as text."""
     if not isinstance(value, str | os.PathLike) or len(os.fspath(value)) > 4096:
-        raise fail(argument, "a file's name", shown(value))
+        raise invalid(argument, "a file's name", shown(value))
     return str(os.fspath(value))
 
 
 def positive(argument: str, value: float) -> float:
     """`value` if it is a finite number above zero."""
     if not (_is_finite(value) and value > 0):
-        raise fail(argument, "a finite number above 0", shown(value))
+        raise invalid(argument, "a finite number above 0", shown(value))
     return value
 
 
@@ -112,25 +112,25 @@ def _is_finite(value: object) -> bool:
     """Whether a value is a number that a float can hold."""
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # of a whole number
+    except OverflowError:  # of an integer
         return False
 
 
 def at_least(argument: str, value: float, minimum: float) -> float:
     """`value` if it is a finite number not below `minimum`."""
     if not (_is_finite(value) and value >= minimum):
-        raise fail(argument, f"a finite number of at least {minimum}", shown(value))
+        raise invalid(argument, f"a finite number of at least {minimum}", shown(value))
     return value
 
 
-def whole(argument: str, value: int, minimum: int = 0) -> int:
-    """`value` if it is a whole number not below `minimum`."""
+def integer(argument: str, value: int, minimum: int = 0) -> int:
+    """`value` if it is an integer not below `minimum`."""
     try:
         number = operator.index(value)  # NumPy's integers too
     except TypeError:
         number = minimum - 1
     if isinstance(value, bool) or number < minimum:
-        raise fail(argument, f"a whole number of at least {minimum}", shown(value))
+        raise invalid(argument, f"an integer of at least {minimum}", shown(value))
     return number
 
 
@@ -138,28 +138,28 @@ def one_of(argument: str, value: str, choices: Iterable[str]) -> str:
     """`value` if it is one of `choices`."""
     allowed = tuple(choices)
     if not isinstance(value, str) or value not in allowed:
-        raise fail(argument, "one of " + ", ".join(map(repr, allowed)), shown(value))
+        raise invalid(argument, "one of " + ", ".join(map(repr, allowed)), shown(value))
     return value
 
 
 def vector(argument: str, value: Tensor, size: int) -> Tensor:
     """`value` if it is a finite floating-point tensor of shape [size]."""
     if not isinstance(value, Tensor) or tuple(value.shape) != (size,):
-        raise fail(argument, f"a tensor of shape [{size}]", describe(value))
+        raise invalid(argument, f"a tensor of shape [{size}]", describe(value))
     return finite(argument, value)
 
 
-def full_precision(argument: str, dtype: torch.dtype, what: str) -> None:
+def single_or_double(argument: str, dtype: torch.dtype, what: str) -> None:
     """Refuse half precision for a quantity (`what`) that its rounding would drown.
 
-    >>> full_precision("obj", torch.bfloat16, "the Hessian")
+    >>> single_or_double("obj", torch.bfloat16, "the Hessian")
     Traceback (most recent call last):
     ...
     ValueError: obj: expected float32 or float64 for the Hessian, got bfloat16; convert the model
     with model.float()
     """
     if dtype in HALF:
-        raise fail(
+        raise invalid(
             argument,
             f"float32 or float64 for {what}",
             str(dtype).removeprefix("torch."),
@@ -170,11 +170,11 @@ def full_precision(argument: str, dtype: torch.dtype, what: str) -> None:
 def finite(argument: str, value: Tensor) -> Tensor:
     """`value` if it is a floating-point tensor without NaN or infinity."""
     if not value.is_floating_point():
-        raise fail(argument, "a floating-point tensor", describe(value))
+        raise invalid(argument, "a floating-point tensor", describe(value))
     if not all_finite(value):
         bad = ~torch.isfinite(value)
         first = tuple(int(i) for i in bad.nonzero()[0])
-        raise fail(
+        raise invalid(
             argument,
             "finite values only",
             f"{int(bad.sum())} NaN or infinite of {value.numel()}, the first at index {first}",
@@ -246,7 +246,7 @@ def shown(value: object, depth: int = 2) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= TEXT else repr(value[:TEXT]) + "..."
     if isinstance(value, int) and value.bit_length() > 200:
-        return f"a whole number of {value.bit_length()} bits"
+        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, PLAIN):
         return _cut(repr(value))
     if isinstance(value, list | tuple) and depth and len(value) <= 2 * ITEMS:

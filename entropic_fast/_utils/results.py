@@ -258,7 +258,7 @@ class Density:
         """
         values = function(self.nodes)
         if not isinstance(values, Tensor) or values.shape != self.nodes.shape:
-            raise checks.fail(
+            raise checks.invalid(
                 "function", f"values of shape {list(self.nodes.shape)}", checks.describe(values)
             )
         samples = self.size * (self.weights * checks.finite("function", values)).sum(1)

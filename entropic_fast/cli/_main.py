@@ -22,7 +22,7 @@ from .._utils import atomic_io as store
 from .._utils import checks
 from .._utils import system_info as info
 from .._utils.atomic_io import DamagedFileError
-from ..distributed._communicator import LostProcessError, OtherProcessError
+from ..distributed._communicator import RankFailedError, RankLostError
 from ..experiments import _pipeline as stages
 from ..experiments import _plan as planning
 from ..experiments import _report as reports
@@ -51,8 +51,8 @@ _READABLE = (
     UnitError,
     DataUnavailableError,
     BackendError,
-    LostProcessError,
-    OtherProcessError,
+    RankLostError,
+    RankFailedError,
     torch.OutOfMemoryError,
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -152,7 +152,7 @@ def _configuration(
     if like is None:
         return load_preset(preset or "demo", overrides), None
     if preset is not None:
-        raise checks.fail("--like", "a run, or a --preset", "both", "give one of them")
+        raise checks.invalid("--like", "a run, or a --preset", "both", "give one of them")
     run = RunFolder.open(like)
     config = with_overrides(run.config, overrides)
     return config, run.images() if config.data == run.config.data else None
@@ -211,7 +211,7 @@ def claims_command(
     elif len(arguments) == 1:
         reports.print_claims(_console, _claims(Path(arguments[0])))
     else:
-        raise checks.fail("claims", "RUN, or: compare A B", " ".join(arguments))
+        raise checks.invalid("claims", "RUN, or: compare A B", " ".join(arguments))
 
 
 def _claims(path: Path) -> list[claim_tests.Claim]:
@@ -219,7 +219,7 @@ def _claims(path: Path) -> list[claim_tests.Claim]:
         raise DamagedFileError(problem)
     found = claim_tests.evaluate(path / "data")
     if not found:
-        raise checks.fail(
+        raise checks.invalid(
             "RUN",
             "a finished run, with CSV files in its folder data",
             str(path),
@@ -287,7 +287,7 @@ def _found(folders: list[Path]) -> list[Path]:
     found = runs.find(folders)
     if not found:
         names = ", ".join(map(str, folders))
-        raise checks.fail("RUN", "run folders (with config.json), or folders of them", names)
+        raise checks.invalid("RUN", "run folders (with config.json), or folders of them", names)
     return found
 
 

@@ -121,7 +121,7 @@ def profile(
     checks.one_of("--norm", norm, ("running", "batch"))
     files = weights or []
     if len(files) > 2:
-        raise checks.fail("--weights", "one file, or two", str(len(files)))
+        raise checks.invalid("--weights", "one file, or two", str(len(files)))
     place = stages.choose_device(device)
     with torch.random.fork_rng(devices=[]):  # a factory may draw weights: the same when resumed
         torch.manual_seed(seed)

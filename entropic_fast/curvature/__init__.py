@@ -1,7 +1,7 @@
 """Curvature at a point of an Objective, and along a path."""
 
 from ._at_point import Point, measure_point, profile_point
-from ._crosscheck import DisagreementError, WrongDerivativeError, without_rules
+from ._crosscheck import FastPathMismatchError, WrongDerivativeError, autograd_only
 from .along_path import curvature_profile, profile_positions
 from .estimators._density import spectral_density
 from .estimators._diagonal import hessian_diagonal, operator_diagonal
@@ -16,7 +16,7 @@ from .operators._second_order import GGNOperator, HessianOperator
 from .per_example._gram_plan import ScorePlan
 from .per_example._norms import fisher_trace, gradient_norms
 from .per_example._ntk import ntk_gram
-from .per_example._sampled_labels import sampled_labels
+from .per_example._sampled_labels import with_sampled_labels
 from .per_example._scores import (
     score_gram,
     score_matrix,
@@ -34,11 +34,11 @@ __all__ = [
     "ScorePlan",
     "gradient_norms",
     "fisher_trace",
-    "sampled_labels",
+    "with_sampled_labels",
     "ntk_gram",
-    "DisagreementError",
+    "FastPathMismatchError",
     "WrongDerivativeError",
-    "without_rules",
+    "autograd_only",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.full_precision import exact_math
+from .._torch.full_precision import full_precision
 from .._utils import checks
 from .._utils.convergence import held, warn_once
 from .._utils.results import Density, Eigenpairs, Estimate
@@ -144,7 +144,7 @@ def profile_point(
     return found.row
 
 
-@exact_math()
+@full_precision()
 def measure_point(
     obj: Objective,
     theta: Tensor | None = None,
@@ -270,15 +270,15 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         ValueError: as said.
     """
     if not isinstance(quantities, list | tuple) or not quantities:
-        raise checks.fail(
+        raise checks.invalid(
             "quantities", "a sequence of names", checks.shown(quantities), 'as ("loss",)'
         )
     for name in quantities:
         checks.one_of("quantities", name, ALL_QUANTITIES)
         if name in _OF_HESSIAN:
-            checks.full_precision("obj", obj.dtype, name)
+            checks.single_or_double("obj", obj.dtype, name)
     if "fisher_trace" in quantities and not obj.separable:  # before work is spent on the others
-        raise checks.fail(
+        raise checks.invalid(
             "quantities",
             "none of single examples where the loss of an example does not depend on that example "
             "alone",

@@ -28,7 +28,7 @@ AGREEMENT = {
 SMALL_GRADIENT = {t: 100 * torch.finfo(t).eps for t in (torch.float64, torch.float32)}
 
 
-class DisagreementError(RuntimeError):
+class FastPathMismatchError(RuntimeError):
     """The fast way and torch's own give different derivatives; the message says of what."""
 
 
@@ -75,19 +75,19 @@ def require_agreement(
         dtype: whose rounding they have; None for their own.
 
     Raises:
-        DisagreementError: naming the operator.
+        FastPathMismatchError: naming the operator.
     """
     scale = float(expected.double().norm())
     gap = float((got.double() - expected.double()).norm())
     dtype = dtype or expected.dtype
     slack = ROUNDINGS * torch.finfo(dtype).eps
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
-        raise DisagreementError(
+        raise FastPathMismatchError(
             f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
             "rules and autograd; if the loss or the model mixes examples of a batch, pass "
             "coupled=True; else this is a bug in entropic_fast: please report the model; "
             "meanwhile, build the operator within "
-            "`with entropic_fast.curvature.without_rules():`"
+            "`with entropic_fast.curvature.autograd_only():`"
         )
 
 
@@ -95,17 +95,17 @@ _rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)
 
 
 @contextmanager
-def without_rules() -> Iterator[None]:
+def autograd_only() -> Iterator[None]:
     """Within it, derivatives are those of torch alone: slower, without check.
 
-    The way on after a `DisagreementError`, and to see which of the two ways is wrong. Operators
+    The way on after a `FastPathMismatchError`, and to see which of the two ways is wrong. Operators
     built within it keep to this way.
 
     >>> from entropic_fast import HessianOperator, Objective
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
-    >>> with without_rules():
+    >>> with autograd_only():
     ...     HessianOperator(obj).way
-    'autograd, as rules are turned off'
+    'autograd: rules are turned off'
     """
     token = _rules_off.set(True)
     try:
@@ -115,5 +115,5 @@ def without_rules() -> Iterator[None]:
 
 
 def rules_are_off() -> bool:
-    """Whether we are within `without_rules`."""
+    """Whether we are within `autograd_only`."""
     return _rules_off.get()

@@ -12,7 +12,7 @@ from .._utils import checks
 from .._utils.convergence import warn_of_overflow, warn_once
 from .._utils.results import Density, Eigenpairs
 from .._utils.table import Table
-from ..distributed._communicator import OtherProcessError, not_finite
+from ..distributed._communicator import RankFailedError, not_finite
 from ..objective import NonFiniteLossError, Objective
 from ..objective._objective import require_objective
 from ._at_point import (
@@ -97,7 +97,7 @@ def curvature_profile(
     positions = profile_positions(points)
     checks.positive("tol", tol)
     if not callable(getattr(path, "point", None)):
-        raise checks.fail("path", "a path with point(s)", checks.describe(path), "use ef.Path")
+        raise checks.invalid("path", "a path with point(s)", checks.describe(path), "use ef.Path")
     if obj.coupled and tuple(quantities) == QUANTITIES:
         quantities = [name for name in quantities if name != "fisher_trace"]
     require_quantities(obj, quantities)
@@ -105,12 +105,12 @@ def curvature_profile(
     checks.boolean("across", across)
     for name, asked in (("across", across), ("on_density", on_density is not None)):
         if asked and "density" not in quantities:
-            raise checks.fail(
+            raise checks.invalid(
                 "quantities", f'"density" among them with {name}', checks.shown(quantities)
             )
     tangent = getattr(path, "tangent", None) if across else None
     if across and tangent is None:
-        raise checks.fail(
+        raise checks.invalid(
             "path", "one with tangent(s), for across=True", type(path).__name__, "use ef.Path"
         )
     row: Row
@@ -135,7 +135,7 @@ def curvature_profile(
                 delta=delta,
                 along=None if tangent is None else tangent(s),
             )
-        except (NonFiniteLossError, NonFiniteProductError, OtherProcessError) as error:
+        except (NonFiniteLossError, NonFiniteProductError, RankFailedError) as error:
             loss_is_finite = isinstance(error, NonFiniteProductError)
             if not loss_is_finite and not not_finite(error):
                 raise
@@ -168,12 +168,12 @@ def profile_positions(points: int | Sequence[float]) -> list[float]:
     [0.0, 0.5, 1.0]
     """
     if not isinstance(points, Iterable):
-        count = checks.whole("points", points, 2)
+        count = checks.integer("points", points, 2)
         return [i / (count - 1) for i in range(count)]
     positions = checks.numbers("points", points)
     if not positions:
-        raise checks.fail("points", "at least one position", "none")
+        raise checks.invalid("points", "at least one position", "none")
     for s in positions:
         if not (math.isfinite(s) and 0 <= s <= 1):
-            raise checks.fail("points", "positions in [0, 1]", checks.shown(s))
+            raise checks.invalid("points", "positions in [0, 1]", checks.shown(s))
     return positions

@@ -3,6 +3,12 @@
 Start with `_process_group`; `_communicator` holds the collectives.
 """
 
-from ._process_group import DifferentCallsError, LostProcessError, OtherProcessError, init, shard
+from ._process_group import (
+    CollectiveMismatchError,
+    RankFailedError,
+    RankLostError,
+    distribute,
+    init,
+)
 
-__all__ = ["DifferentCallsError", "LostProcessError", "OtherProcessError", "init", "shard"]
+__all__ = ["CollectiveMismatchError", "RankLostError", "RankFailedError", "init", "distribute"]

@@ -33,15 +33,15 @@ REMEDY = (
 )
 
 
-class OtherProcessError(RuntimeError):
+class RankFailedError(RuntimeError):
     """Another process failed, or does something else; the message names it."""
 
 
-class DifferentCallsError(OtherProcessError):
+class CollectiveMismatchError(RankFailedError):
     """Processes do not make the same call with the same arguments."""
 
 
-class LostProcessError(RuntimeError):
+class RankLostError(RuntimeError):
     """A process ended, or did not answer in time, while others waited for it."""
 
 
@@ -49,11 +49,11 @@ def not_finite(error: Exception) -> bool:
     """Whether an error, here or of another process, is about a loss that is not finite."""
     name = NonFiniteLossError.__name__
     return isinstance(error, NonFiniteLossError) or (
-        isinstance(error, OtherProcessError) and name in str(error)
+        isinstance(error, RankFailedError) and name in str(error)
     )
 
 
-class Sharing:
+class Communicator:
     """This process's part of what a group of processes does together.
 
     Before numbers go round the processes meet: each tells how it fares, where it is and with what.
@@ -81,7 +81,7 @@ class Sharing:
         self._calls = 0
         self._told: Exception | None = None  # the last failure here that others know of
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
         return self
 
     def range(self, count: int, rank: int | None = None) -> tuple[int, int]:
@@ -115,9 +115,9 @@ class Sharing:
             what: the name of what is computed, and what it is computed of (see `agree`).
 
         Raises:
-            OtherProcessError: `compute` failed elsewhere (here, its own error is raised), or
+            RankFailedError: `compute` failed elsewhere (here, its own error is raised), or
                 another process computes something else.
-            LostProcessError: a process is gone.
+            RankLostError: a process is gone.
         """
         part = self.met(lambda: compute().contiguous(), *what, form=_form)
         if is_gpu(part.device):
@@ -151,7 +151,7 @@ class Sharing:
     def _knows(self, error: BaseException | None, handled: BaseException | None) -> bool:
         """Whether an error, or one behind it since `handled`, was met over already."""
         while error is not None and error is not handled:
-            if error is self._told or isinstance(error, OtherProcessError | LostProcessError):
+            if error is self._told or isinstance(error, RankFailedError | RankLostError):
                 return True
             error = error.__cause__ or error.__context__
         return False
@@ -176,7 +176,7 @@ class Sharing:
             if failure is not None:
                 self._told = failure
                 raise failure
-            raise OtherProcessError(f"process {failed[0]} of {self.size}: {said}")
+            raise RankFailedError(f"process {failed[0]} of {self.size}: {said}")
         dtypes = {t.dtype for t in tensors if t.is_floating_point()}
         precision = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
         other = next((r for r, s in enumerate(states) if not _alike(s, states[0], precision)), None)
@@ -187,7 +187,7 @@ class Sharing:
         else:
             here, there = _cropped(self.text(text, 0), self.text(text, other))
             found = f'"{here}" on process 0, "{there}" on process {other}'
-        raise DifferentCallsError(
+        raise CollectiveMismatchError(
             f"expected {self.size} processes at one place in the program, got {found}; make the "
             "same calls with the same arguments on every process, with as many threads"
         )
@@ -203,7 +203,7 @@ class Sharing:
             states = self.gathered(list(struct.unpack(f"<{WIDTH}q", digest)))
             others = [rank for rank, state in enumerate(states) if state != states[0]]
             if others:
-                raise checks.fail(
+                raise checks.invalid(
                     "obj",
                     f"the same {name} on every process",
                     f"another {name} on process {', '.join(map(str, others))} than on process 0",
@@ -240,7 +240,7 @@ class Sharing:
     # -- messages --------------------------------------------------------------------------
 
     def gathered(self, numbers: list[int]) -> list[list[int]]:
-        """Up to four whole numbers of every process, in order; waits for those that are late."""
+        """Up to four integers of every process, in order; waits for those that are late."""
         # Written by another thread, which is in no inference mode.
         with torch.inference_mode(False):
             return self._gathered(numbers)
@@ -296,7 +296,7 @@ class Sharing:
             gone = self._started(lambda: signs.gone(self._ranks))
             if gone:
                 signs.bereaved = True
-                raise LostProcessError(
+                raise RankLostError(
                     f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
                     f"gave no sign of life for {signs.timeout:g} s; {REMEDY}"
                 )
@@ -320,7 +320,7 @@ class Sharing:
             what = f"process {who} of {self.size} ended"
             if not who:
                 what = f"a process of {self.size} ended or did not answer in time"
-            raise LostProcessError(f"{what} ({reason}); {REMEDY}") from error
+            raise RankLostError(f"{what} ({reason}); {REMEDY}") from error
 
 
 def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

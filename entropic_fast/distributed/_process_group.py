@@ -1,13 +1,14 @@
 """One objective on many processes: what is a sum over examples is shared out, and put together.
 
 Every process of `torchrun --nproc-per-node 4 script.py` runs the same script with the same model
-and data; `shard` makes of its objective one whose work is shared, and every call after that is
+and data; `distribute` makes of its objective one whose work is shared, and every call after that is
 the one that a single process makes, on every process, with the same result on each.
 
-- Shared by examples: losses, gradients, products and quadratic forms of the Hessian, Gauss-Newton
+- Distributed over examples: losses, gradients, products and quadratic forms of the Hessian,
+Gauss-Newton
   and Fisher operators, gradient norms and what is made of these: traces, eigenvalues, spectral
   densities, profiles along paths. The Gram matrix by blocks of rows that go round in a ring.
-- Shared by pivots: AutoNEB. By replicas: `relax` and what uses it.
+- Distributed over pivots: AutoNEB. By replicas: `relax` and what uses it.
 - Anything else every process computes whole, which is right, only not faster.
 
 Random numbers are keyed by example, probe and replica, so nothing depends on how many processes
@@ -31,19 +32,19 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._utils import checks
 from .._utils.devices import is_gpu
-from ._communicator import DifferentCallsError, LostProcessError, OtherProcessError, Sharing
+from ._communicator import CollectiveMismatchError, Communicator, RankFailedError, RankLostError
 from ._heartbeat import Signs
 
 if TYPE_CHECKING:
     from ..objective import Objective
 
 __all__ = [
-    "DifferentCallsError",
-    "LostProcessError",
-    "OtherProcessError",
-    "Sharing",
+    "CollectiveMismatchError",
+    "RankLostError",
+    "RankFailedError",
+    "Communicator",
     "init",
-    "shard",
+    "distribute",
 ]
 
 DEFAULT_TIMEOUT = 600.0  # seconds
@@ -110,7 +111,7 @@ def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
     for other in range(size):
         place = store.get(f"entropic_fast/gpu/{other}").decode()
         if place in seen:
-            raise checks.fail(
+            raise checks.invalid(
                 "processes",
                 "one per GPU, because NCCL does not support two ranks on one",
                 f"processes {seen[place]} and {other} on the same ({place})",
@@ -132,7 +133,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def shard(obj: Objective, group: Any = None) -> Objective:
+def distribute(obj: Objective, group: Any = None) -> Objective:
     """The same objective with its work shared among processes.
 
     Every process must call this, and every function on the result, with the same arguments in the
@@ -146,7 +147,7 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     Raises:
         ValueError: on every process, if parameters, data or settings differ between processes;
             a model that is not on a GPU in a group of your own by NCCL.
-        LostProcessError: a process is not there.
+        RankLostError: a process is not there.
 
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> obj = shard(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
@@ -161,24 +162,24 @@ def shard(obj: Objective, group: Any = None) -> Objective:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return obj
     if dist.get_rank(group) < 0:
-        raise checks.fail(
+        raise checks.invalid(
             "group",
             "one that this process is in",
             f"one without process {dist.get_rank()}",
-            "call shard on the processes of the group alone",
+            "call distribute on the processes of the group alone",
         )
     patient = _signs is not None and group in (None, dist.group.WORLD)
     if dist.get_backend(group) == "nccl" and not is_gpu(obj.device):
         if not patient:
-            raise checks.fail(
+            raise checks.invalid(
                 "obj",
                 "a model on this process's GPU, as NCCL joins GPUs alone",
                 f"parameters on {obj.device}",
                 "move the model and the data there: model.to(entropic_fast.distributed.init())",
             )
         group = _meeting  # of the same processes, by gloo
-    sharing = Sharing(group, obj.device, *((_meeting, _signs) if patient else ()))
-    sharing.require_same(
+    communicator = Communicator(group, obj.device, *((_meeting, _signs) if patient else ()))
+    communicator.require_same(
         {
             "model": digest([obj.parameters_vector(), *obj.constants()]),
             "data": obj.examples.digest(),
@@ -190,13 +191,13 @@ def shard(obj: Objective, group: Any = None) -> Objective:
             ),
         }
     )
-    _require_same_function(obj, sharing)
+    _require_same_function(obj, communicator)
     other = copy.copy(obj)
-    other.sharing = sharing
+    other.communicator = communicator
     return other
 
 
-def _require_same_function(obj: Objective, sharing: Sharing) -> None:
+def _require_same_function(obj: Objective, communicator: Communicator) -> None:
     """Refuse models or losses whose values differ, with the same parameters, on a few examples."""
     failure: Exception | None = None
     found: list[Tensor] = []
@@ -208,9 +209,9 @@ def _require_same_function(obj: Objective, sharing: Sharing) -> None:
     except Exception as error:
         failure = error
     try:
-        sharing.agree(failure, "outputs and losses of the first examples", *found)
-    except DifferentCallsError:
-        raise checks.fail(
+        communicator.agree(failure, "outputs and losses of the first examples", *found)
+    except CollectiveMismatchError:
+        raise checks.invalid(
             "obj",
             "the same function on every process",
             "other outputs or losses of the first examples on some",

@@ -141,7 +141,7 @@ def drift(
     for time, position in zip(kept.effective_times, kept.position, strict=True):
         use = (time >= first) & (time <= last)
         if int(use.sum()) < 2:
-            raise checks.fail(
+            raise checks.invalid(
                 "first, last",
                 "at least 2 records between them",
                 f"{int(use.sum())} between {first} and {last}",
@@ -206,7 +206,7 @@ def relaxation_time(
         ValueError: a start at the target, or half-way between the ends with "nearest".
     """
     if not 0 <= fraction < 1:
-        raise checks.fail("fraction", "a number in [0, 1)", checks.shown(fraction))
+        raise checks.invalid("fraction", "a number in [0, 1)", checks.shown(fraction))
     goal = _goal(trajectory.start, target)
     away = (trajectory.position - goal[:, None]).abs()  # [R, T]
     # A replica put exactly on the threshold by rounding has arrived.
@@ -234,7 +234,7 @@ def _goal(start: Tensor, target: str | float) -> Tensor:
     """The position that each replica is to reach.  # [R]"""
     if target == "nearest":
         if bool((start == 0.5).any()):
-            raise checks.fail(
+            raise checks.invalid(
                 "target",
                 "a position, where a start is half-way between the ends",
                 "'nearest' and a start of 0.5",
@@ -244,9 +244,9 @@ def _goal(start: Tensor, target: str | float) -> Tensor:
     elif isinstance(target, int | float) and 0 <= target <= 1:
         goal = torch.full_like(start, float(target))
     else:
-        raise checks.fail("target", "'nearest' or a position in [0, 1]", checks.shown(target))
+        raise checks.invalid("target", "'nearest' or a position in [0, 1]", checks.shown(target))
     if bool((start == goal).any()):
-        raise checks.fail(
+        raise checks.invalid(
             "target",
             "another position than the start",
             f"{float(goal[0])}",
@@ -257,16 +257,16 @@ def _goal(start: Tensor, target: str | float) -> Tensor:
 
 def _finished(trajectory: Trajectory) -> Trajectory:
     if bool(trajectory.diverged.all()):
-        raise checks.fail("trajectory", "a replica that did not diverge", "none")
+        raise checks.invalid("trajectory", "a replica that did not diverge", "none")
     return trajectory.select(~trajectory.diverged)
 
 
 def _samples(samples: Tensor, confidence: float) -> Tensor:
     if not 0 < confidence < 1:
-        raise checks.fail("confidence", "a number between 0 and 1", checks.shown(confidence))
+        raise checks.invalid("confidence", "a number between 0 and 1", checks.shown(confidence))
     samples = torch.as_tensor(samples, dtype=torch.float64)
     if samples.ndim != 1 or len(samples) == 0 or bool(samples.isnan().any()):
-        raise checks.fail(
+        raise checks.invalid(
             "samples", "numbers [R], at least one, none NaN", checks.describe(samples)
         )
     return samples

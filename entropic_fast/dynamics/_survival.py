@@ -13,7 +13,7 @@ from scipy import optimize, stats
 
 from .._utils import checks
 from .._utils.table import Table
-from ..ops.random_bits.streams import derive
+from ..ops.random_bits.streams import fold_in
 from ._relaxation import RelaxationTime
 
 Array = NDArray[np.float64]
@@ -65,7 +65,7 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
     ([1.0, 2.0], [0.75, 0.5], 2.0)
     """
     if not 0 < confidence < 1:
-        raise checks.fail("confidence", "a number between 0 and 1", checks.shown(confidence))
+        raise checks.invalid("confidence", "a number between 0 and 1", checks.shown(confidence))
     data = _censored(found)
     arrived = int((~found.censored).sum())
     if arrived == 0:
@@ -121,7 +121,7 @@ def log_rank(a: RelaxationTime, b: RelaxationTime, *, paired: bool = False) -> t
         return float(result.statistic), float(result.pvalue)
     n = len(a.times)
     if len(b.times) != n:
-        raise checks.fail("b", f"{n} times, one for each of a's", str(len(b.times)))
+        raise checks.invalid("b", f"{n} times, one for each of a's", str(len(b.times)))
     scores = _scores(a, b)
     difference = scores[:n] - scores[n:]
     scale = math.sqrt(float(np.square(difference).sum()))
@@ -130,7 +130,7 @@ def log_rank(a: RelaxationTime, b: RelaxationTime, *, paired: bool = False) -> t
     if n <= _ALL_PAIRS:
         signs = np.where(np.arange(2**n)[:, None] >> np.arange(n) & 1, -1.0, 1.0)
     else:
-        rng = np.random.default_rng(derive(0, "log-rank"))
+        rng = np.random.default_rng(fold_in(0, "log-rank"))
         signs = rng.choice([-1.0, 1.0], (2**_ALL_PAIRS, n))
         signs[0] = 1.0  # the order found
     sums = np.abs(signs @ difference)
@@ -231,18 +231,18 @@ def fit_scaling(
     rows, times, arrived = [], [], []
     for values, found in groups:
         if tuple(values) != names:
-            raise checks.fail("groups", f"settings {list(names)}", str(list(values)))
+            raise checks.invalid("groups", f"settings {list(names)}", str(list(values)))
         point = [math.log(checks.positive(name, float(values[name]))) for name in names]
         rows += [point] * len(found.times)
         times += found.times.tolist()
         arrived += (~found.censored).tolist()
     x, event = np.asarray(rows, dtype=np.float64), np.asarray(arrived, dtype=bool)
     if not names or np.linalg.matrix_rank(x - x.mean(0), tol=1e-9) < len(names):
-        raise checks.fail(
+        raise checks.invalid(
             "groups", "settings that vary independently of one another", str(list(names))
         )
     if min(times) <= 0 or event.sum() < len(names) + 2:
-        raise checks.fail(
+        raise checks.invalid(
             "groups",
             f"times above 0 and at least {len(names) + 2} arrivals",
             f"a least time {min(times):g} and {int(event.sum())} arrivals",
@@ -275,7 +275,7 @@ def fit_scaling(
     )
     curvature = (hessian + hessian.T) / 2
     if not np.isfinite(curvature).all() or np.linalg.eigvalsh(curvature)[0] <= 0:
-        raise checks.fail(
+        raise checks.invalid(
             "groups", "times that determine every exponent", "a likelihood without a maximum"
         )
     covariance = np.linalg.inv(curvature)
@@ -311,13 +311,13 @@ def _clusters(
 ) -> list[NDArray[np.bool_]]:
     expected = [len(found.times) for _, found in groups]
     if [len(ids) for ids in replicas] != expected:
-        raise checks.fail(
+        raise checks.invalid(
             "replicas", f"{expected} numbers, as many as times", str([len(r) for r in replicas])
         )
     numbers = np.concatenate([np.asarray(ids) for ids in replicas])
     found = [numbers == number for number in np.unique(numbers)]
     if len(found) < 2:
-        raise checks.fail("replicas", "at least two different numbers", str(numbers.tolist()))
+        raise checks.invalid("replicas", "at least two different numbers", str(numbers.tolist()))
     return found
 
 

@@ -51,13 +51,13 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     else:
         if name not in presets():
             known = ", ".join(map(repr, presets()))
-            raise checks.fail("preset", f"one of {known}, or a .toml file", checks.shown(name))
+            raise checks.invalid("preset", f"one of {known}, or a .toml file", checks.shown(name))
         source = resources.files(__package__) / "presets" / f"{name}.toml"
         text = source.read_text(encoding="utf-8")
     try:
         document = {**tomllib.loads(text), "preset": name}
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise checks.fail(f"--preset {file}", "TOML", f"another text ({error})") from error
+        raise checks.invalid(f"--preset {file}", "TOML", f"another text ({error})") from error
     return _overridden(document, overrides)
 
 
@@ -101,33 +101,33 @@ def changed_values(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[
 def _apply(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise checks.fail("--set", "section.key=value", checks.shown(override))
+        raise checks.invalid("--set", "section.key=value", checks.shown(override))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
         value = text.strip()
     *sections, last = key.strip().split(".")
     if not last or key.strip() == "preset":
-        raise checks.fail(
+        raise checks.invalid(
             "--set", "section.key=value", checks.shown(override), "use --preset for presets"
         )
     target = document
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise checks.fail("--set", "section.key=value", checks.shown(override))
+            raise checks.invalid("--set", "section.key=value", checks.shown(override))
     target[last] = value
 
 
 def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
     kinds = typing.get_type_hints(cls)
     if not isinstance(document, Mapping):
-        raise checks.fail(where or "configuration", "sections and keys", checks.shown(document))
+        raise checks.invalid(where or "configuration", "sections and keys", checks.shown(document))
     if cls is Config and not isinstance(document.get("preset"), str):
-        raise checks.fail("preset", "the preset's name", checks.shown(document.get("preset")))
+        raise checks.invalid("preset", "the preset's name", checks.shown(document.get("preset")))
     unknown = document.keys() - kinds.keys()
     if unknown:
-        raise checks.fail(
+        raise checks.invalid(
             f"{where}{sorted(unknown)[0]}", "one of " + ", ".join(kinds), "an unknown key"
         )
     return cls(**{k: _value(kinds[k], v, f"{where}{k}") for k, v in document.items()})
@@ -136,22 +136,22 @@ def _build(cls: Any, document: Mapping[str, Any], where: str) -> Any:
 def _value(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise checks.fail(where, "a section", checks.shown(value))
+            raise checks.invalid(where, "a section", checks.shown(value))
         return _build(kind, value, f"{where}.")
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, list | tuple):
-            raise checks.fail(where, "a list", checks.shown(value))
+            raise checks.invalid(where, "a list", checks.shown(value))
         if items[-1] is Ellipsis:
             return tuple(_value(items[0], v, where) for v in value)
         if len(items) != len(value):
-            raise checks.fail(where, f"a list of {len(items)}", checks.shown(value))
+            raise checks.invalid(where, f"a list of {len(items)}", checks.shown(value))
         return tuple(_value(k, v, where) for k, v in zip(items, value, strict=True))
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         name = kind.__name__ if not isinstance(kind, types.GenericAlias) else str(kind)
-        raise checks.fail(where, f"a value of type {name}", checks.shown(value))
+        raise checks.invalid(where, f"a value of type {name}", checks.shown(value))
     return value
 
 
@@ -235,12 +235,14 @@ _MAY_BE_EMPTY = ("fig6.seeds", "fig7.seeds", "straight.batch_sizes")  # then the
 def _check(config: Config) -> None:
     seeds = config.train.seeds
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        raise checks.fail("train.seeds", "at least two different seeds", checks.shown(seeds))
+        raise checks.invalid("train.seeds", "at least two different seeds", checks.shown(seeds))
     for pair in config.path.pairs:
         if pair[0] == pair[1] or not set(pair) <= set(seeds):
-            raise checks.fail("path.pairs", f"two different seeds of {seeds}", checks.shown(pair))
+            raise checks.invalid(
+                "path.pairs", f"two different seeds of {seeds}", checks.shown(pair)
+            )
     if len(config.path.steps) != len(config.path.lrs) or not config.path.steps:
-        raise checks.fail(
+        raise checks.invalid(
             "path.steps",
             "as many cycles as path.lrs, at least one",
             f"{len(config.path.steps)} and {len(config.path.lrs)}",
@@ -249,7 +251,7 @@ def _check(config: Config) -> None:
     for key in _SETS:
         entries = [repr(entry) for entry in flat[key]]
         if not (entries or key in _MAY_BE_EMPTY) or len(set(entries)) < len(entries):
-            raise checks.fail(key, "at least one entry, and none twice", checks.shown(flat[key]))
+            raise checks.invalid(key, "at least one entry, and none twice", checks.shown(flat[key]))
     for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float):
@@ -263,18 +265,18 @@ def _check(config: Config) -> None:
         ("poor.starts", config.poor.starts),
     ):
         if any(start > 1 for start in starts):
-            raise checks.fail(key, "positions in [0, 1]", checks.shown(starts))
+            raise checks.invalid(key, "positions in [0, 1]", checks.shown(starts))
     checks.one_of("train.precision", config.train.precision, ("float32", "bfloat16"))
     for name in config.relax.optimizers:
         checks.one_of("relax.optimizers", name, OPTIMIZERS)
     for key in ("train.momentum", "path.momentum"):
         if flat[key] >= 1:
-            raise checks.fail(key, "a number in [0, 1)", checks.shown(flat[key]))
+            raise checks.invalid(key, "a number in [0, 1)", checks.shown(flat[key]))
     for name in ("lmc", "fig6", "fig7"):
         section: LMCSection = getattr(config, name)
         epochs = section.epochs or config.train.epochs
         if section.seeds and max(section.branch_epochs) > epochs:
-            raise checks.fail(
+            raise checks.invalid(
                 f"{name}.branch_epochs",
                 f"at most {epochs} epochs",
                 checks.shown([*section.branch_epochs]),
@@ -283,9 +285,9 @@ def _check(config: Config) -> None:
     for key in ("force.positions", "relax.start_every"):
         if flat[key] > segments:
             expected = f"at most the {segments} segments of a path of path.pivots"
-            raise checks.fail(key, expected, str(flat[key]))
+            raise checks.invalid(key, expected, str(flat[key]))
     if config.path.max_pivots < config.path.pivots:
-        raise checks.fail(
+        raise checks.invalid(
             "path.max_pivots",
             f"at least path.pivots ({config.path.pivots})",
             str(config.path.max_pivots),

@@ -139,7 +139,7 @@ def expected_cost(
     processes: int = 1,
     itemsize: int = 4,
 ) -> Cost:
-    """What a quantity takes, by the arithmetic of how `parallel.shard` shares it.
+    """What a quantity takes, by the arithmetic of how `distributed.distribute` shares it.
 
     Sums are put together by a ring: of b bytes each of W processes sends 2 b (W - 1) / W in
     2 (W - 1) messages. The Gram matrix sends rows to W / 2 others first.
@@ -189,9 +189,9 @@ def work_of(
     """
     checks.one_of("quantity", quantity, tuple(PASSES))
     for name, value in (("examples", examples), ("parameters", parameters)):
-        checks.whole(name, value, 1)
-    checks.whole("columns", columns, 1)
-    w = checks.whole("processes", processes, 1)
+        checks.integer(name, value, 1)
+    checks.integer("columns", columns, 1)
+    w = checks.integer("processes", processes, 1)
     own = ceil(examples / w)
     once, each = PASSES[quantity]
     gradients = own * (once + each * columns)
@@ -231,7 +231,7 @@ def path_work(
     >>> path_work(pivots=9, batch_size=10, steps=2, parameters=5, processes=4).gradients
     60.0
     """
-    w = checks.whole("processes", processes, 1)
+    w = checks.integer("processes", processes, 1)
     summed = 8 * pivots * parameters  # in float64
     return Work(
         "path",
@@ -254,7 +254,7 @@ def relaxation_work(
     >>> relaxation_work(replicas=3, batch_size=8, steps=10, parameters=5, processes=2).gradients
     320.0
     """
-    w = checks.whole("processes", processes, 1)
+    w = checks.integer("processes", processes, 1)
     own = ceil(replicas / w)
     return Work(
         "relax",
@@ -275,7 +275,7 @@ def measure(obj: Objective) -> Machine:
     (0.0, True)
     """
     count = min(obj.num_examples, MEASURED_EXAMPLES)
-    few = obj.alone()
+    few = obj.without_distribution()
     if obj.examples.are_tensors:
         size = min(count, obj.examples.batch_size)
         few = few.sampled(*obj.tensors(count), batch_size=size)
@@ -285,19 +285,19 @@ def measure(obj: Objective) -> Machine:
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
     taken = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
     multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / taken
-    if obj.sharing is None:
+    if obj.communicator is None:
         return Machine(gradient, multiply, float("inf"), 0.0, operations)
-    sharing, size = obj.sharing, obj.sharing.size
+    communicator, size = obj.communicator, obj.communicator.size
     short = torch.zeros(1, device=obj.device)
     long = torch.zeros(max(2**20, obj.num_params), device=obj.device)
-    latency = _fastest(lambda: sharing.summed(lambda: short)) / (3 * (size - 1))
-    taken = _fastest(lambda: sharing.summed(lambda: long)) - 3 * (size - 1) * latency
+    latency = _fastest(lambda: communicator.summed(lambda: short)) / (3 * (size - 1))
+    taken = _fastest(lambda: communicator.summed(lambda: long)) - 3 * (size - 1) * latency
     bandwidth = 2 * long.nbytes * (size - 1) / size / max(taken, 1e-9)
     # The slowest of each: others wait for it.
     mine = torch.tensor([gradient, 1 / multiply, 1 / bandwidth, latency], dtype=torch.float64)
     slowest = torch.zeros(size, 4, dtype=torch.float64)
-    slowest[sharing.rank] = mine
-    found = sharing.summed(lambda: slowest.to(obj.device)).amax(0).tolist()
+    slowest[communicator.rank] = mine
+    found = communicator.summed(lambda: slowest.to(obj.device)).amax(0).tolist()
     return Machine(found[0], 1 / found[1], 1 / found[2], found[3], operations)
 
 

@@ -28,7 +28,7 @@ from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores
-from ..distributed._communicator import Sharing
+from ..distributed._communicator import Communicator
 from ._task_store import UnitStore
 
 Report = Callable[[float], None]
@@ -72,7 +72,7 @@ def execute(
     *,
     workers: int | None = None,
     console: Console | None = None,
-    sharing: Sharing | None = None,
+    communicator: Communicator | None = None,
 ) -> None:
     """Compute every unit that is not finished yet.
 
@@ -84,7 +84,7 @@ def execute(
             out among as many, even while fewer units are left: how a sum is split over threads
             changes its last digits, and a resumed run must repeat an unbroken one exactly.
         console: where progress is shown.
-        sharing: processes that call this together and share the work of each unit, all of them
+        communicator: processes that call this together and share the work of each unit, all of them
             at the same one. The first decides which, and stores it.
 
     Raises:
@@ -93,15 +93,15 @@ def execute(
         KeyboardInterrupt: as it came; only the units under way are lost.
     """
     console = console or Console(stderr=True)
-    if sharing is not None and sharing.rank:
-        _follow(run, units, sharing)
+    if communicator is not None and communicator.rank:
+        _follow(run, units, communicator)
         return
     # Of torchrun's processes on a machine each takes its share of the cores.
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in units if not _finished(run, u, console)}
-    if not todo and sharing is None:
+    if not todo and communicator is None:
         return
-    asked = 1 if sharing is not None else workers or (1 if is_gpu(run.device) else cores)
+    asked = 1 if communicator is not None else workers or (1 if is_gpu(run.device) else cores)
     threads = max(1, min(cores // asked, torch.get_num_threads()))
     workers = max(1, min(asked, len(todo)))
     if workers > 1 and is_gpu(run.device):
@@ -112,7 +112,7 @@ def execute(
     with _monitor(console, list(todo.values()), workers) as monitor:
         if workers == 1:
             with _threads(threads):
-                _in_process(run, todo, monitor, sharing)
+                _in_process(run, todo, monitor, communicator)
         else:
             _over_processes(run, todo, monitor, workers, threads)
 
@@ -123,7 +123,7 @@ def _require_room(workers: int, console: Console) -> None:
     for gpu, free in enumerate(_free_memory(min(gpus, workers))):
         here = len(range(gpu, workers, gpus))
         if free < here * GPU_MEMORY:
-            raise checks.fail(
+            raise checks.invalid(
                 "--workers",
                 f"at most {max(1, free // GPU_MEMORY)} processes on GPU {gpu}, with "
                 f"{GPU_MEMORY / 2**30:g} GiB for each",
@@ -213,7 +213,7 @@ class _Queue:
 
 
 def _in_process(
-    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, sharing: Sharing | None
+    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, communicator: Communicator | None
 ) -> None:
     queue = _Queue(todo)
     while queue.todo:
@@ -223,7 +223,7 @@ def _in_process(
             time.sleep(RETRY / 4)
             continue
         try:
-            seconds = _compute(run, unit, partial(monitor.advance, unit), sharing)
+            seconds = _compute(run, unit, partial(monitor.advance, unit), communicator)
         except Exception as error:
             raise UnitError(f"{unit.name}: {error}") from error
         if seconds is None:
@@ -231,18 +231,18 @@ def _in_process(
             continue
         queue.done(unit)
         monitor.done(unit, seconds)
-    if sharing is not None:
-        sharing.text("", 0)  # nothing is left
+    if communicator is not None:
+        communicator.text("", 0)  # nothing is left
 
 
-def _follow(run: UnitStore, units: Sequence[Unit], sharing: Sharing) -> None:
+def _follow(run: UnitStore, units: Sequence[Unit], communicator: Communicator) -> None:
     """Take part in the units that the first process chooses, until there are none."""
     named = {unit.name: unit for unit in units}
-    while name := sharing.text("", 0):
+    while name := communicator.text("", 0):
         unit = named[name]
         try:
-            sharing.met(partial(unit.function, run, _unseen, *unit.args), name)
-            sharing.agree(None, f"{name} is stored")
+            communicator.met(partial(unit.function, run, _unseen, *unit.args), name)
+            communicator.agree(None, f"{name} is stored")
         except Exception as error:
             raise UnitError(f"{name}: {error}") from error
 
@@ -359,7 +359,7 @@ def _compute_in_worker(run: UnitStore, unit: Unit) -> float | None:
 
 
 def _compute(
-    run: UnitStore, unit: Unit, report: Report, sharing: Sharing | None = None
+    run: UnitStore, unit: Unit, report: Report, communicator: Communicator | None = None
 ) -> float | None:
     """Seconds that a unit took; 0 if another command finished it, None if one is at it."""
     with run.claim(unit.name) as mine:
@@ -368,15 +368,15 @@ def _compute(
         if run.is_whole(unit.name):
             return 0.0
         start = time.perf_counter()
-        if sharing is None:
+        if communicator is None:
             output = unit.function(run, report, *unit.args)
             seconds = time.perf_counter() - start
             run.finish(unit.name, output, seconds)
             return seconds
-        sharing.text(unit.name, 0)  # the others follow
-        output = sharing.met(lambda: unit.function(run, report, *unit.args), unit.name)
+        communicator.text(unit.name, 0)  # the others follow
+        output = communicator.met(lambda: unit.function(run, report, *unit.args), unit.name)
         seconds = time.perf_counter() - start
-        sharing.met(lambda: run.finish(unit.name, output, seconds), f"{unit.name} is stored")
+        communicator.met(lambda: run.finish(unit.name, output, seconds), f"{unit.name} is stored")
         return seconds
 
 

@@ -65,10 +65,10 @@ def prepare(run: RunFolder) -> None:
         ("straight.batch_sizes", max(run.config.straight.batch_sizes, default=0)),
     ):
         if asked > len(training):
-            raise checks.fail(key, f"at most the {len(training)} training images", str(asked))
+            raise checks.invalid(key, f"at most the {len(training)} training images", str(asked))
     if run.config.poor.attack >= len(training):
         expected = f"fewer than the {len(training)} training images"
-        raise checks.fail(
+        raise checks.invalid(
             "poor.attack", expected, str(run.config.poor.attack), "0 leaves figure 9 out"
         )
     others = dict.fromkeys(section.data for section in shown)

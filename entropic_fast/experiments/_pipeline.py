@@ -169,7 +169,7 @@ def choose_device(name: str) -> str:
     """
     checks.one_of("--device", name, ("auto", "cpu", *sorted(GPU_TYPES)))
     if name != "auto" and is_gpu(name) and not torch.cuda.is_available():
-        raise checks.fail("--device", "a GPU that torch can use", "none", "pass --device cpu")
+        raise checks.invalid("--device", "a GPU that torch can use", "none", "pass --device cpu")
     found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     if is_gpu(found):  # of torchrun's processes on a machine each takes a GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -216,7 +216,7 @@ def write_report(run: RunFolder, console: Console) -> None:
     """
     missing = [unit.name for unit in all_units(run) if not run.is_whole(unit.name)]
     if missing:
-        raise checks.fail(
+        raise checks.invalid(
             "RUN",
             "a finished run",
             f"one with {len(missing)} units missing or damaged, as {missing[0]}",

@@ -78,7 +78,9 @@ class RunFolder(UnitStore):
         path = Path(path)
         stored = path / "config.json"
         if not stored.exists():
-            raise checks.fail("RUN", "a run folder (with config.json)", str(path), "check the path")
+            raise checks.invalid(
+                "RUN", "a run folder (with config.json)", str(path), "check the path"
+            )
         try:
             return cls(path, from_dict(store.read_sealed(stored)))
         except ValueError as error:
@@ -103,7 +105,7 @@ class RunFolder(UnitStore):
             if recorded is None:
                 store.write_sealed(self.path / "images.json", facts)
         if recorded is not None and recorded != facts:
-            raise checks.fail(
+            raise checks.invalid(
                 "--data-dir",
                 f"the images that {self.path} was begun with ({recorded})",
                 f"others ({facts})",

@@ -144,11 +144,11 @@ def require_unused(path: Path) -> None:
         ValueError: a file, or a folder with more than writes that were cut off.
     """
     if path.exists() and not path.is_dir():
-        raise checks.fail("--out", "a folder", f"{path}, which is a file", "choose another")
+        raise checks.invalid("--out", "a folder", f"{path}, which is a file", "choose another")
     if path.is_dir() and any(
         f for f in path.iterdir() if f.name != LOCKS and not f.name.endswith(".part")
     ):
-        raise checks.fail(
+        raise checks.invalid(
             "--out", "a new or empty folder, or a run's", f"{path}, which holds other files"
         )
 
@@ -164,7 +164,7 @@ def require_same(path: Path, changes: Sequence[str]) -> None:
         ValueError: something differs; the message lists it.
     """
     if changes:
-        raise checks.fail(
+        raise checks.invalid(
             "--out",
             "a new folder, or one of the same configuration",
             f"{path}, which differs (stored -> asked):\n  " + "\n  ".join(changes) + "\n",

@@ -96,7 +96,7 @@ def _losses(losses_of: Callable[[Batch], Tensor], part: Batch, size: int) -> Ten
     try:
         return losses_of(part).reshape(-1)[: part.size]
     except (RuntimeError, TypeError, IndexError, ValueError, AssertionError) as error:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "one that takes any number of examples",
             f"one that takes {size} of them together but fails for {part.size}: {str(error)[:300]}",
@@ -116,7 +116,7 @@ def _coupled(
         if what == "loss"
         else "look for statistics of the batch"
     )
-    return checks.fail(
+    return checks.invalid(
         what,
         "the loss of an example to depend on that example alone",
         f"{losses[0]:.6g} for example {example} in a batch of {sizes[0]} but {losses[1]:.6g} "

@@ -122,7 +122,7 @@ class BatchFormat:
             inputs = as_tree("inputs", item)
             return inputs, self.labels_of(inputs)
         if not isinstance(item, tuple | list) or len(item) < 2:
-            raise checks.fail("data", f"batches that are {_FORMS}", checks.describe(item))
+            raise checks.invalid("data", f"batches that are {_FORMS}", checks.describe(item))
         if len(item) == 2:
             return self._inputs(item[0]), as_tree("targets", item[1])
         return self._split_many(item)
@@ -141,7 +141,7 @@ class BatchFormat:
         found = [key for key in LABELS if key in item and key not in self._required]
         found = [key for key in found if item[key] is not None]
         if len(found) > 1:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "labels under one key of a batch",
                 f"several: {', '.join(map(repr, found))}",
@@ -162,7 +162,7 @@ class BatchFormat:
         indexed = count == 3 and index and len(self._required) <= 1
         got = f"a batch of {count}: {checks.describe(item)}"
         if several and indexed:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "batches whose parts are known: forward takes one input or several",
                 got,
@@ -172,7 +172,7 @@ class BatchFormat:
             return self._inputs(item[0]), as_tree("targets", item[1])
         if several:
             return as_tree("inputs", tuple(item[:-1])), as_tree("targets", last)
-        raise checks.fail(
+        raise checks.invalid(
             "data",
             f"batches that are {_FORMS}",
             got,
@@ -204,7 +204,7 @@ def as_tree(where: str, value: Any) -> Tree:
         return value
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc":
-            raise checks.fail(where, "numbers", f"an array of dtype {value.dtype}")
+            raise checks.invalid(where, "numbers", f"an array of dtype {value.dtype}")
         if (
             value.dtype.kind in "iu" and value.dtype.itemsize > 1
         ):  # as labels and indices have to be
@@ -226,7 +226,7 @@ def as_tree(where: str, value: Any) -> Tree:
             if field.init
         }
         return trees.registered(dataclasses.replace(value, **changes))
-    raise checks.fail(
+    raise checks.invalid(
         where,
         "tensors or NumPy arrays, in dicts, lists, tuples or dataclasses",
         checks.describe(value),
@@ -249,13 +249,13 @@ def require_one_length(inputs: Tree, targets: Tree, one_batch: bool = False) -> 
         for path, leaf in tree_flatten_with_path(tree)[0]
     ]
     if not any(name.startswith("inputs") for name, _ in named):
-        raise checks.fail("data", "at least one input", f"inputs {checks.describe(inputs)}")
+        raise checks.invalid("data", "at least one input", f"inputs {checks.describe(inputs)}")
     counted = [leaf for name, leaf in named if not one_batch or name.startswith("targets")]
     lengths = {leaf.shape[:1] for leaf in counted}
     if len(lengths) == 1 and () not in lengths:
         return len(counted[0])
     shown = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in named[:8])
-    raise checks.fail(
+    raise checks.invalid(
         "data",
         "inputs [N, ...] and targets [N, ...] of one length",
         shown,

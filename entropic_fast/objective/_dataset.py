@@ -47,7 +47,7 @@ class WithTargets(NamedTuple):
     targets: Tree
 
 
-class Examples:
+class ExampleSet:
     """Examples in a fixed order, in batches, on a device.
 
     Args:
@@ -82,7 +82,7 @@ class Examples:
         self._source: Iterable[Any] = ()
         self._digest: str | None = None
         if batch_size is not None:
-            checks.whole("batch_size", batch_size, 1)
+            checks.integer("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         if _is_one_batch(data) or (form.labels_of is not None and _is_array(data)):
             self._take_tensors(*form.split(data))
@@ -94,7 +94,7 @@ class Examples:
                     raise _empty()
                 data = DataLoader(data, batch_size=self.batch_size)
             elif batch_size is not None and not one_batch:
-                raise checks.fail(
+                raise checks.invalid(
                     "batch_size", "None for data that come in batches", str(batch_size)
                 )
             self._take_batches(data)
@@ -102,9 +102,11 @@ class Examples:
             self._join(batch_size)
 
     @classmethod
-    def of(cls, inputs: Tree, targets: Tree, like: Examples, batch_size: int | None) -> Examples:
+    def of(
+        cls, inputs: Tree, targets: Tree, like: ExampleSet, batch_size: int | None
+    ) -> ExampleSet:
         """Examples of these trees of tensors as they are, else as `like` reads its own."""
-        made = Examples.__new__(Examples)
+        made = ExampleSet.__new__(ExampleSet)
         made.device, made.dtype, made.form = like.device, like.dtype, like.form
         made.one_batch, made.with_targets = like.one_batch, False
         made._digest, made._source, made._target_dtypes = None, (), set()
@@ -122,13 +124,13 @@ class Examples:
 
     def _take_batches(self, data: Any) -> None:
         if not isinstance(data, Iterable) or isinstance(data, str | bytes | Tensor | nn.Module):
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "(inputs, targets), a dict with labels, a Dataset, or a re-iterable of batches",
                 checks.describe(data),
             )
         if iter(data) is data:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "data that can be read many times",
                 f"a one-shot iterator ({type(data).__name__})",
@@ -141,7 +143,7 @@ class Examples:
         if not first:
             raise _empty()
         if first != [_checksum(batch) for batch in self.batches()]:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "the same examples in the same order at every reading",
                 "others at the second reading",
@@ -151,7 +153,7 @@ class Examples:
     def _join(self, batch_size: int | None) -> None:
         """Put all examples into one batch."""
         if batch_size is not None and batch_size < self.count:
-            raise checks.fail(
+            raise checks.invalid(
                 "batch_size",
                 f"None, or the {self.count} examples of a coupled objective",
                 str(batch_size),
@@ -166,7 +168,7 @@ class Examples:
                 require_one_length(*part)
         forms = {trees.example_form(part) for part in parts}
         if len(forms) > 1:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "batches of one form, to be one batch of a coupled objective",
                 f"{len(forms)} different ones, such as {checks.describe(parts[0])} and "
@@ -176,13 +178,13 @@ class Examples:
         inputs, targets = trees.joined(parts)
         self._tensors, self._source = (inputs, targets), ()
 
-    def including_targets(self) -> Examples:
+    def including_targets(self) -> ExampleSet:
         """The same, with inputs that hold the targets too, as `WithTargets`."""
         other = copy.copy(self)
         other.with_targets = True
         return other
 
-    def cast(self, dtype: torch.dtype) -> Examples:
+    def cast(self, dtype: torch.dtype) -> ExampleSet:
         """The same examples in another floating-point dtype: inputs, and targets of this dtype."""
         other = copy.copy(self)
         other.dtype = dtype
@@ -259,16 +261,16 @@ class Examples:
         """`max_examples` if it is in 1 .. N, or N for None."""
         if max_examples is None:
             return self.count
-        number = checks.whole("max_examples", max_examples, 1)
+        number = checks.integer("max_examples", max_examples, 1)
         if self.one_batch and number != self.count:
-            raise checks.fail(
+            raise checks.invalid(
                 "max_examples",
                 f"None, or the {self.count} examples of a coupled objective",
                 str(max_examples),
                 "its entire data is one batch; build one of fewer examples with with_data",
             )
         if number > self.count:
-            raise checks.fail(
+            raise checks.invalid(
                 "max_examples", f"at most the {self.count} examples there are", str(max_examples)
             )
         return number
@@ -310,7 +312,7 @@ def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class RepeatedExamples(Examples):
+class RepeatedExamples(ExampleSet):
     """Every example of other data `times` times in a row, each with a target of its own.
 
     Inputs are repeated as batches are read, so they are held once.
@@ -322,14 +324,14 @@ class RepeatedExamples(Examples):
             list of them for each batch of the source, of which shapes may differ.
     """
 
-    def __init__(self, source: Examples, times: int, targets: Tensor | list[Tensor]) -> None:
+    def __init__(self, source: ExampleSet, times: int, targets: Tensor | list[Tensor]) -> None:
         self.device, self.dtype, self.form = source.device, source.dtype, source.form
         self.one_batch = self.with_targets = False
         self.batch_size = source.batch_size
-        self.count = source.count * checks.whole("times", times, 1)
+        self.count = source.count * checks.integer("times", times, 1)
         parts = [targets] if isinstance(targets, Tensor) else targets
         if sum(map(len, parts)) != self.count:
-            raise checks.fail(
+            raise checks.invalid(
                 "targets", f"{self.count}, {times} for each example", checks.describe(targets)
             )
         self._tensors, self._digest = None, None
@@ -372,7 +374,7 @@ def _is_one_batch(data: Any) -> bool:
     if isinstance(data, list) or len(data) != 2:
         return False
     if _alike(*data):
-        raise checks.fail(
+        raise checks.invalid(
             "data",
             "(inputs, targets), or a list of batches",
             f"a tuple of two that may be either: {checks.describe(data)}",
@@ -429,7 +431,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _empty() -> ValueError:
-    return checks.fail("data", "at least one example", "none")
+    return checks.invalid("data", "at least one example", "none")
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

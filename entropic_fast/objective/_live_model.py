@@ -70,7 +70,7 @@ def read_model(
         ValueError: a model without one of them, or with another shape or dtype.
     """
     if not isinstance(model, nn.Module):
-        raise checks.fail("model", "an nn.Module", checks.describe(model))
+        raise checks.invalid("model", "an nn.Module", checks.describe(model))
     live: dict[str, Tensor] = {
         plain_name(model, name): tensor.detach()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -81,7 +81,7 @@ def read_model(
         value = None if found is None else as_real(found) if name in parameters else found
         if value is None or value.shape != like.shape or value.dtype != like.dtype:
             got = f"no {name!r}" if value is None else f"{name!r} of {checks.describe(value)}"
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 f"the architecture of this objective, with {name!r} of {checks.describe(like)}",
                 got,

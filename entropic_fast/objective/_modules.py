@@ -80,7 +80,7 @@ def copied(model: nn.Module) -> nn.Module:
                 memo[id(module)] = _with_itself(copy.deepcopy(getattr(module, name), memo), name)
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, PickleError) as error:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "a module that can be copied (copy.deepcopy)",
             f"{str(error)[:200]}{_where(model)}",
@@ -125,7 +125,7 @@ def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Mo
     names = {id(p): name for name, p in given.named_parameters()}
     used = {id(node.variable) for node in nodes if node.name().endswith("AccumulateGrad")}
     for key in used & names.keys():
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "a model and a loss that use parameters by way of the module that is called",
             f"a function that holds the model itself and uses its {names[key]!r}, which a copy "
@@ -140,7 +140,7 @@ def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Mo
         if p.requires_grad and isinstance(p, nn.Parameter)
     ]
     if late:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "parameters that exist before the first forward pass",
             f"{late[0]!r}, which it created",
@@ -171,7 +171,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in `dtype`; a complex one of that precision; whole numbers as they are.
+    """A tensor in `dtype`; a complex one of that precision; integers as they are.
 
     >>> cast_tensor(torch.ones(1, dtype=torch.complex64), torch.float64).dtype
     torch.complex128
@@ -183,7 +183,7 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _require_no_hooks(wrapper: nn.Module) -> None:
     if wrapper._forward_hooks or wrapper._forward_pre_hooks:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "forward hooks on modules that compute",
             f"some on a wrapper ({type(wrapper).__name__}), which is left out",

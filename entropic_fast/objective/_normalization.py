@@ -62,7 +62,7 @@ def gather_statistics(
 def explain_too_few(error: ValueError, size: int) -> None:
     """Raise a clearer error, if a model's says that a batch of `size` examples is too small."""
     if "more than 1 value per channel" in str(error):
-        raise checks.fail(
+        raise checks.invalid(
             "batch_size",
             "at least 2 examples in every batch, to normalise by batch statistics",
             f"a batch of {size}",
@@ -99,7 +99,7 @@ def private_copy(model: nn.Module, norm: str) -> nn.Module:
             layer.track_running_stats = False
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-            raise checks.fail(
+            raise checks.invalid(
                 "norm",
                 "running statistics in every BatchNorm layer",
                 f"{name!r} built with track_running_stats=False",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .._torch.derivative_formulas import AnyOrder, forward_depth
-from .._torch.full_precision import NativeRecurrence, exact_math, no_autocast
+from .._torch.full_precision import NativeRecurrence, full_precision, no_autocast
 from .._torch.uncompiled import eager
 from .._utils import checks, trees
 from .._utils.devices import is_gpu
@@ -22,7 +22,7 @@ from .._utils.trees import Tree
 from . import _validation as model_checks
 from ._attributes import Place, attributes, changed, only_tensors, put_back, unchanged
 from ._batch_format import BatchFormat
-from ._dataset import Batch, Examples, WithTargets
+from ._dataset import Batch, ExampleSet, WithTargets
 from ._live_model import StatisticsPoint, read_model
 from ._modules import cast, cast_tensor, copied, tied_names
 from ._normalization import (
@@ -47,7 +47,7 @@ from ._validation import NonFiniteLossError
 from .losses._functions import LossFunction, bound, computed_inside, hits, loss_function, widened
 
 if TYPE_CHECKING:
-    from ..distributed._communicator import Sharing
+    from ..distributed._communicator import Communicator
 
 __all__ = ["NonFiniteLossError", "Objective"]
 
@@ -117,7 +117,8 @@ class Objective:
         num_params: P, the length of theta.
         num_examples: N.
         examples: the data, in a fixed order.
-        sharing: the processes that share its work (see `parallel.shard`); None if it is alone.
+        communicator: the processes that share its work (see `distributed.distribute`); None if it
+            is alone.
         dtype, device: of theta.
         takes_derivatives: whether the model or loss takes a derivative of its own, in its inputs
             say; normalization layers and others are then computed by their formulas.
@@ -160,12 +161,12 @@ class Objective:
         self._read_parameters(device, choose(model, parameters))
         self.coupled = checks.boolean("coupled", coupled)
         form = BatchFormat(self._model, getattr(self._loss, "labels_of", None))
-        self.examples = Examples(
+        self.examples = ExampleSet(
             data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
         )
         self._loss = bound(self._loss, self.examples)
         self._statistics = StatisticsPoint(self._theta)
-        self.sharing: Sharing | None = None
+        self.communicator: Communicator | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
@@ -181,7 +182,7 @@ class Objective:
         studied(self._model, chosen)
         devices = {t.device for t in (*self._model.parameters(), *self._model.buffers())}
         if device is None and len(devices) > 1:
-            raise checks.fail(
+            raise checks.invalid(
                 "model", "one device", str(sorted(map(str, devices))), "pass device=..."
             )
         self.device = checks.device_of(device) if device is not None else devices.pop()
@@ -245,7 +246,7 @@ class Objective:
         Complex parameters come as pairs of real numbers, [..., 2] (`torch.view_as_real`).
         """
         if not isinstance(theta, Tensor) or theta.shape != (self.num_params,):
-            raise checks.fail(
+            raise checks.invalid(
                 "theta", f"a tensor of shape [{self.num_params}]", checks.describe(theta)
             )
         parts = theta.split_with_sizes(list(self._sizes))
@@ -317,13 +318,13 @@ class Objective:
         if theta is None:
             return self._theta
         if not isinstance(theta, Tensor) or tuple(theta.shape) != (self.num_params,):
-            raise checks.fail(
+            raise checks.invalid(
                 "theta", f"a tensor of shape [{self.num_params}]", checks.describe(theta)
             )
         if not theta.is_floating_point():
-            raise checks.fail("theta", "a floating-point tensor", checks.describe(theta))
+            raise checks.invalid("theta", "a floating-point tensor", checks.describe(theta))
         if theta.dtype != self.dtype or theta.device != self.device:
-            raise checks.fail(
+            raise checks.invalid(
                 "theta",
                 f"{self.dtype} on {self.device}",
                 f"{theta.dtype} on {theta.device}",
@@ -351,19 +352,19 @@ class Objective:
             self.count(max_examples)
         return self.examples.batches(max_examples, batch_size)
 
-    def own_batches(
+    def local_batches(
         self, max_examples: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """`batches`, of which other processes take their parts where work is shared."""
         found = self.batches(max_examples, batch_size)
-        if self.sharing is None:
+        if self.communicator is None:
             return found
-        return self.sharing.own(found, self.count(max_examples), not self.separable)
+        return self.communicator.own(found, self.count(max_examples), not self.separable)
 
-    def own_range(self, max_examples: int | None = None) -> tuple[int, int]:
+    def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
         """The first of the examples that this process takes, and the first after them."""
         count = self.count(max_examples)
-        return (0, count) if self.sharing is None else self.sharing.range(count)
+        return (0, count) if self.communicator is None else self.communicator.range(count)
 
     def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """What `compute` makes of `own_batches`, summed over the processes that share them.
@@ -371,9 +372,9 @@ class Objective:
         Args:
             what: the name of it and its arguments, for these to be the same on each.
         """
-        if self.sharing is None:
+        if self.communicator is None:
             return compute()
-        return self.sharing.summed(compute, *what, self.mark())
+        return self.communicator.summed(compute, *what, self.mark())
 
     def mark(self) -> str:
         """What tells this objective from others that processes share: data, dtype, statistics."""
@@ -381,10 +382,10 @@ class Objective:
         decay = f", weight_decay={self.weight_decay}" if self.weight_decay else ""
         return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}{decay}"
 
-    def alone(self) -> Objective:
+    def without_distribution(self) -> Objective:
         """The same objective, all of whose work this process does."""
         other = copy.copy(self)
-        other.sharing = None
+        other.communicator = None
         return other
 
     # -- weight decay ----------------------------------------------------------------------
@@ -412,7 +413,7 @@ class Objective:
         """How many examples `max_examples` stands for: itself, or N for None.
 
         Raises:
-            ValueError: not a whole number in 1 .. N.
+            ValueError: not an integer in 1 .. N.
         """
         return self.examples.require_count(max_examples)
 
@@ -420,7 +421,7 @@ class Objective:
         """The same model, loss and statistics over other data."""
         form = self._reader.form
         return self.derived(
-            Examples(data, self.device, self.dtype, batch_size, form, one_batch=self.coupled)
+            ExampleSet(data, self.device, self.dtype, batch_size, form, one_batch=self.coupled)
         )
 
     def sampled(self, inputs: Tree, targets: Tree, *, batch_size: int | None = None) -> Objective:
@@ -431,12 +432,12 @@ class Objective:
         Args:
             inputs, targets: trees as `tensors` returns them.
         """
-        examples = Examples.of(inputs, targets, self.examples, batch_size)
+        examples = ExampleSet.of(inputs, targets, self.examples, batch_size)
         return self.derived(examples, bind=False)
 
     def derived(
         self,
-        examples: Examples,
+        examples: ExampleSet,
         loss: LossFunction | None = None,
         theta: Tensor | None = None,
         *,
@@ -471,7 +472,7 @@ class Objective:
         parts = list(self.batches(max_examples, self.count(max_examples)))
         forms = {trees.example_form(part[1:]) for part in parts}
         if len(forms) > 1:
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "examples of one shape, to be held together",
                 f"{len(forms)} different ones, such as {checks.describe(parts[0].inputs)} and "
@@ -509,7 +510,7 @@ class Objective:
         if alone:
             inputs = trees.mapped(lambda tensor: torch.cat([tensor, tensor]), inputs)
         try:
-            with exact_math(), model_lock(self._model):
+            with full_precision(), model_lock(self._model):
                 outputs = self.run_model(values, inputs)
         except ValueError as error:
             explain_too_few(error, trees.size(inputs))
@@ -610,7 +611,7 @@ class Objective:
             ValueError: naming what to do.
         """
         if self.loss_is_inside:
-            raise checks.fail(
+            raise checks.invalid(
                 "objective",
                 f"a loss of one output tensor, for {what}",
                 "a loss that takes a model's entire output of many parts",
@@ -669,13 +670,13 @@ class Objective:
 
         def own() -> Tensor:
             found = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
-            for batch in self.own_batches():
+            for batch in self.local_batches():
                 where = slice(batch.start, batch.start + batch.size)
                 found[where] = self.finite_losses(theta, batch)
             return found
 
         with torch.no_grad():
-            if self.sharing is None:
+            if self.communicator is None:
                 return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
             if self._loss_dtype is None:
                 first = next(self.batches())
@@ -709,7 +710,7 @@ class Objective:
         Raises:
             NonFiniteLossError: as `loss`.
         """
-        if self.sharing is not None:
+        if self.communicator is not None:
             return torch.tensor([self.loss(point) for point in points], dtype=torch.float64)
         if not len(points):
             return torch.zeros(0, dtype=torch.float64)
@@ -731,7 +732,7 @@ class Objective:
         mean = float(self.example_losses(theta).double().mean())
         return mean + float(self.penalty(self.point(theta))) if self.weight_decay else mean
 
-    @exact_math()
+    @full_precision()
     def gradient(self, theta: Tensor | None = None) -> Tensor:
         """Gradient of `loss` at theta [P], in theta's dtype.  # [P]
 
@@ -747,7 +748,7 @@ class Objective:
 
         def own() -> Tensor:
             total, losses = widened(torch.zeros_like(theta)), []
-            for batch in self.own_batches():
+            for batch in self.local_batches():
                 leaf = theta.detach().requires_grad_()
                 found = self.losses(leaf, batch.inputs, batch.targets)
                 losses.append(found.detach())
@@ -756,7 +757,7 @@ class Objective:
                 total += torch.autograd.grad(found.sum(), leaf)[0]
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
-                for batch in self.own_batches():
+                for batch in self.local_batches():
                     self.finite_losses(theta, batch)
             return total
 
@@ -785,7 +786,7 @@ class Objective:
 
         def own() -> Tensor:
             sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-            for batch in self.own_batches():
+            for batch in self.local_batches():
                 outputs = self.outputs(theta, batch.inputs)
                 model_checks.require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
@@ -819,7 +820,7 @@ class Objective:
         if norm == self.norm:
             return self
         if norm == "running" and any(norm_layers(self._model)):
-            raise checks.fail(
+            raise checks.invalid(
                 "norm",
                 "an objective that keeps running statistics",
                 'one built with norm="batch"',
@@ -884,7 +885,7 @@ class Objective:
             ValueError: an example's loss depends on the rest of its batch.
         """
         if not self.separable:
-            raise checks.fail(
+            raise checks.invalid(
                 "objective",
                 "the loss of an example to depend on that example alone",
                 self.coupling,
@@ -905,7 +906,7 @@ def require_objective(obj: object) -> None:
     loss and data: Objective(model, loss, data)
     """
     if not isinstance(obj, Objective):
-        raise checks.fail(
+        raise checks.invalid(
             "obj",
             "an Objective",
             checks.describe(obj),

@@ -43,7 +43,7 @@ class OutputReader:
         if self.loss is not None:
             losses = self.loss(_widened(output), targets)
             if losses is None:
-                raise checks.fail(
+                raise checks.invalid(
                     "loss",
                     "a tensor of losses",
                     "None",
@@ -66,7 +66,7 @@ def part_of(output: Any, part: str | int) -> Any:
             return getattr(output, part)
         return output[part]
     except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise checks.fail(
+        raise checks.invalid(
             "output", f"one of the parts of the model's output, {parts(output)}", checks.shown(part)
         ) from error
 
@@ -98,7 +98,7 @@ def reader_of(
     if part is not None:
         if not isinstance(part_of(output, part), Tensor):
             found = checks.describe(part_of(output, part))
-            raise checks.fail("output", "the name or index of a tensor", f"{part!r}, {found}")
+            raise checks.invalid("output", "the name or index of a tensor", f"{part!r}, {found}")
         return OutputReader(form, part, None, _classes_last(part_of(output, part), loss, targets))
     count = trees.size(targets)
     if isinstance(output, Tensor) and (output.shape[:1] == (count,) or takes_tensor(loss)):
@@ -109,7 +109,7 @@ def reader_of(
         if len(chosen) == 1:
             last = _classes_last(part_of(output, chosen[0]), loss, targets)
             return OutputReader(form, chosen[0], None, last)
-        raise checks.fail(
+        raise checks.invalid(
             "output",
             "the name or index of the part that the loss takes",
             f"none, for an output with the parts {parts(output)}",
@@ -125,7 +125,7 @@ def reader_of(
             with contextlib.suppress(Exception):
                 loss(widened(part_of(output, LOGITS)), targets)
                 return OutputReader(form, LOGITS)
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             "a loss that takes the model's output",
             f"an error for the parts {parts(output)}: {str(error)[:200]}",

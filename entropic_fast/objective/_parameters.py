@@ -57,7 +57,7 @@ def studied(model: nn.Module, names: Collection[str] | None = None) -> dict[str,
         if (p.requires_grad if names is None else n in names)
     }
     if not any(p.numel() for p in named.values()):
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "at least one parameter that requires a gradient",
             "none",
@@ -83,7 +83,7 @@ def real_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
         found.setdefault(value.dtype, name)
     real = {_PAIRS.get(dtype, dtype) for dtype in found}
     if len(real) > 1 or real - {*checks.HALF, torch.float32, torch.float64}:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "parameters of one dtype: float16, bfloat16, float32 (with complex64) or float64 "
             "(with complex128)",
@@ -162,7 +162,7 @@ def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
         return None
     single = isinstance(chosen, str | Tensor | nn.Module)
     if not single and not isinstance(chosen, Iterable):
-        raise checks.fail("parameters", _CHOICES, checks.describe(chosen))
+        raise checks.invalid("parameters", _CHOICES, checks.describe(chosen))
     items = [chosen] if single else list(chosen)
     names = dict(model.named_parameters(remove_duplicate=False))
     found: set[int] = set()
@@ -177,10 +177,10 @@ def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
         elif isinstance(item, Tensor):
             matched = [item]
         else:
-            raise checks.fail("parameters", _CHOICES, checks.describe(item))
+            raise checks.invalid("parameters", _CHOICES, checks.describe(item))
         known = {id(p) for p in names.values()}
         if not matched or any(id(p) not in known for p in matched):
-            raise checks.fail(
+            raise checks.invalid(
                 "parameters",
                 "parameters of the model given, or its modules with some",
                 checks.describe(item),
@@ -188,7 +188,7 @@ def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
             )
         found |= {id(p) for p in matched}
     if not found:
-        raise checks.fail("parameters", _CHOICES, "an empty sequence", "pass None for all")
+        raise checks.invalid("parameters", _CHOICES, "an empty sequence", "pass None for all")
     return frozenset(plain_name(model, n) for n, p in model.named_parameters() if id(p) in found)
 
 
@@ -214,7 +214,7 @@ def _no_match(model: nn.Module, pattern: str) -> ValueError:
     known = dict.fromkeys(name for name in (*names, *modules) if name)
     near = difflib.get_close_matches(pattern.rstrip(".*"), known, 3)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return checks.fail(
+    return checks.invalid(
         "parameters",
         "patterns that each match a parameter's name or a module's",
         f"{pattern!r}, which matches none",
@@ -242,7 +242,7 @@ def load_tensors(
     for name, value in parameters.items():
         if shapes.get(name) != value.shape:
             got = list(shapes[name]) if name in shapes else "no such parameter"
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 f"parameter {name!r} of shape {list(value.shape)}",
                 str(got),

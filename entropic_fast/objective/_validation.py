@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .._torch.derivative_formulas import AnyOrder, Watcher, cdist_is_right, require_right_gradients
-from .._torch.full_precision import exact_math
+from .._torch.full_precision import full_precision
 from .._torch.randomness import not_repeatable
 from .._torch.uncompiled import eager
 from .._utils import checks, trees
@@ -40,7 +40,7 @@ class NonFiniteLossError(ValueError):
 def require_module(model: nn.Module) -> None:
     """Refuse what is no module, one compiled by TorchScript, parts of one, one without values."""
     if not isinstance(model, nn.Module):
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "an nn.Module",
             checks.describe(model),
@@ -49,7 +49,7 @@ def require_module(model: nn.Module) -> None:
             else "put a function into a module that holds its parameters; pass an instance",
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "an nn.Module whose parameters can be replaced",
             "one compiled by torch.jit.script or torch.jit.trace",
@@ -57,21 +57,21 @@ def require_module(model: nn.Module) -> None:
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "initialised parameters",
                 f"a lazy one, {name!r}",
                 "run the model once on an example first",
             )
         if tensor.layout != torch.strided and isinstance(tensor, nn.Parameter):
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "dense parameters",
                 f"{name!r} of layout {tensor.layout}",
                 "make it dense, or a buffer if it is constant",
             )
         if tensor.is_meta:
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "parameters and buffers with values",
                 f"{name!r} on the meta device, which keeps none",
@@ -88,11 +88,11 @@ def require_module(model: nn.Module) -> None:
 
 
 def _in_pieces(kind: str) -> ValueError:
-    return checks.fail(
+    return checks.invalid(
         "model",
         "parameters that each process holds whole",
         f"some in pieces ({kind})",
-        "replicate the model and share the examples, with entropic_fast.shard",
+        "replicate the model and share the examples, with entropic_fast.distribute",
     )
 
 
@@ -113,7 +113,7 @@ def require_model(
         ValueError: as `Objective`.
     """
     if torch.is_inference_mode_enabled():
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "gradients",
             "torch.inference_mode, which keeps none",
@@ -133,7 +133,7 @@ def require_model(
         except (RuntimeError, TypeError, IndexError, AssertionError) as error:
             raise _not_taken(obj, batch, error) from error
         if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
-            raise checks.fail(
+            raise checks.invalid(
                 "model" if not obj.loss_is_inside else "loss",
                 f"one output tensor [{batch.size}, ...] for that many inputs"
                 if not obj.loss_is_inside
@@ -144,7 +144,7 @@ def require_model(
                 else "wrap it in a module that returns the tensor the loss needs",
             )
         if first.is_complex() and obj.loss_name != "custom":
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 f"real outputs for the loss {obj.loss_name!r}",
                 checks.describe(first),
@@ -152,7 +152,7 @@ def require_model(
             )
         written = not _same(point, theta)
         if written or (not known and _writes_far_away(obj, theta, batch.inputs)):
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "a forward pass that only reads its parameters",
                 "one that writes to them",
@@ -183,21 +183,21 @@ def require_model(
     if given is not None:
         require_no_references(backward_nodes(differentiable), given, obj._model)
     if obj.independent > before or not differentiable.requires_grad:
-        raise checks.fail(
+        raise checks.invalid(
             "model",
             "a loss that depends on the trainable parameters",
             f"one that does not, for the first {batch.size} examples",
             "look for torch.no_grad or detach in the model or the loss",
         )
     if losses.is_complex():
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             "real losses",
             checks.describe(losses),
             "take (outputs - targets).abs().square(), say, which is real",
         )
     if losses.shape != (batch.size,):
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             f"one loss an example, shape [{batch.size}]",
             f"{checks.describe(losses)} for outputs {checks.describe(first)} and targets "
@@ -255,7 +255,7 @@ def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tenso
 
 
 def _checkpointed() -> ValueError:
-    return checks.fail(
+    return checks.invalid(
         "model",
         "activations kept for the backward pass",
         "torch.utils.checkpoint, which computes them again there, when theta is gone",
@@ -331,7 +331,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
         with (
             torch.no_grad(),
             obj.gradients_inside(),
-            exact_math(),
+            full_precision(),
             eager(),
             AnyOrder(),
             model_lock(obj._model),
@@ -358,7 +358,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
             with contextlib.suppress(*FAILURES):
                 found = output(batch)
         if found is not None and obj.separable:
-            raise checks.fail(
+            raise checks.invalid(
                 "model",
                 "one that takes any number of examples",
                 f"one that takes a batch of {batch.size} but fails for {few.size} of its "
@@ -383,7 +383,7 @@ def _inputs_of(batch: Batch) -> Tree:
 
 
 def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:
-    return checks.fail(
+    return checks.invalid(
         "data",
         "inputs that the model takes",
         f"{checks.describe(batch.inputs)}, for which it fails: {_brief(error)}",
@@ -401,14 +401,14 @@ def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
     try:
         losses = obj.output_losses(outputs, batch.targets)
     except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             "a loss that takes (outputs, targets)",
             f"an error for outputs {checks.describe(outputs)} and targets "
             f"{checks.describe(batch.targets)}: {_brief(error)}",
         ) from error
     if not isinstance(losses, Tensor):
-        raise checks.fail(
+        raise checks.invalid(
             "loss", f"one loss an example, shape [{batch.size}]", checks.describe(losses)
         )
     return losses
@@ -430,7 +430,7 @@ def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
 def require_real_outputs(outputs: Tensor) -> None:
     """Refuse complex outputs, for what is defined by derivatives of single output numbers."""
     if outputs.is_complex():
-        raise checks.fail(
+        raise checks.invalid(
             "outputs",
             "real numbers",
             checks.describe(outputs),
@@ -443,7 +443,7 @@ def require_finite_outputs(outputs: Tensor, start: int) -> None:
     require_real_outputs(outputs)
     finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not bool(finite.all()):
-        raise checks.fail(
+        raise checks.invalid(
             "outputs",
             "finite values",
             f"NaN or infinity for example {start + int((~finite).nonzero()[0])}",
@@ -452,9 +452,9 @@ def require_finite_outputs(outputs: Tensor, start: int) -> None:
 
 
 def require_classifier(outputs: Tensor, targets: Tensor) -> None:
-    """Refuse outputs and targets that are not class scores [n, C] and whole numbers [n]."""
+    """Refuse outputs and targets that are not class scores [n, C] and integers [n]."""
     if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
-        raise checks.fail(
+        raise checks.invalid(
             "evaluate",
             "a classifier (outputs [N, C], whole targets [N])",
             f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
@@ -464,7 +464,7 @@ def require_classifier(outputs: Tensor, targets: Tensor) -> None:
 def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
     """Refuse a sum of gradients of a half-precision `dtype` that overflowed."""
     if dtype in checks.HALF and not bool(torch.isfinite(gradient).all()):
-        raise checks.fail(
+        raise checks.invalid(
             "gradient",
             f"values within {dtype}, at most {torch.finfo(dtype).max:.3g}",
             "NaN or infinity though the losses are finite",

@@ -10,7 +10,7 @@ from types import ModuleType
 # pool instead of starting a second one.
 import torch
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 
 ISA_VARIABLE = "ENTROPIC_FAST_ISA"
 
@@ -35,11 +35,11 @@ def use_isa(name: str | None) -> None:
         ValueError: `name` was not compiled or this processor does not have it.
     """
     if _C is None:
-        raise fail("ISA", "the compiled module", problem)
+        raise invalid("ISA", "the compiled module", problem)
     try:
         _C.use_isa(name or "")
     except ValueError as error:
-        raise fail(f"ISA (argument or {ISA_VARIABLE})", "a runnable set", str(error)) from None
+        raise invalid(f"ISA (argument or {ISA_VARIABLE})", "a runnable set", str(error)) from None
 
 
 def build_config() -> dict[str, object]:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.checks import invalid, shown
 from entropic_fast._utils.devices import is_gpu
 from entropic_fast.ops import _gpu_probe as gpu_probe
 from entropic_fast.ops import _native as native
@@ -203,7 +203,7 @@ def unusable(backend: str, device_type: str) -> str | None:
 
 def _check_name(argument: str, name: str) -> str:
     if not isinstance(name, str) or name not in NAMES:
-        raise fail(argument, "one of " + ", ".join(NAMES), shown(name))
+        raise invalid(argument, "one of " + ", ".join(NAMES), shown(name))
     return name
 
 
@@ -245,7 +245,7 @@ def _triton_interprets() -> bool:
 @cache
 def _choose(family: str, device_type: str, setting: str) -> str:
     if family not in _families:
-        raise fail("family", "one of " + ", ".join(_families), shown(family))
+        raise invalid("family", "one of " + ", ".join(_families), shown(family))
     modules = _families[family]
     if setting != "auto":
         reason = _unusable_anywhere(setting) or unusable(setting, device_type)

@@ -100,14 +100,14 @@ def auto_neb(
         checks.instance("train_obj", train_obj, Objective)
     if resume is not None:
         checks.instance("resume", resume, NEBState, "give what on_cycle was called with")
-    checks.full_precision("obj", obj.dtype, "a path")
+    checks.single_or_double("obj", obj.dtype, "a path")
     for name, end in (("a", a), ("b", b)):
         checks.vector(name, end, obj.num_params)
     a, b = obj.point(a), obj.point(b)
     state = _start(a, b, config) if resume is None else _resumed(resume, a, b, config)
     train = _training_objective(obj, train_obj)
     if train.weight_decay and config.weight_decay:
-        raise checks.fail(
+        raise checks.invalid(
             "config.weight_decay",
             "0 for an objective with weight decay of its own",
             f"{config.weight_decay} beside {train.weight_decay}",
@@ -189,7 +189,7 @@ def minibatches(
     >>> sorted([*next(steps).tolist(), *next(steps).tolist()])
     [0, 1, 2, 3]
     """
-    key = random.derive(seed, "neb", cycle)
+    key = random.fold_in(seed, "neb", cycle)
     epoch = 0
     while True:
         if batch_size is None or batch_size >= count:
@@ -241,7 +241,7 @@ def _training_objective(obj: Objective, train_obj: Objective | None) -> Objectiv
     want = (obj.num_params, obj.dtype, obj.device)
     got = (train_obj.num_params, train_obj.dtype, train_obj.device)
     if got != want:
-        raise checks.fail(
+        raise checks.invalid(
             "train_obj",
             "an objective of {} parameters, {} on {}, as obj".format(*want),
             "{} parameters, {} on {}".format(*got),
@@ -257,7 +257,7 @@ def _start(a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
 
 def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NEBState:
     if state.config != config:
-        raise checks.fail(
+        raise checks.invalid(
             "resume",
             f"a state of a run with {config}",
             f"one with {state.config}",
@@ -265,7 +265,7 @@ def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NE
         )
     pivots = state.pivots.to(a.device)
     if pivots.dtype != a.dtype or not (torch.equal(pivots[0], a) and torch.equal(pivots[-1], b)):
-        raise checks.fail(
+        raise checks.invalid(
             "resume",
             "a state between the same ends a and b",
             "one between other ends",

@@ -15,7 +15,7 @@ def annealed(cycles: int, steps: int, first: float, last: float) -> tuple[tuple[
     >>> annealed(3, 10, 0.1, 0.001)
     ((10, 0.1), (10, 0.01), (10, 0.001))
     """
-    checks.whole("cycles", cycles, 1)
+    checks.integer("cycles", cycles, 1)
     checks.positive("first", first)
     checks.positive("last", last)
     ratio = last / first
@@ -79,32 +79,32 @@ class AutoNEBConfig:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        checks.whole("pivots", self.pivots, 3)
-        checks.whole("max_pivots", self.max_pivots, self.pivots)
+        checks.integer("pivots", self.pivots, 3)
+        checks.integer("max_pivots", self.max_pivots, self.pivots)
         try:
             cycles = tuple((steps, lr) for steps, lr in self.cycles)
         except (TypeError, ValueError) as error:
-            raise checks.fail(
+            raise checks.invalid(
                 "cycles", "pairs (steps, learning rate), one a cycle", checks.shown(self.cycles)
             ) from error
         if not cycles:
-            raise checks.fail("cycles", "at least one (steps, learning rate)", "none")
+            raise checks.invalid("cycles", "at least one (steps, learning rate)", "none")
         for i, (steps, lr) in enumerate(cycles):
-            checks.whole(f"cycles[{i}] steps", steps, 1)
+            checks.integer(f"cycles[{i}] steps", steps, 1)
             checks.positive(f"cycles[{i}] learning rate", lr)
         object.__setattr__(self, "cycles", cycles)
         if self.batch_size is not None:
-            checks.whole("batch_size", self.batch_size, 1)
+            checks.integer("batch_size", self.batch_size, 1)
         if checks.at_least("momentum", self.momentum, 0) >= 1:
-            raise checks.fail("momentum", "a number in [0, 1)", checks.shown(self.momentum))
+            raise checks.invalid("momentum", "a number in [0, 1)", checks.shown(self.momentum))
         checks.at_least("weight_decay", self.weight_decay, 0)
         if not (isinstance(self.springs, float) and self.springs == math.inf):
             checks.positive("springs", self.springs)
         checks.positive("insert_threshold", self.insert_threshold)
-        checks.whole("eval_points", self.eval_points, 1)
+        checks.integer("eval_points", self.eval_points, 1)
         if self.recalibration_examples is not None:
-            checks.whole("recalibration_examples", self.recalibration_examples, 1)
-        checks.whole("seed", self.seed)
+            checks.integer("recalibration_examples", self.recalibration_examples, 1)
+        checks.integer("seed", self.seed)
         checks.one_of("precision", self.precision, ("float32", "tf32"))
 
     @property

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .._torch.full_precision import exact_math, products_in
-from .._torch.memory_format import fitting_layout, laid_out
+from .._torch.full_precision import full_precision, products_in
+from .._torch.memory_format import laid_out, preferred_memory_format
 from .._utils import trees
 from .._utils.trees import Tree
 from ..objective import Objective
@@ -59,7 +59,7 @@ class Descent:
         self._layout = torch.contiguous_format
         if train.device.type == "cpu":  # not measured elsewhere
             outputs = lambda x: train.outputs(pivots[0], x)  # noqa: E731
-            self._layout = fitting_layout(outputs, self._data[0])
+            self._layout = preferred_memory_format(outputs, self._data[0])
         self._examples = 0  # of a step, over all its batches
         self._batch = Replayed(self._add_batch, pivots.device, graphs)
         self.facts = torch.zeros(0)
@@ -112,7 +112,7 @@ class Descent:
         return losses, gradients
 
     def _data_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._train.sharing is None:
+        if self._train.communicator is None:
             return self._own_energies(index)
 
         def own() -> Tensor:
@@ -140,11 +140,11 @@ class Descent:
                 self._batch(inputs, targets)
         return self._losses, self._gradients
 
-    @exact_math()
+    @full_precision()
     def _add_batch(self, inputs: Tensor, targets: Tensor) -> None:
         """Add a batch's share of the losses and gradients of this process's pivots."""
-        sharing, last = self._train.sharing, len(self.pivots) - 1
-        turn, processes = (0, 1) if sharing is None else (sharing.rank, sharing.size)
+        communicator, last = self._train.communicator, len(self.pivots) - 1
+        turn, processes = (0, 1) if communicator is None else (communicator.rank, communicator.size)
         inputs = laid_out(inputs, self._layout)
         for i, pivot in enumerate(self.pivots):
             if i % processes != turn:

@@ -15,7 +15,7 @@ from .._utils import checks
 from .._utils.convergence import warn_of_overflow
 from .._utils.devices import is_gpu
 from .._utils.table import Table
-from ..distributed._communicator import OtherProcessError, not_finite
+from ..distributed._communicator import RankFailedError, not_finite
 from ..objective import NonFiniteLossError, Objective
 from ..objective._objective import require_objective
 from ..objective._validation import require_classifier
@@ -108,15 +108,15 @@ def path_losses(
     require_same_parameters(obj, path)
     checks.functions(on_point=on_point)
     if recalibration_examples is not None:
-        checks.whole("recalibration_examples", recalibration_examples, 1)
+        checks.integer("recalibration_examples", recalibration_examples, 1)
     obj.count(recalibration_examples)
     pivots_at = path.positions.tolist()
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
     classifier = _is_classifier(obj)
     # Statistics are of all examples at each point: processes take points then, not examples.
-    sharing = obj.sharing if obj.has_running_statistics else None
-    whole = obj if sharing is None else obj.alone()
-    first, every = (0, 1) if sharing is None else (sharing.rank, sharing.size)
+    communicator = obj.communicator if obj.has_running_statistics else None
+    whole = obj if communicator is None else obj.without_distribution()
+    first, every = (0, 1) if communicator is None else (communicator.rank, communicator.size)
 
     def own() -> Tensor:
         found = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
@@ -138,7 +138,7 @@ def path_losses(
             on_point(done + 1, len(s))
         return found
 
-    found = own() if sharing is None else obj.summed(own, "losses along a path", path.pivots)
+    found = own() if communicator is None else obj.summed(own, "losses along a path", path.pivots)
     lost = ~found[:, 0].isfinite()
     found[lost, 0], found[lost, 1:] = math.inf, math.nan
     if bool(lost.any()):
@@ -156,12 +156,12 @@ def _values(
     What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device; NaN or
     infinite where they raise.
     """
-    if obj.sharing is not None:  # whose processes meet at every point
+    if obj.communicator is not None:  # whose processes meet at every point
         here = obj.recalibrated(theta, max_examples=recalibration_examples)
         values: tuple[float, ...]
         try:
             values = here.evaluate(theta) if classifier else (here.loss(theta),)
-        except (NonFiniteLossError, OtherProcessError) as error:
+        except (NonFiniteLossError, RankFailedError) as error:
             if not not_finite(error):
                 raise
             values = (math.inf, math.nan)[: 1 + classifier]
@@ -189,7 +189,7 @@ def _warn_of(
 ) -> None:
     """Say once at how many positions the loss is not finite, and of the first why."""
     first, why = s[lost[0]], ""
-    if obj.sharing is None:
+    if obj.communicator is None:
         theta = path.point(first)
         try:
             obj.recalibrated(theta, max_examples=recalibration_examples).loss(theta)
@@ -250,12 +250,12 @@ def require_same_parameters(obj: Objective, path: Path) -> None:
         ValueError: another number of parameters, dtype or device; half precision, in which
             two points of a path may round to one.
     """
-    checks.full_precision("obj", obj.dtype, "a path")
+    checks.single_or_double("obj", obj.dtype, "a path")
     checks.instance("path", path, Path, "build one with Path(pivots) or linear_path(a, b)")
     got = (path.num_params, path.pivots.dtype, path.pivots.device)
     want = (obj.num_params, obj.dtype, obj.device)
     if got != want:
-        raise checks.fail(
+        raise checks.invalid(
             "path",
             "pivots of {} parameters, {} on {}".format(*want),
             "{} parameters, {} on {}".format(*got),
@@ -264,7 +264,7 @@ def require_same_parameters(obj: Objective, path: Path) -> None:
 
 
 def _dense(pivots_at: list[float], points: int) -> list[float]:
-    checks.whole("points", points)
+    checks.integer("points", points)
     s = [0.0]
     for left, right in itertools.pairwise(pivots_at):
         if right > left:
@@ -277,14 +277,14 @@ def _given(points: Sequence[float] | Tensor) -> list[float]:
     try:
         s = torch.as_tensor(points, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise checks.fail(
-            "points", "a whole number, or positions [K]", checks.shown(points)
+        raise checks.invalid(
+            "points", "an integer, or positions [K]", checks.shown(points)
         ) from None
     if s.ndim != 1 or len(s) == 0:
-        raise checks.fail("points", "a whole number, or positions [K]", checks.describe(s))
+        raise checks.invalid("points", "an integer, or positions [K]", checks.describe(s))
     outside = s[~((s >= 0) & (s <= 1))]
     if len(outside):
-        raise checks.fail(
+        raise checks.invalid(
             "points", "positions in [0, 1] (relative arc length)", str(float(outside[0]))
         )
     return [float(value) for value in s]
@@ -304,7 +304,7 @@ def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:
     s = np.asarray(table["s"], dtype=np.float64)
     losses = np.asarray(table["loss"], dtype=np.float64)
     if len(s) < 2 or s[0] != 0 or s[-1] != 1 or bool((np.diff(s) <= 0).any()):
-        raise checks.fail(
+        raise checks.invalid(
             "table",
             "rows with s ascending from 0 to 1",
             f"s = {s.tolist()[:9]}",
@@ -312,5 +312,5 @@ def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:
         )
     wrong = losses[np.isnan(losses) | np.isneginf(losses)]
     if len(wrong):
-        raise checks.fail("table", "losses that are finite, or inf", f"{wrong[0]}")
+        raise checks.invalid("table", "losses that are finite, or inf", f"{wrong[0]}")
     return s, losses

@@ -46,9 +46,9 @@ class Path:
 
     def __init__(self, pivots: Tensor) -> None:
         if not isinstance(pivots, Tensor) or pivots.ndim != 2:
-            raise checks.fail("pivots", "a tensor of shape [M, P]", checks.describe(pivots))
+            raise checks.invalid("pivots", "a tensor of shape [M, P]", checks.describe(pivots))
         if pivots.shape[0] < 2 or pivots.shape[1] < 1:
-            raise checks.fail(
+            raise checks.invalid(
                 "pivots",
                 "at least 2 pivots of at least 1 parameter",
                 checks.describe(pivots),
@@ -58,7 +58,7 @@ class Path:
         length, self._positions = arc.measured(self._pivots)
         self._length = float(length)
         if not (self._length > 0 and math.isfinite(self._length)):
-            raise checks.fail(
+            raise checks.invalid(
                 "pivots",
                 "a finite length above 0",
                 f"length {self._length}",
@@ -164,9 +164,9 @@ class Path:
             or theta.shape[-1] != self.num_params
         ):
             p = self.num_params
-            raise checks.fail("theta", f"shape [{p}] or [R, {p}]", checks.describe(theta))
+            raise checks.invalid("theta", f"shape [{p}] or [R, {p}]", checks.describe(theta))
         if theta.device != self._pivots.device:
-            raise checks.fail(
+            raise checks.invalid(
                 "theta", f"a tensor on {self._pivots.device}", f"one on {theta.device}"
             )
         rows = checks.finite("theta", theta.detach()).reshape(-1, self.num_params)
@@ -218,7 +218,7 @@ class Path:
         Raises:
             ValueError: fewer than two pivots.
         """
-        checks.whole("count", count, 2)
+        checks.integer("count", count, 2)
         return Path(arc.resampled(self._pivots, self._positions, count))
 
     def reversed(self) -> Path:
@@ -256,7 +256,7 @@ class Path:
         }
         clash = sorted(set(facts) & set(manifest))
         if clash:
-            raise checks.fail("manifest", f"names other than {sorted(facts)}", str(clash))
+            raise checks.invalid("manifest", f"names other than {sorted(facts)}", str(clash))
         store.save_tensors(os.fspath(file), {"pivots": self._pivots}, {**facts, **manifest})
 
     @classmethod
@@ -285,7 +285,7 @@ class Path:
                 f"{list(tensors['pivots'].shape)}; delete it and run the same command again"
             )
         if num_params is not None and shape[1] != num_params:
-            raise checks.fail(
+            raise checks.invalid(
                 str(file),
                 f"a path in {num_params} parameters",
                 f"one in {shape[1]}",
@@ -304,12 +304,14 @@ class Path:
         try:
             many = torch.as_tensor(s, dtype=torch.float64, device=self._positions.device).detach()
         except (TypeError, ValueError, RuntimeError):
-            raise checks.fail("s", "positions in [0, 1]", checks.shown(s)) from None
+            raise checks.invalid("s", "positions in [0, 1]", checks.shown(s)) from None
         if many.ndim > 1:
-            raise checks.fail("s", "a number or positions [K]", checks.describe(many))
+            raise checks.invalid("s", "a number or positions [K]", checks.describe(many))
         if not bool(((many >= 0) & (many <= 1)).all()):
             bad = many[~((many >= 0) & (many <= 1))] if many.ndim else many.reshape(1)
-            raise checks.fail("s", "positions in [0, 1] (relative arc length)", str(float(bad[0])))
+            raise checks.invalid(
+                "s", "positions in [0, 1] (relative arc length)", str(float(bad[0]))
+            )
         return many.reshape(-1), many.ndim == 0
 
 
@@ -327,18 +329,18 @@ def linear_path(a: Tensor, b: Tensor, pivots: int = 2) -> Path:
     >>> linear_path(torch.zeros(2), torch.tensor([1.0, 2.0]), pivots=3).pivots.tolist()
     [[0.0, 0.0], [0.5, 1.0], [1.0, 2.0]]
     """
-    checks.whole("pivots", pivots, 2)
+    checks.integer("pivots", pivots, 2)
     for name, end in (("a", a), ("b", b)):
         if not isinstance(end, Tensor) or end.ndim != 1 or end.numel() == 0:
-            raise checks.fail(name, "a tensor of shape [P]", checks.describe(end))
+            raise checks.invalid(name, "a tensor of shape [P]", checks.describe(end))
         checks.finite(name, end)
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        raise checks.fail(
+        raise checks.invalid(
             "b",
             f"an end like a ({checks.describe(a)} on {a.device})",
             f"{checks.describe(b)} on {b.device}",
             "both ends must come from the same model",
         )
     if torch.equal(a, b):
-        raise checks.fail("b", "another point than a", "the same one")
+        raise checks.invalid("b", "another point than a", "the same one")
     return Path(torch.stack((a, b))).resampled(pivots)

@@ -81,11 +81,13 @@ def print_plan(console: Console, subject: Subject) -> None:
     Under `torchrun` its processes are measured, messages too. Otherwise one process with all its
     threads is, and with one thread each, messages are assumed.
     """
-    sharing, objective = subject.some.sharing, subject.some
+    communicator, objective = subject.some.communicator, subject.some
     found = {}
-    if sharing is not None:
-        found[sharing.size] = measure(objective)
-        note = f"speeds of {sharing.size} processes that share the work here, messages measured"
+    if communicator is not None:
+        found[communicator.size] = measure(objective)
+        note = (
+            f"speeds of {communicator.size} processes that share the work here, messages measured"
+        )
     else:
         found[1] = measure(objective)
         one = _of_one_thread(subject)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .._utils import atomic_io as store
 from .._utils import checks, trees
 from .._utils.table import Table
-from ..distributed._communicator import Sharing
-from ..distributed._process_group import shard
+from ..distributed._communicator import Communicator
+from ..distributed._process_group import distribute
 from ..dynamics.projected_sgd._checkpoint import fingerprint
 from ..experiments._config import changed_values
 from ..experiments._executor import Unit, execute
@@ -102,7 +102,8 @@ def profile_model(
     where that is an end).
 
     What is finished is kept in the folder, and the same call goes on from there. Under `torchrun`
-    all processes share the work of each part (see `parallel.shard`), and see the same folder.
+    all processes share the work of each part (see `distributed.distribute`), and see the same
+    folder.
 
     Args:
         model: the model, with its weights: point A.
@@ -135,8 +136,8 @@ def profile_model(
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
     subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
-    whole, end, sharing = subject.whole, subject.end, subject.whole.sharing
-    first = sharing is None or sharing.rank == 0
+    whole, end, communicator = subject.whole, subject.end, subject.whole.communicator
+    first = communicator is None or communicator.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
     about: dict[str, Any] = {
         "named": named,
@@ -150,18 +151,18 @@ def profile_model(
     if parameters is not None:
         about["chosen"] = list(whole.parameter_names)
     todo = units(subject)
-    folder = _by_first(sharing, lambda: _open(Path(out), about, whole.device.type))
+    folder = _by_first(communicator, lambda: _open(Path(out), about, whole.device.type))
     folder = folder or UnitStore(Path(out), whole.device.type)
     try:
         _announce(console if first else Console(quiet=True), subject, about, todo)
-        execute(folder, todo, workers=1, console=console, sharing=sharing)
+        execute(folder, todo, workers=1, console=console, communicator=communicator)
     except BaseException:
         if first and not (folder.path / "units").exists():
             # Nothing was computed: the corrected call may use the folder.
             for name in ("profile.json", "environment.json"):
                 (folder.path / name).unlink(missing_ok=True)
         raise
-    found = _by_first(sharing, lambda: profile_report.write(folder, subject, about))
+    found = _by_first(communicator, lambda: profile_report.write(folder, subject, about))
     tables, ways = found or profile_report.read(folder, subject)
     return ModelProfile(folder.path, tables, ways)
 
@@ -196,9 +197,11 @@ def plan_profile(
     """
     settings = settings or ProfileSettings()
     subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
-    sharing = subject.whole.sharing
+    communicator = subject.whole.communicator
     console = console or Console(emoji=False)
-    print_plan(console if sharing is None or not sharing.rank else Console(quiet=True), subject)
+    print_plan(
+        console if communicator is None or not communicator.rank else Console(quiet=True), subject
+    )
 
 
 def _subject(
@@ -212,16 +215,16 @@ def _subject(
     parameters: Any,
     output: str | int | None,
 ) -> Subject:
-    whole = shard(_objective(model, data, loss, norm, device, parameters, output))
+    whole = distribute(_objective(model, data, loss, norm, device, parameters, output))
     end = None if other is None else _other_end(whole, other, loss, parameters is not None)
     return Subject.of(whole, end, settings)
 
 
-def _by_first(sharing: Sharing | None, write: Callable[[], T]) -> T | None:
+def _by_first(communicator: Communicator | None, write: Callable[[], T]) -> T | None:
     """What the first of processes does for all, which then know that it is done."""
-    if sharing is None:
+    if communicator is None:
         return write()
-    return sharing.met(write if sharing.rank == 0 else lambda: None, "files")
+    return communicator.met(write if communicator.rank == 0 else lambda: None, "files")
 
 
 # -- what is measured -----------------------------------------------------------------------
@@ -241,7 +244,7 @@ def _objective(
             model, loss, data, norm=norm, device=device, parameters=parameters, output=output
         )
     except TypeError as error:  # from a Dataset whose items do not make a batch
-        raise checks.fail(
+        raise checks.invalid(
             "data",
             "(inputs, targets), a Dataset of pairs of tensors, or batches of them",
             f"{checks.describe(data)}, which fails: {error}",
@@ -268,14 +271,14 @@ def _other_end(
     )
     if a != b or there.dtype != whole.dtype:
         differ = [f"{n} {a.get(n)} and {b.get(n)}" for n in {**a, **b} if a.get(n) != b.get(n)]
-        raise checks.fail(
+        raise checks.invalid(
             "other",
             "a model of the same architecture and dtype",
             "; ".join(differ[:3]) or f"{whole.dtype} and {there.dtype}",
         )
     differ = [n for n, same in _constants_agree(whole, there) if not same]
     if differ:
-        raise checks.fail(
+        raise checks.invalid(
             "other",
             "the same buffers and frozen parameters at both points, as a path moves trainable "
             "parameters alone",
@@ -284,7 +287,7 @@ def _other_end(
         )
     end = there.parameters_vector()
     if torch.equal(end, whole.parameters_vector()):
-        raise checks.fail(
+        raise checks.invalid(
             "other", "another point than the first", "the same", "give other weights, or only one"
         )
     return end

@@ -65,10 +65,10 @@ class ProfileSettings:
         for name in ("eigenvalues", "density_probes", "density_steps", "steps"):
             least[name] = 1
         for name, minimum in least.items():
-            checks.whole(name, getattr(self, name), minimum)
+            checks.integer(name, getattr(self, name), minimum)
         for name in ("examples", "batch_size"):
             if getattr(self, name) is not None:
-                checks.whole(name, getattr(self, name), 1)
+                checks.integer(name, getattr(self, name), 1)
         for name in ("tol", "path_lr", "lr"):
             checks.positive(name, getattr(self, name))
         checks.at_least("weight_decay", self.weight_decay, 0)
@@ -100,12 +100,12 @@ class Subject:
             ValueError: more examples or larger batches than there are; for a path, data that
                 cannot be drawn from at random; a model in half precision.
         """
-        checks.full_precision("model", whole.dtype, "second derivatives and paths")
+        checks.single_or_double("model", whole.dtype, "second derivatives and paths")
         count, asked = whole.num_examples, settings.examples
         if asked is not None and asked > count:
-            raise checks.fail("examples", f"at most the {count} there are", str(asked))
+            raise checks.invalid("examples", f"at most the {count} there are", str(asked))
         if settings.batch_size is not None and settings.batch_size > count:
-            raise checks.fail(
+            raise checks.invalid(
                 "batch_size", f"at most the {count} examples", str(settings.batch_size)
             )
         if end is not None:
@@ -160,7 +160,7 @@ def _first(obj: Objective, count: int) -> Objective:
 def _require_one_shape(obj: Objective) -> None:
     shapes = {trees.example_form(b[1:]): checks.describe(b.inputs) for b in obj.batches()}
     if len(shapes) > 1:
-        raise checks.fail(
+        raise checks.invalid(
             "data",
             "examples of one shape, to draw minibatches from for a path",
             f"{len(shapes)} shapes, as " + " and ".join(list(shapes.values())[:2]),

@@ -141,7 +141,7 @@ def measure_spectra(
         ),
         "density": _density(name, found.density),
     }
-    ways = {"Hessian": operator.way}
+    ways = {"Hessian": operator.method}
     if not subject.alone:
         tables["fisher"] = _fisher(name, obj, theta)
         ways["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
@@ -149,7 +149,11 @@ def measure_spectra(
 
 
 def _by_processes(obj: Objective) -> str:
-    return f"; rows of {obj.sharing.size} processes in a ring" if obj.sharing is not None else ""
+    return (
+        f"; rows of {obj.communicator.size} processes in a ring"
+        if obj.communicator is not None
+        else ""
+    )
 
 
 def _place(store: UnitStore, subject: Subject, name: str) -> Tensor:

@@ -39,7 +39,7 @@ def model_from(reference: str, argument: str = "model") -> nn.Module:
     """
     model = _made(reference, argument)
     if not isinstance(model, nn.Module):
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             f"an nn.Module from {reference}",
             checks.describe(model),
@@ -73,7 +73,7 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
     if Path(source).is_dir():
         return load(Path(source).resolve().name, source)[0].tensors()
     if ":" not in source:
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             "one of " + ", ".join(map(repr, NAMES)) + ", a folder of train/<class>/* and "
             "test/<class>/*, a .safetensors, .pt or .pth file, or MODULE:FACTORY",
@@ -87,7 +87,7 @@ def data_from(source: str, data_dir: str | Path | None = None, argument: str = "
 def _inputs_and_targets(file: str, argument: str) -> tuple[Tensor, Tensor]:
     tensors = read_tensors(file, f"{argument} {file}")
     if not {"inputs", "targets"} <= tensors.keys():
-        raise checks.fail(
+        raise checks.invalid(
             f"{argument} {file}",
             "tensors `inputs` and `targets`",
             ", ".join(sorted(tensors)) or "none",
@@ -102,7 +102,7 @@ def _made(reference: str, argument: str) -> Any:
     """What the factory at MODULE:FACTORY returns."""
     place, colon, name = reference.rpartition(":")
     if not (colon and place and name):
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             "MODULE:FACTORY, as mynet:build or path/to/mynet.py:build",
             checks.shown(reference),
@@ -125,7 +125,7 @@ def _named(name: str, argument: str) -> ModuleType:
 
     module = _run(argument, f"{name} to import", imported)
     if module is None:
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             "a module that can be imported",
             f"{name!r}, which is neither installed nor in {Path.cwd()}",
@@ -138,7 +138,7 @@ def _file(file: Path, argument: str) -> ModuleType:
     """The module of a file; run once, though a model and its data may both be in it."""
     file = file.expanduser().resolve()
     if not file.is_file():
-        raise checks.fail(argument, "a .py file", f"{file}, which is none", "check the path")
+        raise checks.invalid(argument, "a .py file", f"{file}, which is none", "check the path")
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -167,7 +167,7 @@ def _attribute(module: ModuleType, place: str, name: str, argument: str) -> Call
     for part in name.split("."):
         if not hasattr(found, part):
             there = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise checks.fail(
+            raise checks.invalid(
                 argument,
                 f"a name in {place}",
                 f"{name!r}, which is not there",
@@ -176,11 +176,13 @@ def _attribute(module: ModuleType, place: str, name: str, argument: str) -> Call
         found = getattr(found, part)
     what = "a callable without arguments"
     if isinstance(found, nn.Module) or not callable(found):
-        raise checks.fail(argument, what, checks.describe(found), "name a function that returns it")
+        raise checks.invalid(
+            argument, what, checks.describe(found), "name a function that returns it"
+        )
     try:
         inspect.signature(found).bind()
     except TypeError as error:
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             what,
             f"{name}{inspect.signature(found)} ({error})",
@@ -197,7 +199,7 @@ def _run(argument: str, what: str, code: Callable[[], T]) -> T:
         return code()
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             what,
             f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})",

@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     renamed = _renamed(stored, own)
     problems = [*_misnamed(renamed, own), *_misshapen(renamed, own)]
     if problems:
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             f"those of this model ({type(model).__name__}, {len(own)} tensors)",
             f"{len(stored)} tensors of another: {'; '.join(problems)}",
@@ -89,7 +89,7 @@ def _read(file: str | Path, argument: str) -> Any:
     try:
         return safetensors.torch.load(Path(file).read_bytes())
     except safetensors.SafetensorError as error:
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             "a safetensors file, or a state dict written by torch.save",
             f"another kind of file ({error})",
@@ -106,7 +106,7 @@ def _read_torch(file: str | Path, argument: str) -> Any:
         said = next((line for line in str(error).splitlines() if line.strip()), "")[:160]
         if type(error).__name__ == "UnpicklingError":  # torch's advice would be to run them
             said = "it holds pickled objects"
-        raise checks.fail(
+        raise checks.invalid(
             argument,
             "tensors that torch.load(weights_only=True) reads",
             f"a file that it does not: {type(error).__name__}: {said}",
@@ -121,7 +121,7 @@ def _state_dict(found: Any, argument: str) -> dict[str, Tensor]:
     while isinstance(found, Mapping):
         inside = [key for key in _HOLDERS if isinstance(found.get(key), Mapping)]
         if len(inside) > 1:
-            raise checks.fail(
+            raise checks.invalid(
                 argument,
                 "one state dict",
                 f"several, under {', '.join(map(repr, inside))}",
@@ -140,7 +140,7 @@ def _tensors(found: Any, argument: str) -> dict[str, Tensor]:
         kept = {n: v for n, v in found.items() if not str(n).endswith("_extra_state")}
         if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in kept.items()):
             return {name: value.detach() for name, value in kept.items()}
-    raise checks.fail(
+    raise checks.invalid(
         argument,
         "a state dict (tensors by name), alone or under " + ", ".join(map(repr, _HOLDERS)),
         checks.describe(found),

@@ -158,7 +158,7 @@ def _devices(name: str) -> list[torch.device]:
     if name == "cpu" or (name == "auto" and not there):
         return [torch.device("cpu")]
     if not there:
-        raise checks.fail("device", "a GPU that torch can use", "none", 'pass device="cpu"')
+        raise checks.invalid("device", "a GPU that torch can use", "none", 'pass device="cpu"')
     kind = "cuda" if name == "auto" else name
     gpu = torch.device(kind, torch.cuda.current_device() if kind == "cuda" else 0)
     return [torch.device("cpu"), gpu] if name == "auto" else [gpu]

@@ -12,11 +12,11 @@ from torch import Tensor
 from .._utils.devices import is_gpu
 from ..curvature import (
     HessianOperator,
+    autograd_only,
     gradient_norms,
     hessian_trace,
     score_gram,
     score_matrix,
-    without_rules,
 )
 from ..dynamics import relax
 from ..objective import Objective
@@ -84,7 +84,7 @@ def _last_of_repeated(
 
 def trace(obj: Objective) -> Tensor:
     """Of each parameter tensor, as the whole may be nearly 0."""
-    found = hessian_trace(obj, probes=PROBES, seed=1, by="parameter")
+    found = hessian_trace(obj, probes=PROBES, seed=1, group_by="parameter")
     return torch.tensor([estimate.value for estimate in found.values()], dtype=torch.float64)
 
 
@@ -152,7 +152,7 @@ def _in_double(obj: Objective) -> Calculated:
 
 
 def _scores(obj: Objective) -> Tensor:
-    with without_rules():
+    with autograd_only():
         return score_matrix(obj).double()
 
 
@@ -160,7 +160,7 @@ def _by_autograd(
     calculate: Callable[[Objective], Tensor],
 ) -> Callable[[Objective], Calculated]:
     def calculated(obj: Objective) -> Tensor:
-        with without_rules():
+        with autograd_only():
             return calculate(obj)
 
     return calculated

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .._torch.full_precision import exact_math
+from .._torch.full_precision import full_precision
 from .._utils.devices import is_gpu
 from ..curvature import HessianOperator, gradient_norms, score_gram
 from ..dynamics import relax
@@ -249,7 +249,7 @@ def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
     # TF32's rate is not that of the products which are the limit.
     in_tf32 = {AS_TORCH_IS_SET: _Work(gradient, flops=0.0)} if is_gpu(device) else {}
     return {
-        GRADIENT: _Work(exact_math()(gradient)),
+        GRADIENT: _Work(full_precision()(gradient)),
         **in_tf32,
         "Hessian product, a column": _Work(lambda: hessian @ vectors, 1 / COLUMNS),
         "trace probe": _Work(lambda: hessian.quadratic_forms(vectors), 1 / COLUMNS),
@@ -298,7 +298,7 @@ def _edges(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
     b = torch.randn(sizes.matrix // 2, sizes.matrix // 2, device=device).double()
     return {
         "copy": _Work(lambda: target.copy_(source), bytes=2 * source.nbytes),
-        "float32": _Work(exact_math()(lambda: a @ a), flops=2 * len(a) ** 3),
+        "float32": _Work(full_precision()(lambda: a @ a), flops=2 * len(a) ** 3),
         "float64": _Work(lambda: b @ b, flops=2 * len(b) ** 3),
     }
 

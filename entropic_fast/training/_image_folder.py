@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._torch.memory_budget import available_bytes, readable
 from .._utils import atomic_io as store
-from .._utils.checks import fail
+from .._utils.checks import invalid
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -72,7 +72,7 @@ def read_tree(data_dir: str | Path) -> tuple[Arrays, Arrays, list[str]]:
     classes = list(splits["train"])
     if classes != list(splits["test"]):
         different = sorted(set(classes) ^ set(splits["test"]))
-        raise fail(
+        raise invalid(
             "data_dir",
             "the same classes in train and test",
             f"{len(different)} in one of them only, as {different[0]!r}",
@@ -89,7 +89,7 @@ def read_tree(data_dir: str | Path) -> tuple[Arrays, Arrays, list[str]]:
 def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
     folder = root / split
     if not folder.is_dir():
-        raise fail("data_dir", f"a folder {split!r} of one folder a class", f"none in {root}")
+        raise invalid("data_dir", f"a folder {split!r} of one folder a class", f"none in {root}")
     _inside(root, folder, folder.is_symlink())
     found: dict[str, list[Path]] = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
@@ -105,7 +105,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
             if image.is_file():
                 files.append(Path(image.path))
         if not files:
-            raise fail(
+            raise invalid(
                 "data_dir",
                 "at least one image in every class folder",
                 f"none in {path}",
@@ -113,7 +113,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
             )
         found[entry.name] = files
     if not found:
-        raise fail("data_dir", "one folder a class", f"none in {folder}")
+        raise invalid("data_dir", "one folder a class", f"none in {folder}")
     return found
 
 
@@ -125,7 +125,7 @@ def _inside(root: Path, path: Path, link: bool) -> None:
     except (OSError, RuntimeError):  # a link to itself, by way of others
         end = Path("nowhere")
     if not end.is_relative_to(root):
-        raise fail(
+        raise invalid(
             "data_dir",
             "links that stay inside the folder",
             f"{path} -> {end}",
@@ -163,7 +163,7 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
         height, width, _ = shapes[0]
         for (file, _), shape in zip(files, shapes, strict=True):
             if shape[:2] != (height, width):
-                raise fail(
+                raise invalid(
                     "data_dir",
                     f"images of one size ({width} x {height}, as {files[0][0]})",
                     f"{shape[1]} x {shape[0]} in {file}",
@@ -172,7 +172,7 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
         channels = max(shape[2] for shape in shapes)
         needed, free = len(files) * channels * height * width, available_bytes(torch.device("cpu"))
         if 2 * needed > free:  # pixels, and the two parts of them
-            raise fail(
+            raise invalid(
                 "data_dir",
                 f"images that fit twice in the {readable(free)} free",
                 f"{len(files)} of {width} x {height}, {readable(needed)}",
@@ -235,7 +235,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         struct.error,
         Image.DecompressionBombError,
     ) as error:
-        raise fail(
+        raise invalid(
             "data_dir",
             "8-bit images that can be read",
             f"{path} ({error})",

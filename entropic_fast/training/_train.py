@@ -15,11 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._torch.memory_format import fitting_layout
-from .._utils.checks import HALF, at_least, boolean, fail, numbers, one_of, positive, shown, whole
+from .._torch.memory_format import preferred_memory_format
+from .._utils.checks import (
+    HALF,
+    at_least,
+    boolean,
+    integer,
+    invalid,
+    numbers,
+    one_of,
+    positive,
+    shown,
+)
 from .._utils.devices import is_gpu
 from .._utils.table import Table
-from ..ops.random_bits.streams import derive
+from ..ops.random_bits.streams import fold_in
 from .data import ImageData, augment, batches
 from .models import initialise as initialise_model
 
@@ -75,25 +85,25 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("lr", self.lr)
         if at_least("momentum", self.momentum, 0) >= 1:
-            raise fail("momentum", "a number in [0, 1)", shown(self.momentum))
+            raise invalid("momentum", "a number in [0, 1)", shown(self.momentum))
         at_least("weight_decay", self.weight_decay, 0)
-        whole("batch_size", self.batch_size, 1)
-        whole("epochs", self.epochs)
+        integer("batch_size", self.batch_size, 1)
+        integer("epochs", self.epochs)
         object.__setattr__(self, "milestones", tuple(numbers("milestones", self.milestones)))
         boolean("nesterov", self.nesterov)
         if list(self.milestones) != sorted(self.milestones) or not all(
             0 < m < 1 for m in self.milestones
         ):
-            raise fail(
+            raise invalid(
                 "milestones", "ascending shares of training in (0, 1)", shown(self.milestones)
             )
         if positive("gamma", self.gamma) > 1:
-            raise fail("gamma", "a number in (0, 1]", shown(self.gamma))
+            raise invalid("gamma", "a number in (0, 1]", shown(self.gamma))
         if self.nesterov and self.momentum == 0:
-            raise fail("nesterov", "a momentum above 0", "momentum 0")
-        whole("pad", self.pad)
+            raise invalid("nesterov", "a momentum above 0", "momentum 0")
+        integer("pad", self.pad)
         if at_least("label_noise", self.label_noise, 0) > 1:
-            raise fail("label_noise", "a share from 0 to 1", shown(self.label_noise))
+            raise invalid("label_noise", "a share from 0 to 1", shown(self.label_noise))
         one_of("precision", self.precision, ("float32", "bfloat16"))
 
 
@@ -183,12 +193,12 @@ def train(
     >>> train(build("digits-cnn"), data, config, seed=0).epoch
     2
     """
-    stop = config.epochs if stop_epoch is None else whole("stop_epoch", stop_epoch)
+    stop = config.epochs if stop_epoch is None else integer("stop_epoch", stop_epoch)
     if stop > config.epochs:
-        raise fail("stop_epoch", f"at most {config.epochs}, the recipe's epochs", str(stop))
-    if whole("start_epoch", start_epoch) > stop:
-        raise fail("start_epoch", f"at most stop_epoch, {stop}", str(start_epoch))
-    whole("seed", seed)
+        raise invalid("stop_epoch", f"at most {config.epochs}, the recipe's epochs", str(stop))
+    if integer("start_epoch", start_epoch) > stop:
+        raise invalid("start_epoch", f"at most stop_epoch, {stop}", str(start_epoch))
+    integer("seed", seed)
     _check_device(model, data)
     _check_precision(model)
     if initialise is None:
@@ -197,14 +207,14 @@ def train(
         initialise_model(model, seed)
     _check_classes(model, data)
     if config.label_noise:
-        data = data.with_label_noise(config.label_noise, derive(seed, "label noise"))
-    order = seed if order_seed is None else whole("order_seed", order_seed)
+        data = data.with_label_noise(config.label_noise, fold_in(seed, "label noise"))
+    order = seed if order_seed is None else integer("order_seed", order_seed)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     records = []
     model.eval()  # the trial of a layout moves no statistics
     _lay_out(model, torch.channels_last)
     try:
-        layout = fitting_layout(model, data.inputs(slice(2)))
+        layout = preferred_memory_format(model, data.inputs(slice(2)))
         _lay_out(model, layout)
         model.train()
         optimizer = _optimizer(named, config, optimizer_state)
@@ -286,7 +296,7 @@ def _optimizer(
     named: Mapping[str, nn.Parameter], config: TrainConfig, state: Mapping[str, Tensor] | None
 ) -> torch.optim.SGD:
     if not named:
-        raise fail("model", "at least one parameter that requires a gradient", "none")
+        raise invalid("model", "at least one parameter that requires a gradient", "none")
     device = next(iter(named.values())).device.type
     optimizer = torch.optim.SGD(
         named.values(),
@@ -301,7 +311,7 @@ def _optimizer(
         return optimizer
     if set(state) != set(named):
         different = sorted(set(state) ^ set(named))
-        raise fail(
+        raise invalid(
             "optimizer_state",
             "one momentum buffer a parameter of the model",
             f"{len(different)} that differ, as {different[0]!r}",
@@ -309,7 +319,7 @@ def _optimizer(
         )
     for name, parameter in named.items():
         if state[name].shape != parameter.shape:
-            raise fail(
+            raise invalid(
                 f"optimizer_state[{name!r}]",
                 f"shape {list(parameter.shape)}",
                 str(list(state[name].shape)),
@@ -331,7 +341,7 @@ def _momentum(
 def _check_device(model: nn.Module, data: ImageData) -> None:
     devices = {p.device for p in model.parameters()}
     if devices - {data.device}:
-        raise fail(
+        raise invalid(
             "model",
             f"parameters on the data's device, {data.device}",
             ", ".join(sorted(map(str, devices))),
@@ -342,7 +352,7 @@ def _check_device(model: nn.Module, data: ImageData) -> None:
 def _check_precision(model: nn.Module) -> None:
     half = {p.dtype for p in model.parameters()} & set(HALF)
     if half:
-        raise fail(
+        raise invalid(
             "model",
             "float32 parameters, to which small updates can be added",
             ", ".join(sorted(str(d).removeprefix("torch.") for d in half)),
@@ -357,7 +367,7 @@ def _check_classes(model: nn.Module, data: ImageData) -> None:
         with torch.no_grad():
             outputs = model(data.inputs(slice(0, 1)))
     except RuntimeError as error:
-        raise fail(
+        raise invalid(
             "model",
             f"a network for images of shape {list(data.images.shape[1:])}",
             str(error).splitlines()[0],
@@ -367,7 +377,7 @@ def _check_classes(model: nn.Module, data: ImageData) -> None:
             module.training = state
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < data.num_classes:
         got = str(list(outputs.shape)) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise fail(
+        raise invalid(
             "model",
             f"outputs of shape [N, at least {data.num_classes}], one a class",
             got,
@@ -396,7 +406,7 @@ def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1024) -> Evalu
     >>> 0 <= evaluate(build("digits-cnn"), test).accuracy <= 1
     True
     """
-    whole("batch_size", batch_size, 1)
+    integer("batch_size", batch_size, 1)
     _check_device(model, data)
     _check_classes(model, data)
     training = {module: module.training for module in model.modules()}
@@ -412,7 +422,7 @@ def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1024) -> Evalu
             bad = (~torch.isfinite(losses)).nonzero()
             if len(bad):
                 first = int(bad[0])
-                raise fail(
+                raise invalid(
                     "loss",
                     "a finite loss for every example",
                     f"{float(losses[first])} for example {start + first}",

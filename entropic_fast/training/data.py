@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .._utils.checks import at_least, describe, fail, shown, whole
-from ..ops.random_bits.streams import derive, permutation, philox, uniform
+from .._utils.checks import at_least, describe, integer, invalid, shown
+from ..ops.random_bits.streams import fold_in, permutation, philox, uniform
 from . import _image_folder as folders
 
 NAMES = ("digits", "cifar10", "cifar100")
@@ -53,21 +53,21 @@ class ImageData:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
-            raise fail("images", "a uint8 tensor of shape [N, C, H, W]", describe(images))
+            raise invalid("images", "a uint8 tensor of shape [N, C, H, W]", describe(images))
         if images.numel() == 0:
-            raise fail("images", "at least one image", describe(images))
+            raise invalid("images", "at least one image", describe(images))
         if (
             not isinstance(labels, Tensor)
             or labels.dtype != torch.int64
             or (labels.shape != images.shape[:1])
         ):
-            raise fail("labels", f"an int64 tensor of shape [{len(images)}]", describe(labels))
+            raise invalid("labels", f"an int64 tensor of shape [{len(images)}]", describe(labels))
         if labels.device != images.device:
-            raise fail("labels", f"a tensor on {images.device}", str(labels.device))
+            raise invalid("labels", f"a tensor on {images.device}", str(labels.device))
         bad = ((labels < 0) | (labels >= self.num_classes)).nonzero()
         if len(bad):
             first = int(bad[0])
-            raise fail(
+            raise invalid(
                 "labels",
                 f"values from 0 to {self.num_classes - 1}, one a class name",
                 f"{int(labels[first])} at index {first}",
@@ -75,11 +75,11 @@ class ImageData:
         for argument in ("mean", "std"):
             values = getattr(self, argument)
             if len(values) != images.shape[1] or not np.isfinite(values).all():
-                raise fail(
+                raise invalid(
                     argument, f"{images.shape[1]} finite numbers, one a channel", shown(values)
                 )
         if min(self.std) <= 0:
-            raise fail("std", "numbers above 0", shown(self.std))
+            raise invalid("std", "numbers above 0", shown(self.std))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,7 +135,7 @@ class ImageData:
         on: the first n examples hold each class floor(n / K) or ceil(n / K) times, while no
         class has run out.
         """
-        shuffled = permutation(len(self), derive(0, "balanced order"))
+        shuffled = permutation(len(self), fold_in(0, "balanced order"))
         labels = self.labels.cpu()[shuffled]
         by_class = torch.argsort(labels, stable=True)
         starts = torch.cumsum(torch.bincount(labels, minlength=self.num_classes), 0)
@@ -186,15 +186,15 @@ class ImageData:
             ValueError: a fraction outside [0, 1].
         """
         if at_least("fraction", fraction, 0) > 1:
-            raise fail("fraction", "a share from 0 to 1", shown(fraction))
-        chosen = uniform((len(self),), derive(seed, "noisy")) < fraction
-        drawn = uniform((len(self),), derive(seed, "label")) * self.num_classes
+            raise invalid("fraction", "a share from 0 to 1", shown(fraction))
+        chosen = uniform((len(self),), fold_in(seed, "noisy")) < fraction
+        drawn = uniform((len(self),), fold_in(seed, "label")) * self.num_classes
         labels = torch.where(chosen, drawn.long(), self.labels.cpu())
         return replace(self, labels=labels.to(self.device))
 
     def _limit(self, limit: int | None) -> int:
-        if limit is not None and whole("limit", limit, 1) > len(self):
-            raise fail("limit", f"at most {len(self)}, the number of examples", str(limit))
+        if limit is not None and integer("limit", limit, 1) > len(self):
+            raise invalid("limit", f"at most {len(self)}, the number of examples", str(limit))
         return len(self) if limit is None else limit
 
 
@@ -239,7 +239,7 @@ def load(
         )
     if name == "digits":
         if data_dir is not None:
-            raise fail(
+            raise invalid(
                 "data_dir",
                 "None for 'digits', which scikit-learn holds",
                 shown(data_dir),
@@ -249,7 +249,7 @@ def load(
     elif data_dir is not None and (name not in NAMES or (Path(data_dir) / "train").is_dir()):
         parts = folders.read_tree(data_dir)
         if len(parts[2]) != _CLASSES.get(name, len(parts[2])):
-            raise fail(
+            raise invalid(
                 "data_dir",
                 f"{_CLASSES[name]} classes for {name!r}",
                 f"{len(parts[2])} in {data_dir}",
@@ -258,7 +258,7 @@ def load(
     elif name in ("cifar10", "cifar100"):
         parts = _torchvision(name, data_dir, download)
     else:
-        raise fail(
+        raise invalid(
             "data set",
             "one of " + ", ".join(map(repr, NAMES)),
             shown(name),
@@ -362,13 +362,13 @@ def augment(
     >>> torch.equal(augment(x, i, epoch=2, seed=0), one)
     True
     """
-    whole("epoch", epoch)
-    whole("pad", pad)
+    integer("epoch", epoch)
+    integer("pad", pad)
     if images.ndim != 4:
-        raise fail("images", "a tensor of shape [B, C, H, W]", describe(images))
+        raise invalid("images", "a tensor of shape [B, C, H, W]", describe(images))
     if index.shape != images.shape[:1] or index.dtype != torch.int64:
-        raise fail("index", f"an int64 tensor of shape [{len(images)}]", describe(index))
-    words = philox(index.to(images.device), derive(seed, "augment"), stream=epoch)  # [B, 4]
+        raise invalid("index", f"an int64 tensor of shape [{len(images)}]", describe(index))
+    words = philox(index.to(images.device), fold_in(seed, "augment"), stream=epoch)  # [B, 4]
     return CropAndFlip(pad, flip)(images, words)
 
 
@@ -392,7 +392,7 @@ class CropAndFlip:
     fill: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        whole("pad", self.pad)
+        integer("pad", self.pad)
 
     def __call__(self, images: Tensor, words: Tensor) -> Tensor:
         """New images of the same shape and type.
@@ -402,9 +402,9 @@ class CropAndFlip:
             words: uniform in [0, 2^32).  # [B, 4] int64
         """
         if images.ndim != 4:
-            raise fail("images", "a tensor of shape [B, C, H, W]", describe(images))
+            raise invalid("images", "a tensor of shape [B, C, H, W]", describe(images))
         if self.fill and len(self.fill) != images.shape[1]:
-            raise fail("fill", f"{images.shape[1]} numbers, one a channel", shown(self.fill))
+            raise invalid("fill", f"{images.shape[1]} numbers, one a channel", shown(self.fill))
         if not (self.pad or self.flip):
             return images.clone()
         out = images
@@ -428,8 +428,8 @@ class CropAndFlip:
 
 def epoch_order(n: int, epoch: int, seed: int, device: torch.device | str | None = None) -> Tensor:
     """The order in which an epoch visits n examples, made on `device`.  # [n]"""
-    whole("n", n, 1)
-    return permutation(n, derive(seed, "order"), stream=whole("epoch", epoch), device=device)
+    integer("n", n, 1)
+    return permutation(n, fold_in(seed, "order"), stream=integer("epoch", epoch), device=device)
 
 
 def batches(
@@ -443,7 +443,7 @@ def batches(
     >>> [len(b) for b in batches(10, 4, epoch=0, seed=0)]
     [4, 4, 2]
     """
-    whole("batch_size", batch_size, 1)
+    integer("batch_size", batch_size, 1)
     order = epoch_order(n, epoch, seed, device)
     for start in range(0, n, batch_size):
         yield order[start : start + batch_size]

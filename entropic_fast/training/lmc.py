@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from .._utils import notebook as display
 from .._utils.checks import (
-    fail,
-    full_precision,
     functions,
     instance,
+    integer,
+    invalid,
     numbers,
     positive,
     shown,
-    whole,
+    single_or_double,
 )
 from .._utils.convergence import held, warn_of_overflow, warn_once
 from .._utils.table import Table
@@ -34,7 +34,7 @@ from ..curvature.operators._linear_operator import NonFiniteProductError
 from ..objective import NonFiniteLossError, Objective
 from ..objective._modules import plain_name
 from ..objective._parameters import as_real
-from ..ops.random_bits.streams import derive
+from ..ops.random_bits.streams import fold_in
 from ._train import TrainConfig, Trained, train
 from .data import ImageData
 from .models import build
@@ -95,8 +95,8 @@ class Trunk:
 
     def at(self, k: int) -> Trained:
         """A copy of the network and the optimizer's state after k epochs."""
-        if whole("k", k) > self._config.epochs:
-            raise fail("k", f"at most {self._config.epochs}, the recipe's epochs", str(k))
+        if integer("k", k) > self._config.epochs:
+            raise invalid("k", f"at most {self._config.epochs}, the recipe's epochs", str(k))
         state, self._state = self._state, None  # an interruption leaves no half-trained state
         if state is None or state.epoch > k:
             state = train(self._make(), self._data, self._config, seed=self._seed, stop_epoch=0)
@@ -141,7 +141,7 @@ def branch(
         config,
         seed=seed,
         initialise=False,
-        order_seed=derive(seed, "branch", whole("number", number)),
+        order_seed=fold_in(seed, "branch", integer("number", number)),
         start_epoch=start.epoch,
         optimizer_state=start.optimizer_state,
         on_epoch=lambda r: _tell(progress, f"branch {number}", r.epoch, config.epochs),
@@ -184,16 +184,16 @@ def measure_line(
     Raises:
         ValueError: networks of different architectures, or fewer than 3 points.
     """
-    whole("points", points, 3)
+    integer("points", points, 3)
     positive("tol", tol)
     objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
-    full_precision("a", objective.dtype, "a line between networks")
+    single_or_double("a", objective.dtype, "a line between networks")
     shapes_a, shapes_b = (
         {plain_name(m, n): tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad}
         for m in (a, b)
     )
     if shapes_a != shapes_b:
-        raise fail("b", "a network with the parameters of a", "other names or shapes")
+        raise invalid("b", "a network with the parameters of a", "other names or shapes")
     ends = [
         torch.cat([as_real(p.detach()).flatten() for p in m.parameters() if p.requires_grad])
         for m in (a, b)
@@ -255,7 +255,7 @@ def instability(values: Sequence[float] | np.ndarray) -> float:
     """
     path = np.asarray(values, dtype=np.float64)
     if path.ndim != 1 or len(path) < 2 or not (path > -np.inf).all():
-        raise fail("values", "at least 2 finite numbers along a path", shown(values))
+        raise invalid("values", "at least 2 finite numbers along a path", shown(values))
     if np.isposinf(path).any():
         return math.inf
     ends = (path[0] + path[-1]) / 2
@@ -340,9 +340,9 @@ def linear_mode_connectivity(
         functions(model=model)
     functions(unit=unit, progress=progress)
     numbers("epochs", epochs)
-    chosen = sorted(whole("epochs", k) for k in epochs)
+    chosen = sorted(integer("epochs", k) for k in epochs)
     if not chosen or len(set(chosen)) < len(chosen) or chosen[-1] > config.epochs:
-        raise fail(
+        raise invalid(
             "epochs",
             f"different numbers from 0 to {config.epochs}, at least one",
             shown(tuple(epochs)),
@@ -351,9 +351,9 @@ def linear_mode_connectivity(
         ("loss_examples", loss_examples),
         ("curvature_examples", curvature_examples),
     ):
-        if count is not None and whole(argument, count, 1) > len(data):
-            raise fail(argument, f"at most {len(data)}, the training examples", str(count))
-    whole("points", points, 3)
+        if count is not None and integer(argument, count, 1) > len(data):
+            raise invalid(argument, f"at most {len(data)}, the training examples", str(count))
+    integer("points", points, 3)
     positive("tol", tol)
     trunk = Trunk(model, data, config, seed, progress)
 

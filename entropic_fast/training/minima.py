@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils import atomic_io as store
-from .._utils.checks import fail
+from .._utils.checks import invalid
 from .._version import __version__
 from .data import ImageData
 
@@ -121,12 +121,12 @@ def save_minimum(path: str | Path, model: nn.Module, manifest: Mapping[str, Any]
     14378
     """
     if Path(path).suffix != ".safetensors":
-        raise fail("path", "a name that ends in .safetensors", repr(str(path)))
+        raise invalid("path", "a name that ends in .safetensors", repr(str(path)))
     tensors = {}
     for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
         for name, tensor in named:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise fail(f"{kind} {name}", "finite values", "NaN or infinity", "train again")
+                raise invalid(f"{kind} {name}", "finite values", "NaN or infinity", "train again")
             tensors[f"{kind}/{name}"] = tensor.detach().clone()
     store.save_tensors(
         path,

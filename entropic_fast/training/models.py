@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.checks import fail, one_of, shown, whole
-from ..ops.random_bits.streams import derive, normal
+from .._utils.checks import integer, invalid, one_of, shown
+from ..ops.random_bits.streams import fold_in, normal
 
 NAMES = (
     "resnet20",
@@ -138,7 +138,7 @@ def wide_resnet(
     2748890
     """
     n = _blocks(depth, 4, "10, 16 or 28")
-    whole("widen", widen, 1)
+    integer("widen", widen, 1)
     _sizes(num_classes, in_channels, width)
     stages = (width * widen, 2 * width * widen, 4 * width * widen)
     return nn.Sequential(
@@ -178,11 +178,11 @@ def digits_cnn(
     one_of("norm", norm, ("none", "batch"))
     _sizes(num_classes, in_channels)
     if len(channels) != 3:
-        raise fail("channels", "three numbers, one a convolution", shown(channels))
+        raise invalid("channels", "three numbers, one a convolution", shown(channels))
     layers: list[nn.Module] = []
     before = in_channels
     for after, stride in zip(channels, (1, 2, 1), strict=True):
-        whole("channels", after, 1)
+        integer("channels", after, 1)
         layers.append(nn.Conv2d(before, after, 3, stride, padding=1))
         if norm == "batch":
             layers.append(nn.BatchNorm2d(after))
@@ -214,7 +214,7 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
         return digits_cnn(norm, num_classes, 1 if in_channels is None else in_channels)
     found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
     if found is None:
-        raise fail("model name", "one of " + ", ".join(map(repr, NAMES)) + _FORMS, shown(name))
+        raise invalid("model name", "one of " + ", ".join(map(repr, NAMES)) + _FORMS, shown(name))
     depth, wrn_depth, widen, width = (int(g) if g else 0 for g in found.groups())
     channels = 3 if in_channels is None else in_channels
     width = width or 16
@@ -243,20 +243,20 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     >>> all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     True
     """
-    whole("seed", seed)
+    integer("seed", seed)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and "weight" in own:
             weight = own["weight"]
             scale = math.sqrt(2.0 / max(1, weight[0].numel()))
-            drawn = normal(tuple(weight.shape), derive(seed, "initialise", name))
+            drawn = normal(tuple(weight.shape), fold_in(seed, "initialise", name))
             weight.copy_((scale * drawn).to(weight.dtype))
             if module.bias is not None:
                 module.bias.zero_()
         elif hasattr(module, "reset_parameters") or hasattr(module, "_reset_parameters"):
-            _reset(module, derive(seed, "initialise", name))
+            _reset(module, fold_in(seed, "initialise", name))
         elif own:
-            raise fail(
+            raise invalid(
                 f"model.{name}" if name else "model",
                 "a module that can set its own parameters",
                 f"{type(module).__name__} with {', '.join(own)} and no reset_parameters()",
@@ -293,14 +293,14 @@ def _stages(
 
 
 def _blocks(depth: int, extra: int, examples: str) -> int:
-    whole("depth", depth, 1)
+    integer("depth", depth, 1)
     n, rest = divmod(depth - extra, 6)
     if rest or n < 1:
-        raise fail("depth", f"6n + {extra} with n of at least 1, as {examples}", str(depth))
+        raise invalid("depth", f"6n + {extra} with n of at least 1, as {examples}", str(depth))
     return n
 
 
 def _sizes(num_classes: int, in_channels: int, width: int = 1) -> None:
-    whole("num_classes", num_classes, 1)
-    whole("in_channels", in_channels, 1)
-    whole("width", width, 1)
+    integer("num_classes", num_classes, 1)
+    integer("in_channels", in_channels, 1)
+    integer("width", width, 1)

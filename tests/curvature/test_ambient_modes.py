@@ -35,7 +35,7 @@ def test_the_first_product_is_by_rules_while_flops_are_counted(operator):
     with FlopCounterMode(display=False) as counter:
         first = operator(obj)
         found = first @ v
-    assert first.way == operator(obj).way == "rules"
+    assert first.method == operator(obj).method == "graph"
     assert torch.equal(found, expected)
     with FlopCounterMode(display=False) as counter:
         first @ v
@@ -63,4 +63,4 @@ def test_a_mode_that_changes_numbers_is_not_kept_with_the_model():
         HessianOperator(obj) @ v
     after = HessianOperator(obj)
     assert torch.equal(after @ v, expected)
-    assert after.way == "rules"
+    assert after.method == "graph"

@@ -21,12 +21,12 @@ def dense(operator: object, size: int) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def groups(obj: ef.Objective, by: str) -> dict[str, list[int]]:
+def groups(obj: ef.Objective, group_by: str) -> dict[str, list[int]]:
     """Places of each group, by a walk over parameters of its own."""
     found: dict[str, list[int]] = {}
     at = 0
     for name, part in obj.split(obj.parameters_vector()).items():
-        key = name if by == "parameter" else name[: name.rfind(".")] if "." in name else ""
+        key = name if group_by == "parameter" else name[: name.rfind(".")] if "." in name else ""
         found.setdefault(key, []).extend(range(at, at + part.numel()))
         at += part.numel()
     return found
@@ -43,14 +43,14 @@ def wanted(values: Tensor, which: str, k: int) -> Tensor:
     return torch.cat([values[: k // 2], values[len(values) - (k + 1) // 2 :]]).flip(0)
 
 
-@pytest.mark.parametrize("by", ["module", "parameter"])
+@pytest.mark.parametrize("group_by", ["module", "parameter"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_each_block_has_the_eigenvalues_of_the_dense_one(name: str, kind: str, by: str):
+def test_each_block_has_the_eigenvalues_of_the_dense_one(name: str, kind: str, group_by: str):
     obj = by_name(name).objective()
     matrix = dense(KINDS[kind](obj), obj.num_params)
-    pairs = ef.top_eigenvalues(KINDS[kind](obj), 3, tol=1e-8, group_by=by)
-    places = groups(obj, by)
+    pairs = ef.top_eigenvalues(KINDS[kind](obj), 3, tol=1e-8, group_by=group_by)
+    places = groups(obj, group_by)
     assert list(pairs) == list(places)
     scale = float(matrix.abs().max())
     for key, place in places.items():

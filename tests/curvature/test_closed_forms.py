@@ -109,7 +109,7 @@ operators = pytest.mark.parametrize("operator", [HessianOperator, GGNOperator])
 def test_products_and_forms(name: str, operator: type):
     form = FORMS[name]()
     product, vectors = operator(form.obj), randn(len(form.matrix), 9, seed=2)
-    assert product.way == "rules"
+    assert product.method == "graph"
     assert relative_error(product @ vectors, form.matrix @ vectors) < 1e-13
     expected = (vectors * (form.matrix @ vectors)).sum(0)
     assert relative_error(product.quadratic_forms(vectors), expected) < 1e-13

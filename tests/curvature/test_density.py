@@ -36,7 +36,7 @@ def test_full_steps_give_the_exact_measure_of_each_probe():
     assert got.nodes.shape == got.weights.shape == (3, 6)
     eigenvectors = torch.linalg.eigh(matrix).eigenvectors
     for i in range(3):
-        probe = random.normal((6,), random.derive(0, "density"), i)
+        probe = random.normal((6,), random.fold_in(0, "density"), i)
         expected = (eigenvectors.T @ (probe / probe.norm())).square()
         assert torch.allclose(got.nodes[i], values, atol=1e-11)
         assert torch.allclose(got.weights[i], expected, atol=1e-10)
@@ -47,7 +47,7 @@ def test_quadrature_is_exact_for_polynomials_up_to_twice_the_steps():
     steps = 6
     got = spectral_density(matrix, probes=2, steps=steps)
     for i in range(2):
-        v = random.normal((40,), random.derive(0, "density"), i)
+        v = random.normal((40,), random.fold_in(0, "density"), i)
         v = v / v.norm()
         power = v
         for degree in range(1, 2 * steps):

@@ -137,7 +137,7 @@ def test_memory_does_not_grow_with_the_probes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"probes": 0}, "probes: expected a whole number of at least 1"),
+        ({"probes": 0}, "probes: expected an integer of at least 1"),
         ({"deflate": torch.ones(4, 1)}, r"deflate: expected Eigenpairs or a matrix of shape \[3"),
     ],
 )

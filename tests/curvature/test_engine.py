@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
-from entropic_fast.curvature.per_example._engine import DisagreementError, ScoreEngine
+from entropic_fast.curvature.per_example._engine import FastPathMismatchError, ScoreEngine
 from entropic_fast.curvature.per_example.layer_rules import Sink
 from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
 from entropic_fast.objective._dataset import Batch
@@ -190,7 +190,7 @@ def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch):
         out.mul_(1.05)
 
     monkeypatch.setattr(LinearPiece, "columns", wrong)
-    with pytest.raises(DisagreementError, match=r"'0\.weight' differ by"):
+    with pytest.raises(FastPathMismatchError, match=r"'0\.weight' differ by"):
         ScoreEngine(by_name("dropout").objective())
 
 

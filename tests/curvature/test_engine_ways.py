@@ -9,7 +9,7 @@ from cases import by_name, relative_error
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.curvature import gradient_norms, ntk_gram, score_matrix, without_rules
+from entropic_fast.curvature import autograd_only, gradient_norms, ntk_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import ScoreEngine
 from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
 from entropic_fast.objective._objective import Objective
@@ -190,11 +190,11 @@ def wrong_linear_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_rules_a_disagreement_is_no_obstacle(monkeypatch: pytest.MonkeyPatch):
     obj, expected = by_name("dropout").objective(), score_matrix(by_name("dropout").objective())
     wrong_linear_rule(monkeypatch)
-    with pytest.raises(ef.DisagreementError, match=r"curvature\.without_rules"):
+    with pytest.raises(ef.FastPathMismatchError, match=r"curvature\.autograd_only"):
         score_matrix(obj)
-    with without_rules():
+    with autograd_only():
         assert relative_error(score_matrix(obj), expected) < 1e-13
-    with pytest.raises(ef.DisagreementError):
+    with pytest.raises(ef.FastPathMismatchError):
         score_matrix(obj)
 
 
@@ -203,7 +203,7 @@ def test_another_loss_of_the_same_model_is_checked_again(monkeypatch: pytest.Mon
     gradient_norms(obj)
     wrong_linear_rule(monkeypatch)
     gradient_norms(obj)
-    with pytest.raises(ef.DisagreementError):
+    with pytest.raises(ef.FastPathMismatchError):
         ntk_gram(obj)
 
 

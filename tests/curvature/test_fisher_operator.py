@@ -23,7 +23,7 @@ from entropic_fast.curvature import (
 )
 from entropic_fast.curvature.operators import _fisher as fisher_operator
 from entropic_fast.curvature.operators._fisher import FisherOperator, fisher_eigenvalues
-from entropic_fast.curvature.per_example._sampled_labels import sampled_labels
+from entropic_fast.curvature.per_example._sampled_labels import with_sampled_labels
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 from entropic_fast.ops.random_bits import streams as random
 
@@ -149,7 +149,7 @@ def test_sampled_labels_give_the_gauss_newton_matrix():
     obj = by_name("raw parameter").objective(8)
     eye = torch.eye(obj.num_params, dtype=torch.float64)
     exact = GGNOperator(obj) @ eye
-    true = FisherOperator(sampled_labels(obj, draws=2000)) @ eye
+    true = FisherOperator(with_sampled_labels(obj, draws=2000)) @ eye
     assert relative_error(true, exact) < 0.05 < relative_error(FisherOperator(obj) @ eye, exact)
 
 
@@ -326,12 +326,12 @@ def test_a_budget_too_small_is_refused_with_what_is_needed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k: expected a whole number of at least 1"),
+        ({"k": 0}, "k: expected an integer of at least 1"),
         ({"k": 18}, "k: expected at most the 17 parameters"),
         ({"tol": 0.0}, "tol"),
         ({"block": 1}, "block: expected at least k = 2"),
-        ({"block": 2.5}, "block: expected a whole number"),
-        ({"max_passes": 1}, "max_passes: expected a whole number of at least 2"),
+        ({"block": 2.5}, "block: expected an integer"),
+        ({"max_passes": 1}, "max_passes: expected an integer of at least 2"),
         ({"max_examples": 8}, "max_examples: expected at most the 7"),
         ({"theta": torch.ones(3)}, "theta"),
         ({"memory_budget": 0}, "memory_budget"),

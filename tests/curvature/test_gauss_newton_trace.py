@@ -9,17 +9,17 @@ from entropic_fast import NotConvergedWarning
 from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
+    autograd_only,
     fisher_eigenvalues,
     fisher_trace,
     ggn_trace,
     gradient_norms,
     hessian_trace,
     ntk_gram,
-    sampled_labels,
     score_gram,
     score_matrix,
     score_spectrum,
-    without_rules,
+    with_sampled_labels,
 )
 from entropic_fast.curvature.estimators.trace.gauss_newton import quick_ggn_trace
 from entropic_fast.objective._objective import Objective
@@ -42,10 +42,10 @@ def test_by_autograd_they_are_the_same():
     obj = by_name("residual in place").objective(3)
     vectors = random.normal((obj.num_params, 3), 1, dtype=obj.dtype)
     by_rules = HessianOperator(obj).network_forms(vectors)
-    with without_rules():
+    with autograd_only():
         operator = HessianOperator(obj)
         torch.testing.assert_close(operator.network_forms(vectors), by_rules)
-        assert operator.way.startswith("autograd")
+        assert operator.method.startswith("autograd")
 
 
 @pytest.mark.parametrize("name", ["residual in place", "attention", "raw parameter"])
@@ -144,7 +144,7 @@ def test_callers_without_gradients_get_the_same_numbers(switch):
         "spectrum": lambda: float(score_spectrum(obj).sum()),
         "matrix": lambda: float(score_matrix(obj).square().sum()),
         "ntk": lambda: float(ntk_gram(obj, max_examples=3).sum()),
-        "labels": lambda: fisher_trace(sampled_labels(obj)).value,
+        "labels": lambda: fisher_trace(with_sampled_labels(obj)).value,
         "eigenvalues": lambda: float(fisher_eigenvalues(obj, 1).values[0]),
     }
     for name, function in functions.items():
@@ -156,7 +156,7 @@ def test_callers_without_gradients_get_the_same_numbers(switch):
 def test_parts_and_batch_statistics_are_refused():
     obj = by_name("raw parameter").objective(3)
     with pytest.raises(ValueError, match=r'by: expected None with method="gauss-newton"'):
-        hessian_trace(obj, method="gauss-newton", by="module")
+        hessian_trace(obj, method="gauss-newton", group_by="module")
     batch = Objective(
         nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
         "cross_entropy",

@@ -12,7 +12,7 @@ from entropic_fast.curvature import (
     fisher_trace,
     ggn_trace,
     operator_trace,
-    sampled_labels,
+    with_sampled_labels,
 )
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
@@ -66,16 +66,16 @@ def test_it_is_the_trace_of_the_dense_matrix(case: Case):
     assert estimate.probes == 5
 
 
-@pytest.mark.parametrize("by", ["parameter", "module"])
-def test_shares_are_those_of_the_diagonal_blocks(by: str):
+@pytest.mark.parametrize("group_by", ["parameter", "module"])
+def test_shares_are_those_of_the_diagonal_blocks(group_by: str):
     for name in ("tied weight", "layer norm", "frozen weight"):
         obj = by_name(name).objective()
         diagonal = dense(obj).diagonal()
         expected: dict[str, float] = {}
         for parameter, part in obj.split(diagonal).items():
-            key = parameter if by == "parameter" else parameter.rpartition(".")[0]
+            key = parameter if group_by == "parameter" else parameter.rpartition(".")[0]
             expected[key] = expected.get(key, 0) + float(part.sum())
-        found = ggn_trace(obj, by=by)
+        found = ggn_trace(obj, group_by=group_by)
         assert list(found) == list(expected)
         for key, estimate in found.items():
             assert estimate.value == pytest.approx(expected[key], rel=1e-9)
@@ -114,7 +114,9 @@ def test_losses_linear_or_constant_in_the_outputs_have_none():
     for loss in (lambda out, y: out[:, 0], lambda out, y: out.sum(1) * y):
         estimate = ggn_trace(Objective(model, loss, (inputs, targets)))
         assert (estimate.value, estimate.std_error, estimate.probes) == (0, 0, 6)
-    shares = ggn_trace(Objective(model, lambda out, y: out[:, 0], (inputs, targets)), by="module")
+    shares = ggn_trace(
+        Objective(model, lambda out, y: out[:, 0], (inputs, targets)), group_by="module"
+    )
     assert {e.value for e in shares.values()} == {0.0} and len(shares) == 3
 
 
@@ -177,12 +179,12 @@ def test_confident_examples_keep_their_accuracy_in_float32():
     p = torch.tensor([20.0, 0.0, -0.5], dtype=torch.float64).softmax(0)
     expected = float((p * (1 - p)).sum()) * 2
     assert ggn_trace(obj).value == pytest.approx(expected, rel=1e-5)
-    assert ggn_trace(obj, by="parameter")["weight"].value == pytest.approx(expected, rel=1e-5)
+    assert ggn_trace(obj, group_by="parameter")["weight"].value == pytest.approx(expected, rel=1e-5)
 
 
 def test_labels_drawn_from_the_model_have_it_as_their_mean():
     obj = by_name("attention").objective(9)
-    sampled = fisher_trace(sampled_labels(obj, draws=400))
+    sampled = fisher_trace(with_sampled_labels(obj, draws=400))
     assert abs(ggn_trace(obj).value - sampled.value) < 4 * sampled.std_error
 
 
@@ -254,7 +256,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="theta"):
         ggn_trace(obj, torch.ones(3))
     with pytest.raises(ValueError, match="by: expected one of"):
-        ggn_trace(obj, by="layer")
+        ggn_trace(obj, group_by="layer")
     with pytest.raises(ValueError, match="memory_budget: expected at least"):
         ggn_trace(obj, memory_budget=100)
     x = randn(7, 4)

@@ -29,11 +29,11 @@ def test_every_way_gives_the_gram_of_the_scores(case: Case, strategy: str):
 
 
 @ways
-@pytest.mark.parametrize("by", ["parameter", "module"])
-def test_shares_add_up_and_are_those_of_each(strategy: str, by: str):
+@pytest.mark.parametrize("group_by", ["parameter", "module"])
+def test_shares_add_up_and_are_those_of_each(strategy: str, group_by: str):
     case = by_name("transformer layer")
     obj, scores = case.objective(6), plain_scores(case, 6)
-    shares = score_gram(obj, strategy=strategy, by=by)
+    shares = score_gram(obj, strategy=strategy, group_by=group_by)
     assert relative_error(sum(shares.values()), scores @ scores.T) < 1e-13
     parts = obj.split(obj.parameters_vector())
     slices = dict(zip(parts, scores.split([p.numel() for p in parts.values()], 1), strict=True))
@@ -47,7 +47,7 @@ def test_spectra_of_parameters_are_those_of_their_blocks():
     obj, scores = case.objective(6), plain_scores(case, 6)
     parts = obj.split(obj.parameters_vector())
     blocks = scores.split([p.numel() for p in parts.values()], 1)
-    spectra = score_spectrum(obj, by="parameter")
+    spectra = score_spectrum(obj, group_by="parameter")
     assert list(spectra) == list(parts)
     for values, block in zip(spectra.values(), blocks, strict=True):
         expected = torch.linalg.svdvals(block).square() / 6
@@ -204,7 +204,7 @@ def test_mirroring_in_blocks_is_exact():
         assert torch.equal(a, expected)
 
 
-@pytest.mark.parametrize("argument", ["strategy", "products", "by"])
+@pytest.mark.parametrize("argument", ["strategy", "products", "group_by"])
 @pytest.mark.parametrize("function", [score_gram, score_spectrum])
 @pytest.mark.parametrize("examples", [9, 400])  # E < P and E > P
 def test_unknown_choices_are_refused(function, argument: str, examples: int):

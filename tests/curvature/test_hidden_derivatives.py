@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from entropic_fast._torch.full_precision import TwiceDifferentiable
+from entropic_fast._torch.full_precision import double_backward_fixes
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, ggn_trace
 from entropic_fast.objective._objective import Objective
 
@@ -222,7 +222,7 @@ def assert_those_of_two_backward_passes(obj: Objective, theta: Tensor | None = N
     """The Hessian by torch's autograd and nothing of the engine's."""
     leaf = obj.point(theta).clone().requires_grad_()
     ((_, inputs, targets),) = obj.batches()
-    with TwiceDifferentiable():  # torch's weight normalisation is wrong
+    with double_backward_fixes():  # torch's weight normalisation is wrong
         loss = obj.losses(leaf, inputs, targets).mean()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     generator = torch.Generator().manual_seed(2)
@@ -243,7 +243,7 @@ def test_what_a_graph_does_not_show_goes_to_autograd(name: str, of_weight: bool)
     function, why = HIDDEN[name]
     obj = objective(built(lambda: Inside(function, of_weight)))
     for kind in (HessianOperator, GGNOperator):
-        way = kind(obj).way
+        way = kind(obj).method
         assert way.startswith("autograd, as")
     assert_those_of_two_backward_passes(obj)
     assert_those_of_two_backward_passes(obj, obj.parameters_vector() * 1.5)
@@ -254,7 +254,7 @@ def test_what_a_graph_does_not_show_goes_to_autograd(name: str, of_weight: bool)
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_a_graph_shows_goes_by_rules(name: str):
     obj = objective(built(lambda: Inside(SHOWN[name])))
-    assert HessianOperator(obj).way == "rules"
+    assert HessianOperator(obj).method == "graph"
     assert_those_of_two_backward_passes(obj)
     assert_those_of_two_backward_passes(obj, obj.parameters_vector() * 1.5)
 
@@ -262,7 +262,7 @@ def test_what_a_graph_shows_goes_by_rules(name: str):
 @pytest.mark.parametrize("make", [Expanded, Strided, Called, parametrized])
 def test_views_as_outputs_and_made_weights_go_by_rules(make):
     obj = objective(built(make))
-    assert HessianOperator(obj).way == "rules"
+    assert HessianOperator(obj).method == "graph"
     assert_those_of_two_backward_passes(obj)
 
 
@@ -270,7 +270,7 @@ def test_a_function_in_a_forward_hook_goes_to_autograd():
     model = built(lambda: Inside(torch.tanh))
     model.second.register_forward_hook(lambda module, inputs, output: Reversed.apply(output))
     obj = objective(model)
-    assert "autograd.Function" in HessianOperator(obj).way
+    assert "autograd.Function" in HessianOperator(obj).method
     assert_those_of_two_backward_passes(obj)
 
 
@@ -288,8 +288,8 @@ def test_numbers_written_into_the_graph_are_noticed():
             return self.linear(x) * scale
 
     obj = objective(built(Remembers))
-    assert HessianOperator(obj).way == (
-        "autograd, as the graph holds numbers that are others at another point"
+    assert HessianOperator(obj).method == (
+        "autograd: the graph holds numbers that are others at another point"
     )
     assert_those_of_two_backward_passes(obj)
     assert_those_of_two_backward_passes(obj, obj.parameters_vector() * 1.5)
@@ -300,7 +300,7 @@ def test_a_function_without_second_derivative_is_refused(kind: type):
     """torch would leave its part out, without a word."""
     obj = objective(built(lambda: Inside(Once.apply)))
     operator = kind(obj)
-    assert "autograd.Function" in operator.way
+    assert "autograd.Function" in operator.method
     with pytest.raises(RuntimeError, match="marked with @once_differentiable"):
         operator @ torch.ones(obj.num_params, dtype=torch.float64)
 

@@ -6,8 +6,8 @@ from cases import CASES, Case, by_name, relative_error
 from torch import Tensor, nn
 from torch.func import jacrev
 
-from entropic_fast._torch.full_precision import exact_math
-from entropic_fast.curvature import GGNOperator, JacobianOperator, without_rules
+from entropic_fast._torch.full_precision import full_precision
+from entropic_fast.curvature import GGNOperator, JacobianOperator, autograd_only
 from entropic_fast.objective._objective import Objective
 
 # What goes by autograd: control flow that depends on the data; torch's own recurrent kernel.
@@ -22,7 +22,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def dense(obj: Objective, theta: Tensor | None = None) -> Tensor:
     """One batch after another, all outputs.  # [M, P]"""
     theta = obj.point(theta)
-    with exact_math():
+    with full_precision():
         rows = [
             jacrev(lambda t, x=batch.inputs: obj.outputs(t, x))(theta) for batch in obj.batches()
         ]
@@ -50,17 +50,17 @@ def test_products_are_those_of_the_dense_matrix(case: Case):
         obj = case.objective(examples)
         assert_that_of_jacrev(obj)
         assert_that_of_jacrev(obj, obj.parameters_vector() * 1.3)
-    way = JacobianOperator(obj).way
-    assert way == "rules" or case.name in BY_AUTOGRAD
+    way = JacobianOperator(obj).method
+    assert way == "graph" or case.name in BY_AUTOGRAD
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_both_ways_agree(case: Case):
     obj = case.objective()
     jacobian = JacobianOperator(obj)
-    with without_rules():
+    with autograd_only():
         other = JacobianOperator(obj)
-    assert other.way == "autograd, as rules are turned off"
+    assert other.method == "autograd: rules are turned off"
     v, u = randn(obj.num_params, 2), randn(jacobian.shape[0], 2)
     assert relative_error(other @ v, jacobian @ v) < 1e-12
     assert relative_error(other.T @ u, jacobian.T @ u) < 1e-12
@@ -189,5 +189,5 @@ def test_batches_of_other_lengths_have_other_numbers_of_outputs():
     obj = Objective(model, lambda out, y: out.flatten(1).square().sum(1), data)
     assert dense(obj).shape[0] == 3 * 4 * (7 + 4 + 7)
     assert_that_of_jacrev(obj)
-    with without_rules():
+    with autograd_only():
         assert_that_of_jacrev(obj)

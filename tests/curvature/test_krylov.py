@@ -199,11 +199,11 @@ def test_seeds_change_the_start_and_not_the_answer():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 0}, "k: expected a whole number of at least 1"),
+        ({"k": 0}, "k: expected an integer of at least 1"),
         ({"k": 5}, "k: expected at most the operator's order 4"),
         ({"tol": -1.0}, "tol"),
         ({"which": "XL"}, "which: expected one of 'LA', 'SA', 'LM', 'BE'"),
-        ({"block": 0}, "block: expected a whole number of at least 1"),
+        ({"block": 0}, "block: expected an integer of at least 1"),
         ({"block": 3, "max_matvecs": 2}, "max_matvecs: expected at least the first block's 3"),
         ({"k": 3, "max_matvecs": 2}, "max_matvecs: expected at least k = 3"),
         ({"v0": torch.ones(3)}, r"v0: expected a tensor of shape \[4\]"),

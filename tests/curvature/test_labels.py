@@ -7,7 +7,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, fisher_trace, score_matrix
-from entropic_fast.curvature.per_example._sampled_labels import sampled_labels
+from entropic_fast.curvature.per_example._sampled_labels import with_sampled_labels
 from entropic_fast.objective._objective import Objective
 
 
@@ -78,7 +78,7 @@ def test_scores_of_sampled_labels_have_the_fisher_matrix_as_second_moment(name: 
     draws = 800
     eye = torch.eye(obj.num_params, dtype=torch.float64)
     expected = factor * (GGNOperator(obj) @ eye)
-    moment, error = second_moment(sampled_labels(obj, draws=draws, seed=3), draws)
+    moment, error = second_moment(with_sampled_labels(obj, draws=draws, seed=3), draws)
     known = error > 1e-9 * float(error.max())
     deviation = (moment - expected)[known] / error[known]
     assert float(deviation.abs().max()) < 5
@@ -89,7 +89,7 @@ def test_scores_of_sampled_labels_have_the_fisher_matrix_as_second_moment(name: 
 def test_labels_of_a_summed_squared_error_have_its_gauss_newton_matrix():
     data = randn(6, 2), randn(6, 3, seed=1)
     obj = Objective(linear(2, 3), nn.MSELoss(reduction="sum"), data)
-    moment, error = second_moment(sampled_labels(obj, draws=400), 400)
+    moment, error = second_moment(with_sampled_labels(obj, draws=400), 400)
     expected = GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)
     assert float(((moment - expected) / error.clamp(min=1e-9)).abs().max()) < 5
 
@@ -98,7 +98,7 @@ def test_weighted_likelihoods_are_refused():
     x, y = randn(6, 2), torch.arange(6) % 3
     for loss in (nn.CrossEntropyLoss(torch.ones(3)), nn.CrossEntropyLoss(label_smoothing=0.1)):
         with pytest.raises(ValueError, match="with which it is no likelihood; draw the labels"):
-            sampled_labels(Objective(linear(2, 3), loss, (x, y)))
+            with_sampled_labels(Objective(linear(2, 3), loss, (x, y)))
 
 
 def test_scores_of_given_labels_have_another_second_moment():
@@ -112,7 +112,7 @@ def test_the_trace_is_that_of_the_gauss_newton_matrix_within_its_error():
     obj = by_name("transformer layer").objective(12)
     exact = float((GGNOperator(obj) @ torch.eye(obj.num_params, dtype=torch.float64)).trace())
     draws = 200
-    sampled = sampled_labels(obj, draws=draws)
+    sampled = with_sampled_labels(obj, draws=draws)
     norms = score_matrix(sampled).square().sum(1).reshape(12, draws)
     error = float((norms.var(1).sum() / draws).sqrt()) / 12
     assert abs(fisher_trace(sampled).value - exact) < 4 * error
@@ -120,7 +120,7 @@ def test_the_trace_is_that_of_the_gauss_newton_matrix_within_its_error():
 
 def test_classes_come_as_often_as_they_are_likely():
     obj = Objective(linear(2, 4), "cross_entropy", (randn(1, 2), torch.tensor([0])))
-    labels = sampled_labels(obj, draws=3000).tensors()[1]
+    labels = with_sampled_labels(obj, draws=3000).tensors()[1]
     p = obj.outputs(obj.parameters_vector(), obj.tensors()[0])[0].softmax(0)
     expected = (3000 * p).numpy()
     assert stats.chisquare(labels.bincount(minlength=4).numpy(), expected).pvalue > 1e-3
@@ -128,7 +128,7 @@ def test_classes_come_as_often_as_they_are_likely():
 
 def test_noise_of_a_regression_has_variance_half_the_outputs():
     obj = Objective(linear(2, 3), "mse", (randn(4, 2), randn(4, 3)))
-    inputs, targets = sampled_labels(obj, draws=3000).tensors()
+    inputs, targets = with_sampled_labels(obj, draws=3000).tensors()
     noise = (targets - obj.outputs(obj.parameters_vector(), inputs)).flatten() / 1.5**0.5
     assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-3
 
@@ -139,35 +139,37 @@ def test_impossible_classes_are_never_drawn():
         model.weight.zero_()
         model.bias.copy_(torch.tensor([-1e4, 0.0, -1e4, 0.0, -1e4]))
     obj = Objective(model, "cross_entropy", (torch.ones(2000, 1), torch.zeros(2000).long()))
-    assert set(sampled_labels(obj).tensors()[1].tolist()) == {1, 3}
+    assert set(with_sampled_labels(obj).tensors()[1].tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("name", fisher_cases())
 def test_labels_do_not_depend_on_batches(name: str):
     obj, _ = fisher_cases()[name]
     inputs, targets = obj.tensors()
-    whole = sampled_labels(obj, draws=3, seed=1).tensors()
+    whole = with_sampled_labels(obj, draws=3, seed=1).tensors()
     for size in (1, 4, 5):
-        cut = sampled_labels(obj.with_data((inputs, targets), batch_size=size), draws=3, seed=1)
+        cut = with_sampled_labels(
+            obj.with_data((inputs, targets), batch_size=size), draws=3, seed=1
+        )
         assert torch.allclose(cut.tensors()[1], whole[1], atol=1e-12)
-    few = sampled_labels(obj.with_data((inputs[:2], targets[:2])), draws=3, seed=1)
+    few = with_sampled_labels(obj.with_data((inputs[:2], targets[:2])), draws=3, seed=1)
     assert torch.allclose(few.tensors()[1], whole[1][:6], atol=1e-12)
 
 
 def test_more_draws_keep_the_first():
     obj, _ = fisher_cases()["softmax at 4 positions"]
-    one, three = (sampled_labels(obj, draws=d).tensors() for d in (1, 3))
+    one, three = (with_sampled_labels(obj, draws=d).tensors() for d in (1, 3))
     assert one[1].shape == (6, 4) and three[1].shape == (18, 4)
     assert torch.equal(three[1][::3], one[1])
     assert torch.equal(three[0], one[0].repeat_interleave(3, 0))
-    other = sampled_labels(obj, draws=3, seed=1).tensors()[1]
+    other = with_sampled_labels(obj, draws=3, seed=1).tensors()[1]
     assert not torch.equal(other, three[1])
 
 
 def test_labels_are_those_of_the_point_and_the_result_is_at_it():
     obj, _ = fisher_cases()["mse"]
     theta = obj.parameters_vector() + 3
-    there, here = sampled_labels(obj, theta), sampled_labels(obj)
+    there, here = with_sampled_labels(obj, theta), with_sampled_labels(obj)
     assert torch.equal(there.parameters_vector(), theta)
     shift = obj.outputs(theta, obj.tensors()[0]) - obj.outputs(
         obj.parameters_vector(), obj.tensors()[0]
@@ -180,7 +182,7 @@ def test_labels_are_those_of_the_point_and_the_result_is_at_it():
 def test_other_dtypes(dtype: torch.dtype):
     for loss, targets in (("cross_entropy", torch.arange(6) % 3), ("mse", randn(6, 3))):
         obj = Objective(linear(2, 3).to(dtype), loss, (randn(6, 2), targets))
-        labels = sampled_labels(obj, draws=2)
+        labels = with_sampled_labels(obj, draws=2)
         assert labels.dtype == dtype and labels.num_examples == 12
         assert fisher_trace(labels).value > 0
 
@@ -191,17 +193,17 @@ def test_what_has_no_likelihood_is_refused():
     with pytest.raises(
         ValueError, match=r"obj: expected a negative log-likelihood.*, got a loss the"
     ):
-        sampled_labels(custom)
+        with_sampled_labels(custom)
     obj, _ = fisher_cases()["mse"]
     for bad in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="draws"):
-            sampled_labels(obj, draws=bad)
+            with_sampled_labels(obj, draws=bad)
     with pytest.raises(ValueError, match="theta"):
-        sampled_labels(obj, x)
+        with_sampled_labels(obj, x)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
     batch = Objective(model, "cross_entropy", (x, torch.arange(6) % 3), norm="batch")
     with pytest.raises(ValueError, match="depend on that example alone"):
-        sampled_labels(batch)
+        with_sampled_labels(batch)
 
 
 def test_nan_outputs_name_the_example():
@@ -209,4 +211,4 @@ def test_nan_outputs_name_the_example():
     x[4, 1] = float("nan")
     obj = Objective(linear(2, 3), "cross_entropy", (x, torch.arange(6) % 3), batch_size=4)
     with pytest.raises(ValueError, match=r"outputs: expected finite .* example 4"):
-        sampled_labels(obj)
+        with_sampled_labels(obj)

@@ -164,7 +164,7 @@ def test_one_direction_left():
     ("arguments", "message"),
     [
         ({}, "k, delta: expected at least one of the two"),
-        ({"k": 0}, "k: expected a whole number"),
+        ({"k": 0}, "k: expected an integer"),
         ({"k": 4, "along": torch.ones(4)}, "k: expected at most the 3 directions there are"),
         ({"k": 1, "floor": -1.0}, "floor"),
         ({"k": 1, "floor": 0.5, "delta": 1.0}, "floor: expected 0 with delta"),

@@ -109,14 +109,14 @@ def test_inputs_are_never_repeated_as_a_whole(monkeypatch: pytest.MonkeyPatch):
     assert max(seen) <= 1024 and sum(seen) >= 1200
 
 
-@pytest.mark.parametrize("by", ["parameter", "module"])
-def test_shares_are_the_kernels_of_their_parameters(by: str):
+@pytest.mark.parametrize("group_by", ["parameter", "module"])
+def test_shares_are_the_kernels_of_their_parameters(group_by: str):
     model, inputs, _ = by_name("layer norm").build(5)
     obj = by_name("layer norm").objective(5)
     rows = jacobian(model, inputs)
     parts = obj.split(obj.parameters_vector())
     slices = dict(zip(parts, rows.split([p.numel() for p in parts.values()], 2), strict=True))
-    shares = ntk_gram(obj, by=by)
+    shares = ntk_gram(obj, group_by=group_by)
     for name, share in shares.items():
         own = [s for n, s in slices.items() if name in (n, n.rpartition(".")[0])]
         expected = sum(torch.einsum("ekp,flp->ekfl", s, s) for s in own)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.objective._objective import Objective
 
 
@@ -27,18 +27,18 @@ def test_a_used_operator_can_be_copied_and_pickled(operator, copied):
     for _ in range(2):  # values are kept
         one @ v
     other = copied(one)
-    assert torch.equal(other @ v, product) and other.way == one.way == "rules"
+    assert torch.equal(other @ v, product) and other.method == one.method == "graph"
     if operator is JacobianOperator:
         assert other.T.T is other and torch.equal(other.T @ product, one.T @ product)
-    with without_rules():
+    with autograd_only():
         slow = operator(objective())
-    assert copied(slow).way == slow.way == copied(slow).way
+    assert copied(slow).method == slow.method == copied(slow).method
 
 
 def test_products_behind_quadratic_forms_are_counted():
     vectors = torch.ones(43, 3, dtype=torch.float64)
     H, G = HessianOperator(objective()), GGNOperator(objective())
-    with without_rules():
+    with autograd_only():
         slow = HessianOperator(objective())
     for operator in (H, G, slow):
         operator.quadratic_forms(vectors)

@@ -203,7 +203,7 @@ def test_signs_and_search_vectors_are_unrelated():
     size = 20000
     for seed in (0, 1, 12345):
         for other in ("lanczos", "density", "guard"):
-            key = random.derive(seed, other)
+            key = random.fold_in(seed, other)
             assert key != seed
             for i in range(3):
                 normal = random.normal((size,), key, i)
@@ -238,7 +238,7 @@ def test_density_gives_traces_of_functions_and_the_largest_eigenvalue_from_the_s
         on_density=lambda i, d: densities.append((i, d)),
     )  # fmt: skip
     assert [i for i, _ in densities] == [0, 1, 2]
-    probes = [random.normal((size,), random.derive(0, "density"), i) for i in range(5)]
+    probes = [random.normal((size,), random.fold_in(0, "density"), i) for i in range(5)]
     for row, s in zip(table.rows(), (0.0, 0.5, 1.0), strict=True):
         matrix = dense(obj, path.point(s))
         values, vectors = torch.linalg.eigh(matrix)
@@ -330,9 +330,7 @@ def test_arguments_of_other_kinds_are_refused():
         curvature_profile(obj, Line(), 2, tol=0)
     with pytest.raises(ValueError, match=r"path: expected a path with point\(s\), got shape \[3\]"):
         curvature_profile(obj, torch.ones(3), 2)
-    with pytest.raises(
-        ValueError, match=r"points: expected a whole number of at least 2, got 3\.0"
-    ):
+    with pytest.raises(ValueError, match=r"points: expected an integer of at least 2, got 3\.0"):
         curvature_profile(obj, Line(), 3.0)
     with pytest.raises(ValueError, match=r"got an Objective; pass HessianOperator\(obj\)"):
         top_eigenvalues(obj)

@@ -210,7 +210,7 @@ def test_floor_bounds_the_rounding_of_singular_values():
 
 
 def test_the_floor_is_of_one_matrix():
-    spectra = score_spectrum(by_name("layer norm").objective(6), by="parameter")
+    spectra = score_spectrum(by_name("layer norm").objective(6), group_by="parameter")
     with pytest.raises(ValueError, match=r"spectrum: .* pass one value at a time"):
         score_spectrum_floor(spectra, torch.float64)
     assert all(score_spectrum_floor(values, torch.float64) > 0 for values in spectra.values())

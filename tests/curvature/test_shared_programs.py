@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.curvature.hvp import _engine as engines
 from entropic_fast.curvature.hvp import _program_cache as shared_programs
 from entropic_fast.objective._objective import Objective
@@ -47,11 +47,11 @@ def objective(model: nn.Module, loss="cross_entropy", data=(X, Y)) -> Objective:
     return Objective(model.double(), loss, data)
 
 
-def assert_right(obj: Objective, way: str = "rules") -> None:
+def assert_right(obj: Objective, way: str = "graph") -> None:
     v = torch.linspace(1, -1, obj.num_params, dtype=torch.float64)
     operator = HessianOperator(obj)
-    assert operator.way.startswith(way), operator.way
-    with without_rules():
+    assert operator.method.startswith(way), operator.method
+    with autograd_only():
         expected = HessianOperator(obj) @ v
     assert torch.allclose(operator @ v, expected, rtol=1e-9, atol=1e-12)
 
@@ -291,7 +291,7 @@ class Detaching(nn.Module):
 def test_hidden_derivatives_are_found_where_the_key_is_the_same(monkeypatch):
     assert_right(objective(Detaching()))
     monkeypatch.setenv("ENTROPIC_FAST_TEST_DETACH", "1")
-    assert_right(objective(Detaching()), "autograd, as the model calls Tensor.detach")
+    assert_right(objective(Detaching()), "autograd: the model calls Tensor.detach")
 
 
 def resnet() -> nn.Module:
@@ -364,7 +364,7 @@ def test_another_loss_kind_or_data_is_compared_anew(captures, comparisons):
     assert changed(data=(X[:5], Y[:5])) == (1, 1)
     assert changed() == (0, 0)
     for operator in (GGNOperator, JacobianOperator):
-        assert operator(objective(sized(5))).way == "rules"
+        assert operator(objective(sized(5))).method == "graph"
     assert changed() == (0, 0)
 
 
@@ -373,7 +373,7 @@ def test_other_dtypes_share_nothing(captures):
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         obj = Objective(copy.deepcopy(model).to(dtype), "cross_entropy", (X, Y))
         v = torch.linspace(1, -1, obj.num_params, dtype=dtype)
-        with without_rules():
+        with autograd_only():
             expected = HessianOperator(obj) @ v
         assert torch.allclose(HessianOperator(obj) @ v, expected, rtol=rtol, atol=rtol)
     assert len(captures) == 2
@@ -389,7 +389,7 @@ def test_a_reason_against_capture_is_shared(captures):
             return self.layer(x) * self.layer.weight.detach().sum()
 
     for _ in range(2):
-        assert_right(objective(Detached()), "autograd, as the model calls Tensor.detach")
+        assert_right(objective(Detached()), "autograd: the model calls Tensor.detach")
     assert len(captures) == 1
 
 
@@ -399,7 +399,7 @@ def test_no_model_is_kept_alive():
         model = Changeable(act=sine_of(0.5))
         obj = objective(model)
         operator = HessianOperator(obj)
-        assert operator.way == "rules"
+        assert operator.method == "graph"
         gone += [ref(model), ref(obj._model), ref(obj._model.frozen), ref(obj), ref(model.act)]
         del model, obj, operator
     gc.collect()
@@ -410,7 +410,7 @@ def test_no_model_is_kept_alive():
 def test_no_refused_model_is_kept_alive():
     model = Changeable(act=lambda x: x.detach())
     obj = objective(model)
-    assert HessianOperator(obj).way.startswith("autograd")
+    assert HessianOperator(obj).method.startswith("autograd")
     gone = [ref(model), ref(obj._model)]
     del model, obj
     gc.collect()

@@ -51,7 +51,7 @@ def leave_one_out(matrix: Tensor, omega: Tensor) -> Tensor:
 @pytest.mark.parametrize("probes", [2, 3, 8, 20, 31])
 def test_xtrace_equals_its_explicit_formula(probes: int):
     matrix, _ = with_spectrum(spiked(40))
-    expected = leave_one_out(matrix, signs(40, probes // 2, random.derive(3, "xtrace")))
+    expected = leave_one_out(matrix, signs(40, probes // 2, random.fold_in(3, "xtrace")))
     got = operator_trace(matrix, probes, seed=3, method="xtrace")
     assert got.value == pytest.approx(float(expected.mean()), rel=1e-10)
     assert got.probes == 2 * (probes // 2)
@@ -66,7 +66,7 @@ def test_xtrace_equals_its_explicit_formula(probes: int):
 def test_hutchpp_equals_its_explicit_formula(probes: int):
     matrix, _ = with_spectrum(spiked(40))
     k = probes // 3
-    q = torch.linalg.qr(matrix @ signs(40, k, random.derive(3, "sketch")))[0]
+    q = torch.linalg.qr(matrix @ signs(40, k, random.fold_in(3, "sketch")))[0]
     v = signs(40, probes - 2 * k, 3)
     u = v - q @ (q.T @ v)
     rest = (u * (matrix @ u)).sum(0)
@@ -136,7 +136,7 @@ def test_xtrace_is_right_where_sign_vectors_coincide():
     matrix = torch.block_diag(matrix, torch.zeros(4, 4))  # signs beyond the first 5 do not count
     seen = 0
     for seed in range(60):
-        omega = signs(9, 4, random.derive(seed, "xtrace"))
+        omega = signs(9, 4, random.fold_in(seed, "xtrace"))
         products = matrix @ omega
         got = operator_trace(matrix, 8, seed=seed, method="xtrace")
         if torch.linalg.matrix_rank(products) == 4:
@@ -246,8 +246,8 @@ def test_hessian_of_a_network(method: str):
     ("arguments", "message"),
     [
         ({"method": "lanczos"}, "method: expected one of 'hutchinson', 'hutch\\+\\+', 'xtrace'"),
-        ({"method": "hutch++", "probes": 2}, "probes: expected a whole number of at least 3"),
-        ({"method": "xtrace", "probes": 1}, "probes: expected a whole number of at least 2"),
+        ({"method": "hutch++", "probes": 2}, "probes: expected an integer of at least 3"),
+        ({"method": "xtrace", "probes": 1}, "probes: expected an integer of at least 2"),
         ({"method": "xtrace", "probes": 2.5}, "probes"),
         ({"method": "xtrace", "tol": -1.0}, "tol"),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, without_rules
+from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.curvature.hvp import _engine as engines
 from entropic_fast.curvature.hvp import _tiles as tiling
 from entropic_fast.objective._objective import Objective
@@ -35,7 +35,7 @@ def token_batches(*shapes: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
 
 def agree(operator, obj: Objective) -> None:
     """A product by the rules is that of autograd."""
-    with without_rules():
+    with autograd_only():
         other = operator(obj)
     one = operator(obj)
     v = torch.linspace(-1, 1, obj.num_params, dtype=obj.dtype)
@@ -93,7 +93,7 @@ class DetachesLong(PerPosition):
 def test_a_later_shape_that_cannot_be_captured_goes_to_autograd(operator):
     batches = token_batches((3, 4), (3, 7))
     obj = Objective(DetachesLong().double(), "cross_entropy", batches)
-    assert operator(obj).way == "autograd, as the model calls Tensor.detach"
+    assert operator(obj).method == "autograd: the model calls Tensor.detach"
     agree(operator, obj)
 
 
@@ -109,7 +109,7 @@ def test_every_shape_is_compared_with_autograd(monkeypatch):
         return agrees(self, engine, sample)
 
     monkeypatch.setattr(HessianOperator, "_agrees", counted)
-    assert HessianOperator(obj).way == HessianOperator(obj).way == "rules"
+    assert HessianOperator(obj).method == HessianOperator(obj).method == "graph"
     assert seen == [4, 7, 5]
 
 
@@ -134,7 +134,7 @@ def test_inputs_of_too_many_shapes_go_to_autograd(monkeypatch):
     monkeypatch.setattr(tiling, "SHAPES", 2)
     batches = token_batches((2, 1), (2, 2), (2, 3))
     H = HessianOperator(Objective(PerPosition().double(), "cross_entropy", batches))
-    assert H.way == "autograd, as inputs come in more than 2 shapes"
+    assert H.method == "autograd: inputs come in more than 2 shapes"
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Unreferable:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_loss_may_be_any_callable(operator, loss):
     obj = Objective(PerPosition().double(), loss, token_batches((3, 4)))
-    assert operator(obj).way == "rules"
+    assert operator(obj).method == "graph"
     agree(operator, obj)
 
 
@@ -184,7 +184,7 @@ def test_objectives_derived_again_need_no_new_capture(derive, monkeypatch):
     monkeypatch.setattr(engines, "capture", lambda *args: captures.append(1) or capture(*args))
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
     obj = Objective(model, "cross_entropy", (torch.randn(8, 4), torch.arange(8) % 3))
-    ways = [HessianOperator(derive(obj)).way for _ in range(3)]
-    assert ways == ["rules"] * 3 and len(captures) == 1
+    ways = [HessianOperator(derive(obj)).method for _ in range(3)]
+    assert ways == ["graph"] * 3 and len(captures) == 1
     again = derive(obj)
     assert again._model is not obj._model and again.dtype == derive(obj).dtype

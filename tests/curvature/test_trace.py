@@ -115,7 +115,7 @@ def test_the_objective_and_its_operator_agree():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"probes": 0}, "probes: expected a whole number of at least 1"),
+        ({"probes": 0}, "probes: expected an integer of at least 1"),
         ({"probes": 2.0}, "probes"),
         ({"tol": 0.0}, "tol: expected a finite number above 0"),
         ({"tol": float("nan")}, "tol"),

@@ -131,20 +131,20 @@ def test_directions_that_do_not_fit_are_refused(deflate, message):
 # -- shares
 
 
-@pytest.mark.parametrize("by", ["parameter", "module"])
+@pytest.mark.parametrize("group_by", ["parameter", "module"])
 @pytest.mark.parametrize("deflated", [False, True])
 @pytest.mark.parametrize("method", ["hutchinson", "hutch++"])
-def test_shares_are_the_blocks_traces_and_add_up(by: str, deflated: bool, method: str):
+def test_shares_are_the_blocks_traces_and_add_up(group_by: str, deflated: bool, method: str):
     case = by_name("layer norm")
     obj = case.objective()
     hessian = difference_hessian(case)
     pairs = top_eigenvalues(HessianOperator(obj), k=3) if deflated else None
-    found = hessian_trace(obj, probes=40, method=method, deflate=pairs, by=by)
+    found = hessian_trace(obj, probes=40, method=method, deflate=pairs, group_by=group_by)
     whole = hessian_trace(obj, probes=40, method=method, deflate=pairs)
     assert sum(e.value for e in found.values()) == pytest.approx(whole.value, rel=1e-10)
     expected = dict.fromkeys(found, 0.0)
     for name, where in blocks(obj).items():
-        key = name if by == "parameter" else name.rpartition(".")[0]
+        key = name if group_by == "parameter" else name.rpartition(".")[0]
         expected[key] += float(hessian[where, where].trace())
     assert list(found) == list(expected)
     for name, estimate in found.items():
@@ -158,7 +158,7 @@ def test_shares_standard_errors_cover():
     case = by_name("raw parameter")
     obj, hessian = case.objective(), difference_hessian(case)
     where = blocks(obj)
-    found = [hessian_trace(obj, probes=16, seed=seed, by="parameter") for seed in range(150)]
+    found = [hessian_trace(obj, probes=16, seed=seed, group_by="parameter") for seed in range(150)]
     for name in where:
         truth = float(hessian[where[name], where[name]].trace())
         values = np.array([e[name].value for e in found])
@@ -170,8 +170,8 @@ def test_shares_standard_errors_cover():
 @pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
 def test_shares_by_parameter_sum_to_those_by_module(case):
     obj = case.objective()
-    parameters = hessian_trace(obj, probes=5, by="parameter")
-    modules = hessian_trace(obj, probes=5, by="module")
+    parameters = hessian_trace(obj, probes=5, group_by="parameter")
+    modules = hessian_trace(obj, probes=5, group_by="module")
     for name, estimate in modules.items():
         mine = [e.value for p, e in parameters.items() if p.rpartition(".")[0] == name]
         assert estimate.value == pytest.approx(sum(mine), abs=1e-10)
@@ -179,7 +179,7 @@ def test_shares_by_parameter_sum_to_those_by_module(case):
 
 def test_the_tolerance_of_shares_is_that_of_the_whole():
     obj = by_name("layer norm").objective(20)
-    found = hessian_trace(obj, probes=400, tol=0.1, by="parameter")
+    found = hessian_trace(obj, probes=400, tol=0.1, group_by="parameter")
     whole = hessian_trace(obj, probes=400, tol=0.1)
     assert {e.probes for e in found.values()} == {whole.probes}
     assert 16 <= whole.probes < 400
@@ -188,11 +188,11 @@ def test_the_tolerance_of_shares_is_that_of_the_whole():
 def test_shares_that_cannot_be_had_are_refused():
     obj = by_name("layer norm").objective()
     with pytest.raises(ValueError, match="by: expected one of 'parameter', 'module'"):
-        hessian_trace(obj, by="layer")
+        hessian_trace(obj, group_by="layer")
     with pytest.raises(ValueError, match="for shares of the trace"):
-        hessian_trace(obj, by="module", method="xtrace")
+        hessian_trace(obj, group_by="module", method="xtrace")
     with pytest.raises(ValueError, match="method: expected one of"):
-        hessian_trace(obj, by="module", method="hutch")
+        hessian_trace(obj, group_by="module", method="hutch")
 
 
 # -- quadratic forms

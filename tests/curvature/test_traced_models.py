@@ -153,8 +153,8 @@ def test_products_are_those_of_two_backward_passes(case):
         v = torch.linspace(-1, 1, len(leaf), dtype=torch.float64)
         (expected,) = torch.autograd.grad(gradient, leaf, v)
         operator = HessianOperator(obj, theta)
-        assert (operator.way == "rules") == by_graph, operator.way
-        assert (GGNOperator(obj, theta).way == "rules") == by_graph
+        assert (operator.method == "graph") == by_graph, operator.method
+        assert (GGNOperator(obj, theta).method == "graph") == by_graph
         torch.testing.assert_close(operator @ v, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -213,5 +213,5 @@ def test_rounding_is_that_of_the_dtype_in_which_the_model_computes(between, dtyp
         model, x = model.float(), x.float()
     obj = Objective(model, "cross_entropy", (x, torch.arange(7) % 3))
     assert coarsest_dtype(obj, obj.point(None), obj.tensors()[0]) == dtype
-    assert HessianOperator(obj).way == "rules"
+    assert HessianOperator(obj).method == "graph"
     score_matrix(obj)

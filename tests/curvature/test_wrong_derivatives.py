@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import entropic_fast as ef
 from entropic_fast._torch import derivative_formulas as derivatives
-from entropic_fast.curvature import without_rules
+from entropic_fast.curvature import autograd_only
 from entropic_fast.curvature.operators import _autograd_check as first_use
 
 
@@ -124,7 +124,7 @@ def test_whatever_uses_products_is_stopped(use: str):
 
 def test_products_as_they_come_are_to_be_had():
     obj = objective(Forgetful.apply)
-    with without_rules():
+    with autograd_only():
         operator = ef.HessianOperator(obj)
     assert bool(torch.isfinite(operator @ ones(obj)).all())
 
@@ -195,7 +195,7 @@ def test_what_is_not_smooth_or_no_gradient_by_intention_is_let_pass(function, lo
     obj = objective(hidden, loss, dtype, bias=False)
     for kind in (ef.HessianOperator, ef.GGNOperator):
         operator = kind(obj)
-        assert operator.way.startswith("autograd")
+        assert operator.method.startswith("autograd")
         operator @ ones(obj)
 
 
@@ -245,7 +245,7 @@ def test_decay_and_examples_that_mix_are_no_wrong_derivatives(loss, settings: di
         )
     obj = ef.Objective(net.double(), loss, (x, y), **settings)
     operator = ef.HessianOperator(obj)
-    assert operator.way.startswith("autograd")
+    assert operator.method.startswith("autograd")
     assert bool(torch.isfinite(operator @ ones(obj)).all())
     with pytest.raises(ef.WrongDerivativeError):
         wrong = ef.Objective(Net(Forgetful.apply).double(), loss, (x, y), **settings)

@@ -14,7 +14,7 @@ from entropic_fast.dynamics import (
 )
 from entropic_fast.dynamics.langevin import _simulate as langevin
 from entropic_fast.ops.backend import BackendError
-from entropic_fast.ops.random_bits.streams import derive, normal
+from entropic_fast.ops.random_bits.streams import fold_in, normal
 
 SCHEMES = ("euler-maruyama", "leimkuhler-matthews", "baoab")
 BUILT_IN = [RingPotential(modes=2), RidgePotential(fast=2), ChannelPotential()]
@@ -100,7 +100,7 @@ def test_velocities_start_as_given_or_as_maxwell_s():
     start = torch.ones(4, 2, dtype=torch.float64)
     settings = dict(temperature=0.3, dt=0.01, steps=1, seed=3, scheme="baoab")
     run = simulate_langevin(RingPotential(), start, **settings)
-    expected = normal((4, 2), derive(3, "langevin", "velocities")) * math.sqrt(0.3)
+    expected = normal((4, 2), fold_in(3, "langevin", "velocities")) * math.sqrt(0.3)
     assert torch.equal(run.velocities[0], expected)
     given = torch.arange(8.0).reshape(4, 2)
     run = simulate_langevin(RingPotential(), start, start_velocities=given, **settings)

@@ -12,7 +12,7 @@ from torch import nn
 from entropic_fast.dynamics import DivergenceError, relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
-from entropic_fast.ops.random_bits.streams import derive, permutation
+from entropic_fast.ops.random_bits.streams import fold_in, permutation
 from entropic_fast.paths import Path, linear_path
 from entropic_fast.training.models import digits_cnn, initialise
 
@@ -281,7 +281,7 @@ def test_a_table_of_a_cycle_holds_the_batches_of_its_epochs(size):
         for entry, at in zip(batches._batches(step, count), range(step, step + count), strict=True):
             epoch, batch = divmod(at, per_epoch)
             for row, name in zip(entry, (5, 1), strict=True):
-                order = permutation(7, derive(3, "relax", name), epoch)
+                order = permutation(7, fold_in(3, "relax", name), epoch)
                 if size == 7:
                     order = torch.arange(7)
                 assert torch.equal(row, order[batch * size : (batch + 1) * size])
@@ -315,8 +315,8 @@ def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
         (dict(lr=[0.1, 0.2], start=[0.1, 0.2, 0.3]), "replicas: .* 3 for start, 2 for lr"),
         (dict(lr=[0.1, 0.2], replicas=3), "replicas: .* 2 for lr, 3 for replicas"),
         (dict(start=[]), "replicas: .*0 for start"),
-        (dict(replicas=0), "replicas: expected a whole number"),
-        (dict(ids=[-1]), "ids: expected a whole number"),
+        (dict(replicas=0), "replicas: expected an integer"),
+        (dict(ids=[-1]), "ids: expected an integer"),
         (dict(optimizer="lion"), "optimizer: expected one of 'sgd', 'nesterov', 'adam'"),
         (dict(optimizer="adam", momentum=0.9), "momentum: expected None"),
         (dict(optimizer="nesterov", momentum=0.0), "momentum: expected a number"),
@@ -324,14 +324,14 @@ def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
         (dict(weight_decay=-1.0), "weight_decay: expected"),
         (dict(betas=(0.9, 1.0)), "betas: expected two numbers"),
         (dict(batch_size=25), "batch_size: expected at most the 24 examples"),
-        (dict(batch_size=0), "batch_size: expected a whole number"),
-        (dict(steps=0), "steps: expected a whole number"),
-        (dict(project_every=0), "project_every: expected a whole number"),
+        (dict(batch_size=0), "batch_size: expected an integer"),
+        (dict(steps=0), "steps: expected an integer"),
+        (dict(project_every=0), "project_every: expected an integer"),
         (dict(record_every=20), "record_every: expected a multiple of project_every"),
         (dict(loss_every=10), "loss_every: expected a multiple of record_every"),
         (dict(max_distance=0.0), "max_distance: expected a number above 0"),
         (dict(engine="fast"), "engine: expected one of"),
-        (dict(seed=-1), "seed: expected a whole number"),
+        (dict(seed=-1), "seed: expected an integer"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change, message):

@@ -6,7 +6,7 @@ from relax_cases import conv_problem
 
 from entropic_fast.dynamics import relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
-from entropic_fast.ops.random_bits.streams import derive, philox
+from entropic_fast.ops.random_bits.streams import fold_in, philox
 from entropic_fast.training.data import CropAndFlip
 
 COMMON = dict(lr=0.05, batch_size=8, project_every=3, steps=12, seed=4)
@@ -27,7 +27,7 @@ def test_words_depend_on_seed_replica_epoch_and_example_alone():
         inputs, targets = two(step)
         assert torch.equal(inputs, -x[index]) and torch.equal(targets, obj.tensors()[1][index])
         expected = [
-            philox(row, derive(4, "relax augment", i), epoch)
+            philox(row, fold_in(4, "relax augment", i), epoch)
             for row, i in zip(index, (5, 1), strict=True)
         ]
         assert torch.equal(seen["words"].view(2, 8, 4), torch.stack(expected))

@@ -126,16 +126,18 @@ CALLS: dict[str, Callable[[ef.Objective, Tensor], list[Any]]] = {
         ef.score_gram(obj, strategy="recompute", memory_budget=200_000)
     ],
     "score_gram in float32": lambda obj, _: [ef.score_gram(obj, products="float32")],
-    "score_gram by parameter": lambda obj, _: list(ef.score_gram(obj, by="parameter").values()),
+    "score_gram by parameter": lambda obj, _: list(
+        ef.score_gram(obj, group_by="parameter").values()
+    ),
     "score_spectrum": lambda obj, _: [ef.score_spectrum(obj)],
-    "gradient_norms": lambda obj, _: list(ef.gradient_norms(obj, by="parameter").values()),
+    "gradient_norms": lambda obj, _: list(ef.gradient_norms(obj, group_by="parameter").values()),
     "fisher_trace": lambda obj, _: estimates(ef.fisher_trace(obj)),
     "fisher_eigenvalues": lambda obj, _: pairs_of(curvature.fisher_eigenvalues(obj, 2)),
     "ggn_trace": lambda obj, _: estimates(ef.ggn_trace(obj)),
     "ntk_gram": lambda obj, _: [ef.ntk_gram(obj, max_examples=5)],
-    "sampled_labels": lambda obj, _: [
-        ef.sampled_labels(obj, draws=2).tensors()[1].double(),
-        ef.gradient_norms(ef.sampled_labels(obj, draws=2)),
+    "with_sampled_labels": lambda obj, _: [
+        ef.with_sampled_labels(obj, draws=2).tensors()[1].double(),
+        ef.gradient_norms(ef.with_sampled_labels(obj, draws=2)),
     ],
     "HessianOperator": products(ef.HessianOperator),
     "GGNOperator": products(ef.GGNOperator),
@@ -144,7 +146,7 @@ CALLS: dict[str, Callable[[ef.Objective, Tensor], list[Any]]] = {
     "quadratic_forms": lambda obj, v: [ef.HessianOperator(obj).quadratic_forms(v)],
     "network_forms": lambda obj, v: [ef.HessianOperator(obj).network_forms(v)],
     "hutchinson": trace("hutchinson"),
-    "hutchinson by parameter": trace("hutchinson", by="parameter"),
+    "hutchinson by parameter": trace("hutchinson", group_by="parameter"),
     "hutch++": trace("hutch++"),
     "xtrace": trace("xtrace"),
     "gauss-newton": trace("gauss-newton"),
@@ -370,7 +372,7 @@ def test_searches_fall_back_to_autograd_where_rules_give_nan(monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(engine, "products", spoiled)
             assert relative_norm(search(operator), found) < 1e-7
-        assert operator.way.startswith("autograd, as rules give NaN")
+        assert operator.method.startswith("autograd: rules give NaN")
 
 
 def test_examples_without_a_gradient_have_zeros_in_joint_records():
@@ -394,9 +396,12 @@ def test_examples_without_a_gradient_have_zeros_in_joint_records():
         torch.manual_seed(0)
         model = Long().double()
     on_cpu, on_gpu = (ef.Objective(model, "cross_entropy", data, device=d) for d in ("cpu", DEVICE))
-    for by in (None, "module"):
-        expected, found = ef.score_gram(on_cpu, by=by), ef.score_gram(on_gpu, by=by)
-        if by is None:
+    for group_by in (None, "module"):
+        expected, found = (
+            ef.score_gram(on_cpu, group_by=group_by),
+            ef.score_gram(on_gpu, group_by=group_by),
+        )
+        if group_by is None:
             expected, found = {"": expected}, {"": found}
         for name, gram in expected.items():
             assert relative_norm(found[name].cpu(), gram) < 1e-13
@@ -407,9 +412,12 @@ def test_norms_of_small_parameters_together(monkeypatch: pytest.MonkeyPatch):
     on_cpu, on_gpu = (objective(cnn, torch.float64, device) for device in ("cpu", DEVICE))
     for size in (scratch.GPU.norms, 600, 1):
         monkeypatch.setattr(scratch, "GPU", scratch.GPU._replace(norms=size))
-        for by in (None, "module", "parameter"):
-            expected, found = ef.gradient_norms(on_cpu, by=by), ef.gradient_norms(on_gpu, by=by)
-            shares = {"": (expected, found)} if by is None else {
+        for group_by in (None, "module", "parameter"):
+            expected, found = (
+                ef.gradient_norms(on_cpu, group_by=group_by),
+                ef.gradient_norms(on_gpu, group_by=group_by),
+            )
+            shares = {"": (expected, found)} if group_by is None else {
                 name: (share, found[name]) for name, share in expected.items()
             }  # fmt: skip
             for share, other in shares.values():

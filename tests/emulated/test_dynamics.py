@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import entropic_fast as ef
-from entropic_fast._torch.full_precision import exact_math, products_in
+from entropic_fast._torch.full_precision import full_precision, products_in
 from entropic_fast.dynamics.force import _drift as bursts
 from entropic_fast.dynamics.force import _weight_norm_growth as growth
 from entropic_fast.dynamics.force._point_force import point_force
@@ -316,10 +316,10 @@ def test_a_thread_in_full_float32_keeps_others_from_tf32():
     seen = []
 
     def work():
-        with exact_math():
+        with full_precision():
             seen.append(setting.fp32_precision)
 
-    with products_in("tf32"), exact_math():
+    with products_in("tf32"), full_precision():
         assert setting.fp32_precision == "tf32"
         thread = threading.Thread(target=work)
         thread.start()

@@ -224,7 +224,7 @@ def test_weights_made_on_the_cpu_are_found_in_products(problem, monkeypatch):
     monkeypatch.setattr(Program, "push", planting)
     operator = ef.HessianOperator(problem.obj)
     operator @ v  # goes by autograd, and says why
-    assert "at least two devices" in operator.way
+    assert "at least two devices" in operator.method
 
 
 def test_losses_made_on_the_cpu_are_found_in_a_step_of_a_path(problem, monkeypatch):

@@ -55,7 +55,7 @@ def hessian():
 def test_a_product_stays_within_its_launches(hessian):
     operator, columns = hessian
     four = columns[:, :4]
-    assert operator.way == "rules"
+    assert operator.method == "graph"
     assert launches(lambda: operator @ four).launches <= 500  # values computed with it
     # Eight at once, by values that are kept: as it is, captured, and by the graph.
     assert launches(lambda: operator @ columns).launches <= 330
@@ -113,7 +113,7 @@ def test_convolutions_of_every_kind_give_the_cpus_products(count):
         operator = ef.HessianOperator(obj)
         columns = vectors(obj, count).to(device)
         found = torch.cat([operator @ columns, operator.quadratic_forms(columns)[None]])
-        assert operator.way == "rules"
+        assert operator.method == "graph"
         expected = found if expected is None else expected
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-12)
 

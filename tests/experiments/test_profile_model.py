@@ -134,9 +134,9 @@ def test_a_single_point_has_the_spectra_of_its_matrices_and_no_path(tmp_path):
     assert gap <= 6 * point["hessian_trace_std_error"]
     assert point["gradient_norm"] == pytest.approx(float(obj.gradient().norm()))
     assert set(found.tables) == {"points", "eigenvalues", "density", "fisher"}
-    assert found.ways == {"point": found.ways["point"]}
-    assert found.ways["point"]["Hessian"] == "rules"
-    assert f"{obj.num_params} by layer rules" in found.ways["point"]["scores"]
+    assert found.methods == {"point": found.methods["point"]}
+    assert found.methods["point"]["Hessian"] == "graph"
+    assert f"{obj.num_params} by layer rules" in found.methods["point"]["scores"]
     html = found.report.read_text()
     assert "Relaxation" not in html and "Profile of Sequential" in html
     for name, table in found.tables.items():
@@ -181,8 +181,8 @@ def test_a_model_that_rules_do_not_take_says_so(tmp_path):
             return super().forward(x) * (2 if float(self.weight.sum()) > -1e6 else 1)
 
     found = profile_model(Branching(4, 3), examples(), tmp_path / "out", settings=QUICK)
-    assert found.ways["point"]["Hessian"].startswith("autograd, as ")
-    assert "autograd, as " in found.report.read_text()
+    assert found.methods["point"]["Hessian"].startswith("autograd: ")
+    assert "autograd: " in found.report.read_text()
 
 
 # -- two points -----------------------------------------------------------------------------
@@ -216,13 +216,13 @@ def test_the_report_and_the_summary_hold_what_was_asked_and_found(two_points, gi
     out, _ = two_points
     html = (out / "report.html").read_text()
     assert html.count("data:image/svg+xml;base64") == 3
-    for words in (f"{given / 'mine.py'}:build", "a.safetensors and ", "Student", "rules"):
+    for words in (f"{given / 'mine.py'}:build", "a.safetensors and ", "Student", "graph"):
         assert words in html
     summary = json.loads((out / "summary.json").read_text(), parse_constant=lambda name: 1 / 0)
     assert summary["settings"]["points"] == 3 and summary["found"]["parameters"] == 51
     assert summary["environment"]["torch"] == torch.__version__
     assert [row["point"] for row in summary["points"]] == ["A", "between", "B"]
-    assert summary["ways"]["B"]["Hessian"] == "rules"
+    assert summary["ways"]["B"]["Hessian"] == "graph"
     assert set(summary["seconds"]) == {"path", "profile", "relax", "spectra"}
 
 
@@ -342,7 +342,7 @@ def test_text_that_comes_from_the_user_is_escaped(tmp_path):
         ("build", "data", ["--norm", "layer"], ["--norm: expected one of"]),
         ("build", "data", ["--examples", "49"], ["examples: expected at most the 48 there are"]),
         ("build", "data", ["--batch-size", "49"], ["batch_size: expected at most the 48", "49"]),
-        ("build", "data", ["--points", "2"], ["points: expected a whole number of at least 3"]),
+        ("build", "data", ["--points", "2"], ["points: expected an integer of at least 3"]),
         ("build", "data", ["--device", "tpu"], ["--device: expected one of"]),
     ],
 )
@@ -438,7 +438,7 @@ def test_torchvisions_resnet18(tmp_path):
         torch.manual_seed(0)
         model, x = resnet18(num_classes=10), torch.randn(8, 3, 32, 32)
     found = profile_model(model, (x, torch.arange(8)), tmp_path / "out", settings=SMALL)
-    assert found.ways["point"]["Hessian"] == "rules"
+    assert found.methods["point"]["Hessian"] == "graph"
     (point,) = found.tables["points"].rows()
     assert point["hessian_trace"] > 0 and point["fisher_trace"] > 0
 
@@ -462,5 +462,5 @@ def test_a_small_transformer(tmp_path):
     y = (x == 3).any(1).long()
     settings = ProfileSettings(**{**FEW, "examples": 32}, density_probes=2, density_steps=10)
     found = profile_model(a, (x, y), tmp_path / "out", other=b, settings=settings)
-    assert set(found.ways) == {"A", "between", "B"}
+    assert set(found.methods) == {"A", "between", "B"}
     assert (found.tables["displacement"]["diverged"] == 0).all()

@@ -174,7 +174,7 @@ def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.de
     fits = resolve_budget(None, device) // (size * torch.finfo(dtype).bits // 8) - first
     least = min(size, max(k, first) + first + 1)
     if fits < least:
-        raise checks.fail(
+        raise checks.invalid(
             "k", f"few enough vectors of length {size} for the free memory, at most {fits}", str(k)
         )
     if size <= COMPLETE:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.memory_budget import resolve_budget, too_small
 from ..._utils import checks
 from ..._utils.convergence import warn_not_converged
@@ -107,7 +107,7 @@ def spectral_density(
     return density
 
 
-@exact_math()
+@full_precision()
 def density_and_pairs(
     operator: Any,
     probes: int = 8,
@@ -138,15 +138,15 @@ def density_and_pairs(
     ([4.0, 2.0], True)
     """
     size, dtype, device = require_operator(operator)
-    checks.whole("probes", probes, 1)
-    checks.whole("points", points, 2)
+    checks.integer("probes", probes, 1)
+    checks.integer("points", points, 2)
     left_out = None if along is None else orthonormal(along, size, dtype, device)
     count = size - (0 if left_out is None else left_out.shape[1])
-    steps = min(checks.whole("steps", steps, 1), count)
+    steps = min(checks.integer("steps", steps, 1), count)
     if sigma is not None:
         checks.positive("sigma", sigma)
     if grid is not None and (not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) == 0):
-        raise checks.fail("grid", "a tensor [G] of eigenvalues", checks.describe(grid))
+        raise checks.invalid("grid", "a tensor [G] of eigenvalues", checks.describe(grid))
     budget = resolve_budget(memory_budget, device)
     each = (steps + 4) * size * torch.finfo(dtype).bits // 8
     if budget < each:
@@ -172,7 +172,7 @@ def density_and_pairs(
         starts = torch.stack(
             [
                 random.normal(
-                    (size,), random.derive(seed, "density"), i, dtype=dtype, device=device
+                    (size,), random.fold_in(seed, "density"), i, dtype=dtype, device=device
                 )
                 for i in range(first, min(first + together, probes))
             ]
@@ -222,7 +222,7 @@ def _density(
         # At a spacing of 1.5 sigma the trapezium rule is off by 2e-4, and soon by far more.
         needed = math.ceil((high - low + 2 * margin) / (1.5 * sigma)) + 1
         if points < needed:
-            raise checks.fail(
+            raise checks.invalid(
                 "points",
                 f"at least {needed}, a spacing of 1.5 sigma (sigma = {sigma:.3g}) over the "
                 "eigenvalues' range",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.results import Diagonal, Eigenpairs
 from ...objective import Objective
@@ -46,7 +46,7 @@ def hessian_diagonal(
     return operator_diagonal(HessianOperator(obj, theta), probes, seed, deflate=deflate)
 
 
-@exact_math()
+@full_precision()
 def operator_diagonal(
     operator: Any,
     probes: int = DEFAULT_PROBES,
@@ -80,7 +80,7 @@ def operator_diagonal(
     True
     """
     require_operator(operator)
-    checks.whole("probes", probes, 1)
+    checks.integer("probes", probes, 1)
     basis = deflation_basis(deflate, operator)
     with without_shift(operator) as (sampled, shift):
         found = _sampled_diagonal(sampled, probes, seed, basis)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs
 from ...objective import Objective
 from ..operators._linear_operator import multiply, require_operator
-from ..per_example._scores import BY, grouping
+from ..per_example._scores import GROUPINGS, grouping
 from ._block_lanczos import COMPLETE, capacity, forms_matrix, limited_by, require_converged, solving
 from ._krylov_basis import Basis
 from ._searches import Search, run, run_blocks
@@ -56,7 +56,7 @@ def top_eigenvalues(
 ) -> dict[str, Eigenpairs]: ...
 
 
-@exact_math()
+@full_precision()
 def top_eigenvalues(
     operator: Any,
     k: int = 1,
@@ -133,17 +133,17 @@ def top_eigenvalues(
     {'weight': 5.0, 'bias': 2.0}
     """
     size, _, _ = require_operator(operator)
-    if group_by is None and checks.whole("k", k, 1) > size:
-        raise checks.fail("k", f"at most the operator's order {size}", str(k))
+    if group_by is None and checks.integer("k", k, 1) > size:
+        raise checks.invalid("k", f"at most the operator's order {size}", str(k))
     checks.positive("tol", tol)
     checks.one_of("which", which, WANTED)
-    if checks.whole("max_matvecs", max_matvecs, 1) < checks.whole("k", k, 1):
-        raise checks.fail("max_matvecs", f"at least k = {k}", str(max_matvecs))
+    if checks.integer("max_matvecs", max_matvecs, 1) < checks.integer("k", k, 1):
+        raise checks.invalid("max_matvecs", f"at least k = {k}", str(max_matvecs))
     settings = _Settings(k, tol, seed, max_matvecs, which, block)
     if group_by is not None:
         return _by_group(operator, settings, v0, group_by)
     if isinstance(v0, Mapping):
-        raise checks.fail(
+        raise checks.invalid(
             "v0", "vectors or Eigenpairs", checks.describe(v0), "starts by name need group_by"
         )
     basis, search = _search(operator, settings, v0)
@@ -177,10 +177,10 @@ def _search(
     if block is None:
         width = max(min(k, WIDEST), 1 if start is None else start.shape[1])
     else:
-        width = checks.whole("block", block, 1)
+        width = checks.integer("block", block, 1)
     width = min(width, size)
     if width > max_matvecs:
-        raise checks.fail("max_matvecs", f"at least the first block's {width}", str(max_matvecs))
+        raise checks.invalid("max_matvecs", f"at least the first block's {width}", str(max_matvecs))
     room = capacity(k, width, size, dtype, device)
     if size > COMPLETE:
         room = min(room, most)
@@ -196,10 +196,10 @@ def _search(
 
 def _by_group(operator: Any, settings: _Settings, v0: Any, group_by: str) -> dict[str, Eigenpairs]:
     """Pairs of the diagonal blocks of an objective's operator, by name."""
-    checks.one_of("group_by", group_by, BY)
+    checks.one_of("group_by", group_by, GROUPINGS)
     obj = getattr(operator, "obj", None)
     if not isinstance(obj, Objective) or operator.shape[0] != obj.num_params:
-        raise checks.fail(
+        raise checks.invalid(
             "operator",
             "one of an objective with group_by, such as HessianOperator(obj)",
             checks.describe(operator),
@@ -207,7 +207,7 @@ def _by_group(operator: Any, settings: _Settings, v0: Any, group_by: str) -> dic
         )
     places = _places(obj, operator.theta, grouping(group_by))
     if v0 is not None and not (isinstance(v0, Mapping) and set(v0) <= set(places)):
-        raise checks.fail(
+        raise checks.invalid(
             "v0",
             f"starts by name with group_by, of {', '.join(places)}"[:300],
             checks.describe(v0),
@@ -276,7 +276,7 @@ def _columns(v0: Start, size: int) -> Tensor:
     vectors = v0.vectors if isinstance(v0, Eigenpairs) else v0
     if isinstance(vectors, Tensor) and vectors.ndim == 2:
         if len(vectors) != size or not 1 <= vectors.shape[1] <= size:
-            raise checks.fail(
+            raise checks.invalid(
                 "v0", f"a tensor of shape [{size}] or [{size}, r]", checks.describe(vectors)
             )
         return checks.finite("v0", vectors).detach()

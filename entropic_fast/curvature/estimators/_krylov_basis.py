@@ -47,7 +47,7 @@ def require_symmetry(operator: Any, gap: float, scale: float) -> None:
         scale: of the operator, a norm of its products with unit vectors.
     """
     if gap > ASYMMETRY * scale and not getattr(operator, "symmetric", False):
-        raise checks.fail(
+        raise checks.invalid(
             "operator",
             "a symmetric one",
             f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
@@ -140,7 +140,7 @@ class Basis:
             sums = [unit[:, i :: self.width].sum(1) for i in range(self.width)]
             folded = _unit(torch.stack(sums, 1))
             if folded.shape[1] == 0:
-                raise checks.fail("v0", "a vector other than zero", "all zeros")
+                raise checks.invalid("v0", "a vector other than zero", "all zeros")
             self._append(self._directions(folded, 1.0)[0])
         self._append(self._fresh(self.width - self.frontier))
         yield from self.growing()
@@ -379,7 +379,7 @@ class Basis:
 
     def _random(self, count: int) -> Tensor:
         vectors = torch.empty(self.order, count, dtype=self.dtype, device=self.device)
-        key = random.derive(self.seed, "lanczos")
+        key = random.fold_in(self.seed, "lanczos")
         for column in vectors.T:
             column.copy_(random.normal((self.order,), key, self.draws, device=self.device))
             self.draws += 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Density, Eigenpairs, Estimate, LogDeterminant
@@ -24,7 +24,7 @@ from ._krylov_basis import ROUNDING
 QUADRATURE_SHARE, PROBE_SHARE = 0.05, 0.25
 
 
-@exact_math()
+@full_precision()
 def log_determinant(
     operator: Any,
     along: Tensor | None = None,
@@ -84,14 +84,14 @@ def log_determinant(
     left_out = None if along is None else orthonormal(along, size, dtype, device)
     count = size - (0 if left_out is None else left_out.shape[1])
     if k is None and delta is None:
-        raise checks.fail("k, delta", "at least one of the two", "neither")
-    if k is not None and checks.whole("k", k, 1) > count:
-        raise checks.fail("k", f"at most the {count} directions there are", str(k))
+        raise checks.invalid("k, delta", "at least one of the two", "neither")
+    if k is not None and checks.integer("k", k, 1) > count:
+        raise checks.invalid("k", f"at most the {count} directions there are", str(k))
     checks.at_least("floor", floor, 0.0)
     if delta is not None:
         checks.positive("delta", delta)
         if floor > 0:
-            raise checks.fail("floor", "0 with delta, which needs none", checks.shown(floor))
+            raise checks.invalid("floor", "0 with delta, which needs none", checks.shown(floor))
     pairs = None
     messages: list[str] = []
     value = error = bound = quadrature = 0.0
@@ -138,7 +138,7 @@ def density_log_determinant(density: Density, delta: float) -> Estimate:
     2.0794
     """
     if not isinstance(density, Density):
-        raise checks.fail(
+        raise checks.invalid(
             "density", "a Density", checks.describe(density), "give what spectral_density returned"
         )
     checks.positive("delta", delta)

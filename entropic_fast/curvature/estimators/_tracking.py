@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.results import Eigenpairs
 from ...ops.random_bits import streams as random
@@ -19,7 +19,7 @@ from ._krylov_basis import Basis
 KEPT = 8
 
 
-@exact_math()
+@full_precision()
 def tracked_eigenpairs(
     operator: Any,
     start: Eigenpairs | None = None,
@@ -85,11 +85,11 @@ def _first_vector(start: Eigenpairs, basis: Basis, seed: int, guarded: bool) -> 
     """Columns that the basis adds up, at length 1 each.  # [P, r]"""
     if not isinstance(start, Eigenpairs) or len(start.vectors) != basis.order:
         got = start.vectors if isinstance(start, Eigenpairs) else start
-        raise checks.fail(
+        raise checks.invalid(
             "start", f"Eigenpairs with vectors [{basis.order}, r]", checks.describe(got)
         )
     vectors = checks.finite("start.vectors", start.vectors).detach().to(basis.columns)
     if not guarded or basis.order == 1:
         return vectors[:, :1]
-    guard = random.normal((basis.order,), random.derive(seed, "guard"), device=basis.device)
+    guard = random.normal((basis.order,), random.fold_in(seed, "guard"), device=basis.device)
     return torch.cat([vectors[:, :2], guard.to(vectors)[:, None]], 1)

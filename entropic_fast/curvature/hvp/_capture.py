@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.module_tracker import ModuleTracker
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.tracing import graph_of, told_of_tracing
 from ..._utils import trees
 from ..._utils.trees import Tree
@@ -66,7 +66,7 @@ class Graph:
     constants: dict[str, Tensor]
 
 
-@exact_math()
+@full_precision()
 def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
     """The graph of an objective's model for inputs like these [n, ...].
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.forward_mode import forward_lock
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.glibc_malloc import keep_freed_memory
 from ..._utils import trees
 from ..._utils.devices import is_gpu
@@ -79,7 +79,7 @@ class JetEngine:
 
     # -- results ---------------------------------------------------------------------------
 
-    @exact_math()
+    @full_precision()
     @torch.no_grad()
     def products(self, rows: Tensor, kind: str, sample: Tile | None = None) -> Tensor:
         """Products of the summed loss's "hessian" or "ggn" with rows.  # [K, P]
@@ -96,7 +96,7 @@ class JetEngine:
         self._over_tiles(kind, sample, rows, total, add)
         return total
 
-    @exact_math()
+    @full_precision()
     @torch.no_grad()
     def forms(
         self, rows: Tensor, sample: Tile | None = None, *, network_alone: bool = False
@@ -147,7 +147,7 @@ class JetEngine:
         is_kept = kept is not None and kept[1] is loss
         return self.graphs.enabled and is_kept and loss.launches_alone
 
-    @exact_math()
+    @full_precision()
     @torch.no_grad()
     def pushed(self, tile: Tile, rows: Tensor) -> Tensor:
         """The Jacobian of a tile's outputs times rows [K, P].  # [K, n * outputs]"""
@@ -162,7 +162,7 @@ class JetEngine:
                 part.copy_(moved.flatten(1))
         return found
 
-    @exact_math()
+    @full_precision()
     @torch.no_grad()
     def pulled(self, tile: Tile, rows: Tensor) -> Tensor:
         """Rows [K, m * outputs], of the m examples that count, times the Jacobian.  # [K, P]"""
@@ -232,7 +232,7 @@ class JetEngine:
         again = kind in self._calls
         self._calls.add(kind)
         tiles = 0
-        for i, tile in enumerate(self.tiles(self.obj.own_batches)):
+        for i, tile in enumerate(self.tiles(self.obj.local_batches)):
             tiles = i + 1
             known = self._kept.get((kind, i))
             if known is not None:

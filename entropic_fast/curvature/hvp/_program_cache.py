@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.architecture_key import key_of
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import Objective
@@ -113,7 +113,7 @@ def _place(tensor: Tensor) -> tuple[Hashable, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-@exact_math()
+@full_precision()
 @torch.no_grad()
 def _gives_outputs(program: Program, obj: Objective, theta: Tensor, inputs: Tree) -> bool:
     """Whether a program gives the objective's outputs at a point near theta [P]."""

@@ -146,7 +146,7 @@ def _alike(one: Batch, other: Batch) -> bool:
 def _longest_run(obj: Objective) -> int:
     """The most examples in a row that can be put together, of those that this process takes."""
     if obj.examples.are_tensors:
-        begin, end = obj.own_range()
+        begin, end = obj.local_range()
         return max(1, end - begin)
     longest = run = 0
     last = None

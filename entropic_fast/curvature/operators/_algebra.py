@@ -59,7 +59,7 @@ def orthonormal(
         along = along[:, None]
     fits = isinstance(along, Tensor) and along.ndim == 2 and len(along) == size
     if not fits or not 1 <= along.shape[1] < size:
-        raise checks.fail(
+        raise checks.invalid(
             name, f"a tensor [{size}] or [{size}, r], r under {size}", checks.describe(along)
         )
     vectors = checks.finite(name, along).detach().to(device, torch.float64)
@@ -67,7 +67,7 @@ def orthonormal(
     q, triangle = torch.linalg.qr(vectors / lengths)
     least = float(torch.linalg.svdvals(triangle)[-1])
     if least < 10 * torch.finfo(along.dtype).eps:
-        raise checks.fail(
+        raise checks.invalid(
             name, "independent directions other than zero", f"a least singular value of {least:.2g}"
         )
     directions: Tensor = q.to(dtype)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._utils import checks
 from ...objective import Objective
-from ...objective._dataset import Examples
+from ...objective._dataset import ExampleSet
 from ...objective._validation import backward_nodes, require_twice_differentiable
 from ...objective.losses._functions import output_hessian
 from ...ops.random_bits import streams as random
@@ -113,10 +113,10 @@ def _test_products(operator: JetOperator) -> None:
 
 def _on_few_examples(operator: JetOperator) -> Any:
     """The operator on a few examples, in float64 where that is not too large."""
-    obj = operator.obj.alone()
+    obj = operator.obj.without_distribution()
     batch = obj.examples.check_batch(FEW)
     few = copy.copy(obj)
-    few.examples = Examples.of(batch.inputs, batch.targets, obj.examples, None)
+    few.examples = ExampleSet.of(batch.inputs, batch.targets, obj.examples, None)
     if obj.examples.with_targets:
         few.examples = few.examples.including_targets()
     small = copy.copy(operator)
@@ -145,7 +145,7 @@ def _test_differences(small: Any, v: Tensor, product: Tensor) -> None:
         raise _wrong(small.name, why, small)
 
 
-@exact_math()
+@full_precision()
 def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
     batch = obj.examples.check_batch(FEW)
     try:
@@ -158,7 +158,7 @@ def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
 
         def derived(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             leaf = at.detach().clone().requires_grad_()
-            with torch.enable_grad(), TwiceDifferentiable():
+            with torch.enable_grad(), double_backward_fixes():
                 loss = obj.output_losses(leaf, batch.targets).sum()
             require_twice_differentiable(loss)
             return leaf, loss, torch.autograd.grad(loss, leaf, create_graph=True)[0]
@@ -240,5 +240,5 @@ def _wrong(name: str, why: str, small: Any) -> WrongDerivativeError:
         f"{name}: expected products with a symmetric matrix of second derivatives, got products "
         f"that are none: {why}; look for a function with a wrong or missing second derivative "
         f"({whose}) and write it in operations that torch differentiates; products as they are "
-        "come within `with entropic_fast.curvature.without_rules():`"
+        "come within `with entropic_fast.curvature.autograd_only():`"
     )

@@ -38,7 +38,7 @@ class CurvatureOperator(Compilable):
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
         require_objective(obj)
         if not self.takes_half:
-            checks.full_precision("obj", obj.dtype, self.name)
+            checks.single_or_double("obj", obj.dtype, self.name)
         if self.needs_outputs:
             obj.require_outputs(self.name)
         self.obj = obj
@@ -145,11 +145,11 @@ def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.d
     Those on a GPU may be NaN or infinite: they are looked at together with their product.
     """
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
-        raise checks.fail(
+        raise checks.invalid(
             "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
         )
     if vectors.dtype != dtype or vectors.device != device:
-        raise checks.fail(
+        raise checks.invalid(
             "vectors",
             f"{dtype} on {device}",
             f"{vectors.dtype} on {vectors.device}",

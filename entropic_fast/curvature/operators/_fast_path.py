@@ -29,7 +29,7 @@ class ByRules(Compilable):
     for a model, both ways are compared on two examples of each shape.
 
     Attributes:
-        way: "rules", or "autograd" with the reason.
+        method: "graph", or "autograd: " and the reason.
     """
 
     obj: Objective
@@ -41,10 +41,10 @@ class ByRules(Compilable):
         self._budget = resolve_budget(memory_budget, self.obj.device)
 
     @property
-    def way(self) -> str:
-        """How products are taken: "rules", or "autograd" with the reason."""
+    def method(self) -> str:
+        """How products are computed: "graph", or "autograd: " and the reason."""
         with undisturbed():
-            return "rules" if self._engine is not None else f"autograd, as {self._why}"
+            return "graph" if self._engine is not None else f"autograd: {self._why}"
 
     @cached_property
     def _engine(self) -> JetEngine | None:
@@ -73,7 +73,7 @@ class ByRules(Compilable):
 
     def _say_why(self, why: str) -> None:
         self._why = why
-        logger.info("%s by autograd, as %s", self.name, why)
+        logger.info("%s by autograd: %s", self.name, why)
 
     def _agrees(self, engine: JetEngine, sample: Tile) -> bool:
         """Compare both ways; whether there is something to compare."""

@@ -40,7 +40,7 @@ class FisherOperator(CurvatureOperator):
 
     A product with any number of columns is one pass over the examples, S^T (S V) / E chunk by
     chunk, with products and sums in float64. The scores are those of the objective's targets,
-    for which F is the empirical matrix; with `sampled_labels(obj)` it estimates the true one.
+    for which F is the empirical matrix; with `with_sampled_labels(obj)` it estimates the true one.
 
     Args:
         obj: an objective whose examples do not influence one another.
@@ -81,7 +81,7 @@ class FisherOperator(CurvatureOperator):
     ) -> None:
         super().__init__(obj, theta)
         if not any(dtype is known for known in (None, torch.float32, torch.float64)):
-            raise checks.fail("dtype", "torch.float32 or torch.float64", checks.shown(dtype))
+            raise checks.invalid("dtype", "torch.float32 or torch.float64", checks.shown(dtype))
         if dtype is not None or obj.dtype in checks.HALF:
             self.dtype = dtype or torch.float32
         self.count = obj.count(max_examples)
@@ -151,8 +151,8 @@ def fisher_eigenvalues(
     Everything after the scores is float64. So eigenvalues far under the largest come out as
     those of the scores as computed, whose own rounding `score_spectrum_floor` bounds.
 
-    For the eigenvalues of each layer's diagonal block see `score_spectrum(by=...)`, one pass for
-    all; here each block would need a Krylov space and passes of its own. A layer's share of an
+    For the eigenvalues of each layer's diagonal block see `score_spectrum(group_by=...)`, one pass
+    for all; here each block would need a Krylov space and passes of its own. A layer's share of an
     eigenvector v is the squared norm of its part, `obj.split(v)`.
 
     Args:
@@ -185,12 +185,12 @@ def fisher_eigenvalues(
     """
     require_objective(obj)
     size = obj.num_params
-    if checks.whole("k", k, 1) > size:
-        raise checks.fail("k", f"at most the {size} parameters", str(k))
+    if checks.integer("k", k, 1) > size:
+        raise checks.invalid("k", f"at most the {size} parameters", str(k))
     checks.positive("tol", tol)
-    checks.whole("max_passes", max_passes, 2)
-    if block is not None and checks.whole("block", block, 1) < k:
-        raise checks.fail(
+    checks.integer("max_passes", max_passes, 2)
+    if block is not None and checks.integer("block", block, 1) < k:
+        raise checks.invalid(
             "block",
             f"at least k = {k}, without which copies of an eigenvalue are missed",
             str(block),

@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.torch_compile import Compilable
 from ..._utils import checks, trees
 from ...objective import Objective
@@ -43,7 +43,7 @@ class JacobianOperator(ByRules):
         shape: (M, P).
         dtype, device: of vectors and results, the objective's.
         T: the transpose, an operator of shape (P, M).
-        way: "rules", or "autograd" with the reason.
+        method: "graph", or "autograd: " and the reason.
 
     Raises:
         ValueError: a model in half precision, a point that does not fit; in products, vectors of
@@ -64,7 +64,7 @@ class JacobianOperator(ByRules):
         self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
     ) -> None:
         require_objective(obj)
-        checks.full_precision("obj", obj.dtype, self.name)
+        checks.single_or_double("obj", obj.dtype, self.name)
         obj.require_outputs(self.name)
         self.obj = obj
         with torch.inference_mode(False):
@@ -145,7 +145,7 @@ class JacobianOperator(ByRules):
 
     # -- by autograd -----------------------------------------------------------------------
 
-    @exact_math()
+    @full_precision()
     def _push_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
         leaf, outputs = self._outputs(tile)
         require_twice_differentiable(outputs)
@@ -155,7 +155,7 @@ class JacobianOperator(ByRules):
         found = [torch.autograd.grad(pulled, u, row, retain_graph=True)[0] for row in rows]
         return torch.stack(found).flatten(1)
 
-    @exact_math()
+    @full_precision()
     def _pull_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
         leaf, outputs = self._outputs(tile)
         found = [
@@ -166,7 +166,7 @@ class JacobianOperator(ByRules):
 
     def _outputs(self, tile: Tile) -> tuple[Tensor, Tensor]:
         leaf = self.theta.detach().requires_grad_()
-        with TwiceDifferentiable():
+        with double_backward_fixes():
             return leaf, self.obj.outputs(leaf, tile.batch.inputs)
 
     @property

@@ -22,7 +22,7 @@ class NonFiniteProductError(ValueError):
 
 def not_finite(what: str) -> NonFiniteProductError:
     """The error for products or forms (`what`) of an operator that are not finite."""
-    message = checks.fail(
+    message = checks.invalid(
         "operator", f"finite {what}", "NaN or infinity", "check the point, or scale the operator"
     )
     return NonFiniteProductError(str(message))
@@ -35,18 +35,18 @@ def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
         ValueError: no shape, dtype or product; not square; empty; not of floating point.
     """
     if isinstance(operator, Objective):
-        raise checks.fail(
+        raise checks.invalid(
             "operator", "a matrix's products", "an Objective", "pass HessianOperator(obj)"
         )
     shape, dtype = getattr(operator, "shape", None), getattr(operator, "dtype", None)
     if shape is None or not hasattr(operator, "__matmul__"):
-        raise checks.fail(
+        raise checks.invalid(
             "operator", "something with shape, dtype and @", checks.describe(operator)
         )
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise checks.fail("operator", "a square shape [P, P], P at least 1", str(list(shape)))
+        raise checks.invalid("operator", "a square shape [P, P], P at least 1", str(list(shape)))
     if dtype not in (torch.float32, torch.float64):
-        raise checks.fail("operator", "dtype torch.float32 or torch.float64", str(dtype))
+        raise checks.invalid("operator", "dtype torch.float32 or torch.float64", str(dtype))
     return int(shape[0]), dtype, torch.device(getattr(operator, "device", "cpu"))
 
 
@@ -60,7 +60,7 @@ def multiply(operator: Any, vectors: Tensor, check: bool = True) -> Tensor:
     unchecked = None if check else getattr(operator, "unchecked", None)
     product = operator @ vectors if unchecked is None else unchecked(vectors)
     if not isinstance(product, Tensor) or product.shape != vectors.shape:
-        raise checks.fail(
+        raise checks.invalid(
             "operator", f"a product of shape {list(vectors.shape)}", checks.describe(product)
         )
     if check and not getattr(operator, "looks", False) and not checks.all_finite(product):
@@ -102,7 +102,7 @@ def quadratic_forms(operator: Any, vectors: Tensor) -> Tensor:
         return (vectors.double() * multiply(operator, vectors).double()).sum(0)
     forms = own(vectors)
     if not isinstance(forms, Tensor) or forms.shape != vectors.shape[1:]:
-        raise checks.fail(
+        raise checks.invalid(
             "operator",
             f"quadratic forms of shape {list(vectors.shape[1:])}",
             checks.describe(forms),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import TwiceDifferentiable, exact_math
+from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.torch_compile import undisturbed
 from ..._utils import checks
 from ...objective import Objective
@@ -36,7 +36,7 @@ class JetOperator(ByRules, CurvatureOperator):
             again. At the least one example and one direction are taken at a time, whatever it says.
 
     Attributes:
-        way: "rules", or "autograd" with the reason.
+        method: "graph", or "autograd: " and the reason.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class JetOperator(ByRules, CurvatureOperator):
 
         def by_autograd() -> Tensor:
             own = torch.zeros_like(rows)
-            for batch in self.obj.own_batches() if len(rows) else ():
+            for batch in self.obj.local_batches() if len(rows) else ():
                 self._add_products(batch, rows, own)
             return own
 
@@ -155,7 +155,7 @@ class HessianOperator(JetOperator):
             a GPU.
 
     Attributes:
-        way: "rules", or "autograd" with the reason.
+        method: "graph", or "autograd: " and the reason.
 
     Raises:
         ValueError: a model in half precision, a point that does not fit; in products, as
@@ -237,10 +237,10 @@ class HessianOperator(JetOperator):
             gauss_newton = GGNOperator(self.obj, self.theta)
             return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)
 
-    @exact_math()
+    @full_precision()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
-        with TwiceDifferentiable():
+        with double_backward_fixes():
             loss = self.obj.finite_losses(leaf, batch).sum()
         require_twice_differentiable(loss)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -278,10 +278,10 @@ class GGNOperator(JetOperator):
     name, kind = "GGNOperator", "ggn"
     needs_outputs = True
 
-    @exact_math()
+    @full_precision()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         leaf = self.theta.detach().requires_grad_()
-        with TwiceDifferentiable():
+        with double_backward_fixes():
             outputs = self.obj.outputs(leaf, batch.inputs)
         require_twice_differentiable(outputs)
         free = outputs.detach().requires_grad_()

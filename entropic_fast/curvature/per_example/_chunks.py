@@ -139,7 +139,7 @@ class ExampleGradients:
 
     def own_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """`chunks`, of the objective's `own_batches`."""
-        for batch in self.obj.own_batches(max_examples, self.chunk):
+        for batch in self.obj.local_batches(max_examples, self.chunk):
             yield batch.start, self.rows(batch)
 
     def rows(self, batch: Batch) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.tracing import told_of_tracing
 from ..._utils import trees
 from ..._utils.trees import Tree
@@ -29,12 +29,12 @@ from ...objective.losses._functions import LossFunction, origin
 from .._crosscheck import (
     AGREEMENT,
     SMALL_GRADIENT,
-    DisagreementError,
+    FastPathMismatchError,
     coarsest_dtype,
     rules_are_off,
 )
 from ._vmap_fallback import UNTRACEABLE, Fallback, no_slow_loops
-from .layer_rules import Intercept, Piece, Rows, Sink, combined, full_precision, uses_by_rules
+from .layer_rules import Intercept, Piece, Rows, Sink, at_least_float32, combined, uses_by_rules
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ScoreEngine:
 
     Raises:
         ValueError: examples that influence one another.
-        DisagreementError: the two ways differ on the first examples.
+        FastPathMismatchError: the two ways differ on the first examples.
     """
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
@@ -123,7 +123,7 @@ class ScoreEngine:
                     self._ways.traceable = False
         rows, losses = self._fallback.rows(batch)
         self._require_finite(losses, batch)
-        (rows,) = full_precision((rows,))
+        (rows,) = at_least_float32((rows,))
         for name, part in self.split(rows).items():
             if name not in handed:
                 sink(name, Rows(part))
@@ -141,7 +141,7 @@ class ScoreEngine:
         if self._ways.checked:  # another way through the model than the one that was compared
             self._check()
 
-    @exact_math()
+    @full_precision()
     def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:
         """Losses, and the backward pass that calls the sink."""
         n = batch.size
@@ -162,7 +162,7 @@ class ScoreEngine:
             logger.info("no layer rule covers %s", ", ".join(sorted(others)))
             self._ways.batched |= others
 
-        @exact_math()
+        @full_precision()
         def backward() -> None:
             leaves = {name: tracked[name] for name in uses.counts} | copies
             if not leaves:
@@ -171,7 +171,7 @@ class ScoreEngine:
             uses.finish()
             for name, gradient in zip(leaves, gradients, strict=True):
                 if name in copies and gradient is not None:
-                    sink(name, Rows(*full_precision((gradient.reshape(n, -1),))))
+                    sink(name, Rows(*at_least_float32((gradient.reshape(n, -1),))))
 
         return losses.detach(), backward
 
@@ -198,7 +198,7 @@ class ScoreEngine:
         """Compare with the fallback on two examples, once for a model and a loss."""
         batch = next(self.obj.batches(min(2, self.obj.num_examples)))
         expected, _ = self._fallback.rows(batch)
-        got = torch.zeros_like(expected, dtype=full_precision((expected,))[0].dtype)
+        got = torch.zeros_like(expected, dtype=at_least_float32((expected,))[0].dtype)
         parts = self.split(got)
 
         def keep(name: str, piece: Piece) -> None:
@@ -223,12 +223,12 @@ class ScoreEngine:
                 if self._ways.told:  # the model computes something else where it is traced
                     self._ways.traceable = False
                     break
-                raise DisagreementError(
+                raise FastPathMismatchError(
                     f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
                     f"rules and torch.func, where their norm is {float(part.double().norm()):.3g}; "
                     "if the loss or the model mixes examples of a batch, pass coupled=True; else "
                     "this is a bug in entropic_fast: please report the model; meanwhile, call "
-                    "within `with entropic_fast.curvature.without_rules():`"
+                    "within `with entropic_fast.curvature.autograd_only():`"
                 )
         self._ways.checked = whole > slack
 

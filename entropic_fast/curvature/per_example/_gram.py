@@ -38,7 +38,7 @@ from ._gram_plan import STRATEGIES, Planner, channels_within, pairing, tile_with
 from .layer_rules import Rows
 
 if TYPE_CHECKING:
-    from ...distributed._communicator import Sharing
+    from ...distributed._communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -71,25 +71,25 @@ class GramTask:
         self.double_products, self.group = double_products, group
         self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
         self.survey = one_of_each(self.engine, kept_form)
-        self.ways = self.engine.traceable, self.engine.batched
+        self.methods = self.engine.traceable, self.engine.batched
         self._planner = Planner(self.engine, self.survey, count, len(self.keys), budget)
-        self.sharing = obj.sharing
-        if self.sharing is None:
+        self.communicator = obj.communicator
+        if self.communicator is None:
             self.plan = self._planner.choose(strategy)
             logger.info("score Gram: %s", self.plan)
         elif strategy in ("auto", "memory"):
-            sharing = self.sharing
-            self._gradients = sharing.met(
-                lambda: self._gradients_for_ring(sharing, budget),
+            communicator = self.communicator
+            self._gradients = communicator.met(
+                lambda: self._gradients_for_ring(communicator, budget),
                 f"Gram matrix of {count} examples, {len(self.keys)} parts",
                 obj.mark(),
             )
         else:
-            raise checks.fail(
+            raise checks.invalid(
                 "strategy",
                 '"auto" or "memory" where processes share the work',
                 checks.shown(strategy),
-                "take more processes, or obj.alone()",
+                "take more processes, or obj.without_distribution()",
             )
 
     def grams(self) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ class GramTask:
             key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
             for key in self.keys
         }
-        if self.sharing is not None:
-            return self._by_ring(self.sharing, grams)
+        if self.communicator is not None:
+            return self._by_ring(self.communicator, grams)
         try:
             if self.plan.strategy == "memory":
                 self._by_records(grams, None)
@@ -127,7 +127,7 @@ class GramTask:
         records = Records(self.survey, self.count, folder, window, self.group)
         for batch in self.obj.batches(self.count, self.plan.chunk):
             self.engine.run(batch, partial(records.put, batch.start))
-        if (self.engine.traceable, self.engine.batched) != self.ways:
+        if (self.engine.traceable, self.engine.batched) != self.methods:
             # Rows are kept in the order of the rule that made them.
             raise RecordsDifferError("the model took another way")
         done: set[str] = set()
@@ -214,25 +214,25 @@ class GramTask:
 
     # -- by processes ----------------------------------------------------------------------
 
-    def _gradients_for_ring(self, sharing: Sharing, budget: int) -> ExampleGradients:
+    def _gradients_for_ring(self, communicator: Communicator, budget: int) -> ExampleGradients:
         """What makes a process's rows in the room left by these, those met, and the next ones."""
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
-        rows = 3 * -(-self.count // sharing.size) * gradients.row_bytes
+        rows = 3 * -(-self.count // communicator.size) * gradients.row_bytes
         fixed = 8 * self.count**2 * len(self.keys)
         if fixed + rows + gradients.example_bytes > budget:
             raise too_small(
                 fixed + rows + gradients.example_bytes,
                 budget,
-                f"the scores of {self.count} examples shared by {sharing.size} processes",
+                f"the scores of {self.count} examples shared by {communicator.size} processes",
                 "give more memory, or take more processes or fewer examples",
             )
         gradients.chunk = gradients.chunk_within(budget - fixed - rows)
         return gradients
 
-    def _by_ring(self, sharing: Sharing, grams: dict[str, Tensor]) -> dict[str, Tensor]:
-        ranges = [sharing.range(self.count, rank) for rank in range(sharing.size)]
+    def _by_ring(self, communicator: Communicator, grams: dict[str, Tensor]) -> dict[str, Tensor]:
+        ranges = [communicator.range(self.count, rank) for rank in range(communicator.size)]
         sizes = [last - first for first, last in ranges]
-        here, size = sharing.rank, sharing.size
+        here, size = communicator.rank, communicator.size
         gradients = self._gradients
 
         def own() -> Tensor:
@@ -243,7 +243,7 @@ class GramTask:
             return rows
 
         failure: Exception | None = None
-        met = mine = sharing.met(
+        met = mine = communicator.met(
             own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
         )
         for step in range(size // 2 + 1):
@@ -254,7 +254,9 @@ class GramTask:
             wait = (
                 None
                 if last
-                else sharing.exchange(met, (here - 1) % size, (here + 1) % size, sizes[following])
+                else communicator.exchange(
+                    met, (here - 1) % size, (here + 1) % size, sizes[following]
+                )
             )
             try:
                 if failure is None:
@@ -262,9 +264,9 @@ class GramTask:
             except Exception as error:  # others still wait for rows
                 failure = error
             met = met if wait is None else wait()
-        sharing.agree(failure, "blocks of the Gram matrix")
+        communicator.agree(failure, "blocks of the Gram matrix")
         for key, gram in grams.items():
-            grams[key] = sharing.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
+            grams[key] = communicator.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
             mirror_lower(grams[key])
         self._require_finite(grams)
         return grams

@@ -142,7 +142,7 @@ class Planner:
         spilled = self.count * self.record
         folder = spill_folder(spilled)
         if folder is None:
-            raise checks.fail(
+            raise checks.invalid(
                 "strategy",
                 f"{readable(spilled)} free in the temporary folder, on a disk",
                 "less, or a folder kept in memory",

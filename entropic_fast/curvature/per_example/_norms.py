@@ -35,7 +35,7 @@ def gradient_norms(
     theta: Tensor | None = None,
     *,
     memory_budget: int | None = None,
-    by: None = None,
+    group_by: None = None,
 ) -> Tensor: ...
 
 
@@ -45,7 +45,7 @@ def gradient_norms(
     theta: Tensor | None = None,
     *,
     memory_budget: int | None = None,
-    by: str,
+    group_by: str,
 ) -> dict[str, Tensor]: ...
 
 
@@ -55,7 +55,7 @@ def gradient_norms(
     theta: Tensor | None = None,
     *,
     memory_budget: int | None = None,
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Squared norm of each example's gradient, in float64.  # [N]
 
@@ -63,7 +63,7 @@ def gradient_norms(
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
-        by: None for the whole; "parameter" or "module" for the share of each, by name.
+        group_by: None for the whole; "parameter" or "module" for the share of each, by name.
 
     Raises:
         ValueError: normalisation by batch statistics; a NaN or infinite gradient; a budget
@@ -77,7 +77,7 @@ def gradient_norms(
     """
     require_objective(obj)
     obj.require_single_examples()
-    key = grouping(by)
+    key = grouping(group_by)
     engine, count = ScoreEngine(obj, theta), obj.num_examples
     keys = dict.fromkeys(map(key, obj.parameter_names))
     pieces = one_of_each(engine).values()
@@ -91,7 +91,7 @@ def gradient_norms(
 
     def own() -> Tensor:
         norms = torch.zeros(len(keys), count, dtype=torch.float64, device=obj.device)
-        for batch in obj.own_batches(batch_size=chunk):
+        for batch in obj.local_batches(batch_size=chunk):
             part = norms[:, batch.start : batch.start + batch.size]
             sums = _Sums(dict(zip(keys, part, strict=True)))
 
@@ -103,9 +103,9 @@ def gradient_norms(
             require_finite(part.sum(0), batch.start, engine.theta)
         return norms
 
-    summed = obj.summed(own, f"gradient norms by {by}", engine.theta)
+    summed = obj.summed(own, f"gradient norms by {group_by}", engine.theta)
     norms = dict(zip(keys, summed, strict=True))
-    return norms[""] if by is None else norms
+    return norms[""] if group_by is None else norms
 
 
 def _is_joined(piece: Piece) -> bool:
@@ -143,13 +143,13 @@ def fisher_trace(
     theta: Tensor | None = None,
     *,
     memory_budget: int | None = None,
-    by: None = None,
+    group_by: None = None,
 ) -> Estimate: ...
 
 
 @overload
 def fisher_trace(
-    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None, by: str
+    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None, group_by: str
 ) -> dict[str, Estimate]: ...
 
 
@@ -159,12 +159,12 @@ def fisher_trace(
     theta: Tensor | None = None,
     *,
     memory_budget: int | None = None,
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Estimate | dict[str, Estimate]:
     """Trace of the empirical Fisher matrix: the mean squared per-example gradient norm.
 
     Empirical: the scores are those of the given labels. For the true Fisher matrix, whose
-    labels are drawn from the model, pass `sampled_labels(obj, theta)`.
+    labels are drawn from the model, pass `with_sampled_labels(obj, theta)`.
     The value is exact for the data; the standard error is that of a mean over N examples
     taken as a sample (NaN for one example).
 
@@ -181,7 +181,7 @@ def fisher_trace(
     34.0
     """
     require_objective(obj)
-    if by is None:
+    if group_by is None:
         return mean_estimate(gradient_norms(obj, theta, memory_budget=memory_budget))
-    norms = gradient_norms(obj, theta, memory_budget=memory_budget, by=by)
+    norms = gradient_norms(obj, theta, memory_budget=memory_budget, group_by=group_by)
     return {name: mean_estimate(share) for name, share in norms.items()}

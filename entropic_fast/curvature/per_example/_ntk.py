@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.torch_compile import undisturbed
 from ..._utils import checks
 from ...objective import Objective
@@ -24,7 +24,7 @@ def ntk_gram(
     max_examples: int | None = None,
     memory_budget: int | None = None,
     *,
-    by: None = None,
+    group_by: None = None,
 ) -> Tensor: ...
 
 
@@ -35,7 +35,7 @@ def ntk_gram(
     max_examples: int | None = None,
     memory_budget: int | None = None,
     *,
-    by: str,
+    group_by: str,
 ) -> dict[str, Tensor]: ...
 
 
@@ -46,7 +46,7 @@ def ntk_gram(
     max_examples: int | None = None,
     memory_budget: int | None = None,
     *,
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """The Gram matrix J J^T of the Jacobian of all outputs, in float64.  # [E, K, E, K]
 
@@ -65,7 +65,7 @@ def ntk_gram(
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
             quarter of the free memory, half on a GPU.
-        by: None for the whole; "parameter" or "module" for the share of each, by name. The
+        group_by: None for the whole; "parameter" or "module" for the share of each, by name. The
             shares add up to the whole.
 
     Raises:
@@ -87,9 +87,9 @@ def ntk_gram(
     which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)
     single = obj.derived(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
     shape = count, outputs, count, outputs
-    if by is None:
+    if group_by is None:
         return score_gram(single, theta, count * outputs, memory_budget).view(shape)
-    shares = score_gram(single, theta, count * outputs, memory_budget, by=by)
+    shares = score_gram(single, theta, count * outputs, memory_budget, group_by=group_by)
     return {name: share.view(shape) for name, share in shares.items()}
 
 
@@ -102,12 +102,12 @@ def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
     """K, after a pass that refuses outputs not finite, or not all K, naming the example."""
     size = None
     for batch in obj.batches(count):
-        with torch.no_grad(), exact_math():
+        with torch.no_grad(), full_precision():
             outputs = obj.outputs(theta, batch.inputs)
         require_finite_outputs(outputs, batch.start)
         found = outputs[0].numel()
         if size not in (None, found):
-            raise checks.fail(
+            raise checks.invalid(
                 "outputs",
                 f"{size} numbers for every example, as for the first",
                 f"{found} for example {batch.start}",

@@ -2,7 +2,7 @@
 
 The scores of the given labels have the second moment called the empirical Fisher matrix, which
 is another one (Kunstner, Balles, Hennig, arXiv 1905.12558). The Fisher matrix proper averages
-over labels y ~ p(y | x, theta); with `sampled_labels` every function of scores gives it.
+over labels y ~ p(y | x, theta); with `with_sampled_labels` every function of scores gives it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._torch.torch_compile import undisturbed
 from ..._utils import checks
 from ...objective import Objective
@@ -28,7 +28,7 @@ from ...ops.random_bits import streams as random
 
 
 @undisturbed()
-def sampled_labels(
+def with_sampled_labels(
     obj: Objective, theta: Tensor | None = None, *, draws: int = 1, seed: int = 0
 ) -> Objective:
     """The objective whose targets are drawn from the model's predictive distribution at theta.
@@ -71,25 +71,25 @@ def sampled_labels(
         scores are not those of the model's own labels.
 
     Raises:
-        ValueError: another loss; draws not a whole number above 0; NaN or infinite outputs.
+        ValueError: another loss; draws not an integer above 0; NaN or infinite outputs.
 
     >>> import torch
     >>> from entropic_fast.curvature import fisher_trace
     >>> model = torch.nn.Linear(1, 2, bias=False)
     >>> _ = torch.nn.init.zeros_(model.weight)  # both classes have probability 1/2
     >>> obj = Objective(model, "cross_entropy", (torch.ones(3, 1), torch.zeros(3).long()))
-    >>> print(fisher_trace(sampled_labels(obj, draws=4)))  # |p - y|^2 |x|^2, whichever the label
+    >>> print(fisher_trace(with_sampled_labels(obj, draws=4)))  # |p - y|^2 |x|^2 for either label
     0.5 ± 0 (12 samples)
     """
     require_objective(obj)
     draw = _drawing(obj)
-    checks.whole("draws", draws, 1)
+    checks.integer("draws", draws, 1)
     obj.require_single_examples()
     theta = obj.point(theta)
-    key = random.derive(seed, "sampled labels")
+    key = random.fold_in(seed, "sampled labels")
     parts, start = [], 0
     for batch in obj.batches():
-        with torch.no_grad(), exact_math():
+        with torch.no_grad(), full_precision():
             outputs = widened(obj.outputs(theta, batch.inputs))
         require_finite_outputs(outputs, batch.start)
         labels = [draw(outputs, batch.targets, start, key, d) for d in range(draws)]
@@ -105,7 +105,7 @@ def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor
     loss = closed_form(obj._loss)
     if loss is None or loss.no_likelihood:
         why = "a loss the library does not know" if loss is None else loss.no_likelihood
-        raise checks.fail(
+        raise checks.invalid(
             "obj",
             'a negative log-likelihood: loss "cross_entropy", "mse", "bce" or "next_token", or '
             "nn.CrossEntropyLoss, nn.MSELoss or nn.BCEWithLogitsLoss without weights",

@@ -25,7 +25,7 @@ from ._gram import GramTask, mirror_lower
 from ._gram_plan import STRATEGIES, ScorePlan
 
 PRODUCTS = ("float64", "float32")
-BY = ("parameter", "module")
+GROUPINGS = ("parameter", "module")
 
 
 @undisturbed()
@@ -61,7 +61,7 @@ def score_matrix(
     itemsize = 8 if obj.dtype == torch.float64 else 4
     free = available_bytes(obj.device)
     if count * obj.num_params * itemsize > free:
-        raise checks.fail(
+        raise checks.invalid(
             "max_examples",
             f"a score matrix [E, {obj.num_params}] that fits in the {readable(free)} free",
             f"E = {count}, {readable(count * obj.num_params * itemsize)}",
@@ -83,7 +83,7 @@ def score_gram(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: None = None,
+    group_by: None = None,
 ) -> Tensor: ...
 
 
@@ -96,7 +96,7 @@ def score_gram(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: str,
+    group_by: str,
 ) -> dict[str, Tensor]: ...
 
 
@@ -109,7 +109,7 @@ def score_gram(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """The Gram matrix S S^T of the scores, accumulated in float64.  # [E, E]
 
@@ -127,7 +127,7 @@ def score_gram(
             float64 tensor cores (A100, H100, H200, B200) should gain nothing from it, most others,
             with float64 at 1/32 or 1/64 of float32's rate, most of that; neither is measured.
         strategy: "auto", or one of "memory", "disk", "recompute" (see `score_plan`).
-        by: None for the whole; "parameter" or "module" for the share of each, by name. The
+        group_by: None for the whole; "parameter" or "module" for the share of each, by name. The
             shares add up to the whole.
 
     Raises:
@@ -144,9 +144,9 @@ def score_gram(
     count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
-    task = GramTask(obj, theta, count, budget, strategy, products == "float64", grouping(by))
+    task = GramTask(obj, theta, count, budget, strategy, products == "float64", grouping(group_by))
     grams = task.grams()
-    return grams[""] if by is None else grams
+    return grams[""] if group_by is None else grams
 
 
 @undisturbed()
@@ -180,7 +180,7 @@ def score_plan(
     require_objective(obj)
     count = obj.count(max_examples)
     budget = resolve_budget(memory_budget, obj.device)
-    return GramTask(obj.alone(), theta, count, budget, strategy, True).plan
+    return GramTask(obj.without_distribution(), theta, count, budget, strategy, True).plan
 
 
 @overload
@@ -192,7 +192,7 @@ def score_spectrum(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: None = None,
+    group_by: None = None,
 ) -> Tensor: ...
 
 
@@ -205,7 +205,7 @@ def score_spectrum(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: str,
+    group_by: str,
 ) -> dict[str, Tensor]: ...
 
 
@@ -218,7 +218,7 @@ def score_spectrum(
     *,
     products: str = "float64",
     strategy: str = "auto",
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Leading eigenvalues of the empirical Fisher matrix S^T S / E, descending.  # [min(E, P)]
 
@@ -229,7 +229,8 @@ def score_spectrum(
         obj, theta, max_examples, memory_budget, products: as for `score_gram`.
         strategy: as for `score_gram`; where E > P for the whole there is nothing to keep, and it
             makes no difference: S^T S is added up chunk by chunk in one pass.
-        by: None for the whole; "parameter" or "module" for the diagonal block of each, by name.
+        group_by: None for the whole; "parameter" or "module" for the diagonal block of each, by
+            name.
 
     Raises:
         ValueError: as for `score_gram`.
@@ -246,9 +247,9 @@ def score_spectrum(
     checks.one_of("products", products, PRODUCTS)
     checks.one_of("strategy", strategy, STRATEGIES)
     budget = resolve_budget(memory_budget, obj.device)
-    tall = by is None and count > obj.num_params
+    tall = group_by is None and count > obj.num_params
     size = obj.num_params if tall else count
-    key = grouping(by)
+    key = grouping(group_by)
     sizes: dict[str, int] = {}
     for name, part in obj.split(obj.point(theta)).items():
         sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
@@ -268,7 +269,7 @@ def score_spectrum(
     task = GramTask(obj, theta, count, budget, strategy, products == "float64", key)
     grams = task.grams()
     spectra = {k: _eigenvalues(obj, g, count, min(count, sizes[k])) for k, g in grams.items()}
-    return spectra[""] if by is None else spectra
+    return spectra[""] if group_by is None else spectra
 
 
 def score_spectrum_floor(
@@ -294,22 +295,22 @@ def score_spectrum_floor(
         num_params: P, for float32 products; None counts it as if it were at most 256.
 
     Raises:
-        ValueError: no tensor [n] of finite values; the dictionary of `score_spectrum(by=...)`,
-            whose every value has a floor of its own.
+        ValueError: no tensor [n] of finite values; the dictionary of
+            `score_spectrum(group_by=...)`, whose every value has a floor of its own.
 
     >>> import torch
     >>> score_spectrum_floor(torch.tensor([1.0, 0.1]), torch.float32) < 1e-11
     True
     """
     if not isinstance(spectrum, Tensor) or spectrum.ndim != 1:
-        raise checks.fail(
+        raise checks.invalid(
             "spectrum",
             "the eigenvalues of one matrix, a tensor [n]",
             checks.describe(spectrum),
-            "of score_spectrum(by=...) pass one value at a time",
+            "of score_spectrum(group_by=...) pass one value at a time",
         )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise checks.fail("dtype", "a dtype of floating point", checks.shown(dtype))
+        raise checks.invalid("dtype", "a dtype of floating point", checks.shown(dtype))
     values = checks.finite("spectrum", spectrum).double()
     if not len(values):
         return 0.0
@@ -323,11 +324,11 @@ def score_spectrum_floor(
     return floor
 
 
-def grouping(by: str | None) -> Callable[[str], str]:
+def grouping(group_by: str | None) -> Callable[[str], str]:
     """The group that a parameter's name belongs to: one for all, itself, or its module."""
-    if by is None:
+    if group_by is None:
         return lambda name: ""
-    if checks.one_of("by", by, BY) == "parameter":
+    if checks.one_of("group_by", group_by, GROUPINGS) == "parameter":
         return lambda name: name
     return lambda name: name.rpartition(".")[0]
 
@@ -365,7 +366,7 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
     them for all."""
 
     def one_takes() -> Tensor:
-        if obj.sharing is not None and obj.sharing.rank:
+        if obj.communicator is not None and obj.communicator.rank:
             return matrix.new_zeros(len(matrix))
         found: Tensor = torch.linalg.eigvalsh(matrix)
         return found

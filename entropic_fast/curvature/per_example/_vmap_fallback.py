@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from ..._torch.full_precision import Shared, exact_math
+from ..._torch.full_precision import RefCountedContext, full_precision
 from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import Objective
@@ -36,7 +36,7 @@ class Fallback:
         self.obj, self.theta = obj, theta
         self._vmap_works = True
 
-    @exact_math()
+    @full_precision()
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Gradients and losses of a batch.  # [n, P], [n]"""
         # A single example alone goes the way that `Objective.outputs` makes right.
@@ -73,7 +73,7 @@ class Fallback:
         return gradients, torch.stack(losses)
 
 
-@Shared
+@RefCountedContext
 @contextlib.contextmanager
 def no_slow_loops() -> Iterator[None]:
     """Within it, an operation that vmap would run in a loop raises UserWarning."""

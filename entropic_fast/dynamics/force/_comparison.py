@@ -18,7 +18,7 @@ from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.table import Table
 from ...objective import Objective
-from ...ops.random_bits.streams import derive
+from ...ops.random_bits.streams import fold_in
 from ...paths._path import Path
 from .._relaxation import Interval, mean_interval
 from ._drift import Drift, measure_drift, noiseless_drift
@@ -81,20 +81,20 @@ def fit_force(
     x = np.asarray(predicted, dtype=np.float64)
     y = np.asarray(measured, dtype=np.float64)
     if x.ndim != 1 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
-        raise checks.fail(
+        raise checks.invalid(
             "measured", "[K, R], K as many as predicted", f"{list(y.shape)} and {list(x.shape)}"
         )
     y = y[:, np.isfinite(y).all(0)]
     replicas = y.shape[1]
     if replicas < 2 or not (np.isfinite(x).all() and (x != 0).any()):
-        raise checks.fail(
+        raise checks.invalid(
             "measured, predicted",
             "2 replicas without NaN and finite predictions, one other than 0",
             f"{replicas} replicas, predictions {x.tolist()}",
         )
     variance = y.var(1, ddof=1)
     if not (variance > 0).all():
-        raise checks.fail("measured", "replicas that differ", "a position without any spread")
+        raise checks.invalid("measured", "replicas that differ", "a position without any spread")
     weight = 1 / variance
     each = ((weight * x) @ y) / ((weight * x) @ x)
     slope = mean_interval(torch.from_numpy(each), confidence)
@@ -179,7 +179,7 @@ def shuffled_curvature(
         orders = [list(p) for p in permutations(range(len(x)))]
         found = [correlation(x[o]) for o in orders]
     else:
-        rng = np.random.default_rng(derive(seed, "force", "shuffle"))
+        rng = np.random.default_rng(fold_in(seed, "force", "shuffle"))
         found = [observed, *(correlation(rng.permutation(x)) for _ in range(shuffles - 1))]
     return observed, float(np.mean(np.asarray(found) >= observed - 1e-12))
 
@@ -219,11 +219,13 @@ def drift_shares(
     p = {name: np.asarray(values, dtype=np.float64) for name, values in parts.items()}
     if y.ndim != 2 or not len(y) or any(values.shape != y.shape[:1] for values in p.values()):
         shapes = {name: list(values.shape) for name, values in p.items()}
-        raise checks.fail("parts", f"[K] each for velocities [K, R] = {list(y.shape)}", str(shapes))
+        raise checks.invalid(
+            "parts", f"[K] each for velocities [K, R] = {list(y.shape)}", str(shapes)
+        )
     replicas = [row[np.isfinite(row)] for row in y]
     if min(len(row) for row in replicas) < 2:
-        raise checks.fail("velocity", "2 replicas at every position", f"{y}")
-    rng = np.random.default_rng(derive(seed, "force", "shares"))
+        raise checks.invalid("velocity", "2 replicas at every position", f"{y}")
+    rng = np.random.default_rng(fold_in(seed, "force", "shares"))
     means = [[row.mean() for row in replicas]]
     draws = [row[rng.integers(len(row), size=(resamples, len(row)))].mean(1) for row in replicas]
     every = np.concatenate([np.array(means), np.stack(draws, 1)])  # the drift itself, resamples
@@ -325,7 +327,7 @@ def comparison_table(
 ) -> Table:
     """The table of `ForceComparison` from its parts."""
     if len(forces) != len(drift.position):
-        raise checks.fail(
+        raise checks.invalid(
             "forces", f"one for each of the {len(drift.position)} positions", str(len(forces))
         )
     settings, rows = drift.settings, []

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.table import Table
 from ...objective import Objective
@@ -127,8 +127,8 @@ def measure_drift(
     """
     places = torch.as_tensor(positions, dtype=torch.float64).cpu()
     if places.ndim != 1 or len(places) == 0:
-        raise checks.fail("positions", "positions [K]", checks.describe(places))
-    checks.whole("replicas", replicas, 1)
+        raise checks.invalid("positions", "positions [K]", checks.describe(places))
+    checks.integer("replicas", replicas, 1)
     starts = places.repeat_interleave(replicas)
     ids = list(range(len(starts)))
     run = relax(
@@ -207,7 +207,7 @@ def _batch_slopes(
     points = [path.point(float(s)).detach() for s in places]
     tangents = [path.tangent(float(s)).double() for s in places]
 
-    @exact_math()
+    @full_precision()
     def slope(k: int, inputs: Tensor, targets: Tensor) -> Tensor:
         theta = points[k].requires_grad_()
         loss = alike.losses(theta, inputs, targets).mean()
@@ -229,7 +229,7 @@ def _batch_slopes(
     return found, every.std(1) / count**0.5
 
 
-@exact_math()
+@full_precision()
 def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
     """Derivative of each example's loss along the path's unit tangent, float64.  # [N]"""
     tangent, parts = path.tangent(position), []

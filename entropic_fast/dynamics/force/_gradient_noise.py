@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks, trees
 from ...curvature.operators._algebra import without
 from ...curvature.per_example._chunks import ExampleGradients
 from ...objective import Objective
-from ...ops.random_bits.streams import derive, normal, permutation, uniform
+from ...ops.random_bits.streams import fold_in, normal, permutation, uniform
 
 
 def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -32,7 +32,7 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
     for batch in obj.batches():
         size = size or batch.size
         if batch.size == size:
-            with exact_math():  # not while whoever asked for the row has it
+            with full_precision():  # not while whoever asked for the row has it
                 leaf = theta.detach().requires_grad_()
                 loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
                 row = torch.autograd.grad(loss, leaf)[0][None]
@@ -52,7 +52,7 @@ def row_scale(obj: Objective) -> tuple[int, float]:
     b = next(obj.batches()).size
     count = n // b
     if count < 2:
-        raise checks.fail(
+        raise checks.invalid(
             "obj",
             "batches whose gradients differ, two or more",
             f"{count} of {b} examples",
@@ -81,7 +81,7 @@ class GradientNoise:
         cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
     """
 
-    @exact_math()
+    @full_precision()
     def __init__(
         self,
         obj: Objective,
@@ -105,7 +105,7 @@ class GradientNoise:
         self._sums = torch.zeros(draws, len(theta), dtype=theta.dtype, device=theta.device)
         # Made on the CPU, whose logarithms and cosines these numbers are, and moved at once.
         signs = torch.stack(
-            [normal((n,), derive(seed, "force", "spread"), i) for i in range(draws)]
+            [normal((n,), fold_in(seed, "force", "spread"), i) for i in range(draws)]
             or [torch.zeros(n)]
         ).to(theta)
         for start, rows in gradient_rows(obj, theta):
@@ -140,7 +140,7 @@ class GradientNoise:
             total += rows.sum(0) / self.count
         return total
 
-    @exact_math()
+    @full_precision()
     def sample(self, examples: int, seed: int) -> Tensor:
         """Columns v of which the mean of v v^T is the rest of C, in expectation.  # [P, E]
 
@@ -153,7 +153,7 @@ class GradientNoise:
         else:
             # At even distances on the sum of the squared norms, in a random order: data have
             # orders of their own, periodic ones too.
-            own = derive(seed, "force", "rest")
+            own = fold_in(seed, "force", "rest")
             order = permutation(self.count, own, 0)
             total = self._rest_squares.cpu()[order].cumsum(0)
             places = (torch.arange(examples) + uniform((1,), own, 1)) * (total[-1] / examples)
@@ -174,7 +174,7 @@ class GradientNoise:
             rows = torch.cat([r for _, r in gradient_rows(few, self.theta)])
         return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 
-    @exact_math()
+    @full_precision()
     def spread(self, size: float) -> float:
         """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
 

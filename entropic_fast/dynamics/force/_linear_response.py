@@ -51,13 +51,13 @@ class ProjectedSGD:
     def __post_init__(self) -> None:
         checks.positive("lr", self.lr)
         for name in ("batch_size", "project_every", "steps"):
-            checks.whole(name, getattr(self, name), 1)
+            checks.integer(name, getattr(self, name), 1)
         checks.one_of("optimizer", self.optimizer, ("sgd", "nesterov"))
         checks.at_least("weight_decay", self.weight_decay, 0.0)
         if self.momentum is None:
             object.__setattr__(self, "momentum", 0.9 if self.optimizer == "nesterov" else 0.0)
         if not 0 <= self.friction < 1:
-            raise checks.fail("momentum", "a number in [0, 1)", checks.shown(self.momentum))
+            raise checks.invalid("momentum", "a number in [0, 1)", checks.shown(self.momentum))
 
     @property
     def friction(self) -> float:
@@ -142,8 +142,8 @@ class Sampling:
     num_examples: int
 
     def __post_init__(self) -> None:
-        if not 1 <= checks.whole("batch_size", self.batch_size, 1) <= self.num_examples:
-            raise checks.fail(
+        if not 1 <= checks.integer("batch_size", self.batch_size, 1) <= self.num_examples:
+            raise checks.invalid(
                 "batch_size",
                 f"at most the {self.num_examples} examples there are",
                 str(self.batch_size),

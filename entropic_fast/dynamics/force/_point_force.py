@@ -48,7 +48,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs, Estimate
@@ -177,7 +177,7 @@ class PointForce:
         return found, sampling, sampling.strength(found.seen, self.noise, size)
 
 
-@exact_math()
+@full_precision()
 def point_force(
     obj: Objective,
     path: Path,
@@ -225,15 +225,15 @@ def point_force(
     """
     require_objective(obj)
     if not (step > 0 and step <= position <= 1 - step):
-        raise checks.fail(
+        raise checks.invalid(
             "position",
             f"s with s +- step ({step:g}) in [0, 1]",
             checks.shown(position),
             "lower step",
         )
-    checks.whole("directions", directions, 1)
-    checks.whole("rest_examples", rest_examples)
-    checks.whole("spread_draws", spread_draws)
+    checks.integer("directions", directions, 1)
+    checks.integer("rest_examples", rest_examples)
+    checks.integer("spread_draws", spread_draws)
     obj.count(max_examples)  # refuses a wrong one before anything is computed
     num_examples = obj.num_examples
     obj = as_in_dynamics(obj)

@@ -54,7 +54,7 @@ def effective_temperature(
     """
     s = float(drift.position[index])
     if abs(point.position - s) > 1e-9:
-        raise checks.fail("point", f"the force at s = {s:g}", f"that at {point.position:g}")
+        raise checks.invalid("point", f"the force at s = {s:g}", f"that at {point.position:g}")
     settings, run = drift.settings, drift.trajectory
     replicas = drift.velocity.shape[1]
     rows = run.distance[index * replicas : (index + 1) * replicas]  # [R, T]
@@ -64,7 +64,7 @@ def effective_temperature(
     ratios = rows[:, 1:].square().sum(1) / float(expected[steps].sum())
     ratios = ratios[~ratios.isnan()]
     if len(ratios) == 0:
-        raise checks.fail("drift", "a replica that did not diverge", "none")
+        raise checks.invalid("drift", "a replica that did not diverge", "none")
     ratio = mean_interval(ratios, confidence)
     # The directions weigh as the noise puts squares into them.
     weights = point.noise[:-1] / point.noise[:-1].sum()

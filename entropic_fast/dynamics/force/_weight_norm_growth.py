@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ...curvature import HessianOperator
 from ...curvature.operators._linear_operator import multiply
 from ...objective import Objective
@@ -36,7 +36,7 @@ _ORTHOGONAL = 1e-2
 _WEIGHTINGS = 3
 
 
-@exact_math()
+@full_precision()
 def scale_invariant_rows(
     obj: Objective, theta: Tensor | None = None, *, batches: int = 2
 ) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class RadialShare:
         return self.radial / self.entropic if self.entropic else 0.0
 
 
-@exact_math()
+@full_precision()
 def radial_share(
     obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
 ) -> RadialShare:

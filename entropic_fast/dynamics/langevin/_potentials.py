@@ -44,7 +44,7 @@ class RingPotential:
     def __init__(self, stiffness: float = 10.0, contrast: float = 0.9, modes: int = 1) -> None:
         self.mean_stiffness = float(checks.positive("stiffness", stiffness))
         checks.share("contrast", contrast)
-        self.contrast, self.modes = float(contrast), checks.whole("modes", modes, 1)
+        self.contrast, self.modes = float(contrast), checks.integer("modes", modes, 1)
 
     def stiffness(self, angle: Tensor) -> Tensor:
         """g at angles of any shape."""
@@ -135,7 +135,7 @@ class RidgePotential:
         self.stiff = float(checks.positive("stiff", stiff))
         self.broad = float(checks.positive("broad", broad))
         self.length = float(checks.positive("length", length))
-        self.fast = checks.whole("fast", fast, 1)
+        self.fast = checks.integer("fast", fast, 1)
         self.wall = float(checks.at_least("wall", wall, 0.0))
         self.dim = self.fast + 1
         self.slope = math.log(self.broad / self.stiff) / self.length  # d ln g / dy
@@ -222,7 +222,7 @@ class ChannelPotential:
         self.mean_stiffness = float(checks.positive("stiffness", stiffness))
         self.contrast = float(checks.at_least("contrast", contrast, 0.0))
         self.length = float(checks.positive("length", length))
-        self.fast = checks.whole("fast", fast, 1)
+        self.fast = checks.integer("fast", fast, 1)
         self.dim = self.fast + 1
 
     def stiffness(self, y: Tensor) -> Tensor:

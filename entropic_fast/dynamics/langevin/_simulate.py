@@ -14,7 +14,7 @@ from ...ops import langevin as kernels
 from ...ops.backend import BackendError
 from ...ops.langevin.forces import Force
 from ...ops.langevin.reference import SCHEMES, UNDERDAMPED, Coefficients, integrate, noise_like
-from ...ops.random_bits.streams import derive, normal
+from ...ops.random_bits.streams import fold_in, normal
 from ._potentials import kernel_form
 
 # Particle-steps of one call of a kernel: about a second, so that a run can be interrupted.
@@ -123,12 +123,12 @@ def simulate_langevin(
     checks.functions(observe=observe)
     checks.at_least("temperature", temperature, 0.0)
     checks.positive("dt", dt)
-    checks.whole("steps", steps, 1)
-    checks.whole("seed", seed)
+    checks.integer("steps", steps, 1)
+    checks.integer("seed", seed)
     checks.one_of("scheme", scheme, SCHEMES)
     checks.positive("friction", friction)
-    checks.whole("first_particle", first_particle)
-    every = steps if record_every is None else checks.whole("record_every", record_every, 1)
+    checks.integer("first_particle", first_particle)
+    every = steps if record_every is None else checks.integer("record_every", record_every, 1)
 
     x = start.detach().clone(memory_format=torch.contiguous_format)
     v = _velocities(start_velocities, x, scheme, temperature, seed, first_particle)
@@ -142,7 +142,7 @@ def simulate_langevin(
         if observe is not None:
             seen = observe(x.clone()) if v is None else observe(x.clone(), v.clone())
             if not isinstance(seen, Tensor):
-                raise checks.fail("observe", "a function to a tensor", checks.describe(seen))
+                raise checks.invalid("observe", "a function to a tensor", checks.describe(seen))
             observed.append(seen.detach().clone())
         else:
             records.append(x.clone())
@@ -187,7 +187,7 @@ def _integrator(
     backend: str | None,
 ) -> tuple[Callable[[int, int], None], str]:
     """A function of (steps taken, steps to take), and the name of what runs it."""
-    key = derive(seed, "langevin")
+    key = fold_in(seed, "langevin")
     form = kernel_form(potential)
     if form is not None:
 
@@ -226,14 +226,14 @@ def _velocities(
 ) -> Tensor | None:  # [N, D]
     if scheme not in UNDERDAMPED:
         if given is not None:
-            raise checks.fail("start_velocities", f"None for {scheme}", checks.describe(given))
+            raise checks.invalid("start_velocities", f"None for {scheme}", checks.describe(given))
         return None
     if given is None:
-        key, start = derive(seed, "langevin", "velocities"), first_particle * x.shape[1]
+        key, start = fold_in(seed, "langevin", "velocities"), first_particle * x.shape[1]
         draw = normal(tuple(x.shape), key, start=start, dtype=x.dtype, device=x.device)
         return draw * math.sqrt(temperature)
     if not isinstance(given, Tensor) or given.shape != x.shape:
-        raise checks.fail(
+        raise checks.invalid(
             "start_velocities", f"velocities of shape {list(x.shape)}", checks.describe(given)
         )
     checks.finite("start_velocities", given)
@@ -243,19 +243,19 @@ def _velocities(
 
 def _check_start(potential: Callable[[Tensor], Tensor], start: Tensor) -> None:
     if not isinstance(start, Tensor) or start.ndim != 2 or start.numel() == 0:
-        raise checks.fail("start", "positions [N, D]", checks.describe(start))
+        raise checks.invalid("start", "positions [N, D]", checks.describe(start))
     checks.finite("start", start)
     if start.dtype not in kernels.DTYPES:
-        raise checks.fail("start", "float32 or float64", checks.describe(start))
+        raise checks.invalid("start", "float32 or float64", checks.describe(start))
     if not callable(potential):
-        raise checks.fail(
+        raise checks.invalid(
             "potential",
             "a function of positions [N, D], or RingPotential()",
             checks.shown(potential),
         )
     dim = getattr(potential, "dim", start.shape[1])
     if dim != start.shape[1]:
-        raise checks.fail(
+        raise checks.invalid(
             "start", f"positions [N, {dim}] for this potential", checks.describe(start)
         )
 
@@ -271,7 +271,7 @@ def _check_finite(
     if bool(finite.all()):
         return
     worst = int((~finite).any(1).nonzero()[0])
-    raise checks.fail(
+    raise checks.invalid(
         "dt",
         "a step at which every particle stays finite",
         f"{dt}, with particle {first_particle + worst} not finite by step {step}",
@@ -287,7 +287,7 @@ def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Force:
         leaf = x.detach().requires_grad_()
         energy = potential(leaf)
         if energy.shape != leaf.shape[:1]:
-            raise checks.fail(
+            raise checks.invalid(
                 "potential", f"energies of shape [{len(leaf)}]", checks.describe(energy)
             )
         return -torch.autograd.grad(energy.sum(), leaf)[0]
@@ -295,7 +295,7 @@ def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Force:
     force: Force = own if callable(own) else by_autograd
     first = force(start)
     if first.shape != start.shape:
-        raise checks.fail(
+        raise checks.invalid(
             "potential.force", f"forces of shape {list(start.shape)}", checks.describe(first)
         )
     checks.finite("force at the start", first.detach())

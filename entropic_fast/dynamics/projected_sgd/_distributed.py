@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._utils import checks
-from ...distributed._communicator import Sharing
+from ...distributed._communicator import Communicator
 from ._trajectory import DivergenceError, Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")
@@ -28,35 +28,35 @@ def over_processes(
 
     Args:
         run: `relax`.
-        given: its arguments, by name; the objective has `sharing`.
+        given: its arguments, by name; the objective has a `communicator`.
         starts, lrs, ids: of every replica.  # [R] each
 
     Raises:
         ValueError: files to write to, of which each process would want its own.
         DivergenceError: every replica of every process diverged.
-        OtherProcessError, LostProcessError: as `Sharing.summed`.
+        RankFailedError, RankLostError: as `Sharing.summed`.
     """
     for name in ("record_to", "checkpoint"):
         if given[name] is not None:
-            raise checks.fail(
+            raise checks.invalid(
                 name,
                 "None where processes share the replicas",
                 checks.shown(given[name]),
-                "on each process relax(obj.alone(), ids=...), with a file of its own",
+                "on each rank relax(obj.without_distribution(), ids=...), with its own file",
             )
-    sharing: Sharing = given["obj"].sharing
+    communicator: Communicator = given["obj"].communicator
     plain = (bool, int, float, str, tuple, type(None))
     settings = {name: v for name, v in given.items() if isinstance(v, plain)}
     settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
-    sharing.agree(None, "relax", settings, given["path"].pivots, given["obj"].mark())
-    first, last = sharing.range(len(starts))
+    communicator.agree(None, "relax", settings, given["path"].pivots, given["obj"].mark())
+    first, last = communicator.range(len(starts))
     own: Trajectory | None = None
     failure: Exception | None = None
     if first < last:
         part = slice(first, last)
         mine = {
             **given,
-            **dict(obj=given["obj"].alone(), replicas=1),
+            **dict(obj=given["obj"].without_distribution(), replicas=1),
             **dict(start=starts[part].tolist(), lr=lrs[part].tolist(), ids=list(ids[part])),
         }
         try:
@@ -65,15 +65,15 @@ def over_processes(
             own = error.trajectory
         except Exception as error:
             failure = error
-    sharing.agree(failure, "replicas")
-    found = _together(sharing, own, first, len(starts), lrs, ids)
+    communicator.agree(failure, "replicas")
+    found = _together(communicator, own, first, len(starts), lrs, ids)
     if bool(found.diverged.all()):
         raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", found)
     return found
 
 
 def _together(
-    sharing: Sharing,
+    communicator: Communicator,
     own: Trajectory | None,
     first: int,
     replicas: int,
@@ -81,7 +81,7 @@ def _together(
     ids: Sequence[int],
 ) -> Trajectory:
     # One whose replicas all diverged ends early; the longest says when records were made.
-    lengths = sharing.gathered([0 if own is None else len(own.steps)])
+    lengths = communicator.gathered([0 if own is None else len(own.steps)])
     records = max(length for (length,) in lengths)
     leader = lengths.index([records])
     about = {} if own is None else {
@@ -89,7 +89,7 @@ def _together(
         "batch_size": own.batch_size, "project_every": own.project_every, "seed": own.seed,
         "engine": own.engine,
     }  # fmt: skip
-    about = json.loads(sharing.text(json.dumps(about), leader))
+    about = json.loads(communicator.text(json.dumps(about), leader))
     fixed = about.pop("fixed")
     numbers = torch.zeros(len(NUMBERS) + len(fixed), replicas, records, dtype=torch.float64)
     lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
@@ -100,9 +100,9 @@ def _together(
         numbers[:, rows, : len(own.steps)] = torch.stack(every)
         lost[rows] = own.diverged_at.double()
         notes = "\n".join(own.notes)
-    numbers = sharing.summed(lambda: numbers.to(sharing.device), "records").cpu()
-    lost = sharing.summed(lambda: lost.to(sharing.device), "losses of replicas").cpu()
-    said = [sharing.text(notes, rank).splitlines() for rank in range(sharing.size)]
+    numbers = communicator.summed(lambda: numbers.to(communicator.device), "records").cpu()
+    lost = communicator.summed(lambda: lost.to(communicator.device), "losses of replicas").cpu()
+    said = [communicator.text(notes, rank).splitlines() for rank in range(communicator.size)]
     return Trajectory(
         **dict(zip(NUMBERS, numbers, strict=False)),
         steps=torch.tensor(about.pop("steps")),

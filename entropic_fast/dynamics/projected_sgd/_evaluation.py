@@ -39,7 +39,7 @@ class Evaluation:
         if not isinstance(fixed_sets, Mapping) or not all(
             isinstance(name, str) and name.isidentifier() for name in fixed_sets
         ):
-            raise checks.fail(
+            raise checks.invalid(
                 "fixed_sets",
                 "data by name, as {'test': (inputs, targets)}",
                 checks.shown(fixed_sets),

@@ -88,14 +88,14 @@ class Reduced:
 def require(optimizer: str, project_every: int) -> None:
     """Refuse settings for which the shortcut is not exact."""
     if optimizer == "adam":
-        raise checks.fail(
+        raise checks.invalid(
             "engine",
             'optimizer "sgd" or "nesterov" with "forward"',
             '"adam", which divides coordinate by coordinate',
             'pass engine="auto"',
         )
     if project_every != 1:
-        raise checks.fail(
+        raise checks.invalid(
             "engine",
             'project_every=1 with "forward"',
             f"project_every={project_every}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from ..._torch.full_precision import exact_math
+from ..._torch.full_precision import full_precision
 from ..._utils import checks, trees
 from ...objective import Objective
 from ._fx_cache import Traced
@@ -32,7 +32,7 @@ _CHUNK = 64  # replicas a call: 16, 32 and 64 took 0.37, 0.34 and 0.30 ms a repl
 def loop_gradients(objective: Objective) -> Gradients:
     """Gradients of one replica after the other, by reverse-mode autograd."""
 
-    @exact_math()
+    @full_precision()
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses, rows = torch.empty_like(theta[:, 0]), torch.empty_like(theta)
         for r in range(len(theta)):
@@ -53,7 +53,7 @@ def vmap_gradients(objective: Objective) -> Gradients:
 
     batched = Traced(vmap(grad_and_value(mean_loss)))
 
-    @exact_math()
+    @full_precision()
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
             batched(*trees.chosen((theta, inputs, targets), slice(i, i + _CHUNK)))
@@ -110,7 +110,9 @@ def choose(
             return name, gradients, "; ".join(notes)
         if engine != "auto":
             what = "torch.func.vmap" if name == "vmap" else "copies of it on threads of a CPU"
-            raise checks.fail("engine", f"a model that {what} can do", reason, 'pass engine="loop"')
+            raise checks.invalid(
+                "engine", f"a model that {what} can do", reason, 'pass engine="loop"'
+            )
         notes.append(f"{name} was not used: {reason}")
     return "loop", loop, "; ".join(notes)
 

@@ -11,7 +11,7 @@ from ..._utils import checks, trees
 from ..._utils.trees import Tree
 from ...objective import Objective
 from ...ops import random_bits
-from ...ops.random_bits.streams import derive, permutation, permutations
+from ...ops.random_bits.streams import fold_in, permutation, permutations
 
 # (inputs [n, ...], words [n, 4]) -> inputs of the same shape
 Augmentation = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ class Minibatches:
 
     An epoch is floor(N / B) batches of distinct examples; the N mod B left over are not used in
     that epoch, so every batch has B examples. The order of epoch e of the replica with id i is
-    `permutation(N, derive(seed, "relax", i), stream=e)`: no replica's noise depends on which
+    `permutation(N, fold_in(seed, "relax", i), stream=e)`: no replica's noise depends on which
     others there are, on the device or on what was drawn before.
 
     B = N is the full batch: every update takes all examples in their own order, so there is no
@@ -54,13 +54,15 @@ class Minibatches:
         augment: Augmentation | None = None,
     ) -> None:
         n = objective.num_examples
-        if checks.whole("batch_size", batch_size, 1) > n:
-            raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
-        self.batch_size, self.seed, self.ids = batch_size, checks.whole("seed", seed), list(ids)
+        if checks.integer("batch_size", batch_size, 1) > n:
+            raise checks.invalid(
+                "batch_size", f"at most the {n} examples there are", str(batch_size)
+            )
+        self.batch_size, self.seed, self.ids = batch_size, checks.integer("seed", seed), list(ids)
         self.num_examples, self.per_epoch = n, n // batch_size
         self.full, self.augment = batch_size == n, augment
         if objective.coupled and batch_size < n:
-            raise checks.fail(
+            raise checks.invalid(
                 "batch_size",
                 f"the {n} examples of a coupled objective, whose entire data is one batch",
                 str(batch_size),
@@ -68,7 +70,7 @@ class Minibatches:
         self._inputs, self._targets = objective.tensors()
         self._device = objective.device
         if augment is not None and not isinstance(self._inputs, Tensor):
-            raise checks.fail(
+            raise checks.invalid(
                 "augment", "None for inputs of many tensors", checks.describe(augment)
             )
         # Copied to the device once: a cycle then needs nothing from the host.
@@ -79,7 +81,7 @@ class Minibatches:
 
     def _derived(self, purpose: str) -> Tensor:
         """A seed for each replica, on the device.  # [R] int64"""
-        keys = [derive(self.seed, purpose, i) for i in self.ids]
+        keys = [fold_in(self.seed, purpose, i) for i in self.ids]
         return torch.tensor(keys, dtype=torch.int64, device=self._device)
 
     def indices(self, step: int) -> Tensor:
@@ -183,8 +185,8 @@ def in_random_batches(obj: Objective, batch_size: int) -> Objective:
     """
     n = obj.num_examples
     if not 1 <= batch_size <= n:
-        raise checks.fail("batch_size", f"at most the {n} examples there are", str(batch_size))
+        raise checks.invalid("batch_size", f"at most the {n} examples there are", str(batch_size))
     used = n // batch_size * batch_size
-    order = permutation(n, derive(0, "relax", "any order"), 0, device=obj.device)[:used]
+    order = permutation(n, fold_in(0, "relax", "any order"), 0, device=obj.device)[:used]
     some = trees.chosen(obj.tensors(), order)
     return obj.with_norm("batch").sampled(*some, batch_size=batch_size)

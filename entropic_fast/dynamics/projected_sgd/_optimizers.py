@@ -48,12 +48,12 @@ class Optimizer:
         self.eps = float(checks.positive("eps", eps))
         pair = checks.numbers("betas", betas)
         if len(pair) != 2 or not all(0 <= b < 1 for b in pair):
-            raise checks.fail("betas", "two numbers in [0, 1)", checks.shown(betas))
+            raise checks.invalid("betas", "two numbers in [0, 1)", checks.shown(betas))
         self.betas = (float(betas[0]), float(betas[1]))
         if momentum is None:
             momentum = 0.9 if name == "nesterov" else 0.0
         elif name == "adam":
-            raise checks.fail(
+            raise checks.invalid(
                 "momentum",
                 'None with optimizer="adam"',
                 checks.shown(momentum),
@@ -61,7 +61,9 @@ class Optimizer:
             )
         checks.share("momentum", momentum)
         if name == "nesterov" and momentum == 0:
-            raise checks.fail("momentum", "a number above 0 for Nesterov", checks.shown(momentum))
+            raise checks.invalid(
+                "momentum", "a number above 0 for Nesterov", checks.shown(momentum)
+            )
         self.momentum = float(momentum)
         # Momentum buffer; for Adam both moments and the count of updates. Made at the first.
         self.state: list[Tensor] = []

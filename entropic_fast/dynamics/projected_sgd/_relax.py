@@ -97,7 +97,7 @@ def relax(
         weight_decay: L2 coefficient, added to the gradient; 0 for an objective with weight decay
             of its own, whose gradient and losses have it already.
         betas, eps: Adam's.
-        ids: whole numbers that name the replicas' noise; default 0 .. R-1. Two replicas with
+        ids: integers that name the replicas' noise; default 0 .. R-1. Two replicas with
             one id see the same minibatches.
         augment: random changes of every minibatch's inputs, within the cycle: a function of
             inputs [n, ...] and random words [n, 4] (see `Minibatches`), such as
@@ -159,7 +159,7 @@ def relax(
     given = dict(locals())
     starts, lrs, names = per_replica(start, lr, ids, replicas)
     check_path(obj, path)
-    if obj.sharing is not None:
+    if obj.communicator is not None:
         return over_processes(relax, given, starts, lrs, names)
     checks.one_of("precision", precision, ("float32", "tf32"))
     checks.functions(augment=augment, on_record=on_record)
@@ -169,8 +169,8 @@ def relax(
         if file is not None:
             checks.file_name(argument, file)
     checks.at_least("weight_decay", weight_decay, 0)
-    checks.whole("steps", steps, 1)
-    checks.whole("project_every", project_every, 1)
+    checks.integer("steps", steps, 1)
+    checks.integer("project_every", project_every, 1)
     record_every = multiple("record_every", record_every, "project_every", project_every)
     if loss_every is not None:
         multiple("loss_every", loss_every, "record_every", record_every)
@@ -179,11 +179,11 @@ def relax(
         checkpoint_every = CHECKPOINT_CYCLES * project_every
     multiple("checkpoint_every", checkpoint_every, "project_every", project_every)
     if not (isinstance(max_distance, int | float) and max_distance > 0):
-        raise checks.fail(
+        raise checks.invalid(
             "max_distance", "a number above 0, or math.inf", checks.shown(max_distance)
         )
     if weight_decay and obj.weight_decay:
-        raise checks.fail(
+        raise checks.invalid(
             "weight_decay",
             "0 for an objective with weight decay of its own",
             f"{weight_decay} beside {obj.weight_decay}",
@@ -249,7 +249,7 @@ def relax(
             run.restore(stored)
             records.restore(stored)
             if run.step > steps:
-                raise checks.fail("steps", f"at least the checkpoint's {run.step}", str(steps))
+                raise checks.invalid("steps", f"at least the checkpoint's {run.step}", str(steps))
         while run.step < steps and len(run.alive):
             first = run.step == 0
             with products_in(precision):

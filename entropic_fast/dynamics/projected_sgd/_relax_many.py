@@ -59,7 +59,7 @@ def relax_many(
     require_objective(obj)
     for name in ("record_to", "checkpoint", "ids", "replicas"):
         if name in common:
-            raise checks.fail(
+            raise checks.invalid(
                 name,
                 "to be left out of relax_many",
                 checks.shown(common[name]),
@@ -68,13 +68,13 @@ def relax_many(
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     full = []
     if not isinstance(settings, list | tuple) or not all(isinstance(s, Mapping) for s in settings):
-        raise checks.fail("settings", "a list of dicts, one a replica", checks.shown(settings))
+        raise checks.invalid("settings", "a list of dicts, one a replica", checks.shown(settings))
     for i, given in enumerate(settings):
         unknown = sorted(given.keys() - {*_PER_REPLICA, *_PER_GROUP})
         replica = {"id": i, **common, **given}
         missing = [name for name in ("start", "lr", "batch_size") if name not in replica]
         if unknown or missing:
-            raise checks.fail(
+            raise checks.invalid(
                 f"settings[{i}]",
                 "start, lr and batch_size, and maybe others of "
                 + ", ".join((*_PER_REPLICA, *_PER_GROUP)),

@@ -20,7 +20,7 @@ def replicas(
     start: PerReplica, lr: PerReplica, ids: Sequence[int] | None, count: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Start and learning rate of each replica, float64 [R], and their ids."""
-    checks.whole("replicas", count, 1)
+    checks.integer("replicas", count, 1)
     values = {"start": _numbers("start", start), "lr": _numbers("lr", lr)}
     lengths = {name: len(v) for name, v in values.items() if v.ndim}
     if ids is not None:
@@ -28,7 +28,7 @@ def replicas(
     if count > 1:
         lengths["replicas"] = count
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        raise checks.fail(
+        raise checks.invalid(
             "replicas",
             "one number of replicas, at least 1",
             ", ".join(f"{n} for {k}" for k, n in lengths.items()),
@@ -36,9 +36,11 @@ def replicas(
     count = next(iter(lengths.values()), 1)
     starts, lrs = (v.expand(count).clone() for v in values.values())
     if not bool(((starts >= 0) & (starts <= 1)).all()):
-        raise checks.fail("start", "positions in [0, 1] (relative arc length)", checks.shown(start))
+        raise checks.invalid(
+            "start", "positions in [0, 1] (relative arc length)", checks.shown(start)
+        )
     if not bool((torch.isfinite(lrs) & (lrs > 0)).all()):
-        raise checks.fail("lr", "finite numbers above 0", checks.shown(lr))
+        raise checks.invalid("lr", "finite numbers above 0", checks.shown(lr))
     names = list(range(count)) if ids is None else _whole_numbers("ids", ids)
     return starts, lrs, names
 
@@ -46,17 +48,19 @@ def replicas(
 def _whole_numbers(argument: str, values: Iterable[int]) -> list[int]:
     found = checks.numbers(argument, values)
     if not all(math.isfinite(number) and number == int(number) for number in found):
-        raise checks.fail(argument, "whole numbers", checks.shown(values))
-    return [checks.whole(argument, int(number)) for number in values]
+        raise checks.invalid(argument, "integers", checks.shown(values))
+    return [checks.integer(argument, int(number)) for number in values]
 
 
 def _numbers(argument: str, value: PerReplica) -> Tensor:
     try:
         numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise checks.fail(argument, "a number, or one a replica", checks.describe(value)) from error
+        raise checks.invalid(
+            argument, "a number, or one a replica", checks.describe(value)
+        ) from error
     if numbers.ndim > 1:
-        raise checks.fail(argument, "a number, or one a replica [R]", checks.describe(value))
+        raise checks.invalid(argument, "a number, or one a replica [R]", checks.describe(value))
     return numbers
 
 
@@ -64,23 +68,23 @@ def check_path(obj: Objective, path: Path) -> None:
     """Refuse a path that is not in the objective's parameters."""
     require_objective(obj)
     if not isinstance(path, Path):
-        raise checks.fail(
+        raise checks.invalid(
             "path",
             "a Path",
             checks.describe(path),
             "build one with Path(pivots) or linear_path(a, b)",
         )
-    checks.full_precision("obj", obj.dtype, "a path")
+    checks.single_or_double("obj", obj.dtype, "a path")
     theta = obj.parameters_vector()
     if path.num_params != obj.num_params:
-        raise checks.fail(
+        raise checks.invalid(
             "path",
             f"a path in the objective's {obj.num_params} parameters",
             f"one in {path.num_params}",
             "give the path of this model",
         )
     if path.pivots.dtype != theta.dtype or path.pivots.device != theta.device:
-        raise checks.fail(
+        raise checks.invalid(
             "path",
             f"pivots of {theta.dtype} on {theta.device}",
             f"{path.pivots.dtype} on {path.pivots.device}",
@@ -92,6 +96,6 @@ def multiple(argument: str, value: int | None, of: str, unit: int) -> int:
     """`value` if it is a multiple of `unit`; `unit` for None."""
     if value is None:
         return unit
-    if checks.whole(argument, value, 1) % unit:
-        raise checks.fail(argument, f"a multiple of {of} ({unit})", str(value))
+    if checks.integer(argument, value, 1) % unit:
+        raise checks.invalid(argument, f"a multiple of {of} ({unit})", str(value))
     return value

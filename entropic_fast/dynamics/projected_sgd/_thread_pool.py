@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..._torch.full_precision import exact_math
-from ..._torch.memory_format import fitting_layout, laid_out
+from ..._torch.full_precision import full_precision
+from ..._torch.memory_format import laid_out, preferred_memory_format
 from ..._utils import trees
 from ...objective import Objective
 from ...objective._modules import copied
@@ -98,7 +98,7 @@ class ThreadedGradients:
 
     def __init__(self, objective: Objective, workers: int) -> None:
         theta, sample = objective.parameters_vector(), next(objective.batches(batch_size=2))
-        self._layout = fitting_layout(lambda x: objective.outputs(theta, x), sample.inputs)
+        self._layout = preferred_memory_format(lambda x: objective.outputs(theta, x), sample.inputs)
         self._objective, self._workers = objective, Workers(workers)
         self._theta: Tensor | None = None  # the very tensor that modules are views of
 
@@ -113,7 +113,7 @@ class ThreadedGradients:
                 while (r := next(turn)) < len(theta):
                     self._one(r, *trees.chosen((inputs, targets), r))
 
-        with exact_math():
+        with full_precision():
             self._workers.run(work)
         return self._losses, self._rows
 

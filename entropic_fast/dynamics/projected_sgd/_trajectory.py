@@ -124,7 +124,7 @@ class Trajectory:
             ValueError: replicas with different learning rates.
         """
         if bool((self.lr != self.lr[0]).any()):
-            raise checks.fail(
+            raise checks.invalid(
                 "effective_time",
                 "one learning rate for all replicas",
                 str(sorted(set(self.lr.tolist()))),
@@ -137,7 +137,7 @@ class Trajectory:
         rows = torch.as_tensor(replicas)
         rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows.long()
         if rows.ndim != 1 or rows.numel() == 0:
-            raise checks.fail("replicas", "at least one index", checks.describe(rows))
+            raise checks.invalid("replicas", "at least one index", checks.describe(rows))
         names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
         parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
         parts["fixed_losses"] = {name: part[rows] for name, part in self.fixed_losses.items()}
@@ -187,7 +187,7 @@ class Trajectory:
         expected = np.repeat(replicas, len(steps)), np.tile(steps, len(replicas))
         found = table["replica"][order], table["step"][order]
         if not steps.size or not all(map(np.array_equal, found, expected)):
-            raise checks.fail(
+            raise checks.invalid(
                 "table",
                 "one row for each replica and record",
                 f"{table.num_rows} rows for {len(replicas)} replicas and {len(steps)} records",

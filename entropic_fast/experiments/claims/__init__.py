@@ -56,7 +56,7 @@ def evaluate(data: Path) -> list[Claim]:
         try:
             claims += test(*tables)
         except Exception as error:
-            raise checks.fail(
+            raise checks.invalid(
                 " and ".join(map(str, files)),
                 "the columns and numbers of a finished run in each",
                 f"others in one ({type(error).__name__}: {error})",

@@ -327,7 +327,7 @@ def _relax(
     every = course.project_every
     stored = run.unit_folder(unit) / "run.safetensors"
     # Processes that share replicas have no one state to write.
-    checkpoint = stored if course.objective.sharing is None else None
+    checkpoint = stored if course.objective.communicator is None else None
 
     def go() -> Trajectory:
         return relax(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._utils.table import Table
 from ...dynamics import RidgePotential, RingPotential, simulate_langevin
-from ...ops.random_bits.streams import derive, uniform
+from ...ops.random_bits.streams import fold_in, uniform
 from .._executor import Report, Unit
 from .._run_folder import RunFolder
 from . import _style as plots
@@ -40,7 +40,7 @@ def units(run: RunFolder) -> list[Unit]:
 def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
     """Angular histogram of independent particles, started uniformly in angle near r = 1."""
     section = run.config.toy
-    seed = derive(run.config.seed, "toy", "ring", str(temperature))
+    seed = fold_in(run.config.seed, "toy", "ring", str(temperature))
     draw = uniform((section.particles, 2), seed)
     # Started off the ring, so that at T = 0 too there is something to relax; not by much, as the
     # way back turns a particle in the second order, which a million of them show.
@@ -74,7 +74,7 @@ def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
 def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
     """Particles released on the stiff side of the ridge: their mean, and a typical one's track."""
     section = run.config.toy
-    seed = derive(run.config.seed, "toy", "ridge")
+    seed = fold_in(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
     start[:, 1] = RIDGE_START
     settings: dict[str, Any] = {

@@ -55,7 +55,7 @@ def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
     attack = run.config.poor.attack
     kept, rest = training.order[:-attack], training.order[-attack:]
     wrong = training.subset(rest)
-    draw = random.uniform((attack,), random.derive(run.config.seed, "attack"))
+    draw = random.uniform((attack,), random.fold_in(run.config.seed, "attack"))
     shift = 1 + (draw * (training.num_classes - 1)).long().clamp(max=training.num_classes - 2)
     labels = (wrong.labels + shift.to(wrong.labels)) % training.num_classes
     return training.subset(kept), replace(wrong, labels=labels)

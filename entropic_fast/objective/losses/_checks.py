@@ -16,7 +16,7 @@ from ._reductions import Elementwise, require_shape
 
 if TYPE_CHECKING:
     from .. import Objective
-    from .._dataset import Batch, Examples
+    from .._dataset import Batch, ExampleSet
 
 _IGNORING = (
     "to ignore it, pass nn.CrossEntropyLoss() as the loss: its ignore_index is -100, and the mean "
@@ -73,7 +73,7 @@ def _are_normalized(obj: Objective, theta: Tensor, batch: Batch) -> bool:
 
 
 def require_labels(
-    examples: Examples,
+    examples: ExampleSet,
     outputs_of: Callable[[Any], Any],
     loss: CrossEntropy,
     ignoring: bool = True,
@@ -94,12 +94,12 @@ def require_labels(
             known[like] = _scores(outputs_of(few.inputs), loss)
         outputs, targets = known[like], batch.targets
         if not isinstance(targets, Tensor):
-            raise checks.fail("targets", "one tensor of labels", checks.describe(targets))
+            raise checks.invalid("targets", "one tensor of labels", checks.describe(targets))
         if targets.is_floating_point():
             _require_probabilities(outputs, targets, loss)
             continue
         if targets.dtype not in (torch.int64, torch.uint8):
-            raise checks.fail(
+            raise checks.invalid(
                 "targets",
                 "class numbers of dtype int64",
                 checks.describe(targets),
@@ -108,7 +108,7 @@ def require_labels(
         _require_positions(outputs, targets, loss)
         classes = outputs.shape[loss.class_axis]
         if loss.weight is not None and loss.weight.shape != (classes,):
-            raise checks.fail(
+            raise checks.invalid(
                 "loss.weight", f"a weight per class, [{classes}]", str(list(loss.weight.shape))
             )
         labels = targets.long()
@@ -118,7 +118,7 @@ def require_labels(
         if bool(bad.any()):
             where = tuple(int(i) for i in bad.nonzero()[0])
             label = int(labels[where])
-            raise checks.fail(
+            raise checks.invalid(
                 "targets",
                 f"labels in 0 .. {classes - 1} (the model has {classes} outputs)",
                 f"{label} for example {batch.start + where[0]}",
@@ -128,14 +128,14 @@ def require_labels(
 
 def _scores(outputs: Any, loss: CrossEntropy) -> Tensor:
     if not isinstance(outputs, Tensor):
-        raise checks.fail("outputs", f"one tensor for {loss.name}", checks.describe(outputs))
+        raise checks.invalid("outputs", f"one tensor for {loss.name}", checks.describe(outputs))
     return outputs
 
 
 def _require_probabilities(outputs: Tensor, targets: Tensor, loss: CrossEntropy) -> None:
     if not loss.takes_probabilities or targets.shape[1:] != outputs.shape[1:]:
         probabilities = f", or probabilities {[*outputs.shape[1:]]} each"
-        raise checks.fail(
+        raise checks.invalid(
             "targets",
             "whole class numbers [N]" + (probabilities if loss.takes_probabilities else ""),
             checks.describe(targets),
@@ -143,7 +143,7 @@ def _require_probabilities(outputs: Tensor, targets: Tensor, loss: CrossEntropy)
     sums = targets.double().sum(1)
     rounding = max(1e-3, torch.finfo(targets.dtype).eps)
     if bool((targets < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=rounding):
-        raise checks.fail(
+        raise checks.invalid(
             "targets",
             "probabilities of at least 0 that sum to 1 over the classes",
             f"values from {float(targets.min()):.3g} with sums from "
@@ -157,7 +157,7 @@ def _require_positions(outputs: Tensor, targets: Tensor, loss: CrossEntropy) -> 
     positions = shape[: axis - 1] + shape[axis:]
     given = list(targets.shape[1:])
     if axis == 2 and (len(shape) != 2 or given != positions or given[0] < 2):
-        raise checks.fail(
+        raise checks.invalid(
             "targets",
             "tokens [N, T], T at least 2, for outputs [N, T, V] (next_token)",
             f"{checks.describe(targets)} for outputs {shape} each",
@@ -165,7 +165,7 @@ def _require_positions(outputs: Tensor, targets: Tensor, loss: CrossEntropy) -> 
     if not shape or given != positions:
         last = len(shape) > 1 and given == shape[:-1]
         column = len(shape) == 1 and given == [1]
-        raise checks.fail(
+        raise checks.invalid(
             "targets",
             f"one class number for each output of shape {shape}",
             checks.describe(targets),

@@ -12,7 +12,7 @@ from ..._utils import checks
 from ._reductions import OutputHessian, ReducedLoss
 
 if TYPE_CHECKING:
-    from .._dataset import Examples
+    from .._dataset import ExampleSet
 
 IGNORED = -100
 
@@ -50,7 +50,7 @@ class CrossEntropy(ReducedLoss):
     def positions(self, targets: Tensor) -> Tensor:
         """The target of each position, where classes are in axis 1 of the outputs."""
         if not isinstance(targets, Tensor):
-            raise checks.fail("targets", "one tensor of labels", checks.describe(targets))
+            raise checks.invalid("targets", "one tensor of labels", checks.describe(targets))
         return targets if targets.is_floating_point() else targets.long()
 
     @property
@@ -77,7 +77,7 @@ class CrossEntropy(ReducedLoss):
             label_smoothing=self.smoothing,
         )
 
-    def divisor(self, examples: Examples) -> float | None:
+    def divisor(self, examples: ExampleSet) -> float | None:
         total = 0.0
         for batch in examples.batches():
             targets = self.positions(batch.targets)
@@ -161,7 +161,7 @@ class NextToken(CrossEntropy):
         """
         tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
         if not isinstance(tokens, Tensor):
-            raise checks.fail(
+            raise checks.invalid(
                 "data",
                 "tokens: a tensor [N, T], or a dict with 'input_ids' or labels, for next_token",
                 checks.describe(inputs),
@@ -174,7 +174,7 @@ class NextToken(CrossEntropy):
     def positions(self, targets: Tensor) -> Tensor:
         """The token after each position; none counts after the last, which keeps all shapes."""
         if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.is_floating_point():
-            raise checks.fail(
+            raise checks.invalid(
                 "targets", "token numbers [N, T] for next_token", checks.describe(targets)
             )
         targets = targets.long()
@@ -251,7 +251,7 @@ def require_labels_weighted(labels: Tensor, weight: Tensor) -> None:
     """
     bad = labels[(labels < 0) | (labels >= len(weight))]
     if len(bad):
-        raise checks.fail(
+        raise checks.invalid(
             "targets",
             f"labels in 0 .. {len(weight) - 1} (the loss has {len(weight)} class weights)",
             str(int(bad[0])),

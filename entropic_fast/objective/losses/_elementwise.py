@@ -13,7 +13,7 @@ from ..._utils import checks, trees
 from ._reductions import Elementwise, OutputHessian, ReducedLoss, differing_sizes, require_shape
 
 if TYPE_CHECKING:
-    from .._dataset import Examples
+    from .._dataset import ExampleSet
 
 
 class DiagonalLoss(Elementwise):
@@ -74,7 +74,7 @@ class BinaryCrossEntropy(DiagonalLoss):
             found = found * (1 + (self._pos_weight.to(outputs) - 1) * targets.to(outputs.dtype))
         return found if self._weight is None else found * self._weight.to(outputs)
 
-    def require_targets(self, examples: Examples) -> None:
+    def require_targets(self, examples: ExampleSet) -> None:
         """Refuse targets that are no probabilities, such as -1 or -100 for what is unknown.
 
         Raises:
@@ -85,7 +85,7 @@ class BinaryCrossEntropy(DiagonalLoss):
             bad = ~((targets >= 0) & (targets <= 1))
             if bool(bad.any()):
                 where = tuple(int(i) for i in bad.nonzero()[0])
-                raise checks.fail(
+                raise checks.invalid(
                     "targets",
                     "probabilities of labels in 0 .. 1",
                     f"{float(targets[where]):.6g} for example {batch.start + where[0]}",
@@ -142,7 +142,7 @@ class GaussianNLL(ReducedLoss):
         super().__init__(loss.reduction)
         self._full, self._eps = loss.full, loss.eps
 
-    def divisor(self, examples: Examples) -> float | None:
+    def divisor(self, examples: ExampleSet) -> float | None:
         return differing_sizes(examples, True)
 
     def terms(self, outputs: Any, targets: Any) -> Tensor:
@@ -155,7 +155,7 @@ class GaussianNLL(ReducedLoss):
             (1,),
         )
         if not fits and not (variance.shape[:1] == mean.shape[:1] and variance[0].numel() == 1):
-            raise checks.fail(
+            raise checks.invalid(
                 "outputs",
                 f"a variance that fits the mean {list(mean.shape)}",
                 f"shape {list(variance.shape)}",
@@ -174,7 +174,7 @@ def _gaussian(outputs: Any, targets: Any) -> tuple[Tensor, Tensor, Tensor]:
         return outputs[0], targets, outputs[1]
     if isinstance(outputs, Tensor) and isinstance(targets, tuple | list) and len(targets) == 2:
         return outputs, targets[0], targets[1]
-    raise checks.fail(
+    raise checks.invalid(
         "outputs",
         "a mean and a variance for nn.GaussianNLLLoss",
         checks.describe(outputs),
@@ -188,10 +188,10 @@ class MultiMargin(Elementwise):
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.torch_loss
         if outputs.ndim != 2:
-            raise checks.fail("outputs", "scores [N, C]", checks.describe(outputs))
+            raise checks.invalid("outputs", "scores [N, C]", checks.describe(outputs))
         if isinstance(loss, nn.MultiMarginLoss):
             if targets.shape != outputs.shape[:1]:
-                raise checks.fail("targets", "class numbers [N]", checks.describe(targets))
+                raise checks.invalid("targets", "class numbers [N]", checks.describe(targets))
             labels = targets.long().unsqueeze(1)
             gaps = (loss.margin - outputs.gather(1, labels) + outputs).relu() ** loss.p
             if loss.weight is not None:

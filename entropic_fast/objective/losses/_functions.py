@@ -31,7 +31,7 @@ from ._reductions import (
 )
 
 if TYPE_CHECKING:
-    from .._dataset import Examples
+    from .._dataset import ExampleSet
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,11 +49,11 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
         checks.one_of("loss", loss, NAMES)
         return NAMES[loss]
     if isinstance(loss, type):
-        raise checks.fail(
+        raise checks.invalid(
             "loss", "an instance", f"the class {loss.__name__}", f"pass nn.{loss.__name__}()"
         )
     if not callable(loss):
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             f"one of {', '.join(map(repr, NAMES))}, a loss of torch.nn, or a callable",
             checks.describe(loss),
@@ -66,7 +66,7 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return interned(known(module), settings_key(module))
     if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.reduction != "none":
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             'a subclass of it with reduction="none"',
             f"{type(module).__name__} with a {module.reduction} of its own",
@@ -90,7 +90,7 @@ def _module_of(loss: Any) -> Any:
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise checks.fail(
+        raise checks.invalid(
             "loss",
             f"the arguments of nn.{kind.__name__}",
             f"functools.partial with {sorted(arguments)}",
@@ -98,7 +98,7 @@ def _module_of(loss: Any) -> Any:
         ) from error
 
 
-def bound(loss: LossFunction, examples: Examples) -> LossFunction:
+def bound(loss: LossFunction, examples: ExampleSet) -> LossFunction:
     """The loss with the constants of the data, if it has any."""
     return loss.bound_to(examples) if isinstance(loss, ReducedLoss) else loss
 

@@ -15,7 +15,7 @@ from torch.nn.modules.loss import _Loss
 from ..._utils import checks, trees
 
 if TYPE_CHECKING:
-    from .._dataset import Examples
+    from .._dataset import ExampleSet
 
 # Products with the Hessians of examples' losses in their outputs, [K, n, ...] to [K, n, ...].
 OutputHessian = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ class ReducedLoss:
         """The terms of each example, before any reduction.  # [n, ...]"""
         raise TypeError(f"{type(self).__name__} has no terms")
 
-    def divisor(self, examples: Examples) -> float | None:
+    def divisor(self, examples: ExampleSet) -> float | None:
         """What torch's mean over the data divides by; None for "as many terms per example"."""
         return None
 
@@ -85,7 +85,7 @@ class ReducedLoss:
         terms = terms.flatten(1)
         return terms.mean(1) if self.factor is None else terms.sum(1) * self.factor
 
-    def bound_to(self, examples: Examples) -> ReducedLoss:
+    def bound_to(self, examples: ExampleSet) -> ReducedLoss:
         """This loss with the constants of the data; itself if they are the same.
 
         Raises:
@@ -97,7 +97,7 @@ class ReducedLoss:
         elif self.reduction == "mean":
             divisor = self.divisor(examples)
             if divisor is not None and not divisor > 0:
-                raise checks.fail(
+                raise checks.invalid(
                     "targets",
                     "at least one target that counts",
                     "only ignored ones, or class weights of 0",
@@ -200,7 +200,7 @@ class Elementwise(ReducedLoss):
             self._converted[key] = copy.deepcopy(self._unreduced).to(like.device, like.dtype)
         return self._converted[key]
 
-    def divisor(self, examples: Examples) -> float | None:
+    def divisor(self, examples: ExampleSet) -> float | None:
         if self._by_example:
             return float(examples.count)
         if type(self.torch_loss).forward in _TERM_PER_EXAMPLE:
@@ -217,7 +217,7 @@ class Elementwise(ReducedLoss):
         try:
             terms = self.terms(outputs, targets)
         except (TypeError, RuntimeError, IndexError) as error:
-            raise checks.fail(
+            raise checks.invalid(
                 "loss",
                 f"outputs and targets that {type(self.torch_loss).__name__} takes",
                 f"{checks.describe(outputs)} and {checks.describe(targets)}, for which it fails: "
@@ -239,7 +239,7 @@ class Elementwise(ReducedLoss):
         if not fits or not abs(float(value) - ours) <= slack * scale:
             if fits and not (torch.isfinite(value) and torch.isfinite(total)):
                 return  # the loss itself will be refused, with the example named
-            raise checks.fail(
+            raise checks.invalid(
                 "loss",
                 f"{type(self.torch_loss).__name__} whose {self.reduction!r} is that of one term "
                 "per output or example",
@@ -263,7 +263,7 @@ def require_shape(outputs: Any, targets: Any) -> None:
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         got = outputs if not isinstance(outputs, Tensor) else targets
         name = "outputs" if got is outputs else "targets"
-        raise checks.fail(name, "one tensor for this loss", checks.describe(got))
+        raise checks.invalid(name, "one tensor for this loss", checks.describe(got))
     if outputs.shape == targets.shape:
         return
     out, given = list(outputs.shape), list(targets.shape)
@@ -276,10 +276,10 @@ def require_shape(outputs: Any, targets: Any) -> None:
         do = "use one-hot targets, or nn.CrossEntropyLoss for class numbers"
     if do and "squeeze" in do:
         what = ", which torch would broadcast to a value per pair of examples"
-    raise checks.fail("targets", f"the outputs' shape {out}", f"{given}{what}", do)
+    raise checks.invalid("targets", f"the outputs' shape {out}", f"{given}{what}", do)
 
 
-def differing_sizes(examples: Examples, count_targets: bool) -> float | None:
+def differing_sizes(examples: ExampleSet, count_targets: bool) -> float | None:
     """The number of terms in the data, one per target; None where examples have equally many.
 
     Raises:
@@ -295,7 +295,7 @@ def differing_sizes(examples: Examples, count_targets: bool) -> float | None:
     if len(sizes) == 1:
         return None
     if not count_targets:
-        raise checks.fail(
+        raise checks.invalid(
             "data",
             "examples of one shape, for a loss that takes a mean over its terms",
             f"targets of shapes {sorted(sizes)[:4]}",
@@ -308,7 +308,7 @@ def _require_no_example_weights(loss: nn.Module, outputs: Tensor) -> None:
     """Refuse weights with an axis of the examples, which torch matches by place in the batch."""
     for name, weight in loss.named_buffers():
         if weight.ndim >= outputs.ndim and weight.shape[weight.ndim - outputs.ndim] != 1:
-            raise checks.fail(
+            raise checks.invalid(
                 f"loss.{name}",
                 f"a weight per output, fit for outputs {list(outputs.shape)} of any batch",
                 f"shape {list(weight.shape)}, an axis of which belongs to the examples",

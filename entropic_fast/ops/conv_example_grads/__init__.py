@@ -24,7 +24,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import describe, fail, shown, whole
+from entropic_fast._utils.checks import describe, integer, invalid, shown
 from entropic_fast.ops.backend import implementation, register_family
 
 FAMILY = "conv_example_grads"
@@ -183,13 +183,13 @@ def _in_three_dimensions(
     """Adds leading spatial dimensions of size 1, and copies what is not channels-last."""
     spatial = a.dim() - 2
     if not 1 <= spatial <= 3:
-        raise fail("a", "shape [n, *in, C] with 1 to 3 spatial dimensions", describe(a))
+        raise invalid("a", "shape [n, *in, C] with 1 to 3 spatial dimensions", describe(a))
     if g.dim() != a.dim():
-        raise fail("g", f"{spatial} spatial dimensions as a has", describe(g))
+        raise invalid("g", f"{spatial} spatial dimensions as a has", describe(g))
     filled = []
     for name, values, neutral in zip(_SIZES, sizes, (1, 1, 0, 1), strict=True):
         if isinstance(values, int) or len(values) != spatial:
-            raise fail(name, f"{spatial} numbers, one for each spatial dimension", shown(values))
+            raise invalid(name, f"{spatial} numbers, one for each spatial dimension", shown(values))
         filled.append([neutral] * (3 - spatial) + list(values))
     for _ in range(3 - spatial):
         a, g = a.unsqueeze(1), g.unsqueeze(1)
@@ -210,35 +210,35 @@ def _check(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    whole("groups", groups, 1)
+    integer("groups", groups, 1)
     for name, tensor, channels in (("a", a, "C"), ("g", g, "O")):
         if tensor.dim() != 5:
-            raise fail(name, f"shape [n, depth, height, width, {channels}]", describe(tensor))
+            raise invalid(name, f"shape [n, depth, height, width, {channels}]", describe(tensor))
         if tensor.dtype not in DTYPES:
-            raise fail(name, "dtype float32 or float64", str(tensor.dtype), "convert it first")
+            raise invalid(name, "dtype float32 or float64", str(tensor.dtype), "convert it first")
         if not _channels_are_last(tensor):
-            raise fail(
+            raise invalid(
                 name,
                 "channels last with stride 1",
                 f"strides {tensor.stride()}",
                 f"pass {name}.contiguous()",
             )
         if tensor.shape[-1] % groups:
-            raise fail(
+            raise invalid(
                 name, f"a number of channels that {groups} groups divide", str(tensor.shape[-1])
             )
     if g.shape[0] != a.shape[0]:
-        raise fail("g", f"{a.shape[0]} examples as a has", str(g.shape[0]))
+        raise invalid("g", f"{a.shape[0]} examples as a has", str(g.shape[0]))
     if g.dtype != a.dtype:
-        raise fail("g", f"dtype {a.dtype} as a has", str(g.dtype), "convert one")
+        raise invalid("g", f"dtype {a.dtype} as a has", str(g.dtype), "convert one")
     if g.device != a.device:
-        raise fail("g", f"device {a.device} as a", str(g.device), "move it there")
+        raise invalid("g", f"device {a.device} as a", str(g.device), "move it there")
     sizes = zip(_SIZES, (kernel, stride, padding, dilation), (1, 1, 0, 1), strict=True)
     for name, values, least in sizes:
         if len(values) != 3:
-            raise fail(name, "three numbers", shown(list(values)))
+            raise invalid(name, "three numbers", shown(list(values)))
         for value in values:
-            whole(name, value, least)
+            integer(name, value, least)
 
 
 def _out_shape(a: Tensor, g: Tensor, kernel: Sequence[int], groups: int) -> tuple[int, int]:
@@ -248,14 +248,14 @@ def _out_shape(a: Tensor, g: Tensor, kernel: Sequence[int], groups: int) -> tupl
 def _check_out(out: Tensor, a: Tensor, g: Tensor, kernel: Sequence[int], groups: int) -> None:
     shape = _out_shape(a, g, kernel, groups)
     if tuple(out.shape) != shape:
-        raise fail("out", f"shape {list(shape)}", f"shape {list(out.shape)}")
+        raise invalid("out", f"shape {list(shape)}", f"shape {list(out.shape)}")
     if out.dtype != a.dtype:
-        raise fail("out", f"dtype {a.dtype} as a has", str(out.dtype))
+        raise invalid("out", f"dtype {a.dtype} as a has", str(out.dtype))
     if out.device != a.device:
-        raise fail("out", f"device {a.device} as a", str(out.device), "allocate it there")
+        raise invalid("out", f"device {a.device} as a", str(out.device), "allocate it there")
     rows, width = shape
     if (width > 1 and out.stride(1) != 1) or (rows > 1 and out.stride(0) < width):
-        raise fail("out", "rows that are contiguous and lie apart", f"strides {out.stride()}")
+        raise invalid("out", "rows that are contiguous and lie apart", f"strides {out.stride()}")
 
 
 def _check_overlap(out: Tensor, **read: Tensor) -> None:
@@ -263,7 +263,7 @@ def _check_overlap(out: Tensor, **read: Tensor) -> None:
     for name, tensor in read.items():
         other_start, other_end = _span(tensor)
         if start < other_end and other_start < end:
-            raise fail("out", f"memory of its own, apart from {name}", "tensors that overlap")
+            raise invalid("out", f"memory of its own, apart from {name}", "tensors that overlap")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 from entropic_fast._utils.devices import is_gpu
 from entropic_fast.ops.backend import backend_for, implementation, register_family, setting_for
 
@@ -159,7 +159,7 @@ def _(out: Tensor, a: Tensor, b: Tensor, double_products: bool) -> None:
 def _refuse_autograd(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise fail(
+            raise invalid(
                 name,
                 "a tensor that autograd does not follow",
                 "one with requires_grad=True",
@@ -169,11 +169,11 @@ def _refuse_autograd(**tensors: Tensor) -> None:
 
 def _check_rows(name: str, rows: Tensor, shape: str) -> None:
     if rows.dim() != 2:
-        raise fail(name, f"shape {shape}", f"shape {list(rows.shape)}")
+        raise invalid(name, f"shape {shape}", f"shape {list(rows.shape)}")
     if rows.dtype not in DTYPES:
-        raise fail(name, "dtype float32 or float64", str(rows.dtype), "convert it first")
+        raise invalid(name, "dtype float32 or float64", str(rows.dtype), "convert it first")
     if rows.shape[1] > 1 and rows.stride(1) != 1:
-        raise fail(
+        raise invalid(
             name,
             "columns one element apart",
             f"strides {rows.stride()} for shape {list(rows.shape)}",
@@ -184,14 +184,14 @@ def _check_rows(name: str, rows: Tensor, shape: str) -> None:
 def _check_sum(name: str, out: Tensor, first: Tensor, rows: int, columns: int) -> None:
     """`out`, the float64 matrix that is added to."""
     if tuple(out.shape) != (rows, columns):
-        raise fail(name, f"shape {[rows, columns]}", f"shape {list(out.shape)}")
+        raise invalid(name, f"shape {[rows, columns]}", f"shape {list(out.shape)}")
     if out.dtype != torch.float64:
-        raise fail(name, "dtype torch.float64", str(out.dtype))
+        raise invalid(name, "dtype torch.float64", str(out.dtype))
     if out.device != first.device:
-        raise fail(name, f"device {first.device} as the rows", str(out.device), "move it there")
+        raise invalid(name, f"device {first.device} as the rows", str(out.device), "move it there")
     apart = (rows <= 1 or out.stride(0) >= columns) and (columns <= 1 or out.stride(1) == 1)
     if out.numel() > 0 and not apart:
-        raise fail(
+        raise invalid(
             name,
             "columns one element apart and rows that do not overlap",
             f"strides {out.stride()} for shape {list(out.shape)}",
@@ -208,11 +208,11 @@ def _check_cross(out: Tensor, a: Tensor, b: Tensor) -> None:
     _check_rows("a", a, "[M, K]")
     _check_rows("b", b, f"[N, {a.shape[1]}]")
     if b.shape[1] != a.shape[1]:
-        raise fail("b", f"shape [N, {a.shape[1]}] as a", f"shape {list(b.shape)}")
+        raise invalid("b", f"shape [N, {a.shape[1]}] as a", f"shape {list(b.shape)}")
     if b.dtype != a.dtype:
-        raise fail("b", f"dtype {a.dtype} as a", str(b.dtype), "convert one of them")
+        raise invalid("b", f"dtype {a.dtype} as a", str(b.dtype), "convert one of them")
     if b.device != a.device:
-        raise fail("b", f"device {a.device} as a", str(b.device), "move it there")
+        raise invalid("b", f"device {a.device} as a", str(b.device), "move it there")
     _check_sum("out", out, a, a.shape[0], b.shape[0])
 
 
@@ -222,7 +222,7 @@ def _check_overlap(name: str, written: Tensor, **read: Tensor) -> None:
     for other, tensor in read.items():
         other_start, other_end = _span(tensor)
         if start < other_end and other_start < end:
-            raise fail(name, f"memory of its own, apart from {other}", "overlap", "clone one")
+            raise invalid(name, f"memory of its own, apart from {other}", "overlap", "clone one")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast._utils import checks
-from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.checks import invalid, shown
 from entropic_fast.ops import backend as backends
 from entropic_fast.ops.backend import BackendError, backend_for, implementation, register_family
 from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED, Coefficients
@@ -106,7 +106,9 @@ def advance(
     for name, tensor in (("x", x), ("v", v)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             got = "one with requires_grad=True"
-            raise fail(name, "a tensor that autograd does not follow", got, f"pass {name}.detach()")
+            raise invalid(
+                name, "a tensor that autograd does not follow", got, f"pass {name}.detach()"
+            )
     checks.one_of("scheme", scheme, SCHEMES)
     checks.at_least("temperature", temperature, 0.0)
     checks.positive("dt", dt)
@@ -211,7 +213,7 @@ def _(
 def _box_muller(words: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     _check_words(words, dtype)
     if words.numel() > 0 and not 0 <= int(words.min()) <= int(words.max()) < 2**32:
-        raise fail("words", "numbers in [0, 2^32)", f"{int(words.min())} to {int(words.max())}")
+        raise invalid("words", "numbers in [0, 2^32)", f"{int(words.min())} to {int(words.max())}")
     module = implementation(FAMILY, words.device, backend or None)
     result: Tensor = module.box_muller(words.contiguous(), dtype)
     return result
@@ -241,31 +243,31 @@ def _check(
     checks.one_of("scheme", scheme, SCHEMES)
     names = PARAMETERS[potential]
     if len(parameters) != len(names) or not all(map(math.isfinite, parameters)):
-        raise fail("parameters", f"finite {', '.join(names)}", shown(tuple(parameters)))
+        raise invalid("parameters", f"finite {', '.join(names)}", shown(tuple(parameters)))
     wanted = "[N, 2]" if potential == "ring" else "[N, D] with D >= 2"
     if x.dim() != 2 or x.shape[1] < 2 or (potential == "ring" and x.shape[1] != 2):
-        raise fail("x", f"shape {wanted} for the {potential}", f"shape {list(x.shape)}")
+        raise invalid("x", f"shape {wanted} for the {potential}", f"shape {list(x.shape)}")
     if x.dtype not in DTYPES:
-        raise fail("x", "dtype float32 or float64", str(x.dtype), "convert it first")
+        raise invalid("x", "dtype float32 or float64", str(x.dtype), "convert it first")
     _check_memory("x", x)
     if scheme not in UNDERDAMPED:
         if v.numel() > 0:
-            raise fail("v", f"None for {scheme}", checks.describe(v))
+            raise invalid("v", f"None for {scheme}", checks.describe(v))
     elif v.shape != x.shape or v.dtype != x.dtype or v.device != x.device:
         expected = f"{checks.describe(x)} on {x.device}, as x, for {scheme}"
-        raise fail("v", expected, f"{checks.describe(v)} on {v.device}")
+        raise invalid("v", expected, f"{checks.describe(v)} on {v.device}")
     else:
         _check_memory("v", v)
     for name, value in (
         ("steps", steps), ("first_step", first_step), ("first_particle", first_particle),
         ("seed", seed),
     ):  # fmt: skip
-        checks.whole(name, value)
+        checks.integer(name, value)
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
-        raise fail(
+        raise invalid(
             name,
             "a contiguous tensor",
             f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}",
@@ -275,11 +277,11 @@ def _check_memory(name: str, tensor: Tensor) -> None:
 
 def _check_apart(x: Tensor, v: Tensor) -> None:
     if v.numel() > 0 and abs(x.data_ptr() - v.data_ptr()) < x.numel() * x.element_size():
-        raise fail("v", "memory of its own", "memory shared with x", "pass v.clone()")
+        raise invalid("v", "memory of its own", "memory shared with x", "pass v.clone()")
 
 
 def _check_words(words: Tensor, dtype: torch.dtype) -> None:
     if words.dim() != 2 or words.shape[1] != 2 or words.dtype != torch.int64:
-        raise fail("words", "shape [n, 2] of int64", checks.describe(words))
+        raise invalid("words", "shape [n, 2] of int64", checks.describe(words))
     if dtype not in DTYPES:
-        raise fail("dtype", "float32 or float64", str(dtype))
+        raise invalid("dtype", "float32 or float64", str(dtype))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 from entropic_fast.ops._dispatch import undispatched
 from entropic_fast.ops.backend import implementation, register_family
 from entropic_fast.ops.norm_act_tangents import checks
@@ -131,7 +131,7 @@ def pull(
         tscale=tscale, cotangent=cotangent, ty=ty, rstd=rstd, out=out,
     )  # fmt: skip
     if out is u and not (scale is None and tscale is None):
-        raise fail("out", "memory of its own where scale or tscale is given", "u", "clone one")
+        raise invalid("out", "memory of its own where scale or tscale is given", "u", "clone one")
     scale, tscale, rstd = (_contiguous(t) for t in (scale, tscale, rstd))
     if out is None:
         out = u.new_empty(u.shape)

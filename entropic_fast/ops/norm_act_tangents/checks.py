@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -31,7 +31,7 @@ def refuse_autograd(**tensors: Tensor | None) -> None:
         return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
-            raise fail(
+            raise invalid(
                 name,
                 "a tensor that autograd does not follow",
                 "one with requires_grad=True",
@@ -56,7 +56,7 @@ def check_pull(u: Tensor, *pieces: Tensor | None) -> None:
 
 def check_normalise(y: Tensor, *pieces: Tensor | None) -> None:
     if y.dim() != 2:
-        raise fail("y", "shape [m, C]", f"shape {list(y.shape)}")
+        raise invalid("y", "shape [m, C]", f"shape {list(y.shape)}")
     given = dict(zip(NORMALISE, pieces, strict=True))
     residual = given["residual"]
     _check("y", y[None], {**given, "residual": None if residual is None else residual[None]})
@@ -77,14 +77,16 @@ def check_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor | No
         for other, (other_start, other_end) in spans.items():
             meet = start < other_end and other_start < end
             if meet and not _interleaved(given[name], given[other]):
-                raise fail(name, f"memory of its own, apart from {other}", "overlap", "clone one")
+                raise invalid(
+                    name, f"memory of its own, apart from {other}", "overlap", "clone one"
+                )
 
 
 def _check(name: str, first: Tensor, given: dict[str, Tensor | None]) -> None:
     if first.dim() != 3:
-        raise fail(name, "shape [K, m, C]", f"shape {list(first.shape)}")
+        raise invalid(name, "shape [K, m, C]", f"shape {list(first.shape)}")
     if first.dtype not in DTYPES:
-        raise fail(name, "dtype float32 or float64", str(first.dtype), "convert it first")
+        raise invalid(name, "dtype float32 or float64", str(first.dtype), "convert it first")
     _check_layout(name, first, dense=True)
     k, m, c = first.shape
     shapes = {"KmC": (k, m, c), "mC": (m, c), "KC": (k, c), "C": (c,)}
@@ -95,15 +97,17 @@ def _check(name: str, first: Tensor, given: dict[str, Tensor | None]) -> None:
         form, _, dense = FORMS[other].partition(" ")
         if tensor.shape != shapes[form]:
             letters = ", ".join(form)
-            raise fail(
+            raise invalid(
                 other,
                 f"shape [{letters}] = {list(shapes[form])} beside {name}",
                 f"shape {list(tensor.shape)}",
             )
         if tensor.dtype != dtype:
-            raise fail(other, f"dtype {dtype} as {name}", str(tensor.dtype), "convert one of them")
+            raise invalid(
+                other, f"dtype {dtype} as {name}", str(tensor.dtype), "convert one of them"
+            )
         if tensor.device != device:
-            raise fail(other, f"device {device} as {name}", str(tensor.device), "move it there")
+            raise invalid(other, f"device {device} as {name}", str(tensor.device), "move it there")
         _check_layout(other, tensor, dense=bool(dense))
         if other == "out":
             _check_apart(other, tensor)
@@ -119,14 +123,14 @@ def _check_layout(name: str, tensor: Tensor, *, dense: bool) -> None:
         layout = "channels one element apart" + (" and pixels C apart" if dense else "")
     if not fits and tensor.numel() > 0:
         strides = f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}"
-        raise fail(name, layout, strides, f"pass {name}.contiguous()")
+        raise invalid(name, layout, strides, f"pass {name}.contiguous()")
 
 
 def _check_apart(name: str, tensor: Tensor) -> None:
     """Tangents of what is written do not overlap."""
     k, m, c = tensor.shape
     if k > 1 and tensor.numel() > 0 and tensor.stride(0) < m * c:
-        raise fail(
+        raise invalid(
             name,
             f"tangents that do not overlap (a stride of at least {m * c} along k)",
             f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}",
@@ -136,7 +140,7 @@ def _check_apart(name: str, tensor: Tensor) -> None:
 
 def _needs(given: dict[str, Tensor | None], name: str, other: str) -> None:
     if given[name] is not None and given[other] is None:
-        raise fail(other, f"a tensor, as {name} is given", "None")
+        raise invalid(other, f"a tensor, as {name} is given", "None")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

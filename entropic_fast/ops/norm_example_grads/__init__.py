@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 from entropic_fast.ops.backend import implementation, register_family
 
 FAMILY = "norm_example_grads"
@@ -137,7 +137,7 @@ def _(
 def _refuse_autograd(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.requires_grad and torch.is_grad_enabled():
-            raise fail(
+            raise invalid(
                 name,
                 "a tensor that autograd does not follow",
                 "one with requires_grad=True",
@@ -147,16 +147,16 @@ def _refuse_autograd(**tensors: Tensor) -> None:
 
 def _check_examples(x: Tensor, g: Tensor, **rest: Tensor) -> None:
     if x.dim() != 3:
-        raise fail("x", "shape [n, S, C]", f"shape {list(x.shape)}")
+        raise invalid("x", "shape [n, S, C]", f"shape {list(x.shape)}")
     if x.dtype not in DTYPES:
-        raise fail("x", "dtype float32 or float64", str(x.dtype), "convert it first")
+        raise invalid("x", "dtype float32 or float64", str(x.dtype), "convert it first")
     if g.shape != x.shape:
-        raise fail("g", f"shape {list(x.shape)} as x", f"shape {list(g.shape)}")
+        raise invalid("g", f"shape {list(x.shape)} as x", f"shape {list(g.shape)}")
     for name, tensor in {"g": g, **rest}.items():
         if tensor.dtype != x.dtype:
-            raise fail(name, f"dtype {x.dtype} as x", str(tensor.dtype), "convert one of them")
+            raise invalid(name, f"dtype {x.dtype} as x", str(tensor.dtype), "convert one of them")
         if tensor.device != x.device:
-            raise fail(name, f"device {x.device} as x", str(tensor.device), "move it there")
+            raise invalid(name, f"device {x.device} as x", str(tensor.device), "move it there")
 
 
 def _check_affine(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> None:
@@ -168,18 +168,18 @@ def _check_affine(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> None:
         if not fits:
             n, s, c = x.shape
             expected = f"shape [{n} or 1, {s} or 1, {c} or 1]"
-            raise fail(name, expected, f"shape {list(tensor.shape)}")
+            raise invalid(name, expected, f"shape {list(tensor.shape)}")
 
 
 def _check_batch_norm(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> None:
     _check_examples(x, g, mean=mean, rstd=rstd, weight=weight)
     for name, tensor in (("mean", mean), ("rstd", rstd), ("weight", weight)):
         if tuple(tensor.shape) != (x.shape[2],):
-            raise fail(name, f"shape [{x.shape[2]}]", f"shape {list(tensor.shape)}")
+            raise invalid(name, f"shape [{x.shape[2]}]", f"shape {list(tensor.shape)}")
 
 
 def _check_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             strides = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
-            raise fail(name, "a contiguous tensor", strides, f"pass {name}.contiguous()")
+            raise invalid(name, "a contiguous tensor", strides, f"pass {name}.contiguous()")

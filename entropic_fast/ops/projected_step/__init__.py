@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail
+from entropic_fast._utils.checks import invalid
 from entropic_fast.ops._dispatch import undispatched
 from entropic_fast.ops.backend import backend_for, implementation, register_family
 from entropic_fast.ops.projected_step.checks import (
@@ -193,7 +193,7 @@ def segment_squares(
     tensor([25.], dtype=torch.float64)
     """
     if pivots.dim() != 2 or pivots.shape[0] < 1:
-        raise fail("pivots", "shape [M, P] with M >= 1", f"shape {list(pivots.shape)}")
+        raise invalid("pivots", "shape [M, P] with M >= 1", f"shape {list(pivots.shape)}")
     squares = [(b.double() - a.double()).square().sum() for a, b in pairwise(pivots)]
     if not squares:
         return torch.zeros(0, dtype=torch.float64, device=pivots.device)

@@ -7,14 +7,14 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.checks import invalid, shown
 
 DTYPES = (torch.float32, torch.float64)
 
 
 def refuse_autograd(theta: Tensor) -> None:
     if theta.requires_grad and torch.is_grad_enabled():
-        raise fail(
+        raise invalid(
             "theta",
             "a tensor that autograd does not follow",
             "one with requires_grad=True",
@@ -24,20 +24,20 @@ def refuse_autograd(theta: Tensor) -> None:
 
 def _check_theta(theta: Tensor) -> None:
     if theta.dim() != 2:
-        raise fail("theta", "shape [R, P] or [P]", f"shape {list(theta.shape)}")
+        raise invalid("theta", "shape [R, P] or [P]", f"shape {list(theta.shape)}")
     if theta.dtype not in DTYPES:
-        raise fail("theta", "dtype float32 or float64", str(theta.dtype), "convert it first")
+        raise invalid("theta", "dtype float32 or float64", str(theta.dtype), "convert it first")
 
 
 def _check_fits(name: str, tensor: Tensor, theta: Tensor, dtype: torch.dtype, *shape: int) -> None:
     if tuple(tensor.shape) != shape:
-        raise fail(name, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
+        raise invalid(name, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
     if tensor.dtype != dtype:
-        raise fail(name, f"dtype {dtype}", str(tensor.dtype), f"pass {name}.to({dtype})")
+        raise invalid(name, f"dtype {dtype}", str(tensor.dtype), f"pass {name}.to({dtype})")
     if tensor.device != theta.device:
-        raise fail(name, f"device {theta.device} as theta", str(tensor.device), "move it there")
+        raise invalid(name, f"device {theta.device} as theta", str(tensor.device), "move it there")
     if not tensor.is_contiguous():
-        raise fail(
+        raise invalid(
             name,
             "a contiguous tensor",
             f"strides {tensor.stride()} for shape {list(shape)}",
@@ -52,14 +52,14 @@ def _check_common(theta: Tensor, lr: Tensor, pivots: Tensor, **state: Tensor) ->
         _check_fits(name, tensor, theta, theta.dtype, replicas, size)
     _check_fits("lr", lr, theta, torch.float64, replicas)
     if pivots.dim() != 2:
-        raise fail("pivots", f"shape [M, {size}]", f"shape {list(pivots.shape)}")
+        raise invalid("pivots", f"shape [M, {size}]", f"shape {list(pivots.shape)}")
     _check_fits("pivots", pivots, theta, theta.dtype, pivots.shape[0], size)
 
 
 def _check_at_least_zero(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < float("inf"):
-            raise fail(name, "a finite number of at least 0", shown(value))
+            raise invalid(name, "a finite number of at least 0", shown(value))
 
 
 def check_sgd(
@@ -78,9 +78,9 @@ def check_sgd(
         _check_fits("momentum_buffer", momentum_buffer, theta, theta.dtype, *theta.shape)
     _check_at_least_zero(momentum=momentum, weight_decay=weight_decay)
     if not -float("inf") < dampening < float("inf"):
-        raise fail("dampening", "a finite number", shown(dampening))
+        raise invalid("dampening", "a finite number", shown(dampening))
     if nesterov and (momentum <= 0 or dampening != 0):
-        raise fail(
+        raise invalid(
             "nesterov",
             "momentum > 0 and dampening 0",
             f"momentum {momentum} and dampening {dampening}",
@@ -105,7 +105,7 @@ def check_adam(
     _check_at_least_zero(eps=eps, weight_decay=weight_decay)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
-            raise fail(name, "a number in [0, 1)", shown(beta))
+            raise invalid(name, "a number in [0, 1)", shown(beta))
 
 
 def check_project(theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor) -> None:
@@ -113,7 +113,7 @@ def check_project(theta: Tensor, products: Tensor, pivots: Tensor, segment_squar
     replicas, size = theta.shape
     _check_fits("theta", theta, theta, theta.dtype, replicas, size)
     if pivots.dim() != 2 or pivots.shape[0] < 2:
-        raise fail(
+        raise invalid(
             "pivots",
             f"shape [M, {size}] with M >= 2",
             f"shape {list(pivots.shape)}",
@@ -139,10 +139,10 @@ def check_near(
     if near.device.type == "cpu" and len(near):
         low, high = int(near.min()), int(near.max())
         if low < 0 or high > count - 2:
-            raise fail("near", f"segments 0 to {count - 2}", f"{low} to {high}")
+            raise invalid("near", f"segments 0 to {count - 2}", f"{low} to {high}")
     if projects:
         if between is None:
-            raise fail(
+            raise invalid(
                 "between", "a tensor, as near is given", "None", "pass pivot_squares(pivots)"
             )
         _check_fits("between", between, theta, torch.float64, count, count)
@@ -157,4 +157,6 @@ def check_overlap(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
     ]
     for (a, a_start, a_end, a_written), (b, b_start, b_end, b_written) in combinations(spans, 2):
         if (a_written or b_written) and a_start < b_end and b_start < a_end:
-            raise fail(a, f"memory of its own, apart from {b}", "tensors that overlap", "clone one")
+            raise invalid(
+                a, f"memory of its own, apart from {b}", "tensors that overlap", "clone one"
+            )

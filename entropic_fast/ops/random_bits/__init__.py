@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast._utils import checks
-from entropic_fast._utils.checks import fail, shown
+from entropic_fast._utils.checks import invalid, shown
 from entropic_fast.ops.backend import implementation, register_family
 from entropic_fast.ops.random_bits.reference import KINDS
 
@@ -55,11 +55,11 @@ def fill_(
 
     Args:
         out: where to; its device is where they are made.
-        seeds: whole numbers in [0, 2^64), as int64 those from 2^63 on negative; with one number,
+        seeds: integers in [0, 2^64), as int64 those from 2^63 on negative; with one number,
             S is 1.
         kind: "words" (int64, uniform in [0, 2^32)), "uniform" (float32 or float64, in (0, 1)),
             "signs" (any floating-point type, -1 or 1), "sort_keys" (int64, 63 bits).
-        first_stream: a whole number in [0, 2^64); streams after the last one begin at 0 again.
+        first_stream: an integer in [0, 2^64); streams after the last one begin at 0 again.
         start: first number of each stream.
         backend: None for the one in force.
 
@@ -104,11 +104,11 @@ def philox(
 
 
 def whole_seed(seed: int) -> int:
-    """A seed, or a stream's number, if it is a whole number."""
+    """A seed, or a stream's number, if it is an integer."""
     try:
         return operator.index(seed)
     except TypeError:
-        raise fail("seed", "a whole number", shown(seed)) from None
+        raise invalid("seed", "an integer", shown(seed)) from None
 
 
 def as_int64(number: int) -> int:
@@ -130,7 +130,7 @@ def _fill(
 ) -> None:
     _check_fill(out, seeds, start, kind)
     if torch._debug_has_internal_overlap(out) == 1:
-        raise fail("out", "memory of its own for each number", f"strides {out.stride()}")
+        raise invalid("out", "memory of its own for each number", f"strides {out.stride()}")
     module = implementation(FAMILY, out.device, backend or None)
     module.fill(out, seeds.contiguous(), seed, first_stream, start, kind)
 
@@ -163,24 +163,24 @@ def _check_fill(out: Tensor, seeds: Tensor, start: int, kind: str) -> None:
     checks.one_of("kind", kind, KINDS)
     if out.dim() != 3 or out.dtype not in KINDS[kind]:
         names = " or ".join(str(d).removeprefix("torch.") for d in KINDS[kind])
-        raise fail("out", f"shape [streams, seeds, n] of {names}", checks.describe(out))
+        raise invalid("out", f"shape [streams, seeds, n] of {names}", checks.describe(out))
     if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(seeds) not in (0, out.shape[1]):
-        raise fail("seeds", f"shape [{out.shape[1]}] of int64", checks.describe(seeds))
+        raise invalid("seeds", f"shape [{out.shape[1]}] of int64", checks.describe(seeds))
     if len(seeds) == 0 and out.shape[1] > 1:
-        raise fail("seeds", f"{out.shape[1]} of them, as out has so many", "one")
+        raise invalid("seeds", f"{out.shape[1]} of them, as out has so many", "one")
     if seeds.device != out.device:
-        raise fail("seeds", f"a tensor on {out.device}, as out", str(seeds.device))
+        raise invalid("seeds", f"a tensor on {out.device}, as out", str(seeds.device))
     if not 0 <= start <= LARGEST_INDEX - out.shape[2]:
         last = f"numbers {start} to {start + out.shape[2]}"
-        raise fail("start", "numbers from 0 to 2^62 of a stream", last)
+        raise invalid("start", "numbers from 0 to 2^62 of a stream", last)
 
 
 def _check_philox(counters: Tensor, seeds: Tensor, streams: Tensor) -> None:
     if counters.dim() != 2 or counters.dtype != torch.int64:
-        raise fail("counters", "shape [m, n] of int64", checks.describe(counters))
+        raise invalid("counters", "shape [m, n] of int64", checks.describe(counters))
     for name, tensor in (("seeds", seeds), ("streams", streams)):
         if tensor.dtype != torch.int64 or tensor.shape != counters.shape[:1]:
-            raise fail(name, f"shape [{len(counters)}] of int64", checks.describe(tensor))
+            raise invalid(name, f"shape [{len(counters)}] of int64", checks.describe(tensor))
         if tensor.device != counters.device:
             expected = f"a tensor on {counters.device}, as counters"
-            raise fail(name, expected, str(tensor.device))
+            raise invalid(name, expected, str(tensor.device))

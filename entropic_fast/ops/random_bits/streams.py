@@ -26,13 +26,13 @@ _RADIX = 1 << 15
 _SORTED_AT_ONCE = 1 << 22
 
 
-def derive(seed: int, *names: str | int) -> int:
+def fold_in(seed: int, *names: str | int) -> int:
     """A seed for a named purpose, independent of the seeds of other purposes.
 
     Returns:
-        a whole number in [0, 2^63).
+        an integer in [0, 2^63).
 
-    >>> derive(0, "train") == derive(0, "train"), derive(0, "train") == derive(0, "path")
+    >>> fold_in(0, "train") == fold_in(0, "train"), fold_in(0, "train") == fold_in(0, "path")
     (True, False)
     """
     text = "\x1f".join([str(whole_seed(seed)), *map(str, names)])

@@ -46,13 +46,13 @@ def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tenso
         return torch.zeros(size, 0, dtype=dtype, device=device)
     vectors = deflate.vectors if isinstance(deflate, Eigenpairs) else deflate
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != size:
-        raise checks.fail(
+        raise checks.invalid(
             "deflate", f"Eigenpairs or a matrix of shape [{size}, r]", checks.describe(vectors)
         )
     if vectors.shape[1] > size:
-        raise checks.fail("deflate", f"at most {size} directions", str(vectors.shape[1]))
+        raise checks.invalid("deflate", f"at most {size} directions", str(vectors.shape[1]))
     if vectors.dtype != dtype or vectors.device != device:
-        raise checks.fail(
+        raise checks.invalid(
             "deflate",
             f"{dtype} on {device}",
             f"{vectors.dtype} on {vectors.device}",
@@ -72,7 +72,7 @@ def require_room(count: int, operator: Any) -> None:
     size, dtype, device = require_operator(operator)
     needed, free = count * size * torch.finfo(dtype).bits // 8, available_bytes(device)
     if needed > free:
-        raise checks.fail(
+        raise checks.invalid(
             "probes",
             f"vectors that fit in the {readable(free)} free",
             f"{readable(needed)} for {count} of them",

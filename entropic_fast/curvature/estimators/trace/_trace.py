@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ...._torch.full_precision import exact_math
+from ...._torch.full_precision import full_precision
 from ...._utils import checks
 from ...._utils.results import Eigenpairs, Estimate
 from ....objective import Objective
@@ -37,7 +37,7 @@ def hessian_trace(
     *,
     method: str = "hutchinson",
     deflate: Eigenpairs | Tensor | None = None,
-    by: None = None,
+    group_by: None = None,
 ) -> Estimate: ...
 
 
@@ -51,11 +51,11 @@ def hessian_trace(
     *,
     method: str = "hutchinson",
     deflate: Eigenpairs | Tensor | None = None,
-    by: str,
+    group_by: str,
 ) -> dict[str, Estimate]: ...
 
 
-@exact_math()
+@full_precision()
 def hessian_trace(
     obj: Objective,
     theta: Tensor | None = None,
@@ -65,7 +65,7 @@ def hessian_trace(
     *,
     method: str = "hutchinson",
     deflate: Eigenpairs | Tensor | None = None,
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Estimate | dict[str, Estimate]:
     """Trace of the Hessian of the mean loss, estimated with random signs.
 
@@ -79,9 +79,9 @@ def hessian_trace(
             do. For examples that do not influence one another.
         seed: of the signs. They depend on nothing else, so at two points with one seed they
             are the same, and the difference of the traces is known better than each.
-        by: None for the whole; "parameter" or "module" for the diagonal block of each, by name,
-            from products instead of quadratic forms (about twice the price), by "hutchinson" or
-            "hutch++". The blocks' traces add up to the whole, to which `tol` applies.
+        group_by: None for the whole; "parameter" or "module" for the diagonal block of each, by
+            name, from products instead of quadratic forms (about twice the price), by "hutchinson"
+            or "hutch++". The blocks' traces add up to the whole, to which `tol` applies.
 
     Returns:
         value, its standard error, and the number of probes spent; `converged` is False, with a
@@ -95,22 +95,24 @@ def hessian_trace(
     >>> obj = Objective(torch.nn.Linear(1, 1), "mse", (x, 3 * x))
     >>> print(hessian_trace(obj, probes=4, method="hutch++"))
     7 ± 0 (2 samples)
-    >>> {name: e.probes for name, e in hessian_trace(obj, by="parameter").items()}
+    >>> {name: e.probes for name, e in hessian_trace(obj, group_by="parameter").items()}
     {'weight': 32, 'bias': 32}
     """
     checks.one_of("method", method, (*METHODS, GAUSS_NEWTON))
     operator = HessianOperator(obj, theta)
     if method == GAUSS_NEWTON:
-        if by is not None:
-            raise checks.fail("by", f'None with method="{GAUSS_NEWTON}"', checks.shown(by))
+        if group_by is not None:
+            raise checks.invalid(
+                "group_by", f'None with method="{GAUSS_NEWTON}"', checks.shown(group_by)
+            )
         return _beside_gauss_newton(operator, probes, tol, seed, deflate)
-    if by is None:
+    if group_by is None:
         return operator_trace(operator, probes, tol, seed, method=method, deflate=deflate)
-    key = grouping(by)
+    key = grouping(group_by)
     if method == "xtrace":
-        raise checks.fail(
+        raise checks.invalid(
             "method",
-            '"hutchinson" or "hutch++" for shares of the trace (by=...)',
+            '"hutchinson" or "hutch++" for shares of the trace (group_by=...)',
             checks.shown(method),
         )
     sizes = {name: part.numel() for name, part in obj.split(operator.theta).items()}
@@ -136,7 +138,7 @@ def _beside_gauss_newton(
     basis = _checked(operator, probes, tol, deflate)
     obj, theta = operator.obj, operator.theta
     obj.require_single_examples()
-    known = quick_ggn_trace(obj, theta, random.derive(seed, "gauss-newton"))
+    known = quick_ggn_trace(obj, theta, random.fold_in(seed, "gauss-newton"))
     exact = tol is not None and not precise(known, tol / 2)  # most of the error is for the rest
     if exact:
         known = ggn_trace(obj.data_term(), theta)
@@ -154,7 +156,7 @@ def _beside_gauss_newton(
     return judged(sampler.each(), sampler.total(), tol)[0]
 
 
-@exact_math()
+@full_precision()
 def operator_trace(
     operator: Any,
     probes: int = DEFAULT_PROBES,
@@ -255,7 +257,7 @@ def _checked(
 ) -> Tensor:
     """The deflation basis, the other arguments being in range.  # [P, r]"""
     require_operator(operator)
-    checks.whole("probes", probes, 1)
+    checks.integer("probes", probes, 1)
     if tol is not None:
         checks.positive("tol", tol)
     return deflation_basis(deflate, operator)

@@ -12,14 +12,14 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ...._torch.full_precision import exact_math
+from ...._torch.full_precision import full_precision
 from ...._torch.memory_budget import resolve_budget, too_small
 from ...._torch.torch_compile import undisturbed
 from ...._utils import checks, trees
 from ...._utils.devices import is_gpu
 from ...._utils.results import Estimate
 from ....objective import Objective
-from ....objective._dataset import Batch, Examples, RepeatedExamples
+from ....objective._dataset import Batch, ExampleSet, RepeatedExamples
 from ....objective._objective import require_objective
 from ....objective._validation import require_finite_outputs, require_twice_differentiable
 from ....objective.losses._cross_entropy import CrossEntropy
@@ -52,7 +52,7 @@ def ggn_trace(
     max_examples: int | None = None,
     *,
     memory_budget: int | None = None,
-    by: None = None,
+    group_by: None = None,
 ) -> Estimate: ...
 
 
@@ -63,7 +63,7 @@ def ggn_trace(
     max_examples: int | None = None,
     *,
     memory_budget: int | None = None,
-    by: str,
+    group_by: str,
 ) -> dict[str, Estimate]: ...
 
 
@@ -74,7 +74,7 @@ def ggn_trace(
     max_examples: int | None = None,
     *,
     memory_budget: int | None = None,
-    by: str | None = None,
+    group_by: str | None = None,
 ) -> Estimate | dict[str, Estimate]:
     """Trace of the generalised Gauss-Newton matrix of the mean loss, without probes.
 
@@ -91,7 +91,7 @@ def ggn_trace(
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
-        by: None for the whole; "parameter" or "module" for the share of each, by name.
+        group_by: None for the whole; "parameter" or "module" for the share of each, by name.
 
     Raises:
         ValueError: as `gradient_norms`; outputs, or second derivatives of the loss in them, that
@@ -107,7 +107,7 @@ def ggn_trace(
     require_objective(obj)
     obj.require_single_examples()
     obj.require_outputs("the Gauss-Newton matrix")
-    count, theta, key = obj.count(max_examples), obj.point(theta), grouping(by)
+    count, theta, key = obj.count(max_examples), obj.point(theta), grouping(group_by)
     budget = resolve_budget(memory_budget, obj.device)
     # Half of the budget for the Hessians in the outputs, which stay while gradients are taken.
     piece = _examples_at_once(obj, theta, budget // 2)
@@ -115,22 +115,22 @@ def ggn_trace(
 
     def own() -> Tensor:
         found = torch.zeros(len(names), count, dtype=torch.float64, device=obj.device)
-        for batch in obj.own_batches(count, piece):
+        for batch in obj.local_batches(count, piece):
             directions, signs = _factors(obj, theta, batch)
-            norms = _norms(obj, theta, batch, directions, budget - budget // 2, by)
+            norms = _norms(obj, theta, batch, directions, budget - budget // 2, group_by)
             part = found[:, batch.start : batch.start + batch.size]
             for row, name in zip(part, names, strict=True):
                 row += (norms[name] * signs).sum(1) if norms else 0
         return found
 
-    found = obj.summed(own, f"Gauss-Newton trace by {by} of {count}", theta)
+    found = obj.summed(own, f"Gauss-Newton trace by {group_by} of {count}", theta)
     decay = dict.fromkeys(names, 0.0)
     for name, part in obj.split(theta).items():
         decay[key(name)] += obj.weight_decay * part.numel()
     traces = {
         name: mean_estimate(part, decay[name]) for name, part in zip(names, found, strict=True)
     }
-    return traces[""] if by is None else traces
+    return traces[""] if group_by is None else traces
 
 
 @undisturbed()
@@ -163,7 +163,7 @@ def _quick_sums(
     obj: Objective, theta: Tensor, piece: int, enough: bool, budget: int, seed: int
 ) -> Tensor:
     total = variance = 0.0
-    for batch in obj.own_batches(batch_size=piece):
+    for batch in obj.local_batches(batch_size=piece):
         directions, signs = _factors(obj, theta, batch)
         rest, sizes = directions[:, LEADING:], directions.square().sum(2)
         down = float((sizes * (signs < 0)).sum())
@@ -196,19 +196,24 @@ def _signs(batch: Batch, rest: Tensor, seed: int) -> list[Tensor]:
 
 
 def _norms(
-    obj: Objective, theta: Tensor, batch: Batch, directions: Tensor, budget: int, by: str | None
+    obj: Objective,
+    theta: Tensor,
+    batch: Batch,
+    directions: Tensor,
+    budget: int,
+    group_by: str | None,
 ) -> dict[str, Tensor]:
     """|J^T u|^2 for the directions u [n, r, K] of a batch, by name; none if r is 0.  # [n, r]"""
     n, rank, _ = directions.shape
     if not rank:
         return {}
-    inputs = Examples.of(batch.inputs, directions[:, :, 0], obj.examples, None)
+    inputs = ExampleSet.of(batch.inputs, directions[:, :, 0], obj.examples, None)
     repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
-    single = obj.alone().derived(repeated, _along, theta)
-    if by is None:
+    single = obj.without_distribution().derived(repeated, _along, theta)
+    if group_by is None:
         found = {"": gradient_norms(single, theta, memory_budget=budget)}
     else:
-        found = gradient_norms(single, theta, memory_budget=budget, by=by)
+        found = gradient_norms(single, theta, memory_budget=budget, group_by=group_by)
     return {name: squared.view(n, rank) for name, squared in found.items()}
 
 
@@ -217,7 +222,7 @@ def _along(outputs: Tensor, directions: Tensor) -> Tensor:
     return (outputs.reshape(len(outputs), -1) * directions).sum(1)
 
 
-@exact_math()
+@full_precision()
 def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Directions u_j sqrt|lambda_j| [n, r, K], and the signs of lambda_j [n, r].
 

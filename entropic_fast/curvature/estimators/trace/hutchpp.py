@@ -33,7 +33,7 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
     Raises:
         ValueError: fewer than 3 probes; a sketch that does not fit the memory.
     """
-    checks.whole("probes", probes, FEWEST)
+    checks.integer("probes", probes, FEWEST)
     if tol is None:
         _sketch(sampler, operator, 0, probes // FEWEST, seed)
         sampler.sample(probes - sampler.spent)
@@ -55,7 +55,7 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
 def _sketch(sampler: Hutchinson, operator: Any, start: int, stop: int, seed: int) -> None:
     """Take the range of A times sign vectors `start` to `stop` out of the samples."""
     require_room(2 * stop, operator)
-    key = random.derive(seed, "sketch")
+    key = random.fold_in(seed, "sketch")
     for i in range(start, stop, BLOCK):
         taken = range(i, min(i + BLOCK, stop))
         signs = sign_vectors(sampler.size, key, taken, sampler.dtype, sampler.device)

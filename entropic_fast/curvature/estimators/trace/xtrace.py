@@ -38,7 +38,7 @@ def xtrace(operator: Any, probes: int, tol: float | None, seed: int, exact: floa
     Raises:
         ValueError: fewer than 2 probes; vectors that do not fit the memory.
     """
-    signs = checks.whole("probes", probes, 2) // 2
+    signs = checks.integer("probes", probes, 2) // 2
     state = _State(operator, seed)
     if tol is None:
         state.grow(signs)
@@ -53,7 +53,7 @@ class _State:
     """Signs W [P, l], an orthonormal basis Q [P, q] of A W, and A Q [P, q]; q at most l."""
 
     def __init__(self, operator: Any, seed: int) -> None:
-        self.operator, self.key = operator, random.derive(seed, "xtrace")
+        self.operator, self.key = operator, random.fold_in(seed, "xtrace")
         self.size, self.dtype, self.device = require_operator(operator)
         self.signs = torch.zeros(self.size, 0, dtype=self.dtype, device=self.device)
         self.basis, self.images = self.signs, self.signs

@@ -1,6 +1,6 @@
 """Layer rules: a layer's input and the gradient of its output give single examples' gradients."""
 
-from ._factored_grads import Piece, Rows, full_precision, packed_bytes
+from ._factored_grads import Piece, Rows, at_least_float32, packed_bytes
 from ._intercept import Intercept, Sink, uses_by_rules
 from ._reused import combined
 
@@ -10,7 +10,7 @@ __all__ = [
     "Rows",
     "Sink",
     "combined",
-    "full_precision",
+    "at_least_float32",
     "packed_bytes",
     "uses_by_rules",
 ]

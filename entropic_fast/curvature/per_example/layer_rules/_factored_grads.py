@@ -456,7 +456,7 @@ def norms_by_columns(piece: Piece) -> Tensor:
     return total
 
 
-def full_precision(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def at_least_float32(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Half-precision tensors as float32, others as they are."""
     half = (torch.float16, torch.bfloat16)
     return tuple(t.float() if t.dtype in half else t for t in tensors)

@@ -22,7 +22,7 @@ from ._factored_grads import (
     LinearPiece,
     Piece,
     Rows,
-    full_precision,
+    at_least_float32,
 )
 
 Pieces = tuple[Piece | None, Piece | None]  # of weight and bias
@@ -115,7 +115,7 @@ class Linear(Layer):
         assert at.weight is not None
         gradient = at.g @ at.weight if at.need_x else None
         n = len(at.x)
-        a, g = full_precision((at.x, at.g))
+        a, g = at_least_float32((at.x, at.g))
         a, g = a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1])
         return gradient, (LinearPiece(a, g) if at.wanted[0] else None, bias_piece(g, at.wanted[1]))
 
@@ -213,7 +213,7 @@ class Convolution(Layer):
             )[0]  # fmt: skip
             gradient = apart(gradient, counts)
         a, b = (
-            apart(t.movedim(1, -1), counts) for t in full_precision((images, at.g))
+            apart(t.movedim(1, -1), counts) for t in at_least_float32((images, at.g))
         )  # [n, *m, *space, channels]
         bias = bias_piece(b.flatten(1, -2), at.wanted[1])
         if not at.wanted[0]:
@@ -279,7 +279,7 @@ class Embedding(Layer):
 
     def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
         assert at.weight is not None
-        (gradients,) = full_precision((at.g,))
+        (gradients,) = at_least_float32((at.g,))
         tokens = at.x.reshape(len(at.x), -1).long()
         gradients = gradients.reshape(*tokens.shape, -1)
         if self.by_frequency:
@@ -310,7 +310,7 @@ class PReLU(Layer):
         gradient = None
         if at.need_x:
             gradient = torch.where(at.x > 0, at.g, self._slopes(at.x, at.weight) * at.g)
-        inputs, gradients = full_precision((at.x, at.g))
+        inputs, gradients = at_least_float32((at.x, at.g))
         products = torch.where(inputs > 0, 0, inputs * gradients)
         if at.weight.numel() > 1:
             products = products.movedim(2, 1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._factored_grads import LinearPiece, full_precision
+from ._factored_grads import LinearPiece, at_least_float32
 from ._layers import Backward, Layer, Linear, Pieces, RightProduct
 
 
@@ -36,7 +36,7 @@ class LeftProduct(Layer):
         if not at.wanted[0]:
             return gradient, (None, None)
         n = len(at.x)
-        a, g = (t.transpose(-1, -2) for t in full_precision((at.x, at.g)))
+        a, g = (t.transpose(-1, -2) for t in at_least_float32((at.x, at.g)))
         piece = LinearPiece(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
         return gradient, (piece, None)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....ops.norm_example_grads import affine_grads, batch_norm_backward
-from ._factored_grads import Rows, full_precision
+from ._factored_grads import Rows, at_least_float32
 from ._layers import Backward, Layer, Pieces, apart
 
 
@@ -42,11 +42,11 @@ class BatchNorm(Layer):
 
     def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, variance, scale, shift = (
-            None if t is None else full_precision((t,))[0].view(-1, *[1] * (x.ndim - 2))
+            None if t is None else at_least_float32((t,))[0].view(-1, *[1] * (x.ndim - 2))
             for t in (*self.statistics, weight, bias)
         )
         assert mean is not None and variance is not None
-        out = (full_precision((x,))[0] - mean) * (variance + self.eps).rsqrt()
+        out = (at_least_float32((x,))[0] - mean) * (variance + self.eps).rsqrt()
         out = out if scale is None else out * scale
         return (out if shift is None else out + shift).to(x.dtype)
 
@@ -59,8 +59,8 @@ class BatchNorm(Layer):
         return apart(out, x.shape[:2])
 
     def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
-        inputs, gradients = full_precision((at.x, self.shaped(at.g, at.x)))
-        mean, variance = full_precision(self.statistics)
+        inputs, gradients = at_least_float32((at.x, self.shaped(at.g, at.x)))
+        mean, variance = at_least_float32(self.statistics)
         rstd = (variance.to(inputs.dtype) + self.eps).rsqrt()
         scale = torch.ones_like(rstd) if at.weight is None else at.weight.to(inputs.dtype)
         last = inputs.movedim(2, -1)
@@ -106,7 +106,7 @@ class GroupNorm(Layer):
             )[0]  # fmt: skip
             gradient = self.shaped(gradient, at.x)
         each = images.shape[1] // self.groups
-        inputs, gradients, mean, rstd = full_precision((images, out, mean, rstd))
+        inputs, gradients, mean, rstd = at_least_float32((images, out, mean, rstd))
         rows = affine_grads(
             inputs.reshape(*inputs.shape[:2], -1).transpose(1, 2),
             gradients.reshape(*inputs.shape[:2], -1).transpose(1, 2),
@@ -149,7 +149,7 @@ class LayerNorm(Layer):
         n, width = len(at.x), math.prod(self.shape)
         inputs, gradients = (
             t.reshape(n, math.prod(at.x.shape[1 : at.x.ndim - len(self.shape)]), width)
-            for t in full_precision((at.x, at.g))
+            for t in at_least_float32((at.x, at.g))
         )
         eps = default_eps(at.x.dtype, at.x.device.type) if self.eps is None else self.eps
         mean = inputs.mean(2, keepdim=True) if self.centred else inputs.new_zeros(1, 1, 1)
