@@ -6,7 +6,7 @@ At full size, each part alone; results go to benchmarks/results/hessian-*.json:
     ENTROPIC_FAST_BENCH=full pytest benchmarks/test_hessian.py -k products_resnet
     (-k products_resnet, products_wide, probes_resnet18, trace, line or path)
 ENTROPIC_FAST_BENCH_COMPILE=1 adds `torch.compile` of jvp(grad), which takes minutes to compile.
-Other settings and the peers are those of test_score.py.
+Other settings and the peers are those of test_scores.py.
 """
 
 from __future__ import annotations

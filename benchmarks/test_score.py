@@ -1,9 +1,9 @@
 """The score engine beside torch.func and its peers, its growth with E and P, and its kernels.
 
 Small by default, so that it runs with the tests:
-    pytest benchmarks/test_score.py
+    pytest benchmarks/test_scores.py
 At full size, each part alone, a few minutes each; results go to benchmarks/results/score-*.json:
-    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_score.py -k norms
+    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_scores.py -k norms
     (-k norms, spectrum_resnet, spectrum_wide, memory, growth or kernels)
 ENTROPIC_FAST_BENCH_DEVICE=cuda runs it on a GPU. Peers that are not installed are named in the
 record: pip install backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings==1.0.0a5

@@ -2,9 +2,9 @@
 
 A cycle is 15 updates with momentum and weight decay, and one projection on a polyline of 9 pivots.
 Small by default, so that it runs with the tests:
-    pytest benchmarks/test_step.py
+    pytest benchmarks/test_projected_step.py
 At full size (WRN-16-4's parameters), stored in benchmarks/results/step-*.json:
-    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_step.py
+    ENTROPIC_FAST_BENCH=full pytest benchmarks/test_projected_step.py
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ ORDER = {1: "first", 2: "second", 3: "third"}
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import test_derivatives as known
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    import test_derivative_formulas as known
     from derivative_sweep import TRANSFORMS, first_fault, routes, transform_faults, variants
 
     from entropic_fast._torch.derivative_formulas import AnyOrder

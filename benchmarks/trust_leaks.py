@@ -2,7 +2,8 @@
 
     python benchmarks/trust_leaks.py
 
-Each in a process of its own (`tests/leaks.py`); goes to benchmarks/results/trust-leaks-cpu.json.
+Each in a process of its own (`tests/support/leaks.py`); goes to
+benchmarks/results/trust-leaks-cpu.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MODELS = ("batch norm gamma 0", "data-dependent branch", "attention", "tied weig
 
 
 def main() -> None:
-    script = ROOT / "tests" / "leaks.py"
+    script = ROOT / "tests" / "support" / "leaks.py"
     sys.path.insert(0, str(script.parent))
     from leaks import CALLS, KINDS
 

@@ -14,8 +14,8 @@ behind that seed, which is listed with its exit status. `again` checks the liste
 what they found is mended, and notes that beside the first counts.
 
 `problems` draws batches, outputs, losses and derivatives of every kind around the models (see
-`tests/random_problems.py`), compares with plain torch and central differences alone, and writes
-trust-problems-cpu.json, with the refused quantities counted by the message.
+`tests/support/random_problems.py`), compares with plain torch and central differences alone, and
+writes trust-problems-cpu.json, with the refused quantities counted by the message.
 """
 
 from __future__ import annotations
@@ -41,8 +41,17 @@ def check(first: int, last: int) -> None:
     import pytest
     import torch
 
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "curvature")]
-    import test_jets_random_models as jets
+    sys.path[:0] = [
+        *map(
+            str,
+            (
+                ROOT / "tests" / "support",
+                ROOT / "tests" / "curvature" / "per_example",
+                ROOT / "tests" / "curvature" / "hvp",
+            ),
+        )
+    ]
+    import test_hvp_random_models as jets
     import test_score_random_models as scores
 
     torch.set_num_threads(1)
@@ -64,7 +73,7 @@ def check_problems(first: int, last: int) -> None:
     """`check` of random problems; a line for every quantity that is refused."""
     import torch
 
-    sys.path[:0] = [str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "tests" / "support")]
     from plain_problems import WrongError, check
     from random_problems import random_problem
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main(first: int, last: int) -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from random_calls import OPS, disagreement
 
     facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()

@@ -1,4 +1,4 @@
-"""The table of compiled GPU kernels, from tests/kernel_budgets.json.
+"""The table of compiled GPU kernels, from tests/support/kernel_budgets.json.
 
 A page says where with the comment `<!-- kernels -->`.
 """

@@ -11,7 +11,7 @@ import pytest
 
 RECORDED = kernel_budgets.load()
 VERSIONS = kernel_budgets.versions()
-ANEW = "`python tests/kernel_budgets.py` records them again"
+ANEW = "`python tests/support/kernel_budgets.py` records them again"
 
 
 def other_version(compiler: str) -> str:

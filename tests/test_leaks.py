@@ -14,7 +14,7 @@ from memory_of import needs_proc
     [*((kind, "batch norm gamma 0") for kind in KINDS), ("gram", "data-dependent branch")],
 )
 def test_a_thousand_calls_leave_memory_as_it_was(request, kind: str, name: str):
-    script = request.config.rootpath / "tests" / "leaks.py"
+    script = request.config.rootpath / "tests" / "support" / "leaks.py"
     command = [sys.executable, script, kind, name]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, tensors = map(int, ended.stdout.split())

@@ -4,7 +4,8 @@ A model or loss that takes a derivative in its inputs (the residual of a differe
 gradient penalty, forces) makes a Hessian of the loss a third derivative of what it calls. torch's
 third derivative of layer normalization is wrong, that of batch normalization missing, and the
 transforms of `torch.func` have second derivatives of normalization layers wrong.
-`tests/test_derivatives.py` tries all of torch's layers; docs/numerics.md has the table.
+`tests/_torch/test_derivative_formulas.py` tries all of torch's layers; docs/numerics.md has the
+table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every model of tests/cases.py on the emulated GPU: what the CPU finds, in either precision."""
+"""Every model of `cases` on the emulated GPU: what the CPU finds, in either precision."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ from random_calls import OPS, disagreement
 
 from entropic_fast.ops import backend
 
-# They call an operator by its number, and no kernel: tests/curvature/test_compiled.py.
+# They call an operator by its number, and no kernel:
+# tests/curvature/operators/test_torch_compile.py.
 OTHERS = {"operator_product", "operator_forms"}
 SEEDS = 60
 

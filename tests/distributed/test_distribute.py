@@ -22,7 +22,7 @@ WHOLE = pytest.mark.skipif(
     os.environ.get("ENTROPIC_FAST_TRUST") != "full",
     reason="two processes a core: with ENTROPIC_FAST_TRUST=full",
 )
-WORKER = Path(__file__).parent / "parallel_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "parallel_worker.py"
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="needs torch.distributed with gloo",

@@ -58,8 +58,7 @@ def results(name: str) -> str:
 
 
 REPEAT = """
-sys.path.insert(0, sys.argv[1])
-sys.path.insert(0, sys.argv[1] + "/curvature")
+sys.path[:0] = [sys.argv[1] + "/support", sys.argv[1] + "/curvature/hvp"]
 from test_product_repeats import results
 print(results(sys.argv[2]))
 """

@@ -1,6 +1,6 @@
 """What one of several processes computes in `test_parallel`: every shared quantity, to a file.
 
-torchrun --nproc-per-node W tests/parallel_worker.py FOLDER [FAULT]
+torchrun --nproc-per-node W tests/support/parallel_worker.py FOLDER [FAULT]
 """
 
 import os

@@ -23,7 +23,7 @@ PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
 @needs_triton
 def test_triton_agrees_with_the_reference_under_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when kernels are defined, hence a process of its own."""
-    suite = Path(__file__).with_name("test_step.py")
+    suite = Path(__file__).with_name("test_projected_step.py")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", str(suite), "-q", "-k", "triton and cpu", *PLUGINS_OFF],
         env={**os.environ, "TRITON_INTERPRET": "1", "ENTROPIC_FAST_BACKEND": "auto"},

@@ -33,7 +33,7 @@ from entropic_fast.ops import backend
 from entropic_fast.ops.random_bits.native import DTYPES
 from entropic_fast.ops.random_bits.reference import KINDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 FLAGS = [

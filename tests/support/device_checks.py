@@ -29,7 +29,8 @@ from entropic_fast.training.data import ImageData
 
 Watched = Callable[[], AbstractContextManager[Any]]  # within which the host may not wait
 
-# ---- every model of tests/cases.py ---------------------------------------------------------------
+# ---- every model of tests/support/cases.py
+# ---------------------------------------------------------------
 
 
 class Sequence(nn.Module):

@@ -26,7 +26,7 @@ PLACES = [
         for name in ("reference", "cuda", "triton")
     ],
 ]
-if os.environ.get("TRITON_INTERPRET") == "1":  # see test_step_triton.py
+if os.environ.get("TRITON_INTERPRET") == "1":  # see test_projected_step_triton.py
     PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
 
 DTYPES = [torch.float32, torch.float64]

@@ -1,6 +1,6 @@
 """How much memory a thousand calls leave behind, in a process of their own.
 
-    python tests/leaks.py WHAT MODEL
+    python tests/support/leaks.py WHAT MODEL
 
 prints bytes by which the process has grown and tensors that are left, from the 400th call on.
 """

@@ -1,6 +1,6 @@
 """One of several processes, each with a device of its own: shared numbers are those of one.
 
-torchrun --nproc-per-node W tests/device_worker.py
+torchrun --nproc-per-node W tests/support/device_worker.py
 """
 
 from __future__ import annotations

@@ -37,7 +37,12 @@ PLACES = [pytest.param("cuda", id="triton-cuda", marks=ON_GPU)]
 if INTERPRETED:
     PLACES.append(pytest.param("cpu", id="triton-cpu"))
 
-SUITES = ("test_score_conv.py", "test_score_gram.py", "test_score_norm.py", "test_score_triton.py")
+SUITES = (
+    "test_conv_example_grads.py",
+    "test_gram_update.py",
+    "test_norm_example_grads.py",
+    "test_example_grads_triton.py",
+)
 # What takes the interpreter seconds; each has a quicker relative that stays.
 SLOW = (
     "65536", "(many_positions and 70)", "large_images", "opcheck", "5x5", "7x7", "expanded",

@@ -1,7 +1,7 @@
 """Family `norm_act_tangents` in Triton: interpreted, compiled ahead of time, on a GPU.
 
-The family's own tests (test_jet.py) run every case on a GPU where there is one; here most of them
-run under the interpreter too, in a process of its own.
+The family's own tests (test_norm_act_tangents.py) run every case on a GPU where there is one; here
+most of them run under the interpreter too, in a process of its own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def test_triton_agrees_with_the_formulas_under_the_interpreter() -> None:
     here = Path(__file__)
     selected = f"triton and cpu and not ({' or '.join(SLOW)})"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", str(here.with_name("test_jet.py")), "-q", "-k", selected,
+        [sys.executable, "-m", "pytest", str(here.with_name("test_norm_act_tangents.py")), "-q",
+        "-k", selected,
          *PLUGINS_OFF],
         env={**os.environ, "TRITON_INTERPRET": "1", "ENTROPIC_FAST_BACKEND": "auto"},
         cwd=here.parents[2],

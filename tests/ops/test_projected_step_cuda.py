@@ -1,8 +1,8 @@
 """The CUDA C++ of family `projected_step` without a GPU, in many orders of threads.
 
-The family's own tests (test_step.py) take it as one more backend. Here every result is compared
-with the CPU kernels', which share csrc/kernels/step.h: updates, segments, positions and points to
-the bit, all products and distances to rounding.
+The family's own tests (test_projected_step.py) take it as one more backend. Here every result is
+compared with the CPU kernels', which share csrc/kernels/step.h: updates, segments, positions and
+points to the bit, all products and distances to rounding.
 """
 
 from __future__ import annotations

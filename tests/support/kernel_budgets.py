@@ -2,9 +2,9 @@
 
 Every Triton launch below and every kernel of csrc/cuda/*.cu is compiled to PTX for each
 architecture, without a GPU, and the PTX goes through ptxas, which says what the kernel needs.
-`python tests/kernel_budgets.py` writes the ceilings in tests/kernel_budgets.json, which
-tests/test_kernel_budgets.py asserts and docs/gpu.md shows. Numbers depend on the compilers, so
-their versions are recorded too.
+`python tests/support/kernel_budgets.py` writes the ceilings in tests/support/kernel_budgets.json,
+which tests/test_kernel_budgets.py asserts and docs/gpu.md shows. Numbers depend on the compilers,
+so their versions are recorded too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_suffix(".json")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (80, 90, 100)

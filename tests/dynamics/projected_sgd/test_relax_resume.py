@@ -139,7 +139,7 @@ def test_a_torn_record_is_left_out_and_a_cut_file_is_refused(tmp_path):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {support!r}]
 import torch
 torch.set_num_threads(1)
 from test_relax_resume import problem, relax, settings
@@ -160,7 +160,14 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path):
         whole = relax(obj, path, **settings(steps=600))
     finally:
         torch.set_num_threads(threads)
-    command = [sys.executable, "-c", SCRIPT.format(here=str(File(__file__).parent)), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT.format(
+            here=str(File(__file__).parent), support=str(File(__file__).parents[2] / "support")
+        ),
+        str(tmp_path),
+    ]
     rng, kills = random.Random(0), 0
     for patience in (2, 8, 3, None):  # records to wait for before the kill
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
