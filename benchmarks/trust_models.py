@@ -41,16 +41,8 @@ def check(first: int, last: int) -> None:
     import pytest
     import torch
 
-    sys.path[:0] = [
-        *map(
-            str,
-            (
-                ROOT / "tests" / "support",
-                ROOT / "tests" / "curvature" / "per_example",
-                ROOT / "tests" / "curvature" / "hvp",
-            ),
-        )
-    ]
+    folders = ("support", "curvature/per_example", "curvature/hvp")
+    sys.path[:0] = [str(ROOT / "tests" / folder) for folder in folders]
     import test_hvp_random_models as jets
     import test_score_random_models as scores
 

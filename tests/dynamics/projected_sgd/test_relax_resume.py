@@ -139,7 +139,7 @@ def test_a_torn_record_is_left_out_and_a_cut_file_is_refused(tmp_path):
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{here!r}, {support!r}]
+sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
 from test_relax_resume import problem, relax, settings
