@@ -1,4 +1,4 @@
-"""What the force on a network with batch normalisation owes to the batches it is taken on.
+"""What the force on a network with batch normalization owes to the batches it is taken on.
 
     python benchmarks/force_batches.py RUN DATA_DIR
 

@@ -161,7 +161,7 @@ def _whole(way: Callable[[Tensor], Tensor], vectors: Tensor) -> Way:
 
 
 def settled(problem: Problem, theta: Tensor) -> Problem:
-    """The problem at another point, its normalisation statistics estimated there."""
+    """The problem at another point, its normalization statistics estimated there."""
     objective = problem.objective.recalibrated(theta)
     objective.load_into(problem.model, theta)
     problem.objective = objective

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import entropic_fast as ef
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 PEERS = {
     "BackPACK": "backpack",
@@ -45,14 +45,14 @@ def missing() -> list[str]:
 
 
 class Problem:
-    """A network of the paper, with normalisation statistics of its images.
+    """A network of the paper, with normalization statistics of its images.
 
     Args:
         name: of the network.
         examples: how many random images.
         size: of the images, in pixels.
         data: images and labels to take instead.
-        model: the network, trained; freshly initialised otherwise.
+        model: the network, trained; freshly initialized otherwise.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Problem:
             x = torch.randn(examples, 3, size, size, generator=generator)
             data = x, torch.randint(0, 10, (examples,), generator=generator)
         self.x, self.y = (tensor.to(DEVICE) for tensor in data)
-        model = initialise(build(name), seed=0) if model is None else model
+        model = initialize(build(name), seed=0) if model is None else model
         self.model = model.to(DEVICE).eval()
         few = (self.x[:128], self.y[:128])
         settled = ef.Objective(self.model, "cross_entropy", few).recalibrated()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-COLOURS = {"plain gradient": "0.6", "ours": "C0", "vmap(grad) + Gram": "C1"}
+COLORS = {"plain gradient": "0.6", "ours": "C0", "vmap(grad) + Gram": "C1"}
 
 
 def draw(path: Path) -> Path:
@@ -22,7 +22,7 @@ def draw(path: Path) -> Path:
         panels, ("examples", "parameters"), ("parameters", "examples"), strict=True
     ):
         cells = sorted(record[axis], key=lambda cell: cell[axis])
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             rows = [(cell[axis], cell["seconds"].get(name)) for cell in cells]
             known = [(x, row) for x, row in rows if row]
             x = [point for point, _ in known]
@@ -31,7 +31,7 @@ def draw(path: Path) -> Path:
                 [row["median"] - row["quartiles"][0] for _, row in known],
                 [row["quartiles"][1] - row["median"] for _, row in known],
             ]
-            panel.errorbar(x, y, spread, color=colour, marker="o", ms=3.5, capsize=2, label=name)
+            panel.errorbar(x, y, spread, color=color, marker="o", ms=3.5, capsize=2, label=name)
         panel.set(xscale="log", yscale="log", xlabel=f"{axis} ({'EP'[axis == 'parameters']})")
         panel.set_title(f"{other}: {cells[0][other]:,}", fontsize=9)
         panel.grid(alpha=0.3)

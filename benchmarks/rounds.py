@@ -79,7 +79,7 @@ def take_turns(
     """Runs all rivals in turns, in another order every round.
 
     A rival finds in the caches what the one before it left there; one order for all rounds would
-    favour some.
+    favor some.
 
     Args:
         rivals: what to run, by name. One that raises is left out and named in `failed`.

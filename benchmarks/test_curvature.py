@@ -17,7 +17,7 @@ from entropic_fast.curvature import (
 )
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import rademacher
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 EXAMPLES, PROBES = 64, 4
 # Forward-mode differentiation compiles its decompositions with the deprecated torch.jit.
@@ -29,7 +29,7 @@ class Plain:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = initialise(build("digits-cnn"), seed=0).eval()
+        self.model = initialize(build("digits-cnn"), seed=0).eval()
         self.x, self.y = torch.randn(EXAMPLES, 1, 8, 8), torch.randint(0, 10, (EXAMPLES,))
         self.values = {name: p.detach() for name, p in self.model.named_parameters()}
         self.count = sum(p.numel() for p in self.values.values())

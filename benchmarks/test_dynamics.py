@@ -8,7 +8,7 @@ import torch
 from entropic_fast.dynamics import RidgePotential, RingPotential, relax, simulate_langevin
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 STEPS, BATCH, PIVOTS = 30, 16, 9
 PARTICLES, LANGEVIN_STEPS = 20_000, 50
@@ -21,7 +21,7 @@ def test_two_cycles_of_projected_sgd(benchmark, provenance, model, replicas, eng
     """Divide by replicas x 30 for the time of a replica's update."""
     g = torch.Generator().manual_seed(0)
     data = torch.randn(512, 1, 8, 8, generator=g), torch.randint(10, (512,), generator=g)
-    obj = Objective(initialise(build(model), seed=0), "cross_entropy", data)
+    obj = Objective(initialize(build(model), seed=0), "cross_entropy", data)
     a = obj.parameters_vector()
     path = linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=PIVOTS)
     benchmark.extra_info.update(provenance, replicas=replicas, updates=STEPS)

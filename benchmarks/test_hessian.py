@@ -255,7 +255,7 @@ def deflated(problem: Problem, k: int, tol: float, most: int) -> ef.Estimate:
 def test_path(kind: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     """The largest eigenvalue to a relative residual of 1e-3 at points of a path, in turns.
 
-    Between two trained networks, along the straight line or a minimum energy path; normalisation
+    Between two trained networks, along the straight line or a minimum energy path; normalization
     statistics are estimated anew at every point. Both ways start from what they found at the
     point before.
     """

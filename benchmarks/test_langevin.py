@@ -1,4 +1,4 @@
-"""Langevin steps in fused kernels against vectorised loops in PyTorch and NumPy.
+"""Langevin steps in fused kernels against vectorized loops in PyTorch and NumPy.
 
 Small by default, so that it runs with the tests:
     pytest benchmarks/test_langevin.py

@@ -6,7 +6,7 @@ from torch import nn
 
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import AutoNEBConfig, Path, auto_neb
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 PIVOTS, BATCH = 9, 128
 
@@ -16,7 +16,7 @@ def digits_objective():
     """The digits CNN on random images of the digits' shape."""
     torch.manual_seed(0)
     data = torch.randn(BATCH, 1, 8, 8), torch.randint(0, 10, (BATCH,))
-    return Objective(initialise(build("digits-cnn"), seed=0), "cross_entropy", data)
+    return Objective(initialize(build("digits-cnn"), seed=0), "cross_entropy", data)
 
 
 @pytest.mark.parametrize("params", [14_378, 272_474])

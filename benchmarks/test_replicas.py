@@ -29,7 +29,7 @@ from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 pytestmark = [pytest.mark.timeout(1800)]
 LR, BATCH, CYCLE = 0.01, 16, 15
@@ -44,7 +44,7 @@ class Problem:
         channels = 1 if name.startswith("digits") else 3
         inputs = torch.randn(512, channels, size, size, generator=g)
         data = inputs, torch.randint(10, (512,), generator=g)
-        self.model = initialise(build(name), seed=0).to(DEVICE)
+        self.model = initialize(build(name), seed=0).to(DEVICE)
         self.name, self.size, self.replicas = name, size, replicas
         obj = Objective(self.model, "cross_entropy", data)
         self.obj = obj.with_norm("batch") if obj.has_running_statistics else obj

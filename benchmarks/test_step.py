@@ -46,7 +46,7 @@ class Problem:
         self.lr = torch.full((1,), 1e-3, dtype=torch.float64, device=DEVICE)
         self.near = torch.tensor([4], device=DEVICE)
         self.norms = self.pivots.square().sum(1)
-        self.neighbours = (self.pivots[:-1] * self.pivots[1:]).sum(1)
+        self.neighbors = (self.pivots[:-1] * self.pivots[1:]).sum(1)
 
     def another(self) -> Problem:
         """A replica of its own, near the same path."""
@@ -103,7 +103,7 @@ class Problem:
         """
         dots, norms = self.pivots @ theta, self.norms  # [M]
         steps = self.squares.to(theta.dtype)
-        ahead = dots.diff() - (self.neighbours - norms[:-1])
+        ahead = dots.diff() - (self.neighbors - norms[:-1])
         t = (ahead / steps).clamp(0, 1)
         apart = norms[:-1] - 2 * dots[:-1] + t * (t * steps - 2 * ahead)
         nearest = apart.argmin()

@@ -61,7 +61,7 @@ ConvShape without_skipped_pixels(ConvShape s) {
 }
 
 // Kernel offsets times input channels of one group, cut into vectors. Without dilation the pixels
-// of a kernel row are neighbours and are cut as one.
+// of a kernel row are neighbors and are cut as one.
 std::vector<ConvColumns> cut_columns(const ConvShape& s, const Padded& padded, int width) {
   const i64 channels = padded.layout.pixel;
   const i64 joined = s.dilation[2] == 1 ? s.kernel[2] : 1;
@@ -177,7 +177,7 @@ void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& resul
   if (!result.out) add_up(partial, s.examples, result.norms);
 }
 
-// Vectors of channels copied together: neighbours in memory come from afar at one go.
+// Vectors of channels copied together: neighbors in memory come from afar at one go.
 constexpr i64 LANE_VECTORS = 4;
 
 // Depthwise convolutions: one lane for each input channel. Output channels of one input channel

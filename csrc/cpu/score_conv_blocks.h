@@ -14,7 +14,7 @@ struct ConvWalk {
   i64 g_steps[3];
 };
 
-// Neighbouring columns of the weight gradient that fill one vector: where they start in the padded
+// Neighboring columns of the weight gradient that fill one vector: where they start in the padded
 // input at position 0 and in a row of the result, and how many of them there are. The others are
 // computed from whatever follows in memory and dropped.
 struct ConvColumns {

@@ -1,4 +1,4 @@
-// Per-example gradients of normalisation layers on the CPU; all tensors contiguous.
+// Per-example gradients of normalization layers on the CPU; all tensors contiguous.
 #pragma once
 
 #include "kernels/common.h"

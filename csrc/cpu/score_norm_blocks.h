@@ -1,4 +1,4 @@
-// Normalisation gradients of one example, as a table of functions. Every instruction set fills one
+// Normalization gradients of one example, as a table of functions. Every instruction set fills one
 // table (cpu/simd/score_norm.cpp); cpu/score_norm.cpp walks the examples and owns the threads.
 #pragma once
 

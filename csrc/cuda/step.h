@@ -1,5 +1,5 @@
 // Fused projection step on a GPU: launchers, free of CUDA headers so that bindings.cpp can include
-// them. All addresses are device addresses of contiguous tensors; nothing synchronises.
+// them. All addresses are device addresses of contiguous tensors; nothing synchronizes.
 #pragma once
 
 #include "kernels/step.h"

@@ -243,7 +243,7 @@ def _own_values(settings: list[Any], values: list[str]) -> list[str]:
 class double_backward_fixes(TorchFunctionMode):
     """Within it, functions whose second derivative torch has wrong are computed by others.
 
-    The double backward pass of weight normalisation (torch 2.13 and 2.15, CPU, weights normalised
+    The double backward pass of weight normalization (torch 2.13 and 2.15, CPU, weights normalized
     along their first or last dimension) returns products that are wrong by their own size; the
     hard sigmoid has none.
 

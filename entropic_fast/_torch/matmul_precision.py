@@ -4,7 +4,7 @@ One setting for all score kernels on a GPU; the CPU always computes in full floa
 
     "float32"   IEEE float32 products and sums, no tensor cores. The default.
     "tf32x3"    each product as three of TF32's on tensor cores: products good to about 2^-21,
-                sums rounded towards zero.
+                sums rounded toward zero.
     "tf32"      one TF32 product on tensor cores: factors rounded to 11 bits, errors of 2^-11.
 
 "tf32x3" is not what "float32" means, although its products come near: tensor cores cut the end

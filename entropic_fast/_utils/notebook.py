@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 40  # of a table; of a longer one the first and the last are shown
 MOST_LINES = 32  # of a plot
 MOST_POINTS = 200  # of a line
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito's palette
+COLORS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito's palette
 
 _STYLE: dict[Any, Any] = {
     "font.size": 8.0,

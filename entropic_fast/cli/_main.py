@@ -183,7 +183,7 @@ _command("relax", "Relax along the first path (figures 3 and 4).")
 _command("force", "Measure the force along the first path against its prediction.")
 _command("lmc", "Branch training and measure linear mode connectivity (figures 5 to 7).")
 _command("straight", "Relax along the line between two branches (figure 8).")
-_command("poor", "Make a minimum that generalises badly, and go there (figure 9).")
+_command("poor", "Make a minimum that generalizes badly, and go there (figure 9).")
 _command("toy", "Simulate the toys (figure 1).")
 app.command("profile")(_interruptible()(cli_profile.profile))
 

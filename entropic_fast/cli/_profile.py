@@ -78,7 +78,7 @@ def profile(
     data_dir: DATA_DIR = None,
     loss: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}.")] = "cross_entropy",
     norm: Annotated[
-        str, typer.Option(help="Normalisation by running statistics, or each batch's: batch.")
+        str, typer.Option(help="Normalization by running statistics, or each batch's: batch.")
     ] = "running",
     parameters: PARAMETERS = None,
     output: OUTPUT = None,

@@ -104,7 +104,7 @@ def profile_point(
             for the first so many examples only. Nothing to do for a model without them.
         probes: for the Hessian trace.
         tol: for the largest eigenvalue, relative residual.
-        start: pairs of a neighbouring point to search the largest eigenvalue from
+        start: pairs of a neighboring point to search the largest eigenvalue from
             (`tracked_eigenpairs`); `measure_point` returns this point's.
         density_probes, steps: `probes` and `steps` of `spectral_density`.
         delta: above 0, in units of the eigenvalues.

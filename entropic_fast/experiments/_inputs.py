@@ -156,7 +156,7 @@ def minimum(run: RunFolder, seed: int) -> nn.Module:
 def objective(run: RunFolder, model: nn.Module, data: ImageData | None = None) -> Objective:
     """Mean cross-entropy of a network over the run's training images, or over others.
 
-    On a CPU images are laid out channels last: convolutions and normalisation are quicker so.
+    On a CPU images are laid out channels last: convolutions and normalization are quicker so.
     """
     inputs, targets = (data or images(run)[0]).tensors()
     if run.device == "cpu":

@@ -87,8 +87,8 @@ _FIGURES = {
         fig2.draw,
         "Figure 2. Entropy induces barriers between minima.",
         "Hessian trace (A), its largest eigenvalue (B) and the loss (C) along minimum energy "
-        "paths; colours are pairs of minima, markers AutoNEB seeds, each marker a pivot. "
-        "D: spectrum of the score matrix along the first path. Normalisation statistics, where "
+        "paths; colors are pairs of minima, markers AutoNEB seeds, each marker a pivot. "
+        "D: spectrum of the score matrix along the first path. Normalization statistics, where "
         "a network keeps them, are re-estimated at every point.",
     ),
     "fig3": _Entry(
@@ -138,7 +138,7 @@ _FIGURES = {
     "fig9": _Entry(
         fig9.collect,
         fig9.draw,
-        "Figure 9 (ours). A minimum that generalises badly.",
+        "Figure 9 (ours). A minimum that generalizes badly.",
         "Path from the first minimum (0) to one that fits the same images and wrong labels on "
         "others (1); loss, curvature and dynamics are those on the images with right labels.",
         lambda config: config.poor.attack > 0,

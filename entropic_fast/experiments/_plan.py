@@ -26,7 +26,7 @@ from ._run_folder import RunFolder
 
 ROUNDS, SECONDS = 10, 1.0  # at least so many timed steps, and so long
 # Seconds that a stage takes for each of its units' weight, in gradients of training, as in recorded
-# runs: of networks without batch normalisation (`demo`) and with it (`small`). Both processes were
+# runs: of networks without batch normalization (`demo`) and with it (`small`). Both processes were
 # at work there, while the gradient is timed alone: training itself took 1.1 times as long.
 PRICES = {
     "train": (1.1, 1.1), "path": (0.56, 1.39), "curvature": (0.27, 0.54), "spectrum": (0.63, 0.23),

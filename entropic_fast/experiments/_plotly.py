@@ -1,6 +1,6 @@
 """A drawn figure's panels as Plotly charts: what is plotted is written once, in Matplotlib.
 
-Lines, error bars, bands, points and meshes are taken over with their colours and labels. What
+Lines, error bars, bands, points and meshes are taken over with their colors and labels. What
 is neither (a schematic) stays in the SVG, which the report holds too.
 """
 
@@ -35,7 +35,7 @@ def charts(figure: Figure) -> list[dict[str, Any]]:
     """A chart for each panel: Plotly's `data` and `layout`, and a `title`.
 
     A second axis (Matplotlib's twinx) joins the panel that it lies on; panels without axes and
-    colour bars are left out.
+    color bars are left out.
 
     >>> from . import plots
     >>> figure, (ax,) = plots.panels(1, 1)
@@ -138,31 +138,31 @@ def _named(label: Any) -> dict[str, Any]:
     return {"name": plain(text), "showlegend": True}
 
 
-def _colour(value: Any) -> dict[str, Any]:
-    """Colour and opacity; ink that follows the page's for black and grey."""
+def _color(value: Any) -> dict[str, Any]:
+    """Color and opacity; ink that follows the page's for black and gray."""
     red, green, blue, alpha = to_rgba(value)
-    grey = max(red, green, blue) - min(red, green, blue) < 0.02 and red < 0.7
-    return {"color": "ink" if grey else to_hex((red, green, blue)), "opacity": round(alpha, 3)}
+    gray = max(red, green, blue) - min(red, green, blue) < 0.02 and red < 0.7
+    return {"color": "ink" if gray else to_hex((red, green, blue)), "opacity": round(alpha, 3)}
 
 
 def _line(ax: Axes, line: Line2D) -> Trace:
     marker, style = str(line.get_marker()), str(line.get_linestyle())
     shown = [m for m, on in (("lines", style in DASHES), ("markers", marker in MARKERS)) if on]
-    colour = _colour(line.get_color())
+    color = _color(line.get_color())
     alpha = line.get_alpha()
     return {
         "type": "scatter",
         "x": _numbers(ax, line.get_xdata(), "x"),
         "y": _numbers(ax, line.get_ydata(), "y"),
         "mode": "+".join(shown) or "lines",
-        "opacity": float(alpha) if alpha is not None else colour["opacity"],
+        "opacity": float(alpha) if alpha is not None else color["opacity"],
         "line": {
-            "color": colour["color"],
+            "color": color["color"],
             "width": float(line.get_linewidth()) * 1.3,
             "dash": DASHES.get(style, "solid"),
         },
         "marker": {
-            "color": colour["color"],
+            "color": color["color"],
             "symbol": MARKERS.get(marker, "circle"),
             "size": float(line.get_markersize()) * 1.4,
         },
@@ -206,14 +206,14 @@ def _collection(ax: Axes, shown: Any) -> list[Trace]:
     if isinstance(shown, PolyCollection):
         return [_band(ax, shown, path.vertices) for path in shown.get_paths()]
     if isinstance(shown, LineCollection):
-        colour = _colour(shown.get_colors()[0])
+        color = _color(shown.get_colors()[0])
         return [
             {
                 "type": "scatter",
                 "mode": "lines",
                 "x": _numbers(ax, segment[:, 0], "x"),
                 "y": _numbers(ax, segment[:, 1], "y"),
-                "line": {"color": colour["color"], "width": 1},
+                "line": {"color": color["color"], "width": 1},
                 **_named("_"),
             }
             for segment in map(np.asarray, shown.get_segments())
@@ -222,15 +222,15 @@ def _collection(ax: Axes, shown: Any) -> list[Trace]:
 
 
 def _band(ax: Axes, shown: PolyCollection, outline: Any) -> Trace:
-    colour = _colour(shown.get_facecolor()[0])
+    color = _color(shown.get_facecolor()[0])
     return {
         "type": "scatter",
         "mode": "lines",
         "x": _numbers(ax, outline[:, 0], "x"),
         "y": _numbers(ax, outline[:, 1], "y"),
         "fill": "toself",
-        "fillcolor": colour["color"],
-        "opacity": colour["opacity"],
+        "fillcolor": color["color"],
+        "opacity": color["opacity"],
         "line": {"width": 0},
         "hoverinfo": "skip",
         **_named("_"),
@@ -239,26 +239,26 @@ def _band(ax: Axes, shown: PolyCollection, outline: Any) -> Trace:
 
 def _points(ax: Axes, shown: PathCollection) -> Trace:
     offsets = np.asarray(shown.get_offsets())
-    colours = [to_hex(c) for c in shown.to_rgba(np.asarray(shown.get_array()))]
+    colors = [to_hex(c) for c in shown.to_rgba(np.asarray(shown.get_array()))]
     return {
         "type": "scatter",
         "mode": "markers",
         "x": _numbers(ax, offsets[:, 0], "x"),
         "y": _numbers(ax, offsets[:, 1], "y"),
-        "marker": {"color": colours, "size": 5},
+        "marker": {"color": colors, "size": 5},
         **_named(shown.get_label()),
     }
 
 
 def _mesh(ax: Axes, shown: QuadMesh) -> Trace:
     corners = np.asarray(shown.get_coordinates(), dtype=float)
-    centres = (corners[:-1, :-1] + corners[1:, 1:]) / 2
-    values = np.asarray(shown.get_array(), dtype=float).reshape(centres.shape[:2])
+    centers = (corners[:-1, :-1] + corners[1:, 1:]) / 2
+    values = np.asarray(shown.get_array(), dtype=float).reshape(centers.shape[:2])
     steps = np.linspace(0, 1, 9)
     return {
         "type": "heatmap",
-        "x": _numbers(ax, centres[0, :, 0], "x"),
-        "y": _numbers(ax, centres[:, 0, 1], "y"),
+        "x": _numbers(ax, centers[0, :, 0], "x"),
+        "y": _numbers(ax, centers[:, 0, 1], "y"),
         "z": [[float(f"{v:.3g}") for v in row] for row in values],
         "colorscale": [[float(s), to_hex(shown.get_cmap()(s))] for s in steps],
         "hoverinfo": "x+y+z",

@@ -23,7 +23,7 @@ from ._run_folder import RunFolder
 from .claims import FAILS, HOLDS, UNDECIDED, Claim
 
 MOST_SETTINGS = 20  # that a comparison of two runs lists
-COLOURS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
+COLORS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def print_claims(console: Console, claims: Sequence[Claim]) -> None:
         interval = (
             f"{_figure(claim.low)} to {_figure(claim.high)}" if math.isfinite(claim.low) else ""
         )
-        verdict = f"[{COLOURS[claim.verdict]}]{claim.verdict}[/]"
+        verdict = f"[{COLORS[claim.verdict]}]{claim.verdict}[/]"
         table.add_row(claim.figure, claim.name, _figure(claim.effect), interval, verdict)
     console.print(table)
     console.print(_count(claims))
@@ -148,7 +148,7 @@ def print_comparison(
 def _cell(claim: Claim) -> str:
     interval = f" [{_figure(claim.low)}, {_figure(claim.high)}]" if math.isfinite(claim.low) else ""
     text = f"{_figure(claim.effect)}{interval}"
-    return f"{escape(text)} [{COLOURS[claim.verdict]}]{claim.verdict}[/]"
+    return f"{escape(text)} [{COLORS[claim.verdict]}]{claim.verdict}[/]"
 
 
 def _entry(folder: Path, figure: FigureEntry) -> Mapping[str, Any]:

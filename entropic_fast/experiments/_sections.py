@@ -156,7 +156,7 @@ class StraightSection:
 
 @dataclass(frozen=True)
 class PoorSection:
-    """A minimum that fits its examples and generalises badly, and the path to it (figure 9).
+    """A minimum that fits its examples and generalizes badly, and the path to it (figure 9).
 
     Of the training images, the last `attack` in the data set's order get wrong labels; a network
     is trained on all of them, for `epochs`, with neither augmentation nor weight decay. The

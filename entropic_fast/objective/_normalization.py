@@ -1,4 +1,4 @@
-"""Normalisation layers: a model's private copy in either mode, and statistics gathered anew."""
+"""Normalization layers: a model's private copy in either mode, and statistics gathered anew."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def norm_layers(model: nn.Module) -> list[Any]:
 
 
 def mixes_examples(model: nn.Module, norm: str) -> bool:
-    """Whether a layer normalises by statistics of its batch.
+    """Whether a layer normalizes by statistics of its batch.
 
-    Instance normalisation without stored statistics is each example's own affair.
+    Instance normalization without stored statistics is each example's own affair.
     """
     batch_norm = nn.modules.batchnorm._BatchNorm
     return norm == "batch" and any(isinstance(m, batch_norm) for m in norm_layers(model))
@@ -64,7 +64,7 @@ def explain_too_few(error: ValueError, size: int) -> None:
     if "more than 1 value per channel" in str(error):
         raise checks.invalid(
             "batch_size",
-            "at least 2 examples in every batch, to normalise by batch statistics",
+            "at least 2 examples in every batch, to normalize by batch statistics",
             f"a batch of {size}",
             "choose one that leaves no single example over",
         ) from error
@@ -73,7 +73,7 @@ def explain_too_few(error: ValueError, size: int) -> None:
 def _contiguous_gradient(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """The output as it is, through which a gradient comes back contiguous.
 
-    torch's instance normalisation (2.13 to 2.15, CPU) returns a wrong gradient of its weight and
+    torch's instance normalization (2.13 to 2.15, CPU) returns a wrong gradient of its weight and
     bias if what arrives has its channels last, as it does from a sequence of positions.
     """
     return output.unsqueeze(-1).select(-1, 0)

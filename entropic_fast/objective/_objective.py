@@ -1,4 +1,4 @@
-"""Objective: (model, loss, data, how normalisation behaves) as a function of one flat vector."""
+"""Objective: (model, loss, data, how normalization behaves) as a function of one flat vector."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Objective:
             (a, b, targets) for a model of two inputs, or (inputs, targets, index), whose index
             is dropped. Batches weigh as many examples as they hold. Floating-point inputs are
             cast to the model's dtype.
-        norm: "running" (normalisation layers use their stored statistics, as in evaluation) or
+        norm: "running" (normalization layers use their stored statistics, as in evaluation) or
             "batch" (they use the statistics of each batch of `batch_size`, as in training;
             quantities of single examples are then undefined and refused).
         device: where to compute; default, where the model is.
@@ -692,7 +692,7 @@ class Objective:
     def _alone(self, inputs: Tree) -> bool:
         """Whether gradients for a single example need it taken twice.
 
-        torch's batch and instance normalisation by stored statistics (2.13 to 2.15, CPU) return a
+        torch's batch and instance normalization by stored statistics (2.13 to 2.15, CPU) return a
         wrong gradient for one image if the gradient arrives with its channels last, as it does
         from a sequence of positions.
         """
@@ -800,18 +800,18 @@ class Objective:
         share = correct / counted if counted else math.nan
         return loss / self.num_examples + float(self.penalty(theta)), share
 
-    # -- normalisation ---------------------------------------------------------------------
+    # -- normalization ---------------------------------------------------------------------
 
     @property
     def has_running_statistics(self) -> bool:
-        """Whether any normalisation layer uses stored statistics."""
+        """Whether any normalization layer uses stored statistics."""
         return self.norm == "running" and self._keeps_statistics
 
     def with_norm(self, norm: str) -> Objective:
-        """This objective with normalisation layers in another mode, "running" or "batch".
+        """This objective with normalization layers in another mode, "running" or "batch".
 
         `obj.with_norm("batch")` is the objective that ordinary training descends: same model,
-        loss and data, each batch normalised by its own statistics.
+        loss and data, each batch normalized by its own statistics.
 
         Raises:
             ValueError: from "batch" to "running": the stored statistics are no longer there.
@@ -875,7 +875,7 @@ class Objective:
         if self.coupled:
             return "coupled=True"
         if mixes_examples(self._model, self.norm):
-            return 'normalisation by batch statistics (norm="batch")'
+            return 'normalization by batch statistics (norm="batch")'
         return ""
 
     def require_single_examples(self) -> None:

@@ -59,7 +59,7 @@ def require_module(model: nn.Module) -> None:
         if nn.parameter.is_lazy(tensor):
             raise checks.invalid(
                 "model",
-                "initialised parameters",
+                "initialized parameters",
                 f"a lazy one, {name!r}",
                 "run the model once on an example first",
             )

@@ -55,7 +55,7 @@ def auto_neb(
     bit on one machine's CPU, and to rounding on a GPU, where torch may sum in another order
     each time.
 
-    The band descends `train_obj`, normalised by batch statistics as in training, plus the
+    The band descends `train_obj`, normalized by batch statistics as in training, plus the
     weight decay; dense evaluations are of `obj` (without weight decay), whose running
     statistics are re-estimated at each point. The path holds parameters only.
 

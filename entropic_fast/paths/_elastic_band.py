@@ -17,7 +17,7 @@ def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
     """Unit tangents at the interior pivots, upwind by energy.
 
     Henkelman and Jonsson, *Improved tangent estimate in the nudged elastic band method*
-    (J. Chem. Phys. 113, 9978, 2000), equations 8 to 11: towards the higher neighbour on a
+    (J. Chem. Phys. 113, 9978, 2000), equations 8 to 11: toward the higher neighbor on a
     slope; at an extremum both directions, weighted by the energy differences.
 
     Args:
@@ -25,7 +25,7 @@ def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
         energies: [M].
 
     Returns:
-        [M - 2, P]; a zero row where a pivot and both neighbours coincide.
+        [M - 2, P]; a zero row where a pivot and both neighbors coincide.
 
     >>> band = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
     >>> improved_tangents(band, torch.tensor([0.0, 1.0, 2.0])).tolist()
@@ -50,7 +50,7 @@ def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
     tangents = _unit(
         (w_forward / scale)[:, None] * forward + (w_backward / scale)[:, None] * backward
     )
-    lost = (tangents == 0).all(1, keepdim=True)  # a neighbour coincides, or a full turn
+    lost = (tangents == 0).all(1, keepdim=True)  # a neighbor coincides, or a full turn
     return torch.where(lost, _unit(pivots[2:] - pivots[:-2]), tangents)
 
 
@@ -90,7 +90,7 @@ def insertions(
 ) -> list[float]:
     """Positions at which the band misses a rise of the loss between two pivots.
 
-    Between each pair of neighbouring pivots, the point where the loss most exceeds the one
+    Between each pair of neighboring pivots, the point where the loss most exceeds the one
     interpolated linearly between the two; taken if the excess is above `threshold` times the
     range of all the losses (Kolsbjerg, Groves and Hammer, *An automated nudged elastic band
     method*, J. Chem. Phys. 145, 094107, 2016). If there is not room for all, the greatest ones.

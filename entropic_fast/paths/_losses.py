@@ -50,15 +50,15 @@ class Saddle:
     """The highest point of a path, from a dense evaluation.
 
     Attributes:
-        position: s of the parabola's vertex through the highest point and its neighbours.
+        position: s of the parabola's vertex through the highest point and its neighbors.
         loss: the vertex's loss.
-        bracket: positions of the neighbours evaluated, between which the maximum lies if the
+        bracket: positions of the neighbors evaluated, between which the maximum lies if the
             evaluation was dense enough to see one maximum between them: the position's
             uncertainty.
         sampled_loss: the highest loss evaluated; `loss` exceeds it by what interpolation adds.
 
     At an end (a path that only rises or falls) nothing is interpolated: position and loss are
-    the end's, and the bracket reaches to its neighbour.
+    the end's, and the bracket reaches to its neighbor.
     """
 
     position: float
@@ -77,7 +77,7 @@ def path_losses(
 ) -> Table:
     """The loss over all of the objective's examples, densely along a path.
 
-    At every point, the ends included, running statistics of normalisation layers are
+    At every point, the ends included, running statistics of normalization layers are
     re-estimated first (`Objective.recalibrated`), so all points are treated alike.
 
     Where the loss overflows (NaN or infinite for any example) it is `inf` in the table and the

@@ -20,7 +20,7 @@ _FORMAT = "entropic_fast.path/1"
 
 
 class Path:
-    """A polyline through pivots, parametrised by its relative Euclidean arc length s in [0, 1].
+    """A polyline through pivots, parametrized by its relative Euclidean arc length s in [0, 1].
 
     Lengths, positions and projections are accumulated in float64 whatever the pivots' dtype.
 

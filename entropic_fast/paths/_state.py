@@ -64,13 +64,13 @@ class NEBResult:
 
     def _draw(self, ax: Axes) -> None:
         s, loss, pivot = (self.losses[name] for name in ("s", "loss", "is_pivot"))
-        ax.plot(s, loss, color=display.COLOURS[0])
-        ax.plot(s[pivot], loss[pivot], "o", ms=3, color=display.COLOURS[0], label="pivots")
+        ax.plot(s, loss, color=display.COLORS[0])
+        ax.plot(s[pivot], loss[pivot], "o", ms=3, color=display.COLORS[0], label="pivots")
         ax.plot(
             [self.saddle.position],
             [self.saddle.loss],
             "^",
-            color=display.COLOURS[1],
+            color=display.COLORS[1],
             label="saddle",
         )
         ax.set_xlabel("relative distance along the path")

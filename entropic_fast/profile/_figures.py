@@ -17,7 +17,7 @@ from ..experiments.figures import _style as plots
 from ..experiments.figures import fig2, fig3
 from ._tasks import CYCLES
 
-_STYLES: fig2.Styles = {"A-B": (plots.COLOURS[0], plots.MARKERS[0], "A-B")}
+_STYLES: fig2.Styles = {"A-B": (plots.COLORS[0], plots.MARKERS[0], "A-B")}
 _LOSSES = {
     "cross_entropy": "cross-entropy [nats]",
     "next_token": "cross-entropy [nats]",
@@ -94,10 +94,10 @@ def _draw_spectra(tables: Mapping[str, Table], names: Sequence[str]) -> Figure:
     count = len(places) + ("fisher" in names)
     columns = min(count, 2)  # each density has its own scale
     figure, axes = plots.panels(-(-count // columns), columns, width=4.4, height=3.1)
-    for ax, letter, place, colour in zip(
+    for ax, letter, place, color in zip(
         axes, "ABC", places, plots.shades(len(places)), strict=False
     ):
-        _draw_density(ax, tables["density"].where(point=place), colour)
+        _draw_density(ax, tables["density"].where(point=place), color)
         at = {"point": "", "between": " between A and B"}.get(place, f" at {place}")
         plots.letter(ax, letter, f"density of the Hessian's spectrum{at}")
     if "fisher" in names:
@@ -109,9 +109,9 @@ def _draw_spectra(tables: Mapping[str, Table], names: Sequence[str]) -> Figure:
 
 
 def _draw_fisher(ax: Axes, table: Table, places: Sequence[str]) -> None:
-    for place, colour in zip(places, plots.shades(len(places)), strict=True):
+    for place, color in zip(places, plots.shades(len(places)), strict=True):
         rows = table.where(point=place, above_floor=True)
-        ax.plot(rows["rank"], rows["eigenvalue"], color=colour, label=place)
+        ax.plot(rows["rank"], rows["eigenvalue"], color=color, label=place)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("rank")
@@ -120,12 +120,12 @@ def _draw_fisher(ax: Axes, table: Table, places: Sequence[str]) -> None:
         ax.legend()
 
 
-def _draw_density(ax: Axes, rows: Table, colour: Any) -> None:
+def _draw_density(ax: Axes, rows: Table, color: Any) -> None:
     density, spread = rows["density"], plots.BAND * np.nan_to_num(rows["std_error"])
     least = 1e-9 * float(density.max())  # a logarithmic axis knows no 0
     low, high = (np.maximum(density + sign * spread, least) for sign in (-1, 1))
-    ax.fill_between(rows["eigenvalue"], low, high, color=colour, alpha=0.18, lw=0)
-    ax.plot(rows["eigenvalue"], np.maximum(density, least), color=colour)
+    ax.fill_between(rows["eigenvalue"], low, high, color=color, alpha=0.18, lw=0)
+    ax.plot(rows["eigenvalue"], np.maximum(density, least), color=color)
     ax.set_yscale("log")
     ax.set_ylim(bottom=1e-7 * float(density.max()))
     ax.set_xlabel("eigenvalue of the Hessian")

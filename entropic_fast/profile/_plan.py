@@ -17,7 +17,7 @@ from ._subject import Subject
 from ._tasks import BAND, CYCLES, PROFILE, STARTS
 
 SEARCHES = 80  # products for eigenvalues at a point ...
-TRACKED = 10  # ... and at one of a path, from its neighbour's vector
+TRACKED = 10  # ... and at one of a path, from its neighbor's vector
 QUICK_TRACE = 8  # gradients that the deterministic part of a trace takes
 # Between processes of one machine, where none is there to measure: bytes and messages a second.
 ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5

@@ -300,7 +300,7 @@ def _same_names(whole: Objective, other: nn.Module) -> list[nn.Parameter] | None
 
 
 def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:
-    """Whether buffers but normalisation statistics, and frozen parameters, are the same."""
+    """Whether buffers but normalization statistics, and frozen parameters, are the same."""
     names = [name for name in a.buffers if name.rpartition(".")[2] not in _STATISTICS]
     found = [(n, n in b.buffers and torch.equal(a.buffers[n], b.buffers[n])) for n in names]
     frozen = [obj.constants()[len(obj.buffers) :] for obj in (a, b)]

@@ -194,9 +194,9 @@ def _notes(subject: Subject, tables: Mapping[str, Table]) -> list[str]:
         notes.append(f"Nothing of single examples, so no Fisher matrix: {subject.alone}.")
     if subject.whole.has_running_statistics:
         notes.append(
-            "Normalisation layers keep the statistics that the model came with."
+            "Normalization layers keep the statistics that the model came with."
             if subject.end is None
-            else "Statistics of normalisation layers are re-estimated at every point, the ends "
+            else "Statistics of normalization layers are re-estimated at every point, the ends "
             "too: for curvature on its examples, for losses on all. The path and the relaxation "
             "use each batch's own, as in training."
         )

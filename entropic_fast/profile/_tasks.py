@@ -107,7 +107,7 @@ def measure_spectra(
 ) -> dict[str, Any]:
     """Loss, traces, eigenvalues, spectral density and Fisher spectrum at a point.
 
-    At a single point normalisation layers keep the statistics that the model came with. On a
+    At a single point normalization layers keep the statistics that the model came with. On a
     path, where those of no point are another's, they are re-estimated at each, the ends too.
     """
     s, theta = subject.settings, _place(store, subject, name)

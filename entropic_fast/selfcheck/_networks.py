@@ -47,7 +47,7 @@ def subject(device: torch.device | str, dtype: torch.dtype) -> Objective:
     601
     """
     generator = torch.Generator().manual_seed(3)
-    model = models.initialise(models.digits_cnn("batch", channels=(4, 5, 6)), 1).to(dtype)
+    model = models.initialize(models.digits_cnn("batch", channels=(4, 5, 6)), 1).to(dtype)
     for name, values in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64)

@@ -219,7 +219,7 @@ def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(sizes.images, 3, 32, 32, generator=generator)
     labels = torch.randint(10, (sizes.images,), generator=generator)
-    model = models.initialise(models.build(sizes.model), 0).eval()
+    model = models.initialize(models.build(sizes.model), 0).eval()
     obj = Objective(model, "cross_entropy", (images, labels), device=device)
     network, x, y = model.to(device), images.to(device), labels.to(device)
     weights = [p for p in network.parameters() if p.requires_grad]

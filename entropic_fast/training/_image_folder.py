@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_GREY = ("L", "1", "LA")  # Pillow's modes
+_GRAY = ("L", "1", "LA")  # Pillow's modes
 _VERSION = 1  # of the cached form
 Arrays = tuple[Tensor, Tensor]  # images [N, C, H, W] of uint8, labels [N] of int64
 
@@ -45,7 +45,7 @@ def cache_dir() -> Path:
 def read_tree(data_dir: str | Path) -> tuple[Arrays, Arrays, list[str]]:
     """All images of a tree, and its class names in alphabetical order.
 
-    Grey images stay of one channel if all are grey; otherwise every image is RGB. Files that
+    Gray images stay of one channel if all are gray; otherwise every image is RGB. Files that
     do not end as an image does, and hidden files, are passed over. The decoded images are kept
     in `cache_dir()` under a key made of every file's path, size and time of change.
 
@@ -181,7 +181,7 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
         stacked = np.empty((len(files), channels, height, width), np.uint8)
 
         def decode(i: int) -> None:
-            stacked[i] = _read_image(files[i][0]).transpose(2, 0, 1)  # grey fills all channels
+            stacked[i] = _read_image(files[i][0]).transpose(2, 0, 1)  # gray fills all channels
 
         list(pool.map(decode, range(len(files))))
     labels = torch.tensor([label for _, label in files])
@@ -208,12 +208,12 @@ def _decode(root: Path, splits: dict[str, dict[str, list[Path]]], path: Path) ->
 def _shape(path: Path) -> tuple[int, int, int]:
     """Height, width and channels of an image, from its header."""
     with _opened(path) as image:
-        return image.height, image.width, 1 if image.mode in _GREY else 3
+        return image.height, image.width, 1 if image.mode in _GRAY else 3
 
 
 def _read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:  # [H, W, 1 or 3]
     with _opened(path) as image:
-        pixels = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+        pixels = np.asarray(image.convert("L" if image.mode in _GRAY else "RGB"))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 

@@ -31,7 +31,7 @@ from .._utils.devices import is_gpu
 from .._utils.table import Table
 from ..ops.random_bits.streams import fold_in
 from .data import ImageData, augment, batches
-from .models import initialise as initialise_model
+from .models import initialize as initialize_model
 
 
 class DivergedError(ValueError):
@@ -159,7 +159,7 @@ def train(
     start_epoch: int = 0,
     stop_epoch: int | None = None,
     optimizer_state: Mapping[str, Tensor] | None = None,
-    initialise: bool | None = None,
+    initialize: bool | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> Trained:
     """Train `model` in place on epochs `start_epoch` to `stop_epoch` of the recipe.
@@ -177,7 +177,7 @@ def train(
         start_epoch: first epoch to run.
         stop_epoch: run up to here, exclusive; default `config.epochs`.
         optimizer_state: momentum buffers to start from, by parameter name; default, none.
-        initialise: whether to set the weights from `seed` first; default, when `start_epoch`
+        initialize: whether to set the weights from `seed` first; default, when `start_epoch`
             is 0 and no `optimizer_state` is given.
         on_epoch: called after each epoch.
 
@@ -201,10 +201,10 @@ def train(
     integer("seed", seed)
     _check_device(model, data)
     _check_precision(model)
-    if initialise is None:
-        initialise = start_epoch == 0 and optimizer_state is None
-    if initialise:
-        initialise_model(model, seed)
+    if initialize is None:
+        initialize = start_epoch == 0 and optimizer_state is None
+    if initialize:
+        initialize_model(model, seed)
     _check_classes(model, data)
     if config.label_noise:
         data = data.with_label_noise(config.label_noise, fold_in(seed, "label noise"))
@@ -253,7 +253,7 @@ def _epoch(
         if config.augment:
             images = augment(images, index, epoch, order_seed, config.pad, config.flip)
         targets = data.labels[index]
-        images = data.normalise(images).contiguous(memory_format=layout)
+        images = data.normalize(images).contiguous(memory_format=layout)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             # A last batch of another size would be compiled for itself.
             outputs = (fast if len(index) == config.batch_size else model)(images)

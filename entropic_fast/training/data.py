@@ -24,7 +24,7 @@ _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Labelled images of one size, kept as uint8 where they are used.
+    """Labeled images of one size, kept as uint8 where they are used.
 
     Args:
         images: uint8.  # [N, C, H, W]
@@ -104,7 +104,7 @@ class ImageData:
         digest.update(self.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def normalise(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normalize(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """(images / 255 - mean) / std, by channel.  # [N, C, H, W] -> [N, C, H, W]"""
         key = (images.device, dtype)
         if key not in self._scales:
@@ -124,8 +124,8 @@ class ImageData:
     def inputs(
         self, index: Tensor | slice | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """Normalised images, all or those at `index` [n].  # [n, C, H, W]"""
-        return self.normalise(self.images if index is None else self.images[index], dtype)
+        """Normalized images, all or those at `index` [n].  # [n, C, H, W]"""
+        return self.normalize(self.images if index is None else self.images[index], dtype)
 
     @functools.cached_property
     def order(self) -> Tensor:
@@ -160,7 +160,7 @@ class ImageData:
         return self.inputs(index, dtype), self.labels[index]
 
     def augmentation(self, pad: int = 4, flip: bool = True) -> CropAndFlip:
-        """What `augment` does, for normalised images: see `CropAndFlip`."""
+        """What `augment` does, for normalized images: see `CropAndFlip`."""
         black = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
         return CropAndFlip(pad, flip, black)
 
@@ -209,7 +209,7 @@ def load(
     """A training and a test set.
 
     Args:
-        name: "digits" (1,797 grey 8x8 images inside scikit-learn, split 1,437 to 360 by class;
+        name: "digits" (1,797 gray 8x8 images inside scikit-learn, split 1,437 to 360 by class;
             no file is read), "cifar10", "cifar100", or any name for a folder in `data_dir`.
         data_dir: an image folder tree `train/<class>/*`, `test/<class>/*` (decoded once, then
             kept in the cache folder, `folders.cache_dir()`); or, for the CIFAR sets, where
@@ -379,7 +379,7 @@ class CropAndFlip:
     Args:
         pad: pixels added on each side; 0 for no crop.
         flip: whether to flip, with probability 1/2.
-        fill: what is added, a number a channel; 0 if left out. For normalised images black is
+        fill: what is added, a number a channel; 0 if left out. For normalized images black is
             -mean / std: `ImageData.augmentation` gives it.
 
     >>> images, words = torch.rand(5, 3, 8, 8), philox(torch.arange(5), seed=0)

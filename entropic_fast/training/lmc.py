@@ -108,7 +108,7 @@ class Trunk:
             start_epoch=state.epoch,
             stop_epoch=k,
             optimizer_state=state.optimizer_state,
-            initialise=False,
+            initialize=False,
             on_epoch=lambda r: _tell(self._progress, "trunk", r.epoch, k),
         )
         self._state = state
@@ -140,7 +140,7 @@ def branch(
         data,
         config,
         seed=seed,
-        initialise=False,
+        initialize=False,
         order_seed=fold_in(seed, "branch", integer("number", number)),
         start_epoch=start.epoch,
         optimizer_state=start.optimizer_state,
@@ -163,7 +163,7 @@ def measure_line(
 ) -> Table:
     """Loss, accuracy and largest Hessian eigenvalue on the straight line from `a` to `b`.
 
-    Normalisation statistics are re-estimated from the training examples at every point, the
+    Normalization statistics are re-estimated from the training examples at every point, the
     ends included, so that all points are treated alike. Where the loss overflows it is `inf`, and
     accuracy and eigenvalue are NaN, with one RuntimeWarning.
 
@@ -262,7 +262,7 @@ def instability(values: Sequence[float] | np.ndarray) -> float:
     return float((path.max() - ends) / ends) if ends > 0 else math.nan
 
 
-def summarise(table: Table) -> Table:
+def summarize(table: Table) -> Table:
     """`LMCResult.instability` from `LMCResult.table`."""
     rows = []
     for k in sorted(set(table["k"].tolist())):
@@ -382,7 +382,7 @@ def linear_mode_connectivity(
         tables = [run(f"k{k}", lambda k=k: compute(k)) for k in chosen]  # type: ignore[misc]
     warn_once(missed, "linear_mode_connectivity:")
     table = Table({name: np.concatenate([t[name] for t in tables]) for name in tables[0].columns})
-    return LMCResult(table, summarise(table))
+    return LMCResult(table, summarize(table))
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -194,7 +194,7 @@ def digits_cnn(
 
 
 def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> nn.Sequential:
-    """A network by its name; its initial weights are torch's own: see `initialise`.
+    """A network by its name; its initial weights are torch's own: see `initialize`.
 
     Args:
         name: one of `NAMES`, or of the same form with another depth or width, as "resnet14",
@@ -224,12 +224,12 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> nn.Module:
+def initialize(model: nn.Module, seed: int) -> nn.Module:
     """Set every parameter and buffer of `model` afresh, as a function of `seed` alone.
 
     Convolutions and linear layers get He's normal weights (variance 2 / fan-in; a linear layer
     that ends the network included) and zero biases, from a generator that depends on the
-    parameter's name only; normalisation layers get scale 1, shift 0 and fresh statistics; other
+    parameter's name only; normalization layers get scale 1, shift 0 and fresh statistics; other
     layers reset themselves by their `reset_parameters`. Torch's global generators are neither
     read nor moved, and the values do not depend on the device.
 
@@ -239,7 +239,7 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     Raises:
         ValueError: a module that owns parameters and has no way to reset them.
 
-    >>> a, b = (initialise(build("digits-cnn"), seed=1) for _ in range(2))
+    >>> a, b = (initialize(build("digits-cnn"), seed=1) for _ in range(2))
     >>> all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     True
     """
@@ -260,7 +260,7 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
                 f"model.{name}" if name else "model",
                 "a module that can set its own parameters",
                 f"{type(module).__name__} with {', '.join(own)} and no reset_parameters()",
-                "give it that method, or initialise it yourself and train with initialise=False",
+                "give it that method, or initialize it yourself and train with initialize=False",
             )
     return model
 

@@ -41,7 +41,7 @@ def test_it_is_trained():
     pair = twins(1)
     for model in pair:
         config = TrainConfig(epochs=2, batch_size=50, augment=False)
-        train(model, data, config, seed=0, initialise=False)
+        train(model, data, config, seed=0, initialize=False)
     for a, b in zip(*(model.parameters() for model in pair), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -97,7 +97,7 @@ def test_training_tries_layouts_without_a_trace():
     net.append(nn.Linear(72, 10))
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     config = TrainConfig(epochs=1, batch_size=10, augment=False)
-    train(net, data, config, seed=0, initialise=False, stop_epoch=0)
+    train(net, data, config, seed=0, initialize=False, stop_epoch=0)
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -14,7 +14,7 @@ import entropic_fast as ef
 from entropic_fast._utils import notebook as display
 from entropic_fast.dynamics import DivergenceError
 from entropic_fast.paths import NEBResult, path_losses, saddle
-from entropic_fast.training.lmc import summarise
+from entropic_fast.training.lmc import summarize
 
 
 def cells(html: str) -> list[list[str]]:
@@ -154,7 +154,7 @@ def test_linear_mode_connectivity_shows_instabilities():
         for t in (0.0, 0.5, 1.0)
     ]
     table = ef.Table.from_rows(rows)
-    html = ef.LMCResult(table, summarise(table))._repr_html_()
+    html = ef.LMCResult(table, summarize(table))._repr_html_()
     assert cells(html)[0][:2] == ["k", "loss_instability"]
     assert cells(html)[2][:3] == ["4", "1", "0"]
     assert "3 points each" in html

@@ -336,10 +336,10 @@ def test_arguments_of_other_kinds_are_refused():
         top_eigenvalues(obj)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_points_that_overflow_keep_their_row_and_all_others(normalised: bool):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_points_that_overflow_keep_their_row_and_all_others(normalized: bool):
     torch.manual_seed(0)
-    layers = [nn.Linear(2, 3), nn.BatchNorm1d(3)] if normalised else [nn.Linear(2, 3)]
+    layers = [nn.Linear(2, 3), nn.BatchNorm1d(3)] if normalized else [nn.Linear(2, 3)]
     model = nn.Sequential(*layers, nn.Linear(3, 2)).eval()
     x = torch.randn(12, 2)
     x[0] *= 100
@@ -356,8 +356,8 @@ def test_points_that_overflow_keep_their_row_and_all_others(normalised: bool):
     assert table.columns == alone.columns and len(seen) == 3
     assert table.rows()[0] == alone.rows()[0]
     middle = table.rows()[1]
-    # With normalisation the loss there is finite, and its second derivatives alone overflow.
-    assert math.isinf(middle["loss"]) == (not normalised)
+    # With normalization the loss there is finite, and its second derivatives alone overflow.
+    assert math.isinf(middle["loss"]) == (not normalized)
     assert math.isnan(middle["top_eigenvalue"]) and math.isnan(middle["log_determinant"])
     assert (middle["top_eigenvalue_converged"], middle["products"]) == (0, 0)
     assert middle["norm"] > 1e37 and math.isfinite(table["hessian_trace"][2])

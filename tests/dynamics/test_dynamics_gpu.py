@@ -6,7 +6,7 @@ import torch
 from entropic_fast.dynamics import RingPotential, relax, simulate_langevin
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +19,7 @@ pytestmark = [
 def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, engine):
     g = torch.Generator().manual_seed(0)
     data = torch.randn(40, 1, 8, 8, generator=g), torch.randint(10, (40,), generator=g)
-    model = initialise(digits_cnn("batch", channels=(4, 4, 4)), 1).double()
+    model = initialize(digits_cnn("batch", channels=(4, 4, 4)), 1).double()
     lr = 0.002 if optimizer == "adam" else 0.05
     runs = []
     for device in ("cpu", "cuda"):

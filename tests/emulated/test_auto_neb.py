@@ -19,7 +19,7 @@ def objectives(model, shape=(24, 1, 8, 8), dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator).to(dtype)
     data = (images, torch.randint(10, shape[:1], generator=generator))
-    model = models.initialise(model, 1).to(dtype)
+    model = models.initialize(model, 1).to(dtype)
     cpu, gpu = (
         ef.Objective(model, "cross_entropy", data, device=device, **options)
         for device in ("cpu", "emulated")

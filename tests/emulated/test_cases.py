@@ -25,7 +25,7 @@ def test_normalization_is_fused_as_on_the_cpu(norm: str):
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def units(device: str) -> list[int]:
-        model = models.initialise(models.build("resnet8", in_channels=3), 0)
+        model = models.initialize(models.build("resnet8", in_channels=3), 0)
         data = (images, torch.arange(4))
         obj = ef.Objective(model, "cross_entropy", data, norm=norm, device=device)
         program = Program(capture(obj, obj.parameters_vector(), images.to(device)))

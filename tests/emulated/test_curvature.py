@@ -248,7 +248,7 @@ def resnet(examples: int = 8) -> ef.Objective:
         torch.randint(10, (examples,), generator=generator),
     )
     return ef.Objective(
-        models.initialise(models.resnet(20), 1), "cross_entropy", data, device=DEVICE
+        models.initialize(models.resnet(20), 1), "cross_entropy", data, device=DEVICE
     )
 
 

@@ -40,7 +40,7 @@ def network(norm, seed=1):
     layers = [nn.Conv2d(1, 2, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 4)]
     if norm == "batch":
         layers.insert(1, nn.BatchNorm2d(2))
-    return models.initialise(nn.Sequential(*layers), seed)
+    return models.initialize(nn.Sequential(*layers), seed)
 
 
 def pair(norm="batch", dtype=torch.float32):

@@ -14,7 +14,7 @@ import entropic_fast as ef
 from entropic_fast.curvature.hvp._interpreter import Program
 from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 DEVICE = "emulated"
 
@@ -160,7 +160,7 @@ def problem():
     """An objective on the emulated GPU, a path, and settings of a short relaxation."""
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(24, 1, 8, 8, generator=generator), torch.arange(24) % 10
-    model = initialise(digits_cnn("none", channels=(2, 2, 2)), 1)
+    model = initialize(digits_cnn("none", channels=(2, 2, 2)), 1)
     obj = ef.Objective(model, "cross_entropy", data, device=DEVICE)
     a = obj.parameters_vector()
     path = ef.linear_path(a, a + 0.1 * torch.linspace(-1, 1, len(a)).to(DEVICE), pivots=3)

@@ -17,7 +17,7 @@ def pair(request):
     data = (images, torch.randint(10, (24,), generator=generator))
 
     def build(device: str) -> ef.Objective:
-        model = models.initialise(models.digits_cnn("batch", channels=(4, 4, 4)), 1)
+        model = models.initialize(models.digits_cnn("batch", channels=(4, 4, 4)), 1)
         return ef.Objective(model, "cross_entropy", data, device=device)
 
     return build("cpu"), build(request.param)

@@ -12,7 +12,7 @@ import entropic_fast as ef
 from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
 from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.paths import _cuda_graph as replay
-from entropic_fast.training.models import initialise
+from entropic_fast.training.models import initialize
 
 
 class Reading(nn.Module):
@@ -25,7 +25,7 @@ class Reading(nn.Module):
 def problem(*layers):
     generator = torch.Generator().manual_seed(0)
     data = (torch.randn(24, 5, generator=generator), torch.randint(3, (24,), generator=generator))
-    model = initialise(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), *layers, nn.Linear(4, 3)), 1)
+    model = initialize(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), *layers, nn.Linear(4, 3)), 1)
     obj = ef.Objective(model, "cross_entropy", data, device="emulated")
     a = obj.parameters_vector()
     return obj, ef.linear_path(a, a + 0.1 * torch.ones(len(a)).to(a.device), 3)

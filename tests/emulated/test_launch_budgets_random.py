@@ -53,7 +53,7 @@ def small():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(64, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (64,), generator=generator)
-    model = models.initialise(models.digits_cnn("none", channels=(4, 4, 4)), 1)
+    model = models.initialize(models.digits_cnn("none", channels=(4, 4, 4)), 1)
     return ef.Objective(model, "cross_entropy", (images, labels), device=GPU)
 
 
@@ -104,7 +104,7 @@ def test_a_cycle_of_relax(emulated, small, inside, replicas, augment):
 def test_a_step_of_training(emulated):
     images, _ = data.load("digits", limit=80, test_limit=20)
     images = images.to(GPU)
-    model = models.initialise(models.digits_cnn("batch", channels=(4, 4, 4)), 0).to(GPU)
+    model = models.initialize(models.digits_cnn("batch", channels=(4, 4, 4)), 0).to(GPU)
 
     def epoch(steps):
         config = training.TrainConfig(epochs=1, batch_size=80 // steps)

@@ -18,7 +18,7 @@ def resnet(device: str, norm: str = "running") -> ef.Objective:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, 16, 16, generator=generator)
     labels = torch.randint(10, (4,), generator=generator)
-    model = models.initialise(models.resnet(20), 1)
+    model = models.initialize(models.resnet(20), 1)
     return ef.Objective(model, "cross_entropy", (images, labels), norm=norm, device=device)
 
 
@@ -26,7 +26,7 @@ def small(device: str, loss="cross_entropy", dtype=torch.float64) -> ef.Objectiv
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(9, 1, 8, 8, generator=generator)
     labels = torch.randint(10, (9,), generator=generator)
-    model = models.initialise(models.digits_cnn("batch", channels=(4, 4, 4)), 1).to(dtype)
+    model = models.initialize(models.digits_cnn("batch", channels=(4, 4, 4)), 1).to(dtype)
     return ef.Objective(model, loss, (images, labels), device=device, batch_size=5)
 
 

@@ -10,7 +10,7 @@ LINE = Table({"point": [0.0, 0.5, 1.0], "loss": [0.1, 0.1, 0.1], "eigenvalue": [
 
 
 def tracks(moves, starts=(0.25, 0.5), replicas=6):
-    """Replicas that move towards the nearest end by `moves[batch size]`, give or take a little."""
+    """Replicas that move toward the nearest end by `moves[batch size]`, give or take a little."""
     rows, run = [], 0
     for size, move in moves.items():
         for start in starts:
@@ -85,7 +85,7 @@ def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1, li
 def test_a_minimum_that_is_worse_sharper_joined_and_left(judge):
     found = poor(judge)
     assert [claim.verdict for claim in found.values()] == [HOLDS] * 4
-    assert found["the poor minimum generalises worse"].effect == pytest.approx(0.15)
+    assert found["the poor minimum generalizes worse"].effect == pytest.approx(0.15)
     assert found["the poor minimum is joined to a normal one"].effect == pytest.approx(0.01)
     assert found["the poor minimum is sharper"].effect == pytest.approx(3.0)
     assert found["SGD leaves the poor minimum"].effect == pytest.approx(0.1005, abs=1e-3)
@@ -95,8 +95,8 @@ def test_a_minimum_that_is_worse_sharper_joined_and_left(judge):
 @pytest.mark.parametrize(
     ("change", "name", "verdict"),
     [
-        ({"accuracy": 0.95}, "the poor minimum generalises worse", UNDECIDED),
-        ({"accuracy": 1.0}, "the poor minimum generalises worse", FAILS),
+        ({"accuracy": 0.95}, "the poor minimum generalizes worse", UNDECIDED),
+        ({"accuracy": 1.0}, "the poor minimum generalizes worse", FAILS),
         ({"barrier": 0.5}, "the poor minimum is joined to a normal one", FAILS),
         ({"barrier": 0.5, "line": 0.05}, "the poor minimum is joined to a normal one", UNDECIDED),
         ({"traces": (3.0, 1.0, 1.0)}, "the poor minimum is sharper", FAILS),

@@ -91,7 +91,7 @@ def test_logarithmic_axes_and_those_plotly_does_not_have():
     assert chart["data"][0]["y"] == [1.0, 10.0, 100.0]
 
 
-def test_meshes_and_coloured_points():
+def test_meshes_and_colored_points():
     def draw(ax):
         x, y = np.meshgrid([0.0, 1.0, 2.0], [0.0, 1.0])
         ax.pcolormesh(x, y, np.arange(6.0).reshape(2, 3))

@@ -181,7 +181,7 @@ def test_what_a_loss_mixes_may_depend_on_the_targets():
 
 
 def pulled(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Each example towards those of its group.  # [N]"""
+    """Each example toward those of its group.  # [N]"""
     same = (targets[:, None] == targets[None]).double()
     return (outputs[:, None] - outputs[None]).square().sum(2).mul(same).sum(1) + outputs[:, 0]
 

@@ -172,7 +172,7 @@ def test_recalibration_keeps_the_dtype(dtype: torch.dtype):
     assert relative_error(moved.buffers["1.running_var"], exact) < 8 * torch.finfo(dtype).eps
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
@@ -185,7 +185,7 @@ class Centred(nn.Module):
 def test_examples_that_interact_a_little_are_found(dtype: torch.dtype):
     """The interaction is under the rounding of bfloat16 losses, not of float32 ones."""
     with pytest.raises(ValueError, match="for it alone"):
-        gradient_norms(Objective(Centred().to(dtype), "cross_entropy", data()))
+        gradient_norms(Objective(Centered().to(dtype), "cross_entropy", data()))
 
 
 @both

@@ -304,7 +304,7 @@ def test_forces_that_are_matched():
 
 @pytest.mark.parametrize("net", ["BatchNorm", "InstanceNorm", "GroupNorm"])
 def test_a_gradient_penalty_on_images(net: str):
-    def penalised(critic, x: Tensor) -> Tensor:
+    def penalized(critic, x: Tensor) -> Tensor:
         with torch.enable_grad():
             x = x.clone().requires_grad_()
             score = critic(x)
@@ -313,7 +313,7 @@ def test_a_gradient_penalty_on_images(net: str):
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = Inner(NETS[net](), penalised).double()
+        model = Inner(NETS[net](), penalized).double()
         data = torch.randn(5, 2).double(), torch.zeros(5).double()
         assert_right(ef.Objective(model, lambda outputs, _: -outputs[:, 0], data, norm="batch"))
 

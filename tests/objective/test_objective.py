@@ -180,7 +180,7 @@ def test_with_data_keeps_the_model_and_forgets_the_data():
     assert other.loss() == pytest.approx(fresh.loss(), rel=1e-13)
 
 
-# -- normalisation -------------------------------------------------------------------------
+# -- normalization -------------------------------------------------------------------------
 
 
 def test_recalibrated_statistics_are_weighted_means_over_the_batches():
@@ -253,7 +253,7 @@ def test_instance_norm_never_mixes_examples():
         assert Objective(model, "cross_entropy", (x, y), norm=norm).separable
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3).double()
@@ -264,8 +264,8 @@ class Centred(nn.Module):
 
 def test_models_that_mix_examples_are_rejected_with_the_example():
     with pytest.raises(ValueError, match=r"for example 0 in a batch of 9 but .* for it alone"):
-        Objective(Centred(), "cross_entropy", classification(9))
-    alone = Objective(Centred(), "cross_entropy", classification(1))
+        Objective(Centered(), "cross_entropy", classification(9))
+    alone = Objective(Centered(), "cross_entropy", classification(1))
     alone.require_single_examples()  # one example has no other to depend on
     with pytest.raises(ValueError, match="for it alone"):
         alone.with_data(classification())
@@ -281,7 +281,7 @@ def test_examples_that_interact_are_found_whatever_the_size_of_the_loss(
 
     x, y = torch.randn(9, 4, dtype=dtype), torch.randn(9, 3, dtype=dtype)
     with pytest.raises(ValueError, match="for it alone"):
-        Objective(Centred().to(dtype), loss, (x, y)).require_single_examples()
+        Objective(Centered().to(dtype), loss, (x, y)).require_single_examples()
     Objective(nn.Linear(4, 3).to(dtype), loss, (x, y)).require_single_examples()
 
 
@@ -314,7 +314,7 @@ def test_first_examples_that_are_alike_hide_no_interaction(alike: int):
         Objective(AboutTheMean(), "cross_entropy", (x, y)).require_single_examples()
 
 
-class AboutTheMean(Centred):
+class AboutTheMean(Centered):
     """The output of an example among its likes is that of the example alone."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -399,7 +399,7 @@ def _mixed() -> nn.Module:
         (Checkpointed, "activations kept for the backward pass, got torch.utils.checkpoint"),
         (Pair, "output: expected the name or index of the part .* with the parts 0, 1"),
         (lambda: nn.Linear(5, 3).double(), "data: expected inputs that the model takes"),
-        (lambda: nn.LazyLinear(3), "initialised parameters, got a lazy one, 'weight'"),
+        (lambda: nn.LazyLinear(3), "initialized parameters, got a lazy one, 'weight'"),
         (lambda: torch.relu, "an nn.Module"),
     ],
 )
@@ -478,7 +478,7 @@ def test_inference_mode_is_refused_by_name_and_no_grad_does_not_matter():
 
 
 class Positions(torch.nn.Module):
-    """Instance normalisation whose gradient arrives with its channels last."""
+    """Instance normalization whose gradient arrives with its channels last."""
 
     def __init__(self, dims):
         super().__init__()
@@ -495,7 +495,7 @@ class Positions(torch.nn.Module):
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_gradients_through_instance_normalisation_are_right_in_any_layout(dims, n):
+def test_gradients_through_instance_normalization_are_right_in_any_layout(dims, n):
     torch.manual_seed(dims)
     net = Positions(dims).double()
     x = torch.randn(n, 2, *(6, 3, 4)[:dims], dtype=torch.float64)

@@ -51,7 +51,7 @@ def hessian(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def differences(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The same by central differences, as torch has weight normalisation wrong."""
+    """The same by central differences, as torch has weight normalization wrong."""
     rows = []
     for p in parameters(model):
         flat = p.detach().view(-1)
@@ -333,7 +333,7 @@ def test_computed_weights_follow_theta(change):
 @pytest.mark.parametrize("engine", ["vmap", "threads", "loop"])
 def test_computed_weights_relax(change, engine: str):
     if engine == "vmap" and change is by_weight_norm:
-        pytest.skip("torch has no batching rule for weight normalisation")
+        pytest.skip("torch has no batching rule for weight normalization")
     obj = Objective(trained(change), "cross_entropy", data())
     theta = obj.parameters_vector()
     path = linear_path(theta, theta + 0.1, 3)

@@ -135,7 +135,7 @@ def test_a_forced_gpu_backend_leaves_the_cpu_to_auto(a_gpu, monkeypatch, forced,
     )
     assert backend.backend_for("projected_step", "cuda") == forced
     assert torch.equal(random.rademacher((5, 3), 1), expected)
-    models.initialise(models.digits_cnn("batch", channels=(2, 2, 2)), 0)
+    models.initialize(models.digits_cnn("batch", channels=(2, 2, 2)), 0)
     theta = torch.tensor([1.0, 2.0])
     sgd_step(theta, torch.ones(2), lr=0.5)
     assert theta.tolist() == [0.5, 1.5]

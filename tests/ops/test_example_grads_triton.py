@@ -223,7 +223,7 @@ def test_products_on_a_gpu_are_as_precise_as_asked(precision: str) -> None:
     gram = torch.zeros(200, 200, dtype=torch.float64, device="cuda")
     symmetric_update_(gram, rows)
     exact = (rows.double() @ rows.double().T).tril()
-    assert low <= relative_norm(gram.tril(-1), exact.tril(-1)) <= 30 * high  # cancelling sums
+    assert low <= relative_norm(gram.tril(-1), exact.tril(-1)) <= 30 * high  # canceling sums
     assert relative_norm(gram.diagonal(), exact.diagonal()) <= high
     a, g = (randn(4, 16, 16, 64, seed=s, device="cuda") for s in (1, 2))
     grads = conv_weight_grads(a, g, **SIZES)

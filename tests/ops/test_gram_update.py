@@ -330,7 +330,7 @@ def test_overlapping_tensors_are_refused() -> None:
         symmetric_update_(memory[:9].view(3, 3), memory[8:20].view(3, 4))
     with pytest.raises(ValueError, match="out: expected memory of its own, apart from b"):
         cross_update_(memory[:9].view(3, 3), zeros(3, 4), memory[8:20].view(3, 4))
-    symmetric_update_(memory[:9].view(3, 3), memory[9:21].view(3, 4))  # neighbours are no overlap
+    symmetric_update_(memory[:9].view(3, 3), memory[9:21].view(3, 4))  # neighbors are no overlap
 
 
 def test_the_family_is_registered() -> None:

@@ -127,7 +127,7 @@ def test_what_diverges_is_not_finite_at_the_end(place: str, potential: str) -> N
         assert not torch.isfinite(end).all(1).any()
 
 
-def test_the_ring_s_centre_has_no_force(place: str) -> None:
+def test_the_ring_s_center_has_no_force(place: str) -> None:
     x = torch.zeros(3, 2, dtype=torch.float64, device=place)
     assert torch.equal(advanced(x, None, "ring", "euler-maruyama", temperature=0.0), x)
 

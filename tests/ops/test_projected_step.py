@@ -509,7 +509,7 @@ def test_overlapping_tensors_are_refused() -> None:
         call_sgd(theta=theta, pivots=memory[:9].view(3, 3))
     with pytest.raises(ValueError, match="apart from momentum_buffer"):
         call_sgd(theta=theta, momentum_buffer=theta, momentum=0.9)
-    products = call_sgd(theta=theta, grad=memory[6:].view(2, 3))  # neighbours are no overlap
+    products = call_sgd(theta=theta, grad=memory[6:].view(2, 3))  # neighbors are no overlap
     assert products.shape == (2, 2, 2)
 
 

@@ -162,7 +162,7 @@ def test_the_ends_do_not_move():
     assert result.path.pivots[-1].tolist() == [1.0, 0.2]
 
 
-def test_weight_decay_descends_the_regularised_surface():
+def test_weight_decay_descends_the_regularized_surface():
     # Across y: 2 (y - 1)^2 + c y^2 / 2 is least at y = 4 / (4 + c).
     obj = surface(lambda p: (p[:, 0] ** 2 - 1) ** 2 + 2 * (p[:, 1] - 1) ** 2)
     config = plain(pivots=3, max_pivots=3, cycles=[(100, 0.1)], weight_decay=4.0)

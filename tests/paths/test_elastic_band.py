@@ -15,9 +15,9 @@ BEND = torch.tensor([[0.0, 0.0], [2.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
 @pytest.mark.parametrize(
     ("energies", "direction"),
     [
-        ((0.0, 1.0, 2.0), (0.0, 1.0)),  # ascending: towards the higher neighbour, ahead
+        ((0.0, 1.0, 2.0), (0.0, 1.0)),  # ascending: toward the higher neighbor, ahead
         ((2.0, 1.0, 0.0), (2.0, 0.0)),  # descending: behind
-        ((0.0, 5.0, 2.0), (2 * 3.0, 5.0)),  # maximum, the later neighbour higher: 5 f + 3 b
+        ((0.0, 5.0, 2.0), (2 * 3.0, 5.0)),  # maximum, the later neighbor higher: 5 f + 3 b
         ((2.0, 5.0, 0.0), (2 * 5.0, 3.0)),  # maximum, the earlier higher: 3 f + 5 b
         ((4.0, 1.0, 6.0), (2 * 3.0, 5.0)),  # minimum: up 5, down 3, the later higher
         ((6.0, 1.0, 4.0), (2 * 5.0, 3.0)),
@@ -60,7 +60,7 @@ def test_a_rigid_band_moves_across_its_tangents_only():
         torch.testing.assert_close(row, row.dot(tangent) * tangent)
 
 
-def test_springs_pull_a_pivot_towards_the_longer_side():
+def test_springs_pull_a_pivot_toward_the_longer_side():
     pivots = torch.tensor([[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]])
     tangents = torch.tensor([[1.0, 0.0]])
     gradient = torch.tensor([[7.0, 2.0]])

@@ -157,11 +157,11 @@ def test_data_may_be_a_dataset_or_batches_of_which_curvature_takes_the_first(tmp
     assert point["loss"] == pytest.approx(obj.loss()) and found.tables["fisher"].num_rows == 10
 
 
-def test_normalisation_by_batches_has_no_fisher_matrix_and_the_report_says_why(tmp_path):
+def test_normalization_by_batches_has_no_fisher_matrix_and_the_report_says_why(tmp_path):
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     found = profile_model(model, examples(), tmp_path / "out", norm="batch", settings=QUICK)
     assert "fisher" not in found.tables and "fisher_trace" not in found.tables["points"]
-    assert "normalisation by batch statistics" in found.report.read_text()
+    assert "normalization by batch statistics" in found.report.read_text()
 
 
 def test_any_loss_serves_and_is_named(tmp_path):
@@ -280,7 +280,7 @@ def test_a_folder_of_something_else_is_refused_with_the_differences(
     refused(command(*arguments, "--out", tmp_path / "full"), "which holds other files")
 
 
-def test_normalisation_statistics_are_gathered_at_each_point(tmp_path):
+def test_normalization_statistics_are_gathered_at_each_point(tmp_path):
     def build(seed):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))

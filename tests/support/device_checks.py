@@ -115,7 +115,7 @@ def network(device: str, dtype: torch.dtype = torch.float32) -> ef.Objective:
     """A small network after some training's worth of statistics, and images of 8 x 8."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(24, 1, 8, 8, generator=generator)
-    model = models.initialise(models.digits_cnn("batch", channels=(4, 4, 4)), 1)
+    model = models.initialize(models.digits_cnn("batch", channels=(4, 4, 4)), 1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None

@@ -175,7 +175,7 @@ def functional_conv(draw: Draw, shape: Shape) -> Made:
         "F.conv": (lambda m, x: call(x, m.w, m.b, padding=1), size),
         "F.conv by keyword": (lambda m, x: call(weight=m.w, padding=1, input=x, bias=m.b), size),
         "F.conv of an expression": (lambda m, x: call(x, m.w * 2, m.b, padding=1), size),
-        "F.conv of standardised weights": (
+        "F.conv of standardized weights": (
             lambda m, x: call(x, m.w - m.w.mean(1, keepdim=True), m.b, padding=1),
             size,
         ),

@@ -68,7 +68,7 @@ class RandomCase:
     def scores(self) -> Tensor:
         """One ordinary backward pass an example.  # [N, P]
 
-        The example twice, to be exact: torch's batch normalisation (2.13 and 2.15, CPU) returns
+        The example twice, to be exact: torch's batch normalization (2.13 and 2.15, CPU) returns
         a wrong gradient for one image alone if the gradient arrives with its channels last.
         """
         parameters, rows = list(self.named_parameters().values()), []

@@ -117,7 +117,7 @@ def dropout(draw: Draw, shape: Shape) -> Made:
 
 def layer_norm(draw: Draw, shape: Shape) -> Made:
     axes = draw.whole(1, min(3, len(shape)))
-    while prod(shape[-axes:]) < 4:  # fewer are all but constant after normalisation
+    while prod(shape[-axes:]) < 4:  # fewer are all but constant after normalization
         axes += 1
         if axes > len(shape):
             return activation(draw, shape)

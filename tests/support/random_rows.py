@@ -58,7 +58,7 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x) + self.bias
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """A weight less its mean."""
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def unusual_linear(draw: Draw, shape: Shape) -> Made:
     elif kind == "pre-hook":
         layer.register_forward_pre_hook(_squash_input)
     elif kind == "parametrization":
-        parametrize.register_parametrization(layer, "weight", Centred())
+        parametrize.register_parametrization(layer, "weight", Centered())
     return Apply(uses[kind], layer), (*shape[:-1], out)
 
 
@@ -186,7 +186,7 @@ def shared_norm(draw: Draw, shape: Shape) -> Made:
 
 
 def functional_norm(draw: Draw, shape: Shape) -> Made:
-    """Normalisation by functions, with parameters of the module's own."""
+    """Normalization by functions, with parameters of the module's own."""
     d = shape[-1]
     if d < 4:
         return activation(draw, shape)

@@ -5,7 +5,7 @@ from torch import nn
 
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 
 def float64(values):
@@ -20,7 +20,7 @@ def images(n=40, seed=0, dtype=torch.float32):
 def mlp_problem(dtype=torch.float64, n=24, seed=0):
     """A small classifier and a bent path of three pivots."""
     g = torch.Generator().manual_seed(seed)
-    model = initialise(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), seed).to(dtype)
+    model = initialize(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), seed).to(dtype)
     x = torch.randn(n, 5, generator=g, dtype=dtype)
     obj = Objective(model, "cross_entropy", (x, torch.randint(3, (n,), generator=g)))
     theta = obj.parameters_vector()
@@ -30,7 +30,7 @@ def mlp_problem(dtype=torch.float64, n=24, seed=0):
 
 def conv_problem(norm, channels=(4, 4, 4), norm_of_objective="running"):
     obj = Objective(
-        initialise(digits_cnn(norm, channels=channels), 1),
+        initialize(digits_cnn(norm, channels=channels), 1),
         "cross_entropy",
         images(),
         norm=norm_of_objective,

@@ -34,7 +34,7 @@ def images(n=6, channels=3, size=5, classes=3, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inputs_are_normalised_by_channel(dtype):
+def test_inputs_are_normalized_by_channel(dtype):
     data = ImageData(
         images().images, images().labels, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ("a", "b", "c"), "toy"
     )
@@ -346,15 +346,15 @@ def test_a_gpu_augments_and_orders_as_the_cpu_does():
     assert torch.allclose(there.inputs().cpu(), data.inputs(), atol=1e-6)
 
 
-def test_normalised_images_are_padded_with_black():
+def test_normalized_images_are_padded_with_black():
     g = torch.Generator().manual_seed(0)
     images = torch.randint(256, (9, 3, 6, 5), generator=g, dtype=torch.uint8)
     data = ImageData(
         images, torch.zeros(9, dtype=torch.int64), (0.2, 0.4, 0.5), (0.1, 0.2, 0.3), ["a"], "x"
     )
     words = philox(torch.arange(9), seed=5)
-    first = data.normalise(CropAndFlip(3)(images, words))
-    last = data.augmentation(pad=3)(data.normalise(images), words)
+    first = data.normalize(CropAndFlip(3)(images, words))
+    last = data.augmentation(pad=3)(data.normalize(images), words)
     torch.testing.assert_close(last, first)
 
 

@@ -100,7 +100,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert folders.cache_dir() == tmp_path / "home" / ".cache" / "entropic_fast"
 
 
-def test_grey_images_keep_one_channel_unless_mixed(tree):
+def test_gray_images_keep_one_channel_unless_mixed(tree):
     for path in tree.rglob("*.png"):
         write(path, mode="L")
     assert load("pets", tree)[0].images.shape[1] == 1

@@ -17,9 +17,9 @@ from entropic_fast.training.lmc import (
     instability,
     linear_mode_connectivity,
     measure_line,
-    summarise,
+    summarize,
 )
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 TRAIN, TEST = load("digits", limit=80, test_limit=40)
 CONFIG = TrainConfig(epochs=4, batch_size=20, augment=False, lr=0.05)
@@ -164,7 +164,7 @@ def test_the_trunk_is_trained_once_and_only_as_far_as_asked():
     assert epochs == [1, 2, 3]
     assert same(at3.model, at3_again.model) and at3.model is not at3_again.model
     assert same(trunk.at(1).model, at1.model)  # going back trains anew
-    assert same(trunk.at(0).model, initialise(small(), 1))
+    assert same(trunk.at(0).model, initialize(small(), 1))
     whole = small()
     train(whole, TRAIN, CONFIG, seed=1)
     assert same(trunk.at(4).model, whole)
@@ -214,7 +214,7 @@ def test_units_are_stored_and_resumed(result):
 
 
 def test_a_line_between_a_network_and_itself_is_flat():
-    model = initialise(small("none"), 3)
+    model = initialize(small("none"), 3)
     line = measure_line(
         model, copy.deepcopy(model), TRAIN, points=4, loss_examples=30, curvature_examples=20
     )
@@ -229,14 +229,14 @@ def test_a_line_between_a_network_and_itself_is_flat():
 
 
 def test_the_ends_are_met_exactly():
-    a, b = initialise(small("none"), 1), initialise(small("none"), 2)
+    a, b = initialize(small("none"), 1), initialize(small("none"), 2)
     line = measure_line(a, b, TRAIN, points=3)
     for model, loss in ((a, line["loss"][0]), (b, line["loss"][-1])):
         assert loss == Objective(model, "cross_entropy", TRAIN.tensors()).loss()
 
 
 def test_a_line_that_overflows_keeps_its_other_points():
-    a = initialise(small("none"), 1)
+    a = initialize(small("none"), 1)
     b = copy.deepcopy(a)
     with torch.no_grad():
         for p in b.parameters():
@@ -246,7 +246,7 @@ def test_a_line_that_overflows_keeps_its_other_points():
     assert line["loss"][1:].tolist() == [math.inf] * 2 and math.isfinite(line["loss"][0])
     assert np.isnan(line["accuracy"]).tolist() == [False, True, True]
     assert line["converged"].tolist() == [1, 0, 0] and math.isfinite(line["eigenvalue"][0])
-    row = summarise(Table({"k": [0] * 3, **line})).rows()[0]
+    row = summarize(Table({"k": [0] * 3, **line})).rows()[0]
     assert row["barrier"] == row["loss_instability"] == math.inf
     assert math.isnan(row["eigenvalue_instability"])
 
@@ -256,7 +256,7 @@ def test_models_can_be_named():
         "digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0], points=3, curvature_examples=10
     )
     assert result.table.num_rows == 3
-    model = initialise(build("digits-cnn"), 0)
+    model = initialize(build("digits-cnn"), 0)
     objective = Objective(model, "cross_entropy", TRAIN.tensors())
     assert result.table["loss"][0] == objective.loss()
 
@@ -296,7 +296,7 @@ def test_a_summary_takes_the_worst_point():
             "eigenvalue": [2.0, 3.0, 2.0],
         }
     )
-    row = summarise(table).rows()[0]
+    row = summarize(table).rows()[0]
     assert row["k"] == 3 and row["barrier"] == 2
     assert row["loss_instability"] == 1 and row["eigenvalue_instability"] == 0.5
     assert row["error_barrier"] == pytest.approx(0.5 - 0.2)

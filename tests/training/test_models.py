@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from entropic_fast.training import models
-from entropic_fast.training.models import build, digits_cnn, initialise, resnet, wide_resnet
+from entropic_fast.training.models import build, digits_cnn, initialize, resnet, wide_resnet
 
 
 def count(model):
@@ -117,7 +117,7 @@ def test_an_unknown_name_lists_the_choices(name):
         (lambda: digits_cnn("layer"), "norm: expected one of 'none', 'batch'"),
         (lambda: digits_cnn(channels=(1, 2)), "channels: expected three"),
         (lambda: digits_cnn(channels=(1, 2, 0)), "channels"),
-        (lambda: initialise(digits_cnn(), -1), "seed"),
+        (lambda: initialize(digits_cnn(), -1), "seed"),
     ],
 )
 def test_bad_sizes_are_refused(make, message):
@@ -126,7 +126,7 @@ def test_bad_sizes_are_refused(make, message):
 
 
 class Everything(nn.Module):
-    """One of each kind of layer that `initialise` treats in its own way."""
+    """One of each kind of layer that `initialize` treats in its own way."""
 
     def __init__(self):
         super().__init__()
@@ -140,12 +140,12 @@ class Everything(nn.Module):
 
 def states(*seeds):
     return [
-        {k: v.clone() for k, v in initialise(Everything(), seed).state_dict().items()}
+        {k: v.clone() for k, v in initialize(Everything(), seed).state_dict().items()}
         for seed in seeds
     ]
 
 
-def test_initialisation_depends_on_the_seed_alone():
+def test_initialization_depends_on_the_seed_alone():
     torch.manual_seed(1)
     first = states(5)[0]
     torch.manual_seed(2)
@@ -161,25 +161,25 @@ def test_initialisation_depends_on_the_seed_alone():
         assert not torch.equal(first[part], other[part])
 
 
-def test_initialisation_undoes_training():
-    model = initialise(Everything(), 3)
+def test_initialization_undoes_training():
+    model = initialize(Everything(), 3)
     fresh = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.add_(1)
-    initialise(model, 3)
+    initialize(model, 3)
     assert all(torch.equal(v, fresh[k]) for k, v in model.state_dict().items())
 
 
-def test_initialisation_leaves_the_global_generator_alone():
+def test_initialization_leaves_the_global_generator_alone():
     model = Everything()
     state = torch.get_rng_state()
-    initialise(model, 0)
+    initialize(model, 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_weights_have_hes_variance():
-    model = initialise(Everything(), 0)
+    model = initialize(Everything(), 0)
     assert model.conv.weight.var().item() == pytest.approx(2 / 27, rel=0.15)
     assert model.linear.weight.var().item() == pytest.approx(2 / 50, rel=0.1)
     assert abs(model.linear.weight.mean().item()) < 4 * (2 / 50 / 10_000) ** 0.5
@@ -187,7 +187,7 @@ def test_weights_have_hes_variance():
 
 
 def test_layers_of_one_shape_get_different_weights():
-    model = initialise(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0)
+    model = initialize(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0)
     assert not torch.equal(model[0].weight, model[1].weight)
 
 
@@ -198,4 +198,4 @@ def test_a_module_that_cannot_be_reset_is_named():
             self.factor = nn.Parameter(torch.ones(1))
 
     with pytest.raises(ValueError, match=r"model\.1: .*Scale with factor.*reset_parameters"):
-        initialise(nn.Sequential(nn.Linear(2, 2), Scale()), 0)
+        initialize(nn.Sequential(nn.Linear(2, 2), Scale()), 0)

@@ -24,7 +24,7 @@ from entropic_fast.training.minima import (
     save_minimum,
     training_manifest,
 )
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 DIGITS = load("digits")
 SMALL = DIGITS[0].limited(150)
@@ -92,7 +92,7 @@ def plain_sgd(model, data, config, seed):
     """The recipe again, with the update written out."""
     from entropic_fast.training.data import augment, batches
 
-    initialise(model, seed)
+    initialize(model, seed)
     model.train()
     momentum = {}
     for epoch in range(config.epochs):
@@ -100,7 +100,7 @@ def plain_sgd(model, data, config, seed):
             images = data.images[index]
             if config.augment:
                 images = augment(images, index, epoch, seed, config.pad, config.flip)
-            loss = nn.functional.cross_entropy(model(data.normalise(images)), data.labels[index])
+            loss = nn.functional.cross_entropy(model(data.normalize(images)), data.labels[index])
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             with torch.no_grad():
                 for p, g in zip(model.parameters(), gradients, strict=True):
@@ -158,7 +158,7 @@ def test_a_cut_run_equals_the_unbroken_one(cut):
         config,
         seed=3,
         start_epoch=cut,
-        initialise=False,
+        initialize=False,
         optimizer_state=first.optimizer_state,
     )
     assert same(whole, model)
@@ -199,12 +199,12 @@ def test_the_seed_decides_and_the_global_generator_does_not():
 
 
 def test_the_model_given_can_be_kept_as_the_start():
-    model = initialise(build("digits-cnn"), 77)
+    model = initialize(build("digits-cnn"), 77)
     kept = copy.deepcopy(model)
-    train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0, initialise=False)
+    train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0, initialize=False)
     assert same(model, kept)
     train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0)
-    assert same(model, initialise(kept, 1))
+    assert same(model, initialize(kept, 1))
 
 
 @pytest.mark.gpu
@@ -212,11 +212,11 @@ def test_a_gpu_starts_from_the_same_weights_and_learns():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     data, test = (d.to("cuda") for d in DIGITS)
-    model = initialise(build("digits-cnn-bn").cuda(), 4)
+    model = initialize(build("digits-cnn-bn").cuda(), 4)
     assert all(
         torch.equal(p.cpu(), q)
         for p, q in zip(
-            model.parameters(), initialise(build("digits-cnn-bn"), 4).parameters(), strict=True
+            model.parameters(), initialize(build("digits-cnn-bn"), 4).parameters(), strict=True
         )
     )
     train(model, data, TrainConfig(epochs=10, batch_size=64, augment=False), seed=0)
@@ -227,7 +227,7 @@ def test_frozen_parameters_stay():
     model = build("digits-cnn")
     model[0].weight.requires_grad_(False)
     before = model[0].weight.clone()
-    trained = train(model, SMALL, TrainConfig(epochs=1), seed=1, initialise=False)
+    trained = train(model, SMALL, TrainConfig(epochs=1), seed=1, initialize=False)
     assert torch.equal(model[0].weight, before)
     assert "0.weight" not in trained.optimizer_state and "0.bias" in trained.optimizer_state
 
@@ -293,7 +293,7 @@ def test_a_model_that_does_not_fit_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, SMALL)
     with pytest.raises(ValueError, match=message):
-        train(model, SMALL, TrainConfig(epochs=1), seed=0, initialise=False)
+        train(model, SMALL, TrainConfig(epochs=1), seed=0, initialize=False)
 
 
 def test_a_model_without_trainable_parameters_is_refused():
@@ -308,7 +308,7 @@ def test_a_model_without_trainable_parameters_is_refused():
 @pytest.mark.parametrize("batch_size", [1, 7, 37, 1000])
 def test_every_example_weighs_the_same(batch_size):
     data = SMALL.subset(torch.arange(37))
-    model = initialise(build("digits-cnn-bn"), 0).train()
+    model = initialize(build("digits-cnn-bn"), 0).train()
     model[1].eval()
     before = copy.deepcopy(model.state_dict())
     loss, accuracy = evaluate(model, data, batch_size)
@@ -442,7 +442,7 @@ def test_a_cut_run_goes_on_whatever_the_layout_of_the_state():
             name: m.contiguous(memory_format=layout) if m.ndim == 4 else m
             for name, m in cut.optimizer_state.items()
         }
-        train(model, SMALL, config, seed=0, start_epoch=1, optimizer_state=state, initialise=False)
+        train(model, SMALL, config, seed=0, start_epoch=1, optimizer_state=state, initialize=False)
         assert same(model, whole)
 
 

@@ -81,14 +81,14 @@ EF_FN void block(const NormExample<T>& e, i64 position, i64 rows, const i64* cha
       }
       const Lanes<T> value = load(x + offset[v]);
       const Lanes<T> grad = load(g + offset[v]);
-      Lanes<T> centred;
+      Lanes<T> centered;
       if constexpr (KIND == CHANNEL)
-        centred = value - mean[v];
+        centered = value - mean[v];
       else if constexpr (KIND == POSITION)
-        centred = (value - *means) * *rstds;
+        centered = (value - *means) * *rstds;
       else
-        centred = (value - load(means + offset[v])) * load(rstds + offset[v]);
-      scale[chain * COUNT + v] += grad * centred;
+        centered = (value - load(means + offset[v])) * load(rstds + offset[v]);
+      scale[chain * COUNT + v] += grad * centered;
       shift[chain * COUNT + v] += grad;
       if constexpr (GRAD) store(grad_x + offset[v], grad * factor[v]);
     }
@@ -159,8 +159,8 @@ void narrow_sums(const NormExample<T>& e, i64 first, double* scale_sums, double*
       const i64 at = s * e.stat_position + c * e.stat_channel;
       const i64 element = s * e.channels + c;
       const double grad = double(e.g[element]);
-      const double centred = double(e.x[element]) - double(e.mean[at]);
-      scale_sums[c] += grad * (later ? centred : centred * double(e.rstd[at]));
+      const double centered = double(e.x[element]) - double(e.mean[at]);
+      scale_sums[c] += grad * (later ? centered : centered * double(e.rstd[at]));
       shift_sums[c] += grad;
       if (e.factor != nullptr) e.grad_x[element] = e.g[element] * e.factor[c];
     }

@@ -44,7 +44,7 @@ def spectral_density(
 ) -> Density:
     """Density of the eigenvalues of a symmetric operator, smoothed by a Gaussian.
 
-    For each probe, `steps` Lanczos steps with full two-pass reorthogonalisation give a Gauss
+    For each probe, `steps` Lanczos steps with full two-pass reorthogonalization give a Gauss
     quadrature rule: nodes are the Ritz values, weights the *squared first components* of the
     eigenvectors of the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J.
     Matrix Anal. Appl. 38, 2017). The mean over probes of sum_i w_i f(node_i) estimates

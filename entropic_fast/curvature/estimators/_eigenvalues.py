@@ -71,7 +71,7 @@ def top_eigenvalues(
 ) -> Eigenpairs | dict[str, Eigenpairs]:
     """The k extreme eigenpairs of a symmetric operator.
 
-    Block Lanczos with full reorthogonalisation in two passes (one leaves ghosts: copies of
+    Block Lanczos with full reorthogonalization in two passes (one leaves ghosts: copies of
     converged eigenvalues), restarted with the best Ritz vectors when the basis is full (thick
     restart, Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Of a block only the directions
     in which wanted pairs still have a residual are multiplied.
@@ -86,7 +86,7 @@ def top_eigenvalues(
     Where eigenvalues are known to be simple, block=1 needs fewest products: for k = 8 of the
     Hessian of a small trained network 20 instead of 43, of which 8 at once may cost less each.
 
-    A warm start, such as the pairs of a neighbouring point on a path, is tested after its first
+    A warm start, such as the pairs of a neighboring point on a path, is tested after its first
     product; along a path of 33 points k = 1 took 5 products a point (9 from random vectors),
     k = 3 took 13 by blocks, 10 with block=1 (19, 13). A start that holds nothing of the wanted
     eigenvector can end at another: one that is an eigenvector is accepted, in a block with

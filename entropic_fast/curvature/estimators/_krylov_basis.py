@@ -51,7 +51,7 @@ def require_symmetry(operator: Any, gap: float, scale: float) -> None:
             "operator",
             "a symmetric one",
             f"v^T A w and w^T A v that differ by {gap:.3g} at a scale of {scale:.3g}",
-            "symmetrise it, (A + A^T) / 2",
+            "symmetrize it, (A + A^T) / 2",
         )
 
 
@@ -79,7 +79,7 @@ class Ritz(NamedTuple):
 class Basis:
     """Orthonormal columns Q with A Q = [Q F] H, and the frontier F, the directions that follow.
 
-    H is kept whole, from the orthogonalisation's own coefficients, and not made symmetric: so
+    H is kept whole, from the orthogonalization's own coefficients, and not made symmetric: so
     the relation holds to rounding whatever A is, residual norms of Ritz pairs follow from H,
     and what a product lacks in symmetry is seen. After a restart H has an arrow's shape.
 
@@ -163,7 +163,7 @@ class Basis:
         block = self.columns[:, old : old + count]
         product = yield from self.multiplied(block, wait)
         self.norm = torch.maximum(self.norm, _norms(product).max())
-        rest, rows = self._orthogonalise(product, held)
+        rest, rows = self._orthogonalize(product, held)
         del product
         self.size, self.frontier = old + count, held - old - count
         self.projected[:held, old : self.size] = rows
@@ -283,7 +283,7 @@ class Basis:
         height = max(1, scratch_of(self.device).rotated // self.size)
         for i in range(0, self.order, height):
             used[i : i + height, :keep] = used[i : i + height] @ turn
-        frontier, _ = self._orthogonalise(frontier, keep)
+        frontier, _ = self._orthogonalize(frontier, keep)
         frontier, triangle = qr(frontier)
         couplings = triangle.double().cpu() @ (self._host[self.size :] @ chosen)
         # What H lacks in symmetry leads out of the vectors kept, and is forgotten.
@@ -301,7 +301,7 @@ class Basis:
         self.frontier += directions.shape[1]
         self.columns[:, old : self.held] = directions
 
-    def _orthogonalise(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
+    def _orthogonalize(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them.
 
         In two passes: one leaves ghosts, copies of converged eigenvalues. The second also makes
@@ -317,7 +317,7 @@ class Basis:
     def _extend(self, rest: Tensor, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
 
-        A short or nearly dependent column of rest is mostly rounding: after the factorisation
+        A short or nearly dependent column of rest is mostly rounding: after the factorization
         one pass more. Soundness is the least share of a direction that this pass leaves; 0 where
         a factorization that waits for nothing does not hold.
         """
@@ -360,7 +360,7 @@ class Basis:
         # What little is left of a product is mostly rounding: one pass more.
         turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
         del q
-        directions, _ = self._orthogonalise(turned, self.held)
+        directions, _ = self._orthogonalize(turned, self.held)
         sound = (_norms(directions) > 0.5).cpu()
         q, triangle = qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]
@@ -371,10 +371,10 @@ class Basis:
         if count <= 0:
             return self.columns[:, :0]
         while True:
-            rest, _ = self._orthogonalise(self._random(count), self.held)
+            rest, _ = self._orthogonalize(self._random(count), self.held)
             rest, triangle = qr(rest)
             if float(triangle.diagonal().abs().min()) > 1e-3:
-                rest, _ = self._orthogonalise(rest, self.held)
+                rest, _ = self._orthogonalize(rest, self.held)
                 return qr(rest)[0]
 
     def _random(self, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The largest eigenpair at one point after another, each found from its neighbour's."""
+"""The largest eigenpair at one point after another, each found from its neighbor's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tracked_eigenpairs(
 ) -> Eigenpairs:
     """The largest eigenpair, and what its search knows of those that follow, for free.
 
-    From a neighbour's pairs the search begins at the sum of the first two vectors and a random
+    From a neighbor's pairs the search begins at the sum of the first two vectors and a random
     one. The first alone would be accepted where it still is an eigenvector, though another
     eigenvalue has passed its own, and random vectors in a wider block do not help, as the first
     product is accepted. The second vector sees the next eigenvalue pass, and the random one
@@ -44,7 +44,7 @@ def tracked_eigenpairs(
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`.
-        start: pairs of a neighbouring point, the largest first; None for a random start.
+        start: pairs of a neighboring point, the largest first; None for a random start.
         tol, seed, max_matvecs: as for `top_eigenvalues`.
         guarded: False to begin at start's first vector alone, known to be near the largest.
 

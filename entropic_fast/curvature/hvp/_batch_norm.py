@@ -1,4 +1,4 @@
-"""Normalisation by stored statistics: y = (x - mean) rstd weight + bias, channel by channel."""
+"""Normalization by stored statistics: y = (x - mean) rstd weight + bias, channel by channel."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(x.ndim - len(shape), x.ndim))
-    normal, mean, rstd = _normalised(x, dims, eps)
+    normal, mean, rstd = _normalized(x, dims, eps)
     if weight is not None:
         normal = normal * weight
     if bias is not None:
@@ -38,23 +38,23 @@ def group_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normal, mean, rstd = _normalised(x.reshape(n, groups, -1), [2], eps)
+    normal, mean, rstd = _normalized(x.reshape(n, groups, -1), [2], eps)
     return _affine(normal.reshape(x.shape), weight, bias), mean[..., 0], rstd[..., 0]
 
 
 def batch_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch normalisation by the statistics of the batch."""
-    normal, mean, rstd = _normalised(x, [0, *range(2, x.ndim)], eps)
+    """Batch normalization by the statistics of the batch."""
+    normal, mean, rstd = _normalized(x, [0, *range(2, x.ndim)], eps)
     return _affine(normal, weight, bias), mean.flatten(), rstd.flatten()
 
 
-def _normalised(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _normalized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(dims, keepdim=True)
-    centred = x - mean
-    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
-    return centred * rstd, mean, rstd
+    centered = x - mean
+    rstd = ((centered * centered).mean(dims, keepdim=True) + eps).rsqrt()
+    return centered * rstd, mean, rstd
 
 
 def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Chains of operations whose tangents are taken in one pass over memory.
 
-Ahead: batch normalisation by stored statistics, then maybe a residual added, then maybe ReLU.
-Behind: ReLU's backward pass (of a sum of two gradients, maybe), then batch normalisation's. Where
+Ahead: batch normalization by stored statistics, then maybe a residual added, then maybe ReLU.
+Behind: ReLU's backward pass (of a sum of two gradients, maybe), then batch normalization's. Where
 the input of a chain is a convolution, its two terms W x' + V x are added in the same pass.
 """
 

@@ -195,14 +195,14 @@ def _gap(
         product: of the second derivatives at a point with v.
     """
     scale, eps = max(LEAST, float(at.square().mean().sqrt())), torch.finfo(torch.float64).eps
-    centre, gradient = value(at)
+    center, gradient = value(at)
     for step in (scale * STEP, scale * SMALLER):
         losses, slopes = {}, {}
         for k in (-2, -1, 1, 2):
             losses[k], slopes[k] = value(at + k * step * v)
         if step == scale * STEP:  # where kinks do not matter
             along, found = float((gradient * v).sum()), (losses[1] - losses[-1]) / (2 * step)
-            rounding = ROUNDINGS * eps * abs(centre) / step
+            rounding = ROUNDINGS * eps * abs(center) / step
             if not abs(along - found) <= 1e-4 * float(gradient.norm()) + rounding:
                 logger.info("a gradient is no derivative of its loss, by intention")
                 return 0.0

@@ -30,7 +30,7 @@ SLICES = 8
 OVERSAMPLING = 5
 # Blocks held before a restart; most spectra of networks need fewer.
 DEPTH = 10
-# Blocks beside the basis, as measured: a product, what is left of it, its factorisation, and freed
+# Blocks beside the basis, as measured: a product, what is left of it, its factorization, and freed
 # ones that malloc still holds.
 WORKSPACE = 6
 
@@ -133,9 +133,9 @@ def fisher_eigenvalues(
 ) -> Eigenpairs:
     """The k largest eigenpairs of the empirical Fisher matrix F = S^T S / E, for any E.
 
-    Randomised block Lanczos (Golub and Underwood 1977; Musco and Musco, arXiv 1504.05477): a
+    Randomized block Lanczos (Golub and Underwood 1977; Musco and Musco, arXiv 1504.05477): a
     random block of vectors, multiplied by F again and again, spans a Krylov space in which the
-    eigenpairs are sought (Rayleigh and Ritz), with full reorthogonalisation in two passes and a
+    eigenpairs are sought (Rayleigh and Ritz), with full reorthogonalization in two passes and a
     thick restart when the memory is full. A product costs one pass over the examples whatever
     the block's width, so a wide block saves passes, and it finds every copy of a multiple
     eigenvalue. The residuals are those of the returned vectors to rounding, as in

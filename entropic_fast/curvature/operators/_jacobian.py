@@ -31,7 +31,7 @@ class JacobianOperator(ByRules):
     changes of the outputs [M] or [M, K]; `J.T @ u` maps cotangents of the outputs [M] or [M, K]
     to gradients [P] or [P, K]. Both go by the rules of `HessianOperator`, K at once, with values
     at the point shared; a model whose graph cannot be captured goes to autograd (see `way`).
-    With norm="batch" each batch is normalised by its own statistics, differentiated through.
+    With norm="batch" each batch is normalized by its own statistics, differentiated through.
 
     Args:
         obj: the objective, of which the loss does not matter.

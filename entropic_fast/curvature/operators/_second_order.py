@@ -1,4 +1,4 @@
-"""The Hessian and the generalised Gauss-Newton matrix by their products, never formed."""
+"""The Hessian and the generalized Gauss-Newton matrix by their products, never formed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class HessianOperator(JetOperator):
     computed once for all columns, and kept for later products where memory allows. With
     g the cotangent and a'_k the tangents of an operation f, a quadratic form v_k^T H v_k is
     sum_f <g, D^2 f[a'_k, a'_k]>, plus the loss's own part: one forward pass of tangents,
-    about half the work of a product. With norm="batch" the normalisation statistics are
+    about half the work of a product. With norm="batch" the normalization statistics are
     differentiated through. Attention is computed by matrix products.
 
     A model whose graph cannot be captured (see `way`) goes to autograd's double backward.
@@ -254,7 +254,7 @@ class HessianOperator(JetOperator):
 
 
 class GGNOperator(JetOperator):
-    """The generalised Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
+    """The generalized Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
 
     It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
     semi-definite for a loss convex in the outputs; for cross-entropy with class labels it is

@@ -66,7 +66,7 @@ def gradient_norms(
         group_by: None for the whole; "parameter" or "module" for the share of each, by name.
 
     Raises:
-        ValueError: normalisation by batch statistics; a NaN or infinite gradient; a budget
+        ValueError: normalization by batch statistics; a NaN or infinite gradient; a budget
             under one example's needs.
 
     >>> import torch

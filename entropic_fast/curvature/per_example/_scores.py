@@ -46,7 +46,7 @@ def score_matrix(
         in the objective's dtype; in float32 for a model of half precision.
 
     Raises:
-        ValueError: normalisation by batch statistics; a matrix larger than the free memory
+        ValueError: normalization by batch statistics; a matrix larger than the free memory
             (`score_gram` needs no whole matrix); a NaN or infinite gradient.
 
     >>> import torch

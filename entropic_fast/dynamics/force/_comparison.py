@@ -116,7 +116,7 @@ def slope_with_errors(
 ) -> tuple[float, float, float]:
     """Slope a of y = a x where both have independent normal errors of known size.
 
-    A fit that takes x for exact is drawn towards 0 by the errors of x. Here a minimises
+    A fit that takes x for exact is drawn toward 0 by the errors of x. Here a minimizes
     chi^2(a) = sum (y - a x)^2 / (s_y^2 + a^2 s_x^2) (York 1966).
 
     Args:

@@ -197,7 +197,7 @@ def point_force(
     Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 3 + 2 spread_draws
     passes of single examples' gradients.
 
-    Layers that normalise by batch statistics: give the objective that the dynamics has,
+    Layers that normalize by batch statistics: give the objective that the dynamics has,
     `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are taken in a
     random order, for batches like those of the dynamics. With `norm="running"` the statistics
     re-estimated at each point are used: an approximation.
@@ -214,7 +214,7 @@ def point_force(
             Networks with kinks have none but over a distance: choose it near that from the path.
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
         seed: of the Lanczos vectors and the samples.
-        v0: to start from, such as the pairs of a neighbouring position.
+        v0: to start from, such as the pairs of a neighboring position.
         max_examples: curvature from so many examples (with batch statistics whole batches of
             the random order); None for all. The r directions take the first ones. Samples of
             the rest are dealt out to parts of the data as large, which their error includes.

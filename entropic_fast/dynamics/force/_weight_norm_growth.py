@@ -1,7 +1,7 @@
 """Norm growth of scale-invariant weights: its share of the drift along a path.
 
-The loss does not depend on the length of a row W of weights that batch statistics normalise
-(a filter followed by batch normalisation). So W . grad_W L = 0 everywhere, every update is at
+The loss does not depend on the length of a row W of weights that batch statistics normalize
+(a filter followed by batch normalization). So W . grad_W L = 0 everywhere, every update is at
 right angles to W, and free SGD lengthens it, by lr^2 |g|^2 / (2 |W|) an update. Projected SGD
 keeps none of that where it projects after every update: what leaves the path is put back on it.
 Within a cycle, with w the displacement since the last projection, g . (W + w) = 0 gives
@@ -28,7 +28,7 @@ from ._linear_response import ProjectedSGD, Sampling, response, travel
 from ._point_force import PointForce
 from ._subsets import as_in_dynamics, first_examples
 
-# Cosine of W and its gradient below which W counts as scale-invariant: normalisation adds a
+# Cosine of W and its gradient below which W counts as scale-invariant: normalization adds a
 # small number to variances, so that the cosine is not 0.
 _ORTHOGONAL = 1e-2
 
@@ -116,7 +116,7 @@ def radial_share(
     """The part of the entropic force that is growth of norms, in the r directions.
 
     Args:
-        obj: the objective of the dynamics, with `norm="batch"` where the network normalises.
+        obj: the objective of the dynamics, with `norm="batch"` where the network normalizes.
         path: as for `point_force`.
         point: the force at a position; curvature is taken on the same examples.
         settings: of the bursts.

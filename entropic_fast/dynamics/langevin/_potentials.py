@@ -6,7 +6,7 @@ slow direction, integrating the fast directions out at temperature T leaves
     V_eff = (T / 2) ln det H_perp,
 
 so (T/2) ln g for one fast direction of stiffness g, T ln g for two. The slow coordinate's density
-is exp(-V_eff / T) = det(H_perp)^(-1/2), up to normalisation and to corrections of order T.
+is exp(-V_eff / T) = det(H_perp)^(-1/2), up to normalization and to corrections of order T.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RingPotential:
 class RidgePotential:
     """V(x, y) = 1/2 g(y) |x|^2: a channel whose stiffness falls from one end to the other.
 
-    Figure 1B: the floor x = 0 is flat, so nothing but the noise in x moves y, towards the
+    Figure 1B: the floor x = 0 is flat, so nothing but the noise in x moves y, toward the
     broad side. g(y) = stiff (broad / stiff)^(y / length) is exponential, so that its entropic
     force is the same everywhere. Soft walls 1/2 wall (distance beyond)^2 hold y in
     [0, length]. Positions are (x_1 ... x_n, y).
@@ -161,7 +161,7 @@ class RidgePotential:
         return -0.5 * self.fast * temperature * self.slope
 
     def analytic_density(self, temperature: float, y: Tensor) -> Tensor:
-        """Stationary density of y, exact: exp(-V_eff / T), normalised in closed form.
+        """Stationary density of y, exact: exp(-V_eff / T), normalized in closed form.
 
         Args:
             temperature: T, above 0.

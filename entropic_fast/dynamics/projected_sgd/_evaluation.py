@@ -16,7 +16,7 @@ class Evaluation:
     """What to evaluate, and when.
 
     Args:
-        obj: the objective, in the normalisation mode of the dynamics.
+        obj: the objective, in the normalization mode of the dynamics.
         fixed_sets: other data, by name.
         loss_every: updates between losses over all examples of `obj`; None for never.
         fixed_every: updates between losses over the fixed sets.

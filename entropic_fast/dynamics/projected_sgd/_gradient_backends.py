@@ -1,4 +1,4 @@
-"""Minibatch gradients of many replicas at once: a loop, threads, or one vectorised call."""
+"""Minibatch gradients of many replicas at once: a loop, threads, or one vectorized call."""
 
 from __future__ import annotations
 

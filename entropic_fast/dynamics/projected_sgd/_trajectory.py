@@ -247,6 +247,6 @@ class Trajectory:
         lines = max(1, -(-self.num_replicas // display.MOST_LINES))
         points = max(1, len(self.steps) // display.MOST_POINTS)
         for replica in self.position[::lines, ::points].numpy():
-            ax.plot(self.steps[::points].numpy(), replica, color=display.COLOURS[0], alpha=0.6)
+            ax.plot(self.steps[::points].numpy(), replica, color=display.COLORS[0], alpha=0.6)
         ax.set_xlabel("updates")
         ax.set_ylabel("position on the path")

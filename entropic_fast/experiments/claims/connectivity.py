@@ -88,7 +88,7 @@ def _paired(
 def straight(line: Table, relaxation: Table) -> list[Claim]:
     """Figure 8: the drift between linearly connected networks."""
     sizes = [int(size) for size in np.unique(relaxation["batch_size"])]
-    moved = [_towards_the_ends(relaxation.where(batch_size=size)) for size in sizes]
+    moved = [_toward_the_ends(relaxation.where(batch_size=size)) for size in sizes]
     few, many, lost = pairs(moved[0], moved[-1])
     known = len(sizes) > 1 and len(few) > 1
     low, high = mean_interval(few - many) if known else (np.nan, np.nan)
@@ -98,9 +98,9 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
         Claim(
             "8",
             "noise drives to the ends of a straight line",
-            "on the straight line between linearly connected networks, the drift towards the "
+            "on the straight line between linearly connected networks, the drift toward the "
             "nearest end is the larger the smaller the batch [D]",
-            f"mean displacement towards the nearest end at B = {sizes[0]}, less that at "
+            f"mean displacement toward the nearest end at B = {sizes[0]}, less that at "
             f"B = {sizes[-1]}, lr = {relaxation['lr'][0]:g}",
             float(few.mean() - many.mean()) if known else np.nan,
             low,
@@ -113,20 +113,20 @@ def straight(line: Table, relaxation: Table) -> list[Claim]:
     ]
 
 
-def _towards_the_ends(rows: Table) -> dict[int, float]:
-    """Mean displacement towards the nearest end over a replica's starts; NaN if one diverged."""
+def _toward_the_ends(rows: Table) -> dict[int, float]:
+    """Mean displacement toward the nearest end over a replica's starts; NaN if one diverged."""
     moved: dict[int, list[float]] = {}
     for run in np.unique(rows["run"]):
         part = rows.where(run=run)
         position = floats(part["position"])
         if position[0] != 0.5:
-            towards = (position[-1] - position[0]) * np.sign(position[0] - 0.5)
-            moved.setdefault(int(part["replica"][0]), []).append(towards)
+            toward = (position[-1] - position[0]) * np.sign(position[0] - 0.5)
+            moved.setdefault(int(part["replica"][0]), []).append(toward)
     return {replica: float(np.mean(values)) for replica, values in moved.items()}
 
 
 def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
-    """Figure 9: a minimum that generalises badly is sharper, joined, and driven away from."""
+    """Figure 9: a minimum that generalizes badly is sharper, joined, and driven away from."""
     normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "poor"))
     right = np.concatenate(
         [floats(minima.where(minimum=name)["test_accuracy"]) for name in ("normal", "poor")]
@@ -151,7 +151,7 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
     return [
         Claim(
             "9",
-            "the poor minimum generalises worse",
+            "the poor minimum generalizes worse",
             "a minimum that also fits wrong labels errs more on test images [D]",
             "test accuracy lost",
             lost,
@@ -185,9 +185,9 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         Claim(
             "9C",
             "SGD leaves the poor minimum",
-            "from beside the poor minimum, projected SGD drifts along the path towards the normal "
+            "from beside the poor minimum, projected SGD drifts along the path toward the normal "
             "one, by descent and noise together [D]",
-            f"mean displacement towards the normal minimum, from s = {nearest:g}",
+            f"mean displacement toward the normal minimum, from s = {nearest:g}",
             float(drift.mean()) if len(drift) else np.nan,
             low,
             high,

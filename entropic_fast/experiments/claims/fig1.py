@@ -71,8 +71,8 @@ def ridge(tracks: Table) -> list[Claim]:
         Claim(
             "1B",
             "drifts to the broad side",
-            "a Brownian particle on a ridge is pushed towards its broad side [S]",
-            "mean displacement towards the broad side",
+            "a Brownian particle on a ridge is pushed toward its broad side [S]",
+            "mean displacement toward the broad side",
             mean,
             low,
             high,

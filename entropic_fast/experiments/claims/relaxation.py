@@ -135,7 +135,7 @@ class _Run:
 
     @property
     def approach(self) -> float:
-        """Displacement towards the nearest end; NaN if the replica diverged."""
+        """Displacement toward the nearest end; NaN if the replica diverged."""
         moved = self.position[-1] - self.position[0]
         return float(-moved if self.start <= 0.5 else moved)
 
@@ -178,7 +178,7 @@ def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
             "3A",
             "deeper starts take longer",
             "models that start deeper along the path take longer to relax to the end [S]",
-            "rank correlation of starting depth and time to reach the end's neighbourhood",
+            "rank correlation of starting depth and time to reach the end's neighborhood",
             rho,
             low,
             high,
@@ -257,9 +257,9 @@ def _faster(
             figure,
             name,
             statement,
-            "difference of speed towards the end, in path lengths per unit of updates x lr"
+            "difference of speed toward the end, in path lengths per unit of updates x lr"
             if effective
-            else "difference of displacement towards the end, in path lengths",
+            else "difference of displacement toward the end, in path lengths",
             float((a - b).mean()) if len(a) > 1 else np.nan,
             low,
             high,

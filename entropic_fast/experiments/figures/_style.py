@@ -1,4 +1,4 @@
-"""The figures' common look: colour-blind-safe, legible when printed, PNG and SVG."""
+"""The figures' common look: color-blind-safe, legible when printed, PNG and SVG."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..._utils.table import Table
 from ..claims._intervals import mean_interval
 
 # Okabe and Ito's palette, without its yellow (too light on white).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = 1.96  # half-width of a 95 % band, in standard errors
 
@@ -69,9 +69,9 @@ def letter(ax: Axes, name: str, title: str) -> None:
     ax.set_title(f"{name}   {title}", loc="left")
 
 
-def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, colour: str) -> None:
+def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, color: str) -> None:
     """A 95 % band about a mean, from its standard error."""
-    ax.fill_between(x, mean - BAND * error, mean + BAND * error, color=colour, alpha=0.18, lw=0)
+    ax.fill_between(x, mean - BAND * error, mean + BAND * error, color=color, alpha=0.18, lw=0)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
@@ -107,24 +107,24 @@ def log_if_wide(ax: Axes, values: np.ndarray) -> None:
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:
-    """Ordered colours for an ordered quantity: viridis, without what white or black paper hides."""
+    """Ordered colors for an ordered quantity: viridis, without what white or black paper hides."""
     places = np.linspace(0.25, 0.88, max(2, count))
     return [matplotlib.colormaps["viridis"](x) for x in places][:count]
 
 
 def mean_and_points(
-    ax: Axes, x: np.ndarray, values: np.ndarray, colour: str, label: str = ""
+    ax: Axes, x: np.ndarray, values: np.ndarray, color: str, label: str = ""
 ) -> None:
     """The mean over rows of `values` [R, X] as a line, each row's values as points.
 
     From three rows on, a band is the mean's 95 % interval (Student's t). The axis spans the
     points: of so few rows the band may reach beyond it.
     """
-    ax.plot(x, values.mean(0), "-", color=colour, label=label or None)
+    ax.plot(x, values.mean(0), "-", color=color, label=label or None)
     for row in values:
-        ax.plot(x, row, "o", color=colour, alpha=0.6)
+        ax.plot(x, row, "o", color=color, alpha=0.6)
     if len(values) > 2:
         spanned = ax.dataLim.frozen()
         low, high = np.transpose([mean_interval(column) for column in values.T])
-        ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        ax.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
         ax.dataLim.set(spanned)

@@ -169,8 +169,8 @@ def _shade(ax: Axes, x: Tensor, y: Tensor, energy: Tensor, top: float) -> QuadMe
 
 
 def _draw_density(ax: Axes, table: Table) -> None:
-    for temperature, colour in zip(
-        sorted(set(table["temperature"].tolist())), plots.COLOURS, strict=False
+    for temperature, color in zip(
+        sorted(set(table["temperature"].tolist())), plots.COLORS, strict=False
     ):
         rows = table.where(temperature=temperature)
         ax.errorbar(
@@ -178,7 +178,7 @@ def _draw_density(ax: Axes, table: Table) -> None:
             rows["density"],
             plots.BAND * rows["std_error"],
             fmt="o",
-            color=colour,
+            color=color,
             capsize=2,
             label=f"simulated, T = {temperature:g}",
         )
@@ -186,7 +186,7 @@ def _draw_density(ax: Axes, table: Table) -> None:
             rows["angle"],
             rows["analytic"],
             "-",
-            color=colour,
+            color=color,
             label=f"analytic, T = {temperature:g}",
         )
     ax.set_xlabel("angle θ [rad] (0 is stiff, ±π is flat)")
@@ -209,8 +209,8 @@ def _draw_track(ax: Axes, table: Table) -> None:
 
 
 def _draw_mean(ax: Axes, table: Table) -> None:
-    ax.plot(table["time"], table["mean"], "-", color=plots.COLOURS[0], label="mean of particles")
-    plots.band(ax, table["time"], table["mean"], table["std_error"], plots.COLOURS[0])
+    ax.plot(table["time"], table["mean"], "-", color=plots.COLORS[0], label="mean of particles")
+    plots.band(ax, table["time"], table["mean"], table["std_error"], plots.COLORS[0])
     start = float(table["mean"][0])
     early = table["time"] <= 0.4 * table["time"].max()
     ax.plot(

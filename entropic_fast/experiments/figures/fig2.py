@@ -21,7 +21,7 @@ from . import _style as plots
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue")
 DISTANCE = "relative distance along the path"
-Styles = dict[str, tuple[str, str, str]]  # of each path: colour, marker, legend
+Styles = dict[str, tuple[str, str, str]]  # of each path: color, marker, legend
 
 
 def path_units(run: RunFolder) -> list[Unit]:
@@ -123,7 +123,7 @@ def profile(
     """Traces, largest eigenvalue and loss at every pivot.
 
     Args:
-        whole: where normalisation statistics are taken from.
+        whole: where normalization statistics are taken from.
         some: the same loss on the examples that curvature is of.
     """
     inputs = some.tensors()
@@ -240,14 +240,14 @@ def draw_curvature(trace: Axes, eigenvalue: Axes, curvature: Table, styles: Styl
         (trace, "hessian_trace", "hessian_trace_std_error", "Hessian trace"),
         (eigenvalue, "top_eigenvalue", "top_eigenvalue_residual", "largest Hessian eigenvalue"),
     ):
-        for name, (colour, marker, text) in styles.items():
+        for name, (color, marker, text) in styles.items():
             rows = curvature.where(path=name)
             ax.errorbar(
                 rows["s"],
                 rows[column],
                 plots.BAND * rows[error],
                 fmt=f"{marker}-",
-                color=colour,
+                color=color,
                 capsize=2,
                 label=text,
             )
@@ -265,10 +265,10 @@ def draw_losses(
     ax: Axes, table: Table, styles: Styles, label: str = "cross-entropy [nats]"
 ) -> None:
     """Panel C: the loss along the paths and the straight lines."""
-    for name, (colour, _, _) in styles.items():
+    for name, (color, _, _) in styles.items():
         for kind, dash in (("path", "-"), ("line", ":")):
             rows = table.where(path=name, kind=kind)
-            ax.plot(rows["s"], rows["loss"], dash, color=colour)
+            ax.plot(rows["s"], rows["loss"], dash, color=color)
     ax.plot([], [], "k-", label="minimum energy path")
     ax.plot([], [], "k:", label="straight line")
     ax.set_yscale("log")
@@ -281,9 +281,9 @@ def draw_losses(
 def draw_spectrum(ax: Axes, table: Table) -> None:
     """Panel D: eigenvalues of the score matrix by rank, a curve a position."""
     positions = sorted(set(table["s"].tolist()))
-    for s, colour in zip(positions, plots.shades(len(positions)), strict=True):
+    for s, color in zip(positions, plots.shades(len(positions)), strict=True):
         rows = table.where(s=s, above_floor=True)
-        ax.plot(rows["rank"], rows["eigenvalue"], color=colour, label=f"s = {s:.2f}")
+        ax.plot(rows["rank"], rows["eigenvalue"], color=color, label=f"s = {s:.2f}")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("rank")
@@ -292,12 +292,12 @@ def draw_spectrum(ax: Axes, table: Table) -> None:
 
 
 def _styles(paths: Table) -> Styles:
-    """Colour by pair of minima, marker by AutoNEB seed, as in the paper."""
+    """Color by pair of minima, marker by AutoNEB seed, as in the paper."""
     pairs = list(dict.fromkeys((r["from"], r["to"]) for r in paths.rows()))
     seeds = list(dict.fromkeys(paths["neb_seed"].tolist()))
     return {
         str(row["path"]): (
-            plots.COLOURS[pairs.index((row["from"], row["to"])) % len(plots.COLOURS)],
+            plots.COLORS[pairs.index((row["from"], row["to"])) % len(plots.COLORS)],
             plots.MARKERS[seeds.index(row["neb_seed"]) % len(plots.MARKERS)],
             f"{row['from']}-{row['to']}, {row['neb_seed']}",
         )

@@ -64,7 +64,7 @@ def curves(
     column: str,
     label: Label,
     time: str,
-    colours: Sequence[object] = (),
+    colors: Sequence[object] = (),
     *,
     displaced: bool = False,
 ) -> None:
@@ -73,15 +73,15 @@ def curves(
     Positions, or with `displaced` how far they are from the start.
     """
     values = list(dict.fromkeys(table[column].tolist()))
-    for value, colour in zip(values, colours or plots.shades(len(values)), strict=False):
+    for value, color in zip(values, colors or plots.shades(len(values)), strict=False):
         rows, band = table.where(**{column: value}), bands.where(**{column: value})
         origin = float(rows["start"][0]) if displaced else 0.0
         for run in np.unique(rows["run"]):
             track = rows.where(run=run)
-            ax.plot(track[time], track["position"] - origin, color=colour, lw=0.4, alpha=0.25)
+            ax.plot(track[time], track["position"] - origin, color=color, lw=0.4, alpha=0.25)
         low, high, mean = (np.asarray(band[name]) - origin for name in ("low", "high", "mean"))
-        ax.fill_between(band[time], low, high, color=colour, alpha=0.25, lw=0)
-        ax.plot(band[time], mean, color=colour, lw=1.8, label=label(value))
+        ax.fill_between(band[time], low, high, color=color, alpha=0.25, lw=0)
+        ax.plot(band[time], mean, color=color, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
     ax.set_ylabel("displacement" if displaced else "relative distance along the path")
     if len(values) > 4:

@@ -10,7 +10,7 @@ from . import _relaxation_runs as relaxation
 from . import _style as plots
 from .fig3 import curves
 
-COLOURS = {"sgd": "#000000", "nesterov": "#D55E00", "adam": "#009E73"}  # the paper's order
+COLORS = {"sgd": "#000000", "nesterov": "#D55E00", "adam": "#009E73"}  # the paper's order
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
@@ -30,7 +30,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     names = list(dict.fromkeys(table["optimizer"].tolist()))
     rate = {name: float(table.where(optimizer=name)["lr"][0]) for name in names}
     for ax, time in zip(axes, ("step", "effective_time"), strict=True):
-        colours = [COLOURS[name] for name in names]
+        colors = [COLORS[name] for name in names]
         curves(
             ax,
             table,
@@ -38,7 +38,7 @@ def draw(tables: dict[str, Table]) -> Figure:
             "optimizer",
             lambda n: f"{n}, lr = {rate[n]:g}",
             time,
-            colours,
+            colors,
         )
     plots.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
     plots.letter(axes[1], "B", "against effective time")

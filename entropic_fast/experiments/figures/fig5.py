@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..._utils.convergence import held
 from ..._utils.table import Table
 from ...training._train import Trained
-from ...training.lmc import Trunk, branch, measure_line, summarise
+from ...training.lmc import Trunk, branch, measure_line, summarize
 from .. import _inputs as pieces
 from .._executor import Report, Unit
 from .._run_folder import RunFolder
@@ -108,7 +108,7 @@ def collect(run: RunFolder, section: str = "lmc", name: str = "fig5") -> dict[st
         tables = [run.table(f"{section}/s{seed}-k{k}", "line") for k in lmc.branch_epochs]
         rows = [row for table in tables for row in table.rows()]
         lines += rows
-        summaries += [{"seed": seed, **row} for row in summarise(Table.from_rows(rows)).rows()]
+        summaries += [{"seed": seed, **row} for row in summarize(Table.from_rows(rows)).rows()]
     return {
         f"{name}_lines": Table.from_rows(lines),
         f"{name}_instability": Table.from_rows(summaries),
@@ -134,7 +134,7 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     averages = np.array(
         [[lines.where(seed=s, k=k)["loss"].mean() for k in k_values] for s in seeds]
     )
-    plots.mean_and_points(mean, np.array(k_values), averages, plots.COLOURS[0])
+    plots.mean_and_points(mean, np.array(k_values), averages, plots.COLORS[0])
     mean.set_ylabel("mean loss on the line [nats]")
     plots.letter(mean, "B", "loss on the line")
 
@@ -156,12 +156,12 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     plots.letter(loss, "C", "loss along the line")
     plots.letter(eigenvalue, "C", "curvature along the line")
 
-    for column, colour, label in (
-        ("loss_instability", plots.COLOURS[0], "loss"),
-        ("eigenvalue_instability", plots.COLOURS[1], "largest eigenvalue"),
+    for column, color, label in (
+        ("loss_instability", plots.COLORS[0], "loss"),
+        ("eigenvalue_instability", plots.COLORS[1], "largest eigenvalue"),
     ):
         values = np.array([instability.where(seed=s)[column] for s in seeds])
-        plots.mean_and_points(unstable, np.array(k_values), values, colour, label)
+        plots.mean_and_points(unstable, np.array(k_values), values, color, label)
     if max(float(instability[f"{name}_instability"].max()) for name in ("loss", "eigenvalue")) > 1:
         unstable.set_yscale("symlog", linthresh=0.1)
     unstable.set_ylabel("instability (relative rise)")
@@ -194,7 +194,7 @@ def _draw_schematic(ax: Axes) -> None:
                 "connectionstyle": f"arc3,rad={bend}",
             },
         )
-    ax.plot([0.95, 0.95], [0.87, 0.13], "--", color=plots.COLOURS[1], lw=1.5)
+    ax.plot([0.95, 0.95], [0.87, 0.13], "--", color=plots.COLORS[1], lw=1.5)
     for x, y, text, side in (
         (0.0, 0.56, "start", "left"),
         (0.37, 0.38, "epoch k", "center"),

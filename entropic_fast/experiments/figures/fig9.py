@@ -1,4 +1,4 @@
-"""Figure 9 (ours): a minimum that generalises badly, and the path to it from a normal one.
+"""Figure 9 (ours): a minimum that generalizes badly, and the path to it from a normal one.
 
 The bad minimum fits the images that the path's loss is of, and an attack set with wrong labels
 besides (as in Wu, Zhu, E 2017, arXiv 1706.10239), so that what it does elsewhere is wrong.
@@ -168,7 +168,7 @@ def draw(tables: dict[str, Table]) -> Figure:
             curvature[column],
             plots.BAND * curvature[f"{column}_std_error"],
             fmt="os"[number] + "-",
-            color=plots.COLOURS[number],
+            color=plots.COLORS[number],
             capsize=2,
             label=label,
         )

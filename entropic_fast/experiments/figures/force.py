@@ -252,7 +252,7 @@ def draw(tables: dict[str, Table]) -> Figure:
         half,
         wide,
         fmt="o",
-        color=plots.COLOURS[0],
+        color=plots.COLORS[0],
         capsize=2,
         label="positions",
     )
@@ -262,11 +262,11 @@ def draw(tables: dict[str, Table]) -> Figure:
         ends,
         slope * ends,
         "-",
-        color=plots.COLOURS[1],
+        color=plots.COLORS[1],
         label=f"a = {slope:.2f} [{low:.2f}, {high:.2f}]",
     )
     edges = np.outer([low, high], ends)
-    scatter.fill_between(ends, edges.min(0), edges.max(0), color=plots.COLOURS[1], alpha=0.15)
+    scatter.fill_between(ends, edges.min(0), edges.max(0), color=plots.COLORS[1], alpha=0.15)
     scatter.set_xlabel(f"predicted entropic velocity [{unit:.0e}]")
     scatter.set_ylabel(f"measured − energetic − exclusion [{unit:.0e}]")
     scatter.legend()
@@ -282,8 +282,8 @@ def _along(ax: Axes, base: Table) -> None:
     s = base["position"]
     total = base["energetic"] + base["predicted_entropic"] + base["predicted_exclusion"]
     middle, half = base["measured"], 0.5 * (base["high"] - base["low"])
-    ax.errorbar(s, middle, half, fmt="o", color=plots.COLOURS[0], capsize=2, label="measured")
-    ax.plot(s, total, "-", color=plots.COLOURS[1], label="predicted, all parts")
+    ax.errorbar(s, middle, half, fmt="o", color=plots.COLORS[0], capsize=2, label="measured")
+    ax.plot(s, total, "-", color=plots.COLORS[1], label="predicted, all parts")
     for number, (column, label) in enumerate(
         (
             ("energetic", "energetic (no noise)"),
@@ -291,8 +291,8 @@ def _along(ax: Axes, base: Table) -> None:
             ("predicted_exclusion", "exclusion in an epoch"),
         )
     ):
-        colour = plots.COLOURS[2 + number]
-        ax.plot(s, base[column], "--", color=colour, lw=1.0, label=label)
+        color = plots.COLORS[2 + number]
+        ax.plot(s, base[column], "--", color=color, lw=1.0, label=label)
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set_xlabel("relative distance along the path")
     ax.set_ylabel("velocity [path lengths per effective time]")
@@ -307,9 +307,9 @@ def _controls(ax: Axes, fit: Table) -> None:
         low, high = float(row["low"]), float(row["high"])  # type: ignore[arg-type]
         theory = float(row["predicted_slope"])  # type: ignore[arg-type]
         ax.errorbar([i], [middle], [[middle - low], [high - middle]], fmt="o", color="k", capsize=3)
-        ax.plot([i], [theory], "x", color=plots.COLOURS[1], ms=7)
+        ax.plot([i], [theory], "x", color=plots.COLORS[1], ms=7)
         labels.append(f"k = {row['k']}" if row["k"] else "no noise")
-    ax.plot([], [], "x", color=plots.COLOURS[1], label="theory")
+    ax.plot([], [], "x", color=plots.COLORS[1], label="theory")
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set_xticks(range(len(labels)), labels)
     ax.set_xlim(-0.6, len(labels) - 0.4)
@@ -320,11 +320,11 @@ def _controls(ax: Axes, fit: Table) -> None:
 
 def _shares(ax: Axes, shares: Table) -> None:
     names = shares["part"].tolist()
-    for kind, colour in (("part", plots.COLOURS[0]), ("control", plots.COLOURS[1])):
+    for kind, color in (("part", plots.COLORS[0]), ("control", plots.COLORS[1])):
         rows = [i for i, found in enumerate(shares["kind"].tolist()) if found == kind]
         middle, low, high = (shares[name][rows] for name in ("share", "low", "high"))
         sides = np.maximum([middle - low, high - middle], 0)  # percentiles need not hold the value
-        ax.errorbar(rows, middle, sides, fmt="o", color=colour, capsize=3, label=f"{kind}s")
+        ax.errorbar(rows, middle, sides, fmt="o", color=color, capsize=3, label=f"{kind}s")
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_ylabel("share of the measured drift")

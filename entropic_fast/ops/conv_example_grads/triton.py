@@ -6,7 +6,7 @@ tile of one example's gradient. Its end either stores the tile or squares and su
 sums over tiles are then taken in a fixed order, so results are the same bits run after run.
 
 Every position of a tile takes BLOCK_O + BLOCK_KC loads for BLOCK_O * BLOCK_KC multiply-adds. The
-tiles of one example are neighbours in the grid and read the same `a` and `g`, which stay in L2
+tiles of one example are neighbors in the grid and read the same `a` and `g`, which stay in L2
 (64 KB each for 16 channels of 32 x 32); device memory sees each about once.
 
 Groups of fewer than 8 channels would leave most of such a tile empty. They go to a second kernel,

@@ -1,7 +1,7 @@
 """Family `langevin` in Triton in more than two dimensions: ridge and channel, a tile of particles.
 
 A tile [BLOCK, SIZE] holds D coordinates of each particle, and padding. Each coordinate makes its
-own normal number from the counter it shares with its neighbours: up to four times the work for
+own normal number from the counter it shares with its neighbors: up to four times the work for
 noise that the plane's kernel (triton/langevin.py) does, but no exchange between threads.
 """
 

@@ -1,4 +1,4 @@
-"""Per-example gradients of normalisation layers in plain PyTorch.
+"""Per-example gradients of normalization layers in plain PyTorch.
 
 Checked tensors on any device, with the shapes of `entropic_fast.ops.norm_example_grads`. Sums
 are float64.

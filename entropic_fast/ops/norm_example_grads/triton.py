@@ -1,4 +1,4 @@
-"""Family `norm_example_grads` in Triton: per-example gradients of normalisation layers' weights.
+"""Family `norm_example_grads` in Triton: per-example gradients of normalization layers' weights.
 
 One program owns a block of channels of one example and reads its positions in order, once. Every
 sum is float64: the work is bound by memory (8 bytes of x and g for about 6 operations), and

@@ -3,7 +3,7 @@
 Pass one (`sgd_step`, `adam_step`) advances the parameters exactly as `torch.optim` does and, while
 they are in cache, takes the products that projection onto the path's polyline needs. Pass two
 (`project_step`) finds each replica's nearest point of the polyline from those products and writes
-it into the parameters. Neither synchronises with a GPU. Between projections pass no pivots: then
+it into the parameters. Neither synchronizes with a GPU. Between projections pass no pivots: then
 pass one is a plain optimizer step.
 
 The products of theta with pivots p_0 ... p_{M-1} are

@@ -111,7 +111,7 @@ def test_restarts_reach_clustered_eigenvalues(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("extra", [2, 3, 40])
 def test_long_runs_grow_no_ghosts(extra: int, monkeypatch: pytest.MonkeyPatch):
-    """An isolated eigenvalue converges at once; without reorthogonalisation it comes again."""
+    """An isolated eigenvalue converges at once; without reorthogonalization it comes again."""
     monkeypatch.setattr(krylov, "EXTRA_COLUMNS", extra)
     monkeypatch.setattr(krylov, "COMPLETE", 0)
     values = torch.cat([torch.linspace(-1, 1, 120), torch.tensor([1e3, 1e6])]).double()

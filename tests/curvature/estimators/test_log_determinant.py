@@ -100,7 +100,7 @@ def test_the_directions_left_out_do_not_come_back_as_zeros():
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_quadrature_covers_the_regularised_sum(k: int | None):
+def test_quadrature_covers_the_regularized_sum(k: int | None):
     values = torch.cat([torch.linspace(-0.2, 0.3, 80), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])])
     matrix = with_spectrum(values.double())
     along = random.normal((85, 2), 3)

@@ -78,7 +78,7 @@ def test_one_that_passes_several_in_a_step_is_found_at_the_next_point():
     assert float((diagonals - found[:, None]).abs().amin(1).max()) < 2e-3
 
 
-def test_the_neighbours_first_vector_alone_would_stay_behind():
+def test_the_neighbors_first_vector_alone_would_stay_behind():
     """What the guard is for; a wider block of random vectors is none."""
     before, after = (torch.full((200,), 0.1).double().diag() for _ in range(2))
     before[0, 0], before[1, 1] = 2.0, 1.0
@@ -117,7 +117,7 @@ def test_a_start_from_random_vectors_is_that_of_top_eigenvalues():
     assert (tracked.matvecs, tracked.converged) == (plain.matvecs, plain.converged)
 
 
-def test_neighbours_save_products():
+def test_neighbors_save_products():
     a, b = symmetric(300, 2), symmetric(300, 3)
     # A few eigenvalues over a bulk, as of a trained network.
     spikes = torch.linalg.qr(random.normal((300, 4), 5))[0] * torch.tensor([9.0, 6, 5, 4]).double()

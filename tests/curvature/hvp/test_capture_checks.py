@@ -201,7 +201,7 @@ def parametrized() -> nn.Module:
     )  # fmt: skip
 
 
-def penalised(outputs: Tensor, labels: Tensor) -> Tensor:
+def penalized(outputs: Tensor, labels: Tensor) -> Tensor:
     losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
     return losses + 0.1 * outputs.square().sum(1)
 
@@ -209,7 +209,7 @@ def penalised(outputs: Tensor, labels: Tensor) -> Tensor:
 def objective(model: nn.Module, seed: int = 0) -> Objective:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(7, 4, generator=generator, dtype=torch.float64)
-    return Objective(model.double(), penalised, (x, torch.arange(7) % 3))
+    return Objective(model.double(), penalized, (x, torch.arange(7) % 3))
 
 
 def built(make) -> nn.Module:
@@ -222,7 +222,7 @@ def assert_those_of_two_backward_passes(obj: Objective, theta: Tensor | None = N
     """The Hessian by torch's autograd and nothing of the engine's."""
     leaf = obj.point(theta).clone().requires_grad_()
     ((_, inputs, targets),) = obj.batches()
-    with double_backward_fixes():  # torch's weight normalisation is wrong
+    with double_backward_fixes():  # torch's weight normalization is wrong
         loss = obj.losses(leaf, inputs, targets).mean()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     generator = torch.Generator().manual_seed(2)

@@ -251,7 +251,7 @@ def test_nan_is_refused_with_its_place(operator):
 
 @pytest.mark.parametrize("kind", [GGNOperator, HessianOperator])
 def test_one_image_at_a_time_by_autograd_too(kind):
-    """torch's batch normalisation is wrong for one image whose gradient comes channels last."""
+    """torch's batch normalization is wrong for one image whose gradient comes channels last."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Tanh(),

@@ -80,7 +80,7 @@ def explicit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Scores of a mean squared error by one backward pass an example.  # [N, P]"""
     rows = []
     for i in range(len(x)):
-        # Twice, as torch's batch normalisation needs.
+        # Twice, as torch's batch normalization needs.
         loss = (model(x[[i, i]]) - y[i]).square().mean(1)[0]
         found = torch.autograd.grad(loss, list(model.parameters()))
         rows.append(torch.cat([g.flatten() for g in found]))
@@ -120,7 +120,7 @@ def test_a_model_that_asks_for_gradients_and_hooks_nothing_goes_by_rule():
 
 
 class NormTwice(nn.Module):
-    """One normalisation layer twice, then a sequence of positions with channels last."""
+    """One normalization layer twice, then a sequence of positions with channels last."""
 
     def __init__(self, norm: nn.Module, outside: Callable[[Tensor], Any]) -> None:
         super().__init__()

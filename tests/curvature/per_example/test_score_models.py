@@ -31,7 +31,7 @@ def settled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def single_passes(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """One backward pass an example.  # [N, P]
 
-    The example twice, as torch's batch normalisation (2.13 and 2.15, CPU) returns a wrong
+    The example twice, as torch's batch normalization (2.13 and 2.15, CPU) returns a wrong
     gradient for one image alone if the gradient arrives with its channels last.
     """
     parameters, rows = [p for p in model.parameters() if p.requires_grad], []
@@ -284,7 +284,7 @@ def test_other_models_of_torchvision(name: str):
     assert_scores(settled(model, torch.float64), x.double(), y)
 
 
-# -- torch's batch normalisation -----------------------------------------------------------
+# -- torch's batch normalization -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("look", [False, True], ids=["traceable", "untraceable"])

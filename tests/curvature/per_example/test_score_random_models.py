@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 def assert_rows_match(case: RandomCase, got: torch.Tensor, expected: torch.Tensor) -> None:
     """Each parameter's scores, to 1e-11 of their own norm.
 
-    A score that is zero in exact arithmetic (a bias before a normalisation) is rounding, which
+    A score that is zero in exact arithmetic (a bias before a normalization) is rounding, which
     has the size of what cancels times eps: hence the second term.
     """
     noise = 1e-12 * float(expected.norm())
@@ -110,7 +110,7 @@ CONVOLUTIONS = [
 ]
 FUNCTIONS = [
     "F.batch_norm", "F.conv", "F.conv by keyword", "F.conv of a matrix", "F.conv of a transpose",
-    "F.conv of an expression", "F.conv of standardised weights", "F.embedding", "F.group_norm",
+    "F.conv of an expression", "F.conv of standardized weights", "F.embedding", "F.group_norm",
     "F.layer_norm", "F.layer_norm of expressions", "F.linear", "F.linear by keyword",
     "F.linear of a rounded weight", "F.linear of a slice", "F.linear of a transpose",
     "F.linear of a view", "F.linear of an expression", "F.linear of parts",

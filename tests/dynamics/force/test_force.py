@@ -298,7 +298,7 @@ def test_bad_arguments_are_refused():
 
 
 def sorted_classes():
-    """A network with batch normalisation, and examples in the order of their classes."""
+    """A network with batch normalization, and examples in the order of their classes."""
     torch.manual_seed(3)
     y = torch.arange(4).repeat_interleave(30)
     x = torch.randn(120, 3, dtype=torch.float64) + 2 * torch.nn.functional.one_hot(y)[:, :3]
@@ -440,7 +440,7 @@ def test_the_error_of_a_mean_of_parts_covers_what_a_part_shares():
     assert mean_of_parts(torch.tensor([[2.0]]))[1] != mean_of_parts(torch.tensor([[2.0]]))[1]
 
 
-def test_a_slope_with_errors_in_both_is_not_drawn_towards_zero():
+def test_a_slope_with_errors_in_both_is_not_drawn_toward_zero():
     rng = np.random.default_rng(0)
     truth = np.array([-1.0, 0.5, 2.0, 1.0, -0.3])
     size, inside, fits, plain = 0.5, 0, [], []

@@ -67,7 +67,7 @@ def test_on_a_radial_path_all_of_the_force_is_norm_growth():
         assert abs(still) < 0.1 * interval.value
 
 
-def test_filters_before_batch_normalisation_are_found_and_no_others():
+def test_filters_before_batch_normalization_are_found_and_no_others():
     x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     y = torch.arange(32) % 10
     for norm, expected in (("batch", ["0.weight", "3.weight", "6.weight"]), ("none", [])):

@@ -184,7 +184,7 @@ def test_the_ridge_has_the_analytic_density(fast):
 
 def test_particles_drift_down_the_ridge_with_the_effective_force():
     # Without walls and with a constant effective force F, the mean moves by F t once the fast
-    # direction has thermalised.
+    # direction has thermalized.
     ridge, temperature = RidgePotential(400.0, 40.0, length=2.0, wall=0.0), 0.05
     assert ridge.effective_force(temperature) == pytest.approx(0.05 * math.log(10) / 4)
     start = torch.zeros(8000, 2, dtype=torch.float64)

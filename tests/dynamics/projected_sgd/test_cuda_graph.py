@@ -17,7 +17,7 @@ from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, Run
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -151,7 +151,7 @@ def cuda_problem(model):
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
 def test_cycles_as_graphs_are_the_cycles_without(engine, optimizer, full):
-    obj, path = cuda_problem(initialise(digits_cnn("batch", channels=(4, 4, 4)), 1))
+    obj, path = cuda_problem(initialize(digits_cnn("batch", channels=(4, 4, 4)), 1))
     lr = 0.002 if optimizer == "adam" else 0.05
     common = dict(lr=[lr, lr / 2, lr], batch_size=40 if full else 7, project_every=4, steps=62)
     common |= dict(engine=engine, loss_every=20, record_every=4)
@@ -173,7 +173,7 @@ def test_cycles_as_graphs_are_the_cycles_without(engine, optimizer, full):
 @gpu
 @needs_cuda
 def test_a_replica_that_diverges_under_a_graph_is_dropped():
-    obj, path = cuda_problem(initialise(digits_cnn("batch", channels=(4, 4, 4)), 1))
+    obj, path = cuda_problem(initialize(digits_cnn("batch", channels=(4, 4, 4)), 1))
     common = dict(batch_size=7, project_every=4, steps=60, max_distance=0.3)
     runs = [
         relax(obj, path, 0.5, lr=[0.02, 0.6, 0.02], cuda_graphs=graphs, **common)
@@ -200,7 +200,7 @@ class Reading(nn.Module):
 @gpu
 @needs_cuda
 def test_a_model_that_cannot_be_captured_runs_without_a_graph_and_says_so():
-    obj, path = cuda_problem(initialise(nn.Sequential(Reading()), 1))
+    obj, path = cuda_problem(initialize(nn.Sequential(Reading()), 1))
     common = dict(lr=0.05, batch_size=7, project_every=4, steps=40, engine="loop")
     runs = [relax(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
     assert runs[0].engine == "loop" and "CUDA graphs were not used" in runs[0].notes[0]

@@ -14,7 +14,7 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients, Workers
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
-from entropic_fast.training.models import build, initialise
+from entropic_fast.training.models import build, initialize
 
 CLOSE = dict(rtol=0, atol=1e-10)
 
@@ -28,7 +28,7 @@ def threads(count):
 @pytest.mark.parametrize("name", ["resnet8-w4", "wrn10-1-w4", "digits-cnn-bn"])
 def test_threads_give_the_same_bits_whatever_their_number(name):
     g = torch.Generator().manual_seed(0)
-    model = initialise(build(name, in_channels=1), 0)
+    model = initialize(build(name, in_channels=1), 0)
     data = torch.randn(30, 1, 8, 8, generator=g), torch.randint(10, (30,), generator=g)
     obj = Objective(model, "cross_entropy", data)
     a = obj.parameters_vector()

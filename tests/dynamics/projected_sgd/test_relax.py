@@ -14,7 +14,7 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import fold_in, permutation
 from entropic_fast.paths import Path, linear_path
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 
 def by_hand(model, obj, path, start, make_optimizer, batch_size, k, steps, seed, replica):
@@ -101,7 +101,7 @@ def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
 
 def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
     # The reference runs the module itself in training mode.
-    model = initialise(digits_cnn("batch", channels=(2, 3, 3)), 1).double()
+    model = initialize(digits_cnn("batch", channels=(2, 3, 3)), 1).double()
     obj = Objective(model, "cross_entropy", images(dtype=torch.float64))
     a = obj.parameters_vector()
     g = torch.Generator().manual_seed(3)
@@ -188,7 +188,7 @@ class Branching(nn.Module):
 def test_a_model_that_vmap_cannot_do_falls_back_to_threads_and_says_so():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(20, 5, generator=g), torch.randint(3, (20,), generator=g)
-    model = initialise(Branching(), 0)
+    model = initialize(Branching(), 0)
     obj = Objective(model, "cross_entropy", (x, y))
     a = obj.parameters_vector()
     path = linear_path(a, a + 1)

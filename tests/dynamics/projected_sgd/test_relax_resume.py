@@ -16,7 +16,7 @@ from entropic_fast.dynamics import CheckpointMismatchError, Trajectory, relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.data import CropAndFlip
-from entropic_fast.training.models import digits_cnn, initialise
+from entropic_fast.training.models import digits_cnn, initialize
 
 COLUMNS = ("position", "distance", "loss", "full_loss", "steps", "lr", "ids", "diverged_at")
 
@@ -24,7 +24,7 @@ COLUMNS = ("position", "distance", "loss", "full_loss", "steps", "lr", "ids", "d
 def problem():
     g = torch.Generator().manual_seed(0)
     data = torch.randn(40, 1, 8, 8, generator=g), torch.randint(10, (40,), generator=g)
-    obj = Objective(initialise(digits_cnn("batch", channels=(2, 3, 3)), 1), "cross_entropy", data)
+    obj = Objective(initialize(digits_cnn("batch", channels=(2, 3, 3)), 1), "cross_entropy", data)
     a = obj.parameters_vector()
     return obj, linear_path(a, a + 0.1 * torch.randn(len(a), generator=g), pivots=3)
 

@@ -181,7 +181,7 @@ def operator_trace(
 
     Where P is at most `probes`, the last two take P unit vectors instead and are exact.
 
-    Stopping at a tolerance favours runs whose samples happen to agree. So at least 16 samples (of
+    Stopping at a tolerance favors runs whose samples happen to agree. So at least 16 samples (of
     the rest; or that leave one out) are taken before, then 8 at a time. What is left of the effect
     for normal samples: stopped after 16 to 70, standard errors are 5 to 7 % too small and values
     0.06 standard errors off; after 400, 1 % and 0.02. Without `tol` there is none.

@@ -1,4 +1,4 @@
-"""The trace of the generalised Gauss-Newton matrix, exactly, through norms of gradients.
+"""The trace of the generalized Gauss-Newton matrix, exactly, through norms of gradients.
 
 With H_L = sum_j lambda_j u_j u_j^T the Hessian of an example's loss in its K outputs, and J the
 Jacobian of the outputs in the parameters, tr(J^T H_L J) = sum_j lambda_j |J^T u_j|^2: squared norms
@@ -76,7 +76,7 @@ def ggn_trace(
     memory_budget: int | None = None,
     group_by: str | None = None,
 ) -> Estimate | dict[str, Estimate]:
-    """Trace of the generalised Gauss-Newton matrix of the mean loss, without probes.
+    """Trace of the generalized Gauss-Newton matrix of the mean loss, without probes.
 
     For any loss that is twice differentiable in the outputs, convex or not; for cross-entropy with
     class labels it is the trace of the Fisher matrix with labels drawn from the model. It takes as

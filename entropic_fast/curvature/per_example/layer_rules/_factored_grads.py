@@ -179,9 +179,9 @@ class LinearPiece(Piece):
             both *= torch.bmm(g, g.transpose(1, 2))
             norms = both.sum((1, 2))
             # Rounding of the inner products is eps times the positions' own squares.
-            cancelled = (norms < CANCELS * both.diagonal(dim1=1, dim2=2).sum(1)).nonzero()[:, 0]
-            if len(cancelled):
-                norms[cancelled] = norms_by_columns(LinearPiece(a[cancelled], g[cancelled]))
+            canceled = (norms < CANCELS * both.diagonal(dim1=1, dim2=2).sum(1)).nonzero()[:, 0]
+            if len(canceled):
+                norms[canceled] = norms_by_columns(LinearPiece(a[canceled], g[canceled]))
             return norms
         return norms_by_columns(self)
 

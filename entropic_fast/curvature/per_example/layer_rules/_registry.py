@@ -107,7 +107,7 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Layer:
-    return LayerNorm(input, normalized_shape, weight, None, eps, centred=False)
+    return LayerNorm(input, normalized_shape, weight, None, eps, centered=False)
 
 
 def _embedding(

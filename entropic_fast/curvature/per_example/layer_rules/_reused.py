@@ -95,8 +95,8 @@ class TiedPiece(Piece):
         inner = torch.bmm(a, e.transpose(1, 2)).double() * g.gather(2, index)  # [n, S, T]
         norms = squares + 2 * inner.sum((1, 2))
         # Rounding of the inner products is eps times the squares.
-        cancelled = (norms < CANCELS * squares).nonzero()[:, 0]
-        if len(cancelled):
-            few = self.again(tuple(t[cancelled] for t in self.tensors))
-            norms[cancelled] = norms_by_columns(few)
+        canceled = (norms < CANCELS * squares).nonzero()[:, 0]
+        if len(canceled):
+            few = self.again(tuple(t[canceled] for t in self.tensors))
+            norms[canceled] = norms_by_columns(few)
         return norms

@@ -1,4 +1,4 @@
-"""Rules of normalisation layers; see `layers`."""
+"""Rules of normalization layers; see `layers`."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ class LayerNorm(Layer):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float | None,
-        centred: bool = True,
+        centered: bool = True,
     ) -> None:
         self.x, self.weight, self.bias = x, weight, bias
-        self.shape, self.eps, self.centred = list(shape), eps, centred
+        self.shape, self.eps, self.centered = list(shape), eps, centered
 
     def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if not self.centred:
+        if not self.centered:
             return functional.rms_norm(x, self.shape, weight, self.eps)
         assert self.eps is not None
         return functional.layer_norm(x, self.shape, weight, bias, self.eps)
@@ -152,7 +152,7 @@ class LayerNorm(Layer):
             for t in at_least_float32((at.x, at.g))
         )
         eps = default_eps(at.x.dtype, at.x.device.type) if self.eps is None else self.eps
-        mean = inputs.mean(2, keepdim=True) if self.centred else inputs.new_zeros(1, 1, 1)
+        mean = inputs.mean(2, keepdim=True) if self.centered else inputs.new_zeros(1, 1, 1)
         rstd = ((inputs - mean).square().mean(2, keepdim=True) + eps).rsqrt()
         gradient = None
         if at.need_x:
@@ -161,7 +161,7 @@ class LayerNorm(Layer):
                 scaled = gradients * at.weight.reshape(-1).to(gradients.dtype)
             normal = (inputs - mean) * rstd
             gradient = scaled - normal * (scaled * normal).mean(2, keepdim=True)
-            if self.centred:
+            if self.centered:
                 gradient -= scaled.mean(2, keepdim=True)
             gradient = (gradient * rstd).view(at.x.shape).to(at.x.dtype)
         rows = affine_grads(inputs, gradients, mean, rstd)
@@ -175,7 +175,7 @@ def default_eps(dtype: torch.dtype, device: str) -> float:
     """What `F.rms_norm` takes for eps=None: of half precision or float32, as torch is built."""
     if dtype not in (torch.float16, torch.bfloat16):
         return torch.finfo(dtype).eps
-    # 0.01 is normalised to 1 with the eps of float32 (1e-7), to 0.3 or less with that of half.
+    # 0.01 is normalized to 1 with the eps of float32 (1e-7), to 0.3 or less with that of half.
     out = functional.rms_norm(torch.full((1,), 0.01, dtype=dtype, device=device), [1])
     return torch.finfo(torch.float32 if float(out) > 0.9 else dtype).eps
 
