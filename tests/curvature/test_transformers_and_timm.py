@@ -23,7 +23,7 @@ from entropic_fast.curvature import (
     score_gram,
     score_matrix,
 )
-from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.objective._objective import Objective
 
 pytestmark = pytest.mark.slow
@@ -235,7 +235,7 @@ def test_derivatives_are_those_of_torch_and_by_the_graph(name: str):
     assert abs(float(form) - float(v @ hessian)) < limit * float(v.norm() * hessian.norm())
     assert relative(other @ v, gauss_newton) < limit
 
-    engine = ScoreEngine(obj)
+    engine = PerExampleGradEngine(obj)
     assert engine.traceable
     small = {n for n, p in obj.split(obj.point(None)).items() if p.numel() <= 40 * 16}
     assert engine.batched <= small  # what is left to copies an example: scales, positions, tokens

@@ -17,7 +17,7 @@ from entropic_fast import curvature
 from entropic_fast._torch import memory_budget as memory
 from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature.operators import _fisher as fisher_operator
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import EmbeddingPiece
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import EmbeddingGrad
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.training import models
 
@@ -432,8 +432,8 @@ def test_norms_of_embeddings_wait_for_nothing(monkeypatch: pytest.MonkeyPatch):
         tokens[:1] = 2
         tokens[1:2] = torch.arange(positions)
         g = torch.randn(n, positions, channels, generator=generator)
-        piece = EmbeddingPiece(tokens, g, 8)
-        on_device = EmbeddingPiece(tokens.to(DEVICE), g.to(DEVICE), 8)
+        piece = EmbeddingGrad(tokens, g, 8)
+        on_device = EmbeddingGrad(tokens.to(DEVICE), g.to(DEVICE), 8)
         expected = piece.rows().double().square().sum(1)
         assert relative_norm(piece.norms(), expected) < 1e-6
         for size in (scratch.GPU.norms, 100):

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from entropic_fast import HessianOperator, gradient_norms, hessian_trace, relax, score_matrix
-from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 
@@ -307,7 +307,7 @@ def test_computed_weights_are_taken_after_training(change, training: bool):
     )
     assert torch.allclose(score_matrix(obj), scores(model, x, y), atol=1e-12)
     if "weight_norm" in change.__name__:
-        assert ScoreEngine(obj).traceable
+        assert PerExampleGradEngine(obj).traceable
     expected = (differences if "weight_norm" in change.__name__ else hessian)(model, x, y)
     for now in (obj, obj.double()):
         found = HessianOperator(now) @ torch.eye(obj.num_params).double()

@@ -85,10 +85,10 @@ class Counted(ExitStack):
 
     def __enter__(self):
         self.of = dict.fromkeys(COUNTS, 0)
-        made, beginning = ExampleGradients.own_chunks, Minibatches.__init__
+        made, beginning = ExampleGradients.local_chunks, Minibatches.__init__
         losses, energies = Objective.losses, Descent._own_energies
 
-        def own_chunks(gradients, *args):
+        def local_chunks(gradients, *args):
             for start, rows in made(gradients, *args):
                 self.of["gram rows"] += len(rows)
                 yield start, rows
@@ -105,7 +105,7 @@ class Counted(ExitStack):
             self.of["replicas"] += len(ids)
             beginning(minibatches, obj, batch_size, seed, ids, *args)
 
-        self.enter_context(patch.object(ExampleGradients, "own_chunks", own_chunks))
+        self.enter_context(patch.object(ExampleGradients, "local_chunks", local_chunks))
         self.enter_context(patch.object(Descent, "_own_energies", own_energies))
         self.enter_context(patch.object(Minibatches, "__init__", begin))
         return self

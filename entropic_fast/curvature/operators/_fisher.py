@@ -91,7 +91,7 @@ class FisherOperator(CurvatureOperator):
     def _product(self, columns: Tensor) -> Tensor:
         def own() -> Tensor:
             total = torch.zeros(columns.shape, dtype=torch.float64, device=self.device)
-            for _, scores in self._gradients.own_chunks(self.count) if columns.shape[1] else ():
+            for _, scores in self._gradients.local_chunks(self.count) if columns.shape[1] else ():
                 _add_outer_products(scores, columns, total)
                 del scores  # before the next are made
             return total

@@ -18,26 +18,26 @@ from torch import Tensor
 
 from ..._torch.memory_budget import padded_rows
 from ..._utils.devices import is_gpu
-from .layer_rules import Piece, Rows
+from .layer_rules import DenseGrad, FactoredGrad
 
 # Files under these mount types are memory.
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def kept_form(piece: Piece) -> Piece:
+def compact_form(piece: FactoredGrad) -> FactoredGrad:
     """The piece, or its columns where they take no more memory."""
-    if isinstance(piece, Rows) or piece.example_bytes < piece.row_bytes:
+    if isinstance(piece, DenseGrad) or piece.example_bytes < piece.row_bytes:
         return piece
     out = piece.tensors[-1].new_empty(piece.count, piece.width)
-    piece.columns(0, piece.groups, out)
-    return Rows(out, piece.form)
+    piece.write_columns(0, piece.groups, out)
+    return DenseGrad(out, piece.form)
 
 
-class RecordsDifferError(RuntimeError):
+class InconsistentShapesError(RuntimeError):
     """Examples of different shapes, or that took different ways: not for one array."""
 
 
-class Records:
+class ActivationCache:
     """Pieces of E examples, filled chunk by chunk and read parameter by parameter.
 
     Args:
@@ -51,7 +51,7 @@ class Records:
 
     def __init__(
         self,
-        survey: dict[str, Piece],
+        survey: dict[str, FactoredGrad],
         count: int,
         folder: Path | None,
         window: int,
@@ -79,7 +79,7 @@ class Records:
     def _join(self, group: Callable[[str], str]) -> None:
         alike: dict[tuple[str, torch.dtype], list[str]] = {}
         for name, piece in self.survey.items():
-            if isinstance(piece, Rows) and is_gpu(piece.tensors[0].device):
+            if isinstance(piece, DenseGrad) and is_gpu(piece.tensors[0].device):
                 alike.setdefault((group(name), piece.tensors[0].dtype), []).append(name)
         for (key, _), together in alike.items():
             widths = [self.survey[name].width for name in together]
@@ -95,26 +95,26 @@ class Records:
                 self.piece(name, 0, self.count)  # writes the zeros of examples without a gradient
             yield key, names, rows
 
-    def put(self, start: int, name: str, piece: Piece) -> None:
+    def put(self, start: int, name: str, piece: FactoredGrad) -> None:
         """Keep a chunk's piece; `start` is the index of its first example.
 
         Raises:
-            RecordsDifferError: a piece unlike the survey's, or of a parameter not in it.
+            InconsistentShapesError: a piece unlike the survey's, or of a parameter not in it.
         """
         if name not in self.survey:
-            raise RecordsDifferError(f"the first does not depend on {name!r}")
+            raise InconsistentShapesError(f"the first does not depend on {name!r}")
         if piece.form != self.survey[name].form:
-            raise RecordsDifferError(f"ways of {name!r}")
+            raise InconsistentShapesError(f"ways of {name!r}")
         where = slice(start, start + piece.count)
         if self.folder is None:
             self._missing[name][where] = False
-            if isinstance(self.survey[name], Rows) and not isinstance(piece, Rows):
-                piece.columns(0, piece.groups, self._memory[name][0][where])
+            if isinstance(self.survey[name], DenseGrad) and not isinstance(piece, DenseGrad):
+                piece.write_columns(0, piece.groups, self._memory[name][0][where])
                 return
-        kept = kept_form(piece)
+        kept = compact_form(piece)
         expected = [t.shape[1:] for t in self.survey[name].tensors]
         if expected != [t.shape[1:] for t in kept.tensors]:
-            raise RecordsDifferError(f"shapes at {name!r}")
+            raise InconsistentShapesError(f"shapes at {name!r}")
         if self.folder is None:
             for whole, part in zip(self._memory[name], kept.tensors, strict=True):
                 whole[where] = part
@@ -123,12 +123,12 @@ class Records:
             mapped = self._map(name, i, start, kept.count, "r+")
             mapped.copy_(part)  # unmapped with the last reference, and written by the system
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Piece]]:
+    def factored_grads(self, name: str) -> Iterator[tuple[int, FactoredGrad]]:
         """(index of the first example, piece) for each window of examples."""
         for start in range(0, self.count, self.window):
             yield start, self.piece(name, start, min(start + self.window, self.count))
 
-    def piece(self, name: str, begin: int, end: int) -> Piece:
+    def piece(self, name: str, begin: int, end: int) -> FactoredGrad:
         """The piece of examples begin .. end: views in memory, mapped from files."""
         sample = self.survey[name]
         if self.folder is None:
@@ -137,12 +137,12 @@ class Records:
                 for whole in self._memory[name]:
                     whole[missing.to(whole.device)] = 0
                 missing.fill_(False)
-            return sample.again(tuple(whole[begin:end] for whole in self._memory[name]))
+            return sample.with_tensors(tuple(whole[begin:end] for whole in self._memory[name]))
         tensors = (
             self._map(name, i, begin, end - begin, "r").to(t.device)
             for i, t in enumerate(sample.tensors)
         )
-        return sample.again(tuple(tensors))
+        return sample.with_tensors(tuple(tensors))
 
     def drop(self, name: str) -> None:
         """Give back the memory of one parameter; of several side by side, with the last."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..._torch.memory_budget import activation_bytes, padded_rows, resolve_budget, too_small
 from ...objective import Objective
 from ...objective._dataset import Batch
-from ._engine import ScoreEngine
-from .layer_rules import Piece, Rows
+from ._engine import PerExampleGradEngine
+from .layer_rules import DenseGrad, FactoredGrad
 
 # On a CPU, chunks of 64 examples or, of small ones, as many as have so many bytes of activations:
 # with 16 the steps of Python in between take a third of the time (ResNet-20), with 128 a layer's
@@ -26,20 +26,20 @@ ACTIVATION_COPIES = 3.5
 FALLBACK_COPIES = 4
 
 
-def one_of_each(
-    engine: ScoreEngine, form: Callable[[Piece], Piece] = lambda piece: piece
-) -> dict[str, Piece]:
+def probe_batch(
+    engine: PerExampleGradEngine, form: Callable[[FactoredGrad], FactoredGrad] = lambda piece: piece
+) -> dict[str, FactoredGrad]:
     """The first example's piece of every parameter that its loss depends on, in a certain form."""
-    found: dict[str, Piece] = {}
+    found: dict[str, FactoredGrad] = {}
     engine.run(
         next(engine.obj.batches(1)), lambda name, piece: found.__setitem__(name, form(piece))
     )
     return {name: found[name] for name in engine.obj.parameter_names if name in found}
 
 
-def rows_made(pieces: Iterable[Piece]) -> int:
+def rows_made(pieces: Iterable[FactoredGrad]) -> int:
     """Bytes an example that a rule takes to make the largest rows among the pieces."""
-    return max((2 * piece.row_bytes for piece in pieces if isinstance(piece, Rows)), default=0)
+    return max((2 * piece.row_bytes for piece in pieces if isinstance(piece, DenseGrad)), default=0)
 
 
 class PassCost:
@@ -55,7 +55,9 @@ class PassCost:
         rules: bytes that rules and copies take beside the result, an example.
     """
 
-    def __init__(self, engine: ScoreEngine, made: int | None = None, fixed: int = 0) -> None:
+    def __init__(
+        self, engine: PerExampleGradEngine, made: int | None = None, fixed: int = 0
+    ) -> None:
         obj, self.device = engine.obj, engine.theta.device
         itemsize = max(4, engine.theta.element_size())
         self.fixed = fixed
@@ -105,7 +107,7 @@ class ExampleGradients:
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, memory_budget: int | None = None
     ) -> None:
-        self.engine = ScoreEngine(obj, theta)
+        self.engine = PerExampleGradEngine(obj, theta)
         self.obj, self.theta = obj, self.engine.theta
         self.cost = PassCost(self.engine)
         self.dtype = torch.float64 if self.theta.dtype == torch.float64 else torch.float32
@@ -137,7 +139,7 @@ class ExampleGradients:
             if batch.start + batch.size > first:
                 yield batch.start, self.rows(batch)
 
-    def own_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    def local_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """`chunks`, of the objective's `own_batches`."""
         for batch in self.obj.local_batches(max_examples, self.chunk):
             yield batch.start, self.rows(batch)
@@ -148,7 +150,7 @@ class ExampleGradients:
         rows.zero_()
         parts = self.engine.split(rows)
 
-        def keep(name: str, piece: Piece) -> None:
+        def keep(name: str, piece: FactoredGrad) -> None:
             parts[name].copy_(piece.rows())
 
         self.engine.run(batch, keep)

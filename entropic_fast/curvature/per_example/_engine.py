@@ -33,13 +33,21 @@ from .._crosscheck import (
     coarsest_dtype,
     rules_are_off,
 )
-from ._vmap_fallback import UNTRACEABLE, Fallback, no_slow_loops
-from .layer_rules import Intercept, Piece, Rows, Sink, at_least_float32, combined, uses_by_rules
+from ._vmap_fallback import UNTRACEABLE, VmapFallback, no_slow_loops
+from .layer_rules import (
+    DenseGrad,
+    FactoredGrad,
+    LayerInterceptor,
+    Sink,
+    at_least_float32,
+    combined,
+    count_layer_rule_uses,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class ScoreEngine:
+class PerExampleGradEngine:
     """Per-example gradients of an objective at one point, parameter by parameter.
 
     Args:
@@ -59,26 +67,26 @@ class ScoreEngine:
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
         obj.require_single_examples()
         self.obj, self.theta = obj, obj.point(theta).detach()
-        self._fallback = Fallback(obj, self.theta)
-        self._ways = _ways_of(obj)
-        if not self._ways.checked:
+        self._fallback = VmapFallback(obj, self.theta)
+        self._info = _dispatch_info(obj)
+        if not self._info.checked:
             self._check()
 
     @property
     def traceable(self) -> bool:
-        return self._ways.traceable
+        return self._info.traceable
 
     @property
     def batched(self) -> frozenset[str]:
-        return frozenset(self._ways.batched)
+        return frozenset(self._info.batched)
 
     @property
-    def by_rule(self) -> frozenset[str]:
+    def covered_by_layer_rule(self) -> frozenset[str]:
         return frozenset(self.obj.parameter_names) - self.batched if self.traceable else frozenset()
 
-    def pieces(self, batch: Batch) -> dict[str, Piece]:
+    def factored_grads(self, batch: Batch) -> dict[str, FactoredGrad]:
         """The gradients of a batch's examples, all at once, by parameter."""
-        found: dict[str, Piece] = {}
+        found: dict[str, FactoredGrad] = {}
         self.run(batch, found.__setitem__)
         return found
 
@@ -95,21 +103,21 @@ class ScoreEngine:
         """
         handed: set[str] = set()
 
-        def hand(name: str, piece: Piece) -> None:
+        def hand(name: str, piece: FactoredGrad) -> None:
             sink(name, piece)
             handed.add(name)
 
-        if self._ways.traceable:
+        if self._info.traceable:
             try:
                 losses, backward = self._forward(batch, hand)
             except UNTRACEABLE as why:
                 # A loss that is not finite is no reason to change the way.
                 self.obj.finite_losses(self.theta, batch)
-                if not self._ways.told:
+                if not self._info.told:
                     self._tell(why)
                     return self.run(batch, sink)
                 logger.info("per-example gradients without layer rules, as vmap fails: %s", why)
-                self._ways.traceable = False
+                self._info.traceable = False
             else:
                 self._require_finite(losses, batch)
                 try:
@@ -120,13 +128,13 @@ class ScoreEngine:
                         raise
                     # torch's own, of a layer whose backward pass is not made for this.
                     logger.info("per-example gradients without layer rules, which fail: %s", why)
-                    self._ways.traceable = False
+                    self._info.traceable = False
         rows, losses = self._fallback.rows(batch)
         self._require_finite(losses, batch)
         (rows,) = at_least_float32((rows,))
         for name, part in self.split(rows).items():
             if name not in handed:
-                sink(name, Rows(part))
+                sink(name, DenseGrad(part))
         return losses
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
@@ -137,8 +145,8 @@ class ScoreEngine:
     def _tell(self, why: Exception) -> None:
         """Have the model told that it is traced, which may spare it what vmap cannot do."""
         logger.info("per-example gradients as in torch.compile, as vmap fails: %s", why)
-        self._ways.told = True
-        if self._ways.checked:  # another way through the model than the one that was compared
+        self._info.told = True
+        if self._info.checked:  # another way through the model than the one that was compared
             self._check()
 
     @full_precision()
@@ -148,19 +156,19 @@ class ScoreEngine:
         while True:
             tracked, copies = {}, {}
             for name, value in self.obj.split(self.theta).items():
-                if name in self._ways.batched:
+                if name in self._info.batched:
                     copies[name] = value.detach().expand(n, *value.shape).requires_grad_()
                 else:
                     tracked[name] = value.detach().requires_grad_()
             uses = _Uses(sink)
-            mode = Intercept(tracked, self.obj.constants(), uses.add)
+            mode = LayerInterceptor(tracked, self.obj.constants(), uses.add)
             losses = self._losses(batch, tracked, copies, mode)
-            uses.counts = uses_by_rules(losses, tracked)
+            uses.counts = count_layer_rule_uses(losses, tracked)
             others = {name for name, count in uses.counts.items() if not count}
             if not others:
                 break
             logger.info("no layer rule covers %s", ", ".join(sorted(others)))
-            self._ways.batched |= others
+            self._info.batched |= others
 
         @full_precision()
         def backward() -> None:
@@ -171,12 +179,16 @@ class ScoreEngine:
             uses.finish()
             for name, gradient in zip(leaves, gradients, strict=True):
                 if name in copies and gradient is not None:
-                    sink(name, Rows(*at_least_float32((gradient.reshape(n, -1),))))
+                    sink(name, DenseGrad(*at_least_float32((gradient.reshape(n, -1),))))
 
         return losses.detach(), backward
 
     def _losses(
-        self, batch: Batch, tracked: dict[str, Tensor], copies: dict[str, Tensor], mode: Intercept
+        self,
+        batch: Batch,
+        tracked: dict[str, Tensor],
+        copies: dict[str, Tensor],
+        mode: LayerInterceptor,
     ) -> Tensor:
         def loss(own: dict[str, Tensor], x: Tree, y: Tree, zero: Tensor) -> Tensor:
             one, target = trees.chosen((x, y), None)
@@ -184,7 +196,7 @@ class ScoreEngine:
             with mode:
                 return self.obj.losses_with({**tracked, **own}, one, target).sum()
 
-        told = told_of_tracing() if self._ways.told else nullcontext()
+        told = told_of_tracing() if self._info.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:
             zeros = _zero(self.theta.device).expand(batch.size)
             losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets, zeros)
@@ -201,7 +213,7 @@ class ScoreEngine:
         got = torch.zeros_like(expected, dtype=at_least_float32((expected,))[0].dtype)
         parts = self.split(got)
 
-        def keep(name: str, piece: Piece) -> None:
+        def keep(name: str, piece: FactoredGrad) -> None:
             parts[name].copy_(piece.rows())
 
         try:
@@ -210,7 +222,7 @@ class ScoreEngine:
             raise
         except UNTRACEABLE as why:  # in the backward pass: recomputed activations, for one
             logger.info("per-example gradients without layer rules, which fail: %s", why)
-            self._ways.traceable = False
+            self._info.traceable = False
             self.run(batch, keep)
         dtype = coarsest_dtype(self.obj, self.theta, batch.inputs)
         relative, absolute = AGREEMENT[dtype]
@@ -220,8 +232,8 @@ class ScoreEngine:
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
             if gap > relative * float(part.double().norm()) + absolute * whole + slack:
-                if self._ways.told:  # the model computes something else where it is traced
-                    self._ways.traceable = False
+                if self._info.told:  # the model computes something else where it is traced
+                    self._info.traceable = False
                     break
                 raise FastPathMismatchError(
                     f"per-example gradients of {name!r} differ by {gap:.3g} between the layer "
@@ -230,7 +242,7 @@ class ScoreEngine:
                     "this is a bug in entropic_fast: please report the model; meanwhile, call "
                     "within `with entropic_fast.curvature.autograd_only():`"
                 )
-        self._ways.checked = whole > slack
+        self._info.checked = whole > slack
 
 
 class _Uses:
@@ -238,9 +250,9 @@ class _Uses:
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self.counts = sink, dict[str, int]()
-        self._waiting: dict[str, list[Piece]] = {}
+        self._waiting: dict[str, list[FactoredGrad]] = {}
 
-    def add(self, name: str, piece: Piece) -> None:
+    def add(self, name: str, piece: FactoredGrad) -> None:
         pieces = self._waiting.setdefault(name, [])
         pieces.append(piece)
         if len(pieces) == self.counts[name]:
@@ -259,7 +271,7 @@ def _zero(device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=device)
 
 
-class _Ways:
+class _DispatchInfo:
     """What is known of a model with a loss, whatever the point and the data."""
 
     def __init__(self, loss: LossFunction) -> None:
@@ -270,14 +282,14 @@ class _Ways:
 
 
 # Objectives at other points or on other data share the model, and what is known of it.
-_known_ways: WeakKeyDictionary[torch.nn.Module, dict[int, _Ways]] = WeakKeyDictionary()
+_dispatch_infos: WeakKeyDictionary[torch.nn.Module, dict[int, _DispatchInfo]] = WeakKeyDictionary()
 
 
-def _ways_of(obj: Objective) -> _Ways:
+def _dispatch_info(obj: Objective) -> _DispatchInfo:
     loss = origin(obj._loss)
     if rules_are_off():
-        ways = _Ways(loss)
+        ways = _DispatchInfo(loss)
         ways.traceable, ways.checked = False, True
         return ways
-    by_loss = _known_ways.setdefault(obj._model, {})
-    return by_loss.setdefault(id(loss), _Ways(loss))
+    by_loss = _dispatch_infos.setdefault(obj._model, {})
+    return by_loss.setdefault(id(loss), _DispatchInfo(loss))

@@ -31,11 +31,11 @@ from ..._utils import checks
 from ..._utils.workspace import scratch_of
 from ...objective import Objective
 from ...ops.gram_update import cross_update_, symmetric_update_
-from ._activation_cache import Records, RecordsDifferError, kept_form
-from ._chunks import ExampleGradients, one_of_each, require_finite
-from ._engine import ScoreEngine
-from ._gram_plan import STRATEGIES, Planner, channels_within, pairing, tile_within
-from .layer_rules import Rows
+from ._activation_cache import ActivationCache, InconsistentShapesError, compact_form
+from ._chunks import ExampleGradients, probe_batch, require_finite
+from ._engine import PerExampleGradEngine
+from ._gram_plan import STRATEGIES, GramPlanner, channels_within, pairing, tile_within
+from .layer_rules import DenseGrad
 
 if TYPE_CHECKING:
     from ...distributed._communicator import Communicator
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GramTask:
+class GramComputation:
     """A Gram matrix to take: of all parameters together, or several, of groups of them.
 
     Args:
@@ -66,13 +66,13 @@ class GramTask:
         group: Callable[[str], str] = lambda name: "",
     ) -> None:
         checks.one_of("strategy", strategy, STRATEGIES)
-        self.engine = ScoreEngine(obj, theta)
+        self.engine = PerExampleGradEngine(obj, theta)
         self.obj, self.theta, self.count = obj, self.engine.theta, count
         self.double_products, self.group = double_products, group
         self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
-        self.survey = one_of_each(self.engine, kept_form)
+        self.survey = probe_batch(self.engine, compact_form)
         self.methods = self.engine.traceable, self.engine.batched
-        self._planner = Planner(self.engine, self.survey, count, len(self.keys), budget)
+        self._planner = GramPlanner(self.engine, self.survey, count, len(self.keys), budget)
         self.communicator = obj.communicator
         if self.communicator is None:
             self.plan = self._planner.choose(strategy)
@@ -109,7 +109,7 @@ class GramTask:
                     prefix="entropic-fast-", dir=self.plan.folder
                 ) as folder:
                     self._by_records(grams, Path(folder))
-        except RecordsDifferError as why:  # raised before anything is multiplied
+        except InconsistentShapesError as why:  # raised before anything is multiplied
             self.plan = self._planner.choose("recompute")
             logger.info("examples that differ (%s): %s", why, self.plan)
         if self.plan.strategy == "recompute":
@@ -124,12 +124,12 @@ class GramTask:
     def _by_records(self, grams: dict[str, Tensor], folder: Path | None) -> None:
         record = max((p.example_bytes for p in self.survey.values()), default=1)
         window = max(1, min(self.count, self._planner.room // 8 // max(1, record)))
-        records = Records(self.survey, self.count, folder, window, self.group)
+        records = ActivationCache(self.survey, self.count, folder, window, self.group)
         for batch in self.obj.batches(self.count, self.plan.chunk):
             self.engine.run(batch, partial(records.put, batch.start))
         if (self.engine.traceable, self.engine.batched) != self.methods:
             # Rows are kept in the order of the rule that made them.
-            raise RecordsDifferError("the model took another way")
+            raise InconsistentShapesError("the model took another way")
         done: set[str] = set()
         for key, names, rows in records.joint():
             self._update(grams[key], rows)
@@ -140,7 +140,7 @@ class GramTask:
                 self._multiply(records, name, grams[self.group(name)])
             records.drop(name)
 
-    def _multiply(self, records: Records, name: str, gram: Tensor) -> None:
+    def _multiply(self, records: ActivationCache, name: str, gram: Tensor) -> None:
         """Add one parameter's inner products to the lower triangle of gram [E, E]."""
         sample = records.survey[name]
         pair = pairing(sample, records.folder is not None)
@@ -153,10 +153,10 @@ class GramTask:
                 for j in range(0, down.stop, tile):
                     across = slice(j, min(j + tile, self.count))
                     second = records.piece(name, across.start, across.stop)
-                    gram[down, across] += first.pairs(second)
+                    gram[down, across] += first.inner_products(second)
             return
-        if isinstance(sample, Rows) and records.folder is None:
-            for _, piece in records.pieces(name):
+        if isinstance(sample, DenseGrad) and records.folder is None:
+            for _, piece in records.factored_grads(name):
                 self._update(gram, piece.tensors[0])
             return
         each = sample.width // max(1, sample.groups)
@@ -165,8 +165,8 @@ class GramTask:
         for begin in range(0, sample.groups, step):
             end = min(begin + step, sample.groups)
             columns = buffer[: self.count * (end - begin) * each].view(self.count, -1)
-            for start, piece in records.pieces(name):
-                piece.columns(begin, end, columns[start : start + piece.count])
+            for start, piece in records.factored_grads(name):
+                piece.write_columns(begin, end, columns[start : start + piece.count])
             self._update(gram, columns)
 
     def _update(self, gram: Tensor, rows: Tensor) -> None:
@@ -237,7 +237,7 @@ class GramTask:
 
         def own() -> Tensor:
             rows = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=gradients.dtype)
-            for start, chunk in gradients.own_chunks(self.count):
+            for start, chunk in gradients.local_chunks(self.count):
                 first = start - ranges[here][0]
                 rows[first : first + len(chunk)] = chunk
             return rows

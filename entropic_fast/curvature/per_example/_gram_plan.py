@@ -14,8 +14,8 @@ from ..._utils import notebook as display
 from ..._utils.workspace import Scratch, scratch_of
 from ._activation_cache import spill_folder
 from ._chunks import PassCost, rows_made
-from ._engine import ScoreEngine
-from .layer_rules import Piece, Rows, packed_bytes
+from ._engine import PerExampleGradEngine
+from .layer_rules import DenseGrad, FactoredGrad, packed_bytes
 
 STRATEGIES = ("auto", "memory", "disk", "recompute")
 # Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
@@ -52,7 +52,7 @@ class ScorePlan:
     budget: int
     folder: Path | None = None
     block: int = 0
-    by_rule: int = 0
+    covered_by_layer_rule: int = 0
     copied: int = 0
     by_torch: int = 0
 
@@ -66,7 +66,7 @@ class ScorePlan:
             "recompute": f"blocks of {self.block} rows ({readable(self.held)}) and no disk",
         }[self.strategy]
         ways = {
-            "by layer rules": self.by_rule,
+            "by layer rules": self.covered_by_layer_rule,
             "as a copy an example": self.copied,
             "by torch.func, as vmap cannot trace the model with rules": self.by_torch,
         }
@@ -77,7 +77,7 @@ class ScorePlan:
         )
 
 
-class Planner:
+class GramPlanner:
     """Plans for one Gram matrix.
 
     Args:
@@ -90,8 +90,8 @@ class Planner:
 
     def __init__(
         self,
-        engine: ScoreEngine,
-        survey: dict[str, Piece],
+        engine: PerExampleGradEngine,
+        survey: dict[str, FactoredGrad],
         count: int,
         matrices: int,
         budget: int,
@@ -186,7 +186,7 @@ class Planner:
                     tile_bytes(1, *pair),
                     min(tile_bytes(self.count, *pair), self.scratch.tile),
                 )
-            elif isinstance(piece, Rows) and not spilled:  # multiplied as they are
+            elif isinstance(piece, DenseGrad) and not spilled:  # multiplied as they are
                 low = high = _packed(self.count, piece.width, self.scratch)
             else:
                 rows = self.count * piece.row_bytes
@@ -216,23 +216,23 @@ class Planner:
     ) -> ScorePlan:
         obj, engine = self.engine.obj, self.engine
         sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
-        by_rule = sum(sizes[name] for name in engine.by_rule)
+        covered_by_layer_rule = sum(sizes[name] for name in engine.covered_by_layer_rule)
         copied = sum(sizes[name] for name in engine.batched) if engine.traceable else 0
         return ScorePlan(
             strategy, self.count, chunk, passes, held, spilled, slice, self.budget, folder, block,
-            by_rule, copied, obj.num_params - by_rule - copied,
+            covered_by_layer_rule, copied, obj.num_params - covered_by_layer_rule - copied,
         )  # fmt: skip
 
 
-def pairing(piece: Piece, spilled: bool) -> tuple[int, int] | None:
-    """The piece's `pair_bytes`, with what is mapped of an example that is on disk."""
-    if piece.pair_bytes is None:
+def pairing(piece: FactoredGrad, spilled: bool) -> tuple[int, int] | None:
+    """The piece's `inner_product_bytes`, with what is mapped of an example that is on disk."""
+    if piece.inner_product_bytes is None:
         return None
-    example, pair = piece.pair_bytes
+    example, pair = piece.inner_product_bytes
     return example + piece.example_bytes * spilled, pair
 
 
-def channels_within(size: int, piece: Piece, count: int) -> int:
+def channels_within(size: int, piece: FactoredGrad, count: int) -> int:
     """Output channels whose rows of `count` examples fit in `size` bytes; at least 1."""
     scratch = scratch_of(piece.tensors[0].device)
     rows = max(0, size - _packed(count, piece.width, scratch))

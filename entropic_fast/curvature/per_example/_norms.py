@@ -18,10 +18,10 @@ from ..._utils.workspace import scratch_of
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ..estimators._probes import mean_estimate
-from ._chunks import PassCost, one_of_each, require_finite, rows_made
-from ._engine import ScoreEngine
+from ._chunks import PassCost, probe_batch, require_finite, rows_made
+from ._engine import PerExampleGradEngine
 from ._scores import grouping
-from .layer_rules import Piece, Rows
+from .layer_rules import DenseGrad, FactoredGrad
 from .layer_rules._factored_grads import squared_norms
 
 # Elements of parameters whose rows a GPU squares together: biases and normalization weights, 39 of
@@ -78,9 +78,9 @@ def gradient_norms(
     require_objective(obj)
     obj.require_single_examples()
     key = grouping(group_by)
-    engine, count = ScoreEngine(obj, theta), obj.num_examples
+    engine, count = PerExampleGradEngine(obj, theta), obj.num_examples
     keys = dict.fromkeys(map(key, obj.parameter_names))
-    pieces = one_of_each(engine).values()
+    pieces = probe_batch(engine).values()
     # Rows that norms are taken of, and their float64 copies, fill the scratch at most.
     together = sum(piece.row_bytes for piece in pieces if _is_joined(piece))
     largest = max((piece.row_bytes for piece in pieces), default=0)
@@ -95,7 +95,7 @@ def gradient_norms(
             part = norms[:, batch.start : batch.start + batch.size]
             sums = _Sums(dict(zip(keys, part, strict=True)))
 
-            def add(name: str, piece: Piece, sums: _Sums = sums) -> None:
+            def add(name: str, piece: FactoredGrad, sums: _Sums = sums) -> None:
                 sums.add(key(name), piece)
 
             engine.run(batch, add)
@@ -108,8 +108,10 @@ def gradient_norms(
     return norms[""] if group_by is None else norms
 
 
-def _is_joined(piece: Piece) -> bool:
-    return isinstance(piece, Rows) and piece.width <= JOINED and is_gpu(piece.tensors[0].device)
+def _is_joined(piece: FactoredGrad) -> bool:
+    return (
+        isinstance(piece, DenseGrad) and piece.width <= JOINED and is_gpu(piece.tensors[0].device)
+    )
 
 
 class _Sums:
@@ -119,7 +121,7 @@ class _Sums:
         self.sums, self._bytes = sums, 0
         self._rows: dict[str, list[Tensor]] = {}
 
-    def add(self, key: str, piece: Piece) -> None:
+    def add(self, key: str, piece: FactoredGrad) -> None:
         if not _is_joined(piece):
             self.sums[key] += piece.norms()
             return

@@ -21,7 +21,7 @@ from ...objective import Objective
 from ...objective._objective import require_objective
 from ...ops.gram_update import symmetric_update_
 from ._chunks import ExampleGradients
-from ._gram import GramTask, mirror_lower
+from ._gram import GramComputation, mirror_lower
 from ._gram_plan import STRATEGIES, ScorePlan
 
 PRODUCTS = ("float64", "float32")
@@ -144,7 +144,9 @@ def score_gram(
     count = obj.count(max_examples)
     checks.one_of("products", products, PRODUCTS)
     budget = resolve_budget(memory_budget, obj.device)
-    task = GramTask(obj, theta, count, budget, strategy, products == "float64", grouping(group_by))
+    task = GramComputation(
+        obj, theta, count, budget, strategy, products == "float64", grouping(group_by)
+    )
     grams = task.grams()
     return grams[""] if group_by is None else grams
 
@@ -180,7 +182,7 @@ def score_plan(
     require_objective(obj)
     count = obj.count(max_examples)
     budget = resolve_budget(memory_budget, obj.device)
-    return GramTask(obj.without_distribution(), theta, count, budget, strategy, True).plan
+    return GramComputation(obj.without_distribution(), theta, count, budget, strategy, True).plan
 
 
 @overload
@@ -266,7 +268,7 @@ def score_spectrum(
     if tall:
         moment = _second_moment(obj, theta, count, budget, products == "float64")
         return _eigenvalues(obj, moment, count, size)
-    task = GramTask(obj, theta, count, budget, strategy, products == "float64", key)
+    task = GramComputation(obj, theta, count, budget, strategy, products == "float64", key)
     grams = task.grams()
     spectra = {k: _eigenvalues(obj, g, count, min(count, sizes[k])) for k, g in grams.items()}
     return spectra[""] if group_by is None else spectra
@@ -352,7 +354,7 @@ def _second_moment(
 
     def own() -> Tensor:
         moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
-        for _, chunk in gradients.own_chunks(count):
+        for _, chunk in gradients.local_chunks(count):
             symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
         return moment
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, UserWarning)
 
 
-class Fallback:
+class VmapFallback:
     """Rows of the score matrix of an objective at one point, by means of torch alone.
 
     Args:

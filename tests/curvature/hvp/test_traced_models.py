@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, score_matrix
 from entropic_fast.curvature._crosscheck import coarsest_dtype
-from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.objective._objective import Objective
 
 
@@ -169,14 +169,14 @@ def test_scores_are_those_of_a_backward_pass_an_example(case):
 
 def test_scores_of_means_with_channels_last_go_by_layer_rules():
     obj = Objective(Pooled().double(), "cross_entropy", (flat(), torch.arange(7) % 3))
-    assert ScoreEngine(obj).by_rule == set(obj.parameter_names)
+    assert PerExampleGradEngine(obj).covered_by_layer_rule == set(obj.parameter_names)
 
 
 @pytest.mark.parametrize("left_out", [0, 2])
 def test_scores_of_a_model_that_looks_at_its_mask_go_by_layer_rules(left_out: int):
     x = masked(left_out)
     obj = Objective(Means().double(), "cross_entropy", (x, torch.arange(5) % 3))
-    assert ScoreEngine(obj).by_rule == set(obj.parameter_names)
+    assert PerExampleGradEngine(obj).covered_by_layer_rule == set(obj.parameter_names)
     assert not torch.compiler.is_compiling()
 
 

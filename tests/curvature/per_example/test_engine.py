@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
-from entropic_fast.curvature.per_example._engine import FastPathMismatchError, ScoreEngine
+from entropic_fast.curvature.per_example._engine import FastPathMismatchError, PerExampleGradEngine
 from entropic_fast.curvature.per_example.layer_rules import Sink
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import OuterProductGrad
 from entropic_fast.objective._dataset import Batch
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
@@ -22,11 +22,11 @@ UNTRACEABLE = {"data-dependent branch", "lstm"}
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parameters_go_by_rule_unless_they_cannot(case: Case):
-    engine = ScoreEngine(case.objective())
+    engine = PerExampleGradEngine(case.objective())
     assert engine.traceable == (case.name not in UNTRACEABLE)
     assert engine.batched == COPIES.get(case.name, set())
     if engine.traceable:
-        assert engine.by_rule | engine.batched == set(engine.obj.parameter_names)
+        assert engine.covered_by_layer_rule | engine.batched == set(engine.obj.parameter_names)
 
 
 class Model(nn.Module):
@@ -171,9 +171,9 @@ def test_no_use_of_a_parameter_escapes(kind: type[Model], shape: tuple[int, ...]
 def test_axes_are_known_and_not_guessed():
     for kind, shape in ((Frames, (3, 4)), (TimeFirst, (5, 4))):
         model, x, y = twisted(kind, shape)
-        assert {"a.weight", "b.weight"} <= ScoreEngine(
+        assert {"a.weight", "b.weight"} <= PerExampleGradEngine(
             Objective(model, "cross_entropy", (x, y))
-        ).by_rule
+        ).covered_by_layer_rule
 
 
 def test_parameters_that_nothing_depends_on_have_zero_scores():
@@ -183,27 +183,27 @@ def test_parameters_that_nothing_depends_on_have_zero_scores():
 
 
 def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch):
-    right = LinearPiece.columns
+    right = OuterProductGrad.write_columns
 
     def wrong(self, begin, end, out):
         right(self, begin, end, out)
         out.mul_(1.05)
 
-    monkeypatch.setattr(LinearPiece, "columns", wrong)
+    monkeypatch.setattr(OuterProductGrad, "write_columns", wrong)
     with pytest.raises(FastPathMismatchError, match=r"'0\.weight' differ by"):
-        ScoreEngine(by_name("dropout").objective())
+        PerExampleGradEngine(by_name("dropout").objective())
 
 
 def test_the_check_is_made_once_for_a_model(monkeypatch: pytest.MonkeyPatch):
     obj = by_name("dropout").objective()
-    ScoreEngine(obj)
+    PerExampleGradEngine(obj)
     calls = []
-    monkeypatch.setattr(ScoreEngine, "_check", lambda self: calls.append(self))
+    monkeypatch.setattr(PerExampleGradEngine, "_check", lambda self: calls.append(self))
     x, y = obj.tensors()
-    ScoreEngine(obj, obj.parameters_vector() + 1)
-    ScoreEngine(obj.with_data((x[:3], y[:3])))
+    PerExampleGradEngine(obj, obj.parameters_vector() + 1)
+    PerExampleGradEngine(obj.with_data((x[:3], y[:3])))
     assert not calls
-    ScoreEngine(by_name("dropout").objective())
+    PerExampleGradEngine(by_name("dropout").objective())
     assert len(calls) == 1
 
 
@@ -222,16 +222,16 @@ def test_every_chunk_is_read_anew(strategy: str, monkeypatch: pytest.MonkeyPatch
     model, x, y = twisted(Switching, (4,))
     monkeypatch.setattr(Switching, "on", False)
     obj = Objective(model, "cross_entropy", [(x[:2], y[:2]), (x[2:], y[2:])])
-    engine = ScoreEngine(obj)
-    assert "a.weight" in engine.by_rule
+    engine = PerExampleGradEngine(obj)
+    assert "a.weight" in engine.covered_by_layer_rule
 
-    run = ScoreEngine.run
+    run = PerExampleGradEngine.run
 
-    def run_and_switch(self: ScoreEngine, batch: Batch, sink: Sink) -> Tensor:
+    def run_and_switch(self: PerExampleGradEngine, batch: Batch, sink: Sink) -> Tensor:
         Switching.on = Switching.on or batch.start > 0
         return run(self, batch, sink)
 
-    monkeypatch.setattr(ScoreEngine, "run", run_and_switch)
+    monkeypatch.setattr(PerExampleGradEngine, "run", run_and_switch)
     gram = score_gram(obj, strategy=strategy)
     assert Switching.on and "a.weight" in engine.batched
     rows = []
@@ -250,7 +250,7 @@ def test_every_chunk_is_read_anew(strategy: str, monkeypatch: pytest.MonkeyPatch
 def test_a_loss_that_is_not_finite_changes_no_way():
     model, x, y = twisted(Frames, (3, 4))
     obj = Objective(model, "cross_entropy", (x, y))
-    engine = ScoreEngine(obj)
+    engine = PerExampleGradEngine(obj)
     bad = x.clone()
     bad[3] = float("nan")
     with pytest.raises(NonFiniteLossError, match="example 3"):
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_changes_no_way():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_chunks_of_any_size_agree(case: Case):
     obj = case.objective(7, batch_size=None)
-    whole, engine = plain_scores(case), ScoreEngine(obj)
+    whole, engine = plain_scores(case), PerExampleGradEngine(obj)
     for size in (1, 3, 7):
         rows = torch.zeros_like(whole)
         for batch in obj.batches(batch_size=size):

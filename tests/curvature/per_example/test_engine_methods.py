@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only, gradient_norms, ntk_gram, score_matrix
-from entropic_fast.curvature.per_example._engine import ScoreEngine
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import LinearPiece
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
+from entropic_fast.curvature.per_example.layer_rules._factored_grads import OuterProductGrad
 from entropic_fast.objective._objective import Objective
 
 
@@ -115,8 +115,8 @@ def test_hooks_of_modules_change_the_scores_as_they_change_gradients(register: A
 
 def test_a_model_that_asks_for_gradients_and_hooks_nothing_goes_by_rule():
     model = Hooked()
-    engine = ScoreEngine(Objective(model, "mse", data(model)))
-    assert engine.by_rule == set(engine.obj.parameter_names)
+    engine = PerExampleGradEngine(Objective(model, "mse", data(model)))
+    assert engine.covered_by_layer_rule == set(engine.obj.parameter_names)
 
 
 class NormTwice(nn.Module):
@@ -139,7 +139,7 @@ class NormTwice(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("by_rule", [True, False])
+@pytest.mark.parametrize("covered_by_layer_rule", [True, False])
 @pytest.mark.parametrize(
     "norm",
     [
@@ -149,12 +149,16 @@ class NormTwice(nn.Module):
     ],
     ids=["batch", "instance", "instance, stored"],
 )
-def test_a_shared_norm_layer_is_right_for_chunks_of_any_size(norm: Any, by_rule: bool, size: int):
+def test_a_shared_norm_layer_is_right_for_chunks_of_any_size(
+    norm: Any, covered_by_layer_rule: bool, size: int
+):
     torch.manual_seed(0)
-    model = NormTwice(norm(), (lambda weight: 1.0) if by_rule else Tensor.sum)
+    model = NormTwice(norm(), (lambda weight: 1.0) if covered_by_layer_rule else Tensor.sum)
     x, y = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3).double()
     obj = Objective(model, "mse", (x, y), batch_size=size)
-    assert ScoreEngine(obj).batched == (set() if by_rule else {"norm.weight", "norm.bias"})
+    assert PerExampleGradEngine(obj).batched == (
+        set() if covered_by_layer_rule else {"norm.weight", "norm.bias"}
+    )
     assert relative_error(score_matrix(obj), explicit(model, x, y)) < 1e-12
 
 
@@ -178,13 +182,13 @@ def test_a_gradient_within_the_model_is_differentiated():
 
 
 def wrong_linear_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LinearPiece.columns
+    right = OuterProductGrad.write_columns
 
-    def wrong(self: LinearPiece, begin: int, end: int, out: Tensor) -> None:
+    def wrong(self: OuterProductGrad, begin: int, end: int, out: Tensor) -> None:
         right(self, begin, end, out)
         out.mul_(1.05)
 
-    monkeypatch.setattr(LinearPiece, "columns", wrong)
+    monkeypatch.setattr(OuterProductGrad, "write_columns", wrong)
 
 
 def test_without_rules_a_disagreement_is_no_obstacle(monkeypatch: pytest.MonkeyPatch):
@@ -221,7 +225,7 @@ def test_a_layer_whose_backward_pass_fails_half_way_is_gone_on_with(monkeypatch,
         "fisher": lambda obj: torch.tensor(ef.fisher_trace(obj).value),
     }[quantity]
     expected = take(Objective(net, "cross_entropy", (x, y)))
-    forward = ScoreEngine._forward
+    forward = PerExampleGradEngine._forward
 
     def failing(engine, batch, sink):
         handed = []
@@ -234,7 +238,7 @@ def test_a_layer_whose_backward_pass_fails_half_way_is_gone_on_with(monkeypatch,
 
         return forward(engine, batch, some)
 
-    monkeypatch.setattr(ScoreEngine, "_forward", failing)
+    monkeypatch.setattr(PerExampleGradEngine, "_forward", failing)
     obj = Objective(net, "cross_entropy", (x, y))
     torch.testing.assert_close(take(obj), expected, rtol=1e-12, atol=1e-14)
-    assert not ScoreEngine(obj).traceable
+    assert not PerExampleGradEngine(obj).traceable

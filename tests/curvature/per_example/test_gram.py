@@ -88,10 +88,10 @@ def test_records_are_a_fraction_of_the_score_matrix():
 def test_the_plan_says_how_many_parameters_go_which_way():
     raw = by_name("raw parameter").objective()  # a scale of 4 and a temperature
     plan = score_plan(raw)
-    assert (plan.by_rule, plan.copied, plan.by_torch) == (raw.num_params - 5, 5, 0)
+    assert (plan.covered_by_layer_rule, plan.copied, plan.by_torch) == (raw.num_params - 5, 5, 0)
     assert str(plan).endswith("by layer rules, 5 as a copy an example")
     plan = score_plan(by_name("data-dependent branch").objective())
-    assert plan.by_rule == plan.copied == 0
+    assert plan.covered_by_layer_rule == plan.copied == 0
     assert f"{plan.by_torch} by torch.func, as vmap cannot trace" in str(plan)
 
 

@@ -8,12 +8,12 @@ from cases import relative_error
 from torch import Tensor
 
 from entropic_fast.curvature.per_example.layer_rules._factored_grads import (
-    ConvPiece,
-    EmbeddingPiece,
+    ConvGrad,
+    DenseGrad,
+    EmbeddingGrad,
+    FactoredGrad,
     Geometry,
-    LinearPiece,
-    Piece,
-    Rows,
+    OuterProductGrad,
     norms_by_columns,
 )
 
@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def linear(positions: int, inputs: int, outputs: int, n: int = N) -> tuple[Piece, Tensor]:
+def linear(positions: int, inputs: int, outputs: int, n: int = N) -> tuple[FactoredGrad, Tensor]:
     a, g = randn(n, positions, inputs), randn(n, positions, outputs, seed=1)
     rows = [
         sum(
@@ -34,14 +34,14 @@ def linear(positions: int, inputs: int, outputs: int, n: int = N) -> tuple[Piece
         )
         for e in range(n)
     ]
-    return LinearPiece(a, g), torch.stack(rows).flatten(1).double() if n else torch.zeros(
+    return OuterProductGrad(a, g), torch.stack(rows).flatten(1).double() if n else torch.zeros(
         0, inputs * outputs
     ).double()
 
 
 def convolution(
     space: tuple[int, ...], channels: int, outputs: int, geometry: Geometry, n: int = N
-) -> tuple[Piece, Tensor]:
+) -> tuple[FactoredGrad, Tensor]:
     out = [
         (s + 2 * p - d * (k - 1) - 1) // t + 1
         for s, p, d, k, t in zip(
@@ -65,17 +65,19 @@ def convolution(
             geometry.dilation, False, [0] * len(space), geometry.groups,
         )  # fmt: skip
         rows.append(torch.autograd.grad(y, weight, g[e : e + 1].movedim(-1, 1))[0].flatten())
-    return ConvPiece(a, g, geometry), torch.stack(rows)
+    return ConvGrad(a, g, geometry), torch.stack(rows)
 
 
-def embedding(positions: int, vocabulary: int, depth: int, n: int = N) -> tuple[Piece, Tensor]:
+def embedding(
+    positions: int, vocabulary: int, depth: int, n: int = N
+) -> tuple[FactoredGrad, Tensor]:
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, vocabulary, (n, positions), generator=generator)
     g = randn(n, positions, depth)
     rows = torch.zeros(n, vocabulary, depth, dtype=torch.float64)
     for e, t in itertools.product(range(n), range(positions)):
         rows[e, tokens[e, t]] += g[e, t]
-    return EmbeddingPiece(tokens, g, vocabulary), rows.flatten(1)
+    return EmbeddingGrad(tokens, g, vocabulary), rows.flatten(1)
 
 
 def one(kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1):
@@ -122,12 +124,12 @@ def test_norms_and_pairs_follow_from_the_rows(name: str):
     assert piece.norms().dtype == torch.float64
     assert relative_error(piece.norms(), rows.square().sum(1)) < 1e-13
     assert relative_error(norms_by_columns(piece), rows.square().sum(1)) < 1e-13
-    other = piece.again(tuple(t[1:4] for t in piece.tensors))
-    assert relative_error(piece.pairs(other), rows @ rows[1:4].T) < 1e-13
+    other = piece.with_tensors(tuple(t[1:4] for t in piece.tensors))
+    assert relative_error(piece.inner_products(other), rows @ rows[1:4].T) < 1e-13
 
 
 def test_pairs_are_taken_where_they_are_cheaper_only():
-    cheap = {name for name in PIECES if PIECES[name]()[0].pair_bytes is not None}
+    cheap = {name for name in PIECES if PIECES[name]()[0].inner_product_bytes is not None}
     assert "linear, few positions" in cheap and "embedding, few tokens" in cheap
     assert "conv 2d, one position" in cheap and "conv 2d, few positions" in cheap
     assert not cheap & {"linear, many positions", "conv 2d", "grouped", "embedding, many tokens"}
@@ -142,7 +144,7 @@ def test_columns_of_any_channels_have_the_same_inner_products(name: str):
         end = min(begin + 2, piece.groups)
         wide = torch.full((N, (end - begin) * each + 3), float("nan"), dtype=torch.float64)
         out = wide[:, 1:-2]  # a slice of a larger buffer
-        piece.columns(begin, end, out)
+        piece.write_columns(begin, end, out)
         assert wide[:, 0].isnan().all() and wide[:, -2:].isnan().all()
         gram += out @ out.T
     assert relative_error(gram, rows @ rows.T) < 1e-13
@@ -151,14 +153,14 @@ def test_columns_of_any_channels_have_the_same_inner_products(name: str):
 @all_pieces
 def test_no_examples_are_no_rows(name: str):
     piece = PIECES[name]()[0]
-    none = piece.again(tuple(t[:0] for t in piece.tensors))
+    none = piece.with_tensors(tuple(t[:0] for t in piece.tensors))
     assert none.rows().shape == (0, piece.width)
     assert none.norms().shape == (0,)
 
 
 def test_rows_are_themselves():
     rows = randn(4, 6)
-    piece = Rows(rows)
+    piece = DenseGrad(rows)
     assert piece.width == piece.groups == 6
     assert torch.equal(piece.rows(), rows)
     assert relative_error(piece.norms(), rows.square().sum(1)) < 1e-14
@@ -172,7 +174,7 @@ def test_norms_of_positions_that_cancel_are_those_of_rows(dtype):
     for e, share in enumerate(left):
         a[e, 1], g[e, 1] = a[e, 0], -(1 - share) * g[e, 0]
     exact = torch.einsum("eti,eto->eoi", a.double(), g.double()).square().sum((1, 2))
-    norms = LinearPiece(a, g).norms()
+    norms = OuterProductGrad(a, g).norms()
     assert norms.dtype == torch.float64 and float(norms[2]) == 0.0
     kept = [0, 1, 3, 4]
     # A row is rounded by eps of its positions, which is eps / share of itself.

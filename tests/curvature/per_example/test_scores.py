@@ -19,7 +19,7 @@ from entropic_fast.curvature import (
     score_spectrum_floor,
 )
 from entropic_fast.curvature.per_example._chunks import ExampleGradients
-from entropic_fast.curvature.per_example._engine import ScoreEngine
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
@@ -236,13 +236,13 @@ def test_any_budget_gives_the_same_gram(name: str):
 def test_a_small_budget_means_small_chunks(monkeypatch: pytest.MonkeyPatch):
     obj = by_name("layer norm").objective(30, batch_size=30)
     seen = []
-    original = ScoreEngine.run
+    original = PerExampleGradEngine.run
 
     def record(self, batch, sink):
         seen.append(len(batch.inputs))
         return original(self, batch, sink)
 
-    monkeypatch.setattr(ScoreEngine, "run", record)
+    monkeypatch.setattr(PerExampleGradEngine, "run", record)
     score_gram(obj, strategy="recompute")
     assert seen[-1] == 30
     seen.clear()

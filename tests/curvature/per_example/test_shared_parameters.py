@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
-from entropic_fast.curvature.per_example._engine import ScoreEngine
-from entropic_fast.curvature.per_example.layer_rules._reused import TiedPiece
+from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
+from entropic_fast.curvature.per_example.layer_rules._reused import TiedGrad
 from entropic_fast.objective._objective import Objective
 
 
@@ -134,7 +134,9 @@ def test_scores_are_those_of_a_backward_pass_an_example(name: str):
     for strategy in ("memory", "disk", "recompute"):
         gram = score_gram(obj, strategy=strategy)
         torch.testing.assert_close(gram, expected @ expected.T, rtol=1e-8, atol=1e-10 * scale**2)
-    copied = {n.replace(".weight", "").replace(".bias", "") for n in ScoreEngine(obj).batched}
+    copied = {
+        n.replace(".weight", "").replace(".bias", "") for n in PerExampleGradEngine(obj).batched
+    }
     assert copied == set(others.split())
 
 
@@ -144,7 +146,7 @@ def test_norms_of_a_tied_table_are_those_of_its_rows(vocabulary: int):
     tokens = torch.randint(vocabulary, (4, 6), generator=generator)
     e, a = (torch.randn(4, 6, 5, generator=generator).double() for _ in range(2))
     g = torch.randn(4, 6, vocabulary, generator=generator).double()
-    piece = TiedPiece(tokens, e, a, g)
+    piece = TiedGrad(tokens, e, a, g)
     dense = g.mT @ a
     for i, (row, t) in enumerate(zip(e, tokens, strict=True)):
         dense[i].index_add_(0, t, row)
@@ -159,7 +161,7 @@ def test_a_tied_table_that_cancels_has_norms_of_its_rows():
     e = torch.randn(3, 1, 4)
     g = torch.zeros(3, 1, 9)
     g[:, 0, 0] = -1
-    piece = TiedPiece(tokens, e, e * (1 + 1e-5), g)
+    piece = TiedGrad(tokens, e, e * (1 + 1e-5), g)
     expected = piece.rows().double().square().sum(1)
     torch.testing.assert_close(piece.norms(), expected, rtol=1e-3, atol=0)
 

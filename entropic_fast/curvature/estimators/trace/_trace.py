@@ -18,7 +18,7 @@ from ...per_example._scores import grouping
 from .._probes import BLOCK, MIN_SAMPLES, judged, precise
 from ._deflation import Complement, deflation_basis
 from .gauss_newton import ggn_trace, quick_ggn_trace
-from .hutchinson import Hutchinson, Measure, shares, traces_of_all, whole
+from .hutchinson import Hutchinson, Measure, exact_trace, shares, whole
 from .hutchpp import hutchpp
 from .xtrace import xtrace
 
@@ -216,7 +216,7 @@ def operator_trace(
         if method != "xtrace":
             return _traces(sampled, measure, probes, tol, seed, method, deflate, known)[0]
         if _exact_is_cheaper(len(basis), probes, tol):
-            return traces_of_all(measure, sampled, known)[0]
+            return exact_trace(measure, sampled, known)[0]
         rest = sampled
         if basis.shape[1]:
             known += Hutchinson(sampled, measure, seed, basis).exact.sum()
@@ -244,7 +244,7 @@ def _traces(
         sampler.sample_until(tol, probes)
         return judged(sampler.each(), sampler.total(), tol)
     if _exact_is_cheaper(len(basis), probes, tol):
-        return traces_of_all(measure, operator, known)
+        return exact_trace(measure, operator, known)
     sampler = Hutchinson(operator, measure, seed, basis)
     sampler.exact = sampler.exact + known
     hutchpp(sampler, operator, probes, tol, seed)

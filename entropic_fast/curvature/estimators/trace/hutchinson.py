@@ -117,7 +117,7 @@ class Hutchinson:
         return [mean_estimate(s, e, error) for s, e in zip(self.samples.T, exact, strict=True)]
 
 
-def traces_of_all(measure: Measure, operator: Any, known: Tensor) -> list[Estimate]:
+def exact_trace(measure: Measure, operator: Any, known: Tensor) -> list[Estimate]:
     """The L traces from all P unit vectors, each with what is known besides: exact."""
     size, dtype, device = require_operator(operator)
     total = known

@@ -25,17 +25,18 @@ from ....ops.gram_update import cross_update_
 CANCELS = 1e-2
 
 
-class Piece(ABC):
+class FactoredGrad(ABC):
     """Gradients of n examples with respect to one parameter of p elements.
 
-    `columns` may come in another order than the parameter's elements, the same for all examples
-    and all pieces of one layer: norms and Gram matrices do not depend on it. `rows` are in order.
+    `write_columns` may come in another order than the parameter's elements, the same for all
+    examples and all pieces of one layer: norms and Gram matrices do not depend on it. `rows` are
+        in order.
     """
 
     tensors: tuple[Tensor, ...]  # [n, ...] each: all that is needed to make the piece again
 
     @abstractmethod
-    def again(self, tensors: tuple[Tensor, ...]) -> Piece:
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> FactoredGrad:
         """The same rule for other examples."""
 
     @property
@@ -46,10 +47,10 @@ class Piece(ABC):
     @property
     @abstractmethod
     def groups(self) -> int:
-        """Output channels: `columns` is asked for whole ones, each of width / groups columns."""
+        """Output channels; `write_columns` writes width / groups columns for each."""
 
     @abstractmethod
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         """Write the columns of output channels begin .. end to out [n, ...], a column slice."""
 
     @abstractmethod
@@ -59,32 +60,32 @@ class Piece(ABC):
     def rows(self) -> Tensor:
         """The gradients in the order of the parameter's elements.  # [n, p]"""
         out = self.tensors[-1].new_empty(self.count, self.width)
-        self.columns(0, self.groups, out)
-        return self.ordered(out)
+        self.write_columns(0, self.groups, out)
+        return self.to_parameter_order(out)
 
-    def ordered(self, rows: Tensor) -> Tensor:
+    def to_parameter_order(self, rows: Tensor) -> Tensor:
         """Columns put in the order of the parameter's elements.  # [n, p]"""
         return rows
 
     @property
-    def pair_bytes(self) -> tuple[int, int] | None:
-        """Bytes that `pairs` takes for each example of either side, and for each pair.
+    def inner_product_bytes(self) -> tuple[int, int] | None:
+        """Bytes that `inner_products` takes for each example of either side, and for each pair.
 
         None where making the rows first takes fewer operations.
         """
         return None
 
-    def pairs(self, other: Piece) -> Tensor:
+    def inner_products(self, other: FactoredGrad) -> Tensor:
         """Inner products with other examples' gradients in float64.  # [n, m]"""
         return self.rows().double() @ other.rows().double().T
 
-    def part(self, begin: int, end: int) -> Piece:
-        """The piece of examples begin .. end."""
-        return self.again(tuple(t[begin:end] for t in self.tensors))
+    def __getitem__(self, examples: slice) -> FactoredGrad:
+        """The gradients of some of the examples."""
+        return self.with_tensors(tuple(t[examples] for t in self.tensors))
 
     @property
     def form(self) -> object:
-        """What the order of the columns, and `pairs` with another piece, depend on."""
+        """What the order of the columns, and `inner_products` with another piece, depend on."""
         return type(self)
 
     @property
@@ -103,7 +104,7 @@ class Piece(ABC):
         return self.width * self.tensors[-1].element_size()
 
 
-class Rows(Piece):
+class DenseGrad(FactoredGrad):
     """Rows as they are; for parameters whose gradients are no larger than what makes them.
 
     Args:
@@ -112,10 +113,10 @@ class Rows(Piece):
     """
 
     def __init__(self, rows: Tensor, columns_of: object = None) -> None:
-        self.tensors, self._form = (rows,), columns_of or Rows
+        self.tensors, self._form = (rows,), columns_of or DenseGrad
 
-    def again(self, tensors: tuple[Tensor, ...]) -> Rows:
-        return Rows(tensors[0], self._form)
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> DenseGrad:
+        return DenseGrad(tensors[0], self._form)
 
     @property
     def form(self) -> object:
@@ -129,7 +130,7 @@ class Rows(Piece):
     def groups(self) -> int:
         return self.width
 
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         out.copy_(self.tensors[0][:, begin:end])
 
     def norms(self) -> Tensor:
@@ -139,14 +140,14 @@ class Rows(Piece):
         return self.tensors[0]
 
 
-class LinearPiece(Piece):
+class OuterProductGrad(FactoredGrad):
     """dW[o, i] = sum_t G[t, o] A[t, i]: the weight of a linear layer, T positions an example."""
 
     def __init__(self, a: Tensor, g: Tensor) -> None:  # [n, T, I], [n, T, O]
         self.tensors = (a, g)
 
-    def again(self, tensors: tuple[Tensor, ...]) -> LinearPiece:
-        return LinearPiece(tensors[0], tensors[1])
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> OuterProductGrad:
+        return OuterProductGrad(tensors[0], tensors[1])
 
     @property
     def width(self) -> int:
@@ -157,7 +158,7 @@ class LinearPiece(Piece):
     def groups(self) -> int:
         return self.tensors[1].shape[2]
 
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         a, g = self.tensors
         block = g[:, :, begin:end]
         view = out.view(len(a), end - begin, a.shape[2])
@@ -181,12 +182,12 @@ class LinearPiece(Piece):
             # Rounding of the inner products is eps times the positions' own squares.
             canceled = (norms < CANCELS * both.diagonal(dim1=1, dim2=2).sum(1)).nonzero()[:, 0]
             if len(canceled):
-                norms[canceled] = norms_by_columns(LinearPiece(a[canceled], g[canceled]))
+                norms[canceled] = norms_by_columns(OuterProductGrad(a[canceled], g[canceled]))
             return norms
         return norms_by_columns(self)
 
     @property
-    def pair_bytes(self) -> tuple[int, int] | None:
+    def inner_product_bytes(self) -> tuple[int, int] | None:
         a, g = self.tensors
         positions, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
         # A pair of examples takes T^2 (I + O) operations here, I O by rows (which take T I O
@@ -195,7 +196,7 @@ class LinearPiece(Piece):
             return None
         return packed_bytes(positions, max(inputs, outputs)), 16 * positions**2 + 16
 
-    def pairs(self, other: Piece) -> Tensor:
+    def inner_products(self, other: FactoredGrad) -> Tensor:
         (a, g), (b, h) = self.tensors, other.tensors
         both = _inner_products(a, b)
         both *= _inner_products(g, h)
@@ -223,7 +224,7 @@ class Geometry:
         )
 
 
-class ConvPiece(Piece):
+class ConvGrad(FactoredGrad):
     """dW[o, c, k] = sum_p G[p, o] A[p stride + k dilation - padding, c], channels last.
 
     The weight [O, C / groups, *kernel] of a convolution; of a transposed one with the roles of
@@ -235,8 +236,8 @@ class ConvPiece(Piece):
     ) -> None:  # [n, *in, C] [n, *out, O]
         self.tensors, self.geometry = (a, g), geometry
 
-    def again(self, tensors: tuple[Tensor, ...]) -> ConvPiece:
-        return ConvPiece(tensors[0], tensors[1], self.geometry)
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> ConvGrad:
+        return ConvGrad(tensors[0], tensors[1], self.geometry)
 
     @property
     def form(self) -> object:
@@ -256,7 +257,7 @@ class ConvPiece(Piece):
         outputs = self.tensors[1].shape[-1]
         return outputs if self.geometry.groups == 1 else self.geometry.groups
 
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         a, g = self.tensors
         geometry, groups = self.geometry, 1
         if geometry.groups > 1:
@@ -269,7 +270,7 @@ class ConvPiece(Piece):
         a, g = self.tensors
         return self._call(conv_weight_norms, a, g, self.geometry.groups)
 
-    def ordered(self, rows: Tensor) -> Tensor:
+    def to_parameter_order(self, rows: Tensor) -> Tensor:
         taps = math.prod(self.geometry.kernel)
         outputs = self.tensors[1].shape[-1]
         if taps == 1 or self._channels == 1:
@@ -277,7 +278,7 @@ class ConvPiece(Piece):
         return rows.view(-1, outputs, taps, self._channels).transpose(2, 3).flatten(1)
 
     @property
-    def pair_bytes(self) -> tuple[int, int] | None:
+    def inner_product_bytes(self) -> tuple[int, int] | None:
         a, g = self.tensors
         positions, outputs = math.prod(g.shape[1:-1]), g.shape[-1]
         inputs = math.prod(self.geometry.kernel) * self._channels
@@ -287,13 +288,13 @@ class ConvPiece(Piece):
         patches = a.element_size() * (padded * a.shape[-1] + positions * inputs)
         return patches + packed_bytes(positions, max(inputs, outputs)), 16 * positions**2 + 16
 
-    def pairs(self, other: Piece) -> Tensor:
-        assert isinstance(other, ConvPiece)
+    def inner_products(self, other: FactoredGrad) -> Tensor:
+        assert isinstance(other, ConvGrad)
         if self.geometry.groups > 1:
-            return super().pairs(other)
-        return self._unfolded().pairs(other._unfolded())
+            return super().inner_products(other)
+        return self._unfolded().inner_products(other._unfolded())
 
-    def _unfolded(self) -> LinearPiece:
+    def _unfolded(self) -> OuterProductGrad:
         """As a linear layer over patches, for few output positions.  # A [n, T, taps * C]"""
         a, g = self.tensors
         geometry = self.geometry
@@ -307,7 +308,7 @@ class ConvPiece(Piece):
         # [n, *out, C, *kernel] -> [n, T, taps * C]
         dims = len(out)
         patches = padded.movedim(1 + dims, -1).flatten(1, dims).flatten(2)
-        return LinearPiece(patches, g.flatten(1, -2))
+        return OuterProductGrad(patches, g.flatten(1, -2))
 
     def _padding(self) -> list[tuple[int, int, int]]:
         """Padding before, size and padding after of each dimension that patches are cut from."""
@@ -340,14 +341,14 @@ class ConvPiece(Piece):
         )
 
 
-class EmbeddingPiece(Piece):
+class EmbeddingGrad(FactoredGrad):
     """dW[v, d] = sum over positions t of token v of G[t, d]."""
 
     def __init__(self, tokens: Tensor, g: Tensor, vocabulary: int) -> None:  # [n, T], [n, T, D]
         self.tensors, self.vocabulary = (tokens, g), vocabulary
 
-    def again(self, tensors: tuple[Tensor, ...]) -> EmbeddingPiece:
-        return EmbeddingPiece(tensors[0], tensors[1], self.vocabulary)
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> EmbeddingGrad:
+        return EmbeddingGrad(tensors[0], tensors[1], self.vocabulary)
 
     @property
     def width(self) -> int:
@@ -357,14 +358,14 @@ class EmbeddingPiece(Piece):
     def groups(self) -> int:
         return self.tensors[1].shape[2]
 
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         """Columns [n, channels of the embedding, vocabulary]."""
         tokens, g = self.tensors
         view = out.view(len(g), end - begin, self.vocabulary)
         index = tokens[:, None].expand(-1, end - begin, -1)
         view.zero_().scatter_add_(2, index, g[:, :, begin:end].transpose(1, 2))
 
-    def ordered(self, rows: Tensor) -> Tensor:
+    def to_parameter_order(self, rows: Tensor) -> Tensor:
         return rows.view(-1, self.groups, self.vocabulary).transpose(1, 2).flatten(1)
 
     def norms(self) -> Tensor:
@@ -372,7 +373,7 @@ class EmbeddingPiece(Piece):
         n = len(tokens)
         most = max(1, scratch_of(g.device).norms // max(1, 16 * g[:1].numel()))
         if n > most:
-            return torch.cat([self.part(i, i + most).norms() for i in range(0, n, most)])
+            return torch.cat([self[i : i + most].norms() for i in range(0, n, most)])
         if is_gpu(g.device):
             return self._norms_by_order()
         example = torch.arange(n, device=tokens.device)[:, None]
@@ -399,13 +400,13 @@ class EmbeddingPiece(Piece):
         return squared_norms(sums.view(n, positions * channels))
 
     @property
-    def pair_bytes(self) -> tuple[int, int] | None:
+    def inner_product_bytes(self) -> tuple[int, int] | None:
         positions, channels = self.tensors[1].shape[1:]
         if 2 * positions**2 >= self.vocabulary:
             return None
         return packed_bytes(positions, channels), 16 * positions**2 + 16
 
-    def pairs(self, other: Piece) -> Tensor:
+    def inner_products(self, other: FactoredGrad) -> Tensor:
         (tokens, g), (others, h) = self.tensors, other.tensors
         products = _inner_products(g, h)
         products *= tokens.flatten()[:, None] == others.flatten()[None]
@@ -438,7 +439,7 @@ def squared_norms(rows: Tensor) -> Tensor:
     return total
 
 
-def norms_by_columns(piece: Piece) -> Tensor:
+def norms_by_columns(piece: FactoredGrad) -> Tensor:
     """Squared norms by rows of as many examples, or columns of one, as the scratch holds.  # [n]"""
     total = piece.tensors[-1].new_zeros(piece.count, dtype=torch.float64)
     if not piece.width or not piece.count:
@@ -447,11 +448,11 @@ def norms_by_columns(piece: Piece) -> Tensor:
     examples = max(1, scratch // piece.row_bytes)
     channels = max(1, scratch * piece.groups // (examples * piece.row_bytes))
     for first in range(0, piece.count, examples):
-        part = piece.part(first, first + examples)
+        part = piece[first : first + examples]
         for begin in range(0, piece.groups, channels):
             end = min(begin + channels, piece.groups)
             out = part.tensors[-1].new_empty(part.count, (end - begin) * each)
-            part.columns(begin, end, out)
+            part.write_columns(begin, end, out)
             total[first : first + part.count] += squared_norms(out)
     return total
 

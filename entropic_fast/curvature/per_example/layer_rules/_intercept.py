@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from ...._torch.full_precision import weight_norm
 from ...._torch.tracing import requires_grad
 from ...hvp._decompositions import FUNCTIONS
-from ._factored_grads import Piece
+from ._factored_grads import FactoredGrad
 from ._layers import Backward, Layer
 from ._registry import LAYERS
 
-Sink = Callable[[str, Piece], None]
+Sink = Callable[[str, FactoredGrad], None]
 
 
 # How a model puts hooks on gradients (a tensor's, a node's, a module's), and what it asks before.
@@ -49,7 +49,7 @@ class GradientHookError(RuntimeError):
     """A hook on a gradient, which under vmap would be lost, or see all examples at once."""
 
 
-class Intercept(TorchFunctionMode):
+class LayerInterceptor(TorchFunctionMode):
     """While entered, runs tracked layers by rule.
 
     Args:
@@ -82,12 +82,12 @@ class Intercept(TorchFunctionMode):
         layer = None if make is None else self._of_parameter(make(*args, **kwargs))
         if layer is not None:
             if self._known(layer):
-                return self._by_rule(layer)
+                return self._run_layer_rule(layer)
             core = layer.without_bias()
             if core is not None and layer.bias is not None and self._known(core):
-                return self._by_rule(core) + layer.bias
-            if not layer.right_under_vmap:
-                return layer.by_operations(layer.x, layer.weight, layer.bias)
+                return self._run_layer_rule(core) + layer.bias
+            if not layer.correct_under_vmap:
+                return layer.vmap_safe(layer.x, layer.weight, layer.bias)
         if func in TRANSPOSES and args and id(args[0]) in self._names and args[0].ndim == 2:
             result = func(*args, **kwargs)
             if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
@@ -101,7 +101,7 @@ class Intercept(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _by_rule(self, layer: Layer) -> Tensor:
+    def _run_layer_rule(self, layer: Layer) -> Tensor:
         x = layer.x
         shared = not torch._C._functorch.is_functorch_wrapped_tensor(x)
         if shared and self.example is not None and any(layer.names) and layer.is_small():
@@ -159,7 +159,7 @@ class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink) -> Tensor:
         # x does not depend on the example (a table of positions, say): the plain function.
-        return layer.plain(x, weight, bias)
+        return layer.reference(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -174,7 +174,7 @@ class _Batched(torch.autograd.Function):
                 None if t is None else t.detach().requires_grad_(t.is_floating_point())
                 for t in ctx.inputs
             ]
-            out = ctx.layer.by_operations(*leaves)
+            out = ctx.layer.vmap_safe(*leaves)
         needed = [
             t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n and t is not None
         ]
@@ -223,7 +223,7 @@ class _Physical(torch.autograd.Function):
         return x_gradient, None, None, None, None
 
 
-def uses_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, int]:
+def count_layer_rule_uses(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, int]:
     """How many layers of ours use each parameter that the losses depend on; 0 if another does.
 
     Autograd's graph holds every differentiable use of a parameter as an edge to its leaf. If all
@@ -236,14 +236,14 @@ def uses_by_rules(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, in
     stack, seen = [start] if start is not None else [], {start}
     while stack:
         node = stack.pop()
-        by_rule = isinstance(node, ours._backward_cls)
+        covered_by_layer_rule = isinstance(node, ours._backward_cls)
         for slot, (following, _) in enumerate(node.next_functions):
             if following is None:
                 continue
             variable = getattr(following, "variable", None)
             if variable is not None:
                 if id(variable) in edges:
-                    edges[id(variable)].append(by_rule and slot in (1, 2))
+                    edges[id(variable)].append(covered_by_layer_rule and slot in (1, 2))
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ._factored_grads import (
-    ConvPiece,
-    EmbeddingPiece,
+    ConvGrad,
+    DenseGrad,
+    EmbeddingGrad,
+    FactoredGrad,
     Geometry,
-    LinearPiece,
-    Piece,
-    Rows,
+    OuterProductGrad,
     at_least_float32,
 )
 
-Pieces = tuple[Piece | None, Piece | None]  # of weight and bias
+WeightBiasGrads = tuple[FactoredGrad | None, FactoredGrad | None]  # of weight and bias
 
 
 class Backward(NamedTuple):
@@ -46,8 +46,8 @@ class Layer(ABC):
         x, weight, bias: its tensors.
         statistics: other tensors it reads, which must be constants.
         names: of weight and bias among the tracked parameters; None for those that are not.
-        right_under_vmap: whether torch differentiates the function rightly when vmap gives each
-            example a weight of its own; if not, `by_operations` takes its place.
+        correct_under_vmap: whether torch differentiates the function rightly when vmap gives each
+            example a weight of its own; if not, `vmap_safe` takes its place.
     """
 
     x: Tensor
@@ -55,15 +55,15 @@ class Layer(ABC):
     bias: Tensor | None = None
     statistics: tuple[Tensor, ...] = ()
     names: tuple[str | None, ...] = (None, None)
-    right_under_vmap = True
+    correct_under_vmap = True
 
     @abstractmethod
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The function itself."""
 
-    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def vmap_safe(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The same by operations that vmap and autograd differentiate rightly."""
-        return self.plain(x, weight, bias)
+        return self.reference(x, weight, bias)
 
     @abstractmethod
     def forward(
@@ -92,7 +92,7 @@ class Layer(ABC):
         return False
 
     @abstractmethod
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         """Gradient of x if needed, and the pieces of weight and bias if wanted."""
 
 
@@ -102,22 +102,25 @@ class Linear(Layer):
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         self.x, self.weight, self.bias = input, weight, bias
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return functional.linear(x, weight, bias)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x, weight, bias), ()
+        return self.reference(x, weight, bias), ()
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None
         gradient = at.g @ at.weight if at.need_x else None
         n = len(at.x)
         a, g = at_least_float32((at.x, at.g))
         a, g = a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1])
-        return gradient, (LinearPiece(a, g) if at.wanted[0] else None, bias_piece(g, at.wanted[1]))
+        return gradient, (
+            OuterProductGrad(a, g) if at.wanted[0] else None,
+            bias_grad(g, at.wanted[1]),
+        )
 
     def without_bias(self) -> Layer | None:
         assert self.weight is not None
@@ -135,15 +138,15 @@ class Linear(Layer):
 class RightProduct(Linear):
     """`x @ W + b` with W [inputs, outputs], as in Hugging Face's `Conv1D`."""
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return functional.linear(x, weight.t(), bias)
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None
         gradient, (piece, bias) = super().backward(at._replace(weight=at.weight.t()))
-        if isinstance(piece, LinearPiece):
-            piece = LinearPiece(*reversed(piece.tensors))
+        if isinstance(piece, OuterProductGrad):
+            piece = OuterProductGrad(*reversed(piece.tensors))
         return gradient, (piece, bias)
 
     def transposed_of(self, weight: Tensor) -> Layer:
@@ -183,7 +186,7 @@ class Convolution(Layer):
         self.x = x
         self.geometry = Geometry(kernel, self.stride, self.padding, self.dilation, groups)
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return torch.convolution(
             x, weight, bias, self.stride, self.padding, self.dilation,
@@ -198,12 +201,12 @@ class Convolution(Layer):
             # oneDNN's float32 convolutions are up to twice as fast this way, and the rule for
             # the weight reads channels last.
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.plain(images, weight, bias), (images,)
+        return self.reference(images, weight, bias), (images,)
 
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:
         return apart(out, self._counts(x))
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         images, counts = at.saved[0], self._counts(at.x)
         gradient = None
         if at.need_x:
@@ -215,7 +218,7 @@ class Convolution(Layer):
         a, b = (
             apart(t.movedim(1, -1), counts) for t in at_least_float32((images, at.g))
         )  # [n, *m, *space, channels]
-        bias = bias_piece(b.flatten(1, -2), at.wanted[1])
+        bias = bias_grad(b.flatten(1, -2), at.wanted[1])
         if not at.wanted[0]:
             return gradient, (None, bias)
         geometry = self.geometry
@@ -227,9 +230,9 @@ class Convolution(Layer):
             elif self.dims < 3:
                 geometry = geometry.spread()
             else:  # several volumes an example: their rows, added
-                many = ConvPiece(a.flatten(0, 1), b.flatten(0, 1), geometry)
-                return gradient, (Rows(apart(many.rows(), counts).sum(1)), bias)
-        return gradient, (ConvPiece(a, b, geometry), bias)
+                many = ConvGrad(a.flatten(0, 1), b.flatten(0, 1), geometry)
+                return gradient, (DenseGrad(apart(many.rows(), counts).sum(1)), bias)
+        return gradient, (ConvGrad(a, b, geometry), bias)
 
     def _counts(self, x: Tensor) -> tuple[int, ...]:
         """Examples and, where the model gives them a batch axis, images an example."""
@@ -247,13 +250,13 @@ class Embedding(Layer):
     example but the first; and it counts frequencies over all examples.
     """
 
-    right_under_vmap = False
+    correct_under_vmap = False
 
     def __init__(self, x: Tensor, weight: Tensor, padding: int | None, by_frequency: bool) -> None:
         self.x, self.weight, self.by_frequency = x, weight, by_frequency
         self.padding = padding if padding is None or padding >= 0 else len(weight) + padding
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return functional.embedding(x, weight, self.padding)
 
@@ -261,7 +264,7 @@ class Embedding(Layer):
         assert self.weight is not None
         return self.x.numel() <= len(self.weight)
 
-    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def vmap_safe(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         out: Tensor = functional.embedding(x, weight)
         if self.by_frequency:
@@ -275,9 +278,9 @@ class Embedding(Layer):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x, weight, bias), ()
+        return self.reference(x, weight, bias), ()
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None
         (gradients,) = at_least_float32((at.g,))
         tokens = at.x.reshape(len(at.x), -1).long()
@@ -287,7 +290,7 @@ class Embedding(Layer):
             gradients = gradients / times[..., None]
         if self.padding is not None:
             gradients = gradients.masked_fill((tokens == self.padding)[..., None], 0)
-        return None, (EmbeddingPiece(tokens, gradients, len(at.weight)), None)
+        return None, (EmbeddingGrad(tokens, gradients, len(at.weight)), None)
 
 
 class PReLU(Layer):
@@ -296,7 +299,7 @@ class PReLU(Layer):
     def __init__(self, input: Tensor, weight: Tensor) -> None:
         self.x, self.weight = input, weight
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return torch.prelu(x, weight)
 
@@ -305,7 +308,7 @@ class PReLU(Layer):
     ) -> tuple[Tensor, Sequence[Tensor]]:
         return torch.where(x > 0, x, self._slopes(x, weight) * x), ()
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None
         gradient = None
         if at.need_x:
@@ -314,7 +317,10 @@ class PReLU(Layer):
         products = torch.where(inputs > 0, 0, inputs * gradients)
         if at.weight.numel() > 1:
             products = products.movedim(2, 1)
-        return gradient, (Rows(products.reshape(len(at.x), at.weight.numel(), -1).sum(2)), None)
+        return gradient, (
+            DenseGrad(products.reshape(len(at.x), at.weight.numel(), -1).sum(2)),
+            None,
+        )
 
     @staticmethod
     def _slopes(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -330,8 +336,8 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-def bias_piece(g: Tensor, wanted: bool) -> Piece | None:  # [n, T, O]
-    return Rows(g.sum(1)) if wanted else None
+def bias_grad(g: Tensor, wanted: bool) -> FactoredGrad | None:  # [n, T, O]
+    return DenseGrad(g.sum(1)) if wanted else None
 
 
 def apart(tensor: Tensor, counts: Sequence[int]) -> Tensor:

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from ...._utils.workspace import scratch_of
-from ._factored_grads import CANCELS, EmbeddingPiece, LinearPiece, Piece, Rows, norms_by_columns
+from ._factored_grads import (
+    CANCELS,
+    DenseGrad,
+    EmbeddingGrad,
+    FactoredGrad,
+    OuterProductGrad,
+    norms_by_columns,
+)
 
 
-def combined(pieces: Sequence[Piece]) -> Piece:
+def combined(pieces: Sequence[FactoredGrad]) -> FactoredGrad:
     """The sum of pieces of one parameter, for the same examples.
 
     Uses by linear layers are positions of one layer, and so are those by embeddings. Where a table
@@ -19,29 +26,29 @@ def combined(pieces: Sequence[Piece]) -> Piece:
     """
     if len(pieces) == 1:
         return pieces[0]
-    linear = [p for p in pieces if isinstance(p, LinearPiece)]
-    embedded = [p for p in pieces if isinstance(p, EmbeddingPiece)]
+    linear = [p for p in pieces if isinstance(p, OuterProductGrad)]
+    embedded = [p for p in pieces if isinstance(p, EmbeddingGrad)]
     if len(linear) + len(embedded) < len(pieces):
         rows = pieces[0].rows().clone()
         for piece in pieces[1:]:
             rows += piece.rows()
-        return Rows(rows)
+        return DenseGrad(rows)
     if not embedded:
-        return LinearPiece(*_joined(linear))
+        return OuterProductGrad(*_joined(linear))
     tokens, e = _joined(embedded)
     if not linear:
-        return EmbeddingPiece(tokens, e, embedded[0].vocabulary)
-    return TiedPiece(tokens, e, *_joined(linear))
+        return EmbeddingGrad(tokens, e, embedded[0].vocabulary)
+    return TiedGrad(tokens, e, *_joined(linear))
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Tensor]:
+def _joined(pieces: Sequence[FactoredGrad]) -> list[Tensor]:
     """Their tensors [n, T, ...] along positions."""
     if len(pieces) == 1:
         return list(pieces[0].tensors)
     return [torch.cat(parts, 1) for parts in zip(*(p.tensors for p in pieces), strict=True)]
 
 
-class TiedPiece(Piece):
+class TiedGrad(FactoredGrad):
     """dW[v, d] = sum_s G[s, v] A[s, d] + sum over positions t of token v of E[t, d].
 
     Args:
@@ -52,8 +59,8 @@ class TiedPiece(Piece):
     def __init__(self, tokens: Tensor, e: Tensor, a: Tensor, g: Tensor) -> None:
         self.tensors = (tokens, e, a, g)
 
-    def again(self, tensors: tuple[Tensor, ...]) -> TiedPiece:
-        return TiedPiece(*tensors)
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> TiedGrad:
+        return TiedGrad(*tensors)
 
     @property
     def width(self) -> int:
@@ -64,32 +71,32 @@ class TiedPiece(Piece):
         return self.tensors[1].shape[2]
 
     @property
-    def _linear(self) -> LinearPiece:
+    def _linear(self) -> OuterProductGrad:
         """With columns [D, V], as those of the embedding."""
         _, _, a, g = self.tensors
-        return LinearPiece(g, a)
+        return OuterProductGrad(g, a)
 
     @property
-    def _embedding(self) -> EmbeddingPiece:
+    def _embedding(self) -> EmbeddingGrad:
         tokens, e, _, g = self.tensors
-        return EmbeddingPiece(tokens, e, g.shape[2])
+        return EmbeddingGrad(tokens, e, g.shape[2])
 
-    def columns(self, begin: int, end: int, out: Tensor) -> None:
+    def write_columns(self, begin: int, end: int, out: Tensor) -> None:
         """Columns [n, channels of the embedding, vocabulary]."""
         tokens, e, _, _ = self.tensors
-        self._linear.columns(begin, end, out)
+        self._linear.write_columns(begin, end, out)
         index = tokens[:, None].expand(-1, end - begin, -1)
         view = out.view(len(e), end - begin, -1)
         view.scatter_add_(2, index, e[:, :, begin:end].transpose(1, 2))
 
-    def ordered(self, rows: Tensor) -> Tensor:
-        return self._embedding.ordered(rows)
+    def to_parameter_order(self, rows: Tensor) -> Tensor:
+        return self._embedding.to_parameter_order(rows)
 
     def norms(self) -> Tensor:
         tokens, e, a, g = self.tensors
         most = max(1, scratch_of(e.device).norms // (8 * max(1, tokens[0].numel() * a.shape[1])))
         if len(e) > most:
-            return torch.cat([self.part(i, i + most).norms() for i in range(0, len(e), most)])
+            return torch.cat([self[i : i + most].norms() for i in range(0, len(e), most)])
         squares = self._linear.norms() + self._embedding.norms()
         index = tokens[:, None].expand(-1, g.shape[1], -1)
         inner = torch.bmm(a, e.transpose(1, 2)).double() * g.gather(2, index)  # [n, S, T]
@@ -97,6 +104,6 @@ class TiedPiece(Piece):
         # Rounding of the inner products is eps times the squares.
         canceled = (norms < CANCELS * squares).nonzero()[:, 0]
         if len(canceled):
-            few = self.again(tuple(t[canceled] for t in self.tensors))
+            few = self.with_tensors(tuple(t[canceled] for t in self.tensors))
             norms[canceled] = norms_by_columns(few)
         return norms

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._factored_grads import LinearPiece, at_least_float32
-from ._layers import Backward, Layer, Linear, Pieces, RightProduct
+from ._factored_grads import OuterProductGrad, at_least_float32
+from ._layers import Backward, Layer, Linear, RightProduct, WeightBiasGrads
 
 
 class LeftProduct(Layer):
@@ -21,23 +21,23 @@ class LeftProduct(Layer):
     def __init__(self, weight: Tensor, x: Tensor) -> None:
         self.x, self.weight = x, weight
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return torch.matmul(weight, x)
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x, weight, bias), ()
+        return self.reference(x, weight, bias), ()
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None
         gradient = at.weight.t() @ at.g if at.need_x else None
         if not at.wanted[0]:
             return gradient, (None, None)
         n = len(at.x)
         a, g = (t.transpose(-1, -2) for t in at_least_float32((at.x, at.g)))
-        piece = LinearPiece(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
+        piece = OuterProductGrad(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
         return gradient, (piece, None)
 
 

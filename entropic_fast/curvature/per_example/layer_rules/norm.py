@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....ops.norm_example_grads import affine_grads, batch_norm_backward
-from ._factored_grads import Rows, at_least_float32
-from ._layers import Backward, Layer, Pieces, apart
+from ._factored_grads import DenseGrad, at_least_float32
+from ._layers import Backward, Layer, WeightBiasGrads, apart
 
 
 class BatchNorm(Layer):
@@ -22,7 +22,7 @@ class BatchNorm(Layer):
     channels last (`Objective.outputs`), as it may for a chunk of one example.
     """
 
-    right_under_vmap = False
+    correct_under_vmap = False
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class BatchNorm(Layer):
         self.x, self.weight, self.bias = x, weight, bias
         self.statistics, self.eps = (mean, variance), eps
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, variance = self.statistics
         return functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
 
-    def by_operations(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def vmap_safe(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, variance, scale, shift = (
             None if t is None else at_least_float32((t,))[0].view(-1, *[1] * (x.ndim - 2))
             for t in (*self.statistics, weight, bias)
@@ -53,12 +53,12 @@ class BatchNorm(Layer):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x.flatten(0, 1), weight, bias), ()
+        return self.reference(x.flatten(0, 1), weight, bias), ()
 
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:
         return apart(out, x.shape[:2])
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         inputs, gradients = at_least_float32((at.x, self.shaped(at.g, at.x)))
         mean, variance = at_least_float32(self.statistics)
         rstd = (variance.to(inputs.dtype) + self.eps).rsqrt()
@@ -80,7 +80,7 @@ class GroupNorm(Layer):
     ) -> None:
         self.x, self.groups, self.weight, self.bias, self.eps = x, groups, weight, bias, eps
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return functional.group_norm(x, self.groups, weight, bias, self.eps)
 
     def forward(
@@ -95,7 +95,7 @@ class GroupNorm(Layer):
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:
         return apart(out, x.shape[:2])
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         images, mean, rstd = at.saved
         out = at.g.contiguous()
         gradient = None
@@ -134,7 +134,7 @@ class LayerNorm(Layer):
         self.x, self.weight, self.bias = x, weight, bias
         self.shape, self.eps, self.centered = list(shape), eps, centered
 
-    def plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if not self.centered:
             return functional.rms_norm(x, self.shape, weight, self.eps)
         assert self.eps is not None
@@ -143,9 +143,9 @@ class LayerNorm(Layer):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.plain(x, weight, bias), ()
+        return self.reference(x, weight, bias), ()
 
-    def backward(self, at: Backward) -> tuple[Tensor | None, Pieces]:
+    def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         n, width = len(at.x), math.prod(self.shape)
         inputs, gradients = (
             t.reshape(n, math.prod(at.x.shape[1 : at.x.ndim - len(self.shape)]), width)
@@ -166,7 +166,7 @@ class LayerNorm(Layer):
             gradient = (gradient * rstd).view(at.x.shape).to(at.x.dtype)
         rows = affine_grads(inputs, gradients, mean, rstd)
         return gradient, tuple(  # type: ignore[return-value]
-            Rows(r) if w else None for r, w in zip(rows, at.wanted, strict=True)
+            DenseGrad(r) if w else None for r, w in zip(rows, at.wanted, strict=True)
         )
 
 
@@ -180,7 +180,7 @@ def default_eps(dtype: torch.dtype, device: str) -> float:
     return torch.finfo(torch.float32 if float(out) > 0.9 else dtype).eps
 
 
-def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> Pieces:
+def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> WeightBiasGrads:
     """Pieces of weight and bias from their rows [n, C]."""
-    weight, bias = (Rows(r) if w else None for r, w in zip(rows, wanted, strict=True))
+    weight, bias = (DenseGrad(r) if w else None for r, w in zip(rows, wanted, strict=True))
     return weight, bias
