@@ -23,10 +23,10 @@ from .full_precision import full_precision
 _C: Any = torch._C
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # products wait for the device, to look for NaN
 _numbers = itertools.count()
-_operators: WeakValueDictionary[int, Compilable] = WeakValueDictionary()
+_operators: WeakValueDictionary[int, CompileSafe] = WeakValueDictionary()
 
 
-class Compilable:
+class CompileSafe:
     """A matrix with products `operator @ vectors`, in compiled functions too.
 
     A compiled function keeps no operator alive: it must live as long as it is used.
@@ -39,7 +39,7 @@ class Compilable:
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    T: Compilable  # unless symmetric
+    T: CompileSafe  # unless symmetric
     symmetric: ClassVar[bool] = True
     looks: ClassVar[bool] = True  # that its results are finite
 
@@ -50,7 +50,7 @@ class Compilable:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy, perhaps in another process, where the number may be another operator's.
         self.__dict__.update(state)
-        Compilable.__init__(self)
+        CompileSafe.__init__(self)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         return self.multiply(vectors)
@@ -60,7 +60,7 @@ class Compilable:
         if torch.compiler.is_compiling():
             product: Tensor = _product(vectors.detach(), self._number, self.shape[0])
             return product
-        with undisturbed():
+        with clean_dispatch_state():
             return self._multiply(vectors)
 
     def _multiply(self, vectors: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Compilable:
         import numpy as np
         from scipy.sparse.linalg import LinearOperator
 
-        def by(operator: Compilable) -> Any:
+        def by(operator: CompileSafe) -> Any:
             def product(array: Any) -> Any:
                 values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
                 return operator.multiply(values).cpu().numpy()
@@ -105,7 +105,7 @@ class Compilable:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def clean_dispatch_state() -> Iterator[None]:
     """Within it, autograd works as if called from the top, whoever calls.
 
     Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
@@ -113,7 +113,7 @@ def undisturbed() -> Iterator[None]:
     derivative taken in them would leave terms out. Arithmetic is that of `full_precision`: full
     float32 whatever precision torch was asked for, and no autocast.
 
-    >>> with torch.inference_mode(), undisturbed():
+    >>> with torch.inference_mode(), clean_dispatch_state():
     ...     torch.ones(1, requires_grad=True).exp().requires_grad
     True
     """
@@ -146,7 +146,7 @@ def _operator(number: int) -> Any:
 
 @torch.library.custom_op("entropic_fast::operator_product", mutates_args=(), tags=_TAGS)
 def _product(vectors: Tensor, number: int, rows: int) -> Tensor:
-    with undisturbed():
+    with clean_dispatch_state():
         product: Tensor = _operator(number).multiply(vectors)
     return product
 
@@ -158,7 +158,7 @@ def _(vectors: Tensor, number: int, rows: int) -> Tensor:
 
 @torch.library.custom_op("entropic_fast::operator_forms", mutates_args=(), tags=_TAGS)
 def forms_operation(vectors: Tensor, number: int) -> Tensor:
-    with undisturbed():
+    with clean_dispatch_state():
         forms: Tensor = _operator(number).quadratic_forms(vectors)
     return forms
 

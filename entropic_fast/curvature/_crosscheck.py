@@ -91,7 +91,7 @@ def require_agreement(
         )
 
 
-_rules_off: ContextVar[bool] = ContextVar("rules_off", default=False)
+_autograd_only: ContextVar[bool] = ContextVar("autograd_only", default=False)
 
 
 @contextmanager
@@ -105,15 +105,15 @@ def autograd_only() -> Iterator[None]:
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
     >>> with autograd_only():
     ...     HessianOperator(obj).way
-    'autograd: rules are turned off'
+    'autograd: switched off by autograd_only'
     """
-    token = _rules_off.set(True)
+    token = _autograd_only.set(True)
     try:
         yield
     finally:
-        _rules_off.reset(token)
+        _autograd_only.reset(token)
 
 
-def rules_are_off() -> bool:
+def fast_paths_are_off() -> bool:
     """Whether we are within `autograd_only`."""
-    return _rules_off.get()
+    return _autograd_only.get()

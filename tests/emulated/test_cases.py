@@ -8,8 +8,8 @@ import torch
 
 import entropic_fast as ef
 from entropic_fast.curvature.hvp._capture import capture
-from entropic_fast.curvature.hvp._fusion import BackUnit, NormUnit
-from entropic_fast.curvature.hvp._interpreter import Program
+from entropic_fast.curvature.hvp._fusion import NormActBackward, NormActForward
+from entropic_fast.curvature.hvp._interpreter import GraphInterpreter
 from entropic_fast.training import models
 
 
@@ -28,11 +28,11 @@ def test_normalization_is_fused_as_on_the_cpu(norm: str):
         model = models.initialize(models.build("resnet8", in_channels=3), 0)
         data = (images, torch.arange(4))
         obj = ef.Objective(model, "cross_entropy", data, norm=norm, device=device)
-        program = Program(capture(obj, obj.parameters_vector(), images.to(device)))
-        ahead, behind = program._units_ahead, program._units_behind
+        interpreter = GraphInterpreter(capture(obj, obj.parameters_vector(), images.to(device)))
+        ahead, behind = interpreter._forward_regions, interpreter._backward_regions
         return [
-            sum(isinstance(unit, NormUnit) for unit in ahead),
-            sum(isinstance(unit, BackUnit) for unit in behind),
+            sum(isinstance(unit, NormActForward) for unit in ahead),
+            sum(isinstance(unit, NormActBackward) for unit in behind),
         ]
 
     expected = units("cpu")

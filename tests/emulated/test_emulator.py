@@ -11,7 +11,7 @@ from emulated_gpu import Graph
 from torch import nn
 
 import entropic_fast as ef
-from entropic_fast.curvature.hvp._interpreter import Program
+from entropic_fast.curvature.hvp._interpreter import GraphInterpreter
 from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
 from entropic_fast.dynamics.projected_sgd._replica_state import Run
 from entropic_fast.training.models import digits_cnn, initialize
@@ -215,13 +215,13 @@ def test_what_an_update_may_not_do_keeps_it_from_being_captured(problem, monkeyp
 
 
 def test_weights_made_on_the_cpu_are_found_in_products(problem, monkeypatch):
-    push = Program.push
+    jvp = GraphInterpreter.jvp
 
-    def planting(self: Program, values, directions, **options):
-        return push(self, values, [t.cpu() for t in directions], **options)
+    def planting(self: GraphInterpreter, values, directions, **options):
+        return jvp(self, values, [t.cpu() for t in directions], **options)
 
     v = problem.obj.parameters_vector()
-    monkeypatch.setattr(Program, "push", planting)
+    monkeypatch.setattr(GraphInterpreter, "jvp", planting)
     operator = ef.HessianOperator(problem.obj)
     operator @ v  # goes by autograd, and says why
     assert "at least two devices" in operator.method

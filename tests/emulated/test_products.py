@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import entropic_fast as ef
 from entropic_fast.curvature.hvp import _engine as engines
-from entropic_fast.curvature.hvp._fusion import BackUnit, NormUnit
+from entropic_fast.curvature.hvp._fusion import NormActBackward, NormActForward
 from entropic_fast.training import models
 
 
@@ -80,9 +80,9 @@ def test_a_quadratic_form_stays_within_its_launches(hessian):
 
 def test_normalizations_are_fused_as_on_a_cpu(hessian):
     operator, _ = hessian
-    program = next(iter(operator._engine._programs.values()))
-    assert sum(isinstance(u, NormUnit) for u in program._units_ahead) == 21
-    assert sum(isinstance(u, BackUnit) for u in program._units_behind) == 21
+    interpreter = next(iter(operator._engine._interpreters.values()))
+    assert sum(isinstance(u, NormActForward) for u in interpreter._forward_regions) == 21
+    assert sum(isinstance(u, NormActBackward) for u in interpreter._backward_regions) == 21
 
 
 class Halves(nn.Module):

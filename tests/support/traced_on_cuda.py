@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from entropic_fast._torch.full_precision import NativeRecurrence, full_precision
 from entropic_fast.curvature.hvp._capture import _traced
 from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTIONS
-from entropic_fast.curvature.hvp._fusion import norm_units
-from entropic_fast.curvature.hvp._jvp_rules import RULES
+from entropic_fast.curvature.hvp._fusion import find_forward_regions
+from entropic_fast.curvature.hvp._jvp_rules import JVP_RULES
 from entropic_fast.curvature.hvp._linearity import LINEAR, MULTILINEAR
 from entropic_fast.training import models
 
@@ -92,7 +92,7 @@ def traced(name: str, device: str) -> fx.Graph:
 def seen(name: str, device: str) -> dict[str, Any]:
     graph = traced(name, device)
     calls = [n.target for n in graph.nodes if n.op == "call_function"]
-    known = {*RULES, *LINEAR, *MULTILINEAR}
+    known = {*JVP_RULES, *LINEAR, *MULTILINEAR}
     return {
         "operations": Counter(map(str, calls)),
         "without a rule": sorted(
@@ -102,7 +102,7 @@ def seen(name: str, device: str) -> dict[str, Any]:
                 if target not in known and torch.Tag.pointwise not in getattr(target, "tags", ())
             }
         ),
-        "fused": len(norm_units(list(graph.nodes))),
+        "fused": len(find_forward_regions(list(graph.nodes))),
         "norms": sum(isinstance(m, nn.BatchNorm2d) for m in MODELS[name]().modules()),
     }
 

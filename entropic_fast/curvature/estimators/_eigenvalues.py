@@ -217,8 +217,8 @@ def _by_group(operator: Any, settings: _Settings, v0: Any, group_by: str) -> dic
     first = min(size, settings.block or min(settings.k, WIDEST))
     # All bases are held at once, as long together as one of the whole.
     most = capacity(min(settings.k, size), first, size, dtype, device)
-    if hasattr(operator, "keep_values"):
-        operator.keep_values()
+    if hasattr(operator, "cache_primals"):
+        operator.cache_primals()
     bases, searches = {}, {}
     for name, place in places.items():
         own = settings._replace(k=min(settings.k, len(place)))

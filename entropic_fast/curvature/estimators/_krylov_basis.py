@@ -104,8 +104,8 @@ class Basis:
     def __init__(self, operator: Any, capacity: int, seed: int, width: int = 1) -> None:
         self.operator, self.seed, self.capacity = operator, seed, capacity
         self.order, self.dtype, self.device = require_operator(operator)
-        if hasattr(operator, "keep_values"):  # a search makes many products at one point
-            operator.keep_values()
+        if hasattr(operator, "cache_primals"):  # a search makes many products at one point
+            operator.cache_primals()
         self.width = min(width, self.order)
         self.careful = False
         self.matvecs = self.products = self.size = self.frontier = self.draws = 0

@@ -1,6 +1,6 @@
 """Directional derivatives of first and second order through the graph of a network."""
 
-from ._capture_checks import NotCapturedError
-from ._engine import JetEngine
+from ._capture_checks import GraphCaptureError
+from ._engine import HVPEngine
 
-__all__ = ["JetEngine", "NotCapturedError"]
+__all__ = ["HVPEngine", "GraphCaptureError"]

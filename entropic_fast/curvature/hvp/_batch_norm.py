@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._jvp_rules import rule
-from ._node import Step
+from ._jvp_rules import jvp_rule
+from ._node import NodeContext
 
 aten = torch.ops.aten
 
 
-def statistics(step: Step, mean: int, var: int, eps: int) -> tuple[Tensor, Tensor]:
+def statistics(ctx: NodeContext, mean: int, var: int, eps: int) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation, shaped to multiply the input."""
-    shape = [1, -1] + [1] * (step.value(0).ndim - 2)
-    rstd = torch.rsqrt(step.value(var) + step.argument(eps))
-    return step.value(mean).view(shape), rstd.view(shape)
+    shape = [1, -1] + [1] * (ctx.value(0).ndim - 2)
+    rstd = torch.rsqrt(ctx.value(var) + ctx.argument(eps))
+    return ctx.value(mean).view(shape), rstd.view(shape)
 
 
 def along(vector: Tensor, dims: int) -> Tensor:
@@ -27,11 +27,11 @@ def along(vector: Tensor, dims: int) -> Tensor:
     return vector.view(len(vector), 1, -1, *[1] * (dims - 2))
 
 
-@rule(aten.native_batch_norm.default)
-def _batch_norm(step: Step) -> Any:
-    tx, tw, tb = (step.tangent(i) for i in range(3))
-    x, weight, dims = step.value(0), step.value(1), step.value(0).ndim
-    mean, rstd = statistics(step, 3, 4, 7)
+@jvp_rule(aten.native_batch_norm.default)
+def _batch_norm(ctx: NodeContext) -> Any:
+    tx, tw, tb = (ctx.tangent(i) for i in range(3))
+    x, weight, dims = ctx.value(0), ctx.value(1), ctx.value(0).ndim
+    mean, rstd = statistics(ctx, 3, 4, 7)
     out = None
     if tx is not None:
         out = tx * (rstd if weight is None else rstd * along(weight, dims))
@@ -44,11 +44,11 @@ def _batch_norm(step: Step) -> Any:
     return out, None, None
 
 
-@rule(aten.native_batch_norm_backward.default)
-def _batch_norm_backward(step: Step) -> Any:
-    tg, tx, tw = (step.tangent(i) for i in range(3))
-    g, x, weight, dims = step.value(0), step.value(1), step.value(2), step.value(0).ndim
-    mean, rstd = statistics(step, 3, 4, 8)
+@jvp_rule(aten.native_batch_norm_backward.default)
+def _batch_norm_backward(ctx: NodeContext) -> Any:
+    tg, tx, tw = (ctx.tangent(i) for i in range(3))
+    g, x, weight, dims = ctx.value(0), ctx.value(1), ctx.value(2), ctx.value(0).ndim
+    mean, rstd = statistics(ctx, 3, 4, 8)
     sums = [1, *range(3, dims + 1)]
     gx = gw = gb = None
     if tg is not None:
@@ -64,15 +64,15 @@ def _batch_norm_backward(step: Step) -> Any:
     return gx, gw, gb
 
 
-def backward(step: Step) -> Any:
+def backward(ctx: NodeContext) -> Any:
     """The values of aten's backward pass, as far as they are wanted within the graph.
 
     Not by aten: its kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
     """
-    g, x, weight, dims = step.value(0), step.value(1), step.value(2), step.value(0).ndim
-    mean, rstd = statistics(step, 3, 4, 8)
+    g, x, weight, dims = ctx.value(0), ctx.value(1), ctx.value(2), ctx.value(0).ndim
+    mean, rstd = statistics(ctx, 3, 4, 8)
     sums = [0, *range(2, dims)]
     gx = g * (rstd if weight is None else rstd * along(weight, dims))
-    gw = (g * ((x - mean) * rstd)).sum(sums) if step.wanted(1) else None
-    gb = g.sum(sums) if step.wanted(2) else None
+    gw = (g * ((x - mean) * rstd)).sum(sums) if ctx.wanted(1) else None
+    gb = g.sum(sums) if ctx.wanted(2) else None
     return gx, gw, gb

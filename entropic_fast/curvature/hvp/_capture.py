@@ -5,7 +5,7 @@ composite functions have been taken apart) that lead from parameters, buffers an
 outputs. The written-down graph is then differentiated by autograd under `make_fx` again, which
 writes down the backward pass. What cannot be captured faithfully (values read back to Python,
 parts without gradient, functions with a backward pass of their own, hooks) raises
-`NotCapturedError`; the caller then takes another way.
+`GraphCaptureError`; the caller then takes another way.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..._utils.trees import Tree
 from ...objective import Objective
 from ...ops.random_bits import streams as random
 from .._crosscheck import AGREEMENT, coarsest_dtype
-from ._capture_checks import NotCapturedError, Watch, require_nothing_hidden
+from ._capture_checks import GraphCaptureError, TraceGuard, require_nothing_hidden
 from ._decompositions import DECOMPOSITIONS
 from ._linearity import is_linear
 
@@ -71,17 +71,17 @@ def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
     """The graph of an objective's model for inputs like these [n, ...].
 
     Raises:
-        NotCapturedError: see above.
+        GraphCaptureError: see above.
     """
     with _unobserved():
         try:
             return _captured(obj, theta, inputs)
-        except NotCapturedError as why:
+        except GraphCaptureError as why:
             if not _reads_values(why):
                 raise
             try:
                 return _captured(obj, theta, inputs, told_of_tracing())
-            except NotCapturedError:
+            except GraphCaptureError:
                 raise why from None
 
 
@@ -99,7 +99,7 @@ def _captured(
         return _with_backward(forward, marked, parts, held, trees.leaves(inputs))
 
 
-def _reads_values(why: NotCapturedError) -> bool:
+def _reads_values(why: GraphCaptureError) -> bool:
     """Whether a model was not captured for reading a value back to Python."""
     return "_local_scalar_dense" in str(why)
 
@@ -134,14 +134,14 @@ def _follows_modules(hook: Any) -> bool:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever a model does that tracing does not take becomes a NotCapturedError."""
+    """Whatever a model does that tracing does not take becomes a GraphCaptureError."""
     try:
         yield
-    except (NotCapturedError, torch.OutOfMemoryError):
+    except (GraphCaptureError, torch.OutOfMemoryError):
         raise
     except Exception as why:
         said = (str(why) or "no message").splitlines()[0]
-        raise NotCapturedError(f"{type(why).__name__}: {said}") from why
+        raise GraphCaptureError(f"{type(why).__name__}: {said}") from why
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, in
     (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
     gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
     if got.shape != expected.shape or not gap <= AGREEMENT[dtype][0] * scale:
-        raise NotCapturedError("the graph holds numbers that are others at another point")
+        raise GraphCaptureError("the graph holds numbers that are others at another point")
 
 
 def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModule:
@@ -169,7 +169,7 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModul
 
     def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
         values = dict(zip(names, parts, strict=True)) | dict(zip(buffers, held, strict=True))
-        with Watch():
+        with TraceGuard():
             outputs = obj.run_model(values, trees.rebuilt(inputs, x))
         return outputs
 
@@ -180,7 +180,7 @@ def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModul
     graph.graph.eliminate_dead_code()
     for node in graph.graph.nodes:
         if _has_sizes_from_data(node):
-            raise NotCapturedError(f"sizes depend on the data ({node.target})")
+            raise GraphCaptureError(f"sizes depend on the data ({node.target})")
     return graph
 
 
@@ -227,7 +227,7 @@ def _with_backward(
         for add in list(shift.users):
             others = [a for a in add.all_input_nodes if a is not shift]
             if add.target is not aten.add.Tensor or len(others) != 1:
-                raise NotCapturedError("the model takes derivatives of its own")
+                raise GraphCaptureError("the model takes derivatives of its own")
             add.replace_all_uses_with(others[0])
     (result,) = (node for node in joint.graph.nodes if node.op == "output")
     leaves = iter(tree_leaves(result.args))
@@ -262,9 +262,9 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
             graph = graph_of(functionalize(graph), *arguments, decompositions=table)
     for node in graph.graph.nodes:
         if _mutates(node):
-            raise NotCapturedError(f"the graph changes a tensor in place ({node.target})")
+            raise GraphCaptureError(f"the graph changes a tensor in place ({node.target})")
         if any(isinstance(t, Tensor) and t.is_complex() for t in tree_leaves(node.meta.get("val"))):
-            raise NotCapturedError(f"the model computes with complex numbers ({node.target})")
+            raise GraphCaptureError(f"the model computes with complex numbers ({node.target})")
     return graph
 
 
@@ -289,7 +289,7 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
         if isinstance(value, Tensor) and not value.is_floating_point():
             continue
         if node.target is aten.detach.default:  # of torch's own, as nothing here asks for gradients
-            raise NotCapturedError("the model detaches a tensor")
+            raise GraphCaptureError("the model detaches a tensor")
         active.add(node)
         source = node.args[0] if node.target is operator.getitem else node
         if isinstance(value, Tensor) and not is_linear(source, active):

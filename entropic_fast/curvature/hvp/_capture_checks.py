@@ -23,7 +23,7 @@ from ...objective._validation import backward_nodes
 from ._decompositions import FUNCTIONS
 
 
-class NotCapturedError(RuntimeError):
+class GraphCaptureError(RuntimeError):
     """A model whose graph does not say all there is to its derivatives; the message says why."""
 
 
@@ -34,25 +34,25 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tenso
         the outputs at theta.
 
     Raises:
-        NotCapturedError: naming what it has.
+        GraphCaptureError: naming what it has.
     """
     for name, module in obj._model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
-            raise NotCapturedError(f"module {name!r} has backward hooks")
+            raise GraphCaptureError(f"module {name!r} has backward hooks")
     leaf = theta.detach().requires_grad_()
     with torch.enable_grad(), _no_hooks_on_saved_tensors():
         parts = obj.split(leaf)
         values = {**parts, **obj.buffers}
-        with Watch(gradients=True):
+        with TraceGuard(gradients=True):
             outputs = obj.run_model(values, inputs)
     for node in backward_nodes(outputs):
         if isinstance(node, BackwardCFunction):
             name = type(node).__name__
-            raise NotCapturedError(f"the model has a backward pass of its own ({name})")
+            raise GraphCaptureError(f"the model has a backward pass of its own ({name})")
     return outputs.detach()
 
 
-class Watch(TorchFunctionMode):
+class TraceGuard(TorchFunctionMode):
     """Refuses what a graph of operations does not show, and runs others in place of some.
 
     What is hidden is harmless where it depends on no parameter, as a table of angles computed
@@ -70,16 +70,16 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _READ:
-            raise NotCapturedError(f"the model calls Tensor.{_READ[func]}")
+            raise GraphCaptureError(f"the model calls Tensor.{_READ[func]}")
         func = FUNCTIONS.get(func, func)
         if not self._gradients or not _depends_on_parameters((args, kwargs)):
             return func(*args, **kwargs)
         if func in _HIDDEN:
-            raise NotCapturedError(f"the model calls Tensor.{_HIDDEN[func]}")
+            raise GraphCaptureError(f"the model calls Tensor.{_HIDDEN[func]}")
         result = func(*args, **kwargs)
         # Sizes and comparisons have no derivative with gradients either.
         if not torch.is_grad_enabled() and (result is None or _has_floating(result)):
-            raise NotCapturedError(
+            raise GraphCaptureError(
                 "a part of the model runs without gradient (no_grad or autograd.Function)"
             )
         return result
@@ -111,7 +111,7 @@ def _no_hooks_on_saved_tensors() -> Iterator[None]:
     except RuntimeError as error:
         if _HOOKS not in str(error):
             raise
-        raise NotCapturedError("the model has hooks on saved tensors") from error
+        raise GraphCaptureError("the model has hooks on saved tensors") from error
 
 
 _HOOKS = "hooks on saved tensors are not seen in a graph"

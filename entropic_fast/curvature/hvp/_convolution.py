@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..._utils.devices import is_gpu
-from ._jvp_rules import rule
-from ._node import Step, Sum, flat
+from ._jvp_rules import jvp_rule
+from ._node import DeferredSum, NodeContext, flat
 
 aten = torch.ops.aten
 # Channels that one call should have at most on a CPU: wider ones gain nothing and fall out of the
@@ -36,10 +36,10 @@ class Geometry:
     groups: int
 
     @staticmethod
-    def of(step: Step, first: int) -> Geometry:
+    def of(ctx: NodeContext, first: int) -> Geometry:
         """From the arguments of aten's convolution that start at position `first`."""
-        dims = step.value(1).ndim - 2
-        a = [step.argument(first + i) for i in range(6)]
+        dims = ctx.value(1).ndim - 2
+        a = [ctx.argument(first + i) for i in range(6)]
         stride, padding, dilation, extra = (_each(a[i], dims) for i in (0, 1, 2, 4))
         return Geometry(stride, padding, dilation, bool(a[3]), extra, int(a[5]))
 
@@ -67,30 +67,34 @@ def _each(values: Sequence[int], dims: int) -> tuple[int, ...]:
     return tuple(values) * dims if len(values) == 1 else tuple(values)
 
 
-@rule(aten.convolution.default)
-def _convolution(step: Step) -> Any:
-    geometry = Geometry.of(step, 3)
-    tx, tw, tb = (step.tangent(i) for i in range(3))
+@jvp_rule(aten.convolution.default)
+def _convolution(ctx: NodeContext) -> Any:
+    geometry = Geometry.of(ctx, 3)
+    tx, tw, tb = (ctx.tangent(i) for i in range(3))
     out = None
     if tx is not None:
-        out = geometry(packed(flat(tx)), step.value(1)).unflatten(0, (len(tx), -1))
+        out = geometry(packed(flat(tx)), ctx.value(1)).unflatten(0, (len(tx), -1))
     if tw is not None:
-        out = _with_weights(geometry, step.value(0), tw, step.shape[1], out)
+        out = _with_weights(geometry, ctx.value(0), tw, ctx.shape[1], out)
     if tb is not None:
-        tb = tb.view(len(tb), 1, -1, *[1] * (len(step.shape) - 2))
+        tb = tb.view(len(tb), 1, -1, *[1] * (len(ctx.shape) - 2))
         if out is None:
-            return tb.expand(len(tb), *step.shape)
-        out = (out.total() if isinstance(out, Sum) else out).add_(tb)
+            return tb.expand(len(tb), *ctx.shape)
+        out = (out.total() if isinstance(out, DeferredSum) else out).add_(tb)
     return out
 
 
 def _with_weights(
-    geometry: Geometry | Back, x: Tensor, weights: Tensor, channels: int, added: Tensor | None
+    geometry: Geometry | InputGradient,
+    x: Tensor,
+    weights: Tensor,
+    channels: int,
+    added: Tensor | None,
 ) -> Any:
     """x with each of weights [K, ...], added to a tangent [K, n, channels, ...] if there is one."""
     blocks = _blocks(weights, channels)
     if added is not None and len(blocks) == 1:
-        return Sum(added, geometry.with_weights(x, weights))
+        return DeferredSum(added, geometry.with_weights(x, weights))
     out = added
     for rows in blocks:
         part = geometry.with_weights(x, weights[rows])
@@ -115,8 +119,8 @@ def _like_batches(part: Tensor, k: int) -> Tensor:
 def _blocks(weights: Tensor, channels: int) -> list[slice]:
     if is_gpu(weights.device):
         return [slice(0, len(weights))]
-    step = max(1, CHANNELS // max(1, channels))
-    return [slice(i, i + step) for i in range(0, len(weights), step)]
+    count = max(1, CHANNELS // max(1, channels))
+    return [slice(i, i + count) for i in range(0, len(weights), count)]
 
 
 def packed(images: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def packed(images: Tensor) -> Tensor:
     return images.contiguous()
 
 
-class Back:
+class InputGradient:
     """A convolution's cotangents g [n, O, ...] taken to its input x [n, C, ...], by weights."""
 
     def __init__(self, geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> None:
@@ -171,28 +175,28 @@ class Back:
         return out
 
 
-@rule(aten.convolution_backward.default)
-def _convolution_backward(step: Step) -> Any:
-    geometry = Geometry.of(step, 4)
-    tg, tx, tw = (step.tangent(i) for i in range(3))
-    wants = step.argument(10)
+@jvp_rule(aten.convolution_backward.default)
+def _convolution_backward(ctx: NodeContext) -> Any:
+    geometry = Geometry.of(ctx, 4)
+    tg, tx, tw = (ctx.tangent(i) for i in range(3))
+    wants = ctx.argument(10)
     k = len(next(t for t in (tg, tx, tw) if t is not None))
     gx = gw = gb = None
     if tg is not None:
         tg = packed(flat(tg)).unflatten(0, (k, -1))
     if wants[0]:
-        gx = _to_input(step, geometry, tg, tw)
+        gx = _to_input(ctx, geometry, tg, tw)
     if wants[1]:
-        gw = _to_weight(step, geometry, tg, tx)
+        gw = _to_weight(ctx, geometry, tg, tx)
     if wants[2] and tg is not None:
         gb = tg.sum([1, *range(3, tg.ndim)])
     return gx, gw, gb
 
 
-def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
+def _to_input(ctx: NodeContext, geometry: Geometry, tg: Any, tw: Any) -> Any:
     out = None
-    g, x, weight = (step.value(i) for i in range(3))
-    back = Back(geometry, g, x, weight.shape[2:])
+    g, x, weight = (ctx.value(i) for i in range(3))
+    back = InputGradient(geometry, g, x, weight.shape[2:])
     if tg is not None:
         out = back(flat(tg), weight).unflatten(0, (len(tg), -1))
     if tw is not None:
@@ -200,32 +204,32 @@ def _to_input(step: Step, geometry: Geometry, tg: Any, tw: Any) -> Any:
     return out
 
 
-def _to_weight(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Any:
-    like = step.value(2)
+def _to_weight(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Any:
+    like = ctx.value(2)
     if is_gpu(like.device):
-        return _to_weight_at_once(step, geometry, tg, tx)
+        return _to_weight_at_once(ctx, geometry, tg, tx)
     parts = []
     for i in range(len(tg if tg is not None else tx)):
         total = None
         if tg is not None:
-            total = _backward(step, tg[i], step.value(1), like, (False, True, False))[1]
+            total = _backward(ctx, tg[i], ctx.value(1), like, (False, True, False))[1]
         if tx is not None:
-            more = _backward(step, step.value(0), tx[i], like, (False, True, False))[1]
+            more = _backward(ctx, ctx.value(0), tx[i], like, (False, True, False))[1]
             total = more if total is None else total.add_(more)
         parts.append(total)
     return torch.stack(parts)
 
 
-def _to_weight_at_once(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
+def _to_weight_at_once(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
     """The same with a call for all K cotangents, and one for all K inputs."""
-    g, x, like = (step.value(i) for i in range(3))
+    g, x, like = (ctx.value(i) for i in range(3))
     terms = []
     # A weight [O, C/g, ...], of a transposed convolution [C, O/g, ...], has K times the channels of
     # what is stacked: in its first axis, where groups are, or in its second.
     if tg is not None:
-        terms.append(_stacked_weight_gradient(step, geometry, tg, x, like, geometry.transposed))
+        terms.append(_stacked_weight_gradient(ctx, geometry, tg, x, like, geometry.transposed))
     if tx is not None:
-        terms.append(_stacked_weight_gradient(step, geometry, g, tx, like, not geometry.transposed))
+        terms.append(_stacked_weight_gradient(ctx, geometry, g, tx, like, not geometry.transposed))
     out = like.new_empty(len(tg if tg is not None else tx), *like.shape)
     if len(terms) == 1:
         return out.copy_(terms[0])
@@ -233,7 +237,7 @@ def _to_weight_at_once(step: Step, geometry: Geometry, tg: Any, tx: Any) -> Tens
 
 
 def _stacked_weight_gradient(
-    step: Step, geometry: Geometry, g: Tensor, x: Tensor, like: Tensor, in_second_axis: bool
+    ctx: NodeContext, geometry: Geometry, g: Tensor, x: Tensor, like: Tensor, in_second_axis: bool
 ) -> Tensor:
     """Gradients [K, *like.shape], strided, for K cotangents g or K inputs x, the other being one.
 
@@ -252,7 +256,7 @@ def _stacked_weight_gradient(
     stacked = torch.empty(
         (*shape, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=memory
     )
-    found = _backward(step, g, x, stacked, (False, True, False))[1]
+    found = _backward(ctx, g, x, stacked, (False, True, False))[1]
     if in_second_axis:
         return found.unflatten(1, (k, b)).movedim(1, 0)
     return found.unflatten(0, (groups, k, -1)).movedim(1, 0).flatten(1, 2)
@@ -270,23 +274,21 @@ def _stacked(tangents: Tensor, groups: int) -> Tensor:
     return out
 
 
-def _backward(step: Step, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
-    return aten.convolution_backward(
-        g, x, w, None, *(step.argument(4 + i) for i in range(6)), wants
-    )
+def _backward(ctx: NodeContext, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
+    return aten.convolution_backward(g, x, w, None, *(ctx.argument(4 + i) for i in range(6)), wants)
 
 
-def backward(step: Step) -> Any:
+def backward(ctx: NodeContext) -> Any:
     """The values of the backward pass, as far as they are wanted within the graph."""
-    g, x, weight = (step.value(i) for i in range(3))
+    g, x, weight = (ctx.value(i) for i in range(3))
     gx = None
-    if step.wanted(0):
-        gx = Back(Geometry.of(step, 4), g, x, weight.shape[2:])(packed(g), weight)
+    if ctx.wanted(0):
+        gx = InputGradient(Geometry.of(ctx, 4), g, x, weight.shape[2:])(packed(g), weight)
     gw = gb = None
-    wants = (False, step.wanted(1), step.wanted(2))
+    wants = (False, ctx.wanted(1), ctx.wanted(2))
     if any(wants):
-        sizes = step.argument(3)
+        sizes = ctx.argument(3)
         _, gw, gb = aten.convolution_backward(
-            g, x, weight, sizes, *(step.argument(4 + i) for i in range(6)), wants
+            g, x, weight, sizes, *(ctx.argument(4 + i) for i in range(6)), wants
         )
     return gx, gw, gb

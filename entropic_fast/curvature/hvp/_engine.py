@@ -22,12 +22,12 @@ from ..._utils.trees import Tree
 from ...objective import Objective
 from ...objective._parameters import model_lock
 from ._capture import capture
-from ._capture_checks import NotCapturedError
+from ._capture_checks import GraphCaptureError
 from ._cuda_graphs import TileGraphs
-from ._interpreter import Program, Values
-from ._node import Sum
-from ._output_loss import LossAt
-from ._program_cache import Architecture, find, keep, reading
+from ._interpreter import GraphInterpreter, PrimalValues
+from ._interpreter_cache import Architecture, find, keep, reading
+from ._node import DeferredSum
+from ._output_loss import OutputLoss
 from ._tiles import SHAPES, Tile, Tiling
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ KEPT = 1 / 3
 BUFFERS = 1 / 8
 
 
-class JetEngine:
+class HVPEngine:
     """Curvature of an objective's summed loss at one point.
 
     Values at the point are computed anew for every call, until a second call of a kind shows
@@ -51,7 +51,7 @@ class JetEngine:
         budget: bytes to stay under.
 
     Raises:
-        NotCapturedError: a model whose graph does not say all there is to its derivatives.
+        GraphCaptureError: a model whose graph does not say all there is to its derivatives.
     """
 
     def __init__(self, obj: Objective, theta: Tensor, budget: int) -> None:
@@ -65,17 +65,17 @@ class JetEngine:
             keep_freed_memory()
         self._calls: set[str] = set()
         self._keeping = threading.Lock()  # held to change what is kept: threads may share it
-        self._kept: dict[tuple[str, int], tuple[Values, LossAt]] = {}
+        self._kept: dict[tuple[str, int], tuple[PrimalValues, OutputLoss]] = {}
         self._kept_bytes = 0
         self.graphs = TileGraphs(obj.device, self.width, int(BUFFERS * budget))
         self._complete: dict[str, int] = {}  # tiles of a kind, where the values of all are kept
-        self._programs: dict[Any, Program] = {}
+        self._interpreters: dict[Any, GraphInterpreter] = {}
         for tile in tiling.first_of_each_shape():
-            self._programs[trees.form(tile.inputs)] = program_for(obj, theta, tile.inputs)
+            self._interpreters[trees.form(tile.inputs)] = interpreter_for(obj, theta, tile.inputs)
 
-    def program(self, tile: Tile) -> Program:
-        """The program for a tile's shapes."""
-        return self._programs[trees.form(tile.inputs)]
+    def interpreter(self, tile: Tile) -> GraphInterpreter:
+        """The interpreter for a tile's shapes."""
+        return self._interpreters[trees.form(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class JetEngine:
         """
         total = torch.zeros_like(rows)
 
-        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
+        def add(values: PrimalValues, loss: OutputLoss, block: Tensor, sums: Tensor) -> None:
             self._add_product(values, loss, block, kind, sums)
 
         self._over_tiles(kind, sample, rows, total, add)
@@ -98,7 +98,7 @@ class JetEngine:
 
     @full_precision()
     @torch.no_grad()
-    def forms(
+    def quadratic_forms(
         self, rows: Tensor, sample: Tile | None = None, *, network_alone: bool = False
     ) -> Tensor:
         """v^T H v of the summed loss for rows v [K, P].  # [K] float64
@@ -108,12 +108,14 @@ class JetEngine:
         """
         total = rows.new_zeros(len(rows), dtype=torch.float64)
 
-        def add(values: Values, loss: LossAt, block: Tensor, sums: Tensor) -> None:
-            moved, found = values.program.forms(values, self._directions(block))
+        def add(values: PrimalValues, loss: OutputLoss, block: Tensor, sums: Tensor) -> None:
+            output_tangent, found = values.interpreter.second_order_terms(
+                values, self._directions(block)
+            )
             sums += found
-            if moved is not None and not network_alone:
-                bent = moved.double() * loss.hessian(moved).double()
-                sums += bent.flatten(1).sum(1)
+            if output_tangent is not None and not network_alone:
+                weighted_tangent = output_tangent.double() * loss.hessian(output_tangent).double()
+                sums += weighted_tangent.flatten(1).sum(1)
 
         self._over_tiles("forms", sample, rows, total, add, network_alone)
         return total
@@ -124,7 +126,7 @@ class JetEngine:
         sample: Tile | None,
         rows: Tensor,
         total: Tensor,
-        add: Callable[[Values, LossAt, Tensor, Tensor], None],
+        add: Callable[[PrimalValues, OutputLoss, Tensor, Tensor], None],
         variant: bool = False,
     ) -> None:
         """Add to total [K, ...] what `add` finds for each tile and block of rows [K, P]."""
@@ -141,7 +143,7 @@ class JetEngine:
                         add(values, loss, block, sums)
             self.graphs.flush()
 
-    def _can_be_graphed(self, kind: str, tile: int, loss: LossAt) -> bool:
+    def _can_be_graphed(self, kind: str, tile: int, loss: OutputLoss) -> bool:
         """Whether a tile's values stay where they are, and its work reads nothing back."""
         kept = self._kept.get((kind, tile))
         is_kept = kept is not None and kept[1] is loss
@@ -149,49 +151,51 @@ class JetEngine:
 
     @full_precision()
     @torch.no_grad()
-    def pushed(self, tile: Tile, rows: Tensor) -> Tensor:
+    def jvp(self, tile: Tile, rows: Tensor) -> Tensor:
         """The Jacobian of a tile's outputs times rows [K, P].  # [K, n * outputs]"""
         values = self._outputs_at(tile)
-        outputs = values.program.graph.outputs
+        outputs = values.interpreter.graph.outputs
         found = rows.new_zeros(len(rows), values[outputs].numel())
         for block, part in self._blocks(rows, found):
-            moved = values.program.push(values, self._directions(block)).get(outputs)
-            if isinstance(moved, Sum):
-                moved = moved.total()
-            if moved is not None:
-                part.copy_(moved.flatten(1))
+            output_tangent = values.interpreter.jvp(values, self._directions(block)).get(outputs)
+            if isinstance(output_tangent, DeferredSum):
+                output_tangent = output_tangent.total()
+            if output_tangent is not None:
+                part.copy_(output_tangent.flatten(1))
         return found
 
     @full_precision()
     @torch.no_grad()
-    def pulled(self, tile: Tile, rows: Tensor) -> Tensor:
+    def vjp(self, tile: Tile, rows: Tensor) -> Tensor:
         """Rows [K, m * outputs], of the m examples that count, times the Jacobian.  # [K, P]"""
         values = self._outputs_at(tile)
-        program = values.program
-        like = values[program.graph.outputs]
+        interpreter = values.interpreter
+        like = values[interpreter.graph.outputs]
         total = rows.new_zeros(len(rows), len(self.theta))
         for block, sums in self._blocks(rows, total):
             u = block.new_zeros(len(block), like.numel())
             u[:, : block.shape[1]] = block
-            self._add_gradients(program.pull(values, {}, u.view(-1, *like.shape)), sums)
+            self._add_gradients(interpreter.vjp_tangent(values, {}, u.view(-1, *like.shape)), sums)
         return total
 
-    def _outputs_at(self, tile: Tile) -> Values:
-        return self.program(tile).forward(self._parts, self.obj.buffers.values(), tile.inputs)
+    def _outputs_at(self, tile: Tile) -> PrimalValues:
+        return self.interpreter(tile).forward(self._parts, self.obj.buffers.values(), tile.inputs)
 
     def _blocks(self, rows: Tensor, total: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for i in range(0, len(rows), self.width):
             yield rows[i : i + self.width], total[i : i + self.width]
 
     def _add_product(
-        self, values: Values, loss: LossAt, rows: Tensor, kind: str, total: Tensor
+        self, values: PrimalValues, loss: OutputLoss, rows: Tensor, kind: str, total: Tensor
     ) -> None:
-        program = values.program
-        tangents = program.push(values, self._directions(rows), keep=kind == "hessian")
-        moved = tangents.get(program.graph.outputs)
-        if moved is None:  # outputs that do not depend on the parameters
+        interpreter = values.interpreter
+        tangents = interpreter.jvp(values, self._directions(rows), keep=kind == "hessian")
+        output_tangent = tangents.get(interpreter.graph.outputs)
+        if output_tangent is None:  # outputs that do not depend on the parameters
             return
-        found = program.pull(values, tangents if kind == "hessian" else {}, loss.hessian(moved))
+        found = interpreter.vjp_tangent(
+            values, tangents if kind == "hessian" else {}, loss.hessian(output_tangent)
+        )
         self._add_gradients(found, total)
 
     def _add_gradients(self, found: list[Tensor | None], total: Tensor) -> None:
@@ -215,13 +219,13 @@ class JetEngine:
             for part, like in zip(parts, self._parts, strict=True)
         ]
 
-    def keep(self, kind: str) -> None:
+    def cache_primals(self, kind: str) -> None:
         """Keep values at the point from the next call of a kind on, as far as memory allows."""
         self._calls.add(kind)
 
     # -- points ----------------------------------------------------------------------------
 
-    def _points(self, kind: str, sample: Tile | None) -> Iterator[tuple[Values, LossAt]]:
+    def _points(self, kind: str, sample: Tile | None) -> Iterator[tuple[PrimalValues, OutputLoss]]:
         """Values and losses, tile by tile."""
         if sample is not None:
             yield self._at(sample, kind)
@@ -245,53 +249,57 @@ class JetEngine:
         if all((kind, i) in self._kept for i in range(tiles)):
             self._complete[kind] = tiles
 
-    def _keep(self, key: tuple[str, int], point: tuple[Values, LossAt]) -> None:
+    def _keep(self, key: tuple[str, int], point: tuple[PrimalValues, OutputLoss]) -> None:
         size = point[0].prune()
         with self._keeping:
             if key not in self._kept and self._kept_bytes + size <= KEPT * self.budget:
                 self._kept[key] = point
                 self._kept_bytes += size
 
-    def _at(self, tile: Tile, kind: str) -> tuple[Values, LossAt]:
-        program = self.program(tile)
-        values = program.forward(self._parts, self.obj.buffers.values(), tile.inputs)
-        loss = LossAt(self.obj, values[program.graph.outputs], tile.targets, tile.weights)
+    def _at(self, tile: Tile, kind: str) -> tuple[PrimalValues, OutputLoss]:
+        interpreter = self.interpreter(tile)
+        values = interpreter.forward(self._parts, self.obj.buffers.values(), tile.inputs)
+        loss = OutputLoss(self.obj, values[interpreter.graph.outputs], tile.targets, tile.weights)
         if not bool(torch.isfinite(loss.losses).all()):
             self.obj.finite_losses(self.theta, tile.batch)  # raises, naming the example
         if kind != "ggn":
-            program.backward(values, loss.gradient)
+            interpreter.backward(values, loss.gradient)
         values.read.clear()  # what comes now are tangents
         return values, loss
 
 
 # Programs of a model, by what they depend on; or why it has none (an error would hold the model).
-_programs: WeakKeyDictionary[Any, OrderedDict[Any, Program | str]] = WeakKeyDictionary()
+_interpreters: WeakKeyDictionary[Any, OrderedDict[Any, GraphInterpreter | str]] = (
+    WeakKeyDictionary()
+)
 
 
-def program_for(obj: Objective, theta: Tensor, inputs: Tree) -> Program:
-    """The program of an objective's model for inputs like these, captured once an architecture."""
+def interpreter_for(obj: Objective, theta: Tensor, inputs: Tree) -> GraphInterpreter:
+    """The interpreter of an objective's model for inputs like these."""
     key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
     with forward_lock, model_lock(obj._model):
-        known = _programs.setdefault(obj._model, OrderedDict())
+        known = _interpreters.setdefault(obj._model, OrderedDict())
         if key in known:
             known.move_to_end(key)
         else:
-            known[key] = _program_or_reason(obj, theta, inputs, key)
+            known[key] = _interpreter_or_reason(obj, theta, inputs, key)
             while len(known) > SHAPES:
                 known.popitem(last=False)
         found = known[key]
     if isinstance(found, str):
-        raise NotCapturedError(found)
+        raise GraphCaptureError(found)
     return found
 
 
-def _program_or_reason(obj: Objective, theta: Tensor, inputs: Tree, key: Any) -> Program | str:
+def _interpreter_or_reason(
+    obj: Objective, theta: Tensor, inputs: Tree, key: Any
+) -> GraphInterpreter | str:
     architecture = Architecture(obj, *key)
-    found: Program | str | None = find(obj, theta, inputs, architecture)
+    found: GraphInterpreter | str | None = find(obj, theta, inputs, architecture)
     if found is None:
         try:
-            found = Program(capture(obj, theta, inputs))
-        except NotCapturedError as why:
+            found = GraphInterpreter(capture(obj, theta, inputs))
+        except GraphCaptureError as why:
             found = str(why)
         keep(found, architecture)
     return found

@@ -15,28 +15,28 @@ from torch import Tensor, fx
 
 from ...ops.norm_act_tangents import normalise, pull, push
 from ._batch_norm import along, statistics
-from ._node import FormSum, Step, Sum
+from ._node import DeferredSum, NodeContext, SecondOrderSum
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]
 
 
-class Unit:
+class FusedRegion:
     """Nodes whose tangents are taken together.
 
     Attributes:
-        nodes: in order; the unit runs when the last would.
+        nodes: in order; the region runs when the last would.
     """
 
     nodes: tuple[fx.Node, ...]
 
     @property
     def inputs(self) -> set[fx.Node]:
-        """Nodes outside the unit whose tangents it reads."""
+        """Nodes outside the region whose tangents it reads."""
         return {a for node in self.nodes for a in node.all_input_nodes} - set(self.nodes)
 
 
-class NormUnit(Unit):
+class NormActForward(FusedRegion):
     """y -> [relu](norm(y) [+ residual])."""
 
     def __init__(self, norm: fx.Node, result: fx.Node, add: Any, relu: Any) -> None:
@@ -48,9 +48,9 @@ class NormUnit(Unit):
 
     def evaluate(self, values: Any) -> None:
         """Set the value of the last node, and what tangents at this point need of the chain."""
-        step = Step(self.norm, values, {})
-        y, weight, bias = step.value(0), step.value(1), step.value(2)
-        mean, rstd = (t.flatten() for t in statistics(step, 3, 4, 7))
+        ctx = NodeContext(self.norm, values, {})
+        y, weight, bias = ctx.value(0), ctx.value(1), ctx.value(2)
+        mean, rstd = (t.flatten() for t in statistics(ctx, 3, 4, 7))
         residual = None if self.residual is None else values[self.residual]
         z, normal, slope = normalise(
             _pixels(y),
@@ -70,21 +70,29 @@ class NormUnit(Unit):
             values.derived[self.relu] = slope
 
     def run(
-        self, values: Any, tangents: Tangents, cotangent: Tensor | None, forms: FormSum | None
+        self,
+        values: Any,
+        tangents: Tangents,
+        cotangent: Tensor | None,
+        terms: SecondOrderSum | None,
     ) -> None:
         """Set the tangent of the last node, and add the chain's second-order form, if any."""
-        step = Step(self.norm, values, tangents)
-        moved, tscale, tshift = tangents.get(step.argument(0)), step.tangent(1), step.tangent(2)
-        residual = None if self.residual is None else step.tangent(self.residual)
-        moving = [t for t in (moved, tscale, tshift, residual) if t is not None]
-        if not moving:
+        ctx = NodeContext(self.norm, values, tangents)
+        input_tangent, tscale, tshift = (
+            tangents.get(ctx.argument(0)),
+            ctx.tangent(1),
+            ctx.tangent(2),
+        )
+        residual = None if self.residual is None else ctx.tangent(self.residual)
+        active = [t for t in (input_tangent, tscale, tshift, residual) if t is not None]
+        if not active:
             return
-        shape, k = self.norm.args[0].meta["val"].shape, len(moving[0])  # type: ignore[union-attr]
-        if moved is None:
-            moved = moving[0].new_zeros(k, *shape)
-        u, extra = _terms(moved)
+        shape, k = self.norm.args[0].meta["val"].shape, len(active[0])  # type: ignore[union-attr]
+        if input_tangent is None:
+            input_tangent = active[0].new_zeros(k, *shape)
+        u, extra = _terms(input_tangent)
         normal, rstd, scale = values.derived[self.norm]
-        needs_form = forms is not None and cotangent is not None and tscale is not None
+        needs_term = terms is not None and cotangent is not None and tscale is not None
         out, sums, _ = push(
             pixels(u),
             None if extra is None else spread_pixels(extra),
@@ -94,20 +102,20 @@ class NormUnit(Unit):
             tshift=tshift,
             residual=None if residual is None else pixels(residual),
             slope=None if self.relu is None else values.derived[self.relu],
-            cotangent=_pixels(cotangent) if needs_form and cotangent is not None else None,
+            cotangent=_pixels(cotangent) if needs_term and cotangent is not None else None,
         )
         if extra is not None:
-            moved.settled()
+            input_tangent.mark_summed()
         tangents[self.nodes[-1]] = images(out, shape)
-        if needs_form:
-            assert forms is not None
-            forms.add_normalization(sums, tscale, rstd)
+        if needs_term:
+            assert terms is not None
+            terms.add_normalization(sums, tscale, rstd)
 
 
-class BackUnit(Unit):
+class NormActBackward(FusedRegion):
     """Cotangents through [relu and] norm, and to the norm's weights."""
 
-    def __init__(self, add: Any, relu: Any, norm: fx.Node, forward: NormUnit) -> None:
+    def __init__(self, add: Any, relu: Any, norm: fx.Node, forward: NormActForward) -> None:
         self.add, self.relu, self.norm, self.forward = add, relu, norm, forward
         self.nodes = tuple(node for node in (add, relu, norm) if node is not None)
         first = self.nodes[0]
@@ -117,12 +125,12 @@ class BackUnit(Unit):
 
     def evaluate(self, values: Any) -> None:
         """Set the values of relu's backward pass and of the norm's results, as far as wanted."""
-        step = Step(self.norm, values, {})
+        ctx = NodeContext(self.norm, values, {})
         parts = [values[node] for node in self.sources]
         shape = parts[0].shape
         u = parts[0] + parts[1] if len(parts) > 1 else parts[0]
         normal, _, scale = values.derived[self.forward.norm]
-        weights = step.wanted(1) or step.wanted(2)
+        weights = ctx.wanted(1) or ctx.wanted(2)
         if self.relu is None and not weights:  # no sums to take, nothing to mask
             values[self.norm] = (u * along(scale, u.ndim), None, None)
             return
@@ -141,25 +149,25 @@ class BackUnit(Unit):
 
     def run(self, values: Any, tangents: Tangents) -> None:
         """Set the tangents of relu's backward pass and of the norm's three results."""
-        step = Step(self.norm, values, tangents)
+        ctx = NodeContext(self.norm, values, tangents)
         parts = [tangents[node] for node in self.sources if tangents.get(node) is not None]
-        tscale, ty = step.tangent(2), step.tangent(1)
+        tscale, ty = ctx.tangent(2), ctx.tangent(1)
         shape = self.norm.args[1].meta["val"].shape  # type: ignore[union-attr]
-        moving = [t for t in (*parts, tscale, ty) if t is not None]
-        if not moving:
+        active = [t for t in (*parts, tscale, ty) if t is not None]
+        if not active:
             return
-        k = len(moving[0])
+        k = len(active[0])
         # What the chain overwrites must be its own: a convolution's two terms are.
-        parts.sort(key=lambda part: not isinstance(part, Sum))
+        parts.sort(key=lambda part: not isinstance(part, DeferredSum))
         if not parts:
-            u, extra = moving[0].new_zeros(k, *shape), None
-        elif isinstance(parts[0], Sum):
+            u, extra = active[0].new_zeros(k, *shape), None
+        elif isinstance(parts[0], DeferredSum):
             u, extra = _terms(parts[0])
         else:
             changes = self.relu is not None or len(parts) > 1
             u, extra = parts[0].clone() if changes else parts[0], None
         residual = parts[1] if len(parts) > 1 else None
-        if isinstance(residual, Sum):
+        if isinstance(residual, DeferredSum):
             residual = residual.total()
         normal, rstd, scale = values.derived[self.forward.norm]
         at = values[self.norm.args[0]] if tscale is not None or ty is not None else None
@@ -177,7 +185,7 @@ class BackUnit(Unit):
             rstd=rstd,
         )
         if extra is not None:
-            parts[0].settled()
+            parts[0].mark_summed()
         if self.relu is not None:
             tangents[self.relu] = images(u, shape)
         tangents[self.norm] = (images(out, shape), dscale, dshift)
@@ -185,7 +193,7 @@ class BackUnit(Unit):
 
 def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
     """The two terms of a sum, where a kernel can add them in place; otherwise the sum."""
-    if not isinstance(tangent, Sum):
+    if not isinstance(tangent, DeferredSum):
         return tangent, None
     first, second = tangent.terms()
     if second is None or pixels(first).data_ptr() != first.data_ptr():
@@ -220,11 +228,11 @@ def images(tangent: Tensor, shape: Sequence[int]) -> Tensor:
     return tangent.view(len(tangent), n, *space, channels).movedim(-1, 2)
 
 
-def norm_units(ahead: Sequence[fx.Node]) -> list[NormUnit]:
-    """The chains ahead, each in one unit at the most."""
-    inside = set(ahead)
-    found: list[NormUnit] = []
-    for norm in ahead:
+def find_forward_regions(nodes: Sequence[fx.Node]) -> list[NormActForward]:
+    """The chains ahead, each in one region at the most."""
+    inside = set(nodes)
+    found: list[NormActForward] = []
+    for norm in nodes:
         if norm.target is not aten.native_batch_norm.default or norm.args[5]:
             continue
         result = next((u for u in norm.users if u.args[1] == 0), None)
@@ -238,19 +246,21 @@ def norm_units(ahead: Sequence[fx.Node]) -> list[NormUnit]:
                 add, relu = after, follows
         elif after is not None and after.target is aten.relu.default:
             relu = after
-        if any(add is unit.add for unit in found if add is not None):
+        if any(add is region.add for region in found if add is not None):
             add = relu = None  # two chains meet in one sum: the first has it
-        found.append(NormUnit(norm, result, add, relu))
+        found.append(NormActForward(norm, result, add, relu))
     return found
 
 
-def back_units(behind: Sequence[fx.Node], ahead: Sequence[NormUnit]) -> list[BackUnit]:
+def find_backward_regions(
+    nodes: Sequence[fx.Node], forward_regions: Sequence[NormActForward]
+) -> list[NormActBackward]:
     """The chains behind, of norms and ReLUs that are in one chain ahead."""
-    by_input = {unit.norm.args[0]: unit for unit in ahead}
-    inside = set(behind)
-    found: list[BackUnit] = []
+    by_input = {region.norm.args[0]: region for region in forward_regions}
+    inside = set(nodes)
+    found: list[NormActBackward] = []
     taken: set[fx.Node] = set()
-    for norm in behind:
+    for norm in nodes:
         if norm.target is not aten.native_batch_norm_backward.default or norm.args[7]:
             continue
         forward = by_input.get(norm.args[1])
@@ -265,7 +275,7 @@ def back_units(behind: Sequence[fx.Node], ahead: Sequence[NormUnit]) -> list[Bac
             and relu not in taken
         )
         if not masks:
-            found.append(BackUnit(None, None, norm, forward))
+            found.append(NormActBackward(None, None, norm, forward))
             continue
         assert isinstance(relu, fx.Node)
         taken.add(relu)
@@ -273,7 +283,7 @@ def back_units(behind: Sequence[fx.Node], ahead: Sequence[NormUnit]) -> list[Bac
         alone = isinstance(source, fx.Node) and _only(source, inside) is relu
         if alone and source in inside and _adds(source, source.args[0]):
             add = source
-        found.append(BackUnit(add, relu, norm, forward))
+        found.append(NormActBackward(add, relu, norm, forward))
     return found
 
 

@@ -63,7 +63,7 @@ def is_linear(node: fx.Node, active: Container[fx.Node]) -> bool:
         return True
     if node.target not in MULTILINEAR:
         return False
-    moving = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in active]
-    factors = [i for i in moving if i in MULTILINEAR[node.target]]
-    others = [i for i in moving if i not in factors and i not in ADDED.get(node.target, ())]
+    positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in active]
+    factors = [i for i in positions if i in MULTILINEAR[node.target]]
+    others = [i for i in positions if i not in factors and i not in ADDED.get(node.target, ())]
     return not others and len(factors) <= 1

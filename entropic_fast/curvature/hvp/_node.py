@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from ..._torch.forward_mode import jvp
 
 
-class Sum:
+class DeferredSum:
     """A tangent in two terms, of which the first is its own: a chain may add them as it goes."""
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
@@ -25,7 +25,7 @@ class Sum:
     def terms(self) -> tuple[Tensor, Tensor | None]:
         return self._first, self._second
 
-    def settled(self) -> None:
+    def mark_summed(self) -> None:
         """Say that the second term has been added to the first."""
         self._second = None
 
@@ -36,7 +36,7 @@ class Sum:
         return self._first
 
 
-class FormSum:
+class SecondOrderSum:
     """The sum of second-order forms [K] over the operations of a network, taken at the end.
 
     Normalizations give theirs as sums over pixels [K, C] and factors: those of all layers are put
@@ -70,13 +70,13 @@ class FormSum:
         return torch.stack(terms).sum(0)
 
 
-class Step:
+class NodeContext:
     """A node being differentiated in K directions at once.
 
     Args:
         node: the operation.
         values: of the nodes at the point.
-        tangents: derivatives of moving nodes in K directions, [K, *shape]; tuples of them
+        tangents: derivatives of active nodes in K directions, [K, *shape]; tuples of them
             (None for what does not move) for operations with several results.
     """
 
@@ -112,7 +112,7 @@ class Step:
         if isinstance(argument, int):
             argument = self.argument(argument)
         found = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
-        return found.total() if isinstance(found, Sum) else found
+        return found.total() if isinstance(found, DeferredSum) else found
 
     @property
     def shape(self) -> torch.Size:
@@ -121,7 +121,7 @@ class Step:
         return shape
 
     @property
-    def moving(self) -> list[fx.Node]:
+    def active(self) -> list[fx.Node]:
         """Argument nodes that move, each once."""
         return [a for a in self.node.all_input_nodes if self._tangents.get(a) is not None]
 
@@ -141,37 +141,40 @@ class Step:
         return self.node.target(*args, **kwargs)
 
 
-def by_torch(step: Step) -> Any:
+def by_torch(ctx: NodeContext) -> Any:
     """The tangent of any operation, by torch's own forward mode."""
-    moving = step.moving
-    points = tuple(step.point(a) for a in moving)
+    active = ctx.active
+    points = tuple(ctx.point(a) for a in active)
 
     def along(*directions: Tensor) -> Any:
         def call(*a: Tensor) -> Any:
-            return _floating(step.call(dict(zip(moving, a, strict=True))))
+            return _floating(ctx.call(dict(zip(active, a, strict=True))))
 
         return jvp(call, points, directions)[1]
 
-    return _restored(step, vmap(along)(*(step.tangent(a) for a in moving)))
+    return _restored(ctx, vmap(along)(*(ctx.tangent(a) for a in active)))
 
 
-def form_by_torch(step: Step, cotangents: dict[int, Tensor]) -> Tensor:
+def second_order_by_torch(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Tensor:
     """<cotangents, D^2 f [a', a']> of any operation f.  # [K]"""
-    moving = step.moving
-    points = tuple(step.point(a) for a in moving)
+    active = ctx.active
+    points = tuple(ctx.point(a) for a in active)
 
     def weighted(*a: Tensor) -> Tensor:
-        results = step.call(dict(zip(moving, a, strict=True)))
+        results = ctx.call(dict(zip(active, a, strict=True)))
         several = (results,) if isinstance(results, Tensor) else results
         return sum((several[i] * g).sum() for i, g in cotangents.items())  # type: ignore[return-value]
 
     def along(*directions: Tensor) -> Tensor:
         arguments = tuple(range(len(points)))
-        bent = jvp(grad(weighted, arguments), points, directions)[1]
-        parts = [(d * b).sum(dtype=torch.float64) for d, b in zip(directions, bent, strict=True)]
+        weighted_tangents = jvp(grad(weighted, arguments), points, directions)[1]
+        parts = [
+            (d * b).sum(dtype=torch.float64)
+            for d, b in zip(directions, weighted_tangents, strict=True)
+        ]
         return torch.stack(parts).sum()
 
-    found: Tensor = vmap(along)(*(step.tangent(a) for a in moving))
+    found: Tensor = vmap(along)(*(ctx.tangent(a) for a in active))
     return found
 
 
@@ -182,13 +185,13 @@ def _floating(results: Any) -> Any:
     return tuple(r for r in results if isinstance(r, Tensor) and r.is_floating_point())
 
 
-def _restored(step: Step, tangents: Any) -> Any:
+def _restored(ctx: NodeContext, tangents: Any) -> Any:
     if isinstance(tangents, Tensor):
         return tangents
     left = iter(tangents)
     return tuple(
         next(left) if isinstance(r, Tensor) and r.is_floating_point() else None
-        for r in step.value(step.node)
+        for r in ctx.value(ctx.node)
     )
 
 

@@ -10,7 +10,7 @@ from ...objective._validation import require_twice_differentiable
 from ...objective.losses._functions import output_hessian
 
 
-class LossAt:
+class OutputLoss:
     """The weighted sum of a batch's losses, as a function of the outputs.
 
     Second derivatives are in closed form for the losses that have a name, and those of autograd
@@ -30,12 +30,12 @@ class LossAt:
             losses = obj.output_losses(self._at, targets)
             total = (losses * weights).sum()
             self.losses = losses.detach()
-            self._slope: Tensor | None = None
+            self._gradient: Tensor | None = None
             if total.requires_grad:
                 further = self._closed_form is None
                 if further:
                     require_twice_differentiable(total)
-                (self._slope,) = torch.autograd.grad(total, self._at, create_graph=further)
+                (self._gradient,) = torch.autograd.grad(total, self._at, create_graph=further)
 
     @property
     def launches_alone(self) -> bool:
@@ -45,17 +45,19 @@ class LossAt:
     @property
     def gradient(self) -> Tensor:
         """In the outputs.  # [n, ...]"""
-        return torch.zeros_like(self._at) if self._slope is None else self._slope.detach()
+        return torch.zeros_like(self._at) if self._gradient is None else self._gradient.detach()
 
     def hessian(self, directions: Tensor) -> Tensor:  # [K, n, ...]
         """Products of the Hessian in the outputs.  # [K, n, ...]"""
         if self._closed_form is not None:
             return self._closed_form(directions)
-        if self._slope is None or not self._slope.requires_grad:  # a loss linear in the outputs
+        if (
+            self._gradient is None or not self._gradient.requires_grad
+        ):  # a loss linear in the outputs
             return torch.zeros_like(directions)
         found = [
             torch.autograd.grad(
-                self._slope, self._at, one, retain_graph=True, materialize_grads=True
+                self._gradient, self._at, one, retain_graph=True, materialize_grads=True
             )[0]
             for one in directions
         ]

@@ -17,33 +17,33 @@ from torch import Tensor
 from ..._torch.forward_mode import jvp
 from ...ops import norm_act_tangents as jet
 from ._batch_norm import statistics
-from ._convolution import Back, Geometry, _blocks
+from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
 from ._jvp_rules import aligned
-from ._node import Step, form_by_torch
+from ._node import NodeContext, second_order_by_torch
 
 aten = torch.ops.aten
-Form = Callable[[Step, Tensor], Tensor | None]
-FORMS: dict[Any, Form] = {}
+SecondOrderRule = Callable[[NodeContext, Tensor], Tensor | None]
+SECOND_ORDER_RULES: dict[Any, SecondOrderRule] = {}
 
 
-def form(step: Step, cotangents: dict[int, Tensor]) -> Tensor | None:
+def second_order_term(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Tensor | None:
     """The form of an operation that is not linear; None for zero.  # [K] float64
 
     Args:
         cotangents: of its results, by their number.
     """
-    target = step.node.target
-    if target in FORMS:
-        return FORMS[target](step, cotangents[0])
+    target = ctx.node.target
+    if target in SECOND_ORDER_RULES:
+        return SECOND_ORDER_RULES[target](ctx, cotangents[0])
     if torch.Tag.pointwise in getattr(target, "tags", ()):
-        return _pointwise(step, cotangents[0])
-    return form_by_torch(step, cotangents)
+        return _pointwise(ctx, cotangents[0])
+    return second_order_by_torch(ctx, cotangents)
 
 
-def rule(*targets: Any) -> Callable[[Form], Form]:
-    def register(function: Form) -> Form:
-        FORMS.update(dict.fromkeys(targets, function))
+def second_order_rule(*targets: Any) -> Callable[[SecondOrderRule], SecondOrderRule]:
+    def register(function: SecondOrderRule) -> SecondOrderRule:
+        SECOND_ORDER_RULES.update(dict.fromkeys(targets, function))
         return function
 
     return register
@@ -57,82 +57,82 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return products.reshape(len(products), -1).sum(1, dtype=torch.float64)
 
 
-@rule(aten.convolution.default)
-def _convolution(step: Step, g: Tensor) -> Tensor | None:
-    tx, tw = step.tangent(0), step.tangent(1)
+@second_order_rule(aten.convolution.default)
+def _convolution(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    tx, tw = ctx.tangent(0), ctx.tangent(1)
     if tx is None or tw is None:
         return None
-    geometry, x = Geometry.of(step, 3), step.value(0)
-    back = Back(geometry, g, x, tw.shape[3:])
+    geometry, x = Geometry.of(ctx, 3), ctx.value(0)
+    back = InputGradient(geometry, g, x, tw.shape[3:])
     found = []
     for rows in _blocks(tw, x.shape[1]):
         found.append(inner(tx[rows], back.with_weights(g, tw[rows])))
     return 2 * (found[0] if len(found) == 1 else torch.cat(found))
 
 
-@rule(aten.mm.default, aten.bmm.default)
-def _mm(step: Step, g: Tensor) -> Tensor | None:
-    return _product(step, 0, 1, g)
+@second_order_rule(aten.mm.default, aten.bmm.default)
+def _mm(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    return _product(ctx, 0, 1, g)
 
 
-@rule(aten.addmm.default, aten.baddbmm.default)
-def _addmm(step: Step, g: Tensor) -> Tensor | None:
-    found = _product(step, 1, 2, g)
-    return None if found is None else found * step.argument(4)
+@second_order_rule(aten.addmm.default, aten.baddbmm.default)
+def _addmm(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    found = _product(ctx, 1, 2, g)
+    return None if found is None else found * ctx.argument(4)
 
 
-def _product(step: Step, i: int, j: int, g: Tensor) -> Tensor | None:
-    a, b = step.tangent(i), step.tangent(j)
+def _product(ctx: NodeContext, i: int, j: int, g: Tensor) -> Tensor | None:
+    a, b = ctx.tangent(i), ctx.tangent(j)
     if a is None or b is None:
         return None
     return 2 * inner(a, torch.matmul(g, b.transpose(-1, -2)))
 
 
-@rule(aten.mul.Tensor)
-def _mul(step: Step, g: Tensor) -> Tensor | None:
-    a, b = step.tangent(0), step.tangent(1)
+@second_order_rule(aten.mul.Tensor)
+def _mul(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    a, b = ctx.tangent(0), ctx.tangent(1)
     if a is None or b is None:
         return None
     dims = g.ndim
     return 2 * inner(aligned(a, dims) * aligned(b, dims), g)
 
 
-@rule(aten.native_batch_norm.default)
-def _batch_norm(step: Step, g: Tensor) -> Tensor | None:
-    tx, tw = step.tangent(0), step.tangent(1)
+@second_order_rule(aten.native_batch_norm.default)
+def _batch_norm(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    tx, tw = ctx.tangent(0), ctx.tangent(1)
     if tx is None or tw is None:
         return None
-    _, rstd = statistics(step, 3, 4, 7)
+    _, rstd = statistics(ctx, 3, 4, 7)
     sums = (tx * g).sum([1, *range(3, tx.ndim)], dtype=torch.float64)  # [K, C]
     return 2 * (sums * tw * rstd.flatten()).sum(1)
 
 
-def _pointwise(step: Step, g: Tensor) -> Tensor | None:
-    """Any pointwise operation: its second derivatives in pairs of moving arguments."""
-    moving, dims = step.moving, g.ndim
-    tangents = [aligned(step.tangent(node), dims) for node in moving]
+def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    """Any pointwise operation: its second derivatives in pairs of active arguments."""
+    active, dims = ctx.active, g.ndim
+    tangents = [aligned(ctx.tangent(node), dims) for node in active]
     total = None
-    for i, first in enumerate(moving):
-        for j in range(i, len(moving)):
-            bend = _bend(step, first, moving[j])
-            if bend is None:
+    for i, first in enumerate(active):
+        for j in range(i, len(active)):
+            curvature = _second_derivative(ctx, first, active[j])
+            if curvature is None:
                 continue
             weight = 1 if i == j else 2
-            term = inner((tangents[i] * tangents[j]).expand(-1, *g.shape), g * bend)
+            term = inner((tangents[i] * tangents[j]).expand(-1, *g.shape), g * curvature)
             total = weight * term if total is None else total + weight * term
     return total
 
 
-def _bend(step: Step, a: Any, b: Any) -> Tensor:
+def _second_derivative(ctx: NodeContext, a: Any, b: Any) -> Tensor:
     """The mixed second derivative of a pointwise operation."""
 
-    def slope(*values: Tensor) -> Tensor:
+    def derivative(*values: Tensor) -> Tensor:
         other = {b: values[1]} if len(values) > 1 else {}
         return jvp(
-            lambda p: step.call({**other, a: p}), (values[0],), (torch.ones_like(values[0]),)
+            lambda p: ctx.call({**other, a: p}), (values[0],), (torch.ones_like(values[0]),)
         )[1]
 
-    x, y = step.point(a), step.point(b)
+    x, y = ctx.point(a), ctx.point(b)
     if a is b:
-        return jvp(slope, (x,), (torch.ones_like(x),))[1]
-    return jvp(lambda q: slope(x, q), (y,), (torch.ones_like(y),))[1]
+        return jvp(derivative, (x,), (torch.ones_like(x),))[1]
+    return jvp(lambda q: derivative(x, q), (y,), (torch.ones_like(y),))[1]

@@ -15,7 +15,7 @@ from ..._utils import trees
 from ..._utils.devices import is_gpu
 from ...objective import Objective
 from ...objective._dataset import Batch
-from ._capture_checks import NotCapturedError
+from ._capture_checks import GraphCaptureError
 
 Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `own_batches`
 
@@ -33,7 +33,7 @@ CPU_TILE = 31 * 2**20
 ENOUGH_EXAMPLES = 32
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
-# Shapes of inputs that an engine takes, and programs kept for a model.
+# Shapes of inputs that an engine takes, and interpreters kept for a model.
 SHAPES = 64
 
 
@@ -118,7 +118,7 @@ class Tiling:
                 continue
             seen.add(trees.form(tile.inputs))
             if len(seen) > SHAPES:
-                raise NotCapturedError(f"inputs come in more than {SHAPES} shapes")
+                raise GraphCaptureError(f"inputs come in more than {SHAPES} shapes")
             yield tile
             if self.separable and self.obj.examples.are_tensors:  # all tiles are alike
                 return

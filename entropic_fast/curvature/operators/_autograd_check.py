@@ -24,11 +24,17 @@ from ...objective._dataset import ExampleSet
 from ...objective._validation import backward_nodes, require_twice_differentiable
 from ...objective.losses._functions import output_hessian
 from ...ops.random_bits import streams as random
-from .._crosscheck import AGREEMENT, ROUNDINGS, WrongDerivativeError, coarsest_dtype, rules_are_off
-from ..hvp._interpreter import Checked
+from .._crosscheck import (
+    AGREEMENT,
+    ROUNDINGS,
+    WrongDerivativeError,
+    coarsest_dtype,
+    fast_paths_are_off,
+)
+from ..hvp._interpreter import VerifiedLosses
 
 if TYPE_CHECKING:
-    from ._second_order import JetOperator
+    from ._second_order import SecondOrderOperator
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +50,10 @@ TOLERANCE, RESOLVED = 1e-5, 10
 VECTORS = 2 * 2**30
 _HELD = 10  # vectors
 
-_tested: WeakKeyDictionary[nn.Module, Checked] = WeakKeyDictionary()
+_tested: WeakKeyDictionary[nn.Module, VerifiedLosses] = WeakKeyDictionary()
 
 
-def require_right_products(operator: JetOperator) -> None:
+def require_right_products(operator: SecondOrderOperator) -> None:
     """Test a Hessian's or Gauss-Newton matrix's products by autograd, once for a model and loss.
 
     Raises:
@@ -82,15 +88,15 @@ def require_adjoint(
 
 
 def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
-    if rules_are_off():
+    if fast_paths_are_off():
         return
-    known = _tested.setdefault(obj._model, Checked())
+    known = _tested.setdefault(obj._model, VerifiedLosses())
     if (kind, obj._loss) not in known:
         test()
         known.add(kind, obj._loss)
 
 
-def _test_products(operator: JetOperator) -> None:
+def _test_products(operator: SecondOrderOperator) -> None:
     try:
         small = _on_few_examples(operator)
         u, v = _probes(small.theta, 2)
@@ -111,7 +117,7 @@ def _test_products(operator: JetOperator) -> None:
         _test_differences(small, v, products[1])
 
 
-def _on_few_examples(operator: JetOperator) -> Any:
+def _on_few_examples(operator: SecondOrderOperator) -> Any:
     """The operator on a few examples, in float64 where that is not too large."""
     obj = operator.obj.without_distribution()
     batch = obj.examples.check_batch(FEW)
@@ -207,11 +213,11 @@ def _gap(
                 logger.info("a gradient is no derivative of its loss, by intention")
                 return 0.0
         near, far = (slopes[1] - slopes[-1]) / (2 * step), (slopes[2] - slopes[-2]) / (4 * step)
-        bend = (slopes[1] + slopes[-1] - 2 * gradient) / (2 * step)
+        curvature = (slopes[1] + slopes[-1] - 2 * gradient) / (2 * step)
         gap, size = float((near - product).norm()), float(torch.stack([near, product]).norm())
         if gap <= TOLERANCE * size + ROUNDINGS * eps * float(gradient.norm()) / step:
             return 0.0
-        if gap > RESOLVED * max(float((near - far).norm()), float(bend.norm())):
+        if gap > RESOLVED * max(float((near - far).norm()), float(curvature.norm())):
             return gap / size
     return 0.0
 

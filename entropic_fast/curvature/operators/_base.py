@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._torch.torch_compile import Compilable, forms_operation, undisturbed
+from ..._torch.torch_compile import CompileSafe, clean_dispatch_state, forms_operation
 from ..._utils import checks
 from ..._utils.devices import is_gpu
 from ...objective import Objective
@@ -15,7 +15,7 @@ from ...objective._objective import require_objective
 from ._linear_operator import NonFiniteProductError
 
 
-class CurvatureOperator(Compilable):
+class CurvatureOperator(CompileSafe):
     """A symmetric matrix [P, P] known by its products; base of the operators.
 
     `operator @ vectors` and `quadratic_forms` work in functions compiled by `torch.compile`, as
@@ -70,7 +70,7 @@ class CurvatureOperator(Compilable):
 
         Where it is not finite, `operator @ vectors` says why, or has it by autograd.
         """
-        with undisturbed():
+        with clean_dispatch_state():
             product = self._product(self._columns(vectors))
             self.products += product.shape[1]
             return product.reshape(vectors.shape).contiguous()
@@ -93,7 +93,7 @@ class CurvatureOperator(Compilable):
         if torch.compiler.is_compiling():
             compiled: Tensor = forms_operation(vectors.detach(), self._number)
             return compiled
-        with undisturbed():
+        with clean_dispatch_state():
             columns = self._columns(vectors)
             forms = self._forms(columns)
             if not finite_together(forms, columns):

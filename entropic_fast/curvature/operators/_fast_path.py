@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..._torch.memory_budget import resolve_budget
-from ..._torch.torch_compile import Compilable, undisturbed
+from ..._torch.torch_compile import CompileSafe, clean_dispatch_state
 from ..._utils import trees
 from ...objective import NonFiniteLossError, Objective
 from ...objective.losses._functions import origin
-from .._crosscheck import coarsest_dtype, require_agreement, rules_are_off
-from ..hvp import JetEngine, NotCapturedError
+from .._crosscheck import coarsest_dtype, fast_paths_are_off, require_agreement
+from ..hvp import GraphCaptureError, HVPEngine
 from ..hvp._tiles import Tile
 
 logger = logging.getLogger(__name__)
 
 
-class ByRules(Compilable):
+class FastPathOperator(CompileSafe):
     """A matrix of derivatives of a model, by rules for each operation of its graph.
 
     A model whose graph cannot be captured goes to autograd as a whole. Before the first result
@@ -37,27 +37,27 @@ class ByRules(Compilable):
     name = kind = ""
 
     def _plan(self, memory_budget: int | None) -> None:
-        self._rules_off = rules_are_off()
+        self._autograd_only = fast_paths_are_off()
         self._budget = resolve_budget(memory_budget, self.obj.device)
 
     @property
     def method(self) -> str:
         """How products are computed: "graph", or "autograd: " and the reason."""
-        with undisturbed():
+        with clean_dispatch_state():
             return "graph" if self._engine is not None else f"autograd: {self._why}"
 
     @cached_property
-    def _engine(self) -> JetEngine | None:
+    def _engine(self) -> HVPEngine | None:
         try:
-            if self._rules_off:
-                raise NotCapturedError("rules are turned off")
-            engine = JetEngine(self.obj, self.theta, self._budget)
+            if self._autograd_only:
+                raise GraphCaptureError("switched off by autograd_only")
+            engine = HVPEngine(self.obj, self.theta, self._budget)
             for sample in engine.samples():
-                checked = engine.program(sample).checked
+                checked = engine.interpreter(sample).checked
                 kind = self.kind, trees.form(sample.targets)
                 if (kind, self._loss) not in checked and self._agrees(engine, sample):
                     checked.add(kind, self._loss)
-        except NotCapturedError as why:
+        except GraphCaptureError as why:
             self._say_why(str(why))
             return None
         return engine
@@ -67,7 +67,7 @@ class ByRules(Compilable):
         """The loss for which the ways are compared."""
         return origin(self.obj._loss)
 
-    def _leave_rules(self, why: str) -> None:
+    def _fall_back(self, why: str) -> None:
         self._say_why(why)
         self._engine = None
 
@@ -75,7 +75,7 @@ class ByRules(Compilable):
         self._why = why
         logger.info("%s by autograd: %s", self.name, why)
 
-    def _agrees(self, engine: JetEngine, sample: Tile) -> bool:
+    def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
         """Compare both ways; whether there is something to compare."""
         pairs = self._by_autograd(sample)
         if not all(bool(torch.isfinite(expected).all()) for _, expected in pairs):
@@ -86,7 +86,7 @@ class ByRules(Compilable):
             raise
         except Exception as why:  # an operation that the rules take wrongly
             said = (str(why) or "no message").splitlines()[0]
-            raise NotCapturedError(f"{type(why).__name__}: {said}") from why
+            raise GraphCaptureError(f"{type(why).__name__}: {said}") from why
         dtype = coarsest_dtype(self.obj, self.theta, sample.inputs)
         for got, (_, expected) in zip(found, pairs, strict=True):
             require_agreement(self.name, got, expected, dtype)
@@ -97,7 +97,7 @@ class ByRules(Compilable):
         raise TypeError(f"{type(self).__name__} has no products")
 
     def _by_engine(
-        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+        self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
         """What the engine makes of the same vectors."""
         raise TypeError(f"{type(self).__name__} has no products")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.memory_budget import resolve_budget, too_small
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ..._utils.devices import is_gpu
 from ..._utils.results import Eigenpairs
@@ -118,7 +118,7 @@ def _add_outer_products(scores: Tensor, columns: Tensor, total: Tensor) -> None:
         total[part].addmm_(scores[:, part].double().T, weights)
 
 
-@undisturbed()
+@clean_dispatch_state()
 def fisher_eigenvalues(
     obj: Objective,
     k: int,

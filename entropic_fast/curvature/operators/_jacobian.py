@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import double_backward_fixes, full_precision
-from ..._torch.torch_compile import Compilable
+from ..._torch.torch_compile import CompileSafe
 from ..._utils import checks, trees
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ...objective._validation import require_real_outputs, require_twice_differentiable
 from ...ops.random_bits import streams as random
 from .._crosscheck import coarsest_dtype
-from ..hvp import JetEngine
+from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
 from ._autograd_check import require_adjoint
 from ._base import finite_together, require_vectors
-from ._fast_path import ByRules
+from ._fast_path import FastPathOperator
 
 
-class JacobianOperator(ByRules):
+class JacobianOperator(FastPathOperator):
     """The Jacobian J [M, P] of all outputs at a point, never formed.
 
     M is the number of output numbers over all examples, in the order of the data and, within an
@@ -83,7 +83,7 @@ class JacobianOperator(ByRules):
             count += batch.size * self._each[like]
         self.shape = (count, obj.num_params)
         self._plan(memory_budget)
-        self._is_tested = self._rules_off  # products by autograd
+        self._is_tested = self._autograd_only  # products by autograd
         super().__init__()
         self.T = _Transpose(self)
 
@@ -94,7 +94,7 @@ class JacobianOperator(ByRules):
         rows = columns.reshape(self.shape[1], -1).T.contiguous()
         found = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
-            found[:, begin:end] = self._push(tile, rows)[:, : end - begin]
+            found[:, begin:end] = self._jvp(tile, rows)[:, : end - begin]
         product = require_finite_product(self.name, found, vectors).T
         return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
 
@@ -103,7 +103,7 @@ class JacobianOperator(ByRules):
         rows = columns.reshape(self.shape[0], -1).T
         total = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
-            total += self._pull(tile, rows[:, begin:end])
+            total += self._vjp(tile, rows[:, begin:end])
         product = require_finite_product(self.name, total, vectors).T
         return product.reshape(self.shape[1], *vectors.shape[1:]).contiguous()
 
@@ -122,41 +122,41 @@ class JacobianOperator(ByRules):
             yield tile, (begin, end)
             begin = end
 
-    def _push(self, tile: Tile, rows: Tensor) -> Tensor:
+    def _jvp(self, tile: Tile, rows: Tensor) -> Tensor:
         """J of a tile times rows [K, P].  # [K, n * outputs]"""
         if self._engine is None:
             if not self._is_tested:
                 self._require_adjoint(tile)
-            return self._push_by_autograd(tile, rows)
-        return self._engine.pushed(tile, rows)
+            return self._jvp_by_autograd(tile, rows)
+        return self._engine.jvp(tile, rows)
 
-    def _pull(self, tile: Tile, rows: Tensor) -> Tensor:
+    def _vjp(self, tile: Tile, rows: Tensor) -> Tensor:
         """Rows [K, m * outputs] of the m counted examples times J of a tile.  # [K, P]"""
         if self._engine is None:
-            return self._pull_by_autograd(tile, rows)
-        return self._engine.pulled(tile, rows)
+            return self._vjp_by_autograd(tile, rows)
+        return self._engine.vjp(tile, rows)
 
     def _require_adjoint(self, tile: Tile) -> None:
         """Compare a product by autograd with one of the transpose."""
-        (row, pushed), (back, pulled) = self._by_autograd(tile)
+        (row, jvp), (back, vjp) = self._by_autograd(tile)
         dtype = coarsest_dtype(self.obj, self.theta, tile.batch.inputs)
-        require_adjoint(self.name, pushed, pulled, row, back, dtype)
+        require_adjoint(self.name, jvp, vjp, row, back, dtype)
         self._is_tested = True
 
     # -- by autograd -----------------------------------------------------------------------
 
     @full_precision()
-    def _push_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+    def _jvp_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
         leaf, outputs = self._outputs(tile)
         require_twice_differentiable(outputs)
         # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
         u = torch.zeros_like(outputs, requires_grad=True)
-        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
-        found = [torch.autograd.grad(pulled, u, row, retain_graph=True)[0] for row in rows]
+        (vjp,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+        found = [torch.autograd.grad(vjp, u, row, retain_graph=True)[0] for row in rows]
         return torch.stack(found).flatten(1)
 
     @full_precision()
-    def _pull_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+    def _vjp_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
         leaf, outputs = self._outputs(tile)
         found = [
             torch.autograd.grad(outputs, leaf, row.reshape(outputs.shape), retain_graph=True)[0]
@@ -175,23 +175,23 @@ class JacobianOperator(ByRules):
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
-        pushed = self._push_by_autograd(sample, row)
-        shape = tuple(pushed.shape)
+        jvp = self._jvp_by_autograd(sample, row)
+        shape = tuple(jvp.shape)
         back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
-        return [(row, pushed), (back, self._pull_by_autograd(sample, back))]
+        return [(row, jvp), (back, self._vjp_by_autograd(sample, back))]
 
     def _by_engine(
-        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+        self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
         row, back = vectors
-        pushed = engine.pushed(sample, row)[:, : back.shape[1]]
-        return [pushed, engine.pulled(sample, back)]
+        jvp = engine.jvp(sample, row)[:, : back.shape[1]]
+        return [jvp, engine.vjp(sample, back)]
 
     def __repr__(self) -> str:
         return f"{self.name}(M={self.shape[0]}, P={self.shape[1]})"
 
 
-class _Transpose(Compilable):
+class _Transpose(CompileSafe):
     """The transpose of a Jacobian."""
 
     T: JacobianOperator

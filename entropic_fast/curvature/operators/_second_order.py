@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import double_backward_fixes, full_precision
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._dataset import Batch
 from ...objective._validation import require_twice_differentiable
 from ...ops.random_bits import streams as random
-from ..hvp import JetEngine
+from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
 from ._autograd_check import require_right_loss, require_right_products
 from ._base import CurvatureOperator, finite_together
-from ._fast_path import ByRules
+from ._fast_path import FastPathOperator
 
 
-class JetOperator(ByRules, CurvatureOperator):
+class SecondOrderOperator(FastPathOperator, CurvatureOperator):
     """A matrix of second derivatives, by rules for each operation of the network's graph.
 
     A model whose graph cannot be captured goes to autograd as a whole. Before the first result
@@ -44,7 +44,7 @@ class JetOperator(ByRules, CurvatureOperator):
     ) -> None:
         CurvatureOperator.__init__(self, obj, theta)
         self._plan(memory_budget)
-        self._is_tested = self._rules_off  # products by autograd
+        self._is_tested = self._autograd_only  # products by autograd
 
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
@@ -61,7 +61,7 @@ class JetOperator(ByRules, CurvatureOperator):
             return product
         product = self._product_by_autograd(columns.T.contiguous())
         if checks.all_finite(product):
-            self._leave_rules("rules give NaN or infinity where autograd does not")
+            self._fall_back("rules give NaN or infinity where autograd does not")
         return product
 
     def _product_by_autograd(self, rows: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class JetOperator(ByRules, CurvatureOperator):
         """The multiple of the identity in this matrix: the objective's weight decay."""
         return self.obj.weight_decay
 
-    def without_shift(self) -> JetOperator:
+    def without_shift(self) -> SecondOrderOperator:
         """This matrix without weight decay, from the same values at the point."""
-        with undisturbed():
+        with clean_dispatch_state():
             engine = self._engine
         other = copy.copy(self)
         if engine is not None:
@@ -106,20 +106,20 @@ class JetOperator(ByRules, CurvatureOperator):
             return ""
         return "captured" if engine.graphs.captures else engine.graphs.note
 
-    def keep_values(self) -> None:
+    def cache_primals(self) -> None:
         """Keep what the next product computes at the point, as more are to come.
 
         Without it, only a second product shows that values are wanted again.
         """
-        with undisturbed():
+        with clean_dispatch_state():
             if self._engine is not None:
-                self._engine.keep(self.kind)
+                self._engine.cache_primals(self.kind)
 
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
         """Add the products of a batch's summed loss with rows [K, P] to total, by autograd."""
         raise TypeError("use HessianOperator or GGNOperator")
 
-    def _agrees(self, engine: JetEngine, sample: Tile) -> bool:
+    def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
         require_right_loss(self.obj, self.theta, self.name)  # which both ways leave to autograd
         return super()._agrees(engine, sample)
 
@@ -130,12 +130,12 @@ class JetOperator(ByRules, CurvatureOperator):
         return [(row, expected)]
 
     def _by_engine(
-        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+        self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
         return [engine.products(vectors[0], self.kind, sample)]
 
 
-class HessianOperator(JetOperator):
+class HessianOperator(SecondOrderOperator):
     """The Hessian of the mean loss at a point, by derivatives of its two passes along vectors.
 
     A product with K columns (Pearlmutter 1994) follows K tangents at once through the graph of
@@ -178,10 +178,10 @@ class HessianOperator(JetOperator):
         return [(row, torch.cat([expected[0], form]))]
 
     def _by_engine(
-        self, engine: JetEngine, sample: Tile, vectors: Sequence[Tensor]
+        self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
         (product,) = super()._by_engine(engine, sample, vectors)
-        form = engine.forms(vectors[0], sample)
+        form = engine.quadratic_forms(vectors[0], sample)
         if not bool(torch.isfinite(form).all()):  # `_forms` then multiplies
             form = (vectors[0] * product).sum(1)
         return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
@@ -195,12 +195,12 @@ class HessianOperator(JetOperator):
         return forms if self._engine is None else super()._forms_otherwise(columns, forms)
 
     def _engine_forms(
-        self, engine: JetEngine, columns: Tensor, *, network_alone: bool = False
+        self, engine: HVPEngine, columns: Tensor, *, network_alone: bool = False
     ) -> Tensor:
         """Forms by rules, which may be NaN or infinite.  # [K] float64"""
         rows = columns.T.contiguous()
         forms = self.obj.summed(
-            lambda: engine.forms(rows, network_alone=network_alone),
+            lambda: engine.quadratic_forms(rows, network_alone=network_alone),
             f"forms, network_alone={network_alone}",
             self.theta,
             rows,
@@ -227,7 +227,7 @@ class HessianOperator(JetOperator):
         [0.0]
         """
         self.obj.require_outputs("the curvature of the network itself")
-        with undisturbed():
+        with clean_dispatch_state():
             columns = self._columns(vectors)
             if self._engine is not None:
                 forms = self._engine_forms(self._engine, columns, network_alone=True)
@@ -253,7 +253,7 @@ class HessianOperator(JetOperator):
             total[i] += product
 
 
-class GGNOperator(JetOperator):
+class GGNOperator(SecondOrderOperator):
     """The generalized Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
 
     It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
@@ -294,12 +294,12 @@ class GGNOperator(JetOperator):
             return
         # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
         u = torch.zeros_like(outputs, requires_grad=True)
-        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
+        (vjp,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
         for i, row in enumerate(rows):
             more = i + 1 < len(rows)
-            (pushed,) = torch.autograd.grad(pulled, u, row, retain_graph=True)
+            (jvp,) = torch.autograd.grad(vjp, u, row, retain_graph=True)
             (weighted,) = torch.autograd.grad(
-                loss_gradient, free, pushed, retain_graph=more, materialize_grads=True
+                loss_gradient, free, jvp, retain_graph=more, materialize_grads=True
             )
             (product,) = torch.autograd.grad(outputs, leaf, weighted, retain_graph=more)
             total[i] += product

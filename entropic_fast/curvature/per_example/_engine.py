@@ -31,7 +31,7 @@ from .._crosscheck import (
     SMALL_GRADIENT,
     FastPathMismatchError,
     coarsest_dtype,
-    rules_are_off,
+    fast_paths_are_off,
 )
 from ._vmap_fallback import UNTRACEABLE, VmapFallback, no_slow_loops
 from .layer_rules import (
@@ -287,7 +287,7 @@ _dispatch_infos: WeakKeyDictionary[torch.nn.Module, dict[int, _DispatchInfo]] = 
 
 def _dispatch_info(obj: Objective) -> _DispatchInfo:
     loss = origin(obj._loss)
-    if rules_are_off():
+    if fast_paths_are_off():
         ways = _DispatchInfo(loss)
         ways.traceable, ways.checked = False, True
         return ways

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.memory_budget import resolve_budget
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils.devices import is_gpu
 from ..._utils.results import Estimate
 from ..._utils.workspace import scratch_of
@@ -49,7 +49,7 @@ def gradient_norms(
 ) -> dict[str, Tensor]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def gradient_norms(
     obj: Objective,
     theta: Tensor | None = None,
@@ -155,7 +155,7 @@ def fisher_trace(
 ) -> dict[str, Estimate]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def fisher_trace(
     obj: Objective,
     theta: Tensor | None = None,

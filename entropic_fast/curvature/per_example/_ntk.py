@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import full_precision
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._dataset import RepeatedExamples
@@ -39,7 +39,7 @@ def ntk_gram(
 ) -> dict[str, Tensor]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def ntk_gram(
     obj: Objective,
     theta: Tensor | None = None,

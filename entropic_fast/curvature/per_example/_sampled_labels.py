@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import full_precision
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._dataset import RepeatedExamples
@@ -27,7 +27,7 @@ from ...objective.losses._reductions import ReducedLoss
 from ...ops.random_bits import streams as random
 
 
-@undisturbed()
+@clean_dispatch_state()
 def with_sampled_labels(
     obj: Objective, theta: Tensor | None = None, *, draws: int = 1, seed: int = 0
 ) -> Objective:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.memory_budget import available_bytes, readable, resolve_budget, too_small
-from ..._torch.torch_compile import undisturbed
+from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._objective import require_objective
@@ -28,7 +28,7 @@ PRODUCTS = ("float64", "float32")
 GROUPINGS = ("parameter", "module")
 
 
-@undisturbed()
+@clean_dispatch_state()
 def score_matrix(
     obj: Objective, theta: Tensor | None = None, max_examples: int | None = None
 ) -> Tensor:
@@ -100,7 +100,7 @@ def score_gram(
 ) -> dict[str, Tensor]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def score_gram(
     obj: Objective,
     theta: Tensor | None = None,
@@ -151,7 +151,7 @@ def score_gram(
     return grams[""] if group_by is None else grams
 
 
-@undisturbed()
+@clean_dispatch_state()
 def score_plan(
     obj: Objective,
     theta: Tensor | None = None,
@@ -211,7 +211,7 @@ def score_spectrum(
 ) -> dict[str, Tensor]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def score_spectrum(
     obj: Objective,
     theta: Tensor | None = None,

@@ -244,7 +244,7 @@ def test_what_a_graph_does_not_show_goes_to_autograd(name: str, of_weight: bool)
     obj = objective(built(lambda: Inside(function, of_weight)))
     for kind in (HessianOperator, GGNOperator):
         way = kind(obj).method
-        assert way.startswith("autograd, as")
+        assert way.startswith("autograd: ")
     assert_those_of_two_backward_passes(obj)
     assert_those_of_two_backward_passes(obj, obj.parameters_vector() * 1.5)
     if not of_weight:

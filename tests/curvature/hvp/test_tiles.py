@@ -164,17 +164,17 @@ def test_a_loss_may_be_any_callable(operator, loss):
     agree(operator, obj)
 
 
-def test_programs_keep_no_loss_alive():
+def test_interpreters_keep_no_loss_alive():
     loss = Unhashable()
     obj = Objective(PerPosition().double(), loss, token_batches((3, 4)))
-    program = next(iter(HessianOperator(obj)._engine._programs.values()))
-    ((kind, _),) = program.checked._known
-    assert kind[0] == "hessian" and (kind, loss) in program.checked
-    assert (kind, Unhashable(power=3)) not in program.checked
-    gone, model = ref(loss), obj._model  # whose programs stay
+    interpreter = next(iter(HessianOperator(obj)._engine._interpreters.values()))
+    ((kind, _),) = interpreter.checked._known
+    assert kind[0] == "hessian" and (kind, loss) in interpreter.checked
+    assert (kind, Unhashable(power=3)) not in interpreter.checked
+    gone, model = ref(loss), obj._model  # whose interpreters stay
     del loss, obj
     gc.collect()
-    assert gone() is None and len(model.table.weight) == 5 and not program.checked._known
+    assert gone() is None and len(model.table.weight) == 5 and not interpreter.checked._known
 
 
 @pytest.mark.parametrize("derive", [Objective.double, lambda obj: obj.with_norm("batch")])

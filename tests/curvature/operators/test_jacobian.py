@@ -60,7 +60,7 @@ def test_both_ways_agree(case: Case):
     jacobian = JacobianOperator(obj)
     with autograd_only():
         other = JacobianOperator(obj)
-    assert other.method == "autograd: rules are turned off"
+    assert other.method == "autograd: switched off by autograd_only"
     v, u = randn(obj.num_params, 2), randn(jacobian.shape[0], 2)
     assert relative_error(other @ v, jacobian @ v) < 1e-12
     assert relative_error(other.T @ u, jacobian.T @ u) < 1e-12

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...._torch.full_precision import full_precision
 from ...._torch.memory_budget import resolve_budget, too_small
-from ...._torch.torch_compile import undisturbed
+from ...._torch.torch_compile import clean_dispatch_state
 from ...._utils import checks, trees
 from ...._utils.devices import is_gpu
 from ...._utils.results import Estimate
@@ -67,7 +67,7 @@ def ggn_trace(
 ) -> dict[str, Estimate]: ...
 
 
-@undisturbed()
+@clean_dispatch_state()
 def ggn_trace(
     obj: Objective,
     theta: Tensor | None = None,
@@ -133,7 +133,7 @@ def ggn_trace(
     return traces[""] if group_by is None else traces
 
 
-@undisturbed()
+@clean_dispatch_state()
 def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     """The data term's trace from four gradients an example, however many outputs there are.
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.curvature.hvp import _engine as engines
-from entropic_fast.curvature.hvp import _program_cache as shared_programs
+from entropic_fast.curvature.hvp import _interpreter_cache as cache
 from entropic_fast.objective._objective import Objective
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
@@ -404,7 +404,7 @@ def test_no_model_is_kept_alive():
         del model, obj, operator
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
-    assert shared_programs.programs
+    assert cache.interpreters
 
 
 def test_no_refused_model_is_kept_alive():
@@ -417,11 +417,11 @@ def test_no_refused_model_is_kept_alive():
     assert [one() for one in gone] == [None, None]
 
 
-def test_few_programs_are_kept(monkeypatch):
-    monkeypatch.setattr(shared_programs.programs, "most", 2)
+def test_few_interpreters_are_kept(monkeypatch):
+    monkeypatch.setattr(cache.interpreters, "most", 2)
     for width in (2, 3, 4):
         assert_right(objective(sized(width)))
-    assert len(shared_programs.programs) == 2
+    assert len(cache.interpreters) == 2
 
 
 def test_a_model_without_key_is_captured_by_itself(captures):

@@ -1,8 +1,8 @@
-"""Programs that objectives of one architecture have in common: captured once, checked for each.
+"""Interpreters that objectives of one architecture have in common: captured once, checked for each.
 
-A program is found by the key of the model it was captured from (`architecture`), which holds all
-that a forward pass may read. Before another model uses it, it must give that model's outputs, at a
-point of its own where no parameter is 0, and the model must hide no derivative.
+An interpreter is found by the key of the model it was captured from (`architecture`), which holds
+all that a forward pass may read. Before another model uses it, it must give that model's outputs,
+at a point of its own where no parameter is 0, and the model must hide no derivative.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..._utils.trees import Tree
 from ...objective import Objective
 from ...objective._architecture_cache import Kept, objective_key
 from ._capture_checks import require_nothing_hidden
-from ._interpreter import Program
+from ._interpreter import GraphInterpreter
 
 logger = logging.getLogger(__name__)
 
-_LARGE = 2**20  # bytes of constants that a kept program may hold
+_LARGE = 2**20  # bytes of constants that a kept interpreter may hold
 _ROUNDINGS = 1e3  # of the outputs' norm, by which outputs of the same graph may differ
-_EXAMPLES = 4  # to compare, of a program's
+_EXAMPLES = 4  # to compare, of a interpreter's
 _SHIFT = 0.1  # relative, of parameters
 _PERIOD = 8191  # of the pattern that shifts them: prime, so that no rows of a matrix are alike
 
-# Programs without the tensors of any model, or why an architecture has none.
-programs: Kept[Program | str] = Kept(32)
+# Interpreters without the tensors of any model, or why an architecture has none.
+interpreters: Kept[GraphInterpreter | str] = Kept(32)
 
 
 class Architecture:
@@ -59,53 +59,54 @@ def reading(obj: Objective) -> Hashable:
 
 def find(
     obj: Objective, theta: Tensor, inputs: Tree, architecture: Architecture
-) -> Program | str | None:
-    """A program of this architecture that gives an objective's outputs, or why it has none.
+) -> GraphInterpreter | str | None:
+    """A interpreter of this architecture that gives an objective's outputs, or why it has none.
 
     None if nothing is known.
     """
-    known = programs.get(architecture.key)
+    known = interpreters.get(architecture.key)
     if known is None or isinstance(known, str):
         return known
-    program = _with_constants(known, architecture)
-    if _gives_outputs(program, obj, theta, inputs):
-        return program
-    logger.info("a program of the same architecture gives other outputs: captured again")
+    interpreter = _with_constants(known, architecture)
+    if _gives_outputs(interpreter, obj, theta, inputs):
+        return interpreter
+    logger.info("a interpreter of the same architecture gives other outputs: captured again")
     return None
 
 
-def keep(found: Program | str, architecture: Architecture) -> None:
+def keep(found: GraphInterpreter | str, architecture: Architecture) -> None:
     """Keep what was found for an architecture, for other objectives; no model is kept alive."""
     kept = found if isinstance(found, str) else _bare(found, architecture)
     if kept is not None:
-        programs.put(architecture.key, kept)
+        interpreters.put(architecture.key, kept)
 
 
-def _bare(program: Program, architecture: Architecture) -> Program | None:
-    """The program with the numbers of constants in place of a model's tensors."""
+def _bare(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInterpreter | None:
+    """The interpreter with the numbers of constants in place of a model's tensors."""
     places = {_place(tensor): i for i, tensor in enumerate(architecture.constants)}
     constants: dict[str, Any] = {
-        name: places.get(_place(tensor), tensor) for name, tensor in program.graph.constants.items()
+        name: places.get(_place(tensor), tensor)
+        for name, tensor in interpreter.graph.constants.items()
     }
     made = [t for t in constants.values() if isinstance(t, Tensor)]  # by the forward pass
     if sum(t.numel() * t.element_size() for t in made) > _LARGE:
         return None
-    return _replaced(program, constants)
+    return _replaced(interpreter, constants)
 
 
-def _with_constants(program: Program, architecture: Architecture) -> Program:
+def _with_constants(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInterpreter:
     own = architecture.constants
     constants = {
         name: own[tensor] if isinstance(tensor, int) else tensor
-        for name, tensor in program.graph.constants.items()
+        for name, tensor in interpreter.graph.constants.items()
     }
-    return _replaced(program, constants)
+    return _replaced(interpreter, constants)
 
 
-def _replaced(program: Program, constants: dict[str, Any]) -> Program:
-    other = copy.copy(program)
-    other.graph = dataclasses.replace(program.graph, constants=constants)
-    other.checked = program.checked.for_another_model()
+def _replaced(interpreter: GraphInterpreter, constants: dict[str, Any]) -> GraphInterpreter:
+    other = copy.copy(interpreter)
+    other.graph = dataclasses.replace(interpreter.graph, constants=constants)
+    other.checked = interpreter.checked.for_another_model()
     return other
 
 
@@ -115,18 +116,20 @@ def _place(tensor: Tensor) -> tuple[Hashable, ...]:
 
 @full_precision()
 @torch.no_grad()
-def _gives_outputs(program: Program, obj: Objective, theta: Tensor, inputs: Tree) -> bool:
-    """Whether a program gives the objective's outputs at a point near theta [P]."""
+def _gives_outputs(
+    interpreter: GraphInterpreter, obj: Objective, theta: Tensor, inputs: Tree
+) -> bool:
+    """Whether a interpreter gives the objective's outputs at a point near theta [P]."""
     try:
         point = torch.cat([_shifted(part).flatten() for part in obj.split(theta).values()])
         few = trees.chosen(inputs, slice(_EXAMPLES)) if obj.separable else inputs
         expected = require_nothing_hidden(obj, point, few)
-        values = program.forward(list(obj.split(point).values()), obj.buffers.values(), inputs)
-        got = values[program.graph.outputs][: len(expected)]
+        values = interpreter.forward(list(obj.split(point).values()), obj.buffers.values(), inputs)
+        got = values[interpreter.graph.outputs][: len(expected)]
     except torch.OutOfMemoryError:
         raise
     except Exception as why:  # a capture says what it is
-        logger.info("a program of the same architecture fails: %s", why)
+        logger.info("a interpreter of the same architecture fails: %s", why)
         return False
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
