@@ -76,7 +76,12 @@ def _recorded(presets: dict[str, dict[str, Any]], keys: list[tuple[str, str]]) -
 
 def _shown(preset: dict[str, Any], sections: list[str]) -> bool:
     """Whether a preset has the figure at all."""
-    switches = {"fig6": "seeds", "fig7": "seeds", "straight": "batch_sizes", "poor": "attack"}
+    switches = {
+        "fig6": "seeds",
+        "fig7": "seeds",
+        "straight_line": "batch_sizes",
+        "bad_minimum": "corrupted_labels",
+    }
     return any(preset[s][switches[s]] if s in switches else True for s in sections)
 
 

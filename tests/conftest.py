@@ -56,14 +56,14 @@ TINY = [
     "fig7.seeds=[0]",
     "fig7.branch_epochs=[0]",
     "fig7.points=3",
-    "straight.steps=30",
-    "straight.replicas=2",
-    "poor.attack=40",
-    "poor.epochs=3",
-    "poor.steps=30",
-    "poor.replicas=2",
-    "toy.particles=500",
-    "toy.steps=200",
+    "straight_line.steps=30",
+    "straight_line.replicas=2",
+    "bad_minimum.corrupted_labels=40",
+    "bad_minimum.epochs=3",
+    "bad_minimum.steps=30",
+    "bad_minimum.replicas=2",
+    "langevin.particles=500",
+    "langevin.steps=200",
 ]
 
 
@@ -142,15 +142,15 @@ def tiny_run(tmp_path_factory, tiny) -> Finished:
     """A run made part by part, then reported."""
     path = tmp_path_factory.mktemp("tiny") / "run"
     stages = (
-        "toy",
+        "langevin",
         "train",
         "path",
         "curvature",
         "relax",
         "force",
         "lmc",
-        "straight",
-        "poor",
+        "straight-line",
+        "bad-minimum",
         "reproduce",
     )
     return Finished(

@@ -29,8 +29,8 @@ from ..experiments import _report as reports
 from ..experiments import _runs as runs
 from ..experiments import claims as claim_tests
 from ..experiments._config import load_preset, with_overrides
-from ..experiments._executor import UnitError
-from ..experiments._run_folder import RunFolder, damaged_results
+from ..experiments._executor import TaskError
+from ..experiments._run_folder import RunFolder, check_manifest
 from ..experiments._sections import Config
 from ..ops.backend import BackendError
 from ..selfcheck._page import print_report
@@ -48,7 +48,7 @@ _errors = Console(stderr=True, emoji=False)
 _READABLE = (
     ValueError,
     OSError,
-    UnitError,
+    TaskError,
     DataUnavailableError,
     BackendError,
     RankLostError,
@@ -114,11 +114,11 @@ def _run(
             if last_stage == "report" and not int(os.environ.get("RANK", 0)):
                 stages.write_report(run, _console)
     except _READABLE:
-        if fresh and not (out / "units").exists():
-            run.forget()  # nothing was computed: the corrected command may use the folder
+        if fresh and not (out / "tasks").exists():
+            run.discard_metadata()  # nothing was computed: the corrected command may use the folder
         raise
     if last_stage != "report":
-        text = f"{last_stage}: finished; its files are under {out / 'units'}"
+        text = f"{last_stage}: finished; its files are under {out / 'tasks'}"
         _console.print(text, markup=False, soft_wrap=True)
 
 
@@ -138,7 +138,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         # Here, and not in main: typer turns it into an exit without a word.
-        _errors.print("interrupted; finished units are kept, the same command goes on from them")
+        _errors.print("interrupted; finished tasks are kept, the same command goes on from them")
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     finally:
         if handled:
@@ -182,9 +182,11 @@ _command("curvature", "Measure curvature along the paths (figure 2).")
 _command("relax", "Relax along the first path (figures 3 and 4).")
 _command("force", "Measure the force along the first path against its prediction.")
 _command("lmc", "Branch training and measure linear mode connectivity (figures 5 to 7).")
-_command("straight", "Relax along the line between two branches (figure 8).")
-_command("poor", "Make a minimum that generalizes badly, and go there (figure 9).")
-_command("toy", "Simulate the toys (figure 1).")
+_command("straight-line", "Relax along the line between two branches (figure 8).")
+_command(
+    "bad-minimum", "Train a minimum that generalizes badly, and relax on the path to it (figure 9)."
+)
+_command("langevin", "Simulate Langevin particles in the ring and ridge potentials (figure 1).")
 app.command("profile")(_interruptible()(cli_profile.profile))
 
 
@@ -215,7 +217,7 @@ def claims_command(
 
 
 def _claims(path: Path) -> list[claim_tests.Claim]:
-    for problem in damaged_results(path):
+    for problem in check_manifest(path):
         raise DamagedFileError(problem)
     found = claim_tests.evaluate(path / "data")
     if not found:
@@ -246,9 +248,9 @@ def runs_list(
 
 @runs_app.command("verify")
 def runs_verify(folders: RUNS) -> None:
-    """Compare every file of every finished unit with the hash recorded for it.
+    """Compare every file of every finished task with the hash recorded for it.
 
-    Exits with 1 if any differs, naming it; the run's own command computes that unit again.
+    Exits with 1 if any differs, naming it; the run's own command computes that task again.
     """
     damaged = 0
     for path in _found(folders):
@@ -257,8 +259,8 @@ def runs_verify(folders: RUNS) -> None:
         _console.print(
             f"{path}: {'damaged' if problems else 'whole'}", markup=False, soft_wrap=True
         )
-        for unit, problem in problems:
-            text = f"  {unit or 'run'}: {problem}"
+        for task, problem in problems:
+            text = f"  {task or 'run'}: {problem}"
             _console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
     if damaged:
         raise typer.Exit(1)
@@ -269,17 +271,17 @@ def runs_prune(
     folders: RUNS,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; otherwise only show.")] = False,
 ) -> None:
-    """Delete what no command needs again: cut-off writes, old checkpoints, units of no figure."""
+    """Delete what no command needs again: cut-off writes, old checkpoints, tasks of no figure."""
     for path in _found(folders):
-        superfluous = runs.superfluous(RunFolder.open(path))
-        for each in superfluous:
+        prunable = runs.prunable(RunFolder.open(path))
+        for each in prunable:
             _console.print(f"  {each}", markup=False, highlight=False, soft_wrap=True)
-        if not superfluous:
+        if not prunable:
             text = "nothing to delete"
         elif yes:
-            text = f"{decimal(runs.remove(superfluous))} deleted"
+            text = f"{decimal(runs.remove(prunable))} deleted"
         else:
-            text = f"{len(superfluous)} to delete; pass --yes to do it"
+            text = f"{len(prunable)} to delete; pass --yes to do it"
         _console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -346,7 +348,7 @@ def main() -> None:
     except _READABLE as error:
         _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        cause = error.__cause__ if isinstance(error, UnitError) else error
+        cause = error.__cause__ if isinstance(error, TaskError) else error
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
             _errors.print(
                 "Nothing that was finished is lost: free some space (or make the folder writable) "

@@ -176,23 +176,23 @@ _LEAST: dict[str, float] = {
             "force.batch_size",
             "force.cycles",
             "force.directions",
-            "toy.steps",
-            "straight.batch_sizes",
-            "straight.steps",
-            "straight.replicas",
-            "poor.epochs",
-            "poor.batch_size",
-            "poor.relax_batch_size",
-            "poor.steps",
-            "poor.replicas",
+            "langevin.steps",
+            "straight_line.batch_sizes",
+            "straight_line.steps",
+            "straight_line.replicas",
+            "bad_minimum.epochs",
+            "bad_minimum.batch_size",
+            "bad_minimum.relax_batch_size",
+            "bad_minimum.steps",
+            "bad_minimum.replicas",
         ),
         1,
     ),
-    "straight.epoch": -1,
+    "straight_line.epoch": -1,
     "path.dense_points": 2,
     "force.positions": 2,
     "force.replicas": 2,
-    "toy.particles": 2,
+    "langevin.particles": 2,
     "path.pivots": 3,
     "curvature.spectrum_points": 3,
     **dict.fromkeys(("lmc.points", "fig6.points", "fig7.points"), 3),
@@ -205,14 +205,14 @@ _POSITIVE = (
     "relax.adam_lr_factor",
     "force.lr",
     "force.step",
-    "straight.lr",
-    "poor.lr",
-    "poor.relax_lr",
-    "toy.temperature",
-    "toy.ridge_temperature",
-    "toy.dt",
+    "straight_line.lr",
+    "bad_minimum.lr",
+    "bad_minimum.relax_lr",
+    "langevin.temperature",
+    "langevin.ridge_temperature",
+    "langevin.dt",
 )
-_SETS = (  # lists of which every entry names a unit or a curve, so none may come twice
+_SETS = (  # lists of which every entry names a task or a curve, so none may come twice
     "path.pairs",
     "path.seeds",
     "relax.batch_sizes",
@@ -225,11 +225,11 @@ _SETS = (  # lists of which every entry names a unit or a curve, so none may com
     "fig6.seeds",
     "fig7.branch_epochs",
     "fig7.seeds",
-    "straight.batch_sizes",
-    "straight.starts",
-    "poor.starts",
+    "straight_line.batch_sizes",
+    "straight_line.starts",
+    "bad_minimum.starts",
 )
-_MAY_BE_EMPTY = ("fig6.seeds", "fig7.seeds", "straight.batch_sizes")  # then there is no figure
+_MAY_BE_EMPTY = ("fig6.seeds", "fig7.seeds", "straight_line.batch_sizes")  # then there is no figure
 
 
 def _check(config: Config) -> None:
@@ -261,8 +261,8 @@ def _check(config: Config) -> None:
     for key, starts in (
         ("relax.starts", config.relax.starts),
         ("relax.start", (config.relax.start,)),
-        ("straight.starts", config.straight.starts),
-        ("poor.starts", config.poor.starts),
+        ("straight_line.starts", config.straight_line.starts),
+        ("bad_minimum.starts", config.bad_minimum.starts),
     ):
         if any(start > 1 for start in starts):
             raise checks.invalid(key, "positions in [0, 1]", checks.shown(starts))

@@ -1,6 +1,6 @@
-"""Runs units in order of their needs, over processes, with progress; finished ones are kept.
+"""Runs tasks in order of their needs, over processes, with progress; finished ones are kept.
 
-Other commands may be at the same folder, on this machine or another: a unit that one of them
+Other commands may be at the same folder, on this machine or another: a task that one of them
 computes is looked at again every RETRY seconds, and taken over if that command ends without it.
 """
 
@@ -22,16 +22,17 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as ProgressBar
 
 from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores
 from ..distributed._communicator import Communicator
-from ._task_store import UnitStore
+from ._task_store import TaskStore
 
-Report = Callable[[float], None]
+Progress = Callable[[float], None]
 
 RETRY = 1.0  # seconds
 # Of a process on a GPU: half a GiB of context and loaded kernels, and room to compute.
@@ -39,66 +40,66 @@ GPU_MEMORY = 3 * 2**29
 
 
 @dataclass(frozen=True)
-class Unit:
+class Task:
     """One piece of a run that is stored whole or not at all.
 
     Attributes:
         name: "<stage>/<key>", the folder it is stored in.
-        function: called with (run, report, *args); returns what is stored. Importable by name.
+        function: called with (run, progress, *args); returns what is stored. Importable by name.
         args: further arguments.
-        needs: names of the units that must be finished before.
-        weight: expected work, in any one unit, for the time that is left.
+        needs: names of the tasks that must be finished before.
+        cost: expected work, in any one task, for the time that is left.
     """
 
     name: str
     function: Callable[..., Any]
     args: tuple[Any, ...] = ()
     needs: tuple[str, ...] = ()
-    weight: float = 1.0
+    cost: float = 1.0
 
 
-class UnitError(RuntimeError):
-    """A unit that failed; the message names it. What was finished stays in the folder."""
+class TaskError(RuntimeError):
+    """A task that failed; the message names it. What was finished stays in the folder."""
 
 
 class _Monitor(Protocol):
-    def advance(self, unit: Unit, fraction: float) -> None: ...
-    def done(self, unit: Unit, seconds: float) -> None: ...
+    def advance(self, task: Task, fraction: float) -> None: ...
+    def done(self, task: Task, seconds: float) -> None: ...
 
 
 def execute(
-    run: UnitStore,
-    units: Sequence[Unit],
+    run: TaskStore,
+    tasks: Sequence[Task],
     *,
     workers: int | None = None,
     console: Console | None = None,
     communicator: Communicator | None = None,
 ) -> None:
-    """Compute every unit that is not finished yet.
+    """Compute every task that is not finished yet.
 
     Args:
-        run: where units read their needs and are stored.
-        units: in any order; needs must be among them.
+        run: where tasks read their needs and are stored.
+        tasks: in any order; needs must be among them.
         workers: processes; default one a core on the CPU, one on a GPU. On a machine with
             several GPUs more are spread over these. The cores are shared
-            out among as many, even while fewer units are left: how a sum is split over threads
+            out among as many, even while fewer tasks are left: how a sum is split over threads
             changes its last digits, and a resumed run must repeat an unbroken one exactly.
         console: where progress is shown.
-        communicator: processes that call this together and share the work of each unit, all of them
+        communicator: processes that call this together and share the work of each task, all of them
             at the same one. The first decides which, and stores it.
 
     Raises:
         ValueError: more workers than the GPUs have memory for.
-        UnitError: a unit failed. Units under way are finished first, so nothing is lost.
-        KeyboardInterrupt: as it came; only the units under way are lost.
+        TaskError: a task failed. Tasks under way are finished first, so nothing is lost.
+        KeyboardInterrupt: as it came; only the tasks under way are lost.
     """
     console = console or Console(stderr=True)
     if communicator is not None and communicator.rank:
-        _follow(run, units, communicator)
+        _follow(run, tasks, communicator)
         return
     # Of torchrun's processes on a machine each takes its share of the cores.
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    todo = {u.name: u for u in units if not _finished(run, u, console)}
+    todo = {u.name: u for u in tasks if not _finished(run, u, console)}
     if not todo and communicator is None:
         return
     asked = 1 if communicator is not None else workers or (1 if is_gpu(run.device) else cores)
@@ -106,9 +107,9 @@ def execute(
     workers = max(1, min(asked, len(todo)))
     if workers > 1 and is_gpu(run.device):
         _require_room(workers, console)
-    kept = len(units) - len(todo)
+    kept = len(tasks) - len(todo)
     if kept:
-        console.print(f"{kept} of {len(units)} units are finished already and kept")
+        console.print(f"{kept} of {len(tasks)} tasks are finished already and kept")
     with _monitor(console, list(todo.values()), workers) as monitor:
         if workers == 1:
             with _threads(threads):
@@ -165,46 +166,46 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _finished(run: UnitStore, unit: Unit, console: Console) -> bool:
+def _finished(run: TaskStore, task: Task, console: Console) -> bool:
     try:
-        return run.is_done(unit.name)
+        return run.is_done(task.name)
     except DamagedFileError as error:
-        text = f"damaged unit {unit.name}: {error}; it is computed again"
+        text = f"damaged task {task.name}: {error}; it is computed again"
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
-        with run.claim(unit.name) as mine:
-            if mine and not run.is_whole(unit.name):  # another command may have mended it
-                (run.unit_folder(unit.name) / "done.json").unlink(missing_ok=True)
+        with run.try_lock(task.name) as mine:
+            if mine and not run.is_intact(task.name):  # another command may have mended it
+                (run.task_folder(task.name) / "done.json").unlink(missing_ok=True)
         return False
 
 
 class _Queue:
-    """Units to be computed, heaviest first of those whose needs are finished."""
+    """Tasks to be computed, heaviest first of those whose needs are finished."""
 
-    def __init__(self, todo: dict[str, Unit]) -> None:
+    def __init__(self, todo: dict[str, Task]) -> None:
         self.todo, self.unfinished = dict(todo), set(todo)
-        self.later: dict[str, float] = {}  # when to look again at units that others compute
+        self.later: dict[str, float] = {}  # when to look again at tasks that others compute
 
-    def take(self) -> Unit | None:
-        """The next unit; None if all that is left waits for others, here or elsewhere."""
+    def take(self) -> Task | None:
+        """The next task; None if all that is left waits for others, here or elsewhere."""
         now = time.monotonic()
         ready = [
-            unit
-            for name, unit in self.todo.items()
-            if not self.unfinished.intersection(unit.needs) and self.later.get(name, 0.0) <= now
+            task
+            for name, task in self.todo.items()
+            if not self.unfinished.intersection(task.needs) and self.later.get(name, 0.0) <= now
         ]
-        unit = max(ready, key=lambda u: u.weight, default=None)
-        if unit is not None:
-            del self.todo[unit.name]
-        return unit
+        task = max(ready, key=lambda u: u.cost, default=None)
+        if task is not None:
+            del self.todo[task.name]
+        return task
 
-    def elsewhere(self, unit: Unit) -> None:
-        """Another command computes a unit that was taken: look again later."""
-        self.todo[unit.name] = unit
-        self.later[unit.name] = time.monotonic() + RETRY
+    def elsewhere(self, task: Task) -> None:
+        """Another command computes a task that was taken: look again later."""
+        self.todo[task.name] = task
+        self.later[task.name] = time.monotonic() + RETRY
 
-    def done(self, unit: Unit) -> None:
-        self.unfinished.discard(unit.name)
-        self.later.pop(unit.name, None)
+    def done(self, task: Task) -> None:
+        self.unfinished.discard(task.name)
+        self.later.pop(task.name, None)
 
     @property
     def waits(self) -> bool:
@@ -213,38 +214,38 @@ class _Queue:
 
 
 def _in_process(
-    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, communicator: Communicator | None
+    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, communicator: Communicator | None
 ) -> None:
     queue = _Queue(todo)
     while queue.todo:
-        unit = queue.take()
-        if unit is None:
-            assert queue.waits, f"units that need one another: {sorted(queue.todo)}"
+        task = queue.take()
+        if task is None:
+            assert queue.waits, f"tasks that need one another: {sorted(queue.todo)}"
             time.sleep(RETRY / 4)
             continue
         try:
-            seconds = _compute(run, unit, partial(monitor.advance, unit), communicator)
+            seconds = _compute(run, task, partial(monitor.advance, task), communicator)
         except Exception as error:
-            raise UnitError(f"{unit.name}: {error}") from error
+            raise TaskError(f"{task.name}: {error}") from error
         if seconds is None:
-            queue.elsewhere(unit)
+            queue.elsewhere(task)
             continue
-        queue.done(unit)
-        monitor.done(unit, seconds)
+        queue.done(task)
+        monitor.done(task, seconds)
     if communicator is not None:
         communicator.text("", 0)  # nothing is left
 
 
-def _follow(run: UnitStore, units: Sequence[Unit], communicator: Communicator) -> None:
-    """Take part in the units that the first process chooses, until there are none."""
-    named = {unit.name: unit for unit in units}
+def _follow(run: TaskStore, tasks: Sequence[Task], communicator: Communicator) -> None:
+    """Take part in the tasks that the first process chooses, until there are none."""
+    named = {task.name: task for task in tasks}
     while name := communicator.text("", 0):
-        unit = named[name]
+        task = named[name]
         try:
-            communicator.met(partial(unit.function, run, _unseen, *unit.args), name)
+            communicator.met(partial(task.function, run, _unseen, *task.args), name)
             communicator.agree(None, f"{name} is stored")
         except Exception as error:
-            raise UnitError(f"{name}: {error}") from error
+            raise TaskError(f"{name}: {error}") from error
 
 
 def _unseen(fraction: float) -> None:
@@ -252,12 +253,12 @@ def _unseen(fraction: float) -> None:
 
 
 def _over_processes(
-    run: UnitStore, todo: dict[str, Unit], monitor: _Monitor, workers: int, threads: int
+    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, workers: int, threads: int
 ) -> None:
     context = multiprocessing.get_context("spawn")
     progress = context.SimpleQueue()
     queue = _Queue(todo)
-    failed: list[tuple[Unit, BaseException]] = []
+    failed: list[tuple[Task, BaseException]] = []
     places = context.SimpleQueue()  # a GPU for each worker
     for worker in range(workers if is_gpu(run.device) else 0):
         places.put(worker % torch.cuda.device_count())
@@ -267,17 +268,17 @@ def _over_processes(
         initializer=_start_worker,
         initargs=(progress, threads, places if is_gpu(run.device) else None),
     )
-    running: dict[concurrent.futures.Future[float | None], Unit] = {}
+    running: dict[concurrent.futures.Future[float | None], Task] = {}
     try:
         while running or (queue.todo and not failed):
-            while not failed and len(running) < workers and (unit := queue.take()):
+            while not failed and len(running) < workers and (task := queue.take()):
                 try:
                     with _interrupts_held():  # which workers inherit, from their first moment
-                        running[pool.submit(_compute_in_worker, run, unit)] = unit
+                        running[pool.submit(_compute_in_worker, run, task)] = task
                 except concurrent.futures.BrokenExecutor as broken:
-                    failed.append((unit, broken))
+                    failed.append((task, broken))
             if not running and not failed:
-                assert queue.waits, f"units that need one another: {sorted(queue.todo)}"
+                assert queue.waits, f"tasks that need one another: {sorted(queue.todo)}"
                 time.sleep(RETRY / 4)
                 continue
             finished, _ = concurrent.futures.wait(
@@ -287,14 +288,14 @@ def _over_processes(
                 name, fraction = progress.get()
                 monitor.advance(todo[name], fraction)
             for future in finished:
-                unit = running.pop(future)
+                task = running.pop(future)
                 if error := future.exception():
-                    failed.append((unit, error))
+                    failed.append((task, error))
                 elif (seconds := future.result()) is None:
-                    queue.elsewhere(unit)
+                    queue.elsewhere(task)
                 else:
-                    queue.done(unit)
-                    monitor.done(unit, seconds)
+                    queue.done(task)
+                    monitor.done(task, seconds)
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -302,14 +303,14 @@ def _over_processes(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     if failed:
-        unit, error = failed[0]
+        task, error = failed[0]
         if isinstance(error, concurrent.futures.BrokenExecutor):
             names = ", ".join(sorted(u.name for u, _ in failed))
-            raise UnitError(
+            raise TaskError(
                 f"a worker process died while {names} ran (killed, or out of memory); "
                 "run the same command again, with fewer --workers if memory is short"
             ) from error
-        raise UnitError(f"{unit.name}: {error}") from error
+        raise TaskError(f"{task.name}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -345,89 +346,89 @@ def _start_worker(queue: Any, threads: int, places: Any = None) -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _compute_in_worker(run: UnitStore, unit: Unit) -> float | None:
+def _compute_in_worker(run: TaskStore, task: Task) -> float | None:
     last = 0.0
 
-    def report(fraction: float) -> None:
+    def advance(fraction: float) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last > 0.5:
             last = now
-            _progress_queue.put((unit.name, fraction))
+            _progress_queue.put((task.name, fraction))
 
-    return _compute(run, unit, report)
+    return _compute(run, task, advance)
 
 
 def _compute(
-    run: UnitStore, unit: Unit, report: Report, communicator: Communicator | None = None
+    run: TaskStore, task: Task, progress: Progress, communicator: Communicator | None = None
 ) -> float | None:
-    """Seconds that a unit took; 0 if another command finished it, None if one is at it."""
-    with run.claim(unit.name) as mine:
+    """Seconds that a task took; 0 if another command finished it, None if one is at it."""
+    with run.try_lock(task.name) as mine:
         if not mine:
             return None
-        if run.is_whole(unit.name):
+        if run.is_intact(task.name):
             return 0.0
         start = time.perf_counter()
         if communicator is None:
-            output = unit.function(run, report, *unit.args)
+            output = task.function(run, progress, *task.args)
             seconds = time.perf_counter() - start
-            run.finish(unit.name, output, seconds)
+            run.finish(task.name, output, seconds)
             return seconds
-        communicator.text(unit.name, 0)  # the others follow
-        output = communicator.met(lambda: unit.function(run, report, *unit.args), unit.name)
+        communicator.text(task.name, 0)  # the others follow
+        output = communicator.met(lambda: task.function(run, progress, *task.args), task.name)
         seconds = time.perf_counter() - start
-        communicator.met(lambda: run.finish(unit.name, output, seconds), f"{unit.name} is stored")
+        communicator.met(lambda: run.finish(task.name, output, seconds), f"{task.name} is stored")
         return seconds
 
 
 @dataclass
 class _Status:
-    """Progress over all units, by weight."""
+    """Progress over all tasks, by cost."""
 
-    progress: Progress
-    task: TaskID
+    bar: ProgressBar
+    row: TaskID
     total: float
     count: int
     workers: int
     plain: Callable[[str], None] | None
     finished: int = 0
-    weight: float = 0.0
+    cost: float = 0.0
     partial: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.monotonic)
 
-    def advance(self, unit: Unit, fraction: float) -> None:
-        self.partial[unit.name] = unit.weight * min(fraction, 1.0)
-        self._show(unit.name)
+    def advance(self, task: Task, fraction: float) -> None:
+        self.partial[task.name] = task.cost * min(fraction, 1.0)
+        self._show(task.name)
 
-    def done(self, unit: Unit, seconds: float) -> None:
-        self.partial.pop(unit.name, None)
-        self.weight += unit.weight
+    def done(self, task: Task, seconds: float) -> None:
+        self.partial.pop(task.name, None)
+        self.cost += task.cost
         self.finished += 1
-        self._show(unit.name)
+        self._show(task.name)
         if self.plain:
             self.plain(
-                f"[{self.finished}/{self.count}] {unit.name} in {seconds:.1f} s, {self._left()}"
+                f"[{self.finished}/{self.count}] {task.name} in {seconds:.1f} s, {self._left()}"
             )
 
     def _left(self) -> str:
-        share = (self.weight + sum(self.partial.values())) / max(self.total, 1e-9)
+        share = (self.cost + sum(self.partial.values())) / max(self.total, 1e-9)
         if share <= 0:
             return ""
         seconds = (time.monotonic() - self.start) * max(0.0, 1 - share) / share
         return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
 
     def _show(self, name: str) -> None:
-        self.progress.update(
-            self.task,
-            completed=self.weight + sum(self.partial.values()),
+        self.bar.update(
+            self.row,
+            completed=self.cost + sum(self.partial.values()),
             description=f"{self.finished}/{self.count} {name}",
             left=self._left(),
         )
 
 
 @contextlib.contextmanager
-def _monitor(console: Console, units: list[Unit], workers: int) -> Iterator[_Monitor]:
-    progress = Progress(
+def _monitor(console: Console, tasks: list[Task], workers: int) -> Iterator[_Monitor]:
+    bar = ProgressBar(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
@@ -435,8 +436,8 @@ def _monitor(console: Console, units: list[Unit], workers: int) -> Iterator[_Mon
         console=console,
         disable=not console.is_terminal,
     )
-    total = sum(u.weight for u in units)
-    with progress:
-        task = progress.add_task(f"{len(units)} units", total=total, left="")
+    total = sum(u.cost for u in tasks)
+    with bar:
+        row = bar.add_task(f"{len(tasks)} tasks", total=total, left="")
         plain = None if console.is_terminal else lambda text: console.print(text, markup=False)
-        yield _Status(progress, task, total, len(units), workers, plain)
+        yield _Status(bar, row, total, len(tasks), workers, plain)

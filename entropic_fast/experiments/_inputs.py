@@ -1,4 +1,4 @@
-"""What the figures' units share: data, models, minima and paths of a run."""
+"""What the figures' tasks share: data, models, minima and paths of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training._train import TrainConfig, evaluate, train
 from ..training.data import ImageData, load
 from ..training.minima import load_minimum, save_minimum, training_manifest
 from ..training.models import build
-from ._executor import Report, Unit
+from ._executor import Progress, Task
 from ._run_folder import RunFolder
 
 
@@ -62,14 +62,17 @@ def prepare(run: RunFolder) -> None:
         ("relax.batch_sizes", max(relax.batch_sizes)),
         ("force.batch_size", run.config.force.batch_size),
         ("force.examples", run.config.force.examples),
-        ("straight.batch_sizes", max(run.config.straight.batch_sizes, default=0)),
+        ("straight_line.batch_sizes", max(run.config.straight_line.batch_sizes, default=0)),
     ):
         if asked > len(training):
             raise checks.invalid(key, f"at most the {len(training)} training images", str(asked))
-    if run.config.poor.attack >= len(training):
+    if run.config.bad_minimum.corrupted_labels >= len(training):
         expected = f"fewer than the {len(training)} training images"
         raise checks.invalid(
-            "poor.attack", expected, str(run.config.poor.attack), "0 leaves figure 9 out"
+            "bad_minimum.corrupted_labels",
+            expected,
+            str(run.config.bad_minimum.corrupted_labels),
+            "0 leaves figure 9 out",
         )
     others = dict.fromkeys(section.data for section in shown)
     run.record_images(
@@ -117,21 +120,20 @@ def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
     )
 
 
-def train_units(run: RunFolder) -> list[Unit]:
-    """One unit for each minimum. Weights of all units count gradients of single examples."""
-    weight = run.config.train.epochs * training_examples(run)
+def train_tasks(run: RunFolder) -> list[Task]:
+    """One task for each minimum. Costs of all tasks count gradients of single examples."""
+    cost = run.config.train.epochs * training_examples(run)
     return [
-        Unit(f"train/{seed}", train_minimum, (seed,), weight=weight)
-        for seed in run.config.train.seeds
+        Task(f"train/{seed}", train_minimum, (seed,), cost=cost) for seed in run.config.train.seeds
     ]
 
 
-def train_minimum(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
-    """Train one minimum; its weights and manifest go beside the unit's tables."""
+def train_minimum(run: RunFolder, progress: Progress, seed: int) -> dict[str, Any]:
+    """Train one minimum; its weights and manifest go beside the task's tables."""
     training, test = images(run)
     model, config = network(run), recipe(run)
     trained = train(
-        model, training, config, seed=seed, on_epoch=lambda r: report(r.epoch / r.epochs)
+        model, training, config, seed=seed, on_epoch=lambda r: progress(r.epoch / r.epochs)
     )
     loss, accuracy = evaluate(model, training)
     test_loss, test_accuracy = evaluate(model, test)
@@ -142,14 +144,14 @@ def train_minimum(run: RunFolder, report: Report, seed: int) -> dict[str, Any]:
         "test_accuracy": test_accuracy,
     }
     manifest = training_manifest(run.config.model.name, training, config, seed, metrics=metrics)
-    save_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
+    save_minimum(run.task_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
     return {"history": trained.history, "metrics": {"seed": seed, **metrics}}
 
 
 def minimum(run: RunFolder, seed: int) -> nn.Module:
     """A network with a trained minimum's weights and statistics."""
     model = network(run)
-    load_minimum(run.unit_folder(f"train/{seed}") / "minimum.safetensors", model)
+    load_minimum(run.task_folder(f"train/{seed}") / "minimum.safetensors", model)
     return model
 
 
@@ -169,9 +171,9 @@ def curvature_work(run: RunFolder, products: int) -> float:
     return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
 
 
-def straight_epoch(run: RunFolder) -> int:
+def straight_line_epoch(run: RunFolder) -> int:
     """The branching epoch of the line of figure 8."""
-    epoch, branches = run.config.straight.epoch, run.config.lmc.branch_epochs
+    epoch, branches = run.config.straight_line.epoch, run.config.lmc.branch_epochs
     return min((k for k in branches if k >= epoch >= 0), default=max(branches))
 
 

@@ -1,4 +1,4 @@
-"""The whole run: every unit in order, then figures, claims and report from their files."""
+"""The whole run: every task in order, then figures, claims and report from their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import _plotly as interactive
 from . import _report as report
 from . import claims as claim_tests
 from ._energy import Energy
-from ._executor import Unit, execute
+from ._executor import Task, execute
 from ._run_folder import RunFolder
 from ._sections import Config
 from .figures import _relaxation_runs as relaxation
@@ -32,25 +32,35 @@ Collect = Callable[[RunFolder], dict[str, Table]]
 Draw = Callable[[dict[str, Table]], Figure]
 
 
-def _lmc_units(run: RunFolder) -> list[Unit]:
+def _lmc_tasks(run: RunFolder) -> list[Task]:
     """Those of figures 5, 6 and 7."""
-    return [unit for section in ("lmc", "fig6", "fig7") for unit in fig5.units(run, section)]
+    return [task for section in ("lmc", "fig6", "fig7") for task in fig5.tasks(run, section)]
 
 
-# Units of each stage, and the stages each one needs.
-_STAGES: dict[str, tuple[Callable[[RunFolder], list[Unit]], tuple[str, ...]]] = {
-    "toy": (fig1.units, ()),
-    "train": (pieces.train_units, ()),
-    "path": (fig2.path_units, ("train",)),
-    "curvature": (fig2.curvature_units, ("train", "path")),
-    "relax": (relaxation.units, ("train", "path")),
-    "force": (fig_force.units, ("train", "path")),
-    "lmc": (_lmc_units, ()),
-    "straight": (fig8.units, ("lmc",)),
-    "poor": (fig9.units, ("train",)),
+# Tasks of each stage, and the stages each one needs.
+_STAGES: dict[str, tuple[Callable[[RunFolder], list[Task]], tuple[str, ...]]] = {
+    "langevin": (fig1.tasks, ()),
+    "train": (pieces.train_tasks, ()),
+    "path": (fig2.path_tasks, ("train",)),
+    "curvature": (fig2.curvature_tasks, ("train", "path")),
+    "relax": (relaxation.tasks, ("train", "path")),
+    "force": (fig_force.tasks, ("train", "path")),
+    "lmc": (_lmc_tasks, ()),
+    "straight-line": (fig8.tasks, ("lmc",)),
+    "bad-minimum": (fig9.tasks, ("train",)),
     "report": (
         lambda run: [],
-        ("toy", "train", "path", "curvature", "relax", "force", "lmc", "straight", "poor"),
+        (
+            "langevin",
+            "train",
+            "path",
+            "curvature",
+            "relax",
+            "force",
+            "lmc",
+            "straight-line",
+            "bad-minimum",
+        ),
     ),
 }
 
@@ -133,7 +143,7 @@ _FIGURES = {
         "A: curvature and loss on the straight line between two branches of the first trunk. "
         "Then projected SGD on that line, from each start: displacement along it, means over "
         "replicas with 95 % intervals.",
-        lambda config: bool(config.straight.batch_sizes),
+        lambda config: bool(config.straight_line.batch_sizes),
     ),
     "fig9": _Entry(
         fig9.collect,
@@ -141,7 +151,7 @@ _FIGURES = {
         "Figure 9 (ours). A minimum that generalizes badly.",
         "Path from the first minimum (0) to one that fits the same images and wrong labels on "
         "others (1); loss, curvature and dynamics are those on the images with right labels.",
-        lambda config: config.poor.attack > 0,
+        lambda config: config.bad_minimum.corrupted_labels > 0,
     ),
     "force": _Entry(
         fig_force.collect,
@@ -176,34 +186,34 @@ def choose_device(name: str) -> str:
     return found
 
 
-def all_units(run: RunFolder) -> list[Unit]:
-    """Every unit of a run, stage by stage."""
-    return [unit for units, _ in _STAGES.values() for unit in units(run)]
+def all_tasks(run: RunFolder) -> list[Task]:
+    """Every task of a run, stage by stage."""
+    return [task for tasks, _ in _STAGES.values() for task in tasks(run)]
 
 
-def units_until(run: RunFolder, stage: str) -> list[Unit]:
-    """Every unit of a stage and of the stages it needs."""
+def tasks_until(run: RunFolder, stage: str) -> list[Task]:
+    """Every task of a stage and of the stages it needs."""
     names = [name for name in _STAGES if name in (*_STAGES[stage][1], stage)]
-    return [unit for name in names for unit in _STAGES[name][0](run)]
+    return [task for name in names for task in _STAGES[name][0](run)]
 
 
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
-    """Compute every unit of a stage and of the stages it needs that is not finished yet."""
+    """Compute every task of a stage and of the stages it needs that is not finished yet."""
     if stage in ("relax", "force", "report"):
         backend_for(
             "projected_step", run.device
         )  # a forced backend that cannot run is an error now
-    if stage != "toy":
+    if stage != "langevin":
         pieces.prepare(run)
-    units = units_until(run, stage)
-    before = run.finished_units()
+    tasks = tasks_until(run, stage)
+    before = run.finished_tasks()
     if not before:
         c = run.config
-        text = f"preset {c.preset}: {c.model.name} on {c.data.name}, {len(units)} units"
+        text = f"preset {c.preset}: {c.model.name} on {c.data.name}, {len(tasks)} tasks"
         console.print(f"{text}, into {run.path}", markup=False, highlight=False, soft_wrap=True)
     with Energy(run.device) as energy:
-        execute(run, units, workers=workers, console=console)
-    if run.finished_units() > before:
+        execute(run, tasks, workers=workers, console=console)
+    if run.finished_tasks() > before:
         command = "reproduce" if stage == "report" else stage
         run.add_energy(command, energy.seconds, energy.joules)
 
@@ -212,14 +222,14 @@ def write_report(run: RunFolder, console: Console) -> None:
     """Figures, tables, claims and report of a finished run; prints the claims.
 
     Raises:
-        ValueError: units are missing; says which and how to compute them.
+        ValueError: tasks are missing; says which and how to compute them.
     """
-    missing = [unit.name for unit in all_units(run) if not run.is_whole(unit.name)]
+    missing = [task.name for task in all_tasks(run) if not run.is_intact(task.name)]
     if missing:
         raise checks.invalid(
             "RUN",
             "a finished run",
-            f"one with {len(missing)} units missing or damaged, as {missing[0]}",
+            f"one with {len(missing)} tasks missing or damaged, as {missing[0]}",
             "run `entropic-fast reproduce` with the same --out, preset and overrides",
         )
     entries = []
@@ -253,6 +263,6 @@ def write_report(run: RunFolder, console: Console) -> None:
     ]
     times = [Table.from_csv(run.path / "data" / f"{name}_times.csv") for name in ("fig3", "fig4")]
     report.write(run, claims, entries, minima, times, notes)
-    run.seal_results()
+    run.write_manifest()
     report.print_claims(console, claims)
     console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a run will take before it is begun: its units on so many processes, simulated."""
+"""What a run will take before it is begun: its tasks on so many processes, simulated."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from ..curvature.estimators._block_lanczos import EXTRA_COLUMNS
 from ..objective._normalization import norm_layers
 from . import _inputs as pieces
 from ._costs import count_operations
-from ._executor import Unit
-from ._pipeline import units_until
+from ._executor import Task
+from ._pipeline import tasks_until
 from ._run_folder import RunFolder
 
 ROUNDS, SECONDS = 10, 1.0  # at least so many timed steps, and so long
-# Seconds that a stage takes for each of its units' weight, in gradients of training, as in recorded
+# Seconds that a stage takes for each of its tasks' cost, in gradients of training, as in recorded
 # runs: of networks without batch normalization (`demo`) and with it (`small`). Both processes were
 # at work there, while the gradient is timed alone: training itself took 1.1 times as long.
 PRICES = {
     "train": (1.1, 1.1), "path": (0.56, 1.39), "curvature": (0.27, 0.54), "spectrum": (0.63, 0.23),
     "relax": (0.44, 0.88), "force": (1.0, 0.9), "lmc": (0.55, 0.74), "fig6": (0.58, 0.75),
-    "fig7": (0.7, 1.18), "straight": (0.42, 0.88), "poor": (0.47, 0.93),
+    "fig7": (0.7, 1.18), "straight-line": (0.42, 0.88), "bad-minimum": (0.47, 0.93),
 }  # fmt: skip
-TOY = 2e-5  # seconds for a toy's weight of 1, whatever the network
+LANGEVIN = 2e-5  # seconds for a cost of 1 of the Langevin simulations, whatever the network
 
 
-def in_seconds(run: RunFolder, units: Sequence[Unit], gradient: float) -> list[Unit]:
-    """Units with the seconds that they are expected to take as weights."""
+def in_seconds(run: RunFolder, tasks: Sequence[Task], gradient: float) -> list[Task]:
+    """Tasks with the seconds that they are expected to take as costs."""
     batched = any(m.track_running_stats for m in norm_layers(pieces.network(run)))
 
     def price(stage: str) -> float:
-        if stage == "toy":
-            return TOY
+        if stage == "langevin":
+            return LANGEVIN
         return PRICES[stage][batched] * gradient
 
-    return [replace(unit, weight=unit.weight * price(unit.name.split("/")[0])) for unit in units]
+    return [replace(task, cost=task.cost * price(task.name.split("/")[0])) for task in tasks]
 
 
 def gradient_cost(run: RunFolder) -> tuple[float, float]:
@@ -77,7 +77,7 @@ def gradient_cost(run: RunFolder) -> tuple[float, float]:
 
 
 def vectors(run: RunFolder, stage: str) -> int:
-    """Bytes of the vectors and matrices that a unit of a stage holds at once, besides all else.
+    """Bytes of the vectors and matrices that a task of a stage holds at once, besides all else.
 
     In numbers of P: training has gradients and momentum; a path its pivots, their gradients,
     velocities and copies; curvature a basis; replicas points, gradients and momentum.
@@ -91,72 +91,72 @@ def vectors(run: RunFolder, stage: str) -> int:
         "spectrum": 2,
         "relax": 4 * config.relax.replicas * max(len(config.relax.lrs), config.path.pivots),
         "force": 4 * config.force.replicas,
-        "straight": 4 * config.straight.replicas,
-        "poor": max(6 * config.path.max_pivots, 4 * config.poor.replicas),
-        "toy": 0,
+        "straight-line": 4 * config.straight_line.replicas,
+        "bad-minimum": max(6 * config.path.max_pivots, 4 * config.bad_minimum.replicas),
+        "langevin": 0,
     }.get(stage, 4)
     parameters = sum(p.numel() for p in pieces.network(run).parameters())
     # A Gram matrix, its copy, and the solver's own.
     return 4 * parameters * held + (3 * 8 * examples**2 if stage == "spectrum" else 0)
 
 
-def makespan(units: Sequence[Unit], processes: int) -> float:
-    """Work until the last unit ends, where each process takes the heaviest that is ready.
+def makespan(tasks: Sequence[Task], processes: int) -> float:
+    """Work until the last task ends, where each process takes the heaviest that is ready.
 
-    >>> a, b = Unit("a", print, weight=3.0), Unit("b", print, weight=2.0)
-    >>> c = Unit("c", print, needs=("a",), weight=2.0)
+    >>> a, b = Task("a", print, cost=3.0), Task("b", print, cost=2.0)
+    >>> c = Task("c", print, needs=("a",), cost=2.0)
     >>> [makespan([a, b, c], n) for n in (1, 2, 3)]
     [7.0, 5.0, 5.0]
     """
-    todo = {unit.name: unit for unit in units}
+    todo = {task.name: task for task in tasks}
     unfinished, now = set(todo), 0.0
     running: list[tuple[float, str]] = []
     while todo or running:
         ready = [u for u in todo.values() if not unfinished.intersection(u.needs)]
         while ready and len(running) < processes:
-            unit = max(ready, key=lambda u: u.weight)
-            ready.remove(unit)
-            del todo[unit.name]
-            heapq.heappush(running, (now + unit.weight, unit.name))
+            task = max(ready, key=lambda u: u.cost)
+            ready.remove(task)
+            del todo[task.name]
+            heapq.heappush(running, (now + task.cost, task.name))
         now, name = heapq.heappop(running)
         unfinished.discard(name)
     return now
 
 
-def plan(units: Sequence[Unit], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Table:
-    """Wall-clock seconds of units, weighted in seconds, on several numbers of processes."""
-    work = sum(unit.weight for unit in units)
+def plan(tasks: Sequence[Task], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Table:
+    """Wall-clock seconds of tasks, with costs in seconds, on several numbers of processes."""
+    work = sum(task.cost for task in tasks)
     rows = []
     for count in counts:
-        needed = makespan(units, count)
+        needed = makespan(tasks, count)
         rows.append({"processes": count, "seconds": needed, "efficiency": work / (needed * count)})
     return Table.from_rows(rows)
 
 
 def print_plan(console: Console, run: RunFolder, stage: str) -> None:
-    """Units and time by stage, and the time on several numbers of processes of one thread each.
+    """Tasks and time by stage, and the time on several numbers of processes of one thread each.
 
     Args:
         run: its configuration and images; what identifies these is written to its folder.
     """
     pieces.prepare(run)
     gradient, operations = gradient_cost(run)
-    units = in_seconds(run, units_until(run, stage), gradient)
+    tasks = in_seconds(run, tasks_until(run, stage), gradient)
     base = peak_memory()
     stages: dict[str, list[float]] = {}
-    for unit in units:
-        stages.setdefault(unit.name.split("/")[0], []).append(unit.weight)
-    shown = RichTable("stage", "units", "core time", "longest unit", "gradients", "memory")
+    for task in tasks:
+        stages.setdefault(task.name.split("/")[0], []).append(task.cost)
+    shown = RichTable("stage", "tasks", "core time", "longest task", "gradients", "memory")
     for name, times in stages.items():
         shown.add_row(
             *(name, str(len(times)), _minutes(sum(times)), _minutes(max(times))),
-            f"{sum(times) / gradient:.2g}" if name != "toy" else "",
+            f"{sum(times) / gradient:.2g}" if name != "langevin" else "",
             f"{(base + vectors(run, name)) / 2**20:,.0f} MiB",
         )
     console.print(shown)
     shown = RichTable("processes", "wall time", "efficiency", "machines like this")
     cores = available_cores()
-    for row in plan(units).rows():
+    for row in plan(tasks).rows():
         seconds, share = float(row["seconds"]), float(row["efficiency"])  # type: ignore[arg-type]
         count = int(row["processes"])  # type: ignore[call-overload]
         machines = str(-(-count // cores))

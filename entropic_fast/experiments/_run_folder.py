@@ -1,10 +1,10 @@
-"""A run folder: the configuration, one folder a finished unit, figures and the report.
+"""A run folder: the configuration, one folder a finished task, figures and the report.
 
 RUN/config.json             the effective configuration
 RUN/environment.json        versions and hardware
 RUN/energy.json             time and energy of every command that computed something
 RUN/images.json             how many images there are, and their hashes
-RUN/units/<unit>/...        what a unit computed; done.json, written last, holds the hashes
+RUN/tasks/<task>/...        what a task computed; done.json, written last, holds the hashes
 RUN/data/*.csv              the numbers behind the figures
 RUN/figures/*.png, *.svg
 RUN/claims.json  RUN/report.html
@@ -27,16 +27,16 @@ from .._utils import checks
 from .._utils.devices import is_gpu
 from ._config import differences, from_dict
 from ._sections import Config
-from ._task_store import UnitStore, require_same, require_unused
+from ._task_store import TaskStore, require_same, require_unused
 
 
-class RunFolder(UnitStore):
+class RunFolder(TaskStore):
     """Reads and writes one run's files.
 
     Args:
         path: the folder.
         config: the run's configuration.
-        device: where units compute, "cpu" or "cuda".
+        device: where tasks compute, "cpu" or "cuda".
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RunFolder(UnitStore):
         if not (path / "config.json").exists():
             require_unused(path)
         run = cls(path, config, device, data_dir)
-        with run.alone():
+        with run.exclusive():
             if (path / "config.json").exists():
                 require_same(path, differences(cls.open(path).config, config))
             else:
@@ -100,7 +100,7 @@ class RunFolder(UnitStore):
         Raises:
             ValueError: the run was begun with other images.
         """
-        with self.alone():
+        with self.exclusive():
             recorded = self.images()
             if recorded is None:
                 store.write_sealed(self.path / "images.json", facts)
@@ -112,20 +112,20 @@ class RunFolder(UnitStore):
                 "give the same images, or another --out",
             )
 
-    def forget(self) -> None:
+    def discard_metadata(self) -> None:
         """Remove the run's own records, so that the folder can take another configuration."""
         for name in ("config.json", "environment.json", "images.json", "energy.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def finished_units(self) -> int:
-        """How many units are finished."""
-        return sum(1 for _ in (self.path / "units").glob("**/done.json"))
+    def finished_tasks(self) -> int:
+        """How many tasks are finished."""
+        return sum(1 for _ in (self.path / "tasks").glob("**/done.json"))
 
     def add_energy(self, stage: str, seconds: float, joules: Mapping[str, float]) -> None:
         """Note what a command took that computed something."""
         file = self.path / "energy.json"
         entry = {"stage": stage, "seconds": round(seconds, 1), "joules": dict(joules)}
-        with self.alone():
+        with self.exclusive():
             store.write_sealed(file, {"commands": [*self.energy(), entry]})
 
     def energy(self) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ class RunFolder(UnitStore):
         file = self.path / "energy.json"
         return list(store.read_sealed(file)["commands"]) if file.exists() else []
 
-    def seal_results(self) -> None:
+    def write_manifest(self) -> None:
         """Record the hashes of the files that a report is made of, once all are written."""
         files = [f for name in ("data", "figures") for f in (self.path / name).iterdir()]
         files += [self.path / name for name in ("claims.json", "report.html")]
@@ -145,8 +145,8 @@ class RunFolder(UnitStore):
         store.write_sealed(self.path / MANIFEST, {"files": hashes})
 
 
-def damaged_results(path: Path) -> Iterator[str]:
-    """What is wrong with the files that `seal_results` recorded in a run's folder, a line each."""
+def check_manifest(path: Path) -> Iterator[str]:
+    """Describe the damaged files among those that `write_manifest` recorded, one line per file."""
     manifest = path / MANIFEST
     if not manifest.exists():
         return

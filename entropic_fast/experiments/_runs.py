@@ -18,8 +18,8 @@ from rich.table import Column
 from rich.table import Table as RichTable
 
 from .._utils import atomic_io as store
-from ._pipeline import all_units
-from ._run_folder import MANIFEST, RunFolder, damaged_results
+from ._pipeline import all_tasks
+from ._run_folder import MANIFEST, RunFolder, check_manifest
 from .claims import FAILS, HOLDS, UNDECIDED
 
 CUT_OFF = 3600.0  # seconds after which a file that is not whole is nobody's work
@@ -32,7 +32,7 @@ class Summary:
     Attributes:
         path: the folder.
         preset, model, data: of its configuration.
-        finished, units: how many units are finished, and how many there are.
+        finished, tasks: how many tasks are finished, and how many there are.
         verdicts: how many claims have each verdict.
         size: bytes of all files.
         changed: when the newest file was written, UTC.
@@ -46,7 +46,7 @@ class Summary:
     model: str = ""
     data: str = ""
     finished: int = 0
-    units: int = 0
+    tasks: int = 0
     verdicts: tuple[tuple[str, int], ...] = ()
     size: int = 0
     changed: datetime | None = None
@@ -70,7 +70,7 @@ def summary(path: Path) -> Summary:
     changed = datetime.fromtimestamp(newest, timezone.utc)
     try:
         run = RunFolder.open(path)
-        units = all_units(run)
+        tasks = all_tasks(run)
         verdicts: Counter[str] = Counter()
         if (path / "claims.json").exists():
             verdicts = Counter(claim["verdict"] for claim in store.read_json(path / "claims.json"))
@@ -84,13 +84,13 @@ def summary(path: Path) -> Summary:
         run.config.preset,
         run.config.model.name,
         run.config.data.name,
-        sum((run.unit_folder(unit.name) / "done.json").exists() for unit in units),
-        len(units),
+        sum((run.task_folder(task.name) / "done.json").exists() for task in tasks),
+        len(tasks),
         tuple(verdicts.items()),
         size,
         changed,
         str(environment.get("entropic_fast", "")),
-        next(iter(damaged_results(path)), ""),
+        next(iter(check_manifest(path)), ""),
     )
 
 
@@ -114,7 +114,7 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
         "preset",
         "network",
         "data",
-        "units",
+        "tasks",
         "claims",
         "size",
         "changed, UTC",
@@ -130,13 +130,13 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
         if found.damage:
             claims = "results damaged: see `runs verify`"
         changed = f"{found.changed:%Y-%m-%d %H:%M}" if found.changed else ""
-        units = f"{found.finished}/{found.units}" if not found.problem else "damaged"
+        tasks = f"{found.finished}/{found.tasks}" if not found.problem else "damaged"
         table.add_row(
             str(path),
             found.preset,
             found.model,
             found.data,
-            units,
+            tasks,
             claims,
             decimal(found.size),
             changed,
@@ -145,10 +145,10 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
 
 
 def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
-    """Problems of a run's files, each with its unit ("" for files of no unit).
+    """Problems of a run's files, each with its task ("" for files of no task).
 
-    Every file of every finished unit is read and compared with the hash that was recorded when it
-    was written; so are the JSON files outside of units, and tables, figures, claims and report.
+    Every file of every finished task is read and compared with the hash that was recorded when it
+    was written; so are the JSON files outside of tasks, and tables, figures, claims and report.
     """
     for name in ("environment.json", "images.json", "energy.json"):
         file = run.path / name
@@ -163,25 +163,25 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
             f"{run.path / MANIFEST}: expected the record of the results' content, got no file; "
             f"`entropic-fast report {run.path}` writes all of them again",
         )
-    yield from (("", problem) for problem in damaged_results(run.path))
-    for unit in all_units(run):
+    yield from (("", problem) for problem in check_manifest(run.path))
+    for task in all_tasks(run):
         try:
-            run.is_done(unit.name)
+            run.is_done(task.name)
         except (store.DamagedFileError, OSError) as error:
-            yield unit.name, str(error)
+            yield task.name, str(error)
 
 
-def superfluous(run: RunFolder) -> list[Path]:
+def prunable(run: RunFolder) -> list[Path]:
     """Files that no command needs again, largest folders whole.
 
-    Files left by a write that was cut off an hour ago or before; checkpoints within units that
-    are finished; and units that the configuration does not have.
+    Files left by a write that was cut off an hour ago or before; checkpoints within tasks that
+    are finished; and tasks that the configuration does not have.
     """
-    names = {unit.name for unit in all_units(run)}
+    names = {task.name for task in all_tasks(run)}
     found = [f for f in sorted(run.path.rglob(".*.part")) if _is_cut_off(f)]
-    for done in sorted((run.path / "units").glob("**/done.json")):
-        unit = done.parent.relative_to(run.path / "units").as_posix()
-        if unit not in names:
+    for done in sorted((run.path / "tasks").glob("**/done.json")):
+        task = done.parent.relative_to(run.path / "tasks").as_posix()
+        if task not in names:
             found.append(done.parent)
             continue
         kept = {*_files(done), "done.json"}
@@ -200,7 +200,7 @@ def _files(done: Path) -> set[str]:
     try:
         return set(json.loads(done.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        # Damaged: nothing of it is superfluous.
+        # Damaged: nothing of it is prunable.
         return {file.name for file in done.parent.iterdir()}
 
 

@@ -138,7 +138,7 @@ class LMCSection:
 
 
 @dataclass(frozen=True)
-class StraightSection:
+class StraightLineSection:
     """Relaxation along the straight line between two branches of figure 5 (figure 8).
 
     Those of the first trunk's first branching epoch from `epoch` on (-1: the last). Without batch
@@ -155,16 +155,16 @@ class StraightSection:
 
 
 @dataclass(frozen=True)
-class PoorSection:
+class BadMinimumSection:
     """A minimum that fits its examples and generalizes badly, and the path to it (figure 9).
 
-    Of the training images, the last `attack` in the data set's order get wrong labels; a network
-    is trained on all of them, for `epochs`, with neither augmentation nor weight decay. The
+    The last `corrupted_labels` training images, in the data set's order, get wrong labels. A
+    network is trained on all images for `epochs`, with neither augmentation nor weight decay. The
     path to it begins at the first minimum; its loss, curvature and dynamics are those on the
-    images that kept their labels. With attack = 0 there is no such figure.
+    images that kept their labels. With corrupted_labels = 0 there is no such figure.
     """
 
-    attack: int = 0
+    corrupted_labels: int = 0
     epochs: int = 200
     batch_size: int = 64
     lr: float = 0.05
@@ -176,7 +176,7 @@ class PoorSection:
 
 
 @dataclass(frozen=True)
-class ToySection:
+class LangevinSection:
     """Langevin particles in the ring and ridge potentials of figure 1."""
 
     particles: int = 100_000
@@ -202,9 +202,9 @@ class Config:
     lmc: LMCSection = field(default_factory=LMCSection)
     fig6: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
     fig7: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
-    straight: StraightSection = field(default_factory=StraightSection)
-    poor: PoorSection = field(default_factory=PoorSection)
-    toy: ToySection = field(default_factory=ToySection)
+    straight_line: StraightLineSection = field(default_factory=StraightLineSection)
+    bad_minimum: BadMinimumSection = field(default_factory=BadMinimumSection)
+    langevin: LangevinSection = field(default_factory=LangevinSection)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON holds it (tuples as lists)."""

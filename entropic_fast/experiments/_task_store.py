@@ -1,9 +1,9 @@
-"""Finished units of work in a folder: each is stored whole or not at all.
+"""Finished tasks of work in a folder: each is stored whole or not at all.
 
-FOLDER/units/<unit>/...     what a unit computed; done.json, written last, holds the hashes
-FOLDER/locks/               held by the process that computes a unit, or writes what all share
+FOLDER/tasks/<task>/...     what a task computed; done.json, written last, holds the hashes
+FOLDER/locks/               held by the process that computes a task, or writes what all share
 
-Any number of processes, on any number of machines that share the folder, may compute its units:
+Any number of processes, on any number of machines that share the folder, may compute its tasks:
 each takes those that no other is at. A lock is the system's (flock), which ends with its process,
 however that ends.
 """
@@ -28,25 +28,25 @@ Output = Mapping[str, "Table | Mapping[str, Tensor] | dict[str, Any]"]
 LOCKS = "locks"
 
 
-class UnitStore:
-    """Reads and writes what units computed.
+class TaskStore:
+    """Reads and writes what tasks computed.
 
     Args:
         path: the folder.
-        device: where units compute, "cpu" or "cuda".
+        device: where tasks compute, "cpu" or "cuda".
     """
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
         self.path, self.device = path, device
 
-    def unit_folder(self, unit: str) -> Path:
-        """The folder of a unit's files."""
-        return self.path / "units" / unit
+    def task_folder(self, task: str) -> Path:
+        """The folder of a task's files."""
+        return self.path / "tasks" / task
 
     @contextlib.contextmanager
-    def claim(self, unit: str) -> Iterator[bool]:
-        """Whether a unit is this process's to compute: no other is at it, until the block ends."""
-        lock = self._lock(unit.replace("/", "_"))
+    def try_lock(self, task: str) -> Iterator[bool]:
+        """Whether a task is this process's to compute: no other is at it, until the block ends."""
+        lock = self._lock(task.replace("/", "_"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -58,7 +58,7 @@ class UnitStore:
             lock.release()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """A block that one process at a time is in: it changes files that all share."""
         with self._lock("run"):
             yield
@@ -68,19 +68,19 @@ class UnitStore:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
 
-    def is_done(self, unit: str) -> bool:
-        """Whether a unit is finished.
+    def is_done(self, task: str) -> bool:
+        """Whether a task is finished.
 
         Raises:
             DamagedFileError: finished, but a file is missing or changed; names the file.
         """
-        folder = self.unit_folder(unit)
+        folder = self.task_folder(task)
         if not (folder / "done.json").exists():
             return False
         record = store.read_sealed(folder / "done.json")
-        if record.keys() != {"unit", "seconds", "files"} or record["unit"] != unit:
+        if record.keys() != {"task", "seconds", "files"} or record["task"] != task:
             raise store.DamagedFileError(
-                f"{folder / 'done.json'}: expected the record of unit {unit}, got another file"
+                f"{folder / 'done.json'}: expected the record of task {task}, got another file"
             )
         for name, expected in record["files"].items():
             file = folder / name
@@ -91,48 +91,48 @@ class UnitStore:
                 )
         return True
 
-    def is_whole(self, unit: str) -> bool:
-        """Whether a unit is finished and its files are those that it wrote."""
+    def is_intact(self, task: str) -> bool:
+        """Whether a task is finished and its files are those that it wrote."""
         try:
-            return self.is_done(unit)
+            return self.is_done(task)
         except store.DamagedFileError:
             return False
 
-    def finish(self, unit: str, output: Output, seconds: float) -> None:
-        """Store a unit's output: tables as CSV, tensors as safetensors, the rest as JSON."""
-        folder = self.unit_folder(unit)
+    def finish(self, task: str, output: Output, seconds: float) -> None:
+        """Store a task's output: tables as CSV, tensors as safetensors, the rest as JSON."""
+        folder = self.task_folder(task)
         for name, value in output.items():
             if isinstance(value, Table):
                 value.to_csv(folder / f"{name}.csv")
             elif value and all(isinstance(v, Tensor) for v in value.values()):
-                store.save_tensors(folder / f"{name}.safetensors", dict(value), {"unit": unit})
+                store.save_tensors(folder / f"{name}.safetensors", dict(value), {"task": task})
             else:
                 store.write_json(folder / f"{name}.json", value)
         files = sorted(f for f in folder.iterdir() if f.suffix in (".csv", ".safetensors", ".json"))
         hashes = {f.name: store.sha256(f.read_bytes()) for f in files if f.name != "done.json"}
         store.write_sealed(
-            folder / "done.json", {"unit": unit, "seconds": round(seconds, 3), "files": hashes}
+            folder / "done.json", {"task": task, "seconds": round(seconds, 3), "files": hashes}
         )
 
-    def table(self, unit: str, name: str) -> Table:
-        """A table that a finished unit stored."""
-        return Table.from_csv(self.unit_folder(unit) / f"{name}.csv")
+    def table(self, task: str, name: str) -> Table:
+        """A table that a finished task stored."""
+        return Table.from_csv(self.task_folder(task) / f"{name}.csv")
 
-    def tensors(self, unit: str, name: str) -> dict[str, Tensor]:
-        """Tensors that a finished unit stored, on the run's device."""
-        tensors, _ = store.load_tensors(self.unit_folder(unit) / f"{name}.safetensors")
+    def tensors(self, task: str, name: str) -> dict[str, Tensor]:
+        """Tensors that a finished task stored, on the run's device."""
+        tensors, _ = store.load_tensors(self.task_folder(task) / f"{name}.safetensors")
         return {key: value.to(self.device) for key, value in tensors.items()}
 
-    def document(self, unit: str, name: str) -> dict[str, Any]:
-        """A JSON document that a finished unit stored."""
-        return dict(store.read_json(self.unit_folder(unit) / f"{name}.json"))
+    def document(self, task: str, name: str) -> dict[str, Any]:
+        """A JSON document that a finished task stored."""
+        return dict(store.read_json(self.task_folder(task) / f"{name}.json"))
 
     def stage_seconds(self) -> dict[str, float]:
-        """Compute seconds by stage, summed over the finished units."""
+        """Compute seconds by stage, summed over the finished tasks."""
         seconds: dict[str, float] = {}
-        for done in sorted((self.path / "units").glob("**/done.json")):
+        for done in sorted((self.path / "tasks").glob("**/done.json")):
             record = store.read_sealed(done)
-            stage = record["unit"].split("/")[0]
+            stage = record["task"].split("/")[0]
             seconds[stage] = seconds.get(stage, 0.0) + record["seconds"]
         return seconds
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .._utils.table import Table
 from ..experiments import _plotly as interactive
 from ..experiments._report import FigureEntry
-from ..experiments._task_store import UnitStore
+from ..experiments._task_store import TaskStore
 from ..experiments.figures import _style as plots
 from ..experiments.figures import fig2, fig3
 from ._tasks import CYCLES
@@ -45,7 +45,7 @@ _CAPTIONS = {
 }
 
 
-def draw(folder: UnitStore, tables: Mapping[str, Table], loss: str) -> list[FigureEntry]:
+def draw(folder: TaskStore, tables: Mapping[str, Table], loss: str) -> list[FigureEntry]:
     """Draw what there are tables of, into the folder's `figures`; what the report says of each."""
     drawn: dict[str, tuple[Figure, tuple[str, ...]]] = {}
     with plots.look():

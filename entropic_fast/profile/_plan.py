@@ -24,7 +24,7 @@ ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5
 
 
 def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
-    """What each process does for each unit of a profile, by the unit's name."""
+    """What each process does for each task of a profile, by the task's name."""
     s, some, whole = subject.settings, subject.some, subject.whole
     parameters, itemsize = whole.num_params, torch.finfo(whole.dtype).bits // 8
     of = partial(
@@ -71,7 +71,7 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
 
 
 def total(subject: Subject, machine: Machine, processes: int) -> Cost:
-    """All units of a profile, one after another."""
+    """All tasks of a profile, one after another."""
     return _sum(list(works(subject, processes).values())).on(machine)
 
 

@@ -2,7 +2,7 @@
 
 FOLDER/profile.json         what was asked, of which weights and data
 FOLDER/environment.json     versions and hardware
-FOLDER/units/<unit>/...     what is finished; the same call goes on from it
+FOLDER/tasks/<task>/...     what is finished; the same call goes on from it
 FOLDER/data/*.csv  FOLDER/figures/*.png, *.svg  FOLDER/summary.json  FOLDER/report.html
 """
 
@@ -27,16 +27,16 @@ from ..distributed._communicator import Communicator
 from ..distributed._process_group import distribute
 from ..dynamics.projected_sgd._checkpoint import fingerprint
 from ..experiments._config import changed_values
-from ..experiments._executor import Unit, execute
+from ..experiments._executor import Task, execute
 from ..experiments._run_folder import environment
-from ..experiments._task_store import UnitStore, require_same, require_unused
+from ..experiments._task_store import TaskStore, require_same, require_unused
 from ..objective import Objective
 from ..objective._modules import plain_name
 from ..objective.losses._functions import LossFunction
 from . import _report as profile_report
 from ._plan import print_plan
 from ._subject import ProfileSettings, Subject
-from ._tasks import BAND, PROFILE, units
+from ._tasks import BAND, PROFILE, tasks
 
 T = TypeVar("T")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -121,7 +121,7 @@ def profile_model(
         ValueError: what `Objective` refuses; two points that are one, or of two architectures;
             settings that do not fit the data; a folder with other files, or begun with other
             settings, weights or data (the differences are listed).
-        UnitError: a part that failed; what was finished is kept.
+        TaskError: a part that failed; what was finished is kept.
         OSError: the folder cannot be written.
 
     >>> import tempfile
@@ -150,14 +150,14 @@ def profile_model(
         about["output"] = output
     if parameters is not None:
         about["chosen"] = list(whole.parameter_names)
-    todo = units(subject)
+    todo = tasks(subject)
     folder = _by_first(communicator, lambda: _open(Path(out), about, whole.device.type))
-    folder = folder or UnitStore(Path(out), whole.device.type)
+    folder = folder or TaskStore(Path(out), whole.device.type)
     try:
         _announce(console if first else Console(quiet=True), subject, about, todo)
         execute(folder, todo, workers=1, console=console, communicator=communicator)
     except BaseException:
-        if first and not (folder.path / "units").exists():
+        if first and not (folder.path / "tasks").exists():
             # Nothing was computed: the corrected call may use the folder.
             for name in ("profile.json", "environment.json"):
                 (folder.path / name).unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def _facts(whole: Objective, end: Tensor | None, model: nn.Module) -> dict[str, 
 # -- the folder -----------------------------------------------------------------------------
 
 
-def _open(path: Path, about: Mapping[str, Any], device: str) -> UnitStore:
+def _open(path: Path, about: Mapping[str, Any], device: str) -> TaskStore:
     """The folder for what is asked, made if it does not exist."""
     stored = path / "profile.json"
     if stored.exists():
@@ -344,7 +344,7 @@ def _open(path: Path, about: Mapping[str, Any], device: str) -> UnitStore:
         require_unused(path)
     store.write_sealed(stored, about)
     store.write_sealed(path / "environment.json", environment(device))
-    return UnitStore(path, device)
+    return TaskStore(path, device)
 
 
 def _explained(change: str) -> str:
@@ -354,7 +354,7 @@ def _explained(change: str) -> str:
 
 
 def _announce(
-    console: Console, subject: Subject, about: Mapping[str, Any], todo: list[Unit]
+    console: Console, subject: Subject, about: Mapping[str, Any], todo: list[Task]
 ) -> None:
     """What will be done, and what it costs."""
     found, whole = about["found"], subject.whole
@@ -363,8 +363,8 @@ def _announce(
         f"{whole.device}; {found['examples']:,} examples, curvature of "
         f"{subject.some.num_examples:,}"
     ]
-    lines += [f"  {_SAID[u.name]}: about {_round(u.weight)} gradients" for u in todo]
-    total = sum(unit.weight for unit in todo)
+    lines += [f"  {_SAID[u.name]}: about {_round(u.cost)} gradients" for u in todo]
+    total = sum(task.cost for task in todo)
     seconds = total * _seconds_a_gradient(subject.some)
     lines.append(
         f"in all about {_round(total)} gradients of one example; from the time of one pass, "

@@ -1,4 +1,4 @@
-"""The report of a model's profile, from what its units stored."""
+"""The report of a model's profile, from what its tasks stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._utils import atomic_io as store
 from .._utils.results import NOT_CONVERGED
 from .._utils.table import Table
 from ..experiments import _report as report
-from ..experiments._task_store import UnitStore
+from ..experiments._task_store import TaskStore
 from ..experiments.claims._intervals import mean_interval
 from ..experiments.figures import _relaxation_runs as relaxation
 from ..experiments.figures import fig2
@@ -26,9 +26,9 @@ from ._tasks import BAND, CYCLES, PROFILE, place_of
 
 
 def write(
-    folder: UnitStore, subject: Subject, about: Mapping[str, Any]
+    folder: TaskStore, subject: Subject, about: Mapping[str, Any]
 ) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:
-    """Tables, figures, summary and report of finished units.
+    """Tables, figures, summary and report of finished tasks.
 
     Returns:
         the tables by name, and at each point the way of each operator.
@@ -74,13 +74,13 @@ def show(console: Console, points: Table, place: Path) -> None:
     console.print(f"report: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
-def read(folder: UnitStore, subject: Subject) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:
-    """Tables and ways of finished units, as `write` returns them."""
+def read(folder: TaskStore, subject: Subject) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:
+    """Tables and ways of finished tasks, as `write` returns them."""
     ways = {name: folder.document(f"spectra/{name}", "ways") for name in subject.places}
     return _tables(folder, subject), ways
 
 
-def _tables(folder: UnitStore, subject: Subject) -> dict[str, Table]:
+def _tables(folder: TaskStore, subject: Subject) -> dict[str, Table]:
     """Every number of the report."""
 
     def stacked(name: str) -> Table:
@@ -130,7 +130,7 @@ def displacement(trajectories: Table) -> Table:
     return Table.from_rows(rows)
 
 
-def _path(folder: UnitStore) -> Table:
+def _path(folder: TaskStore) -> Table:
     saddle, losses = folder.document(BAND, "saddle"), folder.table(BAND, "losses")
     line = folder.table(BAND, "line")
     row = {

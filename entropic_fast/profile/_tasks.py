@@ -20,8 +20,8 @@ from ..curvature import (
     score_spectrum_floor,
     top_eigenvalues,
 )
-from ..experiments._executor import Report, Unit
-from ..experiments._task_store import UnitStore
+from ..experiments._executor import Progress, Task
+from ..experiments._task_store import TaskStore
 from ..experiments.figures import _relaxation_runs as relaxation
 from ..experiments.figures import fig2
 from ..objective import Objective
@@ -34,15 +34,15 @@ CYCLES = {"relax/cycles": 15, "relax/control": 1}  # updates between projections
 BAND, PROFILE = "path/band", "profile/along"
 
 
-def units(subject: Subject) -> list[Unit]:
-    """What there is to do. Weights count gradients of single examples, roughly."""
+def tasks(subject: Subject) -> list[Task]:
+    """What there is to do. Costs count gradients of single examples, roughly."""
     s, examples = subject.settings, subject.some.num_examples
     # As measured on convolutional networks: a product 1.5 gradients, a quadratic form one.
     trace = s.probes + 8
     spectra = examples * (1.5 * (s.density_probes * s.density_steps + 80) + trace + 4)
     needs = () if subject.end is None else (BAND,)
     found = [
-        Unit(f"spectra/{name}", measure_spectra, (subject, name), needs, spectra)
+        Task(f"spectra/{name}", measure_spectra, (subject, name), needs, spectra)
         for name in subject.places
     ]
     if subject.end is None:
@@ -54,20 +54,20 @@ def units(subject: Subject) -> list[Unit]:
     # A minibatch costs as much as 8 examples more.
     updates = len(STARTS) * s.replicas * s.steps * (subject.batch_size + 8)
     return [
-        Unit(BAND, find_path, (subject,), (), band),
-        Unit(PROFILE, measure_along, (subject,), needs, along),
-        *(Unit(name, relax_along, (subject, name), needs, updates) for name in CYCLES),
+        Task(BAND, find_path, (subject,), (), band),
+        Task(PROFILE, measure_along, (subject,), needs, along),
+        *(Task(name, relax_along, (subject, name), needs, updates) for name in CYCLES),
         *found,
     ]
 
 
-def find_path(store: UnitStore, report: Report, subject: Subject) -> dict[str, Any]:
+def find_path(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:
     """The minimum energy path, and the loss along it and along the straight line."""
     assert subject.end is not None
-    return fig2.connected(report, subject.whole, subject.end, subject.neb, 33)
+    return fig2.connected(progress, subject.whole, subject.end, subject.neb, 33)
 
 
-def measure_along(store: UnitStore, report: Report, subject: Subject) -> dict[str, Any]:
+def measure_along(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:
     """Loss and curvature at points of the path."""
     s = subject.settings
     with held():  # a column says what is not converged, and the figure
@@ -79,31 +79,33 @@ def measure_along(store: UnitStore, report: Report, subject: Subject) -> dict[st
             seed=s.seed,
             probes=s.probes,
             tol=s.tol,
-            on_point=lambda i, _: report((i + 1) / s.points),
+            on_point=lambda i, _: progress((i + 1) / s.points),
         )
     return {"curvature": Table.from_rows([{"path": "A-B", **row} for row in table.rows()])}
 
 
-def relax_along(store: UnitStore, report: Report, subject: Subject, name: str) -> dict[str, Any]:
+def relax_along(
+    store: TaskStore, progress: Progress, subject: Subject, name: str
+) -> dict[str, Any]:
     """Projected SGD from several starts; with a projection after every update as a control."""
     s = subject.settings
-    course = relaxation.Course(
+    setup = relaxation.RelaxationSetup(
         subject.whole, load_path(store), s.steps, s.replicas, CYCLES[name], seed=s.seed
     )
     settings = [(start, s.lr) for start in STARTS for _ in range(s.replicas)]
     panel, size = f"k = {CYCLES[name]}", subject.batch_size
     return {
-        "trajectory": relaxation.along(store, report, name, panel, course, settings, size),
+        "trajectory": relaxation.along(store, progress, name, panel, setup, settings, size),
     }
 
 
-def load_path(store: UnitStore) -> Path:
+def load_path(store: TaskStore) -> Path:
     """The path, once it is found."""
     return Path(store.tensors(BAND, "pivots")["pivots"])
 
 
 def measure_spectra(
-    store: UnitStore, report: Report, subject: Subject, name: str
+    store: TaskStore, progress: Progress, subject: Subject, name: str
 ) -> dict[str, Any]:
     """Loss, traces, eigenvalues, spectral density and Fisher spectrum at a point.
 
@@ -123,16 +125,16 @@ def measure_spectra(
         density_probes=s.density_probes,
         steps=s.density_steps,
     )
-    report(0.7)
+    progress(0.7)
     assert found.density is not None
     operator = HessianOperator(obj, theta)
     most = min(s.eigenvalues, obj.num_params)
     matvecs = max(MATVECS, 2 * most)
     with held():  # the table and the report say what is not converged
         largest = top_eigenvalues(operator, most, s.tol, s.seed, matvecs, v0=found.pairs)
-        report(0.8)
+        progress(0.8)
         smallest = top_eigenvalues(operator, 1, s.tol, s.seed, matvecs, which="SA")
-    report(0.9)
+    progress(0.9)
     slope = float(torch.linalg.vector_norm(obj.gradient(theta), dtype=torch.float64))
     tables = {
         "point": Table.from_rows([{"point": name, **found.row, "gradient_norm": slope}]),
@@ -156,7 +158,7 @@ def _by_processes(obj: Objective) -> str:
     )
 
 
-def _place(store: UnitStore, subject: Subject, name: str) -> Tensor:
+def _place(store: TaskStore, subject: Subject, name: str) -> Tensor:
     if name in ("point", "A"):
         return subject.whole.parameters_vector()
     if name == "B":
@@ -165,7 +167,7 @@ def _place(store: UnitStore, subject: Subject, name: str) -> Tensor:
     return load_path(store).point(place_of(store, name))
 
 
-def place_of(store: UnitStore, name: str) -> float:
+def place_of(store: TaskStore, name: str) -> float:
     """Where on the path a point of `Subject.places` is.
 
     "between" is the path's highest point; its middle, where that is an end.

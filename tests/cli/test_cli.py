@@ -21,7 +21,17 @@ from entropic_fast._utils import system_info as info
 from entropic_fast.cli import _main as cli
 from entropic_fast.experiments._run_folder import RunFolder
 
-STAGES = ("toy", "train", "path", "curvature", "relax", "lmc", "straight", "poor", "reproduce")
+STAGES = (
+    "langevin",
+    "train",
+    "path",
+    "curvature",
+    "relax",
+    "lmc",
+    "straight-line",
+    "bad-minimum",
+    "reproduce",
+)
 ROOT = Path(entropic_fast.__file__).parents[1]
 MAIN = [sys.executable, "-m", "entropic_fast.cli"]
 
@@ -35,7 +45,7 @@ def content(folder):
 
 
 def tables(run):
-    return {k: v for k, v in content(run / "units").items() if k.suffix in (".csv", ".safetensors")}
+    return {k: v for k, v in content(run / "tasks").items() if k.suffix in (".csv", ".safetensors")}
 
 
 def refused(ended, *words):
@@ -76,7 +86,10 @@ def test_info_says_what_runs_where(command):
         (["reproduce", "--preset", "huge"], ["preset: expected one of", "'demo'", "'huge'"]),
         (["train", "--set", "train.epoch=3"], ["train.epoch: expected one of seeds"]),
         (["train", "--set", "train.epochs=many"], ["train.epochs", "type int", "'many'"]),
-        (["toy", "--device", "tpu"], ["--device: expected one of 'auto', 'cpu', 'cuda'", "tpu"]),
+        (
+            ["langevin", "--device", "tpu"],
+            ["--device: expected one of 'auto', 'cpu', 'cuda'", "tpu"],
+        ),
         (["train", "--data-dir", "nowhere"], ["data_dir", "nowhere"]),
         (["train", "--set", "model.name=vgg"], ["model name: expected one of", "'vgg'"]),
         (["train", "--set", "lmc.model=vgg"], ["model name: expected one of", "'vgg'"]),
@@ -89,7 +102,7 @@ def test_info_says_what_runs_where(command):
 def test_bad_input_is_one_readable_message(command, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     refused(command(*arguments, "--out", "run"), *words)
-    assert not (tmp_path / "run" / "units").exists()
+    assert not (tmp_path / "run" / "tasks").exists()
 
 
 @pytest.mark.parametrize("arguments", [["dance"], ["train", "--epochs", "3"], ["report"]])
@@ -111,30 +124,30 @@ def test_messages_are_not_read_as_markup_and_not_broken(command, tmp_path):
 # -- a whole run ----------------------------------------------------------------------------
 
 
-def test_each_part_does_its_units_and_no_more(tiny_run):
+def test_each_part_does_its_task_and_no_more(tiny_run):
     expected = {
-        "toy": (3, 3),
+        "langevin": (3, 3),
         "train": (2, 2),
         "path": (1, 3),
         "curvature": (2, 5),
         "relax": (11, 14),
         "lmc": (11, 11),
-        "straight": (2, 13),
-        "poor": (4, 6),
+        "straight-line": (2, 13),
+        "bad-minimum": (4, 6),
     }
-    for stage, (new, all_units) in expected.items():
+    for stage, (new, all_tasks) in expected.items():
         ended = tiny_run.ended[stage]
         assert ended.code == 0, ended.err
         assert len(re.findall(r"^\[\d+/\d+\] ", ended.err, re.M)) == new
-        kept = f"{all_units - new} of {all_units} units are finished already and kept"
-        assert (kept in ended.err) == (all_units > new)
+        kept = f"{all_tasks - new} of {all_tasks} tasks are finished already and kept"
+        assert (kept in ended.err) == (all_tasks > new)
         assert ended.out.startswith(f"{stage}: finished; its files are under {tiny_run.path}")
 
 
 def test_reproduce_ends_with_the_claims_and_the_report(tiny_run):
     ended = tiny_run.ended["reproduce"]
     assert ended.code == 0, ended.err
-    assert ended.err == ""  # the parts had finished every unit
+    assert ended.err == ""  # the parts had finished every task
     assert "Of 38 claims " in ended.out and "report.html" in ended.out
     for name in ("report.html", "claims.json", "config.json", "environment.json", "images.json"):
         assert (tiny_run.path / name).is_file()
@@ -148,28 +161,28 @@ def test_the_same_folder_with_another_configuration_is_refused(tiny_run, tiny, c
     assert content(tiny_run.path) == before
 
 
-def test_a_missing_unit_alone_is_computed_again_and_alike(tiny_run, tiny, command, tmp_path):
+def test_a_missing_task_alone_is_computed_again_and_alike(tiny_run, tiny, command, tmp_path):
     copy = shutil.copytree(tiny_run.path, tmp_path / "run")
     before = tables(copy)
-    stamps = {p: p.stat().st_mtime_ns for p in copy.glob("units/**/done.json")}
-    shutil.rmtree(copy / "units" / "lmc" / "s1-k1")
+    stamps = {p: p.stat().st_mtime_ns for p in copy.glob("tasks/**/done.json")}
+    shutil.rmtree(copy / "tasks" / "lmc" / "s1-k1")
     ended = command("lmc", "--out", copy, "--workers", 1, *tiny)
     assert ended.code == 0, ended.err
-    assert "10 of 11 units are finished already and kept" in ended.err
+    assert "10 of 11 tasks are finished already and kept" in ended.err
     assert re.findall(r"\] (\S+) in", ended.err) == ["lmc/s1-k1"]
     assert tables(copy) == before
     assert {p for p, t in stamps.items() if p.stat().st_mtime_ns != t} == {
-        copy / "units" / "lmc" / "s1-k1" / "done.json"
+        copy / "tasks" / "lmc" / "s1-k1" / "done.json"
     }
 
 
 def test_a_damaged_minimum_is_named_and_trained_again(tiny_run, tiny, command, tmp_path):
     copy = shutil.copytree(tiny_run.path, tmp_path / "run")
     before = tables(copy)
-    file = copy / "units" / "train" / "1" / "minimum.safetensors"
+    file = copy / "tasks" / "train" / "1" / "minimum.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     ended = command("train", "--out", copy, "--workers", 1, *tiny)
-    assert ended.code == 0 and f"damaged unit train/1: {file}: expected" in ended.err
+    assert ended.code == 0 and f"damaged task train/1: {file}: expected" in ended.err
     assert re.findall(r"\] (\S+) in", ended.err) == ["train/1"]
     assert tables(copy) == before
 
@@ -190,7 +203,7 @@ def test_a_full_disk_ends_with_advice_and_harms_nothing(
     folder = tmp_path / "run"
     if begun:
         shutil.copytree(tiny_run.path, folder)
-        (folder / "units" / "toy" / "ridge" / "done.json").unlink()
+        (folder / "tasks" / "langevin" / "ridge" / "done.json").unlink()
     before = content(folder)
 
     def full(handle):
@@ -198,14 +211,14 @@ def test_a_full_disk_ends_with_advice_and_harms_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        ended = command("toy", "--out", folder, "--workers", 1, *tiny)
+        ended = command("langevin", "--out", folder, "--workers", 1, *tiny)
     refused(ended, "No space left on device", str(folder), "run the same command again")
     locks = {name for name in content(folder) if name.parts[0] == "locks"}
     assert {
         n: data for n, data in content(folder).items() if n not in locks - before.keys()
     } == before
-    ended = command("toy", "--out", folder, "--workers", 1, *tiny)
-    assert ended.code == 0 and (folder / "units" / "toy" / "ridge" / "done.json").exists()
+    ended = command("langevin", "--out", folder, "--workers", 1, *tiny)
+    assert ended.code == 0 and (folder / "tasks" / "langevin" / "ridge" / "done.json").exists()
 
 
 # -- a run that is killed -------------------------------------------------------------------
@@ -236,7 +249,7 @@ def wait_until(condition, what, seconds=60.0):
         time.sleep(0.02)
 
 
-INTERRUPTED = "interrupted; finished units are kept, the same command goes on from them"
+INTERRUPTED = "interrupted; finished tasks are kept, the same command goes on from them"
 
 
 def test_an_interrupt_ends_with_one_line_and_its_exit_code(capfd):
@@ -256,7 +269,7 @@ FIVE_MINIMA = [
     "train",
     *("--set", "data.train_limit=100", "--set", "data.curvature_examples=32"),
     *("--set", "train.seeds=[0,1,2,3,4]", "--set", "train.epochs=150"),
-    *("--set", "lmc.branch_epochs=[0]", "--set", "poor.attack=0"),
+    *("--set", "lmc.branch_epochs=[0]", "--set", "bad_minimum.corrupted_labels=0"),
 ]
 
 
@@ -281,12 +294,12 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
     process = subprocess.Popen(
         [*MAIN, *arguments, "--workers", "2"], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    units = folder / "units" / "train"
-    wait_until(lambda: list(units.glob("*/done.json")) or process.poll() is not None, "a unit")
+    tasks = folder / "tasks" / "train"
+    wait_until(lambda: list(tasks.glob("*/done.json")) or process.poll() is not None, "a task")
     workers = children(process.pid)
     os.kill(process.pid, sent)
     _, said = process.communicate(timeout=60)
-    finished = {p: p.stat().st_mtime_ns for p in units.glob("*/done.json")}
+    finished = {p: p.stat().st_mtime_ns for p in tasks.glob("*/done.json")}
     assert len(workers) >= 2 and 1 <= len(finished) < 5
     if sent == signal.SIGTERM:
         assert process.returncode == 143 and flat(said).endswith(INTERRUPTED)
@@ -294,7 +307,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(
 
     ended = command(*arguments, "--workers", 1)
     assert ended.code == 0, ended.err
-    assert f"{len(finished)} of 5 units are finished already and kept" in ended.err
+    assert f"{len(finished)} of 5 tasks are finished already and kept" in ended.err
     assert all(p.stat().st_mtime_ns == t for p, t in finished.items())
     assert tables(folder) == five_minima
     assert len(five_minima) == 10
@@ -304,10 +317,10 @@ def test_a_folder_refused_before_anything_was_computed_takes_the_corrected_comma
     command, tmp_path
 ):
     out = ["--out", str(tmp_path / "run")]
-    refused = command("toy", *out, "--set", "data.name=foo", "--set", "toy.steps=0")
+    refused = command("langevin", *out, "--set", "data.name=foo", "--set", "langevin.steps=0")
     assert refused.code == 1
     asks_too_much = ["train", *out, "--set", "data.curvature_examples=99999"]
     refused = command(*asks_too_much)
     assert refused.code == 1 and "99999" in refused.err
-    tiny_toy = ["--set", "toy.particles=500", "--set", "toy.steps=20"]
-    assert command("toy", *out, *tiny_toy).code == 0
+    tiny_langevin = ["--set", "langevin.particles=500", "--set", "langevin.steps=20"]
+    assert command("langevin", *out, *tiny_langevin).code == 0

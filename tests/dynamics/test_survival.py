@@ -122,7 +122,7 @@ def test_the_scaling_with_lr_batch_and_k_is_recovered_under_censoring():
     assert max(found.std_errors) < 0.25
     assert abs(found.shape - 1.7) < 3.3 * found.shape_error < 0.7
     assert abs(found.intercept - math.log(3.0)) < 1.5
-    # Times in other units change the intercept alone.
+    # Times in other tasks change the intercept alone.
     scaled = [(v, relaxed(10 * f.times, f.censored)) for v, f in groups]
     again = fit_scaling(scaled, 0.999)
     assert again.exponents == pytest.approx(found.exponents, rel=1e-3)

@@ -30,7 +30,7 @@ def test_every_stage_of_a_run(tmp_path, emulated):
     rounded = {place for place in emulated.reduced_precision if place[0] not in ROUNDS}
     assert not rounded
     device_runs.run(tmp_path / "cpu", "cpu", *device_runs.STAGES)
-    device_runs.assert_tables_agree(tmp_path / "gpu" / "units", tmp_path / "cpu" / "units")
+    device_runs.assert_tables_agree(tmp_path / "gpu" / "tasks", tmp_path / "cpu" / "tasks")
     assert (tmp_path / "gpu" / "report.html").exists()
 
 

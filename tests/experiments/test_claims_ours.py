@@ -54,10 +54,10 @@ def test_one_batch_size_or_replicas_that_all_diverged_decide_nothing(judge):
     assert claim.verdict == UNDECIDED
 
 
-def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1, line=1.0):
+def bad_minimum(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1, line=1.0):
     minima = Table(
         {
-            "minimum": ["normal", "poor"],
+            "minimum": ["normal", "bad"],
             "test_images": [400, 400],
             "kept_accuracy": [1.0, 1.0],
             "test_accuracy": [0.95, accuracy],
@@ -83,29 +83,29 @@ def poor(judge, accuracy=0.8, barrier=0.01, traces=(1.0, 0.5, 3.0), away=0.1, li
 
 
 def test_a_minimum_that_is_worse_sharper_joined_and_left(judge):
-    found = poor(judge)
+    found = bad_minimum(judge)
     assert [claim.verdict for claim in found.values()] == [HOLDS] * 4
-    assert found["the poor minimum generalizes worse"].effect == pytest.approx(0.15)
-    assert found["the poor minimum is joined to a normal one"].effect == pytest.approx(0.01)
-    assert found["the poor minimum is sharper"].effect == pytest.approx(3.0)
-    assert found["SGD leaves the poor minimum"].effect == pytest.approx(0.1005, abs=1e-3)
-    assert "s = 0.99" in found["SGD leaves the poor minimum"].measure
+    assert found["the bad minimum generalizes worse"].effect == pytest.approx(0.15)
+    assert found["the bad minimum is joined to a normal one"].effect == pytest.approx(0.01)
+    assert found["the bad minimum is sharper"].effect == pytest.approx(3.0)
+    assert found["SGD leaves the bad minimum"].effect == pytest.approx(0.1005, abs=1e-3)
+    assert "s = 0.99" in found["SGD leaves the bad minimum"].measure
 
 
 @pytest.mark.parametrize(
     ("change", "name", "verdict"),
     [
-        ({"accuracy": 0.95}, "the poor minimum generalizes worse", UNDECIDED),
-        ({"accuracy": 1.0}, "the poor minimum generalizes worse", FAILS),
-        ({"barrier": 0.5}, "the poor minimum is joined to a normal one", FAILS),
-        ({"barrier": 0.5, "line": 0.05}, "the poor minimum is joined to a normal one", UNDECIDED),
-        ({"traces": (3.0, 1.0, 1.0)}, "the poor minimum is sharper", FAILS),
-        ({"away": -0.1}, "SGD leaves the poor minimum", FAILS),
-        ({"away": 0.0}, "SGD leaves the poor minimum", UNDECIDED),
+        ({"accuracy": 0.95}, "the bad minimum generalizes worse", UNDECIDED),
+        ({"accuracy": 1.0}, "the bad minimum generalizes worse", FAILS),
+        ({"barrier": 0.5}, "the bad minimum is joined to a normal one", FAILS),
+        ({"barrier": 0.5, "line": 0.05}, "the bad minimum is joined to a normal one", UNDECIDED),
+        ({"traces": (3.0, 1.0, 1.0)}, "the bad minimum is sharper", FAILS),
+        ({"away": -0.1}, "SGD leaves the bad minimum", FAILS),
+        ({"away": 0.0}, "SGD leaves the bad minimum", UNDECIDED),
     ],
 )
 def test_each_claim_can_fail(judge, change, name, verdict):
-    assert poor(judge, **change)[name].verdict == verdict
+    assert bad_minimum(judge, **change)[name].verdict == verdict
 
 
 def test_other_networks_have_figure_fives_claims_under_their_own_names(judge):

@@ -102,7 +102,7 @@ def test_an_unknown_preset_is_refused_with_the_choices():
         ("relax.optimizers=['lion']", "relax.optimizers: expected one of 'sgd'.*got 'lion'"),
         ("lmc.branch_epochs=[0,41]", r"lmc.branch_epochs: expected at most 26.*\[0, 41\]"),
         ("lmc.seeds=[0,0]", "lmc.seeds: .*none twice"),
-        ("toy.temperature=0", "toy.temperature: expected a finite number above 0"),
+        ("langevin.temperature=0", "langevin.temperature: expected a finite number above 0"),
     ],
 )
 def test_a_bad_override_is_refused_by_name(override, message):

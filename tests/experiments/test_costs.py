@@ -16,7 +16,7 @@ from entropic_fast.experiments._costs import (
 from entropic_fast.profile import _plan as profile_plan
 from entropic_fast.profile._profile import ProfileSettings, plan_profile
 from entropic_fast.profile._subject import Subject
-from entropic_fast.profile._tasks import units
+from entropic_fast.profile._tasks import tasks
 
 SHAPE = {"examples": 100, "parameters": 1000}
 
@@ -87,9 +87,9 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize("path", [False, True])
-def test_a_profiles_plan_has_every_unit_and_less_work_for_each_of_more(path):
+def test_a_profiles_plan_has_every_task_and_less_work_for_each_of_more(path):
     one = profile_plan.works(subject(path))
-    assert one.keys() == {unit.name for unit in units(subject(path))}
+    assert one.keys() == {task.name for task in tasks(subject(path))}
     four = profile_plan.works(subject(path), processes=4)
     assert all(four[name].gradients < one[name].gradients for name in one)
     machine = measure(subject(path).some)

@@ -55,15 +55,15 @@ def test_every_damaged_file_is_found_and_named(copy, command):
     assert not problems(copy)
     while tried.total() < TRIALS:
         kind = rng.choice(["truncated", "bit flipped", "swapped"])
-        # A few large units must not hide the others.
-        file = rng.choice(rng.choice([files, [f for f in files if "units" not in f.parts]]))
+        # A few large tasks must not hide the others.
+        file = rng.choice(rng.choice([files, [f for f in files if "tasks" not in f.parts]]))
         other = rng.choice([f for f in files if f.suffix == file.suffix])
         data = file.read_bytes()
         spoiled = damaged(kind, data, other.read_bytes(), rng)
         if spoiled == data:
             continue
         tried[kind] += 1
-        places["unit" if "units" in file.parts else "run"] += 1
+        places["task" if "tasks" in file.parts else "run"] += 1
         file.write_bytes(spoiled)
         if not any(str(file) in text for text in problems(copy)):
             missed.append((kind, file.relative_to(copy).as_posix()))
@@ -82,12 +82,12 @@ def test_every_damaged_file_is_found_and_named(copy, command):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "bit flipped", "swapped"])
-def test_a_damaged_unit_is_not_used_and_a_report_says_which(copy, command, kind):
+def test_a_damaged_task_is_not_used_and_a_report_says_which(copy, command, kind):
     rng = random.Random(1)
-    for file in sorted((copy / "units").rglob("*.csv"))[::9]:
+    for file in sorted((copy / "tasks").rglob("*.csv"))[::9]:
         data = file.read_bytes()
         file.write_bytes(damaged(kind, data, b"s,loss\n0.0,1.0\n", rng))
         ended = command("report", copy)
-        unit = file.parent.relative_to(copy / "units").as_posix()
-        assert ended.code == 1 and unit in ended.err and "Traceback" not in ended.err
+        task = file.parent.relative_to(copy / "tasks").as_posix()
+        assert ended.code == 1 and task in ended.err and "Traceback" not in ended.err
         file.write_bytes(data)

@@ -37,8 +37,8 @@ def test_panels_share_their_noise_and_hold_what_was_asked(run):
 
 def test_what_the_scan_has_is_not_run_again(run, monkeypatch):
     expected = {
-        unit: run.table(f"relax/{unit}", "trajectory").rows()
-        for unit in ("A", f"B-{run.config.relax.batch_size}")
+        task: run.table(f"relax/{task}", "trajectory").rows()
+        for task in ("A", f"B-{run.config.relax.batch_size}")
     }
     ran = []
 
@@ -67,8 +67,8 @@ def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_
     run, monkeypatch
 ):
     monkeypatch.setattr(relaxation, "optimizer_rate", lambda _: 1e30)
-    todo = [u for u in relaxation.units(run) if u.name == "relax/sgd"]
-    (run.unit_folder("relax/sgd") / "done.json").unlink()
+    todo = [u for u in relaxation.tasks(run) if u.name == "relax/sgd"]
+    (run.task_folder("relax/sgd") / "done.json").unlink()
     execute(run, todo, workers=1, console=Console(quiet=True))
     table = run.table("relax/sgd", "trajectory")
     assert table.num_rows == 4 and set(table["step"]) == {0, 30}
@@ -85,10 +85,10 @@ def test_a_scan_in_which_every_replica_diverges_takes_the_largest_rate(run, monk
     assert np.isnan(found["trajectory"].where(step=30)["position"]).all()
 
 
-def test_a_unit_that_was_interrupted_goes_on_from_its_checkpoint(run, monkeypatch):
+def test_a_task_that_was_interrupted_goes_on_from_its_checkpoint(run, monkeypatch):
     before = run.table("relax/A", "trajectory").rows()
     monkeypatch.setattr(relaxation, "CHECKPOINT_CYCLES", 1)
-    checkpoint = run.unit_folder("relax/A") / "run.safetensors"
+    checkpoint = run.task_folder("relax/A") / "run.safetensors"
 
     def stop(fraction):
         if fraction == 1:

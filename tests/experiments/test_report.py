@@ -91,7 +91,7 @@ def test_the_report_names_claims_tables_settings_and_times(tiny_run):
     assert "&#34;epochs&#34;: 4" in html and "2 minima, 1 minimum energy paths" in html
     assert re.search(r"train \d+\.\d s", html)
     run = RunFolder.open(tiny_run.path)
-    assert set(run.stage_seconds()) >= {"toy", "train", "path", "curvature", "relax", "lmc"}
+    assert set(run.stage_seconds()) >= {"langevin", "train", "path", "curvature", "relax", "lmc"}
 
 
 def test_claims_can_be_computed_again_from_the_csv_files_alone(tiny_run, tmp_path):
@@ -140,13 +140,13 @@ def test_a_report_needs_no_images(tiny_run, tmp_path, monkeypatch):
     assert [p for p in before if before[p] != after.get(p)] == []
 
 
-def test_a_report_of_an_unfinished_or_damaged_run_names_the_unit(tiny_run, tmp_path):
+def test_a_report_of_an_unfinished_or_damaged_run_names_the_task(tiny_run, tmp_path):
     copy = RunFolder.open(shutil.copytree(tiny_run.path, tmp_path / "run"))
-    (copy.unit_folder("lmc/s1-k0") / "line.csv").write_text("k\n")
-    with pytest.raises(ValueError, match="1 units missing or damaged, as lmc/s1-k0; run"):
+    (copy.task_folder("lmc/s1-k0") / "line.csv").write_text("k\n")
+    with pytest.raises(ValueError, match="1 tasks missing or damaged, as lmc/s1-k0; run"):
         stages.write_report(copy, Console(quiet=True))
-    (copy.unit_folder("toy/ridge") / "done.json").unlink()
-    with pytest.raises(ValueError, match="2 units missing or damaged, as toy/ridge"):
+    (copy.task_folder("langevin/ridge") / "done.json").unlink()
+    with pytest.raises(ValueError, match="2 tasks missing or damaged, as langevin/ridge"):
         stages.write_report(copy, Console(quiet=True))
 
 

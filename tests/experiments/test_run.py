@@ -3,28 +3,28 @@ import json
 import os
 import shutil
 
+import executor_tasks
 import pytest
-import schedule_units
 import torch
 from rich.console import Console
 
 from entropic_fast._utils import atomic_io as store
 from entropic_fast._utils.table import Table
 from entropic_fast.experiments._config import load_preset
-from entropic_fast.experiments._executor import Unit, UnitError, execute
+from entropic_fast.experiments._executor import Task, TaskError, execute
 from entropic_fast.experiments._run_folder import RunFolder
 
-UNITS = [Unit(f"first/{seed}", schedule_units.first, (seed,)) for seed in range(3)]
+TASKS = [Task(f"first/{seed}", executor_tasks.first, (seed,)) for seed in range(3)]
 
 
 def new(path, *overrides):
     return RunFolder.create(path, load_preset("demo", overrides))
 
 
-def run_units(run):
+def run_tasks(run):
     console = Console(record=True, file=open(os.devnull, "w"), width=500)  # noqa: SIM115
     with console.file:
-        execute(run, UNITS, workers=1, console=console)
+        execute(run, TASKS, workers=1, console=console)
     return console.export_text()
 
 
@@ -94,7 +94,7 @@ def test_other_images_than_those_the_run_was_begun_with_are_refused(tmp_path):
     assert run.images() == {"train_examples": 5, "train_sha256": "aa"}
 
 
-def test_a_unit_is_done_once_finished_and_its_parts_are_read_back(tmp_path):
+def test_a_task_is_done_once_finished_and_its_parts_are_read_back(tmp_path):
     run = new(tmp_path)
     assert not run.is_done("a/b")
     weights = {"w": torch.randn(3, 2), "n": torch.tensor(3)}
@@ -111,12 +111,12 @@ def test_a_unit_is_done_once_finished_and_its_parts_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     "file", ["values.csv", "weights.safetensors", "weights.json", "about.json", "done.json"]
 )
-def test_a_damaged_file_is_named_and_only_its_unit_computed_again(tmp_path, damage, file):
+def test_a_damaged_file_is_named_and_only_its_task_computed_again(tmp_path, damage, file):
     run = new(tmp_path)
-    run_units(run)
-    whole = content(run.path / "units")
-    done = {u.name: (run.unit_folder(u.name) / "done.json").stat().st_mtime_ns for u in UNITS}
-    target = run.unit_folder("first/1") / file
+    run_tasks(run)
+    whole = content(run.path / "tasks")
+    done = {u.name: (run.task_folder(u.name) / "done.json").stat().st_mtime_ns for u in TASKS}
+    target = run.task_folder("first/1") / file
     data = bytearray(target.read_bytes())
     if damage == "missing":
         target.unlink()
@@ -126,28 +126,28 @@ def test_a_damaged_file_is_named_and_only_its_unit_computed_again(tmp_path, dama
         data[0] ^= 1
         target.write_bytes(data)
 
-    said = run_units(run)
+    said = run_tasks(run)
     if (file, damage) != ("done.json", "missing"):  # which says that it never was finished
-        assert "damaged unit first/1" in said and file in said
-    assert "2 of 3 units are finished already and kept" in said
+        assert "damaged task first/1" in said and file in said
+    assert "2 of 3 tasks are finished already and kept" in said
     computed = [line.split()[0] for line in (run.path / "log.txt").read_text().splitlines()]
     assert computed == [f"first/{i}" for i in (0, 1, 2, 1)]
-    after = content(run.path / "units")
+    after = content(run.path / "tasks")
     same = {p for p in whole if p.name != "done.json"}  # which holds the time it took
     assert {p: after[p] for p in same} == {p: whole[p] for p in same}
     for name in ("first/0", "first/2"):
-        assert (run.unit_folder(name) / "done.json").stat().st_mtime_ns == done[name]
-    assert all(run.is_done(u.name) for u in UNITS)
+        assert (run.task_folder(name) / "done.json").stat().st_mtime_ns == done[name]
+    assert all(run.is_done(u.name) for u in TASKS)
 
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"files": {}}', "3"])
 def test_a_record_that_is_none_counts_as_damage(tmp_path, record):
     run = new(tmp_path)
-    run_units(run)
-    (run.unit_folder("first/1") / "done.json").write_text(record)
+    run_tasks(run)
+    (run.task_folder("first/1") / "done.json").write_text(record)
     with pytest.raises(store.DamagedFileError, match=r"done\.json"):
         run.is_done("first/1")
-    assert "damaged unit first/1" in run_units(run)
+    assert "damaged task first/1" in run_tasks(run)
     assert run.is_done("first/1")
 
 
@@ -166,23 +166,23 @@ def test_a_full_or_read_only_disk_is_an_error_that_harms_no_file(
     tmp_path, monkeypatch, broken, error
 ):
     run = new(tmp_path)
-    run_units(run)
-    (run.unit_folder("first/1") / "done.json").unlink()
-    before = content(run.path / "units")
+    run_tasks(run)
+    (run.task_folder("first/1") / "done.json").unlink()
+    before = content(run.path / "tasks")
     with monkeypatch.context() as patch:
         patch.setattr(broken, error)
-        with pytest.raises(UnitError, match=r"first/1: .*(No space left|Read-only)"):
-            run_units(run)
+        with pytest.raises(TaskError, match=r"first/1: .*(No space left|Read-only)"):
+            run_tasks(run)
         with pytest.raises(OSError, match=r"No space left|Read-only"):
             new(tmp_path / "other")
-    assert content(run.path / "units") == before  # neither changed, nor partial, nor left over
+    assert content(run.path / "tasks") == before  # neither changed, nor partial, nor left over
     assert all(name.parts[0] == "locks" for name in content(tmp_path / "other"))
-    run_units(run)
-    assert all(run.is_done(u.name) for u in UNITS)
+    run_tasks(run)
+    assert all(run.is_done(u.name) for u in TASKS)
 
 
 @pytest.mark.parametrize("fails_at", range(5))
-def test_a_disk_that_fills_up_between_two_files_leaves_the_unit_unfinished(
+def test_a_disk_that_fills_up_between_two_files_leaves_the_task_unfinished(
     tmp_path, monkeypatch, fails_at
 ):
     run = new(tmp_path)
@@ -196,16 +196,16 @@ def test_a_disk_that_fills_up_between_two_files_leaves_the_unit_unfinished(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fills_up)
-        with pytest.raises(UnitError, match=r"No space left on device: '.*first"):
-            execute(run, UNITS[:1], workers=1, console=Console(quiet=True))
+        with pytest.raises(TaskError, match=r"No space left on device: '.*first"):
+            execute(run, TASKS[:1], workers=1, console=Console(quiet=True))
     assert not run.is_done("first/0")
     assert not list(tmp_path.rglob("*.part"))
-    run_units(run)
+    run_tasks(run)
     assert run.is_done("first/0")
 
 
 def test_a_copy_of_a_run_is_a_run(tmp_path):
     run = new(tmp_path / "a")
-    run_units(run)
+    run_tasks(run)
     copy = RunFolder.open(shutil.copytree(run.path, tmp_path / "b"))
-    assert all(copy.is_done(u.name) for u in UNITS)
+    assert all(copy.is_done(u.name) for u in TASKS)

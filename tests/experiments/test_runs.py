@@ -29,14 +29,14 @@ def test_the_list_says_what_runs_hold(copy, command, tmp_path):
     (tmp_path / "runs" / "no run").mkdir()
     found = runs.summary(copy)
     assert (found.preset, found.model, found.data) == ("demo", "digits-cnn", "digits")
-    assert found.finished == found.units > 10 and not found.problem
+    assert found.finished == found.tasks > 10 and not found.problem
     assert sum(count for _, count in found.verdicts) == len(
         json.loads((copy / "claims.json").read_text())
     )
     assert found.size == sum(f.stat().st_size for f in copy.rglob("*") if f.is_file())
     assert runs.find([tmp_path / "runs", copy]) == [copy]
     ended = command("runs", "list", copy.parent)
-    assert ended.code == 0 and f"{found.units}/{found.units}" in ended.out
+    assert ended.code == 0 and f"{found.tasks}/{found.tasks}" in ended.out
 
 
 def test_a_run_that_cannot_be_read_is_listed_as_damaged(copy, command):
@@ -51,10 +51,10 @@ def test_no_runs_is_an_error(tmp_path, command):
     assert ended.code == 1 and "run folders" in ended.err
 
 
-def test_every_damaged_file_is_named_with_its_unit(copy, command):
+def test_every_damaged_file_is_named_with_its_task(copy, command):
     assert command("runs", "verify", copy).code == 0
     spoiled = {}
-    for i, file in enumerate(sorted((copy / "units").rglob("*.*"))[::7]):
+    for i, file in enumerate(sorted((copy / "tasks").rglob("*.*"))[::7]):
         data = file.read_bytes()
         if i % 3 == 0:
             file.write_bytes(data[: len(data) // 2])
@@ -62,16 +62,16 @@ def test_every_damaged_file_is_named_with_its_unit(copy, command):
             file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         else:
             file.unlink()
-        unit = file.parent.relative_to(copy / "units").as_posix()
-        spoiled.setdefault(unit, []).append(file)
-    # A unit without its record is one that is not finished.
-    expected = {u for u in spoiled if (copy / "units" / u / "done.json").exists()}
+        task = file.parent.relative_to(copy / "tasks").as_posix()
+        spoiled.setdefault(task, []).append(file)
+    # A task without its record is one that is not finished.
+    expected = {u for u in spoiled if (copy / "tasks" / u / "done.json").exists()}
     problems = dict(runs.verify(RunFolder.open(copy)))
     assert problems.keys() == expected and len(expected) > 3
-    for unit, text in problems.items():
-        assert any(str(file) in text for file in spoiled[unit])
+    for task, text in problems.items():
+        assert any(str(file) in text for file in spoiled[task])
     ended = command("runs", "verify", copy)
-    assert ended.code == 1 and all(unit in words(ended.out) for unit in expected)
+    assert ended.code == 1 and all(task in words(ended.out) for task in expected)
 
 
 def test_only_what_no_command_needs_goes(copy, command):
@@ -84,8 +84,8 @@ def test_only_what_no_command_needs_goes(copy, command):
     assert "nothing to delete" in command("runs", "prune", copy, "--yes").out  # or being written
     long_ago = time.time() - 2 * runs.CUT_OFF
     os.utime(copy / "data" / ".fig1.csv.abc.part", (long_ago, long_ago))
-    (copy / "units" / "train" / "0" / "run.safetensors").write_bytes(b"a checkpoint")
-    shutil.copytree(copy / "units" / "train" / "0", copy / "units" / "train" / "77")
+    (copy / "tasks" / "train" / "0" / "run.safetensors").write_bytes(b"a checkpoint")
+    shutil.copytree(copy / "tasks" / "train" / "0", copy / "tasks" / "train" / "77")
     ended = command("runs", "prune", copy)
     assert "3 to delete; pass --yes" in words(ended.out) and content() != before
     ended = command("runs", "prune", copy, "--yes")
@@ -104,19 +104,19 @@ def test_results_without_their_record_are_not_called_whole(copy, command):
 
 def test_like_repeats_a_runs_configuration(copy, command, tmp_path):
     again = tmp_path / "again"
-    ended = command("toy", "--like", copy, "--out", again, "--workers", 1)
+    ended = command("langevin", "--like", copy, "--out", again, "--workers", 1)
     assert ended.code == 0, ended.err
     run, first = RunFolder.open(again), RunFolder.open(copy)
     assert run.config == first.config and run.images() == first.images()
-    one, other = (r.unit_folder("toy/ring-cold") for r in (first, run))
+    one, other = (r.task_folder("langevin/ring-cold") for r in (first, run))
     files = sorted(f.name for f in one.glob("*.csv"))
     assert files and all((one / f).read_bytes() == (other / f).read_bytes() for f in files)
     changed = command(
-        "toy", "--like", copy, "--out", tmp_path / "changed", "--set", "toy.steps=100"
+        "langevin", "--like", copy, "--out", tmp_path / "changed", "--set", "langevin.steps=100"
     )
     assert changed.code == 0, changed.err
-    assert RunFolder.open(tmp_path / "changed").config.toy.steps == 100
-    both = command("toy", "--like", copy, "--preset", "demo", "--out", tmp_path / "both")
+    assert RunFolder.open(tmp_path / "changed").config.langevin.steps == 100
+    both = command("langevin", "--like", copy, "--preset", "demo", "--out", tmp_path / "both")
     assert both.code == 1 and "--like" in both.err
 
 
@@ -199,7 +199,7 @@ def test_a_result_that_cannot_be_read_is_named(copy, command):
 
 def test_the_list_of_a_run_at_work_passes_over_files_that_vanish(copy, monkeypatch):
     whole = runs.summary(copy)
-    gone = copy / "units" / ".theta.json.part"
+    gone = copy / "tasks" / ".theta.json.part"
     found = [*copy.rglob("*"), gone]
     monkeypatch.setattr(type(copy), "rglob", lambda self, pattern: iter(found))
     assert runs.summary(copy) == whole

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from entropic_fast import HessianOperator, Objective, score_spectrum
 from entropic_fast._utils.table import Table
-from entropic_fast.experiments._task_store import UnitStore
-from entropic_fast.profile import _tasks as profile_units
+from entropic_fast.experiments._task_store import TaskStore
+from entropic_fast.profile import _tasks as profile_tasks
 from entropic_fast.profile._profile import profile_model
 from entropic_fast.profile._subject import ProfileSettings
 
@@ -234,13 +234,13 @@ def test_an_interrupted_profile_goes_on_to_the_same_numbers(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(profile_units, "relax_along", interrupted)
+        patch.setattr(profile_tasks, "relax_along", interrupted)
         ended = command(*arguments, "--out", out)
-    assert ended.code == 130 and "finished units are kept" in " ".join(ended.err.split())
+    assert ended.code == 130 and "finished tasks are kept" in " ".join(ended.err.split())
     done = {p: p.stat().st_mtime_ns for p in out.rglob("done.json")}
-    assert out / "units" / "path" / "band" / "done.json" in done
+    assert out / "tasks" / "path" / "band" / "done.json" in done
     ended = command(*arguments, "--out", out)
-    assert ended.code == 0 and f"{len(done)} of 7 units are finished" in ended.err
+    assert ended.code == 0 and f"{len(done)} of 7 tasks are finished" in ended.err
     assert all(p.stat().st_mtime_ns == t for p, t in done.items())
     assert numbers(out) == numbers(two_points[0])
 
@@ -297,11 +297,11 @@ def test_normalization_statistics_are_gathered_at_each_point(tmp_path):
 
 
 def test_where_an_end_is_the_highest_point_the_middle_is_taken(tmp_path):
-    store = UnitStore(tmp_path)
+    store = TaskStore(tmp_path)
     for highest, place in ((0.0, 0.5), (0.3, 0.3), (1.0, 0.5)):
-        store.finish(profile_units.BAND, {"saddle": {"position": highest}}, 0.0)
-        assert profile_units.place_of(store, "between") == place
-    assert [profile_units.place_of(store, name) for name in "AB"] == [0.0, 1.0]
+        store.finish(profile_tasks.BAND, {"saddle": {"position": highest}}, 0.0)
+        assert profile_tasks.place_of(store, "between") == place
+    assert [profile_tasks.place_of(store, name) for name in "AB"] == [0.0, 1.0]
 
 
 def test_replicas_that_diverge_are_counted_and_the_rest_is_kept(tmp_path):
@@ -416,7 +416,7 @@ def test_a_folder_in_which_nothing_was_computed_takes_the_corrected_command(tmp_
         raise OSError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(profile_units, "measure_spectra", full)
+        patch.setattr(profile_tasks, "measure_spectra", full)
         with pytest.raises(RuntimeError, match="spectra/point: no room"):
             profile_model(net(), examples(), tmp_path / "out", settings=QUICK)
     found = profile_model(net(1), examples(), tmp_path / "out", settings=QUICK)

@@ -97,12 +97,12 @@ def test_a_shared_profile_of_which_a_process_was_killed_goes_on_on_another_numbe
     started = start(folder, 2, "two", FEW)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
     until = time.monotonic() + 100
-    while not (folder / "two/units/path/band/done.json").exists():
+    while not (folder / "two/tasks/path/band/done.json").exists():
         assert time.monotonic() < until and started.poll() is None
         time.sleep(0.01)
     os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
     _, err = started.communicate(timeout=100)
     assert started.returncode != 0 and "SIGKILL" in err  # as torchrun says, who ends the others
     _, err = finish(folder, 3, "two", FEW)
-    assert "of 7 units are finished already and kept" in err
+    assert "of 7 tasks are finished already and kept" in err
     assert_alike(folder / "one", folder / "two")

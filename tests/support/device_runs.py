@@ -24,11 +24,21 @@ force.positions=2 force.directions=1 force.cycles=[1,2]
 lmc.epochs=2 lmc.branch_epochs=[1] lmc.seeds=[0] lmc.points=3
 fig6.branch_epochs=[1] fig6.points=3
 fig7.seeds=[]
-straight.steps=15 straight.batch_sizes=[4]
-poor.attack=16 poor.epochs=1 poor.steps=15 poor.starts=[0.5]
-toy.particles=100 toy.steps=50
+straight_line.steps=15 straight_line.batch_sizes=[4]
+bad_minimum.corrupted_labels=16 bad_minimum.epochs=1 bad_minimum.steps=15 bad_minimum.starts=[0.5]
+langevin.particles=100 langevin.steps=50
 """
-STAGES = ("toy", "train", "path", "curvature", "relax", "force", "lmc", "straight", "poor")
+STAGES = (
+    "langevin",
+    "train",
+    "path",
+    "curvature",
+    "relax",
+    "force",
+    "lmc",
+    "straight-line",
+    "bad-minimum",
+)
 # How far iterations got, which rounding decides and how often a GPU is asked, and traces by two
 # probes of what is left beside the directions that they found.
 ITERATED = {"residual", "top_eigenvalue_residual", "predicted_error", "products", "forms"}

@@ -16,7 +16,7 @@ import numpy as np
 from ..._utils import checks
 from ..._utils.table import Table
 from ._claim import FAILS, HOLDS, UNDECIDED, Claim
-from .connectivity import lmc, poor, straight
+from .connectivity import bad_minimum, lmc, straight_line
 from .fig1 import ridge, ring
 from .fig2 import curvature, path_loss, spectrum
 from .force import force
@@ -35,8 +35,8 @@ _TESTS: tuple[tuple[tuple[str, ...], Callable[..., list[Claim]]], ...] = (
     (("fig5_instability",), lmc),
     (("fig6_instability",), partial(lmc, figure="6")),
     (("fig7_instability",), partial(lmc, figure="7")),
-    (("fig8_line", "fig8_relaxation"), straight),
-    (("fig9_minima", "fig9_loss", "fig9_curvature", "fig9_relaxation"), poor),
+    (("fig8_line", "fig8_relaxation"), straight_line),
+    (("fig9_minima", "fig9_loss", "fig9_curvature", "fig9_relaxation"), bad_minimum),
     (("force_fit", "force_comparison"), force),
 )
 

@@ -85,7 +85,7 @@ def _paired(
     )
 
 
-def straight(line: Table, relaxation: Table) -> list[Claim]:
+def straight_line(line: Table, relaxation: Table) -> list[Claim]:
     """Figure 8: the drift between linearly connected networks."""
     sizes = [int(size) for size in np.unique(relaxation["batch_size"])]
     moved = [_toward_the_ends(relaxation.where(batch_size=size)) for size in sizes]
@@ -125,11 +125,11 @@ def _toward_the_ends(rows: Table) -> dict[int, float]:
     return {replica: float(np.mean(values)) for replica, values in moved.items()}
 
 
-def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
+def bad_minimum(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
     """Figure 9: a minimum that generalizes badly is sharper, joined, and driven away from."""
-    normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "poor"))
+    normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "bad"))
     right = np.concatenate(
-        [floats(minima.where(minimum=name)["test_accuracy"]) for name in ("normal", "poor")]
+        [floats(minima.where(minimum=name)["test_accuracy"]) for name in ("normal", "bad")]
     )
     lost = float(right[0] - right[1])
     variance = right * (1 - right) / max(1, int(bad["test_images"]))  # type: ignore[call-overload]
@@ -151,7 +151,7 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
     return [
         Claim(
             "9",
-            "the poor minimum generalizes worse",
+            "the bad minimum generalizes worse",
             "a minimum that also fits wrong labels errs more on test images [D]",
             "test accuracy lost",
             lost,
@@ -162,7 +162,7 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         ),
         Claim(
             "9",
-            "the poor minimum is joined to a normal one",
+            "the bad minimum is joined to a normal one",
             "a path of low loss leads to it (under a tenth of the straight line's barrier) [D]",
             "barrier along the path / barrier of the straight line",
             share,
@@ -174,9 +174,9 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         ),
         Claim(
             "9A",
-            "the poor minimum is sharper",
-            "the trace of the Hessian is larger at the poor minimum [D]",
-            "Hessian trace at the poor minimum / at the normal one",
+            "the bad minimum is sharper",
+            "the trace of the Hessian is larger at the bad minimum [D]",
+            "Hessian trace at the bad minimum / at the normal one",
             ratio,
             *sharper,
             verdict(*sharper, 1.0),
@@ -184,8 +184,8 @@ def poor(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> lis
         ),
         Claim(
             "9C",
-            "SGD leaves the poor minimum",
-            "from beside the poor minimum, projected SGD drifts along the path toward the normal "
+            "SGD leaves the bad minimum",
+            "from beside the bad minimum, projected SGD drifts along the path toward the normal "
             "one, by descent and noise together [D]",
             f"mean displacement toward the normal minimum, from s = {nearest:g}",
             float(drift.mean()) if len(drift) else np.nan,

@@ -25,16 +25,16 @@ from ...dynamics import (
 from ...objective import Objective
 from ...paths import Path
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
-from .._task_store import UnitStore
+from .._task_store import TaskStore
 from ..claims._intervals import mean_interval
 
 Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
 
 
 @dataclass(frozen=True)
-class Course:
+class RelaxationSetup:
     """What replicas relax on, for how long, and how often they are projected and recorded."""
 
     objective: Objective
@@ -46,19 +46,19 @@ class Course:
     seed: int = 0
 
 
-def course_of(
+def relaxation_setup(
     run: RunFolder, objective: Objective, path: Path, steps: int, replicas: int
-) -> Course:
-    """A course with the run's projection, records and seed."""
+) -> RelaxationSetup:
+    """A setup with the run's projection, records and seed."""
     section = run.config.relax
     every, records = section.project_every, section.records
-    return Course(objective, path, steps, replicas, every, records, run.config.seed)
+    return RelaxationSetup(objective, path, steps, replicas, every, records, run.config.seed)
 
 
 SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 
 
-def units(run: RunFolder) -> list[Unit]:
+def tasks(run: RunFolder) -> list[Task]:
     """The scan over learning rates first; starts, batch sizes, k and optimizers at the rate chosen.
 
     Settings that the scan has (the base start and batch size, vanilla SGD) are taken from it.
@@ -78,51 +78,53 @@ def units(run: RunFolder) -> list[Unit]:
     optimizers = {o: work(int(o != "sgd" or not known), base) for o in section.optimizers}
     cycles = {k: work(int(k != section.project_every), base) for k in section.cycles}
     return [
-        Unit(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
-        Unit("relax/A", relax_starts, (), after, work(starts, base)),
-        *(Unit(f"relax/B-{b}", relax_batch, (b,), after, w) for b, w in sizes.items()),
-        *(Unit(f"relax/D-{k}", relax_cycle, (k,), after, w) for k, w in cycles.items()),
-        *(Unit(f"relax/{o}", relax_optimizer, (o,), after, w) for o, w in optimizers.items()),
+        Task(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
+        Task("relax/A", relax_starts, (), after, work(starts, base)),
+        *(Task(f"relax/B-{b}", relax_batch, (b,), after, w) for b, w in sizes.items()),
+        *(Task(f"relax/D-{k}", relax_cycle, (k,), after, w) for k, w in cycles.items()),
+        *(Task(f"relax/{o}", relax_optimizer, (o,), after, w) for o, w in optimizers.items()),
     ]
 
 
-def scan_rates(run: RunFolder, report: Report) -> dict[str, Any]:
+def scan_rates(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
     section = run.config.relax
     settings = _settings(run, [_start(run)], section.lrs)
-    trajectory = _relax(run, report, SCAN, _first(run), settings, section.batch_size, "sgd")
+    trajectory = _relax(run, progress, SCAN, _first(run), settings, section.batch_size, "sgd")
     table = _long(trajectory, "C", settings, section.replicas)
     return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
 
 
-def relax_starts(run: RunFolder, report: Report) -> dict[str, Any]:
+def relax_starts(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Panel A: several starting points."""
     section = run.config.relax
     starts = section.starts or _midpoints(run)[section.start_every - 1 :: section.start_every]
     settings = _settings(run, starts, [chosen_rate(run)])
-    return {"trajectory": _panel(run, report, "relax/A", "A", settings, section.batch_size, "sgd")}
+    return {
+        "trajectory": _panel(run, progress, "relax/A", "A", settings, section.batch_size, "sgd")
+    }
 
 
-def relax_batch(run: RunFolder, report: Report, size: int) -> dict[str, Any]:
+def relax_batch(run: RunFolder, progress: Progress, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
     settings = _settings(run, [_start(run)], [chosen_rate(run)])
-    return {"trajectory": _panel(run, report, f"relax/B-{size}", "B", settings, size, "sgd")}
+    return {"trajectory": _panel(run, progress, f"relax/B-{size}", "B", settings, size, "sgd")}
 
 
-def relax_cycle(run: RunFolder, report: Report, every: int) -> dict[str, Any]:
+def relax_cycle(run: RunFolder, progress: Progress, every: int) -> dict[str, Any]:
     """Panel D: one number k of updates between projections."""
     settings, size = _settings(run, [_start(run)], [chosen_rate(run)]), run.config.relax.batch_size
-    unit = f"relax/D-{every}"
-    return {"trajectory": _panel(run, report, unit, "D", settings, size, "sgd", every)}
+    task = f"relax/D-{every}"
+    return {"trajectory": _panel(run, progress, task, "D", settings, size, "sgd", every)}
 
 
-def relax_optimizer(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
+def relax_optimizer(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Figure 4: one optimizer at the base batch size; Adam at its own multiple of the rate."""
     section = run.config.relax
     factor = section.adam_lr_factor if name == "adam" else 1.0
     settings = _settings(run, [_start(run)], [optimizer_rate(run) * factor])
-    unit = f"relax/{name}"
-    return {"trajectory": _panel(run, report, unit, "4", settings, section.batch_size, name)}
+    task = f"relax/{name}"
+    return {"trajectory": _panel(run, progress, task, "4", settings, section.batch_size, name)}
 
 
 def chosen_rate(run: RunFolder) -> float:
@@ -140,8 +142,8 @@ def choice_text(run: RunFolder) -> str:
     return str(run.document(SCAN, "choice")["why"])
 
 
-def collect(run: UnitStore, names: Sequence[str], stage: str = "relax") -> Table:
-    """Trajectories of several units as one table; `run` numbers the replicas."""
+def collect(run: TaskStore, names: Sequence[str], stage: str = "relax") -> Table:
+    """Trajectories of several tasks as one table; `run` numbers the replicas."""
     rows: list[dict[str, object]] = []
     offset = 0
     for name in names:
@@ -258,8 +260,8 @@ def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -
 
 def _panel(
     run: RunFolder,
-    report: Report,
-    unit: str,
+    progress: Progress,
+    task: str,
     panel: str,
     settings: Settings,
     batch_size: int,
@@ -267,17 +269,17 @@ def _panel(
     project_every: int = 0,
 ) -> Table:
     """Settings in order, from the scan where it has them: the same noise makes the same run."""
-    course = _first(run)
+    setup = _first(run)
     if project_every:
-        course = replace(course, project_every=project_every)
+        setup = replace(setup, project_every=project_every)
     scan = (run.config.relax.batch_size, run.config.relax.project_every, "sgd")
-    scanned = (batch_size, course.project_every, optimizer) == scan
+    scanned = (batch_size, setup.project_every, optimizer) == scan
     shared = set(settings) & set(_settings(run, [_start(run)], run.config.relax.lrs))
     shared = shared if scanned else set()
     missing = [setting for setting in settings if setting not in shared]
     tables = []
     if missing:
-        tables = [along(run, report, unit, panel, course, missing, batch_size, optimizer)]
+        tables = [along(run, progress, task, panel, setup, missing, batch_size, optimizer)]
     if shared:
         tables.append(run.table(SCAN, "trajectory"))
     tracks: list[list[dict[str, object]]] = []
@@ -291,61 +293,61 @@ def _panel(
 
 
 def along(
-    run: UnitStore,
-    report: Report,
-    unit: str,
+    run: TaskStore,
+    progress: Progress,
+    task: str,
     panel: str,
-    course: Course,
+    setup: RelaxationSetup,
     settings: Settings,
     batch_size: int,
     optimizer: str = "sgd",
 ) -> Table:
     """Trajectories of every setting's replicas as a long table."""
-    trajectory = _relax(run, report, unit, course, settings, batch_size, optimizer)
-    return _long(trajectory, panel, settings, course.replicas)
+    trajectory = _relax(run, progress, task, setup, settings, batch_size, optimizer)
+    return _long(trajectory, panel, settings, setup.replicas)
 
 
-def _first(run: RunFolder) -> Course:
+def _first(run: RunFolder) -> RelaxationSetup:
     """The run's first path."""
     name, first, *_ = pieces.path_names(run)[0]
     section = run.config.relax
     objective = pieces.objective(run, pieces.minimum(run, first))
     path = pieces.load_path(run, name)
-    return course_of(run, objective, path, section.steps, section.replicas)
+    return relaxation_setup(run, objective, path, section.steps, section.replicas)
 
 
 def _relax(
-    run: UnitStore,
-    report: Report,
-    unit: str,
-    course: Course,
+    run: TaskStore,
+    progress: Progress,
+    task: str,
+    setup: RelaxationSetup,
     settings: Settings,
     batch_size: int,
     optimizer: str,
 ) -> Trajectory:
-    """The run of a unit, from where it was killed if it was."""
-    every = course.project_every
-    stored = run.unit_folder(unit) / "run.safetensors"
+    """The run of a task, from where it was killed if it was."""
+    every = setup.project_every
+    stored = run.task_folder(task) / "run.safetensors"
     # Processes that share replicas have no one state to write.
-    checkpoint = stored if course.objective.communicator is None else None
+    checkpoint = stored if setup.objective.communicator is None else None
 
     def go() -> Trajectory:
         return relax(
-            course.objective,
-            course.path,
+            setup.objective,
+            setup.path,
             [s for s, _ in settings],
             optimizer,
             lr=[lr for _, lr in settings],
             batch_size=batch_size,
             project_every=every,
-            steps=course.steps,
-            seed=course.seed,
+            steps=setup.steps,
+            seed=setup.seed,
             # The same noise at every setting: differences between settings are not the noise's.
-            ids=[i % course.replicas for i in range(len(settings))],
-            record_every=max(1, course.steps // (course.records * every)) * every,
+            ids=[i % setup.replicas for i in range(len(settings))],
+            record_every=max(1, setup.steps // (setup.records * every)) * every,
             checkpoint=checkpoint,
             checkpoint_every=CHECKPOINT_CYCLES * every,
-            on_record=lambda record: report(record.step / course.steps),
+            on_record=lambda record: progress(record.step / setup.steps),
         )
 
     try:
@@ -358,9 +360,9 @@ def _relax(
         # A result too, and no reason to lose the rest of the run: a start, then nothing.
         lost = torch.tensor([[s, math.nan] for s, _ in settings], dtype=torch.float64)
         rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
-        steps = torch.tensor([0, course.steps])
+        steps = torch.tensor([0, setup.steps])
         trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size, every)
-    stored.unlink(missing_ok=True)  # only a unit's results are stored
+    stored.unlink(missing_ok=True)  # only a task's results are stored
     return trajectory
 
 

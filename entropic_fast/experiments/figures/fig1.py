@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._utils.table import Table
 from ...dynamics import RidgePotential, RingPotential, simulate_langevin
 from ...ops.random_bits.streams import fold_in, uniform
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
 from . import _style as plots
 
@@ -26,27 +26,27 @@ RIDGE = RidgePotential(stiff=100.0, broad=100.0 * math.exp(-7.0), length=7.0)
 RIDGE_START = 2.5
 
 
-def units(run: RunFolder) -> list[Unit]:
+def tasks(run: RunFolder) -> list[Task]:
     """The ring without and with noise, and the ridge."""
     # Nanoseconds each, where an example of the network takes tens of microseconds.
-    weight = run.config.toy.particles * run.config.toy.steps / 5000
+    cost = run.config.langevin.particles * run.config.langevin.steps / 5000
     return [
-        Unit("toy/ring-cold", ring, (0.0,), weight=weight),
-        Unit("toy/ring-hot", ring, (run.config.toy.temperature,), weight=weight),
-        Unit("toy/ridge", ridge, weight=weight),
+        Task("langevin/ring-cold", ring, (0.0,), cost=cost),
+        Task("langevin/ring-hot", ring, (run.config.langevin.temperature,), cost=cost),
+        Task("langevin/ridge", ridge, cost=cost),
     ]
 
 
-def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
+def ring(run: RunFolder, progress: Progress, temperature: float) -> dict[str, Any]:
     """Angular histogram of independent particles, started uniformly in angle near r = 1."""
-    section = run.config.toy
+    section = run.config.langevin
     seed = fold_in(run.config.seed, "toy", "ring", str(temperature))
     draw = uniform((section.particles, 2), seed)
     # Started off the ring, so that at T = 0 too there is something to relax; not by much, as the
     # way back turns a particle in the second order, which a million of them show.
     start = RING.on_ring(2 * math.pi * draw[:, 0], 0.9 + 0.2 * draw[:, 1])
     final = simulate_langevin(RING, start, temperature, section.dt, section.steps, seed=seed).final
-    report(1.0)
+    progress(1.0)
     angle = torch.atan2(final[:, 1], final[:, 0]).numpy()
     edges = np.linspace(-math.pi, math.pi, BINS + 1)
     count = np.histogram(angle, edges)[0]
@@ -71,9 +71,9 @@ def ring(run: RunFolder, report: Report, temperature: float) -> dict[str, Any]:
     }
 
 
-def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
+def ridge(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Particles released on the stiff side of the ridge: their mean, and a typical one's track."""
-    section = run.config.toy
+    section = run.config.langevin
     seed = fold_in(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
     start[:, 1] = RIDGE_START
@@ -91,7 +91,7 @@ def ridge(run: RunFolder, report: Report) -> dict[str, Any]:
 
     # All positions of a million particles at all records would be gigabytes.
     result = simulate_langevin(RIDGE, start, observe=moments, **settings)
-    report(1.0)
+    progress(1.0)
     assert result.observed is not None
     times, (means, errors) = result.times.tolist(), result.observed.T
     # A typical particle to show: the one that ends nearest to the mean, run again alone.
@@ -113,13 +113,13 @@ def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     rows = [
         row
-        for unit in ("ring-cold", "ring-hot")
-        for row in run.table(f"toy/{unit}", "density").rows()
+        for task in ("ring-cold", "ring-hot")
+        for row in run.table(f"langevin/{task}", "density").rows()
     ]
     return {
         "fig1_ring": Table.from_rows(rows),
-        "fig1_ridge": run.table("toy/ridge", "mean"),
-        "fig1_track": run.table("toy/ridge", "track"),
+        "fig1_ridge": run.table("langevin/ridge", "mean"),
+        "fig1_track": run.table("langevin/ridge", "track"),
     }
 
 

@@ -14,9 +14,9 @@ from ...curvature import measure_point, score_spectrum, score_spectrum_floor
 from ...objective import Objective
 from ...paths import AutoNEBConfig, Path, auto_neb, linear_path, path_losses
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
-from .._task_store import UnitStore
+from .._task_store import TaskStore
 from . import _style as plots
 
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue")
@@ -24,31 +24,31 @@ DISTANCE = "relative distance along the path"
 Styles = dict[str, tuple[str, str, str]]  # of each path: color, marker, legend
 
 
-def path_units(run: RunFolder) -> list[Unit]:
-    """One unit for each pair of minima and AutoNEB seed."""
+def path_tasks(run: RunFolder) -> list[Task]:
+    """One task for each pair of minima and AutoNEB seed."""
     section = run.config.path
     work = sum(section.steps) * section.pivots * section.batch_size
     return [
-        Unit(
+        Task(
             f"path/{name}",
             find_path,
             (a, b, seed),
             (f"train/{a}", f"train/{b}"),
-            weight=work,
+            cost=work,
         )
         for name, a, b, seed in pieces.path_names(run)
     ]
 
 
-def find_path(run: RunFolder, report: Report, a: int, b: int, seed: int) -> dict[str, Any]:
+def find_path(run: RunFolder, progress: Progress, a: int, b: int, seed: int) -> dict[str, Any]:
     """AutoNEB between two minima, and the loss along it and along the straight line."""
     objective = pieces.objective(run, pieces.minimum(run, a))
     end = pieces.objective(run, pieces.minimum(run, b)).parameters_vector()
-    return connect(run, report, objective, end, seed)
+    return connect(run, progress, objective, end, seed)
 
 
 def connect(
-    run: RunFolder, report: Report, objective: Objective, end: Tensor, seed: int
+    run: RunFolder, progress: Progress, objective: Objective, end: Tensor, seed: int
 ) -> dict[str, Any]:
     """AutoNEB from the objective's own point to another, as the run is configured."""
     section = run.config.path
@@ -63,11 +63,11 @@ def connect(
         recalibration_examples=pieces.norm_examples(run),
         seed=seed,
     )
-    return connected(report, objective, end, config, section.dense_points)
+    return connected(progress, objective, end, config, section.dense_points)
 
 
 def connected(
-    report: Report, objective: Objective, end: Tensor, config: AutoNEBConfig, line_points: int
+    progress: Progress, objective: Objective, end: Tensor, config: AutoNEBConfig, line_points: int
 ) -> dict[str, Any]:
     """A minimum energy path from the objective's own point, with the losses beside it.
 
@@ -77,7 +77,7 @@ def connected(
     """
     start = objective.parameters_vector()
     result = auto_neb(
-        objective, start, end, config, on_step=lambda done, total, _: report(0.9 * done / total)
+        objective, start, end, config, on_step=lambda done, total, _: progress(0.9 * done / total)
     )
     line = path_losses(
         objective,
@@ -100,25 +100,25 @@ def connected(
     }
 
 
-def curvature_units(run: RunFolder) -> list[Unit]:
-    """One unit for the curvature along each path; the spectrum along the first."""
+def curvature_tasks(run: RunFolder) -> list[Task]:
+    """One task for the curvature along each path; the spectrum along the first."""
     names = [name for name, *_ in pieces.path_names(run)]
-    weight = pieces.curvature_work(run, run.config.path.pivots * (run.config.curvature.probes + 10))
-    units = [Unit(f"curvature/{n}", measure, (n,), (f"path/{n}",), weight) for n in names]
+    cost = pieces.curvature_work(run, run.config.path.pivots * (run.config.curvature.probes + 10))
+    tasks = [Task(f"curvature/{n}", measure, (n,), (f"path/{n}",), cost) for n in names]
     first = names[0]
-    return [*units, Unit(f"spectrum/{first}", spectrum, (first,), (f"path/{first}",), weight / 5)]
+    return [*tasks, Task(f"spectrum/{first}", spectrum, (first,), (f"path/{first}",), cost / 5)]
 
 
-def measure(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
+def measure(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Traces, largest eigenvalue and loss at every pivot of a path."""
     whole = pieces.objective(run, pieces.minimum(run, _first_minimum(run, name)))
     inputs = pieces.images(run)[0].tensors(run.config.data.curvature_examples or None)
     path = pieces.load_path(run, name)
-    return {"profile": profile(run, report, name, path, whole, whole.with_data(inputs))}
+    return {"profile": profile(run, progress, name, path, whole, whole.with_data(inputs))}
 
 
 def profile(
-    run: RunFolder, report: Report, name: str, path: Path, whole: Objective, some: Objective
+    run: RunFolder, progress: Progress, name: str, path: Path, whole: Objective, some: Objective
 ) -> Table:
     """Traces, largest eigenvalue and loss at every pivot.
 
@@ -143,11 +143,11 @@ def profile(
         )
         pairs = found.pairs
         rows.append({"path": name, "s": s, **found.row})
-        report((i + 1) / path.num_pivots)
+        progress((i + 1) / path.num_pivots)
     return Table.from_rows(rows)
 
 
-def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
+def spectrum(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Eigenvalues of the score matrix's second moment at several positions of a path."""
     section = run.config.curvature
     path = pieces.load_path(run, name)
@@ -171,7 +171,7 @@ def spectrum(run: RunFolder, report: Report, name: str) -> dict[str, Any]:
             }
             for rank, value in enumerate(values.tolist())
         ]
-        report((i + 1) / section.spectrum_points)
+        progress((i + 1) / section.spectrum_points)
     return {"eigenvalues": Table.from_rows(rows)}
 
 
@@ -208,14 +208,14 @@ def collect(run: RunFolder) -> dict[str, Table]:
     }
 
 
-def both_losses(store: UnitStore, unit: str, name: str) -> Table:
-    """The loss along a path that a unit found, and along the straight line."""
+def both_losses(store: TaskStore, task: str, name: str) -> Table:
+    """The loss along a path that a task found, and along the straight line."""
     return Table.from_rows(
         [
             {"path": name, "kind": kind, "s": s, "loss": loss}
             for kind, table in (("path", "losses"), ("line", "line"))
             for s, loss in zip(
-                *(store.table(unit, table)[column].tolist() for column in ("s", "loss")),
+                *(store.table(task, table)[column].tolist() for column in ("s", "loss")),
                 strict=True,
             )
         ]

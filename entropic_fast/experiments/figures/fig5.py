@@ -19,14 +19,14 @@ from ..._utils.table import Table
 from ...training._train import Trained
 from ...training.lmc import Trunk, branch, measure_line, summarize
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
 from .._sections import LMCSection
 from . import _style as plots
 
 
-def units(run: RunFolder, section: str = "lmc") -> list[Unit]:
-    """One trunk a seed, and one unit for every epoch k at which it branches."""
+def tasks(run: RunFolder, section: str = "lmc") -> list[Task]:
+    """One trunk a seed, and one task for every epoch k at which it branches."""
     lmc = _section(run, section)
     epochs = lmc.epochs or run.config.train.epochs
     examples = pieces.training_examples(run)
@@ -34,11 +34,11 @@ def units(run: RunFolder, section: str = "lmc") -> list[Unit]:
     for seed in lmc.seeds:
         trunk = f"{section}/s{seed}-trunk"
         longest = max(lmc.branch_epochs) * examples
-        found.append(Unit(trunk, train_trunk, (section, seed), weight=longest))
+        found.append(Task(trunk, train_trunk, (section, seed), cost=longest))
         for k in lmc.branch_epochs:
-            weight = 2.0 * (epochs - k) * examples + pieces.curvature_work(run, 10 * lmc.points)
+            cost = 2.0 * (epochs - k) * examples + pieces.curvature_work(run, 10 * lmc.points)
             name = f"{section}/s{seed}-k{k}"
-            found.append(Unit(name, measure, (section, seed, k), (trunk,), weight))
+            found.append(Task(name, measure, (section, seed, k), (trunk,), cost))
     return found
 
 
@@ -47,7 +47,7 @@ def _section(run: RunFolder, section: str) -> LMCSection:
     return found
 
 
-def train_trunk(run: RunFolder, report: Report, section: str, seed: int) -> dict[str, Any]:
+def train_trunk(run: RunFolder, progress: Progress, section: str, seed: int) -> dict[str, Any]:
     """Train to the last branching epoch and keep the network and momentum at each."""
     lmc = _section(run, section)
     training, _ = pieces.images(run, lmc.data)
@@ -58,12 +58,12 @@ def train_trunk(run: RunFolder, report: Report, section: str, seed: int) -> dict
         training,
         config,
         seed,
-        lambda _, done, __: report(done / max(1, last)),
+        lambda _, done, __: progress(done / max(1, last)),
     )
     return {f"k{k}": _pack(trunk.at(k)) for k in sorted(lmc.branch_epochs)}
 
 
-def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> dict[str, Any]:
+def measure(run: RunFolder, progress: Progress, section: str, seed: int, k: int) -> dict[str, Any]:
     """Finish two branches and measure the line between them; figure 8's ends are kept."""
     lmc = _section(run, section)
     training, test = pieces.images(run, lmc.data)
@@ -72,12 +72,12 @@ def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> 
     start = _unpack(run.tensors(f"{section}/s{seed}-trunk", f"k{k}"), network, k)
     share = {"branch 1": (0.0, 0.4), "branch 2": (0.4, 0.4), "line": (0.8, 0.2)}
 
-    def progress(what: str, done: int, total: int) -> None:
+    def advance(what: str, done: int, total: int) -> None:
         first, part = share[what]
-        report(first + part * done / total)
+        progress(first + part * done / total)
 
     a, b = (
-        branch(start, training, config, number, seed=seed, progress=progress) for number in (1, 2)
+        branch(start, training, config, number, seed=seed, progress=advance) for number in (1, 2)
     )
     with held():  # the table says what is not converged
         line = measure_line(
@@ -89,13 +89,13 @@ def measure(run: RunFolder, report: Report, section: str, seed: int, k: int) -> 
             curvature_examples=run.config.data.curvature_examples or None,
             tol=run.config.curvature.tol,
             seed=seed,
-            progress=progress,
+            progress=advance,
         )
     rows = line.num_rows
     found: dict[str, Any] = {
         "line": Table({"seed": [seed] * rows, "k": [k] * rows, **line}),
     }
-    if (section, k) == ("lmc", pieces.straight_epoch(run)):  # figure 8's
+    if (section, k) == ("lmc", pieces.straight_line_epoch(run)):  # figure 8's
         found["branch1"], found["branch2"] = dict(a.state_dict()), dict(b.state_dict())
     return found
 

@@ -11,31 +11,31 @@ from ..._utils.table import Table
 from ...objective import Objective
 from ...paths import linear_path
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
 from . import _relaxation_runs as relaxation
 from . import _style as plots
 from .fig3 import curves
 
 
-def units(run: RunFolder) -> list[Unit]:
-    """One unit for each batch size."""
-    section = run.config.straight
+def tasks(run: RunFolder) -> list[Task]:
+    """One task for each batch size."""
+    section = run.config.straight_line
     updates = len(section.starts) * section.replicas * section.steps
     return [
-        Unit(f"straight/B-{b}", relax_straight, (b,), (_ends(run),), float(updates * (b + 8)))
+        Task(f"straight-line/B-{b}", relax_straight, (b,), (_ends(run),), float(updates * (b + 8)))
         for b in section.batch_sizes
     ]
 
 
 def _ends(run: RunFolder) -> str:
-    """The unit whose branches are the line's ends."""
-    return f"lmc/s{run.config.lmc.seeds[0]}-k{pieces.straight_epoch(run)}"
+    """The task whose branches are the line's ends."""
+    return f"lmc/s{run.config.lmc.seeds[0]}-k{pieces.straight_line_epoch(run)}"
 
 
-def relax_straight(run: RunFolder, report: Report, batch_size: int) -> dict[str, Any]:
+def relax_straight(run: RunFolder, progress: Progress, batch_size: int) -> dict[str, Any]:
     """Projected SGD on the line, from every start."""
-    section, lmc = run.config.straight, run.config.lmc
+    section, lmc = run.config.straight_line, run.config.lmc
     objectives: list[Objective] = []
     for branch in ("branch1", "branch2"):
         model = pieces.network(run, lmc.model, lmc.data)
@@ -43,18 +43,18 @@ def relax_straight(run: RunFolder, report: Report, batch_size: int) -> dict[str,
         objectives.append(pieces.objective(run, model, pieces.images(run, lmc.data)[0]))
     a, b = (objective.parameters_vector() for objective in objectives)
     path = linear_path(a, b)
-    course = relaxation.course_of(run, objectives[0], path, section.steps, section.replicas)
+    setup = relaxation.relaxation_setup(run, objectives[0], path, section.steps, section.replicas)
     settings = [(s, section.lr) for s in section.starts for _ in range(section.replicas)]
-    unit = f"straight/B-{batch_size}"
+    task = f"straight-line/B-{batch_size}"
     return {
-        "trajectory": relaxation.along(run, report, unit, "8", course, settings, batch_size),
+        "trajectory": relaxation.along(run, progress, task, "8", setup, settings, batch_size),
     }
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    sizes = run.config.straight.batch_sizes
-    table = relaxation.collect(run, [f"B-{b}" for b in sizes], stage="straight")
+    sizes = run.config.straight_line.batch_sizes
+    table = relaxation.collect(run, [f"B-{b}" for b in sizes], stage="straight-line")
     return {
         "fig8_line": run.table(_ends(run), "line"),
         "fig8_relaxation": table,

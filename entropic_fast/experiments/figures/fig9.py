@@ -20,21 +20,26 @@ from ...training._train import TrainConfig, evaluate, train
 from ...training.data import ImageData
 from ...training.minima import load_minimum, save_minimum, training_manifest
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
 from . import _relaxation_runs as relaxation
 from . import _style as plots
 from . import fig2
 from .fig3 import curves
 
-NAME = "normal-poor"
-MINIMUM, PATH, CURVATURE, RELAX = "poor/minimum", "poor/path", "poor/curvature", "poor/relax"
+NAME = "normal-bad"
+MINIMUM, PATH, CURVATURE, RELAX = (
+    "bad-minimum/minimum",
+    "bad-minimum/path",
+    "bad-minimum/curvature",
+    "bad-minimum/relax",
+)
 
 
-def units(run: RunFolder) -> list[Unit]:
+def tasks(run: RunFolder) -> list[Task]:
     """The bad minimum, the path to it, and curvature and dynamics there."""
-    section, path = run.config.poor, run.config.path
-    if not section.attack:
+    section, path = run.config.bad_minimum, run.config.path
+    if not section.corrupted_labels:
         return []
     steps = sum(path.steps) * path.pivots * path.batch_size
     work = pieces.curvature_work(run, path.pivots * (run.config.curvature.probes + 10))
@@ -42,28 +47,28 @@ def units(run: RunFolder) -> list[Unit]:
     normal = f"train/{run.config.train.seeds[0]}"
     examples = section.epochs * pieces.training_examples(run)
     return [
-        Unit(MINIMUM, train_poor, weight=examples),
-        Unit(PATH, find_path, (), (normal, MINIMUM), steps),
-        Unit(CURVATURE, measure, (), (PATH,), work),
-        Unit(RELAX, relax_there, (), (PATH,), float(updates * (section.relax_batch_size + 8))),
+        Task(MINIMUM, train_bad, cost=examples),
+        Task(PATH, find_path, (), (normal, MINIMUM), steps),
+        Task(CURVATURE, measure, (), (PATH,), work),
+        Task(RELAX, relax_there, (), (PATH,), float(updates * (section.relax_batch_size + 8))),
     ]
 
 
 def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
     """The images that keep their labels, and the attack set, all with wrong ones."""
     training, _ = pieces.images(run)
-    attack = run.config.poor.attack
-    kept, rest = training.order[:-attack], training.order[-attack:]
+    corrupted = run.config.bad_minimum.corrupted_labels
+    kept, rest = training.order[:-corrupted], training.order[-corrupted:]
     wrong = training.subset(rest)
-    draw = random.uniform((attack,), random.fold_in(run.config.seed, "attack"))
+    draw = random.uniform((corrupted,), random.fold_in(run.config.seed, "attack"))
     shift = 1 + (draw * (training.num_classes - 1)).long().clamp(max=training.num_classes - 2)
     labels = (wrong.labels + shift.to(wrong.labels)) % training.num_classes
     return training.subset(kept), replace(wrong, labels=labels)
 
 
-def train_poor(run: RunFolder, report: Report) -> dict[str, Any]:
+def train_bad(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train on both parts from a fresh start."""
-    section, seed = run.config.poor, run.config.train.seeds[0]
+    section, seed = run.config.bad_minimum, run.config.train.seeds[0]
     kept, wrong = _parts(run)
     both = replace(
         kept,
@@ -79,16 +84,16 @@ def train_poor(run: RunFolder, report: Report) -> dict[str, Any]:
         augment=False,
     )
     model = pieces.network(run)
-    train(model, both, config, seed=seed, on_epoch=lambda r: report(r.epoch / r.epochs))
-    metrics = {"attack": section.attack, **_metrics(run, model, wrong)}
+    train(model, both, config, seed=seed, on_epoch=lambda r: progress(r.epoch / r.epochs))
+    metrics = {"corrupted_labels": section.corrupted_labels, **_metrics(run, model, wrong)}
     manifest = training_manifest(run.config.model.name, both, config, seed, metrics=metrics)
-    save_minimum(run.unit_folder(MINIMUM) / "minimum.safetensors", model, manifest)
+    save_minimum(run.task_folder(MINIMUM) / "minimum.safetensors", model, manifest)
     return {"metrics": metrics}
 
 
 def _metrics(run: RunFolder, model: torch.nn.Module, wrong: ImageData) -> dict[str, float]:
     kept, _ = _parts(run)
-    named = {"kept": kept, "attack": wrong, "test": pieces.images(run)[1]}
+    named = {"kept": kept, "corrupted": wrong, "test": pieces.images(run)[1]}
     found: dict[str, float] = {"test_images": len(named["test"])}
     for name, data in named.items():
         loss, accuracy = evaluate(model, data)
@@ -103,18 +108,18 @@ def _objective(run: RunFolder) -> Objective:
     return pieces.objective(run, model, kept)
 
 
-def find_path(run: RunFolder, report: Report) -> dict[str, Any]:
+def find_path(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """AutoNEB from the first minimum to the bad one; and how both do on all images."""
     objective, model = _objective(run), pieces.network(run)
-    load_minimum(run.unit_folder(MINIMUM) / "minimum.safetensors", model)
+    load_minimum(run.task_folder(MINIMUM) / "minimum.safetensors", model)
     end = Objective(model, "cross_entropy", objective.tensors()).parameters_vector()
     _, wrong = _parts(run)
     normal = pieces.minimum(run, run.config.train.seeds[0])
     minima = [
         {"minimum": name, **_metrics(run, network, wrong)}
-        for name, network in (("normal", normal), ("poor", model))
+        for name, network in (("normal", normal), ("bad", model))
     ]
-    found = fig2.connect(run, report, objective, end, run.config.seed)
+    found = fig2.connect(run, progress, objective, end, run.config.seed)
     return {**found, "minima": Table.from_rows(minima)}
 
 
@@ -122,26 +127,28 @@ def _path(run: RunFolder) -> Path:
     return Path(run.tensors(PATH, "pivots")["pivots"])
 
 
-def measure(run: RunFolder, report: Report) -> dict[str, Any]:
+def measure(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Curvature at every pivot."""
     whole = _objective(run)
     limit = run.config.data.curvature_examples or None
     some = whole.with_data(_parts(run)[0].tensors(limit))
-    return {"profile": fig2.profile(run, report, NAME, _path(run), whole, some)}
+    return {"profile": fig2.profile(run, progress, NAME, _path(run), whole, some)}
 
 
-def relax_there(run: RunFolder, report: Report) -> dict[str, Any]:
+def relax_there(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Projected SGD from several starts."""
-    section = run.config.poor
-    course = relaxation.course_of(run, _objective(run), _path(run), section.steps, section.replicas)
+    section = run.config.bad_minimum
+    setup = relaxation.relaxation_setup(
+        run, _objective(run), _path(run), section.steps, section.replicas
+    )
     settings = [(s, section.relax_lr) for s in section.starts for _ in range(section.replicas)]
     size = section.relax_batch_size
-    return {"trajectory": relaxation.along(run, report, RELAX, "9", course, settings, size)}
+    return {"trajectory": relaxation.along(run, progress, RELAX, "9", setup, settings, size)}
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    table = relaxation.collect(run, ["relax"], stage="poor")
+    table = relaxation.collect(run, ["relax"], stage="bad-minimum")
     losses = [
         {"kind": kind, "s": s, "loss": loss}
         for kind, name in (("path", "losses"), ("line", "line"))
@@ -179,7 +186,7 @@ def draw(tables: dict[str, Table]) -> Figure:
         str(row["minimum"]): 100 * (1 - float(row["test_accuracy"]))  # type: ignore[arg-type]
         for row in tables["fig9_minima"].rows()
     }
-    said = f"test error {errors['normal']:.1f} % to {errors['poor']:.1f} %"
+    said = f"test error {errors['normal']:.1f} % to {errors['bad']:.1f} %"
     plots.letter(trace, "A", said)
     for kind, dash, label in (("path", "-", "minimum energy path"), ("line", ":", "straight line")):
         rows = loss.where(kind=kind)
@@ -187,7 +194,7 @@ def draw(tables: dict[str, Table]) -> Figure:
     losses.set_yscale("log")
     losses.set_ylabel("cross-entropy [nats]")
     losses.legend()
-    plots.letter(losses, "B", "loss (0: normal, 1: poor)")
+    plots.letter(losses, "B", "loss (0: normal, 1: bad)")
     for ax in (trace, losses):
         ax.set_xlabel("relative distance along the path")
     table = tables["fig9_relaxation"]

@@ -25,27 +25,27 @@ from ...dynamics.force._temperature import effective_temperature
 from ...dynamics.force._weight_norm_growth import radial_share
 from ...objective import Objective
 from .. import _inputs as pieces
-from .._executor import Report, Unit
+from .._executor import Progress, Task
 from .._run_folder import RunFolder
 from . import _style as plots
 
 
-def units(run: RunFolder) -> list[Unit]:
-    """One unit for each position."""
+def tasks(run: RunFolder) -> list[Task]:
+    """One task for each position."""
     section = run.config.force
     name = pieces.path_names(run)[0][0]
     replicas = sum(_replicas(run, k) for k in section.cycles)
     updates = replicas * max(section.cycles)
     products = 4 * section.directions + 2 * section.rest_examples + 20
     noise = (6 + 2 * section.spread_draws) * pieces.training_examples(run)
-    weight = updates * (section.batch_size + 8) + pieces.curvature_work(run, products) + noise
+    cost = updates * (section.batch_size + 8) + pieces.curvature_work(run, products) + noise
     return [
-        Unit(f"force/{i}", measure, (i,), (f"path/{name}",), weight=weight)
+        Task(f"force/{i}", measure, (i,), (f"path/{name}",), cost=cost)
         for i in range(section.positions)
     ]
 
 
-def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
+def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
     """Prediction at one position, and bursts from there at every k."""
     section = run.config.force
     name, first, *_ = pieces.path_names(run)[0]
@@ -65,7 +65,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
             seed=run.config.seed,
             max_examples=section.examples or None,
         )
-    report(0.4)
+    progress(0.4)
     rows: list[dict[str, object]] = []
     bursts: list[dict[str, object]] = []
     for number, k in enumerate(section.cycles):
@@ -95,7 +95,7 @@ def measure(run: RunFolder, report: Report, index: int) -> dict[str, Any]:
             {"k": k, "position": s, "replica": r, "residual": v - others}
             for r, v in enumerate(drift.velocity[0].tolist())
         ]
-        report(0.4 + 0.6 * (number + 1) / len(section.cycles))
+        progress(0.4 + 0.6 * (number + 1) / len(section.cycles))
     return {"comparison": Table.from_rows(rows), "bursts": Table.from_rows(bursts)}
 
 

@@ -1,4 +1,4 @@
-"""Units for the tests of the schedule, in a module that worker processes can import."""
+"""Tasks for the tests of the schedule, in a module that worker processes can import."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from entropic_fast.experiments._run_folder import RunFolder
 from entropic_fast.ops.random_bits.streams import normal
 
 
-def first(run, report, seed):
+def first(run, progress, seed):
     """A table and tensors; leaves a line in a log each time it is computed."""
     log(run, f"first/{seed}")
-    report(0.5)
+    progress(0.5)
     values = normal((50,), seed)
     return {
         "values": Table({"x": values.double().tolist()}),
@@ -29,22 +29,22 @@ def first(run, report, seed):
     }
 
 
-def second(run, report, *seeds):
-    """The sum of what several first units stored."""
+def second(run, progress, *seeds):
+    """The sum of what several first tasks stored."""
     log(run, "second")
     total = sum(run.tensors(f"first/{seed}", "weights")["values"] for seed in seeds)
     return {"sum": Table({"x": total.double().tolist()})}
 
 
-def fails(run, report):
+def fails(run, progress):
     raise ValueError("that cannot be computed")
 
 
-def full_disk(run, report):
+def full_disk(run, progress):
     raise OSError(28, "No space left on device", "somewhere")
 
 
-def dies(run, report):
+def dies(run, progress):
     os._exit(9)
 
 
@@ -53,14 +53,14 @@ def log(run, text):
         file.write(f"{text} {os.getpid()}\n")
 
 
-def slow(run, report, seed):
+def slow(run, progress, seed):
     """Long enough for other processes to want it too."""
     log(run, f"slow/{seed}")
     time.sleep(0.2)
     return {"values": Table({"x": [float(seed)]})}
 
 
-def stops_once(run, report):
+def stops_once(run, progress):
     """Kills its process the first time; ends the second."""
     log(run, "stops")
     if not (run.path / "killed.txt").exists():
@@ -69,7 +69,7 @@ def stops_once(run, report):
     return {"values": Table({"x": [1.0]})}
 
 
-def has_no_room_once(run, report):
+def has_no_room_once(run, progress):
     """The first time, this process can write no file of more than 100 bytes from here on."""
     log(run, "full")
     if not (run.path / "full.txt").exists():
@@ -79,8 +79,8 @@ def has_no_room_once(run, report):
     return {"values": Table({"x": [float(i) for i in range(1000)]})}
 
 
-def race(path, units):
-    """Compute all units of a run, as one of several commands at its folder."""
+def race(path, tasks):
+    """Compute all tasks of a run, as one of several commands at its folder."""
     run = RunFolder.create(path, load_preset("demo"))
-    execute(run, units, workers=1, console=Console(quiet=True))
+    execute(run, tasks, workers=1, console=Console(quiet=True))
     run.add_energy("race", 1.0, {})
