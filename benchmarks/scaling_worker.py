@@ -30,7 +30,7 @@ WAITING = "gram, waiting for rows"  # what overlap saves is what this takes more
 
 def gram_without_overlap(obj: ef.Objective) -> torch.Tensor:
     """The Gram matrix, with nothing computed while rows are on their way."""
-    exchange = Communicator.exchange
+    exchange = Communicator.ring_exchange
 
     def at_once(*args: Any) -> Callable[[], torch.Tensor]:
         rows = exchange(*args)()
@@ -76,7 +76,7 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
     for _ in range(rounds):
         for name, action in work.items():
             if obj.communicator is not None:
-                obj.communicator.agree()
+                obj.communicator.check_consistent()
             start = time.perf_counter()
             action()
             seconds[name].append(time.perf_counter() - start)

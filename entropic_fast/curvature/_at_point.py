@@ -396,7 +396,7 @@ def _loss(obj: Objective, theta: Tensor) -> Row:
 
 
 def _is_classifier(obj: Objective, theta: Tensor) -> bool:
-    if not isinstance(closed_form(obj._loss), CrossEntropy):
+    if not isinstance(closed_form(obj.loss_fn), CrossEntropy):
         return False
     batch = next(obj.batches())
     with torch.no_grad():

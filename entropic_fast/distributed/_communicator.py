@@ -19,14 +19,14 @@ from .._utils import checks
 from .._utils.devices import is_gpu
 from ..objective._dataset import Batch
 from ..objective._validation import NonFiniteLossError
-from ._heartbeat import Signs
+from ._heartbeat import Heartbeat
 
 T = TypeVar("T")
 
 # Words of torch.distributed's plain RuntimeErrors; its other errors are of kinds of their own.
 LOSSES = ("gloo", "Connection", "closed", "timed out", "Timed out", "timeout", "NCCL", "peer")
 
-WIDTH = 4  # numbers in a message of a meeting
+WIDTH = 4  # numbers in a message of a control_group
 CROPPED = 60  # characters of a text, before and after
 REMEDY = (
     "files that were written are whole: start the job again, and a run folder goes on from them"
@@ -61,22 +61,27 @@ class Communicator:
     Args:
         group: of `torch.distributed`; None for all processes.
         device: of the tensors that are summed.
-        meeting: a group of the same processes for meetings on the CPU, which may take long; None
-            where the group itself has to do.
-        signs: of life, by which one that is late is told from one that is gone; with `meeting`.
+        control_group: a group of the same processes for meetings on the CPU, which may take long;
+            None where the group itself has to do.
+        heartbeat: of life, by which one that is late is told from one that is gone; with
+            `control_group`.
 
     Attributes:
         rank, size: this process's number, and how many there are.
     """
 
     def __init__(
-        self, group: Any, device: torch.device, meeting: Any = None, signs: Signs | None = None
+        self,
+        group: Any,
+        device: torch.device,
+        control_group: Any = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.group, self.device = group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._meeting = group if meeting is None else meeting
-        self._meeting_device = device if meeting is None else torch.device("cpu")
-        self._signs = signs
+        self._control_group = group if control_group is None else control_group
+        self._control_device = device if control_group is None else torch.device("cpu")
+        self._heartbeat = heartbeat
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._calls = 0
         self._told: Exception | None = None  # the last failure here that others know of
@@ -89,7 +94,7 @@ class Communicator:
         rank = self.rank if rank is None else rank
         return count * rank // self.size, count * (rank + 1) // self.size
 
-    def own(self, batches: Iterator[Batch], count: int, whole: bool) -> Iterator[Batch]:
+    def local(self, batches: Iterator[Batch], count: int, whole: bool) -> Iterator[Batch]:
         """This process's part of all batches.
 
         Args:
@@ -108,25 +113,25 @@ class Communicator:
             if low < high:
                 yield batch.cut(low, high)
 
-    def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
+    def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """The sum over processes of what each computes, the same bits on each of them.
 
         Args:
-            what: the name of what is computed, and what it is computed of (see `agree`).
+            what: the name of what is computed, and what it is computed of (see `check_consistent`).
 
         Raises:
             RankFailedError: `compute` failed elsewhere (here, its own error is raised), or
                 another process computes something else.
             RankLostError: a process is gone.
         """
-        part = self.met(lambda: compute().contiguous(), *what, form=_form)
+        part = self.synchronized(lambda: compute().contiguous(), *what, form=_form)
         if is_gpu(part.device):
             self._attend(lambda: dist.all_reduce(part, group=self.group), part.device)
         else:
             self._started(lambda: dist.all_reduce(part, group=self.group))
         return part
 
-    def met(
+    def synchronized(
         self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
     ) -> T:
         """What this process computes, once all others have computed theirs; see `summed`.
@@ -145,7 +150,7 @@ class Communicator:
             if self._knows(error, handled):  # all do, and nobody comes to meet
                 raise
             failure = error
-        self.agree(failure, *what, *forms)
+        self.check_consistent(failure, *what, *forms)
         return found
 
     def _knows(self, error: BaseException | None, handled: BaseException | None) -> bool:
@@ -156,7 +161,7 @@ class Communicator:
             error = error.__cause__ or error.__context__
         return False
 
-    def agree(self, failure: Exception | None = None, *what: object) -> None:
+    def check_consistent(self, failure: Exception | None = None, *what: object) -> None:
         """Meet the others: raise if any of them failed, or is at something else.
 
         Args:
@@ -169,10 +174,10 @@ class Communicator:
         text = f"call {self._calls}" + (f", {text}" if text else "")
         norm, total = _measures(tensors if failure is None else [])
         mine = [int(failure is not None), zlib.crc32(text.encode()), _bits(norm), _bits(total)]
-        states = self.gathered(mine)
+        states = self.all_gather(mine)
         failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed:
-            said = self.text(f"{type(failure).__name__}: {failure}", failed[0])
+            said = self.broadcast_text(f"{type(failure).__name__}: {failure}", failed[0])
             if failure is not None:
                 self._told = failure
                 raise failure
@@ -185,7 +190,7 @@ class Communicator:
         if states[other][1] == states[0][1]:
             found = f"another point or other vectors on process {other} than on process 0 ({text})"
         else:
-            here, there = _cropped(self.text(text, 0), self.text(text, other))
+            here, there = _cropped(self.broadcast_text(text, 0), self.broadcast_text(text, other))
             found = f'"{here}" on process 0, "{there}" on process {other}'
         raise CollectiveMismatchError(
             f"expected {self.size} processes at one place in the program, got {found}; make the "
@@ -200,7 +205,7 @@ class Communicator:
         """
         for name, value in facts.items():
             digest = hashlib.sha256(value.encode()).digest()
-            states = self.gathered(list(struct.unpack(f"<{WIDTH}q", digest)))
+            states = self.all_gather(list(struct.unpack(f"<{WIDTH}q", digest)))
             others = [rank for rank, state in enumerate(states) if state != states[0]]
             if others:
                 raise checks.invalid(
@@ -210,7 +215,7 @@ class Communicator:
                     "seed before building the model, and load the same data everywhere",
                 )
 
-    def exchange(self, rows: Tensor, to: int, source: int, count: int) -> Callable[[], Tensor]:
+    def ring_exchange(self, rows: Tensor, to: int, source: int, count: int) -> Callable[[], Tensor]:
         """Begin to send rows [n, ...] to one process, and to receive `count` from another.
 
         Returns:
@@ -218,8 +223,8 @@ class Communicator:
         """
         with torch.inference_mode(False):  # another thread waits for it
             received = rows.new_empty(count, *rows.shape[1:])
-        # Of rows on the CPU one may be late, as at a meeting.
-        group = self._meeting if self._meeting_device == rows.device else self.group
+        # Of rows on the CPU one may be late, as at a control_group.
+        group = self._control_group if self._control_device == rows.device else self.group
         work = [
             dist.P2POp(operation, tensor, group_peer=peer, group=group)
             for operation, tensor, peer in (
@@ -239,31 +244,32 @@ class Communicator:
 
     # -- messages --------------------------------------------------------------------------
 
-    def gathered(self, numbers: list[int]) -> list[list[int]]:
+    def all_gather(self, numbers: list[int]) -> list[list[int]]:
         """Up to four integers of every process, in order; waits for those that are late."""
         # Written by another thread, which is in no inference mode.
         with torch.inference_mode(False):
-            return self._gathered(numbers)
+            return self._all_gather(numbers)
 
-    def _gathered(self, numbers: list[int]) -> list[list[int]]:
+    def _all_gather(self, numbers: list[int]) -> list[list[int]]:
         padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
-        mine = torch.tensor(padded, dtype=torch.int64, device=self._meeting_device)
+        mine = torch.tensor(padded, dtype=torch.int64, device=self._control_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._attend(lambda: dist.all_gather(every, mine, group=self._meeting), mine.device)
+        self._attend(lambda: dist.all_gather(every, mine, group=self._control_group), mine.device)
         return [found.tolist()[: len(numbers)] for found in every]
 
-    def text(self, text: str, source: int) -> str:
+    def broadcast_text(self, text: str, source: int) -> str:
         """The text that process `source` gives."""
         data = text.encode()
-        length = self.gathered([len(data)])[source][0]
+        length = self.all_gather([len(data)])[source][0]
         with torch.inference_mode(False):
             sent = torch.zeros(length, dtype=torch.uint8)
             if self.rank == source and length:
                 sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            sent = sent.to(self._meeting_device)
+            sent = sent.to(self._control_device)
         if length:
             self._attend(
-                lambda: dist.broadcast(sent, group_src=source, group=self._meeting), sent.device
+                lambda: dist.broadcast(sent, group_src=source, group=self._control_group),
+                sent.device,
             )
         return bytes(sent.tolist()).decode()
 
@@ -275,8 +281,8 @@ class Communicator:
                 NCCL's `wait` returns at once on the host, so a lost rank would go unnoticed.
         """
         wait = _awaited(wait, device)
-        signs = self._signs
-        if signs is None:
+        heartbeat = self._heartbeat
+        if heartbeat is None:
             self._started(wait)
             return
         errors: list[Exception] = []
@@ -290,15 +296,15 @@ class Communicator:
         waiting = threading.Thread(target=run, name="waiting for processes", daemon=True)
         waiting.start()
         while True:
-            waiting.join(signs.interval)
+            waiting.join(heartbeat.interval)
             if not waiting.is_alive():
                 break
-            gone = self._started(lambda: signs.gone(self._ranks))
+            gone = self._started(lambda: heartbeat.missing(self._ranks))
             if gone:
-                signs.bereaved = True
+                heartbeat.peer_lost = True
                 raise RankLostError(
                     f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
-                    f"gave no sign of life for {signs.timeout:g} s; {REMEDY}"
+                    f"gave no sign of life for {heartbeat.timeout:g} s; {REMEDY}"
                 )
         if errors:
             self._started(lambda: _raise(errors[0]))
@@ -313,9 +319,9 @@ class Communicator:
                 raise
             reason = re.sub(r"^\[\S*\] ", "", reason).partition(". ")[0]
             ended = []
-            if self._signs is not None:
-                self._signs.bereaved = True
-                ended = self._signs.ended(self._ranks)
+            if self._heartbeat is not None:
+                self._heartbeat.peer_lost = True
+                ended = self._heartbeat.finished(self._ranks)
             who = ", ".join(str(self._ranks.index(rank)) for rank in ended)
             what = f"process {who} of {self.size} ended"
             if not who:

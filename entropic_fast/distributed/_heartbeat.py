@@ -1,4 +1,4 @@
-"""Signs of life, by which a process that waits tells one at work from one that is gone."""
+"""Heartbeat of life, by which a process that waits tells one at work from one that is gone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ENDED = "ended"
 SHARE = 10  # signs are given, and looked for, so many times in a timeout
 
 
-class Signs:
-    """Signs that this process gives, from a thread of its own, and sees of others.
+class Heartbeat:
+    """Heartbeat that this process gives, from a thread of its own, and sees of others.
 
     Args:
         store: that all processes have in common, of `torch.distributed`.
@@ -28,13 +28,13 @@ class Signs:
         self._looking, self._giving = store.clone(), store.clone()
         self._key = _key(rank)
         self._seen: dict[int, tuple[bytes, float]] = {}
-        self._ended = threading.Event()
-        self.bereaved = False  # whether this process ends because another is gone
+        self._finished = threading.Event()
+        self.peer_lost = False  # whether this process ends because another is gone
         self._given = 0
         self._give()
         threading.Thread(target=self._go_on, name="signs of life", daemon=True).start()
 
-    def gone(self, ranks: Sequence[int]) -> list[int]:
+    def missing(self, ranks: Sequence[int]) -> list[int]:
         """Which processes gave no sign for the timeout, as far as this one looked.
 
         Raises:
@@ -47,15 +47,15 @@ class Signs:
                 self._seen[rank] = sign, now
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
 
-    def end(self) -> None:
-        """Tell the others that this process ends of itself, and give no more signs."""
-        self._ended.set()
-        if self.bereaved:
+    def finish(self) -> None:
+        """Tell the others that this process ends of itself, and give no more heartbeat."""
+        self._finished.set()
+        if self.peer_lost:
             return
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._looking.set(self._key, ENDED)
 
-    def ended(self, ranks: Sequence[int]) -> list[int]:
+    def finished(self, ranks: Sequence[int]) -> list[int]:
         """Which processes told that they end of themselves."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             found = self._looking.multi_get([_key(rank) for rank in ranks])
@@ -68,7 +68,7 @@ class Signs:
 
     def _go_on(self) -> None:
         with contextlib.suppress(RuntimeError, dist.DistError):  # the store's process has ended
-            while not self._ended.wait(self.interval):
+            while not self._finished.wait(self.interval):
                 self._give()
 
 

@@ -33,7 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 from .._utils import checks
 from .._utils.devices import is_gpu
 from ._communicator import CollectiveMismatchError, Communicator, RankFailedError, RankLostError
-from ._heartbeat import Signs
+from ._heartbeat import Heartbeat
 
 if TYPE_CHECKING:
     from ..objective import Objective
@@ -52,8 +52,8 @@ PATIENCE = 86400.0
 FEW = 8  # examples on which functions are compared
 
 # Of the processes that `init` joined, once it has.
-_signs: Signs | None = None
-_meeting: Any = None  # their group for meetings on the CPU, which may take long
+_heartbeat: Heartbeat | None = None
+_control_group: Any = None  # their group for meetings on the CPU, which may take long
 
 
 def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.device:
@@ -76,7 +76,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     >>> init()  # without torchrun
     device(type='cpu')
     """
-    global _meeting, _signs
+    global _control_group, _heartbeat
     checks.positive("timeout", timeout)
     checks.positive("patience", patience)
     device = torch.device("cpu")
@@ -91,7 +91,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         if is_gpu(device):
             uuid = torch.cuda.get_device_properties(device).uuid
             _require_own_gpus(store, rank, size, f"{socket.gethostname()} {uuid}")
-        _signs = Signs(store, rank, timeout)  # before the others are joined, who look
+        _heartbeat = Heartbeat(store, rank, timeout)  # before the others are joined, who look
         dist.init_process_group(
             "nccl" if is_gpu(device) else "gloo",
             store=PrefixStore("entropic_fast", store),
@@ -99,7 +99,9 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
             world_size=size,
             timeout=limit,
         )
-        _meeting = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+        _control_group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=patience)
+        )
         atexit.register(_leave)  # or threads of its own abort the process as it ends
     return device
 
@@ -122,12 +124,12 @@ def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
 
 
 def _leave() -> None:
-    if _signs is not None:
-        _signs.end()
+    if _heartbeat is not None:
+        _heartbeat.finish()
     if not dist.is_initialized():
         return
     abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-    if _signs is not None and _signs.bereaved and dist.get_backend() == "nccl" and abort:
+    if _heartbeat is not None and _heartbeat.peer_lost and dist.get_backend() == "nccl" and abort:
         abort()  # destroying the group would wait for the lost rank
     else:
         dist.destroy_process_group()
@@ -154,7 +156,7 @@ def distribute(obj: Objective, group: Any = None) -> Objective:
     >>> obj.loss(torch.tensor([2.0]))
     2.5
     """
-    from ..objective._dataset import digest
+    from ..objective._dataset import fingerprint
     from ..objective._objective import require_objective
 
     require_objective(obj)
@@ -168,7 +170,7 @@ def distribute(obj: Objective, group: Any = None) -> Objective:
             f"one without process {dist.get_rank()}",
             "call distribute on the processes of the group alone",
         )
-    patient = _signs is not None and group in (None, dist.group.WORLD)
+    patient = _heartbeat is not None and group in (None, dist.group.WORLD)
     if dist.get_backend(group) == "nccl" and not is_gpu(obj.device):
         if not patient:
             raise checks.invalid(
@@ -177,12 +179,14 @@ def distribute(obj: Objective, group: Any = None) -> Objective:
                 f"parameters on {obj.device}",
                 "move the model and the data there: model.to(entropic_fast.distributed.init())",
             )
-        group = _meeting  # of the same processes, by gloo
-    communicator = Communicator(group, obj.device, *((_meeting, _signs) if patient else ()))
+        group = _control_group  # of the same processes, by gloo
+    communicator = Communicator(
+        group, obj.device, *((_control_group, _heartbeat) if patient else ())
+    )
     communicator.require_same(
         {
-            "model": digest([obj.parameters_vector(), *obj.constants()]),
-            "data": obj.examples.digest(),
+            "model": fingerprint([obj.parameters_vector(), *obj.frozen_tensors()]),
+            "data": obj.examples.fingerprint(),
             "settings": repr(
                 (
                     *(obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size),
@@ -209,7 +213,7 @@ def _require_same_function(obj: Objective, communicator: Communicator) -> None:
     except Exception as error:
         failure = error
     try:
-        communicator.agree(failure, "outputs and losses of the first examples", *found)
+        communicator.check_consistent(failure, "outputs and losses of the first examples", *found)
     except CollectiveMismatchError:
         raise checks.invalid(
             "obj",

@@ -290,14 +290,14 @@ def measure(obj: Objective) -> Machine:
     communicator, size = obj.communicator, obj.communicator.size
     short = torch.zeros(1, device=obj.device)
     long = torch.zeros(max(2**20, obj.num_params), device=obj.device)
-    latency = _fastest(lambda: communicator.summed(lambda: short)) / (3 * (size - 1))
-    taken = _fastest(lambda: communicator.summed(lambda: long)) - 3 * (size - 1) * latency
+    latency = _fastest(lambda: communicator.all_reduce(lambda: short)) / (3 * (size - 1))
+    taken = _fastest(lambda: communicator.all_reduce(lambda: long)) - 3 * (size - 1) * latency
     bandwidth = 2 * long.nbytes * (size - 1) / size / max(taken, 1e-9)
     # The slowest of each: others wait for it.
     mine = torch.tensor([gradient, 1 / multiply, 1 / bandwidth, latency], dtype=torch.float64)
     slowest = torch.zeros(size, 4, dtype=torch.float64)
     slowest[communicator.rank] = mine
-    found = communicator.summed(lambda: slowest.to(obj.device)).amax(0).tolist()
+    found = communicator.all_reduce(lambda: slowest.to(obj.device)).amax(0).tolist()
     return Machine(found[0], 1 / found[1], 1 / found[2], found[3], operations)
 
 

@@ -233,17 +233,17 @@ def _in_process(
         queue.done(task)
         monitor.done(task, seconds)
     if communicator is not None:
-        communicator.text("", 0)  # nothing is left
+        communicator.broadcast_text("", 0)  # nothing is left
 
 
 def _follow(run: TaskStore, tasks: Sequence[Task], communicator: Communicator) -> None:
     """Take part in the tasks that the first process chooses, until there are none."""
     named = {task.name: task for task in tasks}
-    while name := communicator.text("", 0):
+    while name := communicator.broadcast_text("", 0):
         task = named[name]
         try:
-            communicator.met(partial(task.function, run, _unseen, *task.args), name)
-            communicator.agree(None, f"{name} is stored")
+            communicator.synchronized(partial(task.function, run, _unseen, *task.args), name)
+            communicator.check_consistent(None, f"{name} is stored")
         except Exception as error:
             raise TaskError(f"{name}: {error}") from error
 
@@ -374,10 +374,14 @@ def _compute(
             seconds = time.perf_counter() - start
             run.finish(task.name, output, seconds)
             return seconds
-        communicator.text(task.name, 0)  # the others follow
-        output = communicator.met(lambda: task.function(run, progress, *task.args), task.name)
+        communicator.broadcast_text(task.name, 0)  # the others follow
+        output = communicator.synchronized(
+            lambda: task.function(run, progress, *task.args), task.name
+        )
         seconds = time.perf_counter() - start
-        communicator.met(lambda: run.finish(task.name, output, seconds), f"{task.name} is stored")
+        communicator.synchronized(
+            lambda: run.finish(task.name, output, seconds), f"{task.name} is stored"
+        )
         return seconds
 
 

@@ -80,7 +80,7 @@ def objective_key(
         things: what counts besides.
         constants: as `key_of`.
     """
-    model, names, reader = obj._model, set(obj.parameter_names), obj._reader
+    model, names, reader = obj.module, set(obj.parameter_names), obj._reader
     with model_lock(model):  # a thread that runs it puts its own parameters into it
         named = list(model.named_parameters())
         given = [p for name, p in named if name in names]

@@ -37,7 +37,7 @@ def require_separate(obj: Objective, *, model: bool = True) -> None:
         ValueError: naming an example and both of its losses.
     """
     obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    known = closed_form(obj._loss) is not None  # which never mixes examples
+    known = closed_form(obj.loss_fn) is not None  # which never mixes examples
     if known and not model:
         return
     (numbers, batch), theta = obj.examples.some(IN_A_ROW, SPREAD), obj.point(None)

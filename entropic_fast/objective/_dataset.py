@@ -80,7 +80,7 @@ class ExampleSet:
         # Those of targets that follow the objective's: of the objectives it was cast from.
         self._target_dtypes: set[torch.dtype] = set()
         self._source: Iterable[Any] = ()
-        self._digest: str | None = None
+        self._fingerprint: str | None = None
         if batch_size is not None:
             checks.integer("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
@@ -109,7 +109,7 @@ class ExampleSet:
         made = ExampleSet.__new__(ExampleSet)
         made.device, made.dtype, made.form = like.device, like.dtype, like.form
         made.one_batch, made.with_targets = like.one_batch, False
-        made._digest, made._source, made._target_dtypes = None, (), set()
+        made._fingerprint, made._source, made._target_dtypes = None, (), set()
         made._take_tensors(inputs, targets)
         made.batch_size = made.count if made.one_batch else batch_size or DEFAULT_BATCH_SIZE
         return made
@@ -228,11 +228,11 @@ class ExampleSet:
         """A few examples to check a model on; all of them where they are one batch."""
         return next(self.batches(batch_size=size))
 
-    def digest(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 of all examples, as they were when it was first asked for."""
-        if self._digest is None:
-            self._digest = digest(t for b in self.batches() for t in trees.leaves(b[1:]))
-        return self._digest
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(t for b in self.batches() for t in trees.leaves(b[1:]))
+        return self._fingerprint
 
     @property
     def are_tensors(self) -> bool:
@@ -334,7 +334,7 @@ class RepeatedExamples(ExampleSet):
             raise checks.invalid(
                 "targets", f"{self.count}, {times} for each example", checks.describe(targets)
             )
-        self._tensors, self._digest = None, None
+        self._tensors, self._fingerprint = None, None
         alike = len({part.shape[1:] for part in parts}) == 1
         self._base, self._times = source, times
         self._targets = [torch.cat(parts)] if alike else parts
@@ -434,7 +434,7 @@ def _empty() -> ValueError:
     return checks.invalid("data", "at least one example", "none")
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
+def fingerprint(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors' dtypes, shapes and values, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:

@@ -36,12 +36,12 @@ from ._output_reader import OutputReader, reader_of
 from ._parameters import (
     as_complex,
     as_real,
+    cached_copy,
     choose,
     load_tensors,
     model_lock,
     real_dtype,
     studied,
-    twin,
 )
 from ._validation import NonFiniteLossError
 from .losses._functions import LossFunction, bound, computed_inside, hits, loss_function, widened
@@ -156,15 +156,15 @@ class Objective:
         self.norm = norm
         self.weight_decay = float(checks.at_least("weight_decay", weight_decay, 0.0))
         self.loss_name = loss if isinstance(loss, str) else "custom"
-        self._loss = loss_function(loss)
-        self._model = private_copy(model, norm)
+        self.loss_fn = loss_function(loss)
+        self.module = private_copy(model, norm)
         self._read_parameters(device, choose(model, parameters))
         self.coupled = checks.boolean("coupled", coupled)
-        form = BatchFormat(self._model, getattr(self._loss, "labels_of", None))
+        form = BatchFormat(self.module, getattr(self.loss_fn, "labels_of", None))
         self.examples = ExampleSet(
             data, self.device, self.dtype, batch_size, form, one_batch=self.coupled
         )
-        self._loss = bound(self._loss, self.examples)
+        self.loss_fn = bound(self.loss_fn, self.examples)
         self._statistics = StatisticsPoint(self._theta)
         self.communicator: Communicator | None = None
         self._loss_dtype: torch.dtype | None = None  # once it is known
@@ -178,16 +178,16 @@ class Objective:
     def _read_parameters(
         self, device: torch.device | str | None, chosen: frozenset[str] | None
     ) -> None:
-        self._keeps_statistics = any(m.track_running_stats for m in norm_layers(self._model))
-        studied(self._model, chosen)
-        devices = {t.device for t in (*self._model.parameters(), *self._model.buffers())}
+        self._keeps_statistics = any(m.track_running_stats for m in norm_layers(self.module))
+        studied(self.module, chosen)
+        devices = {t.device for t in (*self.module.parameters(), *self.module.buffers())}
         if device is None and len(devices) > 1:
             raise checks.invalid(
                 "model", "one device", str(sorted(map(str, devices))), "pass device=..."
             )
         self.device = checks.device_of(device) if device is not None else devices.pop()
-        self._model.to(self.device)
-        named = studied(self._model, chosen)
+        self.module.to(self.device)
+        named = studied(self.module, chosen)
         self.dtype = real_dtype(named)
         parts = [as_real(p.detach()) for p in named.values()]
         self._names = tuple(named)
@@ -197,16 +197,16 @@ class Objective:
         self.num_params = sum(self._sizes)
         self._theta = torch.cat([part.flatten() for part in parts])
         self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
-        for parameter in self._model.parameters():
+        for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        self._tied = tied_names(self._model)
+        self._tied = tied_names(self.module)
         # What a forward pass changes: buffers and attributes; once it is known.
         self._written: tuple[str, ...] = ()
         self._changed: tuple[Place, ...] = ()
         self._counts = False  # whether later passes see some of it
-        self._given_attributes = attributes(self._model)
+        self._given_attributes = attributes(self.module)
         self.buffers: dict[str, Tensor] = {
-            name: b.detach().clone() for name, b in self._model.named_buffers()
+            name: b.detach().clone() for name, b in self.module.named_buffers()
         }
 
     @property
@@ -227,11 +227,11 @@ class Objective:
         Later passes get copies of the buffers, and attributes are put back after them. So the
         model stays a function of theta and its inputs, in the state in which it was given.
         """
-        given = {name: b.detach() for name, b in self._model.named_buffers()}
+        given = {name: b.detach() for name, b in self.module.named_buffers()}
         self._written = tuple(n for n, b in self.buffers.items() if not torch.equal(b, given[n]))
         self.buffers |= {name: given[name].clone() for name in self._written}
-        found = changed(self._given_attributes, self._model)
-        put_back(self._given_attributes, self._model, found)
+        found = changed(self._given_attributes, self.module)
+        put_back(self._given_attributes, self.module, found)
         self._changed = tuple(found)
         self._counts = bool(self._written) or not only_tensors(found.values())
         self._given_attributes = {}
@@ -296,7 +296,7 @@ class Objective:
     def _frozen(self) -> dict[str, Tensor]:
         """Constant parameters by name, but those that are among the buffers."""
         known = {*self._names, *self.buffers}
-        return {n: p.detach() for n, p in self._model.named_parameters() if n not in known}
+        return {n: p.detach() for n, p in self.module.named_parameters() if n not in known}
 
     def point(self, theta: Tensor | None) -> Tensor:
         """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]
@@ -359,26 +359,26 @@ class Objective:
         found = self.batches(max_examples, batch_size)
         if self.communicator is None:
             return found
-        return self.communicator.own(found, self.count(max_examples), not self.separable)
+        return self.communicator.local(found, self.count(max_examples), not self.separable)
 
     def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
         """The first of the examples that this process takes, and the first after them."""
         count = self.count(max_examples)
         return (0, count) if self.communicator is None else self.communicator.range(count)
 
-    def summed(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
-        """What `compute` makes of `own_batches`, summed over the processes that share them.
+    def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
+        """What `compute` makes of `local_batches`, summed over the processes that share them.
 
         Args:
             what: the name of it and its arguments, for these to be the same on each.
         """
         if self.communicator is None:
             return compute()
-        return self.communicator.summed(compute, *what, self.mark())
+        return self.communicator.all_reduce(compute, *what, self.fingerprint())
 
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """What tells this objective from others that processes share: data, dtype, statistics."""
-        data = self.examples.digest()[:12]
+        data = self.examples.fingerprint()[:12]
         decay = f", weight_decay={self.weight_decay}" if self.weight_decay else ""
         return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}{decay}"
 
@@ -420,7 +420,7 @@ class Objective:
     def with_data(self, data: Any, *, batch_size: int | None = None) -> Objective:
         """The same model, loss and statistics over other data."""
         form = self._reader.form
-        return self.derived(
+        return self._replace(
             ExampleSet(data, self.device, self.dtype, batch_size, form, one_batch=self.coupled)
         )
 
@@ -433,9 +433,9 @@ class Objective:
             inputs, targets: trees as `tensors` returns them.
         """
         examples = ExampleSet.of(inputs, targets, self.examples, batch_size)
-        return self.derived(examples, bind=False)
+        return self._replace(examples, bind=False)
 
-    def derived(
+    def _replace(
         self,
         examples: ExampleSet,
         loss: LossFunction | None = None,
@@ -453,9 +453,9 @@ class Objective:
         other.examples = examples if inside is None else examples.including_targets()
         other._theta = self._finite_point(theta).clone()
         if loss is not None:
-            other.loss_name, other._loss, other._loss_dtype = "custom", loss, None
+            other.loss_name, other.loss_fn, other._loss_dtype = "custom", loss, None
         elif bind:
-            other._loss = bound(self._loss, examples)
+            other.loss_fn = bound(self.loss_fn, examples)
             if inside is not None:
                 other._reader = replace(self._reader, loss=bound(inside, examples))
         model_checks.require_model(other, separate=loss is None)
@@ -492,7 +492,7 @@ class Objective:
         parameters, and inputs given as tensors are those already rounded to half.
         """
         other = copy.copy(self)
-        other._model = twin(self._model, dtype, lambda model: cast(copied(model), dtype))
+        other.module = cached_copy(self.module, dtype, lambda model: cast(copied(model), dtype))
         other.buffers = {name: cast_tensor(b, dtype) for name, b in self.buffers.items()}
         other._theta, other.dtype, other._loss_dtype = self._theta.to(dtype), dtype, None
         other.examples = self.examples.cast(dtype)
@@ -510,7 +510,7 @@ class Objective:
         if alone:
             inputs = trees.mapped(lambda tensor: torch.cat([tensor, tensor]), inputs)
         try:
-            with full_precision(), model_lock(self._model):
+            with full_precision(), model_lock(self.module):
                 outputs = self.run_model(values, inputs)
         except ValueError as error:
             explain_too_few(error, trees.size(inputs))
@@ -552,8 +552,8 @@ class Objective:
         values = {**values, **tied}
 
         def run(*args: Tree, **kwargs: Tree) -> Any:
-            with unchanged(self._model, self._changed) if self._changed else nullcontext():
-                return functional_call(self._model, values, args, kwargs, tie_weights=False)
+            with unchanged(self.module, self._changed) if self._changed else nullcontext():
+                return functional_call(self.module, values, args, kwargs, tie_weights=False)
 
         return run
 
@@ -581,16 +581,16 @@ class Objective:
         batch, output = model_checks.first_output(self)
         form = self._reader.form
         try:
-            self._reader = reader_of(output, part, self._loss, batch.targets, form)
+            self._reader = reader_of(output, part, self.loss_fn, batch.targets, form)
         except ValueError as error:
             if self.takes_derivatives or not isinstance(error.__cause__, RuntimeError):
                 raise
             # The loss may take a derivative in the inputs, which no_grad prevented.
             self.takes_derivatives = True
             batch, output = model_checks.first_output(self)
-            self._reader = reader_of(output, part, self._loss, batch.targets, form)
+            self._reader = reader_of(output, part, self.loss_fn, batch.targets, form)
         if self._reader.loss is not None:
-            self.examples, self._loss = self.examples.including_targets(), computed_inside
+            self.examples, self.loss_fn = self.examples.including_targets(), computed_inside
             return None
         return batch
 
@@ -632,7 +632,7 @@ class Objective:
         Of a coupled objective, n times the one loss.
         """
         with eager(), no_autocast(), self.formulas():
-            found = self._loss(widened(outputs), targets)
+            found = self.loss_fn(widened(outputs), targets)
         if self.coupled and isinstance(found, Tensor) and found.ndim == 0:
             return found.expand(trees.size(targets))
         return found
@@ -644,7 +644,7 @@ class Objective:
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tree, targets: Tree) -> Tensor:
         """`losses` with the parameters given one by one, by name; for use under transforms."""
         values = {**values, **self.buffers}
-        with no_autocast(), model_lock(self._model):
+        with no_autocast(), model_lock(self.module):
             outputs = self.run_model(values, self._complete(inputs, targets))
         return self.output_losses(outputs, targets)
 
@@ -654,10 +654,10 @@ class Objective:
             return inputs
         return WithTargets(inputs, targets)
 
-    def constants(self) -> list[Tensor]:
+    def frozen_tensors(self) -> list[Tensor]:
         """The model's buffers and frozen parameters, the very tensors that it computes with."""
         known = {*self._names, *self.buffers}
-        frozen = [p for name, p in self._model.named_parameters() if name not in known]
+        frozen = [p for name, p in self.module.named_parameters() if name not in known]
         return [*self.buffers.values(), *frozen]
 
     def example_losses(self, theta: Tensor | None = None) -> Tensor:
@@ -681,7 +681,7 @@ class Objective:
             if self._loss_dtype is None:
                 first = next(self.batches())
                 self._loss_dtype = self.losses(theta, first.inputs, first.targets).dtype
-            return self.summed(own, "losses", theta).to(self._loss_dtype)
+            return self.all_reduce(own, "losses", theta).to(self._loss_dtype)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
@@ -702,7 +702,7 @@ class Objective:
             and not self.coupled
             and trees.size(inputs) == 1
         )
-        return wanted and bool(norm_layers(self._model))
+        return wanted and bool(norm_layers(self.module))
 
     def mean_losses(self, points: Tensor) -> Tensor:
         """`loss` at finite points [R, P], read back at once; float64, on the CPU.  # [R]
@@ -765,7 +765,7 @@ class Objective:
         later = is_gpu(self.device)
         if not later:
             self.point(theta)
-        total = self.summed(own, "gradient", theta)
+        total = self.all_reduce(own, "gradient", theta)
         model_checks.require_in_range(total, theta.dtype)
         mean = total / self.num_examples
         if self.weight_decay:
@@ -792,11 +792,11 @@ class Objective:
                 losses = self.output_losses(outputs, batch.targets)
                 model_checks.require_finite(losses, theta, batch.start)
                 sums[0] += losses.double().sum()
-                sums[1:] += hits(self._loss, outputs, batch.targets)
+                sums[1:] += hits(self.loss_fn, outputs, batch.targets)
             return sums
 
         with torch.no_grad():
-            loss, correct, counted = self.summed(own, "evaluate", theta).tolist()
+            loss, correct, counted = self.all_reduce(own, "evaluate", theta).tolist()
         share = correct / counted if counted else math.nan
         return loss / self.num_examples + float(self.penalty(theta)), share
 
@@ -819,7 +819,7 @@ class Objective:
         checks.one_of("norm", norm, ("running", "batch"))
         if norm == self.norm:
             return self
-        if norm == "running" and any(norm_layers(self._model)):
+        if norm == "running" and any(norm_layers(self.module)):
             raise checks.invalid(
                 "norm",
                 "an objective that keeps running statistics",
@@ -828,8 +828,8 @@ class Objective:
             )
         other = copy.copy(self)
         other.norm = norm
-        other._model = twin(self._model, norm, lambda model: private_copy(model, norm))
-        kept = {**dict(other._model.named_buffers()), **dict(other._model.named_parameters())}
+        other.module = cached_copy(self.module, norm, lambda model: private_copy(model, norm))
+        kept = {**dict(other.module.named_buffers()), **dict(other.module.named_parameters())}
         other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
         return other
 
@@ -856,9 +856,9 @@ class Objective:
         other = copy.copy(self)
         other._statistics = StatisticsPoint(theta)
         other.buffers = {name: b.clone() for name, b in self.buffers.items()}
-        with model_lock(self._model):
+        with model_lock(self.module):
             gather_statistics(
-                self._model, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
+                self.module, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
             )
         return other
 
@@ -874,7 +874,7 @@ class Objective:
         """Why an example's loss depends on the rest of its batch; "" if it does not."""
         if self.coupled:
             return "coupled=True"
-        if mixes_examples(self._model, self.norm):
+        if mixes_examples(self.module, self.norm):
             return 'normalization by batch statistics (norm="batch")'
         return ""
 

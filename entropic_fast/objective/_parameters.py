@@ -30,16 +30,18 @@ def model_lock(model: nn.Module) -> threading.RLock:
         return _locks.setdefault(model, threading.RLock())
 
 
-_twins: WeakKeyDictionary[nn.Module, dict[Hashable, nn.Module]] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[nn.Module, dict[Hashable, nn.Module]] = WeakKeyDictionary()
 
 
-def twin(model: nn.Module, kind: Hashable, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def cached_copy(
+    model: nn.Module, kind: Hashable, make: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
     """What `make` makes of an objective's private model, the same at every call.
 
     So what is known of a model (its graphs, say) serves the next objective of that kind too.
     """
     with model_lock(model):  # a thread that runs it puts its own parameters into it
-        known = _twins.setdefault(model, {})
+        known = _copies.setdefault(model, {})
         if kind not in known:
             known[kind] = make(model)
         return known[kind]

@@ -119,11 +119,11 @@ def require_model(
             "torch.inference_mode, which keeps none",
             "build the objective outside of it",
         )
-    require_right_gradients(obj._model)
+    require_right_gradients(obj.module)
     if given is not None:
         obj.protect_state()
     batch, theta = batch or check_batch(obj), obj.point(None)
-    key = objective_key(obj, origin(obj._loss), obj.coupled, separate, trees.form(batch[1:]))
+    key = objective_key(obj, origin(obj.loss_fn), obj.coupled, separate, trees.form(batch[1:]))
     known = _passed.get(key) is not None
     drawn = _random_state(obj.device)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def require_model(
             differentiable = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative
     if given is not None:
-        require_no_references(backward_nodes(differentiable), given, obj._model)
+        require_no_references(backward_nodes(differentiable), given, obj.module)
     if obj.independent > before or not differentiable.requires_grad:
         raise checks.invalid(
             "model",
@@ -334,7 +334,7 @@ def first_output(obj: Objective) -> tuple[Batch, Any]:
             full_precision(),
             eager(),
             AnyOrder(),
-            model_lock(obj._model),
+            model_lock(obj.module),
         ):
             return obj.functional(values)(*args, **kwargs)
 
@@ -387,7 +387,7 @@ def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:
         "data",
         "inputs that the model takes",
         f"{checks.describe(batch.inputs)}, for which it fails: {_brief(error)}",
-        mixed_precision(obj._model) or obj._reader.form.advice(_inputs_of(batch)),
+        mixed_precision(obj.module) or obj._reader.form.advice(_inputs_of(batch)),
     )
 
 

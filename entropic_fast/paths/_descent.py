@@ -121,7 +121,7 @@ class Descent:
 
         given = [] if index is None else [index]
         count = len(self.pivots)
-        every = self._train.summed(own, "energies of pivots", self.pivots, *given)
+        every = self._train.all_reduce(own, "energies of pivots", self.pivots, *given)
         return every[:count], every[count:].view(count - 2, -1).to(self.pivots.dtype)
 
     def _own_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:

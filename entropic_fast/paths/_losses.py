@@ -138,7 +138,9 @@ def path_losses(
             on_point(done + 1, len(s))
         return found
 
-    found = own() if communicator is None else obj.summed(own, "losses along a path", path.pivots)
+    found = (
+        own() if communicator is None else obj.all_reduce(own, "losses along a path", path.pivots)
+    )
     lost = ~found[:, 0].isfinite()
     found[lost, 0], found[lost, 1:] = math.inf, math.nan
     if bool(lost.any()):
@@ -175,7 +177,7 @@ def _values(
             outputs = here.outputs(theta, batch.inputs)
             require_classifier(outputs, batch.targets)
             sums[0] += here.output_losses(outputs, batch.targets).double().sum()
-            sums[1:] += hits(here._loss, outputs, batch.targets)
+            sums[1:] += hits(here.loss_fn, outputs, batch.targets)
         loss = sums[0] / here.num_examples + here.penalty(theta)
         return torch.stack([loss, sums[1] / sums[2]])
 
@@ -291,7 +293,7 @@ def _given(points: Sequence[float] | Tensor) -> list[float]:
 
 
 def _is_classifier(obj: Objective) -> bool:
-    if not isinstance(closed_form(obj._loss), CrossEntropy):
+    if not isinstance(closed_form(obj.loss_fn), CrossEntropy):
         return False
     batch = next(obj.batches(batch_size=2))
     if batch.targets.ndim != 1 or batch.targets.is_floating_point():

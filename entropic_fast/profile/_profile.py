@@ -224,7 +224,7 @@ def _by_first(communicator: Communicator | None, write: Callable[[], T]) -> T | 
     """What the first of processes does for all, which then know that it is done."""
     if communicator is None:
         return write()
-    return communicator.met(write if communicator.rank == 0 else lambda: None, "files")
+    return communicator.synchronized(write if communicator.rank == 0 else lambda: None, "files")
 
 
 # -- what is measured -----------------------------------------------------------------------
@@ -303,7 +303,7 @@ def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:
     """Whether buffers but normalization statistics, and frozen parameters, are the same."""
     names = [name for name in a.buffers if name.rpartition(".")[2] not in _STATISTICS]
     found = [(n, n in b.buffers and torch.equal(a.buffers[n], b.buffers[n])) for n in names]
-    frozen = [obj.constants()[len(obj.buffers) :] for obj in (a, b)]
+    frozen = [obj.frozen_tensors()[len(obj.buffers) :] for obj in (a, b)]
     same = len(frozen[0]) == len(frozen[1]) and all(map(torch.equal, *frozen))
     return [*found, ("frozen parameters", same)]
 
@@ -315,7 +315,7 @@ def _loss_name(loss: str | LossFunction) -> str:
 def _facts(whole: Objective, end: Tensor | None, model: nn.Module) -> dict[str, Any]:
     """What identifies the weights and the data, in order."""
     points = [whole.parameters_vector()] if end is None else [whole.parameters_vector(), end]
-    constants = fingerprint(*whole.constants())
+    constants = fingerprint(*whole.frozen_tensors())
     data = hashlib.sha256()
     for batch in whole.batches():
         data.update(fingerprint(*trees.leaves(batch[1:])).encode())

@@ -186,7 +186,7 @@ def test_parts_are_in_a_row_and_every_example_is_in_one(count, size, whole):
         first, last = communicator.range(count)
         assert last - first in (count // size, -(-count // size))
         batches = [b for b in obj.batches() if b.start < count]
-        for start, inputs, targets in communicator.own(iter(batches), count, whole):
+        for start, inputs, targets in communicator.local(iter(batches), count, whole):
             assert inputs[0, 0] == start and torch.equal(inputs, targets)
             seen += inputs[:, 0].tolist()
     assert seen == list(range(count)) or (count == 0 and not seen)

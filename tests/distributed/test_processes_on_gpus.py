@@ -88,35 +88,35 @@ def streams(monkeypatch):
     return found
 
 
-def waiting(signs):
+def waiting(heartbeat):
     shared = object.__new__(Communicator)
-    shared._signs, shared._ranks, shared.size = signs, [0, 1], 2
+    shared._heartbeat, shared._ranks, shared.size = heartbeat, [0, 1], 2
     return shared
 
 
 class Alive:
-    interval, timeout, bereaved = 0.01, 0.05, False
+    interval, timeout, peer_lost = 0.01, 0.05, False
 
-    def __init__(self, gone=()):
-        self.lost = list(gone)
+    def __init__(self, missing=()):
+        self.lost = list(missing)
 
-    def gone(self, ranks):
+    def missing(self, ranks):
         return self.lost
 
-    def ended(self, ranks):
+    def finished(self, ranks):
         return []
 
 
-@pytest.mark.parametrize("signs", [None, Alive()])
-def test_waits_on_a_gpu_are_in_the_callers_stream_and_until_it_is_done(streams, signs):
+@pytest.mark.parametrize("heartbeat", [None, Alive()])
+def test_waits_on_a_gpu_are_in_the_callers_stream_and_until_it_is_done(streams, heartbeat):
     log = streams.log
     with torch.cuda.stream(streams.made("mine")):
-        waiting(signs)._attend(
+        waiting(heartbeat)._attend(
             lambda: log.append(f"in {streams.current().name}"), torch.device("cuda", 0)
         )
     assert log == ["in mine", "mine is awaited"]
     log.clear()
-    waiting(signs)._attend(lambda: log.append("on the host"), torch.device("cpu"))
+    waiting(heartbeat)._attend(lambda: log.append("on the host"), torch.device("cpu"))
     assert log == ["on the host"]
 
 
@@ -124,7 +124,7 @@ def test_a_process_that_is_gone_is_named_while_the_gpu_waits_for_it(streams):
     never = threading.Event()
     stream = types.SimpleNamespace(name="mine", synchronize=lambda: never.wait(5))
     with torch.cuda.stream(stream), pytest.raises(RankLostError, match="process 1 of 2 gave"):
-        waiting(Alive(gone=[1]))._attend(lambda: None, torch.device("cuda", 0))
+        waiting(Alive(missing=[1]))._attend(lambda: None, torch.device("cuda", 0))
     never.set()
 
 
@@ -142,10 +142,12 @@ def test_sums_on_a_gpu_are_awaited(monkeypatch):
     attended = []
     shared = waiting(None)
     shared.group = None
-    monkeypatch.setattr(Communicator, "met", lambda self, compute, *what, form=None: compute())
+    monkeypatch.setattr(
+        Communicator, "synchronized", lambda self, compute, *what, form=None: compute()
+    )
     monkeypatch.setattr(Communicator, "_attend", lambda self, wait, device: attended.append(device))
     monkeypatch.setattr(communicator, "is_gpu", lambda device: True)
-    shared.summed(lambda: torch.ones(2))
+    shared.all_reduce(lambda: torch.ones(2))
     assert attended == [torch.device("cpu")]
 
 

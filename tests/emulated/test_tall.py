@@ -172,6 +172,6 @@ def test_factors_of_weighted_targets_multiply_to_each_hessian(
     outputs, y = model(x).detach().double(), y.double() if soft else y
     for i in range(7):
         expected = torch.autograd.functional.hessian(
-            lambda z, i=i: obj._loss(z[None], y[i : i + 1]).sum(), outputs[i]
+            lambda z, i=i: obj.loss_fn(z[None], y[i : i + 1]).sum(), outputs[i]
         )
         assert torch.allclose(found[i], expected, atol=1e-6 if dtype == torch.float32 else 1e-12)

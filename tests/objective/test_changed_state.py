@@ -90,7 +90,7 @@ def test_a_count_stands_still(buffer: bool):
     assert torch.allclose(runs[0], runs[1], atol=1e-12)
     with pytest.raises(ValueError, match=r"engine: .*a state that a forward pass changes"):
         ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, steps=5, engine="threads")
-    assert int(model.calls) == 0 and int(obj._model.calls) == 0
+    assert int(model.calls) == 0 and int(obj.module.calls) == 0
     assert not buffer or int(obj.buffers["calls"]) == 0
 
 
@@ -125,5 +125,5 @@ def test_a_hidden_state_is_that_of_the_given_model(begin: Tensor | None):
             assert torch.allclose(now.gradient(), flat, atol=1e-6)
         assert torch.allclose(ef.score_matrix(now).mean(0), flat, atol=1e-6)
         assert ef.HessianOperator(now).method == "graph"
-        assert not hasattr(now._model, "kept")
-        assert (now._model.state is None) == (begin is None)
+        assert not hasattr(now.module, "kept")
+        assert (now.module.state is None) == (begin is None)

@@ -146,7 +146,7 @@ def test_complex_parameters_are_chosen_too():
     full = Objective(Waves(), "cross_entropy", data())
     obj = Objective(Waves(), "cross_entropy", data(), parameters="layer.bias")
     assert obj.num_params == 6
-    full = Objective(obj._model, "cross_entropy", data(), parameters="*")
+    full = Objective(obj.module, "cross_entropy", data(), parameters="*")
     assert torch.allclose(obj.gradient(), full.gradient()[-6:], atol=1e-7)
 
 

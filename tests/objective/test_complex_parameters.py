@@ -222,7 +222,7 @@ def test_precision_goes_together(kind: type[nn.Module]):
     expected = Objective(wide(kind()), "mse", data(kind)).gradient()
     assert torch.allclose(twice.gradient(), expected, atol=1e-6)
     assert torch.allclose(obj.gradient().double(), expected, atol=1e-5)
-    held = [t for t in (*twice._model.parameters(), *twice.buffers.values()) if t.is_complex()]
+    held = [t for t in (*twice.module.parameters(), *twice.buffers.values()) if t.is_complex()]
     assert {t.dtype for t in held} == {torch.complex128}
 
 

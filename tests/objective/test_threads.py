@@ -54,7 +54,7 @@ def test_threads_share_an_objective_at_different_points():
     obj = Objective(model, "mse", (torch.randn(6, 4), torch.randn(6, 3)))
     points = [obj.parameters_vector() * scale for scale in (0.5, 1.0, 2.0)]
     expected = [(obj.loss(p), obj.gradient(p), gradient_norms(obj, p)) for p in points]
-    obj._model.pause = True
+    obj.module.pause = True
 
     def work() -> None:
         for _ in range(5):

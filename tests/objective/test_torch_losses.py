@@ -505,7 +505,7 @@ def test_labels_are_drawn_for_batches_of_other_lengths():
         assert ((after.targets >= 0) | kept).all()
     draws = 300
     scores = score_matrix(with_sampled_labels(obj, draws=draws)).square().sum(1).view(4, draws)
-    weight = obj._loss.scale(1)
+    weight = obj.loss_fn.scale(1)
     expected = weight * ggn_trace(obj).value
     error = float((scores.var(1).sum() / draws).sqrt()) / 4
     assert abs(float(scores.mean()) - expected) < 5 * error
@@ -528,14 +528,14 @@ def test_half_precision_takes_them_in_float32(dtype: torch.dtype):
         targets = targets.float() if targets.is_floating_point() else targets
         assert obj.loss() == pytest.approx(module(outputs, targets).item(), rel=1e-2)
         if module is not loss:
-            assert obj._loss.normalized
+            assert obj.loss_fn.normalized
 
 
 def test_losses_of_the_same_settings_are_compared_once():
     x, model = randn(N, 4), nn.Sequential(network(), LOG_SOFTMAX)
 
     def origin(loss: nn.Module, labels: Tensor = CLASSES) -> object:
-        return Objective(model, loss, (x, labels))._loss.origin
+        return Objective(model, loss, (x, labels)).loss_fn.origin
 
     kept = [
         origin(nn.CrossEntropyLoss(WEIGHT)),
@@ -546,7 +546,7 @@ def test_losses_of_the_same_settings_are_compared_once():
     assert origin(nn.CrossEntropyLoss(2 * WEIGHT)) is not kept[0]
     assert origin(nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1)) is not kept[0]
     assert origin(nn.NLLLoss()) is kept[1] and kept[1].normalized
-    assert Objective(network(), nn.NLLLoss(), (x, CLASSES))._loss.origin is not kept[1]
+    assert Objective(network(), nn.NLLLoss(), (x, CLASSES)).loss_fn.origin is not kept[1]
     assert origin(nn.MSELoss(), x[:, :3]) is kept[2]
     assert origin(nn.MSELoss(reduction="none"), x[:, :3]) is not kept[2]
 

@@ -178,7 +178,7 @@ def test_a_module_registered_twice_keeps_its_own_parameters():
     found = HessianOperator(obj) @ torch.eye(24).double()
     assert torch.allclose(found, hessian(model, x, y), atol=1e-8)
     assert torch.allclose(score_matrix(obj), scores(model, x, y), atol=1e-12)
-    held = list(obj._model.named_parameters(remove_duplicate=False))
+    held = list(obj.module.named_parameters(remove_duplicate=False))
     assert len(held) == 6 and all(isinstance(p, nn.Parameter) for _, p in held)
     assert obj.cast(torch.float32).loss() == pytest.approx(obj.loss(), rel=1e-5)
 
@@ -393,7 +393,7 @@ def test_a_model_that_keeps_activations_is_copied():
         assert torch.allclose(score_matrix(now), scores(model.net, x, y), atol=1e-5)
         gradient_norms(now)
         hessian_trace(now, probes=2)
-    again = Objective(obj._model, "cross_entropy", (x, y), parameters="*")  # after transforms
+    again = Objective(obj.module, "cross_entropy", (x, y), parameters="*")  # after transforms
     assert again.loss() == obj.loss()
     assert model.last is not kept or kept.grad_fn is not None  # the user's own stays as it was
 

@@ -36,7 +36,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tenso
     Raises:
         GraphCaptureError: naming what it has.
     """
-    for name, module in obj._model.named_modules():
+    for name, module in obj.module.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise GraphCaptureError(f"module {name!r} has backward hooks")
     leaf = theta.detach().requires_grad_()

@@ -277,8 +277,8 @@ _interpreters: WeakKeyDictionary[Any, OrderedDict[Any, GraphInterpreter | str]] 
 def interpreter_for(obj: Objective, theta: Tensor, inputs: Tree) -> GraphInterpreter:
     """The interpreter of an objective's model for inputs like these."""
     key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
-    with forward_lock, model_lock(obj._model):
-        known = _interpreters.setdefault(obj._model, OrderedDict())
+    with forward_lock, model_lock(obj.module):
+        known = _interpreters.setdefault(obj.module, OrderedDict())
         if key in known:
             known.move_to_end(key)
         else:

@@ -24,7 +24,7 @@ class OutputLoss:
     """
 
     def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
-        self._closed_form = output_hessian(obj._loss, outputs, targets, weights)
+        self._closed_form = output_hessian(obj.loss_fn, outputs, targets, weights)
         with torch.enable_grad():
             self._at = outputs.detach().requires_grad_()
             losses = obj.output_losses(self._at, targets)

@@ -17,7 +17,7 @@ from ...objective import Objective
 from ...objective._dataset import Batch
 from ._capture_checks import GraphCaptureError
 
-Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `own_batches`
+Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `local_batches`
 
 # Directions taken at once, at most. Probes come in blocks of 8; on a GPU a second pass over the
 # values costs as many launches as the first.
@@ -96,7 +96,7 @@ class Tiling:
         return width, ceil(count / ceil(count / most))
 
     def tiles(self, read: Batches | None = None) -> Iterator[Tile]:
-        """All examples, a tile at a time; or those of the objective's `own_batches`."""
+        """All examples, a tile at a time; or those of the objective's `local_batches`."""
         read = read or self.obj.batches
         if not self.separable:
             for batch in read():

@@ -90,10 +90,10 @@ def require_adjoint(
 def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
     if fast_paths_are_off():
         return
-    known = _tested.setdefault(obj._model, VerifiedLosses())
-    if (kind, obj._loss) not in known:
+    known = _tested.setdefault(obj.module, VerifiedLosses())
+    if (kind, obj.loss_fn) not in known:
         test()
-        known.add(kind, obj._loss)
+        known.add(kind, obj.loss_fn)
 
 
 def _test_products(operator: SecondOrderOperator) -> None:
@@ -158,7 +158,7 @@ def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
         with torch.no_grad():
             outputs = obj.outputs(theta, batch.inputs).double()
         weights = torch.ones(batch.size, dtype=torch.float64, device=outputs.device)
-        if output_hessian(obj._loss, outputs, batch.targets, weights) is not None:
+        if output_hessian(obj.loss_fn, outputs, batch.targets, weights) is not None:
             return
         v = random.normal(outputs.shape, 0, 3, dtype=torch.float64, device=outputs.device)
 

@@ -65,7 +65,7 @@ class FastPathOperator(CompileSafe):
     @property
     def _loss(self) -> Any:
         """The loss for which the ways are compared."""
-        return origin(self.obj._loss)
+        return origin(self.obj.loss_fn)
 
     def _fall_back(self, why: str) -> None:
         self._say_why(why)

@@ -96,7 +96,7 @@ class FisherOperator(CurvatureOperator):
                 del scores  # before the next are made
             return total
 
-        total = self.obj.summed(own, f"Fisher products of {self.count}", self.theta, columns)
+        total = self.obj.all_reduce(own, f"Fisher products of {self.count}", self.theta, columns)
         self.passes += bool(columns.shape[1])
         return total.div_(self.count).to(self.dtype)
 

@@ -51,7 +51,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         engine = self._engine
         if engine is None:
             return self._product_by_autograd(rows)
-        total = self.obj.summed(
+        total = self.obj.all_reduce(
             lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
         )
         return self._mean(total, rows).T
@@ -75,7 +75,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
                 self._add_products(batch, rows, own)
             return own
 
-        total = self.obj.summed(by_autograd, f"{self.kind} by autograd", self.theta, rows)
+        total = self.obj.all_reduce(by_autograd, f"{self.kind} by autograd", self.theta, rows)
         return self._mean(total, rows).T
 
     def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class HessianOperator(SecondOrderOperator):
     ) -> Tensor:
         """Forms by rules, which may be NaN or infinite.  # [K] float64"""
         rows = columns.T.contiguous()
-        forms = self.obj.summed(
+        forms = self.obj.all_reduce(
             lambda: engine.quadratic_forms(rows, network_alone=network_alone),
             f"forms, network_alone={network_alone}",
             self.theta,

@@ -140,7 +140,7 @@ class ExampleGradients:
                 yield batch.start, self.rows(batch)
 
     def local_chunks(self, max_examples: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """`chunks`, of the objective's `own_batches`."""
+        """`chunks`, of the objective's `local_batches`."""
         for batch in self.obj.local_batches(max_examples, self.chunk):
             yield batch.start, self.rows(batch)
 

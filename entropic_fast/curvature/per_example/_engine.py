@@ -161,7 +161,7 @@ class PerExampleGradEngine:
                 else:
                     tracked[name] = value.detach().requires_grad_()
             uses = _Uses(sink)
-            mode = LayerInterceptor(tracked, self.obj.constants(), uses.add)
+            mode = LayerInterceptor(tracked, self.obj.frozen_tensors(), uses.add)
             losses = self._losses(batch, tracked, copies, mode)
             uses.counts = count_layer_rule_uses(losses, tracked)
             others = {name for name, count in uses.counts.items() if not count}
@@ -286,10 +286,10 @@ _dispatch_infos: WeakKeyDictionary[torch.nn.Module, dict[int, _DispatchInfo]] = 
 
 
 def _dispatch_info(obj: Objective) -> _DispatchInfo:
-    loss = origin(obj._loss)
+    loss = origin(obj.loss_fn)
     if fast_paths_are_off():
         ways = _DispatchInfo(loss)
         ways.traceable, ways.checked = False, True
         return ways
-    by_loss = _dispatch_infos.setdefault(obj._model, {})
+    by_loss = _dispatch_infos.setdefault(obj.module, {})
     return by_loss.setdefault(id(loss), _DispatchInfo(loss))

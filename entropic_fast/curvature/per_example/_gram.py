@@ -79,10 +79,10 @@ class GramComputation:
             logger.info("score Gram: %s", self.plan)
         elif strategy in ("auto", "memory"):
             communicator = self.communicator
-            self._gradients = communicator.met(
+            self._gradients = communicator.synchronized(
                 lambda: self._gradients_for_ring(communicator, budget),
                 f"Gram matrix of {count} examples, {len(self.keys)} parts",
-                obj.mark(),
+                obj.fingerprint(),
             )
         else:
             raise checks.invalid(
@@ -243,7 +243,7 @@ class GramComputation:
             return rows
 
         failure: Exception | None = None
-        met = mine = communicator.met(
+        met = mine = communicator.synchronized(
             own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
         )
         for step in range(size // 2 + 1):
@@ -254,7 +254,7 @@ class GramComputation:
             wait = (
                 None
                 if last
-                else communicator.exchange(
+                else communicator.ring_exchange(
                     met, (here - 1) % size, (here + 1) % size, sizes[following]
                 )
             )
@@ -264,9 +264,9 @@ class GramComputation:
             except Exception as error:  # others still wait for rows
                 failure = error
             met = met if wait is None else wait()
-        communicator.agree(failure, "blocks of the Gram matrix")
+        communicator.check_consistent(failure, "blocks of the Gram matrix")
         for key, gram in grams.items():
-            grams[key] = communicator.summed(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
+            grams[key] = communicator.all_reduce(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
             mirror_lower(grams[key])
         self._require_finite(grams)
         return grams

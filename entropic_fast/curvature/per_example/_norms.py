@@ -103,7 +103,7 @@ def gradient_norms(
             require_finite(part.sum(0), batch.start, engine.theta)
         return norms
 
-    summed = obj.summed(own, f"gradient norms by {group_by}", engine.theta)
+    summed = obj.all_reduce(own, f"gradient norms by {group_by}", engine.theta)
     norms = dict(zip(keys, summed, strict=True))
     return norms[""] if group_by is None else norms
 

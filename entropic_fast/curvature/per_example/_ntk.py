@@ -85,7 +85,7 @@ def ntk_gram(
     count, theta = obj.count(max_examples), obj.point(theta)
     outputs = _require_outputs(obj, theta, count)
     which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)
-    single = obj.derived(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
+    single = obj._replace(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
     shape = count, outputs, count, outputs
     if group_by is None:
         return score_gram(single, theta, count * outputs, memory_budget).view(shape)

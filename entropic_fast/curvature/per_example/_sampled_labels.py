@@ -97,12 +97,12 @@ def with_sampled_labels(
         parts.append(torch.stack(labels, 1).flatten(0, 1))  # [n * draws, ...]
     examples = RepeatedExamples(obj.examples, draws, parts)
     # Drawn labels count where the given ones do.
-    return obj.derived(examples, theta=theta, bind=False)
+    return obj._replace(examples, theta=theta, bind=False)
 
 
 def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor]:
     """The labels of a draw, from outputs, given targets, labels before them, key and draw."""
-    loss = closed_form(obj._loss)
+    loss = closed_form(obj.loss_fn)
     if loss is None or loss.no_likelihood:
         why = "a loss the library does not know" if loss is None else loss.no_likelihood
         raise checks.invalid(

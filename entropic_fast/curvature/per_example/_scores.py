@@ -358,7 +358,7 @@ def _second_moment(
             symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
         return moment
 
-    moment = obj.summed(own, f"second moment of {count} scores", gradients.theta)
+    moment = obj.all_reduce(own, f"second moment of {count} scores", gradients.theta)
     mirror_lower(moment)
     return moment
 
@@ -373,5 +373,5 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
         found: Tensor = torch.linalg.eigvalsh(matrix)
         return found
 
-    eigenvalues = obj.summed(one_takes, "eigenvalues")
+    eigenvalues = obj.all_reduce(one_takes, "eigenvalues")
     return (eigenvalues / count).clamp(min=0).flip(0)[:size]

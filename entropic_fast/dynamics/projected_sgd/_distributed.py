@@ -34,7 +34,7 @@ def over_processes(
     Raises:
         ValueError: files to write to, of which each process would want its own.
         DivergenceError: every replica of every process diverged.
-        RankFailedError, RankLostError: as `Sharing.summed`.
+        RankFailedError, RankLostError: as `Communicator.all_reduce`.
     """
     for name in ("record_to", "checkpoint"):
         if given[name] is not None:
@@ -48,7 +48,9 @@ def over_processes(
     plain = (bool, int, float, str, tuple, type(None))
     settings = {name: v for name, v in given.items() if isinstance(v, plain)}
     settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
-    communicator.agree(None, "relax", settings, given["path"].pivots, given["obj"].mark())
+    communicator.check_consistent(
+        None, "relax", settings, given["path"].pivots, given["obj"].fingerprint()
+    )
     first, last = communicator.range(len(starts))
     own: Trajectory | None = None
     failure: Exception | None = None
@@ -65,7 +67,7 @@ def over_processes(
             own = error.trajectory
         except Exception as error:
             failure = error
-    communicator.agree(failure, "replicas")
+    communicator.check_consistent(failure, "replicas")
     found = _together(communicator, own, first, len(starts), lrs, ids)
     if bool(found.diverged.all()):
         raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", found)
@@ -81,7 +83,7 @@ def _together(
     ids: Sequence[int],
 ) -> Trajectory:
     # One whose replicas all diverged ends early; the longest says when records were made.
-    lengths = communicator.gathered([0 if own is None else len(own.steps)])
+    lengths = communicator.all_gather([0 if own is None else len(own.steps)])
     records = max(length for (length,) in lengths)
     leader = lengths.index([records])
     about = {} if own is None else {
@@ -89,7 +91,7 @@ def _together(
         "batch_size": own.batch_size, "project_every": own.project_every, "seed": own.seed,
         "engine": own.engine,
     }  # fmt: skip
-    about = json.loads(communicator.text(json.dumps(about), leader))
+    about = json.loads(communicator.broadcast_text(json.dumps(about), leader))
     fixed = about.pop("fixed")
     numbers = torch.zeros(len(NUMBERS) + len(fixed), replicas, records, dtype=torch.float64)
     lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
@@ -100,9 +102,11 @@ def _together(
         numbers[:, rows, : len(own.steps)] = torch.stack(every)
         lost[rows] = own.diverged_at.double()
         notes = "\n".join(own.notes)
-    numbers = communicator.summed(lambda: numbers.to(communicator.device), "records").cpu()
-    lost = communicator.summed(lambda: lost.to(communicator.device), "losses of replicas").cpu()
-    said = [communicator.text(notes, rank).splitlines() for rank in range(communicator.size)]
+    numbers = communicator.all_reduce(lambda: numbers.to(communicator.device), "records").cpu()
+    lost = communicator.all_reduce(lambda: lost.to(communicator.device), "losses of replicas").cpu()
+    said = [
+        communicator.broadcast_text(notes, rank).splitlines() for rank in range(communicator.size)
+    ]
     return Trajectory(
         **dict(zip(NUMBERS, numbers, strict=False)),
         steps=torch.tensor(about.pop("steps")),

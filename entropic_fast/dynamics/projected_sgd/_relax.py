@@ -208,7 +208,7 @@ def relax(
             },
             "path": fingerprint(path.pivots),
             "data": fingerprint(*trees.leaves(obj.tensors())),
-            "model": fingerprint(*obj.constants()),
+            "model": fingerprint(*obj.frozen_tensors()),
             "loss": obj.loss_name,
             "augment": _named(augment),
         }

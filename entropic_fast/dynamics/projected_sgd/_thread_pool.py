@@ -151,7 +151,7 @@ class ThreadedGradients:
 
 def _module_on(obj: Objective, row: Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
     """The objective's module with parameters that are views of a point [P], in its order."""
-    module = copied(obj._model)
+    module = copied(obj.module)
     places: dict[int, list[str]] = {}  # a parameter may be tied in several places
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)

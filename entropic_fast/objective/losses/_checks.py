@@ -39,10 +39,10 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
     Raises:
         ValueError: naming targets, outputs or loss, and the first example that is wrong.
     """
-    loss = obj._loss
+    loss = obj.loss_fn
     known = closed_form(loss)
     if isinstance(known, NegativeLogLikelihood | KLDivergence) and known.normalized is None:
-        known = loss = obj._loss = known.with_outputs(_are_normalized(obj, theta, batch))
+        known = loss = obj.loss_fn = known.with_outputs(_are_normalized(obj, theta, batch))
     if isinstance(known, CrossEntropy):
         ignoring = known if known is loss else None
         require_labels(
@@ -69,7 +69,7 @@ def _are_normalized(obj: Objective, theta: Tensor, batch: Batch) -> bool:
         slack = 1e3 * torch.finfo(outputs.dtype).eps
         if not bool((outputs.logsumexp(1).abs() <= slack).all()):
             return False
-    return isinstance(obj._loss, NegativeLogLikelihood) or outputs.ndim == 2
+    return isinstance(obj.loss_fn, NegativeLogLikelihood) or outputs.ndim == 2
 
 
 def require_labels(

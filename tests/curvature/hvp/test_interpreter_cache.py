@@ -400,7 +400,7 @@ def test_no_model_is_kept_alive():
         obj = objective(model)
         operator = HessianOperator(obj)
         assert operator.method == "graph"
-        gone += [ref(model), ref(obj._model), ref(obj._model.frozen), ref(obj), ref(model.act)]
+        gone += [ref(model), ref(obj.module), ref(obj.module.frozen), ref(obj), ref(model.act)]
         del model, obj, operator
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
@@ -411,7 +411,7 @@ def test_no_refused_model_is_kept_alive():
     model = Changeable(act=lambda x: x.detach())
     obj = objective(model)
     assert HessianOperator(obj).method.startswith("autograd")
-    gone = [ref(model), ref(obj._model)]
+    gone = [ref(model), ref(obj.module)]
     del model, obj
     gc.collect()
     assert [one() for one in gone] == [None, None]

@@ -171,7 +171,7 @@ def test_interpreters_keep_no_loss_alive():
     ((kind, _),) = interpreter.checked._known
     assert kind[0] == "hessian" and (kind, loss) in interpreter.checked
     assert (kind, Unhashable(power=3)) not in interpreter.checked
-    gone, model = ref(loss), obj._model  # whose interpreters stay
+    gone, model = ref(loss), obj.module  # whose interpreters stay
     del loss, obj
     gc.collect()
     assert gone() is None and len(model.table.weight) == 5 and not interpreter.checked._known
@@ -187,4 +187,4 @@ def test_objectives_derived_again_need_no_new_capture(derive, monkeypatch):
     ways = [HessianOperator(derive(obj)).method for _ in range(3)]
     assert ways == ["graph"] * 3 and len(captures) == 1
     again = derive(obj)
-    assert again._model is not obj._model and again.dtype == derive(obj).dtype
+    assert again.module is not obj.module and again.dtype == derive(obj).dtype

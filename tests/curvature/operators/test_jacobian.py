@@ -172,7 +172,7 @@ def test_bad_input_is_refused():
         "mse",
         (torch.zeros(2, 1), torch.zeros(2, 1)),
     )
-    root._model.append(_Root())
+    root.module.append(_Root())
     with pytest.raises(ValueError, match="expected a finite product"):
         JacobianOperator(root) @ torch.ones(1, dtype=torch.float64)
 

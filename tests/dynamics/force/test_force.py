@@ -146,7 +146,7 @@ def test_measured_drift_is_the_predicted_one(made, settings):
     if settings.weight_decay == 0:
         torch.testing.assert_close(
             torch.from_numpy(found.table["gradient"]),
-            torch.full((4,), -obj._model.tilt).double(),
+            torch.full((4,), -obj.module.tilt).double(),
             rtol=1e-6,
             atol=1e-9,
         )

@@ -123,7 +123,7 @@ def ggn_trace(
                 row += (norms[name] * signs).sum(1) if norms else 0
         return found
 
-    found = obj.summed(own, f"Gauss-Newton trace by {group_by} of {count}", theta)
+    found = obj.all_reduce(own, f"Gauss-Newton trace by {group_by} of {count}", theta)
     decay = dict.fromkeys(names, 0.0)
     for name, part in obj.split(theta).items():
         decay[key(name)] += obj.weight_decay * part.numel()
@@ -149,7 +149,7 @@ def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
     enough = obj.num_examples >= ENOUGH_EXAMPLES
     piece = _examples_at_once(obj, theta, budget // 2)
     # The trace and its variance, summed over examples.
-    sums = obj.summed(
+    sums = obj.all_reduce(
         lambda: _quick_sums(obj, theta, piece, enough, budget, seed),
         f"Gauss-Newton trace, seed {seed}",
         theta,
@@ -209,7 +209,7 @@ def _norms(
         return {}
     inputs = ExampleSet.of(batch.inputs, directions[:, :, 0], obj.examples, None)
     repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
-    single = obj.without_distribution().derived(repeated, _along, theta)
+    single = obj.without_distribution()._replace(repeated, _along, theta)
     if group_by is None:
         found = {"": gradient_norms(single, theta, memory_budget=budget)}
     else:
@@ -232,7 +232,7 @@ def _factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor, Tenso
         outputs = obj.outputs(theta, batch.inputs)
     require_finite_outputs(outputs, batch.start)
     dtype, free, targets = widened(outputs).dtype, widened(outputs), batch.targets
-    closed = closed_form(obj._loss)
+    closed = closed_form(obj.loss_fn)
     if closed is not None:
         # In float32, the second derivative of a confident example's cross-entropy is all rounding.
         free = free.double()
