@@ -56,8 +56,9 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
     settings = fig_force.burst_settings(run, max(section.cycles))
     for examples in EXAMPLES:
         point = point_force(
-            obj, path, s, directions=section.directions, rest_examples=section.rest_examples,
-            spread_draws=section.spread_draws, step=section.step, tol=0.05, seed=run.config.seed,
+            obj, path, s, directions=section.directions, complement_examples=section.rest_examples,
+            heterogeneity_draws=section.spread_draws, step=section.step, tol=0.05,
+            seed=run.config.seed,
             max_examples=examples,
         )  # fmt: skip
         velocity = point.entropic(settings)

@@ -4,7 +4,7 @@ Small by default, so that it runs with the tests:
     pytest benchmarks/test_replicas.py
 At full size, each part alone; results go to benchmarks/results/replicas-*.json:
     ENTROPIC_FAST_BENCH=full pytest benchmarks/test_replicas.py -k resnet
-    (-k resnet, digits or shortcut)
+    (-k resnet or digits)
 ENTROPIC_FAST_BENCH_DEVICE=cuda runs them on a GPU (64 replicas of ResNet-20 there). On a CPU the
 target is 1.5 x the replica-updates a second of the eager loop on as many threads.
 
@@ -28,7 +28,7 @@ from entropic_fast import Objective, linear_path, relax
 from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
-from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
 from entropic_fast.training.models import build, initialize
 
 pytestmark = [pytest.mark.timeout(1800)]
@@ -91,7 +91,7 @@ class Problem:
         theta = self.path.point(self.starts).contiguous()
         _, gradients, _ = engines.choose(engine, self.obj, theta, *minibatches(0))
         rule = Optimizer("sgd", torch.full_like(self.starts, LR).to(theta.device))
-        run = Run(self.path, self.starts, rule, minibatches, gradients, 10.0)
+        run = ReplicaState(self.path, self.starts, rule, minibatches, gradients, 10.0)
 
         def cycle() -> Tensor:
             run.step = 0  # the same minibatches, as the eager loop has
@@ -164,22 +164,3 @@ def test_digits(provenance: dict[str, Any], tmp_path: Path) -> None:
     facts = {**provenance, "model": problem.name, "by replicas": records}
     store("replicas-digits", facts, tmp_path)
     assert not any(found["failed"] for found in records.values())
-
-
-def test_shortcut(provenance: dict[str, Any], tmp_path: Path) -> None:
-    """k = 1 on a straight line: one directional derivative against forward and backward."""
-    problem = Problem("resnet8", 32, 2) if FULL else Problem("resnet8-w4", 8, 2)
-
-    def go(engine: str) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            return relax(
-                problem.obj, problem.path, 0.5, lr=LR, batch_size=BATCH, project_every=1,
-                steps=CYCLE, replicas=2, engine=engine, max_distance=10.0,
-            ).position  # fmt: skip
-
-        return run
-
-    found = take_turns({f"ours, {e}": go(e) for e in ("loop", "forward")}, 9 if FULL else 1)
-    gap = found.values["ours, forward"] - found.values["ours, loop"]
-    assert float(gap.abs().max()) < 1e-3
-    store("replicas-shortcut", {**problem.facts(provenance), **table(found)}, tmp_path)

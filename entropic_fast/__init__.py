@@ -1,6 +1,6 @@
 """Geometry of loss landscapes: curvature, minimum energy paths and entropic forces."""
 
-from ._utils.convergence import NotConvergedWarning
+from ._utils.convergence import DivergenceError, NotConvergedWarning
 from ._utils.results import Density, Diagonal, Eigenpairs, Estimate, LogDeterminant
 from ._utils.table import Table
 from ._version import __version__
@@ -55,6 +55,7 @@ __all__ = [
     "Objective",
     "NonFiniteLossError",
     "NotConvergedWarning",
+    "DivergenceError",
     "StaleStatisticsWarning",
     "distribute",
     "score_matrix",

@@ -1,7 +1,4 @@
-"""Warnings about results that are not what was asked for: one for each call.
-
-Those that missed their tolerance have a class of their own.
-"""
+"""Results that are not what was asked for: one warning per call, one error for divergence."""
 
 from __future__ import annotations
 
@@ -11,9 +8,22 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 _HERE = str(Path(__file__).parents[1])
 _held: ContextVar[list[str] | None] = ContextVar("held", default=None)
+
+
+class DivergenceError(ValueError):
+    """A loss or parameters became NaN or infinite, or every replica left its path.
+
+    Attributes:
+        partial: what was computed before (of `relax`, a `Trajectory`); None where nothing is.
+    """
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial
 
 
 class NotConvergedWarning(UserWarning):

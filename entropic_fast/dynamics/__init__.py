@@ -1,5 +1,6 @@
 """Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
 
+from .._utils.convergence import DivergenceError
 from ._relaxation import (
     Interval,
     RelaxationTime,
@@ -27,7 +28,7 @@ from .langevin._simulate import LangevinResult, simulate_langevin
 from .projected_sgd._checkpoint import CheckpointMismatchError
 from .projected_sgd._relax import relax
 from .projected_sgd._relax_many import relax_many
-from .projected_sgd._trajectory import DivergenceError, Record, Trajectory
+from .projected_sgd._trajectory import Record, Trajectory
 
 __all__ = [
     "relax",

@@ -1,6 +1,6 @@
 """Paths between minima: polylines, straight lines, minimum energy paths."""
 
-from ._auto_neb import NEBDivergedError, auto_neb
+from ._auto_neb import auto_neb
 from ._config import AutoNEBConfig, annealed
 from ._losses import Barrier, Saddle, barrier, path_losses, saddle
 from ._path import Path, linear_path
@@ -14,7 +14,6 @@ __all__ = [
     "auto_neb",
     "NEBResult",
     "NEBState",
-    "NEBDivergedError",
     "path_losses",
     "barrier",
     "Barrier",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._utils import checks
+from .._utils.convergence import DivergenceError
 from .._utils.devices import is_gpu
 from .._utils.table import Table
 from ..objective import Objective
@@ -27,10 +28,6 @@ from ._state import NEBResult, NEBState
 Row = dict[str, Any]
 
 STEPS_UNREAD = 16  # on a GPU: one synchronization in so many steps
-
-
-class NEBDivergedError(ValueError):
-    """A pivot with a NaN or infinite loss; the message names it, the cycle and the rate."""
 
 
 def auto_neb(
@@ -75,7 +72,8 @@ def auto_neb(
     Raises:
         ValueError: ends that do not fit the objective or are equal; a model in half precision;
             a state of another run.
-        NEBDivergedError: a NaN or infinite loss, gradient or pivot.
+        DivergenceError: a NaN or infinite loss, gradient or pivot; `partial` is the state before
+            the cycle.
 
     >>> def double_well(outputs, targets):
     ...     return (outputs[:, 0] ** 2 - 1) ** 2 + 4 * (outputs[:, 1] - 1 + outputs[:, 0] ** 2) ** 2
@@ -225,8 +223,8 @@ def _run_cycle(
         for facts in read:
             where = f"step {len(rows)} of cycle {cycle} (learning rate {lr:g})"
             count = (len(facts) - 4) // 2
-            _require_finite(facts[4 : 4 + count], where, "loss")
-            _require_finite(facts[4 + count :], where, "norm")
+            _require_finite(facts[4 : 4 + count], where, "loss", state)
+            _require_finite(facts[4 + count :], where, "norm", state)
             named = zip(("mean_loss", "max_loss", "force", "length"), facts[:4], strict=True)
             row = {"cycle": cycle, "step": len(rows), "lr": lr, "pivots": count, **dict(named)}
             rows.append(row)
@@ -287,10 +285,11 @@ def _with_points(path: Path, s: list[float]) -> Tensor:
     return torch.cat((path.pivots, extra))[torch.argsort(positions, stable=True)]
 
 
-def _require_finite(values: list[float], where: str, what: str) -> None:
+def _require_finite(values: list[float], where: str, what: str, state: NEBState) -> None:
     for pivot, value in enumerate(values):
         if not math.isfinite(value):
-            raise NEBDivergedError(
+            raise DivergenceError(
                 f"pivot {pivot} of {len(values)}: expected a finite {what}, got "
-                f"{value} at {where}; lower the learning rate, or check the ends"
+                f"{value} at {where}; lower the learning rate, or check the ends",
+                state,
             )

@@ -27,15 +27,12 @@ from .._utils.checks import (
     positive,
     shown,
 )
+from .._utils.convergence import DivergenceError
 from .._utils.devices import is_gpu
 from .._utils.table import Table
 from ..ops.random_bits.streams import fold_in
 from .data import ImageData, augment, batches
 from .models import initialize as initialize_model
-
-
-class DivergedError(ValueError):
-    """Training met a loss or weights that are NaN or infinite; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ def train(
     Raises:
         ValueError: epochs outside the recipe, another device, outputs that do not fit the
             classes, an optimizer state of another model.
-        DivergedError: a loss or weights that are NaN or infinite.
+        DivergenceError: a loss or weights that are NaN or infinite.
 
     >>> from entropic_fast.training.data import load
     >>> from entropic_fast.training.models import build
@@ -284,9 +281,9 @@ def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
         model.to(memory_format=layout)
 
 
-def _diverged(what: str, epoch: int, update: int | None, lr: float) -> DivergedError:
+def _diverged(what: str, epoch: int, update: int | None, lr: float) -> DivergenceError:
     where = f"epoch {epoch}" + ("" if update is None else f", update {update} of that epoch")
-    return DivergedError(
+    return DivergenceError(
         f"training: expected finite values, got {what} in {where}, at learning rate {lr:g}; "
         "lower lr, or raise batch_size, and start again"
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._torch.memory_format import preferred_memory_format
-from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients
+from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPoolGradients
 from entropic_fast.training._train import TrainConfig, train
 from entropic_fast.training.data import load
 
@@ -62,7 +62,7 @@ def test_its_replicas_have_their_gradients():
     found = []
     for model in twins(3):
         obj = ef.Objective(model, "cross_entropy", (x, y))
-        gradients = ThreadedGradients(obj, 1)
+        gradients = ThreadPoolGradients(obj, 1)
         theta = obj.parameters_vector().repeat(2, 1)
         losses, rows = gradients(theta, x.view(2, 4, 3, 8, 8), y.view(2, 4))
         found.append((losses.clone(), rows.clone()))

@@ -126,7 +126,7 @@ def test_a_trajectory_that_diverged_is_shown(problem):
     obj, path = problem
     with pytest.raises(DivergenceError) as caught:
         ef.relax(obj, path, 0.5, lr=1e9, batch_size=4, steps=6, project_every=2, max_distance=0.1)
-    (row,) = cells(caught.value.trajectory._repr_html_())[1:]
+    (row,) = cells(caught.value.partial._repr_html_())[1:]
     assert row[2:] == ["1", "1", "-"]
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import entropic_fast as ef
-from entropic_fast.paths import NEBDivergedError, NEBState
+from entropic_fast import DivergenceError
+from entropic_fast.paths import NEBState
 from entropic_fast.paths._descent import Descent
 from entropic_fast.training import models
 
@@ -148,7 +149,7 @@ def test_divergence_is_the_error_of_the_cpu():
     config = dataclasses.replace(CONFIG, cycles=((30, 1e200),))
     errors = []
     for given in objectives(cnn("none"), dtype=torch.float64):
-        with pytest.raises(NEBDivergedError) as caught:
+        with pytest.raises(DivergenceError) as caught:
             ef.auto_neb(*given, config)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]

@@ -12,8 +12,8 @@ from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.curvature.hvp._interpreter import GraphInterpreter
-from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
-from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.dynamics.projected_sgd._cuda_graph import GraphedCycles
+from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
 from entropic_fast.training.models import digits_cnn, initialize
 
 DEVICE = "emulated"
@@ -184,12 +184,12 @@ def test_graphs_are_launched_and_change_nothing(problem):
 def test_a_graph_that_reads_an_old_table_of_minibatches_shows_as_other_numbers(
     problem, monkeypatch
 ):
-    launch = Cycles._launch
+    launch = GraphedCycles._launch
 
-    def stale(self: Cycles, table: torch.Tensor) -> None:
+    def stale(self: GraphedCycles, table: torch.Tensor) -> None:
         launch(self, table if self._graph is None else self._table)
 
-    monkeypatch.setattr(Cycles, "_launch", stale)
+    monkeypatch.setattr(GraphedCycles, "_launch", stale)
     with_graphs, without = relaxed(problem), relaxed(problem, graphs=False)
     assert not torch.equal(with_graphs.loss, without.loss)
 
@@ -203,13 +203,13 @@ def test_a_graph_that_reads_an_old_table_of_minibatches_shows_as_other_numbers(
     ids=["a value read back", "a tensor from a list"],
 )
 def test_what_an_update_may_not_do_keeps_it_from_being_captured(problem, monkeypatch, planted):
-    updates = Run.updates
+    updates = ReplicaState.updates
 
-    def planting(self: Run, table: torch.Tensor) -> None:
+    def planting(self: ReplicaState, table: torch.Tensor) -> None:
         planted(self)
         updates(self, table)
 
-    monkeypatch.setattr(Run, "updates", planting)
+    monkeypatch.setattr(ReplicaState, "updates", planting)
     found = relaxed(problem)
     assert found.engine == "loop" and "stream is capturing" in found.notes[0]
 

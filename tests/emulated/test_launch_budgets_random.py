@@ -10,7 +10,7 @@ import torch
 
 import entropic_fast as ef
 from entropic_fast.curvature.estimators._probes import sign_vectors
-from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.training import _train as training
 from entropic_fast.training import data, models
@@ -59,14 +59,14 @@ def small():
 
 @pytest.fixture
 def inside(emulated, monkeypatch):
-    """What `Run.updates` spends, which is what a CUDA graph holds."""
-    total, updates = emulated.Counts(), Run.updates
+    """What `ReplicaState.updates` spends, which is what a CUDA graph holds."""
+    total, updates = emulated.Counts(), ReplicaState.updates
 
     def watched(self, table):
         seen = spent(emulated, lambda: updates(self, table))
         total.__dict__.update((total - (emulated.Counts() - seen)).__dict__)
 
-    monkeypatch.setattr(Run, "updates", watched)
+    monkeypatch.setattr(ReplicaState, "updates", watched)
     return total
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import entropic_fast as ef
 from entropic_fast._torch.derivative_formulas import FORMULAS
-from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients
+from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPoolGradients
 
 STEP = 1e-5
 
@@ -241,7 +241,7 @@ def test_gradients_of_replicas_with_a_second_input_derivative():
     """A third derivative in the gradient itself."""
     obj = objective("LayerNorm", "laplacian")
     theta, (x, y) = obj.parameters_vector(), obj.tensors()
-    gradients = ThreadedGradients(obj, 2)
+    gradients = ThreadPoolGradients(obj, 2)
     _, rows = gradients(theta.repeat(2, 1), x.expand(2, -1, -1), y.expand(2, -1))
     gradients.close()
     assert relative_error(rows, obj.gradient().expand(2, -1)) < 1e-12

@@ -158,11 +158,11 @@ def test_quantities_of_single_examples_are_of_the_data_alone():
     assert torch.equal(*labels)
 
 
-@pytest.mark.parametrize("engine", ["loop", "threads", "vmap", "forward"])
+@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
 def test_projected_sgd_descends_it_as_with_the_optimizers_own(engine: str):
     obj, plain, path = problem()
     options = {"lr": 0.05, "batch_size": 8, "steps": 6, "replicas": 3, "engine": engine}
-    options["project_every"] = 1 if engine == "forward" else 3
+    options["project_every"] = 3
     found = ef.relax(obj, path, 0.4, loss_every=6, **options)
     rest = ef.relax(plain, path, 0.4, loss_every=6, weight_decay=DECAY, **options)
     torch.testing.assert_close(found.position, rest.position, rtol=1e-9, atol=1e-12)
@@ -180,7 +180,7 @@ def test_drift_and_force_are_those_of_the_optimizers_decay():
     found = measure_drift(obj, path, [0.3], settings, replicas=3).raw
     expected = measure_drift(plain, path, [0.3], decayed, replicas=3).raw
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
-    options = {"directions": 2, "rest_examples": 4, "step": 0.05, "tol": 1e-8}
+    options = {"directions": 2, "complement_examples": 4, "step": 0.05, "tol": 1e-8}
     one, other = (point_force(o, path, 0.3, **options) for o in (obj, plain))
     torch.testing.assert_close(one.noise, other.noise, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(one.stiffness, other.stiffness + DECAY, rtol=1e-6, atol=1e-9)

@@ -9,11 +9,11 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import nn
 
+from entropic_fast import DivergenceError
 from entropic_fast._utils.atomic_io import DamagedFileError
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import (
     AutoNEBConfig,
-    NEBDivergedError,
     NEBState,
     Path,
     annealed,
@@ -330,13 +330,13 @@ def test_progress_is_reported_after_each_step():
 
 def test_divergence_names_pivot_cycle_and_rate():
     config = plain(pivots=5, cycles=[(5, 0.01), (50, 30.0)])
-    with pytest.raises(NEBDivergedError, match=r"pivot [123] of 5.*cycle 1 .*rate 30"):
+    with pytest.raises(DivergenceError, match=r"pivot [123] of 5.*cycle 1 .*rate 30"):
         auto_neb(surface(double_well), tensor(-1, 0), tensor(1, 0), config)
 
 
 def test_an_end_with_a_nan_loss_is_named():
     obj = surface(lambda p: (p[:, 0] - 0.1 * p[:, 1]).sqrt())
-    with pytest.raises(NEBDivergedError, match=r"pivot 0 of 9.*finite loss, got nan"):
+    with pytest.raises(DivergenceError, match=r"pivot 0 of 9.*finite loss, got nan"):
         auto_neb(obj, tensor(-1, 0), tensor(1, 0), plain(cycles=[(1, 0.01)]))
 
 

@@ -21,7 +21,7 @@ import entropic_fast as ef
 from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
-from entropic_fast.dynamics.projected_sgd._replica_state import Run
+from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.training import models
 from entropic_fast.training._train import EpochRecord, TrainConfig, train
@@ -240,7 +240,7 @@ def check_updates_read_nothing_back(device: str, watched: Watched) -> None:
     obj = network(device)
     path = ef.linear_path(*ends(obj), pivots=3)
     lrs = torch.tensor([0.02, 0.01], dtype=torch.float64).to(device)
-    run = Run(
+    run = ReplicaState(
         path,
         torch.tensor([0.3, 0.6], dtype=torch.float64),
         Optimizer("nesterov", lrs),

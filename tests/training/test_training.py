@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from entropic_fast import DivergenceError
 from entropic_fast._utils import atomic_io as store
 from entropic_fast.training._train import (
-    DivergedError,
     TrainConfig,
     evaluate,
     learning_rate,
@@ -242,13 +242,13 @@ def test_label_noise_spoils_the_fit_of_the_true_labels():
 
 
 def test_divergence_names_epoch_update_and_rate():
-    with pytest.raises(DivergedError, match=r"epoch \d+, update \d+.*rate 1e\+20; lower lr"):
+    with pytest.raises(DivergenceError, match=r"epoch \d+, update \d+.*rate 1e\+20; lower lr"):
         train(build("digits-cnn"), SMALL, TrainConfig(lr=1e20, epochs=3, batch_size=50), seed=0)
 
 
 def test_divergence_at_the_very_last_update_is_seen():
     config = TrainConfig(lr=1e38, weight_decay=1e6, epochs=1, batch_size=150, augment=False)
-    with pytest.raises(DivergedError, match="weights that are NaN or infinite in epoch 0"):
+    with pytest.raises(DivergenceError, match="weights that are NaN or infinite in epoch 0"):
         train(build("digits-cnn"), SMALL, config, seed=0)
 
 

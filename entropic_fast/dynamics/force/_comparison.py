@@ -336,8 +336,8 @@ def comparison_table(
         kept = ~drift.velocity[i].isnan()
         velocity = drift.velocity[i][kept]
         interval = drift.interval(i, confidence)
-        entropic, exclusion = point.entropic(settings), point.exclusion(settings)
-        inside = point.entropic(settings, rest=False).value
+        entropic, exclusion = point.entropic(settings), point.without_replacement(settings)
+        inside = point.entropic(settings, complement=False).value
         still = float(energetic[i])
         rows.append(
             {
@@ -350,7 +350,7 @@ def comparison_table(
                 "gradient": point.energetic,
                 "predicted_entropic": entropic.value,
                 "predicted_error": entropic.std_error,
-                "predicted_on_path": point.entropic(settings, spread=False).value,
+                "predicted_on_path": point.entropic(settings, noise_heterogeneity=False).value,
                 "predicted_exclusion": exclusion,
                 "predicted_stationary": point.stationary(settings),
                 "predicted_potential": point.potential(settings),

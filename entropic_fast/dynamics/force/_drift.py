@@ -20,7 +20,7 @@ from ..projected_sgd._minibatches import Minibatches, in_random_batches
 from ..projected_sgd._optimizers import Optimizer
 from ..projected_sgd._relax import relax
 from ..projected_sgd._trajectory import Trajectory
-from ._linear_response import ProjectedSGD, travel
+from ._linear_response import ProjectedSGD, impulse_response
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,12 +146,12 @@ def measure_drift(
         ids=ids,
         engine=engine,
     )
-    raw = (run.position[:, -1] - run.position[:, 0]) / settings.duration  # [K R]
+    raw = (run.position[:, -1] - run.position[:, 0]) / settings.effective_time  # [K R]
     velocity, error = raw, torch.zeros_like(places)
     if control:
         noise, shared = _noise_along(obj, path, places, settings, ids, replicas, seed)
-        velocity = raw + noise / (settings.duration * path.length)
-        error = shared / (settings.duration * path.length)
+        velocity = raw + noise / (settings.effective_time * path.length)
+        error = shared / (settings.effective_time * path.length)
     shape = (len(places), replicas)
     return Drift(places, velocity.view(shape), raw.view(shape), error, control, settings, run)
 
@@ -173,7 +173,7 @@ def _noise_along(
     found, error = slope(obj, path, places, batches, place)
     # Summed where the gradients are, and read once.
     total = torch.zeros(len(ids), dtype=torch.float64, device=obj.device)
-    weights = travel(settings)
+    weights = impulse_response(settings)
     for step, weight in enumerate(weights.tolist()):
         total += weight * found(step)
     return total.cpu(), error.cpu() * float(weights.sum())
@@ -266,5 +266,5 @@ def noiseless_drift(
             if update % settings.project_every == 0 or update == settings.steps:
                 s, theta, _ = path.project(theta[0])
                 theta = theta[None].contiguous()
-        found.append((s - start) / settings.duration)
+        found.append((s - start) / settings.effective_time)
     return torch.tensor(found, dtype=torch.float64)

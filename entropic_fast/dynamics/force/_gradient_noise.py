@@ -62,7 +62,7 @@ def row_scale(obj: Objective) -> tuple[int, float]:
 
 
 class GradientNoise:
-    """Moments of examples' gradients about their mean, in r directions and in the rest.
+    """Moments of examples' gradients about their mean, in r directions and in the complement.
 
     C is their covariance over the examples, across the tangent. One pass over the examples.
 
@@ -72,12 +72,12 @@ class GradientNoise:
         tangent: unit column, left out.  # [P, 1]
         vectors: orthonormal, orthogonal to the tangent.  # [P, r]
         turned: for `cross`; None for none.  # [P, r]
-        draws: for `spread`, how many directions.
+        draws: for `noise_heterogeneity`, how many directions.
         seed: of those.
 
     Attributes:
         covariance: V^T C V.  # [r, r]
-        rest: trace of C orthogonal to the directions.
+        complement: trace of C orthogonal to the directions.
         cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
     """
 
@@ -119,7 +119,7 @@ class GradientNoise:
         within = product[:, :size]
         self.covariance = within[1:, 1:]
         self._rest_squares = torch.cat(squares).clamp(min=0)  # [n]
-        self.rest = float(self._rest_squares.mean())
+        self.complement = float(self._rest_squares.mean())
         self.cross = torch.zeros(size - 1, dtype=torch.float64)
         if turned is not None:
             # turned . rest = turned . g - (turned . basis) (basis . g)
@@ -128,8 +128,8 @@ class GradientNoise:
 
     @property
     def variances(self) -> Tensor:
-        """c_i, of each direction, and last the trace of the rest, on the CPU.  # [r + 1]"""
-        rest = torch.tensor([self.rest], dtype=torch.float64)
+        """c_i, of each direction, and last the trace of the complement, on the CPU.  # [r + 1]"""
+        rest = torch.tensor([self.complement], dtype=torch.float64)
         return torch.cat([self.covariance.diagonal().cpu(), rest])
 
     def _mean(self) -> Tensor:
@@ -142,7 +142,7 @@ class GradientNoise:
 
     @full_precision()
     def sample(self, examples: int, seed: int) -> Tensor:
-        """Columns v of which the mean of v v^T is the rest of C, in expectation.  # [P, E]
+        """Columns v of which the mean of v v^T is the complement of C, in expectation.  # [P, E]
 
         The rests of so many examples' gradients, drawn in proportion to their squared norms and
         scaled to one norm: near a minimum a few examples make most of the noise, and an even draw
@@ -160,7 +160,7 @@ class GradientNoise:
             chosen = order[torch.searchsorted(total, places).clamp_(max=self.count - 1)]
         columns: Tensor = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
         if examples < self.count:
-            columns *= self.rest**0.5 / torch.linalg.vector_norm(columns, dim=0)
+            columns *= self.complement**0.5 / torch.linalg.vector_norm(columns, dim=0)
         return columns
 
     def _rows(self, chosen: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class GradientNoise:
         return rows[torch.searchsorted(distinct, chosen).to(rows.device)]
 
     @full_precision()
-    def spread(self, size: float) -> float:
+    def heterogeneity(self, size: float) -> float:
         """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
 
         By central differences of the examples' gradients: how much noisier gradients become away

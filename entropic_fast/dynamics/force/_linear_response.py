@@ -11,7 +11,8 @@ noise, whatever k and momentum; plain SGD gives the AR(1) process w <- (1 - lr l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class ProjectedSGD:
     Raises:
         ValueError: numbers out of range, or another optimizer.
 
-    >>> ProjectedSGD(0.1, 8).but(project_every=1)
+    >>> ProjectedSGD(0.1, 8).replace(project_every=1)
     ProjectedSGD(lr=0.1, batch_size=8, project_every=1, steps=15, optimizer='sgd', momentum=0.0,
     weight_decay=0.0)
     """
@@ -45,7 +46,7 @@ class ProjectedSGD:
     project_every: int = 15
     steps: int = 15
     optimizer: str = "sgd"
-    momentum: float | None = None
+    momentum: float = None  # type: ignore[assignment]  # resolved at construction
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -56,22 +57,16 @@ class ProjectedSGD:
         checks.at_least("weight_decay", self.weight_decay, 0.0)
         if self.momentum is None:
             object.__setattr__(self, "momentum", 0.9 if self.optimizer == "nesterov" else 0.0)
-        if not 0 <= self.friction < 1:
-            raise checks.invalid("momentum", "a number in [0, 1)", checks.shown(self.momentum))
+        checks.share("momentum", self.momentum)
 
     @property
-    def friction(self) -> float:
-        """The momentum coefficient."""
-        return float(self.momentum or 0.0)
-
-    @property
-    def duration(self) -> float:
+    def effective_time(self) -> float:
         """Effective time of the burst, updates times learning rate."""
         return self.steps * self.lr
 
-    def but(self, **changes: object) -> ProjectedSGD:
+    def replace(self, **changes: object) -> ProjectedSGD:
         """These settings with some changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +74,12 @@ class Response:
     """Responses of coordinates to noise: entry [i, j, m] is to the noise of update m (from 0).
 
     Attributes:
-        seen: of w_i as update j's gradient sees it.  # [r, n, n]
-        reached: of w_i after update j, before any projection.  # [r, n, n]
+        pre_update: of w_i as update j's gradient sees it.  # [r, n, n]
+        post_update: of w_i after update j, before any projection.  # [r, n, n]
     """
 
-    seen: Tensor
-    reached: Tensor
+    pre_update: Tensor
+    post_update: Tensor
 
 
 def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True) -> Response:
@@ -96,38 +91,38 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
         project: whether w is put to 0 every k updates and at the end (not along the path).
 
     >>> settings = ProjectedSGD(0.5, 1, project_every=2, steps=3)
-    >>> response(torch.tensor([1.0]), settings).reached[0].tolist()
+    >>> response(torch.tensor([1.0]), settings).post_update[0].tolist()
     [[-0.5, 0.0, 0.0], [-0.25, -0.5, 0.0], [0.0, 0.0, -0.5]]
     """
-    n, momentum = settings.steps, settings.friction
+    n, momentum = settings.steps, settings.momentum
     total = stiffness.double().cpu() + settings.weight_decay  # [r]
     w = torch.zeros(len(total), n, dtype=torch.float64)  # of coordinate i to noise m
     buffer = torch.zeros_like(w)
-    seen, reached = [], []
+    pre_update, post_update = [], []
     for j in range(n):
-        seen.append(w)
+        pre_update.append(w)
         gradient = total[:, None] * w
         gradient[:, j] += 1.0
         buffer = momentum * buffer + gradient
         step = gradient + momentum * buffer if settings.optimizer == "nesterov" else buffer
         w = w - settings.lr * step
-        reached.append(w)
+        post_update.append(w)
         if project and (j + 1) % settings.project_every == 0:
             w = torch.zeros_like(w)
-    return Response(torch.stack(seen, 1), torch.stack(reached, 1))
+    return Response(torch.stack(pre_update, 1), torch.stack(post_update, 1))
 
 
-def travel(settings: ProjectedSGD) -> Tensor:
+def impulse_response(settings: ProjectedSGD) -> Tensor:
     """Displacement along the path at the end of a burst, for a unit force at update j.  # [n]
 
     (For a force -1, that is a gradient of +1, the displacement is minus this.) With momentum mu
     a force goes on acting: lr (1 - mu^(n - j)) / (1 - mu).
     """
-    return -response(torch.zeros(1), settings, project=False).reached[0, -1]
+    return -response(torch.zeros(1), settings, project=False).post_update[0, -1]
 
 
 @dataclass(frozen=True, eq=False)
-class Sampling:
+class MinibatchCovariance:
     """Covariances of minibatch gradients, per unit of the covariance C of single examples'.
 
     Minibatches are drawn without replacement within an epoch of floor(N / B) of them: each has
@@ -150,76 +145,82 @@ class Sampling:
             )
 
     @property
-    def pair(self) -> float:
+    def covariance(self) -> float:
         """Of two minibatches of one epoch."""
         # All of the examples in one minibatch: an epoch has no other.
         return -1.0 / (self.num_examples - 1) if self.batch_size < self.num_examples else 0.0
 
     @property
-    def own(self) -> float:
+    def variance(self) -> float:
         """Of one minibatch."""
         n, b = self.num_examples, self.batch_size
         return (n - b) / (n - 1) / b if b < n else 0.0
+
+    def _excess(self, multiplier: Tensor | None) -> float | Tensor:
+        own = self.variance if multiplier is None else self.variance * multiplier
+        return own - self.covariance
 
     def epochs(self, steps: int) -> list[slice]:
         """The updates of each epoch."""
         each = self.num_examples // self.batch_size
         return [slice(start, min(start + each, steps)) for start in range(0, steps, each)]
 
-    def factors(
-        self, left: Tensor, right: Tensor, weights: Tensor, strength: Tensor | None = None
+    def moments(
+        self, left: Tensor, right: Tensor, weights: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
         """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il.
 
         Args:
             left, right: responses of r and of q coordinates.  # [r, n, n], [q, n, n]
             weights: of the updates.  # [n]
-            strength: of each update's own noise, as a multiple of C; None for 1.  # [n]
+            multiplier: of each update's own noise, as a multiple of C; None for 1.  # [n]
 
         Returns:
             [r, q].
         """
-        own = self.own - self.pair if strength is None else self.own * strength - self.pair
+        own = self._excess(multiplier)
         weighted = weights[:, None] * left
         factors = torch.einsum("ijm,ljm->il", weighted * own, right)
         for part in self.epochs(left.shape[-1]):
             sums = weighted[..., part].sum(-1), right[..., part].sum(-1)
-            factors = factors + self.pair * torch.einsum("ij,lj->il", *sums)
+            factors = factors + self.covariance * torch.einsum("ij,lj->il", *sums)
         return factors
 
-    def squares(self, responses: Tensor, strength: Tensor | None = None) -> Tensor:
+    def squares(self, responses: Tensor, multiplier: Tensor | None = None) -> Tensor:
         """E w_i^2 at every update, per unit of C_ii.  # [r, n, n] -> [r, n]"""
-        own = self.own - self.pair if strength is None else self.own * strength - self.pair
+        own = self._excess(multiplier)
         found = (responses.square() * own).sum(-1)
         for part in self.epochs(responses.shape[-1]):
-            found = found + self.pair * responses[..., part].sum(-1).square()
+            found = found + self.covariance * responses[..., part].sum(-1).square()
         return found
 
-    def strength(self, seen: Tensor, variances: Tensor, spread: float) -> Tensor:
+    def noise_multiplier(
+        self, pre_update: Tensor, variances: Tensor, heterogeneity: float
+    ) -> Tensor:
         """Noise of each update as a multiple of that on the path, where examples differ in
-        curvature: 1 + spread E |w|^2 / tr C, by recursion.
+        curvature: 1 + heterogeneity E |w|^2 / tr C, by recursion.
 
         Args:
-            seen: responses.  # [r, n, n]
+            pre_update: responses.  # [r, n, n]
             variances: C_ii.  # [r]
-            spread: E |(H_e - H) w|^2 / E |w|^2.
+            heterogeneity: E |(H_e - H) w|^2 / E |w|^2.
 
         Returns:
             [n].
         """
         total = float(variances.sum())
-        strength = torch.ones(seen.shape[-1], dtype=torch.float64)
-        if spread == 0 or total == 0:
-            return strength
-        for j in range(1, len(strength)):
-            square = self.squares(seen[:, j : j + 1], strength)[:, 0] @ variances
-            strength[j] = 1 + spread * float(square) / total
-        return strength
+        multiplier = torch.ones(pre_update.shape[-1], dtype=torch.float64)
+        if heterogeneity == 0 or total == 0:
+            return multiplier
+        for j in range(1, len(multiplier)):
+            square = self.squares(pre_update[:, j : j + 1], multiplier)[:, 0] @ variances
+            multiplier[j] = 1 + heterogeneity * float(square) / total
+        return multiplier
 
-    def exclusion(self, seen: Tensor, weights: Tensor) -> Tensor:
+    def without_replacement(self, pre_update: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights_j E[noise of update j in H_il times w_i], per unit of the covariance of
         an example's H_il and gradient: minibatches of one epoch exclude one another.  # [r]"""
-        total = torch.zeros(len(seen), dtype=torch.float64)
-        for part in self.epochs(seen.shape[-1]):
-            total += self.pair * (weights[part, None] * seen[:, part, part]).sum((1, 2))
+        total = torch.zeros(len(pre_update), dtype=torch.float64)
+        for part in self.epochs(pre_update.shape[-1]):
+            total += self.covariance * (weights[part, None] * pre_update[:, part, part]).sum((1, 2))
         return total

@@ -17,7 +17,7 @@ of known factors times C, the covariance of single examples' gradients. Forces a
                 with 1 / N; the entropic force is of second order at finite k.
 
 Where examples differ in curvature, the noise away from the path is larger than on it, by
-E |(H_e - H) w|^2 on average: `spread` adds it to C in strength, in the shape of C.
+E |(H_e - H) w|^2 on average: `noise_heterogeneity` adds it to C in strength, in the shape of C.
 
 With k -> infinity, small lr and noise c in every direction E w w^T -> T H^-1, T = lr c / (2 B):
 the force is then - dV/ds of V = (T / 2) log det H across the path (one direction of stiffness g:
@@ -59,7 +59,13 @@ from ...objective import Objective
 from ...objective._objective import require_objective
 from ...paths._path import Path
 from ._gradient_noise import GradientNoise
-from ._linear_response import ProjectedSGD, Response, Sampling, response, travel
+from ._linear_response import (
+    MinibatchCovariance,
+    ProjectedSGD,
+    Response,
+    impulse_response,
+    response,
+)
 from ._subsets import as_in_dynamics, first_examples, forms_by_parts, mean_of_parts
 
 
@@ -67,21 +73,21 @@ from ._subsets import as_in_dynamics, first_examples, forms_by_parts, mean_of_pa
 class PointForce:
     """Curvature and noise at a point of a path: the forces at any settings follow from these.
 
-    The r directions are the leading eigenvectors of H across the path; "the rest" is what is
+    The r directions are the leading eigenvectors of H across the path; "the complement" is what is
     orthogonal to them, one more direction, the last, whose stiffness is that of the noise there.
 
     Attributes:
         position: relative arc length s.
         length: of the path; lengths below are Euclidean, in the units of the parameters.
         gradient: u . grad L, per unit of length.
-        stiffness: eigenvalues lambda_i, and g . H g / g . g of the noise in the rest.  # [r + 1]
-        slope: v_i . (dH/ds) v_i of the r directions.  # [r]
+        stiffness: eigenvalues lambda_i, and g . H g / g . g of the noise in it.  # [r + 1]
+        curvature_slope: v_i . (dH/ds) v_i of the r directions.  # [r]
         covariance: V^T C V in the r directions.  # [r, r]
-        noise: c_i, variance of single examples' gradients, and its trace in the rest.  # [r + 1]
+        noise: c_i, variance of per-example gradients; last the complement's trace.  # [r + 1]
         noise_slope: its change along the path, d/ds at fixed directions.  # [r + 1]
-        pull: C_il (dH/ds)_il, of the rest in the last row and column.  # [r + 1, r + 1]
-        pull_error: standard error of the last entry of `pull`, over the examples sampled.
-        spread: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 where it was not asked for.
+        curvature_moments: C_il (dH/ds)_il, the complement last.  # [r + 1, r + 1]
+        curvature_moments_error: standard error of the last entry of `curvature_moments`.
+        noise_heterogeneity: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 if not computed.
         num_examples: N.
         pairs: the eigenpairs.
         max_examples: how many examples the curvature was taken on; None for all.
@@ -91,13 +97,13 @@ class PointForce:
     length: float
     gradient: float
     stiffness: Tensor
-    slope: Tensor
+    curvature_slope: Tensor
     covariance: Tensor
     noise: Tensor
     noise_slope: Tensor
-    pull: Tensor
-    pull_error: float
-    spread: float
+    curvature_moments: Tensor
+    curvature_moments_error: float
+    noise_heterogeneity: float
     num_examples: int
     pairs: Eigenpairs
     max_examples: int | None = None
@@ -113,42 +119,46 @@ class PointForce:
         return -self.gradient / self.length
 
     def entropic(
-        self, settings: ProjectedSGD, *, spread: bool = True, rest: bool = True
+        self, settings: ProjectedSGD, *, noise_heterogeneity: bool = True, complement: bool = True
     ) -> Estimate:
         """Mean velocity of a burst by the entropic force, in path lengths per effective time.
 
         Args:
             settings: of the burst, which starts here on the path.
-            spread: whether noise grows away from the path; else it is what it is on the path.
-            rest: whether to add what lies beyond the r directions.
+            noise_heterogeneity: whether noise grows away from the path.
+            complement: whether to add what lies beyond the r directions.
 
         Returns:
             with the standard error of the part that is sampled.
         """
-        found, sampling, strength = self._noise(settings, spread)
-        factors = sampling.factors(found.seen, found.seen, travel(settings), strength)
-        scale = -0.5 / (settings.duration * self.length)
-        total = scale * (factors * self.pull)
-        if not rest:
-            return Estimate(float(total[:-1, :-1].sum()), 0.0, len(self.slope))
-        error = abs(scale * float(factors[-1, -1])) * self.pull_error
-        return Estimate(float(total.sum()), error, len(self.slope))
+        found, sampling, multiplier = self._noise(settings, noise_heterogeneity)
+        factors = sampling.moments(
+            found.pre_update, found.pre_update, impulse_response(settings), multiplier
+        )
+        scale = -0.5 / (settings.effective_time * self.length)
+        total = scale * (factors * self.curvature_moments)
+        if not complement:
+            return Estimate(float(total[:-1, :-1].sum()), 0.0, len(self.curvature_slope))
+        error = abs(scale * float(factors[-1, -1])) * self.curvature_moments_error
+        return Estimate(float(total.sum()), error, len(self.curvature_slope))
 
-    def exclusion(self, settings: ProjectedSGD) -> float:
+    def without_replacement(self, settings: ProjectedSGD) -> float:
         """Mean velocity of a burst because minibatches of an epoch exclude one another."""
         found, sampling, _ = self._noise(settings, False)
-        factors = sampling.exclusion(found.seen, travel(settings))
-        return -0.5 * float(factors @ self.noise_slope) / (settings.duration * self.length)
+        factors = sampling.without_replacement(found.pre_update, impulse_response(settings))
+        return -0.5 * float(factors @ self.noise_slope) / (settings.effective_time * self.length)
 
-    def squared_distance(self, settings: ProjectedSGD, *, spread: bool = True) -> Tensor:
+    def squared_distance(
+        self, settings: ProjectedSGD, *, noise_heterogeneity: bool = True
+    ) -> Tensor:
         """E |w|^2 after each update of a burst, before the projection if one follows.  # [n]"""
-        found, sampling, strength = self._noise(settings, spread)
-        return self.noise @ sampling.squares(found.reached, strength)
+        found, sampling, multiplier = self._noise(settings, noise_heterogeneity)
+        return self.noise @ sampling.squares(found.post_update, multiplier)
 
     def temperatures(self, settings: ProjectedSGD) -> Tensor:
         """T_i = lr c_i / (2 B (1 - momentum)) of the r directions, in the loss's units.  # [r]"""
-        own = Sampling(settings.batch_size, self.num_examples).own
-        return settings.lr * own * self.noise[:-1] / (2 * (1 - settings.friction))
+        own = MinibatchCovariance(settings.batch_size, self.num_examples).variance
+        return settings.lr * own * self.noise[:-1] / (2 * (1 - settings.momentum))
 
     def stationary(self, settings: ProjectedSGD) -> float:
         """Entropic velocity for k -> infinity, small lr: - (1/2) sum_i T_i d ln lambda_i / ds.
@@ -165,16 +175,18 @@ class PointForce:
 
     def _drift(self, temperatures: Tensor, settings: ProjectedSGD) -> float:
         stiffness = self.stiffness[:-1]
-        logs = torch.where(stiffness > 0, self.slope / stiffness, torch.nan)
-        return -0.5 * float(temperatures @ logs) / (1 - settings.friction) / self.length
+        logs = torch.where(stiffness > 0, self.curvature_slope / stiffness, torch.nan)
+        return -0.5 * float(temperatures @ logs) / (1 - settings.momentum) / self.length
 
-    def _noise(self, settings: ProjectedSGD, spread: bool) -> tuple[Response, Sampling, Tensor]:
-        sampling = Sampling(settings.batch_size, self.num_examples)
-        # Directions of negative curvature hold little noise; the rest's mean is not below 0.
+    def _noise(
+        self, settings: ProjectedSGD, noise_heterogeneity: bool
+    ) -> tuple[Response, MinibatchCovariance, Tensor]:
+        sampling = MinibatchCovariance(settings.batch_size, self.num_examples)
+        # Directions of negative curvature hold little noise; the complement's mean is not below 0.
         stiffness = torch.cat([self.stiffness[:-1], self.stiffness[-1:].clamp(min=0)])
         found = response(stiffness, settings)
-        size = self.spread if spread else 0.0
-        return found, sampling, sampling.strength(found.seen, self.noise, size)
+        size = self.noise_heterogeneity if noise_heterogeneity else 0.0
+        return found, sampling, sampling.noise_multiplier(found.pre_update, self.noise, size)
 
 
 @full_precision()
@@ -184,8 +196,8 @@ def point_force(
     position: float,
     *,
     directions: int = 16,
-    rest_examples: int = 16,
-    spread_draws: int = 2,
+    complement_examples: int = 16,
+    heterogeneity_draws: int = 2,
     step: float = 0.003,
     tol: float = 1e-2,
     seed: int = 0,
@@ -194,8 +206,8 @@ def point_force(
 ) -> PointForce:
     """Curvature across the path, its change along it, and the gradient noise, at one position.
 
-    Costs 2 (r + rest_examples) products besides those of the eigenpairs, and 3 + 2 spread_draws
-    passes of single examples' gradients.
+    Costs 2 (r + complement_examples) products besides those of the eigenpairs, and 3 + 2
+    heterogeneity_draws passes of per-example gradients.
 
     Layers that normalize by batch statistics: give the objective that the dynamics has,
     `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are taken in a
@@ -207,9 +219,9 @@ def point_force(
         path: in its parameters.
         position: s, with s +- step inside [0, 1].
         directions: r, eigenvectors of the Hessian across the path, at most P - 1.
-        rest_examples: how many examples' gradients, less their part in the r directions, are
-            drawn to find what the rest contributes; 0 to leave the rest out of `pull`.
-        spread_draws: random directions from which `spread` is taken; 0 for none, and no spread.
+        complement_examples: how many examples' gradients, less their part in the r directions, are
+            drawn to find what the complement contributes; 0 to leave it out.
+        heterogeneity_draws: random directions for `noise_heterogeneity`; 0 for none.
         step: changes along the path are central differences over +- step path lengths along u.
             Networks with kinks have none but over a distance: choose it near that from the path.
         tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
@@ -217,7 +229,7 @@ def point_force(
         v0: to start from, such as the pairs of a neighboring position.
         max_examples: curvature from so many examples (with batch statistics whole batches of
             the random order); None for all. The r directions take the first ones. Samples of
-            the rest are dealt out to parts of the data as large, which their error includes.
+            the complement are dealt out to parts of the data as large, which their error includes.
             The noise is always that of all, because near a minimum a few may make most of it.
 
     Raises:
@@ -232,8 +244,8 @@ def point_force(
             "lower step",
         )
     checks.integer("directions", directions, 1)
-    checks.integer("rest_examples", rest_examples)
-    checks.integer("spread_draws", spread_draws)
+    checks.integer("complement_examples", complement_examples)
+    checks.integer("heterogeneity_draws", heterogeneity_draws)
     obj.count(max_examples)  # refuses a wrong one before anything is computed
     num_examples = obj.num_examples
     obj = as_in_dynamics(obj)
@@ -259,25 +271,25 @@ def point_force(
     turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V
     slopes = vectors.double().T @ turned
 
-    noise = GradientNoise(here, theta, u, vectors, turned, spread_draws, seed)
+    noise = GradientNoise(here, theta, u, vectors, turned, heterogeneity_draws, seed)
     ahead_noise, behind_noise = (
         GradientNoise(side, place, u, vectors).variances
         for side, place in zip(beside, places, strict=True)
     )
-    pull = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
-    pull[:-1, :-1] = (noise.covariance * slopes).cpu()
+    curvature_moments = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
+    curvature_moments[:-1, :-1] = (noise.covariance * slopes).cpu()
     stiffness = error = 0.0
-    if rest_examples and noise.rest > 0:
-        sample = noise.sample(rest_examples, seed)  # [P, E]
+    if complement_examples and noise.complement > 0:
+        sample = noise.sample(complement_examples, seed)  # [P, E]
         ahead_forms, behind_forms = (
             forms_by_parts(side, place, sample, max_examples)
             for side, place in zip(beside, places, strict=True)
         )
         forms = ahead_forms + behind_forms
         stiffness = float(0.5 * forms.nansum() / sample.double().square().sum())
-        pull[:-1, -1] = pull[-1, :-1] = noise.cross.cpu()
+        curvature_moments[:-1, -1] = curvature_moments[-1, :-1] = noise.cross.cpu()
         change, error = mean_of_parts((ahead_forms - behind_forms) / (2 * spacing))
-        pull[-1, -1] = change
+        curvature_moments[-1, -1] = change
         if sample.shape[1] >= noise.count and len(ahead_forms) == 1:
             error = 0.0  # nothing was sampled
     return PointForce(
@@ -285,13 +297,13 @@ def point_force(
         length=path.length,
         gradient=float(tangent.double() @ here.gradient(theta).double()),
         stiffness=torch.cat([pairs.values.double().cpu(), torch.tensor([stiffness]).double()]),
-        slope=slopes.diagonal().cpu().clone(),
+        curvature_slope=slopes.diagonal().cpu().clone(),
         covariance=noise.covariance.cpu(),
         noise=noise.variances,
         noise_slope=(ahead_noise - behind_noise) / (2 * spacing),
-        pull=pull,
-        pull_error=error,
-        spread=noise.spread(spacing),
+        curvature_moments=curvature_moments,
+        curvature_moments_error=error,
+        noise_heterogeneity=noise.heterogeneity(spacing),
         num_examples=num_examples,
         pairs=pairs,
         max_examples=max_examples,

@@ -32,7 +32,12 @@ class Temperature:
 
 
 def effective_temperature(
-    drift: Drift, index: int, point: PointForce, *, spread: bool = False, confidence: float = 0.95
+    drift: Drift,
+    index: int,
+    point: PointForce,
+    *,
+    noise_heterogeneity: bool = False,
+    confidence: float = 0.95,
 ) -> Temperature:
     """Temperature from the fluctuations at one position of measured bursts.
 
@@ -46,7 +51,7 @@ def effective_temperature(
         drift: measured with the projections recorded.
         index: which position.
         point: the force at that position.
-        spread: whether the prediction lets noise grow away from the path.
+        noise_heterogeneity: whether the prediction lets noise grow away from the path.
         confidence: of the intervals.
 
     Raises:
@@ -58,7 +63,7 @@ def effective_temperature(
     settings, run = drift.settings, drift.trajectory
     replicas = drift.velocity.shape[1]
     rows = run.distance[index * replicas : (index + 1) * replicas]  # [R, T]
-    expected = point.squared_distance(settings, spread=spread)  # [n]
+    expected = point.squared_distance(settings, noise_heterogeneity=noise_heterogeneity)  # [n]
     # A record holds the distance at the projection it follows; the start holds none.
     steps = run.steps[1:] - 1
     ratios = rows[:, 1:].square().sum(1) / float(expected[steps].sum())

@@ -24,7 +24,7 @@ from ...curvature import HessianOperator
 from ...curvature.operators._linear_operator import multiply
 from ...objective import Objective
 from ...paths._path import Path
-from ._linear_response import ProjectedSGD, Sampling, response, travel
+from ._linear_response import MinibatchCovariance, ProjectedSGD, impulse_response, response
 from ._point_force import PointForce
 from ._subsets import as_in_dynamics, first_examples
 
@@ -131,13 +131,15 @@ def radial_share(
     if groups:
         some = first_examples(as_in_dynamics(obj), point.max_examples)
         product = multiply(HessianOperator(some, theta), vectors).double()
-    seen = response(point.stiffness, settings).seen[:-1]
-    sampling = Sampling(settings.batch_size, point.num_examples)
-    strength = sampling.strength(
-        response(point.stiffness, settings).seen, point.noise, point.spread
+    seen = response(point.stiffness, settings).pre_update[:-1]
+    sampling = MinibatchCovariance(settings.batch_size, point.num_examples)
+    multiplier = sampling.noise_multiplier(
+        response(point.stiffness, settings).pre_update, point.noise, point.noise_heterogeneity
     )
-    moments = sampling.factors(seen, seen, travel(settings), strength) * point.covariance
-    pull, along, rows = torch.zeros_like(moments), 0.0, 0
+    moments = (
+        sampling.moments(seen, seen, impulse_response(settings), multiplier) * point.covariance
+    )
+    radial_moments, along, rows = torch.zeros_like(moments), 0.0, 0
     for places in groups.values():
         w = theta[places].double()
         lengths = w.norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
@@ -145,11 +147,11 @@ def radial_share(
         along += float(cosine.square().sum())
         rows += len(places)
         left, right = vectors[places].double(), product[places]  # [rows, size, r]
-        pull += torch.einsum("g,gsi,gsl->il", cosine / lengths, left, right).cpu()
-    scale = 1 / (settings.duration * path.length)
+        radial_moments += torch.einsum("g,gsi,gsl->il", cosine / lengths, left, right).cpu()
+    scale = 1 / (settings.effective_time * path.length)
     return RadialShare(
-        entropic=point.entropic(settings, rest=False).value,
-        radial=scale * float((moments * pull).sum()),
+        entropic=point.entropic(settings, complement=False).value,
+        radial=scale * float((moments * radial_moments).sum()),
         tangent=along,
         rows=rows,
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._torch.cuda_graphs import WARM_UP, captured, on_side_stream
 from ..._utils.devices import is_gpu
-from ._replica_state import Run
+from ._replica_state import ReplicaState
 
 # A capture costs 0.1 to 1 s, as much as a few to a hundred cycles. So after each the next waits for
 # twice as many cycles without a dropped replica, up to these: of 64 that diverge one by one few
@@ -15,7 +15,7 @@ from ._replica_state import Run
 MOST_PATIENCE = 64
 
 
-class Cycles:
+class GraphedCycles:
     """Runs cycles, on a CUDA device as a graph once they are warm.
 
     A graph holds gradients, optimizer and projection of a whole cycle. It reads the examples of
@@ -34,7 +34,7 @@ class Cycles:
         note: why none did; "" if there is nothing to say.
     """
 
-    def __init__(self, run: Run, size: int, graphs: bool = True) -> None:
+    def __init__(self, run: ReplicaState, size: int, graphs: bool = True) -> None:
         self._run, self._size = run, size
         self._enabled = graphs and is_gpu(run.theta.device)
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..._utils import checks
+from ..._utils.convergence import DivergenceError
 from ...distributed._communicator import Communicator
-from ._trajectory import DivergenceError, Trajectory
+from ._trajectory import Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")
 
@@ -64,7 +65,7 @@ def over_processes(
         try:
             own = run(**mine)
         except DivergenceError as error:
-            own = error.trajectory
+            own = error.partial
         except Exception as error:
             failure = error
     communicator.check_consistent(failure, "replicas")

@@ -22,7 +22,7 @@ SHAPES = 4
 _NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-class Traced:
+class FxCache:
     """Calls a function; from the second call for the same shapes on, its operations alone.
 
     `vmap` and `grad` of a model cost more Python than arithmetic where the model is small: for the

@@ -12,13 +12,13 @@ from torch.func import grad_and_value, vmap
 from ..._torch.full_precision import full_precision
 from ..._utils import checks, trees
 from ...objective import Objective
-from ._fx_cache import Traced
-from ._thread_pool import ThreadedGradients
+from ._fx_cache import FxCache
+from ._thread_pool import ThreadPoolGradients
 
 # (theta [R, P], inputs [R, B, ...], targets [R, B, ...]) -> (losses [R], gradients [R, P])
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-ENGINES = ("auto", "vmap", "threads", "loop", "forward")
+ENGINES = ("auto", "vmap", "threads", "loop")
 
 # On a CPU vmap saves the cost of small calls, yet its grouped convolutions do arithmetic more
 # slowly; threads run whole replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers a
@@ -51,7 +51,7 @@ def vmap_gradients(objective: Objective) -> Gradients:
     def mean_loss(theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         return objective.minibatch_loss(theta, inputs, targets)
 
-    batched = Traced(vmap(grad_and_value(mean_loss)))
+    batched = FxCache(vmap(grad_and_value(mean_loss)))
 
     @full_precision()
     def gradients(theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ def _tried(
     if name == "vmap":
         gradients = vmap_gradients(objective)
     else:
-        gradients = ThreadedGradients(objective, min(torch.get_num_threads(), len(theta)))
+        gradients = ThreadPoolGradients(objective, min(torch.get_num_threads(), len(theta)))
     reason = _failure(gradients, loop, theta, inputs, targets)
     if not reason:
         return gradients, ""
@@ -150,17 +150,17 @@ def _tried(
     return None, reason
 
 
-def lead(gradients: Gradients, work: Callable[[], None]) -> None:
+def prioritize(gradients: Gradients, work: Callable[[], None]) -> None:
     """`work()`, which calls `gradients`, where it disturbs them least."""
-    if isinstance(gradients, ThreadedGradients):
-        gradients.lead(work)
+    if isinstance(gradients, ThreadPoolGradients):
+        gradients.prioritize(work)
     else:
         work()
 
 
 def close(gradients: Gradients) -> None:
     """Give back what an engine holds."""
-    if isinstance(gradients, ThreadedGradients):
+    if isinstance(gradients, ThreadPoolGradients):
         gradients.close()
 
 

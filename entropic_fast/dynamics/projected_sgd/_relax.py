@@ -11,22 +11,22 @@ from torch import Tensor
 
 from ..._torch.full_precision import products_in
 from ..._utils import checks, trees
+from ..._utils.convergence import DivergenceError
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ...paths._path import Path
-from . import _forward as forward
 from . import _gradient_backends as engines
 from ._checkpoint import Checkpoint, fingerprint
-from ._cuda_graph import Cycles
+from ._cuda_graph import GraphedCycles
 from ._distributed import over_processes
 from ._evaluation import Evaluation
 from ._minibatches import Augmentation, Minibatches
 from ._optimizers import Optimizer
 from ._records import InMemory, Records, ToFile
-from ._replica_state import Run
+from ._replica_state import ReplicaState
 from ._settings import PerReplica, check_path, multiple
 from ._settings import replicas as per_replica
-from ._trajectory import DivergenceError, Record, Trajectory
+from ._trajectory import Record, Trajectory
 
 CHECKPOINT_CYCLES = 100  # between checkpoints, unless told otherwise
 
@@ -125,10 +125,6 @@ def relax(
         engine: "auto", or "vmap", "threads" or "loop" to force one; see `engines.choose`. The model
             and its loss must be functions of parameters, inputs and targets alone: what they
             read from elsewhere "vmap" takes as it was at the first update (`dynamics.traced`).
-            "forward" (project_every=1, no Adam) takes directional derivatives along the path
-            instead of gradients, which gives the same positions: see `dynamics.forward`. It
-            does not know distances from the path, so they are NaN and divergence shows in the
-            loss alone.
         cuda_graphs: on a GPU, launch whole cycles as CUDA graphs where that works.
         precision: of the float32 products in the updates' gradients, on a GPU: "float32", or
             "tf32", whose products keep 10 bits of mantissa (relative errors of 1e-3 in a
@@ -221,23 +217,15 @@ def relax(
         if stored is not None and engine == "auto":  # which may depend on the number of threads
             engine = engines.ENGINES[int(stored["engine"])]
 
-    space, note = path, ""
-    lift: Callable[[Tensor], Tensor] | None = None
-    gradients: engines.Gradients
-    if engine == "forward":
-        forward.require(optimizer, project_every)
-        reduced = forward.Reduced(obj, path)
-        space, lift, gradients = reduced.path, reduced.lift, reduced.gradients
-    else:
-        theta = path.point(starts).contiguous()
-        engine, gradients, note = engines.choose(engine, obj, theta, *minibatches(0))
+    theta = path.point(starts).contiguous()
+    engine, gradients, note = engines.choose(engine, obj, theta, *minibatches(0))
     about: dict[str, Any] = dict(optimizer=optimizer, batch_size=batch_size, seed=seed)
     about |= dict(project_every=project_every, engine=engine)
     records: Records = InMemory()
     if record_to is not None:
         records = ToFile(record_to, starts, lrs, names, about, list(evaluation.fixed))
-    run = Run(space, starts, rule, minibatches, gradients, max_distance, lift)
-    cycles = Cycles(run, project_every, cuda_graphs)
+    run = ReplicaState(path, starts, rule, minibatches, gradients, max_distance)
+    cycles = GraphedCycles(run, project_every, cuda_graphs)
 
     def emit(record: Record) -> None:
         records.append(record)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._utils import checks
+from ..._utils.convergence import DivergenceError
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ...paths._path import Path
 from ._relax import relax
-from ._trajectory import DivergenceError, Trajectory
+from ._trajectory import Trajectory
 
 # What replicas of one run may differ in, and what groups may.
 _PER_REPLICA = ("start", "lr", "id")
@@ -91,7 +92,6 @@ def relax_many(
         try:
             run = relax(obj, path, each["start"], lr=each["lr"], ids=each["id"], **shared, **others)
         except DivergenceError as error:
-            assert error.trajectory is not None
-            run = error.trajectory
+            run = error.partial
         found |= {i: run.select([row]) for row, i in enumerate(members)}
     return [found[i] for i in range(len(full))]

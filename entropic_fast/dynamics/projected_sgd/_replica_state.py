@@ -20,7 +20,7 @@ from ._trajectory import Record
 TENSORS = ("theta", "position", "distance", "losses", "bad", "counter", "alive", "diverged_at")
 
 
-class Run:
+class ReplicaState:
     """Replicas that have not diverged; `alive` says which of all they are.
 
     Tensors are changed in place, so that a CUDA graph of `updates` finds them where they were.
@@ -32,8 +32,6 @@ class Run:
         minibatches: of all replicas.
         gradients: of minibatches.
         max_distance: in lengths of the path.
-        lift: the parameters [R, P] at points, where points are not that themselves; distances
-            are then not those from the path in the parameters, and are not recorded.
 
     Attributes:
         step: updates made.
@@ -54,11 +52,9 @@ class Run:
         minibatches: Minibatches,
         gradients: engines.Gradients,
         max_distance: float,
-        lift: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.path, self.rule, self.minibatches = path, rule, minibatches
         self.gradients, self.max_distance = gradients, max_distance * path.length
-        self._lift = lift
         self.squares = segment_squares(path.pivots)  # [M - 1]
         # Only the CPU's kernels look near a segment first and leave products out.  # [M, M]
         gpu = is_gpu(path.pivots.device)
@@ -81,7 +77,7 @@ class Run:
             updates: what does the work; by default `updates`.
         """
         table = self.minibatches.table(self.step, count)
-        engines.lead(self.gradients, lambda: (updates or self.updates)(table))
+        engines.prioritize(self.gradients, lambda: (updates or self.updates)(table))
         self.step += count
         self.summed += count
         # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
@@ -114,15 +110,14 @@ class Run:
 
     def first_record(self, starts: Tensor, evaluation: Evaluation) -> Record:
         """The record of the start, after the first cycle.  # starts [R]"""
-        full, fixed = evaluation(0, self._parameters(self.path.point(starts)))
+        full, fixed = evaluation(0, self.path.point(starts))
         zeros, nobody = torch.zeros_like(starts), torch.full_like(self.diverged_at, -1)
         return Record(0, starts, zeros, self.first_loss.cpu(), full, nobody, fixed)
 
     def record(self, evaluation: Evaluation) -> Record:
         """The record of this moment; sums over updates begin anew."""
-        full, fixed = evaluation(self.step, self._parameters(self.theta))
-        distance = self.distance if self._lift is None else self.distance * torch.nan
-        read = torch.stack([self.position, distance, self.losses / self.summed]).cpu()
+        full, fixed = evaluation(self.step, self.theta)
+        read = torch.stack([self.position, self.distance, self.losses / self.summed]).cpu()
         position, distance, losses = (self._spread(values) for values in read)
         self.losses.zero_()
         self.summed = 0
@@ -135,9 +130,6 @@ class Run:
             self.diverged_at.clone(),
             {name: self._spread(part) for name, part in fixed.items()},
         )
-
-    def _parameters(self, points: Tensor) -> Tensor:
-        return points if self._lift is None else self._lift(points)
 
     def _spread(self, values: Tensor) -> Tensor:
         """Values of the replicas that are left, among NaN for the others.  # [R], float64"""

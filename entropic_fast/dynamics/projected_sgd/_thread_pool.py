@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 _starting = threading.Lock()
 
 
-class Workers:
+class ThreadPool:
     """Threads that each compute on one core, and one more to lead them.
 
     The leader does what comes between: were that split over cores, OpenMP's threads would go on
@@ -36,7 +36,7 @@ class Workers:
     Args:
         count: how many workers.
 
-    >>> workers = Workers(2)
+    >>> workers = ThreadPool(2)
     >>> workers.run(lambda: torch.get_num_threads())
     [1, 1]
     >>> workers.close()
@@ -67,7 +67,7 @@ class Workers:
         futures = [self._pool.submit(work) for _ in range(self.count)]
         return [future.result() for future in futures]
 
-    def lead(self, work: Callable[[], None]) -> None:
+    def prioritize(self, work: Callable[[], None]) -> None:
         """`work()` in the leader. Raises what it raised."""
         self._leader.submit(work).result()
 
@@ -77,7 +77,7 @@ class Workers:
         self._pool.shutdown(wait=True)
 
 
-class ThreadedGradients:
+class ThreadPoolGradients:
     """Gradients of replicas by reverse mode, replicas shared out among workers as they come.
 
     Each replica has a module of its own, whose parameters are views of its row of theta. Images
@@ -89,7 +89,7 @@ class ThreadedGradients:
         workers: threads; not more than cores.
 
     >>> obj = Objective(nn.Linear(2, 1), "mse", (torch.ones(4, 2), torch.ones(4, 1)))
-    >>> gradients = ThreadedGradients(obj, 2)
+    >>> gradients = ThreadPoolGradients(obj, 2)
     >>> losses, rows = gradients(torch.zeros(3, 3), torch.ones(3, 4, 2), torch.ones(3, 4, 1))
     >>> losses.tolist(), rows[2].tolist()
     ([1.0, 1.0, 1.0], [-2.0, -2.0, -2.0])
@@ -99,7 +99,7 @@ class ThreadedGradients:
     def __init__(self, objective: Objective, workers: int) -> None:
         theta, sample = objective.parameters_vector(), next(objective.batches(batch_size=2))
         self._layout = preferred_memory_format(lambda x: objective.outputs(theta, x), sample.inputs)
-        self._objective, self._workers = objective, Workers(workers)
+        self._objective, self._workers = objective, ThreadPool(workers)
         self._theta: Tensor | None = None  # the very tensor that modules are views of
 
     def __call__(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +117,9 @@ class ThreadedGradients:
             self._workers.run(work)
         return self._losses, self._rows
 
-    def lead(self, work: Callable[[], None]) -> None:
+    def prioritize(self, work: Callable[[], None]) -> None:
         """`work()`, which calls these gradients, on a core without helpers of its own."""
-        self._workers.lead(work)
+        self._workers.prioritize(work)
 
     def _one(self, r: int, inputs: Tensor, targets: Tensor) -> None:
         inputs = laid_out(inputs, self._layout)

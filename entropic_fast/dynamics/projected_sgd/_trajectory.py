@@ -19,18 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-class DivergenceError(ValueError):
-    """Every replica diverged; the message names a replica, the step and the learning rate.
-
-    Attributes:
-        trajectory: up to there.
-    """
-
-    def __init__(self, message: str, trajectory: Trajectory | None = None) -> None:
-        super().__init__(message)
-        self.trajectory = trajectory
-
-
 class Record(NamedTuple):
     """One record of a run under way: update number, and of each replica its position on the
     path, distance from it before projection and mean minibatch loss since the last record
@@ -64,7 +52,7 @@ class Trajectory:
         diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
             from there on.  # [R], int64
         optimizer, batch_size, project_every, seed: as given.
-        engine: "vmap", "threads", "loop" or "forward", how the gradients were computed; with
+        engine: "vmap", "threads" or "loop", how the gradients were computed; with
             "+graphs" if cycles ran as CUDA graphs.
         notes: what a reader of the numbers should know (replicas lost, engine refused).
         fixed_losses: mean loss over each fixed set at the projected point, by name; NaN where

@@ -58,8 +58,8 @@ def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
             path,
             s,
             directions=section.directions,
-            rest_examples=section.rest_examples,
-            spread_draws=section.spread_draws,
+            complement_examples=section.rest_examples,
+            heterogeneity_draws=section.spread_draws,
             step=section.step,
             tol=0.05,
             seed=run.config.seed,
@@ -90,7 +90,7 @@ def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
                 "temperature_high": heat.measured.high,
             }
         )
-        others = float(still[0]) + point.exclusion(settings)
+        others = float(still[0]) + point.without_replacement(settings)
         bursts += [
             {"k": k, "position": s, "replica": r, "residual": v - others}
             for r, v in enumerate(drift.velocity[0].tolist())

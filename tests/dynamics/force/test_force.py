@@ -33,7 +33,14 @@ MIXED = dict(stiffness=(10.0, 3.0, 1.0), slopes=(-0.5, 1.0, 0.3), noise=(0.5, 2.
 
 
 def exact(points, **options):
-    return dict(directions=points, rest_examples=0, spread_draws=0, step=1e-3, tol=1e-8, **options)
+    return dict(
+        directions=points,
+        complement_examples=0,
+        heterogeneity_draws=0,
+        step=1e-3,
+        tol=1e-8,
+        **options,
+    )
 
 
 def test_the_prediction_is_the_closed_form_of_a_valley():
@@ -52,12 +59,12 @@ def test_the_prediction_is_the_closed_form_of_a_valley():
     assert point.entropic(settings).value == pytest.approx(float(expected), rel=1e-5)
     assert point.stiffness[:8].tolist() == pytest.approx([float(g)] * 8)
     assert point.noise[:8].tolist() == pytest.approx([1.0] * 8)
-    assert point.slope.tolist() == pytest.approx([-0.5 * float(g)] * 8, rel=1e-5)
+    assert point.curvature_slope.tolist() == pytest.approx([-0.5 * float(g)] * 8, rel=1e-5)
     # The effective potential (T / 2) log det H, T = lr / 2 B: eight directions of slope -1/2.
     limit = 8 * 0.5 / 2 * settings.lr / (2 * b)
     assert point.potential(settings) == pytest.approx(limit, rel=2e-3)
     assert point.stationary(settings) == pytest.approx(limit, rel=2e-3)
-    assert abs(point.exclusion(settings)) < 1e-9 * limit
+    assert abs(point.without_replacement(settings)) < 1e-9 * limit
     assert point.noise_share == pytest.approx(1.0)
 
 
@@ -89,11 +96,17 @@ def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
     obj, path = valley()
     whole = point_force(obj, path, 0.3, **exact(8)).entropic(SGD).value
     few = point_force(
-        obj, path, 0.3, directions=3, rest_examples=256 if rest else 0, spread_draws=0, step=1e-3
+        obj,
+        path,
+        0.3,
+        directions=3,
+        complement_examples=256 if rest else 0,
+        heterogeneity_draws=0,
+        step=1e-3,
     )
     assert few.noise_share == pytest.approx(3 / 8, rel=1e-6)
     found = few.entropic(SGD)
-    assert few.entropic(SGD, rest=False).value == pytest.approx(whole * 3 / 8, rel=1e-5)
+    assert few.entropic(SGD, complement=False).value == pytest.approx(whole * 3 / 8, rel=1e-5)
     if rest:  # directions that are alike: every sample has the same form
         assert found.value == pytest.approx(whole, rel=1e-5) and found.std_error < 1e-9 * whole
         assert float(few.stiffness[-1]) == pytest.approx(float(few.stiffness[0]), rel=1e-6)
@@ -105,7 +118,7 @@ def test_the_error_of_the_rest_is_that_of_its_samples():
     """Two directions of one stiffness here whose curvature changes differently."""
     obj, path = valley(stiffness=(20.0, 3.0, 3.0), slopes=(-0.5, 2.0, 0.5), noise=(0.5, 1.0, 3.0))
     whole = point_force(obj, path, 0.01, **exact(3)).entropic(SGD).value
-    few = dict(directions=1, rest_examples=48, spread_draws=0, step=1e-3)
+    few = dict(directions=1, complement_examples=48, heterogeneity_draws=0, step=1e-3)
     found = [point_force(obj, path, 0.01, seed=i, **few).entropic(SGD) for i in range(12)]
     pulls = [(f.value - whole) / f.std_error for f in found]
     assert max(map(abs, pulls)) < 5 and 0.2 < torch.tensor(pulls).std() < 1.5
@@ -117,10 +130,10 @@ def test_the_rest_of_all_examples_has_no_error_of_sampling(max_examples):
     obj, path = valley(**MIXED)
     x, y = obj.tensors()
     obj = obj.with_data((x[:12], y[:12]))
-    few = dict(directions=1, spread_draws=0, step=1e-3, max_examples=max_examples)
-    point = point_force(obj, path, 0.3, rest_examples=12, **few)
-    assert (point.pull_error == 0.0) == (max_examples is None)
-    assert point_force(obj, path, 0.3, rest_examples=6, **few).pull_error > 0
+    few = dict(directions=1, heterogeneity_draws=0, step=1e-3, max_examples=max_examples)
+    point = point_force(obj, path, 0.3, complement_examples=12, **few)
+    assert (point.curvature_moments_error == 0.0) == (max_examples is None)
+    assert point_force(obj, path, 0.3, complement_examples=6, **few).curvature_moments_error > 0
 
 
 CASES = [
@@ -129,7 +142,7 @@ CASES = [
     (valley(**MIXED), ProjectedSGD(0.05, 4, project_every=15, steps=30)),
     (valley(**MIXED, tilt=-0.05), ProjectedSGD(0.01, 4, steps=30, momentum=0.8)),
     (valley(**MIXED), ProjectedSGD(0.01, 4, steps=30, optimizer="nesterov", weight_decay=0.1)),
-    (valley(), SGD.but(project_every=5)),
+    (valley(), SGD.replace(project_every=5)),
 ]
 
 
@@ -154,7 +167,11 @@ def test_measured_drift_is_the_predicted_one(made, settings):
 
 def test_the_energetic_part_is_what_all_examples_give():
     obj, path = valley(tilt=0.05)
-    for settings in (SGD, SGD.but(momentum=0.5), SGD.but(weight_decay=0.2, project_every=5)):
+    for settings in (
+        SGD,
+        SGD.replace(momentum=0.5),
+        SGD.replace(weight_decay=0.2, project_every=5),
+    ):
         ours = noiseless_drift(obj, path, PLACES, settings)
         run = relax(
             obj,
@@ -167,7 +184,7 @@ def test_the_energetic_part_is_what_all_examples_give():
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        theirs = (run.position[:, -1] - run.position[:, 0]) / settings.duration
+        theirs = (run.position[:, -1] - run.position[:, 0]) / settings.effective_time
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
     steady = noiseless_drift(obj, path, PLACES, SGD)
     assert steady.tolist() == pytest.approx([-0.05] * 4)
@@ -197,12 +214,12 @@ def test_subtracting_the_noise_along_the_path_changes_no_mean_and_most_of_the_sp
 def test_with_projection_at_every_update_or_all_examples_there_is_no_force():
     obj, path = valley()
     point = point_force(obj, path, 0.4, **exact(8))
-    assert point.entropic(SGD.but(project_every=1)).value == 0.0
-    assert point.entropic(SGD.but(batch_size=2048)).value == 0.0
-    for settings in (SGD.but(project_every=1), SGD.but(batch_size=2048)):
+    assert point.entropic(SGD.replace(project_every=1)).value == 0.0
+    assert point.entropic(SGD.replace(batch_size=2048)).value == 0.0
+    for settings in (SGD.replace(project_every=1), SGD.replace(batch_size=2048)):
         run = measure_drift(obj, path, [0.4], settings, replicas=3)
         assert float(run.velocity.abs().max()) < 1e-12
-    predicted = [point.entropic(SGD.but(project_every=k, steps=k)).value for k in (1, 2, 5, 15)]
+    predicted = [point.entropic(SGD.replace(project_every=k, steps=k)).value for k in (1, 2, 5, 15)]
     assert predicted == sorted(predicted)
 
 
@@ -214,7 +231,7 @@ def test_minibatches_of_an_epoch_exclude_one_another_and_push_down_the_noise(k):
     )
     settings = ProjectedSGD(0.05, 8, project_every=k, steps=8)
     point = point_force(obj, path, 0.4, **exact(2))
-    expected = point.exclusion(settings)
+    expected = point.without_replacement(settings)
     # - (lr (k - 1) / 2 / (N - 1)) (1/2) d tr C / ds, but for the stiffness.
     change = -2.0 * 2 * torch.exp(torch.tensor(-0.8)).item()
     assert expected == pytest.approx(-0.05 * (k - 1) / 2 / 63 * 0.5 * change, rel=0.15)
@@ -227,12 +244,12 @@ def test_minibatches_of_an_epoch_exclude_one_another_and_push_down_the_noise(k):
 def test_noise_grows_away_from_the_path_where_examples_differ_in_curvature():
     obj, path = valley(stiffness=(2.0, 2.0), slopes=(-1.0, -1.0), noise=(1.0, 1.0), bend=10.0)
     settings = ProjectedSGD(0.05, 4, project_every=15, steps=15)
-    options = {**exact(2), "spread_draws": 2}
+    options = {**exact(2), "heterogeneity_draws": 2}
     point = point_force(obj, path, 0.4, **options)
-    assert point.spread == pytest.approx(10.0**2, rel=1e-6)
+    assert point.noise_heterogeneity == pytest.approx(10.0**2, rel=1e-6)
     drift = measure_drift(obj, path, [0.4], settings, replicas=1000, seed=3)
     for spread, holds in ((True, True), (False, False)):
-        found = effective_temperature(drift, 0, point, spread=spread, confidence=0.999)
+        found = effective_temperature(drift, 0, point, noise_heterogeneity=spread, confidence=0.999)
         assert (found.ratio.low < 1.0 < found.ratio.high) == holds
         assert found.predicted == pytest.approx(0.05 / 8, rel=1e-2)
     assert found.ratio.value > 1.15  # hotter than the noise on the path
@@ -242,7 +259,7 @@ def test_noise_grows_away_from_the_path_where_examples_differ_in_curvature():
 
 def test_the_temperature_of_a_valley_is_lr_over_two_b():
     obj, path = valley()
-    drift = measure_drift(obj, path, [0.3, 0.7], SGD.but(steps=60), replicas=24, seed=5)
+    drift = measure_drift(obj, path, [0.3, 0.7], SGD.replace(steps=60), replicas=24, seed=5)
     for i, s in enumerate((0.3, 0.7)):
         found = effective_temperature(drift, i, point_force(obj, path, s, **exact(8)))
         assert found.predicted == pytest.approx(0.02 / 8, rel=2e-3)
@@ -292,7 +309,7 @@ def test_bad_arguments_are_refused():
         point_force(obj, path, 0.5, directions=0)
     point = point_force(obj, path, 0.5, **exact(2))
     with pytest.raises(ValueError, match="batch_size: expected at most the 2048"):
-        point.entropic(SGD.but(batch_size=4096))
+        point.entropic(SGD.replace(batch_size=4096))
     with pytest.raises(ValueError, match="positions: expected positions"):
         measure_drift(obj, path, 0.5, SGD)
 
@@ -324,7 +341,7 @@ def test_noise_with_batch_statistics_is_that_of_random_batches_whatever_the_data
     found = found - torch.outer(found @ u, u)
     # As examples would have it: batches are drawn without replacement.
     expected = 8 * 119 / 112 * float(found.var(0).sum())
-    few = dict(directions=2, rest_examples=0, spread_draws=0)
+    few = dict(directions=2, complement_examples=0, heterogeneity_draws=0)
     # The 15 batches of one order know their variance to a third or so.
     assert float(point_force(twin, path, 0.4, **few).noise.sum()) == pytest.approx(
         expected, rel=0.4
@@ -372,7 +389,7 @@ def test_the_mean_of_one_orders_batches_has_its_error_in_the_interval():
 def test_curvature_with_batch_statistics_is_of_whole_batches():
     obj, path = sorted_classes()
     twin = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8)
-    few = dict(directions=2, rest_examples=0, spread_draws=0)
+    few = dict(directions=2, complement_examples=0, heterogeneity_draws=0)
     point = point_force(twin, path, 0.4, max_examples=17, **few)  # 17 = 2 * 8 + 1
     expected = point_force(twin, path, 0.4, max_examples=16, **few)
     torch.testing.assert_close(point.stiffness, expected.stiffness)
@@ -391,10 +408,10 @@ def test_samples_of_the_rest_have_its_covariance_where_few_examples_make_it(norm
     whole = noise.sample(noise.count, 0)
     assert whole.shape[1] == noise.count and len(set(whole.norm(dim=0).tolist())) > 10
     exact = whole @ whole.T / noise.count
-    assert float(exact.trace()) == pytest.approx(noise.rest, rel=1e-9)
+    assert float(exact.trace()) == pytest.approx(noise.complement, rel=1e-9)
     draws = [noise.sample(6, seed) for seed in range(400)]
-    torch.testing.assert_close(draws[0].square().sum(0), draws[0].new_full((6,), noise.rest))
-    assert float((noise.basis.T @ draws[0]).abs().max()) < 1e-9 * noise.rest**0.5
+    torch.testing.assert_close(draws[0].square().sum(0), draws[0].new_full((6,), noise.complement))
+    assert float((noise.basis.T @ draws[0]).abs().max()) < 1e-9 * noise.complement**0.5
     probe = torch.randn(len(u), dtype=torch.float64)
     forms = torch.stack([(probe @ columns).square().mean() for columns in draws])
     error = float(forms.std()) / len(forms) ** 0.5

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from entropic_fast.dynamics.force._linear_response import (
+    MinibatchCovariance,
     ProjectedSGD,
-    Sampling,
+    impulse_response,
     response,
-    travel,
 )
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
@@ -29,7 +29,7 @@ def test_responses_add_up_to_what_torch_optim_does(settings):
     optimizer = torch.optim.SGD(
         [w],
         settings.lr,
-        momentum=settings.friction,
+        momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.optimizer == "nesterov",
     )
@@ -43,7 +43,7 @@ def test_responses_add_up_to_what_torch_optim_does(settings):
             with torch.no_grad():
                 w.zero_()
     found = response(stiffness, settings)
-    for got, expected in ((found.seen, seen), (found.reached, reached)):
+    for got, expected in ((found.pre_update, seen), (found.post_update, reached)):
         total = torch.einsum("ijm,mi->ji", got, noise)
         torch.testing.assert_close(total, torch.stack(expected), rtol=1e-12, atol=1e-13)
 
@@ -52,13 +52,13 @@ def test_without_projection_a_force_goes_on_acting_through_momentum():
     settings = ProjectedSGD(0.1, 4, steps=6, momentum=0.8)
     left = torch.arange(6, 0, -1).double()
     expected = 0.1 * (1 - 0.8**left) / (1 - 0.8)
-    torch.testing.assert_close(travel(settings), expected)
+    torch.testing.assert_close(impulse_response(settings), expected)
 
 
 def test_plain_sgd_is_the_ar1_process():
     settings = ProjectedSGD(0.1, 4, project_every=20, steps=20)
     found = response(torch.tensor([2.0]), settings)
-    squares = Sampling(4, 10**9).squares(found.reached)[0]
+    squares = MinibatchCovariance(4, 10**9).squares(found.post_update)[0]
     rho = 0.8
     j = torch.arange(1, 21).double()
     expected = 0.1**2 / 4 * (1 - rho ** (2 * j)) / (1 - rho**2)
@@ -76,11 +76,11 @@ def test_noise_factors_are_the_covariances_of_the_minibatches_drawn(n, b, steps)
     batches = Minibatches(obj, b, 3, range(draws))
     noise = torch.stack([values[batches.indices(j)].mean(1) for j in range(steps)])  # [n, D, 2]
     settings = ProjectedSGD(0.3, b, project_every=4, steps=steps, momentum=0.5)
-    seen = response(torch.tensor([1.0, 0.2]), settings).seen
+    seen = response(torch.tensor([1.0, 0.2]), settings).pre_update
     w = torch.einsum("ijm,mdi->jdi", seen, noise)
     weights = torch.rand(steps, generator=g).double()
-    sampling = Sampling(b, n)
-    factors = sampling.factors(seen, seen, weights)
+    sampling = MinibatchCovariance(b, n)
+    factors = sampling.moments(seen, seen, weights)
     expected = factors * (values.T @ values / n)
     each = torch.einsum("j,jdi,jdl->dil", weights, w, w)  # [D, 2, 2]
     error = each.std(0) / draws**0.5
@@ -96,16 +96,19 @@ def test_noise_factors_are_the_covariances_of_the_minibatches_drawn(n, b, steps)
 def test_strength_grows_as_the_recursion_says():
     # dw = - lr (lambda + kappa_b) w - lr xi: E w^2 <- ((1 - lr lambda)^2 + lr^2 q) E w^2 + lr^2.
     settings = ProjectedSGD(0.1, 1, project_every=12, steps=12)
-    found, sampling = response(torch.tensor([2.0]), settings), Sampling(1, 10**12)
+    found, sampling = response(torch.tensor([2.0]), settings), MinibatchCovariance(1, 10**12)
     spread = 30.0
-    strength = sampling.strength(found.seen, torch.tensor([1.0]).double(), spread)
-    squares = sampling.squares(found.reached, strength)[0]
+    multiplier = sampling.noise_multiplier(found.pre_update, torch.tensor([1.0]).double(), spread)
+    squares = sampling.squares(found.post_update, multiplier)[0]
     expected, value = [], 0.0
     for _ in range(12):
         value = (0.8**2 + 0.01 * spread) * value + 0.01
         expected.append(value)
     assert squares.tolist() == pytest.approx(expected, rel=1e-9)
-    assert sampling.strength(found.seen, torch.tensor([1.0]).double(), 0.0).tolist() == [1.0] * 12
+    assert (
+        sampling.noise_multiplier(found.pre_update, torch.tensor([1.0]).double(), 0.0).tolist()
+        == [1.0] * 12
+    )
 
 
 def test_bad_settings_are_refused():
@@ -120,4 +123,4 @@ def test_bad_settings_are_refused():
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
             ProjectedSGD(**{"lr": 0.1, "batch_size": 2, **bad})
     with pytest.raises(ValueError, match="batch_size: expected at most the 4 examples"):
-        Sampling(5, 4)
+        MinibatchCovariance(5, 4)

@@ -46,14 +46,14 @@ def radial_path():
 def test_on_a_radial_path_all_of_the_force_is_norm_growth():
     obj, path = radial_path()
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
-    options = dict(directions=3, rest_examples=0, spread_draws=0, step=1e-3, tol=1e-8)
+    options = dict(directions=3, complement_examples=0, heterogeneity_draws=0, step=1e-3, tol=1e-8)
     for s in (0.2, 0.7):
         point = point_force(obj, path, s, **options)
         w = 1.0 + 2.0 * s
         assert point.stiffness[:3].tolist() == pytest.approx([10.0 / w**2] * 3, rel=1e-5)
         # Curvature falls as 1 / |W|^2.
         expected = -2 * point.stiffness[:3] / w
-        torch.testing.assert_close(point.slope, expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(point.curvature_slope, expected, rtol=1e-4, atol=0)
         found = radial_share(obj, path, point, settings)
         assert found.share == pytest.approx(1.0, rel=1e-4)
         assert (found.tangent, found.rows) == (pytest.approx(1.0), 1)
@@ -63,7 +63,7 @@ def test_on_a_radial_path_all_of_the_force_is_norm_growth():
         interval = run.interval(0, 0.999)
         assert interval.low > 0
         assert interval.low < found.radial * 1.15 and found.radial * 0.85 < interval.high
-        still = float(noiseless_drift(obj, path, [s], settings.but(batch_size=512))[0])
+        still = float(noiseless_drift(obj, path, [s], settings.replace(batch_size=512))[0])
         assert abs(still) < 0.1 * interval.value
 
 
@@ -88,7 +88,7 @@ def test_without_scale_invariant_weights_nothing_grows():
     obj = Objective(nn.Linear(3, 2).double(), "mse", (x, x[:, :2]))
     start = obj.parameters_vector()
     path = linear_path(start, start + 1)
-    point = point_force(obj, path, 0.5, directions=3, rest_examples=4, spread_draws=1)
+    point = point_force(obj, path, 0.5, directions=3, complement_examples=4, heterogeneity_draws=1)
     found = radial_share(obj, path, point, ProjectedSGD(0.01, 4))
     assert (found.radial, found.share, found.rows) == (0.0, 0.0, 0)
 
@@ -101,7 +101,7 @@ def test_the_share_on_the_first_examples_is_that_of_an_objective_of_these():
     start = obj.parameters_vector()
     path = linear_path(start, start + 0.1 * torch.randn_like(start))
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
-    point = point_force(obj, path, 0.5, directions=3, rest_examples=0, max_examples=16)
+    point = point_force(obj, path, 0.5, directions=3, complement_examples=0, max_examples=16)
     found = radial_share(obj, path, point, settings)
     of_all = replace(point, max_examples=None)
     of_these = first_examples(as_in_dynamics(obj), 16)  # one batch, in whatever order

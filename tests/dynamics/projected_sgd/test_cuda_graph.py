@@ -11,10 +11,10 @@ from torch import nn
 from entropic_fast.dynamics import relax
 from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
 from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
-from entropic_fast.dynamics.projected_sgd._cuda_graph import Cycles
+from entropic_fast.dynamics.projected_sgd._cuda_graph import GraphedCycles
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
-from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, Run
+from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, ReplicaState
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import digits_cnn, initialize
@@ -27,7 +27,7 @@ def run_of(lrs, optimizer="nesterov"):
     _, obj, path = mlp_problem()
     starts = torch.full((len(lrs),), 0.5, dtype=torch.float64)
     minibatches = Minibatches(obj, 5, 0, range(len(lrs)))
-    return Run(
+    return ReplicaState(
         path,
         starts,
         Optimizer(optimizer, torch.tensor(lrs, dtype=torch.float64)),
@@ -86,7 +86,7 @@ def test_launched_cycles_are_the_cycles_and_dropping_a_replica_captures_anew(
 ):
     lrs = [0.1, 0.02, 0.05]
     plain, graphed = run_of(lrs, optimizer), run_of(lrs, optimizer)
-    cycles = Cycles(graphed, 4)
+    cycles = GraphedCycles(graphed, 4)
     captures = pretend(monkeypatch, cycles, graphed)
     for number in range(12):
         if number == 6:  # a replica diverges
@@ -102,7 +102,7 @@ def test_launched_cycles_are_the_cycles_and_dropping_a_replica_captures_anew(
 
 def test_where_capture_fails_cycles_run_as_they_are_and_the_note_says_why(monkeypatch):
     plain, graphed = run_of([0.1, 0.02]), run_of([0.1, 0.02])
-    cycles = Cycles(graphed, 4)
+    cycles = GraphedCycles(graphed, 4)
     pretend(monkeypatch, cycles, graphed, fail=True)
     ended = []
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
@@ -119,7 +119,7 @@ def test_where_capture_fails_cycles_run_as_they_are_and_the_note_says_why(monkey
 def test_replicas_that_diverge_one_by_one_are_not_followed_by_a_capture_each(monkeypatch):
     rates = [0.02] * 24
     plain, graphed = run_of(rates), run_of(rates)
-    cycles = Cycles(graphed, 2)
+    cycles = GraphedCycles(graphed, 2)
     captures = pretend(monkeypatch, cycles, graphed)
     for number in range(70):
         if number % 3 == 2 and len(plain.alive) > 4:

@@ -7,7 +7,7 @@ from torch.func import grad_and_value, vmap
 
 from entropic_fast._utils import devices
 from entropic_fast.dynamics.projected_sgd import _fx_cache as traced
-from entropic_fast.dynamics.projected_sgd._fx_cache import Traced
+from entropic_fast.dynamics.projected_sgd._fx_cache import FxCache
 from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, vmap_gradients
 from entropic_fast.objective._objective import Objective
 
@@ -27,7 +27,7 @@ def problem(replicas, model=None, seed=0):
 def test_the_list_is_the_function_to_the_bit_on_other_arguments():
     obj, *first = problem(5)
     function = vmap(grad_and_value(lambda t, x, y: obj.losses(t, x, y).mean()))
-    fast = Traced(function)
+    fast = FxCache(function)
     fast(*first)
     for seed in range(3):
         _, *arguments = problem(5, seed=seed + 1)
@@ -43,7 +43,7 @@ def test_shapes_each_have_their_list_and_too_many_have_none():
         calls.append(len(x))
         return (x * 2,)
 
-    fast = Traced(function)
+    fast = FxCache(function)
     for _ in range(3):
         for n in range(1, traced.SHAPES + 2):
             assert torch.equal(fast(torch.ones(n))[0], torch.full((n,), 2.0))
@@ -58,7 +58,7 @@ def test_what_is_not_the_same_the_second_time_is_called_as_it_is():
         count[0] += 1
         return (x + count[0],)
 
-    fast = Traced(function)
+    fast = FxCache(function)
     before, after = (float(fast(torch.zeros(1))[0]) for _ in range(2))
     assert after > before and fast._lists and next(iter(fast._lists.values())) is function
 
@@ -76,7 +76,7 @@ def test_on_a_gpu_a_list_may_differ_by_rounding(monkeypatch, device_types, off_b
         calls[0] += 1
         return (x * (1 + off_by * calls[0]),)
 
-    fast = Traced(function)
+    fast = FxCache(function)
     fast(torch.ones(3))
     assert (next(iter(fast._lists.values())) is not function) == kept
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_traced_is_called_as_it_is():
     def function(x):
         return (x if float(x.sum()) > 0 else -x,)
 
-    fast = Traced(function)
+    fast = FxCache(function)
     assert float(fast(torch.ones(1))[0]) == 1
     assert float(fast(-torch.ones(1))[0]) == 1
 

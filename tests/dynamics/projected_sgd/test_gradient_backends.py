@@ -1,6 +1,5 @@
 """Ways to compute the same trajectories: threads, the forward-mode shortcut, groups of settings."""
 
-import math
 import threading
 
 import pytest
@@ -11,9 +10,9 @@ from torch import nn
 from entropic_fast.dynamics import displacement, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, close
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
-from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadedGradients, Workers
+from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPool, ThreadPoolGradients
 from entropic_fast.objective._objective import Objective
-from entropic_fast.paths import Path, linear_path
+from entropic_fast.paths import linear_path
 from entropic_fast.training.models import build, initialize
 
 CLOSE = dict(rtol=0, atol=1e-10)
@@ -52,7 +51,7 @@ def test_threads_give_the_same_bits_whatever_their_number(name):
 def test_workers_compute_on_one_core_each_and_leave_other_threads_theirs():
     before = threads(2)
     try:
-        workers = Workers(3)
+        workers = ThreadPool(3)
         assert workers.run(torch.get_num_threads) == [1, 1, 1]
         assert torch.get_num_threads() == 2
         seen = []
@@ -91,7 +90,7 @@ def test_threads_give_the_gradients_of_any_parameters():
     obj = Objective(model, "cross_entropy", (x, y))
     theta = torch.randn(5, obj.num_params, generator=g, dtype=torch.float64)
     batch = Minibatches(obj, 6, 0, range(5))(0)
-    threaded = ThreadedGradients(obj, 2)
+    threaded = ThreadPoolGradients(obj, 2)
     losses, rows = (part.clone() for part in threaded(theta, *batch))
     for r in range(5):
         part = obj.with_data((batch[0][r], batch[1][r]))
@@ -130,68 +129,11 @@ def test_the_engine_is_chosen_by_cores_replicas_and_size():
             torch.set_num_threads(before)
 
 
-def bent(pivots=4, scale=0.5, seed=0):
-    obj = mlp_problem()[1]
-    g = torch.Generator().manual_seed(seed)
-    steps = scale * torch.randn(pivots, obj.num_params, generator=g, dtype=torch.float64)
-    return obj, Path(obj.parameters_vector() + steps.cumsum(0))
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        dict(optimizer="sgd"),
-        dict(optimizer="sgd", weight_decay=0.05),
-        dict(optimizer="sgd", momentum=0.8, weight_decay=0.05),
-        dict(optimizer="nesterov", weight_decay=0.05),
-    ],
-    ids=["sgd", "decay", "momentum", "nesterov"],
-)
-def test_the_forward_shortcut_is_the_ordinary_run_of_k_1_through_pivots_too(rule):
-    obj, path = bent()
-    common = dict(lr=[0.1, 0.3, 0.5, 0.5], batch_size=5, project_every=1, steps=120, **rule)
-    common |= dict(max_distance=math.inf)
-    starts = [0.1, 0.3, 0.62, 0.95]
-    ordinary = relax(obj, path, starts, engine="loop", **common)
-    short = relax(obj, path, starts, engine="forward", **common)
-    assert short.engine == "forward"
-    torch.testing.assert_close(short.position, ordinary.position, **CLOSE)
-    torch.testing.assert_close(short.loss, ordinary.loss, rtol=1e-9, atol=1e-10)
-    assert bool(short.distance[:, 1:].isnan().all())
-    index = path.segment(ordinary.position.flatten())[0].view_as(ordinary.position)
-    assert int((index[:, 1:] != index[:, :-1]).sum()) > 0  # pivots were passed
-
-
-def test_the_forward_shortcut_on_a_straight_line_has_one_dimension_and_no_backward_pass():
-    obj, path = conv_problem("batch")
-    common = dict(lr=0.05, batch_size=8, project_every=1, steps=12, replicas=2)
-    ordinary = relax(obj, path, 0.5, engine="loop", **common)
-    before = torch.autograd.grad
-    try:
-        torch.autograd.grad = None  # would fail
-        short = relax(obj, path, 0.5, engine="forward", **common)
-    finally:
-        torch.autograd.grad = before
-    torch.testing.assert_close(short.position, ordinary.position, rtol=0, atol=1e-5)
-    torch.testing.assert_close(short.loss, ordinary.loss, rtol=1e-4, atol=1e-5)
-    assert float((ordinary.position - 0.5).abs().max()) > 1e-4
-
-
-def test_the_forward_shortcut_is_refused_where_it_is_not_exact():
-    obj, path = bent()
-    common = dict(lr=0.1, batch_size=5, steps=4, engine="forward")
-    with pytest.raises(ValueError, match="engine: expected project_every=1"):
-        relax(obj, path, 0.5, **common)
-    with pytest.raises(ValueError, match="engine: expected optimizer"):
-        relax(obj, path, 0.5, "adam", project_every=1, **common)
-
-
-@pytest.mark.parametrize("engine", ["forward", "loop"])
-def test_the_entropic_force_vanishes_at_k_1(engine):
+def test_the_entropic_force_vanishes_at_k_1():
     # Where k = 15 drifts down the stiffness; see test_entropic_force.
     obj, path = valley()
     common = dict(lr=0.03, batch_size=4, replicas=4, seed=2)
-    still = relax(obj, path, 0.3, project_every=1, steps=60, engine=engine, **common)
+    still = relax(obj, path, 0.3, project_every=1, steps=60, **common)
     assert float((still.position - 0.3).abs().max()) < 1e-12
     moving = relax(obj, path, 0.3, project_every=15, steps=300, **common)
     assert displacement(moving).low > 1e-4
