@@ -1,8 +1,9 @@
-"""Thick-restart block Lanczos: the search for extreme eigenpairs in a basis."""
+"""Thick-restart block Lanczos: the search for extreme eigenpairs in a Krylov basis."""
 
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,28 +13,28 @@ from ..._torch.tall_qr import qr
 from ..._utils import checks
 from ..._utils.convergence import warn_not_converged
 from ..._utils.results import Eigenpairs
-from ._krylov_basis import ROUNDING, Basis, Ritz, wanted_first
-from ._searches import Search, run
+from ._krylov_basis import ROUNDING, KrylovBasis, Ritz, wanted_first
+from ._searches import Search
 
 # Basis vectors held before a restart, beyond k: more than most spectra of networks need ...
 EXTRA_COLUMNS = 40
-# ... and no fewer than so many blocks.
+# ... and at least this many blocks.
 DEPTH = 4
-# Up to this order a basis may hold all: no restart, and never more products than the matrix has
-# columns. Beyond, the eigenvalues of H at every look would take longer than restarts.
+# Up to this order the basis may span everything: no restart, and never more products than the
+# matrix has columns. Beyond it, eigenvalues of H in every iteration take longer than restarts.
 COMPLETE = 512
-# A device is asked for results every so many steps, because asking makes it idle. On the CPU
-# asking is free.
+# Lanczos steps between two synchronizations with a GPU, which each make it idle. On the CPU
+# synchronizing is free.
 STRIDE = 3
-# It is asked after every step once a residual is within this factor of its tolerance, because
-# steps beyond what is needed cost more.
+# Once a residual is within this factor of its tolerance, synchronize after every step: a step too
+# many costs more than the wait.
 FAR = 10
-# Residuals are taken from the recurrence where the tolerance is so many times its rounding.
+# The recurrence's residuals are trusted where the tolerance is this many times their rounding.
 TRUSTED = 10
 
 
 def forms_matrix(k: int, size: int, max_matvecs: int, room: int) -> bool:
-    """Whether P products with unit vectors are no more than a search for k pairs would take.
+    """Whether P products with unit vectors cost no more than a search for k pairs.
 
     For k = P / 2 a search took 0.7 P products where eigenvalues decay fast and 1.3 P where they do
     not, in narrower blocks.
@@ -41,57 +42,84 @@ def forms_matrix(k: int, size: int, max_matvecs: int, room: int) -> bool:
     return size <= min(2 * k, max_matvecs, room)
 
 
-def limited_by(basis: Basis, max_matvecs: int) -> str:
-    """What ended a search that did not converge; "" for rounding."""
+def limited_by(basis: KrylovBasis, max_matvecs: int) -> str:
+    """The argument that ended a search without convergence; "" for rounding."""
     return "max_matvecs" if basis.matvecs >= max_matvecs and not basis.complete else ""
 
 
-def require_converged(pairs: Eigenpairs, what: str, more: str, spent: str = "") -> None:
-    """Warn of pairs that are not converged, with the worst residual and what to do.
+def require_converged(pairs: Eigenpairs, caller: str, limit: str, cost: str = "") -> None:
+    """Warn if pairs are not converged, with the worst residual and the remedy.
 
     Args:
-        what: the function that the user called.
-        more: the argument that ended the search, "" if the operator's rounding did.
-        spent: on the search, if not its products.
+        caller: the function that the user called.
+        limit: the argument that ended the search, "" if the operator's rounding did.
+        cost: of the search, if it is not counted in products.
     """
     if pairs.converged:
         return
     residuals = pairs.residuals.double().cpu()
     limits = torch.zeros_like(residuals) if pairs.limits is None else pairs.limits.to(residuals)
     missed = residuals > limits
-    do = (
-        f"raise {more} or tol"
-        if more
+    remedy = (
+        f"raise {limit} or tol"
+        if limit
         else "more products do not help, as the rest is the operator's own rounding: use float64 "
         "(obj.double()), or raise tol"
     )
     worst = int((residuals - limits).where(missed, residuals.new_tensor(-1.0)).argmax())
     warn_not_converged(
-        f"{what}: {int(missed.sum())} of {len(residuals)} eigenvalues not converged after "
-        f"{spent or f'{pairs.matvecs} products'}, the worst {float(pairs.values[worst]):.6g} with "
-        f"a residual of {float(residuals[worst]):.3g} against {float(limits[worst]):.3g}; {do}"
+        f"{caller}: {int(missed.sum())} of {len(residuals)} eigenvalues not converged after "
+        f"{cost or f'{pairs.matvecs} products'}, the worst {float(pairs.values[worst]):.6g} with "
+        f"a residual of {float(residuals[worst]):.3g} against {float(limits[worst]):.3g}; {remedy}"
     )
 
 
-def solve(
-    basis: Basis,
-    k: int,
-    which: str,
-    tol: float,
-    *,
-    narrow: bool = True,
-    max_matvecs: int = sys.maxsize,
-    max_products: int = sys.maxsize,
-) -> Eigenpairs:
-    """`solving` with the basis's own operator."""
-    search = solving(
-        basis, k, which, tol, narrow=narrow, max_matvecs=max_matvecs, max_products=max_products
-    )
-    return run(basis.operator, search)
+class _Request(NamedTuple):
+    """Arguments of `block_lanczos`."""
+
+    k: int
+    which: str
+    tol: float
+    narrow: bool
+    max_matvecs: int
+    max_products: int
 
 
-def solving(
-    basis: Basis,
+class _Progress(NamedTuple):
+    """The k wanted Ritz pairs against their tolerance.
+
+    Attributes:
+        ritz: all Ritz pairs, wanted first.
+        limits: largest residual accepted for each wanted pair.  # [k]
+        floor: residual that is rounding for any pair.
+        exact: whether the recurrence gives residuals accurately enough for these limits.
+    """
+
+    ritz: Ritz
+    limits: Tensor
+    floor: float
+    exact: bool
+
+    @property
+    def missing(self) -> Tensor:
+        """Which wanted pairs still have too large a residual.  # [k]"""
+        return self.ritz.bounds[: len(self.limits)] > self.limits
+
+    @property
+    def converged(self) -> bool:
+        return bool((self.ritz.residuals[: len(self.limits)] <= self.limits).all())
+
+    @property
+    def stagnated(self) -> bool:
+        """Whether a larger basis would not reduce the residuals: they are rounding."""
+        k = len(self.limits)
+        at_floor = bool((self.ritz.bounds[:k] <= self.floor).all())
+        # What the products lack in symmetry does not depend on the size of the basis.
+        return at_floor or bool((self.ritz.skews[:k] > FAR * self.limits).any())
+
+
+def block_lanczos(
+    basis: KrylovBasis,
     k: int,
     which: str,
     tol: float,
@@ -100,76 +128,92 @@ def solving(
     max_matvecs: int = sys.maxsize,
     max_products: int = sys.maxsize,
 ) -> Search[Eigenpairs]:
-    """Grow a started basis, restarting it when it is full, until its k pairs are accepted.
+    """Expand a started basis, restarting it when it is full, until its k pairs are accepted.
 
     Args:
-        basis: of at least k + its width columns, or as many as the operator's order.
+        basis: with a capacity of at least k plus its width, or of the operator's order.
         narrow: whether to multiply only directions in which wanted pairs have a residual; not
             where a product costs the same for any number of vectors.
         max_matvecs: most vectors to multiply before the k that may follow to verify the pairs.
         max_products: most blocks of vectors to multiply, those included.
     """
+    request = _Request(k, which, tol, narrow, max_matvecs, max_products)
     goal = tol
     while True:
-        basis.look()
-        ritz = basis.ritz(which)
-        floor = ROUNDING * torch.finfo(basis.dtype).eps * float(ritz.values.abs().max())
-        limits = (goal * ritz.values[:k].abs()).clamp(min=floor)
-        missing = ritz.bounds[:k] > limits
+        basis.synchronize()
+        progress = _assess(basis, request, goal)
         if basis.size >= k:
-            at_floor = bool((ritz.bounds[:k] <= floor).all())
-            exact = float(limits.min()) >= TRUSTED * basis.rounding
+            over = _is_over(basis, request, progress)
             last = basis.products >= max_products
-            spent = last or basis.matvecs >= max_matvecs
-            if not exact:  # leave one to verify
-                spent = spent or basis.products + 1 >= max_products
-            noisy = bool((ritz.skews[:k] > FAR * limits).any())  # which growth does not mend
-            over = spent or at_floor or noisy or basis.complete
-            if (exact or last) and not basis.complete:
-                converged = bool((ritz.residuals[:k] <= limits).all())
-                if converged or over:
-                    return _returned(basis, ritz, k, which, limits)
-            elif over or not bool(missing.any()):
-                pairs = yield from _verified(basis, ritz, k, which, tol, floor)
+            if (progress.exact or last) and not basis.complete:
+                if progress.converged or over:
+                    return _recurrence_pairs(basis, progress, request)
+            elif over or not bool(progress.missing.any()):
+                pairs = yield from _verified(basis, progress, request)
                 if pairs.converged or over:
                     return pairs
-                goal *= 0.1  # rounding made the bound optimistic: ask more of it
-        if narrow and basis.size >= k and bool(missing.any()):
-            count = basis.turn(ritz.vectors[:, :k][:, missing])
-        else:
-            count = basis.frontier
-        count = max(1, min(count, max_matvecs - basis.matvecs))
-        if basis.size + count > basis.capacity:
-            keep = k + max(1, (basis.capacity - k) // 3)
-            basis.restart(ritz, min(keep, basis.capacity - count))
-        most = min((max_matvecs - basis.matvecs) // count, max_products - basis.products)
-        far = bool((ritz.bounds[:k][missing] > FAR * limits[missing]).all())
-        yield from _advance(basis, count, most if far and count == basis.frontier else 1)
+                goal *= 0.1  # rounding made the residual bounds too small: ask more of them
+        yield from _expand(basis, request, progress)
 
 
-def _advance(basis: Basis, count: int, most: int) -> Search[None]:
-    """Multiply blocks of `count` vectors until the next look, `most` of them or one."""
+def _assess(basis: KrylovBasis, request: _Request, goal: float) -> _Progress:
+    ritz = basis.ritz(request.which)
+    floor = ROUNDING * torch.finfo(basis.dtype).eps * float(ritz.values.abs().max())
+    limits = (goal * ritz.values[: request.k].abs()).clamp(min=floor)
+    return _Progress(ritz, limits, floor, float(limits.min()) >= TRUSTED * basis.rounding)
+
+
+def _is_over(basis: KrylovBasis, request: _Request, progress: _Progress) -> bool:
+    """Whether more products are not allowed, or would not help."""
+    reserved = 0 if progress.exact else 1  # for the product that verifies the pairs
+    spent = (
+        basis.matvecs >= request.max_matvecs or basis.products + reserved >= request.max_products
+    )
+    return spent or progress.stagnated or basis.complete
+
+
+def _expand(basis: KrylovBasis, request: _Request, progress: _Progress) -> Search[None]:
+    """Choose the directions to multiply next, make room for them, and multiply."""
+    k, missing, ritz = request.k, progress.missing, progress.ritz
+    if request.narrow and basis.size >= k and bool(missing.any()):
+        count = basis.rotate(ritz.vectors[:, :k][:, missing])
+    else:
+        count = basis.block
+    count = max(1, min(count, request.max_matvecs - basis.matvecs))
+    if basis.size + count > basis.capacity:
+        keep = k + max(1, (basis.capacity - k) // 3)
+        basis.restart(ritz, min(keep, basis.capacity - count))
+    allowed = min(
+        (request.max_matvecs - basis.matvecs) // count, request.max_products - basis.products
+    )
+    far = bool((ritz.bounds[:k][missing] > FAR * progress.limits[missing]).all())
+    yield from _advance(basis, count, allowed if far and count == basis.block else 1)
+
+
+def _advance(basis: KrylovBasis, count: int, most: int) -> Search[None]:
+    """Multiply blocks of `count` vectors until the next synchronization, at most `most` of them."""
     room = min(basis.capacity - basis.size, basis.order - basis.held) // count
-    # A good start is done after a product or two.
-    steps = 1 if basis.careful or basis.products < 2 else stride_of(basis.device)
+    # A good start converges after a product or two.
+    steps = 1 if basis.eager or basis.products < 2 else stride_of(basis.device)
     steps = max(1, min(steps, room, most))
     if steps == 1:
-        yield from basis.growing(count)
+        yield from basis.expand(count)
         return
-    basis.remember()
+    basis.snapshot()
     for _ in range(steps):
-        yield from basis.growing(count, wait=False)
+        yield from basis.expand(count, wait=False)
 
 
 def stride_of(device: torch.device) -> int:
-    """Steps from a look at the results to the next."""
+    """Lanczos steps from one synchronization to the next."""
     return 1 if device.type == "cpu" else STRIDE
 
 
 def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Basis vectors to hold: enough for few restarts, or what the free memory allows.
+    """Basis vectors to hold: enough for few restarts, or what a quarter of the free memory holds.
 
-    A quarter of it holds them and a block that follows.
+    Args:
+        first: columns of the first block.
     """
     fits = resolve_budget(None, device) // (size * torch.finfo(dtype).bits // 8) - first
     least = min(size, max(k, first) + first + 1)
@@ -182,41 +226,46 @@ def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.de
     return int(min(size, max(k, first) + max(EXTRA_COLUMNS, DEPTH * first), fits))
 
 
-def _returned(basis: Basis, ritz: Ritz, k: int, which: str, limits: Tensor) -> Eigenpairs:
+def _recurrence_pairs(basis: KrylovBasis, progress: _Progress, request: _Request) -> Eigenpairs:
     """Ritz pairs with the recurrence's residuals."""
+    ritz, k = progress.ritz, request.k
     vectors, triangle = qr(ritz_vectors(basis, ritz, k))
     vectors *= triangle.diagonal().sign()
-    values, residuals = ritz.values[:k], ritz.residuals[:k]
-    return _pairs(basis, values, vectors, residuals, which, limits)
+    return _pairs(
+        basis, ritz.values[:k], vectors, ritz.residuals[:k], request.which, progress.limits
+    )
 
 
-def _verified(
-    basis: Basis, ritz: Ritz, k: int, which: str, tol: float, floor: float
-) -> Search[Eigenpairs]:
+def _verified(basis: KrylovBasis, progress: _Progress, request: _Request) -> Search[Eigenpairs]:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
-    vectors, _ = qr(ritz_vectors(basis, ritz, k))
-    if basis.complete:  # all products are known
-        products = basis.known_product(vectors)
+    vectors, _ = qr(ritz_vectors(basis, progress.ritz, request.k))
+    if basis.complete:
+        products = basis.complete_product(vectors)
     else:
         products = (yield from basis.multiplied(vectors)).double()
     values = (vectors.double() * products).sum(0)
     residuals = torch.linalg.vector_norm(products - values * vectors.double(), dim=0)
-    limits = (tol * values.abs()).clamp(min=floor)
-    return _pairs(basis, values, vectors, residuals, which, limits)
+    limits = (request.tol * values.abs()).clamp(min=progress.floor)
+    return _pairs(basis, values, vectors, residuals, request.which, limits)
 
 
-def ritz_vectors(basis: Basis, ritz: Ritz, k: int) -> Tensor:
+def ritz_vectors(basis: KrylovBasis, ritz: Ritz, k: int) -> Tensor:
     """The first k Ritz vectors, orthonormal to rounding.  # [P, k]"""
     return basis.columns[:, : basis.size] @ ritz.vectors[:, :k].to(basis.columns)
 
 
 def _pairs(
-    basis: Basis, values: Tensor, vectors: Tensor, residuals: Tensor, which: str, limits: Tensor
+    basis: KrylovBasis,
+    values: Tensor,
+    vectors: Tensor,
+    residuals: Tensor,
+    which: str,
+    limits: Tensor,
 ) -> Eigenpairs:
-    """Eigenpairs in the order promised."""
+    """Eigenpairs in the promised order."""
     order = wanted_first(values, "LA" if which == "BE" else which)
     converged = bool((residuals <= limits).all())
-    # Limits are rounded up, so that what met them in float64 does in the vectors' dtype.
+    # Limits are rounded up, so that residuals that met them in float64 do in the vectors' dtype.
     loose = limits[order] * (1 + 2 * torch.finfo(vectors.dtype).eps)
     return Eigenpairs(
         values[order].to(vectors),

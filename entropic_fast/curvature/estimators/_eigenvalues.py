@@ -16,8 +16,15 @@ from ..._utils.results import Eigenpairs
 from ...objective import Objective
 from ..operators._linear_operator import multiply, require_operator
 from ..per_example._scores import GROUPINGS, grouping
-from ._block_lanczos import COMPLETE, capacity, forms_matrix, limited_by, require_converged, solving
-from ._krylov_basis import Basis
+from ._block_lanczos import (
+    COMPLETE,
+    block_lanczos,
+    capacity,
+    forms_matrix,
+    limited_by,
+    require_converged,
+)
+from ._krylov_basis import KrylovBasis
 from ._searches import Search, run, run_blocks
 
 WANTED = ("LA", "SA", "LM", "BE")
@@ -165,7 +172,7 @@ class _Settings(NamedTuple):
 
 def _search(
     operator: Any, settings: _Settings, v0: Start | None, most: int = sys.maxsize
-) -> tuple[Basis, Search[Eigenpairs]]:
+) -> tuple[KrylovBasis, Search[Eigenpairs]]:
     """The search for pairs of an operator, not begun, and its basis.
 
     Args:
@@ -185,11 +192,11 @@ def _search(
     if size > COMPLETE:
         room = min(room, most)
     formed = forms_matrix(k, size, max_matvecs, room)
-    basis = Basis(operator, room, seed, size if formed else width)
+    basis = KrylovBasis(operator, room, seed, size if formed else width)
 
     def search() -> Search[Eigenpairs]:
-        yield from basis.forming() if formed else basis.starting(start)
-        return (yield from solving(basis, k, which, tol, max_matvecs=max_matvecs))
+        yield from basis.form() if formed else basis.start(start)
+        return (yield from block_lanczos(basis, k, which, tol, max_matvecs=max_matvecs))
 
     return basis, search()
 

@@ -1,4 +1,4 @@
-"""An orthonormal basis of a Krylov space, grown by vectors or by blocks of them."""
+"""An orthonormal basis of a Krylov space, expanded by single vectors or by blocks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..._utils.devices import is_gpu
 from ..._utils.workspace import scratch_of
 from ...ops.random_bits import streams as random
 from ..operators._linear_operator import not_finite, require_operator
-from ._searches import Search, run
+from ._searches import Search
 
-# Rounding does not break the symmetry of the projected matrix by this share of its scale.
+# Asymmetry of the projected matrix, relative to its scale, that rounding does not explain.
 ASYMMETRY = 1e-2
-# Multiples of the dtype's eps, times the operator's norm, that are taken for rounding.
+# Residuals up to this multiple of eps ||A|| count as rounding.
 ROUNDING = 10
 
 
 def wanted_first(values: Tensor, which: str) -> Tensor:
     """The order that puts the wanted end of the values first.  # [m]
 
-    For "BE" both ends by turns: the largest, the smallest, the second largest, and so on.
+    "BE" alternates between the ends: the largest, the smallest, the second largest, and so on.
     """
     if which == "SA":
         return values.argsort()
@@ -38,13 +38,14 @@ def wanted_first(values: Tensor, which: str) -> Tensor:
 
 
 def require_symmetry(operator: Any, gap: float, scale: float) -> None:
-    """Refuse an operator for which v^T A w and w^T A v differ by `gap`, more than rounding.
+    """Reject an operator for which v^T A w and w^T A v differ by more than rounding.
 
-    One that says it is `symmetric` is not refused. What its products lack is then rounding, as of
-    a Hessian near 0 whose terms are not, and part of the residuals.
+    An operator with `symmetric = True` is accepted: the asymmetry of its products is rounding, as
+    for a Hessian near 0 that is a sum of large terms, and enters the residuals.
 
     Args:
-        scale: of the operator, a norm of its products with unit vectors.
+        gap: the difference.
+        scale: norm of the operator's products with unit vectors.
     """
     if gap > ASYMMETRY * scale and not getattr(operator, "symmetric", False):
         raise checks.invalid(
@@ -61,8 +62,8 @@ class Ritz(NamedTuple):
     Attributes:
         values: [m].
         vectors: coordinates in the basis.  # [m, m]
-        bounds: residual norms but for what the products lack in symmetry.  # [m]
-        skews: norms of what they lack.  # [m]
+        bounds: residual norms if the products were symmetric.  # [m]
+        skews: norms of the products' asymmetric part.  # [m]
     """
 
     values: Tensor
@@ -76,29 +77,29 @@ class Ritz(NamedTuple):
         return torch.hypot(self.bounds, self.skews)
 
 
-class Basis:
-    """Orthonormal columns Q with A Q = [Q F] H, and the frontier F, the directions that follow.
+class KrylovBasis:
+    """Orthonormal columns Q with A Q = [Q F] H, and the block F of directions to multiply next.
 
-    H is kept whole, from the orthogonalization's own coefficients, and not made symmetric: so
-    the relation holds to rounding whatever A is, residual norms of Ritz pairs follow from H,
-    and what a product lacks in symmetry is seen. After a restart H has an arrow's shape.
+    H consists of the orthogonalization's own coefficients and is not symmetrized. So the relation
+    holds to rounding for any A, the residual norms of Ritz pairs follow from H, and asymmetry of
+    the products is noticed. After a restart H has the shape of an arrow.
 
-    A step is queued on the operator's device and waits for nothing there; `look` fetches H and
-    decides what needs a decision (NaN, symmetry, rank, Ritz pairs). Where steps since the last
-    look turn out to have lost rank, or to be NaN, `look` goes back to that look, and steps wait
-    from then on: a product that waits says what is wrong, or is computed by autograd.
+    A step is queued on the operator's device without waiting; `synchronize` fetches H and decides
+    what depends on values (NaN, symmetry, rank, Ritz pairs). If steps since the last
+    synchronization lost rank or gave NaN, `synchronize` returns to the snapshot, and all later
+    steps are eager: an operator that checks its product names the error, or uses autograd.
 
     Args:
         operator: symmetric, as `require_operator` asks.
-        capacity: most columns of Q to hold; F takes up to `width` more.
+        capacity: most columns of Q; F takes up to `width` more.
         seed: of the random vectors.
         width: directions in F at the start.
 
     Attributes:
         columns: Q, then F.  # [P, capacity + width]
-        size, frontier: how many columns Q and F have.
-        careful: whether every step waits for its outcome.
-        matvecs, products: vectors multiplied, and multiplications of vectors or blocks.
+        size, block: the number of columns of Q and of F.
+        eager: whether every step waits for its result.
+        matvecs, products: vectors multiplied, and products with a vector or a block.
     """
 
     def __init__(self, operator: Any, capacity: int, seed: int, width: int = 1) -> None:
@@ -107,34 +108,31 @@ class Basis:
         if hasattr(operator, "cache_primals"):  # a search makes many products at one point
             operator.cache_primals()
         self.width = min(width, self.order)
-        self.careful = False
-        self.matvecs = self.products = self.size = self.frontier = self.draws = 0
+        self.eager = False
+        self.matvecs = self.products = self.size = self.block = self.draws = 0
         held = min(self.order, capacity + self.width)
-        # Each column in one piece, so that the first few are read without the others.
+        # Columns are contiguous, so that the first few can be read without the others.
         self.columns = torch.zeros(held, self.order, dtype=self.dtype, device=self.device).T
         columns = min(self.order, capacity)
         self.projected = torch.zeros(held, columns, dtype=torch.float64, device=self.device)
-        self.norm = self.projected.new_zeros(())  # of the longest product
-        self._host = torch.zeros(0, 0, dtype=torch.float64)  # H at the last look
-        self._scale = 0.0  # of the operator, at the last look
-        self._forgotten = 0.0  # norm of what restarts left out of H
-        self._ranks: list[tuple[Tensor, Tensor]] = []  # not looked at yet
-        self._saved: tuple[int, Tensor, Tensor] | None = None  # size, F and norm at the last look
+        self.norm = self.projected.new_zeros(())  # largest norm of a product
+        self._host = torch.zeros(0, 0, dtype=torch.float64)  # H at the last synchronization
+        self._scale = 0.0  # of the operator, at the last synchronization
+        self._forgotten = 0.0  # norm of what restarts dropped from H
+        self._ranks: list[tuple[Tensor, Tensor]] = []  # not checked yet
+        self._saved: tuple[int, Tensor, Tensor] | None = None  # size, F, norm
 
     @property
     def held(self) -> int:
-        """Columns of Q and F together."""
-        return self.size + self.frontier
+        """Number of columns of Q and F together."""
+        return self.size + self.block
 
-    def start(self, v0: Tensor | None = None) -> None:
-        """Multiply the first block: v0's columns [P, r], and random ones up to the width.
+    def start(self, v0: Tensor | None = None) -> Search[None]:
+        """Multiply the first block: v0's columns [P, r], and random ones up to the width b.
 
-        Of more columns than the width, every width-th are added up, at length 1 each.
+        If v0 has more columns than the block, columns i, i + b, i + 2b, ... are normalized and
+        summed.
         """
-        run(self.operator, self.starting(v0))
-
-    def starting(self, v0: Tensor | None = None) -> Search[None]:
-        """`start`, as a search that asks for its product."""
         if v0 is not None:
             unit = _unit(v0.to(self.columns))
             sums = [unit[:, i :: self.width].sum(1) for i in range(self.width)]
@@ -142,30 +140,30 @@ class Basis:
             if folded.shape[1] == 0:
                 raise checks.invalid("v0", "a vector other than zero", "all zeros")
             self._append(self._directions(folded, 1.0)[0])
-        self._append(self._fresh(self.width - self.frontier))
-        yield from self.growing()
+        self._append(self._fresh(self.width - self.block))
+        yield from self.expand()
 
-    def forming(self) -> Search[None]:
-        """Multiply all unit vectors, as the first block: H is then the matrix itself."""
+    def form(self) -> Search[None]:
+        """Multiply all unit vectors as the first block, so that H is the matrix itself."""
         units = torch.zeros(self.order, self.order, dtype=self.dtype, device=self.device)
         self._append(units.fill_diagonal_(1))
-        yield from self.growing()
+        yield from self.expand()
 
-    def growing(self, count: int | None = None, wait: bool = True) -> Search[None]:
+    def expand(self, count: int | None = None, wait: bool = True) -> Search[None]:
         """Multiply the first `count` directions of F, and append those that follow them.
 
         Args:
             count: None for all.
-            wait: whether to settle the rank of what follows at once.
+            wait: whether to determine the rank of the directions that follow at once.
         """
-        count = self.frontier if count is None else count
+        count = self.block if count is None else count
         old, held = self.size, self.held
         block = self.columns[:, old : old + count]
         product = yield from self.multiplied(block, wait)
         self.norm = torch.maximum(self.norm, _norms(product).max())
         rest, rows = self._orthogonalize(product, held)
         del product
-        self.size, self.frontier = old + count, held - old - count
+        self.size, self.block = old + count, held - old - count
         self.projected[:held, old : self.size] = rows
         if wait:
             following, coupling = self._following(rest)
@@ -175,7 +173,7 @@ class Basis:
         del rest
         self._append(following)
         self.projected[held : self.held, old : self.size] = coupling
-        if self.frontier == 0:  # Q spans an invariant subspace
+        if self.block == 0:  # Q spans an invariant subspace
             self._append(self._fresh(min(self.width, self.order - self.size)))
 
     def multiplied(self, vectors: Tensor, check: bool = True) -> Search[Tensor]:
@@ -187,16 +185,16 @@ class Basis:
 
     @property
     def complete(self) -> bool:
-        """Whether Q spans everything, so that the operator is known: A = Q H Q^T."""
+        """Whether Q spans the entire space, so that A = Q H Q^T."""
         return self.size == self.order
 
-    def known_product(self, vectors: Tensor) -> Tensor:
-        """A @ vectors [P, r] in float64, of a complete basis at the last look."""
+    def complete_product(self, vectors: Tensor) -> Tensor:
+        """A @ vectors [P, r] in float64, without a product, of a complete basis."""
         columns = self.columns[:, : self.size].double()
         return columns @ (self._host.to(columns) @ (columns.T @ vectors.double()))
 
-    def look(self) -> None:
-        """Fetch H, and settle what the steps since the last look left open.
+    def synchronize(self) -> None:
+        """Fetch H, and check the steps since the last synchronization.
 
         Raises:
             ValueError: products that are not finite, or not those of a symmetric operator.
@@ -209,12 +207,12 @@ class Basis:
         lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
         self._ranks.clear()
         if lost and self._saved is not None:
-            self.careful = True
-            self.size, frontier, self.norm = self._saved
+            self.eager = True
+            self.size, block, self.norm = self._saved
             self.projected[:, self.size :] = 0
             self.projected[self.size :] = 0
-            self.frontier = 0
-            self._append(frontier)
+            self.block = 0
+            self._append(block)
             self.projected[: self.held, : self.size] = self._host.to(self.device)
         else:
             self._host, self._scale = matrix, scale
@@ -223,7 +221,7 @@ class Basis:
         self._saved = None
 
     def _fetched(self) -> tuple[Tensor, float, list[tuple[Tensor, Tensor]]]:
-        """H, the longest product's norm, and what `_extend` said of steps, in one transfer."""
+        """H, the largest norm of a product, and the results of `_extend`, in one transfer."""
         parts = [self.projected[: self.held, : self.size], self.norm]
         parts += [part for rank in self._ranks for part in rank]
         flat = torch.cat([part.double().flatten() for part in parts]).cpu()
@@ -234,13 +232,13 @@ class Basis:
         )
         return matrix.clone(), float(norm), list(zip(others[::2], others[1::2], strict=True))
 
-    def remember(self) -> None:
-        """Keep F, so that steps that do not wait can be taken back; after a look."""
-        frontier = self.columns[:, self.size : self.held].clone()
-        self._saved = (self.size, frontier, self.norm)
+    def snapshot(self) -> None:
+        """Keep F, so that steps that do not wait can be undone; after `synchronize`."""
+        block = self.columns[:, self.size : self.held].clone()
+        self._saved = (self.size, block, self.norm)
 
     def ritz(self, which: str) -> Ritz:
-        """The Ritz pairs at the last look, wanted first."""
+        """The Ritz pairs at the last synchronization, wanted first."""
         square = self._host[: self.size]
         symmetric = (square + square.T) / 2
         values, vectors = torch.linalg.eigh(symmetric)
@@ -252,60 +250,61 @@ class Basis:
 
     @property
     def rounding(self) -> float:
-        """Norm under which residuals at the last look are rounding."""
+        """Norm below which residuals are rounding."""
         return ROUNDING * torch.finfo(self.dtype).eps * self._scale + self._forgotten
 
-    def turn(self, vectors: Tensor) -> int:
-        """Turn F so that the residuals of Ritz vectors [m, r] are in its first r directions.
+    def rotate(self, vectors: Tensor) -> int:
+        """Rotate F so that the residuals of Ritz vectors [m, r] lie in its first r directions.
 
         Returns:
-            how many directions to multiply next: r, or all of F.
+            the number of directions to multiply next: r, or all of F.
         """
         count = vectors.shape[1]
-        if count >= self.frontier:
-            return self.frontier
+        if count >= self.block:
+            return self.block
         couplings = self._host[self.size :]
-        turn = torch.linalg.qr(couplings @ vectors, mode="complete")[0]  # [f, f]
-        frontier = self.columns[:, self.size : self.held]
-        frontier.copy_(frontier @ turn.to(frontier))
-        self._host[self.size :] = turn.T @ couplings
+        rotation = torch.linalg.qr(couplings @ vectors, mode="complete")[0]  # [f, f]
+        block = self.columns[:, self.size : self.held]
+        block.copy_(block @ rotation.to(block))
+        self._host[self.size :] = rotation.T @ couplings
         self.projected[: self.held, : self.size] = self._host.to(self.device)
         return count
 
     def restart(self, ritz: Ritz, keep: int) -> None:
-        """Keep the first `keep` Ritz vectors, with their couplings to F; after a look."""
+        """Keep the first `keep` Ritz vectors, with their couplings to F; after `synchronize`."""
         used, chosen = self.columns[:, : self.size], ritz.vectors[:, :keep]
-        frontier = self.columns[:, self.size : self.held].clone()
-        # Q is orthonormal up to rounding, which would grow with every restart.
+        block = self.columns[:, self.size : self.held].clone()
+        # Q is orthonormal up to rounding, which would grow with every restart: Cholesky of its Gram
+        # matrix makes the rotated vectors orthonormal again.
         gram = (used.T @ used).double().cpu()
         factor = torch.linalg.cholesky(chosen.T @ gram @ chosen)
-        turn = torch.linalg.solve_triangular(factor, chosen.T, upper=False).T.to(used)
+        rotation = torch.linalg.solve_triangular(factor, chosen.T, upper=False).T.to(used)
         height = max(1, scratch_of(self.device).rotated // self.size)
         for i in range(0, self.order, height):
-            used[i : i + height, :keep] = used[i : i + height] @ turn
-        frontier, _ = self._orthogonalize(frontier, keep)
-        frontier, triangle = qr(frontier)
+            used[i : i + height, :keep] = used[i : i + height] @ rotation
+        block, _ = self._orthogonalize(block, keep)
+        block, triangle = qr(block)
         couplings = triangle.double().cpu() @ (self._host[self.size :] @ chosen)
-        # What H lacks in symmetry leads out of the vectors kept, and is forgotten.
+        # The asymmetric part of H leads to the vectors dropped: from now on it counts as rounding.
         self._forgotten += float(ritz.skews[:keep].norm())
-        self.size, self.frontier = keep, 0
-        self._append(frontier)
+        self.size, self.block = keep, 0
+        self._append(block)
         self.projected.zero_()
         self.projected.diagonal()[:keep] = ritz.values[:keep].to(self.device)
         self.projected[keep : self.held, :keep] = couplings.to(self.device)
         self._host = self.projected[: self.held, :keep].cpu().clone()
 
     def _append(self, directions: Tensor) -> None:
-        """Put directions at the end of F, where they are not coupled to Q yet."""
+        """Append directions to F, not coupled to Q yet."""
         old = self.held
-        self.frontier += directions.shape[1]
+        self.block += directions.shape[1]
         self.columns[:, old : self.held] = directions
 
     def _orthogonalize(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them.
 
-        In two passes: one leaves ghosts, copies of converged eigenvalues. The second also makes
-        up for the rounding of the first's coordinates.
+        In two passes: one leaves ghosts, copies of converged eigenvalues. The second also corrects
+        the rounding of the first's coordinates.
         """
         used = self.columns[:, :held]
         coordinates = used.T @ vectors
@@ -317,9 +316,9 @@ class Basis:
     def _extend(self, rest: Tensor, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
 
-        A short or nearly dependent column of rest is mostly rounding: after the factorization
-        one pass more. Soundness is the least share of a direction that this pass leaves; 0 where
-        a factorization that waits for nothing does not hold.
+        A short or nearly dependent column of rest is mostly rounding, hence one more pass after the
+        factorization. Soundness is the least norm of a direction after this pass; 0 where a
+        factorization that does not wait failed.
         """
         used = self.columns[:, : self.held]
         quick = not wait and is_gpu(self.device)
@@ -332,15 +331,16 @@ class Basis:
         return q, second.double() @ first.double(), sound
 
     def _full_rank(self, coupling: Tensor, sound: Tensor, scale: float) -> bool:
-        """Whether directions found by `_extend` are more than rounding; waits for them."""
+        """Whether the directions of `_extend` are more than rounding; waits for them."""
         lengths = torch.linalg.svdvals(coupling.cpu())
+        # A direction that lost more than half of its length in one pass was mostly rounding.
         return float(lengths[-1]) > self._least(scale) and float(sound) > 0.5
 
     def _least(self, scale: float) -> float:
         return ROUNDING * torch.finfo(self.dtype).eps * scale
 
     def _following(self, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions of rest [P, r] and its coordinates in them, without those of rounding."""
+        """Directions of rest [P, r], and its coordinates in them, without rounding."""
         scale = max(float(self.norm), float(self.projected.abs().max()))
         if self.order - self.held >= rest.shape[1]:
             q, coupling, sound = self._extend(rest, wait=True)
@@ -351,13 +351,13 @@ class Basis:
     def _directions(self, rest: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Orthonormal directions [P, s] of rest [P, r], and its coordinates in them [s, r].
 
-        Directions along which rest is rounding of products of norm `scale` are left out. Rest is
+        Directions along which rest is rounding of products of norm `scale` are omitted. Rest is
         overwritten.
         """
         q, triangle = qr(rest)
         left, lengths, right = torch.linalg.svd(triangle.double().cpu())
         kept = lengths > self._least(scale)
-        # What little is left of a product is mostly rounding: one pass more.
+        # The small remainder of a product is mostly rounding: one more pass.
         turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
         del q
         directions, _ = self._orthogonalize(turned, self.held)

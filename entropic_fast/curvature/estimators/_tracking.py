@@ -12,8 +12,9 @@ from ..._utils import checks
 from ..._utils.results import Eigenpairs
 from ...ops.random_bits import streams as random
 from ..operators._linear_operator import require_operator
-from ._block_lanczos import capacity, limited_by, require_converged, ritz_vectors, solve
-from ._krylov_basis import Basis
+from ._block_lanczos import block_lanczos, capacity, limited_by, require_converged, ritz_vectors
+from ._krylov_basis import KrylovBasis
+from ._searches import run
 
 # Pairs returned at most: a block of them costs a trace that leaves them out one call.
 KEPT = 8
@@ -62,9 +63,10 @@ def tracked_eigenpairs(
     3.0
     """
     size, dtype, device = require_operator(operator)
-    basis = Basis(operator, capacity(1, 1, size, dtype, device), seed)
-    basis.start(None if start is None else _first_vector(start, basis, seed, guarded))
-    first = solve(basis, 1, "LA", tol, max_matvecs=max_matvecs)
+    basis = KrylovBasis(operator, capacity(1, 1, size, dtype, device), seed)
+    v0 = None if start is None else _first_vector(start, basis, seed, guarded)
+    run(operator, basis.start(v0))
+    first = run(operator, block_lanczos(basis, 1, "LA", tol, max_matvecs=max_matvecs))
     ritz = basis.ritz("LA")
     kept = min(KEPT, basis.size)
     require_converged(first, "tracked_eigenpairs", limited_by(basis, max_matvecs))
@@ -81,7 +83,7 @@ def tracked_eigenpairs(
     )
 
 
-def _first_vector(start: Eigenpairs, basis: Basis, seed: int, guarded: bool) -> Tensor:
+def _first_vector(start: Eigenpairs, basis: KrylovBasis, seed: int, guarded: bool) -> Tensor:
     """Columns that the basis adds up, at length 1 each.  # [P, r]"""
     if not isinstance(start, Eigenpairs) or len(start.vectors) != basis.order:
         got = start.vectors if isinstance(start, Eigenpairs) else start

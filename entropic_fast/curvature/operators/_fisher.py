@@ -17,8 +17,9 @@ from ..._utils.results import Eigenpairs
 from ..._utils.workspace import scratch_of
 from ...objective import Objective
 from ...objective._objective import require_objective
-from ..estimators._block_lanczos import require_converged, solve
-from ..estimators._krylov_basis import Basis
+from ..estimators._block_lanczos import block_lanczos, require_converged
+from ..estimators._krylov_basis import KrylovBasis
+from ..estimators._searches import run
 from ..per_example._chunks import ExampleGradients
 from ._base import CurvatureOperator
 
@@ -212,9 +213,10 @@ def fisher_eigenvalues(
         if not str(error).startswith("memory_budget:"):
             raise
         raise ValueError(f"{error}; of the budget, the basis takes the rest") from error
-    basis = Basis(operator, capacity, seed, width)
-    basis.start()
-    pairs = solve(basis, k, "LA", tol, narrow=False, max_products=max_passes)
+    basis = KrylovBasis(operator, capacity, seed, width)
+    run(operator, basis.start())
+    search = block_lanczos(basis, k, "LA", tol, narrow=False, max_products=max_passes)
+    pairs = run(operator, search)
     logger.info(
         "%d Fisher eigenvalues: %d passes with blocks of %d, a basis of at most %d vectors",
         *(k, operator.passes, width, capacity),

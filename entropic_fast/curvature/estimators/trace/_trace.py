@@ -18,7 +18,13 @@ from ...per_example._scores import grouping
 from .._probes import BLOCK, MIN_SAMPLES, judged, precise
 from ._deflation import Complement, deflation_basis
 from .gauss_newton import ggn_trace, quick_ggn_trace
-from .hutchinson import Hutchinson, Measure, exact_trace, shares, whole
+from .hutchinson import (
+    Hutchinson,
+    TraceIntegrand,
+    block_quadratic_forms,
+    exact_trace,
+    quadratic_form,
+)
 from .hutchpp import hutchpp
 from .xtrace import xtrace
 
@@ -119,11 +125,11 @@ def hessian_trace(
     names = list(dict.fromkeys(map(key, sizes)))
     groups = [names.index(key(name)) for name in sizes]
     with without_shift(operator) as (sampled, shift):
-        measure = shares(sampled, list(sizes.values()), groups)
+        integrand = block_quadratic_forms(sampled, list(sizes.values()), groups)
         known = torch.zeros(len(names), dtype=torch.float64)
         for group, size in zip(groups, sizes.values(), strict=True):
             known[group] += shift * size
-        found = _traces(sampled, measure, probes, tol, seed, method, deflate, known)
+        found = _traces(sampled, integrand, probes, tol, seed, method, deflate, known)
     return dict(zip(names, found, strict=True))
 
 
@@ -143,17 +149,23 @@ def _beside_gauss_newton(
     if exact:
         known = ggn_trace(obj.data_term(), theta)
 
-    def measure(vectors: Tensor) -> Tensor:
+    def integrand(vectors: Tensor) -> Tensor:
         return operator.network_forms(vectors).cpu()[:, None]
 
-    sampler = Hutchinson(operator, measure, seed, basis)
-    others = sampler.exact + operator.shift * len(theta)
-    sampler.exact, sampler.exact_error = others + known.value, 0.0 if exact else known.std_error
+    sampler = Hutchinson(operator, integrand, seed, basis)
+    others = sampler.deflated_trace + operator.shift * len(theta)
+    sampler.deflated_trace, sampler.deflated_std_error = (
+        others + known.value,
+        0.0 if exact else known.std_error,
+    )
     sampler.sample_until(tol, probes)
-    if tol is not None and sampler.exact_error and not precise(sampler.total(), tol):
-        sampler.exact, sampler.exact_error = others + ggn_trace(obj.data_term(), theta).value, 0.0
+    if tol is not None and sampler.deflated_std_error and not precise(sampler.total(), tol):
+        sampler.deflated_trace, sampler.deflated_std_error = (
+            others + ggn_trace(obj.data_term(), theta).value,
+            0.0,
+        )
         sampler.sample_until(tol, probes)
-    return judged(sampler.each(), sampler.total(), tol)[0]
+    return judged(sampler.estimates(), sampler.total(), tol)[0]
 
 
 @full_precision()
@@ -212,14 +224,14 @@ def operator_trace(
     basis = _checked(operator, probes, tol, deflate)
     with without_shift(operator) as (sampled, shift):
         known = torch.tensor([shift * len(basis)], dtype=torch.float64)
-        measure = whole(sampled)
+        integrand = quadratic_form(sampled)
         if method != "xtrace":
-            return _traces(sampled, measure, probes, tol, seed, method, deflate, known)[0]
+            return _traces(sampled, integrand, probes, tol, seed, method, deflate, known)[0]
         if _exact_is_cheaper(len(basis), probes, tol):
-            return exact_trace(measure, sampled, known)[0]
+            return exact_trace(integrand, sampled, known)[0]
         rest = sampled
         if basis.shape[1]:
-            known += Hutchinson(sampled, measure, seed, basis).exact.sum()
+            known += Hutchinson(sampled, integrand, seed, basis).deflated_trace.sum()
             rest = Complement(sampled, basis)
         found = xtrace(rest, probes, tol, seed, float(known))
         return judged([found], found, tol)[0]
@@ -227,7 +239,7 @@ def operator_trace(
 
 def _traces(
     operator: Any,
-    measure: Measure,
+    integrand: TraceIntegrand,
     probes: int,
     tol: float | None,
     seed: int,
@@ -239,16 +251,16 @@ def _traces(
     checks.one_of("method", method, METHODS)
     basis = _checked(operator, probes, tol, deflate)
     if method == "hutchinson":
-        sampler = Hutchinson(operator, measure, seed, basis)
-        sampler.exact = sampler.exact + known
+        sampler = Hutchinson(operator, integrand, seed, basis)
+        sampler.deflated_trace = sampler.deflated_trace + known
         sampler.sample_until(tol, probes)
-        return judged(sampler.each(), sampler.total(), tol)
+        return judged(sampler.estimates(), sampler.total(), tol)
     if _exact_is_cheaper(len(basis), probes, tol):
-        return exact_trace(measure, operator, known)
-    sampler = Hutchinson(operator, measure, seed, basis)
-    sampler.exact = sampler.exact + known
+        return exact_trace(integrand, operator, known)
+    sampler = Hutchinson(operator, integrand, seed, basis)
+    sampler.deflated_trace = sampler.deflated_trace + known
     hutchpp(sampler, operator, probes, tol, seed)
-    found = [Estimate(e.value, e.std_error, sampler.spent) for e in sampler.each()]
+    found = [Estimate(e.value, e.std_error, sampler.matvecs) for e in sampler.estimates()]
     return judged(found, sampler.total(), tol)
 
 

@@ -15,15 +15,15 @@ from ._deflation import project_out
 
 # Vectors [P, K] to numbers [K, L] that are quadratic in them, in float64 on the CPU, which over
 # vectors with E v v^T = I average to L traces.
-Measure = Callable[[Tensor], Tensor]
+TraceIntegrand = Callable[[Tensor], Tensor]
 
 
-def whole(operator: Any) -> Measure:
+def quadratic_form(operator: Any) -> TraceIntegrand:
     """v^T A v, which averages to the trace (L = 1)."""
     return lambda vectors: quadratic_forms(operator, vectors).cpu()[:, None]
 
 
-def shares(operator: Any, sizes: list[int], groups: list[int]) -> Measure:
+def block_quadratic_forms(operator: Any, sizes: list[int], groups: list[int]) -> TraceIntegrand:
     """The parts of v^T (A v) in L groups of entries, which average to the blocks' traces.
 
     Args:
@@ -31,7 +31,7 @@ def shares(operator: Any, sizes: list[int], groups: list[int]) -> Measure:
         groups: the group of each piece, 0 to L - 1.
     """
 
-    def measure(vectors: Tensor) -> Tensor:
+    def integrand(vectors: Tensor) -> Tensor:
         products = multiply(operator, vectors)
         found = products.new_zeros(max(groups) + 1, vectors.shape[1], dtype=torch.float64)
         pieces = zip(
@@ -41,7 +41,7 @@ def shares(operator: Any, sizes: list[int], groups: list[int]) -> Measure:
             found[group] += (v.double() * product.double()).sum(0)
         return found.T.cpu()
 
-    return measure
+    return integrand
 
 
 class Hutchinson:
@@ -63,23 +63,23 @@ class Hutchinson:
         spent: vectors measured so far, without the given columns of Q.
     """
 
-    def __init__(self, operator: Any, measure: Measure, seed: int, basis: Tensor) -> None:
+    def __init__(self, operator: Any, integrand: TraceIntegrand, seed: int, basis: Tensor) -> None:
         self.size, self.dtype, self.device = require_operator(operator)
         self.width = block_width(self.size, self.dtype, self.device)
-        self.measure, self.seed = measure, seed
-        self.basis, self.exact = basis[:, :0], torch.zeros(1, dtype=torch.float64)
-        self.exact_error = 0.0
-        self.spent = -basis.shape[1]
-        self.take_out(basis)
+        self.integrand, self.seed = integrand, seed
+        self.basis, self.deflated_trace = basis[:, :0], torch.zeros(1, dtype=torch.float64)
+        self.deflated_std_error = 0.0
+        self.matvecs = -basis.shape[1]
+        self.deflate(basis)
 
-    def take_out(self, columns: Tensor) -> None:
+    def deflate(self, columns: Tensor) -> None:
         """Put columns [P, s], orthonormal and orthogonal to the basis, into the exact part."""
         for i in range(0, columns.shape[1], self.width):
             block = columns[:, i : i + self.width].contiguous()
-            self.exact = self.exact + self.measure(block).sum(0)
+            self.deflated_trace = self.deflated_trace + self.integrand(block).sum(0)
         # A first basis needs no copy.
         self.basis = torch.cat([self.basis, columns], 1) if self.basis.shape[1] else columns
-        self.spent += columns.shape[1]
+        self.matvecs += columns.shape[1]
         self.samples = torch.zeros(0, 1, dtype=torch.float64)
 
     def sample(self, count: int) -> None:
@@ -88,10 +88,10 @@ class Hutchinson:
         while done < last:
             taken = range(done, min(done + self.width, last))
             signs = sign_vectors(self.size, self.seed, taken, self.dtype, self.device)
-            found = self.measure(project_out(self.basis, signs))
+            found = self.integrand(project_out(self.basis, signs))
             self.samples = torch.cat([self.samples, found]) if done else found
             done = taken.stop
-            self.spent += len(taken)
+            self.matvecs += len(taken)
 
     def sample_until(self, tol: float | None, most: int) -> None:
         """Samples up to `most` in all, fewer if the standard error of their sum meets tol."""
@@ -108,21 +108,23 @@ class Hutchinson:
 
     def total(self) -> Estimate:
         """The whole trace; `probes` are the samples."""
-        return mean_estimate(self.samples.sum(1), float(self.exact.sum()), self.exact_error)
+        return mean_estimate(
+            self.samples.sum(1), float(self.deflated_trace.sum()), self.deflated_std_error
+        )
 
-    def each(self) -> list[Estimate]:
+    def estimates(self) -> list[Estimate]:
         """The L traces."""
-        exact = self.exact.expand(self.samples.shape[1]).tolist()
-        error = self.exact_error
+        exact = self.deflated_trace.expand(self.samples.shape[1]).tolist()
+        error = self.deflated_std_error
         return [mean_estimate(s, e, error) for s, e in zip(self.samples.T, exact, strict=True)]
 
 
-def exact_trace(measure: Measure, operator: Any, known: Tensor) -> list[Estimate]:
+def exact_trace(integrand: TraceIntegrand, operator: Any, known: Tensor) -> list[Estimate]:
     """The L traces from all P unit vectors, each with what is known besides: exact."""
     size, dtype, device = require_operator(operator)
     total = known
     for start in range(0, size, BLOCK):
         units = torch.zeros(size, min(BLOCK, size - start), dtype=dtype, device=device)
         units[start : start + BLOCK].fill_diagonal_(1)
-        total = total + measure(units).sum(0)
+        total = total + integrand(units).sum(0)
     return [Estimate(value, 0.0, size) for value in total.tolist()]

@@ -36,12 +36,12 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
     checks.integer("probes", probes, FEWEST)
     if tol is None:
         _sketch(sampler, operator, 0, probes // FEWEST, seed)
-        sampler.sample(probes - sampler.spent)
+        sampler.sample(probes - sampler.matvecs)
         return
     sketched = 0
     while True:
         wanted = min(2 * sketched or BLOCK, sampler.size)
-        room = (probes - sampler.spent - MIN_SAMPLES) // 2
+        room = (probes - sampler.matvecs - MIN_SAMPLES) // 2
         if wanted == sketched or wanted - sketched > room:
             break
         _sketch(sampler, operator, sketched, wanted, seed)
@@ -49,7 +49,7 @@ def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, 
         sampler.sample(MIN_SAMPLES)
         if _needed(sampler, tol) <= 2 * sketched:
             break
-    sampler.sample_until(tol, probes - sampler.spent + len(sampler.samples))
+    sampler.sample_until(tol, probes - sampler.matvecs + len(sampler.samples))
 
 
 def _sketch(sampler: Hutchinson, operator: Any, start: int, stop: int, seed: int) -> None:
@@ -59,8 +59,8 @@ def _sketch(sampler: Hutchinson, operator: Any, start: int, stop: int, seed: int
     for i in range(start, stop, BLOCK):
         taken = range(i, min(i + BLOCK, stop))
         signs = sign_vectors(sampler.size, key, taken, sampler.dtype, sampler.device)
-        sampler.take_out(new_directions(multiply(operator, signs), sampler.basis))
-        sampler.spent += len(taken)
+        sampler.deflate(new_directions(multiply(operator, signs), sampler.basis))
+        sampler.matvecs += len(taken)
 
 
 def _needed(sampler: Hutchinson, tol: float) -> float:
