@@ -185,7 +185,7 @@ def test_probes_resnet18(provenance: dict[str, Any], tmp_path: Path) -> None:
     }
     record = {**problem.facts(provenance), **table(found, **units)}
     store("hessian-probes-resnet18", record, tmp_path)
-    assert found.values["ours, hessian_trace, 8 probes"].probes == BLOCK
+    assert found.values["ours, hessian_trace, 8 probes"].samples == BLOCK
 
 
 def trained_problem(examples: int, seed: int = 0) -> Problem:
@@ -223,8 +223,8 @@ def test_trace(provenance: dict[str, Any], tmp_path: Path) -> None:
     plain = hessian_trace(objective, probes=few)
     needed = {
         "Hutchinson": max(few, int(few * (plain.std_error / (tol * plain.value)) ** 2)),
-        "Hutch++": estimates["ours, Hutch++"].probes,
-        "XTrace": estimates["ours, XTrace"].probes,
+        "Hutch++": estimates["ours, Hutch++"].matvecs,
+        "XTrace": estimates["ours, XTrace"].matvecs,
     }
     for name, estimate in estimates.items():
         gap = abs(estimate.value - plain.value)
@@ -233,7 +233,7 @@ def test_trace(provenance: dict[str, Any], tmp_path: Path) -> None:
         **problem.facts(provenance),
         "tol": tol,
         "products needed": needed,
-        "estimates": {n: [e.value, e.std_error, e.probes] for n, e in estimates.items()},
+        "estimates": {n: [e.value, e.std_error, e.matvecs] for n, e in estimates.items()},
         "peers in all": {
             n: found.median(n) * min(needed[e] for e in OFFERED.get(n.split(",")[0], OFFERED[""]))
             for n in peers

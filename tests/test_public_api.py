@@ -160,7 +160,7 @@ def test_objects_hold_what_the_contract_names():
         assert (operator @ theta).shape == (8,)
         assert (operator @ torch.stack((theta, theta), 1)).shape == (8, 2)
     estimate = ef.hessian_trace(obj, probes=4)
-    assert (estimate.probes, estimate.std_error >= 0) == (4, True)
+    assert (estimate.samples, estimate.std_error >= 0) == (4, True)
     pairs = ef.top_eigenvalues(operator, k=2)
     shapes = (pairs.values.shape, pairs.vectors.shape, pairs.residuals.shape)
     assert shapes == ((2,), (8, 2), (2,))

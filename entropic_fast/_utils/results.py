@@ -36,11 +36,11 @@ class Estimate:
         std_error: standard error of `value` over the samples; NaN from a single sample,
             0.0 for a quantity computed exactly. It is an estimate too: from 8 samples twice it
             covers 92 % of the time (Student's t), from 30 or more 95 %.
-        probes: number of samples averaged (probe vectors, or examples); vectors multiplied in
-            all, for methods that multiply others too.
+        samples: number of values averaged (probe vectors, examples or replicas).
         quadrature: estimate of an error that more samples do not lessen, that of too few Lanczos
             steps in traces of functions (`Density.trace`); 0.0 for means without one.
         converged: False where a tolerance was asked for and missed.
+        matvecs: number of vectors multiplied; 0 if none.
 
     >>> print(Estimate(2.5, 0.25, 16))
     2.5 ± 0.25 (16 samples)
@@ -50,9 +50,28 @@ class Estimate:
 
     value: float
     std_error: float
-    probes: int
+    samples: int
     quadrature: float = 0.0
     converged: bool = True
+    matvecs: int = 0
+
+    @classmethod
+    def from_samples(
+        cls, samples: Tensor, exact: float = 0.0, exact_std_error: float = 0.0, matvecs: int = 0
+    ) -> Estimate:
+        """`exact` plus the mean of independent samples [n].
+
+        >>> print(Estimate.from_samples(torch.tensor([1.0, 3.0]), exact=10.0))
+        12 ± 1 (2 samples)
+        """
+        values = samples.tolist()
+        n = len(values)
+        mean = math.fsum(values) / n
+        error = math.nan
+        if n > 1:
+            variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
+            error = math.hypot(math.sqrt(variance / n), exact_std_error)
+        return cls(exact + mean, error, n, matvecs=matvecs)
 
     @property
     def error(self) -> float:
@@ -62,7 +81,7 @@ class Estimate:
     def __str__(self) -> str:
         other = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
         said = "" if self.converged else f", {NOT_CONVERGED}"
-        return f"{self.value:.6g} ± {self.std_error:.2g}{other} ({self.probes} samples){said}"
+        return f"{self.value:.6g} ± {self.std_error:.2g}{other} ({self.samples} samples){said}"
 
     def __float__(self) -> float:
         return self.value
@@ -71,7 +90,7 @@ class Estimate:
         rows: list[tuple[str, object]] = [
             ("value", self.value),
             ("standard error", self.std_error),
-            ("samples", self.probes),
+            ("samples", self.samples),
         ]
         if self.quadrature:
             rows.insert(2, ("error of quadrature", self.quadrature))
@@ -87,18 +106,18 @@ class Diagonal:
     Attributes:
         value: the estimate, in float64.  # [P]
         std_error: standard error of each entry; NaN from a single probe.  # [P]
-        probes: number of probes averaged.
+        samples: number of probes averaged.
     """
 
     value: Tensor
     std_error: Tensor
-    probes: int
+    samples: int
 
     def __repr__(self) -> str:
         error = float(torch.linalg.vector_norm(self.std_error))
         return (
             f"Diagonal(P={len(self.value)}, sum {float(self.value.sum()):.6g}, "
-            f"norm of the standard errors {error:.2g}, {self.probes} probes)"
+            f"norm of the standard errors {error:.2g}, {self.samples} probes)"
         )
 
 

@@ -8,7 +8,7 @@ from .estimators._diagonal import hessian_diagonal, operator_diagonal
 from .estimators._eigenvalues import top_eigenvalues
 from .estimators._log_determinant import density_log_determinant, log_determinant
 from .estimators._tracking import tracked_eigenpairs
-from .estimators.trace._trace import hessian_trace, operator_trace
+from .estimators.trace import hessian_trace, operator_trace
 from .estimators.trace.gauss_newton import ggn_trace
 from .operators._fisher import FisherOperator, fisher_eigenvalues
 from .operators._jacobian import JacobianOperator

@@ -24,7 +24,7 @@ from .estimators._density import density_and_pairs
 from .estimators._krylov_basis import ROUNDING
 from .estimators._log_determinant import density_log_determinant
 from .estimators._tracking import KEPT, tracked_eigenpairs
-from .estimators.trace._trace import DEFAULT_PROBES, operator_trace
+from .estimators.trace import DEFAULT_PROBES, operator_trace
 from .operators._second_order import HessianOperator
 from .per_example._norms import fisher_trace
 
@@ -380,7 +380,7 @@ class _Hessian:
         # Any directions serve that do not depend on the signs; the density knows its best.
         known = self.pairs if self._quadrature is None else self._quadrature[1]
         estimate = operator_trace(self.operator, self._probes, seed=self._seed, deflate=known)
-        self.forms += estimate.probes + (0 if known is None else known.vectors.shape[1])
+        self.forms += estimate.matvecs
         return estimate
 
 

@@ -24,7 +24,7 @@ from ._at_point import (
     measure_point,
     require_quantities,
 )
-from .estimators.trace._trace import DEFAULT_PROBES
+from .estimators.trace import DEFAULT_PROBES
 from .operators._linear_operator import NonFiniteProductError
 
 

@@ -12,7 +12,7 @@ import entropic_fast as ef
 from entropic_fast._torch import tall_qr as tall
 from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature.estimators import _block_lanczos as krylov
-from entropic_fast.curvature.estimators.trace import gauss_newton as ggn
+from entropic_fast.curvature.estimators.trace import _output_factors as ggn
 
 DEVICE = "emulated:0"
 
@@ -165,7 +165,7 @@ def test_factors_of_weighted_targets_multiply_to_each_hessian(
     obj = ef.Objective(model, LOSSES[loss], (x, y), device=DEVICE)
     monkeypatch.setattr(torch.linalg, "eigh", None)
     batch = next(iter(obj.batches()))
-    directions, signs = (t.cpu() for t in ggn._factors(obj, obj.parameters_vector(), batch))
+    directions, signs = (t.cpu() for t in ggn.output_factors(obj, obj.parameters_vector(), batch))
     found = torch.einsum(
         "nrk,nr,nrl->nkl", directions.double(), signs.double(), directions.double()
     )

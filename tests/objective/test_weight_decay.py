@@ -84,7 +84,7 @@ def test_traces_differ_by_exactly_the_decay(method: str, deflated: bool):
     with_decay, without = (ef.hessian_trace(o, **options) for o in (obj, plain))
     assert with_decay.value == pytest.approx(without.value + DECAY * obj.num_params, rel=1e-12)
     assert with_decay.std_error == pytest.approx(without.std_error, rel=1e-12)
-    assert with_decay.probes == without.probes
+    assert with_decay.samples == without.samples
     if method != "gauss-newton":
         operator = ef.HessianOperator(obj)
         again = ef.operator_trace(operator, **options)
@@ -110,7 +110,7 @@ def test_traces_by_module_and_tolerance():
         ef.ggn_trace(plain).value + DECAY * obj.num_params, rel=1e-12
     )
     # The tolerance is of the sum, most of which is known.
-    assert ef.hessian_trace(obj, probes=500, tol=0.05).probes <= 500
+    assert ef.hessian_trace(obj, probes=500, tol=0.05).samples <= 500
     exact = ef.operator_trace(ef.HessianOperator(obj), probes=obj.num_params, method="xtrace")
     assert exact.value == pytest.approx(float(matrices(plain)[1].trace()), rel=1e-12)
 

@@ -84,7 +84,7 @@ def operator_diagonal(
     basis = deflation_basis(deflate, operator)
     with without_shift(operator) as (sampled, shift):
         found = _sampled_diagonal(sampled, probes, seed, basis)
-    return Diagonal(found.value + shift, found.std_error, found.probes)
+    return Diagonal(found.value + shift, found.std_error, found.samples)
 
 
 def _sampled_diagonal(operator: Any, probes: int, seed: int, basis: Tensor) -> Diagonal:

@@ -14,8 +14,8 @@ from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs
 from ...objective import Objective
+from .._grouping import GROUPINGS, grouping
 from ..operators._linear_operator import multiply, require_operator
-from ..per_example._scores import GROUPINGS, grouping
 from ._block_lanczos import (
     COMPLETE,
     block_lanczos,

@@ -168,7 +168,7 @@ def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0
         return []
     return [
         f"errors of {found.quadrature:.3g} from {density.nodes.shape[1]} steps against "
-        f"{limits[0]:.3g} and of {found.std_error:.3g} from {found.probes} probes against "
+        f"{limits[0]:.3g} and of {found.std_error:.3g} from {found.samples} probes against "
         f"{limits[1]:.3g}, at logarithms of size {size:.4g} in all; raise {' and '.join(more)}, "
         f"or delta ({delta:.3g})"
     ]

@@ -1,9 +1,8 @@
-"""Random sign vectors, how many at a time, and the mean of what they give."""
+"""Random sign vectors, how many to multiply at once, and the judgment of their mean."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -22,14 +21,14 @@ MIN_SAMPLES = 16
 
 
 def sign_vectors(
-    size: int, seed: int, taken: range, dtype: torch.dtype, device: torch.device
+    size: int, seed: int, indices: range, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Sign vectors number `taken` of a seed, whatever the others taken with them.  # [P, K]"""
-    return random.rademacher_columns(size, seed, taken, dtype=dtype, device=device)
+    """Sign vectors number `indices` of a seed, independent of the others.  # [P, K]"""
+    return random.rademacher_columns(size, seed, indices, dtype=dtype, device=device)
 
 
 def block_width(size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Vectors to take at once, such that four blocks of them fit the memory."""
+    """Vectors to multiply at once, such that four blocks of them fit the memory."""
     fits = resolve_budget(None, device) // (4 * size * torch.finfo(dtype).bits // 8)
     return max(1, min(BLOCK, fits))
 
@@ -43,25 +42,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return total.cpu()
 
 
-def mean_estimate(samples: Tensor, exact: float = 0.0, error: float = 0.0) -> Estimate:
-    """`exact` plus the mean of samples [n]; the standard error of the mean and that of `exact`."""
-    values = samples.tolist()
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(exact + mean, float("nan"), 1)
-    variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
-    return Estimate(exact + mean, math.hypot(math.sqrt(variance / n), error), n)
-
-
 def judged(estimates: list[Estimate], total: Estimate, tol: float | None) -> list[Estimate]:
     """Estimates that say whether their total met its tolerance; a warning if it did not."""
     if tol is None or precise(total, tol):
         return estimates
     warn_not_converged(
         f"trace: a standard error of {total.std_error:.3g} against tol |value| = "
-        f"{tol * abs(total.value):.3g} after {total.probes} samples; raise probes or tol, or take "
-        "out known directions with deflate (tol is relative: where positive and negative "
+        f"{tol * abs(total.value):.3g} after {total.samples} samples; raise probes or tol, or "
+        "deflate known directions (tol is relative: where positive and negative "
         "eigenvalues cancel, judge the standard error by itself)"
     )
     return [dataclasses.replace(estimate, converged=False) for estimate in estimates]

@@ -17,10 +17,9 @@ from ..._utils.results import Estimate
 from ..._utils.workspace import scratch_of
 from ...objective import Objective
 from ...objective._objective import require_objective
-from ..estimators._probes import mean_estimate
+from .._grouping import grouping
 from ._chunks import PassCost, probe_batch, require_finite, rows_made
 from ._engine import PerExampleGradEngine
-from ._scores import grouping
 from .layer_rules import DenseGrad, FactoredGrad
 from .layer_rules._factored_grads import squared_norms
 
@@ -184,6 +183,6 @@ def fisher_trace(
     """
     require_objective(obj)
     if group_by is None:
-        return mean_estimate(gradient_norms(obj, theta, memory_budget=memory_budget))
+        return Estimate.from_samples(gradient_norms(obj, theta, memory_budget=memory_budget))
     norms = gradient_norms(obj, theta, memory_budget=memory_budget, group_by=group_by)
-    return {name: mean_estimate(share) for name, share in norms.items()}
+    return {name: Estimate.from_samples(share) for name, share in norms.items()}

@@ -8,7 +8,6 @@ Schwab, arXiv 2512.06297, figure 2D), which are those of the small Gram matrix S
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -20,12 +19,12 @@ from ..._utils import checks
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ...ops.gram_update import symmetric_update_
+from .._grouping import grouping
 from ._chunks import ExampleGradients
 from ._gram import GramComputation, mirror_lower
 from ._gram_plan import STRATEGIES, ScorePlan
 
 PRODUCTS = ("float64", "float32")
-GROUPINGS = ("parameter", "module")
 
 
 @clean_dispatch_state()
@@ -324,15 +323,6 @@ def score_spectrum_floor(
         sums = max(1.0, (num_params or 0) / 256)
         floor += 8 * torch.finfo(torch.float32).eps * total / sums**0.5
     return floor
-
-
-def grouping(group_by: str | None) -> Callable[[str], str]:
-    """The group that a parameter's name belongs to: one for all, itself, or its module."""
-    if group_by is None:
-        return lambda name: ""
-    if checks.one_of("group_by", group_by, GROUPINGS) == "parameter":
-        return lambda name: name
-    return lambda name: name.rpartition(".")[0]
 
 
 def _second_moment(

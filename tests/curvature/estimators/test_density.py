@@ -92,7 +92,7 @@ def test_traces_of_functions_are_within_their_standard_errors():
         z = []
         for seed in range(60):
             estimate = spectral_density(matrix, probes=20, steps=25, seed=seed).trace(function)
-            assert estimate.probes == 20
+            assert estimate.samples == 20
             z.append((estimate.value - exact) / estimate.std_error)
         assert 0.7 < float(np.std(z)) < 1.5 and abs(float(np.mean(z))) < 0.6
     constant = spectral_density(matrix, probes=3, steps=4).trace(torch.ones_like)

@@ -28,7 +28,7 @@ def test_signs_are_exact_on_a_diagonal_matrix(dtype: torch.dtype, probes: int):
     assert torch.equal(found.value, diagonal.double())
     assert found.value.dtype == found.std_error.dtype == torch.float64
     assert bool(found.std_error.isnan().all()) if probes == 1 else not found.std_error.any()
-    assert found.probes == probes
+    assert found.samples == probes
 
 
 def test_it_is_the_mean_and_the_error_of_the_samples():

@@ -63,7 +63,7 @@ def test_it_is_the_trace_of_the_dense_matrix(case: Case):
     expected = dense(obj).trace()
     estimate = ggn_trace(obj)
     assert estimate.value == pytest.approx(float(expected), rel=1e-9)
-    assert estimate.probes == 5
+    assert estimate.samples == 5
 
 
 @pytest.mark.parametrize("group_by", ["parameter", "module"])
@@ -113,7 +113,7 @@ def test_losses_linear_or_constant_in_the_outputs_have_none():
     model, inputs, targets = by_name("layer norm").build(6)
     for loss in (lambda out, y: out[:, 0], lambda out, y: out.sum(1) * y):
         estimate = ggn_trace(Objective(model, loss, (inputs, targets)))
-        assert (estimate.value, estimate.std_error, estimate.probes) == (0, 0, 6)
+        assert (estimate.value, estimate.std_error, estimate.samples) == (0, 0, 6)
     shares = ggn_trace(
         Objective(model, lambda out, y: out[:, 0], (inputs, targets)), group_by="module"
     )
@@ -221,7 +221,7 @@ def test_a_point_other_than_the_models_own():
 
 def test_one_example():
     estimate = ggn_trace(by_name("raw parameter").objective(1))
-    assert math.isnan(estimate.std_error) and estimate.probes == 1
+    assert math.isnan(estimate.std_error) and estimate.samples == 1
 
 
 def test_half_precision():

@@ -58,7 +58,7 @@ def test_the_trace_is_that_of_all_unit_vectors(name: str):
     deflated = hessian_trace(obj, probes=400, method="gauss-newton", deflate=units[:, :3])
     assert abs(deflated.value - truth) < 4 * deflated.std_error
     loose = hessian_trace(obj, probes=400, tol=0.5, method="gauss-newton")
-    assert loose.probes < 400 and loose.std_error <= 0.5 * abs(loose.value)
+    assert loose.samples < 400 and loose.std_error <= 0.5 * abs(loose.value)
 
 
 def test_a_linear_model_needs_no_probes():

@@ -24,7 +24,7 @@ def test_signs_are_exact_on_a_diagonal_matrix(dtype: torch.dtype, probes: int):
     diagonal = torch.arange(-3.0, 8.0, dtype=dtype)
     estimate = operator_trace(torch.diag(diagonal), probes=probes)
     assert estimate.value == float(diagonal.sum())
-    assert estimate.probes == probes
+    assert estimate.samples == probes
     assert math.isnan(estimate.std_error) if probes == 1 else estimate.std_error == 0
 
 
@@ -77,12 +77,12 @@ def test_probes_do_not_depend_on_the_batch_size():
 
 
 def test_more_probes_extend_the_same_sequence(monkeypatch: pytest.MonkeyPatch):
-    from entropic_fast.curvature.estimators.trace import _trace as trace
+    from entropic_fast.curvature.estimators import _probes
 
     matrix = symmetric(9)
     samples = [float(s @ matrix @ s) for s in (random.rademacher((9,), 3, i) for i in range(10))]
     for block in (1, 3, 8):
-        monkeypatch.setattr(trace, "BLOCK", block)
+        monkeypatch.setattr(_probes, "BLOCK", block)
         for probes in (4, 10):
             got = operator_trace(matrix, probes=probes, seed=3)
             assert got.value == pytest.approx(np.mean(samples[:probes]))
@@ -98,13 +98,13 @@ def test_seeds_give_other_probes():
 def test_tolerance_stops_early_and_never_exceeds_the_probes():
     matrix = symmetric(30) + 20 * torch.eye(30)
     loose = operator_trace(matrix, probes=400, tol=0.01)
-    assert loose.probes < 400 and loose.probes % 8 == 0
+    assert loose.samples < 400 and loose.samples % 8 == 0
     assert loose.std_error <= 0.01 * abs(loose.value)
     assert loose.converged
     with pytest.warns(NotConvergedWarning, match=r"after 20 samples; raise probes or tol"):
         strict = operator_trace(matrix, probes=20, tol=1e-9)
-    assert strict.probes == 20 and not strict.converged
-    assert operator_trace(torch.zeros(3, 3), probes=50, tol=0.1).probes == 16
+    assert strict.samples == 20 and not strict.converged
+    assert operator_trace(torch.zeros(3, 3), probes=50, tol=0.1).samples == 16
 
 
 def test_the_objective_and_its_operator_agree():

@@ -114,7 +114,7 @@ def test_densities_of_small_orders_are_exact(spectrum: str, r: int):
     assert torch.allclose(density.nodes[0], values, atol=1e-5 if spectrum == "float32" else 1e-12)
     trace = density.trace(torch.exp)
     assert trace.value == pytest.approx(float(values.exp().sum()), rel=1e-5)
-    assert (trace.std_error, trace.quadrature, trace.probes) == (0.0, 0.0, 100 - r)
+    assert (trace.std_error, trace.quadrature, trace.samples) == (0.0, 0.0, 100 - r)
     assert not density.std_error.any() and "exact" in repr(density)
     assert "the matrix was formed" in density._repr_html_()
 

@@ -112,7 +112,7 @@ def test_one_example_and_one_parameter():
     assert score_gram(single, theta).item() == pytest.approx(9.0)
     estimate = fisher_trace(single, theta)
     assert estimate.value == pytest.approx(9.0)
-    assert math.isnan(estimate.std_error) and estimate.probes == 1
+    assert math.isnan(estimate.std_error) and estimate.samples == 1
 
 
 def test_linear_softmax_has_its_closed_form():
@@ -131,7 +131,7 @@ def test_standard_error_is_that_of_a_mean_over_examples():
     norms = gradient_norms(obj)
     estimate = fisher_trace(obj)
     assert estimate.std_error == pytest.approx(float(norms.std() / 33**0.5), rel=1e-12)
-    assert estimate.probes == 33
+    assert estimate.samples == 33
 
 
 def test_padding_row_of_an_embedding_has_no_score():

@@ -1,4 +1,4 @@
-"""Hutch++: the range of a random sketch exactly, the rest by Hutchinson's estimator.
+"""Hutch++: the trace on the range of a random sketch exactly, the remainder by Hutchinson's.
 
 Meyer, Musco, Musco and Woodruff, *Hutch++: Optimal stochastic trace estimation*, SOSA 2021,
 algorithm 1. An error of eps times the trace of a positive semi-definite matrix takes some 1 / eps
@@ -9,64 +9,71 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...._utils import checks
 from ....ops.random_bits import streams as random
 from ...operators._linear_operator import multiply
 from .._probes import BLOCK, MIN_SAMPLES, sign_vectors
 from ._deflation import new_directions, require_room
-from .hutchinson import Hutchinson
+from ._integrands import TraceIntegrand
+from ._registry import Budget, Probes, TraceEstimates, trace_estimator
+from .hutchinson import HutchinsonSampler, exact_trace
 
-# A vector of the sketch, one of its range and one of the rest.
-FEWEST = 3
+# One vector each for the sketch, its range, and the remainder.
+THIRDS = 3
 
 
-def hutchpp(sampler: Hutchinson, operator: Any, probes: int, tol: float | None, seed: int) -> None:
-    """Spend `probes` vectors: a third on a sketch, as many on its range, the others on the rest.
+@trace_estimator("hutch++", min_probes=THIRDS, group_by=True, symmetric=True)
+def hutchpp(
+    operator: Any, integrand: TraceIntegrand, budget: Budget, probes: Probes
+) -> TraceEstimates:
+    """A third of the vectors sketches the range of A, whose trace is exact (Meyer et al. 2021).
 
-    With a tolerance the sketch begins with 8 vectors, and doubles as long as the samples that the
-    rest still needs, by the variance of 16, are more than the vectors spent on the sketch.
-
-    Args:
-        sampler: without samples; its basis grows by the sketch's range.
-        operator: symmetric, as `require_operator` asks.
-
-    Raises:
-        ValueError: fewer than 3 probes; a sketch that does not fit the memory.
+    A third multiplies that range, and the last third gives Hutchinson samples of the remainder,
+    whose standard error is that of the estimate. With a tolerance the sketch begins with 8 vectors,
+    and doubles while the samples that the remainder still needs, by the variance of 16, outnumber
+    the vectors spent on the sketch; under 32 vectors leave no room for one.
     """
-    checks.integer("probes", probes, FEWEST)
-    if tol is None:
-        _sketch(sampler, operator, 0, probes // FEWEST, seed)
-        sampler.sample(probes - sampler.matvecs)
-        return
+    if budget.covers(len(probes.directions)):
+        return exact_trace(operator, integrand, probes)
+    sampler = HutchinsonSampler(operator, integrand, probes)
+    vectors = budget.vectors + sampler.matvecs
+    if budget.tol is None:
+        _sketch(sampler, operator, 0, budget.vectors // THIRDS)
+    else:
+        _sketch_until(sampler, operator, vectors, budget.tol)
+    sampler.sample_until(budget.tol, vectors - sampler.matvecs + len(sampler.samples))
+    return sampler.estimates()
+
+
+def _sketch_until(sampler: HutchinsonSampler, operator: Any, vectors: int, tol: float) -> None:
+    """Double the sketch while that saves samples."""
     sketched = 0
     while True:
         wanted = min(2 * sketched or BLOCK, sampler.size)
-        room = (probes - sampler.matvecs - MIN_SAMPLES) // 2
+        room = (vectors - sampler.matvecs - MIN_SAMPLES) // 2
         if wanted == sketched or wanted - sketched > room:
-            break
-        _sketch(sampler, operator, sketched, wanted, seed)
+            return
+        _sketch(sampler, operator, sketched, wanted)
         sketched = wanted
         sampler.sample(MIN_SAMPLES)
         if _needed(sampler, tol) <= 2 * sketched:
-            break
-    sampler.sample_until(tol, probes - sampler.matvecs + len(sampler.samples))
+            return
 
 
-def _sketch(sampler: Hutchinson, operator: Any, start: int, stop: int, seed: int) -> None:
-    """Take the range of A times sign vectors `start` to `stop` out of the samples."""
+def _sketch(sampler: HutchinsonSampler, operator: Any, start: int, stop: int) -> None:
+    """Deflate by the range of A times sign vectors `start` to `stop`."""
     require_room(2 * stop, operator)
-    key = random.fold_in(seed, "sketch")
+    key = random.fold_in(sampler.seed, "sketch")
     for i in range(start, stop, BLOCK):
-        taken = range(i, min(i + BLOCK, stop))
-        signs = sign_vectors(sampler.size, key, taken, sampler.dtype, sampler.device)
+        indices = range(i, min(i + BLOCK, stop))
+        signs = sign_vectors(sampler.size, key, indices, sampler.dtype, sampler.device)
         sampler.deflate(new_directions(multiply(operator, signs), sampler.basis))
-        sampler.matvecs += len(taken)
+        sampler.matvecs += len(indices)
 
 
-def _needed(sampler: Hutchinson, tol: float) -> float:
-    """Samples that the tolerance would take, by the variance of those there are."""
+def _needed(sampler: HutchinsonSampler, tol: float) -> float:
+    """Samples that the tolerance would take, by the variance of the present ones."""
     estimate = sampler.total()
     aim = tol * abs(estimate.value)
     if estimate.std_error <= aim:
-        return estimate.probes
-    return estimate.probes * (estimate.std_error / aim) ** 2 if aim else float("inf")
+        return estimate.samples
+    return estimate.samples * (estimate.std_error / aim) ** 2 if aim else float("inf")

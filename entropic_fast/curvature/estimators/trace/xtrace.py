@@ -1,4 +1,4 @@
-"""XTrace: every sign vector both builds the sketch and samples the rest, by leaving one out.
+"""XTrace: every sign vector both builds the sketch and samples the remainder.
 
 Epperly, Tropp and Webber, *XTrace: Making the most of every sample in stochastic trace estimation*,
 SIAM J. Matrix Anal. Appl. 45 (2024), algorithm 2.1. With Y = A W for sign vectors W [P, l], and
@@ -17,42 +17,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...._utils import checks
 from ...._utils.results import Estimate
 from ....ops.random_bits import streams as random
 from ...operators._linear_operator import multiply, require_operator
-from .._probes import BLOCK, MIN_SAMPLES, inner, mean_estimate, precise, sign_vectors
-from ._deflation import new_directions, require_room
+from .._probes import BLOCK, MIN_SAMPLES, inner, precise, sign_vectors
+from ._deflation import Complement, new_directions, require_room
+from ._integrands import TraceIntegrand
+from ._registry import Budget, Probes, TraceEstimates, trace_estimator
+from .hutchinson import HutchinsonSampler, exact_trace
 
-# A column counts as spanned by the others if its leverage is short of 1 by more.
+# A column is in the span of the others if its leverage is below 1 by more than this.
 LEVERAGE_ROUNDING = 1e-6
 
 
-def xtrace(operator: Any, probes: int, tol: float | None, seed: int, exact: float) -> Estimate:
-    """XTrace of a symmetric operator with at most `probes` vectors, half of them signs.
+@trace_estimator("xtrace", min_probes=2, symmetric=True)
+def xtrace(
+    operator: Any, integrand: TraceIntegrand, budget: Budget, probes: Probes
+) -> TraceEstimates:
+    """Leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024).
 
-    Args:
-        operator: as `require_operator` asks.
-        exact: added to the value; known of the trace otherwise.
-
-    Raises:
-        ValueError: fewer than 2 probes; vectors that do not fit the memory.
+    The most accurate where eigenvalues decay fast. Its standard error is the paper's estimate, from
+    the spread of samples that share their vectors: right for a few eigenvalues over a bulk, up to a
+    third too small for smooth spectra, or where the probes are a large share of P.
     """
-    signs = checks.integer("probes", probes, 2) // 2
-    state = _State(operator, seed)
-    if tol is None:
+    if budget.covers(len(probes.directions)):
+        return exact_trace(operator, integrand, probes)
+    exact = HutchinsonSampler(operator, integrand, probes)
+    if exact.matvecs:
+        operator = Complement(operator, probes.directions)
+    state = _State(operator, probes.seed, float(exact.deflated_trace), exact.matvecs)
+    signs = budget.vectors // 2
+    if budget.tol is None:
         state.grow(signs)
-        return state.estimate(exact)
-    state.grow(min(MIN_SAMPLES, signs))
-    while state.count < signs and not precise(state.estimate(exact), tol):
-        state.grow(min(state.count + BLOCK, signs))
-    return state.estimate(exact)
+    else:
+        state.grow(min(MIN_SAMPLES, signs))
+        while state.count < signs and not precise(state.estimate(), budget.tol):
+            state.grow(min(state.count + BLOCK, signs))
+    estimate = state.estimate()
+    return TraceEstimates([estimate], estimate)
 
 
 class _State:
-    """Signs W [P, l], an orthonormal basis Q [P, q] of A W, and A Q [P, q]; q at most l."""
+    """Sign vectors W [P, l], an orthonormal basis Q [P, q] of A W, and A Q [P, q]; q at most l.
 
-    def __init__(self, operator: Any, seed: int) -> None:
+    Args:
+        exact: what is added to the estimate, the trace on given directions.
+        matvecs: vectors multiplied for it.
+    """
+
+    def __init__(self, operator: Any, seed: int, exact: float, matvecs: int) -> None:
+        self.exact, self.deflated = exact, matvecs
         self.operator, self.key = operator, random.fold_in(seed, "xtrace")
         self.size, self.dtype, self.device = require_operator(operator)
         self.signs = torch.zeros(self.size, 0, dtype=self.dtype, device=self.device)
@@ -62,46 +76,46 @@ class _State:
 
     @property
     def count(self) -> int:
-        """l, the sign vectors taken."""
+        """l, the number of sign vectors."""
         return self.signs.shape[1]
 
     def grow(self, count: int) -> None:
-        """Take sign vectors until there are `count`."""
+        """Add sign vectors until there are `count`."""
         require_room(3 * count, self.operator)
         while self.count < count:
-            taken = range(self.count, min(self.count + BLOCK, count))
-            signs = sign_vectors(self.size, self.key, taken, self.dtype, self.device)
+            indices = range(self.count, min(self.count + BLOCK, count))
+            signs = sign_vectors(self.size, self.key, indices, self.dtype, self.device)
             products = multiply(self.operator, signs)
             new = new_directions(products, self.basis)
             old = self.basis.shape[1]
             self.basis = torch.cat([self.basis, new], 1)
             if new.shape[1]:
                 self.images = torch.cat([self.images, multiply(self.operator, new)], 1)
-            triangle = torch.zeros(self.basis.shape[1], taken.stop, dtype=torch.float64)
-            triangle[:old, : taken.start] = self.triangle
-            triangle[:, taken.start :] = inner(self.basis, products)
+            triangle = torch.zeros(self.basis.shape[1], indices.stop, dtype=torch.float64)
+            triangle[:old, : indices.start] = self.triangle
+            triangle[:, indices.start :] = inner(self.basis, products)
             self.triangle = triangle
             self.forms = torch.cat([self.forms, (signs.double() * products.double()).sum(0).cpu()])
             self.signs = torch.cat([self.signs, signs], 1)
 
-    def estimate(self, exact: float) -> Estimate:
-        """Mean of the estimates that leave one out, and its error."""
+    def estimate(self) -> Estimate:
+        """The mean of the estimates that each leave one vector out, and its error."""
         projected = inner(self.basis, self.images)  # Q^T A Q, [q, q]
         seen = inner(self.basis, self.signs)  # Q^T W, [q, l]
         imaged = inner(self.images, self.signs)  # (A Q)^T W, [q, l]
         out = _left_out(self.triangle, torch.finfo(self.dtype).eps)  # s_i, [q, l]
-        known = projected.trace() - (out * (projected @ out)).sum(0)
+        on_range = projected.trace() - (out * (projected @ out)).sum(0)
         inside = seen - out * (out * seen).sum(0)  # Q^T Q_i Q_i^T w_i
-        rest = self.forms - (inside * (self.triangle + imaged - projected @ inside)).sum(0)
-        found = mean_estimate(known + rest, exact)
-        return Estimate(found.value, found.std_error, self.count + self.basis.shape[1])
+        remainder = self.forms - (inside * (self.triangle + imaged - projected @ inside)).sum(0)
+        matvecs = self.count + self.basis.shape[1] + self.deflated
+        return Estimate.from_samples(on_range + remainder, self.exact, matvecs=matvecs)
 
 
 def _left_out(triangle: Tensor, eps: float) -> Tensor:
-    """The unit direction s_i that the range loses with column i of a [q, l] matrix; or 0.
+    """The unit direction s_i that the range of a [q, l] matrix loses without column i; or 0.
 
-    It is orthogonal to all columns but i, a column of the transposed pseudo-inverse; a column that
-    the others span (its leverage is under 1) takes no direction with it.
+    It is orthogonal to all other columns: a column of the transposed pseudo-inverse. If the others
+    span column i, whose leverage is then under 1, the range loses nothing.
     """
     left, lengths, right = torch.linalg.svd(triangle, full_matrices=False)
     kept = lengths > 10 * eps * lengths.max() if len(lengths) else lengths > 0

@@ -1,0 +1,113 @@
+"""Trace estimators by name: the values of `method=`, what each one needs, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from ...._utils.results import Estimate
+from .._probes import BLOCK, MIN_SAMPLES
+from ._integrands import TraceIntegrand
+
+
+class Budget(NamedTuple):
+    """The vectors that an estimator may multiply.
+
+    Attributes:
+        vectors: how many; with `tol`, at most.
+        tol: relative standard error at which to stop earlier, or None.
+    """
+
+    vectors: int
+    tol: float | None = None
+
+    def covers(self, size: int) -> bool:
+        """Whether all P unit vectors are no more than the vectors that an estimate would take."""
+        fewest = self.vectors if self.tol is None else min(self.vectors, 2 * BLOCK + MIN_SAMPLES)
+        return size <= fewest
+
+
+class Probes(NamedTuple):
+    """Sign vectors, and what is known of the traces without them.
+
+    Attributes:
+        seed: of the sign vectors.
+        directions: orthonormal columns whose share of the traces is computed exactly.  # [P, r]
+        known: what is added to the L traces, such as that of weight decay.  # [L] or [1]
+    """
+
+    seed: int
+    directions: Tensor
+    known: Tensor
+
+
+class TraceEstimates(NamedTuple):
+    """The traces of L diagonal blocks, and their sum, to which a tolerance applies."""
+
+    blocks: list[Estimate]
+    total: Estimate
+
+
+Estimator: TypeAlias = Callable[[Any, TraceIntegrand, Budget, Probes], TraceEstimates]
+
+
+class TraceMethod(NamedTuple):
+    """A registered estimator; for the attributes see `trace_estimator`."""
+
+    estimate: Estimator
+    min_probes: int
+    group_by: bool
+    symmetric: bool
+    hessian_only: bool
+
+    @property
+    def summary(self) -> str:
+        """The first line of the estimator's docstring."""
+        return (self.estimate.__doc__ or "").strip().split("\n")[0]
+
+
+METHODS: dict[str, TraceMethod] = {}
+
+
+def trace_estimator(
+    name: str,
+    *,
+    min_probes: int = 1,
+    group_by: bool = False,
+    symmetric: bool = False,
+    hessian_only: bool = False,
+) -> Callable[[Estimator], Estimator]:
+    """Register a function of (operator, integrand, budget, probes) as `method=name`.
+
+    The integrand averages to the traces wanted, over vectors with E v v^T = I; the operator is
+    that of the integrand, without the multiple of the identity that it is known to have.
+
+    Args:
+        name: the value of `method=`.
+        min_probes: fewest vectors it needs, unless P unit vectors are fewer.
+        group_by: whether it estimates the traces of several diagonal blocks at once.
+        symmetric: whether it is unbiased for symmetric operators only.
+        hessian_only: whether the operator must be a `HessianOperator`.
+
+    """
+
+    def register(estimate: Estimator) -> Estimator:
+        METHODS[name] = TraceMethod(estimate, min_probes, group_by, symmetric, hessian_only)
+        return estimate
+
+    return register
+
+
+def names(*, group_by: bool = False, hessian: bool = True) -> tuple[str, ...]:
+    """Names of the estimators, or of those that take groups, or any operator.
+
+    >>> names(group_by=True), names(hessian=False)
+    (('hutchinson', 'hutch++'), ('hutchinson', 'hutch++', 'xtrace'))
+    """
+    return tuple(
+        name
+        for name, method in METHODS.items()
+        if (method.group_by or not group_by) and (hessian or not method.hessian_only)
+    )
