@@ -17,7 +17,7 @@ from entropic_fast import curvature
 from entropic_fast._torch import memory_budget as memory
 from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature.operators import _fisher as fisher_operator
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import EmbeddingGrad
+from entropic_fast.curvature.per_example.layer_rules.embedding import EmbeddingGrad
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.training import models
 

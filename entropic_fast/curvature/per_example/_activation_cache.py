@@ -24,13 +24,13 @@ from .layer_rules import DenseGrad, FactoredGrad
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def compact_form(piece: FactoredGrad) -> FactoredGrad:
+def compact_form(grad: FactoredGrad) -> FactoredGrad:
     """The piece, or its columns where they take no more memory."""
-    if isinstance(piece, DenseGrad) or piece.example_bytes < piece.row_bytes:
-        return piece
-    out = piece.tensors[-1].new_empty(piece.count, piece.width)
-    piece.write_columns(0, piece.groups, out)
-    return DenseGrad(out, piece.form)
+    if isinstance(grad, DenseGrad) or grad.example_bytes < grad.row_bytes:
+        return grad
+    out = grad.tensors[-1].new_empty(grad.count, grad.width)
+    grad.write_columns(0, grad.groups, out)
+    return DenseGrad(out, grad.form)
 
 
 class InconsistentShapesError(RuntimeError):
@@ -64,23 +64,23 @@ class ActivationCache:
         if folder is None:
             self._join(group)
             self._memory |= {
-                name: tuple(t.new_empty(count, *t.shape[1:]) for t in piece.tensors)
-                for name, piece in survey.items()
+                name: tuple(t.new_empty(count, *t.shape[1:]) for t in grad.tensors)
+                for name, grad in survey.items()
                 if name not in self._memory
             }
             self._missing = {name: torch.ones(count, dtype=torch.bool) for name in survey}
         else:
-            for index, (_, piece) in enumerate(survey.items()):
-                for i, t in enumerate(piece.tensors):
+            for index, (_, grad) in enumerate(survey.items()):
+                for i, t in enumerate(grad.tensors):
                     with open(self._path(index, i), "wb") as file:
                         file.truncate(count * t[:1].numel() * t.element_size())
         self._index = {name: index for index, name in enumerate(survey)}
 
     def _join(self, group: Callable[[str], str]) -> None:
         alike: dict[tuple[str, torch.dtype], list[str]] = {}
-        for name, piece in self.survey.items():
-            if isinstance(piece, DenseGrad) and is_gpu(piece.tensors[0].device):
-                alike.setdefault((group(name), piece.tensors[0].dtype), []).append(name)
+        for name, grad in self.survey.items():
+            if isinstance(grad, DenseGrad) and is_gpu(grad.tensors[0].device):
+                alike.setdefault((group(name), grad.tensors[0].dtype), []).append(name)
         for (key, _), together in alike.items():
             widths = [self.survey[name].width for name in together]
             rows = padded_rows(self.survey[together[0]].tensors[0], self.count, sum(widths))
@@ -92,10 +92,10 @@ class ActivationCache:
         """(key, names, rows [E, sum of widths]) of the parameters whose rows lie side by side."""
         for key, names, rows in self._joint:
             for name in names:
-                self.piece(name, 0, self.count)  # writes the zeros of examples without a gradient
+                self.grad(name, 0, self.count)  # writes the zeros of examples without a gradient
             yield key, names, rows
 
-    def put(self, start: int, name: str, piece: FactoredGrad) -> None:
+    def put(self, start: int, name: str, grad: FactoredGrad) -> None:
         """Keep a chunk's piece; `start` is the index of its first example.
 
         Raises:
@@ -103,15 +103,15 @@ class ActivationCache:
         """
         if name not in self.survey:
             raise InconsistentShapesError(f"the first does not depend on {name!r}")
-        if piece.form != self.survey[name].form:
+        if grad.form != self.survey[name].form:
             raise InconsistentShapesError(f"ways of {name!r}")
-        where = slice(start, start + piece.count)
+        where = slice(start, start + grad.count)
         if self.folder is None:
             self._missing[name][where] = False
-            if isinstance(self.survey[name], DenseGrad) and not isinstance(piece, DenseGrad):
-                piece.write_columns(0, piece.groups, self._memory[name][0][where])
+            if isinstance(self.survey[name], DenseGrad) and not isinstance(grad, DenseGrad):
+                grad.write_columns(0, grad.groups, self._memory[name][0][where])
                 return
-        kept = compact_form(piece)
+        kept = compact_form(grad)
         expected = [t.shape[1:] for t in self.survey[name].tensors]
         if expected != [t.shape[1:] for t in kept.tensors]:
             raise InconsistentShapesError(f"shapes at {name!r}")
@@ -126,9 +126,9 @@ class ActivationCache:
     def factored_grads(self, name: str) -> Iterator[tuple[int, FactoredGrad]]:
         """(index of the first example, piece) for each window of examples."""
         for start in range(0, self.count, self.window):
-            yield start, self.piece(name, start, min(start + self.window, self.count))
+            yield start, self.grad(name, start, min(start + self.window, self.count))
 
-    def piece(self, name: str, begin: int, end: int) -> FactoredGrad:
+    def grad(self, name: str, begin: int, end: int) -> FactoredGrad:
         """The piece of examples begin .. end: views in memory, mapped from files."""
         sample = self.survey[name]
         if self.folder is None:

@@ -27,19 +27,17 @@ FALLBACK_COPIES = 4
 
 
 def probe_batch(
-    engine: PerExampleGradEngine, form: Callable[[FactoredGrad], FactoredGrad] = lambda piece: piece
+    engine: PerExampleGradEngine, form: Callable[[FactoredGrad], FactoredGrad] = lambda grad: grad
 ) -> dict[str, FactoredGrad]:
     """The first example's piece of every parameter that its loss depends on, in a certain form."""
     found: dict[str, FactoredGrad] = {}
-    engine.run(
-        next(engine.obj.batches(1)), lambda name, piece: found.__setitem__(name, form(piece))
-    )
+    engine.run(next(engine.obj.batches(1)), lambda name, grad: found.__setitem__(name, form(grad)))
     return {name: found[name] for name in engine.obj.parameter_names if name in found}
 
 
-def rows_made(pieces: Iterable[FactoredGrad]) -> int:
+def rows_made(grads: Iterable[FactoredGrad]) -> int:
     """Bytes an example that a rule takes to make the largest rows among the pieces."""
-    return max((2 * piece.row_bytes for piece in pieces if isinstance(piece, DenseGrad)), default=0)
+    return max((2 * grad.row_bytes for grad in grads if isinstance(grad, DenseGrad)), default=0)
 
 
 class PassCost:
@@ -150,8 +148,8 @@ class ExampleGradients:
         rows.zero_()
         parts = self.engine.split(rows)
 
-        def keep(name: str, piece: FactoredGrad) -> None:
-            parts[name].copy_(piece.rows())
+        def keep(name: str, grad: FactoredGrad) -> None:
+            parts[name].copy_(grad.rows())
 
         self.engine.run(batch, keep)
         # The largest entry of each row, without the copy that isfinite makes of its argument.

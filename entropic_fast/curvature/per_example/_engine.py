@@ -103,8 +103,8 @@ class PerExampleGradEngine:
         """
         handed: set[str] = set()
 
-        def hand(name: str, piece: FactoredGrad) -> None:
-            sink(name, piece)
+        def hand(name: str, grad: FactoredGrad) -> None:
+            sink(name, grad)
             handed.add(name)
 
         if self._info.traceable:
@@ -213,8 +213,8 @@ class PerExampleGradEngine:
         got = torch.zeros_like(expected, dtype=at_least_float32((expected,))[0].dtype)
         parts = self.split(got)
 
-        def keep(name: str, piece: FactoredGrad) -> None:
-            parts[name].copy_(piece.rows())
+        def keep(name: str, grad: FactoredGrad) -> None:
+            parts[name].copy_(grad.rows())
 
         try:
             self.run(batch, keep)
@@ -252,10 +252,10 @@ class _Uses:
         self._sink, self.counts = sink, dict[str, int]()
         self._waiting: dict[str, list[FactoredGrad]] = {}
 
-    def add(self, name: str, piece: FactoredGrad) -> None:
-        pieces = self._waiting.setdefault(name, [])
-        pieces.append(piece)
-        if len(pieces) == self.counts[name]:
+    def add(self, name: str, grad: FactoredGrad) -> None:
+        grads = self._waiting.setdefault(name, [])
+        grads.append(grad)
+        if len(grads) == self.counts[name]:
             self._sink(name, combined(self._waiting.pop(name)))
 
     def finish(self) -> None:

@@ -149,15 +149,15 @@ class GramComputation:
             tile = tile_within(room, *pair, self.count)
             for i in range(0, self.count, tile):
                 down = slice(i, min(i + tile, self.count))
-                first = records.piece(name, down.start, down.stop)
+                first = records.grad(name, down.start, down.stop)
                 for j in range(0, down.stop, tile):
                     across = slice(j, min(j + tile, self.count))
-                    second = records.piece(name, across.start, across.stop)
+                    second = records.grad(name, across.start, across.stop)
                     gram[down, across] += first.inner_products(second)
             return
         if isinstance(sample, DenseGrad) and records.folder is None:
-            for _, piece in records.factored_grads(name):
-                self._update(gram, piece.tensors[0])
+            for _, grad in records.factored_grads(name):
+                self._update(gram, grad.tensors[0])
             return
         each = sample.width // max(1, sample.groups)
         step = channels_within(self.plan.slice, sample, self.count)
@@ -165,8 +165,8 @@ class GramComputation:
         for begin in range(0, sample.groups, step):
             end = min(begin + step, sample.groups)
             columns = buffer[: self.count * (end - begin) * each].view(self.count, -1)
-            for start, piece in records.factored_grads(name):
-                piece.write_columns(begin, end, columns[start : start + piece.count])
+            for start, grad in records.factored_grads(name):
+                grad.write_columns(begin, end, columns[start : start + grad.count])
             self._update(gram, columns)
 
     def _update(self, gram: Tensor, rows: Tensor) -> None:

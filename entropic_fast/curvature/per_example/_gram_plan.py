@@ -100,7 +100,7 @@ class GramPlanner:
         self.scratch = scratch_of(engine.theta.device)
         self.result = 8 * count * count * matrices
         self.room = budget - self.result
-        self.record = sum(piece.example_bytes for piece in survey.values())
+        self.record = sum(grad.example_bytes for grad in survey.values())
 
     @cached_property
     def _cost(self) -> PassCost:
@@ -179,19 +179,19 @@ class GramPlanner:
         products of as few as one pair of examples.
         """
         least, most = 0, 0
-        for piece in self.survey.values():
-            pair = pairing(piece, spilled)
+        for grad in self.survey.values():
+            pair = pairing(grad, spilled)
             if pair is not None:
                 low, high = (
                     tile_bytes(1, *pair),
                     min(tile_bytes(self.count, *pair), self.scratch.tile),
                 )
-            elif isinstance(piece, DenseGrad) and not spilled:  # multiplied as they are
-                low = high = _packed(self.count, piece.width, self.scratch)
+            elif isinstance(grad, DenseGrad) and not spilled:  # multiplied as they are
+                low = high = _packed(self.count, grad.width, self.scratch)
             else:
-                rows = self.count * piece.row_bytes
-                packed = _packed(self.count, piece.width, self.scratch)
-                low, high = packed + -(-rows // max(1, piece.groups)), packed + rows
+                rows = self.count * grad.row_bytes
+                packed = _packed(self.count, grad.width, self.scratch)
+                low, high = packed + -(-rows // max(1, grad.groups)), packed + rows
             least, most = max(least, low), max(most, high)
         return least, max(least, min(most, self.scratch.slice))
 
@@ -224,19 +224,19 @@ class GramPlanner:
         )  # fmt: skip
 
 
-def pairing(piece: FactoredGrad, spilled: bool) -> tuple[int, int] | None:
+def pairing(grad: FactoredGrad, spilled: bool) -> tuple[int, int] | None:
     """The piece's `inner_product_bytes`, with what is mapped of an example that is on disk."""
-    if piece.inner_product_bytes is None:
+    if grad.inner_product_bytes is None:
         return None
-    example, pair = piece.inner_product_bytes
-    return example + piece.example_bytes * spilled, pair
+    example, pair = grad.inner_product_bytes
+    return example + grad.example_bytes * spilled, pair
 
 
-def channels_within(size: int, piece: FactoredGrad, count: int) -> int:
+def channels_within(size: int, grad: FactoredGrad, count: int) -> int:
     """Output channels whose rows of `count` examples fit in `size` bytes; at least 1."""
-    scratch = scratch_of(piece.tensors[0].device)
-    rows = max(0, size - _packed(count, piece.width, scratch))
-    return max(1, min(piece.groups, rows * piece.groups // max(1, count * piece.row_bytes)))
+    scratch = scratch_of(grad.tensors[0].device)
+    rows = max(0, size - _packed(count, grad.width, scratch))
+    return max(1, min(grad.groups, rows * grad.groups // max(1, count * grad.row_bytes)))
 
 
 def tile_within(size: int, example: int, pair: int, count: int) -> int:

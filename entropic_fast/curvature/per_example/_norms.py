@@ -20,8 +20,7 @@ from ...objective._objective import require_objective
 from .._grouping import grouping
 from ._chunks import PassCost, probe_batch, require_finite, rows_made
 from ._engine import PerExampleGradEngine
-from .layer_rules import DenseGrad, FactoredGrad
-from .layer_rules._factored_grads import squared_norms
+from .layer_rules import DenseGrad, FactoredGrad, squared_norms
 
 # Elements of parameters whose rows a GPU squares together: biases and normalization weights, 39 of
 # ResNet-20's 65 parameters, at 5 launches each.
@@ -79,13 +78,13 @@ def gradient_norms(
     key = grouping(group_by)
     engine, count = PerExampleGradEngine(obj, theta), obj.num_examples
     keys = dict.fromkeys(map(key, obj.parameter_names))
-    pieces = probe_batch(engine).values()
+    grads = probe_batch(engine).values()
     # Rows that norms are taken of, and their float64 copies, fill the scratch at most.
-    together = sum(piece.row_bytes for piece in pieces if _is_joined(piece))
-    largest = max((piece.row_bytes for piece in pieces), default=0)
+    together = sum(grad.row_bytes for grad in grads if _is_joined(grad))
+    largest = max((grad.row_bytes for grad in grads), default=0)
     scratch = min(2 * scratch_of(obj.device).norms, 2 * count * max(largest, together))
-    cost = PassCost(engine, rows_made(pieces), 8 * count * len(keys) + scratch)
-    del pieces
+    cost = PassCost(engine, rows_made(grads), 8 * count * len(keys) + scratch)
+    del grads
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
 
     def own() -> Tensor:
@@ -94,8 +93,8 @@ def gradient_norms(
             part = norms[:, batch.start : batch.start + batch.size]
             sums = _Sums(dict(zip(keys, part, strict=True)))
 
-            def add(name: str, piece: FactoredGrad, sums: _Sums = sums) -> None:
-                sums.add(key(name), piece)
+            def add(name: str, grad: FactoredGrad, sums: _Sums = sums) -> None:
+                sums.add(key(name), grad)
 
             engine.run(batch, add)
             sums.flush()
@@ -107,10 +106,8 @@ def gradient_norms(
     return norms[""] if group_by is None else norms
 
 
-def _is_joined(piece: FactoredGrad) -> bool:
-    return (
-        isinstance(piece, DenseGrad) and piece.width <= JOINED and is_gpu(piece.tensors[0].device)
-    )
+def _is_joined(grad: FactoredGrad) -> bool:
+    return isinstance(grad, DenseGrad) and grad.width <= JOINED and is_gpu(grad.tensors[0].device)
 
 
 class _Sums:
@@ -120,11 +117,11 @@ class _Sums:
         self.sums, self._bytes = sums, 0
         self._rows: dict[str, list[Tensor]] = {}
 
-    def add(self, key: str, piece: FactoredGrad) -> None:
-        if not _is_joined(piece):
-            self.sums[key] += piece.norms()
+    def add(self, key: str, grad: FactoredGrad) -> None:
+        if not _is_joined(grad):
+            self.sums[key] += grad.norms()
             return
-        (rows,) = piece.tensors
+        (rows,) = grad.tensors
         self._bytes += rows.nbytes
         if self._bytes > scratch_of(rows.device).norms:
             self.flush()

@@ -9,7 +9,7 @@ from torch.nn import functional
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import FastPathMismatchError, PerExampleGradEngine
 from entropic_fast.curvature.per_example.layer_rules import Sink
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import OuterProductGrad
+from entropic_fast.curvature.per_example.layer_rules.linear import OuterProductGrad
 from entropic_fast.objective._dataset import Batch
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only, gradient_norms, ntk_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import OuterProductGrad
+from entropic_fast.curvature.per_example.layer_rules.linear import OuterProductGrad
 from entropic_fast.objective._objective import Objective
 
 

@@ -7,15 +7,11 @@ import torch
 from cases import relative_error
 from torch import Tensor
 
-from entropic_fast.curvature.per_example.layer_rules._factored_grads import (
-    ConvGrad,
-    DenseGrad,
-    EmbeddingGrad,
-    FactoredGrad,
-    Geometry,
-    OuterProductGrad,
-    norms_by_columns,
-)
+from entropic_fast.curvature.per_example.layer_rules import DenseGrad, FactoredGrad
+from entropic_fast.curvature.per_example.layer_rules._base import norms_by_columns
+from entropic_fast.curvature.per_example.layer_rules.conv import ConvGrad, Geometry
+from entropic_fast.curvature.per_example.layer_rules.embedding import EmbeddingGrad
+from entropic_fast.curvature.per_example.layer_rules.linear import OuterProductGrad
 
 N = 5
 

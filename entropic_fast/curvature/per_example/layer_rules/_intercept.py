@@ -24,9 +24,8 @@ from torch.overrides import TorchFunctionMode
 from ...._torch.full_precision import weight_norm
 from ...._torch.tracing import requires_grad
 from ...hvp._decompositions import FUNCTIONS
-from ._factored_grads import FactoredGrad
-from ._layers import Backward, Layer
-from ._registry import LAYERS
+from ._base import Backward, FactoredGrad, LayerRule
+from ._registry import LAYER_RULES
 
 Sink = Callable[[str, FactoredGrad], None]
 
@@ -78,7 +77,7 @@ class LayerInterceptor(TorchFunctionMode):
         if func == REQUIRES_GRAD:
             return requires_grad(args[0])
         func = FUNCTIONS.get(func, func)
-        make = LAYERS.get(func)
+        make = LAYER_RULES.get(func)
         layer = None if make is None else self._of_parameter(make(*args, **kwargs))
         if layer is not None:
             if self._known(layer):
@@ -101,7 +100,7 @@ class LayerInterceptor(TorchFunctionMode):
                 return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _run_layer_rule(self, layer: Layer) -> Tensor:
+    def _run_layer_rule(self, layer: LayerRule) -> Tensor:
         x = layer.x
         shared = not torch._C._functorch.is_functorch_wrapped_tensor(x)
         if shared and self.example is not None and any(layer.names) and layer.is_small():
@@ -109,14 +108,14 @@ class LayerInterceptor(TorchFunctionMode):
             layer.x = x + self.example.to(x.dtype)
         return _apply(_Batched, layer.x, layer.weight, layer.bias, layer, self._sink)
 
-    def _of_parameter(self, layer: Layer | None) -> Layer | None:
+    def _of_parameter(self, layer: LayerRule | None) -> LayerRule | None:
         """The layer in terms of a tracked matrix, where its weight is the transpose of one."""
         _, parameter = self._transposes.get(id(layer and layer.weight), (None, None))
         if layer is None or parameter is None:
             return layer
         return layer.transposed_of(parameter) or layer
 
-    def _known(self, layer: Layer) -> bool:
+    def _known(self, layer: LayerRule) -> bool:
         """Whether each tensor of the layer but x is tracked, constant or absent.
 
         Rules are for real numbers: with complex ones a gradient would need conjugates.
@@ -157,7 +156,7 @@ class _Batched(torch.autograd.Function):
     """The vmap side: finds the examples' axis and goes below vmap."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, layer: LayerRule, sink: Sink) -> Tensor:
         # x does not depend on the example (a table of positions, say): the plain function.
         return layer.reference(x, weight, bias)
 
@@ -184,7 +183,13 @@ class _Batched(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink
+        info: Any,
+        in_dims: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        layer: LayerRule,
+        sink: Sink,
     ) -> tuple[Tensor, int]:
         if in_dims[0] is None or in_dims[1] is not None or in_dims[2] is not None:
             raise NestedTransformError("parameters batched by a transform of the model's own")
@@ -199,7 +204,7 @@ class _Physical(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Layer, sink: Sink
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: LayerRule, sink: Sink
     ) -> Tensor:
         out, saved = layer.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, *saved)
@@ -209,17 +214,17 @@ class _Physical(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, *saved = ctx.saved_tensors
-        layer: Layer = ctx.layer
+        layer: LayerRule = ctx.layer
         sink: Sink = ctx.sink
         # A sink that keeps pieces would keep the graph, which keeps the sink.
         del ctx.layer, ctx.sink
         wanted = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-        x_gradient, pieces = layer.backward(
+        x_gradient, grads = layer.backward(
             Backward(x, weight, saved, gradient, ctx.needs_input_grad[0], wanted)
         )
-        for name, piece in zip(layer.names, pieces, strict=True):
-            if name is not None and piece is not None:
-                sink(name, piece)
+        for name, grad in zip(layer.names, grads, strict=True):
+            if name is not None and grad is not None:
+                sink(name, grad)
         return x_gradient, None, None, None, None
 
 

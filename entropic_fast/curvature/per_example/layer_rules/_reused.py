@@ -1,4 +1,4 @@
-"""Gradients of a parameter that several layers use: sums of their pieces."""
+"""Gradients of a parameter that several layers use: sums over its uses."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ import torch
 from torch import Tensor
 
 from ...._utils.workspace import scratch_of
-from ._factored_grads import (
-    CANCELS,
-    DenseGrad,
-    EmbeddingGrad,
-    FactoredGrad,
-    OuterProductGrad,
-    norms_by_columns,
-)
+from ._base import CANCELS, DenseGrad, FactoredGrad, norms_by_columns
+from .embedding import EmbeddingGrad
+from .linear import OuterProductGrad
 
 
-def combined(pieces: Sequence[FactoredGrad]) -> FactoredGrad:
-    """The sum of pieces of one parameter, for the same examples.
+def combined(grads: Sequence[FactoredGrad]) -> FactoredGrad:
+    """The sum of the gradients from several uses of one parameter, for the same examples.
 
-    Uses by linear layers are positions of one layer, and so are those by embeddings. Where a table
-    is an embedding and the weight of a linear layer (a head), both are kept. Other sums are rows.
+    Several linear layers, or embeddings, are one with more positions. A table that is both an
+    embedding and the weight of a linear layer (a tied head) stays factored. Other sums are rows.
     """
-    if len(pieces) == 1:
-        return pieces[0]
-    linear = [p for p in pieces if isinstance(p, OuterProductGrad)]
-    embedded = [p for p in pieces if isinstance(p, EmbeddingGrad)]
-    if len(linear) + len(embedded) < len(pieces):
-        rows = pieces[0].rows().clone()
-        for piece in pieces[1:]:
-            rows += piece.rows()
+    if len(grads) == 1:
+        return grads[0]
+    linear = [p for p in grads if isinstance(p, OuterProductGrad)]
+    embedded = [p for p in grads if isinstance(p, EmbeddingGrad)]
+    if len(linear) + len(embedded) < len(grads):
+        rows = grads[0].rows().clone()
+        for grad in grads[1:]:
+            rows += grad.rows()
         return DenseGrad(rows)
     if not embedded:
         return OuterProductGrad(*_joined(linear))
@@ -41,11 +36,11 @@ def combined(pieces: Sequence[FactoredGrad]) -> FactoredGrad:
     return TiedGrad(tokens, e, *_joined(linear))
 
 
-def _joined(pieces: Sequence[FactoredGrad]) -> list[Tensor]:
+def _joined(grads: Sequence[FactoredGrad]) -> list[Tensor]:
     """Their tensors [n, T, ...] along positions."""
-    if len(pieces) == 1:
-        return list(pieces[0].tensors)
-    return [torch.cat(parts, 1) for parts in zip(*(p.tensors for p in pieces), strict=True)]
+    if len(grads) == 1:
+        return list(grads[0].tensors)
+    return [torch.cat(parts, 1) for parts in zip(*(p.tensors for p in grads), strict=True)]
 
 
 class TiedGrad(FactoredGrad):
@@ -101,7 +96,6 @@ class TiedGrad(FactoredGrad):
         index = tokens[:, None].expand(-1, g.shape[1], -1)
         inner = torch.bmm(a, e.transpose(1, 2)).double() * g.gather(2, index)  # [n, S, T]
         norms = squares + 2 * inner.sum((1, 2))
-        # Rounding of the inner products is eps times the squares.
         canceled = (norms < CANCELS * squares).nonzero()[:, 0]
         if len(canceled):
             few = self.with_tensors(tuple(t[canceled] for t in self.tensors))

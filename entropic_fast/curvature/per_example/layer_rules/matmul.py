@@ -1,4 +1,4 @@
-"""Rules of matrix products with a parameter that no layer's module holds.
+"""Matrix products with a parameter, outside of `F.linear`.
 
 `x @ W` with W [inputs, outputs], as Hugging Face's `Conv1D` computes it by `torch.addmm`, and
 `W @ x`.
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._factored_grads import OuterProductGrad, at_least_float32
-from ._layers import Backward, Layer, Linear, RightProduct, WeightBiasGrads
+from ._base import Backward, LayerRule, WeightBiasGrads, at_least_float32
+from ._registry import layer_rule
+from .linear import Linear, OuterProductGrad, RightProduct
 
 
-class LeftProduct(Layer):
+class LeftProduct(LayerRule):
     """`W @ x` with W [outputs, inputs] and x [..., inputs, positions]."""
 
     def __init__(self, weight: Tensor, x: Tensor) -> None:
@@ -37,12 +38,13 @@ class LeftProduct(Layer):
             return gradient, (None, None)
         n = len(at.x)
         a, g = (t.transpose(-1, -2) for t in at_least_float32((at.x, at.g)))
-        piece = OuterProductGrad(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
-        return gradient, (piece, None)
+        grad = OuterProductGrad(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
+        return gradient, (grad, None)
 
 
-def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Layer | None:
-    """The rule of a product in which one factor is the same matrix for all examples."""
+@layer_rule(torch.matmul, Tensor.matmul, torch.mm, Tensor.mm, torch.mv, Tensor.mv)
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> LayerRule | None:
+    """A product in which one factor is the same matrix for all examples."""
     if out is not None:
         return None
     if _is_shared_matrix(other) and input.ndim >= 1:
@@ -52,6 +54,7 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Layer 
     return None
 
 
+@layer_rule(torch.addmm, Tensor.addmm)
 def addmm(
     input: Tensor,
     mat1: Tensor,
@@ -60,8 +63,8 @@ def addmm(
     beta: float = 1,
     alpha: float = 1,
     out: Tensor | None = None,
-) -> Layer | None:
-    """The rule of `input + mat1 @ mat2` with a vector as input and mat2 the same for all."""
+) -> LayerRule | None:
+    """`input + mat1 @ mat2`, with a vector as input and the same mat2 for all examples."""
     plain = beta == 1 and alpha == 1 and out is None
     if not plain or not _is_shared_matrix(mat2) or input.shape != mat2.shape[1:]:
         return None

@@ -1,4 +1,4 @@
-"""Rules of normalization layers; see `layers`."""
+"""Batch, group, instance, layer and RMS normalization."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ....ops.norm_example_grads import affine_grads, batch_norm_backward
-from ._factored_grads import DenseGrad, at_least_float32
-from ._layers import Backward, Layer, WeightBiasGrads, apart
+from ._base import Backward, DenseGrad, LayerRule, WeightBiasGrads, apart, at_least_float32
+from ._registry import layer_rule
 
 
-class BatchNorm(Layer):
-    """`F.batch_norm` by stored statistics: x is scaled and shifted by constants a channel.
+class BatchNorm(LayerRule):
+    """`F.batch_norm` with stored statistics: x is scaled and shifted by constants per channel.
 
-    torch's own returns a wrong gradient for a single image if the gradient arrives with its
-    channels last (`Objective.outputs`), as it may for a chunk of one example.
+    For a single image, torch returns a wrong gradient if the incoming gradient has channels last
+    (`Objective.outputs`), as it may in a chunk of one example.
     """
 
     correct_under_vmap = False
@@ -72,8 +72,8 @@ class BatchNorm(Layer):
         return gradient, wanted_rows(rows, at.wanted)
 
 
-class GroupNorm(Layer):
-    """`F.group_norm`; with one channel a group, `F.instance_norm` by the instance's statistics."""
+class GroupNorm(LayerRule):
+    """`F.group_norm`, and with one channel per group `F.instance_norm`."""
 
     def __init__(
         self, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -119,8 +119,8 @@ class GroupNorm(Layer):
         return len(images), images.shape[1], math.prod(images.shape[2:])
 
 
-class LayerNorm(Layer):
-    """`F.layer_norm` and `F.rms_norm`, which subtracts no mean and has no bias."""
+class LayerNorm(LayerRule):
+    """`F.layer_norm`, and `F.rms_norm`, which has no mean and no bias."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class LayerNorm(Layer):
 
 @lru_cache
 def default_eps(dtype: torch.dtype, device: str) -> float:
-    """What `F.rms_norm` takes for eps=None: of half precision or float32, as torch is built."""
+    """eps of `F.rms_norm(eps=None)`: in half precision it depends on how torch was built."""
     if dtype not in (torch.float16, torch.bfloat16):
         return torch.finfo(dtype).eps
     # 0.01 is normalized to 1 with the eps of float32 (1e-7), to 0.3 or less with that of half.
@@ -181,6 +181,74 @@ def default_eps(dtype: torch.dtype, device: str) -> float:
 
 
 def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> WeightBiasGrads:
-    """Pieces of weight and bias from their rows [n, C]."""
+    """Gradients of weight and bias from their rows [n, C]."""
     weight, bias = (DenseGrad(r) if w else None for r, w in zip(rows, wanted, strict=True))
     return weight, bias
+
+
+@layer_rule(functional.batch_norm)
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> LayerRule | None:
+    if training or running_mean is None or running_var is None or input.ndim < 2:
+        return None
+    return BatchNorm(input, running_mean, running_var, weight, bias, eps)
+
+
+@layer_rule(functional.group_norm)
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> LayerRule | None:
+    return GroupNorm(input, num_groups, weight, bias, eps) if input.ndim >= 2 else None
+
+
+@layer_rule(functional.instance_norm)
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> LayerRule | None:
+    if input.ndim < 3:
+        return None
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+    if running_mean is not None or running_var is not None:
+        return None
+    return GroupNorm(input, input.shape[1], weight, bias, eps)
+
+
+@layer_rule(functional.layer_norm)
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> LayerRule:
+    return LayerNorm(input, normalized_shape, weight, bias, eps)
+
+
+@layer_rule(functional.rms_norm)
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> LayerRule:
+    return LayerNorm(input, normalized_shape, weight, None, eps, centered=False)
