@@ -1,5 +1,5 @@
 """Per-example gradients: the score matrix, norms, Gram matrices and spectra.
 
 Start with `_scores`; `_engine` computes the gradients, `layer_rules` holds the closed forms.
-Relies on `objective` and on the kernels of `ops`.
+docs/design/per_example.md explains how. Relies on `objective` and on the kernels of `ops`.
 """

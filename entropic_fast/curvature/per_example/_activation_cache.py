@@ -1,8 +1,8 @@
-"""What is kept of every example's gradient until its Gram matrix is taken.
+"""Factored gradients of all examples, kept until their Gram matrix is computed.
 
-For each parameter either rows or what makes them (a layer's input and the gradient of its
-output), whichever is smaller: for WRN-16-4 a fifth of the score matrix. In memory, or in a
-temporary folder on disk that is mapped a window at a time and removed at the end.
+For each parameter rows, or a layer's input and the gradient of its output, whichever is smaller:
+for WRN-16-4 a fifth of the score matrix. They are in memory, or in a temporary folder on disk that
+is mapped one window at a time and removed at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..._torch.memory_budget import padded_rows
 from ..._utils.devices import is_gpu
 from .layer_rules import DenseGrad, FactoredGrad
 
-# Files under these mount types are memory.
+# Mount types whose files are in memory.
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
 def compact_form(grad: FactoredGrad) -> FactoredGrad:
-    """The piece, or its columns where they take no more memory."""
+    """The gradients as they are, or as columns if these take no more memory."""
     if isinstance(grad, DenseGrad) or grad.example_bytes < grad.row_bytes:
         return grad
     out = grad.tensors[-1].new_empty(grad.count, grad.width)
@@ -34,19 +34,19 @@ def compact_form(grad: FactoredGrad) -> FactoredGrad:
 
 
 class InconsistentShapesError(RuntimeError):
-    """Examples of different shapes, or that took different ways: not for one array."""
+    """Examples with tensors of different shapes, or different layer rules, do not fit one array."""
 
 
 class ActivationCache:
-    """Pieces of E examples, filled chunk by chunk and read parameter by parameter.
+    """Factored gradients of E examples, written chunk by chunk and read parameter by parameter.
 
     Args:
-        survey: a piece of a few examples for each parameter, in the form it is kept.
+        survey: gradients of a few examples for each parameter, in the form in which they are kept.
         count: E.
-        folder: where files go; None to keep everything in memory.
-        window: examples that are mapped at once, for files.
-        group: the key of each parameter; on a GPU, rows of the same key that are kept in memory lie
-            side by side, to be multiplied at once.
+        folder: for files; None to keep everything in memory.
+        window: examples mapped at once, for files.
+        group: the key of each parameter; on a GPU, rows of the same key are adjacent columns of one
+            matrix, to be multiplied at once.
     """
 
     def __init__(
@@ -89,22 +89,22 @@ class ActivationCache:
             self._memory |= {n: (part,) for n, part in zip(together, parts, strict=True)}
 
     def joint(self) -> Iterator[tuple[str, list[str], Tensor]]:
-        """(key, names, rows [E, sum of widths]) of the parameters whose rows lie side by side."""
+        """(key, names, rows [E, sum of widths]) of the parameters with adjacent rows."""
         for key, names, rows in self._joint:
             for name in names:
                 self.grad(name, 0, self.count)  # writes the zeros of examples without a gradient
             yield key, names, rows
 
     def put(self, start: int, name: str, grad: FactoredGrad) -> None:
-        """Keep a chunk's piece; `start` is the index of its first example.
+        """Keep the gradients of a chunk; `start` is the index of its first example.
 
         Raises:
-            InconsistentShapesError: a piece unlike the survey's, or of a parameter not in it.
+            InconsistentShapesError: gradients unlike the survey's, or of a parameter not in it.
         """
         if name not in self.survey:
             raise InconsistentShapesError(f"the first does not depend on {name!r}")
         if grad.form != self.survey[name].form:
-            raise InconsistentShapesError(f"ways of {name!r}")
+            raise InconsistentShapesError(f"layer rules of {name!r}")
         where = slice(start, start + grad.count)
         if self.folder is None:
             self._missing[name][where] = False
@@ -121,15 +121,15 @@ class ActivationCache:
             return
         for i, part in enumerate(kept.tensors):
             mapped = self._map(name, i, start, kept.count, "r+")
-            mapped.copy_(part)  # unmapped with the last reference, and written by the system
+            mapped.copy_(part)  # unmapped with the last reference; the system writes the pages
 
     def factored_grads(self, name: str) -> Iterator[tuple[int, FactoredGrad]]:
-        """(index of the first example, piece) for each window of examples."""
+        """(index of the first example, gradients) for each window of examples."""
         for start in range(0, self.count, self.window):
             yield start, self.grad(name, start, min(start + self.window, self.count))
 
     def grad(self, name: str, begin: int, end: int) -> FactoredGrad:
-        """The piece of examples begin .. end: views in memory, mapped from files."""
+        """The gradients of examples begin to end: views in memory, or mapped from files."""
         sample = self.survey[name]
         if self.folder is None:
             missing = self._missing[name]
@@ -145,7 +145,7 @@ class ActivationCache:
         return sample.with_tensors(tuple(tensors))
 
     def drop(self, name: str) -> None:
-        """Give back the memory of one parameter; of several side by side, with the last."""
+        """Free the memory of one parameter; of adjacent ones, with the last of them."""
         self._memory.pop(name, None)
         self._joint = [j for j in self._joint if any(n in self._memory for n in j[1])]
 
@@ -158,7 +158,7 @@ class ActivationCache:
         each = sample[:1].numel() * sample.element_size()
         if n == 0 or each == 0:
             return sample.new_zeros(n, *sample.shape[1:])
-        # Copy-on-write for reading: torch takes no read-only arrays.
+        # Copy-on-write for reading, as torch accepts no read-only arrays.
         mapped = np.memmap(
             self._path(self._index[name], i),
             dtype=np.uint8,
@@ -170,9 +170,9 @@ class ActivationCache:
 
 
 def spill_folder(needed: int) -> Path | None:
-    """A folder on disk with room for `needed` bytes and a tenth more; None if there is none.
+    """A folder on disk with 10 % more than `needed` bytes free; None if there is none.
 
-    The system's temporary folder (TMPDIR), then /var/tmp; not one that is kept in memory.
+    The system's temporary folder (TMPDIR), then /var/tmp, unless they are in memory.
     """
     for place in (tempfile.gettempdir(), "/var/tmp"):
         try:

@@ -14,43 +14,43 @@ from ...objective._dataset import Batch
 from ._engine import PerExampleGradEngine
 from .layer_rules import DenseGrad, FactoredGrad
 
-# On a CPU, chunks of 64 examples or, of small ones, as many as have so many bytes of activations:
-# with 16 the steps of Python in between take a third of the time (ResNet-20), with 128 a layer's
-# tensors no longer pass through the caches.
+# On a CPU, chunks of 64 examples, or of as many small ones as have this many bytes of activations.
+# With 16, Python takes a third of the time (ResNet-20); with 128, a layer's tensors no longer fit
+# the caches.
 CPU_CHUNK = 64
 CPU_ACTIVATIONS = 256 * 2**20
 MAX_CHUNK = 1024
-# Activations, their gradients, a layer's workspace and what the allocator keeps, as measured.
+# Activations, their gradients, a layer's workspace and freed memory that malloc holds, as measured.
 ACTIVATION_COPIES = 3.5
-# Rows that torch.func makes: by parameter, flattened, as the chunk before, once more in a layer.
+# Rows that torch.func holds: by parameter, flattened, of the chunk before, and once in a layer.
 FALLBACK_COPIES = 4
 
 
 def probe_batch(
     engine: PerExampleGradEngine, form: Callable[[FactoredGrad], FactoredGrad] = lambda grad: grad
 ) -> dict[str, FactoredGrad]:
-    """The first example's piece of every parameter that its loss depends on, in a certain form."""
+    """The first example's gradients, of every parameter that its loss depends on."""
     found: dict[str, FactoredGrad] = {}
     engine.run(next(engine.obj.batches(1)), lambda name, grad: found.__setitem__(name, form(grad)))
     return {name: found[name] for name in engine.obj.parameter_names if name in found}
 
 
 def rows_made(grads: Iterable[FactoredGrad]) -> int:
-    """Bytes an example that a rule takes to make the largest rows among the pieces."""
+    """Bytes per example that the largest rows among the gradients take while they are made."""
     return max((2 * grad.row_bytes for grad in grads if isinstance(grad, DenseGrad)), default=0)
 
 
 class PassCost:
-    """What one pass over the examples needs in memory, and the chunks that fit.
+    """The memory that a pass over the examples needs, and the chunks that fit.
 
     Args:
-        made: bytes an example of the rows that are made of one parameter at a time; None for
-            those of the largest parameter, in two orders.
-        fixed: bytes that are taken whatever the chunk.
+        made: bytes per example of the rows of one parameter at a time; None for those of the
+            largest parameter, in two orders.
+        fixed: bytes that do not depend on the chunk.
 
     Attributes:
-        activations: bytes of activations and their gradients, an example.
-        rules: bytes that rules and copies take beside the result, an example.
+        activations: bytes per example of activations and their gradients.
+        rules: bytes per example that layer rules and copies need beside the result.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class PassCost:
             self.rules = itemsize * FALLBACK_COPIES * obj.num_params
 
     def chunk_within(self, budget: int, result: int, count: int) -> int:
-        """Examples to take at once: as even a share of `count` as a budget in bytes allows.
+        """Examples per chunk within a budget in bytes, with chunks of `count` as even as possible.
 
         Args:
-            result: bytes that are kept of an example.
+            result: bytes per example that are kept.
         """
         each = self.activations + self.rules + result
         if budget < self.fixed + each:
@@ -89,17 +89,17 @@ class ExampleGradients:
     """Per-example gradients of an objective at one point, `chunk` examples at a time.
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
+        obj: an objective whose examples do not interact.
+        theta: the point [P]; None for the model's own.
         memory_budget: bytes for the gradients and activations of a chunk; None for a quarter
             of the free memory.
 
     Attributes:
-        chunk: most examples taken at once.
-        example_bytes: memory estimated for each example of a chunk.
+        chunk: most examples per chunk.
+        example_bytes: memory estimated per example of a chunk.
 
     Raises:
-        ValueError: examples that influence one another; a budget under one example's needs.
+        ValueError: examples that interact; a budget below the needs of one example.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ExampleGradients:
         self.chunk = self.chunk_within(resolve_budget(memory_budget, obj.device))
 
     def chunk_within(self, budget: int) -> int:
-        """The number of examples to take at once under a budget in bytes."""
+        """Examples per chunk within a budget in bytes."""
         return self.cost.chunk_within(budget, self.row_bytes, self.obj.num_examples)
 
     def chunks(
@@ -122,8 +122,7 @@ class ExampleGradients:
     ) -> Iterator[tuple[int, Tensor]]:
         """(index of the first example, gradients [n, P]) of consecutive chunks.
 
-        The next chunk overwrites nothing: each is a tensor of its own. Half-precision models
-        give float32.
+        Each chunk is a new tensor. Half-precision models give float32.
 
         Args:
             max_examples: only the first so many examples; None for all.
@@ -143,7 +142,7 @@ class ExampleGradients:
             yield batch.start, self.rows(batch)
 
     def rows(self, batch: Batch) -> Tensor:
-        """Gradients of a batch's examples.  # [n, P]"""
+        """Gradients [n, P] of a batch's examples."""
         rows = padded_rows(self.theta, batch.size, self.obj.num_params, dtype=self.dtype)
         rows.zero_()
         parts = self.engine.split(rows)
@@ -160,7 +159,7 @@ class ExampleGradients:
 
 
 def require_finite(sizes: Tensor, start: int, theta: Tensor) -> None:
-    """Refuse gradients whose size is NaN or infinite; `sizes` [n] from example `start` on."""
+    """Reject gradients whose norm in `sizes` [n], from example `start` on, is not finite."""
     finite = torch.isfinite(sizes)
     if not bool(finite.all()):
         bad = start + int((~finite).nonzero()[0])

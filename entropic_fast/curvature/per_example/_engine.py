@@ -1,10 +1,10 @@
-"""The score engine: gradients of single examples at about the cost of one backward pass.
+"""Per-example gradients at about the cost of one backward pass.
 
-Exactness is kept by parameter. One that layer rules see all of (each use as the weight or bias of
-a layer we know, with inputs that depend on the example; read from autograd's graph in every chunk)
-uses them. Any other, used otherwise or in a module we do not know, is expanded to one copy per
-example and handled by vmap. A model that vmap cannot trace uses `Fallback`.
-Before the first result for a model, both ways are compared on two examples.
+A layer rule is used for a parameter only if all its uses are as the weight or bias of a supported
+layer, which the autograd graph shows for every chunk. Any other parameter is expanded to one copy
+per example and handled by vmap. Models that vmap cannot trace use `VmapFallback`. Before the first
+result for a model, rules and fallback are compared on two examples. See
+docs/design/per_example.md.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PerExampleGradEngine:
 
     Raises:
         ValueError: examples that influence one another.
-        FastPathMismatchError: the two ways differ on the first examples.
+        FastPathMismatchError: rules and fallback differ on the first examples.
     """
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
@@ -85,15 +85,15 @@ class PerExampleGradEngine:
         return frozenset(self.obj.parameter_names) - self.batched if self.traceable else frozenset()
 
     def factored_grads(self, batch: Batch) -> dict[str, FactoredGrad]:
-        """The gradients of a batch's examples, all at once, by parameter."""
+        """The gradients of a batch's examples, by parameter."""
         found: dict[str, FactoredGrad] = {}
         self.run(batch, found.__setitem__)
         return found
 
     def run(self, batch: Batch, sink: Sink) -> Tensor:
-        """Hand each parameter's piece for a batch to the sink, once, as it becomes known.
+        """Pass each parameter's gradients for a batch to the sink, as soon as they are computed.
 
-        Parameters that no loss of the batch depends on are not handed over: their gradient is 0.
+        Parameters that no loss of the batch depends on are left out: their gradient is 0.
 
         Returns:
             the losses.  # [n]
@@ -111,7 +111,7 @@ class PerExampleGradEngine:
             try:
                 losses, backward = self._forward(batch, hand)
             except UNTRACEABLE as why:
-                # A loss that is not finite is no reason to change the way.
+                # A loss that is not finite says nothing against vmap.
                 self.obj.finite_losses(self.theta, batch)
                 if not self._info.told:
                     self._tell(why)
@@ -126,7 +126,7 @@ class PerExampleGradEngine:
                 except RuntimeError as why:
                     if type(why) is not RuntimeError:
                         raise
-                    # torch's own, of a layer whose backward pass is not made for this.
+                    # From a torch layer whose backward pass vmap does not support.
                     logger.info("per-example gradients without layer rules, which fail: %s", why)
                     self._info.traceable = False
         rows, losses = self._fallback.rows(batch)
@@ -138,20 +138,20 @@ class PerExampleGradEngine:
         return losses
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """Column slices of rows [n, P] by parameter.  # [n, p]"""
+        """Column slices [n, p] of rows [n, P], by parameter."""
         sizes = [part.numel() for part in self.obj.split(self.theta).values()]
         return dict(zip(self.obj.parameter_names, rows.split_with_sizes(sizes, 1), strict=True))
 
     def _tell(self, why: Exception) -> None:
-        """Have the model told that it is traced, which may spare it what vmap cannot do."""
+        """Run the model as if torch.compile traced it, which may avoid what vmap cannot do."""
         logger.info("per-example gradients as in torch.compile, as vmap fails: %s", why)
         self._info.told = True
-        if self._info.checked:  # another way through the model than the one that was compared
+        if self._info.checked:  # the model may now compute something else than what was compared
             self._check()
 
     @full_precision()
     def _forward(self, batch: Batch, sink: Sink) -> tuple[Tensor, Callable[[], None]]:
-        """Losses, and the backward pass that calls the sink."""
+        """Losses, and a function that runs the backward pass and calls the sink."""
         n = batch.size
         while True:
             tracked, copies = {}, {}
@@ -207,7 +207,7 @@ class PerExampleGradEngine:
             self.obj.finite_losses(self.theta, batch)  # raises, naming the example
 
     def _check(self) -> None:
-        """Compare with the fallback on two examples, once for a model and a loss."""
+        """Compare with the fallback on two examples, once per model and loss."""
         batch = next(self.obj.batches(min(2, self.obj.num_examples)))
         expected, _ = self._fallback.rows(batch)
         got = torch.zeros_like(expected, dtype=at_least_float32((expected,))[0].dtype)
@@ -227,12 +227,13 @@ class PerExampleGradEngine:
         dtype = coarsest_dtype(self.obj, self.theta, batch.inputs)
         relative, absolute = AGREEMENT[dtype]
         whole = float(expected.double().norm())
-        # Gradients that are roundings of numbers near 1, as at a minimum of loss 0, decide nothing.
+        # Gradients that are rounding of numbers near 1, as at a minimum of loss 0, prove nothing:
+        # the next objective of this model is compared again.
         slack = SMALL_GRADIENT.get(dtype, 0.0)
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
             if gap > relative * float(part.double().norm()) + absolute * whole + slack:
-                if self._info.told:  # the model computes something else where it is traced
+                if self._info.told:  # the model computes something else when it is traced
                     self._info.traceable = False
                     break
                 raise FastPathMismatchError(
@@ -246,7 +247,7 @@ class PerExampleGradEngine:
 
 
 class _Uses:
-    """Hands a parameter's piece to a sink once the layers that use it have all given theirs."""
+    """Adds up the gradients of a parameter from all layers that use it."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self.counts = sink, dict[str, int]()
@@ -259,37 +260,37 @@ class _Uses:
             self._sink(name, combined(self._waiting.pop(name)))
 
     def finish(self) -> None:
-        """Hand over what layers without a gradient have been waited for."""
+        """Pass on sums that layers without a gradient would have completed."""
         for name in list(self._waiting):
             self._sink(name, combined(self._waiting.pop(name)))
 
 
 @cache
 def _zero(device: torch.device) -> Tensor:
-    """A zero, made once for each device: a launch of its own for every pass otherwise."""
+    """A zero, made once per device: otherwise every pass launches a kernel for it."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _DispatchInfo:
-    """What is known of a model with a loss, whatever the point and the data."""
+    """How the gradients of a model with a loss are computed, independent of point and data."""
 
     def __init__(self, loss: LossFunction) -> None:
-        self.loss = loss  # held, so that its id stays its own
+        self.loss = loss  # a reference, so that its id is not reused
         self.traceable, self.checked = True, False
-        self.told = False  # whether the model is told that it is traced
+        self.told = False  # whether the model runs as if traced by torch.compile
         self.batched: set[str] = set()
 
 
-# Objectives at other points or on other data share the model, and what is known of it.
+# Objectives at other points or on other data use the same model, and this information.
 _dispatch_infos: WeakKeyDictionary[torch.nn.Module, dict[int, _DispatchInfo]] = WeakKeyDictionary()
 
 
 def _dispatch_info(obj: Objective) -> _DispatchInfo:
     loss = origin(obj.loss_fn)
     if fast_paths_are_off():
-        ways = _DispatchInfo(loss)
-        ways.traceable, ways.checked = False, True
-        return ways
+        info = _DispatchInfo(loss)
+        info.traceable, info.checked = False, True
+        return info
     by_loss = _dispatch_infos.setdefault(obj.module, {})
     return by_loss.setdefault(id(loss), _DispatchInfo(loss))

@@ -1,17 +1,17 @@
 """The Gram matrix of scores within a memory budget.
 
-Three ways, the first that fits (see `plan`):
+Three strategies, of which the first that fits is chosen (`_gram_plan`):
 
-- "memory": one pass over the examples keeps, for every parameter, rows or what makes them,
-  whichever is smaller (`records`); then parameter by parameter, a slice of output channels at a
-  time, rows of all E examples are made and multiplied: E^2 P operations, nothing twice. Or, where
-  that is fewer, inner products by way of the layer's positions, a tile of examples at a time.
-- "disk": the same with the records in temporary files.
+- "memory": one pass keeps the factored gradients of all examples (`_activation_cache`). Then, for
+  one parameter and slice of output channels at a time, rows of all E examples are computed and
+  multiplied: E^2 P operations. Or, if that is fewer, inner products over the layer's positions, for
+  one tile of examples at a time.
+- "disk": the same with the cache in temporary files.
 - "recompute": blocks of rows [R, P]; the examples after a block are computed again against it.
-  With B blocks that is (B + 1) / 2 passes.
+  B blocks take (B + 1) / 2 passes.
 
-Processes that share the work each hold the rows of their examples, and send them round in a ring:
-each meets half of the others (every pair of blocks once) while the next block is on its way.
+With several processes, each holds the rows of its examples and sends them around a ring: each
+multiplies its rows with those of half of the others, while the next block is being sent.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class GramComputation:
-    """A Gram matrix to take: of all parameters together, or several, of groups of them.
+    """The Gram matrix of all parameters, or one for each group of them.
 
     Args:
         obj, theta: the objective and the point.
@@ -52,7 +52,7 @@ class GramComputation:
         budget: bytes to stay under, results included.
         strategy: "auto" or one of the three.
         double_products: multiply in float64; otherwise in the scores' precision.
-        group: the key of the matrix that a parameter belongs to.
+        group: the key of a parameter's matrix.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GramComputation:
             )
 
     def grams(self) -> dict[str, Tensor]:
-        """The matrices by key.  # [E, E] float64 each"""
+        """The matrices [E, E] by key, in float64."""
         device = self.theta.device
         grams = {
             key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
@@ -103,12 +103,12 @@ class GramComputation:
             return self._by_ring(self.communicator, grams)
         try:
             if self.plan.strategy == "memory":
-                self._by_records(grams, None)
+                self._from_cache(grams, None)
             elif self.plan.strategy == "disk":
                 with tempfile.TemporaryDirectory(
                     prefix="entropic-fast-", dir=self.plan.folder
                 ) as folder:
-                    self._by_records(grams, Path(folder))
+                    self._from_cache(grams, Path(folder))
         except InconsistentShapesError as why:  # raised before anything is multiplied
             self.plan = self._planner.choose("recompute")
             logger.info("examples that differ (%s): %s", why, self.plan)
@@ -119,44 +119,44 @@ class GramComputation:
         self._require_finite(grams)
         return grams
 
-    # -- by records ------------------------------------------------------------------------
+    # -- by a cache ------------------------------------------------------------------------
 
-    def _by_records(self, grams: dict[str, Tensor], folder: Path | None) -> None:
+    def _from_cache(self, grams: dict[str, Tensor], folder: Path | None) -> None:
         record = max((p.example_bytes for p in self.survey.values()), default=1)
         window = max(1, min(self.count, self._planner.room // 8 // max(1, record)))
-        records = ActivationCache(self.survey, self.count, folder, window, self.group)
+        cache = ActivationCache(self.survey, self.count, folder, window, self.group)
         for batch in self.obj.batches(self.count, self.plan.chunk):
-            self.engine.run(batch, partial(records.put, batch.start))
+            self.engine.run(batch, partial(cache.put, batch.start))
         if (self.engine.traceable, self.engine.batched) != self.methods:
-            # Rows are kept in the order of the rule that made them.
-            raise InconsistentShapesError("the model took another way")
+            # The cache has rows in the column order of the layer rule that made them.
+            raise InconsistentShapesError("a layer rule no longer covers a parameter")
         done: set[str] = set()
-        for key, names, rows in records.joint():
+        for key, names, rows in cache.joint():
             self._update(grams[key], rows)
             del rows
             done.update(names)
         for name in self.survey:
             if name not in done:
-                self._multiply(records, name, grams[self.group(name)])
-            records.drop(name)
+                self._multiply(cache, name, grams[self.group(name)])
+            cache.drop(name)
 
-    def _multiply(self, records: ActivationCache, name: str, gram: Tensor) -> None:
+    def _multiply(self, cache: ActivationCache, name: str, gram: Tensor) -> None:
         """Add one parameter's inner products to the lower triangle of gram [E, E]."""
-        sample = records.survey[name]
-        pair = pairing(sample, records.folder is not None)
+        sample = cache.survey[name]
+        pair = pairing(sample, cache.folder is not None)
         if pair is not None:
             room = min(self.plan.slice, scratch_of(gram.device).tile)
             tile = tile_within(room, *pair, self.count)
             for i in range(0, self.count, tile):
                 down = slice(i, min(i + tile, self.count))
-                first = records.grad(name, down.start, down.stop)
+                first = cache.grad(name, down.start, down.stop)
                 for j in range(0, down.stop, tile):
                     across = slice(j, min(j + tile, self.count))
-                    second = records.grad(name, across.start, across.stop)
+                    second = cache.grad(name, across.start, across.stop)
                     gram[down, across] += first.inner_products(second)
             return
-        if isinstance(sample, DenseGrad) and records.folder is None:
-            for _, grad in records.factored_grads(name):
+        if isinstance(sample, DenseGrad) and cache.folder is None:
+            for _, grad in cache.factored_grads(name):
                 self._update(gram, grad.tensors[0])
             return
         each = sample.width // max(1, sample.groups)
@@ -165,7 +165,7 @@ class GramComputation:
         for begin in range(0, sample.groups, step):
             end = min(begin + step, sample.groups)
             columns = buffer[: self.count * (end - begin) * each].view(self.count, -1)
-            for start, grad in records.factored_grads(name):
+            for start, grad in cache.factored_grads(name):
                 grad.write_columns(begin, end, columns[start : start + grad.count])
             self._update(gram, columns)
 
@@ -215,7 +215,7 @@ class GramComputation:
     # -- by processes ----------------------------------------------------------------------
 
     def _gradients_for_ring(self, communicator: Communicator, budget: int) -> ExampleGradients:
-        """What makes a process's rows in the room left by these, those met, and the next ones."""
+        """Gradients in chunks that fit beside three blocks of rows: own, visiting, and arriving."""
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
         rows = 3 * -(-self.count // communicator.size) * gradients.row_bytes
         fixed = 8 * self.count**2 * len(self.keys)
@@ -248,7 +248,7 @@ class GramComputation:
         )
         for step in range(size // 2 + 1):
             other = (here + step) % size
-            # The rows held go on to the process before this one; those of the one after come.
+            # Send the visiting rows to the previous process, and receive those of the next.
             last = step == size // 2
             following = (other + 1) % size
             wait = (
@@ -261,7 +261,7 @@ class GramComputation:
             try:
                 if failure is None:
                     self._ring_block(grams, ranges, mine, met, here, other)
-            except Exception as error:  # others still wait for rows
+            except Exception as error:  # the other processes still wait for rows
                 failure = error
             met = met if wait is None else wait()
         communicator.check_consistent(failure, "blocks of the Gram matrix")
@@ -280,7 +280,7 @@ class GramComputation:
         here: int,
         other: int,
     ) -> None:
-        """The block of this process's rows and those of another, which one of both takes."""
+        """The block of these rows and those of another process, which only one of both computes."""
         size = len(ranges)
         if other == here:
             self._each(grams, mine, None, ranges[here], ranges[here])

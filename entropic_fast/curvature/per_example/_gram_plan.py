@@ -1,4 +1,4 @@
-"""Which way a Gram matrix of scores is taken within a memory budget, and in what portions."""
+"""How a Gram matrix of scores is computed within a memory budget."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ._engine import PerExampleGradEngine
 from .layer_rules import DenseGrad, FactoredGrad, packed_bytes
 
 STRATEGIES = ("auto", "memory", "disk", "recompute")
-# Share of the room for chunks that go to disk: the system decides when a chunk's pages go.
+# Fraction of the budget for chunks that go to disk: the system decides when pages are written.
 DISK_SHARE = 0.7
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """How a Gram matrix is taken: `print(plan)` says it in two sentences.
+    """How a Gram matrix is computed; `print(plan)` describes it in two sentences.
 
     Attributes:
         strategy: "memory", "disk" or "recompute".
         examples: E.
-        chunk: examples a pass takes at once.
-        passes: passes over the examples, as a number of examples computed over E.
-        held: bytes of rows or records held in memory.
-        spilled: bytes of records written to disk.
-        slice: bytes that the products of one parameter's records take at once.
-        budget: bytes to stay under.
-        folder: where files go, if any.
+        chunk: examples per chunk of a pass.
+        passes: number of gradients computed over E.
+        held: bytes of rows or factored gradients in memory.
+        spilled: bytes of factored gradients written to disk.
+        slice: bytes for the products of one parameter at a time.
+        budget: memory limit in bytes.
+        folder: for files, if any.
         block: rows of the score matrix held, for "recompute".
-        by_rule, copied, by_torch: how many of the P parameters go by layer rules, as a copy an
-            example under vmap (used in a module without a rule, or by itself), and by
-            `torch.func`, as all do where vmap cannot trace the model.
+        covered_by_layer_rule, copied, by_torch: how many of the P parameters use layer rules, one
+            copy per example under vmap (if they are used outside of such layers), and `torch.func`
+            (all of them, if vmap cannot trace the model).
     """
 
     strategy: str
@@ -61,16 +61,16 @@ class ScorePlan:
 
     def __str__(self) -> str:
         where = {
-            "memory": f"{readable(self.held)} of records in memory",
-            "disk": f"{readable(self.spilled)} of records in {self.folder}",
+            "memory": f"{readable(self.held)} of factored gradients in memory",
+            "disk": f"{readable(self.spilled)} of factored gradients in {self.folder}",
             "recompute": f"blocks of {self.block} rows ({readable(self.held)}) and no disk",
         }[self.strategy]
-        ways = {
+        methods = {
             "by layer rules": self.covered_by_layer_rule,
-            "as a copy an example": self.copied,
-            "by torch.func, as vmap cannot trace the model with rules": self.by_torch,
+            "as one copy per example": self.copied,
+            "by torch.func, as vmap cannot trace the model with layer rules": self.by_torch,
         }
-        shares = ", ".join(f"{n:,} {way}" for way, n in ways.items() if n)
+        shares = ", ".join(f"{n:,} {method}" for method, n in methods.items() if n)
         return (
             f"{self.examples} examples, {self.chunk} at a time, {self.passes:.2f} passes, {where}, "
             f"within {readable(self.budget)}. Parameters: {shares}"
@@ -78,14 +78,14 @@ class ScorePlan:
 
 
 class GramPlanner:
-    """Plans for one Gram matrix.
+    """Chooses a plan for one Gram matrix.
 
     Args:
         engine: of the model and point.
-        survey: a piece of one example for each parameter, in the form it is kept.
+        survey: gradients of one example for each parameter, in the form in which they are kept.
         count: E.
-        matrices: how many [E, E] results there are.
-        budget: bytes to stay under, results included.
+        matrices: number of results [E, E].
+        budget: memory limit in bytes, results included.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GramPlanner:
 
     @cached_property
     def _cost(self) -> PassCost:
-        """Of the pass that fills records."""
+        """Of the pass that fills the cache."""
         return PassCost(self.engine, rows_made(self.survey.values()))
 
     def choose(self, strategy: str) -> ScorePlan:
@@ -113,16 +113,16 @@ class GramPlanner:
         Raises:
             ValueError: none fits.
         """
-        ways: dict[str, Callable[[], ScorePlan]] = {
+        plans: dict[str, Callable[[], ScorePlan]] = {
             "memory": self._in_memory,
             "disk": self._on_disk,
             "recompute": self._by_blocks,
         }
         if strategy != "auto":
-            return ways[strategy]()
+            return plans[strategy]()
         for name in ("memory", "disk"):
             try:
-                return ways[name]()
+                return plans[name]()
             except ValueError:
                 continue
         return self._by_blocks()
@@ -133,7 +133,7 @@ class GramPlanner:
         one_pass = cost.activations + cost.rules + self.record
         least, most = self._products(spilled=False)
         left = self.room - held
-        # The pass and the products follow one another: the larger of the two counts.
+        # The products follow the pass, so that only the larger of the two counts.
         self._require(held + max(one_pass, least))
         chunk = cost.chunk_within(left, self.record, self.count)
         return self._plan("memory", chunk, 1.0, held=held, slice=min(most, left))
@@ -149,10 +149,10 @@ class GramPlanner:
                 "set TMPDIR to a folder on disk",
             )
         cost = self._cost
-        # While a chunk is written, the pages of its files count too.
+        # While a chunk is written, the pages of its files count as memory too.
         one_pass = cost.activations + cost.rules + 2 * self.record
         least, most = self._products(spilled=True)
-        # A quarter of the room is for the records mapped meanwhile.
+        # Leave room for the files mapped during the products.
         self._require(max(one_pass, 2 * least))
         room = int(DISK_SHARE * self.room)
         chunk = cost.chunk_within(room, 2 * self.record, self.count)
@@ -163,20 +163,19 @@ class GramPlanner:
         cost, count, params = PassCost(self.engine), self.count, self.engine.obj.num_params
         row = params * max(4, self.engine.theta.element_size())
         held, made = row + packed_bytes(1, params), 2 * row + packed_bytes(1, params)
-        # A chunk's rows are there until the next are.
+        # A chunk's rows stay until the next chunk's are computed.
         each = cost.activations + cost.rules + made
         self._require(each + held)
-        # A quarter for the chunk is enough; every row more held saves recomputing.
+        # A quarter for the chunk is enough; every other row held saves recomputation.
         size = cost.chunk_within(max(each, self.room // 4), made, count)
         block = max(1, min(count, (self.room - size * each) // held))
         computed = sum(count - begin for begin in range(0, count, block))
         return self._plan("recompute", size, computed / count, held=block * row, block=block)
 
     def _products(self, *, spilled: bool) -> tuple[int, int]:
-        """Least bytes that the products of any parameter take, and a sensible number.
+        """The least bytes for the products of any parameter, and a number that is efficient.
 
-        Either rows of all examples for as few as one output channel at a time, or inner
-        products of as few as one pair of examples.
+        The least is rows of all examples for one output channel, or inner products of one pair.
         """
         least, most = 0, 0
         for grad in self.survey.values():
@@ -196,7 +195,7 @@ class GramPlanner:
         return least, max(least, min(most, self.scratch.slice))
 
     def _require(self, needed: int) -> None:
-        """Refuse a budget under what is needed beside the result."""
+        """Reject a budget below what is needed beside the result."""
         if self.room < needed:
             what = f"the Gram matrix of {self.count} examples"
             do = "give more memory, or fewer max_examples"
@@ -225,7 +224,7 @@ class GramPlanner:
 
 
 def pairing(grad: FactoredGrad, spilled: bool) -> tuple[int, int] | None:
-    """The piece's `inner_product_bytes`, with what is mapped of an example that is on disk."""
+    """`inner_product_bytes` of a gradient, and what is mapped for an example on disk."""
     if grad.inner_product_bytes is None:
         return None
     example, pair = grad.inner_product_bytes

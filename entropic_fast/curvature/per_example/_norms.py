@@ -1,6 +1,6 @@
 """Norms of per-example gradients, and the trace of the Fisher matrix from them.
 
-No gradient is stored: each layer's rule squares and sums as it goes.
+No gradient is stored: layer rules give squared norms directly.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ._chunks import PassCost, probe_batch, require_finite, rows_made
 from ._engine import PerExampleGradEngine
 from .layer_rules import DenseGrad, FactoredGrad, squared_norms
 
-# Elements of parameters whose rows a GPU squares together: biases and normalization weights, 39 of
-# ResNet-20's 65 parameters, at 5 launches each.
+# Parameters of up to this many elements have their rows squared together on a GPU: biases and
+# normalization weights, 39 of ResNet-20's 65 parameters, which took 5 launches each.
 JOINED = 4096
 
 
@@ -55,13 +55,13 @@ def gradient_norms(
     memory_budget: int | None = None,
     group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """Squared norm of each example's gradient, in float64.  # [N]
+    """Squared norms [N] of per-example gradients, in float64.
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-        memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
-        group_by: None for the whole; "parameter" or "module" for the share of each, by name.
+        obj: an objective whose examples do not interact.
+        theta: the point [P]; None for the model's own.
+        memory_budget: limit in bytes; None for a quarter of the free memory, half on a GPU.
+        group_by: None for the total; "parameter" or "module" for the share of each, by name.
 
     Raises:
         ValueError: normalization by batch statistics; a NaN or infinite gradient; a budget
@@ -79,7 +79,7 @@ def gradient_norms(
     engine, count = PerExampleGradEngine(obj, theta), obj.num_examples
     keys = dict.fromkeys(map(key, obj.parameter_names))
     grads = probe_batch(engine).values()
-    # Rows that norms are taken of, and their float64 copies, fill the scratch at most.
+    # Rows and their float64 copies fill the scratch at most.
     together = sum(grad.row_bytes for grad in grads if _is_joined(grad))
     largest = max((grad.row_bytes for grad in grads), default=0)
     scratch = min(2 * scratch_of(obj.device).norms, 2 * count * max(largest, together))
@@ -129,7 +129,7 @@ class _Sums:
         self._rows.setdefault(key, []).append(rows)
 
     def flush(self) -> None:
-        """Add what is held back."""
+        """Add the rows collected so far."""
         for key, rows in self._rows.items():
             self.sums[key] += squared_norms(torch.cat(rows, 1) if len(rows) > 1 else rows[0])
         self._rows.clear()
@@ -159,15 +159,16 @@ def fisher_trace(
     memory_budget: int | None = None,
     group_by: str | None = None,
 ) -> Estimate | dict[str, Estimate]:
-    """Trace of the empirical Fisher matrix: the mean squared per-example gradient norm.
+    """Trace of the Fisher matrix; given labels make it the empirical Fisher (Kunstner et al. 2019).
 
-    Empirical: the scores are those of the given labels. For the true Fisher matrix, whose
-    labels are drawn from the model, pass `with_sampled_labels(obj, theta)`.
-    The value is exact for the data; the standard error is that of a mean over N examples
-    taken as a sample (NaN for one example).
+    It is the mean squared norm of the scores (see `score_matrix`; for a loss other than a negative
+    log-likelihood a score is simply the loss gradient). For labels drawn from the model, pass
+    `with_sampled_labels(obj, theta)`: the trace is then that of the Monte Carlo Fisher. The
+    standard error is a sampling error: treating the examples as an i.i.d. sample, how far the value
+    may be from the population trace (NaN for one example).
 
     Args:
-        obj, theta, memory_budget, by: as for `gradient_norms`.
+        obj, theta, memory_budget, group_by: as for `gradient_norms`.
 
     Raises:
         ValueError: as for `gradient_norms`.

@@ -60,8 +60,8 @@ def ntk_gram(
     once, and repeated chunk by chunk.
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
+        obj: an objective whose examples do not interact.
+        theta: the point [P]; None for the model's own.
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
             quarter of the free memory, half on a GPU.

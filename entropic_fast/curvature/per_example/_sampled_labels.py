@@ -1,8 +1,8 @@
-"""Labels drawn from the model itself, whose scores estimate the true Fisher matrix.
+"""Labels drawn from the model, whose scores estimate the true Fisher matrix.
 
-The scores of the given labels have the second moment called the empirical Fisher matrix, which
-is another one (Kunstner, Balles, Hennig, arXiv 1905.12558). The Fisher matrix proper averages
-over labels y ~ p(y | x, theta); with `with_sampled_labels` every function of scores gives it.
+The second moment of the scores of the given labels is the empirical Fisher matrix (Kunstner,
+Balles, Hennig, arXiv 1905.12558). The Fisher matrix averages over labels y ~ p(y | x, theta); with
+`with_sampled_labels` every function of scores estimates it from samples of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def with_sampled_labels(
     Args:
         obj: an objective with one of these losses, without class weights, weights of labels or
             label smoothing, whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
+        theta: the point [P]; None for the model's own.
         draws: labels for each example.
         seed: of the labels.
 
@@ -96,12 +96,12 @@ def with_sampled_labels(
         start += labels[0].numel()
         parts.append(torch.stack(labels, 1).flatten(0, 1))  # [n * draws, ...]
     examples = RepeatedExamples(obj.examples, draws, parts)
-    # Drawn labels count where the given ones do.
+    # Drawn labels count in the loss where the given ones do.
     return obj._replace(examples, theta=theta, bind=False)
 
 
 def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor]:
-    """The labels of a draw, from outputs, given targets, labels before them, key and draw."""
+    """The function of (outputs, targets, labels drawn before, key, draw) that draws labels."""
     loss = closed_form(obj.loss_fn)
     if loss is None or loss.no_likelihood:
         why = "a loss the library does not know" if loss is None else loss.no_likelihood
@@ -124,21 +124,21 @@ def _drawing(obj: Objective) -> Callable[[Tensor, Tensor, int, int, int], Tensor
 def _labels(
     loss: CrossEntropy, outputs: Tensor, targets: Tensor, first: int, key: int, draw: int
 ) -> Tensor:
-    """A class for each position that counts, in the place of the given one; others stay."""
+    """A class for each position that counts; ignored labels stay."""
     drawn = _classes(outputs.movedim(loss.class_axis, 1), first, key, draw)
     if targets.is_floating_point():
         return drawn
-    # Position t of "next_token" is compared with token t + 1; no one predicts the first.
+    # Position t of "next_token" predicts token t + 1; nothing predicts the first.
     next_token = isinstance(loss, NextToken)
     drawn = torch.cat([targets[:, :1], drawn[:, :-1]], 1) if next_token else drawn
     return torch.where(targets.long() == loss.ignored, targets.long(), drawn)
 
 
 def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
-    """A class for each position of outputs [n, C, ...], by inverting its distribution function.
+    """A class for each position of outputs [n, C, ...], by inverse transform sampling.
 
     Args:
-        first: the number of labels before, which the random numbers follow.
+        first: number of labels drawn before, the offset into the random stream.
     """
     n, positions = len(outputs), outputs[0, 0].numel()
     cumulative = outputs.double().softmax(1).reshape(n, -1, positions).cumsum(1)  # [n, C, S]

@@ -1,9 +1,8 @@
 """The score matrix, its Gram matrix and its spectrum.
 
-S [E, P] holds in row e the score of example e: the gradient of its loss, which for
-cross-entropy is that of the negative log-likelihood of the given label. F = S^T S / E is the
+Row e of S [E, P] is the score of example e: the gradient of its loss. F = S^T S / E is the
 empirical Fisher matrix; its leading eigenvalues are sigma_i(S)^2 / E (Di Carlo, Goddard,
-Schwab, arXiv 2512.06297, figure 2D), which are those of the small Gram matrix S S^T / E too.
+Schwab, arXiv 2512.06297, figure 2D), which are also those of the small Gram matrix S S^T / E.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ PRODUCTS = ("float64", "float32")
 def score_matrix(
     obj: Objective, theta: Tensor | None = None, max_examples: int | None = None
 ) -> Tensor:
-    """The score matrix: row e is d loss_e / d theta.  # [E, P]
+    """The score matrix [E, P], whose row e is d loss_e / d theta.
 
-    Scores are gradients of the data term: weight decay of the objective is no part of them, nor of
-    what is computed from them (norms, Gram, Fisher and kernel matrices).
+    For a loss other than a negative log-likelihood a score is simply the loss gradient. Scores are
+    gradients of the data term: they do not contain the objective's weight decay.
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-        max_examples: E, the first so many examples; None for all N.
+        obj: an objective whose examples do not interact.
+        theta: the point [P]; None for the model's own.
+        max_examples: E, the number of examples from the first on; None for all N.
 
     Returns:
         in the objective's dtype; in float32 for a model of half precision.
 
     Raises:
         ValueError: normalization by batch statistics; a matrix larger than the free memory
-            (`score_gram` needs no whole matrix); a NaN or infinite gradient.
+            (`score_gram` does not need it); a NaN or infinite gradient.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
@@ -110,24 +109,23 @@ def score_gram(
     strategy: str = "auto",
     group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """The Gram matrix S S^T of the scores, accumulated in float64.  # [E, E]
+    """The Gram matrix S S^T [E, E] of the scores, accumulated in float64.
 
-    The score matrix is never whole in memory. `score_plan` says beforehand how it is done, and
-    the log (logger "entropic_fast", level INFO) while it is.
+    For a loss other than a negative log-likelihood a score is simply the loss gradient. The score
+    matrix is never held in memory. `score_plan` and the log (logger "entropic_fast", level INFO)
+    describe the computation.
 
     Args:
         obj, theta, max_examples: as for `score_matrix`.
-        memory_budget: bytes to stay under, the result included; None for a quarter of the free
-            memory, half on a GPU. What the process holds beforehand is not counted, nor are the two
-            examples that the first call on a model compares with `torch.func` (some 8 P numbers).
-        products: "float64", exact to float64's rounding for the scores as computed; or
-            "float32": sums of 256 products of float32 accumulated in float64, so that entry
-            (i, j) is off by some 1e-8 |s_i| |s_j|. On CPUs it is about twice as fast. GPUs with
-            float64 tensor cores (A100, H100, H200, B200) should gain nothing from it, most others,
-            with float64 at 1/32 or 1/64 of float32's rate, most of that; neither is measured.
+        memory_budget: limit in bytes, the result included; None for a quarter of the free memory,
+            half on a GPU. It does not cover what the process holds beforehand, nor the two examples
+            that the first call on a model compares with `torch.func` (some 8 P numbers).
+        products: "float64", accurate to float64's rounding for the scores as computed; or
+            "float32", about twice as fast on CPUs: sums of 256 float32 products are accumulated in
+            float64, so that entry (i, j) is off by some 1e-8 |s_i| |s_j|.
         strategy: "auto", or one of "memory", "disk", "recompute" (see `score_plan`).
-        group_by: None for the whole; "parameter" or "module" for the share of each, by name. The
-            shares add up to the whole.
+        group_by: None for all parameters; "parameter" or "module" for one matrix per parameter or
+            module, by name. They add up to the total.
 
     Raises:
         ValueError: as for `score_matrix`; a budget too small for one example at a time.
@@ -159,13 +157,11 @@ def score_plan(
     *,
     strategy: str = "auto",
 ) -> ScorePlan:
-    """How `score_gram` would go about it, without doing it: `print(score_plan(obj))`.
+    """The plan of `score_gram`, without computing anything: `print(score_plan(obj))`.
 
-    "memory": one pass, keeping for every parameter each example's gradient or the activations
-    and output gradients that make it, whichever is smaller; "disk": the same in temporary
-    files, removed afterwards; "recompute": blocks of rows, more than one pass, where there is
-    no disk. The first that fits the budget is taken. The plan also says how many parameters go
-    by layer rules, as a copy an example, and by `torch.func`.
+    "memory": one pass, which keeps for every parameter each example's gradient, or the activations
+    and output gradients that give it, whichever is smaller; "disk": the same in temporary files;
+    "recompute": blocks of rows, in more than one pass. The first that fits the budget is chosen.
 
     Args:
         obj, theta, max_examples, memory_budget, strategy: as for `score_gram`.
@@ -221,17 +217,18 @@ def score_spectrum(
     strategy: str = "auto",
     group_by: str | None = None,
 ) -> Tensor | dict[str, Tensor]:
-    """Leading eigenvalues of the empirical Fisher matrix S^T S / E, descending.  # [min(E, P)]
+    """Leading min(E, P) eigenvalues of the empirical Fisher matrix S^T S / E, descending.
 
-    In float64, from the smaller of S S^T and S^T S. Negative values, which only rounding
-    makes, are returned as 0. Eigenvalues under `score_spectrum_floor` are rounding, not data.
+    In float64, from the smaller of S S^T and S^T S, for scores S; for a loss other than a negative
+    log-likelihood a score is simply the loss gradient. Negative values are rounding and returned as
+    0. Eigenvalues below `score_spectrum_floor` are rounding too.
 
     Args:
         obj, theta, max_examples, memory_budget, products: as for `score_gram`.
-        strategy: as for `score_gram`; where E > P for the whole there is nothing to keep, and it
-            makes no difference: S^T S is added up chunk by chunk in one pass.
-        group_by: None for the whole; "parameter" or "module" for the diagonal block of each, by
-            name.
+        strategy: as for `score_gram`; not used if E > P without groups, where S^T S is accumulated
+            in one pass.
+        group_by: None for all parameters; "parameter" or "module" for the diagonal block of each,
+            by name.
 
     Raises:
         ValueError: as for `score_gram`.
@@ -254,8 +251,8 @@ def score_spectrum(
     sizes: dict[str, int] = {}
     for name, part in obj.split(obj.point(theta)).items():
         sizes[key(name)] = sizes.get(key(name), 0) + part.numel()
-    # Records are gone when the eigenvalue solver, which overwrites a copy and has a workspace of
-    # its own, begins; the matrices are still there.
+    # The cache is freed before the eigenvalue solver, which needs a copy and a workspace beside
+    # the matrices.
     solver = (2 + len(sizes)) * 8 * size * size
     if budget < solver:
         raise too_small(
@@ -280,20 +277,19 @@ def score_spectrum_floor(
     products: str = "float64",
     num_params: int | None = None,
 ) -> float:
-    """The level under which eigenvalues of `score_spectrum` are rounding.
+    """The level below which eigenvalues of `score_spectrum` are rounding.
 
-    Three sources. Scores rounded to `dtype` move each singular value of S by up to about
-    8 eps ||S||_F (8 for the growth of rounding through a network's layers), so an eigenvalue
-    that is zero comes out as much as (8 eps)^2 times the sum of all. The float64 eigenvalue
-    solver errs by the matrix's order times its eps times the largest. And float32 products add
-    an error of at most some 8 eps |s_i| |s_j| / sqrt(P / 256) to entry (i, j), so of 8 eps
-    times the sum of all eigenvalues over sqrt(P / 256).
+    The sum of three errors. Rounding of the scores to `dtype` moves each singular value of S by up
+    to about 8 eps ||S||_F (8 for the growth of rounding through the layers), and an eigenvalue 0 by
+    (8 eps)^2 times the sum of all. The float64 eigenvalue solver errs by the order times eps times
+    the largest. Float32 products add at most some 8 eps |s_i| |s_j| / sqrt(P / 256) to entry
+    (i, j), and so 8 eps times the sum of all eigenvalues over sqrt(P / 256).
 
     Args:
-        spectrum: eigenvalues from `score_spectrum`, of one matrix; 0 for none.  # [n]
+        spectrum: eigenvalues [n] of one matrix, from `score_spectrum`; none give 0.
         dtype: the objective's dtype, in which the scores were computed.
         products: as given to `score_spectrum`.
-        num_params: P, for float32 products; None counts it as if it were at most 256.
+        num_params: P, for float32 products; None assumes at most 256.
 
     Raises:
         ValueError: no tensor [n] of finite values; the dictionary of
@@ -328,10 +324,10 @@ def score_spectrum_floor(
 def _second_moment(
     obj: Objective, theta: Tensor | None, count: int, room: int, double_products: bool
 ) -> Tensor:
-    """S^T S accumulated in float64.  # [P, P]"""
+    """S^T S [P, P], accumulated in float64."""
     size = 8 * obj.num_params**2
     gradients = ExampleGradients(obj, theta, memory_budget=2**62)
-    # A chunk's rows are transposed once more.
+    # A chunk's rows and their transpose are held together.
     each = gradients.example_bytes + gradients.row_bytes
     if room < size + each:
         raise too_small(

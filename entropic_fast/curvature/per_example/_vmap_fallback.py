@@ -1,4 +1,4 @@
-"""Gradients of single examples for any model: `torch.func.vmap(grad)`, or one by one."""
+"""Per-example gradients of any model: `torch.func.vmap(grad)`, or one example at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ...objective._dataset import Batch
 
 logger = logging.getLogger(__name__)
 
-# What a model that vmap cannot trace raises: control flow that depends on the data, an operation
-# without a batching rule (a warning, made an error here).
+# Raised by models that vmap cannot trace: control flow that depends on the data, an operation
+# without a batching rule (a warning, which `no_slow_loops` makes an error).
 UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, UserWarning)
 
 
 class VmapFallback:
-    """Rows of the score matrix of an objective at one point, by means of torch alone.
+    """Rows of the score matrix of an objective at one point, without layer rules.
 
     Args:
         obj: an objective whose examples do not influence one another.
@@ -38,8 +38,8 @@ class VmapFallback:
 
     @full_precision()
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Gradients and losses of a batch.  # [n, P], [n]"""
-        # A single example alone goes the way that `Objective.outputs` makes right.
+        """Gradients [n, P] and losses [n] of a batch."""
+        # For a single example `Objective.outputs` works around wrong gradients of torch.
         if self._vmap_works and batch.size > 1:
             try:
                 return self._by_vmap(batch)
@@ -50,7 +50,7 @@ class VmapFallback:
 
     def _by_vmap(self, batch: Batch) -> tuple[Tensor, Tensor]:
         def loss(theta: Tensor, x: Tree, y: Tree) -> Tensor:
-            # Not `losses`, which would take a single example twice.
+            # Not `losses`, which repeats a single example.
             one, target = trees.chosen((x, y), None)
             return self.obj.losses_with(self.obj.split(theta), one, target).sum()
 
@@ -76,7 +76,7 @@ class VmapFallback:
 @RefCountedContext
 @contextlib.contextmanager
 def no_slow_loops() -> Iterator[None]:
-    """Within it, an operation that vmap would run in a loop raises UserWarning."""
+    """Within it, an operation that vmap would run as a loop raises UserWarning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="There is a performance drop")
         yield

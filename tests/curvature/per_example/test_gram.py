@@ -82,14 +82,14 @@ def test_records_are_a_fraction_of_the_score_matrix():
     plan = score_plan(obj, memory_budget=10**9)
     assert plan.strategy == "memory" and plan.passes == 1 and plan.spilled == 0
     assert plan.held < 64 * obj.num_params * 8 / 4
-    assert "of records in memory" in str(plan)
+    assert "of factored gradients in memory" in str(plan)
 
 
 def test_the_plan_says_how_many_parameters_go_which_way():
     raw = by_name("raw parameter").objective()  # a scale of 4 and a temperature
     plan = score_plan(raw)
     assert (plan.covered_by_layer_rule, plan.copied, plan.by_torch) == (raw.num_params - 5, 5, 0)
-    assert str(plan).endswith("by layer rules, 5 as a copy an example")
+    assert str(plan).endswith("by layer rules, 5 as one copy per example")
     plan = score_plan(by_name("data-dependent branch").objective())
     assert plan.covered_by_layer_rule == plan.copied == 0
     assert f"{plan.by_torch} by torch.func, as vmap cannot trace" in str(plan)
@@ -109,7 +109,7 @@ def test_records_larger_than_the_budget_go_to_disk():
     budget = 8 * 2048**2 + whole.held * 4 // 5
     plan = score_plan(obj, memory_budget=budget)
     assert plan.strategy == "disk" and plan.spilled == whole.held and plan.folder is not None
-    assert f"of records in {plan.folder}" in str(plan)
+    assert f"of factored gradients in {plan.folder}" in str(plan)
     before = set(plan.folder.glob("entropic-fast-*"))  # others' may be there
     gram = score_gram(obj, memory_budget=budget)
     assert set(plan.folder.glob("entropic-fast-*")) <= before  # nothing is left behind
