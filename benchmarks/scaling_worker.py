@@ -19,8 +19,7 @@ from unittest.mock import patch
 import torch
 
 import entropic_fast as ef
-from entropic_fast.distributed._communicator import Communicator
-from entropic_fast.distributed._process_group import init
+from entropic_fast.distributed import Communicator, init
 from entropic_fast.experiments._costs import PASSES, measure, path_work, relaxation_work, work_of
 from entropic_fast.training.models import build
 
@@ -68,20 +67,19 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
             obj, path, starts, lr=1e-3, batch_size=batch, project_every=STEPS, steps=STEPS
         ),
     }
-    if obj.communicator is not None:
+    if obj.communicator.size > 1:
         work[WAITING] = lambda: gram_without_overlap(obj)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for action in work.values():
         action()
     for _ in range(rounds):
         for name, action in work.items():
-            if obj.communicator is not None:
-                obj.communicator.check_consistent()
+            obj.communicator.check_consistent()
             start = time.perf_counter()
             action()
             seconds[name].append(time.perf_counter() - start)
     machine = measure(obj)
-    processes = 1 if obj.communicator is None else obj.communicator.size
+    processes = obj.communicator.size
     shape = dict(parameters=obj.num_params, processes=processes)
     updates = dict(batch_size=batch, steps=STEPS, **shape)
     # With one point between pivots the loss is taken at twice as many, after its statistics.

@@ -33,7 +33,7 @@ from .curvature import (
     top_eigenvalues,
     with_sampled_labels,
 )
-from .distributed._process_group import distribute
+from .distributed import distribute
 from .dynamics import (
     ChannelPotential,
     CheckpointMismatchError,

@@ -10,7 +10,7 @@ import os
 import torch
 
 import entropic_fast as ef
-from entropic_fast.distributed._process_group import init
+from entropic_fast.distributed import init
 from entropic_fast.experiments._costs import expected_cost, measure
 from entropic_fast.training.data import load
 from entropic_fast.training.models import build
@@ -22,7 +22,7 @@ def main(examples: int = 256, probes: int = 16) -> None:
     data, _ = load("digits", limit=examples)
     net = build("digits-cnn").to(device)
     obj = ef.distribute(ef.Objective(net, "cross_entropy", data.to(device).tensors()))
-    processes = 1 if obj.communicator is None else obj.communicator.size
+    processes = obj.communicator.size
 
     machine = measure(obj)
     shape = dict(examples=obj.num_examples, parameters=obj.num_params, processes=processes)

@@ -22,7 +22,7 @@ from .._utils import atomic_io as store
 from .._utils import checks
 from .._utils import system_info as info
 from .._utils.atomic_io import DamagedFileError
-from ..distributed._communicator import RankFailedError, RankLostError
+from ..distributed import RankFailedError, RankLostError
 from ..experiments import _pipeline as stages
 from ..experiments import _plan as planning
 from ..experiments import _report as reports

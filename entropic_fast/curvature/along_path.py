@@ -12,7 +12,7 @@ from .._utils import checks
 from .._utils.convergence import warn_of_overflow, warn_once
 from .._utils.results import Density, Eigenpairs
 from .._utils.table import Table
-from ..distributed._communicator import RankFailedError, not_finite
+from ..distributed import RankFailedError, not_finite
 from ..objective import NonFiniteLossError, Objective
 from ..objective._objective import require_objective
 from ._at_point import (

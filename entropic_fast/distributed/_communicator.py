@@ -8,17 +8,16 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.graph_checks import NonFiniteLossError
 from .._utils import checks
 from .._utils.devices import is_gpu
-from ..objective._dataset import Batch
-from ..objective._validation import NonFiniteLossError
 from ._heartbeat import Heartbeat
 
 T = TypeVar("T")
@@ -94,25 +93,6 @@ class Communicator:
         rank = self.rank if rank is None else rank
         return count * rank // self.size, count * (rank + 1) // self.size
 
-    def local(self, batches: Iterator[Batch], count: int, whole: bool) -> Iterator[Batch]:
-        """This process's part of all batches.
-
-        Args:
-            count: examples in all of them.
-            whole: never cut a batch: it goes to the process whose part it begins in.
-        """
-        first, last = self.range(count)
-        for batch in batches:
-            if batch.start >= last:
-                return
-            if whole:
-                if batch.start >= first:
-                    yield batch
-                continue
-            low, high = max(first - batch.start, 0), min(last - batch.start, batch.size)
-            if low < high:
-                yield batch.cut(low, high)
-
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """The sum over processes of what each computes, the same bits on each of them.
 
@@ -166,9 +146,11 @@ class Communicator:
 
         Args:
             failure: of this process.
-            what: it is at: the same text everywhere, and tensors equal but for rounding.
+            what: it is at: the same text everywhere (or a function that returns it), and tensors
+                equal but for rounding.
         """
         self._calls += 1
+        what = tuple(part() if callable(part) else part for part in what)
         tensors = [part for part in what if isinstance(part, Tensor)]
         text = ", ".join(_form(part) if isinstance(part, Tensor) else str(part) for part in what)
         text = f"call {self._calls}" + (f", {text}" if text else "")
@@ -327,6 +309,36 @@ class Communicator:
             if not who:
                 what = f"a process of {self.size} ended or did not answer in time"
             raise RankLostError(f"{what} ({reason}); {REMEDY}") from error
+
+
+class SingleProcess(Communicator):
+    """The communicator of a process that shares its work with no other."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+
+    def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
+        """What `compute` returns."""
+        return compute()
+
+    def synchronized(
+        self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
+    ) -> T:
+        """What `compute` returns."""
+        return compute()
+
+    def check_consistent(self, failure: Exception | None = None, *what: object) -> None:
+        """Raise `failure`, if there is one."""
+        if failure is not None:
+            raise failure
+
+    def all_gather(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of the only process."""
+        return [numbers]
+
+    def broadcast_text(self, text: str, source: int) -> str:
+        """The text itself."""
+        return text
 
 
 def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

@@ -18,11 +18,10 @@ there are but rounding. Data and model are held whole by every process.
 from __future__ import annotations
 
 import atexit
-import copy
 import datetime
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,9 +34,6 @@ from .._utils.devices import is_gpu
 from ._communicator import CollectiveMismatchError, Communicator, RankFailedError, RankLostError
 from ._heartbeat import Heartbeat
 
-if TYPE_CHECKING:
-    from ..objective import Objective
-
 __all__ = [
     "CollectiveMismatchError",
     "RankLostError",
@@ -49,11 +45,23 @@ __all__ = [
 
 DEFAULT_TIMEOUT = 600.0  # seconds
 PATIENCE = 86400.0
-FEW = 8  # examples on which functions are compared
 
 # Of the processes that `init` joined, once it has.
 _heartbeat: Heartbeat | None = None
 _control_group: Any = None  # their group for meetings on the CPU, which may take long
+
+
+class Distributable(Protocol):
+    """What `distribute` needs of an objective."""
+
+    device: torch.device
+
+    def distributed_facts(self) -> dict[str, str]: ...
+    def sample_values(self) -> list[Tensor]: ...
+    def with_communicator(self: T, communicator: Communicator) -> T: ...
+
+
+T = TypeVar("T", bound=Distributable)
 
 
 def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.device:
@@ -135,7 +143,7 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def distribute(obj: Objective, group: Any = None) -> Objective:
+def distribute(obj: T, group: Any = None) -> T:
     """The same objective with its work shared among processes.
 
     Every process must call this, and every function on the result, with the same arguments in the
@@ -152,14 +160,18 @@ def distribute(obj: Objective, group: Any = None) -> Objective:
         RankLostError: a process is not there.
 
     >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = shard(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
+    >>> from entropic_fast import Objective
+    >>> obj = distribute(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
     >>> obj.loss(torch.tensor([2.0]))
     2.5
     """
-    from ..objective._dataset import fingerprint
-    from ..objective._objective import require_objective
-
-    require_objective(obj)
+    if not hasattr(obj, "with_communicator"):
+        raise checks.invalid(
+            "obj",
+            "an Objective",
+            checks.describe(obj),
+            "make one of the model, its loss and data: Objective(model, loss, data)",
+        )
     init()
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return obj
@@ -183,33 +195,17 @@ def distribute(obj: Objective, group: Any = None) -> Objective:
     communicator = Communicator(
         group, obj.device, *((_control_group, _heartbeat) if patient else ())
     )
-    communicator.require_same(
-        {
-            "model": fingerprint([obj.parameters_vector(), *obj.frozen_tensors()]),
-            "data": obj.examples.fingerprint(),
-            "settings": repr(
-                (
-                    *(obj.loss_name, obj.norm, str(obj.dtype), obj.examples.batch_size),
-                    obj.weight_decay,
-                )
-            ),
-        }
-    )
+    communicator.require_same(obj.distributed_facts())
     _require_same_function(obj, communicator)
-    other = copy.copy(obj)
-    other.communicator = communicator
-    return other
+    return obj.with_communicator(communicator)
 
 
-def _require_same_function(obj: Objective, communicator: Communicator) -> None:
+def _require_same_function(obj: Distributable, communicator: Communicator) -> None:
     """Refuse models or losses whose values differ, with the same parameters, on a few examples."""
     failure: Exception | None = None
     found: list[Tensor] = []
     try:
-        batch = next(obj.batches(batch_size=FEW if obj.separable else None))
-        with torch.no_grad():
-            outputs = obj.outputs(obj.parameters_vector(), batch.inputs)
-            found = [outputs, obj.output_losses(outputs, batch.targets)]
+        found = obj.sample_values()
     except Exception as error:
         failure = error
     try:

@@ -285,7 +285,7 @@ def measure(obj: Objective) -> Machine:
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
     taken = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
     multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / taken
-    if obj.communicator is None:
+    if obj.communicator.size == 1:
         return Machine(gradient, multiply, float("inf"), 0.0, operations)
     communicator, size = obj.communicator, obj.communicator.size
     short = torch.zeros(1, device=obj.device)

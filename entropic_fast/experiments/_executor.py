@@ -29,7 +29,7 @@ from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores
-from ..distributed._communicator import Communicator
+from ..distributed import Communicator, SingleProcess
 from ._task_store import TaskStore
 
 Progress = Callable[[float], None]
@@ -58,6 +58,9 @@ class Task:
     cost: float = 1.0
 
 
+ALONE = SingleProcess()
+
+
 class TaskError(RuntimeError):
     """A task that failed; the message names it. What was finished stays in the folder."""
 
@@ -73,7 +76,7 @@ def execute(
     *,
     workers: int | None = None,
     console: Console | None = None,
-    communicator: Communicator | None = None,
+    communicator: Communicator = ALONE,
 ) -> None:
     """Compute every task that is not finished yet.
 
@@ -94,15 +97,15 @@ def execute(
         KeyboardInterrupt: as it came; only the tasks under way are lost.
     """
     console = console or Console(stderr=True)
-    if communicator is not None and communicator.rank:
+    if communicator.rank:
         _follow(run, tasks, communicator)
         return
     # Of torchrun's processes on a machine each takes its share of the cores.
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in tasks if not _finished(run, u, console)}
-    if not todo and communicator is None:
+    if not todo and communicator.size == 1:
         return
-    asked = 1 if communicator is not None else workers or (1 if is_gpu(run.device) else cores)
+    asked = 1 if communicator.size > 1 else workers or (1 if is_gpu(run.device) else cores)
     threads = max(1, min(cores // asked, torch.get_num_threads()))
     workers = max(1, min(asked, len(todo)))
     if workers > 1 and is_gpu(run.device):
@@ -214,7 +217,7 @@ class _Queue:
 
 
 def _in_process(
-    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, communicator: Communicator | None
+    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, communicator: Communicator
 ) -> None:
     queue = _Queue(todo)
     while queue.todo:
@@ -232,8 +235,7 @@ def _in_process(
             continue
         queue.done(task)
         monitor.done(task, seconds)
-    if communicator is not None:
-        communicator.broadcast_text("", 0)  # nothing is left
+    communicator.broadcast_text("", 0)  # nothing is left
 
 
 def _follow(run: TaskStore, tasks: Sequence[Task], communicator: Communicator) -> None:
@@ -360,7 +362,7 @@ def _compute_in_worker(run: TaskStore, task: Task) -> float | None:
 
 
 def _compute(
-    run: TaskStore, task: Task, progress: Progress, communicator: Communicator | None = None
+    run: TaskStore, task: Task, progress: Progress, communicator: Communicator = ALONE
 ) -> float | None:
     """Seconds that a task took; 0 if another command finished it, None if one is at it."""
     with run.try_lock(task.name) as mine:
@@ -369,11 +371,6 @@ def _compute(
         if run.is_intact(task.name):
             return 0.0
         start = time.perf_counter()
-        if communicator is None:
-            output = task.function(run, progress, *task.args)
-            seconds = time.perf_counter() - start
-            run.finish(task.name, output, seconds)
-            return seconds
         communicator.broadcast_text(task.name, 0)  # the others follow
         output = communicator.synchronized(
             lambda: task.function(run, progress, *task.args), task.name

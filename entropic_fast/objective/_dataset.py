@@ -40,6 +40,24 @@ class Batch(NamedTuple):
         )
 
 
+def batches_in_range(
+    batches: Iterator[Batch], first: int, last: int, *, keep_whole: bool
+) -> Iterator[Batch]:
+    """The examples from `first` to before `last` of consecutive batches.
+
+    Args:
+        keep_whole: never cut a batch, but yield every one that begins in the range.
+    """
+    for batch in batches:
+        if batch.start >= last:
+            return
+        low, high = max(first - batch.start, 0), min(last - batch.start, batch.size)
+        if batch.start >= first and (keep_whole or high == batch.size):
+            yield batch
+        elif not keep_whole and low < high:
+            yield batch.cut(low, high)
+
+
 class WithTargets(NamedTuple):
     """Inputs of a model whose loss is computed inside: what it takes, and the targets."""
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,21 @@ from torch.func import functional_call
 
 from .._torch.derivative_formulas import AnyOrder, forward_depth
 from .._torch.full_precision import NativeRecurrence, full_precision, no_autocast
+from .._torch.graph_checks import (
+    NonFiniteLossError,
+    backward_nodes,
+    require_finite,
+    require_in_range,
+)
 from .._torch.uncompiled import eager
 from .._utils import checks, trees
 from .._utils.devices import is_gpu
 from .._utils.trees import Tree
+from ..distributed import Communicator, SingleProcess
 from . import _validation as model_checks
 from ._attributes import Place, attributes, changed, only_tensors, put_back, unchanged
 from ._batch_format import BatchFormat
-from ._dataset import Batch, ExampleSet, WithTargets
+from ._dataset import Batch, ExampleSet, WithTargets, batches_in_range, fingerprint
 from ._live_model import StatisticsPoint, read_model
 from ._modules import cast, cast_tensor, copied, tied_names
 from ._normalization import (
@@ -43,13 +50,11 @@ from ._parameters import (
     real_dtype,
     studied,
 )
-from ._validation import NonFiniteLossError
 from .losses._functions import LossFunction, bound, computed_inside, hits, loss_function, widened
 
-if TYPE_CHECKING:
-    from ..distributed._communicator import Communicator
-
 __all__ = ["NonFiniteLossError", "Objective"]
+
+COMPARED = 8  # examples whose outputs and losses ranks compare
 
 
 class Objective:
@@ -117,8 +122,7 @@ class Objective:
         num_params: P, the length of theta.
         num_examples: N.
         examples: the data, in a fixed order.
-        communicator: the processes that share its work (see `distributed.distribute`); None if it
-            is alone.
+        communicator: of the ranks that share its work (see `distribute`); of size 1 by default.
         dtype, device: of theta.
         takes_derivatives: whether the model or loss takes a derivative of its own, in its inputs
             say; normalization layers and others are then computed by their formulas.
@@ -166,7 +170,7 @@ class Objective:
         )
         self.loss_fn = bound(self.loss_fn, self.examples)
         self._statistics = StatisticsPoint(self._theta)
-        self.communicator: Communicator | None = None
+        self.communicator: Communicator = SingleProcess()
         self._loss_dtype: torch.dtype | None = None  # once it is known
         self.takes_derivatives = False  # the model or loss, of its own; once it is known
         self._reader = OutputReader(form)
@@ -356,15 +360,15 @@ class Objective:
         self, max_examples: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """`batches`, of which other processes take their parts where work is shared."""
-        found = self.batches(max_examples, batch_size)
-        if self.communicator is None:
-            return found
-        return self.communicator.local(found, self.count(max_examples), not self.separable)
+        found, (first, last) = (
+            self.batches(max_examples, batch_size),
+            self.local_range(max_examples),
+        )
+        return batches_in_range(found, first, last, keep_whole=not self.separable)
 
     def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
         """The first of the examples that this process takes, and the first after them."""
-        count = self.count(max_examples)
-        return (0, count) if self.communicator is None else self.communicator.range(count)
+        return self.communicator.range(self.count(max_examples))
 
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
         """What `compute` makes of `local_batches`, summed over the processes that share them.
@@ -372,9 +376,7 @@ class Objective:
         Args:
             what: the name of it and its arguments, for these to be the same on each.
         """
-        if self.communicator is None:
-            return compute()
-        return self.communicator.all_reduce(compute, *what, self.fingerprint())
+        return self.communicator.all_reduce(compute, *what, self.fingerprint)
 
     def fingerprint(self) -> str:
         """What tells this objective from others that processes share: data, dtype, statistics."""
@@ -385,8 +387,30 @@ class Objective:
     def without_distribution(self) -> Objective:
         """The same objective, all of whose work this process does."""
         other = copy.copy(self)
-        other.communicator = None
+        other.communicator = SingleProcess()
         return other
+
+    def with_communicator(self, communicator: Communicator) -> Objective:
+        """The same objective with its work shared among the ranks of a communicator."""
+        other = copy.copy(self)
+        other.communicator = communicator
+        return other
+
+    def distributed_facts(self) -> dict[str, str]:
+        """What has to be the same on every rank, by name."""
+        settings = (self.loss_name, self.norm, str(self.dtype), self.examples.batch_size)
+        return {
+            "model": fingerprint([self.parameters_vector(), *self.frozen_tensors()]),
+            "data": self.examples.fingerprint(),
+            "settings": repr((*settings, self.weight_decay)),
+        }
+
+    def sample_values(self) -> list[Tensor]:
+        """Outputs and losses of the first examples, by which ranks compare their functions."""
+        batch = next(self.batches(batch_size=COMPARED if self.separable else None))
+        with torch.no_grad():
+            outputs = self.outputs(self.parameters_vector(), batch.inputs)
+            return [outputs, self.output_losses(outputs, batch.targets)]
 
     # -- weight decay ----------------------------------------------------------------------
 
@@ -529,7 +553,7 @@ class Objective:
             return value
         if any(
             node.name().endswith("AccumulateGrad") and node.variable is theta
-            for node in model_checks.backward_nodes(value)
+            for node in backward_nodes(value)
         ):
             return value
         self.independent += 1
@@ -676,7 +700,7 @@ class Objective:
             return found
 
         with torch.no_grad():
-            if self.communicator is None:
+            if self.communicator.size == 1:
                 return torch.cat([self.finite_losses(theta, batch) for batch in self.batches()])
             if self._loss_dtype is None:
                 first = next(self.batches())
@@ -686,7 +710,7 @@ class Objective:
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        model_checks.require_finite(losses.detach(), theta, batch.start)
+        require_finite(losses.detach(), theta, batch.start)
         return losses
 
     def _alone(self, inputs: Tree) -> bool:
@@ -710,7 +734,7 @@ class Objective:
         Raises:
             NonFiniteLossError: as `loss`.
         """
-        if self.communicator is not None:
+        if self.communicator.size > 1:
             return torch.tensor([self.loss(point) for point in points], dtype=torch.float64)
         if not len(points):
             return torch.zeros(0, dtype=torch.float64)
@@ -753,7 +777,7 @@ class Objective:
                 found = self.losses(leaf, batch.inputs, batch.targets)
                 losses.append(found.detach())
                 if not later:
-                    model_checks.require_finite(found.detach(), theta, batch.start)
+                    require_finite(found.detach(), theta, batch.start)
                 total += torch.autograd.grad(found.sum(), leaf)[0]
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
@@ -766,7 +790,7 @@ class Objective:
         if not later:
             self.point(theta)
         total = self.all_reduce(own, "gradient", theta)
-        model_checks.require_in_range(total, theta.dtype)
+        require_in_range(total, theta.dtype)
         mean = total / self.num_examples
         if self.weight_decay:
             mean.add_(theta, alpha=self.weight_decay)
@@ -790,7 +814,7 @@ class Objective:
                 outputs = self.outputs(theta, batch.inputs)
                 model_checks.require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
-                model_checks.require_finite(losses, theta, batch.start)
+                require_finite(losses, theta, batch.start)
                 sums[0] += losses.double().sum()
                 sums[1:] += hits(self.loss_fn, outputs, batch.targets)
             return sums

@@ -6,15 +6,16 @@ import contextlib
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .._torch.derivative_formulas import AnyOrder, Watcher, cdist_is_right, require_right_gradients
+from .._torch.derivative_formulas import AnyOrder, Watcher, require_right_gradients
 from .._torch.full_precision import full_precision
+from .._torch.graph_checks import backward_nodes
 from .._torch.randomness import not_repeatable
 from .._torch.uncompiled import eager
 from .._utils import checks, trees
@@ -31,10 +32,6 @@ from .losses._functions import origin
 
 if TYPE_CHECKING:
     from . import Objective
-
-
-class NonFiniteLossError(ValueError):
-    """A loss that is NaN or infinite; the message names the example and the point."""
 
 
 def require_module(model: nn.Module) -> None:
@@ -263,54 +260,6 @@ def _checkpointed() -> ValueError:
     )
 
 
-def backward_nodes(tensor: Tensor) -> Iterator[Any]:
-    """Functions of the backward pass of a tensor, each once."""
-    todo: list[Any] = [tensor.grad_fn]
-    seen = {None}
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            todo.extend(before for before, _ in node.next_functions)
-
-
-def require_twice_differentiable(tensor: Tensor) -> None:
-    """Refuse a graph with a function marked as `once_differentiable`, or so in torch.
-
-    torch takes its backward pass for a constant where only some inputs are asked for: second
-    derivatives would lack terms, without a word.
-
-    Raises:
-        RuntimeError: naming the function.
-    """
-    for node in backward_nodes(tensor):
-        if node.name() in _ONCE and not (node.name() == _CDIST and cdist_is_right()):
-            what, instead = _ONCE[node.name()]
-            raise RuntimeError(f"{what}: torch has no second derivative of it; {instead}")
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        code = getattr(backward, "__code__", None)
-        if code is not None and code.co_filename == torch.autograd.function.__file__:
-            raise RuntimeError(
-                f"{node.name()}: a function marked with @once_differentiable has no second "
-                "derivative; write its backward pass in differentiable operations"
-            )
-
-
-_CDIST = "CdistBackward0"
-# What torch has a first derivative of alone, and what to use instead.
-_ONCE = {
-    "EmbeddingBagBackward0": (
-        "nn.EmbeddingBag",
-        "use nn.Embedding, and a sum, mean or maximum over its positions",
-    ),
-    _CDIST: (
-        "torch.cdist",
-        "use torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)",
-    ),
-}
-
-
 def check_batch(obj: Objective) -> Batch:
     """A few examples to check a model on, or the first batch where the model takes no fewer.
 
@@ -414,43 +363,6 @@ def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
     return losses
 
 
-def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
-    """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
-    bad = ~torch.isfinite(losses)
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        norm = float(torch.linalg.vector_norm(theta.detach(), dtype=torch.float64))
-        raise NonFiniteLossError(
-            f"loss: expected finite losses, got {float(losses[first])} for example "
-            f"{start + first} at a point of norm {norm:.4g}; "
-            "check that example's values, or the learning rate that led here"
-        )
-
-
-def require_real_outputs(outputs: Tensor) -> None:
-    """Refuse complex outputs, for what is defined by derivatives of single output numbers."""
-    if outputs.is_complex():
-        raise checks.invalid(
-            "outputs",
-            "real numbers",
-            checks.describe(outputs),
-            "return torch.view_as_real of them, and take the loss of those",
-        )
-
-
-def require_finite_outputs(outputs: Tensor, start: int) -> None:
-    """Refuse complex, NaN and infinite outputs [n, ...] of the examples from `start` on."""
-    require_real_outputs(outputs)
-    finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
-    if not bool(finite.all()):
-        raise checks.invalid(
-            "outputs",
-            "finite values",
-            f"NaN or infinity for example {start + int((~finite).nonzero()[0])}",
-            "check that example's values, or the point",
-        )
-
-
 def require_classifier(outputs: Tensor, targets: Tensor) -> None:
     """Refuse outputs and targets that are not class scores [n, C] and integers [n]."""
     if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
@@ -458,17 +370,6 @@ def require_classifier(outputs: Tensor, targets: Tensor) -> None:
             "evaluate",
             "a classifier (outputs [N, C], whole targets [N])",
             f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
-        )
-
-
-def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a sum of gradients of a half-precision `dtype` that overflowed."""
-    if dtype in checks.HALF and not bool(torch.isfinite(gradient).all()):
-        raise checks.invalid(
-            "gradient",
-            f"values within {dtype}, at most {torch.finfo(dtype).max:.3g}",
-            "NaN or infinity though the losses are finite",
-            "use a smaller batch_size, or the model in float32, model.float()",
         )
 
 

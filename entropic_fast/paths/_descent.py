@@ -112,7 +112,7 @@ class Descent:
         return losses, gradients
 
     def _data_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._train.communicator is None:
+        if self._train.communicator.size == 1:
             return self._own_energies(index)
 
         def own() -> Tensor:
@@ -144,10 +144,9 @@ class Descent:
     def _add_batch(self, inputs: Tensor, targets: Tensor) -> None:
         """Add a batch's share of the losses and gradients of this process's pivots."""
         communicator, last = self._train.communicator, len(self.pivots) - 1
-        turn, processes = (0, 1) if communicator is None else (communicator.rank, communicator.size)
         inputs = laid_out(inputs, self._layout)
         for i, pivot in enumerate(self.pivots):
-            if i % processes != turn:
+            if i % communicator.size != communicator.rank:
                 continue
             if i in (0, last):
                 with torch.no_grad():

@@ -15,7 +15,7 @@ from .._utils import checks
 from .._utils.convergence import warn_of_overflow
 from .._utils.devices import is_gpu
 from .._utils.table import Table
-from ..distributed._communicator import RankFailedError, not_finite
+from ..distributed import RankFailedError, SingleProcess, not_finite
 from ..objective import NonFiniteLossError, Objective
 from ..objective._objective import require_objective
 from ..objective._validation import require_classifier
@@ -114,9 +114,9 @@ def path_losses(
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
     classifier = _is_classifier(obj)
     # Statistics are of all examples at each point: processes take points then, not examples.
-    communicator = obj.communicator if obj.has_running_statistics else None
-    whole = obj if communicator is None else obj.without_distribution()
-    first, every = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+    communicator = obj.communicator if obj.has_running_statistics else SingleProcess()
+    whole = obj.without_distribution() if obj.has_running_statistics else obj
+    first, every = communicator.rank, communicator.size
 
     def own() -> Tensor:
         found = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
@@ -138,9 +138,7 @@ def path_losses(
             on_point(done + 1, len(s))
         return found
 
-    found = (
-        own() if communicator is None else obj.all_reduce(own, "losses along a path", path.pivots)
-    )
+    found = communicator.all_reduce(own, "losses along a path", path.pivots, obj.fingerprint)
     lost = ~found[:, 0].isfinite()
     found[lost, 0], found[lost, 1:] = math.inf, math.nan
     if bool(lost.any()):
@@ -158,7 +156,7 @@ def _values(
     What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device; NaN or
     infinite where they raise.
     """
-    if obj.communicator is not None:  # whose processes meet at every point
+    if obj.communicator.size > 1:  # whose processes meet at every point
         here = obj.recalibrated(theta, max_examples=recalibration_examples)
         values: tuple[float, ...]
         try:
@@ -191,7 +189,7 @@ def _warn_of(
 ) -> None:
     """Say once at how many positions the loss is not finite, and of the first why."""
     first, why = s[lost[0]], ""
-    if obj.communicator is None:
+    if obj.communicator.size == 1:
         theta = path.point(first)
         try:
             obj.recalibrated(theta, max_examples=recalibration_examples).loss(theta)

@@ -83,7 +83,7 @@ def print_plan(console: Console, subject: Subject) -> None:
     """
     communicator, objective = subject.some.communicator, subject.some
     found = {}
-    if communicator is not None:
+    if communicator.size > 1:
         found[communicator.size] = measure(objective)
         note = (
             f"speeds of {communicator.size} processes that share the work here, messages measured"

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from .._utils import atomic_io as store
 from .._utils import checks, trees
 from .._utils.table import Table
-from ..distributed._communicator import Communicator
-from ..distributed._process_group import distribute
+from ..distributed import Communicator, distribute
 from ..dynamics.projected_sgd._checkpoint import fingerprint
 from ..experiments._config import changed_values
 from ..experiments._executor import Task, execute
@@ -137,7 +136,7 @@ def profile_model(
     settings = settings or ProfileSettings()
     subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
     whole, end, communicator = subject.whole, subject.end, subject.whole.communicator
-    first = communicator is None or communicator.rank == 0
+    first = communicator.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
     about: dict[str, Any] = {
         "named": named,
@@ -199,9 +198,7 @@ def plan_profile(
     subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
     communicator = subject.whole.communicator
     console = console or Console(emoji=False)
-    print_plan(
-        console if communicator is None or not communicator.rank else Console(quiet=True), subject
-    )
+    print_plan(Console(quiet=True) if communicator.rank else console, subject)
 
 
 def _subject(
@@ -220,10 +217,8 @@ def _subject(
     return Subject.of(whole, end, settings)
 
 
-def _by_first(communicator: Communicator | None, write: Callable[[], T]) -> T | None:
+def _by_first(communicator: Communicator, write: Callable[[], T]) -> T | None:
     """What the first of processes does for all, which then know that it is done."""
-    if communicator is None:
-        return write()
     return communicator.synchronized(write if communicator.rank == 0 else lambda: None, "files")
 
 

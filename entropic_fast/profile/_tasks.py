@@ -153,7 +153,7 @@ def measure_spectra(
 def _by_processes(obj: Objective) -> str:
     return (
         f"; rows of {obj.communicator.size} processes in a ring"
-        if obj.communicator is not None
+        if obj.communicator.size > 1
         else ""
     )
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from entropic_fast.distributed import Communicator, RankLostError
 from entropic_fast.distributed import _communicator as communicator
 from entropic_fast.distributed import _process_group as parallel
-from entropic_fast.distributed._communicator import Communicator, RankLostError
 from entropic_fast.experiments import _executor as schedule
 
 

@@ -9,7 +9,7 @@ import device_checks
 from torch.distributed import destroy_process_group
 
 import entropic_fast as ef
-from entropic_fast.distributed._process_group import init
+from entropic_fast.distributed import init
 from entropic_fast.ops.random_bits import streams as random
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import entropic_fast as ef
 from entropic_fast._utils.atomic_io import save_tensors
 from entropic_fast.curvature.per_example._chunks import ExampleGradients
-from entropic_fast.distributed._process_group import RankFailedError, init
+from entropic_fast.distributed import RankFailedError, init
 from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective

@@ -16,10 +16,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..._torch.graph_checks import backward_nodes
 from ..._torch.tracing import requires_grad
 from ..._utils.trees import Tree
 from ...objective import Objective
-from ...objective._validation import backward_nodes
 from ._decompositions import FUNCTIONS
 
 

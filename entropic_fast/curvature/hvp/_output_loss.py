@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._torch.graph_checks import require_twice_differentiable
 from ...objective import Objective
-from ...objective._validation import require_twice_differentiable
 from ...objective.losses._functions import output_hessian
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import double_backward_fixes, full_precision
+from ..._torch.graph_checks import require_real_outputs, require_twice_differentiable
 from ..._torch.torch_compile import CompileSafe
 from ..._utils import checks, trees
 from ...objective import Objective
 from ...objective._objective import require_objective
-from ...objective._validation import require_real_outputs, require_twice_differentiable
 from ...ops.random_bits import streams as random
 from .._crosscheck import coarsest_dtype
 from ..hvp import HVPEngine

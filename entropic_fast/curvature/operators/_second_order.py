@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import double_backward_fixes, full_precision
+from ..._torch.graph_checks import require_twice_differentiable
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._dataset import Batch
-from ...objective._validation import require_twice_differentiable
 from ...ops.random_bits import streams as random
 from ..hvp import HVPEngine
 from ..hvp._tiles import Tile

@@ -38,7 +38,7 @@ from ._gram_plan import STRATEGIES, GramPlanner, channels_within, pairing, tile_
 from .layer_rules import DenseGrad
 
 if TYPE_CHECKING:
-    from ...distributed._communicator import Communicator
+    from ...distributed import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class GramComputation:
         self.methods = self.engine.traceable, self.engine.batched
         self._planner = GramPlanner(self.engine, self.survey, count, len(self.keys), budget)
         self.communicator = obj.communicator
-        if self.communicator is None:
+        if self.communicator.size == 1:
             self.plan = self._planner.choose(strategy)
             logger.info("score Gram: %s", self.plan)
         elif strategy in ("auto", "memory"):
@@ -82,7 +82,7 @@ class GramComputation:
             self._gradients = communicator.synchronized(
                 lambda: self._gradients_for_ring(communicator, budget),
                 f"Gram matrix of {count} examples, {len(self.keys)} parts",
-                obj.fingerprint(),
+                obj.fingerprint,
             )
         else:
             raise checks.invalid(
@@ -99,7 +99,7 @@ class GramComputation:
             key: torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
             for key in self.keys
         }
-        if self.communicator is not None:
+        if self.communicator.size > 1:
             return self._by_ring(self.communicator, grams)
         try:
             if self.plan.strategy == "memory":

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..._torch.full_precision import full_precision
+from ..._torch.graph_checks import require_finite_outputs
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
 from ...objective._dataset import RepeatedExamples
 from ...objective._objective import require_objective
-from ...objective._validation import require_finite_outputs
 from ...objective.losses._cross_entropy import CrossEntropy, NextToken
 from ...objective.losses._elementwise import BinaryCrossEntropy
 from ...objective.losses._functions import closed_form, widened

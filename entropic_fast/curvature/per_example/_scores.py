@@ -354,7 +354,7 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
     them for all."""
 
     def one_takes() -> Tensor:
-        if obj.communicator is not None and obj.communicator.rank:
+        if obj.communicator.rank:
             return matrix.new_zeros(len(matrix))
         found: Tensor = torch.linalg.eigvalsh(matrix)
         return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._utils import checks
 from ..._utils.convergence import DivergenceError
-from ...distributed._communicator import Communicator
+from ...distributed import Communicator
 from ._trajectory import Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")

@@ -155,7 +155,7 @@ def relax(
     given = dict(locals())
     starts, lrs, names = per_replica(start, lr, ids, replicas)
     check_path(obj, path)
-    if obj.communicator is not None:
+    if obj.communicator.size > 1:
         return over_processes(relax, given, starts, lrs, names)
     checks.one_of("precision", precision, ("float32", "tf32"))
     checks.functions(augment=augment, on_record=on_record)

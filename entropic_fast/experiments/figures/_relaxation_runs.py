@@ -329,7 +329,7 @@ def _relax(
     every = setup.project_every
     stored = run.task_folder(task) / "run.safetensors"
     # Processes that share replicas have no one state to write.
-    checkpoint = stored if setup.objective.communicator is None else None
+    checkpoint = stored if setup.objective.communicator.size == 1 else None
 
     def go() -> Trajectory:
         return relax(

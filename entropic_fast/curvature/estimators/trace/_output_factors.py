@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ...._torch.full_precision import full_precision
+from ...._torch.graph_checks import require_finite_outputs, require_twice_differentiable
 from ...._utils import checks, trees
 from ...._utils.devices import is_gpu
 from ....objective import Objective
 from ....objective._dataset import Batch
-from ....objective._validation import require_finite_outputs, require_twice_differentiable
 from ....objective.losses._cross_entropy import CrossEntropy
 from ....objective.losses._elementwise import DiagonalLoss
 from ....objective.losses._functions import closed_form, widened
