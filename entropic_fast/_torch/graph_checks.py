@@ -110,3 +110,13 @@ def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
             "NaN or infinity though the losses are finite",
             "use a smaller batch_size, or the model in float32, model.float()",
         )
+
+
+def require_classifier(outputs: Tensor, targets: Tensor) -> None:
+    """Refuse outputs and targets that are not class scores [n, C] and integers [n]."""
+    if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
+        raise checks.invalid(
+            "evaluate",
+            "a classifier (outputs [N, C], whole targets [N])",
+            f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
+        )

@@ -17,8 +17,6 @@ from .._utils.convergence import held, warn_once
 from .._utils.results import Density, Eigenpairs, Estimate
 from ..objective import Objective
 from ..objective._objective import require_objective
-from ..objective.losses._cross_entropy import CrossEntropy
-from ..objective.losses._functions import closed_form
 from .estimators._block_lanczos import TRUSTED
 from .estimators._density import density_and_pairs
 from .estimators._krylov_basis import ROUNDING
@@ -239,7 +237,7 @@ def lost_row(
     for name in quantities:
         if name == "loss":
             row["loss"] = math.inf
-            if _is_classifier(obj, theta):
+            if obj.is_classifier:
                 row["accuracy"] = math.nan
         elif name == "norm":
             row |= _norm(obj, theta)
@@ -389,19 +387,10 @@ def _with_error(name: str, estimate: Estimate) -> Row:
 
 
 def _loss(obj: Objective, theta: Tensor) -> Row:
-    if not _is_classifier(obj, theta):
+    if not obj.is_classifier:
         return {"loss": obj.loss(theta)}
     loss, accuracy = obj.evaluate(theta)
     return {"loss": loss, "accuracy": accuracy}
-
-
-def _is_classifier(obj: Objective, theta: Tensor) -> bool:
-    if not isinstance(closed_form(obj.loss_fn), CrossEntropy):
-        return False
-    batch = next(obj.batches())
-    with torch.no_grad():
-        outputs = obj.outputs(theta, batch.inputs)
-    return outputs.ndim == 2 and not batch.targets.is_floating_point()
 
 
 def _fisher_trace(obj: Objective, theta: Tensor) -> Row:

@@ -15,7 +15,7 @@ from .._torch.architecture_key import Key, key_of
 from ._parameters import model_lock
 
 if TYPE_CHECKING:
-    from . import Objective
+    from ._functional_model import FunctionalModel
 
 Value = TypeVar("Value")
 
@@ -72,7 +72,7 @@ def forget() -> None:
 
 
 def objective_key(
-    obj: Objective, *things: Any, constants: list[Tensor] | None = None
+    obj: FunctionalModel, *things: Any, constants: list[Tensor] | None = None
 ) -> Key | None:
     """The key of an objective's model and what is read of its output, whatever theta and buffers.
 

@@ -12,8 +12,8 @@ from .._utils import checks
 from .losses._functions import closed_form
 
 if TYPE_CHECKING:
-    from . import Objective
-    from ._dataset import Batch
+    from ._functional_model import FunctionalModel
+    from .data import Batch
 
 
 # Examples that are looked at: so many in a row, where groups often are, and so many over the data.
@@ -22,7 +22,7 @@ IN_A_ROW = SPREAD = 32
 CUT = 0.37
 
 
-def require_separate(obj: Objective, *, model: bool = True) -> None:
+def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
     """Refuse a loss or a model for which an example's loss depends on the others of its batch.
 
     The loss is asked for each example's outputs alone; the model for three examples alone, and for

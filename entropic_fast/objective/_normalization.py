@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._utils import checks
 from .._utils.trees import Tree
-from ._dataset import Batch
 from ._modules import copied
+from .data import Batch
 
 # Layers whose evaluation-mode output uses statistics gathered in training.
 NORM_LAYERS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

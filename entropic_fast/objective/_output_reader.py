@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from .._utils import checks, trees
 from .._utils.trees import Tree
-from ._batch_format import BatchFormat
+from .data import BatchFormat
 from .losses._cross_entropy import CrossEntropy
 from .losses._functions import LossFunction, closed_form, takes_tensor, widened
 from .losses._reductions import Elementwise

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -23,15 +23,13 @@ from .._utils.devices import is_gpu
 from .._utils.trees import Tree
 from ._architecture_cache import Kept, objective_key
 from ._batch_coupling import require_separate
-from ._dataset import Batch, WithTargets
+from ._functional_model import FunctionalModel
 from ._modules import require_no_references, requiring_gradients
 from ._normalization import explain_too_few
 from ._parameters import mixed_precision, model_lock
+from .data import Batch, WithTargets
 from .losses._checks import require_fitting
 from .losses._functions import origin
-
-if TYPE_CHECKING:
-    from . import Objective
 
 
 def require_module(model: nn.Module) -> None:
@@ -94,7 +92,7 @@ def _in_pieces(kind: str) -> ValueError:
 
 
 def require_model(
-    obj: Objective,
+    obj: FunctionalModel,
     separate: bool = True,
     given: nn.Module | None = None,
     batch: Batch | None = None,
@@ -213,7 +211,7 @@ def require_model(
 _passed: Kept[bool] = Kept(256)
 
 
-def _first_outputs(obj: Objective, theta: Tensor, inputs: Tensor) -> Tensor:
+def _first_outputs(obj: FunctionalModel, theta: Tensor, inputs: Tensor) -> Tensor:
     """The model's outputs; by formulas where torch has no derivative that the model takes."""
     obj.takes_derivatives = False
     with Watcher() as watcher:
@@ -226,7 +224,7 @@ def _first_outputs(obj: Objective, theta: Tensor, inputs: Tensor) -> Tensor:
     return obj.outputs(theta, inputs)
 
 
-def _differentiable_losses(obj: Objective, batch: Batch, theta: Tensor) -> Tensor:
+def _differentiable_losses(obj: FunctionalModel, batch: Batch, theta: Tensor) -> Tensor:
     """Losses [n] of a batch with their graph; refuses activations that are computed again.
 
     `torch.utils.checkpoint` runs the model once more in the backward pass, when it no longer has
@@ -260,7 +258,7 @@ def _checkpointed() -> ValueError:
     )
 
 
-def check_batch(obj: Objective) -> Batch:
+def check_batch(obj: FunctionalModel) -> Batch:
     """A few examples to check a model on, or the first batch where the model takes no fewer.
 
     Raises:
@@ -270,7 +268,7 @@ def check_batch(obj: Objective) -> Batch:
     return first_output(obj)[0]
 
 
-def first_output(obj: Objective) -> tuple[Batch, Any]:
+def first_output(obj: FunctionalModel) -> tuple[Batch, Any]:
     """`check_batch`, and the model's output for it as it comes."""
     reader, theta = obj._reader, obj.point(None)
 
@@ -331,7 +329,7 @@ def _inputs_of(batch: Batch) -> Tree:
     return batch.inputs.inputs if isinstance(batch.inputs, WithTargets) else batch.inputs
 
 
-def _not_taken(obj: Objective, batch: Batch, error: Exception) -> ValueError:
+def _not_taken(obj: FunctionalModel, batch: Batch, error: Exception) -> ValueError:
     return checks.invalid(
         "data",
         "inputs that the model takes",
@@ -345,7 +343,7 @@ def _brief(error: Exception) -> str:
     return said if len(said) <= 400 else said[:400] + " ..."
 
 
-def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
+def _losses_of(obj: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
     """Losses of a batch's outputs; a loss that fails says what it was called with."""
     try:
         losses = obj.output_losses(outputs, batch.targets)
@@ -363,17 +361,7 @@ def _losses_of(obj: Objective, outputs: Tensor, batch: Batch) -> Tensor:
     return losses
 
 
-def require_classifier(outputs: Tensor, targets: Tensor) -> None:
-    """Refuse outputs and targets that are not class scores [n, C] and integers [n]."""
-    if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
-        raise checks.invalid(
-            "evaluate",
-            "a classifier (outputs [N, C], whole targets [N])",
-            f"outputs {list(outputs.shape)}, targets of {targets.dtype}",
-        )
-
-
-def _writes_far_away(obj: Objective, theta: Tensor, inputs: Tree) -> bool:
+def _writes_far_away(obj: FunctionalModel, theta: Tensor, inputs: Tree) -> bool:
     """Whether the model changes its parameters [P] where a constraint on them would be violated."""
     far = theta.mul(100).add_(1)
     far[::2].neg_()

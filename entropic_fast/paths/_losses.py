@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._torch.graph_checks import require_classifier
 from .._utils import checks
 from .._utils.convergence import warn_of_overflow
 from .._utils.devices import is_gpu
@@ -18,9 +19,7 @@ from .._utils.table import Table
 from ..distributed import RankFailedError, SingleProcess, not_finite
 from ..objective import NonFiniteLossError, Objective
 from ..objective._objective import require_objective
-from ..objective._validation import require_classifier
-from ..objective.losses._cross_entropy import CrossEntropy
-from ..objective.losses._functions import closed_form, hits
+from ..objective.losses._functions import hits
 from . import _arc_length as arc
 from ._path import Path
 
@@ -112,7 +111,7 @@ def path_losses(
     obj.count(recalibration_examples)
     pivots_at = path.positions.tolist()
     s = _dense(pivots_at, points) if isinstance(points, int) else _given(points)
-    classifier = _is_classifier(obj)
+    classifier = obj.is_classifier
     # Statistics are of all examples at each point: processes take points then, not examples.
     communicator = obj.communicator if obj.has_running_statistics else SingleProcess()
     whole = obj.without_distribution() if obj.has_running_statistics else obj
@@ -288,16 +287,6 @@ def _given(points: Sequence[float] | Tensor) -> list[float]:
             "points", "positions in [0, 1] (relative arc length)", str(float(outside[0]))
         )
     return [float(value) for value in s]
-
-
-def _is_classifier(obj: Objective) -> bool:
-    if not isinstance(closed_form(obj.loss_fn), CrossEntropy):
-        return False
-    batch = next(obj.batches(batch_size=2))
-    if batch.targets.ndim != 1 or batch.targets.is_floating_point():
-        return False
-    with torch.no_grad():
-        return obj.outputs(obj.parameters_vector(), batch.inputs).ndim == 2
 
 
 def _profile(table: Table) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from hidden_gpus import HIDDEN
 import entropic_fast as ef
 from entropic_fast._utils.atomic_io import load_tensors
 from entropic_fast.distributed import Communicator
-from entropic_fast.objective._dataset import batches_in_range
+from entropic_fast.objective.data import batches_in_range
 
 ROUNDING, SINGLE = 1e-10, 1e-5
 PASSES = 4  # of pivots, in steps of which one process may have one more than another

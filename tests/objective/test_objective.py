@@ -512,3 +512,26 @@ def test_gradients_through_instance_normalization_are_right_in_any_layout(dims, 
     operator = ef.HessianOperator(obj, theta)
     torch.testing.assert_close(operator @ v, along, rtol=1e-6, atol=1e-6)
     assert operator.method == "graph"
+
+
+def test_one_property_decides_where_accuracy_is_a_column():
+    x, y = classification()
+    linear = nn.Linear(4, 3).double()
+    tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5)).double()
+    cases = [
+        (Objective(linear, "cross_entropy", (x, y)), True),
+        (Objective(linear, nn.CrossEntropyLoss(), (x, y)), True),
+        (Objective(linear, nn.CrossEntropyLoss(), (x, nn.functional.one_hot(y).double())), False),
+        (Objective(linear, lambda a, b: nn.functional.cross_entropy(a, b, reduction="none"),
+                   (x, y)), False),
+        (Objective(tokens, "next_token", (y.view(3, 3), y.view(3, 3))), False),
+        (Objective(linear, "mse", (x, x[:, :3])), False),
+    ]  # fmt: skip
+    for obj, expected in cases:
+        assert obj.is_classifier is expected
+        theta = obj.parameters_vector()
+        table = ef.path_losses(obj, ef.linear_path(theta, theta + 1), points=0)
+        point = ef.curvature_profile(
+            obj, ef.linear_path(theta, theta + 1), points=[0.0], quantities=("loss",)
+        )
+        assert ("accuracy" in table) is ("accuracy" in point) is expected

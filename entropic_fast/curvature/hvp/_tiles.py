@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..._utils import trees
 from ..._utils.devices import is_gpu
 from ...objective import Objective
-from ...objective._dataset import Batch
+from ...objective.data import Batch
 from ._capture_checks import GraphCaptureError
 
 Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `local_batches`

@@ -21,7 +21,7 @@ from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.graph_checks import backward_nodes, require_twice_differentiable
 from ..._utils import checks
 from ...objective import Objective
-from ...objective._dataset import ExampleSet
+from ...objective.data import ExampleSet
 from ...objective.losses._functions import output_hessian
 from ...ops.random_bits import streams as random
 from .._crosscheck import (

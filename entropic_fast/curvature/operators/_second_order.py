@@ -13,7 +13,7 @@ from ..._torch.graph_checks import require_twice_differentiable
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
-from ...objective._dataset import Batch
+from ...objective.data import Batch
 from ...ops.random_bits import streams as random
 from ..hvp import HVPEngine
 from ..hvp._tiles import Tile

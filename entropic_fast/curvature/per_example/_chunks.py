@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._torch.memory_budget import activation_bytes, padded_rows, resolve_budget, too_small
 from ...objective import Objective
-from ...objective._dataset import Batch
+from ...objective.data import Batch
 from ._engine import PerExampleGradEngine
 from .layer_rules import DenseGrad, FactoredGrad
 

@@ -24,7 +24,7 @@ from ..._torch.tracing import told_of_tracing
 from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import NonFiniteLossError, Objective
-from ...objective._dataset import Batch
+from ...objective.data import Batch
 from ...objective.losses._functions import LossFunction, origin
 from .._crosscheck import (
     AGREEMENT,

@@ -12,8 +12,8 @@ from ..._torch.graph_checks import require_finite_outputs
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
-from ...objective._dataset import RepeatedExamples
 from ...objective._objective import require_objective
+from ...objective.data import RepeatedExamples
 from ._scores import score_gram
 
 

@@ -18,8 +18,8 @@ from ..._torch.graph_checks import require_finite_outputs
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
 from ...objective import Objective
-from ...objective._dataset import RepeatedExamples
 from ...objective._objective import require_objective
+from ...objective.data import RepeatedExamples
 from ...objective.losses._cross_entropy import CrossEntropy, NextToken
 from ...objective.losses._elementwise import BinaryCrossEntropy
 from ...objective.losses._functions import closed_form, widened

@@ -15,7 +15,7 @@ from ..._torch.full_precision import RefCountedContext, full_precision
 from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import Objective
-from ...objective._dataset import Batch
+from ...objective.data import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from ._functions import closed_form
 from ._reductions import Elementwise, require_shape
 
 if TYPE_CHECKING:
-    from .. import Objective
-    from .._dataset import Batch, ExampleSet
+    from .._functional_model import FunctionalModel
+    from ..data import Batch, ExampleSet
 
 _IGNORING = (
     "to ignore it, pass nn.CrossEntropyLoss() as the loss: its ignore_index is -100, and the mean "
@@ -30,7 +30,7 @@ _CLASSES_LAST = (
 )
 
 
-def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -> None:
+def require_fitting(obj: FunctionalModel, theta: Tensor, outputs: Any, batch: Batch) -> None:
     """Refuse outputs and targets that do not fit the objective's loss, if the library knows it.
 
     Args:
@@ -57,7 +57,7 @@ def require_fitting(obj: Objective, theta: Tensor, outputs: Any, batch: Batch) -
             known.require_torch_value(*some)
 
 
-def _are_normalized(obj: Objective, theta: Tensor, batch: Batch) -> bool:
+def _are_normalized(obj: FunctionalModel, theta: Tensor, batch: Batch) -> bool:
     """Whether outputs [n, C, ...] are logarithms of what sums to 1, at theta and elsewhere."""
     whole = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
     theta = theta.to(whole.dtype)

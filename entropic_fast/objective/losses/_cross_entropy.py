@@ -12,7 +12,7 @@ from ..._utils import checks
 from ._reductions import OutputHessian, ReducedLoss
 
 if TYPE_CHECKING:
-    from .._dataset import ExampleSet
+    from ..data import ExampleSet
 
 IGNORED = -100
 

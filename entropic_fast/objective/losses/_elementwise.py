@@ -13,7 +13,7 @@ from ..._utils import checks, trees
 from ._reductions import Elementwise, OutputHessian, ReducedLoss, differing_sizes, require_shape
 
 if TYPE_CHECKING:
-    from .._dataset import ExampleSet
+    from ..data import ExampleSet
 
 
 class DiagonalLoss(Elementwise):

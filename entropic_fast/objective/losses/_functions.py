@@ -31,7 +31,7 @@ from ._reductions import (
 )
 
 if TYPE_CHECKING:
-    from .._dataset import ExampleSet
+    from ..data import ExampleSet
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 

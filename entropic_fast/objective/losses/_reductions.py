@@ -15,7 +15,7 @@ from torch.nn.modules.loss import _Loss
 from ..._utils import checks, trees
 
 if TYPE_CHECKING:
-    from .._dataset import ExampleSet
+    from ..data import ExampleSet
 
 # Products with the Hessians of examples' losses in their outputs, [K, n, ...] to [K, n, ...].
 OutputHessian = Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ from ...._torch.graph_checks import require_finite_outputs, require_twice_differ
 from ...._utils import checks, trees
 from ...._utils.devices import is_gpu
 from ....objective import Objective
-from ....objective._dataset import Batch
+from ....objective.data import Batch
 from ....objective.losses._cross_entropy import CrossEntropy
 from ....objective.losses._elementwise import DiagonalLoss
 from ....objective.losses._functions import closed_form, widened

@@ -16,8 +16,8 @@ from ...._torch.memory_budget import resolve_budget, too_small
 from ...._torch.torch_compile import clean_dispatch_state
 from ...._utils.results import Estimate
 from ....objective import Objective
-from ....objective._dataset import Batch, ExampleSet, RepeatedExamples
 from ....objective._objective import require_objective
+from ....objective.data import Batch, ExampleSet, RepeatedExamples
 from ....ops.random_bits import streams as random
 from ..._grouping import grouping
 from ...operators._second_order import HessianOperator

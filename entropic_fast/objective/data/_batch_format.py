@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from .._utils import checks, trees
-from .._utils.trees import Tree
+from ..._utils import checks, trees
+from ..._utils.trees import Tree
 
 # Where a dict keeps its labels, in the order of Hugging Face and of common datasets.
 LABELS = ("labels", "label", "label_ids", "targets", "target", "y")

@@ -3,66 +3,20 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .._utils import checks, trees
-from .._utils.trees import Tree
-from ._batch_format import BatchFormat, as_tree, require_one_length
+from ..._utils import checks, trees
+from ..._utils.trees import Tree
+from ._batch import Batch, WithTargets, checksum, fingerprint
+from ._batch_format import BatchFormat, require_one_length
+from ._data_kinds import holds_examples, is_array, is_one_batch
 
 DEFAULT_BATCH_SIZE = 256
-
-
-class Batch(NamedTuple):
-    """Consecutive examples: index of the first, inputs and targets, trees of tensors [n, ...]."""
-
-    start: int
-    inputs: Tree
-    targets: Tree
-
-    @property
-    def size(self) -> int:
-        """n, the number of examples."""
-        return trees.size(self.targets)
-
-    def cut(self, begin: int, end: int) -> Batch:
-        """Its examples from `begin` to before `end`."""
-        part = slice(begin, end)
-        return Batch(
-            self.start + begin, trees.chosen(self.inputs, part), trees.chosen(self.targets, part)
-        )
-
-
-def batches_in_range(
-    batches: Iterator[Batch], first: int, last: int, *, keep_whole: bool
-) -> Iterator[Batch]:
-    """The examples from `first` to before `last` of consecutive batches.
-
-    Args:
-        keep_whole: never cut a batch, but yield every one that begins in the range.
-    """
-    for batch in batches:
-        if batch.start >= last:
-            return
-        low, high = max(first - batch.start, 0), min(last - batch.start, batch.size)
-        if batch.start >= first and (keep_whole or high == batch.size):
-            yield batch
-        elif not keep_whole and low < high:
-            yield batch.cut(low, high)
-
-
-class WithTargets(NamedTuple):
-    """Inputs of a model whose loss is computed inside: what it takes, and the targets."""
-
-    inputs: Tree
-    targets: Tree
 
 
 class ExampleSet:
@@ -102,10 +56,10 @@ class ExampleSet:
         if batch_size is not None:
             checks.integer("batch_size", batch_size, 1)
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
-        if _is_one_batch(data) or (form.labels_of is not None and _is_array(data)):
+        if is_one_batch(data) or (form.labels_of is not None and is_array(data)):
             self._take_tensors(*form.split(data))
         else:
-            holds = _holds_examples(data) and not isinstance(data, nn.Module)
+            holds = holds_examples(data) and not isinstance(data, nn.Module)
             if isinstance(data, Dataset | IterableDataset) or holds:
                 is_map = not isinstance(data, IterableDataset)
                 if is_map and len(data) == 0:
@@ -156,11 +110,11 @@ class ExampleSet:
             )
         self._source = data
         self.count = 0
-        first = [_checksum(batch) for batch in self.batches()]
+        first = [checksum(batch) for batch in self.batches()]
         self.count = sum(int(found[0]) for found in first)
         if not first:
             raise _empty()
-        if first != [_checksum(batch) for batch in self.batches()]:
+        if first != [checksum(batch) for batch in self.batches()]:
             raise checks.invalid(
                 "data",
                 "the same examples in the same order at every reading",
@@ -330,133 +284,5 @@ def _normal(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-class RepeatedExamples(ExampleSet):
-    """Every example of other data `times` times in a row, each with a target of its own.
-
-    Inputs are repeated as batches are read, so they are held once.
-
-    Args:
-        source: the examples to repeat.
-        times: how often.
-        targets: for each repetition, on the source's device, of shape [N * times, ...]; or a
-            list of them for each batch of the source, of which shapes may differ.
-    """
-
-    def __init__(self, source: ExampleSet, times: int, targets: Tensor | list[Tensor]) -> None:
-        self.device, self.dtype, self.form = source.device, source.dtype, source.form
-        self.one_batch = self.with_targets = False
-        self.batch_size = source.batch_size
-        self.count = source.count * checks.integer("times", times, 1)
-        parts = [targets] if isinstance(targets, Tensor) else targets
-        if sum(map(len, parts)) != self.count:
-            raise checks.invalid(
-                "targets", f"{self.count}, {times} for each example", checks.describe(targets)
-            )
-        self._tensors, self._fingerprint = None, None
-        alike = len({part.shape[1:] for part in parts}) == 1
-        self._base, self._times = source, times
-        self._targets = [torch.cat(parts)] if alike else parts
-
-    def cast(self, dtype: torch.dtype) -> RepeatedExamples:
-        """The same examples with floating-point inputs in another dtype."""
-        return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
-
-    def _targets_from(self, start: int, count: int) -> Tensor:
-        """Those of `count` repetitions, which are in one batch of the source if shapes differ."""
-        for part in self._targets:
-            if start < len(part):
-                return part[start : start + count]
-            start -= len(part)
-        raise IndexError(start)
-
-    def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:
-        for batch in self._base.batches(batch_size=max(1, size // self._times)):
-            inputs = batch.inputs
-            if self._times > 1:
-                inputs = trees.mapped(lambda t: t.repeat_interleave(self._times, 0), inputs)
-            yield inputs, self._targets_from(batch.start * self._times, batch.size * self._times)
-
-
-def _is_one_batch(data: Any) -> bool:
-    """Whether data are the examples themselves, not batches of them.
-
-    Raises:
-        ValueError: a tuple of two that may be both.
-    """
-    if isinstance(data, Mapping) and not isinstance(data, Dataset):
-        return True
-    if not isinstance(data, tuple | list) or not data:
-        return False
-    if any(_is_array(item) for item in data):
-        return True
-    if isinstance(data, list) or len(data) != 2:
-        return False
-    if _alike(*data):
-        raise checks.invalid(
-            "data",
-            "(inputs, targets), or a list of batches",
-            f"a tuple of two that may be either: {checks.describe(data)}",
-            "pass a list [batch, batch], or inputs and targets in a dict each",
-        )
-    return True
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
-
-
-def _alike(first: Any, second: Any) -> bool:
-    """Whether two structures could be batches of one loader."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return set(first) == set(second)
-    containers = isinstance(first, tuple | list) and isinstance(second, tuple | list)
-    if not containers or len(first) != len(second) or len(first) < 2:
-        return False
-    try:
-        forms = {trees.example_form(as_tree("data", list(item))) for item in (first, second)}
-    except ValueError:
-        return False
-    return len(forms) == 1
-
-
-def _holds_examples(data: Any) -> bool:
-    """Whether data that are no torch Dataset hold single examples by index, as Hugging Face's."""
-    if isinstance(data, str | bytes | list | tuple | Tensor | DataLoader):
-        return False
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
-        return False
-    try:
-        return any(np.ndim(leaf) == 0 for leaf in tree_leaves(data[0]))
-    except Exception:  # what cannot be indexed so is read by iteration
-        return False
-
-
-def _checksum(batch: Batch) -> tuple[float, ...]:
-    """Size of a batch, and sums over it that depend on the order of its examples."""
-    n = batch.size
-    order = torch.arange(1, n + 1, dtype=torch.float64)
-    sums = [
-        float(
-            (order.to(part.device) * _real(part).reshape(n, -1).double().nan_to_num().sum(1)).sum()
-        )
-        for part in trees.leaves(batch[1:])
-    ]
-    return n, *sums
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
 def _empty() -> ValueError:
     return checks.invalid("data", "at least one example", "none")
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of tensors' dtypes, shapes and values, in order."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        kept = tensor.detach().cpu().contiguous()
-        digest.update(f"{kept.dtype}{list(kept.shape)}".encode())
-        digest.update(kept.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
