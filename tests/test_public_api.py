@@ -29,6 +29,8 @@ NAMES = [
     "ntk_gram",
     "FastPathMismatchError",
     "WrongDerivativeError",
+    "LinearOperator",
+    "as_operator",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

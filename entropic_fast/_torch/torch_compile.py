@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from threading import Thread
-from typing import Any, ClassVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,21 +27,20 @@ _operators: WeakValueDictionary[int, CompileSafe] = WeakValueDictionary()
 
 
 class CompileSafe:
-    """A matrix with products `operator @ vectors`, in compiled functions too.
+    """Base class of matrices whose products `operator @ vectors` work in compiled functions too.
 
     A compiled function keeps no operator alive: it must live as long as it is used.
 
     Attributes:
         shape: (rows, columns).
         dtype, device: of vectors and results.
+        symmetric: whether the matrix is its own transpose.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    T: CompileSafe  # unless symmetric
-    symmetric: ClassVar[bool] = True
-    looks: ClassVar[bool] = True  # that its results are finite
+    symmetric: bool = False
 
     def __init__(self) -> None:
         self._number = next(_numbers)
@@ -53,40 +52,14 @@ class CompileSafe:
         CompileSafe.__init__(self)
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        return self.multiply(vectors)
+        raise TypeError(f"{type(self).__name__} has no products")
 
     def multiply(self, vectors: Tensor) -> Tensor:
         """The product, as `operator @ vectors`."""
         if torch.compiler.is_compiling():
-            product: Tensor = _product(vectors.detach(), self._number, self.shape[0])
+            product: Tensor = product_operation(vectors.detach(), self._number, self.shape[0])
             return product
-        with clean_dispatch_state():
-            return self._multiply(vectors)
-
-    def _multiply(self, vectors: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} has no products")
-
-    def to_scipy(self) -> Any:
-        """This operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays."""
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
-
-        def by(operator: CompileSafe) -> Any:
-            def product(array: Any) -> Any:
-                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
-                return operator.multiply(values).cpu().numpy()
-
-            return product
-
-        forth, back = by(self), by(self if self.symmetric else self.T)
-        return LinearOperator(
-            self.shape,
-            matvec=forth,
-            matmat=forth,
-            rmatvec=back,
-            rmatmat=back,
-            dtype=np.float32 if self.dtype == torch.float32 else np.float64,
-        )
+        return self @ vectors
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +67,8 @@ class CompileSafe:
             return NotImplemented
         # In compiled functions `operator @ v` comes as matmul(v, operator), as does v @ operator.
         vectors, operator = args
-        if vectors.shape[-1] == operator.shape[0] and not (cls.symmetric and vectors.ndim == 1):
+        is_vector = operator.symmetric and vectors.ndim == 1
+        if vectors.shape[-1] == operator.shape[0] and not is_vector:
             raise checks.invalid(
                 "vectors",
                 "a shape for which A @ v is not mistaken for v @ A in a compiled function",
@@ -140,18 +114,18 @@ def _operator(number: int) -> Any:
     except KeyError:
         raise ReferenceError(
             "a compiled function calls an operator that no longer exists; keep the operator, "
-            "and compile the function anew for another"
+            "and compile the function again for another"
         ) from None
 
 
 @torch.library.custom_op("entropic_fast::operator_product", mutates_args=(), tags=_TAGS)
-def _product(vectors: Tensor, number: int, rows: int) -> Tensor:
+def product_operation(vectors: Tensor, number: int, rows: int) -> Tensor:
     with clean_dispatch_state():
-        product: Tensor = _operator(number).multiply(vectors)
+        product: Tensor = _operator(number) @ vectors
     return product
 
 
-@_product.register_fake
+@product_operation.register_fake
 def _(vectors: Tensor, number: int, rows: int) -> Tensor:
     return vectors.new_empty((rows, *vectors.shape[1:]))
 

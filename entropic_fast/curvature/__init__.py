@@ -10,8 +10,10 @@ from .estimators._log_determinant import density_log_determinant, log_determinan
 from .estimators._tracking import tracked_eigenpairs
 from .estimators.trace import hessian_trace, operator_trace
 from .estimators.trace.gauss_newton import ggn_trace
+from .operators._algebra import as_operator
 from .operators._fisher import FisherOperator, fisher_eigenvalues
 from .operators._jacobian import JacobianOperator
+from .operators._linear_operator import LinearOperator
 from .operators._second_order import GGNOperator, HessianOperator
 from .per_example._gram_plan import ScorePlan
 from .per_example._norms import fisher_trace, gradient_norms
@@ -39,6 +41,8 @@ __all__ = [
     "FastPathMismatchError",
     "WrongDerivativeError",
     "autograd_only",
+    "LinearOperator",
+    "as_operator",
     "FisherOperator",
     "fisher_eigenvalues",
     "HessianOperator",

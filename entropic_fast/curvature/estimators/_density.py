@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,15 @@ from ..._utils import checks
 from ..._utils.convergence import warn_not_converged
 from ..._utils.results import PROBE_ERROR, RESOLUTION, Density, Eigenpairs, smoothed
 from ...ops.random_bits import streams as random
-from ..operators._algebra import Across, orthonormal, without
-from ..operators._linear_operator import multiply, not_finite, require_operator
+from ..operators._algebra import (
+    OperatorBase,
+    ProjectedOperator,
+    as_operator,
+    multiply,
+    orthonormal,
+    without,
+)
+from ..operators._linear_operator import LinearOperator, not_finite
 from ._block_lanczos import stride_of
 from ._krylov_basis import ROUNDING, require_symmetry
 from ._quadrature import Rule, other_rules, stacked, tridiagonal
@@ -32,7 +39,7 @@ MARGIN = 5.0
 
 
 def spectral_density(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     probes: int = 8,
     steps: int = 60,
     sigma: float | None = None,
@@ -109,7 +116,7 @@ def spectral_density(
 
 @full_precision()
 def density_and_pairs(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     probes: int = 8,
     steps: int = 60,
     sigma: float | None = None,
@@ -137,7 +144,8 @@ def density_and_pairs(
     >>> [round(v, 3) for v in pairs.values.tolist()], float(pairs.residuals.max()) < 1e-4
     ([4.0, 2.0], True)
     """
-    size, dtype, device = require_operator(operator)
+    operator = as_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     checks.integer("probes", probes, 1)
     checks.integer("points", points, 2)
     left_out = None if along is None else orthonormal(along, size, dtype, device)
@@ -162,7 +170,7 @@ def density_and_pairs(
         density = _density(nodes[None], weights[None], (), sigma, grid, points, exact=True)
         return density, pairs
     if left_out is not None:
-        operator = Across(operator, left_out)
+        operator = ProjectedOperator(operator, left_out)
     together = min(probes, budget // each)
     rules: list[Rule] = []
     others: list[list[Rule]] = []
@@ -244,13 +252,13 @@ def _density(
     return Density(where, curves.mean(0), error, nodes, weights, sigma, count, others, exact)
 
 
-def _exact(operator: Any, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
+def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
     """All eigenvalues [P - r], ascending, and the largest pairs, from P products.
 
     Args:
         left_out: orthonormal directions [P, r] that the operator is taken across.
     """
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     blocks = []
     for start in range(0, size, TOGETHER):
         units = torch.zeros(size, min(TOGETHER, size - start), dtype=dtype, device=device)
@@ -293,7 +301,7 @@ class _Space(NamedTuple):
     rounding: float
 
 
-def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], int]:
+def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_Space], int]:
     """Lanczos for several starting vectors [V, P] in step, one block product a step.
 
     Steps wait for nothing on the operator's device; every few of them it is asked whether any
@@ -308,13 +316,13 @@ def _lanczos(operator: Any, starts: Tensor, steps: int) -> tuple[list[_Space], i
     try:
         return _lanczos_steps(operator, starts, steps, stride)
     except ValueError:
-        if stride == 1 or not hasattr(operator, "unchecked"):
+        if stride == 1:
             raise
     return _lanczos_steps(operator, starts, steps, 1)
 
 
 def _lanczos_steps(
-    operator: Any, starts: Tensor, steps: int, stride: int
+    operator: OperatorBase, starts: Tensor, steps: int, stride: int
 ) -> tuple[list[_Space], int]:
     """`_lanczos`, with a look at every `stride`-th product."""
     probes, size = starts.shape

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,11 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.results import Diagonal, Eigenpairs
 from ...objective import Objective
-from ..operators._linear_operator import multiply, require_operator, without_shift
+from ..operators._algebra import OperatorBase, as_operator, project_out, without_shift
+from ..operators._linear_operator import LinearOperator
 from ..operators._second_order import HessianOperator
 from ._probes import block_width, sign_vectors
-from .trace._deflation import deflation_basis, project_out
+from .trace._deflation import deflation_basis
 
 DEFAULT_PROBES = 64
 
@@ -48,7 +47,7 @@ def hessian_diagonal(
 
 @full_precision()
 def operator_diagonal(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     probes: int = DEFAULT_PROBES,
     seed: int = 0,
     *,
@@ -79,7 +78,7 @@ def operator_diagonal(
     >>> bool(((found.value - torch.tensor([1.0, 2.0])).abs() < 4 * found.std_error).all())
     True
     """
-    require_operator(operator)
+    operator = as_operator(operator)
     checks.integer("probes", probes, 1)
     basis = deflation_basis(deflate, operator)
     with without_shift(operator) as (sampled, shift):
@@ -87,20 +86,20 @@ def operator_diagonal(
     return Diagonal(found.value + shift, found.std_error, found.samples)
 
 
-def _sampled_diagonal(operator: Any, probes: int, seed: int, basis: Tensor) -> Diagonal:
-    size, dtype, device = require_operator(operator)
+def _sampled_diagonal(operator: OperatorBase, probes: int, seed: int, basis: Tensor) -> Diagonal:
+    size, dtype, device = operator.order, operator.dtype, operator.device
     width = block_width(size, dtype, device)
     exact = torch.zeros(size, dtype=torch.float64, device=device)
     for i in range(0, basis.shape[1], width):
         columns = basis[:, i : i + width].contiguous()
-        for v, product in zip(columns.T, multiply(operator, columns).T, strict=True):
+        for v, product in zip(columns.T, (operator @ columns).T, strict=True):
             exact.addcmul_(v.double(), product.double())
     # Mean and sum of squared deviations, sample by sample (Welford 1962).
     mean, squares = torch.zeros_like(exact), torch.zeros_like(exact)
     for done in range(0, probes, width):
         taken = range(done, min(done + width, probes))
         vectors = project_out(basis, sign_vectors(size, seed, taken, dtype, device))
-        products = multiply(operator, vectors)
+        products = operator @ vectors
         for i, v, product in zip(taken, vectors.T, products.T, strict=True):
             sample = v.double() * product.double()
             gap = sample - mean

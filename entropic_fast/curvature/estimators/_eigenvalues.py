@@ -15,7 +15,9 @@ from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs
 from ...objective import Objective
 from .._grouping import GROUPINGS, grouping
-from ..operators._linear_operator import multiply, require_operator
+from ..operators._algebra import OperatorBase, OperatorExpression, Product, as_operator
+from ..operators._base import CurvatureOperator
+from ..operators._linear_operator import LinearOperator
 from ._block_lanczos import (
     COMPLETE,
     block_lanczos,
@@ -35,7 +37,7 @@ Start: TypeAlias = Tensor | Eigenpairs
 
 @overload
 def top_eigenvalues(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     k: int = 1,
     tol: float = 1e-3,
     seed: int = 0,
@@ -50,7 +52,7 @@ def top_eigenvalues(
 
 @overload
 def top_eigenvalues(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     k: int = 1,
     tol: float = 1e-3,
     seed: int = 0,
@@ -65,7 +67,7 @@ def top_eigenvalues(
 
 @full_precision()
 def top_eigenvalues(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     k: int = 1,
     tol: float = 1e-3,
     seed: int = 0,
@@ -139,7 +141,8 @@ def top_eigenvalues(
     >>> {name: round(float(p.values[0]), 4) for name, p in pairs.items()}
     {'weight': 5.0, 'bias': 2.0}
     """
-    size, _, _ = require_operator(operator)
+    operator = as_operator(operator)
+    size = operator.order
     if group_by is None and checks.integer("k", k, 1) > size:
         raise checks.invalid("k", f"at most the operator's order {size}", str(k))
     checks.positive("tol", tol)
@@ -171,14 +174,14 @@ class _Settings(NamedTuple):
 
 
 def _search(
-    operator: Any, settings: _Settings, v0: Start | None, most: int = sys.maxsize
+    operator: OperatorBase, settings: _Settings, v0: Start | None, most: int = sys.maxsize
 ) -> tuple[KrylovBasis, Search[Eigenpairs]]:
     """The search for pairs of an operator, not begun, and its basis.
 
     Args:
         most: columns that the basis of an operator beyond the order `COMPLETE` may have.
     """
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     k, tol, seed, max_matvecs, which, block = settings
     start = None if v0 is None else _columns(v0, size)
     if block is None:
@@ -201,18 +204,19 @@ def _search(
     return basis, search()
 
 
-def _by_group(operator: Any, settings: _Settings, v0: Any, group_by: str) -> dict[str, Eigenpairs]:
+def _by_group(
+    operator: OperatorBase, settings: _Settings, v0: Any, group_by: str
+) -> dict[str, Eigenpairs]:
     """Pairs of the diagonal blocks of an objective's operator, by name."""
     checks.one_of("group_by", group_by, GROUPINGS)
-    obj = getattr(operator, "obj", None)
-    if not isinstance(obj, Objective) or operator.shape[0] != obj.num_params:
+    if not isinstance(operator, CurvatureOperator):
         raise checks.invalid(
             "operator",
             "one of an objective with group_by, such as HessianOperator(obj)",
             checks.describe(operator),
             "leave group_by out, or multiply blocks of the matrix yourself",
         )
-    places = _places(obj, operator.theta, grouping(group_by))
+    places = _places(operator.obj, operator.theta, grouping(group_by))
     if v0 is not None and not (isinstance(v0, Mapping) and set(v0) <= set(places)):
         raise checks.invalid(
             "v0",
@@ -220,12 +224,11 @@ def _by_group(operator: Any, settings: _Settings, v0: Any, group_by: str) -> dic
             checks.describe(v0),
             "give what an earlier call returned",
         )
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     first = min(size, settings.block or min(settings.k, WIDEST))
     # All bases are held at once, as long together as one of the whole.
     most = capacity(min(settings.k, size), first, size, dtype, device)
-    if hasattr(operator, "cache_primals"):
-        operator.cache_primals()
+    operator.cache_primals()
     bases, searches = {}, {}
     for name, place in places.items():
         own = settings._replace(k=min(settings.k, len(place)))
@@ -253,29 +256,31 @@ def _places(obj: Objective, theta: Tensor, key: Callable[[str], str]) -> dict[st
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-class DiagonalBlock:
+class DiagonalBlock(OperatorExpression):
     """The block E^T A E of an operator A, for the columns E of the identity at some entries.
 
-    >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> A = as_operator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> (DiagonalBlock(A, torch.tensor([1])) @ torch.ones(1, 1)).tolist()
     [[4.0]]
     """
 
-    def __init__(self, operator: Any, place: Tensor) -> None:
+    def __init__(self, operator: OperatorBase, place: Tensor) -> None:
         self.operator, self.place = operator, place
-        _, self.dtype, self.device = require_operator(operator)
-        self.shape = (len(place), len(place))
-        self.symmetric = getattr(operator, "symmetric", False)
-        if hasattr(operator, "unchecked"):
-            self.unchecked = lambda vectors: self._multiply(vectors, False)
+        super().__init__((len(place), len(place)), operator, [operator])
 
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        return self._multiply(vectors, True)
+    def _combined(self, vectors: Tensor, product: Product) -> Tensor:
+        return product(self.operator, self._padded(vectors))[self.place]
 
-    def _multiply(self, vectors: Tensor, check: bool) -> Tensor:
-        inside = vectors.new_zeros(self.operator.shape[0], vectors.shape[1])
-        inside[self.place] = vectors
-        return multiply(self.operator, inside, check)[self.place]
+    def _forms(self, columns: Tensor) -> Tensor:
+        return self.operator.quadratic_forms(self._padded(columns))
+
+    def _transposed(self) -> OperatorBase:
+        return DiagonalBlock(self.operator.T, self.place)
+
+    def _padded(self, vectors: Tensor) -> Tensor:
+        padded = vectors.new_zeros(self.operator.order, *vectors.shape[1:])
+        padded[self.place] = vectors
+        return padded
 
 
 def _columns(v0: Start, size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from ..._utils import checks
 from ..._utils.devices import is_gpu
 from ..._utils.workspace import scratch_of
 from ...ops.random_bits import streams as random
-from ..operators._linear_operator import not_finite, require_operator
+from ..operators._algebra import OperatorBase, as_operator
+from ..operators._linear_operator import LinearOperator, not_finite
 from ._searches import Search
 
 # Asymmetry of the projected matrix, relative to its scale, that rounding does not explain.
@@ -37,7 +38,7 @@ def wanted_first(values: Tensor, which: str) -> Tensor:
     return turns
 
 
-def require_symmetry(operator: Any, gap: float, scale: float) -> None:
+def require_symmetry(operator: OperatorBase, gap: float, scale: float) -> None:
     """Reject an operator for which v^T A w and w^T A v differ by more than rounding.
 
     An operator with `symmetric = True` is accepted: the asymmetry of its products is rounding, as
@@ -47,7 +48,7 @@ def require_symmetry(operator: Any, gap: float, scale: float) -> None:
         gap: the difference.
         scale: norm of the operator's products with unit vectors.
     """
-    if gap > ASYMMETRY * scale and not getattr(operator, "symmetric", False):
+    if gap > ASYMMETRY * scale and not operator.symmetric:
         raise checks.invalid(
             "operator",
             "a symmetric one",
@@ -90,7 +91,7 @@ class KrylovBasis:
     steps are eager: an operator that checks its product names the error, or uses autograd.
 
     Args:
-        operator: symmetric, as `require_operator` asks.
+        operator: symmetric.
         capacity: most columns of Q; F takes up to `width` more.
         seed: of the random vectors.
         width: directions in F at the start.
@@ -102,11 +103,13 @@ class KrylovBasis:
         matvecs, products: vectors multiplied, and products with a vector or a block.
     """
 
-    def __init__(self, operator: Any, capacity: int, seed: int, width: int = 1) -> None:
+    def __init__(
+        self, operator: LinearOperator | Tensor, capacity: int, seed: int, width: int = 1
+    ) -> None:
+        operator = as_operator(operator)
         self.operator, self.seed, self.capacity = operator, seed, capacity
-        self.order, self.dtype, self.device = require_operator(operator)
-        if hasattr(operator, "cache_primals"):  # a search makes many products at one point
-            operator.cache_primals()
+        self.order, self.dtype, self.device = operator.order, operator.dtype, operator.device
+        operator.cache_primals()  # a search makes many products at one point
         self.width = min(width, self.order)
         self.eager = False
         self.matvecs = self.products = self.size = self.block = self.draws = 0
@@ -201,7 +204,7 @@ class KrylovBasis:
         """
         matrix, norm, ranks = self._fetched()
         finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
-        if not finite and (self._saved is None or not hasattr(self.operator, "unchecked")):
+        if not finite and self._saved is None:
             raise not_finite("products")
         scale = max(norm, float(matrix.abs().max()))
         lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Density, Eigenpairs, Estimate, LogDeterminant
-from ..operators._algebra import Across, orthonormal
-from ..operators._linear_operator import require_operator
+from ..operators._algebra import ProjectedOperator, as_operator, orthonormal
+from ..operators._linear_operator import LinearOperator
 from ._density import density_and_pairs
 from ._eigenvalues import top_eigenvalues
 from ._krylov_basis import ROUNDING
@@ -26,7 +25,7 @@ QUADRATURE_SHARE, PROBE_SHARE = 0.05, 0.25
 
 @full_precision()
 def log_determinant(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     along: Tensor | None = None,
     *,
     k: int | None = None,
@@ -80,7 +79,8 @@ def log_determinant(
     >>> round(float(log_determinant(H, along=torch.tensor([0.0, 1.0, 0.0, 0.0]), k=2)), 4)  # log 2
     0.6931
     """
-    size, dtype, device = require_operator(operator)
+    operator = as_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     left_out = None if along is None else orthonormal(along, size, dtype, device)
     count = size - (0 if left_out is None else left_out.shape[1])
     if k is None and delta is None:
@@ -96,10 +96,10 @@ def log_determinant(
     messages: list[str] = []
     value = error = bound = quadrature = 0.0
     if k is not None:
-        across = operator if left_out is None else Across(operator, left_out)
+        across = operator if left_out is None else ProjectedOperator(operator, left_out)
         with held() as messages:
             pairs = top_eigenvalues(across, k, tol, seed, max_matvecs, v0=v0)
-        # Along the directions left out Across is 0, and comes out as rounding.
+        # Along the directions left out the projected operator is 0, and comes out as rounding.
         rounding = ROUNDING * torch.finfo(dtype).eps * float(pairs.values.abs().max())
         kept = pairs.values > max(floor, rounding)
         value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..operators._linear_operator import multiply
+from ..operators._algebra import OperatorBase, multiply
 
 T = TypeVar("T")
 # Yields vectors [P, K] to multiply, and whether to look for values that are not finite.
 Search: TypeAlias = Generator[tuple[Tensor, bool], Tensor, T]
 
 
-def run(operator: Any, search: Search[T]) -> T:
+def run(operator: OperatorBase, search: Search[T]) -> T:
     """The result of a search, by products with one operator.
 
+    >>> from entropic_fast import as_operator
     >>> def doubled():
     ...     product = yield torch.ones(2, 1), True
     ...     return product.sum()
-    >>> float(run(torch.eye(2), doubled()))
+    >>> float(run(as_operator(torch.eye(2)), doubled()))
     2.0
     """
     try:
@@ -34,7 +35,7 @@ def run(operator: Any, search: Search[T]) -> T:
 
 
 def run_blocks(
-    operator: Any, searches: Sequence[Search[T]], places: Sequence[Tensor], width: int
+    operator: OperatorBase, searches: Sequence[Search[T]], places: Sequence[Tensor], width: int
 ) -> list[T]:
     """The results of searches in diagonal blocks of one operator, with columns of several at once.
 
@@ -42,7 +43,7 @@ def run_blocks(
     entries count.
 
     Args:
-        operator: as `multiply` asks, of order P.
+        operator: of order P.
         searches: one for each block; each sees a matrix of its block's order.
         places: the entries of each block, ascending.  # each [P_b]
         width: most columns of a product.
@@ -68,7 +69,7 @@ def run_blocks(
         for start in range(0, len(columns), width):
             part = columns[start : start + width]
             first = asked[part[0][0]][0]
-            block = first.new_zeros(operator.shape[0], len(part))
+            block = first.new_zeros(operator.order, len(part))
             for column, (i, j) in enumerate(part):
                 block[places[i], column] = asked[i][0][:, j]
             product = multiply(operator, block, check)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,8 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.results import Eigenpairs
 from ...ops.random_bits import streams as random
-from ..operators._linear_operator import require_operator
+from ..operators._algebra import as_operator
+from ..operators._linear_operator import LinearOperator
 from ._block_lanczos import block_lanczos, capacity, limited_by, require_converged, ritz_vectors
 from ._krylov_basis import KrylovBasis
 from ._searches import run
@@ -22,7 +21,7 @@ KEPT = 8
 
 @full_precision()
 def tracked_eigenpairs(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     start: Eigenpairs | None = None,
     *,
     tol: float = 1e-3,
@@ -62,7 +61,8 @@ def tracked_eigenpairs(
     >>> round(float(tracked_eigenpairs(after, pairs).values[0]), 3)
     3.0
     """
-    size, dtype, device = require_operator(operator)
+    operator = as_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     basis = KrylovBasis(operator, capacity(1, 1, size, dtype, device), seed)
     v0 = None if start is None else _first_vector(start, basis, seed, guarded)
     run(operator, basis.start(v0))

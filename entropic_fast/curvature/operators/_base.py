@@ -1,36 +1,37 @@
-"""What curvature operators share: checks, blocks of vectors, other libraries' ways to multiply."""
+"""Base classes of curvature operators: the point of an objective, and the fast path."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._torch.torch_compile import CompileSafe, clean_dispatch_state, forms_operation
-from ..._utils import checks
-from ..._utils.devices import is_gpu
-from ...objective import Objective
+from ..._torch.memory_budget import resolve_budget
+from ..._torch.torch_compile import clean_dispatch_state
+from ..._utils import checks, trees
+from ...objective import NonFiniteLossError, Objective
 from ...objective._objective import require_objective
+from ...objective.losses._functions import origin
+from .._crosscheck import coarsest_dtype, fast_paths_are_off, require_agreement
+from ..hvp import GraphCaptureError, HVPEngine
+from ..hvp._tiles import Tile
+from ._algebra import OperatorBase
 from ._linear_operator import NonFiniteProductError
 
+logger = logging.getLogger(__name__)
 
-class CurvatureOperator(CompileSafe):
-    """A symmetric matrix [P, P] known by its products; base of the operators.
 
-    `operator @ vectors` and `quadratic_forms` work in functions compiled by `torch.compile`, as
-    one operation of the graph. Vectors [P, P] must be written operator.multiply(vectors) there.
+class CurvatureOperator(OperatorBase):
+    """A symmetric matrix [P, P] of an objective at a point; base class of Hessian, GGN and Fisher.
 
     Attributes:
-        shape: (P, P).
-        dtype, device: of the vectors it multiplies, the objective's.
         obj, theta: the objective and the point.
-        symmetric: true, so that what products lack of it is taken for rounding.
-        products: operator-vector products computed so far; those behind quadratic forms too,
-            where they are not had without.
     """
 
-    name = "operator"
     symmetric = True
     takes_half = False  # whether the model may be in half precision
     needs_outputs = False  # whether it is of the model's outputs
@@ -46,34 +47,7 @@ class CurvatureOperator(CompileSafe):
             self.theta = obj.point(theta).clone()
         self.shape = (obj.num_params, obj.num_params)
         self.dtype, self.device = obj.dtype, obj.device
-        self.products = 0
         super().__init__()
-
-    def _multiply(self, vectors: Tensor) -> Tensor:
-        """The product with a vector [P] or the columns of a matrix [P, K].
-
-        Raises:
-            ValueError: vectors of another shape, dtype or device, or not finite; a product
-                that is not finite.
-            NonFiniteLossError: a loss that is NaN or infinite.
-        """
-        columns = self._columns(vectors)
-        product = self._product(columns)
-        if not finite_together(product, columns):
-            checks.finite("vectors", vectors)
-            product = self._finite(self._product_otherwise(columns, product))
-        self.products += product.shape[1]
-        return product.reshape(vectors.shape).contiguous()
-
-    def unchecked(self, vectors: Tensor) -> Tensor:
-        """The product without a look at its values, or at those of vectors: nothing waits for it.
-
-        Where it is not finite, `operator @ vectors` says why, or has it by autograd.
-        """
-        with clean_dispatch_state():
-            product = self._product(self._columns(vectors))
-            self.products += product.shape[1]
-            return product.reshape(vectors.shape).contiguous()
 
     def _finite(self, result: Tensor) -> Tensor:
         if not checks.all_finite(result):
@@ -84,77 +58,93 @@ class CurvatureOperator(CompileSafe):
             )
         return result
 
-    def quadratic_forms(self, vectors: Tensor) -> Tensor:
-        """v^T A v for each column v of vectors [P, K], in float64.  # [K]
-
-        Raises:
-            ValueError, NonFiniteLossError: as products.
-        """
-        if torch.compiler.is_compiling():
-            compiled: Tensor = forms_operation(vectors.detach(), self._number)
-            return compiled
-        with clean_dispatch_state():
-            columns = self._columns(vectors)
-            forms = self._forms(columns)
-            if not finite_together(forms, columns):
-                checks.finite("vectors", vectors)
-                forms = self._finite(self._forms_otherwise(columns, forms))
-            return forms
-
-    def _columns(self, vectors: Tensor) -> Tensor:
-        """Vectors fit to be multiplied, but that a GPU's may be NaN or infinite.  # [P, K]"""
-        checked = require_vectors(vectors, self.shape[0], self.dtype, self.device)
-        return checked.reshape(self.shape[0], -1)
-
-    def _product(self, columns: Tensor) -> Tensor:
-        """The product with columns [P, K]; it may be NaN or infinite."""
-        raise TypeError("use HessianOperator, GGNOperator or FisherOperator")
-
-    def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
-        """Another product where `product` is not finite; the same where there is no other way."""
-        return product
-
-    def _forms(self, columns: Tensor) -> Tensor:
-        """v^T A v for columns v [P, K].  # [K] float64"""
-        products = self._product(columns)
-        self.products += products.shape[1]
-        return (columns.double() * products.double()).sum(0)
-
-    def _forms_otherwise(self, columns: Tensor, forms: Tensor) -> Tensor:
-        """Other forms where `forms` are not finite: by products."""
-        products = self._product(columns)
-        if not checks.all_finite(products):
-            products = self._product_otherwise(columns, products)
-        self.products += products.shape[1]
-        return (columns.double() * products.double()).sum(0)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}(P={self.shape[0]}, N={self.obj.num_examples})"
 
 
-def finite_together(result: Tensor, vectors: Tensor) -> bool:
-    """Whether a result is finite and so are the vectors, which on a CPU were looked at before."""
-    return (
-        checks.all_finite(result, vectors) if is_gpu(result.device) else checks.all_finite(result)
-    )
+class FastPathOperator(OperatorBase):
+    """Base class of operators with a captured-graph fast path and an autograd fallback.
 
+    A model whose graph cannot be captured uses autograd throughout. Before the first result for a
+    model, both methods are compared on two examples of each input shape.
 
-def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Vectors [size] or [size, K] that an operator can multiply.
-
-    Those on a GPU may be NaN or infinite: they are looked at together with their product.
+    Attributes:
+        method: "graph", or "autograd: " and the reason.
     """
-    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
-        raise checks.invalid(
-            "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
-        )
-    if vectors.dtype != dtype or vectors.device != device:
-        raise checks.invalid(
-            "vectors",
-            f"{dtype} on {device}",
-            f"{vectors.dtype} on {vectors.device}",
-            "convert them with vectors.to(operator.device, operator.dtype)",
-        )
-    found: Tensor = vectors if is_gpu(device) else checks.finite("vectors", vectors)
-    found = found.detach()
-    return found.clone() if found.is_inference() else found
+
+    obj: Objective
+    theta: Tensor
+    name = kind = ""
+
+    def _plan(self, memory_budget: int | None) -> None:
+        self._autograd_only = fast_paths_are_off()
+        self._budget = resolve_budget(memory_budget, self.obj.device)
+
+    @property
+    def method(self) -> str:
+        """How products are computed: "graph", or "autograd: " and the reason."""
+        with clean_dispatch_state():
+            return "graph" if self._engine is not None else f"autograd: {self._why}"
+
+    @cached_property
+    def _engine(self) -> HVPEngine | None:
+        try:
+            if self._autograd_only:
+                raise GraphCaptureError("switched off by autograd_only")
+            engine = HVPEngine(self.obj, self.theta, self._budget)
+            for sample in engine.samples():
+                checked = engine.interpreter(sample).checked
+                kind = self.kind, trees.form(sample.targets)
+                if (kind, self._loss) not in checked and self._agrees(engine, sample):
+                    checked.add(kind, self._loss)
+        except GraphCaptureError as why:
+            self._say_why(str(why))
+            return None
+        return engine
+
+    @property
+    def _loss(self) -> Any:
+        """The loss for which the ways are compared."""
+        return origin(self.obj.loss_fn)
+
+    def _fall_back(self, why: str) -> None:
+        self._say_why(why)
+        self._engine = None
+
+    def _say_why(self, why: str) -> None:
+        self._why = why
+        logger.info("%s by autograd: %s", self.name, why)
+
+    def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
+        """Compare both ways; whether there is something to compare."""
+        pairs = self._by_autograd(sample)
+        if not all(bool(torch.isfinite(expected).all()) for _, expected in pairs):
+            return False  # the product itself will be refused
+        try:
+            found = self._by_engine(engine, sample, [vectors for vectors, _ in pairs])
+        except (NonFiniteLossError, torch.OutOfMemoryError):
+            raise
+        except Exception as why:  # an operation that the rules take wrongly
+            said = (str(why) or "no message").splitlines()[0]
+            raise GraphCaptureError(f"{type(why).__name__}: {said}") from why
+        dtype = coarsest_dtype(self.obj, self.theta, sample.inputs)
+        for got, (_, expected) in zip(found, pairs, strict=True):
+            require_agreement(self.name, got, expected, dtype)
+        return True
+
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+        """Vectors, and what autograd makes of them for a sample."""
+        raise TypeError(f"{type(self).__name__} has no products")
+
+    def _by_engine(
+        self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """What the engine makes of the same vectors."""
+        raise TypeError(f"{type(self).__name__} has no products")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An engine holds graphs and values, which a copy makes for itself.
+        state = dict(self.__dict__)
+        if state.get("_engine") is not None:
+            del state["_engine"]
+        return state

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.graph_checks import require_real_outputs, require_twice_differentiable
-from ..._torch.torch_compile import CompileSafe
 from ..._utils import checks, trees
 from ...objective import Objective
 from ...objective._objective import require_objective
@@ -18,9 +17,9 @@ from ...ops.random_bits import streams as random
 from .._crosscheck import coarsest_dtype
 from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
+from ._algebra import OperatorBase
 from ._autograd_check import require_adjoint
-from ._base import finite_together, require_vectors
-from ._fast_path import FastPathOperator
+from ._base import FastPathOperator
 
 
 class JacobianOperator(FastPathOperator):
@@ -57,7 +56,6 @@ class JacobianOperator(FastPathOperator):
     ((2, 1), [3.0, 6.0], [3.0])
     """
 
-    symmetric = False
     name, kind = "JacobianOperator", "jacobian"
 
     def __init__(
@@ -85,27 +83,35 @@ class JacobianOperator(FastPathOperator):
         self._plan(memory_budget)
         self._is_tested = self._autograd_only  # products by autograd
         super().__init__()
-        self.T = _Transpose(self)
+        self._transpose = _Transpose(self)
 
     # -- products --------------------------------------------------------------------------
 
-    def _multiply(self, vectors: Tensor) -> Tensor:
-        columns = require_vectors(vectors, self.shape[1], self.dtype, self.device)
-        rows = columns.reshape(self.shape[1], -1).T.contiguous()
-        found = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
+    def _product(self, columns: Tensor) -> Tensor:
+        rows = columns.T.contiguous()
+        products = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
-            found[:, begin:end] = self._jvp(tile, rows)[:, : end - begin]
-        product = require_finite_product(self.name, found, vectors).T
-        return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
+            products[:, begin:end] = self._jvp(tile, rows)[:, : end - begin]
+        return products.T
 
-    def _multiply_transposed(self, vectors: Tensor) -> Tensor:
-        columns = require_vectors(vectors, self.shape[0], self.dtype, self.device)
-        rows = columns.reshape(self.shape[0], -1).T
+    def transposed_product(self, columns: Tensor) -> Tensor:
+        """J^T times cotangents [M, K], which may be NaN or infinite, as columns [P, K]."""
+        rows = columns.T
         total = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
             total += self._vjp(tile, rows[:, begin:end])
-        product = require_finite_product(self.name, total, vectors).T
-        return product.reshape(self.shape[1], *vectors.shape[1:]).contiguous()
+        return total.T
+
+    def _transposed(self) -> OperatorBase:
+        return self._transpose
+
+    def _finite(self, result: Tensor) -> Tensor:
+        if not checks.all_finite(result):
+            raise ValueError(
+                f"{self.name}: expected a finite product, got NaN or infinity; look for a function "
+                "without a derivative at the point, or overflow"
+            )
+        return result
 
     def _tiles(self) -> Iterator[tuple[Tile, tuple[int, int]]]:
         """Tiles of examples, and their outputs' places among all."""
@@ -191,30 +197,23 @@ class JacobianOperator(FastPathOperator):
         return f"{self.name}(M={self.shape[0]}, P={self.shape[1]})"
 
 
-class _Transpose(CompileSafe):
+class _Transpose(OperatorBase):
     """The transpose of a Jacobian."""
 
-    T: JacobianOperator
-    symmetric = False
-
     def __init__(self, jacobian: JacobianOperator) -> None:
-        self.T = jacobian
+        self.jacobian = jacobian
         self.shape = (jacobian.shape[1], jacobian.shape[0])
         self.dtype, self.device = jacobian.dtype, jacobian.device
         super().__init__()
 
-    def _multiply(self, vectors: Tensor) -> Tensor:
-        return self.T._multiply_transposed(vectors)
+    def _product(self, columns: Tensor) -> Tensor:
+        return self.jacobian.transposed_product(columns)
+
+    def _finite(self, result: Tensor) -> Tensor:
+        return self.jacobian._finite(result)
+
+    def _transposed(self) -> OperatorBase:
+        return self.jacobian
 
     def __repr__(self) -> str:
-        return f"{self.T!r}.T"
-
-
-def require_finite_product(name: str, product: Tensor, vectors: Tensor) -> Tensor:
-    if not finite_together(product, vectors):
-        checks.finite("vectors", vectors)
-        raise ValueError(
-            f"{name}: expected a finite product, got NaN or infinity; look for a function without "
-            "a derivative at the point, or overflow"
-        )
-    return product
+        return f"{self.jacobian!r}.T"

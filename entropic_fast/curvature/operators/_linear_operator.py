@@ -1,19 +1,40 @@
-"""What the algorithms ask of an operator: `shape` (P, P), `dtype`, and `@` on [P] and [P, K].
-
-`device` is the CPU where an operator does not say. Dense tensors qualify.
-"""
+"""The protocol of linear operators, and checks of what they multiply and return."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..._utils import checks
-from ...objective import Objective
+from ..._utils.devices import is_gpu
+
+
+@runtime_checkable
+class LinearOperator(Protocol):
+    """A real matrix that is given by its products with vectors.
+
+    Every estimator of this package takes any object with these three members, among them dense
+    tensors. Optional members are used where an object has them: `device` (otherwise the CPU),
+    `quadratic_forms(V)` for the columns of V [P, K], `symmetric`, and `T`.
+
+    Example:
+        >>> isinstance(torch.eye(2), LinearOperator)
+        True
+    """
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(P, P)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.float32 or torch.float64, of vectors and products."""
+
+    def __matmul__(self, vectors: Tensor, /) -> Tensor:
+        """The product with a vector [P] or with the columns of a matrix [P, K]."""
 
 
 class NonFiniteProductError(ValueError):
@@ -21,92 +42,37 @@ class NonFiniteProductError(ValueError):
 
 
 def not_finite(what: str) -> NonFiniteProductError:
-    """The error for products or forms (`what`) of an operator that are not finite."""
+    """The error for products or quadratic forms (`what`) that are not finite."""
     message = checks.invalid(
         "operator", f"finite {what}", "NaN or infinity", "check the point, or scale the operator"
     )
     return NonFiniteProductError(str(message))
 
 
-def require_operator(operator: Any) -> tuple[int, torch.dtype, torch.device]:
-    """Order, dtype and device of a square operator.
+def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Vectors [size] or [size, K] that an operator can multiply.
 
-    Raises:
-        ValueError: no shape, dtype or product; not square; empty; not of floating point.
+    On a GPU they may be NaN or infinite: `finite_together` checks them with their product, which
+    waits for the device once instead of twice.
     """
-    if isinstance(operator, Objective):
+    if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
         raise checks.invalid(
-            "operator", "a matrix's products", "an Objective", "pass HessianOperator(obj)"
+            "vectors", f"a tensor of shape [{size}] or [{size}, K]", checks.describe(vectors)
         )
-    shape, dtype = getattr(operator, "shape", None), getattr(operator, "dtype", None)
-    if shape is None or not hasattr(operator, "__matmul__"):
+    if vectors.dtype != dtype or vectors.device != device:
         raise checks.invalid(
-            "operator", "something with shape, dtype and @", checks.describe(operator)
+            "vectors",
+            f"{dtype} on {device}",
+            f"{vectors.dtype} on {vectors.device}",
+            "convert them with vectors.to(operator.device, operator.dtype)",
         )
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise checks.invalid("operator", "a square shape [P, P], P at least 1", str(list(shape)))
-    if dtype not in (torch.float32, torch.float64):
-        raise checks.invalid("operator", "dtype torch.float32 or torch.float64", str(dtype))
-    return int(shape[0]), dtype, torch.device(getattr(operator, "device", "cpu"))
+    checked: Tensor = vectors if is_gpu(device) else checks.finite("vectors", vectors)
+    checked = checked.detach()
+    return checked.clone() if checked.is_inference() else checked
 
 
-def multiply(operator: Any, vectors: Tensor, check: bool = True) -> Tensor:
-    """operator @ vectors, refused if the shape is another or a value is not finite.
-
-    Args:
-        check: whether to look for values that are not finite, which waits for the device.
-            Curvature operators look for themselves.
-    """
-    unchecked = None if check else getattr(operator, "unchecked", None)
-    product = operator @ vectors if unchecked is None else unchecked(vectors)
-    if not isinstance(product, Tensor) or product.shape != vectors.shape:
-        raise checks.invalid(
-            "operator", f"a product of shape {list(vectors.shape)}", checks.describe(product)
-        )
-    if check and not getattr(operator, "looks", False) and not checks.all_finite(product):
-        raise not_finite("products")
-    return product
-
-
-@contextmanager
-def without_shift(operator: Any) -> Iterator[tuple[Any, float]]:
-    """An operator less the multiple of the identity it is known to have, and that multiple.
-
-    What estimators sample is then what is unknown; weight decay is no part of it.
-    """
-    if not getattr(operator, "shift", 0.0) or not hasattr(operator, "without_shift"):
-        yield operator, 0.0
-        return
-    inner = operator.without_shift()
-    try:
-        yield inner, operator.shift
-    finally:
-        operator.products = inner.products
-
-
-def quadratic_forms(operator: Any, vectors: Tensor) -> Tensor:
-    """v^T A v for the columns v of vectors [P, K], in float64.  # [K]
-
-    By the operator's own `quadratic_forms` where it has one, which may cost half of a product;
-    by products otherwise.
-
-    Raises:
-        ValueError: forms of another shape or not finite.
-
-    >>> import torch
-    >>> quadratic_forms(torch.diag(torch.tensor([1.0, 2.0])), torch.ones(2, 1)).tolist()
-    [3.0]
-    """
-    own = getattr(operator, "quadratic_forms", None)
-    if own is None:
-        return (vectors.double() * multiply(operator, vectors).double()).sum(0)
-    forms = own(vectors)
-    if not isinstance(forms, Tensor) or forms.shape != vectors.shape[1:]:
-        raise checks.invalid(
-            "operator",
-            f"quadratic forms of shape {list(vectors.shape[1:])}",
-            checks.describe(forms),
-        )
-    if not getattr(operator, "looks", False) and not checks.all_finite(forms):
-        raise not_finite("quadratic forms")
-    return forms.double()
+def finite_together(result: Tensor, vectors: Tensor) -> bool:
+    """Whether a result is finite and, on a GPU, the vectors are too."""
+    return (
+        checks.all_finite(result, vectors) if is_gpu(result.device) else checks.all_finite(result)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from ...objective.data import Batch
 from ...ops.random_bits import streams as random
 from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
+from ._algebra import OperatorBase, SumOperator
 from ._autograd_check import require_right_loss, require_right_products
-from ._base import CurvatureOperator, finite_together
-from ._fast_path import FastPathOperator
+from ._base import CurvatureOperator, FastPathOperator
+from ._linear_operator import LinearOperator, finite_together
 
 
 class SecondOrderOperator(FastPathOperator, CurvatureOperator):
@@ -48,12 +50,10 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
     def _product(self, columns: Tensor) -> Tensor:
         rows = columns.T.contiguous()
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             return self._product_by_autograd(rows)
-        total = self.obj.all_reduce(
-            lambda: engine.products(rows, self.kind), f"{self.kind} products", self.theta, rows
-        )
+        products = partial(self._engine.products, rows, self.kind)
+        total = self.obj.all_reduce(products, f"{self.kind} products", self.theta, rows)
         return self._mean(total, rows).T
 
     def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
@@ -194,6 +194,17 @@ class HessianOperator(SecondOrderOperator):
     def _forms_otherwise(self, columns: Tensor, forms: Tensor) -> Tensor:
         return forms if self._engine is None else super()._forms_otherwise(columns, forms)
 
+    def _network_forms(self, vectors: Tensor) -> Tensor | None:
+        """v^T (H - G) v [K] by the graph alone, or None if that gives no finite numbers."""
+        columns = self._columns(vectors)
+        if self._engine is None:
+            return None
+        forms = self._engine_forms(self._engine, columns, network_alone=True)
+        if finite_together(forms, columns):
+            return forms
+        checks.finite("vectors", vectors)
+        return None
+
     def _engine_forms(
         self, engine: HVPEngine, columns: Tensor, *, network_alone: bool = False
     ) -> Tensor:
@@ -210,32 +221,11 @@ class HessianOperator(SecondOrderOperator):
             forms += self.obj.weight_decay * rows.double().square().sum(1)
         return forms
 
-    def network_forms(self, vectors: Tensor) -> Tensor:
-        """v^T (H - G) v for each column v [P, K], G the Gauss-Newton matrix.  # [K] float64
-
-        The part of the network's own curvature, weighted by the loss's slope in the outputs: small
-        where the loss is. At the price of a quadratic form where products go by rules. Not for
-        functions under `torch.compile`, which it would break in two.
-
-        Raises:
-            ValueError, NonFiniteLossError: as products.
-
-        >>> import torch
-        >>> x = torch.tensor([[1.0], [2.0]])
-        >>> H = HessianOperator(Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x)))
-        >>> H.network_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
-        [0.0]
-        """
-        self.obj.require_outputs("the curvature of the network itself")
-        with clean_dispatch_state():
-            columns = self._columns(vectors)
-            if self._engine is not None:
-                forms = self._engine_forms(self._engine, columns, network_alone=True)
-                if finite_together(forms, columns):
-                    return forms
-                checks.finite("vectors", vectors)
-            gauss_newton = GGNOperator(self.obj, self.theta)
-            return self.quadratic_forms(columns) - gauss_newton.quadratic_forms(columns)
+    def __sub__(self, other: LinearOperator | Tensor) -> OperatorBase:
+        """The difference; from a Gauss-Newton matrix at the same point, `NetworkCurvature`."""
+        if isinstance(other, GGNOperator) and _at_one_point(self, other):
+            return NetworkCurvature(self, other)
+        return super().__sub__(other)
 
     @full_precision()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
@@ -303,3 +293,32 @@ class GGNOperator(SecondOrderOperator):
             )
             (product,) = torch.autograd.grad(outputs, leaf, weighted, retain_graph=more)
             total[i] += product
+
+
+def _at_one_point(a: CurvatureOperator, b: CurvatureOperator) -> bool:
+    return a.obj is b.obj and torch.equal(a.theta, b.theta)
+
+
+class NetworkCurvature(SumOperator):
+    """H - G at one point of an objective: the curvature of the network itself.
+
+    It is weighted by the loss's gradient in the outputs, and so small where the loss is. Quadratic
+    forms cost one of H where the model's graph is captured; products are those of H and of G.
+
+    Example:
+        >>> from entropic_fast import GGNOperator, HessianOperator, Objective
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
+        >>> A = HessianOperator(obj) - GGNOperator(obj)
+        >>> A.quadratic_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
+        [0.0]
+    """
+
+    def __init__(self, hessian: HessianOperator, gauss_newton: GGNOperator) -> None:
+        super().__init__([(1.0, hessian), (-1.0, gauss_newton)])
+        self.hessian = hessian
+
+    def _forms(self, columns: Tensor) -> Tensor:
+        with clean_dispatch_state():
+            forms = self.hessian._network_forms(columns)
+        return super()._forms(columns) if forms is None else forms

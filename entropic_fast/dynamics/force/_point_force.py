@@ -53,8 +53,7 @@ from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs, Estimate
 from ...curvature import HessianOperator, top_eigenvalues
-from ...curvature.operators._algebra import Across, orthonormal
-from ...curvature.operators._linear_operator import multiply
+from ...curvature.operators._algebra import ProjectedOperator, orthonormal
 from ...objective import Objective
 from ...objective._objective import require_objective
 from ...paths._path import Path
@@ -262,12 +261,12 @@ def point_force(
         HessianOperator(first_examples(side, max_examples), place)
         for side, place in zip(beside, places, strict=True)
     ]
-    across = Across(HessianOperator(first_examples(here, max_examples), theta), u)
+    across = ProjectedOperator(HessianOperator(first_examples(here, max_examples), theta), u)
     with held() as missed:
         pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
     warn_once(missed, f"point_force at s = {position:.4g}:")
     vectors = pairs.vectors
-    ahead, behind = (multiply(side, vectors).double() for side in sides)
+    ahead, behind = ((side @ vectors).double() for side in sides)
     turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V
     slopes = vectors.double().T @ turned
 

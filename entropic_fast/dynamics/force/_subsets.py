@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..._utils import trees
 from ...curvature import HessianOperator
-from ...curvature.operators._linear_operator import quadratic_forms
 from ...objective import Objective
 from ..projected_sgd._minibatches import in_random_batches
 
@@ -42,7 +41,7 @@ def forms_by_parts(
     parts = _parts(obj, max_examples, vectors.shape[1])
     forms = torch.full((len(parts), -(-vectors.shape[1] // len(parts))), torch.nan).double()
     for row, (form, part) in enumerate(zip(forms, parts, strict=True)):
-        found = quadratic_forms(HessianOperator(part, theta), vectors[:, row :: len(parts)])
+        found = HessianOperator(part, theta).quadratic_forms(vectors[:, row :: len(parts)])
         form[: len(found)] = found.cpu()
     return forms
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..._torch.full_precision import full_precision
 from ...curvature import HessianOperator
-from ...curvature.operators._linear_operator import multiply
 from ...objective import Objective
 from ...paths._path import Path
 from ._linear_response import MinibatchCovariance, ProjectedSGD, impulse_response, response
@@ -130,7 +129,7 @@ def radial_share(
     vectors = product = point.pairs.vectors
     if groups:
         some = first_examples(as_in_dynamics(obj), point.max_examples)
-        product = multiply(HessianOperator(some, theta), vectors).double()
+        product = (HessianOperator(some, theta) @ vectors).double()
     seen = response(point.stiffness, settings).pre_update[:-1]
     sampling = MinibatchCovariance(settings.batch_size, point.num_examples)
     multiplier = sampling.noise_multiplier(

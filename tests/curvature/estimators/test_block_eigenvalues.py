@@ -8,6 +8,7 @@ from torch import Tensor, nn
 import entropic_fast as ef
 from entropic_fast.curvature.estimators._eigenvalues import DiagonalBlock
 from entropic_fast.curvature.estimators._searches import run_blocks
+from entropic_fast.curvature.operators._algebra import as_operator
 from entropic_fast.ops.random_bits import streams as random
 
 KINDS = {"hessian": ef.HessianOperator, "ggn": ef.GGNOperator, "fisher": ef.FisherOperator}
@@ -176,13 +177,15 @@ def test_what_has_no_blocks_is_refused():
 def test_a_block_by_itself_is_an_operator():
     matrix = random.normal((6, 6), 1)
     place = torch.tensor([1, 4, 5])
-    block = DiagonalBlock(matrix, place)
+    block = DiagonalBlock(as_operator(matrix), place)
     vectors = random.normal((3, 2), 2)
     assert torch.allclose(block @ vectors, matrix[place][:, place] @ vectors)
 
     def product(vectors: Tensor):
         return (yield vectors, True)
 
-    found = run_blocks(matrix, [product(vectors), product(vectors[:1])], [place, place[:1]], 2)
+    found = run_blocks(
+        as_operator(matrix), [product(vectors), product(vectors[:1])], [place, place[:1]], 2
+    )
     assert torch.allclose(found[0], block @ vectors)
     assert torch.allclose(found[1], matrix[1, 1] * vectors[:1])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropic_fast._utils.results import Eigenpairs
 from entropic_fast.curvature import HessianOperator, hessian_trace, operator_trace, top_eigenvalues
-from entropic_fast.curvature.operators._linear_operator import quadratic_forms
+from entropic_fast.curvature.operators._algebra import as_operator
 from entropic_fast.ops.random_bits import streams as random
 
 METHODS = pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
@@ -226,7 +226,7 @@ def test_quadratic_forms_of_every_kind_of_operator_agree():
     dense = operator @ torch.eye(obj.num_params, dtype=torch.float64)
     expected = torch.einsum("pk,pq,qk->k", v, dense, v)
     for kind in (operator, dense, Foreign(dense), Forming(dense)):
-        forms = quadratic_forms(kind, v)
+        forms = as_operator(kind).quadratic_forms(v)
         assert forms.dtype == torch.float64
         assert torch.allclose(forms, expected, rtol=1e-12)
     assert operator.quadratic_forms(v[:, :0]).shape == (0,)
@@ -251,10 +251,10 @@ def test_forms_that_do_not_fit_are_refused():
 
     bad = Bad(torch.eye(3))
     with pytest.raises(ValueError, match=r"quadratic forms of shape \[2\]"):
-        quadratic_forms(bad, torch.ones(3, 2))
+        as_operator(bad).quadratic_forms(torch.ones(3, 2))
     bad.value = torch.tensor([1.0, float("inf")])
     with pytest.raises(ValueError, match="finite quadratic forms"):
-        quadratic_forms(bad, torch.ones(3, 2))
+        as_operator(bad).quadratic_forms(torch.ones(3, 2))
 
 
 def test_eigenpairs_are_taken_by_their_vectors():

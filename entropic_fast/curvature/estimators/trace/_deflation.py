@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,7 @@ from ...._torch.memory_budget import available_bytes, readable
 from ...._torch.tall_qr import qr
 from ...._utils import checks
 from ...._utils.results import Eigenpairs
-from ...operators._linear_operator import multiply, require_operator
-
-
-def project_out(basis: Tensor, vectors: Tensor) -> Tensor:
-    """Vectors [P, K] less their part in the span of an orthonormal basis [P, r]."""
-    return vectors - basis @ (basis.T @ vectors) if basis.shape[1] else vectors
+from ...operators._algebra import OperatorBase, project_out
 
 
 def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
@@ -34,14 +27,14 @@ def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
     return qr(fresh[:, _norms(fresh) > 0.5])[0]
 
 
-def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tensor:
+def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: OperatorBase) -> Tensor:
     """An orthonormal basis of the directions to be taken out exactly.  # [P, r]
 
     Raises:
         ValueError: neither Eigenpairs nor a matrix [P, r] of the operator's dtype and device;
             r over P; values that are not finite.
     """
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     if deflate is None:
         return torch.zeros(size, 0, dtype=dtype, device=device)
     vectors = deflate.vectors if isinstance(deflate, Eigenpairs) else deflate
@@ -63,13 +56,13 @@ def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: Any) -> Tenso
     return qr(vectors.detach())[0]
 
 
-def require_room(count: int, operator: Any) -> None:
+def require_room(count: int, operator: OperatorBase) -> None:
     """Refuse `count` vectors that do not fit the free memory.
 
     Raises:
         ValueError: with the number of bytes.
     """
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     needed, free = count * size * torch.finfo(dtype).bits // 8, available_bytes(device)
     if needed > free:
         raise checks.invalid(
@@ -78,20 +71,6 @@ def require_room(count: int, operator: Any) -> None:
             f"{readable(needed)} for {count} of them",
             'take fewer, or method="hutchinson", which keeps none',
         )
-
-
-class Complement:
-    """N A N for the projector N onto the complement of an orthonormal basis [P, r]."""
-
-    def __init__(self, operator: Any, basis: Tensor) -> None:
-        self.operator, self.basis = operator, basis
-        size, self.dtype, self.device = require_operator(operator)
-        self.shape = (size, size)
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        """The product with vectors [P, K]."""
-        inside = project_out(self.basis, vectors)
-        return project_out(self.basis, multiply(self.operator, inside))
 
 
 def _norms(vectors: Tensor) -> Tensor:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...operators._linear_operator import multiply, quadratic_forms
+from ...operators._algebra import OperatorBase
 
 # Vectors [P, K] to numbers [K, L] quadratic in them, in float64 on the CPU.
 TraceIntegrand: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def quadratic_form(operator: Any) -> TraceIntegrand:
+def quadratic_form(operator: OperatorBase) -> TraceIntegrand:
     """v^T A v, which averages to the trace (L = 1)."""
-    return lambda vectors: quadratic_forms(operator, vectors).cpu()[:, None]
+    return lambda vectors: operator.quadratic_forms(vectors).cpu()[:, None]
 
 
-def block_quadratic_forms(operator: Any, sizes: list[int], groups: list[int]) -> TraceIntegrand:
+def block_quadratic_forms(
+    operator: OperatorBase, sizes: list[int], groups: list[int]
+) -> TraceIntegrand:
     """The terms of v^T (A v) by groups of entries, which average to traces of diagonal blocks.
 
     Args:
@@ -28,7 +30,7 @@ def block_quadratic_forms(operator: Any, sizes: list[int], groups: list[int]) ->
     """
 
     def integrand(vectors: Tensor) -> Tensor:
-        products = multiply(operator, vectors)
+        products = operator @ vectors
         forms = products.new_zeros(max(groups) + 1, vectors.shape[1], dtype=torch.float64)
         slices = zip(
             groups, vectors.split_with_sizes(sizes), products.split_with_sizes(sizes), strict=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from ...._utils import checks
 from ...._utils.results import Eigenpairs, Estimate
 from ....objective import Objective
 from ..._grouping import grouping
-from ...operators._linear_operator import require_operator, without_shift
+from ...operators._algebra import OperatorBase, as_operator, without_shift
+from ...operators._linear_operator import LinearOperator
 from ...operators._second_order import HessianOperator
 from .._probes import judged
 from . import _registry
@@ -105,7 +106,7 @@ def hessian_trace(
             f"estimate traces of diagonal blocks by {others}",
         )
     if group_by is None:
-        return _traces(operator, Budget(probes, tol), seed, method, deflate)[0]
+        return _traces(as_operator(operator), Budget(probes, tol), seed, method, deflate)[0]
     sizes = {name: part.numel() for name, part in obj.split(operator.theta).items()}
     keys = list(dict.fromkeys(map(key, sizes)))
     groups = [keys.index(key(name)) for name in sizes]
@@ -116,7 +117,7 @@ def hessian_trace(
 
 @full_precision()
 def operator_trace(
-    operator: Any,
+    operator: LinearOperator | Tensor,
     probes: int = DEFAULT_PROBES,
     tol: float | None = None,
     seed: int = 0,
@@ -158,11 +159,11 @@ def operator_trace(
     3.0
     """
     checks.one_of("method", method, _registry.names(hessian=False))
-    return _traces(operator, Budget(probes, tol), seed, method, deflate)[0]
+    return _traces(as_operator(operator), Budget(probes, tol), seed, method, deflate)[0]
 
 
 def _traces(
-    operator: Any,
+    operator: OperatorBase,
     budget: Budget,
     seed: int,
     method: str,
@@ -175,7 +176,7 @@ def _traces(
         blocks: lengths of consecutive slices of a vector, and the group of each; None for one
             group.
     """
-    size, _, _ = require_operator(operator)
+    size = operator.order
     registered = _registry.METHODS[method]
     # As many unit vectors as the order are enough for any method.
     checks.integer("probes", budget.vectors, min(registered.min_probes, size))

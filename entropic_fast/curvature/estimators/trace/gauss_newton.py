@@ -20,10 +20,10 @@ from ....objective._objective import require_objective
 from ....objective.data import Batch, ExampleSet, RepeatedExamples
 from ....ops.random_bits import streams as random
 from ..._grouping import grouping
-from ...operators._second_order import HessianOperator
+from ...operators._second_order import GGNOperator, HessianOperator
 from ...per_example._norms import gradient_norms
 from .._probes import precise
-from ._integrands import TraceIntegrand
+from ._integrands import TraceIntegrand, quadratic_form
 from ._output_factors import output_factors
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator
 from .hutchinson import HutchinsonSampler
@@ -143,9 +143,8 @@ def gauss_newton(
     exact = tol is not None and not precise(ggn, tol / 2)  # leave half of the error to the rest
     if exact:
         ggn = ggn_trace(obj, theta)
-    sampler = HutchinsonSampler(
-        operator, lambda vectors: operator.network_forms(vectors).cpu()[:, None], probes
-    )
+    remainder = operator - GGNOperator(obj, theta)
+    sampler = HutchinsonSampler(operator, quadratic_form(remainder), probes)
     others = sampler.deflated_trace
     sampler.deflated_trace = others + ggn.value
     sampler.deflated_std_error = 0.0 if exact else ggn.std_error

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...._utils.results import Estimate
-from ...operators._linear_operator import require_operator
+from ...operators._algebra import OperatorBase, project_out
 from .._probes import BLOCK, MIN_SAMPLES, block_width, precise, sign_vectors
-from ._deflation import project_out
 from ._integrands import TraceIntegrand
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator
 
 
 @trace_estimator("hutchinson", group_by=True)
 def hutchinson(
-    operator: Any, integrand: TraceIntegrand, budget: Budget, probes: Probes
+    operator: OperatorBase, integrand: TraceIntegrand, budget: Budget, probes: Probes
 ) -> TraceEstimates:
     """The mean of v^T A v over sign vectors v (Hutchinson 1990).
 
@@ -36,7 +33,7 @@ class HutchinsonSampler:
     trace of A (I - Q Q^T), and that of the columns of Q sums to the trace of A Q Q^T, for any Q.
 
     Args:
-        operator: as `require_operator` asks.
+        operator: of order P.
         integrand: of the operator.
         probes: the sign vectors, the first directions, and what is added to the traces.
 
@@ -48,8 +45,8 @@ class HutchinsonSampler:
         matvecs: vectors on which the integrand was evaluated.
     """
 
-    def __init__(self, operator: Any, integrand: TraceIntegrand, probes: Probes) -> None:
-        self.size, self.dtype, self.device = require_operator(operator)
+    def __init__(self, operator: OperatorBase, integrand: TraceIntegrand, probes: Probes) -> None:
+        self.size, self.dtype, self.device = operator.order, operator.dtype, operator.device
         self.width = block_width(self.size, self.dtype, self.device)
         self.integrand, self.seed = integrand, probes.seed
         self.basis, self.deflated_trace = probes.directions[:, :0], probes.known.new_zeros(1)
@@ -106,9 +103,11 @@ class HutchinsonSampler:
         return Estimate.from_samples(samples, exact, self.deflated_std_error, self.matvecs)
 
 
-def exact_trace(operator: Any, integrand: TraceIntegrand, probes: Probes) -> TraceEstimates:
+def exact_trace(
+    operator: OperatorBase, integrand: TraceIntegrand, probes: Probes
+) -> TraceEstimates:
     """The traces from all P unit vectors, without error."""
-    size, dtype, device = require_operator(operator)
+    size, dtype, device = operator.order, operator.dtype, operator.device
     traces = probes.known
     for start in range(0, size, BLOCK):
         units = torch.zeros(size, min(BLOCK, size - start), dtype=dtype, device=device)

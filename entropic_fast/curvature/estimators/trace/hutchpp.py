@@ -7,10 +7,8 @@ products, where Hutchinson's estimator takes 1 / eps^2.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ....ops.random_bits import streams as random
-from ...operators._linear_operator import multiply
+from ...operators._algebra import OperatorBase
 from .._probes import BLOCK, MIN_SAMPLES, sign_vectors
 from ._deflation import new_directions, require_room
 from ._integrands import TraceIntegrand
@@ -23,7 +21,7 @@ THIRDS = 3
 
 @trace_estimator("hutch++", min_probes=THIRDS, group_by=True, symmetric=True)
 def hutchpp(
-    operator: Any, integrand: TraceIntegrand, budget: Budget, probes: Probes
+    operator: OperatorBase, integrand: TraceIntegrand, budget: Budget, probes: Probes
 ) -> TraceEstimates:
     """A third of the vectors sketches the range of A, whose trace is exact (Meyer et al. 2021).
 
@@ -44,7 +42,9 @@ def hutchpp(
     return sampler.estimates()
 
 
-def _sketch_until(sampler: HutchinsonSampler, operator: Any, vectors: int, tol: float) -> None:
+def _sketch_until(
+    sampler: HutchinsonSampler, operator: OperatorBase, vectors: int, tol: float
+) -> None:
     """Double the sketch while that saves samples."""
     sketched = 0
     while True:
@@ -59,14 +59,14 @@ def _sketch_until(sampler: HutchinsonSampler, operator: Any, vectors: int, tol: 
             return
 
 
-def _sketch(sampler: HutchinsonSampler, operator: Any, start: int, stop: int) -> None:
+def _sketch(sampler: HutchinsonSampler, operator: OperatorBase, start: int, stop: int) -> None:
     """Deflate by the range of A times sign vectors `start` to `stop`."""
     require_room(2 * stop, operator)
     key = random.fold_in(sampler.seed, "sketch")
     for i in range(start, stop, BLOCK):
         indices = range(i, min(i + BLOCK, stop))
         signs = sign_vectors(sampler.size, key, indices, sampler.dtype, sampler.device)
-        sampler.deflate(new_directions(multiply(operator, signs), sampler.basis))
+        sampler.deflate(new_directions(operator @ signs, sampler.basis))
         sampler.matvecs += len(indices)
 
 

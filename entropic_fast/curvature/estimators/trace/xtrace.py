@@ -12,16 +12,14 @@ error estimate. Only the range Q of all of Y is multiplied: Q_i Q_i^T = Q (I - s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...._utils.results import Estimate
 from ....ops.random_bits import streams as random
-from ...operators._linear_operator import multiply, require_operator
+from ...operators._algebra import OperatorBase, ProjectedOperator
 from .._probes import BLOCK, MIN_SAMPLES, inner, precise, sign_vectors
-from ._deflation import Complement, new_directions, require_room
+from ._deflation import new_directions, require_room
 from ._integrands import TraceIntegrand
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator
 from .hutchinson import HutchinsonSampler, exact_trace
@@ -32,7 +30,7 @@ LEVERAGE_ROUNDING = 1e-6
 
 @trace_estimator("xtrace", min_probes=2, symmetric=True)
 def xtrace(
-    operator: Any, integrand: TraceIntegrand, budget: Budget, probes: Probes
+    operator: OperatorBase, integrand: TraceIntegrand, budget: Budget, probes: Probes
 ) -> TraceEstimates:
     """Leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024).
 
@@ -44,7 +42,7 @@ def xtrace(
         return exact_trace(operator, integrand, probes)
     exact = HutchinsonSampler(operator, integrand, probes)
     if exact.matvecs:
-        operator = Complement(operator, probes.directions)
+        operator = ProjectedOperator(operator, probes.directions)
     state = _State(operator, probes.seed, float(exact.deflated_trace), exact.matvecs)
     signs = budget.vectors // 2
     if budget.tol is None:
@@ -65,10 +63,10 @@ class _State:
         matvecs: vectors multiplied for it.
     """
 
-    def __init__(self, operator: Any, seed: int, exact: float, matvecs: int) -> None:
+    def __init__(self, operator: OperatorBase, seed: int, exact: float, matvecs: int) -> None:
         self.exact, self.deflated = exact, matvecs
         self.operator, self.key = operator, random.fold_in(seed, "xtrace")
-        self.size, self.dtype, self.device = require_operator(operator)
+        self.size, self.dtype, self.device = operator.order, operator.dtype, operator.device
         self.signs = torch.zeros(self.size, 0, dtype=self.dtype, device=self.device)
         self.basis, self.images = self.signs, self.signs
         self.triangle = torch.zeros(0, 0, dtype=torch.float64)  # Q^T A W, [q, l]
@@ -85,12 +83,12 @@ class _State:
         while self.count < count:
             indices = range(self.count, min(self.count + BLOCK, count))
             signs = sign_vectors(self.size, self.key, indices, self.dtype, self.device)
-            products = multiply(self.operator, signs)
+            products = self.operator @ signs
             new = new_directions(products, self.basis)
             old = self.basis.shape[1]
             self.basis = torch.cat([self.basis, new], 1)
             if new.shape[1]:
-                self.images = torch.cat([self.images, multiply(self.operator, new)], 1)
+                self.images = torch.cat([self.images, self.operator @ new], 1)
             triangle = torch.zeros(self.basis.shape[1], indices.stop, dtype=torch.float64)
             triangle[:old, : indices.start] = self.triangle
             triangle[:, indices.start :] = inner(self.basis, products)
