@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from entropic_fast._utils import system_info as info
+from entropic_fast.selfcheck import collect
 
 
 def commit() -> str:
@@ -27,7 +27,7 @@ def commit() -> str:
 
 def facts() -> dict[str, Any]:
     """What a record was measured with."""
-    found = info.collect()
+    found = collect()
     return {
         "commit": commit(),
         "versions": found["versions"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._utils import checks
-from .derivative_formulas import cdist_is_right
+from .derivative_checks import cdist_is_right
 
 
 class NonFiniteLossError(ValueError):

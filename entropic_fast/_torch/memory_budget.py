@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._utils import checks, trees
+from .._utils import checks
 from .._utils.devices import is_gpu
-from ..objective import Objective
 
 # Share of the free memory that a computation takes when no budget is given. A GPU's memory is the
 # process's own, so half of it; the rest is for fragments and what cuDNN and cuBLAS work in.
@@ -90,62 +87,6 @@ def readable(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} bytes"
-
-
-def activation_bytes(obj: Objective, theta: Tensor) -> int:
-    """Bytes that autograd saves for the backward pass of the loss of one example.
-
-    Measured on the first example: storages saved for backward, each once, without those that
-    all examples share (theta, buffers, the data).
-    """
-    batch = next(obj.batches(1))
-    leaf = theta.detach().requires_grad_()
-    shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
-    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Any:
-        if tensor._is_zerotensor():  # of forward mode: it has no storage
-            return tensor.detach()
-        storage = tensor.untyped_storage()
-        try:
-            address = storage.data_ptr()
-        except RuntimeError:  # what a transform within the model leaves has none
-            saved[storage._cdata] = tensor.nbytes
-        else:
-            if address not in own:
-                saved[address] = storage.nbytes()
-        return tensor.detach()  # a node that held its own result would never be freed
-
-    def loss() -> Tensor:
-        return obj.losses(leaf, batch.inputs, batch.targets).sum()
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss()
-    except RuntimeError:  # torch.func within the model takes no such hooks
-        saved.clear()
-        for tensor in _saved_in_graph(loss().grad_fn):
-            note(tensor)
-    return sum(saved.values()) + trees.num_bytes(batch.inputs)
-
-
-def _saved_in_graph(root: Any) -> Iterator[Tensor]:
-    """The tensors that the nodes of an autograd graph hold, those of python functions too."""
-    stack, seen = [root], {root, None}
-    while stack:
-        node = stack.pop()
-        names = [name for name in dir(node) if name.startswith("_saved_")]
-        for value in [getattr(node, name) for name in names]:
-            yield from (t for t in _listed(value) if isinstance(t, Tensor))
-        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
-        following = {n for n, _ in node.next_functions} - seen
-        seen |= following
-        stack += following
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, tuple | list) else (value,)
 
 
 def _read_meminfo() -> int | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from . import plot_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,18 +19,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 40  # of a table; of a longer one the first and the last are shown
 MOST_LINES = 32  # of a plot
 MOST_POINTS = 200  # of a line
-COLORS = ("#0072B2", "#D55E00", "#009E73")  # of Okabe and Ito's palette
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 8.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "lines.linewidth": 1.2,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "entropic_fast",
-}
 
 
 def number(value: object) -> str:
@@ -82,7 +72,7 @@ def plot(draw: Callable[[Axes], None], width: float = 3.8, height: float = 2.3) 
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(plot_style.NOTEBOOK):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, plot_style
 from . import notebook as display
 
 if TYPE_CHECKING:
@@ -313,9 +313,9 @@ class Density:
     def _draw(self, ax: Axes) -> None:
         grid, mean, half = self.grid.numpy(), self.density.numpy(), 1.96 * self.std_error.numpy()
         bottom = 1e-7 * float(mean.max())  # of a density that spans many decades
-        ax.plot(grid, mean.clip(bottom), color=display.COLORS[0])
+        ax.plot(grid, mean.clip(bottom), color=plot_style.COLORS[0])
         low, high = (mean - half).clip(bottom), (mean + half).clip(bottom)
-        ax.fill_between(grid, low, high, color=display.COLORS[0], alpha=0.25, lw=0)
+        ax.fill_between(grid, low, high, color=plot_style.COLORS[0], alpha=0.25, lw=0)
         ax.set_yscale("log")
         ax.set_ylim(bottom=2 * bottom)
         ax.set_xlabel("eigenvalue")

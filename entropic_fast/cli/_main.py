@@ -20,7 +20,6 @@ from rich.filesize import decimal
 from .. import __version__, selfcheck
 from .._utils import atomic_io as store
 from .._utils import checks
-from .._utils import system_info as info
 from .._utils.atomic_io import DamagedFileError
 from ..distributed import RankFailedError, RankLostError
 from ..experiments import _pipeline as stages
@@ -36,6 +35,7 @@ from ..ops.backend import BackendError
 from ..selfcheck._page import print_report
 from ..training.data import DataUnavailableError
 from . import _profile as cli_profile
+from ._info import render
 
 app = typer.Typer(
     add_completion=False,
@@ -296,7 +296,7 @@ def _found(folders: list[Path]) -> list[Path]:
 @app.command("info")
 def info_command() -> None:
     """Show versions, what is compiled, and which backend each operation will use."""
-    info.render(_console)
+    render(_console)
 
 
 @app.command("check")

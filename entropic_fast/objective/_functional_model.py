@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from .._torch.derivative_formulas import AnyOrder, forward_depth
+from .._torch.derivative_checks import forward_depth
+from .._torch.derivative_formulas import AnyOrder
 from .._torch.full_precision import NativeRecurrence, full_precision, no_autocast
 from .._torch.graph_checks import backward_nodes
 from .._torch.uncompiled import eager

@@ -13,7 +13,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .._torch.derivative_formulas import AnyOrder, Watcher, require_right_gradients
+from .._torch.derivative_checks import Watcher, require_right_gradients
+from .._torch.derivative_formulas import AnyOrder
 from .._torch.full_precision import full_precision
 from .._torch.graph_checks import backward_nodes
 from .._torch.randomness import not_repeatable

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._utils import atomic_io as store
 from .._utils import notebook as display
+from .._utils import plot_style
 from .._utils.table import Table
 from ._config import AutoNEBConfig
 from ._losses import Saddle, barrier
@@ -64,13 +65,13 @@ class NEBResult:
 
     def _draw(self, ax: Axes) -> None:
         s, loss, pivot = (self.losses[name] for name in ("s", "loss", "is_pivot"))
-        ax.plot(s, loss, color=display.COLORS[0])
-        ax.plot(s[pivot], loss[pivot], "o", ms=3, color=display.COLORS[0], label="pivots")
+        ax.plot(s, loss, color=plot_style.COLORS[0])
+        ax.plot(s[pivot], loss[pivot], "o", ms=3, color=plot_style.COLORS[0], label="pivots")
         ax.plot(
             [self.saddle.position],
             [self.saddle.loss],
             "^",
-            color=display.COLORS[1],
+            color=plot_style.COLORS[1],
             label="saddle",
         )
         ax.set_xlabel("relative distance along the path")

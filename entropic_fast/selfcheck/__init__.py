@@ -7,6 +7,7 @@ defined here.
 """
 
 from ._checking import Report, run
+from ._facts import collect
 from ._verdict import Check
 
-__all__ = ["Check", "Report", "run"]
+__all__ = ["Check", "Report", "collect", "run"]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from .._utils import checks
-from .._utils import system_info as info
 from .._utils.devices import GPU_TYPES
 from ..ops import backend
 from . import _networks as networks
 from . import _ops as ops
 from . import _speeds as speeds
+from ._facts import collect
 from ._verdict import Check
 
 _ISSUE = "Please attach the file that --json writes to a bug report."
@@ -31,7 +31,7 @@ class Report:
     """What was found on a machine.
 
     Attributes:
-        facts: `info.collect()`, and commit, load and devices checked.
+        facts: `collect()`, and commit, load and devices checked.
         checks: all comparisons.
         notes: installed backends that fail and are skipped.
         limits, speeds: by device; empty where speeds were not asked for.
@@ -137,7 +137,7 @@ def run(
     """
     start = time.perf_counter()
     devices = _devices(device)
-    report = Report({**info.collect(), **_provenance(), "devices": [str(d) for d in devices]})
+    report = Report({**collect(), **_provenance(), "devices": [str(d) for d in devices]})
     report.notes = _passed_over(devices)
     for each in devices:
         progress(f"operations on {each}")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from entropic_fast._torch import architecture_key as architecture
+from entropic_fast._torch.architecture_key import _walk as architecture
 from entropic_fast._torch.architecture_key import key_of
-from entropic_fast._torch.code_names import reads_of
+from entropic_fast._torch.architecture_key._code_names import reads_of
 
 SCALE, TABLE, WEIGHTS = 1.0, {"scale": 1.0}, torch.ones(2)
 settings = types.ModuleType("settings_of_a_test")
@@ -414,9 +414,9 @@ def test_keys_of_what_is_gone_are_no_longer_equal():
 
 
 def test_too_much_gives_no_key(monkeypatch):
-    monkeypatch.setattr(architecture, "_LARGE", 100)
+    monkeypatch.setattr(architecture, "LARGE", 100)
     assert key(Net(torch.ones(30))) is None and key(Net(torch.ones(20))) is not None
-    monkeypatch.setattr(architecture, "_LIMIT", 100)
+    monkeypatch.setattr(architecture, "LIMIT", 100)
     assert key(Net(list(range(200)))) is None
     deep: list[Any] = []
     for _ in range(10_000):

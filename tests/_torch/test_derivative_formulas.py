@@ -9,7 +9,8 @@ from derivative_layers import cases
 from derivative_sweep import first_fault, routes, transform_faults, variants
 from torch.nn import functional as F
 
-from entropic_fast._torch.derivative_formulas import NO_DERIVATIVE, AnyOrder, Watcher
+from entropic_fast._torch.derivative_checks import NO_DERIVATIVE, Watcher
+from entropic_fast._torch.derivative_formulas import AnyOrder
 from entropic_fast._torch.full_precision import full_precision
 
 CASES: dict[str, list[Case]] = {}

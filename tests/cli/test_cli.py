@@ -17,9 +17,9 @@ import typer
 import entropic_fast
 from entropic_fast import __version__
 from entropic_fast._utils import atomic_io as store
-from entropic_fast._utils import system_info as info
 from entropic_fast.cli import _main as cli
 from entropic_fast.experiments._run_folder import RunFolder
+from entropic_fast.selfcheck import collect
 
 STAGES = (
     "langevin",
@@ -77,7 +77,7 @@ def test_help_lists_every_command_and_its_options(command):
 def test_info_says_what_runs_where(command):
     ended = command("info")
     assert ended.code == 0 and __version__ in ended.out
-    assert str(info.collect()["backends"]["step"]["cpu"]) in ended.out
+    assert str(collect()["backends"]["projected_step"]["cpu"]) in ended.out
 
 
 @pytest.mark.parametrize(

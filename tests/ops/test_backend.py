@@ -116,9 +116,9 @@ import sys, warnings
 sys.modules["entropic_fast._C"] = None  # importing it now fails
 import torch
 from rich.console import Console
-from entropic_fast import info
-from entropic_fast import random
-from entropic_fast.ops import backend, native
+from entropic_fast.cli._info import render
+from entropic_fast.ops.random_bits import streams
+from entropic_fast.ops import _native as native, backend
 from entropic_fast.ops.projected_step import sgd_step
 assert "cannot be imported" in native.problem, native.problem
 with warnings.catch_warnings(record=True) as caught:
@@ -136,7 +136,7 @@ except backend.BackendError as error:
 else:
     raise AssertionError("a missing module was forced")
 console = Console(record=True, width=200, quiet=False)
-info.render(console)
+render(console)
 text = console.export_text()
 assert "missing: entropic_fast._C cannot be imported" in text and "reference" in text, text
 """

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._torch.memory_budget import activation_bytes, padded_rows, resolve_budget, too_small
+from ..._torch.memory_budget import padded_rows, resolve_budget, too_small
+from ..._utils import trees
 from ...objective import Objective
 from ...objective.data import Batch
 from ._engine import PerExampleGradEngine
@@ -168,3 +170,59 @@ def require_finite(sizes: Tensor, start: int, theta: Tensor) -> None:
             f"point of norm {float(theta.norm()):.4g}, where its loss is finite; look "
             "for a function without a derivative there (a square root at 0, say)"
         )
+
+
+def activation_bytes(obj: Objective, theta: Tensor) -> int:
+    """Bytes that autograd saves for the backward pass of the loss of one example.
+
+    Measured on the first example: storages saved for backward, each once, without those that
+    all examples share (theta, buffers, the data).
+    """
+    batch = next(obj.batches(1))
+    leaf = theta.detach().requires_grad_()
+    shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Any:
+        if tensor._is_zerotensor():  # of forward mode: it has no storage
+            return tensor.detach()
+        storage = tensor.untyped_storage()
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # what a transform within the model leaves has none
+            saved[storage._cdata] = tensor.nbytes
+        else:
+            if address not in own:
+                saved[address] = storage.nbytes()
+        return tensor.detach()  # a node that held its own result would never be freed
+
+    def loss() -> Tensor:
+        return obj.losses(leaf, batch.inputs, batch.targets).sum()
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss()
+    except RuntimeError:  # torch.func within the model takes no such hooks
+        saved.clear()
+        for tensor in _saved_in_graph(loss().grad_fn):
+            note(tensor)
+    return sum(saved.values()) + trees.num_bytes(batch.inputs)
+
+
+def _saved_in_graph(root: Any) -> Iterator[Tensor]:
+    """The tensors that the nodes of an autograd graph hold, those of python functions too."""
+    stack, seen = [root], {root, None}
+    while stack:
+        node = stack.pop()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        for value in [getattr(node, name) for name in names]:
+            yield from (t for t in _listed(value) if isinstance(t, Tensor))
+        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
+        following = {n for n, _ in node.next_functions} - seen
+        seen |= following
+        stack += following
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, tuple | list) else (value,)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._utils import checks
+from ..._utils import checks, plot_style
 from ..._utils import notebook as display
 from ..._utils.table import Table
 
@@ -235,6 +235,6 @@ class Trajectory:
         lines = max(1, -(-self.num_replicas // display.MOST_LINES))
         points = max(1, len(self.steps) // display.MOST_POINTS)
         for replica in self.position[::lines, ::points].numpy():
-            ax.plot(self.steps[::points].numpy(), replica, color=display.COLORS[0], alpha=0.6)
+            ax.plot(self.steps[::points].numpy(), replica, color=plot_style.COLORS[0], alpha=0.6)
         ax.set_xlabel("updates")
         ax.set_ylabel("position on the path")

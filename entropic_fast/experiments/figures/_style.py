@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,35 +14,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..._utils import atomic_io as store
+from ..._utils import plot_style
+from ..._utils.plot_style import COLORS as COLORS
+from ..._utils.plot_style import MARKERS as MARKERS
 from ..._utils.results import NOT_CONVERGED
 from ..._utils.table import Table
 from ..claims._intervals import mean_interval
 
-# Okabe and Ito's palette, without its yellow (too light on white).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = 1.96  # half-width of a 95 % band, in standard errors
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4.5,
-    "svg.hashsalt": "entropic_fast",
-    "svg.fonttype": "none",
-}
 
 
 @contextmanager
 def look() -> Iterator[None]:
     """The figures' style, for the time of drawing."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(plot_style.FIGURE):
         yield
 
 

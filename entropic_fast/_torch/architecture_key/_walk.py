@@ -1,9 +1,4 @@
-"""A key that models have in common only if they compute the same function of their tensors.
-
-It is made of everything that a forward pass may read: types and the code of their methods,
-attributes, hooks, closures, module-level names, and by value each tensor that is not given from
-outside. Whatever is not understood gives no key, and the model then shares nothing.
-"""
+"""The walk over everything that a forward pass may read."""
 
 from __future__ import annotations
 
@@ -18,33 +13,35 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
-from weakref import ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .code_names import Reads, reads_of
-
-# Packages whose code is constant: its functions and classes are the same if they are one object.
-_LIBRARIES = frozenset(
-    {"torch", "torchvision", "transformers", "timm", "numpy", "entropic_fast"}
-    | set(sys.stdlib_module_names)
+from ._code_names import reads_of
+from ._kinds import (
+    BY_IDENTITY,
+    HEAP_TYPE,
+    HOOKS,
+    LARGE,
+    LIBRARIES,
+    LIMIT,
+    NOT_OF_CLASSES,
+    NOT_READ,
+    OF_RECURRENT,
+    PLACES,
+    PLAIN,
+    PLAIN_VALUES,
+    TENSORS,
+    Same,
+    UnknownError,
 )
+
 logger = logging.getLogger(__name__)
 
-_LIMIT = 200_000  # entries of a key
-_LARGE = 2**31  # bytes of tensors to compare by value
-# Bytes of an instance of a class written in Python that has no slots: the rest is state in C.
-_PLAIN = 32
-_HEAP_TYPE = 1 << 9
 
 Key = tuple[Hashable, ...]
-
-
-class _UnknownError(Exception):
-    """Something whose influence on a forward pass is not understood."""
 
 
 def key_of(
@@ -71,68 +68,13 @@ def key_of(
     try:
         for thing in things:
             walk.visit(thing)
-    except (_UnknownError, RuntimeError, AttributeError, TypeError, ValueError) as why:
+    except (UnknownError, RuntimeError, AttributeError, TypeError, ValueError) as why:
         # Also of objects that change meanwhile, or that do not take being looked at.
         logger.debug("not compared with other models: %s", why)
         return None
     if constants is not None:
         constants += walk.constants
     return tuple(walk.found)
-
-
-class _Same:
-    """Equal to itself alone, by identity; keeps nothing alive."""
-
-    __slots__ = ("_id", "_ref")
-
-    def __init__(self, thing: Any) -> None:
-        self._id = id(thing)
-        try:
-            self._ref: Callable[[], Any] = ref(thing)
-        except TypeError:
-            if not isinstance(thing, _IMMORTAL):
-                raise _UnknownError(type(thing).__name__) from None
-            self._ref = lambda: thing
-
-    def __hash__(self) -> int:
-        return hash(self._id)
-
-    def __eq__(self, other: object) -> bool:
-        thing = self._ref()
-        return isinstance(other, _Same) and thing is not None and thing is other._ref()
-
-
-_IMMORTAL = (
-    types.MethodDescriptorType,
-    types.WrapperDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-)
-_PLAIN_VALUES = (
-    str, bytes, torch.dtype, torch.layout, torch.memory_format, torch.device, range, type(None),
-    type(Ellipsis), type(NotImplemented), bool, int,
-)  # fmt: skip
-_BY_IDENTITY = (
-    *_IMMORTAL, types.BuiltinFunctionType, logging.Logger,
-    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
-)  # fmt: skip
-_PLACES = (types.MemberDescriptorType, type(vars(Reads)["names"]))
-_TENSORS = (Tensor, nn.Parameter)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Of hooks, beside the hooks themselves; of loading and saving; and views of parameters.
-_NOT_READ = frozenset({
-    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks", "_compiled_call_impl",
-})  # fmt: skip
-_OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})
-_NOT_OF_CLASSES = frozenset({
-    "__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__annotations__",
-    "__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__match_args__",
-    "__dataclass_fields__", "__dataclass_params__", "__firstlineno__", "__static_attributes__",
-    "__annotate__", "__annotate_func__", "__annotations_cache__", "__type_params__", "__slots__",
-})  # fmt: skip
 
 
 class _Walk:
@@ -148,17 +90,17 @@ class _Walk:
         self._bytes = 0
 
     def visit(self, thing: Any) -> None:
-        if len(self.found) > _LIMIT:
-            raise _UnknownError("too much to compare")
+        if len(self.found) > LIMIT:
+            raise UnknownError("too much to compare")
         kind = type(thing)
-        if kind in _PLAIN_VALUES:
+        if kind in PLAIN_VALUES:
             self.found.append((kind.__name__, thing))
         elif kind in (float, complex):  # 0.0 is -0.0, and NaN is not NaN
             value = complex(thing)
             self.found.append((kind.__name__, struct.pack("dd", value.real, value.imag)))
         elif id(thing) in self._seen:
             if id(thing) in self._given:
-                raise _UnknownError("a parameter held as an attribute too")
+                raise UnknownError("a parameter held as an attribute too")
             self.found.append(("again", self._seen[id(thing)]))
         else:
             self._notice(thing)
@@ -184,14 +126,14 @@ class _Walk:
     # -- values ----------------------------------------------------------------------------
 
     def _tensor(self, tensor: Tensor) -> None:
-        if type(tensor) not in _TENSORS or tensor.layout != torch.strided:
-            raise _UnknownError(type(tensor).__name__)
+        if type(tensor) not in TENSORS or tensor.layout != torch.strided:
+            raise UnknownError(type(tensor).__name__)
         if id(tensor) in self._given:  # not in its place: read past what is given
-            raise _UnknownError("a parameter held as an attribute")
+            raise UnknownError("a parameter held as an attribute")
         self.found.append((*_looks(tensor), tensor.stride(), tensor.requires_grad))
         self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes > _LARGE or tensor.is_meta:
-            raise _UnknownError("too much to compare")
+        if self._bytes > LARGE or tensor.is_meta:
+            raise UnknownError("too much to compare")
         self.constants.append(tensor)
         if id(tensor) not in self._lasting:
             self.found.append(_digest(tensor))
@@ -202,7 +144,7 @@ class _Walk:
 
     def _array(self, array: Any) -> None:
         if array.dtype.hasobject:
-            raise _UnknownError("an array of objects")
+            raise UnknownError("an array of objects")
         self.found.append((type(array).__name__, str(array.dtype), array.shape))
         self.found.append(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
 
@@ -215,7 +157,7 @@ class _Walk:
 
     def _set(self, things: Any) -> None:
         if not all(type(thing) in (str, int) for thing in things):
-            raise _UnknownError("a set")
+            raise UnknownError("a set")
         self._type_of(things)
         self._many("set", sorted(things, key=repr))
 
@@ -238,13 +180,13 @@ class _Walk:
 
     def _python_module(self, module: types.ModuleType) -> None:
         if not _is_library(module.__name__):
-            raise _UnknownError(f"all of the module {module.__name__}")
-        self.found.append(_Same(module))
+            raise UnknownError(f"all of the module {module.__name__}")
+        self.found.append(Same(module))
 
     def _identity(self, thing: Any) -> None:
         owner = getattr(thing, "__self__", None)  # of a function written in C
         if owner is None or isinstance(owner, types.ModuleType | type):
-            self.found.append(_Same(thing))
+            self.found.append(Same(thing))
         else:
             self.found.append(thing.__name__)
             self.visit(owner)
@@ -254,7 +196,7 @@ class _Walk:
         if original is not None:  # compiled, but run as it was written
             self.visit(original)
             return
-        self.found.append(_Same(function.__code__))
+        self.found.append(Same(function.__code__))
         self.visit(function.__defaults__)
         self.visit(function.__kwdefaults__)
         cells = function.__closure__ or ()
@@ -265,7 +207,7 @@ class _Walk:
         reads = reads_of(function.__code__)
         for name in reads.imports:
             if not _is_library(name):  # its attributes may change
-                raise _UnknownError(f"an import of {name} within a function")
+                raise UnknownError(f"an import of {name} within a function")
         for first, *further in reads.names:
             value = function.__globals__.get(first, "not there")
             while further and isinstance(value, types.ModuleType):
@@ -292,12 +234,12 @@ class _Walk:
     def _class(self, cls: type) -> None:
         named = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
         if _is_library(cls.__module__) and named is cls:
-            self.found.append(_Same(cls))
+            self.found.append(Same(cls))
             if issubclass(cls, nn.Module):  # or another put in its place
-                self.found.append(_Same(cls.forward))
+                self.found.append(Same(cls.forward))
             return
         if issubclass(cls, enum.Enum):
-            self.found.append(_Same(cls))
+            self.found.append(Same(cls))
             return
         if cls.__module__ == "torch.nn.utils.parametrize":  # made for one model alone
             self._many("parametrized", (*cls.__bases__, *vars(cls)))
@@ -305,7 +247,7 @@ class _Walk:
         self.found.append((cls.__module__, cls.__qualname__))
         self._many("bases", (*cls.__bases__, type(cls)))
         for name, value in vars(cls).items():
-            if name not in _NOT_OF_CLASSES and not isinstance(value, _PLACES):
+            if name not in NOT_OF_CLASSES and not isinstance(value, PLACES):
                 self.found.append(name)
                 self.visit(value)
 
@@ -315,10 +257,10 @@ class _Walk:
         self.visit(type(module))
         recurrent = isinstance(module, nn.RNNBase)
         for name, value in vars(module).items():
-            if name in _NOT_READ or (recurrent and name in _OF_RECURRENT):
+            if name in NOT_READ or (recurrent and name in OF_RECURRENT):
                 continue
             self.found.append(name)
-            if name in _HOOKS:
+            if name in HOOKS:
                 self._hooks(module, name, value)
             elif name in ("_parameters", "_buffers"):
                 for own, tensor in value.items():
@@ -333,8 +275,8 @@ class _Walk:
             self.visit(tensor)
         elif id(tensor) in self._seen:
             self.found.append(("again", self._seen[id(tensor)]))
-        elif type(tensor) not in _TENSORS:
-            raise _UnknownError(type(tensor).__name__)
+        elif type(tensor) not in TENSORS:
+            raise UnknownError(type(tensor).__name__)
         else:
             self._notice(tensor)
             self.found.append(("given", *_looks(tensor)))
@@ -349,15 +291,15 @@ class _Walk:
         """An object of a class written in Python is its class and its attributes."""
         cls = type(thing)
         bases = [base for base in cls.__mro__ if base is not object]
-        in_python = [base.__flags__ & _HEAP_TYPE or base is SimpleNamespace for base in bases]
+        in_python = [base.__flags__ & HEAP_TYPE or base is SimpleNamespace for base in bases]
         slots = [name for base in bases for name in _slots(base)]
         if (
             not bases
             or not all(in_python)
-            or cls.__basicsize__ > _PLAIN + 8 * len(slots)
+            or cls.__basicsize__ > PLAIN + 8 * len(slots)
             or not (slots or hasattr(thing, "__dict__"))
         ):
-            raise _UnknownError(cls.__name__)
+            raise UnknownError(cls.__name__)
         self.visit(cls)
         for name in slots:
             self.visit(getattr(thing, name, None))
@@ -381,7 +323,7 @@ _METHODS: tuple[tuple[Any, _Method], ...] = (
     ((staticmethod, classmethod, functools._lru_cache_wrapper), _Walk._wrapper),
     (property, _Walk._property),
     (types.ModuleType, _Walk._python_module),
-    (_BY_IDENTITY, _Walk._identity),
+    (BY_IDENTITY, _Walk._identity),
 )
 
 
@@ -397,7 +339,7 @@ def _slots(cls: type) -> list[str]:
     names = vars(cls).get("__slots__", ())
     names = (names,) if isinstance(names, str) else tuple(names)
     if any(name.startswith("__") and not name.endswith("__") for name in names):
-        raise _UnknownError("a private slot")
+        raise UnknownError("a private slot")
     return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
@@ -406,7 +348,7 @@ def _looks(tensor: Tensor) -> tuple[Hashable, ...]:
 
 
 def _is_library(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] in _LIBRARIES
+    return module is not None and module.partition(".")[0] in LIBRARIES
 
 
 def _is_empty(cell: types.CellType) -> bool:
