@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .._utils.devices import is_gpu
 from .._utils.trees import Tree
@@ -17,7 +19,8 @@ def preferred_memory_format(
     """Channels last, in which convolutions are quicker, unless the network cannot take it.
 
     One that calls `view` on what a convolution returns needs its numbers in the usual order. Two
-    images are tried, forwards and backwards, in both layouts: outputs have to agree.
+    images are tried, forwards and backwards, in both layouts: outputs have to agree. One with a
+    convolution as in `overruns_channels_last` has the usual layout on a CPU.
 
     Args:
         forward: the network, which must not move statistics.
@@ -34,15 +37,55 @@ def preferred_memory_format(
     usual = images[:2].detach().contiguous()
     last = usual.contiguous(memory_format=torch.channels_last).requires_grad_()
     devices = [images.device] if is_gpu(images.device) else []
+    convolutions = _Convolutions()
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices):
-            expected, found = forward(usual).detach(), forward(last)
+            with convolutions:
+                expected = forward(usual).detach()
+            if convolutions.overrun and not devices:
+                return torch.contiguous_format
+            found = forward(last)
             torch.autograd.grad(found.sum(), last)
     except Exception:  # whatever else is wrong will be said where the network is used
         return torch.contiguous_format
     size = float(expected.abs().max()) if expected.numel() else 0.0
     same = torch.allclose(found.detach(), expected, rtol=0, atol=1e-2 * size, equal_nan=True)
     return torch.channels_last if same else torch.contiguous_format
+
+
+def overruns_channels_last(weight: Sequence[int], stride: Sequence[int], groups: int = 1) -> bool:
+    """Whether torch's weight gradient of this convolution writes outside its memory on a CPU.
+
+    With channels last, one thread, a kernel of 1 x 1, a stride and 2 to 6 input channels, oneDNN
+    (torch 2.14) does: free() finds the heap damaged, or the process ends with a segmentation
+    fault. Up to 7 channels are held for unsafe.
+
+    Args:
+        weight: shape [O, C / groups, *kernel].
+
+    >>> overruns_channels_last((8, 4, 1, 1), (2, 2)), overruns_channels_last((8, 4, 3, 3), (2, 2))
+    (True, False)
+    """
+    kernel, channels = tuple(weight[2:]), weight[1]
+    return kernel == (1, 1) and groups == 1 and channels < 8 and max(stride) > 1
+
+
+class _Convolutions(TorchFunctionMode):
+    """Notes whether a convolution within it is one of `overruns_channels_last`."""
+
+    overrun = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | kwargs
+            stride = given.get("stride", 1)
+            strides = (stride,) if isinstance(stride, int) else tuple(stride)
+            groups = kwargs.get("groups", args[6] if len(args) > 6 else 1)
+            self.overrun |= overruns_channels_last(given["weight"].shape, strides, groups)
+        return func(*args, **kwargs)
 
 
 def laid_out(inputs: Tree, layout: torch.memory_format) -> Tree:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._torch.memory_format import overruns_channels_last
 from .._utils import checks
 from .._utils.table import Table
 from ..objective import Objective
@@ -161,7 +162,10 @@ def objective(run: RunFolder, model: nn.Module, data: ImageData | None = None) -
     On a CPU images are laid out channels last: convolutions and normalization are quicker so.
     """
     inputs, targets = (data or images(run)[0]).tensors()
-    if run.device == "cpu":
+    if run.device == "cpu" and not any(
+        isinstance(m, nn.Conv2d) and overruns_channels_last(m.weight.shape, m.stride, m.groups)
+        for m in model.modules()
+    ):
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     return Objective(model, "cross_entropy", (inputs, targets), device=run.device)
 

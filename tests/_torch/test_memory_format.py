@@ -1,6 +1,10 @@
 """Networks that cannot take channels last give what their twins that can give."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,3 +106,60 @@ def test_training_tries_layouts_without_a_trace():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.grad is None for p in net.parameters())
+
+
+class Strided(nn.Module):
+    """A strided convolution of one position, whose weight gradient overruns with channels last."""
+
+    def __init__(self, channels, stride=2):
+        super().__init__()
+        self.first, self.short = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 8, 1)
+        self.short.stride = (stride, stride)
+
+    def forward(self, x):
+        return self.short(torch.tanh(self.first(x))).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "layout"),
+    [
+        (2, 2, torch.contiguous_format),
+        (6, 3, torch.contiguous_format),
+        (4, 1, torch.channels_last),
+        (8, 2, torch.channels_last),
+    ],
+)
+def test_convolutions_that_overrun_with_channels_last_have_the_usual_layout(
+    channels, stride, layout
+):
+    assert preferred_memory_format(Strided(channels, stride), images()[0]) is layout
+
+
+OVERRUN = """
+import torch, entropic_fast as ef
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Tanh(),
+    torch.nn.Conv2d(4, 8, 1, 2), torch.nn.Flatten(), torch.nn.Linear(128, 10))
+for _ in range(4):
+    x, y = torch.randn(32, 3, 8, 8), torch.randint(0, 10, (32,))
+    obj = ef.Objective(net, "cross_entropy", (x, y))
+    for k in (1, 3, 8):
+        ef.HessianOperator(obj) @ torch.randn(obj.num_params, k)
+        kept = [torch.randn(n) for n in (10, 100, 1000, 5000)]
+    ef.gradient_norms(obj)
+print("done")
+"""
+
+
+def test_products_of_such_a_network_leave_the_heap_as_it_was():
+    """In a process of its own, whose allocator checks every block that it frees, where it can."""
+    checked = "/lib/x86_64-linux-gnu/libc_malloc_debug.so.0"
+    checks = {"LD_PRELOAD": checked, "MALLOC_CHECK_": "3"} if Path(checked).exists() else {}
+    run = subprocess.run(
+        [sys.executable, "-c", OVERRUN],
+        env={**os.environ, **checks},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, "done"), run.stderr

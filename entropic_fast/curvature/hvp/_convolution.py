@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch.memory_format import overruns_channels_last
 from ..._utils.devices import is_gpu
 from ._jvp_rules import jvp_rule
 from ._node import DeferredSum, NodeContext, flat
@@ -274,8 +275,19 @@ def _stacked(tangents: Tensor, groups: int) -> Tensor:
     return out
 
 
-def _backward(ctx: NodeContext, g: Tensor, x: Tensor, w: Tensor, wants: Any) -> Any:
-    return aten.convolution_backward(g, x, w, None, *(ctx.argument(4 + i) for i in range(6)), wants)
+def _backward(
+    ctx: NodeContext, g: Tensor, x: Tensor, w: Tensor, wants: Any, bias_sizes: Any = None
+) -> Any:
+    rest = [ctx.argument(4 + i) for i in range(6)]
+    if (
+        wants[1]
+        and x.ndim == 4
+        and not is_gpu(x.device)
+        and overruns_channels_last(w.shape, rest[0], rest[5])
+    ):
+        # Cloned, as `contiguous` leaves the strides of a 1 x 1 kernel as they are.
+        g, x, w = (t.clone(memory_format=torch.contiguous_format) for t in (g, x, w))
+    return aten.convolution_backward(g, x, w, bias_sizes, *rest, wants)
 
 
 def backward(ctx: NodeContext) -> Any:
@@ -287,8 +299,5 @@ def backward(ctx: NodeContext) -> Any:
     gw = gb = None
     wants = (False, ctx.wanted(1), ctx.wanted(2))
     if any(wants):
-        sizes = ctx.argument(3)
-        _, gw, gb = aten.convolution_backward(
-            g, x, weight, sizes, *(ctx.argument(4 + i) for i in range(6)), wants
-        )
+        _, gw, gb = _backward(ctx, g, x, weight, wants, ctx.argument(3))
     return gx, gw, gb
