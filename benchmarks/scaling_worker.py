@@ -64,7 +64,7 @@ def main(out: str, examples: int, columns: int, rounds: int) -> None:
         "gram": lambda: ef.score_gram(obj),
         "path": lambda: ef.auto_neb(obj, path.pivots[0], path.pivots[-1], config),
         "relax": lambda: ef.relax(
-            obj, path, starts, lr=1e-3, batch_size=batch, project_every=STEPS, steps=STEPS
+            obj, path, starts, ef.ProjectedSGD(1e-3, batch, project_every=STEPS, steps=STEPS)
         ),
     }
     if obj.communicator.size > 1:

@@ -44,13 +44,13 @@ def test_memory_does_not_grow_with_updates(provenance: dict[str, Any], tmp_path:
         obj,
         path,
         0.5,
-        lr=0.01,
-        batch_size=8,
-        steps=STEPS,
-        record_every=STEPS // RECORDS // 15 * 15,
-        record_to=tmp_path / "run.csv",
+        ef.ProjectedSGD(0.01, 8, steps=STEPS),
+        recording=ef.Recording(
+            every=STEPS // RECORDS // 15 * 15,
+            to=tmp_path / "run.csv",
+            callback=lambda record: seen.append((record.step, resident())),
+        ),
         checkpoint=tmp_path / "run.state",
-        on_record=lambda record: seen.append((record.step, resident())),
     )
     seconds = time.perf_counter() - begin
     settled = [size for step, size in seen if step >= STEPS // 10]

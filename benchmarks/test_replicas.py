@@ -25,7 +25,8 @@ from rounds import DEVICE, FULL, store, synchronize, table, take_turns
 from torch import Tensor, nn
 
 from entropic_fast import Objective, linear_path, relax
-from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics import ProjectedSGD
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as backends
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
@@ -89,8 +90,8 @@ class Problem:
         """One cycle of all replicas by an engine."""
         minibatches = Minibatches(self.obj, BATCH, 0, range(self.replicas))
         theta = self.path.point(self.starts).contiguous()
-        _, gradients, _ = engines.choose(engine, self.obj, theta, *minibatches(0))
-        rule = Optimizer("sgd", torch.full_like(self.starts, LR).to(theta.device))
+        _, gradients, _ = backends.choose(engine, self.obj, theta, *minibatches(0))
+        rule = Optimizer(ProjectedSGD(LR, BATCH), torch.full_like(self.starts, LR).to(theta.device))
         run = ReplicaState(self.path, self.starts, rule, minibatches, gradients, 10.0)
 
         def cycle() -> Tensor:
@@ -100,13 +101,18 @@ class Problem:
 
         return cycle
 
+    def chosen(self) -> str:
+        """The gradient backend that `relax` chooses."""
+        sgd = ProjectedSGD(LR, BATCH, project_every=1, steps=1)
+        return relax(self.obj, self.path, 0.5, sgd, replicas=self.replicas).backend
+
     def whole(self) -> Callable[[], Tensor]:
         """`relax` from start to end, a few cycles long; CUDA graphs included."""
         cycles = 40 if DEVICE != "cpu" else 4
 
         def run() -> Tensor:
-            settings = dict(lr=LR, batch_size=BATCH, replicas=self.replicas, max_distance=10.0)
-            return relax(self.obj, self.path, 0.5, steps=CYCLE * cycles, **settings).position
+            sgd = ProjectedSGD(LR, BATCH, steps=CYCLE * cycles, max_distance=10.0)
+            return relax(self.obj, self.path, 0.5, sgd, replicas=self.replicas).position
 
         run.cycles = cycles  # type: ignore[attr-defined]
         return run
@@ -131,10 +137,7 @@ def record(problem: Problem, names: tuple[str, ...], rounds: int, provenance: An
     best = {name: min(seconds) for name, seconds in found.seconds.items()}
     return {
         **problem.facts(provenance),
-        "chosen": relax(
-            problem.obj, problem.path, 0.5, lr=LR, batch_size=BATCH, steps=1, project_every=1,
-            replicas=problem.replicas,
-        ).engine,
+        "chosen": problem.chosen(),
         "times as fast as the eager loop": {
             name: {"by medians": found.median(EAGER) / found.median(name),
                    "by the quickest rounds": best[EAGER] / best[name]}

@@ -38,7 +38,11 @@ from .curvature import (
 from .distributed import distribute
 from .dynamics import (
     ChannelPotential,
+    Checkpointing,
     CheckpointMismatchError,
+    Execution,
+    ProjectedSGD,
+    Recording,
     RidgePotential,
     RingPotential,
     Trajectory,
@@ -97,6 +101,10 @@ __all__ = [
     "NEBResult",
     "relax",
     "relax_many",
+    "ProjectedSGD",
+    "Recording",
+    "Checkpointing",
+    "Execution",
     "CheckpointMismatchError",
     "Trajectory",
     "linear_mode_connectivity",

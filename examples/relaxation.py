@@ -32,10 +32,7 @@ def main(epochs: int = 30, neb_steps: int = 60, steps: int = 300, replicas: int 
             obj,
             path,
             start,
-            lr=0.5,
-            batch_size=batch_size,
-            project_every=15,
-            steps=steps,
+            ef.ProjectedSGD(0.5, batch_size, project_every=15, steps=steps),
             replicas=replicas if noise else 1,
         )
         moved = displacement(run) if noise else float(run.position[0, -1] - start)

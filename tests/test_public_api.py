@@ -179,7 +179,7 @@ def test_objects_hold_what_the_contract_names():
     assert result.history.num_rows > 0
     profile = ef.curvature_profile(obj, result.path, points=3, quantities=("loss",))
     assert profile.num_rows == 3 and "to_csv" in dir(profile)
-    run = ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, project_every=2, steps=4, replicas=2)
+    run = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, 3, project_every=2, steps=4), replicas=2)
     assert run.position.shape == run.loss.shape == (2, 3)
     assert run.effective_time.shape == (3,)
     moved = ef.simulate_langevin(ef.RingPotential(), torch.ones(3, 2), 0.1, 0.01, 2)

@@ -19,20 +19,32 @@ from .force._comparison import (
     shuffled_curvature,
 )
 from .force._drift import Drift, measure_drift, noiseless_drift
-from .force._linear_response import ProjectedSGD
 from .force._point_force import PointForce, point_force
 from .force._temperature import Temperature, effective_temperature
 from .force._weight_norm_growth import RadialShare, radial_share, scale_invariant_rows
 from .langevin._potentials import ChannelPotential, RidgePotential, RingPotential
 from .langevin._simulate import LangevinResult, simulate_langevin
-from .projected_sgd._checkpoint import CheckpointMismatchError
-from .projected_sgd._relax import relax
-from .projected_sgd._relax_many import relax_many
-from .projected_sgd._trajectory import Record, Trajectory
+from .projected_sgd import (
+    OPTIMIZERS,
+    Checkpointing,
+    CheckpointMismatchError,
+    Execution,
+    ProjectedSGD,
+    Record,
+    Recording,
+    Trajectory,
+    relax,
+    relax_many,
+)
 
 __all__ = [
     "relax",
     "relax_many",
+    "ProjectedSGD",
+    "OPTIMIZERS",
+    "Recording",
+    "Checkpointing",
+    "Execution",
     "Trajectory",
     "Record",
     "DivergenceError",
@@ -42,7 +54,6 @@ __all__ = [
     "relaxation_time",
     "RelaxationTime",
     "Interval",
-    "ProjectedSGD",
     "measure_drift",
     "noiseless_drift",
     "Drift",

@@ -1,10 +1,11 @@
 """What trajectories say: displacement, drift and relaxation time, with intervals over replicas.
 
->>> from entropic_fast import Objective, linear_path, relax
+>>> from entropic_fast import Objective, ProjectedSGD, linear_path, relax
 >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
 >>> obj = Objective(torch.nn.Linear(2, 1, bias=False), "mse", (x, x[:, :1]))
 >>> path = linear_path(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
->>> run = relax(obj, path, 0.2, lr=0.02, batch_size=4, project_every=5, steps=60, replicas=4)
+>>> sgd = ProjectedSGD(lr=0.02, batch_size=4, project_every=5, steps=60)
+>>> run = relax(obj, path, 0.2, sgd, replicas=4)
 >>> displacement(run).excludes_zero, drift(run, last=0.5).value > 0
 (True, True)
 >>> print(relaxation_time(run, target=1.0))
@@ -21,7 +22,7 @@ from scipy import special
 from torch import Tensor
 
 from .._utils import checks
-from .projected_sgd._trajectory import Trajectory
+from .projected_sgd import Trajectory
 
 
 @dataclass(frozen=True, eq=False)

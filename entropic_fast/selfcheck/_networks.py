@@ -18,7 +18,7 @@ from ..curvature import (
     score_gram,
     score_matrix,
 )
-from ..dynamics import relax
+from ..dynamics import Execution, ProjectedSGD, relax
 from ..objective import Objective
 from ..ops._gpu_probe import describe
 from ..ops.backend import setting_for
@@ -107,14 +107,17 @@ def neb(obj: Objective) -> Calculated:
     return moved, _graphs(run.graphs, run.notes)
 
 
-def relaxation(obj: Objective, engine: str = "auto", cuda_graphs: bool = True) -> Calculated:
+def relaxation(obj: Objective, backend: str = "auto", cuda_graphs: bool = True) -> Calculated:
     """How far projected SGD goes: along the path, and from it before each projection."""
     run = relax(
-        obj, linear_path(*_ends(obj), 3), [0.3, 0.6], "nesterov", lr=0.02, batch_size=8,
-        project_every=2, steps=2 * CYCLES, engine=engine, cuda_graphs=cuda_graphs,
-    )  # fmt: skip
+        obj,
+        linear_path(*_ends(obj), 3),
+        [0.3, 0.6],
+        ProjectedSGD(0.02, 8, project_every=2, steps=2 * CYCLES, optimizer="nesterov"),
+        execution=Execution(backend=backend, cuda_graphs=cuda_graphs),
+    )
     moved = torch.cat([run.position - run.position[:, :1], run.distance[:, 1:]], 1)
-    return moved, _graphs(run.engine.endswith("+graphs"), run.notes)
+    return moved, _graphs(run.backend.endswith("+graphs"), run.notes)
 
 
 def _graphs(captured: bool, notes: Sequence[str]) -> str:

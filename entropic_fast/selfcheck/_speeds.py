@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._torch.full_precision import full_precision
 from .._utils.devices import is_gpu
 from ..curvature import HessianOperator, gradient_norms, score_gram
-from ..dynamics import relax
+from ..dynamics import ProjectedSGD, Recording, relax
 from ..objective import Objective
 from ..ops._gpu_probe import describe
 from ..ops.gram_update import symmetric_update_
@@ -241,9 +241,13 @@ def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
             clock.append(time.perf_counter())
 
         relax(
-            obj, path, 0.5, lr=1e-3, batch_size=batch, project_every=CYCLE,
-            steps=CYCLE * (WARM + TIMED), replicas=REPLICAS, on_record=record,
-        )  # fmt: skip
+            obj,
+            path,
+            0.5,
+            ProjectedSGD(1e-3, batch, project_every=CYCLE, steps=CYCLE * (WARM + TIMED)),
+            replicas=REPLICAS,
+            recording=Recording(callback=record),
+        )
         return (clock[-1] - clock[-1 - TIMED]) / (CYCLE * TIMED)
 
     # TF32's rate is not that of the products which are the limit.

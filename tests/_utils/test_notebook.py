@@ -110,7 +110,7 @@ def test_a_minimum_energy_path_shows_its_saddle_and_profile(problem):
 def test_a_trajectory_shows_what_moved(problem):
     obj, path = problem
     starts = [0.3, 0.3, 0.6]
-    run = ef.relax(obj, path, starts, lr=0.1, batch_size=4, project_every=2, steps=6)
+    run = ef.relax(obj, path, starts, ef.ProjectedSGD(0.1, 4, project_every=2, steps=6))
     html = run._repr_html_()
     rows = cells(html)[1:]
     assert [row[:4] for row in rows] == [["0.3", "0.1", "2", "0"], ["0.6", "0.1", "1", "0"]]
@@ -125,22 +125,24 @@ def test_a_trajectory_shows_what_moved(problem):
 def test_a_trajectory_that_diverged_is_shown(problem):
     obj, path = problem
     with pytest.raises(DivergenceError) as caught:
-        ef.relax(obj, path, 0.5, lr=1e9, batch_size=4, steps=6, project_every=2, max_distance=0.1)
+        ef.relax(
+            obj, path, 0.5, ef.ProjectedSGD(1e9, 4, project_every=2, steps=6, max_distance=0.1)
+        )
     (row,) = cells(caught.value.partial._repr_html_())[1:]
     assert row[2:] == ["1", "1", "-"]
 
 
 def test_a_long_trajectory_of_many_replicas_stays_small(problem):
     obj, path = problem
-    run = ef.relax(obj, path, 0.5, lr=0.1, batch_size=4, steps=2, project_every=1, replicas=1)
+    run = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, 4, project_every=1, steps=2), replicas=1)
     parts = {
         name: getattr(run, name)[:, :1].expand(1000, 3000)
         for name in ("position", "distance", "loss", "full_loss")
     }
     many = {name: getattr(run, name).expand(1000) for name in ("lr", "ids", "diverged_at")}
-    kept = {name: getattr(run, name) for name in ("optimizer", "batch_size", "seed", "engine")}
+    kept = {name: getattr(run, name) for name in ("optimizer", "batch_size", "seed", "backend")}
     big = ef.Trajectory(
-        **parts, **many, **kept, project_every=1, steps=torch.arange(3000), fixed_losses={}
+        **parts, **many, **kept, project_every=1, steps=torch.arange(3000), dataset_losses={}
     )
     html = big._repr_html_()
     assert len(lines(drawing(html))) == display.MOST_LINES

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from entropic_fast.dynamics import RingPotential, relax, simulate_langevin
+from entropic_fast.dynamics import Execution, ProjectedSGD, RingPotential, relax, simulate_langevin
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import digits_cnn, initialize
@@ -15,8 +15,8 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, engine):
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, backend):
     g = torch.Generator().manual_seed(0)
     data = torch.randn(40, 1, 8, 8, generator=g), torch.randint(10, (40,), generator=g)
     model = initialize(digits_cnn("batch", channels=(4, 4, 4)), 1).double()
@@ -31,12 +31,14 @@ def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, engine):
                 obj,
                 linear_path(a, b, pivots=3),
                 [0.2, 0.6, 0.6],
-                optimizer,
-                lr=[lr, lr, 1e200 if optimizer == "sgd" else lr],
-                batch_size=8,
-                project_every=4,
-                steps=12,
-                engine=engine,
+                ProjectedSGD(
+                    [lr, lr, 1e200 if optimizer == "sgd" else lr],
+                    8,
+                    project_every=4,
+                    steps=12,
+                    optimizer=optimizer,
+                ),
+                execution=Execution(backend=backend),
             )
         )
     cpu, cuda = runs

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import nn
 
 import entropic_fast as ef
@@ -67,8 +68,8 @@ def require_equal(found, expected, tolerance=1e-5):
     """The same trajectory, to rounding."""
     for name in ("position", "distance", "loss", "full_loss"):
         close(getattr(found, name), getattr(expected, name), tolerance)
-    for name, values in expected.fixed_losses.items():
-        close(found.fixed_losses[name], values, tolerance)
+    for name, values in expected.dataset_losses.items():
+        close(found.dataset_losses[name], values, tolerance)
     assert torch.equal(found.diverged_at, expected.diverged_at)
     assert torch.equal(found.steps, expected.steps)
 
@@ -79,11 +80,11 @@ COMMON = {"lr": 0.02, "batch_size": 6, "project_every": 2, "steps": 8}
 @pytest.mark.parametrize(
     "options",
     [
-        {"engine": "vmap", "steps": 4},
-        {"engine": "loop", "optimizer": "nesterov", "weight_decay": 0.01},
-        {"engine": "loop", "optimizer": "adam"},
-        {"engine": "vmap", "batch_size": 24},
-        {"engine": "vmap", "augment": data.CropAndFlip(1)},
+        {"backend": "vmap", "steps": 4},
+        {"backend": "loop", "optimizer": "nesterov", "weight_decay": 0.01},
+        {"backend": "loop", "optimizer": "adam"},
+        {"backend": "vmap", "batch_size": 24},
+        {"backend": "vmap", "augment": data.CropAndFlip(1)},
     ],
     ids=["sgd, vmap", "nesterov, loop", "adam, loop", "full batch", "augmented"],
 )
@@ -91,20 +92,20 @@ def test_relax_is_the_cpus(options, emulated):
     # Adam divides by a gradient's size, be it rounding: of a bias before normalization, for one.
     cpu, gpu = pair("none" if "optimizer" in options else "batch")
     options = {**COMMON, **options}
-    found = ef.relax(*gpu, [0.3, 0.6], **options)
+    found = relax_with(*gpu, [0.3, 0.6], **options)
     cycles = options["steps"] // options["project_every"]
-    assert found.engine.endswith("+graphs") == (cycles > 2) and not found.notes
+    assert found.backend.endswith("+graphs") == (cycles > 2) and not found.notes
     assert not emulated.reduced_precision
-    require_equal(found, ef.relax(*cpu, [0.3, 0.6], **options))
+    require_equal(found, relax_with(*cpu, [0.3, 0.6], **options))
 
 
 def test_records_losses_and_a_checkpoint(tmp_path):
     cpu, gpu = pair("none", torch.float64)
     generator = torch.Generator().manual_seed(5)
     held_out = torch.randn(5, 1, 8, 8, generator=generator).double(), torch.arange(5) % 4
-    options = {**COMMON, "loss_every": 4, "fixed_sets": {"test": held_out}, "engine": "vmap"}
-    whole = ef.relax(*cpu, [0.3, 0.6], **options)
-    require_equal(ef.relax(*gpu, [0.3, 0.6], **options), whole, 1e-11)
+    options = {**COMMON, "loss_every": 4, "datasets": {"test": held_out}, "backend": "vmap"}
+    whole = relax_with(*cpu, [0.3, 0.6], **options)
+    require_equal(relax_with(*gpu, [0.3, 0.6], **options), whole, 1e-11)
     stopped = {
         **options,
         "checkpoint": tmp_path / "state",
@@ -120,16 +121,16 @@ def test_records_losses_and_a_checkpoint(tmp_path):
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        ef.relax(*gpu, [0.3, 0.6], **stopped, on_record=stop)
-    ef.relax(*gpu, [0.3, 0.6], **stopped)
+        relax_with(*gpu, [0.3, 0.6], **stopped, on_record=stop)
+    relax_with(*gpu, [0.3, 0.6], **stopped)
     require_equal(ef.Trajectory.load(tmp_path / "records.csv"), whole, 1e-11)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_replicas_that_diverge_are_dropped(engine):
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_replicas_that_diverge_are_dropped(backend):
     cpu, gpu = pair("none", torch.float64)
-    options = {**COMMON, "lr": [0.02, 1e6, 0.01], "steps": 12, "engine": engine}
-    found, expected = (ef.relax(*given, [0.3, 0.5, 0.6], **options) for given in (gpu, cpu))
+    options = {**COMMON, "lr": [0.02, 1e6, 0.01], "steps": 12, "backend": backend}
+    found, expected = (relax_with(*given, [0.3, 0.5, 0.6], **options) for given in (gpu, cpu))
     assert expected.diverged_at.tolist()[1] > 0
     require_equal(found, expected, 1e-11)
     assert found.notes == expected.notes
@@ -141,8 +142,14 @@ def test_a_record_is_read_back_at_once(emulated):
     seen = []
     for steps in (8, 12):
         with emulated.counted() as counts:
-            ef.relax(*gpu, [0.3] * 3, **{**COMMON, "steps": steps}, loss_every=2,
-                     fixed_sets={"test": held_out}, engine="vmap")  # fmt: skip
+            relax_with(
+                *gpu,
+                [0.3] * 3,
+                **{**COMMON, "steps": steps},
+                loss_every=2,
+                datasets={"test": held_out},
+                backend="vmap",
+            )
         seen.append(counts)
     more = (seen[1] - seen[0]).synchronizations / 2  # cycles, a record each
     assert more <= 4  # whether a replica diverged, its state, and one for each set of losses
@@ -175,7 +182,7 @@ def test_the_force_with_batch_statistics_is_in_full_precision(precision, emulate
 def test_the_drift_is_the_cpus(norm, precision, emulated):
     cpu, gpu = pair(norm)
     found, expected = (
-        bursts.measure_drift(*given, [0.2, 0.6], SETTINGS, replicas=2, engine="loop")
+        bursts.measure_drift(*given, [0.2, 0.6], SETTINGS, replicas=2, backend="loop")
         for given in (gpu, cpu)
     )
     for name in ("velocity", "raw", "order_error"):
@@ -194,7 +201,7 @@ def test_the_drifts_noise_is_read_back_once(norm, emulated):
     for replicas in (2, 4):
         with emulated.counted() as counts:
             settings = dataclasses.replace(SETTINGS, steps=2)
-            bursts.measure_drift(*gpu, [0.2], settings, replicas=replicas, engine="loop")
+            bursts.measure_drift(*gpu, [0.2], settings, replicas=replicas, backend="loop")
         seen.append(counts)
     assert (seen[1] - seen[0]).synchronizations == 0
 
@@ -220,7 +227,7 @@ def test_paths_are_in_full_precision(precision, emulated):
         ef.auto_neb(obj, line.pivots[0], line.pivots[-1], config)
         for obj, line in ((gpu, there), (cpu, path))
     )
-    ef.relax(gpu, there, [0.3], **{**COMMON, "steps": 2}, loss_every=2)
+    relax_with(gpu, there, [0.3], **{**COMMON, "steps": 2}, loss_every=2)
     assert not emulated.reduced_precision
     close(found.path.pivots.cpu(), expected.path.pivots, 1e-5)
 
@@ -276,11 +283,11 @@ def test_linear_mode_connectivity_is_the_cpus(emulated):
 
 def test_updates_are_in_tf32_where_asked_and_losses_are_not(emulated, tmp_path):
     _, gpu = pair("none")
-    options = {**COMMON, "engine": "loop", "precision": "tf32"}
+    options = {**COMMON, "backend": "loop", "precision": "tf32"}
     before = torch.backends.cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()
     seen = []
     for loss_every in (None, 2):
-        ef.relax(*gpu, [0.3], **options, loss_every=loss_every)
+        relax_with(*gpu, [0.3], **options, loss_every=loss_every)
         kinds = {what.split(".")[1] for *_, what in emulated.reduced_precision}
         assert kinds >= {"convolution", "convolution_backward", "addmm", "mm"}
         seen.append(emulated.reduced_precision.total())
@@ -292,10 +299,10 @@ def test_updates_are_in_tf32_where_asked_and_losses_are_not(emulated, tmp_path):
 
 def test_a_checkpoint_is_of_its_precision(tmp_path):
     _, gpu = pair("none")
-    options = {**COMMON, "engine": "loop", "checkpoint": tmp_path / "state", "checkpoint_every": 2}
-    ef.relax(*gpu, [0.3], **options, precision="tf32")
+    options = {**COMMON, "backend": "loop", "checkpoint": tmp_path / "state", "checkpoint_every": 2}
+    relax_with(*gpu, [0.3], **options, precision="tf32")
     with pytest.raises(ef.CheckpointMismatchError, match="precision"):
-        ef.relax(*gpu, [0.3], **options)
+        relax_with(*gpu, [0.3], **options)
 
 
 def test_a_band_descends_in_tf32_where_asked(emulated):
@@ -334,6 +341,6 @@ def test_another_precision_is_rejected(call):
     (obj, path), _ = pair()
     with pytest.raises(ValueError, match="precision: expected"):
         if call == "relax":
-            ef.relax(obj, path, 0.5, **COMMON, precision="bf16")
+            relax_with(obj, path, 0.5, **COMMON, precision="bf16")
         else:
             ef.AutoNEBConfig(precision="bf16")

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from emulated_gpu import Graph
+from relax_cases import relax_with
 from torch import nn
 
 import entropic_fast as ef
@@ -168,8 +169,8 @@ def problem():
 
 
 def relaxed(problem, graphs: bool = True) -> ef.Trajectory:
-    common = dict(lr=0.01, batch_size=6, project_every=3, steps=15, engine="loop")
-    return ef.relax(problem.obj, problem.path, 0.5, **common, cuda_graphs=graphs)
+    common = dict(lr=0.01, batch_size=6, project_every=3, steps=15, backend="loop")
+    return relax_with(problem.obj, problem.path, 0.5, **common, cuda_graphs=graphs)
 
 
 def test_graphs_are_launched_and_change_nothing(problem):
@@ -177,7 +178,7 @@ def test_graphs_are_launched_and_change_nothing(problem):
         with_graphs = relaxed(problem)
     assert replay.call_count == 3  # of five cycles, of which two are done before one is captured
     without = relaxed(problem, graphs=False)
-    assert with_graphs.engine == "loop+graphs" and not with_graphs.notes
+    assert with_graphs.backend == "loop+graphs" and not with_graphs.notes
     assert torch.equal(with_graphs.loss, without.loss)
 
 
@@ -211,7 +212,7 @@ def test_what_an_update_may_not_do_keeps_it_from_being_captured(problem, monkeyp
 
     monkeypatch.setattr(ReplicaState, "updates", planting)
     found = relaxed(problem)
-    assert found.engine == "loop" and "stream is capturing" in found.notes[0]
+    assert found.backend == "loop" and "stream is capturing" in found.notes[0]
 
 
 def test_weights_made_on_the_cpu_are_found_in_products(problem, monkeypatch):

@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
-from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as backends
 from entropic_fast.paths import _cuda_graph as replay
 from entropic_fast.training.models import initialize
 
@@ -42,9 +43,9 @@ def test_points_on_a_ring_are_on_the_angles_device():
 
 def test_a_model_that_cannot_be_captured_goes_on_without_graphs():
     obj, path = problem(Reading())
-    common = dict(lr=0.05, batch_size=6, project_every=2, steps=12, engine="loop")
-    runs = [ef.relax(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
-    assert runs[0].engine == "loop" and "CUDA graphs were not used" in runs[0].notes[0]
+    common = dict(lr=0.05, batch_size=6, project_every=2, steps=12, backend="loop")
+    runs = [relax_with(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
+    assert runs[0].backend == "loop" and "CUDA graphs were not used" in runs[0].notes[0]
     assert torch.equal(runs[0].position, runs[1].position)
 
 
@@ -60,7 +61,7 @@ def test_after_replicas_are_lost_a_graph_of_the_others_is_captured(monkeypatch):
     obj, path = problem()
     rates = [0.01, 0.1, 0.12, 0.14, 0.16, 0.18]
     common = dict(lr=rates, batch_size=3, project_every=2, steps=40, max_distance=0.5)
-    runs = [ef.relax(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
+    runs = [relax_with(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
     lost = runs[0].diverged_at[runs[0].diverged_at >= 0]
     assert len(lost.unique()) >= 2 and torch.equal(runs[0].diverged_at, runs[1].diverged_at)
     torch.testing.assert_close(runs[0].position, runs[1].position, equal_nan=True)
@@ -78,7 +79,7 @@ def test_torchs_warning_of_a_context_does_not_refuse_vmap():
     obj, path = problem(Cold())
     theta = path.point(torch.tensor([0.2, 0.4], dtype=torch.float64).to("emulated"))
     inputs, targets = next(iter(obj.batches()))[1:]
-    name, _, note = engines.choose(
+    name, _, note = backends.choose(
         "auto", obj, theta, inputs.expand(2, -1, -1), targets.expand(2, -1)
     )
     assert (name, note) == ("vmap", "")
@@ -95,7 +96,9 @@ def test_other_warnings_of_vmap_still_do(text):
     obj, path = problem(Slow())
     theta = path.point(torch.tensor([0.2, 0.4], dtype=torch.float64).to("emulated"))
     inputs, targets = next(iter(obj.batches()))[1:]
-    _, _, note = engines.choose("auto", obj, theta, inputs.expand(2, -1, -1), targets.expand(2, -1))
+    _, _, note = backends.choose(
+        "auto", obj, theta, inputs.expand(2, -1, -1), targets.expand(2, -1)
+    )
     assert text in note
 
 

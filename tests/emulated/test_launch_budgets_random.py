@@ -81,10 +81,14 @@ def test_a_cycle_of_relax(emulated, small, inside, replicas, augment):
         whole = spent(
             emulated,
             lambda: ef.relax(
-                small, path, [0.3] * replicas, lr=0.01, batch_size=4, steps=15 * count,
-                augment=augment, record_every=15 * count, engine="vmap", cuda_graphs=False,
+                small,
+                path,
+                [0.3] * replicas,
+                ef.ProjectedSGD(0.01, 4, steps=15 * count, augment=augment),
+                recording=ef.Recording(every=15 * count),
+                execution=ef.Execution(backend="vmap", cuda_graphs=False),
             ),
-        )  # fmt: skip
+        )
         return whole - inside, emulated.Counts(**inside.__dict__)
 
     # Of 16 batches an epoch: one begins in each of the two further cycles.

@@ -110,8 +110,8 @@ def test_dynamics_of_a_coupled_objective_take_all_examples():
     theta = obj.parameters_vector()
     path = ef.linear_path(theta, theta + 0.1, 4)
     with pytest.raises(ValueError, match="11 examples of a coupled objective"):
-        ef.relax(obj, path, start=0.5, steps=3, lr=0.1, batch_size=4)
-    found = ef.relax(obj, path, start=0.5, steps=1, lr=0.1, batch_size=N, seed=0)
+        ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, 4, steps=3))
+    found = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, N, steps=1), seed=0)
     after = path.point(0.5) - 0.1 * obj.gradient(path.point(0.5))
     t = path.project(after[None])[0]
     assert float(found.position[0, -1]) == pytest.approx(float(t[0]), abs=1e-9)

@@ -176,16 +176,24 @@ def test_every_form_of_a_batch_gives_the_same_numbers(form: str):
 
 
 @pytest.mark.parametrize("form", ["((a, b), y)", "batches of dicts", "nested", "a dataclass"])
-@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
-def test_dynamics_and_paths_take_structured_batches(form: str, engine: str):
+@pytest.mark.parametrize("backend", ["loop", "threads", "vmap"])
+def test_dynamics_and_paths_take_structured_batches(form: str, backend: str):
     kind, data = FORMS[form]
     obj = ef.Objective(kind(), "cross_entropy", data)
     plain = ef.Objective(Two(), "cross_entropy", ((A, B), Y))
     theta = obj.parameters_vector()
     path = ef.linear_path(theta, theta + 0.3 * torch.ones_like(theta), 5)
     found, wanted = (
-        ef.relax(o, path, start=0.5, steps=6, lr=0.05, batch_size=3, replicas=3, engine=e, seed=1)
-        for o, e in ((obj, engine), (plain, "loop"))
+        ef.relax(
+            o,
+            path,
+            0.5,
+            ef.ProjectedSGD(0.05, 3, steps=6),
+            replicas=3,
+            seed=1,
+            execution=ef.Execution(backend=e),
+        )
+        for o, e in ((obj, backend), (plain, "loop"))
     )
     assert torch.allclose(found.position, wanted.position, atol=1e-9)
     losses = [ef.path_losses(o, path, 5) for o in (obj, plain)]
@@ -489,5 +497,5 @@ def test_derivatives_in_the_inputs_need_no_switch(kind: type[nn.Module], loss: A
     assert relative_error(ef.score_matrix(obj).mean(0), obj.gradient()) < 1e-10
     path = ef.linear_path(theta, theta + 0.1)
     assert ef.path_losses(obj, path, 2)["loss"][0] == pytest.approx(obj.loss())
-    run = ef.relax(obj, path, start=0.5, steps=2, lr=0.01, batch_size=3, project_every=1)
+    run = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.01, 3, project_every=1, steps=2))
     assert bool(run.position.isfinite().all())

@@ -84,12 +84,18 @@ def test_a_count_stands_still(buffer: bool):
         assert torch.allclose(obj.gradient(), expected.gradient(), atol=1e-14)
     path = ef.linear_path(obj.parameters_vector(), obj.parameters_vector() + 0.1, 3)
     runs = [
-        ef.relax(o, path, 0.5, lr=0.1, batch_size=3, steps=5, replicas=2).position
+        ef.relax(o, path, 0.5, ef.ProjectedSGD(0.1, 3, steps=5), replicas=2).position
         for o in (obj, expected)
     ]
     assert torch.allclose(runs[0], runs[1], atol=1e-12)
-    with pytest.raises(ValueError, match=r"engine: .*a state that a forward pass changes"):
-        ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, steps=5, engine="threads")
+    with pytest.raises(ValueError, match=r"backend: .*a state that a forward pass changes"):
+        ef.relax(
+            obj,
+            path,
+            0.5,
+            ef.ProjectedSGD(0.1, 3, steps=5),
+            execution=ef.Execution(backend="threads"),
+        )
     assert int(model.calls) == 0 and int(obj.module.calls) == 0
     assert not buffer or int(obj.buffers["calls"]) == 0
 

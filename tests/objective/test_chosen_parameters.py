@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import Tensor, nn
 
 import entropic_fast as ef
@@ -103,7 +104,7 @@ def test_products_at_other_points_hold_the_others_fixed():
         assert same == (not name.startswith("3."))
     assert obj.loss(theta) == Objective(moved, "cross_entropy", data()).loss()
     path = ef.linear_path(obj.parameters_vector(), theta, 3)
-    relaxed = ef.relax(obj, path, 0.5, lr=0.1, batch_size=3, steps=3, replicas=2)
+    relaxed = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, 3, steps=3), replicas=2)
     assert bool(torch.isfinite(relaxed.position).all())
     assert obj.double().with_norm("batch").num_params == 15
 
@@ -243,7 +244,7 @@ def test_examples_may_use_no_chosen_parameter(batch_size: int):
     assert torch.allclose(ef.JacobianOperator(obj) @ identity, jacobian[:, 15:], atol=1e-13)
     path = ef.linear_path(obj.parameters_vector(), obj.parameters_vector() + 0.1, 3)
     settings = {"lr": 0.1, "batch_size": 1, "steps": 6, "replicas": 2}
-    runs = [ef.relax(obj, path, 0.5, engine=e, **settings).position for e in ("loop", "threads")]
+    runs = [relax_with(obj, path, 0.5, backend=e, **settings).position for e in ("loop", "threads")]
     assert torch.allclose(*runs, atol=1e-12)
     config = ef.AutoNEBConfig(pivots=3, batch_size=1, cycles=[(4, 0.01)])
     result = ef.auto_neb(obj, obj.parameters_vector(), obj.parameters_vector() + 0.1, config)

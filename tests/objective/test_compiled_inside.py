@@ -20,7 +20,7 @@ from entropic_fast.curvature import (
     hessian_trace,
     score_matrix,
 )
-from entropic_fast.dynamics import relax
+from entropic_fast.dynamics import Execution, ProjectedSGD, relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, path_losses
 
@@ -117,15 +117,21 @@ def test_all_is_as_without_compilation(make, loss: str):
     assert traces[0] == pytest.approx(traces[1])
 
 
-@pytest.mark.parametrize("engine", ["threads", "auto"])
-def test_paths_and_dynamics(engine: str):
+@pytest.mark.parametrize("backend", ["threads", "auto"])
+def test_paths_and_dynamics(backend: str):
     found = []
     for make in (Compiled, Plain):
         obj = Objective(make().double(), "cross_entropy", (X, Y))
         theta = obj.parameters_vector()
         path = Path(torch.stack((theta, theta + 0.1, theta + 0.3)))
         losses = path_losses(obj, path, 3)["loss"]
-        run = relax(obj, path, [0.2, 0.6], lr=1e-2, batch_size=2, steps=4, engine=engine)
+        run = relax(
+            obj,
+            path,
+            [0.2, 0.6],
+            ProjectedSGD(1e-2, 2, steps=4),
+            execution=Execution(backend=backend),
+        )
         found.append((losses, run.loss))
     for one, other in zip(*found, strict=True):
         assert torch.allclose(torch.as_tensor(one), torch.as_tensor(other))

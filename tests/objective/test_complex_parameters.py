@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import Tensor, nn
 
 import entropic_fast as ef
@@ -184,12 +185,12 @@ def test_paths_and_dynamics(case):
     last = float(losses(twin, x, y).mean().detach())
     assert float(found["loss"][-1]) == pytest.approx(last, rel=1e-12)
     settings = {"steps": 3, "lr": 0.01, "replicas": 2, "batch_size": 2}
-    loop = ef.relax(obj, path, 0.5, engine="loop", **settings)
-    for engine in ("vmap", "auto"):
-        now = ef.relax(obj, path, 0.5, engine=engine, **settings)
+    loop = relax_with(obj, path, 0.5, backend="loop", **settings)
+    for backend in ("vmap", "auto"):
+        now = relax_with(obj, path, 0.5, backend=backend, **settings)
         assert torch.allclose(now.position, loop.position, atol=1e-10)
-    with pytest.raises(ValueError, match=r"engine: .*complex parameters"):
-        ef.relax(obj, path, 0.5, engine="threads", **settings)
+    with pytest.raises(ValueError, match=r"backend: .*complex parameters"):
+        relax_with(obj, path, 0.5, backend="threads", **settings)
     config = ef.AutoNEBConfig(pivots=3, batch_size=5, cycles=[(5, 0.01)])
     result = ef.auto_neb(obj, theta, theta + 0.1, config)
     assert bool(torch.isfinite(result.path.pivots).all())

@@ -16,7 +16,7 @@ from entropic_fast.curvature import (
     score_gram,
     score_matrix,
 )
-from entropic_fast.dynamics import relax
+from entropic_fast.dynamics import ProjectedSGD, relax
 from entropic_fast.objective._objective import NonFiniteLossError, Objective
 from entropic_fast.paths import Path, auto_neb, linear_path, path_losses
 from entropic_fast.training._train import TrainConfig, train
@@ -219,7 +219,7 @@ def test_second_derivatives_and_paths_are_refused_at_once(dtype: torch.dtype):
         lambda: curvature_profile(obj, line, 2, ("loss", "top_eigenvalue")),
         lambda: path_losses(obj, line),
         lambda: auto_neb(obj, theta, theta + 1),
-        lambda: relax(obj, line, 0.5, lr=0.1, batch_size=2, steps=1),
+        lambda: relax(obj, line, 0.5, ProjectedSGD(0.1, 2, steps=1)),
         lambda: train(model, images, TrainConfig(epochs=1), seed=0),
         lambda: measure_line(model, model, images),
     ):

@@ -79,7 +79,14 @@ def test_frozen_parameters_of_the_model_count():
     theta = there.parameters_vector()
     path = ef.linear_path(theta, theta + 0.1, 3)
     runs = [
-        ef.relax(o, path, start=0.5, steps=4, lr=0.1, batch_size=8, replicas=3, engine=e)
+        ef.relax(
+            o,
+            path,
+            0.5,
+            ef.ProjectedSGD(0.1, 8, steps=4),
+            replicas=3,
+            execution=ef.Execution(backend=e),
+        )
         for o, e in ((there, "threads"), (fresh, "loop"))
     ]
     assert torch.allclose(runs[0].position, runs[1].position, atol=1e-9)

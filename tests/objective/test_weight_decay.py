@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from relax_cases import mlp_problem
+from relax_cases import mlp_problem, relax_with
 from torch import Tensor
 
 import entropic_fast as ef
@@ -158,19 +158,19 @@ def test_quantities_of_single_examples_are_of_the_data_alone():
     assert torch.equal(*labels)
 
 
-@pytest.mark.parametrize("engine", ["loop", "threads", "vmap"])
-def test_projected_sgd_descends_it_as_with_the_optimizers_own(engine: str):
+@pytest.mark.parametrize("backend", ["loop", "threads", "vmap"])
+def test_projected_sgd_descends_it_as_with_the_optimizers_own(backend: str):
     obj, plain, path = problem()
-    options = {"lr": 0.05, "batch_size": 8, "steps": 6, "replicas": 3, "engine": engine}
+    options = {"lr": 0.05, "batch_size": 8, "steps": 6, "replicas": 3, "backend": backend}
     options["project_every"] = 3
-    found = ef.relax(obj, path, 0.4, loss_every=6, **options)
-    rest = ef.relax(plain, path, 0.4, loss_every=6, weight_decay=DECAY, **options)
+    found = relax_with(obj, path, 0.4, loss_every=6, **options)
+    rest = relax_with(plain, path, 0.4, loss_every=6, weight_decay=DECAY, **options)
     torch.testing.assert_close(found.position, rest.position, rtol=1e-9, atol=1e-12)
     energy = DECAY / 2 * path.point(0.4).square().sum()
     torch.testing.assert_close(found.loss[:, 0], rest.loss[:, 0] + energy)
     torch.testing.assert_close(found.full_loss[:, 0], rest.full_loss[:, 0] + energy)
     with pytest.raises(ValueError, match=r"weight_decay: expected 0 .* got 0.1 beside 0.3"):
-        ef.relax(obj, path, 0.4, weight_decay=0.1, **options)
+        relax_with(obj, path, 0.4, weight_decay=0.1, **options)
 
 
 def test_drift_and_force_are_those_of_the_optimizers_decay():

@@ -8,11 +8,12 @@ from unittest import mock
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from entropic_fast import HessianOperator, gradient_norms, hessian_trace, relax, score_matrix
+from entropic_fast import HessianOperator, gradient_norms, hessian_trace, score_matrix
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
@@ -330,15 +331,15 @@ def test_computed_weights_follow_theta(change):
 
 
 @pytest.mark.parametrize("change", [by_weight_norm, by_spectral_norm, by_pruning])
-@pytest.mark.parametrize("engine", ["vmap", "threads", "loop"])
-def test_computed_weights_relax(change, engine: str):
-    if engine == "vmap" and change is by_weight_norm:
+@pytest.mark.parametrize("backend", ["vmap", "threads", "loop"])
+def test_computed_weights_relax(change, backend: str):
+    if backend == "vmap" and change is by_weight_norm:
         pytest.skip("torch has no batching rule for weight normalization")
     obj = Objective(trained(change), "cross_entropy", data())
     theta = obj.parameters_vector()
     path = linear_path(theta, theta + 0.1, 3)
     settings = {"steps": 3, "lr": 0.1, "replicas": 2, "batch_size": 3}
-    found, expected = (relax(obj, path, 0.5, engine=e, **settings) for e in (engine, "loop"))
+    found, expected = (relax_with(obj, path, 0.5, backend=e, **settings) for e in (backend, "loop"))
     assert torch.allclose(found.position, expected.position, atol=1e-9)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from cases import CASES, Case, relative_error
+from relax_cases import relax_with
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as backends
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
@@ -179,14 +180,14 @@ def check_relax(device: str, engine: str, optimizer: str) -> None:
         obj = network(device, dtype)
         path = ef.linear_path(*ends(obj), pivots=3)
         common = dict(lr=lr, batch_size=6, project_every=2, steps=10, loss_every=2)
-        return ef.relax(
-            obj, path, [0.3, 0.6], optimizer, **common, engine=engine, cuda_graphs=graphs
+        return relax_with(
+            obj, path, [0.3, 0.6], optimizer=optimizer, **common, backend=engine, cuda_graphs=graphs
         )
 
     expected = relaxed("cpu", False)
     for graphs in (True, False):
         found = relaxed(device, graphs)
-        assert found.engine == engine + "+graphs" * graphs and not found.notes
+        assert found.backend == engine + "+graphs" * graphs and not found.notes
         for name in ("position", "distance", "loss", "full_loss"):
             assert_near(getattr(found, name), getattr(expected, name))
 
@@ -243,9 +244,9 @@ def check_updates_read_nothing_back(device: str, watched: Watched) -> None:
     run = ReplicaState(
         path,
         torch.tensor([0.3, 0.6], dtype=torch.float64),
-        Optimizer("nesterov", lrs),
+        Optimizer(ef.ProjectedSGD(lrs.tolist(), 1, optimizer="nesterov"), lrs),
         Minibatches(obj, 6, 0, range(2)),
-        engines.loop_gradients(obj),
+        backends.loop_gradients(obj),
         1.0,
     )
     table = run.minibatches.table(0, 3)

@@ -44,8 +44,13 @@ def relax(obj):
     path = ef.Path(torch.stack((theta, theta + 0.1, theta + 0.3)))
 
     def call(count):
-        ef.relax(obj, path, [0.2, 0.6], lr=1e-3, batch_size=1, project_every=2, steps=2 * count,
-                 record_every=2 * count)  # fmt: skip
+        ef.relax(
+            obj,
+            path,
+            [0.2, 0.6],
+            ef.ProjectedSGD(1e-3, 1, project_every=2, steps=2 * count),
+            recording=ef.Recording(every=2 * count),
+        )
 
     return call
 

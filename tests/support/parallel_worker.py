@@ -122,7 +122,7 @@ def counts(share):
     config = ef.AutoNEBConfig(pivots=7, max_pivots=7, cycles=((4, 0.1),), batch_size=8)
     with Counted() as counted:
         ef.score_gram(obj)
-        relax(obj, path, [0.1 * i for i in range(9)], lr=0.01, batch_size=4, steps=15)
+        relax(obj, path, [0.1 * i for i in range(9)], ProjectedSGD(0.01, 4, steps=15))
         ef.auto_neb(obj, a, 1.1 * a, config)
     return counted.of
 
@@ -175,8 +175,13 @@ def with_decay(obj):
     path = ef.linear_path(a, 1.2 * a)
     config = ef.AutoNEBConfig(pivots=4, max_pivots=4, cycles=((3, 0.1),), weight_decay=0)
     band = ef.auto_neb(obj, a, 1.2 * a, config)
-    run = ef.relax(obj, path, [0.2, 0.4], lr=0.01, batch_size=4, steps=10, loss_every=10,
-                   project_every=5, record_every=5)  # fmt: skip
+    run = ef.relax(
+        obj,
+        path,
+        [0.2, 0.4],
+        ef.ProjectedSGD(0.01, 4, project_every=5, steps=10),
+        recording=ef.Recording(every=5, loss_every=10),
+    )
     found = {f"decayed.{key}": value for key, value in at_a_point(obj, a).items()}
     return found | {
         "decayed path": torch.as_tensor(ef.path_losses(obj, path, points=3)["loss"]).double(),
@@ -229,13 +234,14 @@ def along_a_path(obj):
     band = ef.auto_neb(obj, a, b, config)
     profile = ef.curvature_profile(obj, band.path, points=3)
     run = ef.relax(
-        obj, band.path, [0.3, 0.5, 0.7], lr=[0.01, 0.02, 1e9], batch_size=4, project_every=5,
-        steps=20, loss_every=10, fixed_sets={"few": images(3)},
-    )  # fmt: skip
-    settings = [
-        {"start": s, "lr": 0.01, "batch_size": b} for s, b in ((0.2, 4), (0.4, 8), (0.6, 4))
-    ]
-    many = relax_many(obj, band.path, settings, steps=10, project_every=5)
+        obj,
+        band.path,
+        [0.3, 0.5, 0.7],
+        ef.ProjectedSGD([0.01, 0.02, 1e9], 4, project_every=5, steps=20),
+        recording=ef.Recording(loss_every=10, datasets={"few": images(3)}),
+    )
+    settings = [ef.ProjectedSGD(0.01, b, project_every=5, steps=10) for b in (4, 8, 4)]
+    many = relax_many(obj, band.path, [0.2, 0.4, 0.6], settings)
     bursts = ProjectedSGD(0.01, 4, project_every=5, steps=5)
     drift = measure_drift(obj, band.path, [0.3, 0.6], bursts, replicas=3)
     return {
@@ -244,7 +250,7 @@ def along_a_path(obj):
         "pivots": band.path.pivots,
         **{f"profile.{c}": torch.as_tensor(profile[c]).double() for c in profile.columns},
         "position": run.position,
-        "relax losses": torch.stack([run.loss, run.full_loss, run.fixed_losses["few"]]),
+        "relax losses": torch.stack([run.loss, run.full_loss, run.dataset_losses["few"]]),
         "lost": run.diverged_at,
         "steps": run.steps,
     }
@@ -311,7 +317,7 @@ def differ(obj, rank):
         "vectors": lambda: hessian @ columns,
         "forms": lambda: hessian.quadratic_forms(columns),
         "seed": lambda: ef.hessian_trace(obj, probes=2, seed=rank),
-        "replicas": lambda: relax(obj, path, [0.1, 0.2], lr=0.1, batch_size=4, steps=10 + rank),
+        "replicas": lambda: relax(obj, path, [0.1, 0.2], ProjectedSGD(0.1, 4, steps=10 + rank)),
         "path": lambda: ef.auto_neb(
             obj, path.pivots[0], path.pivots[1] + 0.01 * other, ef.AutoNEBConfig(pivots=4)
         ),

@@ -1,8 +1,11 @@
 """Small problems for tests of projected SGD: an objective and a path in its parameters."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
+from entropic_fast.dynamics import Checkpointing, Execution, ProjectedSGD, Recording, relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import Path, linear_path
 from entropic_fast.training.models import digits_cnn, initialize
@@ -59,3 +62,34 @@ def valley(n=512):
     ends = torch.zeros(2, 9, dtype=torch.float64)
     ends[1, -1] = 1.0
     return obj, linear_path(*ends)
+
+
+SGD = [field.name for field in dataclasses.fields(ProjectedSGD)]
+RECORDING = {
+    "record_every": "every",
+    "loss_every": "loss_every",
+    "datasets": "datasets",
+    "datasets_every": "datasets_every",
+    "record_to": "to",
+    "on_record": "callback",
+}
+EXECUTION = [field.name for field in dataclasses.fields(Execution)]
+
+
+def relax_with(obj, path, start, **options):
+    """`relax` with the fields of all its settings in one dictionary."""
+    sgd = {name: options.pop(name) for name in SGD if name in options}
+    record = {RECORDING[name]: options.pop(name) for name in RECORDING if name in options}
+    execution = {name: options.pop(name) for name in EXECUTION if name in options}
+    if "checkpoint_every" in options:
+        every, file = options.pop("checkpoint_every"), options.pop("checkpoint", None)
+        options["checkpoint"] = None if file is None else Checkpointing(file, every)
+    return relax(
+        obj,
+        path,
+        start,
+        ProjectedSGD(**sgd),
+        recording=Recording(**record),
+        execution=Execution(**execution),
+        **options,
+    )

@@ -32,6 +32,10 @@ from entropic_fast import dynamics, paths
 from entropic_fast.curvature import autograd_only, profile_point, tracked_eigenpairs
 from entropic_fast.ops.random_bits import streams
 from entropic_fast.training import data, minima, models
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from relax_cases import relax_with
+
 from entropic_fast.training._train import TrainConfig, evaluate, train
 
 Lines = Iterator[tuple[str, object]]
@@ -205,18 +209,20 @@ def relax_results() -> Lines:
             settings = dict(optimizer=optimizer, batch_size=batch, weight_decay=decay, **three)
             yield (
                 f"relax {kind} {optimizer}, batch {batch}",
-                ef.relax(obj, bent(obj), 0.3, **settings),
+                relax_with(obj, bent(obj), 0.3, **settings),
             )
     obj = objective("mlp")
     path = bent(obj)
-    settings = dict(batch_size=5, momentum=0.5, augment=shifted, fixed_every=6, **three)
+    settings = dict(batch_size=5, momentum=0.5, augment=shifted, datasets_every=6, **three)
     for engine in ("loop", "vmap", "threads"):
         sets = {"few": obj.tensors(8)}
-        run = ef.relax(obj, path, [0.2, 0.4, 0.6], engine=engine, fixed_sets=sets, **settings)
-        yield f"relax, {engine}", (run, run.fixed_losses)
-    replicas = [dict(start=0.3, batch_size=b, lr=lr) for b, lr in product((2, 24), (0.05, 0.1))]
-    replicas += [dict(start=0.5, batch_size=3, **d) for d in (dict(optimizer="adam"), dict(id=9))]
-    yield "relax_many", ef.relax_many(obj, path, replicas, **common)
+        run = relax_with(obj, path, [0.2, 0.4, 0.6], backend=engine, datasets=sets, **settings)
+        yield f"relax, {engine}", (run, run.dataset_losses)
+    sgd = ef.ProjectedSGD(0.01, 3, project_every=3, steps=24)
+    many = [sgd.replace(batch_size=b, lr=lr) for b, lr in product((2, 24), (0.05, 0.1))]
+    many += [sgd.replace(optimizer="adam"), sgd]
+    starts, ids = [0.3] * 4 + [0.5] * 2, [0, 1, 2, 3, 4, 9]
+    yield "relax_many", ef.relax_many(obj, path, starts, many, replicas=ids, seed=4)
     yield "relax, stored and resumed", list(stored(obj, path, dict(batch_size=2, **common)))
 
 
@@ -228,11 +234,11 @@ def shifted(inputs: Tensor, words: Tensor) -> Tensor:
 def stored(obj: ef.Objective, path: ef.Path, settings: dict[str, Any]) -> Iterator[ef.Trajectory]:
     with tempfile.TemporaryDirectory() as folder:
         record, state = Path(folder) / "run.csv", Path(folder) / "run.state"
-        yield ef.relax(obj, path, 0.3, record_to=record, **settings)
+        yield relax_with(obj, path, 0.3, record_to=record, **settings)
         yield ef.Trajectory.load(record)
         for steps in (18, 24):  # the first leaves a checkpoint at update 12
             saved = {**settings, "steps": steps, "checkpoint": state, "checkpoint_every": 12}
-            yield ef.relax(obj, path, 0.3, **saved)
+            yield relax_with(obj, path, 0.3, **saved)
 
 
 def force_results() -> Lines:
@@ -265,7 +271,7 @@ def relaxation_results() -> Lines:
     obj = objective("mlp")
     for lr, batch in ((0.05, 2), (0.1, 4)):
         settings = dict(lr=lr, batch_size=batch, project_every=2, steps=60, replicas=8)
-        run = ef.relax(obj, bent(obj), 0.3, **settings)
+        run = relax_with(obj, bent(obj), 0.3, **settings)
         moved = (dynamics.displacement(run), dynamics.displacement(run, statistic="median"))
         time = dynamics.relaxation_time(run, fraction=0.8)
         arrivals = (time.times, time.censored, time.median, time.restricted_mean)

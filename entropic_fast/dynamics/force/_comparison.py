@@ -19,10 +19,10 @@ from ..._utils.convergence import held, warn_once
 from ..._utils.table import Table
 from ...objective import Objective
 from ...ops.random_bits.streams import fold_in
-from ...paths._path import Path
+from ...paths import Path
 from .._relaxation import Interval, mean_interval
+from ..projected_sgd import ProjectedSGD
 from ._drift import Drift, measure_drift, noiseless_drift
-from ._linear_response import ProjectedSGD
 from ._point_force import PointForce, point_force
 
 Array = NDArray[np.float64]

@@ -14,13 +14,18 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.table import Table
 from ...objective import Objective
-from ...paths._path import Path
+from ...paths import Path
 from .._relaxation import Interval, mean_interval
-from ..projected_sgd._minibatches import Minibatches, in_random_batches
-from ..projected_sgd._optimizers import Optimizer
-from ..projected_sgd._relax import relax
-from ..projected_sgd._trajectory import Trajectory
-from ._linear_response import ProjectedSGD, impulse_response
+from ..projected_sgd import (
+    Execution,
+    Minibatches,
+    Optimizer,
+    ProjectedSGD,
+    Trajectory,
+    in_random_batches,
+    relax,
+)
+from ._linear_response import impulse_response
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +92,7 @@ def measure_drift(
     *,
     seed: int = 0,
     control: bool = True,
-    engine: str = "auto",
+    execution: Execution = Execution(),
 ) -> Drift:
     """Drift velocity as a function of position, from short bursts of projected SGD.
 
@@ -110,7 +115,7 @@ def measure_drift(
         replicas: R at each position, 2 or more for an interval.
         seed: of the minibatches.
         control: whether to subtract the noise along the path.
-        engine: as for `relax`.
+        execution: as for `relax`.
 
     Raises:
         ValueError: arguments out of range.
@@ -131,21 +136,7 @@ def measure_drift(
     checks.integer("replicas", replicas, 1)
     starts = places.repeat_interleave(replicas)
     ids = list(range(len(starts)))
-    run = relax(
-        obj,
-        path,
-        starts,
-        settings.optimizer,
-        lr=settings.lr,
-        batch_size=settings.batch_size,
-        project_every=settings.project_every,
-        steps=settings.steps,
-        seed=seed,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        ids=ids,
-        engine=engine,
-    )
+    run = relax(obj, path, starts, settings, replicas=ids, seed=seed, execution=execution)
     raw = (run.position[:, -1] - run.position[:, 0]) / settings.effective_time  # [K R]
     velocity, error = raw, torch.zeros_like(places)
     if control:
@@ -258,11 +249,10 @@ def noiseless_drift(
     found = []
     for start in torch.as_tensor(positions, dtype=torch.float64).tolist():
         theta, s = path.point(start)[None].clone(), start
-        rate = torch.tensor([settings.lr], dtype=torch.float64, device=theta.device)
-        momentum = settings.momentum or None
-        rule = Optimizer(settings.optimizer, rate, momentum, settings.weight_decay)
+        rate = torch.tensor([settings.rate], dtype=torch.float64, device=theta.device)
+        optimizer = Optimizer(settings, rate)
         for update in range(1, settings.steps + 1):
-            rule.update(theta, obj.gradient(theta[0])[None].contiguous())
+            optimizer.update(theta, obj.gradient(theta[0])[None].contiguous())
             if update % settings.project_every == 0 or update == settings.steps:
                 s, theta, _ = path.project(theta[0])
                 theta = theta[None].contiguous()

@@ -11,62 +11,13 @@ noise, whatever k and momentum; plain SGD gives the AR(1) process w <- (1 - lr l
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..._utils import checks
-
-
-@dataclass(frozen=True)
-class ProjectedSGD:
-    """Settings of a burst of projected SGD, as `relax` takes them.
-
-    Attributes:
-        lr: learning rate.
-        batch_size: B.
-        project_every: k, updates between projections.
-        steps: updates of the burst; the last is followed by a projection.
-        optimizer: "sgd" or "nesterov" (what Adam does is not linear in the noise).
-        momentum: None for the default, 0 for "sgd" and 0.9 for "nesterov".
-        weight_decay: L2 coefficient.
-
-    Raises:
-        ValueError: numbers out of range, or another optimizer.
-
-    >>> ProjectedSGD(0.1, 8).replace(project_every=1)
-    ProjectedSGD(lr=0.1, batch_size=8, project_every=1, steps=15, optimizer='sgd', momentum=0.0,
-    weight_decay=0.0)
-    """
-
-    lr: float
-    batch_size: int
-    project_every: int = 15
-    steps: int = 15
-    optimizer: str = "sgd"
-    momentum: float = None  # type: ignore[assignment]  # resolved at construction
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        checks.positive("lr", self.lr)
-        for name in ("batch_size", "project_every", "steps"):
-            checks.integer(name, getattr(self, name), 1)
-        checks.one_of("optimizer", self.optimizer, ("sgd", "nesterov"))
-        checks.at_least("weight_decay", self.weight_decay, 0.0)
-        if self.momentum is None:
-            object.__setattr__(self, "momentum", 0.9 if self.optimizer == "nesterov" else 0.0)
-        checks.share("momentum", self.momentum)
-
-    @property
-    def effective_time(self) -> float:
-        """Effective time of the burst, updates times learning rate."""
-        return self.steps * self.lr
-
-    def replace(self, **changes: object) -> ProjectedSGD:
-        """These settings with some changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+from ..projected_sgd import ProjectedSGD
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +45,12 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
     >>> response(torch.tensor([1.0]), settings).post_update[0].tolist()
     [[-0.5, 0.0, 0.0], [-0.25, -0.5, 0.0], [0.0, 0.0, -0.5]]
     """
+    if settings.optimizer == "adam":
+        raise checks.invalid(
+            "optimizer",
+            '"sgd" or "nesterov" for linear response',
+            '"adam", whose updates are not linear in the noise',
+        )
     n, momentum = settings.steps, settings.momentum
     total = stiffness.double().cpu() + settings.weight_decay  # [r]
     w = torch.zeros(len(total), n, dtype=torch.float64)  # of coordinate i to noise m
@@ -105,7 +62,7 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
         gradient[:, j] += 1.0
         buffer = momentum * buffer + gradient
         step = gradient + momentum * buffer if settings.optimizer == "nesterov" else buffer
-        w = w - settings.lr * step
+        w = w - settings.rate * step
         post_update.append(w)
         if project and (j + 1) % settings.project_every == 0:
             w = torch.zeros_like(w)

@@ -56,11 +56,11 @@ from ...curvature import HessianOperator, top_eigenvalues
 from ...curvature.operators._algebra import ProjectedOperator, orthonormal
 from ...objective import Objective
 from ...objective._objective import require_objective
-from ...paths._path import Path
+from ...paths import Path
+from ..projected_sgd import ProjectedSGD
 from ._gradient_noise import GradientNoise
 from ._linear_response import (
     MinibatchCovariance,
-    ProjectedSGD,
     Response,
     impulse_response,
     response,
@@ -157,7 +157,7 @@ class PointForce:
     def temperatures(self, settings: ProjectedSGD) -> Tensor:
         """T_i = lr c_i / (2 B (1 - momentum)) of the r directions, in the loss's units.  # [r]"""
         own = MinibatchCovariance(settings.batch_size, self.num_examples).variance
-        return settings.lr * own * self.noise[:-1] / (2 * (1 - settings.momentum))
+        return settings.rate * own * self.noise[:-1] / (2 * (1 - settings.momentum))
 
     def stationary(self, settings: ProjectedSGD) -> float:
         """Entropic velocity for k -> infinity, small lr: - (1/2) sum_i T_i d ln lambda_i / ds.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..._utils import trees
 from ...curvature import HessianOperator
 from ...objective import Objective
-from ..projected_sgd._minibatches import in_random_batches
+from ..projected_sgd import in_random_batches
 
 
 def as_in_dynamics(obj: Objective) -> Objective:

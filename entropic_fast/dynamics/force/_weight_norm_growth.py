@@ -22,8 +22,9 @@ from torch import Tensor
 from ..._torch.full_precision import full_precision
 from ...curvature import HessianOperator
 from ...objective import Objective
-from ...paths._path import Path
-from ._linear_response import MinibatchCovariance, ProjectedSGD, impulse_response, response
+from ...paths import Path
+from ..projected_sgd import ProjectedSGD
+from ._linear_response import MinibatchCovariance, impulse_response, response
 from ._point_force import PointForce
 from ._subsets import as_in_dynamics, first_examples
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,66 +13,81 @@ from torch import Tensor
 from ..._utils import checks
 from ..._utils.convergence import DivergenceError
 from ...distributed import Communicator
+from ...objective import Objective
+from ...paths import Path
+from ._settings import Checkpointing, Execution, ProjectedSGD, Recording
 from ._trajectory import Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")
 
 
 def over_processes(
-    run: Callable[..., Trajectory],
-    given: Mapping[str, Any],
+    relax: Callable[..., Trajectory],
+    obj: Objective,
+    path: Path,
     starts: Tensor,
+    sgd: ProjectedSGD,
     lrs: Tensor,
-    ids: Sequence[int],
+    ids: list[int],
+    seed: int,
+    recording: Recording,
+    checkpoint: Checkpointing | None,
+    execution: Execution,
 ) -> Trajectory:
-    """Each process runs replicas in a row by themselves; all get the trajectory of all.
-
-    Args:
-        run: `relax`.
-        given: its arguments, by name; the objective has a `communicator`.
-        starts, lrs, ids: of every replica.  # [R] each
+    """Each process runs a contiguous range of the replicas; all return the trajectory of all.
 
     Raises:
-        ValueError: files to write to, of which each process would want its own.
+        ValueError: files to write to, of which each process would need its own.
         DivergenceError: every replica of every process diverged.
         RankFailedError, RankLostError: as `Communicator.all_reduce`.
     """
-    for name in ("record_to", "checkpoint"):
-        if given[name] is not None:
+    file = None if checkpoint is None else checkpoint.path
+    for name, value in (("recording.to", recording.to), ("checkpoint", file)):
+        if value is not None:
             raise checks.invalid(
                 name,
-                "None where processes share the replicas",
-                checks.shown(given[name]),
-                "on each rank relax(obj.without_distribution(), ids=...), with its own file",
+                "None where replicas are distributed over processes",
+                checks.shown(value),
+                "on each rank relax(obj.without_distribution(), replicas=...), with its own file",
             )
-    communicator: Communicator = given["obj"].communicator
-    plain = (bool, int, float, str, tuple, type(None))
-    settings = {name: v for name, v in given.items() if isinstance(v, plain)}
-    settings |= {"start": starts.tolist(), "lr": lrs.tolist(), "ids": list(ids)}  # type: ignore[dict-item]
-    communicator.check_consistent(
-        None, "relax", settings, given["path"].pivots, given["obj"].fingerprint()
-    )
+    communicator = obj.communicator
+    settings = {
+        **sgd.fingerprint(),
+        **recording.fingerprint(),
+        "datasets": sorted(recording.datasets),
+        "steps": sgd.steps,
+        "seed": seed,
+        "backend": execution.backend,
+        "precision": execution.precision,
+        "start": starts.tolist(),
+        "lr": lrs.tolist(),
+        "replicas": ids,
+    }
+    communicator.check_consistent(None, "relax", settings, path.pivots, obj.fingerprint())
     first, last = communicator.range(len(starts))
-    own: Trajectory | None = None
+    local: Trajectory | None = None
     failure: Exception | None = None
     if first < last:
-        part = slice(first, last)
-        mine = {
-            **given,
-            **dict(obj=given["obj"].without_distribution(), replicas=1),
-            **dict(start=starts[part].tolist(), lr=lrs[part].tolist(), ids=list(ids[part])),
-        }
         try:
-            own = run(**mine)
+            local = relax(
+                obj.without_distribution(),
+                path,
+                starts[first:last],
+                sgd.replace(lr=lrs[first:last].tolist()),
+                replicas=ids[first:last],
+                seed=seed,
+                recording=recording,
+                execution=execution,
+            )
         except DivergenceError as error:
-            own = error.partial
+            local = error.partial
         except Exception as error:
             failure = error
     communicator.check_consistent(failure, "replicas")
-    found = _together(communicator, own, first, len(starts), lrs, ids)
-    if bool(found.diverged.all()):
-        raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", found)
-    return found
+    trajectory = _together(communicator, local, first, len(starts), lrs, ids)
+    if bool(trajectory.diverged.all()):
+        raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", trajectory)
+    return trajectory
 
 
 def _together(
@@ -87,19 +102,19 @@ def _together(
     lengths = communicator.all_gather([0 if own is None else len(own.steps)])
     records = max(length for (length,) in lengths)
     leader = lengths.index([records])
-    about = {} if own is None else {
-        "fixed": list(own.fixed_losses), "steps": own.steps.tolist(), "optimizer": own.optimizer,
-        "batch_size": own.batch_size, "project_every": own.project_every, "seed": own.seed,
-        "engine": own.engine,
-    }  # fmt: skip
-    about = json.loads(communicator.broadcast_text(json.dumps(about), leader))
-    fixed = about.pop("fixed")
-    numbers = torch.zeros(len(NUMBERS) + len(fixed), replicas, records, dtype=torch.float64)
+    metadata: dict[str, Any] = {}
+    if own is not None:
+        names = ("optimizer", "batch_size", "project_every", "seed", "backend")
+        metadata = {name: getattr(own, name) for name in names}
+        metadata |= {"datasets": list(own.dataset_losses), "steps": own.steps.tolist()}
+    metadata = json.loads(communicator.broadcast_text(json.dumps(metadata), leader))
+    datasets = metadata.pop("datasets")
+    numbers = torch.zeros(len(NUMBERS) + len(datasets), replicas, records, dtype=torch.float64)
     lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
     if own is not None:
         rows = slice(first, first + own.num_replicas)
         numbers[:, rows] = math.nan
-        every = [getattr(own, n) for n in NUMBERS] + [own.fixed_losses[n] for n in fixed]
+        every = [getattr(own, n) for n in NUMBERS] + [own.dataset_losses[n] for n in datasets]
         numbers[:, rows, : len(own.steps)] = torch.stack(every)
         lost[rows] = own.diverged_at.double()
         notes = "\n".join(own.notes)
@@ -110,11 +125,11 @@ def _together(
     ]
     return Trajectory(
         **dict(zip(NUMBERS, numbers, strict=False)),
-        steps=torch.tensor(about.pop("steps")),
+        steps=torch.tensor(metadata.pop("steps")),
         lr=lrs.double().cpu(),
         ids=torch.tensor(ids),
         diverged_at=lost.long(),
         notes=tuple(dict.fromkeys(note for lines in said for note in lines)),
-        fixed_losses=dict(zip(fixed, numbers[len(NUMBERS) :], strict=True)),
-        **about,
+        dataset_losses=dict(zip(datasets, numbers[len(NUMBERS) :], strict=True)),
+        **metadata,
     )

@@ -13,12 +13,11 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks, trees
 from ...objective import Objective
 from ._fx_cache import FxCache
+from ._settings import BACKENDS
 from ._thread_pool import ThreadPoolGradients
 
 # (theta [R, P], inputs [R, B, ...], targets [R, B, ...]) -> (losses [R], gradients [R, P])
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
-ENGINES = ("auto", "vmap", "threads", "loop")
 
 # On a CPU vmap saves the cost of small calls, yet its grouped convolutions do arithmetic more
 # slowly; threads run whole replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers a
@@ -66,9 +65,9 @@ def vmap_gradients(objective: Objective) -> Gradients:
 
 
 def choose(
-    engine: str, objective: Objective, theta: Tensor, inputs: Tensor, targets: Tensor
+    backend: str, objective: Objective, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[str, Gradients, str]:
-    """The engine for these sizes, tried on the first minibatch.
+    """The backend for these sizes, tried on the first minibatch.
 
     "auto" is what measured fastest on CPUs: vmap where a minibatch holds at most 2,048 numbers and
     there are 3 replicas or more a core (calls then cost more than arithmetic); else threads, one a
@@ -81,15 +80,15 @@ def choose(
     next of vmap, threads and loop is taken, and the note says why.
 
     Args:
-        engine: "auto", or "vmap", "threads" (an error where they fail) or "loop".
+        backend: "auto", or "vmap", "threads" (an error where they fail) or "loop".
         theta: points of the replicas.  # [R, P]
         inputs, targets: their first minibatches.  # [R, B, ...]
 
     Returns:
-        name of the engine, the function, and a note ("" where there is nothing to say).
+        name of the backend, the function, and a note ("" where there is nothing to say).
 
     Raises:
-        ValueError: an unknown engine, or one that the model or the device cannot do.
+        ValueError: an unknown backend, or one that the model or the device cannot do.
 
     >>> x, y = torch.ones(40, 2, 3), torch.zeros(40, 2, 1)
     >>> obj = Objective(torch.nn.Linear(3, 1), "mse", (x[0], y[0]))
@@ -99,19 +98,19 @@ def choose(
     >>> name, note, tuple(losses.shape), tuple(rows.shape)
     ('vmap', '', (40,), (40, 4))
     """
-    checks.one_of("engine", engine, ENGINES)
+    checks.one_of("backend", backend, BACKENDS)
     loop = loop_gradients(objective)
     notes: list[str] = []
-    for name in _candidates(theta, inputs) if engine == "auto" else (engine,):
+    for name in _candidates(theta, inputs) if backend == "auto" else (backend,):
         if name == "loop":
             break
         gradients, reason = _tried(name, objective, loop, theta, inputs, targets)
         if gradients is not None:
             return name, gradients, "; ".join(notes)
-        if engine != "auto":
+        if backend != "auto":
             what = "torch.func.vmap" if name == "vmap" else "copies of it on threads of a CPU"
             raise checks.invalid(
-                "engine", f"a model that {what} can do", reason, 'pass engine="loop"'
+                "backend", f"a model that {what} can do", reason, 'pass backend="loop"'
             )
         notes.append(f"{name} was not used: {reason}")
     return "loop", loop, "; ".join(notes)
@@ -133,7 +132,7 @@ def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
 def _tried(
     name: str, objective: Objective, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[Gradients | None, str]:
-    """An engine that gives the loop's gradient, or why it will not do for this model."""
+    """A backend that gives the loop's gradient, or why it will not do for this model."""
     if name == "threads" and theta.device.type != "cpu":
         return None, f"a model on {theta.device}"
     if name == "threads" and objective.only_functional:
@@ -159,7 +158,7 @@ def prioritize(gradients: Gradients, work: Callable[[], None]) -> None:
 
 
 def close(gradients: Gradients) -> None:
-    """Give back what an engine holds."""
+    """Give back what a backend holds."""
     if isinstance(gradients, ThreadPoolGradients):
         gradients.close()
 
@@ -167,7 +166,7 @@ def close(gradients: Gradients) -> None:
 def _failure(
     batched: Gradients, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> str:
-    """Why an engine will not do for this model; "" if it will."""
+    """Why a backend will not do for this model; "" if it will."""
     try:
         with warnings.catch_warnings():
             # vmap warns where it falls back to a slow loop of its own.

@@ -13,19 +13,36 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..._utils import atomic_io as store
 from ..._utils.table import Table
-from ._trajectory import Record
 
 _FORMAT = "entropic_fast.records/1"
-_FIELDS, _FIXED = ("position", "distance", "loss", "full_loss", "diverged_at"), "record.fixed."
+_FIELDS, _DATASETS = (
+    ("position", "distance", "loss", "full_loss", "diverged_at"),
+    "record.datasets.",
+)
 COLUMNS = ("replica", "id", "step", "effective_time", "lr", "start", "position", "distance",
            "loss", "full_loss", "diverged_at")  # fmt: skip
+
+
+class Record(NamedTuple):
+    """One record of a run under way: update number, and of each replica its position on the
+    path, distance from it before projection and mean minibatch loss since the last record
+    (NaN for a replica that diverged), then what else `Trajectory` holds.  # [R] each
+    """
+
+    step: int
+    position: Tensor
+    distance: Tensor
+    loss: Tensor
+    full_loss: Tensor
+    diverged_at: Tensor
+    dataset_losses: dict[str, Tensor]
 
 
 class Records(Protocol):
@@ -41,8 +58,8 @@ class Records(Protocol):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Forget what was recorded after `state`."""
 
-    def close(self, about: Mapping[str, Any] | None = None) -> None:
-        """No more records; `about` is the final manifest of a run that ended by itself."""
+    def close(self, metadata: Mapping[str, Any] | None = None) -> None:
+        """No more records; `metadata` is the final manifest of a run that ended by itself."""
 
 
 class InMemory:
@@ -63,7 +80,7 @@ class InMemory:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._records = _unpacked(state)
 
-    def close(self, about: Mapping[str, Any] | None = None) -> None:
+    def close(self, metadata: Mapping[str, Any] | None = None) -> None:
         pass
 
 
@@ -73,8 +90,8 @@ class ToFile:
     Args:
         file: its name; written anew, unless `restore` is called next.
         starts, lrs, ids: of the replicas.  # [R]
-        about: for the manifest.
-        fixed: names of the fixed sets.
+        metadata: for the manifest.
+        datasets: names of the other data sets.
     """
 
     def __init__(
@@ -83,12 +100,12 @@ class ToFile:
         starts: Tensor,
         lrs: Tensor,
         ids: Sequence[int],
-        about: Mapping[str, Any],
-        fixed: Sequence[str],
+        metadata: Mapping[str, Any],
+        datasets: Sequence[str],
     ) -> None:
         self._path = Path(file)
         self._starts, self._lrs, self._ids = starts.tolist(), lrs.tolist(), list(ids)
-        self._about, self._fixed = dict(about), list(fixed)
+        self._metadata, self._datasets = dict(metadata), list(datasets)
         self._handle: io.BufferedWriter | None = None
         self._ends: list[Record] = []
 
@@ -103,17 +120,17 @@ class ToFile:
     def _begin(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = open(self._path, "wb")  # noqa: SIM115
-        columns = [*COLUMNS, *(f"loss_{name}" for name in self._fixed)]
+        columns = [*COLUMNS, *(f"loss_{name}" for name in self._datasets)]
         self._handle.write((_row(columns)).encode())
-        self._write_about(self._about)
+        self._write_metadata(self._metadata)
 
-    def _write_about(self, about: Mapping[str, Any]) -> None:
-        facts = {"format": _FORMAT, "replicas": len(self._ids), **about}
+    def _write_metadata(self, metadata: Mapping[str, Any]) -> None:
+        facts = {"format": _FORMAT, "replicas": len(self._ids), **metadata}
         store.write_json(self._path.with_suffix(".json"), facts)
 
     def _lines(self, record: Record) -> str:
         values = [getattr(record, n).tolist() for n in COLUMNS[6:]]
-        values += [record.fixed_losses[name].tolist() for name in self._fixed]
+        values += [record.dataset_losses[name].tolist() for name in self._datasets]
         lines = []
         for r, i in enumerate(self._ids):
             lr, rest = self._lrs[r], [column[r] for column in values]
@@ -140,11 +157,11 @@ class ToFile:
         os.truncate(self._path, size)
         self._handle = open(self._path, "ab")  # noqa: SIM115
 
-    def close(self, about: Mapping[str, Any] | None = None) -> None:
+    def close(self, metadata: Mapping[str, Any] | None = None) -> None:
         if self._handle is not None:
             self._handle.close()
-            if about is not None:
-                self._write_about(about)
+            if metadata is not None:
+                self._write_metadata(metadata)
 
 
 def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
@@ -155,13 +172,13 @@ def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
         DamagedFileError: a file of another kind.
     """
     path = Path(file)
-    about = store.read_json(path.with_suffix(".json"))
+    metadata = store.read_json(path.with_suffix(".json"))
     text = path.read_text(encoding="utf-8")
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-    if not isinstance(about, dict) or about.get("format") != _FORMAT or not lines:
+    if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT or not lines:
         raise store.DamagedFileError(f"{path}: expected records of relax, got another file")
     header, body = lines[0], lines[1:]
-    whole = len(body) - len(body) % int(about["replicas"])
+    whole = len(body) - len(body) % int(metadata["replicas"])
     kinds = {name: int if name in ("replica", "id", "step", "diverged_at") else float
              for name in header}  # fmt: skip
     try:
@@ -172,7 +189,7 @@ def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
         raise store.DamagedFileError(
             f"{path}: expected numbers in columns {header} ({error}); the file is damaged"
         ) from error
-    return Table(columns), about
+    return Table(columns), metadata
 
 
 def _packed(records: Sequence[Record]) -> dict[str, Tensor]:
@@ -180,17 +197,17 @@ def _packed(records: Sequence[Record]) -> dict[str, Tensor]:
     state = {"record.step": torch.tensor([r.step for r in records])}
     for name in _FIELDS:
         state[f"record.{name}"] = torch.stack([getattr(r, name) for r in records])
-    for name in records[0].fixed_losses:
-        state[f"{_FIXED}{name}"] = torch.stack([r.fixed_losses[name] for r in records])
+    for name in records[0].dataset_losses:
+        state[f"{_DATASETS}{name}"] = torch.stack([r.dataset_losses[name] for r in records])
     return state
 
 
 def _unpacked(state: Mapping[str, Tensor]) -> list[Record]:
-    fixed = {name: part for name, part in state.items() if name.startswith(_FIXED)}
+    datasets = {name: part for name, part in state.items() if name.startswith(_DATASETS)}
     records = []
     for i, step in enumerate(state["record.step"].tolist()):
         position, distance, loss, full, diverged = (state[f"record.{n}"][i] for n in _FIELDS)
-        losses = {name.removeprefix(_FIXED): part[i] for name, part in fixed.items()}
+        losses = {name.removeprefix(_DATASETS): part[i] for name, part in datasets.items()}
         records.append(Record(step, position, distance, loss, full, diverged, losses))
     return records
 

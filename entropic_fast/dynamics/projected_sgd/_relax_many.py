@@ -1,97 +1,100 @@
-"""Replicas that differ in anything: grouped by what one run has in common, each group a run."""
+"""Replicas that differ in anything: grouped by the settings they have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..._utils import checks
 from ..._utils.convergence import DivergenceError
 from ...objective import Objective
-from ...objective._objective import require_objective
-from ...paths._path import Path
+from ...paths import Path
 from ._relax import relax
+from ._settings import Execution, PerReplica, ProjectedSGD, Recording, check_path, per_replica
 from ._trajectory import Trajectory
-
-# What replicas of one run may differ in, and what groups may.
-_PER_REPLICA = ("start", "lr", "id")
-_PER_GROUP = (
-    "optimizer",
-    "batch_size",
-    "project_every",
-    "momentum",
-    "weight_decay",
-    "betas",
-    "eps",
-)
 
 
 def relax_many(
-    obj: Objective, path: Path, settings: Sequence[Mapping[str, Any]], **common: Any
+    obj: Objective,
+    path: Path,
+    starts: PerReplica,
+    settings: Sequence[ProjectedSGD],
+    *,
+    replicas: Sequence[int] | None = None,
+    seed: int = 0,
+    recording: Recording = Recording(),
+    execution: Execution = Execution(),
 ) -> list[Trajectory]:
-    """`relax` for replicas of different batch sizes and optimizers too.
+    """`relax` for replicas whose settings differ.
 
-    Replicas that share all but start, learning rate and id are one run, and advance together;
-    such groups run in turn, each on all cores or the whole GPU. A replica's minibatches are
-    named by its id, so grouping changes nobody's noise.
+    Replicas that differ in nothing but start, learning rate and id advance together; such groups
+    run in turn, each on all cores or the entire GPU. A replica's minibatches depend on its id, so
+    grouping does not change them.
 
     Args:
-        obj, path: as in `relax`.
-        settings: of each replica: start, lr, id (default, its place in the list), optimizer,
-            batch_size, project_every, momentum, weight_decay, betas, eps.
-        common: arguments of `relax` for all, `steps` among them; a replica's settings go first.
+        obj, path, seed, recording, execution: as in `relax`; groups cannot write one file.
+        starts: a position, or one per replica.
+        settings: one per replica, each with one learning rate.
+        replicas: the ids of their noise; default, their places in the list.
 
     Returns:
-        a trajectory of one replica for each of the settings, in their order. One that diverged
-        is NaN from there on, and ends there if its whole group diverged.
+        one trajectory of one replica per entry of `settings`. A replica that diverged is NaN
+        from there on, and its trajectory ends there if its entire group diverged.
 
     Raises:
-        ValueError: an unknown setting, one that is missing, and as `relax`.
+        ValueError: as `relax`.
 
     >>> import torch
-    >>> from entropic_fast.paths import linear_path
+    >>> from entropic_fast import linear_path
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
     >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
-    >>> settings = [dict(start=0.5, batch_size=b, lr=lr) for b in (2, 4) for lr in (0.1, 0.2)]
-    >>> runs = relax_many(obj, path, settings, steps=15)
+    >>> settings = [ProjectedSGD(lr, b) for b in (2, 4) for lr in (0.1, 0.2)]
+    >>> runs = relax_many(obj, path, 0.5, settings)
     >>> [run.batch_size for run in runs], [run.lr.item() for run in runs]
     ([2, 2, 4, 4], [0.1, 0.2, 0.1, 0.2])
     """
-    require_objective(obj)
-    for name in ("record_to", "checkpoint", "ids", "replicas"):
-        if name in common:
-            raise checks.invalid(
-                name,
-                "to be left out of relax_many",
-                checks.shown(common[name]),
-                "call relax by group",
-            )
-    groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
-    full = []
-    if not isinstance(settings, list | tuple) or not all(isinstance(s, Mapping) for s in settings):
-        raise checks.invalid("settings", "a list of dicts, one a replica", checks.shown(settings))
-    for i, given in enumerate(settings):
-        unknown = sorted(given.keys() - {*_PER_REPLICA, *_PER_GROUP})
-        replica = {"id": i, **common, **given}
-        missing = [name for name in ("start", "lr", "batch_size") if name not in replica]
-        if unknown or missing:
-            raise checks.invalid(
-                f"settings[{i}]",
-                "start, lr and batch_size, and maybe others of "
-                + ", ".join((*_PER_REPLICA, *_PER_GROUP)),
-                f"{', '.join(unknown) or 'nothing'} unknown, {', '.join(missing) or 'nothing'} "
-                "missing",
-            )
-        shared = {name: replica[name] for name in _PER_GROUP if name in replica}
-        groups.setdefault(repr(sorted(shared.items())), (shared, []))[1].append(i)
-        full.append(replica)
-    others = {n: v for n, v in common.items() if n not in {*_PER_REPLICA, *_PER_GROUP}}
-    found: dict[int, Trajectory] = {}
-    for shared, members in groups.values():
-        each = {name: [full[i][name] for i in members] for name in _PER_REPLICA}
+    check_path(obj, path)
+    if (
+        not isinstance(settings, list | tuple)
+        or not settings
+        or not all(isinstance(sgd, ProjectedSGD) for sgd in settings)
+    ):
+        raise checks.invalid(
+            "settings", "a list of ProjectedSGD, one per replica", checks.shown(settings)
+        )
+    checks.instance("recording", recording, Recording)
+    if recording.to is not None:
+        raise checks.invalid(
+            "recording.to",
+            "None with relax_many",
+            checks.shown(recording.to),
+            "call relax by group",
+        )
+    ids = range(len(settings)) if replicas is None else replicas
+    positions, rates, ids = per_replica(starts, [sgd.rate for sgd in settings], ids)
+    groups: list[tuple[ProjectedSGD, list[int]]] = []
+    for i, sgd in enumerate(settings):
+        alike = sgd.replace(lr=1.0)
+        members = next((members for common, members in groups if common == alike), None)
+        if members is None:
+            groups.append((alike, [i]))
+        else:
+            members.append(i)
+    trajectories: dict[int, Trajectory] = {}
+    for common, members in groups:
+        sgd = common.replace(lr=rates[members].tolist())
+        names = [ids[i] for i in members]
         try:
-            run = relax(obj, path, each["start"], lr=each["lr"], ids=each["id"], **shared, **others)
+            run = relax(
+                obj,
+                path,
+                positions[members],
+                sgd,
+                replicas=names,
+                seed=seed,
+                recording=recording,
+                execution=execution,
+            )
         except DivergenceError as error:
             run = error.partial
-        found |= {i: run.select([row]) for row, i in enumerate(members)}
-    return [found[i] for i in range(len(full))]
+        trajectories |= {i: run.select([row]) for row, i in enumerate(members)}
+    return [trajectories[i] for i in range(len(settings))]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..._utils.devices import is_gpu
 from ...ops.projected_step import pivot_squares, project_step, segment_squares
-from ...paths._path import Path
-from . import _gradient_backends as engines
+from ...paths import Path
+from . import _gradient_backends as backends
 from ._evaluation import Evaluation
 from ._minibatches import Minibatches
 from ._optimizers import Optimizer
-from ._trajectory import Record
+from ._records import Record
 
 # What a checkpoint holds, besides the optimizer's state.
 TENSORS = ("theta", "position", "distance", "losses", "bad", "counter", "alive", "diverged_at")
@@ -50,7 +50,7 @@ class ReplicaState:
         starts: Tensor,
         rule: Optimizer,
         minibatches: Minibatches,
-        gradients: engines.Gradients,
+        gradients: backends.Gradients,
         max_distance: float,
     ) -> None:
         self.path, self.rule, self.minibatches = path, rule, minibatches
@@ -77,7 +77,7 @@ class ReplicaState:
             updates: what does the work; by default `updates`.
         """
         table = self.minibatches.table(self.step, count)
-        engines.prioritize(self.gradients, lambda: (updates or self.updates)(table))
+        backends.prioritize(self.gradients, lambda: (updates or self.updates)(table))
         self.step += count
         self.summed += count
         # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
@@ -110,13 +110,13 @@ class ReplicaState:
 
     def first_record(self, starts: Tensor, evaluation: Evaluation) -> Record:
         """The record of the start, after the first cycle.  # starts [R]"""
-        full, fixed = evaluation(0, self.path.point(starts))
+        full, others = evaluation(0, self.path.point(starts))
         zeros, nobody = torch.zeros_like(starts), torch.full_like(self.diverged_at, -1)
-        return Record(0, starts, zeros, self.first_loss.cpu(), full, nobody, fixed)
+        return Record(0, starts, zeros, self.first_loss.cpu(), full, nobody, others)
 
     def record(self, evaluation: Evaluation) -> Record:
         """The record of this moment; sums over updates begin anew."""
-        full, fixed = evaluation(self.step, self.theta)
+        full, others = evaluation(self.step, self.theta)
         read = torch.stack([self.position, self.distance, self.losses / self.summed]).cpu()
         position, distance, losses = (self._spread(values) for values in read)
         self.losses.zero_()
@@ -128,7 +128,7 @@ class ReplicaState:
             losses,
             self._spread(full),
             self.diverged_at.clone(),
-            {name: self._spread(part) for name, part in fixed.items()},
+            {name: self._spread(part) for name, part in others.items()},
         )
 
     def _spread(self, values: Tensor) -> Tensor:

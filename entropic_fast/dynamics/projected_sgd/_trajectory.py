@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,24 +14,10 @@ from torch import Tensor
 from ..._utils import checks, plot_style
 from ..._utils import notebook as display
 from ..._utils.table import Table
+from ._records import Record, read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-class Record(NamedTuple):
-    """One record of a run under way: update number, and of each replica its position on the
-    path, distance from it before projection and mean minibatch loss since the last record
-    (NaN for a replica that diverged), then what else `Trajectory` holds.  # [R] each
-    """
-
-    step: int
-    position: Tensor
-    distance: Tensor
-    loss: Tensor
-    full_loss: Tensor
-    diverged_at: Tensor
-    fixed_losses: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +38,16 @@ class Trajectory:
         diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
             from there on.  # [R], int64
         optimizer, batch_size, project_every, seed: as given.
-        engine: "vmap", "threads" or "loop", how the gradients were computed; with
+        backend: "vmap", "threads" or "loop", how the gradients were computed; with
             "+graphs" if cycles ran as CUDA graphs.
-        notes: what a reader of the numbers should know (replicas lost, engine refused).
-        fixed_losses: mean loss over each fixed set at the projected point, by name; NaN where
-            it was not asked for.  # [R, T] each
+        notes: what a reader of the numbers should know (replicas lost, backend rejected).
+        dataset_losses: mean loss over other data at the projected point, by name; NaN where it
+            was not asked for.  # [R, T] each
 
-    >>> from entropic_fast import Objective, linear_path, relax
+    >>> from entropic_fast import Objective, ProjectedSGD, linear_path, relax
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
     >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
-    >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, project_every=1, steps=2)
+    >>> run = relax(obj, path, [0.5, 0.25], ProjectedSGD(0.25, 4, project_every=1, steps=2))
     >>> run.position.tolist(), run.effective_time.tolist()
     ([[0.5, 0.75, 0.875], [0.25, 0.625, 0.8125]], [0.0, 0.25, 0.5])
     >>> run.to_table().rows()[4]["lr"]
@@ -80,9 +66,9 @@ class Trajectory:
     batch_size: int
     project_every: int
     seed: int
-    engine: str
+    backend: str
     notes: tuple[str, ...] = ()
-    fixed_losses: dict[str, Tensor] = field(default_factory=dict)
+    dataset_losses: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_replicas(self) -> int:
@@ -128,11 +114,11 @@ class Trajectory:
             raise checks.invalid("replicas", "at least one index", checks.describe(rows))
         names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
         parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        parts["fixed_losses"] = {name: part[rows] for name, part in self.fixed_losses.items()}
+        parts["dataset_losses"] = {name: part[rows] for name, part in self.dataset_losses.items()}
         return replace(self, **parts)
 
     def to_table(self) -> Table:
-        """One row a replica and record, replica by replica; fixed sets in columns loss_<name>."""
+        """One row per replica and record; losses over other data are columns loss_<name>."""
         r, t = self.position.shape
         replica = torch.arange(r).repeat_interleave(t)
         columns = {
@@ -147,27 +133,53 @@ class Trajectory:
             "loss": self.loss.flatten(),
             "full_loss": self.full_loss.flatten(),
             "diverged_at": self.diverged_at[replica],
-            **{f"loss_{name}": part.flatten() for name, part in self.fixed_losses.items()},
+            **{f"loss_{name}": part.flatten() for name, part in self.dataset_losses.items()},
         }
         return Table({name: column.numpy() for name, column in columns.items()})
 
     @classmethod
-    def from_table(cls, table: Table, about: Mapping[str, Any]) -> Trajectory:
+    def from_records(
+        cls,
+        records: Sequence[Record],
+        lrs: Tensor,
+        ids: Sequence[int],
+        metadata: Mapping[str, Any],
+    ) -> Trajectory:
+        """The trajectory of these records, the first of them that of the start."""
+        columns: dict[str, Any] = {
+            name: torch.stack([getattr(r, name) for r in records], 1)
+            for name in ("position", "distance", "loss", "full_loss")
+        }
+        columns["dataset_losses"] = {
+            name: torch.stack([r.dataset_losses[name] for r in records], 1)
+            for name in records[0].dataset_losses
+        }
+        return cls(
+            **columns,
+            steps=torch.tensor([r.step for r in records]),
+            lr=lrs,
+            ids=torch.tensor(ids),
+            diverged_at=records[-1].diverged_at,
+            **{**metadata, "notes": tuple(metadata["notes"])},
+        )
+
+    @classmethod
+    def from_table(cls, table: Table, metadata: Mapping[str, Any]) -> Trajectory:
         """The trajectory whose `to_table` gave this, its rows in any order.
 
         Args:
-            about: the other attributes: optimizer, batch_size, project_every, seed, engine and
+            metadata: the other attributes: optimizer, batch_size, project_every, seed, backend and
                 maybe notes.
 
         Raises:
             ValueError: a table without one row for each replica and record.
 
-        >>> from entropic_fast import Objective, linear_path, relax
+        >>> from entropic_fast import Objective, ProjectedSGD, linear_path, relax
         >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
         >>> path = linear_path(torch.tensor([0.0]), torch.tensor([1.0]))
-        >>> run = relax(obj, path, [0.5, 0.25], lr=0.25, batch_size=4, steps=15)
-        >>> about = dict(optimizer="sgd", batch_size=4, project_every=15, seed=0, engine="loop")
-        >>> Trajectory.from_table(run.to_table(), about).position.equal(run.position)
+        >>> run = relax(obj, path, [0.5, 0.25], ProjectedSGD(0.25, 4))
+        >>> metadata = dict(optimizer="sgd", batch_size=4, project_every=15, seed=0, backend="loop")
+        >>> Trajectory.from_table(run.to_table(), metadata).position.equal(run.position)
         True
         """
         steps, replicas = (np.unique(table[name]) for name in ("step", "replica"))
@@ -185,9 +197,9 @@ class Trajectory:
             ordered = np.asarray(table[name])[order].reshape(len(replicas), len(steps))
             return torch.as_tensor(ordered)
 
-        fixed = [name for name in table.columns if name.startswith("loss_")]
-        names = ("optimizer", "batch_size", "project_every", "seed", "engine")
-        parts: dict[str, Any] = {name: about[name] for name in names}
+        datasets = [name for name in table.columns if name.startswith("loss_")]
+        names = ("optimizer", "batch_size", "project_every", "seed", "backend")
+        parts: dict[str, Any] = {name: metadata[name] for name in names}
         for name in ("position", "distance", "loss", "full_loss"):
             parts[name] = column(name).double()
         return cls(
@@ -196,20 +208,18 @@ class Trajectory:
             lr=column("lr")[:, 0].double(),
             ids=column("id")[:, 0],
             diverged_at=column("diverged_at")[:, -1],
-            notes=tuple(about.get("notes", ())),
-            fixed_losses={name.removeprefix("loss_"): column(name).double() for name in fixed},
+            notes=tuple(metadata.get("notes", ())),
+            dataset_losses={name.removeprefix("loss_"): column(name).double() for name in datasets},
         )
 
     @classmethod
     def load(cls, file: str | Path) -> Trajectory:
-        """What `relax(..., record_to=file)` has written, of a finished run or of one that was
+        """What `relax` has written to `Recording(to=file)`, of a finished run or of one that was
         killed: its whole records, up to the last.
 
         Raises:
             DamagedFileError: a file that is not a record of relax.
         """
-        from ._records import read
-
         return cls.from_table(*read(file))
 
     def _repr_html_(self) -> str:

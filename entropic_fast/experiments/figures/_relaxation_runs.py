@@ -15,8 +15,11 @@ from torch import Tensor
 from ..._utils.atomic_io import DamagedFileError
 from ..._utils.table import Table
 from ...dynamics import (
+    Checkpointing,
     CheckpointMismatchError,
     DivergenceError,
+    ProjectedSGD,
+    Recording,
     Trajectory,
     displacement,
     relax,
@@ -250,7 +253,7 @@ def trajectory_of(
         batch_size=batch_size,
         project_every=project_every,
         seed=0,
-        engine="",
+        backend="",
     )
 
 
@@ -329,25 +332,30 @@ def _relax(
     every = setup.project_every
     stored = run.task_folder(task) / "run.safetensors"
     # Processes that share replicas have no one state to write.
-    checkpoint = stored if setup.objective.communicator.size == 1 else None
+    checkpoint = None
+    if setup.objective.communicator.size == 1:
+        checkpoint = Checkpointing(stored, CHECKPOINT_CYCLES * every)
 
     def go() -> Trajectory:
         return relax(
             setup.objective,
             setup.path,
             [s for s, _ in settings],
-            optimizer,
-            lr=[lr for _, lr in settings],
-            batch_size=batch_size,
-            project_every=every,
-            steps=setup.steps,
-            seed=setup.seed,
+            ProjectedSGD(
+                [lr for _, lr in settings],
+                batch_size,
+                project_every=every,
+                steps=setup.steps,
+                optimizer=optimizer,
+            ),
             # The same noise at every setting: differences between settings are not the noise's.
-            ids=[i % setup.replicas for i in range(len(settings))],
-            record_every=max(1, setup.steps // (setup.records * every)) * every,
+            replicas=[i % setup.replicas for i in range(len(settings))],
+            seed=setup.seed,
+            recording=Recording(
+                every=max(1, setup.steps // (setup.records * every)) * every,
+                callback=lambda record: progress(record.step / setup.steps),
+            ),
             checkpoint=checkpoint,
-            checkpoint_every=CHECKPOINT_CYCLES * every,
-            on_record=lambda record: progress(record.step / setup.steps),
         )
 
     try:

@@ -12,14 +12,13 @@ from scipy import stats
 
 from ..._utils.convergence import held
 from ..._utils.table import Table
-from ...dynamics import measure_drift, noiseless_drift
+from ...dynamics import ProjectedSGD, measure_drift, noiseless_drift
 from ...dynamics.force._comparison import (
     comparison_table,
     drift_shares,
     fit_force,
     shuffled_curvature,
 )
-from ...dynamics.force._linear_response import ProjectedSGD
 from ...dynamics.force._point_force import point_force
 from ...dynamics.force._temperature import effective_temperature
 from ...dynamics.force._weight_norm_growth import radial_share

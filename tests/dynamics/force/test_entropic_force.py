@@ -14,9 +14,10 @@ where projection is rare and lr g small.
 
 import pytest
 import torch
+from relax_cases import relax_with
 from torch import nn
 
-from entropic_fast.dynamics import displacement, drift, relax
+from entropic_fast.dynamics import ProjectedSGD, displacement, drift, relax
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 
@@ -78,10 +79,7 @@ def test_drift_is_the_predicted_one(lr, batch_size, k):
         obj,
         path,
         0.3,
-        lr=lr,
-        batch_size=batch_size,
-        project_every=k,
-        steps=900,
+        ProjectedSGD(lr, batch_size, project_every=k, steps=900),
         replicas=16,
         seed=1,
     )
@@ -98,10 +96,11 @@ def test_drift_grows_with_temperature_and_reverses_with_the_slope():
     obj, path = valley()
     common = dict(batch_size=4, steps=600, seed=2)
     cold, hot = (
-        displacement(relax(obj, path, 0.3, lr=lr, replicas=12, **common)) for lr in (0.01, 0.03)
+        displacement(relax_with(obj, path, 0.3, lr=lr, replicas=12, **common))
+        for lr in (0.01, 0.03)
     )
     assert hot.low > cold.high > 0  # nine times farther in as many updates
-    other = displacement(relax(valley(-SLOPE)[0], path, 0.6, lr=0.03, replicas=12, **common))
+    other = displacement(relax_with(valley(-SLOPE)[0], path, 0.6, lr=0.03, replicas=12, **common))
     assert other.high < 0
 
 
@@ -109,15 +108,15 @@ def test_drift_grows_with_temperature_and_reverses_with_the_slope():
 def test_other_optimizers_drift_down_the_stiffness_too(optimizer):
     obj, path = valley()
     lr = 0.01 if optimizer == "nesterov" else 0.003
-    run = relax(obj, path, 0.3, optimizer, lr=lr, batch_size=4, steps=450, replicas=8)
+    run = relax(obj, path, 0.3, ProjectedSGD(lr, 4, steps=450, optimizer=optimizer), replicas=8)
     assert displacement(run).low > 0
 
 
 def test_without_noise_or_with_projection_at_every_update_nothing_moves():
     obj, path = valley()
-    full = relax(obj, path, 0.3, lr=0.04, batch_size=N, steps=45, replicas=3)
-    each = relax(obj, path, 0.3, lr=0.04, batch_size=4, project_every=1, steps=300, replicas=3)
-    flat = relax(valley(0.0)[0], path, 0.3, lr=0.04, batch_size=4, steps=300, replicas=3)
+    full = relax(obj, path, 0.3, ProjectedSGD(0.04, N, steps=45), replicas=3)
+    each = relax(obj, path, 0.3, ProjectedSGD(0.04, 4, project_every=1, steps=300), replicas=3)
+    flat = relax(valley(0.0)[0], path, 0.3, ProjectedSGD(0.04, 4, steps=300), replicas=3)
     for run in (full, each, flat):
         assert float((run.position - 0.3).abs().max()) < 1e-12
     assert float(each.distance[:, 1:].min()) > 1e-3  # there was noise across the path

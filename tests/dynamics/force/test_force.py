@@ -6,6 +6,7 @@ import torch
 from force_valleys import valley
 
 from entropic_fast.curvature import HessianOperator
+from entropic_fast.dynamics import ProjectedSGD
 from entropic_fast.dynamics.force._comparison import (
     compare_force,
     fit_force,
@@ -18,7 +19,6 @@ from entropic_fast.dynamics.force._drift import (
     tangent_gradients,
 )
 from entropic_fast.dynamics.force._gradient_noise import GradientNoise
-from entropic_fast.dynamics.force._linear_response import ProjectedSGD
 from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.dynamics.force._subsets import forms_by_parts, mean_of_parts
 from entropic_fast.dynamics.force._temperature import effective_temperature
@@ -177,12 +177,14 @@ def test_the_energetic_part_is_what_all_examples_give():
             obj,
             path,
             list(PLACES),
-            lr=settings.lr,
-            batch_size=obj.num_examples,
-            project_every=settings.project_every,
-            steps=settings.steps,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            ProjectedSGD(
+                settings.lr,
+                obj.num_examples,
+                project_every=settings.project_every,
+                steps=settings.steps,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            ),
         )
         theirs = (run.position[:, -1] - run.position[:, 0]) / settings.effective_time
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from entropic_fast.dynamics import ProjectedSGD
 from entropic_fast.dynamics.force._linear_response import (
     MinibatchCovariance,
-    ProjectedSGD,
     impulse_response,
     response,
 )

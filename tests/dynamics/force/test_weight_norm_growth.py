@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from entropic_fast.dynamics import ProjectedSGD
 from entropic_fast.dynamics.force._drift import measure_drift, noiseless_drift
-from entropic_fast.dynamics.force._linear_response import ProjectedSGD
 from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.dynamics.force._subsets import as_in_dynamics, first_examples
 from entropic_fast.dynamics.force._weight_norm_growth import (

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from relax_cases import conv_problem, mlp_problem
+from relax_cases import conv_problem, mlp_problem, relax_with
 from torch import nn
 
-from entropic_fast.dynamics import relax
+from entropic_fast.dynamics import Execution, ProjectedSGD, relax
 from entropic_fast.dynamics.projected_sgd import _cuda_graph as cycle_graph
-from entropic_fast.dynamics.projected_sgd import _gradient_backends as engines
+from entropic_fast.dynamics.projected_sgd import _gradient_backends as backends
 from entropic_fast.dynamics.projected_sgd._cuda_graph import GraphedCycles
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
@@ -30,9 +30,11 @@ def run_of(lrs, optimizer="nesterov"):
     return ReplicaState(
         path,
         starts,
-        Optimizer(optimizer, torch.tensor(lrs, dtype=torch.float64)),
+        Optimizer(
+            ProjectedSGD(lrs, 1, optimizer=optimizer), torch.tensor(lrs, dtype=torch.float64)
+        ),
         minibatches,
-        engines.loop_gradients(obj),
+        backends.loop_gradients(obj),
         math.inf,
     )
 
@@ -132,8 +134,15 @@ def test_replicas_that_diverge_one_by_one_are_not_followed_by_a_capture_each(mon
 
 def test_on_a_cpu_there_are_no_graphs_and_nothing_to_say():
     obj, path = conv_problem("none")
-    run = relax(obj, path, 0.5, lr=0.01, batch_size=4, steps=60, replicas=2, engine="vmap")
-    assert run.engine == "vmap" and run.notes == ()
+    run = relax(
+        obj,
+        path,
+        0.5,
+        ProjectedSGD(0.01, 4, steps=60),
+        replicas=2,
+        execution=Execution(backend="vmap"),
+    )
+    assert run.backend == "vmap" and run.notes == ()
 
 
 def cuda_problem(model):
@@ -149,17 +158,17 @@ def cuda_problem(model):
 @needs_cuda
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
-def test_cycles_as_graphs_are_the_cycles_without(engine, optimizer, full):
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_cycles_as_graphs_are_the_cycles_without(backend, optimizer, full):
     obj, path = cuda_problem(initialize(digits_cnn("batch", channels=(4, 4, 4)), 1))
     lr = 0.002 if optimizer == "adam" else 0.05
     common = dict(lr=[lr, lr / 2, lr], batch_size=40 if full else 7, project_every=4, steps=62)
-    common |= dict(engine=engine, loss_every=20, record_every=4)
+    common |= dict(backend=backend, loss_every=20, record_every=4)
     with_graphs, without = (
-        relax(obj, path, [0.2, 0.6, 0.6], optimizer, cuda_graphs=graphs, **common)
+        relax_with(obj, path, [0.2, 0.6, 0.6], optimizer=optimizer, cuda_graphs=graphs, **common)
         for graphs in (True, False)
     )
-    assert with_graphs.engine == f"{engine}+graphs" and without.engine == engine
+    assert with_graphs.backend == f"{backend}+graphs" and without.backend == backend
     for name in ("position", "distance", "loss", "full_loss"):
         torch.testing.assert_close(
             getattr(with_graphs, name),
@@ -176,7 +185,7 @@ def test_a_replica_that_diverges_under_a_graph_is_dropped():
     obj, path = cuda_problem(initialize(digits_cnn("batch", channels=(4, 4, 4)), 1))
     common = dict(batch_size=7, project_every=4, steps=60, max_distance=0.3)
     runs = [
-        relax(obj, path, 0.5, lr=[0.02, 0.6, 0.02], cuda_graphs=graphs, **common)
+        relax_with(obj, path, 0.5, lr=[0.02, 0.6, 0.02], cuda_graphs=graphs, **common)
         for graphs in (True, False)
     ]
     assert torch.equal(runs[0].diverged_at, runs[1].diverged_at)
@@ -201,7 +210,7 @@ class Reading(nn.Module):
 @needs_cuda
 def test_a_model_that_cannot_be_captured_runs_without_a_graph_and_says_so():
     obj, path = cuda_problem(initialize(nn.Sequential(Reading()), 1))
-    common = dict(lr=0.05, batch_size=7, project_every=4, steps=40, engine="loop")
-    runs = [relax(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
-    assert runs[0].engine == "loop" and "CUDA graphs were not used" in runs[0].notes[0]
+    common = dict(lr=0.05, batch_size=7, project_every=4, steps=40, backend="loop")
+    runs = [relax_with(obj, path, 0.5, cuda_graphs=graphs, **common) for graphs in (True, False)]
+    assert runs[0].backend == "loop" and "CUDA graphs were not used" in runs[0].notes[0]
     torch.testing.assert_close(runs[0].position, runs[1].position, rtol=1e-9, atol=1e-12)

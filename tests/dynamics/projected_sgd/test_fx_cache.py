@@ -113,5 +113,5 @@ def test_a_model_that_branches_on_values_goes_elsewhere():
     obj, theta, x, y = problem(40, Branching())
     name, _, note = choose("auto", obj, theta, x, y)
     assert name != "vmap" and "vmap was not used" in note
-    with pytest.raises(ValueError, match="engine"):
+    with pytest.raises(ValueError, match="backend"):
         choose("vmap", obj, theta, x, y)

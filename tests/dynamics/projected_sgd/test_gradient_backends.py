@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
-from relax_cases import conv_problem, mlp_problem, valley
+from relax_cases import conv_problem, mlp_problem, relax_with, valley
 from torch import nn
 
-from entropic_fast.dynamics import displacement, relax, relax_many
+from entropic_fast.dynamics import ProjectedSGD, Recording, displacement, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, close
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPool, ThreadPoolGradients
@@ -32,12 +32,12 @@ def test_threads_give_the_same_bits_whatever_their_number(name):
     obj = Objective(model, "cross_entropy", data)
     a = obj.parameters_vector()
     path = linear_path(a, a + 0.01 * torch.randn(len(a), generator=g))
-    common = dict(lr=0.01, batch_size=8, project_every=4, steps=8, engine="threads")
+    common = dict(lr=0.01, batch_size=8, project_every=4, steps=8, backend="threads")
     runs = []
     for count, ids in ((1, range(5)), (2, range(5)), (3, [2, 0, 4])):
         before = threads(count)
         try:
-            runs.append(relax(obj, path, 0.5, ids=list(ids), **common))
+            runs.append(relax_with(obj, path, 0.5, replicas=list(ids), **common))
             assert torch.get_num_threads() == count
         finally:
             torch.set_num_threads(before)
@@ -133,39 +133,49 @@ def test_the_entropic_force_vanishes_at_k_1():
     # Where k = 15 drifts down the stiffness; see test_entropic_force.
     obj, path = valley()
     common = dict(lr=0.03, batch_size=4, replicas=4, seed=2)
-    still = relax(obj, path, 0.3, project_every=1, steps=60, **common)
+    still = relax_with(obj, path, 0.3, project_every=1, steps=60, **common)
     assert float((still.position - 0.3).abs().max()) < 1e-12
-    moving = relax(obj, path, 0.3, project_every=15, steps=300, **common)
+    moving = relax_with(obj, path, 0.3, project_every=15, steps=300, **common)
     assert displacement(moving).low > 1e-4
 
 
 def test_a_full_batch_has_no_force_either():
     obj, path = valley()
-    still = relax(obj, path, 0.3, lr=0.03, batch_size=obj.num_examples, steps=30)
+    still = relax(obj, path, 0.3, ProjectedSGD(0.03, obj.num_examples, steps=30))
     assert float((still.position - 0.3).abs().max()) < 1e-12
 
 
 def test_groups_give_each_replica_what_it_would_have_alone():
     _, obj, path = mlp_problem()
+    sgd = ProjectedSGD(0.1, 4, steps=30)
     settings = [
-        dict(start=0.2, lr=0.1, batch_size=4),
-        dict(start=0.2, lr=0.05, batch_size=8, optimizer="nesterov"),
-        dict(start=0.6, lr=0.2, batch_size=4),
-        dict(start=0.6, lr=1e9, batch_size=6, optimizer="sgd", momentum=0.5),
-        dict(start=0.3, lr=0.01, batch_size=4, optimizer="adam", id=0),
+        sgd,
+        sgd.replace(lr=0.05, batch_size=8, optimizer="nesterov", momentum=None),
+        sgd.replace(lr=0.2),
+        sgd.replace(lr=1e9, batch_size=6, momentum=0.5),
+        sgd.replace(lr=0.01, optimizer="adam", steps=15),
     ]
-    runs = relax_many(obj, path, settings, steps=30, seed=4)
+    starts, ids = [0.2, 0.2, 0.6, 0.6, 0.3], [0, 1, 2, 3, 0]
+    runs = relax_many(obj, path, starts, settings, replicas=ids, seed=4)
     for i, (run, one) in enumerate(zip(runs, settings, strict=True)):
-        assert run.num_replicas == 1 and run.optimizer == one.get("optimizer", "sgd")
-        alone = {"ids": [one.get("id", i)], **{k: v for k, v in one.items() if k != "id"}}
+        assert run.num_replicas == 1 and run.optimizer == one.optimizer
         if i == 3:
             assert bool(run.diverged.all())
             continue
-        expected = relax(obj, path, **alone, steps=30, seed=4)
+        expected = relax(obj, path, starts[i], one, replicas=[ids[i]], seed=4)
         torch.testing.assert_close(run.position, expected.position, **CLOSE)
-    with pytest.raises(ValueError, match=r"settings\[0\]: .*speed unknown"):
-        relax_many(obj, path, [dict(start=0.2, lr=0.1, batch_size=4, speed=1)], steps=30)
-    with pytest.raises(ValueError, match=r"settings\[1\]: .*batch_size missing"):
-        relax_many(obj, path, [settings[0], dict(start=0.2, lr=0.1)], steps=30)
-    with pytest.raises(ValueError, match="checkpoint: expected to be left out"):
-        relax_many(obj, path, settings, steps=30, checkpoint="x")
+
+
+def test_groups_reject_what_they_cannot_run():
+    _, obj, path = mlp_problem()
+    sgd = ProjectedSGD(0.1, 4)
+    with pytest.raises(ValueError, match="settings: expected a list of ProjectedSGD"):
+        relax_many(obj, path, 0.2, [dict(lr=0.1, batch_size=4)])
+    with pytest.raises(ValueError, match="settings: expected a list of ProjectedSGD"):
+        relax_many(obj, path, 0.2, [])
+    with pytest.raises(ValueError, match="lr: expected one learning rate"):
+        relax_many(obj, path, 0.2, [sgd, sgd.replace(lr=[0.1, 0.2])])
+    with pytest.raises(ValueError, match=r"replicas: .* 3 for start, 2 for lr"):
+        relax_many(obj, path, [0.1, 0.2, 0.3], [sgd, sgd])
+    with pytest.raises(ValueError, match=r"recording\.to: expected None"):
+        relax_many(obj, path, 0.2, [sgd], recording=Recording(to="runs.csv"))

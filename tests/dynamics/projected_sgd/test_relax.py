@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from relax_cases import conv_problem, float64, images, mlp_problem
+from relax_cases import conv_problem, float64, images, mlp_problem, relax_with
 from torch import nn
 
-from entropic_fast.dynamics import DivergenceError, relax
+from entropic_fast.dynamics import DivergenceError, ProjectedSGD, Recording, relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.objective._objective import Objective
 from entropic_fast.ops.random_bits.streams import fold_in, permutation
@@ -70,12 +70,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap", "threads"])
+@pytest.mark.parametrize("backend", ["loop", "vmap", "threads"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
+def test_relax_is_torch_optim_and_projection_in_turn(name, backend):
     settings, make = OPTIMIZERS[name]
     model, obj, path = mlp_problem()
-    run = relax(
+    run = relax_with(
         obj,
         path,
         [0.3, 0.8],
@@ -84,11 +84,11 @@ def test_relax_is_torch_optim_and_projection_in_turn(name, engine):
         project_every=4,
         steps=30,
         seed=7,
-        engine=engine,
+        backend=backend,
         max_distance=math.inf,
         **settings,
     )
-    assert run.engine == engine
+    assert run.backend == backend
     for r, start in enumerate((0.3, 0.8)):
         s, d, losses = by_hand(model, obj, path, start, make, 5, 4, 30, 7, r)
         assert run.steps.tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 30]
@@ -109,34 +109,34 @@ def test_batch_norm_layers_use_the_statistics_of_the_minibatch():
     s, d, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.05), 8, 3, 12, 0, 0)
     batch = obj.with_norm("batch")
     for objective in (obj, batch):
-        run = relax(objective, path, 0.5, lr=0.05, batch_size=8, project_every=3, steps=12)
+        run = relax(objective, path, 0.5, ProjectedSGD(0.05, 8, project_every=3, steps=12))
         torch.testing.assert_close(run.position[0], float64(s), rtol=0, atol=1e-9)
         torch.testing.assert_close(run.distance[0], float64(d), rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "threads"])
+@pytest.mark.parametrize("backend", ["vmap", "threads"])
 @pytest.mark.parametrize("norm", ["none", "batch"])
-def test_a_replica_does_what_it_would_do_alone(norm, engine):
+def test_a_replica_does_what_it_would_do_alone(norm, backend):
     obj, path = conv_problem(norm)
     common = dict(batch_size=4, project_every=3, steps=9, seed=5, max_distance=math.inf)
-    together = relax(
+    together = relax_with(
         obj,
         path,
         [0.2, 0.2, 0.5, 0.7],
         lr=[0.05, 0.05, 0.02, 0.1],
-        ids=[0, 4, 2, 9],
-        engine=engine,
+        replicas=[0, 4, 2, 9],
+        backend=backend,
         **common,
     )
-    assert together.engine == engine and together.notes == ()
+    assert together.backend == backend and together.notes == ()
     for r, i in enumerate(together.ids.tolist()):
-        alone = relax(
+        alone = relax_with(
             obj,
             path,
             float(together.start[r]),
             lr=float(together.lr[r]),
-            ids=[i],
-            engine="loop",
+            replicas=[i],
+            backend="loop",
             **common,
         )
         torch.testing.assert_close(together.position[r], alone.position[0], rtol=0, atol=1e-5)
@@ -147,11 +147,11 @@ def test_a_replica_does_what_it_would_do_alone(norm, engine):
 def test_replicas_are_named_by_their_order_and_repeatable():
     _, obj, path = mlp_problem()
     common = dict(lr=0.1, batch_size=5, steps=30, seed=2)
-    three, five = (relax(obj, path, 0.4, replicas=n, **common) for n in (3, 5))
+    three, five = (relax_with(obj, path, 0.4, replicas=n, **common) for n in (3, 5))
     torch.testing.assert_close(three.position, five.position[:3], rtol=0, atol=1e-12)
-    again = relax(obj, path, 0.4, replicas=3, **common)
+    again = relax_with(obj, path, 0.4, replicas=3, **common)
     assert torch.equal(three.position, again.position)
-    other = relax(obj, path, 0.4, replicas=3, **{**common, "seed": 3})
+    other = relax_with(obj, path, 0.4, replicas=3, **{**common, "seed": 3})
     assert not torch.allclose(three.position[:, -1], other.position[:, -1])
 
 
@@ -193,35 +193,37 @@ def test_a_model_that_vmap_cannot_do_falls_back_to_threads_and_says_so():
     a = obj.parameters_vector()
     path = linear_path(a, a + 1)
     settings = dict(lr=0.1, batch_size=4, project_every=5, steps=10, replicas=4)
-    run = relax(obj, path, 0.5, **{**settings, "replicas": 3 * torch.get_num_threads() + 1})
-    assert run.engine == "threads" and "vmap was not used" in run.notes[0]
+    run = relax_with(obj, path, 0.5, **{**settings, "replicas": 3 * torch.get_num_threads() + 1})
+    assert run.backend == "threads" and "vmap was not used" in run.notes[0]
     s, _, _ = by_hand(model, obj, path, 0.5, lambda p: torch.optim.SGD(p, 0.1), 4, 5, 10, 0, 3)
     torch.testing.assert_close(run.position[3], float64(s), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"engine: expected a model that .*vmap can do"):
-        relax(obj, path, 0.5, engine="vmap", **settings)
+    with pytest.raises(ValueError, match=r"backend: expected a model that .*vmap can do"):
+        relax_with(obj, path, 0.5, backend="vmap", **settings)
 
 
 def test_a_replica_that_diverges_is_marked_and_the_others_go_on():
     obj, path = conv_problem("none")
     common = dict(batch_size=4, project_every=4, steps=16)
-    run = relax(obj, path, 0.5, lr=[0.01, 1e12, 0.01, 30.0], **common)
+    run = relax_with(obj, path, 0.5, lr=[0.01, 1e12, 0.01, 30.0], **common)
     assert run.diverged.tolist() == [False, True, False, True]
     assert 1 <= run.diverged_at[1] <= 4
     assert run.position[1, 0] == 0.5 and bool(run.position[1, 1:].isnan().all())
     assert len(run.notes) == 2 and "replica 1 (id 1, lr 1000000000000.0)" in run.notes[0]
-    kept = relax(obj, path, 0.5, lr=[0.01, 0.01], ids=[0, 2], **common)
+    kept = relax_with(obj, path, 0.5, lr=[0.01, 0.01], replicas=[0, 2], **common)
     torch.testing.assert_close(run.position[[0, 2]], kept.position, rtol=0, atol=1e-5)
     with pytest.raises(DivergenceError, match=r"all 2 replicas.*replica 0 \(id 0\).*lr 10+\.0"):
-        relax(obj, path, 0.5, lr=[1e12, 1e12], **common)
+        relax_with(obj, path, 0.5, lr=[1e12, 1e12], **common)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
 def test_those_that_go_on_keep_their_own_optimizer_state(optimizer):
     _, obj, path = mlp_problem()
     common = dict(batch_size=4, project_every=4, steps=24)
-    run = relax(obj, path, 0.5, optimizer, lr=[0.02, 1e9, 0.05, 0.03], **common)
+    run = relax_with(obj, path, 0.5, optimizer=optimizer, lr=[0.02, 1e9, 0.05, 0.03], **common)
     assert run.diverged.tolist() == [False, True, False, False]
-    alone = relax(obj, path, 0.5, optimizer, lr=[0.02, 0.05, 0.03], ids=[0, 2, 3], **common)
+    alone = relax_with(
+        obj, path, 0.5, optimizer=optimizer, lr=[0.02, 0.05, 0.03], replicas=[0, 2, 3], **common
+    )
     torch.testing.assert_close(run.position[[0, 2, 3]], alone.position, rtol=0, atol=1e-10)
     torch.testing.assert_close(run.distance[[0, 2, 3]], alone.distance, rtol=0, atol=1e-10)
 
@@ -229,9 +231,9 @@ def test_those_that_go_on_keep_their_own_optimizer_state(optimizer):
 def test_a_replica_too_far_from_the_path_has_diverged_unless_that_is_allowed():
     _, obj, path = mlp_problem()
     settings = dict(lr=[0.01, 20.0], batch_size=4, steps=30)
-    run = relax(obj, path, 0.5, max_distance=0.5, **settings)
+    run = relax_with(obj, path, 0.5, max_distance=0.5, **settings)
     assert run.diverged_at.tolist() == [-1, 15]
-    free = relax(obj, path, 0.5, max_distance=math.inf, **settings)
+    free = relax_with(obj, path, 0.5, max_distance=math.inf, **settings)
     assert not bool(free.diverged.any())
     assert float(free.distance[1, 1]) > 0.5 * path.length > float(free.distance[0].max())
 
@@ -243,13 +245,8 @@ def test_records_table_and_callback_agree():
         obj,
         path,
         [0.2, 0.9],
-        lr=[0.1, 0.2],
-        batch_size=6,
-        project_every=3,
-        steps=20,
-        record_every=6,
-        loss_every=12,
-        on_record=seen.append,
+        ProjectedSGD([0.1, 0.2], 6, project_every=3, steps=20),
+        recording=Recording(every=6, loss_every=12, callback=seen.append),
     )
     assert run.steps.tolist() == [0, 6, 12, 18, 20] == [r.step for r in seen]
     assert torch.equal(torch.stack([r.position for r in seen], 1), run.position)
@@ -290,12 +287,12 @@ def test_a_table_of_a_cycle_holds_the_batches_of_its_epochs(size):
     assert torch.equal(batches._batches(96, 5), alone._batches(96, 5))
 
 
-@pytest.mark.parametrize("engine", ["loop", "threads"])
-def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
+@pytest.mark.parametrize("backend", ["loop", "threads"])
+def test_a_full_batch_has_no_noise_of_seed_or_order(backend):
     _, obj, path = mlp_problem()
-    common = dict(lr=0.1, batch_size=obj.num_examples, steps=30, engine=engine)
-    run = relax(obj, path, 0.4, replicas=3, **common)
-    other = relax(obj, path, 0.4, seed=5, ids=[7], **common)
+    common = dict(lr=0.1, batch_size=obj.num_examples, steps=30, backend=backend)
+    run = relax_with(obj, path, 0.4, replicas=3, **common)
+    other = relax_with(obj, path, 0.4, seed=5, replicas=[7], **common)
     assert torch.equal(run.position, other.position.expand(3, -1))
     x, y = Minibatches(obj, obj.num_examples, 0, [0, 1])(3)
     assert torch.equal(x[1], obj.tensors()[0]) and torch.equal(y[0], obj.tensors()[1])
@@ -316,7 +313,7 @@ def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
         (dict(lr=[0.1, 0.2], replicas=3), "replicas: .* 2 for lr, 3 for replicas"),
         (dict(start=[]), "replicas: .*0 for start"),
         (dict(replicas=0), "replicas: expected an integer"),
-        (dict(ids=[-1]), "ids: expected an integer"),
+        (dict(replicas=[-1]), "replicas: expected an integer"),
         (dict(optimizer="lion"), "optimizer: expected one of 'sgd', 'nesterov', 'adam'"),
         (dict(optimizer="adam", momentum=0.9), "momentum: expected None"),
         (dict(optimizer="nesterov", momentum=0.0), "momentum: expected a number"),
@@ -327,10 +324,10 @@ def test_a_full_batch_has_no_noise_of_seed_or_order(engine):
         (dict(batch_size=0), "batch_size: expected an integer"),
         (dict(steps=0), "steps: expected an integer"),
         (dict(project_every=0), "project_every: expected an integer"),
-        (dict(record_every=20), "record_every: expected a multiple of project_every"),
-        (dict(loss_every=10), "loss_every: expected a multiple of record_every"),
+        (dict(record_every=20), r"recording\.every: expected a multiple of project_every"),
+        (dict(loss_every=10), r"recording\.loss_every: expected a multiple of every"),
         (dict(max_distance=0.0), "max_distance: expected a number above 0"),
-        (dict(engine="fast"), "engine: expected one of"),
+        (dict(backend="fast"), "backend: expected one of"),
         (dict(seed=-1), "seed: expected an integer"),
     ],
 )
@@ -338,19 +335,19 @@ def test_bad_arguments_are_refused_by_name(change, message):
     _, obj, path = mlp_problem()
     good = dict(start=0.5, lr=0.1, batch_size=4, steps=30)
     with pytest.raises(ValueError, match=message):
-        relax(obj, path, **{**good, **change})
+        relax_with(obj, path, **{**good, **change})
 
 
 def test_a_path_that_is_not_the_objectives_is_refused():
     _, obj, path = mlp_problem()
     good = dict(lr=0.1, batch_size=4, steps=30)
     with pytest.raises(ValueError, match="path: expected a path in the objective's 66 parameters"):
-        relax(obj, Path(torch.eye(3).double()), 0.5, **good)
+        relax_with(obj, Path(torch.eye(3).double()), 0.5, **good)
     with pytest.raises(ValueError, match=r"path: expected pivots of torch\.float64"):
-        relax(obj, path.to(torch.float32), 0.5, **good)
+        relax_with(obj, path.to(torch.float32), 0.5, **good)
     with pytest.raises(ValueError, match="path: expected a Path"):
-        relax(obj, path.pivots, 0.5, **good)
+        relax_with(obj, path.pivots, 0.5, **good)
     with pytest.raises(ValueError, match="pivots: expected at least 2 pivots"):
-        relax(obj, Path(path.pivots[:1]), 0.5, **good)
+        relax_with(obj, Path(path.pivots[:1]), 0.5, **good)
     with pytest.raises(ValueError, match="obj: expected an Objective"):
-        relax(nn.Linear(1, 1), path, 0.5, **good)
+        relax_with(nn.Linear(1, 1), path, 0.5, **good)

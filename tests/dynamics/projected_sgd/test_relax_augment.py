@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from relax_cases import conv_problem
+from relax_cases import conv_problem, relax_with
 
-from entropic_fast.dynamics import relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.ops.random_bits.streams import fold_in, philox
 from entropic_fast.training.data import CropAndFlip
@@ -40,7 +39,7 @@ def test_words_depend_on_seed_replica_epoch_and_example_alone():
 def test_a_trajectory_is_that_of_the_augmented_minibatches():
     obj, path = conv_problem("none")
     augment = CropAndFlip(pad=1)
-    run = relax(obj, path, 0.3, replicas=2, augment=augment, engine="loop", **COMMON)
+    run = relax_with(obj, path, 0.3, replicas=2, augment=augment, backend="loop", **COMMON)
     theta, minibatches = path.point(0.3), Minibatches(obj, 8, 4, [1], augment)
     for step in range(3):
         x, y = minibatches(step)
@@ -50,16 +49,16 @@ def test_a_trajectory_is_that_of_the_augmented_minibatches():
     position, _, distance = path.project(theta)
     assert run.position[1, 1].item() == pytest.approx(position, abs=1e-6)
     assert run.distance[1, 1].item() == pytest.approx(distance, rel=1e-4)
-    plain = relax(obj, path, 0.3, replicas=2, engine="loop", **COMMON)
+    plain = relax_with(obj, path, 0.3, replicas=2, backend="loop", **COMMON)
     assert not torch.equal(plain.position, run.position)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "threads"])
-def test_engines_see_the_same_images(engine):
+@pytest.mark.parametrize("backend", ["vmap", "threads"])
+def test_engines_see_the_same_images(backend):
     obj, path = conv_problem("none")
     loop, other = (
-        relax(obj, path, 0.3, replicas=3, augment=CropAndFlip(2), engine=e, **COMMON)
-        for e in ("loop", engine)
+        relax_with(obj, path, 0.3, replicas=3, augment=CropAndFlip(2), backend=e, **COMMON)
+        for e in ("loop", backend)
     )
     torch.testing.assert_close(other.position, loop.position, rtol=0, atol=1e-5)
 
@@ -67,5 +66,5 @@ def test_engines_see_the_same_images(engine):
 def test_a_full_batch_is_augmented_too():
     obj, path = conv_problem("none")
     settings = {**COMMON, "batch_size": obj.num_examples}
-    one, two = relax(obj, path, 0.3, replicas=2, augment=CropAndFlip(1), **settings).position
+    one, two = relax_with(obj, path, 0.3, replicas=2, augment=CropAndFlip(1), **settings).position
     assert not torch.equal(one, two)

@@ -10,9 +10,10 @@ from pathlib import Path as File
 
 import pytest
 import torch
+from relax_cases import relax_with
 
 from entropic_fast._utils.atomic_io import DamagedFileError
-from entropic_fast.dynamics import CheckpointMismatchError, Trajectory, relax
+from entropic_fast.dynamics import CheckpointMismatchError, Trajectory
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.data import CropAndFlip
@@ -35,7 +36,7 @@ def settings(**change):
     return {
         **dict(start=[0.2, 0.5, 0.7], lr=[0.05, 1e12, 0.02], batch_size=7, seed=3),
         **dict(project_every=3, record_every=6, loss_every=12, steps=59),
-        **dict(fixed_sets={"held_out": held_out}, fixed_every=6, checkpoint_every=9),
+        **dict(datasets={"held_out": held_out}, datasets_every=6, checkpoint_every=9),
         **change,
     }
 
@@ -45,10 +46,10 @@ def same(a, b):
         torch.testing.assert_close(
             getattr(a, name), getattr(b, name), rtol=0, atol=0, equal_nan=True
         )
-    assert a.fixed_losses.keys() == b.fixed_losses.keys()
-    for name, part in a.fixed_losses.items():
-        torch.testing.assert_close(part, b.fixed_losses[name], rtol=0, atol=0, equal_nan=True)
-    assert a.engine == b.engine
+    assert a.dataset_losses.keys() == b.dataset_losses.keys()
+    for name, part in a.dataset_losses.items():
+        torch.testing.assert_close(part, b.dataset_losses[name], rtol=0, atol=0, equal_nan=True)
+    assert a.backend == b.backend
 
 
 class Stopped(Exception):
@@ -64,26 +65,26 @@ def stop_at(step):
 
 
 @pytest.mark.parametrize("to_file", [False, True])
-@pytest.mark.parametrize("engine", ["vmap", "threads"])
+@pytest.mark.parametrize("backend", ["vmap", "threads"])
 @pytest.mark.parametrize(
     "optimizer", [("sgd", None), ("sgd", 0.7), ("nesterov", None), ("adam", None)]
 )
-def test_a_broken_run_goes_on_as_the_unbroken_one(tmp_path, optimizer, engine, to_file):
+def test_a_broken_run_goes_on_as_the_unbroken_one(tmp_path, optimizer, backend, to_file):
     obj, path = problem()
     name, momentum = optimizer
-    common = settings(optimizer=name, momentum=momentum, engine=engine)
+    common = settings(optimizer=name, momentum=momentum, backend=backend)
     if name == "adam":
         common["lr"] = [0.002, 1e300, 0.001]
-    whole = relax(obj, path, **common)
+    whole = relax_with(obj, path, **common)
     assert whole.diverged_at[1] > 0 and whole.diverged_at[0] == -1
     saved = dict(checkpoint=tmp_path / "run.safetensors")
     if to_file:
         saved["record_to"] = tmp_path / "records.csv"
     for step in (6, 12, 30, 54):  # before the first checkpoint too
         with pytest.raises(Stopped):
-            relax(obj, path, **common, **saved, on_record=stop_at(step))
+            relax_with(obj, path, **common, **saved, on_record=stop_at(step))
     seen = []
-    resumed = relax(obj, path, **common, **saved, on_record=seen.append)
+    resumed = relax_with(obj, path, **common, **saved, on_record=seen.append)
     assert seen[0].step == 48  # the first after the checkpoint of update 45
     same(Trajectory.load(saved["record_to"]) if to_file else resumed, whole)
     if to_file:
@@ -94,35 +95,35 @@ def test_a_broken_run_goes_on_as_the_unbroken_one(tmp_path, optimizer, engine, t
 def test_more_steps_may_be_asked_for_and_fewer_may_not(tmp_path):
     obj, path = problem()
     file = tmp_path / "run.safetensors"
-    relax(obj, path, **settings(checkpoint=file))
-    longer = relax(obj, path, **settings(steps=80, checkpoint=file))
-    same(longer, relax(obj, path, **settings(steps=80)))
+    relax_with(obj, path, **settings(checkpoint=file))
+    longer = relax_with(obj, path, **settings(steps=80, checkpoint=file))
+    same(longer, relax_with(obj, path, **settings(steps=80)))
     with pytest.raises(ValueError, match="steps: expected at least the checkpoint's"):
-        relax(obj, path, **settings(steps=20, checkpoint=file))
+        relax_with(obj, path, **settings(steps=20, checkpoint=file))
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
     obj, path = problem()
     file = tmp_path / "run.safetensors"
-    relax(obj, path, **settings(checkpoint=file))
-    for change in (dict(seed=4), dict(batch_size=6), dict(weight_decay=0.1), dict(engine="loop")):
+    relax_with(obj, path, **settings(checkpoint=file))
+    for change in (dict(seed=4), dict(batch_size=6), dict(weight_decay=0.1), dict(backend="loop")):
         with pytest.raises(CheckpointMismatchError, match=f"checkpoint: .*{next(iter(change))}"):
-            relax(obj, path, **settings(checkpoint=file, **change))
+            relax_with(obj, path, **settings(checkpoint=file, **change))
     with pytest.raises(CheckpointMismatchError, match=r"checkpoint: .*path"):
-        relax(obj, linear_path(path.pivots[0], path.pivots[1]), **settings(checkpoint=file))
+        relax_with(obj, linear_path(path.pivots[0], path.pivots[1]), **settings(checkpoint=file))
     with pytest.raises(CheckpointMismatchError, match=r"checkpoint: .*data"):
         x, y = obj.tensors()
-        relax(obj.with_data((x + 1, y)), path, **settings(checkpoint=file))
+        relax_with(obj.with_data((x + 1, y)), path, **settings(checkpoint=file))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DamagedFileError, match="expected a checkpoint of relax"):
-        relax(obj, path, **settings(checkpoint=file))
+        relax_with(obj, path, **settings(checkpoint=file))
 
 
 def test_a_torn_record_is_left_out_and_a_cut_file_is_refused(tmp_path):
     obj, path = problem()
     file, saved = tmp_path / "records.csv", tmp_path / "run.safetensors"
     with pytest.raises(Stopped):
-        relax(obj, path, **settings(record_to=file, checkpoint=saved), on_record=stop_at(48))
+        relax_with(obj, path, **settings(record_to=file, checkpoint=saved), on_record=stop_at(48))
     whole = Trajectory.load(file)
     assert whole.steps.tolist() == [0, 6, 12, 18, 24, 30, 36, 42, 48]
     data = file.read_bytes()
@@ -134,18 +135,18 @@ def test_a_torn_record_is_left_out_and_a_cut_file_is_refused(tmp_path):
         Trajectory.load(file)
     file.write_bytes(data[: len(data) // 3])
     with pytest.raises(DamagedFileError, match="bytes that were recorded"):
-        relax(obj, path, **settings(record_to=file, checkpoint=saved))
+        relax_with(obj, path, **settings(record_to=file, checkpoint=saved))
 
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {support!r}]
 import torch
 torch.set_num_threads(1)
-from test_relax_resume import problem, relax, settings
+from test_relax_resume import problem, relax_with, settings
 obj, path = problem()
 folder = sys.argv[1]
-relax(obj, path, **settings(
+relax_with(obj, path, **settings(
     steps=600, checkpoint_every=12, checkpoint=folder + "/run.safetensors",
     record_to=folder + "/records.csv", on_record=lambda r: print(r.step, flush=True)))
 print("done", flush=True)
@@ -157,7 +158,7 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole = relax(obj, path, **settings(steps=600))
+        whole = relax_with(obj, path, **settings(steps=600))
     finally:
         torch.set_num_threads(threads)
     command = [
@@ -193,14 +194,14 @@ def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(tmp_path):
 MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from entropic_fast import Objective, linear_path, relax
+from entropic_fast import *
 x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 obj = Objective(torch.nn.Linear(3, 1), "mse", (x, x[:, :1]))
 a = obj.parameters_vector()
 def go(steps):
-    relax(obj, linear_path(a, a + 1), 0.5, lr=0.01, batch_size=4, project_every=1, replicas=4,
-          steps=steps, engine="vmap", record_to=sys.argv[1], checkpoint=sys.argv[2],
-          checkpoint_every=500)
+    sgd = ProjectedSGD(0.01, 4, project_every=1, steps=steps)
+    relax(obj, linear_path(a, a + 1), 0.5, sgd, replicas=4, recording=Recording(to=sys.argv[1]),
+          checkpoint=Checkpointing(sys.argv[2], 500), execution=Execution(backend="vmap"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = go(400)
 print(go(8 * 400) - before)
@@ -223,9 +224,9 @@ def test_memory_does_not_grow_with_the_number_of_updates(tmp_path):
 def test_a_resumed_run_is_augmented_as_an_unbroken_one(tmp_path):
     obj, path = problem()
     change = dict(augment=CropAndFlip(1), checkpoint=tmp_path / "state")
-    unbroken = relax(obj, path, **settings(augment=CropAndFlip(1)))
+    unbroken = relax_with(obj, path, **settings(augment=CropAndFlip(1)))
     with pytest.raises(Stopped):
-        relax(obj, path, **settings(**change), on_record=stop_at(30))
+        relax_with(obj, path, **settings(**change), on_record=stop_at(30))
     with pytest.raises(CheckpointMismatchError, match="augment"):
-        relax(obj, path, **settings(**{**change, "augment": CropAndFlip(2)}))
-    same(relax(obj, path, **settings(**change)), unbroken)
+        relax_with(obj, path, **settings(**{**change, "augment": CropAndFlip(2)}))
+    same(relax_with(obj, path, **settings(**change)), unbroken)
