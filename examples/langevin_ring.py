@@ -14,7 +14,9 @@ import entropic_fast as ef
 def main(particles: int = 20_000, steps: int = 4_000, temperature: float = 0.25) -> float:
     ring = ef.RingPotential(stiffness=20.0, contrast=0.8)
     angle = 2 * math.pi * torch.rand(particles, generator=torch.Generator().manual_seed(0))
-    run = ef.simulate_langevin(ring, ring.on_ring(angle), temperature, dt=0.006, steps=steps)
+    run = ef.simulate_langevin(
+        ring, ring.on_ring(angle), ef.LangevinIntegrator(temperature, 0.006), steps
+    )
 
     bins = 12
     final = torch.atan2(run.final[:, 1], run.final[:, 0]).double()

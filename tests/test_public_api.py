@@ -182,7 +182,9 @@ def test_objects_hold_what_the_contract_names():
     run = ef.relax(obj, path, 0.5, ef.ProjectedSGD(0.1, 3, project_every=2, steps=4), replicas=2)
     assert run.position.shape == run.loss.shape == (2, 3)
     assert run.effective_time.shape == (3,)
-    moved = ef.simulate_langevin(ef.RingPotential(), torch.ones(3, 2), 0.1, 0.01, 2)
+    moved = ef.simulate_langevin(
+        ef.RingPotential(), torch.ones(3, 2), ef.LangevinIntegrator(0.1, 0.01), 2
+    )
     assert moved.final.shape == (3, 2)
 
 

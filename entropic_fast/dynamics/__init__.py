@@ -22,8 +22,15 @@ from .force._drift import Drift, measure_drift, noiseless_drift
 from .force._point_force import PointForce, point_force
 from .force._temperature import Temperature, effective_temperature
 from .force._weight_norm_growth import RadialShare, radial_share, scale_invariant_rows
-from .langevin._potentials import ChannelPotential, RidgePotential, RingPotential
-from .langevin._simulate import LangevinResult, simulate_langevin
+from .langevin import (
+    ChannelPotential,
+    LangevinIntegrator,
+    LangevinRecording,
+    LangevinResult,
+    RidgePotential,
+    RingPotential,
+    simulate_langevin,
+)
 from .projected_sgd import (
     OPTIMIZERS,
     Checkpointing,
@@ -77,6 +84,8 @@ __all__ = [
     "mean_interval",
     "median_interval",
     "simulate_langevin",
+    "LangevinIntegrator",
+    "LangevinRecording",
     "LangevinResult",
     "RingPotential",
     "RidgePotential",

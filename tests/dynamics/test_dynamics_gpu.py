@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from entropic_fast.dynamics import Execution, ProjectedSGD, RingPotential, relax, simulate_langevin
+from entropic_fast.dynamics import (
+    Execution,
+    LangevinIntegrator,
+    ProjectedSGD,
+    RingPotential,
+    relax,
+    simulate_langevin,
+)
 from entropic_fast.objective._objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import digits_cnn, initialize
@@ -53,5 +60,8 @@ def test_relax_on_a_gpu_is_relax_on_the_cpu(optimizer, backend):
 def test_langevin_on_a_gpu_has_the_noise_of_the_cpu():
     ring = RingPotential(modes=2)
     start = ring.on_ring(torch.linspace(0, 6, 1001, dtype=torch.float64))
-    cpu, cuda = (simulate_langevin(ring, start.to(d), 0.1, 0.01, 50) for d in ("cpu", "cuda"))
+    cpu, cuda = (
+        simulate_langevin(ring, start.to(d), LangevinIntegrator(0.1, 0.01), 50)
+        for d in ("cpu", "cuda")
+    )
     torch.testing.assert_close(cuda.final.cpu(), cpu.final, rtol=1e-9, atol=1e-9)

@@ -253,10 +253,14 @@ def test_langevin_paths_are_the_cpus(potential):
     start = torch.tensor([[1.0, 0.1]], dtype=torch.float64).expand(5, 2)
     found, expected = (
         ef.simulate_langevin(
-            potential, start.to(device), temperature=0.3, dt=0.001, steps=20, record_every=5
+            potential,
+            start.to(device),
+            ef.LangevinIntegrator(0.3, 0.001),
+            20,
+            recording=ef.LangevinRecording(every=5),
         )
         for device in ("emulated", "cpu")
-    )  # fmt: skip
+    )
     assert found.positions.device.type == "emulated"
     close(found.positions.cpu(), expected.positions, 1e-9)
 

@@ -230,7 +230,7 @@ def check_langevin(device: str) -> None:
     ring = ef.RingPotential(modes=2)
     angles = torch.linspace(0, 6, 101, dtype=torch.float64)
     here, there = (
-        ef.simulate_langevin(ring, ring.on_ring(angles.to(d)), 0.1, 0.01, 20)
+        ef.simulate_langevin(ring, ring.on_ring(angles.to(d)), ef.LangevinIntegrator(0.1, 0.01), 20)
         for d in ("cpu", device)
     )
     assert_near(there.final, here.final, 1e-9)

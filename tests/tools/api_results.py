@@ -32,11 +32,11 @@ from entropic_fast import dynamics, paths
 from entropic_fast.curvature import autograd_only, profile_point, tracked_eigenpairs
 from entropic_fast.ops.random_bits import streams
 from entropic_fast.training import data, minima, models
+from entropic_fast.training._train import TrainConfig, evaluate, train
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
+from langevin_cases import simulate_with
 from relax_cases import relax_with
-
-from entropic_fast.training._train import TrainConfig, evaluate, train
 
 Lines = Iterator[tuple[str, object]]
 SUBJECTS = (
@@ -299,12 +299,16 @@ def langevin_results() -> Lines:
         settings = dict(dt=0.01, steps=40, record_every=20, seed=3, scheme=scheme)
         starts = [(start, backend) for backend in BACKENDS] + [(start.float(), None)]
         for well, name in zip(wells, ("ring", "ridge", "channel"), strict=True):
-            runs = [ef.simulate_langevin(well, x, 0.2, **settings, backend=b) for x, b in starts]
+            runs = [
+                simulate_with(well, x, temperature=0.2, **settings, backend=b) for x, b in starts
+            ]
             yield f"langevin {name}, {scheme}", [(run.positions, run.velocities) for run in runs]
     y = torch.linspace(0, 1, 5, dtype=torch.float64)
     densities = [(well.analytic_density(0.2, y), well.stiffness(y)) for well in wells]
     yield "langevin densities", densities
-    run = ef.simulate_langevin(lambda x: x.square().sum(1), draws(9, 3), 0.2, 0.01, 20)
+    run = ef.simulate_langevin(
+        lambda x: x.square().sum(1), draws(9, 3), ef.LangevinIntegrator(0.2, 0.01), 20
+    )
     yield "langevin, potential given as a function", run.positions
 
 

@@ -21,53 +21,9 @@ from ._potentials import kernel_form
 CALL = 2**28
 
 
-@dataclass(frozen=True, eq=False)
-class LangevinResult:
-    """Independent particles at the recorded times.
-
-    Attributes:
-        times: n dt at the records, the first 0.  # [T]
-        positions: with `observe`, at the end only.  # [T, N, D], or [1, N, D]
-        temperature, dt, scheme, seed, friction: as given.
-        backend: what ran: "cpp", "triton" or "reference".
-        velocities: of an underdamped scheme, where positions are; otherwise None.
-        observed: what `observe` returned at the records, stacked; None without.  # [T, ...]
-    """
-
-    times: Tensor
-    positions: Tensor
-    temperature: float
-    dt: float
-    scheme: str
-    seed: int
-    friction: float = 1.0
-    backend: str = "reference"
-    velocities: Tensor | None = None
-    observed: Tensor | None = None
-
-    @property
-    def final(self) -> Tensor:
-        """Positions at the end.  # [N, D]"""
-        return self.positions[-1]
-
-
-def simulate_langevin(
-    potential: Callable[[Tensor], Tensor],
-    start: Tensor,  # [N, D]
-    temperature: float,
-    dt: float,
-    steps: int,
-    *,
-    seed: int = 0,
-    record_every: int | None = None,
-    scheme: str = "leimkuhler-matthews",
-    friction: float = 1.0,
-    start_velocities: Tensor | None = None,  # [N, D]
-    observe: Callable[..., Tensor] | None = None,
-    first_particle: int = 0,
-    backend: str | None = None,
-) -> LangevinResult:
-    """Particles, independent of each other, in a potential V at temperature T.
+@dataclass(frozen=True)
+class LangevinIntegrator:
+    """Langevin dynamics at temperature T, and the scheme that discretizes it.
 
     Overdamped: dx = -grad V dt / friction + sqrt(2 T / friction) dW. With h = dt / friction and
     xi_n standard normal:
@@ -75,126 +31,212 @@ def simulate_langevin(
     - "euler-maruyama": x' = x - grad V h + sqrt(2 T h) xi_n. Stationary averages are off by
       O(dt); a harmonic well of stiffness k gets variance T / k / (1 - k h / 2). Paths converge
       with order 1.
-    - "leimkuhler-matthews": x' = x - grad V h + sqrt(2 T h) (xi_n + xi_{n+1}) / 2 (the
-      high-friction limit of BAOAB; Leimkuhler and Matthews, Appl. Math. Res. Express 2013).
-      One force a step too, stationary averages off by O(dt^2), exact for a harmonic well.
+    - "leimkuhler-matthews": x' = x - grad V h + sqrt(2 T h) (xi_n + xi_{n+1}) / 2, the
+      high-friction limit of BAOAB (Leimkuhler and Matthews, Appl. Math. Res. Express 2013).
+      Stationary averages are off by O(dt^2), and exact for a harmonic well.
 
     Underdamped, unit masses: dx = v dt, dv = -grad V dt - friction v dt + sqrt(2 T friction) dW:
 
     - "baoab": half a kick, half a drift, friction and noise exactly, half a drift, half a kick
-      (Leimkuhler and Matthews 2013). One force a step, averages off by O(dt^2); a harmonic well
-      gets the exact variance T / k of x, and T (1 - k dt^2 / 4) of v.
+      (Leimkuhler and Matthews 2013). Averages are off by O(dt^2); a harmonic well gets the exact
+      variance T / k of x, and T (1 - k dt^2 / 4) of v.
 
-    The noise of particle i at step n is a function of (seed, i, n), on any device; more particles
-    change nobody's noise. `RingPotential`, `RidgePotential` and `ChannelPotential` run in fused
-    kernels, in which particles stay in registers between records; other potentials in PyTorch.
-    Memory: the records, and a few copies of the particles; it does not grow with `steps`.
+    Each evaluates one force per step.
+
+    Args:
+        temperature: T >= 0 in the units of V; 0 is gradient descent (or friction) without noise.
+        dt: time step. Overdamped, stiffness x dt / friction must stay below 2 for stability;
+            underdamped, stiffness x dt^2 below 4.
+        scheme: one of the above.
+        friction: above 0.
+
+    >>> LangevinIntegrator(0.1, 0.01).scheme
+    'leimkuhler-matthews'
+    """
+
+    temperature: float
+    dt: float
+    scheme: str = "leimkuhler-matthews"
+    friction: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.at_least("temperature", self.temperature, 0.0)
+        checks.positive("dt", self.dt)
+        checks.one_of("scheme", self.scheme, SCHEMES)
+        checks.positive("friction", self.friction)
+
+    @property
+    def underdamped(self) -> bool:
+        """Whether particles have velocities."""
+        return self.scheme in UNDERDAMPED
+
+
+@dataclass(frozen=True)
+class LangevinRecording:
+    """What is recorded of the particles.
+
+    Args:
+        every: steps between records; None for the start and the end only.
+        observe: what to keep at each record instead of all positions: a function of positions
+            [N, D] (and of velocities [N, D], if underdamped) to a tensor of one shape.
+    """
+
+    every: int | None = None
+    observe: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            checks.integer("recording.every", self.every, 1)
+        checks.functions(observe=self.observe)
+
+
+@dataclass(frozen=True, eq=False)
+class LangevinResult:
+    """Independent particles at the recorded times.
+
+    Attributes:
+        times: n dt at the records, the first 0, of shape [T].
+        positions: of shape [T, N, D]; with `observe` at the end only, [1, N, D].
+        integrator, seed: as given.
+        backend: what ran: "cpp", "triton" or "reference".
+        velocities: of an underdamped scheme, where positions are; otherwise None.
+        observed: what `observe` returned at the records, stacked; otherwise None.
+    """
+
+    times: Tensor
+    positions: Tensor
+    integrator: LangevinIntegrator
+    seed: int
+    backend: str = "reference"
+    velocities: Tensor | None = None
+    observed: Tensor | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """Positions at the end, of shape [N, D]."""
+        return self.positions[-1]
+
+
+def simulate_langevin(
+    potential: Callable[[Tensor], Tensor],
+    start: Tensor | tuple[Tensor, Tensor],
+    integrator: LangevinIntegrator,
+    steps: int,
+    *,
+    seed: int = 0,
+    recording: LangevinRecording = LangevinRecording(),
+    first_particle: int = 0,
+    backend: str | None = None,
+) -> LangevinResult:
+    """Simulate independent particles in a potential V.
+
+    The noise of particle i at step n is a function of (seed, i, n), on any device, so more
+    particles do not change the others. `RingPotential`, `RidgePotential` and `ChannelPotential`
+    run in fused kernels, in which particles stay in registers between records; other potentials
+    run in PyTorch. Memory holds the records and a few copies of the particles; it does not grow
+    with `steps`.
 
     Args:
         potential: V, from positions [N, D] to energies [N]; differentiable by autograd, or with
             a method `force` (positions [N, D] to -grad V [N, D]), which is then used.
-        start: positions, float32 or float64.  # [N, D]
-        temperature: T >= 0 in the units of V; 0 is gradient descent (or friction) without noise.
-        dt: time step. Overdamped, stiffness x dt / friction must stay below 2 for stability;
-            underdamped, stiffness x dt^2 below 4.
+        start: positions of shape [N, D], float32 or float64; for an underdamped scheme also
+            (positions, velocities). Otherwise velocities are drawn from Maxwell's distribution.
+        integrator: temperature, time step and scheme.
         steps: number of steps.
         seed: of the noise.
-        record_every: steps between records; None for the start and the end only.
-        scheme: one of the above.
-        friction: above 0.
-        start_velocities: of an underdamped scheme; None for Maxwell's, at T.  # [N, D]
-        observe: what to keep at each record instead of all positions: a function of positions
-            [N, D] (and of velocities [N, D], for an underdamped scheme) to a tensor of one shape.
+        recording: what is recorded.
         first_particle: the number of start's first particle: particles i to i + N of a larger run
             move as they do there.
         backend: "reference", "cpp" or "triton" for this run; None for the one in force.
 
     Raises:
         ValueError: arguments that do not fit, or a particle that became NaN or infinite (the
-            message names it; a smaller dt is the cure).
+            message names it; lower dt).
         BackendError: a backend asked for by name that cannot run this.
 
-    >>> from entropic_fast.dynamics import RingPotential
-    >>> run = simulate_langevin(RingPotential(), torch.ones(5, 2), 0.1, 0.01, 20, record_every=10)
+    >>> from entropic_fast import RingPotential
+    >>> integrator, every_10 = LangevinIntegrator(0.1, 0.01), LangevinRecording(every=10)
+    >>> start = torch.ones(5, 2)
+    >>> run = simulate_langevin(RingPotential(), start, integrator, 20, recording=every_10)
     >>> tuple(run.positions.shape), run.times.tolist()
     ((3, 5, 2), [0.0, 0.1, 0.2])
     """
-    _check_start(potential, start)
-    checks.functions(observe=observe)
-    checks.at_least("temperature", temperature, 0.0)
-    checks.positive("dt", dt)
+    positions, velocities = start if isinstance(start, tuple) else (start, None)
+    _check_start(potential, positions)
+    checks.instance("integrator", integrator, LangevinIntegrator)
+    checks.instance("recording", recording, LangevinRecording)
     checks.integer("steps", steps, 1)
     checks.integer("seed", seed)
-    checks.one_of("scheme", scheme, SCHEMES)
-    checks.positive("friction", friction)
     checks.integer("first_particle", first_particle)
-    every = steps if record_every is None else checks.integer("record_every", record_every, 1)
-
-    x = start.detach().clone(memory_format=torch.contiguous_format)
-    v = _velocities(start_velocities, x, scheme, temperature, seed, first_particle)
-    advance, name = _integrator(
-        potential, x, v, scheme, temperature, dt, friction, seed, first_particle, backend
-    )
-
-    times, records, fast, observed = [0.0], [], [], []
-
-    def record() -> None:
-        if observe is not None:
-            seen = observe(x.clone()) if v is None else observe(x.clone(), v.clone())
-            if not isinstance(seen, Tensor):
-                raise checks.invalid("observe", "a function to a tensor", checks.describe(seen))
-            observed.append(seen.detach().clone())
-        else:
-            records.append(x.clone())
-            if v is not None:
-                fast.append(v.clone())
-
-    record()
-    step, most = 0, max(1, CALL // len(x))
+    x = positions.detach().clone(memory_format=torch.contiguous_format)
+    v = _velocities(velocities, x, integrator, seed, first_particle)
+    advance, name = _stepper(potential, x, v, integrator, seed, first_particle, backend)
+    every = steps if recording.every is None else recording.every
+    records = _Records(x, v, recording.observe)
+    records.append()
+    times, step, most = [0.0], 0, max(1, CALL // len(x))
     while step < steps:
         until = min(steps, step - step % every + every)
         while step < until:
             more = min(most, until - step)
             advance(step, more)
             step += more
-            _check_finite(x, v, dt, step, first_particle)
-        times.append(step * dt)
-        record()
+            _check_finite(x, v, integrator.dt, step, first_particle)
+        times.append(step * integrator.dt)
+        records.append()
+    observed = recording.observe is not None
     return LangevinResult(
-        torch.tensor(times, dtype=torch.float64),
-        torch.stack(records) if observe is None else x[None],
-        float(temperature),
-        float(dt),
-        scheme,
-        seed,
-        float(friction),
-        name,
-        None if v is None else torch.stack(fast) if observe is None else v[None],
-        torch.stack(observed) if observed else None,
+        times=torch.tensor(times, dtype=torch.float64),
+        positions=x[None] if observed else torch.stack(records.positions),
+        integrator=integrator,
+        seed=seed,
+        backend=name,
+        velocities=None if v is None else v[None] if observed else torch.stack(records.velocities),
+        observed=torch.stack(records.observed) if observed else None,
     )
 
 
-def _integrator(
+class _Records:
+    """Particles at the recorded times, or what `observe` returned of them."""
+
+    def __init__(self, x: Tensor, v: Tensor | None, observe: Callable[..., Tensor] | None) -> None:
+        self._x, self._v, self._observe = x, v, observe
+        self.positions: list[Tensor] = []
+        self.velocities: list[Tensor] = []
+        self.observed: list[Tensor] = []
+
+    def append(self) -> None:
+        x, v = self._x, self._v
+        if self._observe is None:
+            self.positions.append(x.clone())
+            if v is not None:
+                self.velocities.append(v.clone())
+            return
+        value = self._observe(x.clone()) if v is None else self._observe(x.clone(), v.clone())
+        if not isinstance(value, Tensor):
+            raise checks.invalid("observe", "a function to a tensor", checks.describe(value))
+        self.observed.append(value.detach().clone())
+
+
+def _stepper(
     potential: Callable[[Tensor], Tensor],
-    x: Tensor,  # [N, D], updated in place
-    v: Tensor | None,  # [N, D], updated in place
-    scheme: str,
-    temperature: float,
-    dt: float,
-    friction: float,
+    x: Tensor,
+    v: Tensor | None,
+    integrator: LangevinIntegrator,
     seed: int,
     first_particle: int,
     backend: str | None,
 ) -> tuple[Callable[[int, int], None], str]:
-    """A function of (steps taken, steps to take), and the name of what runs it."""
+    """A function of (steps taken, steps to take) that moves x and v, and what runs it."""
     key = fold_in(seed, "langevin")
     form = kernel_form(potential)
     if form is not None:
 
         def fused(step: int, more: int) -> None:
             kernels.advance(
-                x, v, potential=form[0], parameters=form[1], scheme=scheme, dt=dt, steps=more,
-                temperature=temperature, friction=friction, first_step=step,
+                x, v, potential=form[0], parameters=form[1], scheme=integrator.scheme,
+                dt=integrator.dt, steps=more, temperature=integrator.temperature,
+                friction=integrator.friction, first_step=step,
                 first_particle=first_particle, seed=key, backend=backend,
             )  # fmt: skip
 
@@ -206,39 +248,41 @@ def _integrator(
             f"{type(potential).__name__}. Use 'reference' or None."
         )
     force = _force_of(potential, x)
-    coefficients = Coefficients.of(scheme, temperature, dt, friction)
+    coefficients = Coefficients.of(
+        integrator.scheme, integrator.temperature, integrator.dt, integrator.friction
+    )
     noise = noise_like(x, key, first_particle)
     velocities = x.new_empty(0) if v is None else v
 
     def plain(step: int, more: int) -> None:
-        integrate(x, velocities, force, scheme, coefficients, more, step, noise)
+        integrate(x, velocities, force, integrator.scheme, coefficients, more, step, noise)
 
     return plain, "reference"
 
 
 def _velocities(
-    given: Tensor | None,  # [N, D]
-    x: Tensor,  # [N, D]
-    scheme: str,
-    temperature: float,
+    start: Tensor | None,
+    x: Tensor,
+    integrator: LangevinIntegrator,
     seed: int,
     first_particle: int,
-) -> Tensor | None:  # [N, D]
-    if scheme not in UNDERDAMPED:
-        if given is not None:
-            raise checks.invalid("start_velocities", f"None for {scheme}", checks.describe(given))
+) -> Tensor | None:
+    if not integrator.underdamped:
+        if start is not None:
+            raise checks.invalid(
+                "start", f"positions alone for {integrator.scheme}", "velocities too"
+            )
         return None
-    if given is None:
-        key, start = fold_in(seed, "langevin", "velocities"), first_particle * x.shape[1]
-        draw = normal(tuple(x.shape), key, start=start, dtype=x.dtype, device=x.device)
-        return draw * math.sqrt(temperature)
-    if not isinstance(given, Tensor) or given.shape != x.shape:
+    if start is None:
+        key, first = fold_in(seed, "langevin", "velocities"), first_particle * x.shape[1]
+        draw = normal(tuple(x.shape), key, start=first, dtype=x.dtype, device=x.device)
+        return draw * math.sqrt(integrator.temperature)
+    if not isinstance(start, Tensor) or start.shape != x.shape:
         raise checks.invalid(
-            "start_velocities", f"velocities of shape {list(x.shape)}", checks.describe(given)
+            "start", f"velocities of shape {list(x.shape)}", checks.describe(start)
         )
-    checks.finite("start_velocities", given)
-    own = given.detach().to(x)
-    return own.clone(memory_format=torch.contiguous_format)
+    checks.finite("start velocities", start)
+    return start.detach().to(x).clone(memory_format=torch.contiguous_format)
 
 
 def _check_start(potential: Callable[[Tensor], Tensor], start: Tensor) -> None:

@@ -13,7 +13,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..._utils.table import Table
-from ...dynamics import RidgePotential, RingPotential, simulate_langevin
+from ...dynamics import (
+    LangevinIntegrator,
+    LangevinRecording,
+    RidgePotential,
+    RingPotential,
+    simulate_langevin,
+)
 from ...ops.random_bits.streams import fold_in, uniform
 from .._executor import Progress, Task
 from .._run_folder import RunFolder
@@ -45,7 +51,8 @@ def ring(run: RunFolder, progress: Progress, temperature: float) -> dict[str, An
     # Started off the ring, so that at T = 0 too there is something to relax; not by much, as the
     # way back turns a particle in the second order, which a million of them show.
     start = RING.on_ring(2 * math.pi * draw[:, 0], 0.9 + 0.2 * draw[:, 1])
-    final = simulate_langevin(RING, start, temperature, section.dt, section.steps, seed=seed).final
+    integrator = LangevinIntegrator(temperature, section.dt)
+    final = simulate_langevin(RING, start, integrator, section.steps, seed=seed).final
     progress(1.0)
     angle = torch.atan2(final[:, 1], final[:, 0]).numpy()
     edges = np.linspace(-math.pi, math.pi, BINS + 1)
@@ -77,26 +84,36 @@ def ridge(run: RunFolder, progress: Progress) -> dict[str, Any]:
     seed = fold_in(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
     start[:, 1] = RIDGE_START
-    settings: dict[str, Any] = {
-        "temperature": section.ridge_temperature,
-        "dt": section.dt,
-        "steps": section.steps,
-        "seed": seed,
-        "record_every": max(1, section.steps // 100),
-    }
+    integrator = LangevinIntegrator(section.ridge_temperature, section.dt)
+    every = max(1, section.steps // 100)
 
     def moments(positions: Tensor) -> Tensor:
         y = positions[:, 1]
         return torch.stack((y.mean(), y.std() / math.sqrt(len(y))))
 
     # All positions of a million particles at all records would be gigabytes.
-    result = simulate_langevin(RIDGE, start, observe=moments, **settings)
+    result = simulate_langevin(
+        RIDGE,
+        start,
+        integrator,
+        section.steps,
+        seed=seed,
+        recording=LangevinRecording(every, moments),
+    )
     progress(1.0)
     assert result.observed is not None
     times, (means, errors) = result.times.tolist(), result.observed.T
     # A typical particle to show: the one that ends nearest to the mean, run again alone.
     typical = int((result.final[:, 1] - means[-1]).abs().argmin())
-    track = simulate_langevin(RIDGE, start[:1], first_particle=typical, **settings)
+    track = simulate_langevin(
+        RIDGE,
+        start[:1],
+        integrator,
+        section.steps,
+        seed=seed,
+        recording=LangevinRecording(every),
+        first_particle=typical,
+    )
     x, slow = track.positions[:, 0].T.tolist()
     mean = Table(
         {

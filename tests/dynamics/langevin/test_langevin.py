@@ -5,10 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from langevin_cases import simulate_with
 from scipy import integrate, stats
 
 from entropic_fast.dynamics import (
     ChannelPotential,
+    LangevinIntegrator,
+    LangevinRecording,
     RidgePotential,
     RingPotential,
     simulate_langevin,
@@ -129,7 +132,7 @@ def test_at_temperature_zero_a_uniform_ring_stays_uniform():
     ring = RingPotential(10.0, 0.9)
     even = (torch.arange(n, dtype=torch.float64) + 0.5) * (2 * math.pi / n)
     radius = 1 + 0.05 * torch.sin(17 * even)
-    run = simulate_langevin(ring, ring.on_ring(even, radius), 0.0, 0.01, 3000)
+    run = simulate_langevin(ring, ring.on_ring(even, radius), LangevinIntegrator(0.0, 0.01), 3000)
     radii = run.final.norm(dim=1)
     torch.testing.assert_close(radii, torch.ones_like(radii), rtol=0, atol=1e-9)
     # The flow along the ring is of second order in the distance from it.
@@ -150,7 +153,7 @@ def test_at_positive_temperature_the_ring_has_the_analytic_density():
     ring, temperature = RingPotential(10.0, 0.9), 0.2
     g = torch.Generator().manual_seed(0)
     start = ring.on_ring(2 * math.pi * torch.rand(6000, generator=g, dtype=torch.float64))
-    run = simulate_langevin(ring, start, temperature, 0.01, 2400, seed=1)
+    run = simulate_langevin(ring, start, LangevinIntegrator(temperature, 0.01), 2400, seed=1)
     at = angles(run.final)
 
     def exact(a):
@@ -170,7 +173,11 @@ def test_at_positive_temperature_the_ring_has_the_analytic_density():
 def test_the_ridge_has_the_analytic_density(fast):
     ridge, temperature = RidgePotential(30.0, 3.0, fast=fast, wall=60.0), 0.3
     run = simulate_langevin(
-        ridge, torch.full((6000, fast + 1), 0.1).double(), temperature, 0.004, 2000, seed=fast
+        ridge,
+        torch.full((6000, fast + 1), 0.1).double(),
+        LangevinIntegrator(temperature, 0.004),
+        2000,
+        seed=fast,
     )
     y = run.final[:, -1]
 
@@ -188,7 +195,14 @@ def test_particles_drift_down_the_ridge_with_the_effective_force():
     ridge, temperature = RidgePotential(400.0, 40.0, length=2.0, wall=0.0), 0.05
     assert ridge.effective_force(temperature) == pytest.approx(0.05 * math.log(10) / 4)
     start = torch.zeros(8000, 2, dtype=torch.float64)
-    run = simulate_langevin(ridge, start, temperature, 5e-4, 1600, record_every=400, seed=3)
+    run = simulate_langevin(
+        ridge,
+        start,
+        LangevinIntegrator(temperature, 5e-4),
+        1600,
+        seed=3,
+        recording=LangevinRecording(every=400),
+    )
     slow = run.positions[1:, :, 1]
     moved, time = slow[-1] - slow[0], float(run.times[-1] - run.times[1])
     error = float(moved.std()) / math.sqrt(8000)
@@ -203,7 +217,9 @@ def test_harmonic_variance_is_the_schemes_own(scheme, k_dt):
     g = torch.Generator().manual_seed(2)
     factor = 1 / (1 - k_dt / 2) if scheme == "euler-maruyama" else 1.0
     start = torch.randn(n, 1, generator=g, dtype=torch.float64)
-    run = simulate_langevin(Harmonic(k), start, temperature, k_dt / k, 80, scheme=scheme, seed=4)
+    run = simulate_langevin(
+        Harmonic(k), start, LangevinIntegrator(temperature, k_dt / k, scheme=scheme), 80, seed=4
+    )
     # n variance / sigma^2 is chi-square distributed with n degrees of freedom.
     statistic = float(run.final.square().sum()) / (temperature / k * factor)
     assert stats.chi2.cdf(statistic, n) == pytest.approx(0.5, abs=0.5 - LEVEL)
@@ -255,12 +271,10 @@ def test_stationary_averages_are_of_order_one_for_euler_and_two_for_the_others(
         run = simulate_langevin(
             well,
             torch.zeros(20_000, 1).double(),
-            1.0,
-            step,
+            LangevinIntegrator(1.0, step, scheme=scheme),
             round(48 / step),
             seed=5,
-            scheme=scheme,
-            record_every=round(2.4 / step),
+            recording=LangevinRecording(every=round(2.4 / step)),
         )
         cosines = torch.cos(well.w * run.positions[5:, :, 0]).mean(0)  # [N], over time
         return float(cosines.mean()) - well.mean_cosine()
@@ -272,12 +286,12 @@ def test_stationary_averages_are_of_order_one_for_euler_and_two_for_the_others(
 def test_more_particles_change_nobodys_noise(scheme):
     settings = dict(temperature=0.3, dt=0.01, steps=7, seed=9, scheme=scheme)
     start = torch.linspace(0.5, 1.5, 10, dtype=torch.float64).reshape(5, 2)
-    five = simulate_langevin(RingPotential(), start, **settings)
-    three = simulate_langevin(RingPotential(), start[:3], **settings)
+    five = simulate_with(RingPotential(), start, **settings)
+    three = simulate_with(RingPotential(), start[:3], **settings)
     assert torch.equal(five.final[:3], three.final)
-    last = simulate_langevin(RingPotential(), start[3:], first_particle=3, **settings)
+    last = simulate_with(RingPotential(), start[3:], first_particle=3, **settings)
     assert torch.equal(five.final[3:], last.final)
-    other = simulate_langevin(RingPotential(), start, **{**settings, "seed": 8})
+    other = simulate_with(RingPotential(), start, **{**settings, "seed": 8})
     assert not torch.equal(five.final, other.final)
 
 
@@ -285,7 +299,9 @@ def test_a_plain_function_is_differentiated_and_records_are_where_they_were_aske
     ring = RingPotential()
     start = ring.on_ring(torch.tensor([0.1, 2.0, 4.0]))
     closed, plain = (
-        simulate_langevin(v, start, 0.1, 0.01, 25, record_every=10)
+        simulate_langevin(
+            v, start, LangevinIntegrator(0.1, 0.01), 25, recording=LangevinRecording(every=10)
+        )
         for v in (ring, lambda x: ring(x))
     )
     assert closed.times.tolist() == pytest.approx([0, 0.1, 0.2, 0.25])
@@ -303,16 +319,16 @@ def test_a_plain_function_is_differentiated_and_records_are_where_they_were_aske
         (dict(temperature=-0.1), "temperature: expected a finite number of at least"),
         (dict(dt=0.0), "dt: expected a finite number above 0"),
         (dict(steps=0), "steps: expected an integer"),
-        (dict(record_every=0), "record_every: expected an integer"),
+        (dict(record_every=0), r"recording\.every: expected an integer"),
         (dict(scheme="heun"), "scheme: expected one of"),
         (dict(start=torch.ones(3, 2).half()), "start: expected float32 or float64"),
         (dict(friction=0.0), "friction: expected a finite number above 0"),
         (dict(first_particle=-1), "first_particle: expected an integer"),
-        (dict(start_velocities=torch.ones(3, 2)), "start_velocities: expected None for leimkuhler"),
-        (dict(scheme="baoab", start_velocities=torch.ones(2, 2)), "start_velocities: .* shape"),
+        (dict(start_velocities=torch.ones(3, 2)), "start: expected positions alone for leimkuhler"),
+        (dict(scheme="baoab", start_velocities=torch.ones(2, 2)), "start: .* shape"),
         (
             dict(scheme="baoab", start_velocities=torch.full((3, 2), math.inf)),
-            "start_velocities: expected finite values",
+            "start velocities: expected finite values",
         ),
         (dict(backend="fortran"), "backend: expected one of"),
         (dict(potential=lambda x: x), r"potential: expected energies of shape \[3\]"),
@@ -324,7 +340,7 @@ def test_bad_arguments_are_refused_by_name(change, message):
         potential=RingPotential(), start=torch.full((3, 2), 2.0), temperature=0.1, dt=0.01, steps=10
     )
     with pytest.raises(ValueError, match=message):
-        simulate_langevin(**{**good, **change})
+        simulate_with(**{**good, **change})
 
 
 @pytest.mark.parametrize(

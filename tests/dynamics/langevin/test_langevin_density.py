@@ -12,6 +12,7 @@ from scipy import integrate, special, stats
 
 from entropic_fast.dynamics import (
     ChannelPotential,
+    LangevinIntegrator,
     RidgePotential,
     RingPotential,
     simulate_langevin,
@@ -52,7 +53,11 @@ def test_along_a_channel_the_density_is_von_mises_at_every_temperature(fast, tem
     dt = 0.006 if scheme == SCHEMES[0] else 0.04
     start = torch.zeros(N, fast + 1, dtype=torch.float64)
     run = simulate_langevin(
-        channel, start, temperature, dt, round(time / dt), seed=fast, scheme=scheme
+        channel,
+        start,
+        LangevinIntegrator(temperature, dt, scheme=scheme),
+        round(time / dt),
+        seed=fast,
     )
     along = torch.remainder(run.final[:, -1], 2.0)
     edges = np.linspace(0, 2, 33)[1:-1]
@@ -74,7 +79,9 @@ def test_across_the_energy_is_boltzmann_s(potential, scheme):
     """1/2 g |x|^2 / T of two fast directions is exponential of mean 1, wherever y is."""
     temperature, dt = 0.3, 0.008
     start = torch.zeros(N, 3, dtype=torch.float64)
-    run = simulate_langevin(potential, start, temperature, dt, 2500, seed=4, scheme=scheme)
+    run = simulate_langevin(
+        potential, start, LangevinIntegrator(temperature, dt, scheme=scheme), 2500, seed=4
+    )
     x, y = run.final[:, :-1], run.final[:, -1]
     energy = 0.5 * potential.stiffness(y) * x.square().sum(1)
 
@@ -101,7 +108,11 @@ def test_the_ring_s_angle_and_radius_are_boltzmann_s(scheme, dtype):
     angle = 2 * math.pi * torch.rand(N, generator=g, dtype=torch.float64)
     dt = 0.006 if scheme == SCHEMES[0] else 0.02
     run = simulate_langevin(
-        ring, ring.on_ring(angle).to(dtype), temperature, dt, 2500, seed=2, scheme=scheme
+        ring,
+        ring.on_ring(angle).to(dtype),
+        LangevinIntegrator(temperature, dt, scheme=scheme),
+        2500,
+        seed=2,
     )
     x = run.final.double()
     at, r = torch.atan2(x[:, 1], x[:, 0]), x.norm(dim=1)

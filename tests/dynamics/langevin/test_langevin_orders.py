@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import linalg, stats
 
-from entropic_fast.dynamics import RidgePotential, simulate_langevin
+from entropic_fast.dynamics import LangevinIntegrator, RidgePotential, simulate_langevin
 from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED, Coefficients, integrate
 
 K, T, FRICTION = 4.0, 0.7, 1.5
@@ -127,7 +127,11 @@ def test_the_kernel_s_variance_is_the_discrete_one(scheme, dt):
     ridge = RidgePotential(K, K, length=1.0, wall=1.0)
     start = torch.zeros(n, 2, dtype=torch.float64)
     run = simulate_langevin(
-        ridge, start, T, dt, round(40 / dt), scheme=scheme, friction=FRICTION, seed=6
+        ridge,
+        start,
+        LangevinIntegrator(T, dt, scheme=scheme, friction=FRICTION),
+        round(40 / dt),
+        seed=6,
     )
     found = (
         [run.final[:, 0]] if run.velocities is None else [run.final[:, 0], run.velocities[-1, :, 0]]

@@ -42,7 +42,7 @@ def test_threads_give_the_same_bits_whatever_their_number(name):
         finally:
             torch.set_num_threads(before)
     one, two, some = runs
-    assert one.engine == "threads" and one.notes == ()
+    assert one.backend == "threads" and one.notes == ()
     for column in ("position", "distance", "loss"):
         assert torch.equal(getattr(one, column), getattr(two, column))
         assert torch.equal(getattr(one, column)[[2, 0, 4]], getattr(some, column))
