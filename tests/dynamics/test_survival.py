@@ -162,6 +162,42 @@ def test_noise_that_settings_share_makes_exponents_surer_and_the_errors_say_so()
     assert np.mean(alone) > 2.5 * np.std(estimates)
 
 
+def quasi_separated():
+    """As in the demo: replicas arrive at the two fastest settings alone."""
+    none = relaxed([900.0] * 10, [True] * 10)
+    some = relaxed([795.0, 810.0, 840.0, 870.0, 885.0, 885.0] + [900.0] * 4, [0] * 6 + [1] * 4)
+    most = relaxed([420.0, 500.0, 555.0, 600.0, 690.0, 690.0, 700.0, 795.0, 800.0, 900.0],
+                   [0] * 9 + [1])  # fmt: skip
+    points = [(0.1, 4, 15), (0.1, 16, 15), (0.03, 8, 15), (0.15, 8, 15), (0.1, 8, 5), (0.1, 8, 50)]
+    times = [some, none, none, most, none, none]
+    names = ("lr", "batch_size", "project_every")
+    return [
+        (dict(zip(names, map(float, point), strict=True)), found)
+        for point, found in zip(points, times, strict=True)
+    ]
+
+
+def test_exponents_that_the_data_do_not_determine_are_said_to_be_not_identifiable():
+    groups = quasi_separated()
+    for replicas in (None, [range(10)] * len(groups)):
+        found = fit_scaling(groups, replicas=replicas)
+        assert not found.identifiable and str(found).startswith("not identifiable: no replica")
+        assert "at 4 of 6 settings" in found.reason and found.arrived == 15
+        assert np.isnan([*found.exponents, *found.std_errors, found.shape]).all()
+    # Arrivals at every setting determine them; so do those of settings that span the others.
+    arrived = [(values, drawn(800.0, 10, i)) for i, (values, _) in enumerate(groups)]
+    assert fit_scaling(arrived).identifiable
+    one_late = [*arrived, ({"lr": 0.1, "batch_size": 8.0, "project_every": 15.0}, groups[1][1])]
+    assert fit_scaling(one_late).identifiable
+
+
+def test_a_setting_without_arrivals_does_not_spoil_one_exponent():
+    none = relaxed([1.0] * 10, [True] * 10)
+    groups = [({"lr": lr}, drawn(lr**-2.0, 40, i)) for i, lr in enumerate((1.0, 2.0))]
+    found = fit_scaling([({"lr": 0.1}, none), *groups])
+    assert found.identifiable and abs(found.exponents[0] - 2.0) < 5 * found.std_errors[0]
+
+
 def test_clusters_must_be_of_the_times():
     groups = [({"lr": a}, drawn(1.0, 3, i)) for i, a in enumerate((1.0, 2.0))]
     with pytest.raises(ValueError, match="replicas: expected"):

@@ -73,7 +73,7 @@ class _Times:
 def _scaling(found: list[tuple[str, Setting, _Times]]) -> Table:
     # A setting that several panels hold counts once.
     groups = {setting: times for _, setting, times in found}
-    columns = ("setting", "exponent", "std_error", "low", "high", "arrived", "replicas")
+    columns = ("setting", "exponent", "std_error", "low", "high", "arrived", "replicas", "note")
     varying = [i for i in range(len(SETTING)) if len({setting[i] for setting in groups}) > 1]
     try:
         fit = fit_scaling(
@@ -85,9 +85,10 @@ def _scaling(found: list[tuple[str, Setting, _Times]]) -> Table:
         )
     except ValueError:
         return Table({name: [] for name in columns})  # too few arrived, or one setting only
+    note = "" if fit.identifiable else str(fit)
     values = zip(fit.names, fit.exponents, fit.std_errors, fit.low, fit.high, strict=True)
     return Table.from_rows(
-        [dict(zip(columns, (*v, fit.arrived, fit.replicas), strict=True)) for v in values]
+        [dict(zip(columns, (*v, fit.arrived, fit.replicas, note), strict=True)) for v in values]
     )
 
 
