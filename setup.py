@@ -1,11 +1,11 @@
 """Builds the compiled module ``entropic_fast._C``; everything else is in pyproject.toml.
 
 The module includes no torch header, so one build serves every torch version and the build needs
-only setuptools and pybind11. ``csrc/cpu/simd/*.cpp`` is compiled once for each instruction set and
-chosen from at run time; ``csrc/cuda/*.cu`` is compiled when a CUDA compiler is found, whether or
-not a GPU is present. A compiler that is found and fails leaves CUDA out, and the build and
-``entropic-fast info`` say why. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out, ``ENTROPIC_FAST_CUDA=1``
-insists.
+only setuptools and pybind11. ``csrc/cpu/simd*/*.cpp`` are compiled once per instruction set, of
+which one is chosen at run time. ``csrc/cuda/*.cu`` is compiled when a CUDA compiler is found,
+whether or not a GPU is present. A compiler that is found and fails leaves CUDA out, and the build
+and ``entropic-fast info`` say why. ``ENTROPIC_FAST_CUDA=0`` leaves CUDA out,
+``ENTROPIC_FAST_CUDA=1`` insists.
 ``ENTROPIC_FAST_ISAS=portable,avx2`` builds for these instruction sets alone, "portable" among them.
 ``ENTROPIC_FAST_SANITIZE=address,undefined`` builds with those of GCC's sanitizers, for tests.
 """
@@ -39,7 +39,7 @@ CUDA_ARCHS = ("80", "90")
 NEWER_NVCC, NEWER_ARCHS, PTX = (12, 8), ("100", "120"), "90"
 
 # No -ffast-math: sums keep their order. No contraction: every instruction set gives the same bits,
-# except in the families below, which live on fused multiply-adds.
+# except in csrc/cpu/simd, whose kernels live on fused multiply-adds.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -54,8 +54,8 @@ CXX_FLAGS = [
 # Registers wider than the baseline's never cross a translation unit here, so GCC's remark about
 # their calling convention does not apply.
 SIMD_FLAGS = ["-Wno-psabi"]
-FUSED_FLAGS = ["-ffp-contract=fast"]
-FUSED = ("score_", "jet", "langevin")  # csrc/cpu/simd/ files whose names begin so
+# Folders of csrc/cpu that are compiled once per instruction set, and their flags.
+SIMD_FOLDERS: dict[str, list[str]] = {"simd": ["-ffp-contract=fast"], "simd_exact": []}
 OPENMP_FLAGS = ["-fopenmp"] if LINUX else []
 
 Macros = list[tuple[str, str | None]]
@@ -213,7 +213,8 @@ class BuildExt(build_ext):
             cuda = self.start_cuda(pool, nvcc)
             simd = [
                 pool.submit(self.compile_simd, ext, list(ext.define_macros), source, isa, flags)
-                for source in sorted(glob("csrc/cpu/simd/*.cpp"))
+                for folder in SIMD_FOLDERS
+                for source in sorted(glob(f"csrc/cpu/{folder}/*.cpp"))
                 for isa, flags in isas.items()
             ]
             nvcc, story, objects = self.finish_cuda(cuda, nvcc, story)
@@ -268,8 +269,8 @@ class BuildExt(build_ext):
         self, ext: Extension, macros: Macros, source: str, isa: str, flags: list[str]
     ) -> str:
         folder = os.path.join(self.build_temp, isa)
-        fused = FUSED_FLAGS if Path(source).name.startswith(FUSED) else []
-        flags = [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *fused, *flags]
+        own = SIMD_FOLDERS[Path(source).parent.name]
+        flags = [f"-DENTROPIC_ISA={isa}", *SIMD_FLAGS, *own, *flags]
         return self.compile_cpp(ext, macros, source, folder, flags)
 
     def compile_cpp(

@@ -1,41 +1,32 @@
-// The only pybind11 file. Entry points take addresses and sizes, and on a GPU a device number, a
-// stream handle and scratch memory: no torch header anywhere, so one build serves every torch
-// version. Whoever calls them (entropic_fast/ops, nobody else) has already checked dtype, device,
-// shape, contiguity and overlap.
+// The only pybind11 file. Whoever calls the kernels (entropic_fast/ops, nobody else) has already
+// checked dtype, device, shape, contiguity and overlap.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "cpu/isa.h"
-#include "cpu/jet.h"
+#include "registry.h"
+#include "cpu/conv_example_grads.h"
+#include "cpu/gram_update.h"
 #include "cpu/langevin.h"
+#include "cpu/norm_act_tangents.h"
+#include "cpu/norm_example_grads.h"
+#include "cpu/projected_step.h"
 #include "cpu/random_bits.h"
-#include "cpu/score_conv.h"
-#include "cpu/score_gram.h"
-#include "cpu/score_norm.h"
-#include "cpu/step.h"
 #ifdef ENTROPIC_HAS_CUDA
+#include "cuda/projected_step.h"
 #include "cuda/random_bits.h"
-#include "cuda/step.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
-
-using entropic::AdamOptions;
-using entropic::i64;
-using entropic::SgdOptions;
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 py::dict build_config() {
   py::dict config;
@@ -70,6 +61,44 @@ int default_threads() {
   threads = omp_get_num_threads();
 #endif
   return threads;
+}
+
+entropic::Value value_of(PyObject* object) {
+  if (object == Py_None) return {0, 0.0};  // an absent tensor
+  if (PyFloat_Check(object)) return {0, PyFloat_AS_DOUBLE(object)};
+  if (PyLong_Check(object)) {
+    // Seeds use all 64 bits: the same number modulo 2^64, negative or not.
+    const unsigned long long bits = PyLong_AsUnsignedLongLongMask(object);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    const auto integer = static_cast<std::int64_t>(bits);
+    return {integer, static_cast<double>(integer)};
+  }
+  const double real = PyFloat_AsDouble(object);  // numbers of other packages
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return {0, real};
+}
+
+void call(entropic::Kernel run, const py::list& arguments) {
+  std::vector<entropic::Value> values;
+  values.reserve(arguments.size());
+  for (const py::handle& argument : arguments) values.push_back(value_of(argument.ptr()));
+  entropic::Values reader(values.data(), values.data() + values.size());
+  py::gil_scoped_release release;
+  run(reader);
+  if (!reader.all_read()) throw std::logic_error("a kernel was called with too many values");
+}
+
+// Entry points under their former names; none is used any more.
+namespace legacy {
+
+using entropic::AdamOptions;
+using entropic::i64;
+using entropic::SgdOptions;
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
 // The shape of a call: theta, pivots and products, sizes, then where it runs.
@@ -204,7 +233,7 @@ struct Next {
   T* address() { return at<T>(values[i++].cast<Address>()); }
   double* doubles() { return at<double>(values[i++].cast<Address>()); }
   i64 number() { return values[i++].cast<i64>(); }
-  entropic::cpu::JetSizes sizes() {
+  entropic::cpu::TangentSizes sizes() {
     const i64 tangents = number(), pixels = number();
     return {tangents, pixels, number()};
   }
@@ -215,7 +244,7 @@ struct Next {
 template <typename T>
 void jet_push(const py::tuple& values, int threads) {
   Next<T> next{values};
-  entropic::cpu::JetPush<T> call{};
+  entropic::cpu::NormActJvp<T> call{};
   call.sizes = next.sizes();
   call.u = next.address();
   for (const T** piece : {&call.extra, &call.normal, &call.scale, &call.tscale, &call.tshift,
@@ -228,7 +257,7 @@ void jet_push(const py::tuple& values, int threads) {
        {&call.u_k, &call.extra_k, &call.extra_pixel, &call.residual_k, &call.out_k})
     *stride = next.number();
   py::gil_scoped_release release;
-  entropic::cpu::jet_push(call, threads);
+  entropic::cpu::jvp(call, threads);
 }
 
 // Sizes K, m, C; u, extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd, out,
@@ -236,7 +265,7 @@ void jet_push(const py::tuple& values, int threads) {
 template <typename T>
 void jet_pull(const py::tuple& values, int threads) {
   Next<T> next{values};
-  entropic::cpu::JetPull<T> call{};
+  entropic::cpu::NormActVjpTangent<T> call{};
   call.sizes = next.sizes();
   call.u = next.address();
   for (const T** piece : {&call.extra, &call.residual, &call.slope, &call.normal, &call.scale,
@@ -247,35 +276,35 @@ void jet_pull(const py::tuple& values, int threads) {
                       &call.out_k})
     *stride = next.number();
   py::gil_scoped_release release;
-  entropic::cpu::jet_pull(call, threads);
+  entropic::cpu::vjp_tangent(call, threads);
 }
 
 // Sizes 1, m, C; y, mean, rstd, weight, bias, residual, z, normal, slope.
 template <typename T>
 void jet_normalise(const py::tuple& values, int threads) {
   Next<T> next{values};
-  entropic::cpu::JetNormalise<T> call{};
+  entropic::cpu::NormAct<T> call{};
   call.sizes = next.sizes();
   for (const T** piece :
        {&call.y, &call.mean, &call.rstd, &call.weight, &call.bias, &call.residual})
     *piece = next.address();
   for (T** result : {&call.z, &call.normal, &call.slope}) *result = next.address();
   py::gil_scoped_release release;
-  entropic::cpu::jet_normalise(call, threads);
+  entropic::cpu::norm_act(call, threads);
 }
 
 // Sizes K, m, C; a, b, result; strides of a along k, of b along k and pixels.
 template <typename T>
 void jet_inner(const py::tuple& values, int threads) {
   Next<T> next{values};
-  entropic::cpu::JetInner<T> call{};
+  entropic::cpu::InnerProducts<T> call{};
   call.sizes = next.sizes();
   call.a = next.address();
   call.b = next.address();
   call.result = next.doubles();
   for (i64* stride : {&call.a_k, &call.b_k, &call.b_pixel}) *stride = next.number();
   py::gil_scoped_release release;
-  entropic::cpu::jet_inner(call, threads);
+  entropic::cpu::inner_products(call, threads);
 }
 
 template <typename T>
@@ -309,7 +338,7 @@ void langevin_advance(Address x, Address v, i64 particles, i64 dim, int potentia
     *value = counts[i++].cast<i64>();
   call.seed = counts[i].cast<std::uint64_t>();
   py::gil_scoped_release release;
-  entropic::cpu::langevin_advance(call, threads);
+  entropic::cpu::langevin_steps(call, threads);
 }
 
 template <typename T>
@@ -386,15 +415,8 @@ void random_philox_cuda(const py::tuple& values, int device, Address stream) {
 }
 #endif
 
-}  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of entropic_fast; called by entropic_fast.ops only.";
-  m.def("build_config", &build_config, "What this module was built with.");
-  m.def("default_threads", &default_threads, "Threads a parallel region gets by default.");
-  m.def("current_isa", [] { return entropic::cpu::isa_name(entropic::cpu::current_isa()); });
-  m.def("runnable_isas", [] { return py::str(entropic::cpu::runnable_isas()).attr("split")(); });
-  m.def("use_isa", &entropic::cpu::use_isa, "Force an instruction set by name; '' undoes it.");
+void define(py::module_& m) {
   define_step<float, Cpu>(m, "_cpu_float32");
   define_step<double, Cpu>(m, "_cpu_float64");
   define_score_conv<float>(m, "_cpu_float32");
@@ -417,4 +439,23 @@ PYBIND11_MODULE(_C, m) {
   define_step<double, Gpu>(m, "_cuda_float64");
   m.def("step_workspace", &entropic::cuda::step_workspace, "Doubles of scratch a step needs.");
 #endif
+}
+
+}  // namespace legacy
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of entropic_fast; called by entropic_fast.ops only.";
+  m.def("build_config", &build_config, "What this module was built with.");
+  m.def("default_threads", &default_threads, "Threads a parallel region gets by default.");
+  m.def("current_isa", [] { return entropic::cpu::isa_name(entropic::cpu::current_isa()); });
+  m.def("runnable_isas", [] { return py::str(entropic::cpu::runnable_isas()).attr("split")(); });
+  m.def("use_isa", &entropic::cpu::use_isa, "Force an instruction set by name; '' undoes it.");
+  py::dict kernels;
+  for (const auto& kernel : entropic::kernels())
+    kernels[kernel.name] = py::cpp_function(
+        [run = kernel.run](const py::list& arguments) { call(run, arguments); });
+  m.attr("kernels") = kernels;
+  legacy::define(m);
 }

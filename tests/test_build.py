@@ -232,8 +232,8 @@ def test_a_compiler_that_fails_leaves_cuda_out_unless_insisted_on(
 ) -> None:
     monkeypatch.delenv("ENTROPIC_FAST_CUDA", raising=False)
     error = setup_script.BuildError(
-        "nvcc failed on csrc/cuda/step.cu:\nhost_config.h(139): error: #error -- unsupported GNU "
-        'version!\nmore\nSet "ENTROPIC_FAST_CUDA=0" to build without CUDA.'
+        "nvcc failed on csrc/cuda/projected_step.cu:\nhost_config.h(139): error: #error -- "
+        'unsupported GNU version!\nmore\nSet "ENTROPIC_FAST_CUDA=0" to build without CUDA.'
     )
     nvcc = setup_script.Nvcc("/opt/nvcc", (12, 4), [])
     build = setup_script.BuildExt(setuptools.Distribution())

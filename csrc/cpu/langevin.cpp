@@ -2,8 +2,10 @@
 // threads nor on how many particles there are.
 #include "cpu/langevin.h"
 
+#include <type_traits>
+
 #include "cpu/isa.h"
-#include "cpu/langevin_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -15,39 +17,17 @@ constexpr i64 TASK = 64;
 constexpr i64 PARALLEL_FROM = 20000;
 
 template <typename T>
-const LangevinBlocks<T>& blocks();
-
-#define ENTROPIC_BLOCKS(T, table)           \
-  template <>                               \
-  const LangevinBlocks<T>& blocks<T>() {    \
-    switch (current_isa()) {                \
-      ENTROPIC_AVX512(table)                \
-      ENTROPIC_AVX2(table)                  \
-      default:                              \
-        return portable::table;             \
-    }                                       \
-  }
-#ifdef ENTROPIC_HAS_AVX512
-#define ENTROPIC_AVX512(table) \
-  case AVX512:                 \
-    return avx512::table;
-#else
-#define ENTROPIC_AVX512(table)
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-#define ENTROPIC_AVX2(table) \
-  case AVX2:                 \
-    return avx2::table;
-#else
-#define ENTROPIC_AVX2(table)
-#endif
-ENTROPIC_BLOCKS(float, langevin_f32)
-ENTROPIC_BLOCKS(double, langevin_f64)
+const LangevinBlocks<T>& blocks() {
+  if constexpr (std::is_same_v<T, float>)
+    return ENTROPIC_TABLE(langevin_f32);
+  else
+    return ENTROPIC_TABLE(langevin_f64);
+}
 
 }  // namespace
 
 template <typename T>
-void langevin_advance(const Langevin<T>& call, int threads) {
+void langevin_steps(const Langevin<T>& call, int threads) {
   const LangevinBlocks<T>& kernel = blocks<T>();
   const i64 group = langevin_group(call.dim);
   const i64 first = call.first_particle / group;
@@ -70,10 +50,42 @@ void langevin_box_muller(const i64* words, T* normal, i64 pairs) {
 }
 
 #define ENTROPIC_INSTANTIATE(T)                             \
-  template void langevin_advance<T>(const Langevin<T>&, int); \
+  template void langevin_steps<T>(const Langevin<T>&, int); \
   template void langevin_box_muller<T>(const i64*, T*, i64);
 ENTROPIC_INSTANTIATE(float)
 ENTROPIC_INSTANTIATE(double)
 #undef ENTROPIC_INSTANTIATE
+
+namespace {
+
+template <typename T>
+void langevin_steps_kernel(Values& v) {
+  Langevin<T> call{};
+  v.into(call.x, call.v, call.particles, call.dim);
+  call.potential = LangevinPotential(int(v));
+  for (double& parameter : call.parameters) parameter = v;
+  call.scheme = LangevinScheme(int(v));
+  v.into(call.drift, call.decay, call.noise, call.steps, call.first_step, call.first_particle);
+  call.seed = v;
+  langevin_steps(call, int(v));
+}
+
+template <typename T>
+void box_muller_kernel(Values& v) {
+  const i64* words = v;
+  T* normal = v;
+  const i64 pairs = v;
+  [[maybe_unused]] const int threads = v;
+  langevin_box_muller(words, normal, pairs);
+}
+
+const RegisterKernel ADDED[] = {
+    {"langevin_steps_cpu_float32", langevin_steps_kernel<float>},
+    {"langevin_steps_cpu_float64", langevin_steps_kernel<double>},
+    {"box_muller_cpu_float32", box_muller_kernel<float>},
+    {"box_muller_cpu_float64", box_muller_kernel<double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

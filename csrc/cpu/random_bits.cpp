@@ -3,7 +3,7 @@
 #include "cpu/random_bits.h"
 
 #include "cpu/isa.h"
-#include "cpu/random_bits_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -11,20 +11,7 @@ namespace {
 // Below this many words (about 2 ns each) a second thread costs more than it brings.
 constexpr i64 PARALLEL_FROM = 1 << 15;
 
-const RandomBlocks& blocks() {
-  switch (current_isa()) {
-#ifdef ENTROPIC_HAS_AVX512
-    case AVX512:
-      return avx512::random_bits;
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-    case AVX2:
-      return avx2::random_bits;
-#endif
-    default:
-      return portable::random_bits;
-  }
-}
+const RandomBlocks& blocks() { return ENTROPIC_TABLE(random_bits); }
 
 // Whether rows x count are enough numbers for several threads; not a product, which may overflow.
 bool many(i64 rows, i64 count) { return count >= PARALLEL_FROM / (rows > 0 ? rows : 1); }
@@ -58,5 +45,24 @@ void random_philox(const RandomPhilox& call, int threads) {
                   begin + length < call.count ? begin + length : call.count);
   }
 }
+
+namespace {
+
+void random_fill_kernel(Values& v) {
+  const RandomFill call = random_fill_of(v);
+  random_fill(call, int(v));
+}
+
+void random_philox_kernel(Values& v) {
+  const RandomPhilox call = random_philox_of(v);
+  random_philox(call, int(v));
+}
+
+const RegisterKernel ADDED[] = {
+    {"random_fill_cpu", random_fill_kernel},
+    {"random_philox_cpu", random_philox_kernel},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

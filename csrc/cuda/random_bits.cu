@@ -3,6 +3,7 @@
 #include "cuda/random_bits.h"
 
 #include "cuda/device.h"
+#include "registry.h"
 
 namespace entropic::cuda {
 namespace {
@@ -102,5 +103,26 @@ void random_philox(const RandomPhilox& call, int device, void* stream) {
   philox_kernel<<<grid_size(call.rows * call.count), THREADS, 0, queue>>>(call);
   check_launch("random_philox");
 }
+
+namespace {
+
+void random_fill_kernel(Values& v) {
+  const RandomFill call = random_fill_of(v);
+  const int device = v;
+  random_fill(call, device, static_cast<void*>(v));
+}
+
+void random_philox_kernel(Values& v) {
+  const RandomPhilox call = random_philox_of(v);
+  const int device = v;
+  random_philox(call, device, static_cast<void*>(v));
+}
+
+const RegisterKernel ADDED[] = {
+    {"random_fill_cuda", random_fill_kernel},
+    {"random_philox_cuda", random_philox_kernel},
+};
+
+}  // namespace
 
 }  // namespace entropic::cuda

@@ -1,4 +1,4 @@
-// Random numbers of many streams (reference/random_bits.py says which): what the CPU and the CUDA
+// Random numbers of many streams (ops/random_bits/reference.py says which): what the CPU and the CUDA
 // kernels share. Number j of a stream comes from the words of counter j WORDS / 4.
 #pragma once
 
@@ -9,7 +9,7 @@ namespace entropic {
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 
-// The order of KINDS and DTYPES in reference/random_bits.py and ops/random_bits_native.py.
+// The order of KINDS and DTYPES in ops/random_bits/reference.py and native.py.
 enum RandomKind { WORDS = 0, UNIFORM = 1, SIGNS = 2, SORT_KEYS = 3 };
 enum RandomType { INT64 = 0, FLOAT64 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4 };
 
@@ -34,6 +34,26 @@ struct RandomPhilox {
   i64* out;             // contiguous
   i64 rows, count;
 };
+
+// The calls' values (registry.h) in the order in which ops/random_bits/native.py passes them.
+template <typename Values>
+static inline RandomFill random_fill_of(Values& v) {
+  RandomFill call{};
+  v.into(call.out, call.streams, call.seeds, call.count);
+  v.into(call.strides[0], call.strides[1], call.strides[2]);
+  v.into(call.keys, call.key, call.first_stream, call.start);
+  call.kind = RandomKind(int(v));
+  call.type = RandomType(int(v));
+  return call;
+}
+
+template <typename Values>
+static inline RandomPhilox random_philox_of(Values& v) {
+  RandomPhilox call{};
+  v.into(call.counters, call.keys, call.streams, call.out, call.rows, call.count);
+  v.into(call.strides[0], call.strides[1]);
+  return call;
+}
 
 // How words become a number. Signs are 1 with the word's highest bit as the opposite of their sign.
 struct WordNumber {
@@ -65,7 +85,7 @@ using SignFloat32 = SignNumber<u32, 0x3f800000u>;
 using SignFloat16 = SignNumber<std::uint16_t, 0x3c00u>;
 using SignBfloat16 = SignNumber<std::uint16_t, 0x3f80u>;
 
-// each(Number{}) for the call's kind and type, which ops/random_bits.py has checked.
+// each(Number{}) for the call's kind and type, which ops/random_bits has checked.
 template <typename Each>
 static inline void with_number(RandomKind kind, RandomType type, Each&& each) {
   switch (kind) {

@@ -4,7 +4,7 @@
 // A lane holds one group of particles: of two in the plane, whose four coordinates take one counter
 // a step. From the first step to the last everything stays in registers (on the stack, in more than
 // two dimensions).
-#include "cpu/langevin_blocks.h"
+#include "cpu/langevin.h"
 #include "cpu/simd/normal.h"
 
 namespace entropic::cpu {

@@ -1,13 +1,14 @@
 // Walks blocks and replicas. Every block's sums depend on the block alone and are added in a fixed
 // tree afterwards, so results do not depend on the number of threads.
-#include "cpu/step.h"
+#include "cpu/projected_step.h"
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/step_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -25,38 +26,11 @@ constexpr i64 PARALLEL_FROM = 32768;
 constexpr i64 GROUP = 8;
 
 template <typename T>
-const StepBlocks<T>& blocks();
-
-template <>
-const StepBlocks<float>& blocks<float>() {
-  switch (current_isa()) {
-#ifdef ENTROPIC_HAS_AVX512
-    case AVX512:
-      return avx512::step_f32;
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-    case AVX2:
-      return avx2::step_f32;
-#endif
-    default:
-      return portable::step_f32;
-  }
-}
-
-template <>
-const StepBlocks<double>& blocks<double>() {
-  switch (current_isa()) {
-#ifdef ENTROPIC_HAS_AVX512
-    case AVX512:
-      return avx512::step_f64;
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-    case AVX2:
-      return avx2::step_f64;
-#endif
-    default:
-      return portable::step_f64;
-  }
+const StepBlocks<T>& blocks() {
+  if constexpr (std::is_same_v<T, float>)
+    return ENTROPIC_TABLE(step_f32);
+  else
+    return ENTROPIC_TABLE(step_f64);
 }
 
 // Pairwise sum of values[0], values[stride], ...: error grows with log(count), order is fixed.
@@ -260,5 +234,57 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
 ENTROPIC_INSTANTIATE(float)
 ENTROPIC_INSTANTIATE(double)
 #undef ENTROPIC_INSTANTIATE
+
+namespace {
+
+// The values of every kernel begin with these, and end with where it runs.
+template <typename T>
+StepShape<T> shape(Values& v) {
+  return {v, v, v, v, v, v, /*threads=*/1, v, v};
+}
+
+template <typename T>
+void sgd_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const T* grad = v;
+  T* buffer = v;
+  const double* lr = v;
+  const SgdOptions options{v, v, v, v, v};
+  s.threads = v;
+  sgd_step(s, grad, buffer, lr, options);
+}
+
+template <typename T>
+void adam_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const T* grad = v;
+  T *exp_avg = v, *exp_avg_sq = v;
+  const i64* step = v;
+  const double* lr = v;
+  const AdamOptions options{v, v, v, v, v};
+  s.threads = v;
+  adam_step(s, grad, exp_avg, exp_avg_sq, step, lr, options);
+}
+
+template <typename T>
+void project_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const double* segment_squares = v;
+  i64* segment = v;
+  double *t = v, *distance = v;
+  s.threads = v;
+  project_step(s, segment_squares, segment, t, distance);
+}
+
+const RegisterKernel ADDED[] = {
+    {"sgd_step_cpu_float32", sgd_step_kernel<float>},
+    {"sgd_step_cpu_float64", sgd_step_kernel<double>},
+    {"adam_step_cpu_float32", adam_step_kernel<float>},
+    {"adam_step_cpu_float64", adam_step_kernel<double>},
+    {"project_step_cpu_float32", project_step_kernel<float>},
+    {"project_step_cpu_float64", project_step_kernel<double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

@@ -1,7 +1,7 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it, and with contraction to
 // fused multiply-adds. Only functions with internal linkage here, and no standard library: see
 // kernels/common.h.
-#include "cpu/score_conv_blocks.h"
+#include "cpu/conv_example_grads.h"
 
 namespace entropic::cpu {
 namespace {
@@ -240,11 +240,11 @@ void lanes(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 co
 }  // namespace
 
 namespace ENTROPIC_ISA {
-extern const ConvBlocks<float> score_conv_f32;
-extern const ConvBlocks<double> score_conv_f64;
-const ConvBlocks<float> score_conv_f32 = {WIDTH<float>, ROWS, store<float>, squares<float>,
+extern const ConvBlocks<float> conv_f32;
+extern const ConvBlocks<double> conv_f64;
+const ConvBlocks<float> conv_f32 = {WIDTH<float>, ROWS, store<float>, squares<float>,
                                           lanes<float>};
-const ConvBlocks<double> score_conv_f64 = {WIDTH<double>, ROWS, store<double>, squares<double>,
+const ConvBlocks<double> conv_f64 = {WIDTH<double>, ROWS, store<double>, squares<double>,
                                            lanes<double>};
 }  // namespace ENTROPIC_ISA
 

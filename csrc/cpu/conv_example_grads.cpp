@@ -2,51 +2,25 @@
 // kernel row lie side by side, and sums tiles of the weight gradient over all positions. Nothing is
 // unfolded. A tile depends on its example alone and the squares of tiles are added in a fixed
 // order, so results do not depend on the number of threads.
-#include "cpu/score_conv.h"
+#include "cpu/conv_example_grads.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/score_conv_blocks.h"
-#include "cpu/score_conv_scratch.h"
+#include "registry.h"
+#include "cpu/conv_example_grads_scratch.h"
 
 namespace entropic::cpu {
 namespace {
 
 template <typename T>
-const ConvBlocks<T>& blocks();
-
-template <>
-const ConvBlocks<float>& blocks<float>() {
-  switch (current_isa()) {
-#ifdef ENTROPIC_HAS_AVX512
-    case AVX512:
-      return avx512::score_conv_f32;
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-    case AVX2:
-      return avx2::score_conv_f32;
-#endif
-    default:
-      return portable::score_conv_f32;
-  }
-}
-
-template <>
-const ConvBlocks<double>& blocks<double>() {
-  switch (current_isa()) {
-#ifdef ENTROPIC_HAS_AVX512
-    case AVX512:
-      return avx512::score_conv_f64;
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-    case AVX2:
-      return avx2::score_conv_f64;
-#endif
-    default:
-      return portable::score_conv_f64;
-  }
+const ConvBlocks<T>& blocks() {
+  if constexpr (std::is_same_v<T, float>)
+    return ENTROPIC_TABLE(conv_f32);
+  else
+    return ENTROPIC_TABLE(conv_f64);
 }
 
 // A kernel of size 1 without padding looks at every stride-th pixel: the others do not exist.
@@ -269,5 +243,47 @@ void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms
 ENTROPIC_INSTANTIATE(float)
 ENTROPIC_INSTANTIATE(double)
 #undef ENTROPIC_INSTANTIATE
+
+namespace {
+
+// Examples and groups; size, strides, example stride and channels of a, then of g; kernel, stride,
+// padding and dilation; threads.
+ConvShape conv_shape(Values& v) {
+  ConvShape s{};
+  v.into(s.examples, s.groups);
+  for (ConvTensor* tensor : {&s.a, &s.g}) {
+    for (i64& value : tensor->size) value = v;
+    for (i64& value : tensor->stride) value = v;
+    v.into(tensor->example_stride, tensor->channels);
+  }
+  for (auto* values : {&s.kernel, &s.stride, &s.padding, &s.dilation})
+    for (i64& value : *values) value = v;
+  s.threads = v;
+  return s;
+}
+
+template <typename T>
+void conv_weight_grads_kernel(Values& v) {
+  const T *a = v, *g = v;
+  T* out = v;
+  const i64 row_stride = v;
+  conv_weight_grads(conv_shape(v), a, g, out, row_stride);
+}
+
+template <typename T>
+void conv_weight_norms_kernel(Values& v) {
+  const T *a = v, *g = v;
+  double* norms = v;
+  conv_weight_norms(conv_shape(v), a, g, norms);
+}
+
+const RegisterKernel ADDED[] = {
+    {"conv_weight_grads_cpu_float32", conv_weight_grads_kernel<float>},
+    {"conv_weight_grads_cpu_float64", conv_weight_grads_kernel<double>},
+    {"conv_weight_norms_cpu_float32", conv_weight_norms_kernel<float>},
+    {"conv_weight_norms_cpu_float64", conv_weight_norms_kernel<double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

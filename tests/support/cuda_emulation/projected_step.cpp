@@ -1,6 +1,6 @@
-// The launchers of csrc/cuda/step.h as C functions that ctypes can call. Each returns nothing, or
+// The launchers of csrc/cuda/projected_step.h as C functions that ctypes can call. Each returns nothing, or
 // the message of what was thrown.
-#include "cuda/step.h"
+#include "cuda/projected_step.h"
 #include "entries.h"
 
 using namespace entropic;

@@ -1,12 +1,13 @@
 // Walks the examples. An example is summed by one thread in a fixed order, so results do not depend
 // on the number of threads.
-#include "cpu/score_norm.h"
+#include "cpu/norm_example_grads.h"
 
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/score_norm_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -18,37 +19,11 @@ template <typename T>
 using Norm = void (*)(const NormExample<T>&);
 
 template <typename T>
-Norm<T> choose([[maybe_unused]] Norm<T> avx512, [[maybe_unused]] Norm<T> avx2, Norm<T> portable) {
-  switch (current_isa()) {
-    case AVX512:
-      return avx512;
-    case AVX2:
-      return avx2;
-    default:
-      return portable;
-  }
-}
-
-#ifdef ENTROPIC_HAS_AVX512
-#define ENTROPIC_AVX512(table) avx512::table
-#else
-#define ENTROPIC_AVX512(table) portable::table
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-#define ENTROPIC_AVX2(table) avx2::table
-#else
-#define ENTROPIC_AVX2(table) portable::table
-#endif
-
-template <typename T>
-Norm<T> kernel();
-template <>
-Norm<float> kernel<float>() {
-  return choose<float>(ENTROPIC_AVX512(norm_f32), ENTROPIC_AVX2(norm_f32), portable::norm_f32);
-}
-template <>
-Norm<double> kernel<double>() {
-  return choose<double>(ENTROPIC_AVX512(norm_f64), ENTROPIC_AVX2(norm_f64), portable::norm_f64);
+Norm<T> kernel() {
+  if constexpr (std::is_same_v<T, float>)
+    return ENTROPIC_TABLE(norm_f32);
+  else
+    return ENTROPIC_TABLE(norm_f64);
 }
 
 }  // namespace
@@ -89,5 +64,20 @@ void norm_grads(const NormGrads<T>& call, int threads) {
 
 template void norm_grads<float>(const NormGrads<float>&, int);
 template void norm_grads<double>(const NormGrads<double>&, int);
+
+namespace {
+
+template <typename T>
+void norm_grads_kernel(Values& v) {
+  const NormGrads<T> call{v, v, v, v, v, v, v, v, v, v, v, v, v, v};
+  norm_grads(call, int(v));
+}
+
+const RegisterKernel ADDED[] = {
+    {"norm_grads_cpu_float32", norm_grads_kernel<float>},
+    {"norm_grads_cpu_float64", norm_grads_kernel<double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

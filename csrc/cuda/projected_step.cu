@@ -3,7 +3,8 @@
 // segment, then all blocks move theta there. Sums over blocks are taken in a fixed order by a
 // kernel of their own: no atomics, so the same input gives the same bits.
 #include "cuda/device.h"
-#include "cuda/step.h"
+#include "cuda/projected_step.h"
+#include "registry.h"
 
 namespace entropic::cuda {
 namespace {
@@ -340,5 +341,65 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
 ENTROPIC_INSTANTIATE(float)
 ENTROPIC_INSTANTIATE(double)
 #undef ENTROPIC_INSTANTIATE
+
+namespace {
+
+// The values of every kernel begin with these, and end with where it runs.
+template <typename T>
+StepShape<T> shape(Values& v) {
+  return {v, v, v, v, v, v, v, 0, nullptr};
+}
+
+template <typename T>
+void sgd_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const T* grad = v;
+  T* buffer = v;
+  const double* lr = v;
+  const SgdOptions options{v, v, v, v, v};
+  v.into(s.device, s.stream);
+  sgd_step(s, grad, buffer, lr, options);
+}
+
+template <typename T>
+void adam_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const T* grad = v;
+  T *exp_avg = v, *exp_avg_sq = v;
+  const i64* step = v;
+  const double* lr = v;
+  const AdamOptions options{v, v, v, v, v};
+  v.into(s.device, s.stream);
+  adam_step(s, grad, exp_avg, exp_avg_sq, step, lr, options);
+}
+
+template <typename T>
+void project_step_kernel(Values& v) {
+  auto s = shape<T>(v);
+  const double* segment_squares = v;
+  i64* segment = v;
+  double *t = v, *distance = v;
+  v.into(s.device, s.stream);
+  project_step(s, segment_squares, segment, t, distance);
+}
+
+// The address to write the number of doubles to; replicas, size and pivots.
+void step_workspace_kernel(Values& v) {
+  i64* doubles = v;
+  const i64 replicas = v, size = v, pivot_count = v;
+  *doubles = step_workspace(replicas, size, pivot_count);
+}
+
+const RegisterKernel ADDED[] = {
+    {"sgd_step_cuda_float32", sgd_step_kernel<float>},
+    {"sgd_step_cuda_float64", sgd_step_kernel<double>},
+    {"adam_step_cuda_float32", adam_step_kernel<float>},
+    {"adam_step_cuda_float64", adam_step_kernel<double>},
+    {"project_step_cuda_float32", project_step_kernel<float>},
+    {"project_step_cuda_float64", project_step_kernel<double>},
+    {"step_workspace_cuda", step_workspace_kernel},
+};
+
+}  // namespace
 
 }  // namespace entropic::cuda

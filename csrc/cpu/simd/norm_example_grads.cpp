@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it, and with contraction to
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
-#include "cpu/score_norm_blocks.h"
+#include "cpu/norm_example_grads.h"
 
 namespace entropic::cpu {
 namespace {

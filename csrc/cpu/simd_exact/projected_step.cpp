@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it. Only functions with
 // internal linkage here, and no standard library: see kernels/common.h.
-#include "cpu/step_blocks.h"
+#include "cpu/projected_step.h"
 
 namespace entropic::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it, and with contraction to
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
-#include "cpu/score_gram_blocks.h"
+#include "cpu/gram_update.h"
 #include "cpu/simd/transpose.h"
 
 namespace entropic::cpu {

@@ -1,10 +1,37 @@
-// Register tiles of per-example weight gradients, as a table of functions. Every instruction set
-// fills one table (cpu/simd/score_conv.cpp); cpu/score_conv.cpp pads, packs and owns the threads.
+// Per-example weight gradients of a convolution on the CPU: parameters of the calls.
 #pragma once
 
+#include "cpu/isa.h"
 #include "kernels/common.h"
 
 namespace entropic::cpu {
+
+// A channels-last tensor [n, size[0], size[1], size[2], channels] of any strides but the last,
+// which is 1 (elements).
+struct ConvTensor {
+  i64 size[3], stride[3];
+  i64 example_stride, channels;
+};
+
+struct ConvShape {
+  ConvTensor a, g;  // input and output gradient
+  i64 kernel[3], stride[3], padding[3], dilation[3];
+  i64 examples, groups;
+  int threads;
+};
+
+// out[e * row_stride ...] receives the [O, *kernel, C / groups] gradient of example e.
+template <typename T>
+void conv_weight_grads(const ConvShape& s, const T* a, const T* g, T* out, i64 row_stride);
+
+// norms[e] receives its squared norm.
+template <typename T>
+void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms);
+
+// ---- one block of work --------------------------------------------------------------------------
+//
+// Register tiles of per-example weight gradients, as a table of functions. Every instruction set
+// fills one table (cpu/simd/conv_example_grads.cpp); cpu/conv_example_grads.cpp pads, packs and owns the threads.
 
 // The output positions a sum runs over, and how far each of them moves in the padded input and in
 // the output gradient (elements).
@@ -38,14 +65,8 @@ struct ConvBlocks {
   void (*lanes)(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 count, T* sums);
 };
 
-#define ENTROPIC_DECLARE(isa)                      \
-  namespace isa {                                  \
-  extern const ConvBlocks<float> score_conv_f32;   \
-  extern const ConvBlocks<double> score_conv_f64;  \
-  }
-ENTROPIC_DECLARE(portable)
-ENTROPIC_DECLARE(avx2)
-ENTROPIC_DECLARE(avx512)
-#undef ENTROPIC_DECLARE
+ENTROPIC_FOR_EACH_ISA(
+    extern const ConvBlocks<float> conv_f32;
+    extern const ConvBlocks<double> conv_f64;)
 
 }  // namespace entropic::cpu

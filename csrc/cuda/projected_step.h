@@ -2,7 +2,7 @@
 // them. All addresses are device addresses of contiguous tensors; nothing synchronizes.
 #pragma once
 
-#include "kernels/step.h"
+#include "kernels/projected_step.h"
 
 namespace entropic::cuda {
 

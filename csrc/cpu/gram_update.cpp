@@ -1,16 +1,17 @@
 // Blocks for the caches and the threads, after Goto and van de Geijn (2008). Rows are copied into
 // panels that all threads share; every entry of the matrix is one thread's within a stage and gains
 // its sums of GRAM_DEPTH columns in their order, so results do not depend on the number of threads.
-#include "cpu/score_gram.h"
+#include "cpu/gram_update.h"
 
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/score_gram_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -30,35 +31,14 @@ constexpr double PARALLEL_FROM = 1 << 20;
 constexpr std::size_t CACHE_LINE = 64;
 
 template <typename Source, typename Product>
-const GramBlocks<Source, Product>& blocks();
-
-#define ENTROPIC_CHOOSE(Source, Product, table)                  \
-  template <>                                                    \
-  const GramBlocks<Source, Product>& blocks<Source, Product>() { \
-    switch (current_isa()) {                                     \
-      ENTROPIC_CASE_AVX512(table)                                \
-      ENTROPIC_CASE_AVX2(table)                                  \
-      default:                                                   \
-        return portable::table;                                  \
-    }                                                            \
-  }
-#ifdef ENTROPIC_HAS_AVX512
-#define ENTROPIC_CASE_AVX512(table) \
-  case AVX512:                      \
-    return avx512::table;
-#else
-#define ENTROPIC_CASE_AVX512(table)
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-#define ENTROPIC_CASE_AVX2(table) \
-  case AVX2:                      \
-    return avx2::table;
-#else
-#define ENTROPIC_CASE_AVX2(table)
-#endif
-ENTROPIC_CHOOSE(float, float, gram_f32_f32)
-ENTROPIC_CHOOSE(float, double, gram_f32_f64)
-ENTROPIC_CHOOSE(double, double, gram_f64_f64)
+const GramBlocks<Source, Product>& blocks() {
+  if constexpr (std::is_same_v<Source, double>)
+    return ENTROPIC_TABLE(gram_f64_f64);
+  else if constexpr (std::is_same_v<Product, double>)
+    return ENTROPIC_TABLE(gram_f32_f64);
+  else
+    return ENTROPIC_TABLE(gram_f32_f32);
+}
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -157,5 +137,26 @@ ENTROPIC_INSTANTIATE(float, float)
 ENTROPIC_INSTANTIATE(float, double)
 ENTROPIC_INSTANTIATE(double, double)
 #undef ENTROPIC_INSTANTIATE
+
+namespace {
+
+// Addresses of out, a and b; row strides of out, a and b; rows of a and b, columns; then `lower`.
+template <typename Source, typename Product>
+void gram_update_kernel(Values& v) {
+  double* out = v;
+  GramRows<Source> a{}, b{};
+  i64 out_stride, columns;
+  v.into(a.data, b.data, out_stride, a.stride, b.stride, a.count, b.count, columns);
+  const bool lower = v;
+  gram_update<Source, Product>(out, out_stride, a, b, columns, lower, int(v));
+}
+
+const RegisterKernel ADDED[] = {
+    {"gram_update_cpu_float32", gram_update_kernel<float, float>},
+    {"gram_update_in_double_cpu_float32", gram_update_kernel<float, double>},
+    {"gram_update_cpu_float64", gram_update_kernel<double, double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

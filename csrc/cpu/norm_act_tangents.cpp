@@ -1,16 +1,17 @@
 // Walks blocks of pixels, and for each the tangents, so that what they share is read from memory
 // once. Sums are taken over fixed sets of pixels and added in order: results do not depend on the
 // number of threads.
-#include "cpu/jet.h"
+#include "cpu/norm_act_tangents.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <new>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/jet_blocks.h"
+#include "registry.h"
 
 namespace entropic::cpu {
 namespace {
@@ -47,45 +48,24 @@ Buffer<T> buffer(i64 size, T value = T(0)) {
 }
 
 template <typename T>
-const JetBlocks<T>& blocks();
-
-#define ENTROPIC_CASE(name)                \
-  switch (current_isa()) {                 \
-    ENTROPIC_AVX512(return avx512::name;)  \
-    ENTROPIC_AVX2(return avx2::name;)      \
-    default:                               \
-      return portable::name;               \
-  }
-#ifdef ENTROPIC_HAS_AVX512
-#define ENTROPIC_AVX512(statement) case AVX512: statement
-#else
-#define ENTROPIC_AVX512(statement)
-#endif
-#ifdef ENTROPIC_HAS_AVX2
-#define ENTROPIC_AVX2(statement) case AVX2: statement
-#else
-#define ENTROPIC_AVX2(statement)
-#endif
-template <>
-const JetBlocks<float>& blocks<float>() {
-  ENTROPIC_CASE(jet_f32)
-}
-template <>
-const JetBlocks<double>& blocks<double>() {
-  ENTROPIC_CASE(jet_f64)
+const TangentBlocks<T>& blocks() {
+  if constexpr (std::is_same_v<T, float>)
+    return ENTROPIC_TABLE(norm_act_tangents_f32);
+  else
+    return ENTROPIC_TABLE(norm_act_tangents_f64);
 }
 
-// How pixels are cut into rows, blocks and chunks (cpu/jet_blocks.h).
+// How pixels are cut into rows, blocks and chunks (cpu/norm_act_tangents.h).
 struct Plan {
-  JetSizes sizes;
+  TangentSizes sizes;
   i64 width, block, chunk, chunks;
 };
 
 template <typename T>
-Plan make_plan(const JetSizes& sizes) {
+Plan make_plan(const TangentSizes& sizes) {
   const i64 channels = std::max<i64>(sizes.channels, 1);
-  i64 row = JET_LANES / std::gcd(channels, JET_LANES);
-  while (row * channels < JET_WIDTH) row *= 2;
+  i64 row = TANGENT_LANES / std::gcd(channels, TANGENT_LANES);
+  while (row * channels < TANGENT_WIDTH) row *= 2;
   i64 block = std::max<i64>(BLOCK_BYTES / i64(sizeof(T)) / channels, 1);
   if (block > row) block -= block % row;
   const i64 chunk = ceil_div(std::max(CHUNK_ELEMENTS / channels, CHUNK_PIXELS), block) * block;
@@ -121,7 +101,7 @@ struct Constants {
 };
 
 template <typename T>
-JetSource<T> source(const Plan& plan, const T* tensor, i64 offset, const Buffer<T>& fallback) {
+SharedRows<T> source(const Plan& plan, const T* tensor, i64 offset, const Buffer<T>& fallback) {
   if (tensor == nullptr) return {fallback.data(), 0};
   return {tensor + offset, plan.width};
 }
@@ -144,19 +124,19 @@ struct Place {
 };
 
 template <typename T>
-JetStream<T> stream(T* tensor, i64 stride, i64 channels, Place now, Place next) {
+TangentRows<T> stream(T* tensor, i64 stride, i64 channels, Place now, Place next) {
   if (tensor == nullptr) return {nullptr, nullptr};
   return {tensor + now.k * stride + now.pixel * channels,
           tensor + next.k * stride + next.pixel * channels};
 }
 
 template <typename T>
-JetPixels<T> pixels_of(const T* tensor, i64 stride, i64 step, i64 channels, Place now, Place next,
+TangentPixels<T> pixels_of(const T* tensor, i64 stride, i64 step, i64 channels, Place now, Place next,
                        i64 count, Scratch<T>& scratch) {
   if (tensor == nullptr) return {nullptr, nullptr, channels};
-  const JetPixels<T> pixels = {tensor + now.k * stride + now.pixel * step,
+  const TangentPixels<T> pixels = {tensor + now.k * stride + now.pixel * step,
                                tensor + next.k * stride + next.pixel * step, step};
-  if (step == channels || channels % JET_LANES == 0) return pixels;
+  if (step == channels || channels % TANGENT_LANES == 0) return pixels;
   blocks<T>().gather(pixels, count, channels, scratch.gathered.data());
   return {scratch.gathered.data(), scratch.gathered.data(), channels};
 }
@@ -213,7 +193,7 @@ Sums walk(const Plan& plan, int kinds, int threads, Work work) {
 }  // namespace
 
 template <typename T>
-void jet_push(const JetPush<T>& j, int threads) {
+void jvp(const NormActJvp<T>& j, int threads) {
   const Plan plan = make_plan<T>(j.sizes);
   const i64 tangents = j.sizes.tangents, channels = j.sizes.channels;
   const Constants<T> constants(plan);
@@ -221,7 +201,7 @@ void jet_push(const JetPush<T>& j, int threads) {
   const auto tscale = rows_of(plan, j.tscale, j.tscale == nullptr ? 1 : tangents, T(0));
   const auto tshift = rows_of(plan, j.tshift, j.tshift == nullptr ? 1 : tangents, T(0));
   const T* normal = j.tscale == nullptr ? nullptr : j.normal;
-  const auto run = blocks<T>().push;
+  const auto run = blocks<T>().jvp;
   const bool sums = j.sums != nullptr;  // an empty cotangent has no address
 
   const auto work = [&](Place now, Place next, i64 pixels, Scratch<T>& scratch) {
@@ -249,7 +229,7 @@ void jet_push(const JetPush<T>& j, int threads) {
 }
 
 template <typename T>
-void jet_pull(const JetPull<T>& j, int threads) {
+void vjp_tangent(const NormActVjpTangent<T>& j, int threads) {
   const Plan plan = make_plan<T>(j.sizes);
   const i64 tangents = j.sizes.tangents, channels = j.sizes.channels;
   const Constants<T> constants(plan);
@@ -257,7 +237,7 @@ void jet_pull(const JetPull<T>& j, int threads) {
   const auto tscale = rows_of(plan, j.tscale, j.tscale == nullptr ? 1 : tangents, T(0));
   const auto rstd = rows_of(plan, j.rstd, 1, T(1));
   const T* out_cotangent = j.tscale == nullptr ? nullptr : j.cotangent;
-  const auto run = blocks<T>().pull;
+  const auto run = blocks<T>().vjp_tangent;
 
   const auto work = [&](Place now, Place next, i64 pixels, Scratch<T>& scratch) {
     const i64 at = now.pixel * channels;
@@ -290,7 +270,7 @@ void jet_pull(const JetPull<T>& j, int threads) {
 }
 
 template <typename T>
-void jet_normalise(const JetNormalise<T>& j, int threads) {
+void norm_act(const NormAct<T>& j, int threads) {
   const Plan plan = make_plan<T>(j.sizes);
   const i64 channels = j.sizes.channels, pixels = j.sizes.pixels;
   const Constants<T> constants(plan);
@@ -298,7 +278,7 @@ void jet_normalise(const JetNormalise<T>& j, int threads) {
   const auto rstd = rows_of(plan, j.rstd, 1, T(1));
   const auto weight = rows_of(plan, j.weight, 1, T(1));
   const auto bias = rows_of(plan, j.bias, 1, T(0));
-  const auto run = blocks<T>().normalise;
+  const auto run = blocks<T>().norm_act;
   if (pixels * channels < PARALLEL_FROM) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (i64 chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -311,10 +291,10 @@ void jet_normalise(const JetNormalise<T>& j, int threads) {
 }
 
 template <typename T>
-void jet_inner(const JetInner<T>& j, int threads) {
+void inner_products(const InnerProducts<T>& j, int threads) {
   const Plan plan = make_plan<T>(j.sizes);
   const i64 channels = j.sizes.channels;
-  const auto run = blocks<T>().inner;
+  const auto run = blocks<T>().inner_products;
   const auto work = [&](Place now, Place next, i64 pixels, Scratch<T>& scratch) {
     run({stream(j.a, j.a_k, channels, now, next),
          pixels_of(j.b, j.b_k, j.b_pixel, channels, now, next, pixels, scratch),
@@ -324,13 +304,54 @@ void jet_inner(const JetInner<T>& j, int threads) {
   std::copy(total.forms.begin(), total.forms.end(), j.result);
 }
 
-template void jet_push<float>(const JetPush<float>&, int);
-template void jet_push<double>(const JetPush<double>&, int);
-template void jet_pull<float>(const JetPull<float>&, int);
-template void jet_pull<double>(const JetPull<double>&, int);
-template void jet_normalise<float>(const JetNormalise<float>&, int);
-template void jet_normalise<double>(const JetNormalise<double>&, int);
-template void jet_inner<float>(const JetInner<float>&, int);
-template void jet_inner<double>(const JetInner<double>&, int);
+template void jvp<float>(const NormActJvp<float>&, int);
+template void jvp<double>(const NormActJvp<double>&, int);
+template void vjp_tangent<float>(const NormActVjpTangent<float>&, int);
+template void vjp_tangent<double>(const NormActVjpTangent<double>&, int);
+template void norm_act<float>(const NormAct<float>&, int);
+template void norm_act<double>(const NormAct<double>&, int);
+template void inner_products<float>(const InnerProducts<float>&, int);
+template void inner_products<double>(const InnerProducts<double>&, int);
+
+namespace {
+
+// Values in the order of the struct's members: sizes, addresses, strides.
+template <typename T>
+void jvp_kernel(Values& v) {
+  const NormActJvp<T> call{{v, v, v}, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
+  jvp(call, int(v));
+}
+
+template <typename T>
+void vjp_tangent_kernel(Values& v) {
+  const NormActVjpTangent<T> call{{v, v, v}, v, v, v, v, v, v, v, v, v, v, v, v, v,
+                                  v,         v, v, v, v, v};
+  vjp_tangent(call, int(v));
+}
+
+template <typename T>
+void norm_act_kernel(Values& v) {
+  const NormAct<T> call{{v, v, v}, v, v, v, v, v, v, v, v, v};
+  norm_act(call, int(v));
+}
+
+template <typename T>
+void inner_products_kernel(Values& v) {
+  const InnerProducts<T> call{{v, v, v}, v, v, v, v, v, v};
+  inner_products(call, int(v));
+}
+
+const RegisterKernel ADDED[] = {
+    {"jvp_cpu_float32", jvp_kernel<float>},
+    {"jvp_cpu_float64", jvp_kernel<double>},
+    {"vjp_tangent_cpu_float32", vjp_tangent_kernel<float>},
+    {"vjp_tangent_cpu_float64", vjp_tangent_kernel<double>},
+    {"norm_act_cpu_float32", norm_act_kernel<float>},
+    {"norm_act_cpu_float64", norm_act_kernel<double>},
+    {"inner_products_cpu_float32", inner_products_kernel<float>},
+    {"inner_products_cpu_float64", inner_products_kernel<double>},
+};
+
+}  // namespace
 
 }  // namespace entropic::cpu

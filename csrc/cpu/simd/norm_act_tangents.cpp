@@ -1,6 +1,6 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it, and with contraction to
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
-#include "cpu/jet_blocks.h"
+#include "cpu/norm_act_tangents.h"
 
 namespace entropic::cpu {
 namespace {
@@ -97,7 +97,7 @@ EF_FN void fetch(const void* address, int v) {
 }
 
 template <bool EXTRA, bool RESIDUAL, bool SUMS, bool FORM, typename T>
-void push_block(const PushBlock<T>& b) {
+void jvp_block(const JvpBlock<T>& b) {
   const i64 width = b.width;
   Lanes<T> form[GROUP] = {};
   double rest = 0.0;
@@ -168,7 +168,7 @@ void push_block(const PushBlock<T>& b) {
 }
 
 template <bool EXTRA, bool RESIDUAL, bool OUT, bool TY, typename T>
-void pull_block(const PullBlock<T>& b) {
+void vjp_tangent_block(const VjpTangentBlock<T>& b) {
   const i64 width = b.width;
   each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
                                  always_inline)) {
@@ -238,55 +238,55 @@ void pull_block(const PullBlock<T>& b) {
 }
 
 template <typename T>
-void push(const PushBlock<T>& b) {
-  constexpr void (*variants[])(const PushBlock<T>&) = {
-      push_block<false, false, false, false, T>,
-      push_block<false, false, false, true, T>,
-      push_block<false, false, true, false, T>,
-      push_block<false, false, true, true, T>,
-      push_block<false, true, false, false, T>,
-      push_block<false, true, false, true, T>,
-      push_block<false, true, true, false, T>,
-      push_block<false, true, true, true, T>,
-      push_block<true, false, false, false, T>,
-      push_block<true, false, false, true, T>,
-      push_block<true, false, true, false, T>,
-      push_block<true, false, true, true, T>,
-      push_block<true, true, false, false, T>,
-      push_block<true, true, false, true, T>,
-      push_block<true, true, true, false, T>,
-      push_block<true, true, true, true, T>,
+void jvp(const JvpBlock<T>& b) {
+  constexpr void (*variants[])(const JvpBlock<T>&) = {
+      jvp_block<false, false, false, false, T>,
+      jvp_block<false, false, false, true, T>,
+      jvp_block<false, false, true, false, T>,
+      jvp_block<false, false, true, true, T>,
+      jvp_block<false, true, false, false, T>,
+      jvp_block<false, true, false, true, T>,
+      jvp_block<false, true, true, false, T>,
+      jvp_block<false, true, true, true, T>,
+      jvp_block<true, false, false, false, T>,
+      jvp_block<true, false, false, true, T>,
+      jvp_block<true, false, true, false, T>,
+      jvp_block<true, false, true, true, T>,
+      jvp_block<true, true, false, false, T>,
+      jvp_block<true, true, false, true, T>,
+      jvp_block<true, true, true, false, T>,
+      jvp_block<true, true, true, true, T>,
   };
   variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) +
            2 * (b.sums != nullptr) + (b.form != nullptr)](b);
 }
 
 template <typename T>
-void pull(const PullBlock<T>& b) {
-  constexpr void (*variants[])(const PullBlock<T>&) = {
-      pull_block<false, false, false, false, T>,
-      pull_block<false, false, false, true, T>,
-      pull_block<false, false, true, false, T>,
-      pull_block<false, false, true, true, T>,
-      pull_block<false, true, false, false, T>,
-      pull_block<false, true, false, true, T>,
-      pull_block<false, true, true, false, T>,
-      pull_block<false, true, true, true, T>,
-      pull_block<true, false, false, false, T>,
-      pull_block<true, false, false, true, T>,
-      pull_block<true, false, true, false, T>,
-      pull_block<true, false, true, true, T>,
-      pull_block<true, true, false, false, T>,
-      pull_block<true, true, false, true, T>,
-      pull_block<true, true, true, false, T>,
-      pull_block<true, true, true, true, T>,
+void vjp_tangent(const VjpTangentBlock<T>& b) {
+  constexpr void (*variants[])(const VjpTangentBlock<T>&) = {
+      vjp_tangent_block<false, false, false, false, T>,
+      vjp_tangent_block<false, false, false, true, T>,
+      vjp_tangent_block<false, false, true, false, T>,
+      vjp_tangent_block<false, false, true, true, T>,
+      vjp_tangent_block<false, true, false, false, T>,
+      vjp_tangent_block<false, true, false, true, T>,
+      vjp_tangent_block<false, true, true, false, T>,
+      vjp_tangent_block<false, true, true, true, T>,
+      vjp_tangent_block<true, false, false, false, T>,
+      vjp_tangent_block<true, false, false, true, T>,
+      vjp_tangent_block<true, false, true, false, T>,
+      vjp_tangent_block<true, false, true, true, T>,
+      vjp_tangent_block<true, true, false, false, T>,
+      vjp_tangent_block<true, true, false, true, T>,
+      vjp_tangent_block<true, true, true, false, T>,
+      vjp_tangent_block<true, true, true, true, T>,
   };
   variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) +
            2 * (b.out.at != nullptr) + (b.ty.at != nullptr)](b);
 }
 
 template <bool RELU, typename T>
-void normalise_block(const NormaliseBlock<T>& b) {
+void norm_act_block(const NormActBlock<T>& b) {
   const i64 width = b.width;
   each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
                                  always_inline)) {
@@ -318,12 +318,12 @@ void normalise_block(const NormaliseBlock<T>& b) {
 }
 
 template <typename T>
-void normalise(const NormaliseBlock<T>& b) {
-  b.slope == nullptr ? normalise_block<false>(b) : normalise_block<true>(b);
+void norm_act(const NormActBlock<T>& b) {
+  b.slope == nullptr ? norm_act_block<false>(b) : norm_act_block<true>(b);
 }
 
 template <typename T>
-void inner(const InnerBlock<T>& b) {
+void inner_products(const InnerProductsBlock<T>& b) {
   const i64 width = b.width, step = width / b.channels * b.b.step;
   const i64 next_a = b.a.next - b.a.at, next_b = b.b.next - b.b.at;
   Lanes<T> sums[GROUP] = {};
@@ -353,7 +353,7 @@ void inner(const InnerBlock<T>& b) {
 
 // In pieces of P elements, the last one ending with the pixel whatever it overlaps.
 template <int P, typename T>
-void gather_pieces(const JetPixels<T>& pixels, i64 rows, i64 channels, T* to) {
+void gather_pieces(const TangentPixels<T>& pixels, i64 rows, i64 channels, T* to) {
   const T* from = pixels.at;
   const i64 next = pixels.next - pixels.at;
   for (i64 row = 0; row < rows; ++row, from += pixels.step, to += channels) {
@@ -367,7 +367,7 @@ void gather_pieces(const JetPixels<T>& pixels, i64 rows, i64 channels, T* to) {
 }
 
 template <typename T>
-void gather(const JetPixels<T>& from, i64 rows, i64 channels, T* to) {
+void gather(const TangentPixels<T>& from, i64 rows, i64 channels, T* to) {
   if (channels >= 16) return gather_pieces<16>(from, rows, channels, to);
   if (channels >= 8) return gather_pieces<8>(from, rows, channels, to);
   if (channels >= 4) return gather_pieces<4>(from, rows, channels, to);
@@ -378,11 +378,11 @@ void gather(const JetPixels<T>& from, i64 rows, i64 channels, T* to) {
 }  // namespace
 
 namespace ENTROPIC_ISA {
-extern const JetBlocks<float> jet_f32;
-extern const JetBlocks<double> jet_f64;
-const JetBlocks<float> jet_f32 = {push<float>, pull<float>, normalise<float>, inner<float>,
+extern const TangentBlocks<float> norm_act_tangents_f32;
+extern const TangentBlocks<double> norm_act_tangents_f64;
+const TangentBlocks<float> norm_act_tangents_f32 = {jvp<float>, vjp_tangent<float>, norm_act<float>, inner_products<float>,
                                   gather<float>};
-const JetBlocks<double> jet_f64 = {push<double>, pull<double>, normalise<double>, inner<double>,
+const TangentBlocks<double> norm_act_tangents_f64 = {jvp<double>, vjp_tangent<double>, norm_act<double>, inner_products<double>,
                                    gather<double>};
 }  // namespace ENTROPIC_ISA
 

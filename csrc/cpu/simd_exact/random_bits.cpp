@@ -1,7 +1,7 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it. Only functions with internal
 // linkage here, and no standard library. Words of a block are made in vectors of counters and left
 // in the first cache, in order; then they become numbers where these belong.
-#include "cpu/random_bits_blocks.h"
+#include "cpu/random_bits.h"
 #include "cpu/simd/normal.h"
 #include "cpu/simd/transpose.h"
 

@@ -10,8 +10,7 @@
 #include <omp.h>
 #endif
 
-#include "cpu/score_conv.h"
-#include "cpu/score_conv_blocks.h"
+#include "cpu/conv_example_grads.h"
 
 namespace entropic::cpu {
 namespace {
