@@ -1,13 +1,14 @@
 """Kernel families: schema, checks and dispatch of every compiled operation, one package per family.
 
-Start with `backend`, which chooses the implementation of each family, and `projected_step`, the
-largest. Relies on `_torch` and `_utils`.
+In a family's package, `__init__` has its public functions, `checks` the arguments of each op as a
+`NamedTuple`, and `reference`, `native` (C++ and CUDA C++) and `triton` one implementation each.
+Start with `backend`, which chooses among these, and `projected_step`, the largest. Relies on
+`_torch` and `_utils`.
 """
 
-from entropic_fast.ops import conv_example_grads as conv_example_grads  # each registers its family
-from entropic_fast.ops import gram_update as gram_update
-from entropic_fast.ops import langevin as langevin
-from entropic_fast.ops import norm_act_tangents as norm_act_tangents
-from entropic_fast.ops import norm_example_grads as norm_example_grads
-from entropic_fast.ops import projected_step as projected_step
-from entropic_fast.ops import random_bits as random_bits
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):  # each package registers its family
+    if _module.ispkg:
+        import_module(f"{__name__}.{_module.name}")

@@ -43,7 +43,7 @@ def capturing() -> bool:
 def triton_problem() -> str | None:
     """Why Triton cannot compile and launch a trivial kernel on the current GPU, or None."""
     try:
-        import_module("entropic_fast.ops._triton_probe").run(torch.device("cuda"))
+        import_module("entropic_fast.ops._triton").probe(torch.device("cuda"))
     # Triton, its compilers and the driver fail in any way at all; the reason is passed on.
     except Exception as error:
         return f"a trivial kernel cannot be compiled and launched: {describe(error)}"
@@ -118,9 +118,13 @@ def _run_step(device: torch.device) -> None:
     """One update of three parameters by the CUDA C++ kernels, awaited."""
     theta, none = torch.ones(1, 3, device=device), torch.empty(0, 3, device=device)
     rates = torch.full((1,), 0.5, dtype=torch.float64, device=device)
-    step = import_module("entropic_fast.ops.projected_step.native")
+    family = "entropic_fast.ops.projected_step"
+    step, checks = (import_module(f"{family}.{name}") for name in ("native", "checks"))
     step.sgd_step(
-        theta, torch.ones_like(theta), theta.new_empty(0), rates, none, 0.0, 0.0, 0.0, False, False
-    )
+        checks.SgdStep(
+            theta, torch.ones_like(theta), theta.new_empty(0), rates, none,
+            0.0, 0.0, 0.0, False, False,
+        )
+    )  # fmt: skip
     if theta.tolist() != [[0.5, 0.5, 0.5]]:
         raise RuntimeError(f"it computed {theta.tolist()} for [[0.5, 0.5, 0.5]]")

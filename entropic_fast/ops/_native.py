@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 # torch first: its OpenMP runtime is then in the process already and the module shares its thread
 # pool instead of starting a second one.
 import torch
+from torch import Tensor
 
 from entropic_fast._utils.checks import invalid
 
 ISA_VARIABLE = "ENTROPIC_FAST_ISA"
+Kernel = Callable[[list[Any]], None]
+_SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -69,9 +75,30 @@ def module() -> ModuleType:
     return _C
 
 
-def threads() -> int:
-    """Threads a CPU kernel may use: torch's own setting."""
-    return torch.get_num_threads()
+@cache
+def _kernel(function: str, device_type: str, dtype: torch.dtype) -> Kernel:
+    kernels: dict[str, Kernel] = module().kernels
+    name = f"{function}_{device_type}"
+    return kernels.get(f"{name}_{_SUFFIXES.get(dtype)}") or kernels[name]
+
+
+def call(function: str, like: Tensor, *values: Tensor | float | None) -> None:
+    """Call a kernel of csrc/registry.h, for the dtype and the device of a tensor.
+
+    Args:
+        function: its name without device and dtype; without the dtype if all dtypes share it.
+        like: decides both. On a GPU its device becomes current, and its stream is used.
+        values: in the order of the C++ struct: tensors become addresses, None address 0. Where
+            it runs (number of threads, or device and stream) is added.
+    """
+    device = like.device
+    kernel = _kernel(function, device.type, like.dtype)
+    where: tuple[int, ...]
+    if device.type == "cpu":
+        where = (torch.get_num_threads(),)
+    else:
+        where = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    kernel([*[v.data_ptr() if isinstance(v, Tensor) else v for v in values], *where])
 
 
 if _C is not None and os.environ.get(ISA_VARIABLE):

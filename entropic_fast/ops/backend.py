@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -50,8 +51,8 @@ TIMED_ON_GPU: frozenset[str] = frozenset()
 
 # family -> backend -> module that implements it, imported when first used.
 _families: dict[str, dict[str, str]] = {}
-# family -> function -> positions of the arguments that it writes in place.
-_writes: dict[str, dict[str, Sequence[int]]] = {}
+# family -> function -> names of the arguments that it writes in place.
+_writes: dict[str, dict[str, tuple[str, ...]]] = {}
 # family -> functions whose first launch may have written when a later one is compiled.
 _several: dict[str, frozenset[str]] = {}
 # (family, backend, device type) -> why a first call failed.
@@ -65,21 +66,27 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run; the message says why."""
 
 
-def register_family(
-    family: str,
-    modules: Mapping[str, str],
-    writes: Mapping[str, Sequence[int]] | None = None,
-    several: Sequence[str] = (),
-) -> None:
-    """Declare a family's implementation modules, by backend name.
+def register_family(family: str, *, cuda: bool = False, several: Sequence[str] = ()) -> None:
+    """Declare a family, whose package holds a module for each backend.
 
     Args:
-        writes: for each function of the modules that writes to its arguments, their positions.
+        cuda: whether csrc/cuda has its kernels too.
         several: functions that make another launch after one that has written to an argument.
     """
-    _families[family], _writes[family] = dict(modules), dict(writes or {})
-    _several[family] = frozenset(several)
+    package = f"{__package__}.{family}"
+    modules = {"reference": "reference", "cpp": "native", "cuda": "native", "triton": "triton"}
+    _families[family] = {
+        backend: f"{package}.{module}"
+        for backend, module in modules.items()
+        if cuda or backend != "cuda"
+    }
+    _writes[family], _several[family] = {}, frozenset(several)
     _choose.cache_clear()
+
+
+def declare_writes(family: str, function: str, arguments: Sequence[str]) -> None:
+    """Declare which arguments a function of a family's modules writes in place."""
+    _writes[family][function] = tuple(arguments)
 
 
 def families() -> tuple[str, ...]:
@@ -174,7 +181,8 @@ def implementation(
     device_type = torch.device(device).type
     chosen = backend_for(family, device_type, wanted)
     if wanted != "auto" or chosen not in _GUARDED:
-        return import_module(_families[family][chosen])
+        name = _families[family][chosen]
+        return sys.modules.get(name) or import_module(name)
     key = (family, chosen, device_type)
     if key not in _guards:
         _guards[key] = _Guard(*key)
@@ -335,7 +343,7 @@ class _Guard(ModuleType):
         proven: dict[Any, Callable[..., Any]] = {}
         several = self._key[1] == "triton" and name in _several[self._key[0]]
 
-        def call(*arguments: Any) -> Any:
+        def call(arguments: tuple[Any, ...]) -> Any:
             dtypes = tuple(a.dtype for a in arguments[:2] if isinstance(a, Tensor))
             function = proven.get(dtypes)
             if function is None:
@@ -349,13 +357,13 @@ class _Guard(ModuleType):
             if several:
                 key = _specialization(arguments)
                 if key in proven:
-                    return function(*arguments)
+                    return function(arguments)
                 found, function = self._watched(name, arguments, only_compiler=True)
                 if function is not None:
                     proven[key] = function
                 return found
             try:
-                return function(*arguments)
+                return function(arguments)
             except Exception as error:
                 if not gpu_probe.is_compiler_error(error):
                     raise
@@ -369,12 +377,12 @@ class _Guard(ModuleType):
     ) -> tuple[Any, Callable[..., Any] | None]:
         """What is computed; and the backend's function, unless another backend had to do it."""
         family, backend, _ = self._key
-        positions = _writes[family].get(name, ())
-        written = [arguments[i] for i in positions if isinstance(arguments[i], Tensor)]
+        tensors = (getattr(arguments, argument) for argument in _writes[family].get(name, ()))
+        written = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
         before = [tensor.clone() for tensor in written]
         try:
             function = getattr(import_module(_families[family][backend]), name)
-            return function(*arguments), function
+            return function(arguments), function
         except (ValueError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -388,7 +396,7 @@ class _Guard(ModuleType):
         family, _, device_type = self._key
         _failed[self._key] = f"{name}: {gpu_probe.describe(error)}"
         _choose.cache_clear()
-        return getattr(implementation(family, device_type, "auto"), name)(*arguments)
+        return getattr(implementation(family, device_type, "auto"), name)(arguments)
 
 
 def _specialization(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

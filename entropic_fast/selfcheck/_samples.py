@@ -94,33 +94,33 @@ def _batch_norm(draw: Draw) -> Arguments:
     return (draw(n, s, c), draw(n, s, c), draw(c), draw.positive(c), draw(c))
 
 
-def _jet_sizes(draw: Draw) -> tuple[int, int, int]:
+def _tangent_sizes(draw: Draw) -> tuple[int, int, int]:
     return draw.size(3, 5), draw.size(29, 513), draw.size(7, 33)
 
 
-def _push(draw: Draw) -> Arguments:
-    k, m, c = _jet_sizes(draw)
+def _jvp(draw: Draw) -> Arguments:
+    k, m, c = _tangent_sizes(draw)
     return (
         draw(k, m, c), draw(k, m, c), draw(m, c), draw(c), draw(k, c), draw(k, c),
         draw(k, m, c), draw(m, c), draw(m, c), draw(m, c), draw(k, m, c),
     )  # fmt: skip
 
 
-def _pull(draw: Draw) -> Arguments:
-    k, m, c = _jet_sizes(draw)
+def _vjp_tangent(draw: Draw) -> Arguments:
+    k, m, c = _tangent_sizes(draw)
     return (
         draw(k, m, c), draw(k, m, c), draw(k, m, c), draw(m, c), draw(m, c), draw(c),
         draw(k, c), draw(m, c), draw(k, m, c), draw(c), draw(k, m, c),
     )  # fmt: skip
 
 
-def _normalise(draw: Draw) -> Arguments:
-    _, m, c = _jet_sizes(draw)
+def _norm_act(draw: Draw) -> Arguments:
+    _, m, c = _tangent_sizes(draw)
     return (draw(m, c), draw(c), draw.positive(c), draw(c), draw(c), draw(m, c), True)
 
 
-def _inner(draw: Draw) -> Arguments:
-    k, m, c = _jet_sizes(draw)
+def _inner_products(draw: Draw) -> Arguments:
+    k, m, c = _tangent_sizes(draw)
     return (draw(k, m, c), draw(k, m, c))
 
 
@@ -184,14 +184,14 @@ SAMPLES: dict[str, Sample] = {
     "gram_cross_update_": Sample("gram_update", _cross),
     "norm_affine_grads": Sample("norm_example_grads", _affine),
     "norm_batch_norm_backward": Sample("norm_example_grads", _batch_norm),
-    "jet_push": Sample("norm_act_tangents", _push),
-    "jet_pull": Sample("norm_act_tangents", _pull),
-    "jet_normalise": Sample("norm_act_tangents", _normalise),
-    "jet_inner": Sample("norm_act_tangents", _inner),
+    "norm_act_jvp": Sample("norm_act_tangents", _jvp),
+    "norm_act_vjp_tangent": Sample("norm_act_tangents", _vjp_tangent),
+    "norm_act": Sample("norm_act_tangents", _norm_act),
+    "norm_act_inner_products": Sample("norm_act_tangents", _inner_products),
     "sgd_step": Sample("projected_step", _sgd),
     "adam_step": Sample("projected_step", _adam),
     "project_step": Sample("projected_step", _project),
-    "langevin_advance": Sample("langevin", _langevin),
+    "langevin_steps": Sample("langevin", _langevin),
     "langevin_box_muller": Sample("langevin", _words),
     "random_fill": Sample("random_bits", _fill),
     "random_philox": Sample("random_bits", _philox),

@@ -26,7 +26,7 @@ from ..dynamics import ProjectedSGD, Recording, relax
 from ..objective import Objective
 from ..ops._gpu_probe import describe
 from ..ops.gram_update import symmetric_update_
-from ..ops.norm_act_tangents import push
+from ..ops.norm_act_tangents import jvp
 from ..ops.projected_step import project_step, segment_squares, sgd_step
 from ..paths import linear_path
 from ..training import models
@@ -288,7 +288,7 @@ def _kernels(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
         # theta read and written twice, the gradient once, the pivots once, two of them again.
         "kernel: projected step": _Work(step, bytes=4 * theta.nbytes + grad.nbytes + pivots.nbytes),
         "kernel: norm_act_tangents": _Work(
-            lambda: push(u, normal=normal, scale=scale, slope=slope, out=out),
+            lambda: jvp(u, normal=normal, scale=scale, slope=slope, out=out),
             bytes=2 * u.nbytes + slope.nbytes,
         ),
     }

@@ -13,6 +13,7 @@ from entropic_fast._utils import workspace as scratch
 from entropic_fast.ops import backend
 from entropic_fast.ops import gram_update as ops
 from entropic_fast.ops.gram_update import cross_update_, reference, symmetric_update_
+from entropic_fast.ops.gram_update.checks import SymmetricUpdate
 
 DEVICE = torch.device("emulated:0")
 KINDS = [(torch.float32, False), (torch.float32, True), (torch.float64, False)]
@@ -50,12 +51,12 @@ def test_float32_sums_stay_short_and_launches_few():
     rows = rows_of(24, 65_536, torch.float32).abs_()
     exact = rows.double() @ rows.double().T
     gram, on_device = torch.zeros(24, 24).double().to(DEVICE), rows.to(DEVICE)
-    reference.symmetric_update_(gram, on_device, False)
+    reference.symmetric_update_(SymmetricUpdate(gram, on_device, False))
     norms = exact.diagonal().sqrt()
     error = ((gram.cpu() - exact).tril().abs() / (norms[:, None] * norms)).max()
     assert float(error) <= 8 * 2.0**-23 / (65_536 / 256) ** 0.5
     with emulated_gpu.counted() as seen:
-        reference.symmetric_update_(gram, on_device, False)
+        reference.symmetric_update_(SymmetricUpdate(gram, on_device, False))
     assert seen.launches <= 6 and seen.synchronizations == 0
 
 

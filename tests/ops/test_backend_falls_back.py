@@ -47,10 +47,10 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_probe, "capturing", lambda: False)
     tried = {"triton": [], "cuda": []}
     probe = types.ModuleType("probe")
-    probe.run = tried["triton"].append
-    monkeypatch.setitem(sys.modules, "entropic_fast.ops._triton_probe", probe)
+    probe.probe = tried["triton"].append
+    monkeypatch.setitem(sys.modules, "entropic_fast.ops._triton", probe)
     monkeypatch.setattr(gpu_probe, "_run_step", tried["cuda"].append)
-    tried["fail triton"] = lambda error: setattr(probe, "run", raising(error, tried["triton"]))
+    tried["fail triton"] = lambda error: setattr(probe, "probe", raising(error, tried["triton"]))
     return tried
 
 
@@ -63,8 +63,9 @@ def raising(error, tried):
 
 
 def test_backends_that_run_a_trivial_kernel_are_taken_and_tried_once(a_gpu):
-    for family in ("step", "jet", "score_gram"):
-        assert backend.backend_for(family, "cuda") == ("cuda" if family == "step" else "triton")
+    for family in ("projected_step", "norm_act_tangents", "gram_update"):
+        expected = "cuda" if family == "projected_step" else "triton"
+        assert backend.backend_for(family, "cuda") == expected
         assert backend.backend_for("projected_step", "cuda", "triton") == "triton"
     assert len(a_gpu["triton"]) == len(a_gpu["cuda"]) == 1
 
@@ -142,7 +143,9 @@ def test_a_forced_gpu_backend_leaves_the_cpu_to_auto(a_gpu, monkeypatch, forced,
     with pytest.raises(backend.BackendError, match=r"runs on c.*not on cpu|interpreter"):
         backend.backend_for("projected_step", "cpu", forced)
     if forced == "cuda":
-        with pytest.raises(backend.BackendError, match="'jet' has no such implementation"):
+        with pytest.raises(
+            backend.BackendError, match="'norm_act_tangents' has no such implementation"
+        ):
             backend.backend_for("norm_act_tangents", "cuda")
         assert backend.backend_for("norm_act_tangents", "cpu") == "cpp"
 
@@ -165,13 +168,14 @@ def compiled_late(monkeypatch):
     monkeypatch.setitem(sys.modules, "late", module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(backend.PREFERENCE, "cpu", ("triton", "cpp", "reference"))
-    monkeypatch.setitem(backend._families, "step", {**backend._families["step"], "triton": "late"})
+    families = {**backend._families["projected_step"], "triton": "late"}
+    monkeypatch.setitem(backend._families, "projected_step", families)
     return module
 
 
 def test_a_first_call_that_fails_is_taken_by_the_next_backend(compiled_late):
-    def half_done(theta, grad, *arguments):
-        theta += 100
+    def half_done(a):
+        a.theta.add_(100)
         raise RuntimeError("PassManager::run failed")
 
     compiled_late.sgd_step = half_done
@@ -185,8 +189,8 @@ def test_a_first_call_that_fails_is_taken_by_the_next_backend(compiled_late):
 
 
 def test_adams_count_of_steps_is_put_back_too(compiled_late):
-    def half_done(theta, grad, mean, square, step, *arguments):
-        for tensor in (theta, mean, square, step):
+    def half_done(a):
+        for tensor in (a.theta, a.exp_avg, a.exp_avg_sq, a.step):
             tensor += 7
         raise OSError("no compiler")
 
@@ -200,7 +204,7 @@ def test_adams_count_of_steps_is_put_back_too(compiled_late):
 
 
 def test_errors_that_are_no_fault_of_the_backend_are_raised(compiled_late):
-    def too_large(*arguments):
+    def too_large(arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     compiled_late.sgd_step = too_large
@@ -210,7 +214,7 @@ def test_errors_that_are_no_fault_of_the_backend_are_raised(compiled_late):
 
 
 def test_a_backend_asked_for_by_name_raises_its_own_error(compiled_late):
-    def broken(*arguments):
+    def broken(arguments):
         raise RuntimeError("PassManager::run failed")
 
     compiled_late.sgd_step = broken
@@ -220,7 +224,8 @@ def test_a_backend_asked_for_by_name_raises_its_own_error(compiled_late):
 
 
 def test_first_calls_are_watched_for_each_dtype_and_later_ones_are_not(compiled_late):
-    def works_in_float32(theta, *arguments):
+    def works_in_float32(a):
+        theta = a.theta
         if theta.dtype == torch.float64 or bool(theta.isnan().any()):
             theta.zero_()
             raise RuntimeError("no float64 here")
@@ -257,7 +262,8 @@ COMPILERS = [
 def works_once(calls, error, result=None, spoils=False):
     """A function that computes nothing at its first call, and fails at the second."""
 
-    def function(first, *arguments):
+    def function(arguments):
+        first = arguments[0]
         calls.append(tuple(first.shape))
         if len(calls) > 1:
             if spoils:
@@ -272,8 +278,8 @@ def works_once(calls, error, result=None, spoils=False):
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_kernel_that_cannot_be_compiled_later_falls_back(compiled_late, monkeypatch, error, size):
     """A function of one launch, so nothing has been written, whatever its sizes."""
-    families = {**backend._families["score_gram"], "triton": "late"}
-    monkeypatch.setitem(backend._families, "score_gram", families)
+    families = {**backend._families["gram_update"], "triton": "late"}
+    monkeypatch.setitem(backend._families, "gram_update", families)
     calls = []
     compiled_late.symmetric_update_ = works_once(calls, error)
     first, gram = (torch.zeros(2, 2, dtype=torch.float64) for _ in range(2))
@@ -322,17 +328,20 @@ def test_classes_of_triton_are_known_by_their_names():
 
 def test_every_op_declares_what_it_writes():
     prefixes = {
-        "score_conv": "", "score_gram": "gram_", "score_norm": "norm_", "step": "",
-        "random_bits": "random_",
+        "gram_update": "gram_", "norm_example_grads": "norm_", "norm_act_tangents": "norm_act_",
+        "random_bits": "random_", "langevin": "langevin_",
     }  # fmt: skip
+    every = set()
     for family in backend.families():
-        prefix = prefixes.get(family, f"{family}_")
-        declared = {prefix + name: tuple(w) for name, w in backend._writes[family].items()}
-        for name, written in declared.items():
+        for function, written in backend._writes[family].items():
+            names = (prefixes.get(family, "") + function, function)
+            name = next(n for n in names if hasattr(torch.ops.entropic_fast, n))
             schema = getattr(torch.ops.entropic_fast, name).default._schema
-            marked = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
-            assert written == tuple(i for i, mark in enumerate(marked) if mark), name
-    every = {prefix for family in backend.families() for prefix in backend._writes[family]}
-    for name, op in OPS.items():
-        if op.written:
-            assert any(name.endswith(function) for function in every), name
+            marked = [
+                a.name
+                for a in schema.arguments
+                if a.alias_info is not None and a.alias_info.is_write
+            ]
+            assert list(written) == marked, name
+            every.add(name)
+    assert every == set(OPS)

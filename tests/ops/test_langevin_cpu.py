@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from langevin_cases import DTYPES, advanced, assert_same_steps, kinds, start
+from langevin_kernel_cases import DTYPES, advanced, assert_same_steps, kinds, start
 from scipy import stats
 
 from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
-from entropic_fast.ops.langevin import FAMILY, LARGEST_DIM, advance, backend_of, box_muller
+from entropic_fast.ops.langevin import FAMILY, LARGEST_DIM, backend_of, box_muller, langevin_steps
 from entropic_fast.ops.langevin.reference import SCHEMES
 
 DIMS = (2, 3, 4, 5, 7, LARGEST_DIM["cpp"])
@@ -79,7 +79,7 @@ def test_the_exponential_is_good_to_two_units_of_the_last_place(dtype: torch.dty
     for isa in native.module().runnable_isas():
         native.use_isa(isa)
         x = torch.stack((torch.ones_like(y), y), 1)
-        advance(
+        langevin_steps(
             x, potential="ridge", parameters=(1.0, 1.0, 1.0, 0.0), scheme="euler-maruyama",
             temperature=0.0, dt=1.0, steps=1, backend="cpp",
         )  # fmt: skip
@@ -148,18 +148,18 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], message: str) -> 
     if changes.get("potential") == "channel":
         changes = {"parameters": (5.0, 0.5, 1.0), **changes}
     with pytest.raises(ValueError, match=message):
-        advance(**{**arguments, **changes})
+        langevin_steps(**{**arguments, **changes})
 
 
 def test_velocities_in_the_memory_of_positions_are_refused() -> None:
     x = torch.ones(4, 2)
     for v in (x, x.view(-1)[2:].view(3, 2)):
-        with pytest.raises(ValueError, match="v: expected memory of its own"):
+        with pytest.raises(ValueError, match="x: expected memory of its own, apart from v"):
             advanced_in_place(x[: len(v)], v)
 
 
 def advanced_in_place(x: torch.Tensor, v: torch.Tensor) -> None:
-    advance(
+    langevin_steps(
         x, v, potential="ring", parameters=(5.0, 0.5, 1), scheme=SCHEMES[-1],
         temperature=0.1, dt=0.01, steps=1,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from scipy import stats
 
 from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
-from entropic_fast.ops.langevin import NORMAL_ULP, advance, box_muller
+from entropic_fast.ops.langevin import NORMAL_ULP, box_muller, langevin_steps
 from entropic_fast.ops.random_bits import streams as random
 
 DTYPES = (torch.float32, torch.float64)
@@ -100,7 +100,7 @@ def test_a_free_particle_shows_the_stream_of_the_public_generator(place: str, sc
     """A ridge so soft that it is flat, without walls: a step is the noise alone."""
     x = torch.zeros(21, 2, dtype=torch.float64, device=place)
     v = torch.zeros_like(x) if scheme == "baoab" else None
-    advance(
+    langevin_steps(
         x, v, potential="ridge", parameters=(1e-300, 0.0, 1.0, 0.0), scheme=scheme,
         temperature=0.5, dt=1.0, steps=1, first_step=11, first_particle=5, seed=77,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_a_free_particle_shows_the_stream_of_the_public_generator(place: str, sc
 
 def test_a_million_of_them_are_normal() -> None:
     x = torch.zeros(500_000, 2, dtype=torch.float32)
-    advance(
+    langevin_steps(
         x, potential="ridge", parameters=(1e-30, 0.0, 1.0, 0.0), scheme="euler-maruyama",
         temperature=0.5, dt=1.0, steps=1, seed=3,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from langevin_cases import (
+from langevin_kernel_cases import (
     DTYPES,
     POTENTIALS,
     advanced,
@@ -17,7 +17,7 @@ from langevin_cases import (
 )
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.langevin import advance
+from entropic_fast.ops.langevin import langevin_steps
 from entropic_fast.ops.langevin.reference import SCHEMES
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -139,7 +139,7 @@ def test_opcheck(place: str, potential: str) -> None:
     for scheme in SCHEMES:
         x, v = start(5, 2, scheme, torch.float64, place)
         opcheck(
-            torch.ops.entropic_fast.langevin_advance.default,
+            torch.ops.entropic_fast.langevin_steps.default,
             (x, x.new_empty(0) if v is None else v, potential, list(POTENTIALS[potential]),
              scheme, 0.01, 0.9, 0.1, 2, 0, 0, 3, ""),
         )  # fmt: skip
@@ -148,7 +148,7 @@ def test_opcheck(place: str, potential: str) -> None:
 def test_a_call_compiles_to_one_graph() -> None:
     def work(x: torch.Tensor) -> torch.Tensor:
         y = 2 * x
-        advance(
+        langevin_steps(
             y, potential="ring", parameters=(5.0, 0.5, 1), scheme="euler-maruyama",
             temperature=0.1, dt=0.01, steps=3,
         )  # fmt: skip

@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from jet_cases import (
+from norm_act_cases import (
     DTYPES,
     LAYOUTS,
     SHAPES,
     Draw,
     assert_sums,
-    check_normalise,
-    check_pull,
-    check_push,
-    normalise_options,
-    pull_options,
-    push_options,
+    check_jvp,
+    check_norm_act,
+    check_vjp_tangent,
+    jvp_options,
+    norm_act_options,
+    vjp_tangent_options,
 )
 from tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.norm_act_tangents import inner, normalise, pull, push
+from entropic_fast.ops.norm_act_tangents import inner_products, jvp, norm_act, vjp_tangent
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PLACES = [
@@ -63,14 +63,14 @@ def place(request: pytest.FixtureRequest) -> str:
 def test_push_is_the_formula(place: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     draw = Draw(dtype, place)
     for layout in LAYOUTS:
-        check_push(draw, shape, layout, push_options(draw, *shape))
-    options = push_options(draw, *shape)
+        check_jvp(draw, shape, layout, jvp_options(draw, *shape))
+    options = jvp_options(draw, *shape)
     for layout in LAYOUTS:
         kept = draw.one_in_two(**options)
         if "tscale" in kept:
             kept["normal"] = options["normal"]
-        check_push(draw, shape, layout, kept)
-    check_push(draw, shape, "absent", {})
+        check_jvp(draw, shape, layout, kept)
+    check_jvp(draw, shape, "absent", {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -78,14 +78,14 @@ def test_push_is_the_formula(place: str, shape: tuple[int, int, int], dtype: tor
 def test_pull_is_the_formula(place: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     draw = Draw(dtype, place)
     for layout in LAYOUTS:
-        check_pull(draw, shape, layout, pull_options(draw, *shape))
-    options = pull_options(draw, *shape)
+        check_vjp_tangent(draw, shape, layout, vjp_tangent_options(draw, *shape))
+    options = vjp_tangent_options(draw, *shape)
     for layout in LAYOUTS:
         kept = draw.one_in_two(**options)
         if "tscale" in kept or "ty" in kept:
             kept["cotangent"] = options["cotangent"]
-        check_pull(draw, shape, layout, kept)
-    check_pull(draw, shape, "absent", {})
+        check_vjp_tangent(draw, shape, layout, kept)
+    check_vjp_tangent(draw, shape, "absent", {})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +97,7 @@ def test_inner_is_the_sum_of_products(
     for layout in LAYOUTS[1:]:
         a, b = draw(*shape), draw.tangents(*shape, layout)
         assert b is not None
-        result = inner(a, b)
+        result = inner_products(a, b)
         assert result.dtype == torch.float64 and result.shape == shape[:1]
         terms = a.double() * b.double()
         assert_sums(result, terms.sum((1, 2)), terms.abs().sum((1, 2)), dtype)
@@ -109,11 +109,11 @@ def test_normalise_is_the_formula(
     place: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     draw = Draw(dtype, place)
-    options = normalise_options(draw, *shape[1:])
+    options = norm_act_options(draw, *shape[1:])
     for relu in (False, True):
-        check_normalise(draw, *shape[1:], options, relu)
-        check_normalise(draw, *shape[1:], draw.one_in_two(**options), relu)
-        check_normalise(draw, *shape[1:], {}, relu)
+        check_norm_act(draw, *shape[1:], options, relu)
+        check_norm_act(draw, *shape[1:], draw.one_in_two(**options), relu)
+        check_norm_act(draw, *shape[1:], {}, relu)
 
 
 def test_tangents_may_be_apart_in_memory(place: str) -> None:
@@ -124,14 +124,16 @@ def test_tangents_may_be_apart_in_memory(place: str) -> None:
     u, residual, ty, out = (memory[:, i] for i in (0, 1, 3, 4))
     slope, cotangent = draw(40, 6), draw(40, 6)
     g = slope * (u + residual)
-    result, dscale, _ = pull(u, residual=residual, slope=slope, cotangent=cotangent, ty=ty, out=out)
+    result, dscale, _ = vjp_tangent(
+        u, residual=residual, slope=slope, cotangent=cotangent, ty=ty, out=out
+    )
     assert result is out
     assert_close(u, g)
     assert_close(out, g)
     assert_close(dscale, (cotangent * ty).sum(1))
     assert all(torch.equal(memory[:, i], before[:, i]) for i in (1, 2, 3))
     expected = u + residual
-    result, *_ = push(u, residual=residual, out=out)
+    result, *_ = jvp(u, residual=residual, out=out)
     assert_close(result, expected)
     assert all(torch.equal(memory[:, i], before[:, i]) for i in (1, 2, 3))
 
@@ -140,7 +142,7 @@ def test_out_may_be_u_where_nothing_scales_it(place: str) -> None:
     draw = Draw(torch.float64, place)
     u, slope = draw(2, 30, 5), draw(30, 5)
     g = slope * u
-    out, _, dshift = pull(u, slope=slope, out=u)
+    out, _, dshift = vjp_tangent(u, slope=slope, out=u)
     assert out is u
     assert_close(u, g)
     assert_close(dshift, g.sum(1))
@@ -175,7 +177,7 @@ def test_push_gives_first_and_second_derivatives_of_batch_norm_and_tanh(place: s
     tx, tw, tb = layer.directions
     value = layer.pre(*layer.point).tanh()
     slope = 1 - value**2
-    out, sums, forms = push(
+    out, sums, forms = jvp(
         tx.clone(), normal=layer.normal, scale=layer.weight * layer.rstd, tscale=tw, tshift=tb,
         slope=slope, cotangent=gradient * slope, bend=gradient * -2 * value * slope,
     )  # fmt: skip
@@ -202,10 +204,10 @@ def test_pull_gives_hessian_products_of_batch_norm_and_relu(place: str) -> None:
     pre = layer.pre(*layer.point)
     slope = (pre > 0).double()
     scale = layer.weight * layer.rstd
-    tangent, *_ = push(
+    tangent, *_ = jvp(
         tx.clone(), normal=layer.normal, scale=scale, tscale=tw, tshift=tb, slope=slope
     )
-    out, dscale, dshift = pull(
+    out, dscale, dshift = vjp_tangent(
         factor * tangent, slope=slope, normal=layer.normal, scale=scale, tscale=tw * layer.rstd,
         cotangent=slope * factor * pre.relu(), ty=tx, rstd=layer.rstd,
     )  # fmt: skip
@@ -231,11 +233,11 @@ def test_float32_sums_do_not_lose_with_many_pixels(place: str, channels: int) ->
     size = 30_000  # one float32 sum of as many terms errs by about 1e-4
     u, weight = draw(1, size, channels).abs_(), draw(size, channels).abs_()
     wide = u.double() * weight.double()
-    _, sums, forms = push(u, cotangent=weight, bend=weight)
+    _, sums, forms = jvp(u, cotangent=weight, bend=weight)
     assert_close(sums, wide.sum(1), 3e-7)
     assert_close(forms, (wide * u.double()).sum((1, 2)), 3e-7)
-    assert_close(inner(u, u), u.double().square().sum((1, 2)), 3e-7)
-    _, dscale, dshift = pull(u.clone(), normal=weight)
+    assert_close(inner_products(u, u), u.double().square().sum((1, 2)), 3e-7)
+    _, dscale, dshift = vjp_tangent(u.clone(), normal=weight)
     assert_close(dscale, wide.sum(1).float(), 3e-7)
     assert_close(dshift, u.double().sum(1).float(), 3e-7)
 
@@ -250,14 +252,14 @@ def test_values_that_are_not_finite_stay_where_they_are(place: str, bad: float) 
     draw = Draw(torch.float32, place)
     u, slope, ones = draw(2, 40, 5), torch.zeros(40, 5, device=place), draw(40, 5)
     u[1, 7, 3] = bad
-    out, sums, forms = push(u.clone(), slope=slope, cotangent=ones, bend=ones)
+    out, sums, forms = jvp(u.clone(), slope=slope, cotangent=ones, bend=ones)
     expected = torch.zeros(2, 40, 5, dtype=torch.bool, device=place)
     expected[1, 7, 3] = True
     assert torch.equal(out.isnan(), expected)  # 0 times infinity is NaN
     assert torch.equal(~sums.isfinite(), expected.any(1))
     assert forms.isfinite().tolist() == [True, False]
-    assert inner(u, draw(2, 40, 5)).isfinite().tolist() == [True, False]
-    out, dscale, dshift = pull(u.clone(), slope=slope, normal=ones)
+    assert inner_products(u, draw(2, 40, 5)).isfinite().tolist() == [True, False]
+    out, dscale, dshift = vjp_tangent(u.clone(), slope=slope, normal=ones)
     assert torch.equal(out.isnan(), expected)
     assert torch.equal(dscale.isnan(), expected.any(1))
     assert torch.equal(dshift.isnan(), expected.any(1))
@@ -269,7 +271,7 @@ def test_a_value_that_is_not_finite_is_what_torch_makes_of_it(place: str, bad: f
     draw = Draw(torch.float32, place)
     y, zeros, ones = draw(40, 19), torch.zeros(19, device=place), torch.ones(19, device=place)
     y[7, 3] = y[9, 18] = bad
-    z, normal, slope = normalise(y, zeros, ones, relu=True)
+    z, normal, slope = norm_act(y, zeros, ones, relu=True)
     assert torch.equal(normal.nan_to_num(), y.nan_to_num())
     assert torch.equal(z.nan_to_num(), y.relu().nan_to_num())
     assert torch.equal(z.isnan(), y.isnan())
@@ -282,21 +284,21 @@ def test_what_is_not_asked_for_is_not_read(place: str) -> None:
     draw = Draw(torch.float64, place)
     u, ty, bad = draw(2, 20, 16), draw(2, 20, 16), torch.full((20, 16), torch.inf, device=place)
     bad = bad.double()
-    out, *_ = pull(u.clone(), cotangent=bad, ty=ty, scale=draw(16))
+    out, *_ = vjp_tangent(u.clone(), cotangent=bad, ty=ty, scale=draw(16))
     assert out.isfinite().all()
-    out, dscale, _ = pull(u.clone(), cotangent=bad, tscale=draw(2, 16))
+    out, dscale, _ = vjp_tangent(u.clone(), cotangent=bad, tscale=draw(2, 16))
     assert dscale.isfinite().all() and not out.isfinite().any()
-    out, *_ = push(u.clone(), normal=bad)
+    out, *_ = jvp(u.clone(), normal=bad)
     assert torch.equal(out, u)
 
 
 def test_a_tangent_does_not_depend_on_its_neighbours(place: str) -> None:
     draw = Draw(torch.float32, place)
-    options = push_options(draw, 4, 500, 12)
+    options = jvp_options(draw, 4, 500, 12)
     u, extra = draw(4, 500, 12), draw(4, 500, 12)
-    all_at_once = push(u.clone(), extra, **options)
+    all_at_once = jvp(u.clone(), extra, **options)
     alone = {n: t[2:3] if t.shape[0] == 4 else t for n, t in options.items()}
-    for one, of_all in zip(push(u[2:3].clone(), extra[2:3], **alone), all_at_once, strict=True):
+    for one, of_all in zip(jvp(u[2:3].clone(), extra[2:3], **alone), all_at_once, strict=True):
         assert torch.equal(one[0], of_all[2])
 
 
@@ -304,15 +306,15 @@ def test_opcheck_passes(place: str) -> None:
     draw = Draw(torch.float32, place)
     k, m, c = shape = (2, 9, 5)
     ops = torch.ops.entropic_fast
-    options = push_options(draw, *shape)
+    options = jvp_options(draw, *shape)
     extra = draw.tangents(*shape, "interleaved")
     full = (draw(k, m, c), extra, *options.values(), draw(k, m, c))
-    torch.library.opcheck(ops.jet_push.default, full)
-    torch.library.opcheck(ops.jet_push.default, (full[0], *[None] * 9, full[-1]))
-    full = (draw(k, m, c), extra, *pull_options(draw, *shape).values(), draw(k, m, c))
-    torch.library.opcheck(ops.jet_pull.default, full)
-    torch.library.opcheck(ops.jet_pull.default, (full[0], *[None] * 10))
-    torch.library.opcheck(ops.jet_inner.default, (full[0], extra))
-    full = (draw(m, c), draw(c), draw(c), *normalise_options(draw, m, c).values(), True)
-    torch.library.opcheck(ops.jet_normalise.default, full)
-    torch.library.opcheck(ops.jet_normalise.default, (*full[:3], None, None, None, False))
+    torch.library.opcheck(ops.norm_act_jvp.default, full)
+    torch.library.opcheck(ops.norm_act_jvp.default, (full[0], *[None] * 9, full[-1]))
+    full = (draw(k, m, c), extra, *vjp_tangent_options(draw, *shape).values(), draw(k, m, c))
+    torch.library.opcheck(ops.norm_act_vjp_tangent.default, full)
+    torch.library.opcheck(ops.norm_act_vjp_tangent.default, (full[0], *[None] * 10))
+    torch.library.opcheck(ops.norm_act_inner_products.default, (full[0], extra))
+    full = (draw(m, c), draw(c), draw(c), *norm_act_options(draw, m, c).values(), True)
+    torch.library.opcheck(ops.norm_act.default, full)
+    torch.library.opcheck(ops.norm_act.default, (*full[:3], None, None, None, False))

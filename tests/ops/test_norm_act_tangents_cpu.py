@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from jet_cases import (
+from norm_act_cases import (
     DTYPES,
     LAYOUTS,
     SHAPES,
     Draw,
     assert_sums,
-    check_normalise,
-    check_pull,
-    check_push,
-    normalise_options,
-    pull_options,
-    push_options,
+    check_jvp,
+    check_norm_act,
+    check_vjp_tangent,
+    jvp_options,
+    norm_act_options,
+    vjp_tangent_options,
 )
 from tolerances import ROUNDING, assert_close
 from torch import Tensor
 
 from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
-from entropic_fast.ops.norm_act_tangents import FAMILY, inner, normalise, pull, push
+from entropic_fast.ops.norm_act_tangents import FAMILY, inner_products, jvp, norm_act, vjp_tangent
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +43,16 @@ def settings_are_restored() -> Iterator[None]:
 def everything(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
     draw, results = Draw(dtype), []
     for layout in LAYOUTS:
-        results += check_push(draw, shape, layout, push_options(draw, *shape))
-        results += check_pull(draw, shape, layout, pull_options(draw, *shape))
+        results += check_jvp(draw, shape, layout, jvp_options(draw, *shape))
+        results += check_vjp_tangent(draw, shape, layout, vjp_tangent_options(draw, *shape))
         a, b = draw(*shape), draw.tangents(*shape, layout)
         b = a if b is None else b
-        results.append(inner(a, b))
+        results.append(inner_products(a, b))
         terms = a.double() * b.double()
         assert_sums(results[-1], terms.sum((1, 2)), terms.abs().sum((1, 2)), dtype)
     for relu in (False, True):
-        options = normalise_options(draw, *shape[1:])
-        results += check_normalise(draw, *shape[1:], options, relu)
+        options = norm_act_options(draw, *shape[1:])
+        results += check_norm_act(draw, *shape[1:], options, relu)
     return results
 
 
@@ -86,9 +86,9 @@ def test_results_do_not_depend_on_the_number_of_threads(
 
 def test_a_call_compiles_to_one_graph() -> None:
     def work(u: Tensor, extra: Tensor, slope: Tensor) -> Tensor:
-        out, sums, _ = push(2 * u, extra, slope=slope, cotangent=slope)
-        back, dscale, dshift = pull(out, slope=slope, normal=slope)
-        return inner(back, extra) + (sums + dscale + dshift).sum()
+        out, sums, _ = jvp(2 * u, extra, slope=slope, cotangent=slope)
+        back, dscale, dshift = vjp_tangent(out, slope=slope, normal=slope)
+        return inner_products(back, extra) + (sums + dscale + dshift).sum()
 
     draw = Draw(torch.float32)
     arguments = draw(2, 9, 5), draw(2, 9, 5), draw(9, 5)
@@ -124,7 +124,7 @@ K_M_C = torch.zeros(2, 3, 4)
 )
 def test_bad_input_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"u": torch.zeros(2, 3, 4), **changes}
-    for work in (push, pull):
+    for work in (jvp, vjp_tangent):
         with pytest.raises(ValueError, match=message):
             work(**arguments)
 
@@ -132,39 +132,39 @@ def test_bad_input_is_refused_by_name(changes: dict[str, Any], message: str) -> 
 def test_bad_input_of_one_op_is_refused_by_name() -> None:
     u, rest = torch.zeros(2, 3, 4), {"scale": torch.ones(4)}
     with pytest.raises(ValueError, match=r"tshift: expected shape \[K, C\] = \[2, 4\]"):
-        push(u, tshift=torch.zeros(4))
+        jvp(u, tshift=torch.zeros(4))
     with pytest.raises(ValueError, match="cotangent: expected a tensor, as ty is given"):
-        pull(u, ty=torch.zeros(2, 3, 4))
+        vjp_tangent(u, ty=torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="out: expected memory of its own where scale or tscale"):
-        pull(u, out=u, **rest)
+        vjp_tangent(u, out=u, **rest)
     with pytest.raises(ValueError, match=r"b: expected dtype torch\.float32 as a"):
-        inner(u, u.double())
+        inner_products(u, u.double())
     with pytest.raises(ValueError, match=r"b: expected shape \[K, m, C\] = \[2, 3, 4\] beside a"):
-        inner(u, u[:1])
+        inner_products(u, u[:1])
     y, c = torch.zeros(3, 4), torch.zeros(4)
     with pytest.raises(ValueError, match=r"y: expected shape \[m, C\]"):
-        normalise(u, c, c)
+        norm_act(u, c, c)
     with pytest.raises(ValueError, match=r"rstd: expected shape \[C\] = \[4\]"):
-        normalise(y, c, c[:2])
+        norm_act(y, c, c[:2])
     with pytest.raises(ValueError, match=r"residual: expected dtype torch\.float32 as y"):
-        normalise(y, c, c, residual=y.double())
+        norm_act(y, c, c, residual=y.double())
     with pytest.raises(ValueError, match=r"weight: .* that autograd"):
-        normalise(y, c, c, c.clone().requires_grad_())
+        norm_act(y, c, c, c.clone().requires_grad_())
 
 
 def test_memory_that_is_written_and_read_by_two_is_refused() -> None:
     memory = torch.zeros(3, 2, 3, 4)
     u, other = memory[:, 0], memory[:, 1]
-    push(u, other, residual=other)  # between the tangents of u, not in them
+    jvp(u, other, residual=other)  # between the tangents of u, not in them
     with pytest.raises(ValueError, match="u: expected memory of its own, apart from extra"):
-        push(u, u)
+        jvp(u, u)
     with pytest.raises(ValueError, match="u: expected memory of its own, apart from slope"):
-        push(u, other, slope=u[1])
+        jvp(u, other, slope=u[1])
     with pytest.raises(ValueError, match="out: expected memory of its own, apart from residual"):
-        pull(u, residual=other, out=other)
+        vjp_tangent(u, residual=other, out=other)
     flat = torch.zeros(100)
     with pytest.raises(ValueError, match="u: expected memory of its own, apart from residual"):
-        pull(flat[:24].view(2, 3, 4), residual=flat[5:29].view(2, 3, 4))
+        vjp_tangent(flat[:24].view(2, 3, 4), residual=flat[5:29].view(2, 3, 4))
 
 
 def test_the_family_is_registered() -> None:

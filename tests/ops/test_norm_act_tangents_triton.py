@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from jet_cases import Draw, pull_options, push_options
+from norm_act_cases import Draw, jvp_options, vjp_tangent_options
 from torch import Tensor
 from triton_launches import compile_launch, jets, launches_of
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.norm_act_tangents import inner, pull, push
+from entropic_fast.ops.norm_act_tangents import inner_products, jvp, vjp_tangent
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -101,11 +101,12 @@ def test_repeated_calls_give_the_same_bits_on_a_gpu() -> None:
     draw = Draw(torch.float32, "cuda")
     shape = (5, 3000, 40)
     u, extra = draw(*shape), draw(*shape)
-    options, back = push_options(draw, *shape), pull_options(draw, *shape)
+    options, back = jvp_options(draw, *shape), vjp_tangent_options(draw, *shape)
 
     def work() -> list[Tensor]:
         return [
-            *push(u.clone(), extra, **options), *pull(u.clone(), extra, **back), inner(u, extra),
+            *jvp(u.clone(), extra, **options), *vjp_tangent(u.clone(), extra, **back),
+            inner_products(u, extra),
         ]  # fmt: skip
 
     first = work()
@@ -122,12 +123,12 @@ def test_elements_beyond_2_to_the_31_are_reached_on_a_gpu() -> None:
     memory = torch.zeros(2**31 + 2**20, device="cuda")
     far = memory.as_strided((2, 50, 8), (2**31, 8, 1))  # the second tangent begins beyond
     draw = Draw(torch.float32, "cuda")
-    u, options = draw(2, 50, 8), push_options(draw, 2, 50, 8)
+    u, options = draw(2, 50, 8), jvp_options(draw, 2, 50, 8)
     del options["residual"]
-    expected, *_ = push(u.clone(), **options)
+    expected, *_ = jvp(u.clone(), **options)
     far.copy_(u)
-    actual, *_ = push(u.clone(), **options, out=far)
+    actual, *_ = jvp(u.clone(), **options, out=far)
     assert torch.equal(actual, expected)
-    expected, *_ = push(u.clone(), expected, residual=u.clone())
-    actual, *_ = push(u.clone(), far, residual=u.clone())
+    expected, *_ = jvp(u.clone(), expected, residual=u.clone())
+    actual, *_ = jvp(u.clone(), far, residual=u.clone())
     assert torch.equal(actual, expected)

@@ -46,7 +46,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """A device, with one backend forced on it."""
     name, device = request.param
     if name == "emulated":
-        name = emulated_cuda.stand_in("step", monkeypatch)
+        name = emulated_cuda.stand_in("projected_step", monkeypatch)
     backend.set_backend(name)
     return str(device)
 

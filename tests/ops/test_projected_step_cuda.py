@@ -1,8 +1,8 @@
 """The CUDA C++ of family `projected_step` without a GPU, in many orders of threads.
 
 The family's own tests (test_projected_step.py) take it as one more backend. Here every result is
-compared with the CPU kernels', which share csrc/kernels/step.h: updates, segments, positions and
-points to the bit, all products and distances to rounding.
+compared with the CPU kernels', which share csrc/kernels/projected_step.h: updates, segments,
+positions and points to the bit, all products and distances to rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from entropic_fast.ops.projected_step import native as step_native
 from entropic_fast.ops.projected_step import segment_squares
+from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
 
 pytestmark = pytest.mark.skipif(
     emulated_cuda.missing() is not None, reason=str(emulated_cuda.missing())
@@ -67,7 +68,7 @@ class Case:
         projected = []
         for module in (emulated_cuda, step_native):
             theta, products = theirs["theta"].clone(), theirs["products"].clone()
-            result = module.project_step(theta, products, self.pivots, squares)
+            result = module.project_step(ProjectStep(theta, products, self.pivots, squares))
             projected.append(dict(zip(("segment", "t", "distance"), result, strict=True)))
             projected[-1]["point"] = theta
         a, b = projected
@@ -84,10 +85,11 @@ class Case:
         lr = 0.02 * torch.arange(1, replicas + 1, dtype=torch.float64)  # another for each replica
         if self.optimizer in SGD:
             settings = SGD[self.optimizer]
-            products = functions.sgd_step(theta, grad, first, lr, self.pivots, *settings)
+            products = functions.sgd_step(SgdStep(theta, grad, first, lr, self.pivots, *settings))
         else:
             state = grad, first, second, torch.arange(3, 3 + replicas), lr
-            products = functions.adam_step(theta, *state, self.pivots, *ADAM[self.optimizer])
+            arguments = AdamStep(theta, *state, self.pivots, *ADAM[self.optimizer])
+            products = functions.adam_step(arguments)
         return {"theta": theta, "first": first, "second": second, "products": products}
 
     def products_off_by(self, ours: Tensor, theirs: Tensor, segment_squares: Tensor) -> float:
@@ -281,7 +283,9 @@ BEYOND = Fault(
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> emulated_cuda.Library:
     folder = tmp_path_factory.mktemp("faults")
-    return emulated_cuda.Library(emulated_cuda.build(folder, [*FAULTS, BEYOND], "step.cu"))
+    return emulated_cuda.Library(
+        emulated_cuda.build(folder, [*FAULTS, BEYOND], "projected_step.cu")
+    )
 
 
 def caught(faulty: emulated_cuda.Library, number: int, seeds: range) -> bool:
@@ -370,7 +374,7 @@ def test_sanitizers_find_nothing() -> None:
 def test_sanitizers_find_a_read_beyond_the_path() -> None:
     run = sanitized("a_read_beyond_the_path_ends_the_process")
     assert run.returncode != 0
-    assert "heap-buffer-overflow" in run.stderr and "step.cu" in run.stderr, run.stderr
+    assert "heap-buffer-overflow" in run.stderr and "projected_step.cu" in run.stderr, run.stderr
 
 
 @pytest.mark.skipif("READ_BEYOND_THE_PATH" not in os.environ, reason="it ends the process")

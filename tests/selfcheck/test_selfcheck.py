@@ -35,7 +35,7 @@ def test_all_is_well_on_this_machine_and_is_said_and_written(command, tmp_path):
     file = tmp_path / "check.json"
     ended = command("check", "--device", "cpu", "--quick", "--json", file)
     assert ended.code == 0, ended.out + ended.err
-    assert "all is well" in ended.out and "jet_push" in ended.out and "AutoNEB" in ended.out
+    assert "all is well" in ended.out and "norm_act_jvp" in ended.out and "AutoNEB" in ended.out
     found = json.loads(file.read_text())
     assert found["ok"] and found["findings"] == [] and found["advice"] == []
     assert found["facts"]["versions"]["torch"] == torch.__version__ and found["facts"]["commit"]
@@ -48,9 +48,9 @@ def test_all_is_well_on_this_machine_and_is_said_and_written(command, tmp_path):
 def test_a_wrong_kernel_is_named_with_its_backend_and_what_to_do(command, monkeypatch, tmp_path):
     right = score_gram_native.cross_update_
 
-    def wrong(out, a, b, double_products):
-        right(out, a, b, double_products)
-        out[-1, -1] += 1e-3 * float(out.norm())
+    def wrong(a):
+        right(a)
+        a.out[-1, -1] += 1e-3 * float(a.out.norm())
 
     monkeypatch.setattr(score_gram_native, "cross_update_", wrong)
     monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
@@ -80,7 +80,9 @@ def test_a_kernel_that_raises_is_a_finding_and_the_rest_is_still_checked(monkeyp
 
 
 def test_backends_that_fail_are_noted_and_a_lost_gpu_is_left_at_once(monkeypatch, command):
-    monkeypatch.setitem(backend._failed, ("jet", "cpp", "cpu"), "push: OSError: no compiler")
+    monkeypatch.setitem(
+        backend._failed, ("norm_act_tangents", "cpp", "cpu"), "jvp: OSError: no compiler"
+    )
     backend._choose.cache_clear()
     monkeypatch.setattr(networks, "check_networks", lambda devices, dtypes: [])
 
@@ -178,7 +180,9 @@ def test_a_wrong_calculation_is_named(monkeypatch):
 
 
 def wrong_op(backend, device="cuda:0", message=""):
-    check = verdict.Check("op", "jet_push", backend, device, "float32", "the reference", 1e-5, 1.0)
+    check = verdict.Check(
+        "op", "norm_act_jvp", backend, device, "float32", "the reference", 1e-5, 1.0
+    )
     return check.failed(message) if message else check
 
 
@@ -210,7 +214,7 @@ def test_a_forced_backend_that_cannot_run_is_no_wrong_result(monkeypatch):
 
 def test_interpreted_triton_is_checked_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert ops.backends("jet", "cpu") == ["cpp"]
+    assert ops.backends("norm_act_tangents", "cpu") == ["cpp"]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for family in backend.families():
         assert ops.backends(family, "cpu") == ["cpp", "triton"]

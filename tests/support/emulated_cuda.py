@@ -5,8 +5,9 @@ header, and the file of C functions of the same name beside that header. Launche
 `kernel<<<...>>>(...)` are rewritten as calls; nothing else of a .cu file changes. No fused
 multiply-adds, as in the CPU kernels, which share csrc/kernels: their updates are the same bits.
 
-The functions at the end implement families `step` and `random_bits` for CPU tensors, so that the
-families' own tests take them as one more backend: `PLACE` among their places, and `stand_in`.
+The functions at the end implement families `projected_step` and `random_bits` for CPU tensors, so
+that the families' own tests take them as one more backend: `PLACE` among their places, and
+`stand_in`.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ import torch
 from torch import Tensor
 
 from entropic_fast.ops import backend
+from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
+from entropic_fast.ops.random_bits.checks import KINDS, Fill, Philox
 from entropic_fast.ops.random_bits.native import DTYPES
-from entropic_fast.ops.random_bits.reference import KINDS
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "cuda_emulation"
@@ -254,38 +256,29 @@ def _step(op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) 
 # ---- family `projected_step` --------------------------------------------------------------------
 
 
-def sgd_step(
-    theta: Tensor, grad: Tensor, momentum_buffer: Tensor, lr: Tensor, pivots: Tensor,
-    momentum: float, dampening: float, weight_decay: float, nesterov: bool, first: bool,
-    near: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    products = _products(theta, pivots)
-    settings = (float(momentum), float(dampening), float(weight_decay), nesterov, first)
-    _step("sgd_step", theta, pivots, products, grad, momentum_buffer, lr, *settings)
+def sgd_step(a: SgdStep) -> Tensor:
+    products = _products(a.theta, a.pivots)
+    settings = (float(x) for x in (a.momentum, a.dampening, a.weight_decay))
+    state = (a.grad, a.momentum_buffer, a.lr)
+    _step("sgd_step", a.theta, a.pivots, products, *state, *settings, a.nesterov, a.first)
     return products
 
 
-def adam_step(
-    theta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr: Tensor,
-    pivots: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool,
-    near: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    products = _products(theta, pivots)
-    settings = (float(beta1), float(beta2), float(eps), float(weight_decay), decoupled)
-    state = (grad, exp_avg, exp_avg_sq, step, lr)
-    _step("adam_step", theta, pivots, products, *state, *settings)
+def adam_step(a: AdamStep) -> Tensor:
+    products = _products(a.theta, a.pivots)
+    settings = (float(x) for x in (a.beta1, a.beta2, a.eps, a.weight_decay))
+    state = (a.grad, a.exp_avg, a.exp_avg_sq, a.step, a.lr)
+    _step("adam_step", a.theta, a.pivots, products, *state, *settings, a.decoupled)
     return products
 
 
-def project_step(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor,
-    near: Tensor | None = None, between: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    replicas = theta.shape[0]
+def project_step(a: ProjectStep) -> tuple[Tensor, Tensor, Tensor]:
+    replicas = a.theta.shape[0]
     segment = torch.full((replicas,), -1, dtype=torch.int64)
     t, distance = (torch.full((replicas,), -1.0, dtype=torch.float64) for _ in range(2))
-    _step("project_step", theta, pivots, products, segment_squares, segment, t, distance)
-    return segment, t, distance
+    results = (segment, t, distance)
+    _step("project_step", a.theta, a.pivots, a.products, a.segment_squares, *results)
+    return results
 
 
 def _products(theta: Tensor, pivots: Tensor) -> Tensor:
@@ -295,15 +288,16 @@ def _products(theta: Tensor, pivots: Tensor) -> Tensor:
 # ---- family `random_bits` ------------------------------------------------------------------------
 
 
-def fill(out: Tensor, seeds: Tensor, seed: int, first_stream: int, start: int, kind: str) -> None:
-    keys = seeds if len(seeds) else None
-    what = list(KINDS).index(kind), DTYPES.index(out.dtype)
-    sizes = (*out.shape, *out.stride())
-    _now().call("random_fill", out, *sizes, keys, seed, first_stream, start, *what)
+def fill(a: Fill) -> None:
+    keys = a.seeds.contiguous() if len(a.seeds) else None
+    what = list(KINDS).index(a.kind), DTYPES.index(a.out.dtype)
+    sizes = (*a.out.shape, *a.out.stride())
+    _now().call("random_fill", a.out, *sizes, keys, a.seed, a.first_stream, a.start, *what)
 
 
-def philox(counters: Tensor, seeds: Tensor, streams: Tensor) -> Tensor:
-    out = torch.full((*counters.shape, 4), -1)
-    sizes = (*counters.shape, *counters.stride())
-    _now().call("random_philox", counters, seeds, streams, out, *sizes)
+def philox(a: Philox) -> Tensor:
+    out = torch.full((*a.counters.shape, 4), -1)
+    sizes = (*a.counters.shape, *a.counters.stride())
+    rows = a.seeds.contiguous(), a.streams.contiguous()
+    _now().call("random_philox", a.counters, *rows, out, *sizes)
     return out

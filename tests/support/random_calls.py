@@ -217,11 +217,11 @@ def _normalise(draw: Draw) -> Arguments:
 
 
 def _normalised_terms(arguments: Arguments, results: Results) -> Results:
-    z, normal, _ = run("jet_normalise", negative(arguments, 1), (), "reference")
+    z, normal, _ = run("norm_act", negative(arguments, 1), (), "reference")
     sizes = [z, normal]
     if not arguments[-1]:
         return [*sizes, results[2]]
-    pre = run("jet_normalise", (*arguments[:-1], False), (), "reference")[0]
+    pre = run("norm_act", (*arguments[:-1], False), (), "reference")[0]
     # Which side of 0 a number is on, rounding decides where it is as small as its rounding.
     near = pre.abs() <= 64 * torch.finfo(torch.float32).eps * z + 1e-42  # or underflow
     return [*sizes, torch.where(near, math.inf, results[2])]
@@ -411,14 +411,14 @@ OPS: dict[str, Op] = {
     "norm_batch_norm_backward": Op(
         _batch_norm, (), of("norm_batch_norm_backward", (), 2), _pixels, (3,)
     ),
-    "jet_push": Op(_push, (0, 10), of("jet_push", (0, 10)), _pixels),
-    "jet_pull": Op(_pull, (0, 10), of("jet_pull", (0, 10)), _pixels, (9,)),
-    "jet_normalise": Op(_normalise, (), _normalised_terms, _few),
-    "jet_inner": Op(_inner, (), of("jet_inner", ()), _pixels),
+    "norm_act_jvp": Op(_push, (0, 10), of("norm_act_jvp", (0, 10)), _pixels),
+    "norm_act_vjp_tangent": Op(_pull, (0, 10), of("norm_act_vjp_tangent", (0, 10)), _pixels, (9,)),
+    "norm_act": Op(_normalise, (), _normalised_terms, _few),
+    "norm_act_inner_products": Op(_inner, (), of("norm_act_inner_products", ()), _pixels),
     "sgd_step": Op(_sgd, (0, 2), _sgd_terms, _few, (3,)),
     "adam_step": Op(_adam, (0, 2, 3, 4), _adam_terms, _few, (5,)),
     "project_step": Op(_project, (0, 1), _project_terms, _few, None),
-    "langevin_advance": Op(_langevin, (0, 1), _langevin_terms, _few, None),
+    "langevin_steps": Op(_langevin, (0, 1), _langevin_terms, _few, None),
     "random_fill": Op(_fill, (0,), _numbers, _few, None),
     "random_philox": Op(_philox, (), _numbers, _few, None),
     "langevin_box_muller": Op(_words, (), _radius, _few, None),

@@ -11,8 +11,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from jet_cases import Draw, normalise_options, pull_options, push_options
-from langevin_cases import POTENTIALS, start
+from langevin_kernel_cases import POTENTIALS, start
+from norm_act_cases import Draw, jvp_options, norm_act_options, vjp_tangent_options
 from torch import Tensor
 
 import entropic_fast
@@ -91,86 +91,98 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], 
 def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
     """An update by SGD with momentum, one by Adam, a projection: eight replicas."""
     from entropic_fast.ops.projected_step import triton as step
+    from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
 
     theta, pivots = torch.empty(8, size, dtype=dtype), torch.empty(count, size, dtype=dtype)
     lr = torch.empty(8, dtype=torch.float64)
-    step.sgd_step(theta, theta, theta, lr, pivots, 0.9, 0.0, 5e-4, False, False)
+    step.sgd_step(SgdStep(theta, theta, theta, lr, pivots, 0.9, 0.0, 5e-4, False, False))
     counts = torch.ones(8, dtype=torch.int64)
     state = theta, theta, theta, counts, lr
-    step.adam_step(theta, *state, pivots, 0.9, 0.999, 1e-8, 5e-4, True)
+    step.adam_step(AdamStep(theta, *state, pivots, 0.9, 0.999, 1e-8, 5e-4, True))
     products = torch.empty(8, 2, count, dtype=torch.float64)
     if count < 2:
         return
-    step.project_step(theta, products, pivots, lr.new_empty(count - 1))
+    step.project_step(ProjectStep(theta, products, pivots, lr.new_empty(count - 1)))
 
 
 def jets(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Each kernel with all of its pieces and with none; sizes of 1 become constants."""
-    from entropic_fast.ops.norm_act_tangents import triton as jet
+    from entropic_fast.ops.norm_act_tangents import checks
+    from entropic_fast.ops.norm_act_tangents import triton as kernels
 
     draw = Draw(dtype)
     u, extra = draw(*shape), draw.tangents(*shape, "interleaved")
     out = torch.empty_like(u)
-    jet.push(u, extra, *push_options(draw, *shape).values(), out)
-    jet.push(u, *[None] * 9, out)
-    jet.pull(u, extra, *pull_options(draw, *shape).values(), out)
-    jet.pull(u, *[None] * 10)
-    jet.inner(u, extra if extra is not None else u)
+    kernels.jvp(checks.Jvp(u, extra, *jvp_options(draw, *shape).values(), out))
+    kernels.jvp(checks.Jvp(u, *[None] * 9, out))
+    kernels.vjp_tangent(
+        checks.VjpTangent(u, extra, *vjp_tangent_options(draw, *shape).values(), out)
+    )
+    kernels.vjp_tangent(checks.VjpTangent(u, *[None] * 10))
+    kernels.inner_products(checks.InnerProducts(u, extra if extra is not None else u))
     m, c = shape[1:]
-    y, z, normal, slope = (draw(m, c) for _ in range(4))
+    y = draw(m, c)
     rows = draw(c), draw(c)
-    jet.normalise(y, *rows, *normalise_options(draw, m, c).values(), z, normal, slope)
-    jet.normalise(y, *rows, None, None, None, z, normal, None)
+    kernels.norm_act(checks.NormAct(y, *rows, *norm_act_options(draw, m, c).values(), True))
+    kernels.norm_act(checks.NormAct(y, *rows, None, None, None, False))
 
 
 def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
     """Both ends, as the layer of a network launches them (sizes of 1 become constants)."""
-    from entropic_fast.ops.conv_example_grads import triton as score_conv
+    from entropic_fast.ops.conv_example_grads import triton as kernels
+    from entropic_fast.ops.conv_example_grads.checks import ConvWeightGrads, ConvWeightNorms
 
     kernel = [3 if s > 1 else 1 for s in size]
     sizes = (kernel, [1] * 3, [k // 2 for k in kernel], [1] * 3, groups)
     a, g = (torch.empty(2, *size, channels, dtype=dtype) for channels in (c, o))
     width = o * torch.tensor(kernel).prod().item() * c // groups
-    score_conv.conv_weight_grads(a, g, torch.empty(2, width, dtype=dtype), *sizes)
-    score_conv.conv_weight_norms(a, g, *sizes)
+    out = torch.empty(2, width, dtype=dtype)
+    kernels.conv_weight_grads(ConvWeightGrads(a, g, out, *sizes))
+    kernels.conv_weight_norms(ConvWeightNorms(a, g, *sizes))
 
 
 def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -> None:
-    from entropic_fast.ops.gram_update import triton as score_gram
+    from entropic_fast.ops.gram_update import triton as kernels
+    from entropic_fast.ops.gram_update.checks import CrossUpdate, SymmetricUpdate
 
     rows, gram = torch.empty(count, columns, dtype=dtype), torch.empty(count, count).double()
-    score_gram.symmetric_update_(gram, rows, double)
-    score_gram.cross_update_(gram, rows, rows, double)
+    kernels.symmetric_update_(SymmetricUpdate(gram, rows, double))
+    kernels.cross_update_(CrossUpdate(gram, rows, rows, double))
 
 
 def normalise(dtype: torch.dtype) -> None:
-    from entropic_fast.ops.norm_example_grads import triton as score_norm
+    from entropic_fast.ops.norm_example_grads import triton as kernels
+    from entropic_fast.ops.norm_example_grads.checks import AffineGrads, BatchNormBackward
 
     x, one = torch.empty(2, 64, 32, dtype=dtype), torch.empty(32, dtype=dtype)
-    score_norm.batch_norm_backward(x, x, one, one, one)
-    score_norm.affine_grads(x, x, x[:, :, :1].contiguous(), one[None, None])
+    kernels.batch_norm_backward(BatchNormBackward(x, x, one, one, one))
+    kernels.affine_grads(AffineGrads(x, x, x[:, :, :1].contiguous(), one[None, None]))
 
 
 def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
     """Langevin steps in the plane and, but on the ring, in five dimensions."""
     from entropic_fast.ops.langevin import triton as langevin
+    from entropic_fast.ops.langevin.checks import LangevinSteps
 
     for dim in (2,) if potential == "ring" else (2, 5):
         x, v = start(100, dim, scheme, dtype)
         options = (0.01, 0.9, 0.0 if potential == "ridge" else 0.1, 50, 2**33, 3, 2**62 + 1)
         v = x.new_empty(0) if v is None else v
-        langevin.advance(x, v, potential, POTENTIALS[potential], scheme, *options)
+        parameters = POTENTIALS[potential]
+        langevin.langevin_steps(LangevinSteps(x, v, potential, parameters, scheme, *options, ""))
 
 
 def random_numbers(kind: str, dtype: torch.dtype) -> None:
     """A row of numbers, a block of columns for eight streams, and words at any counters."""
     from entropic_fast.ops.random_bits import triton as random_bits
+    from entropic_fast.ops.random_bits.checks import Fill, Philox
 
     several, none = torch.arange(3), torch.arange(0)
-    random_bits.fill(torch.empty(1, 1, 2000, dtype=dtype), none, 2**62 + 1, 3, 2**40, kind)
-    random_bits.fill(torch.empty(500, 8, dtype=dtype).T[:, None], none, 5, 2**62, 0, kind)
+    row, columns = torch.empty(1, 1, 2000, dtype=dtype), torch.empty(500, 8, dtype=dtype)
+    random_bits.fill(Fill(row, none, 2**62 + 1, 3, 2**40, kind, ""))
+    random_bits.fill(Fill(columns.T[:, None], none, 5, 2**62, 0, kind, ""))
     if kind == "words":
-        random_bits.philox(torch.arange(30).view(3, 10), several, several)
+        random_bits.philox(Philox(torch.arange(30).view(3, 10), several, several, ""))
 
 
 SCORES: dict[str, Callable[[], None]] = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ops.norm_act_tangents import normalise, pull, push
+from ...ops.norm_act_tangents import jvp, norm_act, vjp_tangent
 from ._batch_norm import along, statistics
 from ._node import DeferredSum, NodeContext, SecondOrderSum
 
@@ -52,7 +52,7 @@ class NormActForward(FusedRegion):
         y, weight, bias = ctx.value(0), ctx.value(1), ctx.value(2)
         mean, rstd = (t.flatten() for t in statistics(ctx, 3, 4, 7))
         residual = None if self.residual is None else values[self.residual]
-        z, normal, slope = normalise(
+        z, normal, slope = norm_act(
             _pixels(y),
             mean,
             rstd,
@@ -93,7 +93,7 @@ class NormActForward(FusedRegion):
         u, extra = _terms(input_tangent)
         normal, rstd, scale = values.derived[self.norm]
         needs_term = terms is not None and cotangent is not None and tscale is not None
-        out, sums, _ = push(
+        out, sums, _ = jvp(
             pixels(u),
             None if extra is None else spread_pixels(extra),
             normal=normal if tscale is not None else None,
@@ -137,7 +137,7 @@ class NormActBackward(FusedRegion):
         g = _pixels(u)[None]
         if len(parts) == 1 and g.data_ptr() == u.data_ptr():
             g = g.clone()  # it is overwritten, and others may read it
-        out, dscale, dshift = pull(
+        out, dscale, dshift = vjp_tangent(
             g,
             slope=None if self.relu is None else values.derived[self.forward.relu],
             normal=normal if weights else None,
@@ -172,7 +172,7 @@ class NormActBackward(FusedRegion):
         normal, rstd, scale = values.derived[self.forward.norm]
         at = values[self.norm.args[0]] if tscale is not None or ty is not None else None
         u = pixels(u)
-        out, dscale, dshift = pull(
+        out, dscale, dshift = vjp_tangent(
             u,
             None if extra is None else spread_pixels(extra),
             residual=None if residual is None else pixels(residual),

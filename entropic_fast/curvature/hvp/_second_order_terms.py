@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.forward_mode import jvp
-from ...ops import norm_act_tangents as jet
+from ...ops.norm_act_tangents import inner_products
 from ._batch_norm import statistics
 from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
@@ -52,7 +52,7 @@ def second_order_rule(*targets: Any) -> Callable[[SecondOrderRule], SecondOrderR
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of [K, *shape] and [K, *shape] or [*shape].  # [K] float64"""
     if a.ndim == 5 and b.ndim == 5:
-        return jet.inner(pixels(a), spread_pixels(b))
+        return inner_products(pixels(a), spread_pixels(b))
     products = a * b
     return products.reshape(len(products), -1).sum(1, dtype=torch.float64)
 

@@ -233,7 +233,7 @@ def _stepper(
     if form is not None:
 
         def fused(step: int, more: int) -> None:
-            kernels.advance(
+            kernels.langevin_steps(
                 x, v, potential=form[0], parameters=form[1], scheme=integrator.scheme,
                 dt=integrator.dt, steps=more, temperature=integrator.temperature,
                 friction=integrator.friction, first_step=step,
@@ -289,7 +289,7 @@ def _check_start(potential: Callable[[Tensor], Tensor], start: Tensor) -> None:
     if not isinstance(start, Tensor) or start.ndim != 2 or start.numel() == 0:
         raise checks.invalid("start", "positions [N, D]", checks.describe(start))
     checks.finite("start", start)
-    if start.dtype not in kernels.DTYPES:
+    if start.dtype not in (torch.float32, torch.float64):
         raise checks.invalid("start", "float32 or float64", checks.describe(start))
     if not callable(potential):
         raise checks.invalid(

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from entropic_fast._torch.matmul_precision import matmul_precision
-from entropic_fast.ops._triton_launch import FUSE, INPUT_PRECISION, on_device
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import FUSE, INPUT_PRECISION, count, on_device
+from entropic_fast.ops.conv_example_grads.checks import ConvWeightGrads, ConvWeightNorms
 
 # Positions summed in one run; such sums are then added up, so rounding does not grow with images.
 CHUNK = tl.constexpr(1024)
@@ -211,16 +211,11 @@ def _trivial_dimensions(
 
 
 def _launch(
-    a: Tensor,  # [n, D, H, W, C]
-    g: Tensor,  # [n, d, h, w, O]
+    c: ConvWeightGrads | ConvWeightNorms,
     out: Tensor | None,  # [n, O * prod(kernel) * C / groups], or None for norms
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:  # [n, tiles] float64, the tiles' squared norms; of no meaning where `out` is given
-    a, g = _evenly_spaced(a), _evenly_spaced(g)
+) -> Tensor:  # [n, tiles] float64, the tiles' squared norms; without meaning where `out` is given
+    kernel, stride, padding, dilation, groups = c[-5:]
+    a, g = _evenly_spaced(c.a), _evenly_spaced(c.g)
     n = a.shape[0]
     group_c, group_o = a.shape[-1] // groups, g.shape[-1] // groups
     width_kc = prod(kernel) * group_c
@@ -258,26 +253,9 @@ def _launch(
     return partial
 
 
-def conv_weight_grads(
-    a: Tensor,  # [n, D, H, W, C]
-    g: Tensor,  # [n, d, h, w, O]
-    out: Tensor,  # [n, O * prod(kernel) * C / groups], written
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    _launch(a, g, out, kernel, stride, padding, dilation, groups)
+def conv_weight_grads(c: ConvWeightGrads) -> None:
+    _launch(c, c.out)
 
 
-def conv_weight_norms(
-    a: Tensor,  # [n, D, H, W, C]
-    g: Tensor,  # [n, d, h, w, O]
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:  # [n] float64
-    return _launch(a, g, None, kernel, stride, padding, dilation, groups).sum(1)
+def conv_weight_norms(c: ConvWeightNorms) -> Tensor:  # [n]
+    return _launch(c, None).sum(1)

@@ -1,7 +1,4 @@
-"""Family `gram_update` on the compiled module: C++ for CPU tensors.
-
-Called by `entropic_fast.ops.gram_update` with checked tensors only.
-"""
+"""Family `gram_update` on the compiled module: C++ for CPU tensors."""
 
 from __future__ import annotations
 
@@ -9,27 +6,21 @@ import torch
 from torch import Tensor
 
 from entropic_fast.ops import _native as native
+from entropic_fast.ops.gram_update.checks import CrossUpdate, SymmetricUpdate
 
 
-def symmetric_update_(gram: Tensor, rows: Tensor, double_products: bool) -> None:
-    _update(gram, rows, rows, double_products, True)
+def symmetric_update_(a: SymmetricUpdate) -> None:
+    _update(a.gram, a.rows, a.rows, a.double_products, lower=True)
 
 
-def cross_update_(out: Tensor, a: Tensor, b: Tensor, double_products: bool) -> None:
-    _update(out, a, b, double_products, False)
+def cross_update_(a: CrossUpdate) -> None:
+    _update(*a, lower=False)
 
 
 def _update(out: Tensor, a: Tensor, b: Tensor, double_products: bool, lower: bool) -> None:
-    module = native.module()
-    if a.dtype == torch.float64:
-        entry = module.gram_update_float64
-    elif double_products:
-        entry = module.gram_update_float32_in_double
-    else:
-        entry = module.gram_update_float32
-    entry(
-        out.data_ptr(), out.stride(0),
-        a.data_ptr(), a.shape[0], a.stride(0),
-        b.data_ptr(), b.shape[0], b.stride(0),
-        a.shape[1], lower, native.threads(),
+    in_double = double_products and a.dtype == torch.float32
+    native.call(
+        "gram_update_in_double" if in_double else "gram_update", a,
+        out, a, b, out.stride(0), a.stride(0), b.stride(0), a.shape[0], b.shape[0], a.shape[1],
+        lower,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropic_fast._utils.devices import is_gpu
 from entropic_fast._utils.workspace import scratch_of
+from entropic_fast.ops.gram_update.checks import CrossUpdate, SymmetricUpdate
 
 BLOCK = 256  # columns of one float32 sum
 # On a GPU rows of a block on the diagonal, of whose products half are not wanted, are at most so
@@ -20,11 +21,8 @@ BLOCK = 256  # columns of one float32 sum
 GPU_ROWS = 512
 
 
-def symmetric_update_(
-    gram: Tensor,  # [E, E] float64, lower triangle updated
-    rows: Tensor,  # [E, K]
-    double_products: bool,
-) -> None:
+def symmetric_update_(args: SymmetricUpdate) -> None:
+    gram, rows, double_products = args
     count = rows.shape[0]
     step = max(1, min(count, scratch_of(rows.device).gram // (8 * max(1, count))))
     if is_gpu(rows.device):
@@ -39,12 +37,8 @@ def symmetric_update_(
             here[:, start : start + step].add_(_product(own, own).tril_())
 
 
-def cross_update_(
-    out: Tensor,  # [M, N] float64, updated
-    a: Tensor,  # [M, K]
-    b: Tensor,  # [N, K]
-    double_products: bool,
-) -> None:
+def cross_update_(args: CrossUpdate) -> None:
+    out, a, b, double_products = args
     step = max(1, scratch_of(a.device).gram // (8 * max(1, b.shape[0])))
     for left, right in _column_slices(double_products, a, b):
         for start in range(0, a.shape[0], step):

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from entropic_fast._torch.matmul_precision import matmul_precision
-from entropic_fast.ops._triton_launch import FUSE, INPUT_PRECISION, on_device
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import FUSE, INPUT_PRECISION, count, on_device
+from entropic_fast.ops.gram_update.checks import CrossUpdate, SymmetricUpdate
 
 # Columns whose products tensor cores sum in float32 before they join the float64 sum.
 CHUNK = tl.constexpr(256)
@@ -230,9 +230,9 @@ def _add_product(
             )  # fmt: skip
 
 
-def symmetric_update_(gram: Tensor, rows: Tensor, double_products: bool) -> None:
-    _add_product(gram, rows, rows, symmetric=True, double_products=double_products)
+def symmetric_update_(a: SymmetricUpdate) -> None:
+    _add_product(a.gram, a.rows, a.rows, symmetric=True, double_products=a.double_products)
 
 
-def cross_update_(out: Tensor, a: Tensor, b: Tensor, double_products: bool) -> None:
-    _add_product(out, a, b, symmetric=False, double_products=double_products)
+def cross_update_(a: CrossUpdate) -> None:
+    _add_product(a.out, a.a, a.b, symmetric=False, double_products=a.double_products)

@@ -21,27 +21,23 @@ last place of the exact ones: at most `NORMAL_ULP`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from entropic_fast._utils import checks
-from entropic_fast._utils.checks import invalid, shown
+from entropic_fast._utils.checks import at_least, one_of, positive
 from entropic_fast.ops import backend as backends
+from entropic_fast.ops._checks import reject_autograd
+from entropic_fast.ops._register import Op, no_results
 from entropic_fast.ops.backend import BackendError, backend_for, implementation, register_family
-from entropic_fast.ops.langevin.reference import SCHEMES, UNDERDAMPED, Coefficients
+from entropic_fast.ops.langevin import checks
+from entropic_fast.ops.langevin.checks import PARAMETERS as PARAMETERS
+from entropic_fast.ops.langevin.checks import BoxMuller, LangevinSteps
+from entropic_fast.ops.langevin.reference import SCHEMES, Coefficients
 
 FAMILY = "langevin"
-DTYPES = (torch.float32, torch.float64)
-
-# Names of each potential's parameters.
-PARAMETERS = {
-    "ring": ("stiffness", "contrast", "modes"),
-    "ridge": ("stiff", "slope", "length", "wall"),
-    "channel": ("stiffness", "contrast", "length"),
-}
 
 # Dimensions the kernels have registers for; the reference takes any.
 LARGEST_DIM = {"cpp": 16, "triton": 16}
@@ -50,21 +46,10 @@ LARGEST_DIM = {"cpp": 16, "triton": 16}
 # reach 4.6 in 10^7 and 3.2 in 4 10^6 pairs.
 NORMAL_ULP = {torch.float32: 6.0, torch.float64: 4.0}
 
-register_family(
-    FAMILY,
-    {
-        "reference": "entropic_fast.ops.langevin.reference",
-        "cpp": "entropic_fast.ops.langevin.native",
-        "triton": "entropic_fast.ops.langevin.triton",
-    },
-    writes={"advance": (0, 1)},
-)
+register_family(FAMILY)
 
 
-# ---- public functions ----------------------------------------------------------------------------
-
-
-def advance(
+def langevin_steps(
     x: Tensor,  # [N, D] float32 or float64, updated in place
     v: Tensor | None = None,  # [N, D], updated in place; for "baoab" only
     *,
@@ -98,26 +83,21 @@ def advance(
 
     Example:
         >>> x = torch.tensor([[2.0, 0.0]])
-        >>> advance(x, potential="ring", parameters=(10.0, 0.0, 1), scheme="euler-maruyama",
-        ...         temperature=0.0, dt=0.05, steps=1)
+        >>> langevin_steps(x, potential="ring", parameters=(10.0, 0.0, 1), scheme="euler-maruyama",
+        ...                temperature=0.0, dt=0.05, steps=1)
         >>> x
         tensor([[1.5000, 0.0000]])
     """
-    for name, tensor in (("x", x), ("v", v)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            got = "one with requires_grad=True"
-            raise invalid(
-                name, "a tensor that autograd does not follow", got, f"pass {name}.detach()"
-            )
-    checks.one_of("scheme", scheme, SCHEMES)
-    checks.at_least("temperature", temperature, 0.0)
-    checks.positive("dt", dt)
-    checks.positive("friction", friction)
+    reject_autograd(x=x, v=v)
+    one_of("scheme", scheme, SCHEMES)
+    at_least("temperature", temperature, 0.0)
+    positive("dt", dt)
+    positive("friction", friction)
     c = Coefficients.of(scheme, temperature, dt, friction)
-    torch.ops.entropic_fast.langevin_advance(
+    _langevin_steps(LangevinSteps(
         x, x.new_empty(0) if v is None else v, potential, [float(p) for p in parameters], scheme,
         c.drift, c.decay, c.noise, steps, first_step, first_particle, seed, backend or "",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def box_muller(
@@ -135,8 +115,7 @@ def box_muller(
     >>> box_muller(torch.tensor([[2**31, 2**30]])).round(decimals=3)
     tensor([[-0.0000, 1.1770]], dtype=torch.float64)
     """
-    result: Tensor = torch.ops.entropic_fast.langevin_box_muller(words, dtype, backend or "")
-    return result
+    return _box_muller(BoxMuller(words, dtype, backend or ""))
 
 
 def backend_of(dim: int, device: torch.device | str, setting: str | None = None) -> str:
@@ -162,126 +141,22 @@ def backend_of(dim: int, device: torch.device | str, setting: str | None = None)
 # ---- registration with torch ---------------------------------------------------------------------
 
 
-@torch.library.custom_op("entropic_fast::langevin_advance", mutates_args=("x", "v"))
-def _advance(
-    x: Tensor,
-    v: Tensor,
-    potential: str,
-    parameters: Sequence[float],
-    scheme: str,
-    drift: float,
-    decay: float,
-    noise: float,
-    steps: int,
-    first_step: int,
-    first_particle: int,
-    seed: int,
-    backend: str,
-) -> None:
-    _check(x, v, potential, parameters, scheme, steps, first_step, first_particle, seed)
-    _check_apart(x, v)
-    setting = backend or None
-    chosen = backend_of(x.shape[1], x.device, setting)
-    usual = chosen == backend_for(FAMILY, x.device, setting)
-    module = implementation(FAMILY, x.device, setting if usual else chosen)
-    module.advance(
-        x, v, potential, parameters, scheme, drift, decay, noise,
-        steps, first_step, first_particle, seed,
-    )  # fmt: skip
+def _module(a: LangevinSteps) -> ModuleType:
+    setting = a.backend or None
+    chosen = backend_of(a.x.shape[1], a.x.device, setting)
+    usual = chosen == backend_for(FAMILY, a.x.device, setting)
+    return implementation(FAMILY, a.x.device, setting if usual else chosen)
 
 
-@_advance.register_fake
-def _(
-    x: Tensor,
-    v: Tensor,
-    potential: str,
-    parameters: Sequence[float],
-    scheme: str,
-    drift: float,
-    decay: float,
-    noise: float,
-    steps: int,
-    first_step: int,
-    first_particle: int,
-    seed: int,
-    backend: str,
-) -> None:
-    _check(x, v, potential, parameters, scheme, steps, first_step, first_particle, seed)
+def _module_of_words(a: BoxMuller) -> ModuleType:
+    return implementation(FAMILY, a.words.device, a.backend or None)
 
 
-@torch.library.custom_op("entropic_fast::langevin_box_muller", mutates_args=())
-def _box_muller(words: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    _check_words(words, dtype)
-    if words.numel() > 0 and not 0 <= int(words.min()) <= int(words.max()) < 2**32:
-        raise invalid("words", "numbers in [0, 2^32)", f"{int(words.min())} to {int(words.max())}")
-    module = implementation(FAMILY, words.device, backend or None)
-    result: Tensor = module.box_muller(words.contiguous(), dtype)
-    return result
-
-
-@_box_muller.register_fake
-def _(words: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    _check_words(words, dtype)
-    return torch.empty(words.shape, dtype=dtype, device=words.device)
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _check(
-    x: Tensor,
-    v: Tensor,
-    potential: str,
-    parameters: Sequence[float],
-    scheme: str,
-    steps: int,
-    first_step: int,
-    first_particle: int,
-    seed: int,
-) -> None:
-    checks.one_of("potential", potential, PARAMETERS)
-    checks.one_of("scheme", scheme, SCHEMES)
-    names = PARAMETERS[potential]
-    if len(parameters) != len(names) or not all(map(math.isfinite, parameters)):
-        raise invalid("parameters", f"finite {', '.join(names)}", shown(tuple(parameters)))
-    wanted = "[N, 2]" if potential == "ring" else "[N, D] with D >= 2"
-    if x.dim() != 2 or x.shape[1] < 2 or (potential == "ring" and x.shape[1] != 2):
-        raise invalid("x", f"shape {wanted} for the {potential}", f"shape {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise invalid("x", "dtype float32 or float64", str(x.dtype), "convert it first")
-    _check_memory("x", x)
-    if scheme not in UNDERDAMPED:
-        if v.numel() > 0:
-            raise invalid("v", f"None for {scheme}", checks.describe(v))
-    elif v.shape != x.shape or v.dtype != x.dtype or v.device != x.device:
-        expected = f"{checks.describe(x)} on {x.device}, as x, for {scheme}"
-        raise invalid("v", expected, f"{checks.describe(v)} on {v.device}")
-    else:
-        _check_memory("v", v)
-    for name, value in (
-        ("steps", steps), ("first_step", first_step), ("first_particle", first_particle),
-        ("seed", seed),
-    ):  # fmt: skip
-        checks.integer(name, value)
-
-
-def _check_memory(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise invalid(
-            name,
-            "a contiguous tensor",
-            f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}",
-            f"pass {name}.contiguous()",
-        )
-
-
-def _check_apart(x: Tensor, v: Tensor) -> None:
-    if v.numel() > 0 and abs(x.data_ptr() - v.data_ptr()) < x.numel() * x.element_size():
-        raise invalid("v", "memory of its own", "memory shared with x", "pass v.clone()")
-
-
-def _check_words(words: Tensor, dtype: torch.dtype) -> None:
-    if words.dim() != 2 or words.shape[1] != 2 or words.dtype != torch.int64:
-        raise invalid("words", "shape [n, 2] of int64", checks.describe(words))
-    if dtype not in DTYPES:
-        raise invalid("dtype", "float32 or float64", str(dtype))
+_langevin_steps = Op(
+    FAMILY, "langevin_steps", LangevinSteps, check=checks.check_steps,
+    results=no_results, writes=("x", "v"), module=_module,
+)  # fmt: skip
+_box_muller = Op(
+    FAMILY, "box_muller", BoxMuller, name="langevin_box_muller", check=checks.check_box_muller,
+    prepare=checks.check_words, results=checks.new_normal, module=_module_of_words,
+)  # fmt: skip

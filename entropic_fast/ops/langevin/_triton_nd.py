@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import count
 from entropic_fast.ops.langevin._triton_normal import box_muller, exponential, sine_cosine_of_turns
 
 # Elements of a tile: four for each of 128 threads.
@@ -60,7 +60,7 @@ def normals(number, step, seed, DOUBLE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["particles", "first_particle", "first_step", "steps", "seed"])
-def advance_kernel(
+def steps_kernel(
     positions, velocities, numbers, particles, first_particle, first_step, steps, seed,
     D: tl.constexpr, SIZE: tl.constexpr, POTENTIAL: tl.constexpr, SCHEME: tl.constexpr,
     NOISE: tl.constexpr, BLOCK: tl.constexpr,

@@ -12,18 +12,17 @@ z(n) are the standard normal numbers of step n. One step of each scheme is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from entropic_fast.ops.langevin.checks import OVERDAMPED, BoxMuller, LangevinSteps
+from entropic_fast.ops.langevin.checks import SCHEMES as SCHEMES
+from entropic_fast.ops.langevin.checks import UNDERDAMPED as UNDERDAMPED
 from entropic_fast.ops.langevin.forces import Force, force_of
 from entropic_fast.ops.random_bits import streams as random
-
-OVERDAMPED = ("euler-maruyama", "leimkuhler-matthews")
-UNDERDAMPED = ("baoab",)
-SCHEMES = OVERDAMPED + UNDERDAMPED
 
 # Step number -> standard normal numbers of every coordinate.  # [N, D]
 Noise = Callable[[int], Tensor]
@@ -108,31 +107,16 @@ def noise_like(
 # ---- the family's functions ----------------------------------------------------------------------
 
 
-def advance(
-    x: Tensor,  # [N, D], updated in place
-    v: Tensor,  # [N, D], updated in place; [0] for an overdamped scheme
-    potential: str,
-    parameters: Sequence[float],
-    scheme: str,
-    drift: float,
-    decay: float,
-    noise: float,
-    steps: int,
-    first_step: int,
-    first_particle: int,
-    seed: int,
-) -> None:
-    force = force_of(potential, parameters)
-    draw = noise_like(x, seed, first_particle)
-    if x.shape[0] > 0:
-        integrate(x, v, force, scheme, Coefficients(drift, decay, noise), steps, first_step, draw)
+def langevin_steps(a: LangevinSteps) -> None:
+    force = force_of(a.potential, a.parameters)
+    draw = noise_like(a.x, a.seed, a.first_particle)
+    coefficients = Coefficients(a.drift, a.decay, a.noise)
+    if a.x.shape[0] > 0:
+        integrate(a.x, a.v, force, a.scheme, coefficients, a.steps, a.first_step, draw)
 
 
-def box_muller(
-    words: Tensor,  # [n, 2] int64 in [0, 2^32)
-    dtype: torch.dtype,
-) -> Tensor:  # [n, 2]
-    u = (words.to(torch.float64) + 0.5) * 2.0**-32
+def box_muller(a: BoxMuller) -> Tensor:  # [n, 2]
+    u = (a.words.to(torch.float64) + 0.5) * 2.0**-32
     radius = torch.sqrt(-2.0 * torch.log(u[:, 0]))
     angle = 2.0 * math.pi * u[:, 1]
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).to(dtype)
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).to(a.dtype)

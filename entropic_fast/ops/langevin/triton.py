@@ -2,22 +2,20 @@
 
 Two particles of two coordinates take the four words of one counter a step. Hyper-parameters come in
 a tensor of float64: as arguments Triton would round them to float32. More dimensions have a kernel
-of their own (triton/langevin_wide.py).
+of their own (_triton_nd.py).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropic_fast.ops._triton_launch import FUSE, on_device
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import FUSE, count, on_device
 from entropic_fast.ops.langevin import _triton_nd as langevin_wide
 from entropic_fast.ops.langevin._triton_normal import box_muller as box_muller_of
 from entropic_fast.ops.langevin._triton_normal import (
@@ -26,8 +24,8 @@ from entropic_fast.ops.langevin._triton_normal import (
     sine_cosine_of_turns,
     square_root,
 )
+from entropic_fast.ops.langevin.checks import SCHEMES, BoxMuller, LangevinSteps, new_normal
 from entropic_fast.ops.langevin.forces import FORCES
-from entropic_fast.ops.langevin.reference import SCHEMES
 
 # Pairs of particles of a program: one for each of 128 threads.
 BLOCK = 128
@@ -38,7 +36,7 @@ FIRST_PARAMETER = tl.constexpr(3)
 
 @triton.jit
 def force(x, y, numbers, POTENTIAL: tl.constexpr, MODES: tl.constexpr):
-    """-grad V of particles (x, y); formulas in reference/langevin_forces.py."""
+    """-grad V of particles (x, y); formulas in forces.py."""
     p = numbers + FIRST_PARAMETER
     p0 = tl.load(p).to(x.dtype)
     p1 = tl.load(p + 1).to(x.dtype)
@@ -90,7 +88,7 @@ def normals(pair, step, seed, DOUBLE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["particles", "first_particle", "first_step", "steps", "seed"])
-def advance_kernel(
+def steps_kernel(
     positions, velocities, numbers, particles, first_particle, first_step, steps, seed,
     POTENTIAL: tl.constexpr, MODES: tl.constexpr, SCHEME: tl.constexpr, NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -207,52 +205,38 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def advance(
-    x: Tensor,  # [N, D], updated in place
-    v: Tensor,  # [N, D], updated in place; [0] for an overdamped scheme
-    potential: str,
-    parameters: Sequence[float],
-    scheme: str,
-    drift: float,
-    decay: float,
-    noise: float,
-    steps: int,
-    first_step: int,
-    first_particle: int,
-    seed: int,
-) -> None:
-    if x.shape[0] == 0 or steps == 0:
+def langevin_steps(a: LangevinSteps) -> None:
+    x = a.x
+    if x.shape[0] == 0 or a.steps == 0:
         return
-    numbers = _numbers((drift, decay, noise, *parameters), x.device)
+    numbers = _numbers((a.drift, a.decay, a.noise, *a.parameters), x.device)
     particles, dim = x.shape
     arguments = (
-        x, v if v.numel() > 0 else x, numbers, particles, first_particle, first_step, steps, seed,
+        x, a.v if a.v.numel() > 0 else x, numbers, particles,
+        a.first_particle, a.first_step, a.steps, a.seed,
     )  # fmt: skip
     options = {
-        "POTENTIAL": tuple(FORCES).index(potential), "SCHEME": SCHEMES.index(scheme),
-        "NOISE": noise > 0, "num_warps": 4, **FUSE,
+        "POTENTIAL": tuple(FORCES).index(a.potential), "SCHEME": SCHEMES.index(a.scheme),
+        "NOISE": a.noise > 0, "num_warps": 4, **FUSE,
     }  # fmt: skip
     with on_device(x):
         if dim == 2:
-            pairs = (first_particle + particles + 1) // 2 - first_particle // 2
-            modes = int(parameters[2]) if potential == "ring" else 0
+            pairs = (a.first_particle + particles + 1) // 2 - a.first_particle // 2
+            modes = int(a.parameters[2]) if a.potential == "ring" else 0
             grid = (triton.cdiv(pairs, BLOCK),)
-            advance_kernel[grid](*arguments, MODES=modes, BLOCK=BLOCK, **options)
+            steps_kernel[grid](*arguments, MODES=modes, BLOCK=BLOCK, **options)
         else:
             size = triton.next_power_of_2(dim)
             block = langevin_wide.TILE // size
             grid = (triton.cdiv(particles, block),)
-            langevin_wide.advance_kernel[grid](*arguments, D=dim, SIZE=size, BLOCK=block, **options)
+            langevin_wide.steps_kernel[grid](*arguments, D=dim, SIZE=size, BLOCK=block, **options)
 
 
-def box_muller(
-    words: Tensor,  # [n, 2] int64
-    dtype: torch.dtype,
-) -> Tensor:  # [n, 2]
-    normal = torch.empty(words.shape, dtype=dtype, device=words.device)
-    if words.shape[0] > 0:
-        with on_device(words):
-            box_muller_kernel[(triton.cdiv(words.shape[0], BLOCK),)](
-                words, normal, words.shape[0], BLOCK=BLOCK, num_warps=4, **FUSE
+def box_muller(a: BoxMuller) -> Tensor:
+    normal, pairs = new_normal(a), a.words.shape[0]
+    if pairs > 0:
+        with on_device(normal):
+            box_muller_kernel[(triton.cdiv(pairs, BLOCK),)](
+                a.words.contiguous(), normal, pairs, BLOCK=BLOCK, num_warps=4, **FUSE
             )
     return normal

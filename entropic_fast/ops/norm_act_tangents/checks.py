@@ -1,98 +1,124 @@
-"""What the ops of family `norm_act_tangents` ask of their tensors."""
+"""Arguments of family `norm_act_tangents`, and what is required of them."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from entropic_fast._utils.checks import invalid
+from entropic_fast.ops._checks import check_dtype, check_like, layout
 
-DTYPES = (torch.float32, torch.float64)
 
-# Form of every argument: K, m and C by name; "dense" where pixels are C apart, too.
+class Jvp(NamedTuple):
+    u: Tensor  # [K, m, C] float32 or float64, overwritten with u + extra
+    extra: Tensor | None  # [K, m, C], any strides of k and pixels
+    normal: Tensor | None  # [m, C]
+    scale: Tensor | None  # [C]
+    tscale: Tensor | None  # [K, C], needs normal
+    tshift: Tensor | None  # [K, C]
+    residual: Tensor | None  # [K, m, C]
+    slope: Tensor | None  # [m, C]
+    cotangent: Tensor | None  # [m, C]
+    bend: Tensor | None  # [m, C]
+    out: Tensor  # [K, m, C], written
+
+
+class VjpTangent(NamedTuple):
+    u: Tensor  # [K, m, C] float32 or float64, overwritten with slope (u + extra + residual)
+    extra: Tensor | None  # [K, m, C], any strides of k and pixels
+    residual: Tensor | None  # [K, m, C]
+    slope: Tensor | None  # [m, C]
+    normal: Tensor | None  # [m, C]
+    scale: Tensor | None  # [C]
+    tscale: Tensor | None  # [K, C], needs cotangent
+    cotangent: Tensor | None  # [m, C]
+    ty: Tensor | None  # [K, m, C], needs cotangent
+    rstd: Tensor | None  # [C]
+    out: Tensor | None  # [K, m, C], written; None: the result is u
+
+
+class NormAct(NamedTuple):
+    y: Tensor  # [m, C] float32 or float64
+    mean: Tensor  # [C]
+    rstd: Tensor  # [C]
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    residual: Tensor | None  # [m, C]
+    relu: bool
+
+
+class InnerProducts(NamedTuple):
+    a: Tensor  # [K, m, C] float32 or float64
+    b: Tensor  # [K, m, C], any strides of k and pixels
+
+
+# Shape of every argument but the first; "dense" where pixels are C apart, too.
 FORMS = {
     "extra": "KmC", "b": "KmC", "out": "KmC dense", "residual": "KmC dense", "ty": "KmC dense",
     "mean": "C", "weight": "C", "bias": "C",
     "normal": "mC", "slope": "mC", "cotangent": "mC", "bend": "mC",
     "scale": "C", "rstd": "C", "tscale": "KC", "tshift": "KC",
 }  # fmt: skip
-PUSH = (
-    "extra", "normal", "scale", "tscale", "tshift", "residual", "slope", "cotangent", "bend",
-)  # fmt: skip
-PULL = (
-    "extra", "residual", "slope", "normal", "scale", "tscale", "cotangent", "ty", "rstd",
-)  # fmt: skip
-
-NORMALISE = ("mean", "rstd", "weight", "bias", "residual")
 
 
-def refuse_autograd(**tensors: Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise invalid(
-                name,
-                "a tensor that autograd does not follow",
-                "one with requires_grad=True",
-                f"call under torch.no_grad() or pass {name}.detach()",
-            )
+def new_sums(a: Jvp) -> tuple[Tensor, Tensor]:  # sums, forms: [K, C] or [0, 0], [K] or [0]
+    k, _, c = a.u.shape
+    sums = a.u.new_empty((0, 0) if a.cotangent is None else (k, c), dtype=torch.float64)
+    return sums, a.u.new_empty(0 if a.bend is None else k, dtype=torch.float64)
 
 
-def check_push(u: Tensor, *pieces: Tensor | None) -> None:
-    given = dict(zip((*PUSH, "out"), pieces, strict=True))
-    _check("u", u, given)
-    _check_apart("u", u)
-    _needs(given, "tscale", "normal")
+def new_weight_tangents(a: VjpTangent) -> tuple[Tensor, Tensor]:  # dscale, dshift: [K, C]
+    dscale = a.u.new_empty(a.u.shape[0], a.u.shape[2])
+    return dscale, torch.empty_like(dscale)
 
 
-def check_pull(u: Tensor, *pieces: Tensor | None) -> None:
-    given = dict(zip((*PULL, "out"), pieces, strict=True))
-    _check("u", u, given)
-    _check_apart("u", u)
-    _needs(given, "tscale", "cotangent")
-    _needs(given, "ty", "cotangent")
+def new_values(a: NormAct) -> tuple[Tensor, Tensor, Tensor]:  # z, normal, slope: [m, C]
+    slope = a.y.new_empty(a.y.shape if a.relu else (0, 0))
+    return a.y.new_empty(a.y.shape), a.y.new_empty(a.y.shape), slope
 
 
-def check_normalise(y: Tensor, *pieces: Tensor | None) -> None:
-    if y.dim() != 2:
-        raise invalid("y", "shape [m, C]", f"shape {list(y.shape)}")
-    given = dict(zip(NORMALISE, pieces, strict=True))
-    residual = given["residual"]
-    _check("y", y[None], {**given, "residual": None if residual is None else residual[None]})
+def new_inner_products(a: InnerProducts) -> Tensor:  # [K]
+    return a.a.new_empty(a.a.shape[0], dtype=torch.float64)
 
 
-def check_inner(a: Tensor, b: Tensor) -> None:
-    _check("a", a, {"b": b})
+def check_jvp(a: Jvp) -> None:
+    _check("u", a.u, a._asdict())
+    _check_apart("u", a.u)
+    _check_apart("out", a.out)
+    _needs(a, "tscale", "normal")
 
 
-def check_overlap(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
-    """Refuses tensors that share memory where one of them is written."""
-    given = {name: t for name, t in {**read, **written}.items() if t is not None and t.numel() > 0}
-    spans = {name: _span(tensor) for name, tensor in given.items()}
-    for name in written:
-        if name not in spans:
-            continue
-        start, end = spans.pop(name)
-        for other, (other_start, other_end) in spans.items():
-            meet = start < other_end and other_start < end
-            if meet and not _interleaved(given[name], given[other]):
-                raise invalid(
-                    name, f"memory of its own, apart from {other}", "overlap", "clone one"
-                )
+def check_vjp_tangent(a: VjpTangent) -> None:
+    _check("u", a.u, a._asdict())
+    _check_apart("u", a.u)
+    if a.out is not None:
+        _check_apart("out", a.out)
+    _needs(a, "tscale", "cotangent")
+    _needs(a, "ty", "cotangent")
 
 
-def _check(name: str, first: Tensor, given: dict[str, Tensor | None]) -> None:
+def check_norm_act(a: NormAct) -> None:
+    if a.y.dim() != 2:
+        raise invalid("y", "shape [m, C]", f"shape {list(a.y.shape)}")
+    residual = None if a.residual is None else a.residual[None]
+    _check("y", a.y[None], {**a._asdict(), "residual": residual})
+
+
+def check_inner_products(a: InnerProducts) -> None:
+    _check("a", a.a, a._asdict())
+
+
+def _check(name: str, first: Tensor, arguments: dict[str, Any]) -> None:
     if first.dim() != 3:
         raise invalid(name, "shape [K, m, C]", f"shape {list(first.shape)}")
-    if first.dtype not in DTYPES:
-        raise invalid(name, "dtype float32 or float64", str(first.dtype), "convert it first")
+    check_dtype(name, first)
     _check_layout(name, first, dense=True)
     k, m, c = first.shape
     shapes = {"KmC": (k, m, c), "mC": (m, c), "KC": (k, c), "C": (c,)}
-    dtype, device = first.dtype, first.device
-    for other, tensor in given.items():
-        if tensor is None:
+    for other, tensor in arguments.items():
+        if other == name or not isinstance(tensor, Tensor):
             continue
         form, _, dense = FORMS[other].partition(" ")
         if tensor.shape != shapes[form]:
@@ -102,28 +128,20 @@ def _check(name: str, first: Tensor, given: dict[str, Tensor | None]) -> None:
                 f"shape [{letters}] = {list(shapes[form])} beside {name}",
                 f"shape {list(tensor.shape)}",
             )
-        if tensor.dtype != dtype:
-            raise invalid(
-                other, f"dtype {dtype} as {name}", str(tensor.dtype), "convert one of them"
-            )
-        if tensor.device != device:
-            raise invalid(other, f"device {device} as {name}", str(tensor.device), "move it there")
+        check_like(other, tensor, name, first)
         _check_layout(other, tensor, dense=bool(dense))
-        if other == "out":
-            _check_apart(other, tensor)
 
 
 def _check_layout(name: str, tensor: Tensor, *, dense: bool) -> None:
     if tensor.dim() < 3:
-        fits, layout = tensor.is_contiguous(), "a contiguous tensor"
+        fits, wanted = tensor.is_contiguous(), "a contiguous tensor"
     else:
         _, m, c = tensor.shape
         _, pixel, channel = tensor.stride()
         fits = (c <= 1 or channel == 1) and (m <= 1 or not dense or pixel == c)
-        layout = "channels one element apart" + (" and pixels C apart" if dense else "")
+        wanted = "channels one element apart" + (" and pixels C apart" if dense else "")
     if not fits and tensor.numel() > 0:
-        strides = f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}"
-        raise invalid(name, layout, strides, f"pass {name}.contiguous()")
+        raise invalid(name, wanted, layout(tensor), f"pass {name}.contiguous()")
 
 
 def _check_apart(name: str, tensor: Tensor) -> None:
@@ -133,27 +151,11 @@ def _check_apart(name: str, tensor: Tensor) -> None:
         raise invalid(
             name,
             f"tangents that do not overlap (a stride of at least {m * c} along k)",
-            f"strides {tuple(tensor.stride())} for shape {list(tensor.shape)}",
+            layout(tensor),
             f"pass {name}.contiguous()",
         )
 
 
-def _needs(given: dict[str, Tensor | None], name: str, other: str) -> None:
-    if given[name] is not None and given[other] is None:
+def _needs(arguments: Jvp | VjpTangent, name: str, other: str) -> None:
+    if getattr(arguments, name) is not None and getattr(arguments, other) is None:
         raise invalid(other, f"a tensor, as {name} is given", "None")
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses from the first element to past the last."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _interleaved(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one stride along k lie apart for each k, as [:, 0] and [:, 1] do."""
-    if a.dim() != 3 or b.dim() != 3 or a.stride(0) != b.stride(0) or a.stride(0) <= 0:
-        return False
-    period = a.stride(0) * a.element_size()
-    (a_start, a_end), (b_start, b_end) = _span(a[0]), _span(b[0])
-    offset = (b_start - a_start) % period
-    return a_end - a_start <= offset and offset + b_end - b_start <= period

@@ -1,101 +1,73 @@
-"""Directional derivatives through normalisation and activation in plain PyTorch.
-
-Checked tensors on any device; shapes as in `entropic_fast.ops.norm_act_tangents`. Sums are float64.
-"""
+"""Tangents through normalization and activation in plain PyTorch, on any device; float64 sums."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from entropic_fast.ops.norm_act_tangents.checks import (
+    InnerProducts,
+    Jvp,
+    NormAct,
+    VjpTangent,
+    new_sums,
+    new_values,
+)
 
-def push(
-    u: Tensor,  # [K, m, C], overwritten with u + extra
-    extra: Tensor | None,  # [K, m, C]
-    normal: Tensor | None,  # [m, C]
-    scale: Tensor | None,  # [C]
-    tscale: Tensor | None,  # [K, C]
-    tshift: Tensor | None,  # [K, C]
-    residual: Tensor | None,  # [K, m, C]
-    slope: Tensor | None,  # [m, C]
-    cotangent: Tensor | None,  # [m, C]
-    bend: Tensor | None,  # [m, C]
-    out: Tensor,  # [K, m, C] written
-) -> tuple[Tensor, Tensor]:  # [K, C] float64 or [0, 0], [K] float64 or [0]
-    if extra is not None:
-        u += extra
-    pre = u if scale is None else u * scale
-    if tscale is not None and normal is not None:
-        pre = pre + tscale[:, None] * normal
-    if tshift is not None:
-        pre = pre + tshift[:, None]
-    if residual is not None:
-        pre = pre + residual
-    out.copy_(pre if slope is None else slope * pre)
-    sums = u.new_empty((0, 0), dtype=torch.float64)
-    forms = u.new_empty(0, dtype=torch.float64)
-    if cotangent is not None:
-        sums = (cotangent * u).sum(1, dtype=torch.float64)
-    if bend is not None:
-        forms = (bend * pre.square()).sum((1, 2), dtype=torch.float64)
+
+def jvp(a: Jvp) -> tuple[Tensor, Tensor]:  # sums, forms
+    u = a.u
+    if a.extra is not None:
+        u += a.extra
+    pre = u if a.scale is None else u * a.scale
+    if a.tscale is not None and a.normal is not None:
+        pre = pre + a.tscale[:, None] * a.normal
+    if a.tshift is not None:
+        pre = pre + a.tshift[:, None]
+    if a.residual is not None:
+        pre = pre + a.residual
+    a.out.copy_(pre if a.slope is None else a.slope * pre)
+    sums, forms = new_sums(a)
+    if a.cotangent is not None:
+        sums = (a.cotangent * u).sum(1, dtype=torch.float64)
+    if a.bend is not None:
+        forms = (a.bend * pre.square()).sum((1, 2), dtype=torch.float64)
     return sums, forms
 
 
-def pull(
-    u: Tensor,  # [K, m, C], overwritten with g = slope (u + extra + residual)
-    extra: Tensor | None,  # [K, m, C]
-    residual: Tensor | None,  # [K, m, C]
-    slope: Tensor | None,  # [m, C]
-    normal: Tensor | None,  # [m, C]
-    scale: Tensor | None,  # [C]
-    tscale: Tensor | None,  # [K, C]
-    cotangent: Tensor | None,  # [m, C]
-    ty: Tensor | None,  # [K, m, C]
-    rstd: Tensor | None,  # [C]
-    out: Tensor | None,  # [K, m, C] written
-) -> tuple[Tensor, Tensor]:  # [K, C], [K, C]
-    for addend in (extra, residual):
+def vjp_tangent(a: VjpTangent) -> tuple[Tensor, Tensor]:  # dscale, dshift
+    u = a.u
+    for addend in (a.extra, a.residual):
         if addend is not None:
             u += addend
-    if slope is not None:
-        u *= slope
-    if out is not None:
-        result = u if scale is None else u * scale
-        if tscale is not None and cotangent is not None:
-            result = result + tscale[:, None] * cotangent
-        out.copy_(result)
+    if a.slope is not None:
+        u *= a.slope
+    if a.out is not None:
+        result = u if a.scale is None else u * a.scale
+        if a.tscale is not None and a.cotangent is not None:
+            result = result + a.tscale[:, None] * a.cotangent
+        a.out.copy_(result)
     dscale = u.new_zeros((u.shape[0], u.shape[2]), dtype=torch.float64)
-    if normal is not None:
-        dscale += (u * normal).sum(1, dtype=torch.float64)
-    if ty is not None and cotangent is not None:
-        term = (cotangent * ty).sum(1, dtype=torch.float64)
-        dscale += term if rstd is None else term * rstd
+    if a.normal is not None:
+        dscale += (u * a.normal).sum(1, dtype=torch.float64)
+    if a.ty is not None and a.cotangent is not None:
+        term = (a.cotangent * a.ty).sum(1, dtype=torch.float64)
+        dscale += term if a.rstd is None else term * a.rstd
     return dscale.to(u.dtype), u.sum(1, dtype=torch.float64).to(u.dtype)
 
 
-def normalise(
-    y: Tensor,  # [m, C]
-    mean: Tensor,  # [C]
-    rstd: Tensor,  # [C]
-    weight: Tensor | None,  # [C]
-    bias: Tensor | None,  # [C]
-    residual: Tensor | None,  # [m, C]
-    z: Tensor,  # [m, C] written
-    normal: Tensor,  # [m, C] written
-    slope: Tensor | None,  # [m, C] written; None: no ReLU
-) -> None:
-    torch.mul(y - mean, rstd, out=normal)
-    pre = normal if weight is None else normal * weight
-    for addend in (bias, residual):
+def norm_act(a: NormAct) -> tuple[Tensor, Tensor, Tensor]:  # z, normal, slope
+    z, normal, slope = new_values(a)
+    torch.mul(a.y - a.mean, a.rstd, out=normal)
+    pre = normal if a.weight is None else normal * a.weight
+    for addend in (a.bias, a.residual):
         pre = pre if addend is None else pre + addend
-    if slope is not None:
+    if a.relu:
         slope.copy_(pre > 0)
         pre = pre.relu()
     z.copy_(pre)
+    return z, normal, slope
 
 
-def inner(
-    a: Tensor,  # [K, m, C]
-    b: Tensor,  # [K, m, C]
-) -> Tensor:  # [K] float64
-    return (a * b).sum((1, 2), dtype=torch.float64)
+def inner_products(a: InnerProducts) -> Tensor:  # [K]
+    return (a.a * a.b).sum((1, 2), dtype=torch.float64)

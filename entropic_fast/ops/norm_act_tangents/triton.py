@@ -9,13 +9,23 @@ results are the same bits run after run.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropic_fast.ops._triton_launch import FUSE, on_device
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import FUSE, count, on_device
+from entropic_fast.ops.norm_act_tangents.checks import (
+    InnerProducts,
+    Jvp,
+    NormAct,
+    VjpTangent,
+    new_inner_products,
+    new_sums,
+    new_values,
+)
 
 # Elements of a tile: 8 for each thread, two loads of 16 bytes in flight for each tensor read.
 TILE = 2048
@@ -31,7 +41,7 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def push_kernel(
+def jvp_kernel(
     u, extra, normal, scale, tscale, tshift, residual, slope, cotangent, bend, out, sums, forms,
     K, m, C, blocks, groups, u_k, extra_k, extra_pixel, residual_k, out_k,
     EXTRA: tl.constexpr, SCALE: tl.constexpr, TSCALE: tl.constexpr, TSHIFT: tl.constexpr,
@@ -86,7 +96,7 @@ def push_kernel(
 
 
 @triton.jit
-def pull_kernel(
+def vjp_tangent_kernel(
     u, extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd, out, dscale, dshift,
     K, m, C, blocks, groups, u_k, extra_k, extra_pixel, residual_k, ty_k, out_k,
     EXTRA: tl.constexpr, RESIDUAL: tl.constexpr, SLOPE: tl.constexpr, NORMAL: tl.constexpr,
@@ -147,7 +157,7 @@ def pull_kernel(
 
 
 @triton.jit
-def normalise_kernel(
+def norm_act_kernel(
     y, mean, rstd, weight, bias, residual, z, normal, slope, m, C, blocks,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr,
@@ -176,7 +186,7 @@ def normalise_kernel(
 
 
 @triton.jit
-def inner_kernel(
+def inner_products_kernel(
     a, b, result, K, m, C, blocks, a_k, b_k, b_pixel, TILE_P: tl.constexpr, TILE_C: tl.constexpr
 ):
     """A tile's part of one inner product."""
@@ -211,107 +221,75 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
-def push(
-    u: Tensor,  # [K, m, C], overwritten with u + extra
-    extra: Tensor | None,  # [K, m, C]
-    normal: Tensor | None,  # [m, C]
-    scale: Tensor | None,  # [C]
-    tscale: Tensor | None,  # [K, C]
-    tshift: Tensor | None,  # [K, C]
-    residual: Tensor | None,  # [K, m, C]
-    slope: Tensor | None,  # [m, C]
-    cotangent: Tensor | None,  # [m, C]
-    bend: Tensor | None,  # [m, C]
-    out: Tensor,  # [K, m, C] written
-) -> tuple[Tensor, Tensor]:  # [K, C] float64 or [0, 0], [K] float64 or [0]
-    k, _, c = u.shape
-    if u.numel() == 0:
-        sums = u.new_zeros((0, 0) if cotangent is None else (k, c), dtype=torch.float64)
-        return sums, u.new_zeros(0 if bend is None else k, dtype=torch.float64)
-    t = _Tiles(u)
-    sums = u.new_empty((0, 0, 0) if cotangent is None else (t.rows, k, c), dtype=torch.float64)
-    forms = u.new_empty((0, 0) if bend is None else (t.tiles, k), dtype=torch.float64)
-    pieces = (extra, normal, scale, tscale, tshift, residual, slope, cotangent, bend)
-    strides = u.stride(0), *_strides(extra), _strides(residual)[0], out.stride(0)
-    with on_device(u):
-        push_kernel[(t.tiles * t.groups,)](
-            u, *(u if p is None else p for p in pieces), out, sums, forms,
-            k, t.m, c, t.blocks, t.groups, *strides,
-            EXTRA=extra is not None, SCALE=scale is not None, TSCALE=tscale is not None,
-            TSHIFT=tshift is not None, RESIDUAL=residual is not None, SLOPE=slope is not None,
-            SUMS=cotangent is not None, FORMS=bend is not None, **t.constants(),
+def jvp(a: Jvp) -> tuple[Tensor, Tensor]:
+    k, m, c = a.u.shape
+    if a.u.numel() == 0:
+        sums, forms = new_sums(a)
+        return sums.zero_(), forms.zero_()
+    t = _Tiles(a.u)
+    has_sums, has_forms = a.cotangent is not None, a.bend is not None
+    sums = a.u.new_empty((t.rows, k, c) if has_sums else (0, 0, 0), dtype=torch.float64)
+    forms = a.u.new_empty((t.tiles, k) if has_forms else (0, 0), dtype=torch.float64)
+    strides = a.u.stride(0), *_strides(a.extra), _strides(a.residual)[0], a.out.stride(0)
+    with on_device(a.u):
+        jvp_kernel[(t.tiles * t.groups,)](
+            *_given(a, a.u), sums, forms, k, m, c, t.blocks, t.groups, *strides,
+            EXTRA=a.extra is not None, SCALE=a.scale is not None, TSCALE=a.tscale is not None,
+            TSHIFT=a.tshift is not None, RESIDUAL=a.residual is not None,
+            SLOPE=a.slope is not None, SUMS=has_sums, FORMS=has_forms, **t.constants(),
         )  # fmt: skip
     return sums.sum(0), forms.sum(0)
 
 
-def pull(
-    u: Tensor,  # [K, m, C], overwritten with g = slope (u + extra + residual)
-    extra: Tensor | None,  # [K, m, C]
-    residual: Tensor | None,  # [K, m, C]
-    slope: Tensor | None,  # [m, C]
-    normal: Tensor | None,  # [m, C]
-    scale: Tensor | None,  # [C]
-    tscale: Tensor | None,  # [K, C]
-    cotangent: Tensor | None,  # [m, C]
-    ty: Tensor | None,  # [K, m, C]
-    rstd: Tensor | None,  # [C]
-    out: Tensor | None,  # [K, m, C] written
-) -> tuple[Tensor, Tensor]:  # [K, C], [K, C]
-    k, _, c = u.shape
-    if u.numel() == 0:
-        return u.new_zeros((k, c)), u.new_zeros((k, c))
-    t = _Tiles(u)
-    dshift = u.new_empty((t.rows, k, c), dtype=torch.float64)
-    nothing = normal is None and ty is None
+def vjp_tangent(a: VjpTangent) -> tuple[Tensor, Tensor]:
+    k, m, c = a.u.shape
+    if a.u.numel() == 0:
+        return a.u.new_zeros((k, c)), a.u.new_zeros((k, c))
+    t = _Tiles(a.u)
+    dshift = a.u.new_empty((t.rows, k, c), dtype=torch.float64)
+    nothing = a.normal is None and a.ty is None
     dscale = torch.zeros_like(dshift) if nothing else torch.empty_like(dshift)
-    pieces = (extra, residual, slope, normal, scale, tscale, cotangent, ty, rstd, out)
-    single = (_strides(tensor)[0] for tensor in (residual, ty, out))
-    with on_device(u):
-        pull_kernel[(t.tiles * t.groups,)](
-            u, *(u if p is None else p for p in pieces), dscale, dshift,
-            k, t.m, c, t.blocks, t.groups, u.stride(0), *_strides(extra), *single,
-            EXTRA=extra is not None, RESIDUAL=residual is not None, SLOPE=slope is not None,
-            NORMAL=normal is not None, SCALE=scale is not None, TSCALE=tscale is not None,
-            TY=ty is not None, RSTD=rstd is not None, OUT=out is not None, **t.constants(),
+    along_k = (_strides(tensor)[0] for tensor in (a.residual, a.ty, a.out))
+    with on_device(a.u):
+        vjp_tangent_kernel[(t.tiles * t.groups,)](
+            *_given(a, a.u), dscale, dshift, k, m, c, t.blocks, t.groups,
+            a.u.stride(0), *_strides(a.extra), *along_k,
+            EXTRA=a.extra is not None, RESIDUAL=a.residual is not None,
+            SLOPE=a.slope is not None, NORMAL=a.normal is not None, SCALE=a.scale is not None,
+            TSCALE=a.tscale is not None, TY=a.ty is not None, RSTD=a.rstd is not None,
+            OUT=a.out is not None, **t.constants(),
         )  # fmt: skip
-    return dscale.sum(0).to(u.dtype), dshift.sum(0).to(u.dtype)
+    return dscale.sum(0).to(a.u.dtype), dshift.sum(0).to(a.u.dtype)
 
 
-def normalise(
-    y: Tensor,  # [m, C]
-    mean: Tensor,  # [C]
-    rstd: Tensor,  # [C]
-    weight: Tensor | None,  # [C]
-    bias: Tensor | None,  # [C]
-    residual: Tensor | None,  # [m, C]
-    z: Tensor,  # [m, C] written
-    normal: Tensor,  # [m, C] written
-    slope: Tensor | None,  # [m, C] written; None: no ReLU
-) -> None:
-    if y.numel() == 0:
-        return
-    t = _Tiles(y[None])
-    pieces = (weight, bias, residual)
-    with on_device(y):
-        normalise_kernel[(t.tiles,)](
-            y, mean, rstd, *(y if p is None else p for p in pieces), z, normal,
-            y if slope is None else slope, t.m, t.c, t.blocks,
-            WEIGHT=weight is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-            RELU=slope is not None, **t.constants(),
+def norm_act(a: NormAct) -> tuple[Tensor, Tensor, Tensor]:
+    z, normal, slope = new_values(a)
+    if a.y.numel() == 0:
+        return z, normal, slope
+    t = _Tiles(a.y[None])
+    *tensors, relu = a
+    with on_device(a.y):
+        norm_act_kernel[(t.tiles,)](
+            *_given(tensors, a.y), z, normal, slope if relu else a.y, t.m, t.c, t.blocks,
+            WEIGHT=a.weight is not None, BIAS=a.bias is not None,
+            RESIDUAL=a.residual is not None, RELU=relu, **t.constants(),
         )  # fmt: skip
+    return z, normal, slope
 
 
-def inner(
-    a: Tensor,  # [K, m, C]
-    b: Tensor,  # [K, m, C]
-) -> Tensor:  # [K] float64
-    k, m, c = a.shape
-    if a.numel() == 0:
-        return a.new_zeros(k, dtype=torch.float64)
-    t = _Tiles(a)
-    result = a.new_empty((t.tiles, k), dtype=torch.float64)
-    with on_device(a):
-        inner_kernel[(t.tiles * k,)](
-            a, b, result, k, m, c, t.blocks, a.stride(0), *_strides(b), **t.constants()
+def inner_products(a: InnerProducts) -> Tensor:
+    k, m, c = a.a.shape
+    if a.a.numel() == 0:
+        return new_inner_products(a).zero_()
+    t = _Tiles(a.a)
+    result = a.a.new_empty((t.tiles, k), dtype=torch.float64)
+    with on_device(a.a):
+        inner_products_kernel[(t.tiles * k,)](
+            a.a, a.b, result, k, m, c, t.blocks, a.a.stride(0), *_strides(a.b), **t.constants()
         )
     return result.sum(0)
+
+
+def _given(tensors: Iterable[Tensor | None], other: Tensor) -> list[Tensor]:
+    """`other` in place of what is absent: kernels get an address, and do not read it."""
+    return [other if tensor is None else tensor for tensor in tensors]

@@ -14,26 +14,27 @@ accurate as pairwise sums in that dtype. Results do not depend on the number of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from entropic_fast._utils.checks import invalid
-from entropic_fast.ops.backend import implementation, register_family
+from entropic_fast.ops._checks import reject_autograd
+from entropic_fast.ops._register import Op
+from entropic_fast.ops.backend import register_family
+from entropic_fast.ops.norm_example_grads import checks
+from entropic_fast.ops.norm_example_grads.checks import AffineGrads, BatchNormBackward
 
 FAMILY = "norm_example_grads"
-DTYPES = (torch.float32, torch.float64)
+register_family(FAMILY)
 
-register_family(
-    FAMILY,
-    {
-        "reference": "entropic_fast.ops.norm_example_grads.reference",
-        "cpp": "entropic_fast.ops.norm_example_grads.native",
-        "triton": "entropic_fast.ops.norm_example_grads.triton",
-    },
-)
-
-
-# ---- public functions ----------------------------------------------------------------------------
+_affine_grads = Op(
+    FAMILY, "affine_grads", AffineGrads, name="norm_affine_grads",
+    check=checks.check_affine, prepare=checks.check_all_contiguous,
+    results=checks.new_affine_grads,
+)  # fmt: skip
+_batch_norm_backward = Op(
+    FAMILY, "batch_norm_backward", BatchNormBackward, name="norm_batch_norm_backward",
+    check=checks.check_batch_norm, prepare=checks.check_all_contiguous,
+    results=checks.new_backward,
+)  # fmt: skip
 
 
 def affine_grads(
@@ -55,16 +56,18 @@ def affine_grads(
         >>> affine_grads(x, torch.ones(1, 2, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5))
         (tensor([[1.]]), tensor([[2.]]))
     """
-    _refuse_autograd(x=x, g=g, mean=mean, rstd=rstd)
-    _check_affine(x, g, mean, rstd)
+    arguments = AffineGrads(x, g, mean, rstd)
+    reject_autograd(**arguments._asdict())
+    checks.check_affine(arguments)
     shape = [b if a == 1 else a for a, b in zip(mean.shape, rstd.shape, strict=True)]
-    dscale, dshift = torch.ops.entropic_fast.norm_affine_grads(
-        x.contiguous(),
-        g.contiguous(),
-        mean.expand(shape).contiguous(),
-        rstd.expand(shape).contiguous(),
+    return _affine_grads(
+        AffineGrads(
+            x.contiguous(),
+            g.contiguous(),
+            mean.expand(shape).contiguous(),
+            rstd.expand(shape).contiguous(),
+        )
     )
-    return dscale, dshift
 
 
 def batch_norm_backward(
@@ -85,101 +88,7 @@ def batch_norm_backward(
         >>> grad_x.flatten(), dscale, dshift
         (tensor([0.5000, 0.5000]), tensor([[1.]]), tensor([[2.]]))
     """
-    _refuse_autograd(x=x, g=g, mean=mean, rstd=rstd, weight=weight)
-    _check_batch_norm(x, g, mean, rstd, weight)
-    grad_x, dscale, dshift = torch.ops.entropic_fast.norm_batch_norm_backward(
-        x.contiguous(), g.contiguous(), mean.contiguous(), rstd.contiguous(), weight.contiguous()
-    )
-    return grad_x, dscale, dshift
-
-
-# ---- registration with torch ---------------------------------------------------------------------
-
-
-@torch.library.custom_op("entropic_fast::norm_affine_grads", mutates_args=())
-def _affine_grads(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    _check_affine(x, g, mean, rstd)
-    _check_contiguous(x=x, g=g, mean=mean, rstd=rstd)
-    result: tuple[Tensor, Tensor] = implementation(FAMILY, x.device).affine_grads(x, g, mean, rstd)
-    return result
-
-
-@_affine_grads.register_fake
-def _(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    _check_affine(x, g, mean, rstd)
-    per_example = x.new_empty(x.shape[0], x.shape[2])
-    return per_example, torch.empty_like(per_example)
-
-
-@torch.library.custom_op("entropic_fast::norm_batch_norm_backward", mutates_args=())
-def _batch_norm_backward(
-    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_batch_norm(x, g, mean, rstd, weight)
-    _check_contiguous(x=x, g=g, mean=mean, rstd=rstd, weight=weight)
-    kernels = implementation(FAMILY, x.device)
-    result: tuple[Tensor, Tensor, Tensor] = kernels.batch_norm_backward(x, g, mean, rstd, weight)
-    return result
-
-
-@_batch_norm_backward.register_fake
-def _(
-    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_batch_norm(x, g, mean, rstd, weight)
-    per_example = x.new_empty(x.shape[0], x.shape[2])
-    return torch.empty_like(x), per_example, torch.empty_like(per_example)
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _refuse_autograd(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise invalid(
-                name,
-                "a tensor that autograd does not follow",
-                "one with requires_grad=True",
-                f"call under torch.no_grad() or pass {name}.detach()",
-            )
-
-
-def _check_examples(x: Tensor, g: Tensor, **rest: Tensor) -> None:
-    if x.dim() != 3:
-        raise invalid("x", "shape [n, S, C]", f"shape {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise invalid("x", "dtype float32 or float64", str(x.dtype), "convert it first")
-    if g.shape != x.shape:
-        raise invalid("g", f"shape {list(x.shape)} as x", f"shape {list(g.shape)}")
-    for name, tensor in {"g": g, **rest}.items():
-        if tensor.dtype != x.dtype:
-            raise invalid(name, f"dtype {x.dtype} as x", str(tensor.dtype), "convert one of them")
-        if tensor.device != x.device:
-            raise invalid(name, f"device {x.device} as x", str(tensor.device), "move it there")
-
-
-def _check_affine(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor) -> None:
-    _check_examples(x, g, mean=mean, rstd=rstd)
-    for name, tensor in (("mean", mean), ("rstd", rstd)):
-        fits = tensor.dim() == 3 and all(
-            a in (1, b) for a, b in zip(tensor.shape, x.shape, strict=True)
-        )
-        if not fits:
-            n, s, c = x.shape
-            expected = f"shape [{n} or 1, {s} or 1, {c} or 1]"
-            raise invalid(name, expected, f"shape {list(tensor.shape)}")
-
-
-def _check_batch_norm(x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor) -> None:
-    _check_examples(x, g, mean=mean, rstd=rstd, weight=weight)
-    for name, tensor in (("mean", mean), ("rstd", rstd), ("weight", weight)):
-        if tuple(tensor.shape) != (x.shape[2],):
-            raise invalid(name, f"shape [{x.shape[2]}]", f"shape {list(tensor.shape)}")
-
-
-def _check_contiguous(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            strides = f"strides {tensor.stride()} for shape {list(tensor.shape)}"
-            raise invalid(name, "a contiguous tensor", strides, f"pass {name}.contiguous()")
+    arguments = BatchNormBackward(x, g, mean, rstd, weight)
+    reject_autograd(**arguments._asdict())
+    checks.check_batch_norm(arguments)
+    return _batch_norm_backward(BatchNormBackward(*(t.contiguous() for t in arguments)))

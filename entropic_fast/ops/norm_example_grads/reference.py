@@ -1,32 +1,20 @@
-"""Per-example gradients of normalization layers in plain PyTorch.
-
-Checked tensors on any device, with the shapes of `entropic_fast.ops.norm_example_grads`. Sums
-are float64.
-"""
+"""Per-example gradients of normalization layers in plain PyTorch, on any device; float64 sums."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def affine_grads(
-    x: Tensor,  # [n, S, C]
-    g: Tensor,  # [n, S, C]
-    mean: Tensor,  # [n or 1, S or 1, C or 1]
-    rstd: Tensor,  # [n or 1, S or 1, C or 1]
-) -> tuple[Tensor, Tensor]:  # [n, C], [n, C]
-    dscale = ((x - mean) * rstd).mul_(g).sum(1, dtype=torch.float64)
-    dshift = g.sum(1, dtype=torch.float64)
-    return dscale.to(x.dtype), dshift.to(x.dtype)
+from entropic_fast.ops.norm_example_grads.checks import AffineGrads, BatchNormBackward
 
 
-def batch_norm_backward(
-    x: Tensor,  # [n, S, C]
-    g: Tensor,  # [n, S, C]
-    mean: Tensor,  # [C]
-    rstd: Tensor,  # [C]
-    weight: Tensor,  # [C]
-) -> tuple[Tensor, Tensor, Tensor]:  # [n, S, C], [n, C], [n, C]
-    dscale, dshift = affine_grads(x, g, mean.view(1, 1, -1), rstd.view(1, 1, -1))
-    return g * (rstd * weight), dscale, dshift
+def affine_grads(a: AffineGrads) -> tuple[Tensor, Tensor]:  # dscale, dshift
+    dscale = ((a.x - a.mean) * a.rstd).mul_(a.g).sum(1, dtype=torch.float64)
+    dshift = a.g.sum(1, dtype=torch.float64)
+    return dscale.to(a.x.dtype), dshift.to(a.x.dtype)
+
+
+def batch_norm_backward(a: BatchNormBackward) -> tuple[Tensor, Tensor, Tensor]:
+    per_channel = a.mean.view(1, 1, -1), a.rstd.view(1, 1, -1)
+    dscale, dshift = affine_grads(AffineGrads(a.x, a.g, *per_channel))
+    return a.g * (a.rstd * a.weight), dscale, dshift

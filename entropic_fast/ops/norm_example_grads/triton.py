@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropic_fast.ops._triton_launch import FUSE, on_device
-from entropic_fast.ops._triton_loops import count
+from entropic_fast.ops._triton import FUSE, count, on_device
+from entropic_fast.ops.norm_example_grads.checks import AffineGrads, BatchNormBackward
 
 # Elements of x and of g that a program loads at once: 16 for each of 128 threads, several loads of
 # 16 bytes in flight.
@@ -84,22 +84,12 @@ def _launch(
     return dscale, dshift
 
 
-def affine_grads(
-    x: Tensor,  # [n, S, C]
-    g: Tensor,  # [n, S, C]
-    mean: Tensor,  # [n or 1, S or 1, C or 1]
-    rstd: Tensor,  # [n or 1, S or 1, C or 1]
-) -> tuple[Tensor, Tensor]:  # [n, C], [n, C]
-    return _launch(x, g, mean, rstd, x, x.new_empty(0))
+def affine_grads(a: AffineGrads) -> tuple[Tensor, Tensor]:
+    return _launch(a.x, a.g, a.mean, a.rstd, a.x, a.x.new_empty(0))
 
 
-def batch_norm_backward(
-    x: Tensor,  # [n, S, C]
-    g: Tensor,  # [n, S, C]
-    mean: Tensor,  # [C]
-    rstd: Tensor,  # [C]
-    weight: Tensor,  # [C]
-) -> tuple[Tensor, Tensor, Tensor]:  # [n, S, C], [n, C], [n, C]
-    grad_x = torch.empty_like(x)
-    dscale, dshift = _launch(x, g, mean.view(1, 1, -1), rstd.view(1, 1, -1), weight, grad_x)
+def batch_norm_backward(a: BatchNormBackward) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(a.x)
+    per_channel = a.mean.view(1, 1, -1), a.rstd.view(1, 1, -1)
+    dscale, dshift = _launch(a.x, a.g, *per_channel, a.weight, grad_x)
     return grad_x, dscale, dshift

@@ -1,7 +1,7 @@
 """Family `projected_step`: the fused projection step of projected SGD, for R replicas at once.
 
 Pass one (`sgd_step`, `adam_step`) advances the parameters exactly as `torch.optim` does and, while
-they are in cache, takes the products that projection onto the path's polyline needs. Pass two
+they are in cache, computes the products that projection onto the path's polyline needs. Pass two
 (`project_step`) finds each replica's nearest point of the polyline from those products and writes
 it into the parameters. Neither synchronizes with a GPU. Between projections pass no pivots: then
 pass one is a plain optimizer step.
@@ -11,63 +11,50 @@ The products of theta with pivots p_0 ... p_{M-1} are
     products[r, 0, m] = |theta_r - p_m|^2
     products[r, 1, m] = <theta_r - p_m, p_{m+1} - p_m>        (0 for the last pivot)
 
-as float64 sums of differences taken in float64. Inner products with the pivots themselves and a
-Gram matrix would be fewer, but cancel: their error is that of |theta|^2. Here, with u = 1.1e-16
-and g = 600 u (at most 512 + 15 terms in sequence, then trees), the errors are at most
-
-    g |theta - p_m|^2   and   g |theta - p_m| |p_{m+1} - p_m|,
-
-so a position t on segment m is off by at most about 2 g |theta - p_m| / |p_{m+1} - p_m|, and
-squared distances are compared to about 4 g |theta - p_m|^2. Products outside float64's range
-(about 1e154 in theta) give NaN, as NaN and infinity in theta do.
-
-Results do not depend on the number of threads, and are the same bits run after run on one backend.
-
-Between two projections a replica moves little, so it is enough to take products with the two
-pivots of the segment it was on (`near`). `project_step` then proves that no other segment is as
-near, or takes the products that it cannot do without: with x the nearest point of that segment, at
-distance d, a segment that keeps farther than 2 d from x is farther than d from theta by the
-triangle inequality, and its distance from x follows from the pivots' squared distances from each
-other alone. Results are those of all products, bit for bit. The C++ backend does so; the others
-take all products.
+as float64 sums of differences computed in float64. Results do not depend on the number of threads,
+and are the same bits in every run on one backend. docs/numerics.md has the error bounds, and why
+results with `near` are those of all products.
 """
 
 from __future__ import annotations
 
 from itertools import combinations, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropic_fast._utils.checks import invalid
-from entropic_fast.ops._dispatch import undispatched
-from entropic_fast.ops.backend import backend_for, implementation, register_family
-from entropic_fast.ops.projected_step.checks import (
-    check_adam,
-    check_near,
-    check_overlap,
-    check_project,
-    check_sgd,
-    refuse_autograd,
-)
+from entropic_fast.ops._checks import reject_autograd
+from entropic_fast.ops._register import Op
+from entropic_fast.ops.backend import register_family
+from entropic_fast.ops.projected_step import checks
+from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
 
 FAMILY = "projected_step"
-
 register_family(
     FAMILY,
-    {
-        "reference": "entropic_fast.ops.projected_step.reference",
-        "cpp": "entropic_fast.ops.projected_step.native",
-        "cuda": "entropic_fast.ops.projected_step.native",
-        "triton": "entropic_fast.ops.projected_step.triton",
-    },
-    writes={"sgd_step": (0, 2), "adam_step": (0, 2, 3, 4), "project_step": (0, 1)},
+    cuda=True,
     several=("sgd_step", "adam_step", "project_step"),  # sums come after the update or the move
 )
 
 
-# ---- public functions ----------------------------------------------------------------------------
+def _count_step(a: AdamStep) -> None:
+    checks.check_near(a)
+    a.step.add_(1)
+
+
+_sgd_step = Op(
+    FAMILY, "sgd_step", SgdStep, check=checks.check_sgd, prepare=checks.check_near,
+    results=checks.new_products, writes=("theta", "momentum_buffer"),
+)  # fmt: skip
+_adam_step = Op(
+    FAMILY, "adam_step", AdamStep, check=checks.check_adam, prepare=_count_step,
+    results=checks.new_products, writes=("theta", "exp_avg", "exp_avg_sq", "step"),
+)  # fmt: skip
+_project_step = Op(
+    FAMILY, "project_step", ProjectStep, check=checks.check_project, prepare=checks.check_near,
+    results=checks.new_positions, writes=("theta", "products"),
+)  # fmt: skip
 
 
 def sgd_step(
@@ -101,13 +88,13 @@ def sgd_step(
         >>> theta, products
         (tensor([0.5000, 1.5000]), tensor([[2.5000], [0.0000]], dtype=torch.float64))
     """
-    refuse_autograd(theta)
+    reject_autograd(theta=theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
     buffer = theta.new_empty(0) if momentum_buffer is None else momentum_buffer
-    products: Tensor = undispatched(torch.ops.entropic_fast.sgd_step, _sgd, theta)(
+    products = _sgd_step(SgdStep(
         rows, _rows(grad), _rows(buffer), _rates(lr, rows), pivots,
         momentum, dampening, weight_decay, nesterov, first, near,
-    )  # fmt: skip
+    ))  # fmt: skip
     return products if theta.dim() == 2 else products[0]
 
 
@@ -140,12 +127,12 @@ def adam_step(
         >>> theta, step
         (tensor([0.9000, 2.1000]), tensor([1]))
     """
-    refuse_autograd(theta)
+    reject_autograd(theta=theta)
     rows, pivots = _rows(theta), _pivots_or_none(pivots, theta)
-    products: Tensor = undispatched(torch.ops.entropic_fast.adam_step, _adam, theta)(
+    products = _adam_step(AdamStep(
         rows, _rows(grad), _rows(exp_avg), _rows(exp_avg_sq), step.reshape(-1),
         _rates(lr, rows), pivots, betas[0], betas[1], eps, weight_decay, decoupled, near,
-    )  # fmt: skip
+    ))  # fmt: skip
     return products if theta.dim() == 2 else products[0]
 
 
@@ -174,12 +161,12 @@ def project_step(
         >>> segment.item(), t.item(), distance.item(), theta
         (1, 0.75, 0.5, tensor([2.0000, 1.5000]))
     """
-    refuse_autograd(theta)
+    reject_autograd(theta=theta)
     single = theta.dim() == 1
     if single and products.dim() == 2:
         products = products[None]
-    segment, t, distance = undispatched(torch.ops.entropic_fast.project_step, _project, theta)(
-        _rows(theta), products, pivots, squares, near, between
+    segment, t, distance = _project_step(
+        ProjectStep(_rows(theta), products, pivots, squares, near, between)
     )
     return (segment[0], t[0], distance[0]) if single else (segment, t, distance)
 
@@ -216,158 +203,6 @@ def pivot_squares(
     return squares
 
 
-# ---- registration with torch ---------------------------------------------------------------------
-
-
-def _sgd(
-    theta: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    first: bool,
-    near: Tensor | None = None,
-) -> Tensor:
-    check_sgd(theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov)
-    check_near(theta, pivots, near)
-    written = {"theta": theta, "momentum_buffer": momentum_buffer}
-    check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
-    products: Tensor = implementation(FAMILY, theta.device).sgd_step(
-        theta, grad, momentum_buffer, lr, pivots,
-        momentum, dampening, weight_decay, nesterov, first, *_if_taken(theta, near),
-    )  # fmt: skip
-    return products
-
-
-_sgd_step = torch.library.custom_op(
-    "entropic_fast::sgd_step", _sgd, mutates_args=("theta", "momentum_buffer")
-)
-
-
-@_sgd_step.register_fake
-def _(
-    theta: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    first: bool,
-    near: Tensor | None = None,
-) -> Tensor:
-    check_sgd(theta, grad, momentum_buffer, lr, pivots, momentum, dampening, weight_decay, nesterov)
-    return _fake_products(theta, pivots)
-
-
-def _adam(
-    theta: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    near: Tensor | None = None,
-) -> Tensor:
-    check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
-    check_near(theta, pivots, near)
-    written = {"theta": theta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
-    check_overlap(written, {"grad": grad, "lr": lr, "pivots": pivots})
-    step += 1
-    products: Tensor = implementation(FAMILY, theta.device).adam_step(
-        theta, grad, exp_avg, exp_avg_sq, step, lr, pivots,
-        beta1, beta2, eps, weight_decay, decoupled, *_if_taken(theta, near),
-    )  # fmt: skip
-    return products
-
-
-_adam_step = torch.library.custom_op(
-    "entropic_fast::adam_step",
-    _adam,
-    mutates_args=("theta", "exp_avg", "exp_avg_sq", "step"),
-)
-
-
-@_adam_step.register_fake
-def _(
-    theta: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    near: Tensor | None = None,
-) -> Tensor:
-    check_adam(theta, grad, exp_avg, exp_avg_sq, step, lr, pivots, beta1, beta2, eps, weight_decay)
-    return _fake_products(theta, pivots)
-
-
-def _project(
-    theta: Tensor,
-    products: Tensor,
-    pivots: Tensor,
-    segment_squares: Tensor,
-    near: Tensor | None = None,
-    between: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_project(theta, products, pivots, segment_squares)
-    check_near(theta, pivots, near, between, projects=True)
-    read = {"products": products, "pivots": pivots, "segment_squares": segment_squares}
-    check_overlap({"theta": theta}, read)
-    result: tuple[Tensor, Tensor, Tensor] = implementation(FAMILY, theta.device).project_step(
-        theta, products, pivots, segment_squares, *_if_taken(theta, near, between)
-    )
-    return result
-
-
-_project_step = torch.library.custom_op(
-    "entropic_fast::project_step", _project, mutates_args=("theta", "products")
-)
-
-
-@_project_step.register_fake
-def _(
-    theta: Tensor,
-    products: Tensor,
-    pivots: Tensor,
-    segment_squares: Tensor,
-    near: Tensor | None = None,
-    between: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_project(theta, products, pivots, segment_squares)
-    per_replica = theta.new_empty(theta.shape[0], dtype=torch.float64)
-    return (
-        torch.empty_like(per_replica, dtype=torch.int64),
-        per_replica,
-        torch.empty_like(per_replica),
-    )
-
-
-def _fake_products(theta: Tensor, pivots: Tensor) -> Tensor:
-    return theta.new_empty((theta.shape[0], 2, pivots.shape[0]), dtype=torch.float64)
-
-
-# ---- arguments ----------------------------------------------------------------------------------
-
-
 def _rows(tensor: Tensor) -> Tensor:
     return tensor[None] if tensor.dim() == 1 else tensor
 
@@ -380,9 +215,3 @@ def _rates(lr: float | Tensor, theta: Tensor) -> Tensor:
     if isinstance(lr, Tensor):
         return lr.reshape(-1)
     return torch.full((theta.shape[0],), lr, dtype=torch.float64, device=theta.device)
-
-
-def _if_taken(theta: Tensor, near: Tensor | None, *more: Tensor | None) -> tuple[Any, ...]:
-    """Arguments for the one backend that can leave products out."""
-    native = near is not None and backend_for(FAMILY, theta.device) == "cpp"
-    return (near, *more) if native else ()

@@ -1,7 +1,6 @@
 """Fused projection step in plain PyTorch: the arithmetic of `torch.optim`, then the products.
 
-Every function works in place on contiguous, checked tensors and runs on any device. Shapes as in
-`entropic_fast.ops.projected_step`.
+Every function works in place on contiguous, checked tensors, on any device.
 """
 
 from __future__ import annotations
@@ -9,57 +8,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
 
-def sgd_step(
-    theta: Tensor,  # [R, P], updated
-    grad: Tensor,  # [R, P]
-    momentum_buffer: Tensor,  # [R, P], updated; not touched when momentum is 0
-    lr: Tensor,  # [R] float64
-    pivots: Tensor,  # [M, P]
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    first: bool,
-) -> Tensor:  # [R, 2, M] float64
-    direction = grad + weight_decay * theta
-    if momentum != 0:
-        if first:
-            momentum_buffer.copy_(direction)
+
+def sgd_step(a: SgdStep) -> Tensor:  # [R, 2, M]
+    theta = a.theta
+    direction = a.grad + a.weight_decay * theta
+    if a.momentum != 0:
+        if a.first:
+            a.momentum_buffer.copy_(direction)
         else:
-            momentum_buffer.mul_(momentum).add_(direction, alpha=1 - dampening)
-        direction = direction + momentum * momentum_buffer if nesterov else momentum_buffer
-    theta -= lr.to(theta.dtype)[:, None] * direction
-    return products(theta, pivots)
+            a.momentum_buffer.mul_(a.momentum).add_(direction, alpha=1 - a.dampening)
+        velocity = a.momentum_buffer
+        direction = direction + a.momentum * velocity if a.nesterov else velocity
+    theta -= a.lr.to(theta.dtype)[:, None] * direction
+    return products(theta, a.pivots)
 
 
-def adam_step(
-    theta: Tensor,  # [R, P], updated
-    grad: Tensor,  # [R, P]
-    exp_avg: Tensor,  # [R, P], updated
-    exp_avg_sq: Tensor,  # [R, P], updated
-    step: Tensor,  # [R] int64, already counting this step
-    lr: Tensor,  # [R] float64
-    pivots: Tensor,  # [M, P]
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-) -> Tensor:  # [R, 2, M] float64
-    dtype = theta.dtype
-    count = step.to(torch.float64)
-    step_size = lr / (1 - beta1**count)
-    root_correction2 = (1 - beta2**count).sqrt()
-    if decoupled:
-        theta *= (1 - lr * weight_decay).to(dtype)[:, None]
+def adam_step(a: AdamStep) -> Tensor:  # [R, 2, M]
+    theta, grad, dtype = a.theta, a.grad, a.theta.dtype
+    count = a.step.to(torch.float64)
+    step_size = a.lr / (1 - a.beta1**count)
+    root_correction2 = (1 - a.beta2**count).sqrt()
+    if a.decoupled:
+        theta *= (1 - a.lr * a.weight_decay).to(dtype)[:, None]
     else:
-        grad = grad + weight_decay * theta
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt() / root_correction2.to(dtype)[:, None] + eps
-    theta -= step_size.to(dtype)[:, None] * (exp_avg / denominator)
-    return products(theta, pivots)
+        grad = grad + a.weight_decay * theta
+    a.exp_avg.lerp_(grad, 1 - a.beta1)
+    a.exp_avg_sq.mul_(a.beta2).addcmul_(grad, grad, value=1 - a.beta2)
+    denominator = a.exp_avg_sq.sqrt() / root_correction2.to(dtype)[:, None] + a.eps
+    theta -= step_size.to(dtype)[:, None] * (a.exp_avg / denominator)
+    return products(theta, a.pivots)
 
 
 def products(
@@ -78,23 +57,19 @@ def products(
     return out
 
 
-def project_step(
-    theta: Tensor,  # [R, P], updated
-    products: Tensor,  # [R, 2, M] float64
-    pivots: Tensor,  # [M, P]
-    segment_squares: Tensor,  # [M - 1] float64
-) -> tuple[Tensor, Tensor, Tensor]:  # [R] int64, [R] float64, [R] float64
+def project_step(a: ProjectStep) -> tuple[Tensor, Tensor, Tensor]:  # segment, t, distance: [R]
+    products, pivots, lengths = a.products, a.pivots, a.segment_squares
     here, following, along = products[:, 0, :-1], products[:, 0, 1:], products[:, 1, :-1]
-    inside = along / segment_squares.where(segment_squares > 0, 1.0)
-    t = inside.clamp(0, 1).where(segment_squares > 0, 0.0)
+    inside = along / lengths.where(lengths > 0, 1.0)
+    t = inside.clamp(0, 1).where(lengths > 0, 0.0)
     squared = (here - along * inside).clamp(min=0)
     squared = torch.where(t == 0, here, torch.where(t == 1, following, squared))
-    finite = products.isfinite().all(2).all(1) & segment_squares.isfinite().all()  # [R]
+    finite = products.isfinite().all(2).all(1) & lengths.isfinite().all()  # [R]
     # argmin returns the first of equal minima: the lowest segment.
     segment = squared.argmin(1).where(finite, 0)
     t = t.gather(1, segment[:, None])[:, 0].where(finite, torch.nan)
     start, end = pivots[segment].double(), pivots[segment + 1].double()
     point = torch.where(t[:, None] == 1, end, start + t[:, None] * (end - start))
-    distance = (theta.double() - point).square().sum(1).sqrt()
-    theta.copy_(point)
+    distance = (a.theta.double() - point).square().sum(1).sqrt()
+    a.theta.copy_(point)
     return segment, t, distance.where(finite, torch.nan)

@@ -17,8 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton_launch import on_device
-from .._triton_loops import count
+from entropic_fast.ops._triton import FUSE, count, on_device
+from entropic_fast.ops.projected_step.checks import (
+    AdamStep,
+    ProjectStep,
+    SgdStep,
+    new_positions,
+)
 
 BLOCK = 1024
 SUM_BLOCK = 256
@@ -27,9 +32,6 @@ SUM_BLOCK = 256
 # warps on a multiprocessor in place of four and 16. Where it is, 40 and 72: six and 48, for seven
 # and 28.
 WARPS = 8
-
-# Said openly, because Triton's default changes between releases.
-FUSE = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -220,64 +222,37 @@ def _update_and_products(kernel, theta: Tensor, pivots: Tensor, *state: Tensor, 
     return products
 
 
-def sgd_step(
-    theta: Tensor,
-    grad: Tensor,
-    momentum_buffer: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    first: bool,
-) -> Tensor:
+def sgd_step(a: SgdStep) -> Tensor:
     products: Tensor = _update_and_products(
-        sgd_kernel, theta, pivots, grad, momentum_buffer, lr,
-        MOMENTUM=momentum, TAKE=1.0 - dampening, WEIGHT_DECAY=weight_decay,
-        NESTEROV=nesterov, FIRST=first,
+        sgd_kernel, a.theta, a.pivots, a.grad, a.momentum_buffer, a.lr,
+        MOMENTUM=a.momentum, TAKE=1.0 - a.dampening, WEIGHT_DECAY=a.weight_decay,
+        NESTEROV=a.nesterov, FIRST=a.first,
     )  # fmt: skip
     return products
 
 
-def adam_step(
-    theta: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    lr: Tensor,
-    pivots: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-) -> Tensor:
+def adam_step(a: AdamStep) -> Tensor:
     # beta = 0 has no logarithm; the smallest double behaves as 0 does.
-    log_beta1, log_beta2 = (math.log(max(beta, 1e-300)) for beta in (beta1, beta2))
+    log_beta1, log_beta2 = (math.log(max(beta, 1e-300)) for beta in (a.beta1, a.beta2))
     products: Tensor = _update_and_products(
-        adam_kernel, theta, pivots, grad, exp_avg, exp_avg_sq, step, lr,
-        LOG_BETA1=log_beta1, LOG_BETA2=log_beta2, BETA2=beta2,
-        TAKE1=1.0 - beta1, TAKE2=1.0 - beta2, EPS=eps,
-        WEIGHT_DECAY=weight_decay, DECOUPLED=decoupled,
+        adam_kernel, a.theta, a.pivots, a.grad, a.exp_avg, a.exp_avg_sq, a.step, a.lr,
+        LOG_BETA1=log_beta1, LOG_BETA2=log_beta2, BETA2=a.beta2,
+        TAKE1=1.0 - a.beta1, TAKE2=1.0 - a.beta2, EPS=a.eps,
+        WEIGHT_DECAY=a.weight_decay, DECOUPLED=a.decoupled,
     )  # fmt: skip
     return products
 
 
-def project_step(
-    theta: Tensor, products: Tensor, pivots: Tensor, segment_squares: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def project_step(a: ProjectStep) -> tuple[Tensor, Tensor, Tensor]:
+    theta, pivots = a.theta, a.pivots
     replicas, size = theta.shape
     pivot_count = pivots.shape[0]
-    segment = torch.empty(replicas, dtype=torch.int64, device=theta.device)
-    t = torch.empty(replicas, dtype=torch.float64, device=theta.device)
-    distance = torch.empty_like(t)
+    segment, t, distance = new_positions(a)
     partial, block_count = _workspace(theta, 1)
     with on_device(theta):
         if replicas > 0:
             choose_kernel[(replicas,)](
-                products, segment_squares, segment, t, pivot_count,
+                a.products, a.segment_squares, segment, t, pivot_count,
                 BLOCK=triton.next_power_of_2(pivot_count - 1), **FUSE,
             )  # fmt: skip
         if replicas * block_count > 0:

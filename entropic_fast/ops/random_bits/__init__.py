@@ -13,33 +13,34 @@ reference takes 570 ms.
 from __future__ import annotations
 
 import operator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from entropic_fast._utils import checks
 from entropic_fast._utils.checks import invalid, shown
+from entropic_fast.ops._register import Op, no_results
 from entropic_fast.ops.backend import implementation, register_family
-from entropic_fast.ops.random_bits.reference import KINDS
+from entropic_fast.ops.random_bits import checks
+from entropic_fast.ops.random_bits.checks import LARGEST_INDEX as LARGEST_INDEX
+from entropic_fast.ops.random_bits.checks import Fill, Philox
 
 FAMILY = "random_bits"
-
-# Numbers of a stream: 64 bits hold twice as many words.
-LARGEST_INDEX = 2**62
-
-register_family(
-    FAMILY,
-    {
-        "reference": "entropic_fast.ops.random_bits.reference",
-        "cpp": "entropic_fast.ops.random_bits.native",
-        "cuda": "entropic_fast.ops.random_bits.native",
-        "triton": "entropic_fast.ops.random_bits.triton",
-    },
-    writes={"fill": (0,)},
-)
+register_family(FAMILY, cuda=True)
 
 
-# ---- public functions ----------------------------------------------------------------------------
+def _module(a: Fill | Philox) -> ModuleType:
+    return implementation(FAMILY, a[0].device, a.backend or None)
+
+
+_fill = Op(
+    FAMILY, "fill", Fill, name="random_fill", check=checks.check_fill,
+    prepare=checks.check_memory, results=no_results, writes=("out",), module=_module,
+)  # fmt: skip
+_philox = Op(
+    FAMILY, "philox", Philox, name="random_philox", check=checks.check_philox,
+    results=checks.new_words, module=_module,
+)  # fmt: skip
 
 
 def fill_(
@@ -76,9 +77,7 @@ def fill_(
         keys, seed = seeds, 0
     else:
         keys, seed = torch.empty(0, dtype=torch.int64, device=out.device), as_int64(seeds)
-    torch.ops.entropic_fast.random_fill(
-        out, keys, seed, as_int64(first_stream), start, kind, backend or ""
-    )
+    _fill(Fill(out, keys, seed, as_int64(first_stream), start, kind, backend or ""))
     return out
 
 
@@ -99,8 +98,7 @@ def philox(
         >>> [hex(w) for w in philox(zero[None], zero, zero).flatten().tolist()]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    words: Tensor = torch.ops.entropic_fast.random_philox(counters, seeds, streams, backend or "")
-    return words
+    return _philox(Philox(counters, seeds, streams, backend or ""))
 
 
 def whole_seed(seed: int) -> int:
@@ -119,68 +117,3 @@ def as_int64(number: int) -> int:
     """
     low = whole_seed(number) & (2**64 - 1)
     return low - 2**64 if low >= 2**63 else low
-
-
-# ---- registration with torch ---------------------------------------------------------------------
-
-
-@torch.library.custom_op("entropic_fast::random_fill", mutates_args=("out",))
-def _fill(
-    out: Tensor, seeds: Tensor, seed: int, first_stream: int, start: int, kind: str, backend: str
-) -> None:
-    _check_fill(out, seeds, start, kind)
-    if torch._debug_has_internal_overlap(out) == 1:
-        raise invalid("out", "memory of its own for each number", f"strides {out.stride()}")
-    module = implementation(FAMILY, out.device, backend or None)
-    module.fill(out, seeds.contiguous(), seed, first_stream, start, kind)
-
-
-@_fill.register_fake
-def _(
-    out: Tensor, seeds: Tensor, seed: int, first_stream: int, start: int, kind: str, backend: str
-) -> None:
-    _check_fill(out, seeds, start, kind)
-
-
-@torch.library.custom_op("entropic_fast::random_philox", mutates_args=())
-def _philox(counters: Tensor, seeds: Tensor, streams: Tensor, backend: str) -> Tensor:
-    _check_philox(counters, seeds, streams)
-    module = implementation(FAMILY, counters.device, backend or None)
-    words: Tensor = module.philox(counters, seeds.contiguous(), streams.contiguous())
-    return words
-
-
-@_philox.register_fake
-def _(counters: Tensor, seeds: Tensor, streams: Tensor, backend: str) -> Tensor:
-    _check_philox(counters, seeds, streams)
-    return counters.new_empty((*counters.shape, 4))
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _check_fill(out: Tensor, seeds: Tensor, start: int, kind: str) -> None:
-    checks.one_of("kind", kind, KINDS)
-    if out.dim() != 3 or out.dtype not in KINDS[kind]:
-        names = " or ".join(str(d).removeprefix("torch.") for d in KINDS[kind])
-        raise invalid("out", f"shape [streams, seeds, n] of {names}", checks.describe(out))
-    if seeds.dtype != torch.int64 or seeds.dim() != 1 or len(seeds) not in (0, out.shape[1]):
-        raise invalid("seeds", f"shape [{out.shape[1]}] of int64", checks.describe(seeds))
-    if len(seeds) == 0 and out.shape[1] > 1:
-        raise invalid("seeds", f"{out.shape[1]} of them, as out has so many", "one")
-    if seeds.device != out.device:
-        raise invalid("seeds", f"a tensor on {out.device}, as out", str(seeds.device))
-    if not 0 <= start <= LARGEST_INDEX - out.shape[2]:
-        last = f"numbers {start} to {start + out.shape[2]}"
-        raise invalid("start", "numbers from 0 to 2^62 of a stream", last)
-
-
-def _check_philox(counters: Tensor, seeds: Tensor, streams: Tensor) -> None:
-    if counters.dim() != 2 or counters.dtype != torch.int64:
-        raise invalid("counters", "shape [m, n] of int64", checks.describe(counters))
-    for name, tensor in (("seeds", seeds), ("streams", streams)):
-        if tensor.dtype != torch.int64 or tensor.shape != counters.shape[:1]:
-            raise invalid(name, f"shape [{len(counters)}] of int64", checks.describe(tensor))
-        if tensor.device != counters.device:
-            expected = f"a tensor on {counters.device}, as counters"
-            raise invalid(name, expected, str(tensor.device))

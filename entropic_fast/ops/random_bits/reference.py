@@ -15,12 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS: dict[str, tuple[torch.dtype, ...]] = {
-    "words": (torch.int64,),
-    "uniform": (torch.float64, torch.float32),
-    "signs": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    "sort_keys": (torch.int64,),
-}
+from entropic_fast.ops.random_bits.checks import KINDS as KINDS
+from entropic_fast.ops.random_bits.checks import Fill, Philox
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -48,22 +44,12 @@ def philox_words(counters: Tensor, seeds: Tensor, streams: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), -1)
 
 
-def philox(
-    counters: Tensor,  # [m, n] int64
-    seeds: Tensor,  # [m] int64
-    streams: Tensor,  # [m] int64
-) -> Tensor:  # [m, n, 4] int64
-    return philox_words(counters, seeds[:, None], streams[:, None])
+def philox(a: Philox) -> Tensor:  # [m, n, 4]
+    return philox_words(a.counters, a.seeds[:, None], a.streams[:, None])
 
 
-def fill(
-    out: Tensor,  # [T, S, n] written
-    seeds: Tensor,  # [S] int64, or [0]: `seed` is the only one
-    seed: int,
-    first_stream: int,
-    start: int,
-    kind: str,
-) -> None:
+def fill(a: Fill) -> None:
+    out, seeds, start, kind = a.out, a.seeds, a.start, a.kind
     count = out.shape[2]
     if out.numel() == 0:
         return
@@ -71,8 +57,8 @@ def fill(
     first, last = words * start // 4, -(-words * (start + count) // 4)
     counters = torch.arange(first, last, dtype=torch.int64, device=out.device)
     if len(seeds) == 0:
-        seeds = torch.full((1,), seed, dtype=torch.int64, device=out.device)
-    streams = torch.arange(out.shape[0], dtype=torch.int64, device=out.device) + first_stream
+        seeds = torch.full((1,), a.seed, dtype=torch.int64, device=out.device)
+    streams = torch.arange(out.shape[0], dtype=torch.int64, device=out.device) + a.first_stream
     rows = max(1, _AT_ONCE // len(counters))
     skip = words * start - 4 * first
     for s in range(0, len(seeds), rows):

@@ -8,13 +8,12 @@ together.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from entropic_fast.ops._triton_launch import on_device
-from entropic_fast.ops.random_bits.reference import KINDS
+from entropic_fast.ops._triton import on_device
+from entropic_fast.ops.random_bits.checks import KINDS, Fill, Philox, new_words
 
 # Counters of a program: two for each of 128 threads, so four 16-byte stores of float32.
 BLOCK = 256
@@ -97,14 +96,8 @@ def philox_kernel(
     tl.store(out + to, w, mask=to < 4 * total)
 
 
-def fill(
-    out: Tensor,  # [T, S, n] written
-    seeds: Tensor,  # [S] int64, or [0]: `seed` is the only one
-    seed: int,
-    first_stream: int,
-    start: int,
-    kind: str,
-) -> None:
+def fill(a: Fill) -> None:
+    out, seeds, start, kind = a.out, a.seeds.contiguous(), a.start, a.kind
     streams, several, count = out.shape
     rows = streams * several
     if out.numel() == 0:
@@ -120,23 +113,20 @@ def fill(
     with on_device(out):
         fill_kernel[grid](
             out, seeds if len(seeds) else out, rows, several, count, counters, *out.stride(),
-            seed, first_stream, first, start,
+            a.seed, a.first_stream, first, start,
             KIND=tuple(KINDS).index(kind), MANY=len(seeds) > 0, ROWS=tile, COUNTERS=BLOCK // tile,
             num_warps=4,
         )  # fmt: skip
 
 
-def philox(
-    counters: Tensor,  # [m, n] int64
-    seeds: Tensor,  # [m] int64
-    streams: Tensor,  # [m] int64
-) -> Tensor:  # [m, n, 4] int64
-    rows, count = counters.shape
-    out = torch.empty((rows, count, 4), dtype=torch.int64, device=counters.device)
-    if counters.numel() > 0:
-        with on_device(counters):
+def philox(a: Philox) -> Tensor:
+    words: Tensor = new_words(a)
+    rows, count = a.counters.shape
+    if a.counters.numel() > 0:
+        with on_device(words):
             philox_kernel[(triton.cdiv(rows * count, BLOCK),)](
-                counters, seeds, streams, out, rows, count, *counters.stride(),
+                a.counters, a.seeds.contiguous(), a.streams.contiguous(), words,
+                rows, count, *a.counters.stride(),
                 BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
-    return out
+    return words

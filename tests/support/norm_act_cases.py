@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropic_fast.ops.norm_act_tangents import normalise, pull, push
+from entropic_fast.ops.norm_act_tangents import jvp, norm_act, vjp_tangent
 
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [
@@ -54,10 +54,8 @@ def assert_sums(
     assert ((actual.double() - expected).abs() <= bound).all()
 
 
-def check_push(
-    draw: Draw, shape: tuple[int, int, int], layout: str, options: dict[str, Any]
-) -> Any:
-    """Every output of `push` against the formula in float64; returns the outputs."""
+def check_jvp(draw: Draw, shape: tuple[int, int, int], layout: str, options: dict[str, Any]) -> Any:
+    """Every output of `jvp` against the formula in float64; returns the outputs."""
     k, m, c = shape
     u, extra = draw(k, m, c), draw.tangents(k, m, c, layout)
     wide = {name: t.double() for name, t in options.items()}
@@ -73,7 +71,7 @@ def check_push(
     magnitude = torch.stack(pieces).abs().sum(0)
     slope = wide.get("slope", u.new_ones(m, c).double())
     before = u.clone()
-    out, sums, forms = push(u, extra, **options)
+    out, sums, forms = jvp(u, extra, **options)
     assert torch.equal(u, before if extra is None else before + extra)
     assert out.dtype == u.dtype and sums.dtype == forms.dtype == torch.float64
     assert_sums(out, slope * pre, slope.abs() * magnitude, u.dtype)
@@ -90,7 +88,7 @@ def check_push(
     return out, sums, forms
 
 
-def check_pull(
+def check_vjp_tangent(
     draw: Draw, shape: tuple[int, int, int], layout: str, options: dict[str, Any]
 ) -> Any:
     k, m, c = shape
@@ -111,7 +109,7 @@ def check_pull(
     if "ty" in wide:
         term = wide["cotangent"] * wide["ty"] * wide.get("rstd", 1)
         terms, sizes = terms + term, sizes + term.abs()
-    out, dscale, dshift = pull(u, extra, **options)
+    out, dscale, dshift = vjp_tangent(u, extra, **options)
     assert out.dtype == dscale.dtype == dshift.dtype == u.dtype
     assert_sums(u, g, magnitude, u.dtype)
     assert_sums(out, expected, bound, u.dtype)
@@ -120,28 +118,28 @@ def check_pull(
     return u, out, dscale, dshift
 
 
-def push_options(draw: Draw, k: int, m: int, c: int) -> dict[str, Tensor]:
+def jvp_options(draw: Draw, k: int, m: int, c: int) -> dict[str, Tensor]:
     return {
         "normal": draw(m, c), "scale": draw(c), "tscale": draw(k, c), "tshift": draw(k, c),
         "residual": draw(k, m, c), "slope": draw(m, c), "cotangent": draw(m, c), "bend": draw(m, c),
     }  # fmt: skip
 
 
-def pull_options(draw: Draw, k: int, m: int, c: int) -> dict[str, Tensor]:
+def vjp_tangent_options(draw: Draw, k: int, m: int, c: int) -> dict[str, Tensor]:
     return {
         "residual": draw(k, m, c), "slope": draw(m, c), "normal": draw(m, c), "scale": draw(c),
         "tscale": draw(k, c), "cotangent": draw(m, c), "ty": draw(k, m, c), "rstd": draw(c),
     }  # fmt: skip
 
 
-def normalise_options(draw: Draw, m: int, c: int) -> dict[str, Tensor]:
+def norm_act_options(draw: Draw, m: int, c: int) -> dict[str, Tensor]:
     return {"weight": draw(c), "bias": draw(c), "residual": draw(m, c)}
 
 
-def check_normalise(
+def check_norm_act(
     draw: Draw, m: int, c: int, options: dict[str, Tensor], relu: bool
 ) -> list[Tensor]:
-    """Every output of `normalise` against the formula in float64; returns the outputs."""
+    """Every output of `norm_act` against the formula in float64; returns the outputs."""
     y, mean, rstd = draw(m, c), draw(c), draw(c).abs()
     wide = {name: t.double() for name, t in options.items()}
     expected = (y.double() - mean.double()) * rstd.double()
@@ -149,7 +147,7 @@ def check_normalise(
     size = (y.double().abs() + mean.double().abs()) * rstd.double()
     pre, bound = expected * weight + shift, size * abs(weight) + abs(wide.get("bias", 0 * rstd))
     bound = bound + abs(wide.get("residual", 0 * y))
-    z, normal, slope = normalise(y, mean, rstd, **options, relu=relu)
+    z, normal, slope = norm_act(y, mean, rstd, **options, relu=relu)
     assert z.dtype == normal.dtype == y.dtype
     assert_sums(normal, expected, size, y.dtype)
     assert_sums(z, pre.relu() if relu else pre, bound.double(), y.dtype)
