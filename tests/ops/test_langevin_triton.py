@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from langevin_kernel_cases import advanced, kinds, start
-from triton_launches import advances, compile_launch, launches_of
+from langevin_cases import advanced, kinds, start
+from triton_launches import compile_launch, langevin_steps, launches_of
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.langevin import backend_of
@@ -66,7 +66,7 @@ def test_what_is_launched_compiles_ahead_of_time(
     dtype: torch.dtype, archs: tuple[int, ...]
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
-    launches = launches_of(lambda: [advances(*kind, dtype) for kind in kinds()])
+    launches = launches_of(lambda: [langevin_steps(*kind, dtype) for kind in kinds()])
     assert len(launches) == 15
     for launch in launches:
         for arch in archs:

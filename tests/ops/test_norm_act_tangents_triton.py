@@ -18,7 +18,7 @@ import pytest
 import torch
 from norm_act_cases import Draw, jvp_options, vjp_tangent_options
 from torch import Tensor
-from triton_launches import compile_launch, jets, launches_of
+from triton_launches import compile_launch, launches_of, tangents
 
 from entropic_fast.ops import backend
 from entropic_fast.ops.norm_act_tangents import inner_products, jvp, vjp_tangent
@@ -82,7 +82,7 @@ def test_what_is_launched_compiles_ahead_of_time(
     archs: tuple[int, ...],
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
-    launches = launches_of(lambda: jets(dtype, shape))
+    launches = launches_of(lambda: tangents(dtype, shape))
     assert len(launches) == 7
     for launch in launches:
         for arch in archs:

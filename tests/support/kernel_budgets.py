@@ -42,18 +42,18 @@ class Work:
 
 def triton_work() -> dict[str, Work]:
     """By name: a family and what is special about the call."""
-    from triton_launches import SCORES, advances, jets, random_numbers, steps
+    from triton_launches import SCORES, langevin_steps, random_numbers, steps, tangents
 
     single, double = torch.float32, torch.float64
     work = {
         "step, float32, P = 272,474": Work(lambda: steps(single, 272_474)),
         "step, float32, P = 272,480": Work(lambda: steps(single, 272_480)),
         "step, float64, P = 272,474": Work(lambda: steps(double, 272_474)),
-        "jet, float32, 4 tangents, 256 x 32": Work(lambda: jets(single, (4, 256, 32))),
-        "jet, float64, 8 tangents, 100 x 64": Work(lambda: jets(double, (8, 100, 64))),
-        "langevin, float32, ring, BAOAB": Work(lambda: advances("ring", "baoab", single)),
+        "jet, float32, 4 tangents, 256 x 32": Work(lambda: tangents(single, (4, 256, 32))),
+        "jet, float64, 8 tangents, 100 x 64": Work(lambda: tangents(double, (8, 100, 64))),
+        "langevin, float32, ring, BAOAB": Work(lambda: langevin_steps("ring", "baoab", single)),
         "langevin, float64, channel, Euler": Work(
-            lambda: advances("channel", "euler-maruyama", double)
+            lambda: langevin_steps("channel", "euler-maruyama", double)
         ),
     }
     work |= {

@@ -173,7 +173,7 @@ def _batch_norm(draw: Draw) -> Arguments:
     return (draw(n, s, c), draw(n, s, c), draw(c), draw(c), draw(c))
 
 
-# ---- jets ----------------------------------------------------------------------------------------
+# ---- tangents through normalization and activation -----------------------------------------------
 
 
 def _tangents(draw: Draw, k: int, m: int, c: int) -> Tensor | None:
@@ -183,7 +183,7 @@ def _tangents(draw: Draw, k: int, m: int, c: int) -> Tensor | None:
     return None if way == 1 else draw.apart(k, m, c) if way == 2 else draw(1, m, c).expand(k, m, c)
 
 
-def _push(draw: Draw) -> Arguments:
+def _jvp(draw: Draw) -> Arguments:
     k, m, c = draw.size(8), draw.size(300), draw.size(40)
     normal = draw.maybe(draw(m, c))
     return (
@@ -193,7 +193,7 @@ def _push(draw: Draw) -> Arguments:
     )  # fmt: skip
 
 
-def _pull(draw: Draw) -> Arguments:
+def _vjp_tangent(draw: Draw) -> Arguments:
     k, m, c = draw.size(8), draw.size(300), draw.size(40)
     cotangent = draw.maybe(draw(m, c))
     given = cotangent is not None
@@ -204,13 +204,13 @@ def _pull(draw: Draw) -> Arguments:
     )  # fmt: skip
 
 
-def _inner(draw: Draw) -> Arguments:
+def _inner_products(draw: Draw) -> Arguments:
     a = draw(draw.size(8), draw.size(300), draw.size(40))
     b = _tangents(draw, *a.shape)
     return (a, draw(*a.shape) if b is None else b)
 
 
-def _normalise(draw: Draw) -> Arguments:
+def _norm_act(draw: Draw) -> Arguments:
     m, c = draw.size(300), draw.size(40)
     some = (draw.maybe(draw(c)), draw.maybe(draw(c)), draw.maybe(draw(m, c)))
     return (draw(m, c), draw(c), draw(c), *some, draw.flag())
@@ -411,10 +411,12 @@ OPS: dict[str, Op] = {
     "norm_batch_norm_backward": Op(
         _batch_norm, (), of("norm_batch_norm_backward", (), 2), _pixels, (3,)
     ),
-    "norm_act_jvp": Op(_push, (0, 10), of("norm_act_jvp", (0, 10)), _pixels),
-    "norm_act_vjp_tangent": Op(_pull, (0, 10), of("norm_act_vjp_tangent", (0, 10)), _pixels, (9,)),
-    "norm_act": Op(_normalise, (), _normalised_terms, _few),
-    "norm_act_inner_products": Op(_inner, (), of("norm_act_inner_products", ()), _pixels),
+    "norm_act_jvp": Op(_jvp, (0, 10), of("norm_act_jvp", (0, 10)), _pixels),
+    "norm_act_vjp_tangent": Op(
+        _vjp_tangent, (0, 10), of("norm_act_vjp_tangent", (0, 10)), _pixels, (9,)
+    ),
+    "norm_act": Op(_norm_act, (), _normalised_terms, _few),
+    "norm_act_inner_products": Op(_inner_products, (), of("norm_act_inner_products", ()), _pixels),
     "sgd_step": Op(_sgd, (0, 2), _sgd_terms, _few, (3,)),
     "adam_step": Op(_adam, (0, 2, 3, 4), _adam_terms, _few, (5,)),
     "project_step": Op(_project, (0, 1), _project_terms, _few, None),

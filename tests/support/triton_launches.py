@@ -105,7 +105,7 @@ def steps(dtype: torch.dtype, size: int, count: int = 9) -> None:
     step.project_step(ProjectStep(theta, products, pivots, lr.new_empty(count - 1)))
 
 
-def jets(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+def tangents(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Each kernel with all of its pieces and with none; sizes of 1 become constants."""
     from entropic_fast.ops.norm_act_tangents import checks
     from entropic_fast.ops.norm_act_tangents import triton as kernels
@@ -150,7 +150,7 @@ def update(dtype: torch.dtype, count: int, columns: int, double: bool = False) -
     kernels.cross_update_(CrossUpdate(gram, rows, rows, double))
 
 
-def normalise(dtype: torch.dtype) -> None:
+def normalize(dtype: torch.dtype) -> None:
     from entropic_fast.ops.norm_example_grads import triton as kernels
     from entropic_fast.ops.norm_example_grads.checks import AffineGrads, BatchNormBackward
 
@@ -159,9 +159,9 @@ def normalise(dtype: torch.dtype) -> None:
     kernels.affine_grads(AffineGrads(x, x, x[:, :, :1].contiguous(), one[None, None]))
 
 
-def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
+def langevin_steps(potential: str, scheme: str, dtype: torch.dtype) -> None:
     """Langevin steps in the plane and, but on the ring, in five dimensions."""
-    from entropic_fast.ops.langevin import triton as langevin
+    from entropic_fast.ops.langevin import triton as kernels
     from entropic_fast.ops.langevin.checks import LangevinSteps
 
     for dim in (2,) if potential == "ring" else (2, 5):
@@ -169,7 +169,7 @@ def advances(potential: str, scheme: str, dtype: torch.dtype) -> None:
         options = (0.01, 0.9, 0.0 if potential == "ridge" else 0.1, 50, 2**33, 3, 2**62 + 1)
         v = x.new_empty(0) if v is None else v
         parameters = POTENTIALS[potential]
-        langevin.langevin_steps(LangevinSteps(x, v, potential, parameters, scheme, *options, ""))
+        kernels.langevin_steps(LangevinSteps(x, v, potential, parameters, scheme, *options, ""))
 
 
 def random_numbers(kind: str, dtype: torch.dtype) -> None:
@@ -199,6 +199,6 @@ SCORES: dict[str, Callable[[], None]] = {
     "gram-one": lambda: update(torch.float32, 1, 1),
     "gram-double-products": lambda: update(torch.float32, 70, 5000, True),
     "gram-double": lambda: update(torch.float64, 70, 5000),
-    "norm": lambda: normalise(torch.float32),
-    "norm-double": lambda: normalise(torch.float64),
+    "norm": lambda: normalize(torch.float32),
+    "norm-double": lambda: normalize(torch.float64),
 }

@@ -59,10 +59,10 @@ def tangent_operations(dtype: torch.dtype) -> object:
     common = dict(residual=third, slope=slope, normal=normal, scale=scale, tscale=tscale)
     common |= dict(cotangent=cotangent)
     return [
-        norm_act_tangents.push(wide.clone(), other, tshift=tshift, bend=bend, **common),
-        norm_act_tangents.pull(wide.clone(), other, ty=third.flip(0), rstd=rstd, **common),
-        norm_act_tangents.normalise(normal, shift, rstd, scale, shift, slope, relu=True),
-        norm_act_tangents.inner(wide, other),
+        norm_act_tangents.jvp(wide.clone(), other, tshift=tshift, bend=bend, **common),
+        norm_act_tangents.vjp_tangent(wide.clone(), other, ty=third.flip(0), rstd=rstd, **common),
+        norm_act_tangents.norm_act(normal, shift, rstd, scale, shift, slope, relu=True),
+        norm_act_tangents.inner_products(wide, other),
     ]
 
 
@@ -83,7 +83,7 @@ def step_operations(dtype: torch.dtype) -> object:
 def langevin_operations(dtype: torch.dtype) -> object:
     x, v = 0.6 + 0.1 * draws(33, 2, dtype=dtype), draws(33, 2, seed=2, dtype=dtype)
     settings = dict(scheme="baoab", temperature=0.3, dt=0.01, steps=7, first_step=3, seed=5)
-    langevin.advance(x, v, potential="ring", parameters=(7.0, 0.6, 3), **settings)
+    langevin.langevin_steps(x, v, potential="ring", parameters=(7.0, 0.6, 3), **settings)
     words = streams.words(20, 3).view(10, 2)
     return x, v, langevin.box_muller(words, dtype)
 
