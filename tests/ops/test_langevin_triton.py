@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from langevin_cases import advanced, kinds, start
+from langevin_kernel_cases import advanced, kinds, start
 from triton_launches import compile_launch, langevin_steps, launches_of
 
 from entropic_fast.ops import backend
