@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from entropic_fast.dynamics import ForceSettings
 from entropic_fast.dynamics.force._gradient_noise import GradientNoise
 from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.experiments import _inputs as pieces
@@ -56,11 +57,19 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
     settings = fig_force.burst_settings(run, max(section.cycles))
     for examples in EXAMPLES:
         point = point_force(
-            obj, path, s, directions=section.directions, complement_examples=section.rest_examples,
-            heterogeneity_draws=section.spread_draws, step=section.step, tol=0.05,
+            obj,
+            path,
+            s,
+            ForceSettings(
+                directions=section.directions,
+                complement_examples=section.rest_examples,
+                heterogeneity_draws=section.spread_draws,
+                step=section.step,
+                tol=0.05,
+                max_examples=examples,
+            ),
             seed=run.config.seed,
-            max_examples=examples,
-        )  # fmt: skip
+        )
         velocity = point.entropic(settings)
         found[f"predicted, {examples} images"] = [velocity.value, velocity.std_error]
     return found

@@ -11,17 +11,27 @@ from ._relaxation import (
     relaxation_time,
 )
 from ._survival import Scaling, Survival, fit_scaling, kaplan_meier, log_rank
-from .force._comparison import (
+from .force import (
+    Drift,
     ForceComparison,
     ForceFit,
+    ForceSettings,
+    PointForce,
+    RadialShare,
+    Temperature,
     compare_force,
+    comparison_table,
+    drift_shares,
+    effective_temperature,
     fit_force,
+    measure_drift,
+    noiseless_drift,
+    point_force,
+    radial_share,
+    scale_invariant_rows,
     shuffled_curvature,
+    slope_with_errors,
 )
-from .force._drift import Drift, measure_drift, noiseless_drift
-from .force._point_force import PointForce, point_force
-from .force._temperature import Temperature, effective_temperature
-from .force._weight_norm_growth import RadialShare, radial_share, scale_invariant_rows
 from .langevin import (
     ChannelPotential,
     LangevinIntegrator,
@@ -65,10 +75,14 @@ __all__ = [
     "noiseless_drift",
     "Drift",
     "point_force",
+    "ForceSettings",
     "PointForce",
     "compare_force",
     "fit_force",
     "shuffled_curvature",
+    "comparison_table",
+    "drift_shares",
+    "slope_with_errors",
     "ForceComparison",
     "ForceFit",
     "effective_temperature",

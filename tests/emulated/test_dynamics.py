@@ -12,6 +12,7 @@ from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._torch.full_precision import full_precision, products_in
+from entropic_fast.dynamics import ForceSettings
 from entropic_fast.dynamics.force import _drift as bursts
 from entropic_fast.dynamics.force import _weight_norm_growth as growth
 from entropic_fast.dynamics.force._point_force import point_force
@@ -158,7 +159,9 @@ def test_a_record_is_read_back_at_once(emulated):
 def test_the_force_is_the_cpus(emulated):
     cpu, gpu = pair("none")
     found, expected = (
-        point_force(*given, 0.4, directions=1, complement_examples=2, step=0.05, seed=1)
+        point_force(
+            *given, 0.4, ForceSettings(directions=1, complement_examples=2, step=0.05), seed=1
+        )
         for given in (gpu, cpu)
     )
     assert not emulated.reduced_precision
@@ -172,7 +175,10 @@ def test_the_force_with_batch_statistics_is_in_full_precision(precision, emulate
     _, (obj, path) = pair()
     obj = obj.with_norm("batch").with_data(obj.tensors(), batch_size=12)
     point = point_force(
-        obj, path, 0.4, directions=1, complement_examples=2, heterogeneity_draws=1, step=0.05
+        obj,
+        path,
+        0.4,
+        ForceSettings(directions=1, complement_examples=2, heterogeneity_draws=1, step=0.05),
     )
     growth.radial_share(obj, path, point, SETTINGS)
     assert not emulated.reduced_precision

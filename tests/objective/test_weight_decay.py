@@ -9,7 +9,7 @@ from torch import Tensor
 
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only
-from entropic_fast.dynamics import ProjectedSGD, measure_drift, point_force
+from entropic_fast.dynamics import ForceSettings, ProjectedSGD, measure_drift, point_force
 from entropic_fast.objective._objective import Objective
 
 DECAY = 0.3
@@ -181,7 +181,7 @@ def test_drift_and_force_are_those_of_the_optimizers_decay():
     expected = measure_drift(plain, path, [0.3], decayed, replicas=3).raw
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
     options = {"directions": 2, "complement_examples": 4, "step": 0.05, "tol": 1e-8}
-    one, other = (point_force(o, path, 0.3, **options) for o in (obj, plain))
+    one, other = (point_force(o, path, 0.3, ForceSettings(**options)) for o in (obj, plain))
     torch.testing.assert_close(one.noise, other.noise, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(one.stiffness, other.stiffness + DECAY, rtol=1e-6, atol=1e-9)
     tangent = path.tangent(0.3)

@@ -244,15 +244,27 @@ def stored(obj: ef.Objective, path: ef.Path, settings: dict[str, Any]) -> Iterat
 def force_results() -> Lines:
     obj = objective("mlp")
     path, settings = bent(obj), dynamics.ProjectedSGD(0.05, 4, project_every=5, momentum=0.5)
-    options = dict(directions=4, rest_examples=8, tol=1e-4)
-    point = dynamics.point_force(obj, path, 0.4, **options)
-    curvature = (point.gradient, point.stiffness, point.slope, point.pull, point.pull_error)
-    noise = (point.covariance, point.noise, point.noise_slope, point.noise_share, point.spread)
+    force = dynamics.ForceSettings(directions=4, complement_examples=8, tol=1e-4)
+    point = dynamics.point_force(obj, path, 0.4, force)
+    curvature = (
+        point.gradient,
+        point.stiffness,
+        point.curvature_slope,
+        point.curvature_moments,
+        point.curvature_moments_error,
+    )
+    noise = (
+        point.covariance,
+        point.noise,
+        point.noise_slope,
+        point.noise_share,
+        point.noise_heterogeneity,
+    )
     yield "point force", (curvature, noise)
-    velocities = (point.energetic, point.entropic(settings), point.exclusion(settings))
+    velocities = (point.energetic, point.entropic(settings), point.without_replacement(settings))
     limits = (point.stationary(settings), point.potential(settings), point.temperatures(settings))
     yield "point force, velocities", (velocities, limits, point.squared_distance(settings))
-    compared = dynamics.compare_force(obj, path, [0.4, 0.7], settings, 6, seed=1, **options)
+    compared = dynamics.compare_force(obj, path, [0.4, 0.7], settings, 6, seed=1, force=force)
     fit, drift = compared.fit, compared.drift
     statistics = (fit.slope, fit.chi2, fit.p_value, compared.correlation, compared.shuffled_p)
     yield "force, compared", (compared.table, statistics)
@@ -262,7 +274,7 @@ def force_results() -> Lines:
     yield "force, temperature", (temperature.predicted, temperature.measured, temperature.ratio)
     obj = objective("conv").with_norm("batch")
     path, rows = bent(obj), dynamics.scale_invariant_rows(obj)
-    point = dynamics.point_force(obj, path, 0.4, **options)
+    point = dynamics.point_force(obj, path, 0.4, force)
     share = dynamics.radial_share(obj, path, point, settings)
     yield "force, norm growth", (share.entropic, share.radial, share.tangent, rows)
 

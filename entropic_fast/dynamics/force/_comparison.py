@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from ...paths import Path
 from .._relaxation import Interval, mean_interval
 from ..projected_sgd import ProjectedSGD
 from ._drift import Drift, measure_drift, noiseless_drift
-from ._point_force import PointForce, point_force
+from ._point_force import ForceSettings, PointForce, point_force
 
 Array = NDArray[np.float64]
 
@@ -280,34 +279,32 @@ def compare_force(
     *,
     seed: int = 0,
     confidence: float = 0.95,
-    forces: Sequence[PointForce] | None = None,
-    control: bool = True,
+    force: ForceSettings | Sequence[PointForce] = ForceSettings(),
     on_position: Callable[[int], None] | None = None,
-    **options: Any,
 ) -> ForceComparison:
     """Measure the drift at positions, predict it, and fit the proportionality.
 
     Args:
-        obj, path, positions, settings, replicas, seed, control: as for `measure_drift`.
+        obj, path, positions, settings, replicas, seed: as for `measure_drift`.
         confidence: of the intervals.
-        forces: of these positions, if computed before.
+        force: how to predict the force, or the forces at these positions, if computed before.
         on_position: called with an index after each prediction, for progress.
-        options: of `point_force`.
 
     Raises:
         ValueError: as `measure_drift` and `point_force`.
     """
-    if forces is None:
-        found: list[PointForce] = []
+    if isinstance(force, ForceSettings):
+        forces: list[PointForce] = []
         with held() as missed:
             for i, s in enumerate(positions):
-                start = found[-1].pairs if found else None
-                found.append(point_force(obj, path, float(s), seed=seed, v0=start, **options))
+                start = forces[-1].pairs if forces else None
+                forces.append(point_force(obj, path, float(s), force, seed=seed, v0=start))
                 if on_position is not None:
                     on_position(i)
         warn_once(missed, "compare_force:")
-        forces = found
-    drift = measure_drift(obj, path, positions, settings, replicas, seed=seed, control=control)
+    else:
+        forces = list(force)
+    drift = measure_drift(obj, path, positions, settings, replicas, seed=seed)
     energetic = noiseless_drift(obj, path, positions, settings)
     table = comparison_table(drift, energetic, forces, confidence)
     predicted = table["predicted_entropic"]

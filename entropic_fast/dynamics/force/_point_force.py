@@ -1,44 +1,6 @@
 """The entropic force on projected SGD, from curvature across the path and gradient noise.
 
-Start on the path at s with unit tangent u, and let w be the displacement that minibatch noise has
-made since the last projection. To second order in w the gradient of a minibatch along the path is
-
-    u . grad L(s) + u . H w + (1/2) tr((dH/ds) w w^T) + its noise, that of u . H w included,
-
-with d/ds along u, per unit of length. w is linear in the noise (`response`), so E w w^T is a sum
-of known factors times C, the covariance of single examples' gradients. Forces along the path:
-
-    energetic   - u . grad L, or what the same burst does without noise (`noiseless_drift`);
-    entropic    - (1/2) tr((dH/ds) E w w^T) = - (1/2) d/ds tr(H(s) E w w^T) at fixed E w w^T:
-                down the curvature, for k updates a cycle, momentum and weight decay;
-    exclusion   - E[u . (H_b - H) w]: minibatches of an epoch are drawn without replacement, so
-                one excludes the examples that made w. In all - (lr j / (N - 1)) (1/2) d tr C / ds
-                after j updates: down the gradient noise. It is of first order in lr and vanishes
-                with 1 / N; the entropic force is of second order at finite k.
-
-Where examples differ in curvature, the noise away from the path is larger than on it, by
-E |(H_e - H) w|^2 on average: `noise_heterogeneity` adds it to C in strength, in the shape of C.
-
-With k -> infinity, small lr and noise c in every direction E w w^T -> T H^-1, T = lr c / (2 B):
-the force is then - dV/ds of V = (T / 2) log det H across the path (one direction of stiffness g:
-(T / 2) log g). With momentum mu, T is 1 / (1 - mu) times as large, and so is the velocity.
-
-Where theory and measurement part. On a path between two digits CNNs (14,378 parameters, loss
-under 0.02, B = 8, k = 15) the fitted slope of measured on predicted is 1 within its 95 % interval
-(half-widths 0.15 to 0.36) at lr 0.015 to 0.07, at k = 5 and 45 with lr 0.03, and at B = 32 with
-lr 0.1. With the noise on the path alone, without spread, it would be 1.1 at lr 0.03 and 1.5 at
-0.07: for the stiffest directions E |(H_e - H) v|^2 is some 50 times lambda^2, so that noise away
-from the path grows E w^2 by lr^2 E |(H_e - H) v|^2 / B = 0.02 to 0.13 an update at lr 0.03. At lr
-0.1 that is 0.3 to 1.5: fluctuations run away (hundreds of times the linear squared distance), the
-positions do not fall on one line, and nothing quantitative holds.
-
-Next to a pivot, where a polyline's direction is off the valley's floor, half of the prediction
-was measured at two places: E w that noise makes took 10 to 15 % off, and the curvature's change
-over the width of the fluctuations themselves (kinks of the network) was a quarter to a half below
-its change over `step`. So measure at the middles of segments.
-
-What this leaves out: noise along the path, which makes no mean force at this order; the mean of
-w that noise makes where u is no eigenvector of H (u . H E w); and all orders beyond the second.
+docs/figures/force.md derives what `PointForce` predicts, and says where it fails.
 """
 
 from __future__ import annotations
@@ -66,6 +28,42 @@ from ._linear_response import (
     response,
 )
 from ._subsets import as_in_dynamics, first_examples, forms_by_parts, mean_of_parts
+
+
+@dataclass(frozen=True)
+class ForceSettings:
+    """How the force at a point is predicted.
+
+    Args:
+        directions: r, eigenvectors of the Hessian across the path, at most P - 1.
+        complement_examples: how many examples' gradients, without their components in the r
+            directions, are sampled for what the complement contributes; 0 to leave it out.
+        heterogeneity_draws: random directions for `PointForce.noise_heterogeneity`; 0 for none.
+        step: changes along the path are central differences over +- step path lengths along u.
+            Networks with kinks have derivatives only over a distance: choose it near the distance
+            of the fluctuations.
+        tol: of the eigenpairs. They need not be accurate: the force is a trace over their span.
+        max_examples: examples for the curvature (with batch statistics whole batches of the
+            random order); None for all. The r directions use the first ones. Samples of the
+            complement are dealt out to disjoint subsets of this size, which their error includes.
+            The noise is always that of all examples, because a few may dominate it.
+    """
+
+    directions: int = 16
+    complement_examples: int = 16
+    heterogeneity_draws: int = 2
+    step: float = 0.003
+    tol: float = 1e-2
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("directions", self.directions, 1)
+        checks.integer("complement_examples", self.complement_examples)
+        checks.integer("heterogeneity_draws", self.heterogeneity_draws)
+        checks.positive("step", self.step)
+        checks.positive("tol", self.tol)
+        if self.max_examples is not None:
+            checks.integer("max_examples", self.max_examples, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,117 +191,139 @@ def point_force(
     obj: Objective,
     path: Path,
     position: float,
+    settings: ForceSettings = ForceSettings(),
     *,
-    directions: int = 16,
-    complement_examples: int = 16,
-    heterogeneity_draws: int = 2,
-    step: float = 0.003,
-    tol: float = 1e-2,
     seed: int = 0,
     v0: Tensor | Eigenpairs | None = None,
-    max_examples: int | None = None,
 ) -> PointForce:
-    """Curvature across the path, its change along it, and the gradient noise, at one position.
+    """Compute the curvature across the path, its change along it, and the gradient noise.
 
     Costs 2 (r + complement_examples) products besides those of the eigenpairs, and 3 + 2
     heterogeneity_draws passes of per-example gradients.
 
     Layers that normalize by batch statistics: give the objective that the dynamics has,
-    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are taken in a
-    random order, for batches like those of the dynamics. With `norm="running"` the statistics
-    re-estimated at each point are used: an approximation.
+    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are then batched
+    in a random order, as in the dynamics. With `norm="running"` the statistics are re-estimated
+    at each point, an approximation.
 
     Args:
         obj: the loss and the data.
         path: in its parameters.
         position: s, with s +- step inside [0, 1].
-        directions: r, eigenvectors of the Hessian across the path, at most P - 1.
-        complement_examples: how many examples' gradients, less their part in the r directions, are
-            drawn to find what the complement contributes; 0 to leave it out.
-        heterogeneity_draws: random directions for `noise_heterogeneity`; 0 for none.
-        step: changes along the path are central differences over +- step path lengths along u.
-            Networks with kinks have none but over a distance: choose it near that from the path.
-        tol: of the eigenpairs. They need not be exact: the force is a trace over their span.
+        settings: how the force is predicted.
         seed: of the Lanczos vectors and the samples.
         v0: to start from, such as the pairs of a neighboring position.
-        max_examples: curvature from so many examples (with batch statistics whole batches of
-            the random order); None for all. The r directions take the first ones. Samples of
-            the complement are dealt out to parts of the data as large, which their error includes.
-            The noise is always that of all, because near a minimum a few may make most of it.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
     """
     require_objective(obj)
-    if not (step > 0 and step <= position <= 1 - step):
+    checks.instance("settings", settings, ForceSettings)
+    step = settings.step
+    if not step <= position <= 1 - step:
         raise checks.invalid(
             "position",
             f"s with s +- step ({step:g}) in [0, 1]",
             checks.shown(position),
             "lower step",
         )
-    checks.integer("directions", directions, 1)
-    checks.integer("complement_examples", complement_examples)
-    checks.integer("heterogeneity_draws", heterogeneity_draws)
-    obj.count(max_examples)  # refuses a wrong one before anything is computed
-    num_examples = obj.num_examples
-    obj = as_in_dynamics(obj)
-    theta, tangent = path.point(position), path.tangent(position)
-    u = orthonormal(tangent, obj.num_params, tangent.dtype, tangent.device, "tangent")
-    spacing = step * path.length
-
-    def at(point: Tensor) -> Objective:
-        return obj.recalibrated(point) if obj.norm == "running" else obj
-
-    here, places = at(theta), [theta + sign * spacing * tangent for sign in (1, -1)]
-    beside = [at(place) for place in places]
-    sides = [
-        HessianOperator(first_examples(side, max_examples), place)
-        for side, place in zip(beside, places, strict=True)
-    ]
-    across = ProjectedOperator(HessianOperator(first_examples(here, max_examples), theta), u)
-    with held() as missed:
-        pairs = top_eigenvalues(across, directions, tol, seed, v0=v0)
-    warn_once(missed, f"point_force at s = {position:.4g}:")
-    vectors = pairs.vectors
-    ahead, behind = ((side @ vectors).double() for side in sides)
-    turned = (ahead - behind) / (2 * spacing)  # [P, r], (dH/ds) V
-    slopes = vectors.double().T @ turned
-
-    noise = GradientNoise(here, theta, u, vectors, turned, heterogeneity_draws, seed)
-    ahead_noise, behind_noise = (
-        GradientNoise(side, place, u, vectors).variances
-        for side, place in zip(beside, places, strict=True)
+    obj.count(settings.max_examples)  # rejects too many before anything is computed
+    sites = _Sites.along(as_in_dynamics(obj), path, position, settings)
+    pairs, change = _leading_directions(sites, position, seed, v0)
+    slopes = pairs.vectors.double().T @ change
+    noise = GradientNoise(
+        sites.here,
+        sites.theta,
+        sites.tangent_column,
+        pairs.vectors,
+        change,
+        settings.heterogeneity_draws,
+        seed,
     )
-    curvature_moments = torch.zeros(directions + 1, directions + 1, dtype=torch.float64)
-    curvature_moments[:-1, :-1] = (noise.covariance * slopes).cpu()
+    ahead, behind = (
+        GradientNoise(side, place, sites.tangent_column, pairs.vectors).variances
+        for side, place in zip(sites.beside, sites.places, strict=True)
+    )
+    moments = torch.zeros([settings.directions + 1] * 2, dtype=torch.float64)
+    moments[:-1, :-1] = (noise.covariance * slopes).cpu()
     stiffness = error = 0.0
-    if complement_examples and noise.complement > 0:
-        sample = noise.sample(complement_examples, seed)  # [P, E]
-        ahead_forms, behind_forms = (
-            forms_by_parts(side, place, sample, max_examples)
-            for side, place in zip(beside, places, strict=True)
-        )
-        forms = ahead_forms + behind_forms
-        stiffness = float(0.5 * forms.nansum() / sample.double().square().sum())
-        curvature_moments[:-1, -1] = curvature_moments[-1, :-1] = noise.cross.cpu()
-        change, error = mean_of_parts((ahead_forms - behind_forms) / (2 * spacing))
-        curvature_moments[-1, -1] = change
-        if sample.shape[1] >= noise.count and len(ahead_forms) == 1:
-            error = 0.0  # nothing was sampled
+    if settings.complement_examples and noise.complement > 0:
+        moments[:-1, -1] = moments[-1, :-1] = noise.cross.cpu()
+        stiffness, moments[-1, -1], error = _complement(sites, noise, seed)
     return PointForce(
         position=float(position),
         length=path.length,
-        gradient=float(tangent.double() @ here.gradient(theta).double()),
+        gradient=float(sites.tangent.double() @ sites.here.gradient(sites.theta).double()),
         stiffness=torch.cat([pairs.values.double().cpu(), torch.tensor([stiffness]).double()]),
         curvature_slope=slopes.diagonal().cpu().clone(),
         covariance=noise.covariance.cpu(),
         noise=noise.variances,
-        noise_slope=(ahead_noise - behind_noise) / (2 * spacing),
-        curvature_moments=curvature_moments,
+        noise_slope=(ahead - behind) / (2 * sites.spacing),
+        curvature_moments=moments,
         curvature_moments_error=error,
-        noise_heterogeneity=noise.heterogeneity(spacing),
-        num_examples=num_examples,
+        noise_heterogeneity=noise.heterogeneity(sites.spacing),
+        num_examples=obj.num_examples,
         pairs=pairs,
-        max_examples=max_examples,
+        max_examples=settings.max_examples,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sites:
+    """A point of the path, two places beside it along the tangent, and the objective at each."""
+
+    settings: ForceSettings
+    theta: Tensor
+    tangent: Tensor
+    tangent_column: Tensor
+    spacing: float
+    here: Objective
+    places: list[Tensor]
+    beside: list[Objective]
+
+    @classmethod
+    def along(cls, obj: Objective, path: Path, position: float, settings: ForceSettings) -> _Sites:
+        theta, tangent = path.point(position), path.tangent(position)
+        column = orthonormal(tangent, obj.num_params, tangent.dtype, tangent.device, "tangent")
+        spacing = settings.step * path.length
+
+        def at(point: Tensor) -> Objective:
+            return obj.recalibrated(point) if obj.norm == "running" else obj
+
+        here, places = at(theta), [theta + sign * spacing * tangent for sign in (1, -1)]
+        beside = [at(place) for place in places]
+        return cls(settings, theta, tangent, column, spacing, here, places, beside)
+
+
+def _leading_directions(
+    sites: _Sites, position: float, seed: int, v0: Tensor | Eigenpairs | None
+) -> tuple[Eigenpairs, Tensor]:
+    """Eigenpairs V of the Hessian H across the path, and (dH/ds) V of shape [P, r]."""
+    settings = sites.settings
+    hessian = HessianOperator(first_examples(sites.here, settings.max_examples), sites.theta)
+    with held() as missed:
+        across = ProjectedOperator(hessian, sites.tangent_column)
+        pairs = top_eigenvalues(across, settings.directions, settings.tol, seed, v0=v0)
+    warn_once(missed, f"point_force at s = {position:.4g}:")
+    ahead, behind = (
+        (
+            HessianOperator(first_examples(side, settings.max_examples), place) @ pairs.vectors
+        ).double()
+        for side, place in zip(sites.beside, sites.places, strict=True)
+    )
+    return pairs, (ahead - behind) / (2 * sites.spacing)
+
+
+def _complement(sites: _Sites, noise: GradientNoise, seed: int) -> tuple[float, float, float]:
+    """Stiffness of the noise beyond the r directions, its change along the path, and its error."""
+    settings = sites.settings
+    sample = noise.sample(settings.complement_examples, seed)  # [P, E]
+    ahead, behind = (
+        forms_by_parts(side, place, sample, settings.max_examples)
+        for side, place in zip(sites.beside, sites.places, strict=True)
+    )
+    stiffness = float(0.5 * (ahead + behind).nansum() / sample.double().square().sum())
+    change, error = mean_of_parts((ahead - behind) / (2 * sites.spacing))
+    if sample.shape[1] >= noise.count and len(ahead) == 1:
+        error = 0.0  # nothing was sampled
+    return stiffness, change, error

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from ..._utils.table import Table
-from ...dynamics.force._comparison import slope_with_errors
+from ...dynamics import slope_with_errors
 from ._claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
 from ._intervals import LEVEL, floats
 

@@ -12,16 +12,19 @@ from scipy import stats
 
 from ..._utils.convergence import held
 from ..._utils.table import Table
-from ...dynamics import ProjectedSGD, measure_drift, noiseless_drift
-from ...dynamics.force._comparison import (
+from ...dynamics import (
+    ForceSettings,
+    ProjectedSGD,
     comparison_table,
     drift_shares,
+    effective_temperature,
     fit_force,
+    measure_drift,
+    noiseless_drift,
+    point_force,
+    radial_share,
     shuffled_curvature,
 )
-from ...dynamics.force._point_force import point_force
-from ...dynamics.force._temperature import effective_temperature
-from ...dynamics.force._weight_norm_growth import radial_share
 from ...objective import Objective
 from .. import _inputs as pieces
 from .._executor import Progress, Task
@@ -56,13 +59,15 @@ def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
             obj,
             path,
             s,
-            directions=section.directions,
-            complement_examples=section.rest_examples,
-            heterogeneity_draws=section.spread_draws,
-            step=section.step,
-            tol=0.05,
+            ForceSettings(
+                directions=section.directions,
+                complement_examples=section.rest_examples,
+                heterogeneity_draws=section.spread_draws,
+                step=section.step,
+                tol=0.05,
+                max_examples=section.examples or None,
+            ),
             seed=run.config.seed,
-            max_examples=section.examples or None,
         )
     progress(0.4)
     rows: list[dict[str, object]] = []

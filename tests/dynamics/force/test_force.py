@@ -1,12 +1,14 @@
 """Measured drift against the prediction in valleys whose drift is known in closed form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from force_valleys import valley
 
 from entropic_fast.curvature import HessianOperator
-from entropic_fast.dynamics import ProjectedSGD
+from entropic_fast.dynamics import ForceSettings, ProjectedSGD
 from entropic_fast.dynamics.force._comparison import (
     compare_force,
     fit_force,
@@ -33,7 +35,7 @@ MIXED = dict(stiffness=(10.0, 3.0, 1.0), slopes=(-0.5, 1.0, 0.3), noise=(0.5, 2.
 
 
 def exact(points, **options):
-    return dict(
+    return ForceSettings(
         directions=points,
         complement_examples=0,
         heterogeneity_draws=0,
@@ -55,7 +57,7 @@ def test_the_prediction_is_the_closed_form_of_a_valley():
         one = (n - b) / (n - 1) / b
         square += settings.lr**2 * (squares * one - (pairs - squares) / (n - 1)) / 15
     expected = 0.5 * 0.5 * g * 8 * square
-    point = point_force(obj, path, y, **exact(8))
+    point = point_force(obj, path, y, exact(8))
     assert point.entropic(settings).value == pytest.approx(float(expected), rel=1e-5)
     assert point.stiffness[:8].tolist() == pytest.approx([float(g)] * 8)
     assert point.noise[:8].tolist() == pytest.approx([1.0] * 8)
@@ -70,7 +72,7 @@ def test_the_prediction_is_the_closed_form_of_a_valley():
 
 def test_long_cycles_approach_the_potential_of_the_temperatures():
     obj, path = valley(**MIXED)
-    point = point_force(obj, path, 0.5, **exact(3))
+    point = point_force(obj, path, 0.5, exact(3))
     for momentum in (0.0, 0.5):
         settings = ProjectedSGD(0.02, 1, project_every=1500, steps=1500, momentum=momentum)
         ratio = point.entropic(settings).value / point.stationary(settings)
@@ -84,8 +86,8 @@ def test_the_noise_is_that_of_all_examples_whatever_the_curvature_is_taken_on():
     half = len(inputs) // 2
     loud = torch.cat([inputs[:half], 5 * inputs[half:]])
     obj = obj.with_data((loud, targets))
-    whole = point_force(obj, path, 0.3, **exact(8))
-    part = point_force(obj, path, 0.3, max_examples=half, **exact(8))
+    whole = point_force(obj, path, 0.3, exact(8))
+    part = point_force(obj, path, 0.3, exact(8, max_examples=half))
     assert float(part.noise.sum()) == pytest.approx(float(whole.noise.sum()), rel=1e-6)
     assert float(part.noise_slope.sum()) == pytest.approx(float(whole.noise_slope.sum()), rel=1e-5)
     assert abs(float(whole.noise_slope.sum())) > 1e-3
@@ -94,15 +96,14 @@ def test_the_noise_is_that_of_all_examples_whatever_the_curvature_is_taken_on():
 @pytest.mark.parametrize("rest", [False, True])
 def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
     obj, path = valley()
-    whole = point_force(obj, path, 0.3, **exact(8)).entropic(SGD).value
+    whole = point_force(obj, path, 0.3, exact(8)).entropic(SGD).value
     few = point_force(
         obj,
         path,
         0.3,
-        directions=3,
-        complement_examples=256 if rest else 0,
-        heterogeneity_draws=0,
-        step=1e-3,
+        ForceSettings(
+            directions=3, complement_examples=256 if rest else 0, heterogeneity_draws=0, step=1e-3
+        ),
     )
     assert few.noise_share == pytest.approx(3 / 8, rel=1e-6)
     found = few.entropic(SGD)
@@ -117,9 +118,11 @@ def test_what_lies_beyond_the_directions_is_found_from_single_examples(rest):
 def test_the_error_of_the_rest_is_that_of_its_samples():
     """Two directions of one stiffness here whose curvature changes differently."""
     obj, path = valley(stiffness=(20.0, 3.0, 3.0), slopes=(-0.5, 2.0, 0.5), noise=(0.5, 1.0, 3.0))
-    whole = point_force(obj, path, 0.01, **exact(3)).entropic(SGD).value
+    whole = point_force(obj, path, 0.01, exact(3)).entropic(SGD).value
     few = dict(directions=1, complement_examples=48, heterogeneity_draws=0, step=1e-3)
-    found = [point_force(obj, path, 0.01, seed=i, **few).entropic(SGD) for i in range(12)]
+    found = [
+        point_force(obj, path, 0.01, ForceSettings(**few), seed=i).entropic(SGD) for i in range(12)
+    ]
     pulls = [(f.value - whole) / f.std_error for f in found]
     assert max(map(abs, pulls)) < 5 and 0.2 < torch.tensor(pulls).std() < 1.5
     assert max(f.std_error for f in found) < 0.3 * abs(whole)
@@ -131,9 +134,14 @@ def test_the_rest_of_all_examples_has_no_error_of_sampling(max_examples):
     x, y = obj.tensors()
     obj = obj.with_data((x[:12], y[:12]))
     few = dict(directions=1, heterogeneity_draws=0, step=1e-3, max_examples=max_examples)
-    point = point_force(obj, path, 0.3, complement_examples=12, **few)
+    point = point_force(obj, path, 0.3, ForceSettings(complement_examples=12, **few))
     assert (point.curvature_moments_error == 0.0) == (max_examples is None)
-    assert point_force(obj, path, 0.3, complement_examples=6, **few).curvature_moments_error > 0
+    assert (
+        point_force(
+            obj, path, 0.3, ForceSettings(complement_examples=6, **few)
+        ).curvature_moments_error
+        > 0
+    )
 
 
 CASES = [
@@ -151,7 +159,14 @@ def test_measured_drift_is_the_predicted_one(made, settings):
     obj, path = made
     count = path.num_params - 1
     found = compare_force(
-        obj, path, PLACES, settings, replicas=96, seed=1, confidence=0.999, **exact(count)
+        obj,
+        path,
+        PLACES,
+        settings,
+        replicas=96,
+        seed=1,
+        confidence=0.999,
+        force=exact(count),
     )
     slope = found.fit.slope
     assert slope.low < 1.0 < slope.high
@@ -215,7 +230,7 @@ def test_subtracting_the_noise_along_the_path_changes_no_mean_and_most_of_the_sp
 
 def test_with_projection_at_every_update_or_all_examples_there_is_no_force():
     obj, path = valley()
-    point = point_force(obj, path, 0.4, **exact(8))
+    point = point_force(obj, path, 0.4, exact(8))
     assert point.entropic(SGD.replace(project_every=1)).value == 0.0
     assert point.entropic(SGD.replace(batch_size=2048)).value == 0.0
     for settings in (SGD.replace(project_every=1), SGD.replace(batch_size=2048)):
@@ -232,7 +247,7 @@ def test_minibatches_of_an_epoch_exclude_one_another_and_push_down_the_noise(k):
         stiffness=(1.0, 1.0), slopes=(0.0, 0.0), noise=(1.0, 1.0), rise=-1.0, examples=64
     )
     settings = ProjectedSGD(0.05, 8, project_every=k, steps=8)
-    point = point_force(obj, path, 0.4, **exact(2))
+    point = point_force(obj, path, 0.4, exact(2))
     expected = point.without_replacement(settings)
     # - (lr (k - 1) / 2 / (N - 1)) (1/2) d tr C / ds, but for the stiffness.
     change = -2.0 * 2 * torch.exp(torch.tensor(-0.8)).item()
@@ -246,8 +261,7 @@ def test_minibatches_of_an_epoch_exclude_one_another_and_push_down_the_noise(k):
 def test_noise_grows_away_from_the_path_where_examples_differ_in_curvature():
     obj, path = valley(stiffness=(2.0, 2.0), slopes=(-1.0, -1.0), noise=(1.0, 1.0), bend=10.0)
     settings = ProjectedSGD(0.05, 4, project_every=15, steps=15)
-    options = {**exact(2), "heterogeneity_draws": 2}
-    point = point_force(obj, path, 0.4, **options)
+    point = point_force(obj, path, 0.4, replace(exact(2), heterogeneity_draws=2))
     assert point.noise_heterogeneity == pytest.approx(10.0**2, rel=1e-6)
     drift = measure_drift(obj, path, [0.4], settings, replicas=1000, seed=3)
     for spread, holds in ((True, True), (False, False)):
@@ -263,12 +277,12 @@ def test_the_temperature_of_a_valley_is_lr_over_two_b():
     obj, path = valley()
     drift = measure_drift(obj, path, [0.3, 0.7], SGD.replace(steps=60), replicas=24, seed=5)
     for i, s in enumerate((0.3, 0.7)):
-        found = effective_temperature(drift, i, point_force(obj, path, s, **exact(8)))
+        found = effective_temperature(drift, i, point_force(obj, path, s, exact(8)))
         assert found.predicted == pytest.approx(0.02 / 8, rel=2e-3)
         assert found.measured.low < found.predicted < found.measured.high
         assert found.ratio.high - found.ratio.low < 0.3
     with pytest.raises(ValueError, match=r"point: expected the force at s = 0\.3"):
-        effective_temperature(drift, 0, point_force(obj, path, 0.7, **exact(8)))
+        effective_temperature(drift, 0, point_force(obj, path, 0.7, exact(8)))
 
 
 def test_shuffled_curvature_explains_nothing():
@@ -306,10 +320,10 @@ def test_bad_arguments_are_refused():
     obj, path = valley()
     for s in (0.0, 1.0, 0.0005):
         with pytest.raises(ValueError, match="position: expected s with"):
-            point_force(obj, path, s, step=1e-3)
+            point_force(obj, path, s, ForceSettings(step=1e-3))
     with pytest.raises(ValueError, match="directions: expected"):
-        point_force(obj, path, 0.5, directions=0)
-    point = point_force(obj, path, 0.5, **exact(2))
+        point_force(obj, path, 0.5, ForceSettings(directions=0))
+    point = point_force(obj, path, 0.5, exact(2))
     with pytest.raises(ValueError, match="batch_size: expected at most the 2048"):
         point.entropic(SGD.replace(batch_size=4096))
     with pytest.raises(ValueError, match="positions: expected positions"):
@@ -345,7 +359,7 @@ def test_noise_with_batch_statistics_is_that_of_random_batches_whatever_the_data
     expected = 8 * 119 / 112 * float(found.var(0).sum())
     few = dict(directions=2, complement_examples=0, heterogeneity_draws=0)
     # The 15 batches of one order know their variance to a third or so.
-    assert float(point_force(twin, path, 0.4, **few).noise.sum()) == pytest.approx(
+    assert float(point_force(twin, path, 0.4, ForceSettings(**few)).noise.sum()) == pytest.approx(
         expected, rel=0.4
     )
     across = torch.linalg.qr(torch.stack([u, *torch.randn(2, len(u)).to(u)], 1)).Q[:, 1:]
@@ -392,8 +406,8 @@ def test_curvature_with_batch_statistics_is_of_whole_batches():
     obj, path = sorted_classes()
     twin = obj.with_norm("batch").with_data(obj.tensors(), batch_size=8)
     few = dict(directions=2, complement_examples=0, heterogeneity_draws=0)
-    point = point_force(twin, path, 0.4, max_examples=17, **few)  # 17 = 2 * 8 + 1
-    expected = point_force(twin, path, 0.4, max_examples=16, **few)
+    point = point_force(twin, path, 0.4, ForceSettings(max_examples=17, **few))  # 17 = 2 * 8 + 1
+    expected = point_force(twin, path, 0.4, ForceSettings(max_examples=16, **few))
     torch.testing.assert_close(point.stiffness, expected.stiffness)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropic_fast.dynamics import ProjectedSGD
+from entropic_fast.dynamics import ForceSettings, ProjectedSGD
 from entropic_fast.dynamics.force._drift import measure_drift, noiseless_drift
 from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.dynamics.force._subsets import as_in_dynamics, first_examples
@@ -48,7 +48,7 @@ def test_on_a_radial_path_all_of_the_force_is_norm_growth():
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
     options = dict(directions=3, complement_examples=0, heterogeneity_draws=0, step=1e-3, tol=1e-8)
     for s in (0.2, 0.7):
-        point = point_force(obj, path, s, **options)
+        point = point_force(obj, path, s, ForceSettings(**options))
         w = 1.0 + 2.0 * s
         assert point.stiffness[:3].tolist() == pytest.approx([10.0 / w**2] * 3, rel=1e-5)
         # Curvature falls as 1 / |W|^2.
@@ -88,7 +88,9 @@ def test_without_scale_invariant_weights_nothing_grows():
     obj = Objective(nn.Linear(3, 2).double(), "mse", (x, x[:, :2]))
     start = obj.parameters_vector()
     path = linear_path(start, start + 1)
-    point = point_force(obj, path, 0.5, directions=3, complement_examples=4, heterogeneity_draws=1)
+    point = point_force(
+        obj, path, 0.5, ForceSettings(directions=3, complement_examples=4, heterogeneity_draws=1)
+    )
     found = radial_share(obj, path, point, ProjectedSGD(0.01, 4))
     assert (found.radial, found.share, found.rows) == (0.0, 0.0, 0)
 
@@ -101,7 +103,9 @@ def test_the_share_on_the_first_examples_is_that_of_an_objective_of_these():
     start = obj.parameters_vector()
     path = linear_path(start, start + 0.1 * torch.randn_like(start))
     settings = ProjectedSGD(0.02, 8, project_every=10, steps=10)
-    point = point_force(obj, path, 0.5, directions=3, complement_examples=0, max_examples=16)
+    point = point_force(
+        obj, path, 0.5, ForceSettings(directions=3, complement_examples=0, max_examples=16)
+    )
     found = radial_share(obj, path, point, settings)
     of_all = replace(point, max_examples=None)
     of_these = first_examples(as_in_dynamics(obj), 16)  # one batch, in whatever order
