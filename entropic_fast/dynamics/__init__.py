@@ -10,7 +10,8 @@ from ._relaxation import (
     median_interval,
     relaxation_time,
 )
-from ._survival import Scaling, Survival, fit_scaling, kaplan_meier, log_rank
+from ._scaling import Scaling, fit_scaling
+from ._survival import Survival, kaplan_meier, log_rank
 from .force import (
     Drift,
     ForceComparison,

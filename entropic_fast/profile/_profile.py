@@ -24,7 +24,7 @@ from .._utils import atomic_io as store
 from .._utils import checks, trees
 from .._utils.table import Table
 from ..distributed import Communicator, distribute
-from ..dynamics.projected_sgd._checkpoint import fingerprint
+from ..dynamics.projected_sgd import fingerprint
 from ..experiments._config import changed_values
 from ..experiments._executor import Task, execute
 from ..experiments._run_folder import environment

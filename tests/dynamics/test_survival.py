@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from entropic_fast.dynamics import fit_scaling, kaplan_meier, log_rank
 from entropic_fast.dynamics._relaxation import Interval, RelaxationTime
-from entropic_fast.dynamics._survival import fit_scaling, kaplan_meier, log_rank
 
 NOTHING = Interval(0.0, 0.0, 0.0, 0.95, torch.zeros(1), "")
 

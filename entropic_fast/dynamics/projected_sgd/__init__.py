@@ -4,7 +4,7 @@ Start with `_relax`; `_replica_state` is one projection cycle, and `_settings` h
 Relies on `paths` and on the kernels of `ops.projected_step`.
 """
 
-from ._checkpoint import CheckpointMismatchError
+from ._checkpoint import CheckpointMismatchError, fingerprint
 from ._minibatches import Minibatches, in_random_batches
 from ._optimizers import Optimizer
 from ._records import Record
@@ -23,6 +23,7 @@ __all__ = [
     "Trajectory",
     "Record",
     "CheckpointMismatchError",
+    "fingerprint",
     "Minibatches",
     "in_random_batches",
     "Optimizer",
