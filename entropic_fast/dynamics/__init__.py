@@ -1,4 +1,9 @@
-"""Dynamics: projected optimizers along a path, their analysis, and Langevin toys."""
+"""Dynamics along a path: projected SGD, its analysis, the entropic force, and Langevin models.
+
+Start with `projected_sgd` (`relax`); `_relaxation`, `_survival` and `_scaling` analyze
+trajectories, `force` predicts and measures the drift, `langevin` simulates the model potentials of
+figure 1. Relies on `paths`, `curvature` and the kernels of `ops`.
+"""
 
 from .._utils.convergence import DivergenceError
 from ._relaxation import (

@@ -1,4 +1,4 @@
-"""What trajectories say: displacement, drift and relaxation time, with intervals over replicas.
+"""Displacement, drift and relaxation time of trajectories, with intervals over replicas.
 
 >>> from entropic_fast import Objective, ProjectedSGD, linear_path, relax
 >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def median_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
 
     Exact for any continuous distribution: the median lies between the j-th smallest and the
     j-th largest of n samples with probability 1 - 2 P(Binomial(n, 1/2) < j). The largest j
-    that attains `confidence` is taken, or else j = 1, and the probability attained is given.
+    that attains `confidence` is used, or else j = 1, and the probability attained is given.
     One sample bounds nothing. Infinite samples are allowed and rank as such.
 
     >>> interval = median_interval(torch.arange(10.0))
@@ -162,8 +162,8 @@ class RelaxationTime:
             censored one the last time at which it had not arrived.  # [R]
         censored: replicas that had not arrived when the record (or, if they diverged, they
             themselves) ended.  # [R], bool
-        median: with an interval from order statistics, in effective time. Its ends hold
-            whatever the censored times are: they count as their censoring time for `low` and
+        median: with an interval from order statistics, in effective time. Its ends do not
+            depend on the censored times: these count as their censoring time for `low` and
             as infinite for `high`.
         lower_bound: whether `median.value` is only a lower bound, because of censoring.
         horizon: the shortest time for which every replica was watched, or had arrived before.

@@ -173,11 +173,11 @@ def minibatches(
 ) -> Iterator[Tensor | None]:
     """The examples of each step of a cycle: a pure function of its arguments.
 
-    Each pass over the data is a new random order, cut into whole batches.
+    Each pass over the data is a new random order, cut into full batches.
 
     Args:
         count: examples there are.
-        batch_size: examples a step, or None.
+        batch_size: examples per step, or None.
         device: of the indices; default, the CPU.
 
     Yields:
@@ -259,7 +259,7 @@ def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NE
             "resume",
             f"a state of a run with {config}",
             f"one with {state.config}",
-            "resume with the same settings, or start anew",
+            "resume with the same settings, or start again",
         )
     pivots = state.pivots.to(a.device)
     if pivots.dtype != a.dtype or not (torch.equal(pivots[0], a) and torch.equal(pivots[-1], b)):
@@ -267,7 +267,7 @@ def _resumed(state: NEBState, a: Tensor, b: Tensor, config: AutoNEBConfig) -> NE
             "resume",
             "a state between the same ends a and b",
             "one between other ends",
-            "resume with the same minima, or start anew",
+            "resume with the same minima, or start again",
         )
     return NEBState(state.cycle, pivots, state.history, state.cycles, config)
 

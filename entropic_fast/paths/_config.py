@@ -30,7 +30,7 @@ class AutoNEBConfig:
 
     The paper: 4 cycles, learning rate annealed from 0.1 to 1e-3. The rest as in Draxler et al.
     (*Essentially no barriers in neural network energy landscape*, ICML 2018) and its published
-    settings: batches of 512, 1,000 steps a cycle, a pivot inserted where the path deviates by
+    settings: batches of 512, 1,000 steps per cycle, a pivot inserted where the path deviates by
     20 % of the range, rigid spacing (an infinite spring constant); momentum and weight decay as
     in the training of the minima.
 
@@ -38,9 +38,9 @@ class AutoNEBConfig:
         pivots: pivots at the start, on the straight line, both ends counted.
         max_pivots: pivots at most, both ends counted.
         cycles: (steps, learning rate) of each cycle.
-        batch_size: examples a step, the same ones for every pivot; None, or as many as there
-            are, for all of them. Each pass over the data takes whole batches only. A coupled
-            objective takes all examples, whatever it is.
+        batch_size: examples per step, the same ones for every pivot; None, or as many as there
+            are, for all of them. Each pass over the data takes full batches only. A coupled
+            objective always takes all examples.
         momentum: of the pivots' updates, in [0, 1); the buffers start at zero in each cycle.
         weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends; 0
             for an objective with weight decay of its own.
@@ -85,7 +85,7 @@ class AutoNEBConfig:
             cycles = tuple((steps, lr) for steps, lr in self.cycles)
         except (TypeError, ValueError) as error:
             raise checks.invalid(
-                "cycles", "pairs (steps, learning rate), one a cycle", checks.shown(self.cycles)
+                "cycles", "pairs (steps, learning rate), one per cycle", checks.shown(self.cycles)
             ) from error
         if not cycles:
             raise checks.invalid("cycles", "at least one (steps, learning rate)", "none")

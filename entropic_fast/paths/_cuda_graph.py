@@ -17,7 +17,7 @@ SHAPES = 4  # of arguments, for which a graph is kept
 class Replayed:
     """A procedure, on a GPU launched as a CUDA graph from its third call for the same shapes on.
 
-    The graph reads its arguments from tensors of its own, into which those of a call are copied.
+    The graph reads its arguments from buffers, into which those of a call are copied.
     Everything else the procedure must find where it was: it changes tensors in place and reads no
     value back. Where capture fails, it runs as it is, and `note` says why.
 

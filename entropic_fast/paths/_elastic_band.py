@@ -91,7 +91,7 @@ def insertions(
     """Positions at which the band misses a rise of the loss between two pivots.
 
     Between each pair of neighboring pivots, the point where the loss most exceeds the one
-    interpolated linearly between the two; taken if the excess is above `threshold` times the
+    interpolated linearly between the two; inserted if the excess is above `threshold` times the
     range of all the losses (Kolsbjerg, Groves and Hammer, *An automated nudged elastic band
     method*, J. Chem. Phys. 145, 094107, 2016). If there is not room for all, the greatest ones.
 

@@ -91,7 +91,7 @@ def path_losses(
         on_point: called with (points done, points in all); on a GPU for some points at once.
 
     Returns:
-        columns s, loss, is_pivot, and accuracy for cross-entropy (scores [N, C] and whole
+        columns s, loss, is_pivot, and accuracy for cross-entropy (scores [N, C] and integer
         targets [N]).
 
     Raises:

@@ -22,7 +22,7 @@ _FORMAT = "entropic_fast.path/1"
 class Path:
     """A polyline through pivots, parametrized by its relative Euclidean arc length s in [0, 1].
 
-    Lengths, positions and projections are accumulated in float64 whatever the pivots' dtype.
+    Lengths, positions and projections are accumulated in float64 for any dtype of the pivots.
 
     Args:
         pivots: at least two points; the first and the last are the ends. Copied.  # [M, P]

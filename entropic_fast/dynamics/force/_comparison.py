@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 class ForceFit:
     """The drift that noise makes, fitted as a x predicted over positions and replicas.
 
-    Weighted least squares through the origin, a weight a position: 1 over the variance of its
+    Weighted least squares through the origin, one weight per position: 1 over the variance of its
     replicas. Every replica number gives an estimate of its own from all positions, with noise of
     its own, so the interval is Student's t over replicas.
 
@@ -203,7 +203,7 @@ def drift_shares(
         confidence: of the percentile intervals, over resamples of every position's replicas.
 
     Returns:
-        "part", "share", "low", "high": a row a part.
+        "part", "share", "low", "high": one row per part.
 
     Raises:
         ValueError: shapes that differ, or a position with fewer than 2 replicas.
@@ -244,9 +244,9 @@ class ForceComparison:
     """Measured and predicted drift along a path.
 
     Attributes:
-        table: a row a position; velocities in path lengths per effective time (updates x lr).
-            "measured", "low", "high": of the bursts; "std_error": over their replicas alone;
-            "energetic": of the same burst without noise; "gradient": - u . grad L / length;
+        table: one row per position; velocities in path lengths per effective time (updates x lr).
+            "measured", "low", "high": of the short runs; "std_error": over their replicas alone;
+            "energetic": of the same short run without noise; "gradient": - u . grad L / length;
             "predicted_entropic": at finite k; "predicted_on_path": with the noise on the path
             only (no spread); "predicted_exclusion"; "predicted_stationary" and
             "predicted_potential": for k -> infinity, of the r directions, with their own and
@@ -255,10 +255,10 @@ class ForceComparison:
             "noise_share": of tr C in the r directions; "force_share": what they alone give of
             the entropic prediction;
             "eigenvalues_converged": 1 if all r eigenvalues met their tolerance, else 0;
-            "squared_distance", "predicted_squared_distance": from the path at the burst's end.
+            "squared_distance", "predicted_squared_distance": from the path at the short run's end.
         fit: residual = a x predicted_entropic.
         correlation, shuffled_p: of `shuffled_curvature`.
-        drift: the bursts.
+        drift: the short runs.
         forces: by position.
     """
 

@@ -1,4 +1,4 @@
-"""Drift velocity along a path, measured by bursts of many replicas from chosen positions."""
+"""Drift velocity along a path, measured by short runs of many replicas from chosen positions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Drift:
     """Velocities along a path, of independent replicas at each position.
 
     Attributes:
-        position: where the bursts started.  # [K]
+        position: where the short runs started.  # [K]
         velocity: of each replica, in path lengths per effective time (updates x lr), NaN if it
             diverged.  # [K, R]
         raw: without the control of noise along the path.  # [K, R]
@@ -41,7 +41,7 @@ class Drift:
             mean gradient of batches with statistics of their own. 0 without these, or without
             control.  # [K]
         control: whether `velocity` is controlled.
-        settings: of the bursts.
+        settings: of the short runs.
         trajectory: of all replicas, position by position.
     """
 
@@ -68,7 +68,7 @@ class Drift:
         return replace(found, low=found.value - below, high=found.value + above)
 
     def to_table(self, confidence: float = 0.95) -> Table:
-        """Columns "position", "velocity", "low", "high", "replicas", a row a position.
+        """Columns "position", "velocity", "low", "high", "replicas", one row per position.
 
         A position at which no replica is left is NaN.
         """
@@ -94,24 +94,24 @@ def measure_drift(
     control: bool = True,
     execution: Execution = Execution(),
 ) -> Drift:
-    """Drift velocity as a function of position, from short bursts of projected SGD.
+    """Drift velocity as a function of position, from short short runs of projected SGD.
 
     Every replica of every position has noise of its own, so velocities are independent. Most of
-    a burst's displacement is noise of the minibatch gradients along the path, of known mean 0:
+    a short run's displacement is noise of the minibatch gradients along the path, of known mean 0:
     what the same minibatches' gradients along the tangent at the start give, less the mean
-    gradient's, is subtracted (a control variate of coefficient 1, so no bias whatever the loss;
+    gradient's, is subtracted (a control variate of coefficient 1, so unbiased for any loss;
     the noise left is that of the second order).
 
     Where batches have statistics of their own, the mean over all possible batches is out of reach;
     it is estimated over the batches of one random order of the examples. That error is one and the
     same for all replicas (`order_error`, part of `Drift.interval`). `noiseless_drift` takes the
     same batches, so the difference of both is free of it to first order. Each minibatch's
-    gradient is then taken a second time, by itself: as much work as the bursts, or more.
+    gradient is then computed a second time: as much work as the short runs, or more.
 
     Args:
         obj, path: as for `relax`.
         positions: where to start, in [0, 1]; best inside segments of the path.  # [K]
-        settings: of the bursts. Long ones average the drift over where they go.
+        settings: of the short runs. Long ones average the drift over where they go.
         replicas: R at each position, 2 or more for an interval.
         seed: of the minibatches.
         control: whether to subtract the noise along the path.
@@ -238,7 +238,7 @@ def tangent_gradients(obj: Objective, path: Path, position: float) -> Tensor:
 def noiseless_drift(
     obj: Objective, path: Path, positions: Sequence[float] | Tensor, settings: ProjectedSGD
 ) -> Tensor:
-    """Velocity of the same burst with gradients over all examples: the energetic part.  # [K]
+    """Velocity of the same short run with gradients over all examples: the energetic part.  # [K]
 
     In path lengths per effective time. At steps=1 it is - u . grad L / length (with weight
     decay, of the loss and the decay's energy). Where batches have statistics of their own, the

@@ -21,9 +21,9 @@ from ...ops.random_bits.streams import fold_in, normal, permutation, uniform
 
 
 def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Chunk by chunk the first row's number and gradients of examples, or of whole batches.
+    """Chunk by chunk the first row's number and gradients of examples, or of batches.
 
-    With `norm="batch"` only whole batches of equal size count, so that each is alike.  # [n, P]
+    With `norm="batch"` only full batches count, so that each is alike.  # [n, P]
     """
     if obj.norm != "batch":
         yield from ExampleGradients(obj, theta).chunks()

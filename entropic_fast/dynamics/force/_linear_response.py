@@ -6,7 +6,7 @@ from the path and in the momentum buffer b (as `torch.optim.SGD` keeps it):
     g = (lambda + weight decay) w + xi,   b <- momentum b + g,   w <- w - lr (b, or as Nesterov)
 
 and every k updates w is put to 0, b is not. So w is a sum over the updates before of response times
-noise, whatever k and momentum; plain SGD gives the AR(1) process w <- (1 - lr lambda) w - lr xi.
+noise, for any k and momentum; plain SGD gives the AR(1) process w <- (1 - lr lambda) w - lr xi.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Response:
 
 
 def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True) -> Response:
-    """Linear response of directions of given stiffness over a burst, float64.
+    """Linear response of directions of given stiffness over a short run, float64.
 
     Args:
         stiffness: eigenvalue of the Hessian in each direction, weight decay not included.  # [r]
-        settings: of the burst.
+        settings: of the short run.
         project: whether w is put to 0 every k updates and at the end (not along the path).
 
     >>> settings = ProjectedSGD(0.5, 1, project_every=2, steps=3)
@@ -70,7 +70,7 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
 
 
 def impulse_response(settings: ProjectedSGD) -> Tensor:
-    """Displacement along the path at the end of a burst, for a unit force at update j.  # [n]
+    """Displacement along the path at the end of a short run, for a unit force at update j.  # [n]
 
     (For a force -1, that is a gradient of +1, the displacement is minus this.) With momentum mu
     a force goes on acting: lr (1 - mu^(n - j)) / (1 - mu).

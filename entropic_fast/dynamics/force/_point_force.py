@@ -87,7 +87,7 @@ class PointForce:
         noise_heterogeneity: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 if not computed.
         num_examples: N.
         pairs: the eigenpairs.
-        max_examples: how many examples the curvature was taken on; None for all.
+        max_examples: how many examples the curvature is of; None for all.
     """
 
     position: float
@@ -118,10 +118,10 @@ class PointForce:
     def entropic(
         self, settings: ProjectedSGD, *, noise_heterogeneity: bool = True, complement: bool = True
     ) -> Estimate:
-        """Mean velocity of a burst by the entropic force, in path lengths per effective time.
+        """Mean velocity of a short run by the entropic force, in path lengths per effective time.
 
         Args:
-            settings: of the burst, which starts here on the path.
+            settings: of the short run, which starts here on the path.
             noise_heterogeneity: whether noise grows away from the path.
             complement: whether to add what lies beyond the r directions.
 
@@ -140,7 +140,7 @@ class PointForce:
         return Estimate(float(total.sum()), error, len(self.curvature_slope))
 
     def without_replacement(self, settings: ProjectedSGD) -> float:
-        """Mean velocity of a burst because minibatches of an epoch exclude one another."""
+        """Mean velocity of a short run because minibatches of an epoch exclude one another."""
         found, sampling, _ = self._noise(settings, False)
         factors = sampling.without_replacement(found.pre_update, impulse_response(settings))
         return -0.5 * float(factors @ self.noise_slope) / (settings.effective_time * self.length)
@@ -148,7 +148,7 @@ class PointForce:
     def squared_distance(
         self, settings: ProjectedSGD, *, noise_heterogeneity: bool = True
     ) -> Tensor:
-        """E |w|^2 after each update of a burst, before the projection if one follows.  # [n]"""
+        """E |w|^2 after each update of a short run, before the projection if one follows.  # [n]"""
         found, sampling, multiplier = self._noise(settings, noise_heterogeneity)
         return self.noise @ sampling.squares(found.post_update, multiplier)
 

@@ -1,4 +1,4 @@
-"""Curvature of part of the data, for the force, and of its parts in turn."""
+"""Curvature of a subset of the data, and of disjoint subsets in turn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_in_dynamics(obj: Objective) -> Objective:
 def first_examples(obj: Objective, max_examples: int | None) -> Objective:
     """The objective on its first so many examples, in batches as large as before; None: on all.
 
-    With batch statistics on whole batches, one at least.
+    With batch statistics on full batches, one at least.
     """
     return _parts(obj, max_examples, 1)[0]
 
@@ -36,7 +36,7 @@ def forms_by_parts(
     spread of its mean (`mean_of_parts`).
 
     Returns:
-        on the CPU, a row a part; NaN fills rows of one column fewer.  # [G, ceil(K / G)]
+        on the CPU, one row per subset; NaN fills rows of one column fewer.  # [G, ceil(K / G)]
     """
     parts = _parts(obj, max_examples, vectors.shape[1])
     forms = torch.full((len(parts), -(-vectors.shape[1] // len(parts))), torch.nan).double()

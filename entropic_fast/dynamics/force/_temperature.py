@@ -22,7 +22,7 @@ class Temperature:
         measured: the predicted one times the ratio of mean squared distances from the path just
             before a projection, measured to predicted; with an interval over replicas.
         ratio: that ratio, with its interval: 1 where the linear theory holds.
-        squared_distance: predicted, at the end of the burst.
+        squared_distance: predicted, at the end of the short run.
     """
 
     predicted: float
@@ -39,13 +39,13 @@ def effective_temperature(
     noise_heterogeneity: bool = False,
     confidence: float = 0.95,
 ) -> Temperature:
-    """Temperature from the fluctuations at one position of measured bursts.
+    """Temperature from the fluctuations at one position of measured short runs.
 
     At temperature T_i a direction of stiffness lambda_i left alone has E w_i^2 = T_i / lambda_i
     (small lr). After k updates from rest it has less, by a known factor (`response`), so that
     E |w|^2 before a projection is linear in the temperatures: their measured common multiple of
     lr c_i / (2 B (1 - momentum)) is the ratio here. Replicas are the independent units: each
-    gives the mean over the burst's projections of whole cycles.
+    gives the mean over the short run's projections of full cycles.
 
     Args:
         drift: measured with the projections recorded.

@@ -118,8 +118,8 @@ def radial_share(
     Args:
         obj: the objective of the dynamics, with `norm="batch"` where the network normalizes.
         path: as for `point_force`.
-        point: the force at a position; curvature is taken on the same examples.
-        settings: of the bursts.
+        point: the force at a position; its curvature is of the same examples.
+        settings: of the short runs.
 
     Returns:
         velocities in path lengths per effective time; 0 for the radial one where no weights are

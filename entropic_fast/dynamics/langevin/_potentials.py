@@ -23,7 +23,7 @@ from ...ops.langevin import forces as langevin_forces
 class RingPotential:
     """V(r, theta) = 1/2 g(theta) (r - 1)^2 in the plane, g = stiffness (1 + contrast cos(m theta)).
 
-    Figure 1A: minima on the whole circle r = 1, curvature g across it that depends on the
+    Figure 1A: minima on the circle r = 1, curvature g across it that depends on the
     angle. Positions are (x, y) = (r cos theta, r sin theta).
 
     Args:
@@ -105,7 +105,7 @@ class RingPotential:
 class RidgePotential:
     """V(x, y) = 1/2 g(y) |x|^2: a channel whose stiffness falls from one end to the other.
 
-    Figure 1B: the floor x = 0 is flat, so nothing but the noise in x moves y, toward the
+    Figure 1B: the floor x = 0 is flat, so only the noise in x moves y, toward the
     broad side. g(y) = stiff (broad / stiff)^(y / length) is exponential, so that its entropic
     force is the same everywhere. Soft walls 1/2 wall (distance beyond)^2 hold y in
     [0, length]. Positions are (x_1 ... x_n, y).
@@ -198,7 +198,7 @@ class RidgePotential:
 class ChannelPotential:
     """V(x, y) = 1/2 g(y) |x|^2, g = stiffness exp(contrast cos(2 pi y / length)): a closed channel.
 
-    Its floor x = 0 is flat and has no ends, so nothing but the curvature across tells one y from
+    Its floor x = 0 is flat and has no ends, so only the curvature across tells one y from
     another: V_eff = (n T / 2) ln g(y), and the density along it does not depend on temperature.
     y is periodic with period `length` (it is not wrapped). Positions are (x_1 ... x_n, y).
 
@@ -266,7 +266,7 @@ class ChannelPotential:
 def kernel_form(potential: object) -> tuple[str, tuple[float, ...]] | None:
     """Name and parameters in `ops.langevin` of a built-in potential; None for any other.
 
-    A subclass is another: its force may be its own.
+    None for a subclass too, which may define its own force.
 
     >>> kernel_form(ChannelPotential(10.0, 0.5, 2.0))
     ('channel', (10.0, 0.5, 2.0))

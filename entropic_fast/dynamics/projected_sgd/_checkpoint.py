@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file, replaced whole, so that a kill at any moment leaves it good."""
+"""Checkpoints of a run: one file, replaced atomically, so that a kill leaves it intact."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CheckpointMismatchError(ValueError):
 class Checkpoint:
     """A file with the state of a run and the settings it is of.
 
-    It is safetensors, with the settings in its own header: a second file could be of another
-    moment. A new checkpoint is written beside the old one, flushed, and renamed over it.
+    It is safetensors, with the settings in its header, because a second file could be out of step.
+    A new checkpoint is written beside the old one, flushed, and renamed over it.
 
     Args:
         file: its name.
@@ -97,9 +97,9 @@ def fingerprint(*tensors: Tensor) -> str:
     >>> fingerprint(torch.ones(2)) == fingerprint(torch.ones(2).double())
     False
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in tensors:
-        whole = tensor.detach().cpu().contiguous()
-        found.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-        found.update(whole.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

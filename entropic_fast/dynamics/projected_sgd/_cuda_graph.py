@@ -1,4 +1,4 @@
-"""Whole cycles of a run as CUDA graphs: one launch for k updates and a projection."""
+"""Cycles of a run as CUDA graphs: one launch for k updates and a projection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_PATIENCE = 64
 class GraphedCycles:
     """Runs cycles, on a CUDA device as a graph once they are warm.
 
-    A graph holds gradients, optimizer and projection of a whole cycle. It reads the examples of
+    A graph holds gradients, optimizer and projection of a cycle. It reads the examples of
     its minibatches from one table, which is filled before each launch, on the device. When a
     replica is dropped, tensors are new: cycles run as they are, for twice as long after every
     capture, and are then captured again. Where capture fails, cycles run as they are, and `note`

@@ -37,7 +37,7 @@ def over_processes(
     """Each process runs a contiguous range of the replicas; all return the trajectory of all.
 
     Raises:
-        ValueError: files to write to, of which each process would need its own.
+        ValueError: files to write to, of which each process would need one.
         DivergenceError: every replica of every process diverged.
         RankFailedError, RankLostError: as `Communicator.all_reduce`.
     """
@@ -92,32 +92,32 @@ def over_processes(
 
 def _together(
     communicator: Communicator,
-    own: Trajectory | None,
+    local: Trajectory | None,
     first: int,
     replicas: int,
     lrs: Tensor,
     ids: Sequence[int],
 ) -> Trajectory:
     # One whose replicas all diverged ends early; the longest says when records were made.
-    lengths = communicator.all_gather([0 if own is None else len(own.steps)])
+    lengths = communicator.all_gather([0 if local is None else len(local.steps)])
     records = max(length for (length,) in lengths)
     leader = lengths.index([records])
     metadata: dict[str, Any] = {}
-    if own is not None:
+    if local is not None:
         names = ("optimizer", "batch_size", "project_every", "seed", "backend")
-        metadata = {name: getattr(own, name) for name in names}
-        metadata |= {"datasets": list(own.dataset_losses), "steps": own.steps.tolist()}
+        metadata = {name: getattr(local, name) for name in names}
+        metadata |= {"datasets": list(local.dataset_losses), "steps": local.steps.tolist()}
     metadata = json.loads(communicator.broadcast_text(json.dumps(metadata), leader))
     datasets = metadata.pop("datasets")
     numbers = torch.zeros(len(NUMBERS) + len(datasets), replicas, records, dtype=torch.float64)
     lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
-    if own is not None:
-        rows = slice(first, first + own.num_replicas)
+    if local is not None:
+        rows = slice(first, first + local.num_replicas)
         numbers[:, rows] = math.nan
-        every = [getattr(own, n) for n in NUMBERS] + [own.dataset_losses[n] for n in datasets]
-        numbers[:, rows, : len(own.steps)] = torch.stack(every)
-        lost[rows] = own.diverged_at.double()
-        notes = "\n".join(own.notes)
+        every = [getattr(local, n) for n in NUMBERS] + [local.dataset_losses[n] for n in datasets]
+        numbers[:, rows, : len(local.steps)] = torch.stack(every)
+        lost[rows] = local.diverged_at.double()
+        notes = "\n".join(local.notes)
     numbers = communicator.all_reduce(lambda: numbers.to(communicator.device), "records").cpu()
     lost = communicator.all_reduce(lambda: lost.to(communicator.device), "losses of replicas").cpu()
     said = [

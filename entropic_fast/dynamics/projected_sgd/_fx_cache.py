@@ -57,7 +57,7 @@ class FxCache:
         self, tensors: tuple[Tree, ...], expected: tuple[Tensor, ...]
     ) -> Callable[..., tuple[Tensor, ...]]:
         try:
-            with forward_lock:  # tracing changes torch's state for the whole process
+            with forward_lock:  # tracing changes torch's state for the entire process
                 graph = graph_of(self._function, *tensors)
             for node in list(graph.graph.nodes):
                 if node.target in _NOTHING:
@@ -68,7 +68,7 @@ class FxCache:
             found = graph(*tensors)
         except torch.OutOfMemoryError:
             raise
-        except Exception as why:  # whatever tracing does not know: the function itself is right
+        except Exception as why:  # tracing may fail in any way; the function is right
             logger.info("replicas go without a list of operations: %s", why)
             return self._function
         if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
@@ -80,7 +80,7 @@ class FxCache:
 def _same(found: Tensor, expected: Tensor) -> bool:
     """Whether two runs of the same operations gave these: to the bit on a CPU.
 
-    On a GPU as a whole to 1,000 roundings: 1e-4 in float32, where other random numbers or other
+    On a GPU to 1,000 roundings in norm: 1e-4 in float32, where other random numbers or other
     control flow differ in the first digits.
     """
     if torch.equal(found, expected):

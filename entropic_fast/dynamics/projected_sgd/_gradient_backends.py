@@ -20,12 +20,12 @@ from ._thread_pool import ThreadPoolGradients
 Gradients = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # On a CPU vmap saves the cost of small calls, yet its grouped convolutions do arithmetic more
-# slowly; threads run whole replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers a
-# minibatch of 16), two cores, ms a replica and update, loop, threads, vmap: R = 2 1.02 0.89 1.08,
+# slowly; threads run entire replicas side by side. Digits CNN (14,378 parameters, 1,024 numbers per
+# minibatch of 16), two cores, ms per replica and update, loop, threads, vmap: R = 2 1.02 0.89 1.08,
 # R = 4 0.99 0.59 0.66, R = 8 0.94 0.56 0.43, R = 16 0.91 0.53 0.29; one core: R = 3 1.00 0.87 0.90.
 # ResNet-8 (49,152 numbers), R = 16: 9.8 5.9, vmap slower than the loop.
-_VMAP_REPLICAS, _VMAP_NUMBERS = 3, 2048  # replicas a core, numbers in a minibatch
-_CHUNK = 64  # replicas a call: 16, 32 and 64 took 0.37, 0.34 and 0.30 ms a replica on one core
+_VMAP_REPLICAS, _VMAP_NUMBERS = 3, 2048  # replicas per core, numbers in a minibatch
+_CHUNK = 64  # replicas per call: 16, 32 and 64 took 0.37, 0.34 and 0.30 ms per replica on one core
 
 
 def loop_gradients(objective: Objective) -> Gradients:
@@ -70,14 +70,14 @@ def choose(
     """The backend for these sizes, tried on the first minibatch.
 
     "auto" is what measured fastest on CPUs: vmap where a minibatch holds at most 2,048 numbers and
-    there are 3 replicas or more a core (calls then cost more than arithmetic); else threads, one a
-    core (`torch.get_num_threads()`), but the loop for a single replica that can have several cores
-    for each operation. On a GPU it is vmap from 2 replicas on. That has not been measured; "loop"
-    is worth a try there, since CUDA graphs free it of launch costs. It is not chosen by timing
-    both: they round differently, and what a run returns must not depend on a clock.
+    there are 3 replicas or more per core (calls then cost more than arithmetic); else threads, one
+    per core (`torch.get_num_threads()`), but the loop for a single replica that can have several
+    cores for each operation. On a GPU it is vmap from 2 replicas on. That has not been measured;
+    "loop" is worth a try there, since CUDA graphs free it of launch costs. The choice does not time
+    both: they round differently, and the results of a run must not depend on a clock.
 
     The first replica's gradient must be the loop's; otherwise, and where the model fails, the
-    next of vmap, threads and loop is taken, and the note says why.
+    next of vmap, threads and loop is used, and the note says why.
 
     Args:
         backend: "auto", or "vmap", "threads" (an error where they fail) or "loop".
@@ -132,7 +132,7 @@ def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
 def _tried(
     name: str, objective: Objective, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[Gradients | None, str]:
-    """A backend that gives the loop's gradient, or why it will not do for this model."""
+    """A backend that gives the loop's gradient, or why it cannot be used for this model."""
     if name == "threads" and theta.device.type != "cpu":
         return None, f"a model on {theta.device}"
     if name == "threads" and objective.only_functional:
@@ -166,12 +166,12 @@ def close(gradients: Gradients) -> None:
 def _failure(
     batched: Gradients, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> str:
-    """Why a backend will not do for this model; "" if it will."""
+    """Why a backend cannot be used for this model; "" if it can."""
     try:
         with warnings.catch_warnings():
-            # vmap warns where it falls back to a slow loop of its own.
+            # vmap warns where it falls back to an internal slow loop.
             warnings.simplefilter("error")
-            # torch's own, once, and no fault of the model's.
+            # raised once by torch, not by the model.
             warnings.filterwarnings("ignore", ".*no current CUDA context")
             losses, rows = batched(theta, inputs, targets)
     # A model may fail under vmap in any way at all; what it raises is passed on in the reason.

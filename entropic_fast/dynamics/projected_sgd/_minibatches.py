@@ -18,21 +18,21 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Minibatches:
-    """Epochs of permutations without replacement, one order a replica.
+    """Epochs of permutations without replacement, one order per replica.
 
     An epoch is floor(N / B) batches of distinct examples; the N mod B left over are not used in
     that epoch, so every batch has B examples. The order of epoch e of the replica with id i is
     `permutation(N, fold_in(seed, "relax", i), stream=e)`: no replica's noise depends on which
     others there are, on the device or on what was drawn before.
 
-    B = N is the full batch: every update takes all examples in their own order, so there is no
+    B = N is the full batch: every update takes all examples in a fixed order, so there is no
     minibatch noise, not even of rounding, and all replicas see the same.
 
     Args:
         objective: whose examples to draw; held in memory, not copied if they were tensors.
-        batch_size: B, examples a batch, at most N.
-        seed: of the whole run.
-        ids: one number a replica.  # R of them
+        batch_size: B, examples per batch, at most N.
+        seed: of the run.
+        ids: one number per replica.  # R of them
         augment: changes inputs [n, ...] at random, given words [n, 4] (int64, uniform in
             [0, 2^32)); they are a function of (seed, id, epoch, example). None for no change.
 
@@ -73,10 +73,10 @@ class Minibatches:
             raise checks.invalid(
                 "augment", "None for inputs of many tensors", checks.describe(augment)
             )
-        # Copied to the device once: a cycle then needs nothing from the host.
+        # Copied to the device once: a cycle then copies no data from the host.
         self._keys = self._derived("relax")
         self._word_keys = self._derived("relax augment")
-        # Batches of whole epochs from `_first` to before `_end`.  # [epochs x per_epoch, R, B]
+        # Batches of full epochs from `_first` to before `_end`.  # [epochs x per_epoch, R, B]
         self._first, self._end, self._held = 0, 0, torch.empty(0)
 
     def _derived(self, purpose: str) -> Tensor:
@@ -112,10 +112,10 @@ class Minibatches:
         return batches.transpose(1, 2).reshape(-1, len(self.ids), self.batch_size)
 
     def table(self, step: int, count: int) -> Tensor:
-        """All that `count` updates from `step` on take at random, an entry each.  # [k, ...]
+        """The random inputs of `count` updates from `step` on, one entry per update.  # [k, ...]
 
         Entries are examples [R, B], or with augmentation examples and words [R, B, 5]; the full
-        batch needs none without. Nothing is copied from the host or waited for.
+        batch needs none without. There is no copy from the host and no synchronization.
         """
         if self.augment is not None:
             return self._with_words(step, count)
@@ -169,10 +169,10 @@ class Minibatches:
 def in_random_batches(obj: Objective, batch_size: int) -> Objective:
     """With batch statistics: an objective whose batches are like the dynamics' minibatches.
 
-    Data have an order of their own, sorted or balanced over the classes, and batches in that order
+    Data may be sorted or balanced over the classes, and batches in that order
     are not like random ones: of a ResNet-8 near a minimum, class-balanced batches of 16 images
     had an eighth of the noise. Here examples are in one random order, the same at every call, in
-    whole batches; the N mod B left over are not used, as in an epoch.
+    full batches; the N mod B left over are not used, as in an epoch.
 
     Raises:
         ValueError: a batch size outside 1 .. N.

@@ -1,6 +1,6 @@
 """Records of a run: kept in memory, or streamed to a CSV file so that memory stays constant.
 
-A file of records has the columns of `Trajectory.to_table`, record by record, with a line a replica.
+A file of records has the columns of `Trajectory.to_table`, record by record, one line per replica.
 Lines are only ever appended, so a kill costs at most the record being written: readers leave an
 unfinished one out, and a resumed run cuts the file where its checkpoint was taken. What a table
 cannot say (optimizer, seed, notes ...) is in a manifest beside it (`.json`).
@@ -88,7 +88,7 @@ class ToFile:
     """Records appended to a file; the first and the last stay in memory.
 
     Args:
-        file: its name; written anew, unless `restore` is called next.
+        file: its name; overwritten, unless `restore` is called next.
         starts, lrs, ids: of the replicas.  # [R]
         metadata: for the manifest.
         datasets: names of the other data sets.
@@ -165,7 +165,7 @@ class ToFile:
 
 
 def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
-    """The table of whole records in a file, and its manifest.
+    """The table of complete records in a file, and its manifest.
 
     Raises:
         FileNotFoundError: the file or its manifest is missing.

@@ -1,4 +1,4 @@
-"""The state of replicas under way, moved a whole cycle (k updates and a projection) at a time."""
+"""The state of the replicas, advanced one cycle (k updates and a projection) at a time."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ReplicaState:
         backends.prioritize(self.gradients, lambda: (updates or self.updates)(table))
         self.step += count
         self.summed += count
-        # NaN or infinity in theta gives t = NaN, and so a distance that is no less than any.
+        # A non-finite theta gives a NaN distance, for which `distance <= max` is False.
         self._drop((self.bad > 0) | ~(self.distance <= self.max_distance))
 
     def updates(self, table: Tensor) -> None:
@@ -115,7 +115,7 @@ class ReplicaState:
         return Record(0, starts, zeros, self.first_loss.cpu(), full, nobody, others)
 
     def record(self, evaluation: Evaluation) -> Record:
-        """The record of this moment; sums over updates begin anew."""
+        """The record of this moment; sums over updates start again."""
         full, others = evaluation(self.step, self.theta)
         read = torch.stack([self.position, self.distance, self.losses / self.summed]).cpu()
         position, distance, losses = (self._spread(values) for values in read)
@@ -153,9 +153,9 @@ class ReplicaState:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, between two cycles."""
-        own = {name: getattr(self, name) for name in TENSORS}
-        own["steps"] = torch.tensor([self.step, self.summed])
-        return own | {f"optimizer.{i}": part for i, part in enumerate(self.rule.state)}
+        state = {name: getattr(self, name) for name in TENSORS}
+        state["steps"] = torch.tensor([self.step, self.summed])
+        return state | {f"optimizer.{i}": part for i, part in enumerate(self.rule.state)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""

@@ -1,7 +1,7 @@
-"""Gradients of replicas on a CPU, each whole on one thread: one worker a core.
+"""Gradients of replicas on a CPU, one replica per thread and one worker per core.
 
 Small networks gain little from splitting each operation over cores: ResNet-8 at B = 16 takes 14 ms
-on one core and 9 on two. Replicas are independent, so whole ones are split instead: kernels and
+on one core and 9 on two. Replicas are independent, so entire replicas are distributed: kernels and
 autograd's backward pass release Python's lock and run in the thread that calls them. Every
 worker computes on one core, so a replica's numbers do not depend on how many workers there are.
 """
@@ -81,8 +81,8 @@ class ThreadPoolGradients:
     """Gradients of replicas by reverse mode, replicas shared out among workers as they come.
 
     Each replica has a module of its own, whose parameters are views of its row of theta. Images
-    are taken with channels last where the network can, which saves the library a conversion in
-    every convolution (ResNet-8: 14.1 ms to 11.4 on one core).
+    are in channels-last format where the network supports it, which saves a conversion in every
+    convolution (ResNet-8: 14.1 ms to 11.4 on one core).
 
     Args:
         objective: of all replicas.
@@ -118,7 +118,7 @@ class ThreadPoolGradients:
         return self._losses, self._rows
 
     def prioritize(self, work: Callable[[], None]) -> None:
-        """`work()`, which calls these gradients, on a core without helpers of its own."""
+        """`work()`, which calls these gradients, on a core without OpenMP helpers."""
         self._workers.prioritize(work)
 
     def _one(self, r: int, inputs: Tensor, targets: Tensor) -> None:

@@ -215,7 +215,7 @@ class Trajectory:
     @classmethod
     def load(cls, file: str | Path) -> Trajectory:
         """What `relax` has written to `Recording(to=file)`, of a finished run or of one that was
-        killed: its whole records, up to the last.
+        killed: its complete records.
 
         Raises:
             DamagedFileError: a file that is not a record of relax.
