@@ -26,7 +26,7 @@ from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.experiments import _inputs as pieces
 from entropic_fast.experiments._run_folder import RunFolder
 from entropic_fast.experiments.figures import force as fig_force
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits.streams import permutation
 from entropic_fast.paths._path import Path as LossPath
 

@@ -15,7 +15,7 @@ from entropic_fast.curvature import (
     score_spectrum,
     top_eigenvalues,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits.streams import rademacher
 from entropic_fast.training.models import build, initialize
 

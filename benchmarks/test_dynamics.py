@@ -14,7 +14,7 @@ from entropic_fast.dynamics import (
     relax,
     simulate_langevin,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import build, initialize
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import AutoNEBConfig, Path, auto_neb
 from entropic_fast.training.models import build, initialize
 

@@ -52,8 +52,7 @@ from .dynamics import (
     relax_many,
     simulate_langevin,
 )
-from .objective import NonFiniteLossError, Objective
-from .objective._live_model import StaleStatisticsWarning
+from .objective import NonFiniteLossError, Objective, StaleStatisticsWarning
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
 from .training.lmc import LMCResult, linear_mode_connectivity

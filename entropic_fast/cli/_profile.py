@@ -14,7 +14,7 @@ from torch import nn
 
 from .._utils import checks
 from ..experiments import _pipeline as stages
-from ..objective.losses._functions import NAMES
+from ..objective.losses import NAMES
 from ..profile import _user_code as sources
 from ..profile._profile import plan_profile, profile_model
 from ..profile._subject import ProfileSettings

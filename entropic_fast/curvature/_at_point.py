@@ -15,8 +15,7 @@ from .._torch.full_precision import full_precision
 from .._utils import checks
 from .._utils.convergence import held, warn_once
 from .._utils.results import Density, Eigenpairs, Estimate
-from ..objective import Objective
-from ..objective._objective import require_objective
+from ..objective import Objective, require_objective
 from .estimators._block_lanczos import TRUSTED
 from .estimators._density import density_and_pairs
 from .estimators._krylov_basis import ROUNDING

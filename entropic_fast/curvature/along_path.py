@@ -13,8 +13,7 @@ from .._utils.convergence import warn_of_overflow, warn_once
 from .._utils.results import Density, Eigenpairs
 from .._utils.table import Table
 from ..distributed import RankFailedError, not_finite
-from ..objective import NonFiniteLossError, Objective
-from ..objective._objective import require_objective
+from ..objective import NonFiniteLossError, Objective, require_objective
 from ._at_point import (
     DEFAULT_DELTA,
     QUANTITIES,

@@ -17,7 +17,7 @@ from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores, peak_memory
 from .._utils.table import Table
 from ..curvature.estimators._block_lanczos import EXTRA_COLUMNS
-from ..objective._normalization import norm_layers
+from ..objective import norm_layers
 from . import _inputs as pieces
 from ._costs import count_operations
 from ._executor import Task

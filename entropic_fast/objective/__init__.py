@@ -1,9 +1,30 @@
 """Objective: model, loss and data as a function of one parameter vector.
 
-Start with `_objective`; `losses` holds the losses in closed form, `_validation` what is checked
-when an objective is made. Relies on `distributed` for sums over several processes.
+Start with `_objective`, whose base classes are `_mean_loss` (the loss over all data and its
+gradient, shared among ranks), `_functional_model` (outputs and losses of a batch) and
+`_parameter_vector`. `losses` holds the losses in closed form, `data` the examples, `_validation`
+what is checked when an objective is made. Relies on `distributed`, `_torch` and `_utils`.
 """
 
-from ._objective import NonFiniteLossError, Objective
+from .._torch.graph_checks import NonFiniteLossError
+from ._architecture_cache import LRUCache, objective_key
+from ._live_model import StaleStatisticsWarning
+from ._modules import copied, plain_name, wrapped_name
+from ._normalization import norm_layers
+from ._objective import Objective, require_objective
+from ._parameters import as_real, model_lock
 
-__all__ = ["NonFiniteLossError", "Objective"]
+__all__ = [
+    "LRUCache",
+    "NonFiniteLossError",
+    "Objective",
+    "StaleStatisticsWarning",
+    "as_real",
+    "copied",
+    "model_lock",
+    "norm_layers",
+    "objective_key",
+    "plain_name",
+    "require_objective",
+    "wrapped_name",
+]

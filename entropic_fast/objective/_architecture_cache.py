@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-class Kept(Generic[Value]):
+class LRUCache(Generic[Value]):
     """The values of the keys that were asked for last; threads may share it.
 
-    >>> kept = Kept(1)
+    >>> kept = LRUCache(1)
     >>> kept.put(("a",), 1), kept.put(("b",), 2), kept.put(None, 3)
     (None, None, None)
     >>> kept.get(("a",)), kept.get(("b",)), kept.get(None)
@@ -62,7 +62,7 @@ class Kept(Generic[Value]):
             self._values.clear()
 
 
-_kept: list[Kept[Any]] = []
+_kept: list[LRUCache[Any]] = []
 
 
 def forget() -> None:

@@ -22,7 +22,7 @@ from .._torch.uncompiled import eager
 from .._utils import checks, trees
 from .._utils.devices import is_gpu
 from .._utils.trees import Tree
-from ._architecture_cache import Kept, objective_key
+from ._architecture_cache import LRUCache, objective_key
 from ._batch_coupling import require_separate
 from ._functional_model import FunctionalModel
 from ._modules import require_no_references, requiring_gradients
@@ -209,7 +209,7 @@ def require_model(
 
 # Models, with losses, that were found to be deterministic, to write to no parameter, and not to mix
 # examples: properties of their code, which need not be tried for each set of weights.
-_passed: Kept[bool] = Kept(256)
+_passed: LRUCache[bool] = LRUCache(256)
 
 
 def _first_outputs(obj: FunctionalModel, theta: Tensor, inputs: Tensor) -> Tensor:

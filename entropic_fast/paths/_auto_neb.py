@@ -15,8 +15,7 @@ from .._utils import checks
 from .._utils.convergence import DivergenceError
 from .._utils.devices import is_gpu
 from .._utils.table import Table
-from ..objective import Objective
-from ..objective._objective import require_objective
+from ..objective import Objective, require_objective
 from ..ops.random_bits import streams as random
 from ._config import AutoNEBConfig
 from ._descent import Descent

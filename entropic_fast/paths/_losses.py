@@ -17,9 +17,8 @@ from .._utils.convergence import warn_of_overflow
 from .._utils.devices import is_gpu
 from .._utils.table import Table
 from ..distributed import RankFailedError, SingleProcess, not_finite
-from ..objective import NonFiniteLossError, Objective
-from ..objective._objective import require_objective
-from ..objective.losses._functions import hits
+from ..objective import NonFiniteLossError, Objective, require_objective
+from ..objective.losses import hits
 from . import _arc_length as arc
 from ._path import Path
 

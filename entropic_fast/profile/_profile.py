@@ -29,9 +29,8 @@ from ..experiments._config import changed_values
 from ..experiments._executor import Task, execute
 from ..experiments._run_folder import environment
 from ..experiments._task_store import TaskStore, require_same, require_unused
-from ..objective import Objective
-from ..objective._modules import plain_name
-from ..objective.losses._functions import LossFunction
+from ..objective import Objective, plain_name
+from ..objective.losses import LossFunction
 from . import _report as profile_report
 from ._plan import print_plan
 from ._subject import ProfileSettings, Subject

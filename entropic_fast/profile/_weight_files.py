@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils import checks
-from ..objective._modules import plain_name, wrapped_name
-from ..objective._parameters import as_real
+from ..objective import as_real, plain_name, wrapped_name
 
 _SHOWN = 3  # names of each kind listed in a message
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")  # of checkpoints

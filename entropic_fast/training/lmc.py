@@ -31,9 +31,7 @@ from .._utils.convergence import held, warn_of_overflow, warn_once
 from .._utils.table import Table
 from ..curvature import HessianOperator, tracked_eigenpairs
 from ..curvature.operators._linear_operator import NonFiniteProductError
-from ..objective import NonFiniteLossError, Objective
-from ..objective._modules import plain_name
-from ..objective._parameters import as_real
+from ..objective import NonFiniteLossError, Objective, as_real, plain_name
 from ..ops.random_bits.streams import fold_in
 from ._train import TrainConfig, Trained, train
 from .data import ImageData

@@ -18,7 +18,7 @@ from entropic_fast.curvature import (
     spectral_density,
     top_eigenvalues,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 N, D, C = 23, 4, 5
 

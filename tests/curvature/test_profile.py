@@ -21,7 +21,7 @@ from entropic_fast.curvature import (
 )
 from entropic_fast.curvature import _at_point as point
 from entropic_fast.curvature.estimators import _density as density
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.paths._path import Path
 

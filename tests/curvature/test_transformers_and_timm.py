@@ -24,7 +24,7 @@ from entropic_fast.curvature import (
     score_matrix,
 )
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 pytestmark = pytest.mark.slow
 

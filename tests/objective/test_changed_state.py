@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 X, Y = torch.linspace(-1, 1, 24).view(6, 4).double(), torch.arange(6) % 3
 

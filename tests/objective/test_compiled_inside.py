@@ -21,7 +21,7 @@ from entropic_fast.curvature import (
     score_matrix,
 )
 from entropic_fast.dynamics import Execution, ProjectedSGD, relax
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, path_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -8,7 +8,7 @@ from relax_cases import relax_with
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class Spectral(nn.Module):

@@ -17,7 +17,7 @@ from entropic_fast.curvature import (
     score_matrix,
 )
 from entropic_fast.dynamics import ProjectedSGD, relax
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 from entropic_fast.paths import Path, auto_neb, linear_path, path_losses
 from entropic_fast.training._train import TrainConfig, train
 from entropic_fast.training.data import load

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from entropic_fast.curvature import HessianOperator
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def sequences(*lengths: int, ignored: bool = False) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import entropic_fast as ef
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 
 
 def classification(n: int = 9, features: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 X, Y = torch.linspace(-1, 1, 20).view(5, 4), torch.arange(5) % 3
 

@@ -11,7 +11,7 @@ from torch import nn
 from entropic_fast._torch.full_precision import full_precision
 from entropic_fast.curvature import HessianOperator, gradient_norms
 from entropic_fast.curvature.per_example._vmap_fallback import no_slow_loops
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def in_threads(work: Callable[[], None], count: int = 3) -> None:

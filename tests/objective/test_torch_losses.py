@@ -19,7 +19,7 @@ from entropic_fast.curvature import (
     score_matrix,
     with_sampled_labels,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path, path_losses
 
 N, C = 7, 3

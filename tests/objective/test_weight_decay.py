@@ -10,7 +10,7 @@ from torch import Tensor
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only
 from entropic_fast.dynamics import ForceSettings, ProjectedSGD, measure_drift, point_force
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 DECAY = 0.3
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from entropic_fast import HessianOperator, gradient_norms, hessian_trace, score_matrix
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from entropic_fast import DivergenceError
 from entropic_fast._utils.atomic_io import DamagedFileError
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import (
     AutoNEBConfig,
     NEBState,

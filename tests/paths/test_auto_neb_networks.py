@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import AutoNEBConfig, auto_neb, barrier, linear_path, path_losses
 
 CONFIG = AutoNEBConfig(

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from entropic_fast._utils.table import Table
-from entropic_fast.objective._objective import Objective
-from entropic_fast.objective.losses._cross_entropy import CrossEntropy
+from entropic_fast.objective import Objective
+from entropic_fast.objective.losses import CrossEntropy
 from entropic_fast.paths import Path, barrier, linear_path, path_losses, saddle
 
 

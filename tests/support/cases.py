@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 @dataclass(frozen=True)

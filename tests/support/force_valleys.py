@@ -9,7 +9,7 @@ independent of xi. The path is w = 0, from y = 0 to y = 1 (or longer).
 import torch
 from torch import nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 
 

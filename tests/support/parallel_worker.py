@@ -20,7 +20,7 @@ from entropic_fast.curvature.per_example._chunks import ExampleGradients
 from entropic_fast.distributed import RankFailedError, init
 from entropic_fast.dynamics import ProjectedSGD, measure_drift, relax, relax_many
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths._descent import Descent
 
 torch.set_num_threads(1)

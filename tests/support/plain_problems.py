@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import entropic_fast as ef
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 STEP = 1e-3  # of differences, along a direction of norm 1
 

@@ -21,7 +21,7 @@ from random_rows import ROWS, linear
 from random_sequences import SEQUENCE
 from torch import Tensor, nn
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 MOST_FEATURES = 160  # of one example between two pieces
 Loss = str | Callable[[Tensor, Tensor], Tensor]

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 # Differences of gradients are no derivative of these, for which a value is a constant.
 DETACHED = {

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from entropic_fast.dynamics import Checkpointing, Execution, ProjectedSGD, Recording, relax
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import Path, linear_path
 from entropic_fast.training.models import digits_cnn, initialize
 

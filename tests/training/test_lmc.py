@@ -8,7 +8,7 @@ from torch import nn
 
 from entropic_fast._utils.table import Table
 from entropic_fast.curvature import HessianOperator, top_eigenvalues
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.training._train import TrainConfig, train
 from entropic_fast.training.data import load
 from entropic_fast.training.lmc import (

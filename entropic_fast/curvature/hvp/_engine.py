@@ -19,8 +19,7 @@ from ..._torch.glibc_malloc import keep_freed_memory
 from ..._utils import trees
 from ..._utils.devices import is_gpu
 from ..._utils.trees import Tree
-from ...objective import Objective
-from ...objective._parameters import model_lock
+from ...objective import Objective, model_lock
 from ._capture import capture
 from ._capture_checks import GraphCaptureError
 from ._cuda_graphs import TileGraphs

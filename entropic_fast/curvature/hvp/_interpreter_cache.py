@@ -20,8 +20,7 @@ from ..._torch.architecture_key import key_of
 from ..._torch.full_precision import full_precision
 from ..._utils import trees
 from ..._utils.trees import Tree
-from ...objective import Objective
-from ...objective._architecture_cache import Kept, objective_key
+from ...objective import LRUCache, Objective, objective_key
 from ._capture_checks import require_nothing_hidden
 from ._interpreter import GraphInterpreter
 
@@ -34,7 +33,7 @@ _SHIFT = 0.1  # relative, of parameters
 _PERIOD = 8191  # of the pattern that shifts them: prime, so that no rows of a matrix are alike
 
 # Interpreters without the tensors of any model, or why an architecture has none.
-interpreters: Kept[GraphInterpreter | str] = Kept(32)
+interpreters: LRUCache[GraphInterpreter | str] = LRUCache(32)
 
 
 class Architecture:

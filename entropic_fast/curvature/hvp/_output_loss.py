@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._torch.graph_checks import require_twice_differentiable
 from ...objective import Objective
-from ...objective.losses._functions import output_hessian
+from ...objective.losses import output_hessian
 
 
 class OutputLoss:

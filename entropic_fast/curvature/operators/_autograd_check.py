@@ -22,7 +22,7 @@ from ..._torch.graph_checks import backward_nodes, require_twice_differentiable
 from ..._utils import checks
 from ...objective import Objective
 from ...objective.data import ExampleSet
-from ...objective.losses._functions import output_hessian
+from ...objective.losses import output_hessian
 from ...ops.random_bits import streams as random
 from .._crosscheck import (
     AGREEMENT,

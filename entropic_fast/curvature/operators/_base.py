@@ -13,9 +13,8 @@ from torch import Tensor
 from ..._torch.memory_budget import resolve_budget
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks, trees
-from ...objective import NonFiniteLossError, Objective
-from ...objective._objective import require_objective
-from ...objective.losses._functions import origin
+from ...objective import NonFiniteLossError, Objective, require_objective
+from ...objective.losses import origin
 from .._crosscheck import coarsest_dtype, fast_paths_are_off, require_agreement
 from ..hvp import GraphCaptureError, HVPEngine
 from ..hvp._tiles import Tile

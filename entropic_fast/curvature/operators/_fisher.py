@@ -15,8 +15,7 @@ from ..._utils import checks
 from ..._utils.devices import is_gpu
 from ..._utils.results import Eigenpairs
 from ..._utils.workspace import scratch_of
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ..estimators._block_lanczos import block_lanczos, require_converged
 from ..estimators._krylov_basis import KrylovBasis
 from ..estimators._searches import run

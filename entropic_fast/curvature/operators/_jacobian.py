@@ -11,8 +11,7 @@ from torch import Tensor
 from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.graph_checks import require_real_outputs, require_twice_differentiable
 from ..._utils import checks, trees
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...ops.random_bits import streams as random
 from .._crosscheck import coarsest_dtype
 from ..hvp import HVPEngine

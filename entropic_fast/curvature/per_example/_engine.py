@@ -25,7 +25,7 @@ from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import NonFiniteLossError, Objective
 from ...objective.data import Batch
-from ...objective.losses._functions import LossFunction, origin
+from ...objective.losses import LossFunction, origin
 from .._crosscheck import (
     AGREEMENT,
     SMALL_GRADIENT,

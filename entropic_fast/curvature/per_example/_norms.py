@@ -15,8 +15,7 @@ from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils.devices import is_gpu
 from ..._utils.results import Estimate
 from ..._utils.workspace import scratch_of
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from .._grouping import grouping
 from ._chunks import PassCost, probe_batch, require_finite, rows_made
 from ._engine import PerExampleGradEngine

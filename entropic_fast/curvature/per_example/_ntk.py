@@ -11,8 +11,7 @@ from ..._torch.full_precision import full_precision
 from ..._torch.graph_checks import require_finite_outputs
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...objective.data import RepeatedExamples
 from ._scores import score_gram
 

@@ -17,13 +17,16 @@ from ..._torch.full_precision import full_precision
 from ..._torch.graph_checks import require_finite_outputs
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...objective.data import RepeatedExamples
-from ...objective.losses._cross_entropy import CrossEntropy, NextToken
-from ...objective.losses._elementwise import BinaryCrossEntropy
-from ...objective.losses._functions import closed_form, widened
-from ...objective.losses._reductions import ReducedLoss
+from ...objective.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    NextToken,
+    ReducedLoss,
+    closed_form,
+    widened,
+)
 from ...ops.random_bits import streams as random
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..._torch.memory_budget import available_bytes, readable, resolve_budget, too_small
 from ..._torch.torch_compile import clean_dispatch_state
 from ..._utils import checks
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...ops.gram_update import symmetric_update_
 from .._grouping import grouping
 from ._chunks import ExampleGradients

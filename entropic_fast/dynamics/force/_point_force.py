@@ -16,8 +16,7 @@ from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs, Estimate
 from ...curvature import HessianOperator, top_eigenvalues
 from ...curvature.operators._algebra import ProjectedOperator, orthonormal
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...paths import Path
 from ..projected_sgd import ProjectedSGD
 from ._gradient_noise import GradientNoise

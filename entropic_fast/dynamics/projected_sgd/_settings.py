@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._utils import checks
-from ...objective import Objective
-from ...objective._objective import require_objective
+from ...objective import Objective, require_objective
 from ...paths import Path
 from ._minibatches import Augmentation
 from ._records import Record

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ..._torch.full_precision import full_precision
 from ..._torch.memory_format import laid_out, preferred_memory_format
 from ..._utils import trees
-from ...objective import Objective
-from ...objective._modules import copied
+from ...objective import Objective, copied
 
 Result = TypeVar("Result")
 _starting = threading.Lock()

@@ -16,7 +16,7 @@ from entropic_fast.curvature import (
     operator_diagonal,
     top_eigenvalues,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits import streams as random
 
 

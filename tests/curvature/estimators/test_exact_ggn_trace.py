@@ -14,7 +14,7 @@ from entropic_fast.curvature import (
     operator_trace,
     with_sampled_labels,
 )
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 
 F = nn.functional
 

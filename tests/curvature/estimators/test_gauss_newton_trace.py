@@ -22,7 +22,7 @@ from entropic_fast.curvature import (
     with_sampled_labels,
 )
 from entropic_fast.curvature.estimators.trace.gauss_newton import quick_ggn_trace
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits import streams as random
 
 NAMES = [case.name for case in CASES if case.name not in ("lstm", "data-dependent branch")]

@@ -11,7 +11,7 @@ from entropic_fast.curvature import density_log_determinant, log_determinant, sp
 from entropic_fast.curvature._at_point import profile_point
 from entropic_fast.curvature.estimators import _density as density
 from entropic_fast.curvature.estimators._quadrature import gauss_rule, other_rules
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits import streams as random
 
 # Small matrices with few probes and steps on purpose: how they miss is what is tested.

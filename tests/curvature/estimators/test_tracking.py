@@ -11,7 +11,7 @@ from entropic_fast.curvature import (
     top_eigenvalues,
     tracked_eigenpairs,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.paths._path import linear_path
 

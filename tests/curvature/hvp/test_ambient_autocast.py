@@ -11,7 +11,7 @@ from entropic_fast.curvature import (
     autograd_only,
     gradient_norms,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class OwnAutocast(nn.Module):

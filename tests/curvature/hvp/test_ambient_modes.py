@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from entropic_fast.curvature import GGNOperator, HessianOperator
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class Doubling(TorchDispatchMode):

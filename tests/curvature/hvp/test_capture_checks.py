@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from entropic_fast._torch.full_precision import double_backward_fixes
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, ggn_trace
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class Rounded(torch.autograd.Function):

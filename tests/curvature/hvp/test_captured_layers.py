@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from entropic_fast._torch.derivative_checks import cdist_is_right
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.training.models import resnet
 
 KINDS = (HessianOperator, GGNOperator, JacobianOperator)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.curvature.hvp import _engine as engines
 from entropic_fast.curvature.hvp import _interpreter_cache as cache
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(6, 4)
 Y = torch.arange(6) % 3

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
 from entropic_fast.curvature.hvp import _engine as engines
 from entropic_fast.curvature.hvp import _tiles as tiling
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 OPERATORS = [HessianOperator, GGNOperator]
 

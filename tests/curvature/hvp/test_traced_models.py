@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from entropic_fast.curvature import GGNOperator, HessianOperator, score_matrix
 from entropic_fast.curvature._crosscheck import coarsest_dtype
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class Net(nn.Module):

@@ -24,7 +24,7 @@ from entropic_fast.curvature import (
 from entropic_fast.curvature.operators import _fisher as fisher_operator
 from entropic_fast.curvature.operators._fisher import FisherOperator, fisher_eigenvalues
 from entropic_fast.curvature.per_example._sampled_labels import with_sampled_labels
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 from entropic_fast.ops.random_bits import streams as random
 
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
@@ -282,7 +282,7 @@ def test_points_counts_and_the_trace():
 PEAK = """
 import gc, sys, torch
 from torch import nn
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.curvature.operators._fisher import fisher_eigenvalues
 
 def status(key):

@@ -8,7 +8,7 @@ from torch.func import jacrev
 
 from entropic_fast._torch.full_precision import full_precision
 from entropic_fast.curvature import GGNOperator, JacobianOperator, autograd_only
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 # What goes by autograd: control flow that depends on the data; torch's own recurrent kernel.
 BY_AUTOGRAD = {"data-dependent branch"}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, autograd_only
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def objective() -> Objective:

@@ -10,7 +10,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, HessianOperator, autograd_only
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

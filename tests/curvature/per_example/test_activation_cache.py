@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import score_gram
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 Batches = list[tuple[Tensor, Tensor]]
 

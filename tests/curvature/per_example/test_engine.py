@@ -10,7 +10,7 @@ from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import FastPathMismatchError, PerExampleGradEngine
 from entropic_fast.curvature.per_example.layer_rules import Sink
 from entropic_fast.curvature.per_example.layer_rules.linear import OuterProductGrad
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 from entropic_fast.objective.data import Batch
 
 # Cases that no rule covers whole: the parameters left to copies an example.

@@ -12,7 +12,7 @@ import entropic_fast as ef
 from entropic_fast.curvature import autograd_only, gradient_norms, ntk_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.curvature.per_example.layer_rules.linear import OuterProductGrad
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def clip(gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from entropic_fast._utils import workspace as scratch
 from entropic_fast.curvature import score_gram, score_plan, score_spectrum
 from entropic_fast.curvature.per_example import _activation_cache as records_module
 from entropic_fast.curvature.per_example._gram import mirror_lower
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 WAYS = ("memory", "disk", "recompute")
 ways = pytest.mark.parametrize("strategy", WAYS)
@@ -217,7 +217,7 @@ def test_unknown_choices_are_refused(function, argument: str, examples: int):
 PEAK = """
 import gc, sys, torch
 from torch import nn
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.curvature import score_gram, score_plan
 
 def status(key):

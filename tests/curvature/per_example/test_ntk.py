@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator
 from entropic_fast.curvature.per_example._ntk import ntk_gram
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.objective.data import RepeatedExamples
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

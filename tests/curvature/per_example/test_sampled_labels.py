@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from entropic_fast.curvature import GGNOperator, fisher_trace, score_matrix
 from entropic_fast.curvature.per_example._sampled_labels import with_sampled_labels
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

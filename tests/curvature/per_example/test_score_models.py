@@ -9,7 +9,7 @@ from cases import relative_error
 from torch import Tensor, nn
 
 from entropic_fast.curvature import fisher_trace, gradient_norms, score_gram, score_matrix
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
 both_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

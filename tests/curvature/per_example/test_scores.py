@@ -20,7 +20,7 @@ from entropic_fast.curvature import (
 )
 from entropic_fast.curvature.per_example._chunks import ExampleGradients
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
-from entropic_fast.objective._objective import NonFiniteLossError, Objective
+from entropic_fast.objective import NonFiniteLossError, Objective
 
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -271,7 +271,7 @@ def test_a_budget_too_small_is_refused_with_what_is_needed(function):
 PEAK = """
 import gc, sys, torch
 from torch import nn
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.curvature import score_gram
 
 def status(key):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from entropic_fast.curvature import gradient_norms, score_gram, score_matrix
 from entropic_fast.curvature.per_example._engine import PerExampleGradEngine
 from entropic_fast.curvature.per_example.layer_rules._reused import TiedGrad
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 class Model(nn.Module):

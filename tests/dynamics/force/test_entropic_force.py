@@ -18,7 +18,7 @@ from relax_cases import relax_with
 from torch import nn
 
 from entropic_fast.dynamics import ProjectedSGD, displacement, drift, relax
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 
 FAST, N, SLOPE, STIFF = 8, 2048, -0.5, 10.0

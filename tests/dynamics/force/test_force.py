@@ -25,7 +25,7 @@ from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.dynamics.force._subsets import forms_by_parts, mean_of_parts
 from entropic_fast.dynamics.force._temperature import effective_temperature
 from entropic_fast.dynamics.projected_sgd._relax import relax
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits.streams import permutation
 from entropic_fast.paths import linear_path
 

@@ -10,7 +10,7 @@ from entropic_fast.dynamics.force._linear_response import (
     response,
 )
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 SETTINGS = [
     ProjectedSGD(0.1, 4, project_every=3, steps=7),

@@ -14,7 +14,7 @@ from entropic_fast.dynamics.force._weight_norm_growth import (
     radial_share,
     scale_invariant_rows,
 )
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import digits_cnn
 

@@ -15,7 +15,7 @@ from entropic_fast.dynamics.projected_sgd._cuda_graph import GraphedCycles
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import TENSORS, ReplicaState
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import digits_cnn, initialize
 

@@ -9,7 +9,7 @@ from entropic_fast._utils import devices
 from entropic_fast.dynamics.projected_sgd import _fx_cache as traced
 from entropic_fast.dynamics.projected_sgd._fx_cache import FxCache
 from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, vmap_gradients
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 
 
 def problem(replicas, model=None, seed=0):

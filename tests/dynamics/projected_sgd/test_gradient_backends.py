@@ -11,7 +11,7 @@ from entropic_fast.dynamics import ProjectedSGD, Recording, displacement, relax,
 from entropic_fast.dynamics.projected_sgd._gradient_backends import choose, close
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPool, ThreadPoolGradients
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.models import build, initialize
 

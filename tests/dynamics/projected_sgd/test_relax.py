@@ -11,7 +11,7 @@ from torch import nn
 
 from entropic_fast.dynamics import DivergenceError, ProjectedSGD, Recording, relax
 from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.ops.random_bits.streams import fold_in, permutation
 from entropic_fast.paths import Path, linear_path
 from entropic_fast.training.models import digits_cnn, initialize

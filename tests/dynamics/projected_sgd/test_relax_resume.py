@@ -14,7 +14,7 @@ from relax_cases import relax_with
 
 from entropic_fast._utils.atomic_io import DamagedFileError
 from entropic_fast.dynamics import CheckpointMismatchError, Trajectory
-from entropic_fast.objective._objective import Objective
+from entropic_fast.objective import Objective
 from entropic_fast.paths import linear_path
 from entropic_fast.training.data import CropAndFlip
 from entropic_fast.training.models import digits_cnn, initialize

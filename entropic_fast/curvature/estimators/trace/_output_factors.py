@@ -11,9 +11,7 @@ from ...._utils import checks, trees
 from ...._utils.devices import is_gpu
 from ....objective import Objective
 from ....objective.data import Batch
-from ....objective.losses._cross_entropy import CrossEntropy
-from ....objective.losses._elementwise import DiagonalLoss
-from ....objective.losses._functions import closed_form, widened
+from ....objective.losses import CrossEntropy, DiagonalLoss, closed_form, widened
 from ...operators._autograd_check import require_right_loss
 
 # Classes up to which a GPU computes eigenvectors of all examples at once, by Jacobi's method. With

@@ -15,8 +15,7 @@ from torch import Tensor
 from ...._torch.memory_budget import resolve_budget, too_small
 from ...._torch.torch_compile import clean_dispatch_state
 from ...._utils.results import Estimate
-from ....objective import Objective
-from ....objective._objective import require_objective
+from ....objective import Objective, require_objective
 from ....objective.data import Batch, ExampleSet, RepeatedExamples
 from ....ops.random_bits import streams as random
 from ..._grouping import grouping
