@@ -1,4 +1,4 @@
-"""What a process says to the others of a group: parts, sums, and whether all is well."""
+"""Collectives that check, before every one, that all ranks are in the same call and well."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from .._torch.graph_checks import NonFiniteLossError
 from .._utils import checks
 from .._utils.devices import is_gpu
 from ._heartbeat import Heartbeat
+from ._status import around_difference, as_int, checksums, consistent, tensor_form
 
 T = TypeVar("T")
 
-# Words of torch.distributed's plain RuntimeErrors; its other errors are of kinds of their own.
+# torch.distributed raises plain RuntimeErrors for lost connections; these words in the message tell
+# them from errors of the program, which must not be reported as a lost rank.
 LOSSES = ("gloo", "Connection", "closed", "timed out", "Timed out", "timeout", "NCCL", "peer")
 
-WIDTH = 4  # numbers in a message of a control_group
-CROPPED = 60  # characters of a text, before and after
+WIDTH = 4  # int64 per status word: failed, checksum of the call, norm and sum of its tensors
 REMEDY = (
     "files that were written are whole: start the job again, and a run folder goes on from them"
 )
 
 
 class RankFailedError(RuntimeError):
-    """Another process failed, or does something else; the message names it."""
+    """Another rank failed, or is in another call; the message names it."""
 
 
 class CollectiveMismatchError(RankFailedError):
-    """Processes do not make the same call with the same arguments."""
+    """Ranks do not make the same call with the same arguments."""
 
 
 class RankLostError(RuntimeError):
-    """A process ended, or did not answer in time, while others waited for it."""
+    """A rank ended, or did not answer in time, while others waited for it."""
 
 
 def not_finite(error: Exception) -> bool:
-    """Whether an error, here or of another process, is about a loss that is not finite."""
+    """Whether an error of this or another rank reports a non-finite loss."""
     name = NonFiniteLossError.__name__
     return isinstance(error, NonFiniteLossError) or (
         isinstance(error, RankFailedError) and name in str(error)
@@ -53,20 +54,20 @@ def not_finite(error: Exception) -> bool:
 
 
 class Communicator:
-    """This process's part of what a group of processes does together.
+    """Collectives of this process with the others of a group.
 
-    Before numbers go round the processes meet: each tells how it fares, where it is and with what.
+    Before each collective, ranks exchange a status word: whether they failed, which call they are
+    in, and a checksum of its arguments. See docs/design/distributed.md.
 
     Args:
         group: of `torch.distributed`; None for all processes.
-        device: of the tensors that are summed.
-        control_group: a group of the same processes for meetings on the CPU, which may take long;
-            None where the group itself has to do.
-        heartbeat: of life, by which one that is late is told from one that is gone; with
-            `control_group`.
+        device: of the tensors that are reduced.
+        control_group: the same ranks on gloo, with a long timeout, for status words; None to use
+            `group`.
+        heartbeat: tells a slow rank from a lost one; only with `control_group`.
 
     Attributes:
-        rank, size: this process's number, and how many there are.
+        rank, size: this rank, and the number of ranks.
     """
 
     def __init__(
@@ -83,28 +84,28 @@ class Communicator:
         self._heartbeat = heartbeat
         self._ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._calls = 0
-        self._told: Exception | None = None  # the last failure here that others know of
+        self._told: Exception | None = None  # the last failure that this rank has sent
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
         return self
 
     def range(self, count: int, rank: int | None = None) -> tuple[int, int]:
-        """The part of `count` things in a row that a process (default: this one) takes."""
+        """The contiguous block of `count` items that a rank (default: this one) computes."""
         rank = self.rank if rank is None else rank
         return count * rank // self.size, count * (rank + 1) // self.size
 
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
-        """The sum over processes of what each computes, the same bits on each of them.
+        """The sum over ranks of what each computes, with the same bits on every rank.
 
         Args:
-            what: the name of what is computed, and what it is computed of (see `check_consistent`).
+            what: names the call and its arguments, see `check_consistent`.
 
         Raises:
-            RankFailedError: `compute` failed elsewhere (here, its own error is raised), or
-                another process computes something else.
-            RankLostError: a process is gone.
+            RankFailedError: `compute` failed on another rank (on this one, its own error is
+                raised), or another rank is in another call.
+            RankLostError: a rank is gone.
         """
-        part = self.synchronized(lambda: compute().contiguous(), *what, form=_form)
+        part = self.synchronized(lambda: compute().contiguous(), *what, form=tensor_form)
         if is_gpu(part.device):
             self._attend(lambda: dist.all_reduce(part, group=self.group), part.device)
         else:
@@ -114,10 +115,10 @@ class Communicator:
     def synchronized(
         self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
     ) -> T:
-        """What this process computes, once all others have computed theirs; see `summed`.
+        """What this rank computes, once all ranks have computed theirs; see `all_reduce`.
 
         Args:
-            form: of what is computed, what has to be the same on each.
+            form: a text of the result that has to be the same on every rank.
         """
         failure: Exception | None = None
         handled = sys.exc_info()[1]
@@ -127,14 +128,16 @@ class Communicator:
             found = compute()
             forms += [] if form is None else [form(found)]
         except Exception as error:
-            if self._knows(error, handled):  # all do, and nobody comes to meet
+            # A failure that all ranks have raised already must not be sent again: the others are
+            # past this call, and this rank would wait for their status words for good.
+            if self._knows(error, handled):
                 raise
             failure = error
         self.check_consistent(failure, *what, *forms)
         return found
 
     def _knows(self, error: BaseException | None, handled: BaseException | None) -> bool:
-        """Whether an error, or one behind it since `handled`, was met over already."""
+        """Whether all ranks know of an error, or of one in its chain down to `handled`."""
         while error is not None and error is not handled:
             if error is self._told or isinstance(error, RankFailedError | RankLostError):
                 return True
@@ -142,20 +145,24 @@ class Communicator:
         return False
 
     def check_consistent(self, failure: Exception | None = None, *what: object) -> None:
-        """Meet the others: raise if any of them failed, or is at something else.
+        """Exchange status words; raise if a rank failed or is in another call.
 
         Args:
-            failure: of this process.
-            what: it is at: the same text everywhere (or a function that returns it), and tensors
-                equal but for rounding.
+            failure: of this rank.
+            what: of the call: texts that have to be equal on all ranks (or functions that return
+                them), and tensors that have to be equal up to rounding.
         """
         self._calls += 1
         what = tuple(part() if callable(part) else part for part in what)
+        # Ranks may sum in another order (threads, GPUs): tensors agree if their weighted norms and
+        # sums do to half the digits of their dtype. A wrong seed or point differs in the first.
         tensors = [part for part in what if isinstance(part, Tensor)]
-        text = ", ".join(_form(part) if isinstance(part, Tensor) else str(part) for part in what)
+        text = ", ".join(
+            tensor_form(part) if isinstance(part, Tensor) else str(part) for part in what
+        )
         text = f"call {self._calls}" + (f", {text}" if text else "")
-        norm, total = _measures(tensors if failure is None else [])
-        mine = [int(failure is not None), zlib.crc32(text.encode()), _bits(norm), _bits(total)]
+        norm, total = checksums(tensors if failure is None else [])
+        mine = [int(failure is not None), zlib.crc32(text.encode()), as_int(norm), as_int(total)]
         states = self.all_gather(mine)
         failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed:
@@ -166,13 +173,17 @@ class Communicator:
             raise RankFailedError(f"process {failed[0]} of {self.size}: {said}")
         dtypes = {t.dtype for t in tensors if t.is_floating_point()}
         precision = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
-        other = next((r for r, s in enumerate(states) if not _alike(s, states[0], precision)), None)
+        other = next(
+            (r for r, s in enumerate(states) if not consistent(s, states[0], precision)), None
+        )
         if other is None:
             return
         if states[other][1] == states[0][1]:
             found = f"another point or other vectors on process {other} than on process 0 ({text})"
         else:
-            here, there = _cropped(self.broadcast_text(text, 0), self.broadcast_text(text, other))
+            here, there = around_difference(
+                self.broadcast_text(text, 0), self.broadcast_text(text, other)
+            )
             found = f'"{here}" on process 0, "{there}" on process {other}'
         raise CollectiveMismatchError(
             f"expected {self.size} processes at one place in the program, got {found}; make the "
@@ -180,7 +191,7 @@ class Communicator:
         )
 
     def require_same(self, facts: dict[str, str]) -> None:
-        """Refuse facts that differ between processes, on every process.
+        """Raise on every rank if a fact differs between ranks.
 
         Raises:
             ValueError: names what differs, and where.
@@ -198,14 +209,16 @@ class Communicator:
                 )
 
     def ring_exchange(self, rows: Tensor, to: int, source: int, count: int) -> Callable[[], Tensor]:
-        """Begin to send rows [n, ...] to one process, and to receive `count` from another.
+        """Start sending rows [n, ...] to one rank and receiving `count` rows from another.
 
         Returns:
-            what waits for both, and returns the rows received.  # [count, ...]
+            a function that waits for both and returns the received rows, of shape [count, ...].
         """
-        with torch.inference_mode(False):  # another thread waits for it
+        # The waiting thread is not in inference mode and may not write to inference tensors.
+        with torch.inference_mode(False):
             received = rows.new_empty(count, *rows.shape[1:])
-        # Of rows on the CPU one may be late, as at a control_group.
+        # The timeout of `group` is minutes; a rank may compute its rows for longer. For rows on the
+        # CPU the control group does, which waits for a day.
         group = self._control_group if self._control_device == rows.device else self.group
         work = [
             dist.P2POp(operation, tensor, group_peer=peer, group=group)
@@ -227,20 +240,19 @@ class Communicator:
     # -- messages --------------------------------------------------------------------------
 
     def all_gather(self, numbers: list[int]) -> list[list[int]]:
-        """Up to four integers of every process, in order; waits for those that are late."""
-        # Written by another thread, which is in no inference mode.
+        """Up to four integers of every rank, in order; waits for slow ranks."""
         with torch.inference_mode(False):
             return self._all_gather(numbers)
 
     def _all_gather(self, numbers: list[int]) -> list[list[int]]:
-        padded = numbers + [0] * (WIDTH - len(numbers))  # of one size, whoever meets whom
+        padded = numbers + [0] * (WIDTH - len(numbers))  # one size in every call
         mine = torch.tensor(padded, dtype=torch.int64, device=self._control_device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         self._attend(lambda: dist.all_gather(every, mine, group=self._control_group), mine.device)
         return [found.tolist()[: len(numbers)] for found in every]
 
     def broadcast_text(self, text: str, source: int) -> str:
-        """The text that process `source` gives."""
+        """The text of rank `source`."""
         data = text.encode()
         length = self.all_gather([len(data)])[source][0]
         with torch.inference_mode(False):
@@ -256,7 +268,7 @@ class Communicator:
         return bytes(sent.tolist()).decode()
 
     def _attend(self, wait: Callable[[], Any], device: torch.device) -> None:
-        """Wait for the others as long as they live, on a thread, as signs are looked for here.
+        """Run a blocking collective on a thread, and look for lost ranks meanwhile.
 
         Args:
             device: of the tensors. On a GPU the caller's current stream is synchronized too:
@@ -275,7 +287,7 @@ class Communicator:
             except Exception as error:
                 errors.append(error)
 
-        waiting = threading.Thread(target=run, name="waiting for processes", daemon=True)
+        waiting = threading.Thread(target=run, name="waiting for ranks", daemon=True)
         waiting.start()
         while True:
             waiting.join(heartbeat.interval)
@@ -286,12 +298,13 @@ class Communicator:
                 heartbeat.peer_lost = True
                 raise RankLostError(
                     f"process {', '.join(str(self._ranks.index(r)) for r in gone)} of {self.size} "
-                    f"gave no sign of life for {heartbeat.timeout:g} s; {REMEDY}"
+                    f"had no heartbeat for {heartbeat.timeout:g} s; {REMEDY}"
                 )
         if errors:
             self._started(lambda: _raise(errors[0]))
 
     def _started(self, function: Callable[[], Any]) -> Any:
+        """Call torch.distributed, with its errors of lost connections as RankLostError."""
         try:
             return function()
         except (RuntimeError, dist.DistError) as error:
@@ -312,7 +325,7 @@ class Communicator:
 
 
 class SingleProcess(Communicator):
-    """The communicator of a process that shares its work with no other."""
+    """The communicator of a single process: every collective is the identity."""
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -342,7 +355,7 @@ class SingleProcess(Communicator):
 
 
 def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """`wait`, for any thread, on the stream that is current in this one, then synchronized."""
+    """`wait` for another thread: on this thread's current stream, then synchronized."""
     if not is_gpu(device):
         return wait
     stream = torch.cuda.current_stream(device)
@@ -355,46 +368,5 @@ def _awaited(wait: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return on_stream
 
 
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
 def _raise(error: Exception) -> None:
     raise error
-
-
-def _cropped(here: str, there: str) -> tuple[str, str]:
-    """Two texts about where they begin to differ."""
-    pairs = zip(here, there, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(here), len(there)))
-    first = max(0, same - CROPPED)
-    return here[first : same + CROPPED], there[first : same + CROPPED]
-
-
-def _measures(tensors: list[Tensor]) -> tuple[float, float]:
-    """A norm and a sum, by which tensors on several processes are compared."""
-    norm = total = 0.0
-    for i, tensor in enumerate(tensors, 1):
-        values = tensor.detach() if tensor.is_floating_point() else tensor.double()
-        norm += i * float(torch.linalg.vector_norm(values, dtype=torch.float64))
-        total += i * float(values.sum(dtype=torch.float64))
-    return norm, total
-
-
-def _bits(number: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def _number(bits: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
-
-
-def _alike(state: list[int], first: list[int], precision: float) -> bool:
-    """Whether two processes are at the same call, with tensors that differ by rounding at most."""
-    if state[1] != first[1]:
-        return False
-    norm = _number(first[2])
-    return all(
-        a == b or abs(_number(a) - _number(b)) <= precision * norm
-        for a, b in zip(state[2:], first[2:], strict=True)
-    )

@@ -1,4 +1,4 @@
-"""Heartbeat of life, by which a process that waits tells one at work from one that is gone."""
+"""Heartbeats, by which a waiting rank tells a slow rank from a lost one."""
 
 from __future__ import annotations
 
@@ -11,44 +11,49 @@ from typing import Any
 import torch.distributed as dist
 
 ENDED = "ended"
-SHARE = 10  # signs are given, and looked for, so many times in a timeout
+# Beats, and looks for them, per timeout: a lost rank is noticed at most 10 % late, and one delayed
+# beat (a long garbage collection, a swapped page) does not make a rank lost.
+SHARE = 10
 
 
 class Heartbeat:
-    """Heartbeat that this process gives, from a thread of its own, and sees of others.
+    """Beats of this rank, from a thread of its own, and those seen of others.
 
     Args:
-        store: that all processes have in common, of `torch.distributed`.
-        rank: this process's.
-        timeout: seconds without a sign after which a process is gone.
+        store: a `torch.distributed` store that all ranks share.
+        rank: of this process.
+        timeout: seconds without a beat after which a rank counts as lost.
     """
 
     def __init__(self, store: Any, rank: int, timeout: float) -> None:
         self.timeout, self.interval = timeout, timeout / SHARE
-        self._looking, self._giving = store.clone(), store.clone()
+        # A store's client serves one call at a time: with a connection per thread, a beat never
+        # waits for a look that blocks.
+        self._looking, self._beating = store.clone(), store.clone()
         self._key = _key(rank)
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._finished = threading.Event()
-        self.peer_lost = False  # whether this process ends because another is gone
-        self._given = 0
-        self._give()
-        threading.Thread(target=self._go_on, name="signs of life", daemon=True).start()
+        self.peer_lost = False  # then this process ends without telling the others that it finished
+        self._beats = 0
+        self._beat()
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def missing(self, ranks: Sequence[int]) -> list[int]:
-        """Which processes gave no sign for the timeout, as far as this one looked.
+        """Ranks without a new beat for the timeout, counted from this rank's first look.
 
         Raises:
-            RuntimeError: the process that keeps the store is gone.
+            RuntimeError: the rank that keeps the store is gone.
         """
+        # Beats are counters, compared on this rank's clock alone: clocks of machines differ.
         now = time.monotonic()
         found = self._looking.multi_get([_key(rank) for rank in ranks])
-        for rank, sign in zip(ranks, found, strict=True):
-            if self._seen.get(rank, (b"", 0.0))[0] != sign:
-                self._seen[rank] = sign, now
+        for rank, beat in zip(ranks, found, strict=True):
+            if self._seen.get(rank, (b"", 0.0))[0] != beat:
+                self._seen[rank] = beat, now
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
 
     def finish(self) -> None:
-        """Tell the others that this process ends of itself, and give no more heartbeat."""
+        """Stop beating, and tell the others that this rank ends on its own account."""
         self._finished.set()
         if self.peer_lost:
             return
@@ -56,20 +61,20 @@ class Heartbeat:
             self._looking.set(self._key, ENDED)
 
     def finished(self, ranks: Sequence[int]) -> list[int]:
-        """Which processes told that they end of themselves."""
+        """Ranks that ended on their own account."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             found = self._looking.multi_get([_key(rank) for rank in ranks])
-            return [rank for rank, sign in zip(ranks, found, strict=True) if sign == ENDED.encode()]
+            return [rank for rank, beat in zip(ranks, found, strict=True) if beat == ENDED.encode()]
         return []
 
-    def _give(self) -> None:
-        self._given += 1
-        self._giving.set(self._key, str(self._given))
+    def _beat(self) -> None:
+        self._beats += 1
+        self._beating.set(self._key, str(self._beats))
 
-    def _go_on(self) -> None:
-        with contextlib.suppress(RuntimeError, dist.DistError):  # the store's process has ended
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the store's rank has ended
             while not self._finished.wait(self.interval):
-                self._give()
+                self._beat()
 
 
 def _key(rank: int) -> str:

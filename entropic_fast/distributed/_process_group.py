@@ -1,18 +1,17 @@
-"""One objective on many processes: what is a sum over examples is shared out, and put together.
+"""Process group, and objectives whose work is distributed over its ranks.
 
-Every process of `torchrun --nproc-per-node 4 script.py` runs the same script with the same model
-and data; `distribute` makes of its objective one whose work is shared, and every call after that is
-the one that a single process makes, on every process, with the same result on each.
+Every process of `torchrun --nproc-per-node 4 script.py` runs the same script on the same model and
+data. `distribute` returns an objective for which every later call is collective: it is made on
+every rank with the same arguments, and returns the same result on each.
 
-- Distributed over examples: losses, gradients, products and quadratic forms of the Hessian,
-Gauss-Newton
-  and Fisher operators, gradient norms and what is made of these: traces, eigenvalues, spectral
-  densities, profiles along paths. The Gram matrix by blocks of rows that go round in a ring.
-- Distributed over pivots: AutoNEB. By replicas: `relax` and what uses it.
-- Anything else every process computes whole, which is right, only not faster.
+- Over examples: losses, gradients, products and quadratic forms of the Hessian, Gauss-Newton and
+  Fisher operators, gradient norms, and what is computed from these. The Gram matrix by blocks of
+  rows that travel around a ring.
+- Over pivots: AutoNEB. Over replicas: `relax` and its users.
+- Every rank computes anything else in full.
 
-Random numbers are keyed by example, probe and replica, so nothing depends on how many processes
-there are but rounding. Data and model are held whole by every process.
+Random numbers are keyed by example, probe and replica, so results depend on the number of ranks
+only through rounding. Every rank holds the entire data and model.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ __all__ = [
 ]
 
 DEFAULT_TIMEOUT = 600.0  # seconds
-PATIENCE = 86400.0
+PATIENCE = 86400.0  # a day: a rank that beats may compute one chunk for hours
 
-# Of the processes that `init` joined, once it has.
+# Of the processes that `init` joined.
 _heartbeat: Heartbeat | None = None
-_control_group: Any = None  # their group for meetings on the CPU, which may take long
+_control_group: Any = None  # gloo, for status words
 
 
 class Distributable(Protocol):
@@ -65,21 +64,20 @@ T = TypeVar("T", bound=Distributable)
 
 
 def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.device:
-    """Join the processes that `torchrun` started, by NCCL where there are GPUs, else by gloo.
+    """Join the processes that `torchrun` started, on NCCL if there are GPUs, otherwise on gloo.
 
-    Without `torchrun`, or if they are joined already, nothing happens.
+    Does nothing without `torchrun`, or if they are joined already.
 
     Args:
-        timeout: seconds without a sign of life, or for one message, after which another process
-            is given up. Each gives signs from a thread of its own, so one that works for longer
-            is waited for.
-        patience: seconds to wait for one that lives.
+        timeout: seconds without a heartbeat, or for one message, after which a rank counts as
+            lost. Heartbeats come from a thread of their own, so a slow rank is waited for.
+        patience: seconds to wait for a slow rank.
 
     Returns:
         the device of this process: its own GPU, or the CPU.
 
     Raises:
-        ValueError: on every process, if two of them are on one GPU, which NCCL does not support.
+        ValueError: on every rank, if two are on one GPU, which NCCL does not support.
 
     >>> init()  # without torchrun
     device(type='cpu')
@@ -89,7 +87,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     checks.positive("patience", patience)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # A batch system may show each process its own GPU alone, whatever its LOCAL_RANK.
+        # A batch system may show each process only its own GPU, as number 0, at any LOCAL_RANK.
         count = torch.cuda.device_count()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
         torch.cuda.set_device(device)
@@ -99,7 +97,7 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         if is_gpu(device):
             uuid = torch.cuda.get_device_properties(device).uuid
             _require_own_gpus(store, rank, size, f"{socket.gethostname()} {uuid}")
-        _heartbeat = Heartbeat(store, rank, timeout)  # before the others are joined, who look
+        _heartbeat = Heartbeat(store, rank, timeout)  # first: ranks look for it once joined
         dist.init_process_group(
             "nccl" if is_gpu(device) else "gloo",
             store=PrefixStore("entropic_fast", store),
@@ -110,12 +108,12 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         _control_group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=patience)
         )
-        atexit.register(_leave)  # or threads of its own abort the process as it ends
+        atexit.register(_leave)  # otherwise NCCL's watchdog aborts the process as it ends
     return device
 
 
 def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
-    """Reject two processes on one GPU, on every process: NCCL's own error is hard to read."""
+    """Reject two ranks on one GPU, on every rank: NCCL's own error does not name the cause."""
     store.set(f"entropic_fast/gpu/{rank}", gpu)
     seen: dict[str, int] = {}
     for other in range(size):
@@ -144,20 +142,20 @@ def _leave() -> None:
 
 
 def distribute(obj: T, group: Any = None) -> T:
-    """The same objective with its work shared among processes.
+    """The same objective with its work distributed over ranks.
 
-    Every process must call this, and every function on the result, with the same arguments in the
-    same order. One process alone gets the objective back as it is.
+    Every rank must call this, and every function of the result, with the same arguments in the
+    same order. A single process gets the objective back unchanged.
 
     Args:
-        obj: the same on every process.
+        obj: the same on every rank.
         group: a `torch.distributed` group; None for all processes (those of `torchrun` are
             joined by `init` if they are not yet).
 
     Raises:
-        ValueError: on every process, if parameters, data or settings differ between processes;
-            a model that is not on a GPU in a group of your own by NCCL.
-        RankLostError: a process is not there.
+        ValueError: on every rank, if parameters, data or settings differ between ranks; a model
+            on the CPU in an NCCL group of your own.
+        RankLostError: a rank is gone.
 
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> from entropic_fast import Objective
@@ -191,7 +189,7 @@ def distribute(obj: T, group: Any = None) -> T:
                 f"parameters on {obj.device}",
                 "move the model and the data there: model.to(entropic_fast.distributed.init())",
             )
-        group = _control_group  # of the same processes, by gloo
+        group = _control_group  # the same ranks on gloo
     communicator = Communicator(
         group, obj.device, *((_control_group, _heartbeat) if patient else ())
     )
@@ -201,7 +199,7 @@ def distribute(obj: T, group: Any = None) -> T:
 
 
 def _require_same_function(obj: Distributable, communicator: Communicator) -> None:
-    """Refuse models or losses whose values differ, with the same parameters, on a few examples."""
+    """Reject models or losses that differ in values on a few examples, with equal parameters."""
     failure: Exception | None = None
     found: list[Tensor] = []
     try:

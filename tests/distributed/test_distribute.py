@@ -163,7 +163,7 @@ def test_one_that_is_late_is_waited_for_and_one_that_stands_still_is_not():
     started[1].communicate()
     for text in said:
         assert "was waited for" in text
-        assert "RankLostError: process 1 of 3 gave no sign of life for 10 s" in text
+        assert "RankLostError: process 1 of 3 had no heartbeat for 10 s" in text
     assert [started[rank].returncode for rank in (0, 2)] == [3, 3]
 
 
