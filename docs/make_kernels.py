@@ -12,7 +12,7 @@ from typing import Any
 
 from make_benchmarks import table
 
-RECORD = Path(__file__).parents[1] / "tests" / "kernel_budgets.json"
+RECORD = Path(__file__).parents[1] / "tests" / "support" / "kernel_budgets.json"
 MARKER = "<!-- kernels -->"
 
 

@@ -123,7 +123,7 @@ def test_waits_on_a_gpu_are_in_the_callers_stream_and_until_it_is_done(streams, 
 def test_a_process_that_is_gone_is_named_while_the_gpu_waits_for_it(streams):
     never = threading.Event()
     stream = types.SimpleNamespace(name="mine", synchronize=lambda: never.wait(5))
-    with torch.cuda.stream(stream), pytest.raises(RankLostError, match="process 1 of 2 gave"):
+    with torch.cuda.stream(stream), pytest.raises(RankLostError, match="process 1 of 2 had"):
         waiting(Alive(missing=[1]))._attend(lambda: None, torch.device("cuda", 0))
     never.set()
 
