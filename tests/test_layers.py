@@ -46,6 +46,7 @@ PRIVATE = {
 LONG = {
     "curvature/_at_point.py",
     "curvature/operators/_algebra.py",
+    "dynamics/_survival.py",
     "experiments/_executor.py",
     "experiments/figures/_relaxation_runs.py",
     "ops/backend.py",
