@@ -237,13 +237,6 @@ void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms
   run(s, a, g, Result<T>{nullptr, 0, norms, weights_of_a_channel(s)});
 }
 
-#define ENTROPIC_INSTANTIATE(T)                                                         \
-  template void conv_weight_grads<T>(const ConvShape&, const T*, const T*, T*, i64);    \
-  template void conv_weight_norms<T>(const ConvShape&, const T*, const T*, double*);
-ENTROPIC_INSTANTIATE(float)
-ENTROPIC_INSTANTIATE(double)
-#undef ENTROPIC_INSTANTIATE
-
 namespace {
 
 // Examples and groups; size, strides, example stride and channels of a, then of g; kernel, stride,

@@ -130,14 +130,6 @@ void gram_update(double* out, i64 out_stride, GramRows<Source> a, GramRows<Sourc
   }
 }
 
-#define ENTROPIC_INSTANTIATE(Source, Product)                                                  \
-  template void gram_update<Source, Product>(double*, i64, GramRows<Source>, GramRows<Source>, \
-                                             i64, bool, int);
-ENTROPIC_INSTANTIATE(float, float)
-ENTROPIC_INSTANTIATE(float, double)
-ENTROPIC_INSTANTIATE(double, double)
-#undef ENTROPIC_INSTANTIATE
-
 namespace {
 
 // Addresses of out, a and b; row strides of out, a and b; rows of a and b, columns; then `lower`.

@@ -49,13 +49,6 @@ void langevin_box_muller(const i64* words, T* normal, i64 pairs) {
   blocks<T>().box_muller(words, normal, pairs);
 }
 
-#define ENTROPIC_INSTANTIATE(T)                             \
-  template void langevin_steps<T>(const Langevin<T>&, int); \
-  template void langevin_box_muller<T>(const i64*, T*, i64);
-ENTROPIC_INSTANTIATE(float)
-ENTROPIC_INSTANTIATE(double)
-#undef ENTROPIC_INSTANTIATE
-
 namespace {
 
 template <typename T>

@@ -6,11 +6,11 @@
 
 namespace entropic::cpu {
 
-// The order of names in ops/langevin.py.
+// The order of names in ops/langevin/checks.py and forces.py.
 enum LangevinPotential { RING = 0, RIDGE = 1, CHANNEL = 2 };
 enum LangevinScheme { EULER_MARUYAMA = 0, LEIMKUHLER_MATTHEWS = 1, BAOAB = 2 };
 
-// Coordinates of a particle at most (LARGEST_DIM in ops/langevin.py); a lane's lie on the stack.
+// Coordinates of a particle at most (LARGEST_DIM in ops/langevin); a lane's lie on the stack.
 constexpr int LANGEVIN_DIM = 16;
 
 template <typename T>
@@ -19,9 +19,9 @@ struct Langevin {
   T* v;            // [N, D], updated in place; null for overdamped schemes
   i64 particles, dim;
   LangevinPotential potential;
-  double parameters[4];  // as in reference/langevin_forces.py
+  double parameters[4];  // as in ops/langevin/forces.py
   LangevinScheme scheme;
-  double drift, decay, noise;  // as in reference/langevin.py
+  double drift, decay, noise;  // as in ops/langevin/reference.py
   i64 steps, first_step, first_particle;
   std::uint64_t seed;
 };

@@ -304,15 +304,6 @@ void inner_products(const InnerProducts<T>& j, int threads) {
   std::copy(total.forms.begin(), total.forms.end(), j.result);
 }
 
-template void jvp<float>(const NormActJvp<float>&, int);
-template void jvp<double>(const NormActJvp<double>&, int);
-template void vjp_tangent<float>(const NormActVjpTangent<float>&, int);
-template void vjp_tangent<double>(const NormActVjpTangent<double>&, int);
-template void norm_act<float>(const NormAct<float>&, int);
-template void norm_act<double>(const NormAct<double>&, int);
-template void inner_products<float>(const InnerProducts<float>&, int);
-template void inner_products<double>(const InnerProducts<double>&, int);
-
 namespace {
 
 // Values in the order of the struct's members: sizes, addresses, strides.

@@ -62,9 +62,6 @@ void norm_grads(const NormGrads<T>& call, int threads) {
   }
 }
 
-template void norm_grads<float>(const NormGrads<float>&, int);
-template void norm_grads<double>(const NormGrads<double>&, int);
-
 namespace {
 
 template <typename T>

@@ -226,15 +226,6 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
   }
 }
 
-#define ENTROPIC_INSTANTIATE(T)                                                                   \
-  template void sgd_step<T>(const StepShape<T>&, const T*, T*, const double*, const SgdOptions&); \
-  template void adam_step<T>(const StepShape<T>&, const T*, T*, T*, const i64*, const double*,    \
-                             const AdamOptions&);                                                 \
-  template void project_step<T>(const StepShape<T>&, const double*, i64*, double*, double*);
-ENTROPIC_INSTANTIATE(float)
-ENTROPIC_INSTANTIATE(double)
-#undef ENTROPIC_INSTANTIATE
-
 namespace {
 
 // The values of every kernel begin with these, and end with where it runs.

@@ -383,13 +383,6 @@ void project_step_kernel(Values& v) {
   project_step(s, segment_squares, segment, t, distance);
 }
 
-// The address to write the number of doubles to; replicas, size and pivots.
-void step_workspace_kernel(Values& v) {
-  i64* doubles = v;
-  const i64 replicas = v, size = v, pivot_count = v;
-  *doubles = step_workspace(replicas, size, pivot_count);
-}
-
 const RegisterKernel ADDED[] = {
     {"sgd_step_cuda_float32", sgd_step_kernel<float>},
     {"sgd_step_cuda_float64", sgd_step_kernel<double>},
@@ -397,7 +390,6 @@ const RegisterKernel ADDED[] = {
     {"adam_step_cuda_float64", adam_step_kernel<double>},
     {"project_step_cuda_float32", project_step_kernel<float>},
     {"project_step_cuda_float64", project_step_kernel<double>},
-    {"step_workspace_cuda", step_workspace_kernel},
 };
 
 }  // namespace

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from entropic_fast.ops import backend
+from entropic_fast.ops.projected_step import native as step_native
 from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep
 from entropic_fast.ops.random_bits.checks import KINDS, Fill, Philox
 from entropic_fast.ops.random_bits.native import DTYPES
@@ -200,9 +201,10 @@ class Library:
             raise RuntimeError(message.decode())
 
     def step(self, op: str, theta: Tensor, pivots: Tensor, products: Tensor, *more: Any) -> None:
-        """One launcher of step.h. Scratch memory holds NaN, as it may on a GPU."""
+        """One launcher of projected_step.h. Scratch memory holds NaN, as it may on a GPU."""
         sizes = (*theta.shape, pivots.shape[0])
         count = self._library.step_workspace(*map(ctypes.c_int64, sizes))
+        assert count == step_native.workspace_doubles(*sizes)
         workspace = torch.full((count,), torch.nan, dtype=torch.float64)
         pointers = [t.data_ptr() for t in (theta, pivots, products, workspace)]
         name = f"{op}_{str(theta.dtype).removeprefix('torch.')}"

@@ -23,7 +23,7 @@ EF_FN void repeat(int n, Work work) {
   }
 }
 
-// ---- forces of one particle (formulas: reference/langevin_forces.py) ----------------------------
+// ---- forces of one particle (formulas: ops/langevin/forces.py) ----------------------------
 
 template <typename T, int DIM>
 struct Ring {

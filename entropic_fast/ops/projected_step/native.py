@@ -54,7 +54,7 @@ def _call(
         )  # fmt: skip
         return
     # Freed when this returns: the caching allocator reuses it in stream order.
-    workspace = a.theta.new_empty(_workspace(replicas, size, count), dtype=torch.float64)
+    workspace = a.theta.new_empty(workspace_doubles(replicas, size, count), dtype=torch.float64)
     native.call(
         function, a.theta, a.theta, a.pivots, products, workspace, replicas, size, count, *values
     )
@@ -64,8 +64,8 @@ def _call(
 CUDA_BLOCK = 2048
 
 
-def _workspace(replicas: int, size: int, count: int) -> int:
-    """Doubles of scratch memory for partial sums."""
+def workspace_doubles(replicas: int, size: int, count: int) -> int:
+    """Scratch memory for partial sums: `step_workspace` of csrc/cuda/projected_step.cu."""
     return replicas * max(1, 2 * count) * -(-size // CUDA_BLOCK)
 
 
