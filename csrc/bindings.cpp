@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &entropic::cpu::use_isa, "Force an instruction set by name; '' undoes it.");
   py::dict kernels;
   for (const auto& kernel : entropic::kernels())
-    kernels[kernel.name] = py::cpp_function(
-        [run = kernel.run](const py::list& arguments) { call(run, arguments); });
+    kernels[kernel.name] =
+        py::cpp_function([run = kernel.run](const py::list& arguments) { call(run, arguments); });
   m.attr("kernels") = kernels;
 }

@@ -8,9 +8,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/conv_example_grads_scratch.h"
 #include "cpu/isa.h"
 #include "registry.h"
-#include "cpu/conv_example_grads_scratch.h"
 
 namespace entropic::cpu {
 namespace {
@@ -111,7 +111,8 @@ void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& resul
   [[maybe_unused]] const int threads = useful_threads(s);
   // Groups of few examples are shared among threads, each with a copy of the input.
   const i64 units = s.examples * s.groups;
-  const i64 wanted = threads == 1 || units >= 4 * threads ? 1 : 4 * threads / std::max<i64>(1, units);
+  const i64 wanted =
+      threads == 1 || units >= 4 * threads ? 1 : 4 * threads / std::max<i64>(1, units);
   const i64 slices = std::min(wanted, tiles);
   const i64 image_elements = padded.layout.elements + kernel.width;
   Scratch<T> scratch(threads, image_elements + (result.out || whole ? 0 : outputs * row));
@@ -129,10 +130,8 @@ void in_tiles(const ConvShape& s, const T* a, const T* g, const Result<T>& resul
     for (const Box& box : boxes) {
       const bool first = &box == &boxes[0];
       padded.fill(s, box, !whole, a_of_group, inputs, image);
-      const ConvWalk walk =
-          padded.walk(s, box, s.g.stride[0], s.g.stride[1], s.g.stride[2]);
-      const T* g_of_box =
-          g_of_group + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
+      const ConvWalk walk = padded.walk(s, box, s.g.stride[0], s.g.stride[1], s.g.stride[2]);
+      const T* g_of_box = g_of_group + box.first[0] * s.g.stride[0] + box.first[1] * s.g.stride[1];
       for (i64 t = begin; t < end; ++t) {
         const i64 from = t * outputs / tiles;
         const int rows = int((t + 1) * outputs / tiles - from);

@@ -31,7 +31,8 @@ void conv_weight_norms(const ConvShape& s, const T* a, const T* g, double* norms
 // ---- one block of work --------------------------------------------------------------------------
 //
 // Register tiles of per-example weight gradients, as a table of functions. Every instruction set
-// fills one table (cpu/simd/conv_example_grads.cpp); cpu/conv_example_grads.cpp pads, packs and owns the threads.
+// fills one table (cpu/simd/conv_example_grads.cpp); cpu/conv_example_grads.cpp pads, packs and
+// owns the threads.
 
 // The output positions a sum runs over, and how far each of them moves in the padded input and in
 // the output gradient (elements).
@@ -65,8 +66,7 @@ struct ConvBlocks {
   void (*lanes)(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 count, T* sums);
 };
 
-ENTROPIC_FOR_EACH_ISA(
-    extern const ConvBlocks<float> conv_f32;
-    extern const ConvBlocks<double> conv_f64;)
+ENTROPIC_FOR_EACH_ISA(extern const ConvBlocks<float> conv_f32;
+                      extern const ConvBlocks<double> conv_f64;)
 
 }  // namespace entropic::cpu

@@ -77,9 +77,9 @@ std::vector<Box> cut_positions(const ConvShape& s, i64 bytes_of_a_position) {
   std::vector<Box> boxes;
   for (i64 i = 0; i < s.g.size[0] && rows > 0; i += planes)
     for (i64 j = 0; j < s.g.size[1]; j += rows)
-      boxes.push_back({{i, j, 0},
-                       {std::min(planes, s.g.size[0] - i), std::min(rows, s.g.size[1] - j),
-                        s.g.size[2]}});
+      boxes.push_back(
+          {{i, j, 0},
+           {std::min(planes, s.g.size[0] - i), std::min(rows, s.g.size[1] - j), s.g.size[2]}});
   if (boxes.empty()) boxes.push_back({{0, 0, 0}, {0, 0, 0}});
   return boxes;
 }

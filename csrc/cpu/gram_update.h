@@ -33,13 +33,12 @@ struct GramBlocks {
   // become zero.
   void (*pack)(const Source* rows, i64 stride, i64 count, i64 columns, Product* panel);
   // out[i, j] += sum over depth of a[:, i] b[:, j], i < rows, j < columns (j <= i if `lower`).
-  void (*update)(double* out, i64 stride, const Product* a, const Product* b, i64 rows,
-                 i64 columns, bool lower, i64 depth);
+  void (*update)(double* out, i64 stride, const Product* a, const Product* b, i64 rows, i64 columns,
+                 bool lower, i64 depth);
 };
 
-ENTROPIC_FOR_EACH_ISA(
-    extern const GramBlocks<float, float> gram_f32_f32;
-    extern const GramBlocks<float, double> gram_f32_f64;
-    extern const GramBlocks<double, double> gram_f64_f64;)
+ENTROPIC_FOR_EACH_ISA(extern const GramBlocks<float, float> gram_f32_f32;
+                      extern const GramBlocks<float, double> gram_f32_f64;
+                      extern const GramBlocks<double, double> gram_f64_f64;)
 
 }  // namespace entropic::cpu

@@ -15,8 +15,8 @@ constexpr int LANGEVIN_DIM = 16;
 
 template <typename T>
 struct Langevin {
-  T* x;            // [N, D], updated in place
-  T* v;            // [N, D], updated in place; null for overdamped schemes
+  T* x;  // [N, D], updated in place
+  T* v;  // [N, D], updated in place; null for overdamped schemes
   i64 particles, dim;
   LangevinPotential potential;
   double parameters[4];  // as in ops/langevin/forces.py
@@ -51,8 +51,7 @@ struct LangevinBlocks {
   void (*box_muller)(const i64* words, T* normal, i64 pairs);
 };
 
-ENTROPIC_FOR_EACH_ISA(
-    extern const LangevinBlocks<float> langevin_f32;
-    extern const LangevinBlocks<double> langevin_f64;)
+ENTROPIC_FOR_EACH_ISA(extern const LangevinBlocks<float> langevin_f32;
+                      extern const LangevinBlocks<double> langevin_f64;)
 
 }  // namespace entropic::cpu

@@ -131,11 +131,11 @@ TangentRows<T> stream(T* tensor, i64 stride, i64 channels, Place now, Place next
 }
 
 template <typename T>
-TangentPixels<T> pixels_of(const T* tensor, i64 stride, i64 step, i64 channels, Place now, Place next,
-                       i64 count, Scratch<T>& scratch) {
+TangentPixels<T> pixels_of(const T* tensor, i64 stride, i64 step, i64 channels, Place now,
+                           Place next, i64 count, Scratch<T>& scratch) {
   if (tensor == nullptr) return {nullptr, nullptr, channels};
   const TangentPixels<T> pixels = {tensor + now.k * stride + now.pixel * step,
-                               tensor + next.k * stride + next.pixel * step, step};
+                                   tensor + next.k * stride + next.pixel * step, step};
   if (step == channels || channels % TANGENT_LANES == 0) return pixels;
   blocks<T>().gather(pixels, count, channels, scratch.gathered.data());
   return {scratch.gathered.data(), scratch.gathered.data(), channels};
@@ -206,21 +206,14 @@ void jvp(const NormActJvp<T>& j, int threads) {
 
   const auto work = [&](Place now, Place next, i64 pixels, Scratch<T>& scratch) {
     const i64 at = now.pixel * channels;
-    run({stream(j.u, j.u_k, channels, now, next),
-         stream(j.out, j.out_k, channels, now, next),
+    run({stream(j.u, j.u_k, channels, now, next), stream(j.out, j.out_k, channels, now, next),
          stream(j.residual, j.residual_k, channels, now, next),
          pixels_of(j.extra, j.extra_k, j.extra_pixel, channels, now, next, pixels, scratch),
-         source(plan, normal, at, constants.zeros),
-         source(plan, j.slope, at, constants.ones),
-         source(plan, j.cotangent, at, constants.zeros),
-         source(plan, j.bend, at, constants.zeros),
-         scale.data(),
-         rows_at(plan, tscale, now.k),
-         rows_at(plan, tshift, now.k),
+         source(plan, normal, at, constants.zeros), source(plan, j.slope, at, constants.ones),
+         source(plan, j.cotangent, at, constants.zeros), source(plan, j.bend, at, constants.zeros),
+         scale.data(), rows_at(plan, tscale, now.k), rows_at(plan, tshift, now.k),
          sums ? scratch.sums.data() + now.k * plan.width : nullptr,
-         j.forms == nullptr ? nullptr : scratch.forms.data() + now.k,
-         pixels * channels,
-         plan.width,
+         j.forms == nullptr ? nullptr : scratch.forms.data() + now.k, pixels * channels, plan.width,
          channels});
   };
   const Sums total = walk<T>(plan, sums ? 1 : 0, threads, work);
@@ -242,22 +235,14 @@ void vjp_tangent(const NormActVjpTangent<T>& j, int threads) {
   const auto work = [&](Place now, Place next, i64 pixels, Scratch<T>& scratch) {
     const i64 at = now.pixel * channels;
     double* dscale = scratch.sums.data() + now.k * plan.width;
-    run({stream(j.u, j.u_k, channels, now, next),
-         stream(j.out, j.out_k, channels, now, next),
+    run({stream(j.u, j.u_k, channels, now, next), stream(j.out, j.out_k, channels, now, next),
          stream(j.residual, j.residual_k, channels, now, next),
          stream(j.ty, j.ty_k, channels, now, next),
          pixels_of(j.extra, j.extra_k, j.extra_pixel, channels, now, next, pixels, scratch),
-         source(plan, j.slope, at, constants.ones),
-         source(plan, j.normal, at, constants.zeros),
+         source(plan, j.slope, at, constants.ones), source(plan, j.normal, at, constants.zeros),
          source(plan, out_cotangent, at, constants.zeros),
-         source(plan, j.cotangent, at, constants.zeros),
-         scale.data(),
-         rows_at(plan, tscale, now.k),
-         rstd.data(),
-         dscale,
-         dscale + tangents * plan.width,
-         pixels * channels,
-         plan.width,
+         source(plan, j.cotangent, at, constants.zeros), scale.data(), rows_at(plan, tscale, now.k),
+         rstd.data(), dscale, dscale + tangents * plan.width, pixels * channels, plan.width,
          channels});
   };
   const Sums total = walk<T>(plan, 2, threads, work);
@@ -315,8 +300,8 @@ void jvp_kernel(Values& v) {
 
 template <typename T>
 void vjp_tangent_kernel(Values& v) {
-  const NormActVjpTangent<T> call{{v, v, v}, v, v, v, v, v, v, v, v, v, v, v, v, v,
-                                  v,         v, v, v, v, v};
+  const NormActVjpTangent<T> call{{v, v, v}, v, v, v, v, v, v, v, v, v,
+                                  v,         v, v, v, v, v, v, v, v, v};
   vjp_tangent(call, int(v));
 }
 

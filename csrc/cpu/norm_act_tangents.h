@@ -53,11 +53,11 @@ struct NormActVjpTangent {
   i64 u_k, extra_k, extra_pixel, residual_k, ty_k, out_k;
 };
 
-// normal = (y - mean) rstd, z = weight normal + bias + residual; with slope: its ReLU, slope = z > 0.
-// Every tensor's pixels are C elements apart.
+// normal = (y - mean) rstd, z = weight normal + bias + residual; with slope: its ReLU, slope = z >
+// 0. Every tensor's pixels are C elements apart.
 template <typename T>
 struct NormAct {
-  TangentSizes sizes;      // tangents: 1
+  TangentSizes sizes;  // tangents: 1
   const T* y;          // [m, C]
   const T* mean;       // [C]
   const T* rstd;       // [C]
@@ -90,7 +90,8 @@ void inner_products(const InnerProducts<T>& call, int threads);
 // ---- one block of work --------------------------------------------------------------------------
 //
 // One tangent over one block of pixels, as tables of functions. Every instruction set fills one
-// table (cpu/simd/norm_act_tangents.cpp); cpu/norm_act_tangents.cpp walks blocks and tangents and owns the threads.
+// table (cpu/simd/norm_act_tangents.cpp); cpu/norm_act_tangents.cpp walks blocks and tangents and
+// owns the threads.
 //
 // A block is read as one run of elements, cut into rows of `width`: a whole number of pixels, so
 // that what depends on the channel alone is the same for every row and C may be anything. Only what
@@ -145,11 +146,11 @@ struct VjpTangentBlock {
   TangentPixels<T> extra;
   SharedRows<T> slope, normal;
   SharedRows<T> out_cotangent, ty_cotangent;  // the same, or zeros where only one is wanted
-  const T* scale;   // [width]
-  const T* tscale;  // [width]
-  const T* rstd;    // [width]
-  double* dscale;   // [width], added to
-  double* dshift;   // [width], added to
+  const T* scale;                             // [width]
+  const T* tscale;                            // [width]
+  const T* rstd;                              // [width]
+  double* dscale;                             // [width], added to
+  double* dshift;                             // [width], added to
   i64 elements, width, channels;
 };
 
@@ -184,8 +185,7 @@ struct TangentBlocks {
   void (*gather)(const TangentPixels<T>& from, i64 rows, i64 channels, T* to);
 };
 
-ENTROPIC_FOR_EACH_ISA(
-    extern const TangentBlocks<float> norm_act_tangents_f32;
-    extern const TangentBlocks<double> norm_act_tangents_f64;)
+ENTROPIC_FOR_EACH_ISA(extern const TangentBlocks<float> norm_act_tangents_f32;
+                      extern const TangentBlocks<double> norm_act_tangents_f64;)
 
 }  // namespace entropic::cpu

@@ -27,21 +27,22 @@ void norm_grads(const NormGrads<T>& call, int threads);
 // ---- one block of work --------------------------------------------------------------------------
 //
 // Normalization gradients of one example, as a table of functions. Every instruction set fills one
-// table (cpu/simd/norm_example_grads.cpp); cpu/norm_example_grads.cpp walks the examples and owns the threads.
+// table (cpu/simd/norm_example_grads.cpp); cpu/norm_example_grads.cpp walks the examples and owns
+// the threads.
 
 template <typename T>
 struct NormExample {
-  const T* x;         // [S, C]
-  const T* g;         // [S, C]
-  const T* mean;      // at s * stat_position + c * stat_channel
-  const T* rstd;      // as mean
-  const T* factor;    // [C], what g is multiplied with; null for no grad_x
-  T* grad_x;          // [S, C]
-  T* dscale;          // [C]
-  T* dshift;          // [C]
+  const T* x;       // [S, C]
+  const T* g;       // [S, C]
+  const T* mean;    // at s * stat_position + c * stat_channel
+  const T* rstd;    // as mean
+  const T* factor;  // [C], what g is multiplied with; null for no grad_x
+  T* grad_x;        // [S, C]
+  T* dscale;        // [C]
+  T* dshift;        // [C]
   i64 positions, channels;
   i64 stat_position, stat_channel;  // stat_channel is 0 or 1
-  double* sums;       // scratch, norm_scratch(C) doubles
+  double* sums;                     // scratch, norm_scratch(C) doubles
 };
 
 // Lanes of the widest vector; fewer channels than lanes are folded, LANES positions to a row.
@@ -52,8 +53,7 @@ constexpr i64 norm_scratch(i64 channels) {
   return 4 * slots;
 }
 
-ENTROPIC_FOR_EACH_ISA(
-    extern void (*const norm_f32)(const NormExample<float>&);
-    extern void (*const norm_f64)(const NormExample<double>&);)
+ENTROPIC_FOR_EACH_ISA(extern void (*const norm_f32)(const NormExample<float>&);
+                      extern void (*const norm_f64)(const NormExample<double>&);)
 
 }  // namespace entropic::cpu

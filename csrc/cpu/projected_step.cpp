@@ -205,8 +205,8 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
       segments_in_reach(s, r, &first, &last);
       if (first != last) take_products(s, r, first, last - first + 2, threads);
     }
-    choose_segment(s, s.products + r * 2 * s.pivot_count, segment_squares, first, last,
-                   segment + r, t + r);
+    choose_segment(s, s.products + r * 2 * s.pivot_count, segment_squares, first, last, segment + r,
+                   t + r);
   }
 
   const i64 block_count = ceil_div(s.size, BLOCK);

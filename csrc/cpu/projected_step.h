@@ -8,9 +8,9 @@ namespace entropic::cpu {
 
 template <typename T>
 struct StepShape {
-  T* theta;         // [R, P], updated in place
-  const T* pivots;  // [M, P]
-  double* products; // [R, 2, M]
+  T* theta;          // [R, P], updated in place
+  const T* pivots;   // [M, P]
+  double* products;  // [R, 2, M]
   i64 replicas, size, pivot_count;
   int threads;
   const i64* near;        // [R], the segment whose products are enough to begin with, or null
@@ -35,7 +35,8 @@ void project_step(const StepShape<T>& s, const double* segment_squares, i64* seg
 // ---- one block of work --------------------------------------------------------------------------
 //
 // The fused step's work on one block of one replica, as a table of functions. Every instruction
-// set fills one table (cpu/simd_exact/projected_step.cpp); cpu/projected_step.cpp walks the blocks and owns the threads.
+// set fills one table (cpu/simd_exact/projected_step.cpp); cpu/projected_step.cpp walks the blocks
+// and owns the threads.
 
 template <typename T>
 struct StepBlocks {
@@ -49,8 +50,7 @@ struct StepBlocks {
   double (*project)(T* theta, const T* p, const T* next, double t, i64 n);
 };
 
-ENTROPIC_FOR_EACH_ISA(
-    extern const StepBlocks<float> step_f32;
-    extern const StepBlocks<double> step_f64;)
+ENTROPIC_FOR_EACH_ISA(extern const StepBlocks<float> step_f32;
+                      extern const StepBlocks<double> step_f64;)
 
 }  // namespace entropic::cpu

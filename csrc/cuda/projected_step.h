@@ -8,10 +8,10 @@ namespace entropic::cuda {
 
 template <typename T>
 struct StepShape {
-  T* theta;          // [R, P], updated in place
-  const T* pivots;   // [M, P]
-  double* products;  // [R, 2, M]
-  double* workspace; // step_workspace(R, P, M) doubles
+  T* theta;           // [R, P], updated in place
+  const T* pivots;    // [M, P]
+  double* products;   // [R, 2, M]
+  double* workspace;  // step_workspace(R, P, M) doubles
   i64 replicas, size, pivot_count;
   int device;
   void* stream;

@@ -1,8 +1,7 @@
 // One thread per counter: four words, and the numbers that they make. Which of rows and counters
 // neighboring threads differ in goes by the strides of the result, so that they write side by side.
-#include "cuda/random_bits.h"
-
 #include "cuda/device.h"
+#include "cuda/random_bits.h"
 #include "registry.h"
 
 namespace entropic::cuda {
@@ -61,8 +60,8 @@ __global__ void __launch_bounds__(THREADS) philox_kernel(RandomPhilox call) {
   for (i64 i = i64(blockIdx.x) * THREADS + threadIdx.x; i < total; i += step) {
     const i64 row = i / call.count, c = i % call.count;
     u32 words[4];
-    philox(u64(call.counters[row * call.strides[0] + c * call.strides[1]]),
-           u64(call.streams[row]), u64(call.keys[row]), words);
+    philox(u64(call.counters[row * call.strides[0] + c * call.strides[1]]), u64(call.streams[row]),
+           u64(call.keys[row]), words);
 #pragma unroll
     for (int n = 0; n < 4; ++n) call.out[4 * i + n] = i64(words[n]);
   }
@@ -90,8 +89,8 @@ void random_fill(const RandomFill& call, int device, void* stream) {
     const i64 counters = i64(last - first) + 1;
     const i64 across = magnitude(call.strides[call.seeds > 1 ? 1 : 0]);
     const bool rows_first = rows > 1 && across < magnitude(call.strides[2]);
-    fill_kernel<Number><<<grid_size(rows * counters), THREADS, 0, queue>>>(call, first, counters,
-                                                                           rows_first);
+    fill_kernel<Number>
+        <<<grid_size(rows * counters), THREADS, 0, queue>>>(call, first, counters, rows_first);
   });
   check_launch("random_fill");
 }

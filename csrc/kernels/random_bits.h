@@ -1,5 +1,5 @@
-// Random numbers of many streams (ops/random_bits/reference.py says which): what the CPU and the CUDA
-// kernels share. Number j of a stream comes from the words of counter j WORDS / 4.
+// Random numbers of many streams (ops/random_bits/reference.py says which): what the CPU and the
+// CUDA kernels share. Number j of a stream comes from the words of counter j WORDS / 4.
 #pragma once
 
 #include "kernels/common.h"
@@ -15,10 +15,10 @@ enum RandomType { INT64 = 0, FLOAT64 = 1, FLOAT32 = 2, FLOAT16 = 3, BFLOAT16 = 4
 
 // Numbers start to start + count of streams first_stream to first_stream + streams, of each seed.
 struct RandomFill {
-  void* out;         // [streams, seeds, count], strides in elements
+  void* out;  // [streams, seeds, count], strides in elements
   i64 streams, seeds, count;
   i64 strides[3];
-  const i64* keys;   // [seeds], or null: `key` is the only seed
+  const i64* keys;  // [seeds], or null: `key` is the only seed
   u64 key, first_stream;
   i64 start;
   RandomKind kind;
@@ -29,9 +29,9 @@ struct RandomFill {
 struct RandomPhilox {
   const i64* counters;  // strides in elements
   i64 strides[2];
-  const i64* keys;      // [rows]
-  const i64* streams;   // [rows]
-  i64* out;             // contiguous
+  const i64* keys;     // [rows]
+  const i64* streams;  // [rows]
+  i64* out;            // contiguous
   i64 rows, count;
 };
 
@@ -76,9 +76,7 @@ template <typename Bits, Bits ONE>
 struct SignNumber {
   using Type = Bits;
   static constexpr int WORDS = 1;
-  EF_FN Bits of(const u32* w) {
-    return Bits(Bits(~w[0] >> 31) << (8 * sizeof(Bits) - 1)) | ONE;
-  }
+  EF_FN Bits of(const u32* w) { return Bits(Bits(~w[0] >> 31) << (8 * sizeof(Bits) - 1)) | ONE; }
 };
 using SignFloat64 = SignNumber<u64, 0x3ff0000000000000u>;
 using SignFloat32 = SignNumber<u32, 0x3f800000u>;

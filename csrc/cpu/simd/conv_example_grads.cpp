@@ -242,10 +242,9 @@ void lanes(const ConvWalk& walk, const T* a, const T* g, const i64* taps, i64 co
 namespace ENTROPIC_ISA {
 extern const ConvBlocks<float> conv_f32;
 extern const ConvBlocks<double> conv_f64;
-const ConvBlocks<float> conv_f32 = {WIDTH<float>, ROWS, store<float>, squares<float>,
-                                          lanes<float>};
+const ConvBlocks<float> conv_f32 = {WIDTH<float>, ROWS, store<float>, squares<float>, lanes<float>};
 const ConvBlocks<double> conv_f64 = {WIDTH<double>, ROWS, store<double>, squares<double>,
-                                           lanes<double>};
+                                     lanes<double>};
 }  // namespace ENTROPIC_ISA
 
 }  // namespace entropic::cpu

@@ -25,12 +25,12 @@ constexpr int LANES = BYTES / int(sizeof(T));
 
 template <typename T>
 struct Register;
-#define EF_REGISTER(T, Signed, Unsigned)                                                \
-  template <>                                                                           \
-  struct Register<T> {                                                                  \
-    typedef T Floats __attribute__((vector_size(BYTES)));                               \
-    typedef Signed Ints __attribute__((vector_size(BYTES)));                            \
-    typedef Unsigned Words __attribute__((vector_size(BYTES)));                         \
+#define EF_REGISTER(T, Signed, Unsigned)                        \
+  template <>                                                   \
+  struct Register<T> {                                          \
+    typedef T Floats __attribute__((vector_size(BYTES)));       \
+    typedef Signed Ints __attribute__((vector_size(BYTES)));    \
+    typedef Unsigned Words __attribute__((vector_size(BYTES))); \
   };
 EF_REGISTER(float, std::int32_t, std::uint32_t)
 EF_REGISTER(double, std::int64_t, std::uint64_t)
@@ -111,10 +111,10 @@ EF_FN Floats<T> log_of_parts(Floats<T> f, Floats<T> exponent) {
   const V s = f / (2 + f), z = s * s, half_square = T(0.5) * f * f;
   V tail;
   if constexpr (sizeof(T) == 8) {
-    tail = z * horner<T>(z, {6.666666666666735130e-01, 3.999999999940941908e-01,
-                             2.857142874366239149e-01, 2.222219843214978396e-01,
-                             1.818357216161805012e-01, 1.531383769920937332e-01,
-                             1.479819860511658591e-01});
+    tail = z * horner<T>(
+                   z, {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
+                       2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
+                       1.479819860511658591e-01});
   } else {
     tail = z * horner<T>(z, {0xaaaaaa.0p-24f, 0xccce13.0p-25f, 0x91e9ee.0p-25f, 0xf89e26.0p-26f});
   }
@@ -129,12 +129,12 @@ EF_FN void sine_cosine(Ints<T> quarter, Floats<T> turn, Floats<T>* sine, Floats<
   const V x = turn * T(1.57079632679489661923), z = x * x;
   V s, c;
   if constexpr (sizeof(T) == 8) {
-    s = horner<T>(z, {-1.66666666666666324348e-01, 8.33333333332248946124e-03,
-                      -1.98412698298579493134e-04, 2.75573137070700676789e-06,
-                      -2.50507602534068634195e-08, 1.58969099521155010221e-10});
-    c = horner<T>(z, {4.16666666666666019037e-02, -1.38888888888741095749e-03,
-                      2.48015872894767294178e-05, -2.75573143513906633035e-07,
-                      2.08757232129817482790e-09, -1.13596475577881948265e-11});
+    s = horner<T>(
+        z, {-1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04,
+            2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10});
+    c = horner<T>(
+        z, {4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05,
+            -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11});
   } else {
     s = horner<T>(z, {-1.6666654611e-1f, 8.3321608736e-3f, -1.9515295891e-4f});
     c = horner<T>(z, {4.166664568298827e-2f, -1.388731625493765e-3f, 2.443315711809948e-5f});
@@ -166,9 +166,9 @@ EF_FN Floats<T> exponential(Floats<T> x) {
   const V r = (x - power * Format<T>::LN2_HIGH) - power * Format<T>::LN2_LOW;
   V series;  // (e^r - 1 - r) / r^2 by Taylor, |r| <= ln(2) / 2
   if constexpr (sizeof(T) == 8) {
-    series = horner<T>(r, {1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040,
-                           1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800,
-                           1.0 / 479001600, 1.0 / 6227020800.0});
+    series = horner<T>(
+        r, {1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320, 1.0 / 362880,
+            1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0});
   } else {
     series = horner<T>(r, {1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040});
   }

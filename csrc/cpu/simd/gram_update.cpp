@@ -1,6 +1,7 @@
 // Compiled once for each instruction set, with ENTROPIC_ISA naming it, and with contraction to
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
 #include "cpu/gram_update.h"
+
 #include "cpu/simd/transpose.h"
 
 namespace entropic::cpu {
@@ -28,7 +29,8 @@ constexpr int WIDTH = VECTORS * LANES<T>;  // of a panel: whole tiles of rows, w
 template <typename T>
 using Lanes = typename Vector<T, LANES<T>>::type;
 
-// ---- packing -------------------------------------------------------------------------------------
+// ---- packing
+// -------------------------------------------------------------------------------------
 
 template <typename Source, typename T>
 EF_FN Lanes<T> load(const Source* address) {
@@ -73,7 +75,8 @@ void pack(const Source* rows, i64 stride, i64 count, i64 columns, T* panel) {
   }
 }
 
-// ---- products ------------------------------------------------------------------------------------
+// ---- products
+// ------------------------------------------------------------------------------------
 
 // tile[r, :] = sum over depth of a[:, r] b[:, 0 .. COUNT * LANES)
 template <int COUNT, typename T>
@@ -82,8 +85,7 @@ EF_FN void multiply(const T* a, const T* b, i64 depth, T* tile) {
   for (i64 k = 0; k < depth; ++k) {
     Lanes<T> right[COUNT];
 #pragma GCC unroll 3
-    for (int v = 0; v < COUNT; ++v)
-      __builtin_prefetch(b + (k + AHEAD) * WIDTH<T> + v * LANES<T>);
+    for (int v = 0; v < COUNT; ++v) __builtin_prefetch(b + (k + AHEAD) * WIDTH<T> + v * LANES<T>);
 #pragma GCC unroll 3
     for (int v = 0; v < COUNT; ++v)
       right[v] = *reinterpret_cast<const Lanes<T>*>(b + k * WIDTH<T> + v * LANES<T>);

@@ -5,6 +5,7 @@
 // a step. From the first step to the last everything stays in registers (on the stack, in more than
 // two dimensions).
 #include "cpu/langevin.h"
+
 #include "cpu/simd/normal.h"
 
 namespace entropic::cpu {
@@ -32,7 +33,9 @@ struct Ring {
   int modes;
 
   EF_INLINE Ring(const double* p, int)
-      : stiffness(T(p[0])), contrast(T(p[1])), half(T(0.5 * p[0] * p[1] * p[2])),
+      : stiffness(T(p[0])),
+        contrast(T(p[1])),
+        half(T(0.5 * p[0] * p[1] * p[2])),
         modes(int(p[2])) {}
 
   EF_INLINE void force(const V* x, V* f) const {
@@ -90,8 +93,11 @@ struct Channel {
   int dim;
 
   EF_INLINE Channel(const double* p, int d)
-      : stiffness(T(p[0])), contrast(T(p[1])), turns(T(1 / p[2])),
-        half(T(0.5 * p[1] * 6.28318530717958647692 / p[2])), dim(d) {}
+      : stiffness(T(p[0])),
+        contrast(T(p[1])),
+        turns(T(1 / p[2])),
+        half(T(0.5 * p[1] * 6.28318530717958647692 / p[2])),
+        dim(d) {}
 
   EF_INLINE void force(const V* x, V* f) const {
     V sine, cosine;
@@ -122,9 +128,8 @@ void advance(const Langevin<T>& call, i64 begin, i64 end) {
   for (i64 group = begin; group < end; group += LANES<T>) {
     V x[SIZE], v[SIZE], f[SIZE], z[SIZE] = {};
     const auto forces = [&]() EF_INLINE {
-      repeat<PARTICLES>(particles, [&](int p) EF_INLINE {
-        potential.force(x + p * dim, f + p * dim);
-      });
+      repeat<PARTICLES>(particles,
+                        [&](int p) EF_INLINE { potential.force(x + p * dim, f + p * dim); });
     };
     const auto normals = [&](i64 step, V* to) EF_INLINE {
       repeat<COUNTERS>(size / 4, [&](int m) EF_INLINE {
@@ -147,15 +152,13 @@ void advance(const Langevin<T>& call, i64 begin, i64 end) {
     const auto load = [&](const T* from, V* to) EF_INLINE {
       T lanes[SIZE][LANES<T>] = {};
       places([&](int j, int l, i64 at) EF_INLINE { lanes[j][l] = from[at]; });
-      repeat<COORDINATES>(size, [&](int j) EF_INLINE {
-        __builtin_memcpy(to + j, lanes[j], BYTES);
-      });
+      repeat<COORDINATES>(size,
+                          [&](int j) EF_INLINE { __builtin_memcpy(to + j, lanes[j], BYTES); });
     };
     const auto store = [&](const V* from, T* to) EF_INLINE {
       T lanes[SIZE][LANES<T>];
-      repeat<COORDINATES>(size, [&](int j) EF_INLINE {
-        __builtin_memcpy(lanes[j], from + j, BYTES);
-      });
+      repeat<COORDINATES>(size,
+                          [&](int j) EF_INLINE { __builtin_memcpy(lanes[j], from + j, BYTES); });
       places([&](int j, int l, i64 at) EF_INLINE { to[at] = lanes[j][l]; });
     };
 

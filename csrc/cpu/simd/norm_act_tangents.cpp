@@ -101,164 +101,159 @@ void jvp_block(const JvpBlock<T>& b) {
   const i64 width = b.width;
   Lanes<T> form[GROUP] = {};
   double rest = 0.0;
-  each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
-                                 always_inline)) {
-    using V = typename decltype(kind)::V;
-    constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
-    V scale[COUNT], tscale[COUNT], tshift[COUNT], sums[COUNT] = {};
-    load_all<COUNT>(b.scale + i, scale);
-    load_all<COUNT>(b.tscale + i, tscale);
-    load_all<COUNT>(b.tshift + i, tshift);
-    const i64 start = first * width + i;
-    T *u = b.u.at + start, *out = b.out.at + start;
-    const T *residual = b.residual.at + start;
-    const i64 next_u = b.u.next - b.u.at, next_out = b.out.next - b.out.at;
-    const i64 next_residual = b.residual.next - b.residual.at;
-    const T* normal = b.normal.at + first * b.normal.step + i;
-    const T* slope = b.slope.at + first * b.slope.step + i;
-    const T* cotangent = b.cotangent.at + first * b.cotangent.step + i;
-    const T* bend = b.bend.at + first * b.bend.step + i;
-    const i64 next_extra = b.extra.next - b.extra.at;
-    const i64 extra_step = width / b.channels * b.extra.step;
-    const T* extra[COUNT];
-    if constexpr (EXTRA)
-      for (int v = 0; v < COUNT; ++v)
-        extra[v] = b.extra.at + first * extra_step + element(i + v * L, b.channels, b.extra.step);
-    for (i64 row = 0; row < rows; ++row) {
-      V sum[COUNT], product[COUNT];
+  each<T>(b.elements, width,
+          [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((always_inline)) {
+            using V = typename decltype(kind)::V;
+            constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
+            V scale[COUNT], tscale[COUNT], tshift[COUNT], sums[COUNT] = {};
+            load_all<COUNT>(b.scale + i, scale);
+            load_all<COUNT>(b.tscale + i, tscale);
+            load_all<COUNT>(b.tshift + i, tshift);
+            const i64 start = first * width + i;
+            T *u = b.u.at + start, *out = b.out.at + start;
+            const T* residual = b.residual.at + start;
+            const i64 next_u = b.u.next - b.u.at, next_out = b.out.next - b.out.at;
+            const i64 next_residual = b.residual.next - b.residual.at;
+            const T* normal = b.normal.at + first * b.normal.step + i;
+            const T* slope = b.slope.at + first * b.slope.step + i;
+            const T* cotangent = b.cotangent.at + first * b.cotangent.step + i;
+            const T* bend = b.bend.at + first * b.bend.step + i;
+            const i64 next_extra = b.extra.next - b.extra.at;
+            const i64 extra_step = width / b.channels * b.extra.step;
+            const T* extra[COUNT];
+            if constexpr (EXTRA)
+              for (int v = 0; v < COUNT; ++v)
+                extra[v] =
+                    b.extra.at + first * extra_step + element(i + v * L, b.channels, b.extra.step);
+            for (i64 row = 0; row < rows; ++row) {
+              V sum[COUNT], product[COUNT];
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        V y = load<V>(u + v * L);
-        fetch<sizeof(V)>(u + v * L + next_u, v);
-        if constexpr (EXTRA) {
-          y += load<V>(extra[v]);
-          fetch<sizeof(V)>(extra[v] + next_extra, v);
-          extra[v] += extra_step;
-        }
-        V pre = tscale[v] * load<V>(normal + v * L) + tshift[v];
-        if constexpr (RESIDUAL) {
-          pre += load<V>(residual + v * L);
-          fetch<sizeof(V)>(residual + v * L + next_residual, v);
-        }
-        pre += scale[v] * y;
-        sum[v] = y;
-        product[v] = load<V>(slope + v * L) * pre;
-        if constexpr (SUMS) sums[v] += load<V>(cotangent + v * L) * y;
-        if constexpr (FORM) {
-          const V term = load<V>(bend + v * L) * pre * pre;
-          if constexpr (L == 1)
-            rest += double(term);
-          else
-            form[v] += term;
-        }
-      }
+              for (int v = 0; v < COUNT; ++v) {
+                V y = load<V>(u + v * L);
+                fetch<sizeof(V)>(u + v * L + next_u, v);
+                if constexpr (EXTRA) {
+                  y += load<V>(extra[v]);
+                  fetch<sizeof(V)>(extra[v] + next_extra, v);
+                  extra[v] += extra_step;
+                }
+                V pre = tscale[v] * load<V>(normal + v * L) + tshift[v];
+                if constexpr (RESIDUAL) {
+                  pre += load<V>(residual + v * L);
+                  fetch<sizeof(V)>(residual + v * L + next_residual, v);
+                }
+                pre += scale[v] * y;
+                sum[v] = y;
+                product[v] = load<V>(slope + v * L) * pre;
+                if constexpr (SUMS) sums[v] += load<V>(cotangent + v * L) * y;
+                if constexpr (FORM) {
+                  const V term = load<V>(bend + v * L) * pre * pre;
+                  if constexpr (L == 1)
+                    rest += double(term);
+                  else
+                    form[v] += term;
+                }
+              }
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        if constexpr (EXTRA) store<V>(u + v * L, sum[v]);
-        store<V>(out + v * L, product[v]);
-        fetch<sizeof(V)>(out + v * L + next_out, v);
-      }
-      u += width, out += width, residual += width;
-      normal += b.normal.step, slope += b.slope.step;
-      cotangent += b.cotangent.step, bend += b.bend.step;
-    }
-    if constexpr (SUMS) add_to<COUNT, T>(b.sums + i, sums);
-  });
+              for (int v = 0; v < COUNT; ++v) {
+                if constexpr (EXTRA) store<V>(u + v * L, sum[v]);
+                store<V>(out + v * L, product[v]);
+                fetch<sizeof(V)>(out + v * L + next_out, v);
+              }
+              u += width, out += width, residual += width;
+              normal += b.normal.step, slope += b.slope.step;
+              cotangent += b.cotangent.step, bend += b.bend.step;
+            }
+            if constexpr (SUMS) add_to<COUNT, T>(b.sums + i, sums);
+          });
   if constexpr (FORM) *b.form += total<GROUP, T>(form) + rest;
 }
 
 template <bool EXTRA, bool RESIDUAL, bool OUT, bool TY, typename T>
 void vjp_tangent_block(const VjpTangentBlock<T>& b) {
   const i64 width = b.width;
-  each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
-                                 always_inline)) {
-    using V = typename decltype(kind)::V;
-    constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
-    V scale[COUNT], tscale[COUNT], rstd[COUNT], dscale[COUNT] = {}, dshift[COUNT] = {};
-    load_all<COUNT>(b.scale + i, scale);
-    load_all<COUNT>(b.tscale + i, tscale);
-    load_all<COUNT>(b.rstd + i, rstd);
-    const i64 start = first * width + i;
-    T *u = b.u.at + start, *out = b.out.at + start;
-    const T *residual = b.residual.at + start, *ty = b.ty.at + start;
-    const i64 next_u = b.u.next - b.u.at, next_out = b.out.next - b.out.at;
-    const i64 next_residual = b.residual.next - b.residual.at, next_ty = b.ty.next - b.ty.at;
-    const T* slope = b.slope.at + first * b.slope.step + i;
-    const T* normal = b.normal.at + first * b.normal.step + i;
-    const T* out_cotangent = b.out_cotangent.at + first * b.out_cotangent.step + i;
-    const T* ty_cotangent = b.ty_cotangent.at + first * b.ty_cotangent.step + i;
-    const i64 next_extra = b.extra.next - b.extra.at;
-    const i64 extra_step = width / b.channels * b.extra.step;
-    const T* extra[COUNT];
-    if constexpr (EXTRA)
-      for (int v = 0; v < COUNT; ++v)
-        extra[v] = b.extra.at + first * extra_step + element(i + v * L, b.channels, b.extra.step);
-    for (i64 row = 0; row < rows; ++row) {
-      V sum[COUNT], product[COUNT];
+  each<T>(
+      b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((always_inline)) {
+        using V = typename decltype(kind)::V;
+        constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
+        V scale[COUNT], tscale[COUNT], rstd[COUNT], dscale[COUNT] = {}, dshift[COUNT] = {};
+        load_all<COUNT>(b.scale + i, scale);
+        load_all<COUNT>(b.tscale + i, tscale);
+        load_all<COUNT>(b.rstd + i, rstd);
+        const i64 start = first * width + i;
+        T *u = b.u.at + start, *out = b.out.at + start;
+        const T *residual = b.residual.at + start, *ty = b.ty.at + start;
+        const i64 next_u = b.u.next - b.u.at, next_out = b.out.next - b.out.at;
+        const i64 next_residual = b.residual.next - b.residual.at, next_ty = b.ty.next - b.ty.at;
+        const T* slope = b.slope.at + first * b.slope.step + i;
+        const T* normal = b.normal.at + first * b.normal.step + i;
+        const T* out_cotangent = b.out_cotangent.at + first * b.out_cotangent.step + i;
+        const T* ty_cotangent = b.ty_cotangent.at + first * b.ty_cotangent.step + i;
+        const i64 next_extra = b.extra.next - b.extra.at;
+        const i64 extra_step = width / b.channels * b.extra.step;
+        const T* extra[COUNT];
+        if constexpr (EXTRA)
+          for (int v = 0; v < COUNT; ++v)
+            extra[v] =
+                b.extra.at + first * extra_step + element(i + v * L, b.channels, b.extra.step);
+        for (i64 row = 0; row < rows; ++row) {
+          V sum[COUNT], product[COUNT];
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        V g = load<V>(u + v * L);
-        fetch<sizeof(V)>(u + v * L + next_u, v);
-        if constexpr (EXTRA) {
-          g += load<V>(extra[v]);
-          fetch<sizeof(V)>(extra[v] + next_extra, v);
-          extra[v] += extra_step;
-        }
-        if constexpr (RESIDUAL) {
-          g += load<V>(residual + v * L);
-          fetch<sizeof(V)>(residual + v * L + next_residual, v);
-        }
-        g *= load<V>(slope + v * L);
-        sum[v] = g;
-        if constexpr (OUT) product[v] = scale[v] * g + tscale[v] * load<V>(out_cotangent + v * L);
-        dshift[v] += g;
-        // A g that is not finite times the zeros of an absent `normal` would be NaN; where there
-        // is no `ty` either, the caller leaves dscale out.
-        if (!TY || b.normal.step != 0) dscale[v] += g * load<V>(normal + v * L);
-        if constexpr (TY) {
-          dscale[v] += rstd[v] * load<V>(ty_cotangent + v * L) * load<V>(ty + v * L);
-          fetch<sizeof(V)>(ty + v * L + next_ty, v);
-        }
-      }
+          for (int v = 0; v < COUNT; ++v) {
+            V g = load<V>(u + v * L);
+            fetch<sizeof(V)>(u + v * L + next_u, v);
+            if constexpr (EXTRA) {
+              g += load<V>(extra[v]);
+              fetch<sizeof(V)>(extra[v] + next_extra, v);
+              extra[v] += extra_step;
+            }
+            if constexpr (RESIDUAL) {
+              g += load<V>(residual + v * L);
+              fetch<sizeof(V)>(residual + v * L + next_residual, v);
+            }
+            g *= load<V>(slope + v * L);
+            sum[v] = g;
+            if constexpr (OUT)
+              product[v] = scale[v] * g + tscale[v] * load<V>(out_cotangent + v * L);
+            dshift[v] += g;
+            // A g that is not finite times the zeros of an absent `normal` would be NaN; where
+            // there is no `ty` either, the caller leaves dscale out.
+            if (!TY || b.normal.step != 0) dscale[v] += g * load<V>(normal + v * L);
+            if constexpr (TY) {
+              dscale[v] += rstd[v] * load<V>(ty_cotangent + v * L) * load<V>(ty + v * L);
+              fetch<sizeof(V)>(ty + v * L + next_ty, v);
+            }
+          }
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        store<V>(u + v * L, sum[v]);
-        if constexpr (OUT) {
-          store<V>(out + v * L, product[v]);
-          fetch<sizeof(V)>(out + v * L + next_out, v);
+          for (int v = 0; v < COUNT; ++v) {
+            store<V>(u + v * L, sum[v]);
+            if constexpr (OUT) {
+              store<V>(out + v * L, product[v]);
+              fetch<sizeof(V)>(out + v * L + next_out, v);
+            }
+          }
+          u += width, out += width, residual += width, ty += width;
+          slope += b.slope.step, normal += b.normal.step;
+          out_cotangent += b.out_cotangent.step, ty_cotangent += b.ty_cotangent.step;
         }
-      }
-      u += width, out += width, residual += width, ty += width;
-      slope += b.slope.step, normal += b.normal.step;
-      out_cotangent += b.out_cotangent.step, ty_cotangent += b.ty_cotangent.step;
-    }
-    add_to<COUNT, T>(b.dscale + i, dscale);
-    add_to<COUNT, T>(b.dshift + i, dshift);
-  });
+        add_to<COUNT, T>(b.dscale + i, dscale);
+        add_to<COUNT, T>(b.dshift + i, dshift);
+      });
 }
 
 template <typename T>
 void jvp(const JvpBlock<T>& b) {
   constexpr void (*variants[])(const JvpBlock<T>&) = {
-      jvp_block<false, false, false, false, T>,
-      jvp_block<false, false, false, true, T>,
-      jvp_block<false, false, true, false, T>,
-      jvp_block<false, false, true, true, T>,
-      jvp_block<false, true, false, false, T>,
-      jvp_block<false, true, false, true, T>,
-      jvp_block<false, true, true, false, T>,
-      jvp_block<false, true, true, true, T>,
-      jvp_block<true, false, false, false, T>,
-      jvp_block<true, false, false, true, T>,
-      jvp_block<true, false, true, false, T>,
-      jvp_block<true, false, true, true, T>,
-      jvp_block<true, true, false, false, T>,
-      jvp_block<true, true, false, true, T>,
-      jvp_block<true, true, true, false, T>,
-      jvp_block<true, true, true, true, T>,
+      jvp_block<false, false, false, false, T>, jvp_block<false, false, false, true, T>,
+      jvp_block<false, false, true, false, T>,  jvp_block<false, false, true, true, T>,
+      jvp_block<false, true, false, false, T>,  jvp_block<false, true, false, true, T>,
+      jvp_block<false, true, true, false, T>,   jvp_block<false, true, true, true, T>,
+      jvp_block<true, false, false, false, T>,  jvp_block<true, false, false, true, T>,
+      jvp_block<true, false, true, false, T>,   jvp_block<true, false, true, true, T>,
+      jvp_block<true, true, false, false, T>,   jvp_block<true, true, false, true, T>,
+      jvp_block<true, true, true, false, T>,    jvp_block<true, true, true, true, T>,
   };
-  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) +
-           2 * (b.sums != nullptr) + (b.form != nullptr)](b);
+  variants[8 * (b.extra.at != nullptr) + 4 * (b.residual.at != nullptr) + 2 * (b.sums != nullptr) +
+           (b.form != nullptr)](b);
 }
 
 template <typename T>
@@ -288,33 +283,33 @@ void vjp_tangent(const VjpTangentBlock<T>& b) {
 template <bool RELU, typename T>
 void norm_act_block(const NormActBlock<T>& b) {
   const i64 width = b.width;
-  each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
-                                 always_inline)) {
-    using V = typename decltype(kind)::V;
-    constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
-    V mean[COUNT], rstd[COUNT], weight[COUNT], bias[COUNT];
-    load_all<COUNT>(b.mean + i, mean);
-    load_all<COUNT>(b.rstd + i, rstd);
-    load_all<COUNT>(b.weight + i, weight);
-    load_all<COUNT>(b.bias + i, bias);
-    const i64 start = first * width + i;
-    const T* residual = b.residual.at + first * b.residual.step + i;
-    const V zero = V(), one = zero + T(1);
-    for (i64 row = 0; row < rows; ++row, residual += b.residual.step) {
-      const i64 at = start + row * width;
+  each<T>(b.elements, width,
+          [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((always_inline)) {
+            using V = typename decltype(kind)::V;
+            constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
+            V mean[COUNT], rstd[COUNT], weight[COUNT], bias[COUNT];
+            load_all<COUNT>(b.mean + i, mean);
+            load_all<COUNT>(b.rstd + i, rstd);
+            load_all<COUNT>(b.weight + i, weight);
+            load_all<COUNT>(b.bias + i, bias);
+            const i64 start = first * width + i;
+            const T* residual = b.residual.at + first * b.residual.step + i;
+            const V zero = V(), one = zero + T(1);
+            for (i64 row = 0; row < rows; ++row, residual += b.residual.step) {
+              const i64 at = start + row * width;
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        const V normal = (load<V>(b.y + at + v * L) - mean[v]) * rstd[v];
-        V z = weight[v] * normal + bias[v] + load<V>(residual + v * L);
-        store<V>(b.normal + at + v * L, normal);
-        if constexpr (RELU) {
-          store<V>(b.slope + at + v * L, z > zero ? one : zero);
-          z = z < zero ? zero : z;  // NaN stays
-        }
-        store<V>(b.z + at + v * L, z);
-      }
-    }
-  });
+              for (int v = 0; v < COUNT; ++v) {
+                const V normal = (load<V>(b.y + at + v * L) - mean[v]) * rstd[v];
+                V z = weight[v] * normal + bias[v] + load<V>(residual + v * L);
+                store<V>(b.normal + at + v * L, normal);
+                if constexpr (RELU) {
+                  store<V>(b.slope + at + v * L, z > zero ? one : zero);
+                  z = z < zero ? zero : z;  // NaN stays
+                }
+                store<V>(b.z + at + v * L, z);
+              }
+            }
+          });
 }
 
 template <typename T>
@@ -328,26 +323,26 @@ void inner_products(const InnerProductsBlock<T>& b) {
   const i64 next_a = b.a.next - b.a.at, next_b = b.b.next - b.b.at;
   Lanes<T> sums[GROUP] = {};
   double rest = 0.0;
-  each<T>(b.elements, width, [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((
-                                 always_inline)) {
-    using V = typename decltype(kind)::V;
-    constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
-    const T *one = b.a.at + first * width + i, *other[COUNT];
-    for (int v = 0; v < COUNT; ++v)
-      other[v] = b.b.at + first * step + element(i + v * L, b.channels, b.b.step);
-    for (i64 row = 0; row < rows; ++row, one += width)
+  each<T>(b.elements, width,
+          [&](i64 first, i64 rows, i64 i, auto kind) __attribute__((always_inline)) {
+            using V = typename decltype(kind)::V;
+            constexpr int COUNT = decltype(kind)::COUNT, L = decltype(kind)::L;
+            const T *one = b.a.at + first * width + i, *other[COUNT];
+            for (int v = 0; v < COUNT; ++v)
+              other[v] = b.b.at + first * step + element(i + v * L, b.channels, b.b.step);
+            for (i64 row = 0; row < rows; ++row, one += width)
 #pragma GCC unroll 4
-      for (int v = 0; v < COUNT; ++v) {
-        const V term = load<V>(one + v * L) * load<V>(other[v]);
-        fetch<sizeof(V)>(one + v * L + next_a, v);
-        fetch<sizeof(V)>(other[v] + next_b, v);
-        other[v] += step;
-        if constexpr (L == 1)
-          rest += double(term);
-        else
-          sums[v] += term;
-      }
-  });
+              for (int v = 0; v < COUNT; ++v) {
+                const V term = load<V>(one + v * L) * load<V>(other[v]);
+                fetch<sizeof(V)>(one + v * L + next_a, v);
+                fetch<sizeof(V)>(other[v] + next_b, v);
+                other[v] += step;
+                if constexpr (L == 1)
+                  rest += double(term);
+                else
+                  sums[v] += term;
+              }
+          });
   *b.result += total<GROUP, T>(sums) + rest;
 }
 
@@ -380,10 +375,10 @@ void gather(const TangentPixels<T>& from, i64 rows, i64 channels, T* to) {
 namespace ENTROPIC_ISA {
 extern const TangentBlocks<float> norm_act_tangents_f32;
 extern const TangentBlocks<double> norm_act_tangents_f64;
-const TangentBlocks<float> norm_act_tangents_f32 = {jvp<float>, vjp_tangent<float>, norm_act<float>, inner_products<float>,
-                                  gather<float>};
-const TangentBlocks<double> norm_act_tangents_f64 = {jvp<double>, vjp_tangent<double>, norm_act<double>, inner_products<double>,
-                                   gather<double>};
+const TangentBlocks<float> norm_act_tangents_f32 = {jvp<float>, vjp_tangent<float>, norm_act<float>,
+                                                    inner_products<float>, gather<float>};
+const TangentBlocks<double> norm_act_tangents_f64 = {
+    jvp<double>, vjp_tangent<double>, norm_act<double>, inner_products<double>, gather<double>};
 }  // namespace ENTROPIC_ISA
 
 }  // namespace entropic::cpu

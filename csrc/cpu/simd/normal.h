@@ -1,5 +1,6 @@
 // Counter-based normal numbers, a register at a time: Philox-4x32-10 (Salmon et al., SC 2011) and
-// the Box-Muller transform, the numbers of entropic_fast/ops/random_bits/streams.py. Internal linkage.
+// the Box-Muller transform, the numbers of entropic_fast/ops/random_bits/streams.py. Internal
+// linkage.
 #pragma once
 
 #include "cpu/simd/elementary.h"
@@ -61,8 +62,7 @@ EF_FN void draw(std::uint64_t first, std::uint64_t step, std::uint64_t stream, s
   philox(counter, stream, seed, even);
   philox(counter + step, stream, seed, odd);
 #pragma GCC unroll 4
-  for (int w = 0; w < 4; ++w)
-    words[w] = (Words<float>)((even[w] & 0xffffffffu) | (odd[w] << 32));
+  for (int w = 0; w < 4; ++w) words[w] = (Words<float>)((even[w] & 0xffffffffu) | (odd[w] << 32));
 }
 
 // log((w + 1/2) / 2^32), exact argument.

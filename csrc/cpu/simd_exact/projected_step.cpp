@@ -86,8 +86,8 @@ void adam(T* __restrict theta, const T* __restrict grad, T* __restrict exp_avg,
 // what is read next, is called from memory: it lies megabytes away, where the hardware
 // prefetcher does not look.
 template <typename T>
-void pair_products(const T* theta, const T* p, const T* next, const T* ahead, i64 n,
-                   double* square, double* along) {
+void pair_products(const T* theta, const T* p, const T* next, const T* ahead, i64 n, double* square,
+                   double* along) {
   Doubles squares[REGISTERS] = {};
   Doubles alongs[REGISTERS] = {};
   i64 j = 0;

@@ -2,6 +2,7 @@
 // linkage here, and no standard library. Words of a block are made in vectors of counters and left
 // in the first cache, in order; then they become numbers where these belong.
 #include "cpu/random_bits.h"
+
 #include "cpu/simd/normal.h"
 #include "cpu/simd/transpose.h"
 
