@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import entropic_fast as ef
 from entropic_fast import curvature, dynamics, paths
@@ -240,11 +241,28 @@ def test_docstrings_become_markdown(script):
 # -- pages ----------------------------------------------------------------------------------
 
 
-def test_python_on_the_pages_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["index.md"], flags=re.S)
-    for block in blocks:
-        exec(compile(block, "docs/index.md", "exec"), {})
-    assert blocks and "±" in capsys.readouterr().out
+@pytest.mark.filterwarnings("ignore::entropic_fast.NotConvergedWarning")  # few steps and probes
+@pytest.mark.parametrize("name", ["index.md", *(n for n in PAGES if n.startswith("guide/"))])
+def test_python_on_the_pages_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    if name == "guide/distributed.md":  # starts from the objective of the guide before
+        x = torch.randn(8, 2)
+        names["obj"] = ef.Objective(torch.nn.Linear(2, 1), "mse", (x, x[:, :1]))
+        monkeypatch.setattr(ef, "distribute", lambda obj: obj)  # no other process here
+    for block in re.findall(r"```python\n(.*?)```", PAGES[name], flags=re.S):
+        exec(compile(block, f"docs/{name}", "exec"), names)
+    if name in ("index.md", "guide/curvature.md", "guide/training.md"):
+        assert "±" in capsys.readouterr().out
+
+
+def test_charts_are_those_of_the_records(script, tmp_path, monkeypatch):
+    module = script("make_charts")
+    monkeypatch.setattr(module, "CHARTS", tmp_path)
+    module.main()
+    for chart in (DOCS / "charts").glob("*.svg"):
+        drawn = re.findall(r"<!-- (.*?) -->", (tmp_path / chart.name).read_text())
+        assert drawn == re.findall(r"<!-- (.*?) -->", chart.read_text()), chart.name
 
 
 def test_every_page_and_example_is_found():

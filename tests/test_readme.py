@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FINDINGS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 # The networks there are not trained, and few probes are taken of them.
@@ -33,6 +34,15 @@ def test_commands_of_the_readme_are_one_line_each():
         assert "\n" not in command and ".venv" in command
 
 
+def test_a_person_reads_it_in_three_minutes():
+    assert len(README.splitlines()) <= 130
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
 def test_the_table_of_findings_is_what_was_recorded():
     """Rounded as the text rounds: to two digits."""
     for column, name in ((1, "demo"), (2, "small")):
@@ -54,5 +64,5 @@ def test_the_table_of_findings_is_what_was_recorded():
 
 
 def cells(start):
-    (line,) = (x for x in README.splitlines() if x.startswith(f"| {start}"))
+    (line,) = (x for x in FINDINGS.splitlines() if x.startswith(f"| {start}"))
     return [cell.strip() for cell in line.strip("|").split("|")]
