@@ -48,7 +48,6 @@ from .langevin import (
     simulate_langevin,
 )
 from .projected_sgd import (
-    OPTIMIZERS,
     Checkpointing,
     CheckpointMismatchError,
     Execution,
@@ -64,7 +63,6 @@ __all__ = [
     "relax",
     "relax_many",
     "ProjectedSGD",
-    "OPTIMIZERS",
     "Recording",
     "Checkpointing",
     "Execution",

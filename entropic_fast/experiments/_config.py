@@ -12,7 +12,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from .._utils import checks
-from ..dynamics import OPTIMIZERS
+from ..dynamics.projected_sgd import OPTIMIZERS
 from ._sections import Config, LMCSection
 
 if sys.version_info >= (3, 11):
