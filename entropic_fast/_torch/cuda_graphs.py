@@ -79,7 +79,7 @@ def captured(
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             work()
-    # A model may refuse capture in any way, by reading a value back for instance.
+    # A model may reject capture in any way, by reading a value back for instance.
     except Exception as error:
         _end_pool(device, pool)
         torch.cuda.synchronize(device)

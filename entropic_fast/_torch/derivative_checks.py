@@ -14,7 +14,7 @@ from .._utils import checks
 
 
 def require_right_gradients(model: nn.Module) -> None:
-    """Refuse layers whose own gradient is wrong in torch."""
+    """Reject layers whose own gradient is wrong in torch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.CrossMapLRN2d):
             raise checks.invalid(
@@ -46,7 +46,7 @@ def cdist_is_right() -> bool:
 
 
 class Watcher(TorchFunctionMode):
-    """Notes whether a derivative is taken within it, and refuses functions without derivative.
+    """Notes whether a derivative is taken within it, and rejects functions without derivative.
 
     Attributes:
         derivative: whether there was one: by autograd, forward mode or a transform of torch.func.

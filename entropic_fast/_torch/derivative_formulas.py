@@ -115,7 +115,7 @@ def group_norm(
 ) -> Tensor:
     """`F.group_norm`."""
     if input.ndim < 2 or input.shape[1] % num_groups or input[:1].numel() <= num_groups:
-        return functional.group_norm(input, num_groups, weight, bias, eps)  # refuses most
+        return functional.group_norm(input, num_groups, weight, bias, eps)  # rejects most
     groups = input.reshape(len(input), num_groups, -1)
     return _affine(_normalized(groups, [2], eps).reshape(input.shape), weight, bias)
 

@@ -167,7 +167,7 @@ def _set_float32(precision: str) -> Callable[[], None]:
     before = [setting.fp32_precision for setting in settings]
     if precision == "ieee" and not {"tf32", "bf16"} & set(before):
         return lambda: None
-    # torch refuses to read its older switches where they contradict the newer ones, which a model
+    # torch rejects to read its older switches where they contradict the newer ones, which a model
     # may do in its forward (`torch.backends.cudnn.flags`): both are set.
     older = [_unless_contradicted(read) for read, *_ in _OLDER_SWITCHES]
 

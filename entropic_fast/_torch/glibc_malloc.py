@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     """Have glibc hand out freed memory again instead of returning it to the system.
 
     A product frees and takes some hundred tensors of megabytes for every tile. Returned to the
-    system, each page is cleared and mapped anew at its next use, and a product of ResNet-20 took
+    system, each page is cleared and mapped again at its next use, and a product of ResNet-20 took
     1.6 times as long. Up to 1 GiB stays with the process. Environment variables
     MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it; other C libraries are let be.
 

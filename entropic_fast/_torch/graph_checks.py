@@ -43,7 +43,7 @@ def backward_nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def require_twice_differentiable(tensor: Tensor) -> None:
-    """Refuse a graph with a function marked as `once_differentiable`, or so in torch.
+    """Reject a graph with a function marked as `once_differentiable`, or so in torch.
 
     torch takes its backward pass for a constant where only some inputs are asked for: second
     derivatives would lack terms, without a word.
@@ -65,7 +65,7 @@ def require_twice_differentiable(tensor: Tensor) -> None:
 
 
 def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
-    """Refuse NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
+    """Reject NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
     bad = ~torch.isfinite(losses)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
@@ -78,7 +78,7 @@ def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
 
 
 def require_real_outputs(outputs: Tensor) -> None:
-    """Refuse complex outputs, for what is defined by derivatives of single output numbers."""
+    """Reject complex outputs, for what is defined by derivatives of single output numbers."""
     if outputs.is_complex():
         raise checks.invalid(
             "outputs",
@@ -89,7 +89,7 @@ def require_real_outputs(outputs: Tensor) -> None:
 
 
 def require_finite_outputs(outputs: Tensor, start: int) -> None:
-    """Refuse complex, NaN and infinite outputs [n, ...] of the examples from `start` on."""
+    """Reject complex, NaN and infinite outputs [n, ...] of the examples from `start` on."""
     require_real_outputs(outputs)
     finite = torch.isfinite(outputs.reshape(len(outputs), -1)).all(1)
     if not bool(finite.all()):
@@ -102,7 +102,7 @@ def require_finite_outputs(outputs: Tensor, start: int) -> None:
 
 
 def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a sum of gradients of a half-precision `dtype` that overflowed."""
+    """Reject a sum of gradients of a half-precision `dtype` that overflowed."""
     if dtype in checks.HALF and not bool(torch.isfinite(gradient).all()):
         raise checks.invalid(
             "gradient",
@@ -113,7 +113,7 @@ def require_in_range(gradient: Tensor, dtype: torch.dtype) -> None:
 
 
 def require_classifier(outputs: Tensor, targets: Tensor) -> None:
-    """Refuse outputs and targets that are not class scores [n, C] and integers [n]."""
+    """Reject outputs and targets that are not class scores [n, C] and integers [n]."""
     if outputs.ndim != 2 or outputs.is_complex() or targets.is_floating_point():
         raise checks.invalid(
             "evaluate",

@@ -60,14 +60,14 @@ def boolean(argument: str, value: bool) -> bool:
 
 
 def functions(**given: object) -> None:
-    """Refuse what is to be called, where there is any, and cannot be."""
+    """Reject what is to be called, where there is any, and cannot be."""
     for argument, value in given.items():
         if value is not None and not callable(value):
             raise invalid(argument, "a function", shown(value))
 
 
 def instance(argument: str, value: object, kind: type, do: str = "") -> None:
-    """Refuse what is not of a class."""
+    """Reject what is not of a class."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIO" else "a"
         raise invalid(argument, f"{article} {kind.__name__}", shown(value), do)
@@ -150,7 +150,7 @@ def vector(argument: str, value: Tensor, size: int) -> Tensor:
 
 
 def single_or_double(argument: str, dtype: torch.dtype, what: str) -> None:
-    """Refuse half precision for a quantity (`what`) that its rounding would drown.
+    """Reject half precision for a quantity (`what`) that its rounding would drown.
 
     >>> single_or_double("obj", torch.bfloat16, "the Hessian")
     Traceback (most recent call last):

@@ -23,7 +23,7 @@ CUT = 0.37
 
 
 def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
-    """Refuse a loss or a model for which an example's loss depends on the others of its batch.
+    """Reject a loss or a model for which an example's loss depends on the others of its batch.
 
     The loss is asked for each example's outputs alone; the model for three examples alone, and for
     the batch in two parts. Half precision is looked at in float32: its rounding depends on the

@@ -189,7 +189,7 @@ class FunctionalModel(ParameterVector):
         return self._reader.loss is not None
 
     def require_outputs(self, what: str) -> None:
-        """Refuse what needs the model's outputs where the loss takes many parts of them.
+        """Reject what needs the model's outputs where the loss takes many parts of them.
 
         Raises:
             ValueError: naming what to do.
@@ -273,7 +273,7 @@ class FunctionalModel(ParameterVector):
         return ""
 
     def require_single_examples(self) -> None:
-        """Refuse quantities of single examples where examples influence one another.
+        """Reject quantities of single examples where examples influence one another.
 
         Raises:
             ValueError: an example's loss depends on the rest of its batch.

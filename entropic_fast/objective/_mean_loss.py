@@ -31,7 +31,7 @@ class MeanLoss(FunctionalModel):
     def local_batches(
         self, max_examples: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
-        """`batches`, of which other processes take their parts where work is shared."""
+        """This rank's block of `batches`."""
         found, (first, last) = (
             self.batches(max_examples, batch_size),
             self.local_range(max_examples),
@@ -39,19 +39,19 @@ class MeanLoss(FunctionalModel):
         return batches_in_range(found, first, last, keep_whole=not self.separable)
 
     def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
-        """The first of the examples that this process takes, and the first after them."""
+        """This rank's examples: the first, and the one after the last."""
         return self.communicator.range(self.count(max_examples))
 
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
-        """What `compute` makes of `local_batches`, summed over the processes that share them.
+        """The sum over ranks of `compute`, which uses `local_batches`.
 
         Args:
-            what: the name of it and its arguments, for these to be the same on each.
+            what: name and arguments of the call, which have to be the same on all ranks.
         """
         return self.communicator.all_reduce(compute, *what, self.fingerprint)
 
     def fingerprint(self) -> str:
-        """What tells this objective from others that processes share: data, dtype, statistics."""
+        """Data, dtype and normalization as text, by which ranks compare their objectives."""
         data = self.examples.fingerprint()[:12]
         decay = f", weight_decay={self.weight_decay}" if self.weight_decay else ""
         return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}{decay}"
@@ -89,7 +89,7 @@ class MeanLoss(FunctionalModel):
         """
         theta = self.point(theta)
 
-        def own() -> Tensor:
+        def local_sum() -> Tensor:
             found = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
             for batch in self.local_batches():
                 where = slice(batch.start, batch.start + batch.size)
@@ -102,10 +102,10 @@ class MeanLoss(FunctionalModel):
             if self._loss_dtype is None:
                 first = next(self.batches())
                 self._loss_dtype = self.losses(theta, first.inputs, first.targets).dtype
-            return self.all_reduce(own, "losses", theta).to(self._loss_dtype)
+            return self.all_reduce(local_sum, "losses", theta).to(self._loss_dtype)
 
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
-        """`losses` of a batch, refused if one is NaN or infinite.  # [n]"""
+        """`losses` of a batch, rejected if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
         require_finite(losses.detach(), theta, batch.start)
         return losses
@@ -152,7 +152,7 @@ class MeanLoss(FunctionalModel):
         """
         theta = self._fitting(theta)
 
-        def own() -> Tensor:
+        def local_sum() -> Tensor:
             total, losses = widened(torch.zeros_like(theta)), []
             for batch in self.local_batches():
                 leaf = theta.detach().requires_grad_()
@@ -171,7 +171,7 @@ class MeanLoss(FunctionalModel):
         later = is_gpu(self.device)
         if not later:
             self.point(theta)
-        total = self.all_reduce(own, "gradient", theta)
+        total = self.all_reduce(local_sum, "gradient", theta)
         require_in_range(total, theta.dtype)
         mean = total / self.num_examples
         if self.weight_decay:
@@ -204,7 +204,7 @@ class MeanLoss(FunctionalModel):
         self.require_outputs("an accuracy")
         theta = self.point(theta)
 
-        def own() -> Tensor:
+        def local_sum() -> Tensor:
             sums = torch.zeros(3, dtype=torch.float64, device=self.device)
             for batch in self.local_batches():
                 outputs = self.outputs(theta, batch.inputs)
@@ -216,6 +216,6 @@ class MeanLoss(FunctionalModel):
             return sums
 
         with torch.no_grad():
-            loss, correct, counted = self.all_reduce(own, "evaluate", theta).tolist()
+            loss, correct, counted = self.all_reduce(local_sum, "evaluate", theta).tolist()
         share = correct / counted if counted else math.nan
         return loss / self.num_examples + float(self.penalty(theta)), share

@@ -109,7 +109,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Module) -> None:
-    """Refuse losses that use parameters of the user's own model, or of its first forward pass.
+    """Reject losses that use parameters of the user's own model, or of its first forward pass.
 
     A function that holds the model (in a closure, as a global) goes on using it in the copy. Its
     parameters are constants there: gradients would lack terms, without a word.

@@ -1,4 +1,4 @@
-"""Normalization layers: a model's private copy in either mode, and statistics gathered anew."""
+"""Normalization layers: a model's private copy in either mode, and statistics gathered again."""
 
 from __future__ import annotations
 

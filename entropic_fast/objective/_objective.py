@@ -34,17 +34,16 @@ class Objective(MeanLoss):
     are constants and never part of theta. The model is copied at construction: training it
     afterwards does not change the objective, and the objective never changes the model.
 
-    Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is random
-    even so (functional dropout) is refused, because nothing exact can be said of it.
+    Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is still
+    random (functional dropout) is rejected.
 
-    Threads may share an objective: a model runs for one of them at a time. An objective, and all
-    that is computed from it, ignores an ambient `torch.autocast`; one within the model's forward
-    acts as ever.
+    Threads may share an objective; its model runs for one of them at a time. An ambient
+    `torch.autocast` has no effect, one within the model's forward does.
 
     A model may be in half precision (float16, bfloat16). It then runs in its own dtype, its
     outputs are converted to float32 before the loss, and sums over examples are float32 or
-    more; theta and gradients have the model's dtype. What needs second derivatives, or moves
-    along paths, refuses half precision: its rounding is as large as what is sought.
+    more; theta and gradients have the model's dtype. Second derivatives and paths reject half
+    precision, because rounding errors would be as large as the result.
 
     Args:
         model: any `nn.Module` whose output for an example does not depend on the others. It
@@ -55,7 +54,7 @@ class Objective(MeanLoss):
             language models: scores [N, T, V], tokens [N, T], -100 for what does not count). With
             torch's reduction "mean" the objective is torch's loss of the data as one batch: for
             `nn.CrossEntropyLoss(weight, ignore_index)` the weighted mean over the labels that
-            count. See `loss_reductions.ReducedLoss`, also for "sum" and "none".
+            count. See `losses.ReducedLoss`, also for "sum" and "none".
         data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches
             (inputs, targets), such as a `DataLoader` that does not shuffle. Inputs and targets
             are tensors or NumPy arrays, or dicts, tuples and dataclasses of them. Inputs in a
@@ -66,13 +65,13 @@ class Objective(MeanLoss):
             cast to the model's dtype.
         norm: "running" (normalization layers use their stored statistics, as in evaluation) or
             "batch" (they use the statistics of each batch of `batch_size`, as in training;
-            quantities of single examples are then undefined and refused).
+            quantities of single examples are then undefined and rejected).
         device: where to compute; default, where the model is.
-        batch_size: examples a pass takes at once; default 256. Not for data that is batched.
+        batch_size: examples per pass; default 256. Not for data that is batched.
         parameters: the parameters of theta; None for all that require a gradient. A glob pattern
             on the names of parameters or modules ("head.*", "layer4"), or a sequence of patterns,
             parameters and modules of the model. What is chosen is part of theta even if it does
-            not require a gradient; a tied parameter goes by its first name.
+            not require a gradient; a tied parameter has its first name.
         output: of an output with many parts (a dict, tuple, dataclass or other object), the name
             or index of the tensor that the loss takes. Default: "logits", or the only tensor, for
             a loss that has a name; a loss of your own takes the entire output. What needs outputs
@@ -293,7 +292,7 @@ class Objective(MeanLoss):
         """This objective with running statistics re-estimated at theta [P].
 
         Statistics belong to the point where they were gathered; at a point that was not
-        trained (between two minima, say) they must be gathered anew. Each layer's mean and
+        trained (between two minima, say) they must be gathered again. Each layer's mean and
         (unbiased) variance are averages over batches, each weighing its number of examples,
         of the objective's first `max_examples` examples (default: all).
 
@@ -318,7 +317,7 @@ class Objective(MeanLoss):
 
 
 def require_objective(obj: object) -> None:
-    """Refuse what is no objective, such as the model itself.
+    """Reject what is no objective, such as the model itself.
 
     >>> require_objective(torch.nn.Linear(1, 1))
     Traceback (most recent call last):

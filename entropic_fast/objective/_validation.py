@@ -34,7 +34,7 @@ from .losses._functions import origin
 
 
 def require_module(model: nn.Module) -> None:
-    """Refuse what is no module, one compiled by TorchScript, parts of one, one without values."""
+    """Reject what is no module, one compiled by TorchScript, parts of one, one without values."""
     if not isinstance(model, nn.Module):
         raise checks.invalid(
             "model",
@@ -98,11 +98,11 @@ def require_model(
     given: nn.Module | None = None,
     batch: Batch | None = None,
 ) -> None:
-    """Refuse a model that does not fit its data, is random, changes itself, or has no gradient.
+    """Reject a model that does not fit its data, is random, changes itself, or has no gradient.
 
     Args:
-        separate: refuse examples that depend on one another, too.
-        given: the model as the user has it; refuse what uses its parameters, too.
+        separate: reject examples that depend on one another, too.
+        given: the model as the user has it; reject what uses its parameters, too.
         batch: the `check_batch`, where it is known.
 
     Raises:
@@ -226,7 +226,7 @@ def _first_outputs(obj: FunctionalModel, theta: Tensor, inputs: Tensor) -> Tenso
 
 
 def _differentiable_losses(obj: FunctionalModel, batch: Batch, theta: Tensor) -> Tensor:
-    """Losses [n] of a batch with their graph; refuses activations that are computed again.
+    """Losses [n] of a batch with their graph; rejects activations that are computed again.
 
     `torch.utils.checkpoint` runs the model once more in the backward pass, when it no longer has
     the parameters of theta: an error at best, and at worst the gradient of another point.

@@ -31,7 +31,7 @@ _CLASSES_LAST = (
 
 
 def require_fitting(obj: FunctionalModel, theta: Tensor, outputs: Any, batch: Batch) -> None:
-    """Refuse outputs and targets that do not fit the objective's loss, if the library knows it.
+    """Reject outputs and targets that do not fit the objective's loss, if the library knows it.
 
     Args:
         outputs: at theta, of the batch.
@@ -78,7 +78,7 @@ def require_labels(
     loss: CrossEntropy,
     ignoring: bool = True,
 ) -> None:
-    """Refuse targets that do not fit the outputs' classes, for cross-entropy.
+    """Reject targets that do not fit the outputs' classes, for cross-entropy.
 
     Targets are either integers in [0, C) or probabilities of the outputs' shape.
 
@@ -152,7 +152,7 @@ def _require_probabilities(outputs: Tensor, targets: Tensor, loss: CrossEntropy)
 
 
 def _require_positions(outputs: Tensor, targets: Tensor, loss: CrossEntropy) -> None:
-    """Refuse labels that are not one per position."""
+    """Reject labels that are not one per position."""
     axis, shape = loss.class_axis, list(outputs.shape[1:])
     positions = shape[: axis - 1] + shape[axis:]
     given = list(targets.shape[1:])

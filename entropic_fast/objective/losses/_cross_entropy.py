@@ -244,7 +244,7 @@ def target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tens
 
 
 def require_labels_weighted(labels: Tensor, weight: Tensor) -> None:
-    """Refuse labels that have no class weight.
+    """Reject labels that have no class weight.
 
     Raises:
         ValueError: a label outside 0 .. C - 1 for C class weights.

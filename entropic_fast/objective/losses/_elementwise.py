@@ -75,7 +75,7 @@ class BinaryCrossEntropy(DiagonalLoss):
         return found if self._weight is None else found * self._weight.to(outputs)
 
     def require_targets(self, examples: ExampleSet) -> None:
-        """Refuse targets that are no probabilities, such as -1 or -100 for what is unknown.
+        """Reject targets that are no probabilities, such as -1 or -100 for what is unknown.
 
         Raises:
             ValueError: a target outside 0 .. 1, or NaN.

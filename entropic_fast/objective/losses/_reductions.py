@@ -208,7 +208,7 @@ class Elementwise(ReducedLoss):
         return differing_sizes(examples, self.same_shape)
 
     def require_torch_value(self, outputs: Any, targets: Any) -> None:
-        """Refuse a loss whose reduction is not that of its terms, on a batch.
+        """Reject a loss whose reduction is not that of its terms, on a batch.
 
         Raises:
             ValueError: the module itself returns another number.
@@ -238,7 +238,7 @@ class Elementwise(ReducedLoss):
         fits = terms.shape[:1] == (n,) and value.ndim == 0
         if not fits or not abs(float(value) - ours) <= slack * scale:
             if fits and not (torch.isfinite(value) and torch.isfinite(total)):
-                return  # the loss itself will be refused, with the example named
+                return  # the loss itself will be rejected, with the example named
             raise checks.invalid(
                 "loss",
                 f"{type(self.torch_loss).__name__} whose {self.reduction!r} is that of one term "
@@ -249,7 +249,7 @@ class Elementwise(ReducedLoss):
 
 
 def require_shape(outputs: Any, targets: Any) -> None:
-    """Refuse targets that torch would broadcast against the outputs, or not take.
+    """Reject targets that torch would broadcast against the outputs, or not take.
 
     Raises:
         ValueError: targets of another shape than the outputs.
@@ -305,7 +305,7 @@ def differing_sizes(examples: ExampleSet, count_targets: bool) -> float | None:
 
 
 def _require_no_example_weights(loss: nn.Module, outputs: Tensor) -> None:
-    """Refuse weights with an axis of the examples, which torch matches by place in the batch."""
+    """Reject weights with an axis of the examples, which torch matches by place in the batch."""
     for name, weight in loss.named_buffers():
         if weight.ndim >= outputs.ndim and weight.shape[weight.ndim - outputs.ndim] != 1:
             raise checks.invalid(
