@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+
+from .._torch.architecture_key import key_of
 
 if TYPE_CHECKING:
     from .._utils.trees import Tree
@@ -89,6 +92,50 @@ def require_agreement(
             "meanwhile, build the operator within "
             "`with entropic_fast.curvature.autograd_only():`"
         )
+
+
+# Losses at most that the models of one architecture have in common.
+_LOSSES = 256
+
+
+class VerifiedLosses:
+    """Kinds of results and the losses for which both methods were compared; keeps no loss alive.
+
+    Losses that compute the same count as one for all models of an architecture.
+
+    >>> checked, loss = VerifiedLosses(), torch.nn.MSELoss()
+    >>> checked.add("hessian", loss)
+    >>> ("hessian", loss) in checked, ("ggn", loss) in checked
+    (True, False)
+    """
+
+    def __init__(self, shared: set[Hashable] | None = None) -> None:
+        self._verified: dict[tuple[Hashable, int], Any] = {}
+        self._shared: set[Hashable] = set() if shared is None else shared
+
+    def for_another_model(self) -> VerifiedLosses:
+        """The record for another model of the same architecture."""
+        return VerifiedLosses(self._shared)
+
+    def __contains__(self, pair: tuple[Hashable, Any]) -> bool:
+        kind, loss = pair
+        reference = self._verified.get((kind, id(loss)))  # losses need not be hashable
+        if reference is not None and reference() is loss:
+            return True
+        return (kind, key_of(loss)) in self._shared
+
+    def add(self, kind: Hashable, loss: Any) -> None:
+        alike = key_of(loss)
+        if alike is not None and len(self._shared) < _LOSSES:
+            self._shared.add((kind, alike))
+        key = kind, id(loss)
+        if loss is None:  # of results that depend on none
+            self._verified[key] = lambda: None
+            return
+        try:
+            self._verified[key] = ref(loss, lambda _: self._verified.pop(key, None))
+        except TypeError:  # no weak reference to it: it will be compared again
+            return
 
 
 _autograd_only: ContextVar[bool] = ContextVar("autograd_only", default=False)

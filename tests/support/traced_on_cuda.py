@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from entropic_fast._torch.full_precision import NativeRecurrence, full_precision
 from entropic_fast.curvature.hvp._capture import _traced
+from entropic_fast.curvature.hvp._capture_checks import LINEAR, MULTILINEAR
 from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTIONS
 from entropic_fast.curvature.hvp._fusion import find_forward_regions
 from entropic_fast.curvature.hvp._jvp_rules import JVP_RULES
-from entropic_fast.curvature.hvp._linearity import LINEAR, MULTILINEAR
 from entropic_fast.training import models
 
 

@@ -1,11 +1,9 @@
-"""The graph of a network, and of its backward pass, as aten operations.
+"""Capture of a network and of its backward pass as one graph of aten operations.
 
-The model is run once under `make_fx`, which writes down the aten operations (after autograd and
-composite functions have been taken apart) that lead from parameters, buffers and inputs to the
-outputs. The written-down graph is then differentiated by autograd under `make_fx` again, which
-writes down the backward pass. What cannot be captured faithfully (values read back to Python,
-parts without gradient, functions with a backward pass of their own, hooks) raises
-`GraphCaptureError`; the caller then takes another way.
+The model runs once under `make_fx`, which records the aten operations from parameters, buffers and
+inputs to the outputs. Autograd then differentiates that graph, under `make_fx` again, which records
+the backward pass. Whatever cannot be captured faithfully raises `GraphCaptureError`, and the caller
+falls back to autograd. See "Capture" in docs/design/hvp.md.
 """
 
 from __future__ import annotations
@@ -33,9 +31,8 @@ from ..._utils.trees import Tree
 from ...objective import Objective
 from ...ops.random_bits import streams as random
 from .._crosscheck import AGREEMENT, coarsest_dtype
-from ._capture_checks import GraphCaptureError, TraceGuard, require_nothing_hidden
+from ._capture_checks import GraphCaptureError, TraceGuard, is_linear, require_nothing_hidden
 from ._decompositions import DECOMPOSITIONS
-from ._linearity import is_linear
 
 aten = torch.ops.aten
 
@@ -47,12 +44,12 @@ class Graph:
     The graph is a function of parameters, buffers, inputs x and cotangents u of the outputs.
 
     Attributes:
-        nodes: in an order in which they can be computed.
-        parameters, buffers, x, u: its placeholders; x of each tensor of the inputs.
+        nodes: in topological order.
+        parameters, buffers, x, u: its placeholders; x has one per tensor of the inputs.
         outputs: the network's outputs.
         gradients: of <outputs, u> in each parameter; None where it is 0.
-        cotangents: of each node that is not linear in what depends on the parameters.
-        constants: tensors that the model holds, by the name of their node.
+        cotangents: of each node that is not linear in its active arguments.
+        constants: tensors of the model other than parameters and buffers, by node name.
     """
 
     nodes: list[fx.Node]
@@ -71,9 +68,9 @@ def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
     """The graph of an objective's model for inputs like these [n, ...].
 
     Raises:
-        GraphCaptureError: see above.
+        GraphCaptureError: naming the cause.
     """
-    with _unobserved():
+    with _without_observers():
         try:
             return _captured(obj, theta, inputs)
         except GraphCaptureError as why:
@@ -88,13 +85,13 @@ def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
 def _captured(
     obj: Objective, theta: Tensor, inputs: Tree, told: AbstractContextManager[None] | None = None
 ) -> Graph:
-    with _refusing(), told or nullcontext():
+    with _as_capture_errors(), told or nullcontext():
         require_nothing_hidden(obj, theta, inputs)
         parts = [part.detach() for part in obj.split(theta).values()]
         forward = _forward(obj, parts, inputs)
     _require_faithful(forward, obj, theta, inputs)
     marked = _not_linear(forward, len(parts))
-    with _refusing():
+    with _as_capture_errors():
         held = list(obj.buffers.values())
         return _with_backward(forward, marked, parts, held, trees.leaves(inputs))
 
@@ -105,10 +102,10 @@ def _reads_values(why: GraphCaptureError) -> bool:
 
 
 @contextmanager
-def _unobserved() -> Iterator[None]:
-    """Within it no dispatch mode, and no module is followed as torch's counters of FLOPs do.
+def _without_observers() -> Iterator[None]:
+    """Suspend dispatch modes and module trackers, as those of torch's FLOP counter.
 
-    What they do is no part of the model, whose graph is kept for calls without them.
+    They are no part of the model, and its graph is kept for calls without them.
     """
     places: Any = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
     followed = [
@@ -133,8 +130,8 @@ def _follows_modules(hook: Any) -> bool:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Whatever a model does that tracing does not take becomes a GraphCaptureError."""
+def _as_capture_errors() -> Iterator[None]:
+    """Turn any error of tracing into a GraphCaptureError."""
     try:
         yield
     except (GraphCaptureError, torch.OutOfMemoryError):
@@ -146,7 +143,10 @@ def _refusing() -> Iterator[None]:
 
 @torch.no_grad()
 def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tree) -> None:
-    """Refuse a graph in which numbers of this point are written down as constants."""
+    """Reject a graph that holds values of this point as constants.
+
+    It is compared with the model at another point, 10 % away, on changed inputs.
+    """
     theta = theta * (
         1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
     )
@@ -154,13 +154,13 @@ def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, in
     try:
         expected = obj.outputs(theta, inputs)
         dtype = coarsest_dtype(obj, theta, inputs)
-    except Exception:  # a model need not run there
+    except Exception:  # the model need not be defined there
         return
     leaves = (*obj.split(theta).values(), *obj.buffers.values(), *trees.leaves(inputs))
     (got,) = tree_leaves(fx.Interpreter(forward).run(*leaves, enable_io_processing=False))
     gap, scale = float((got - expected).nan_to_num().norm()), float(expected.nan_to_num().norm())
     if got.shape != expected.shape or not gap <= AGREEMENT[dtype][0] * scale:
-        raise GraphCaptureError("the graph holds numbers that are others at another point")
+        raise GraphCaptureError("the graph holds values of one point as constants")
 
 
 def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModule:
@@ -198,11 +198,47 @@ def _with_backward(
     buffers: list[Tensor],
     inputs: list[Tensor],
 ) -> Graph:
-    """Differentiate the graph in the parameters, and in shifts (of 0) of the marked nodes."""
-    shifts = []
-    for node in marked:
-        like = node.meta["val"]  # without data
-        shifts.append(torch.zeros(like.shape, dtype=like.dtype, device=like.device))
+    """The forward graph and its derivatives in the parameters and at the marked nodes.
+
+    A cotangent is the gradient in a shift, of 0, that is added to a marked node.
+    """
+    joint = _joint_graph(forward, marked, parts, buffers, inputs)
+    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    p, b, i = len(parts), len(buffers), len(inputs)
+    _remove_shifts(placeholders[p + b + i + 1 :])
+    (result,) = (node for node in joint.graph.nodes if node.op == "output")
+    leaves = iter(tree_leaves(result.args))
+    outputs = next(leaves)
+    gradients = [next(leaves) for _ in range(p)]
+    cotangents = [next(leaves) for _ in marked]
+    unshifted = [next(leaves) for _ in marked]
+    joint.graph.eliminate_dead_code()
+    constants = {n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"}
+    # A kept graph must not keep the module, and with it the model's tensors, alive.
+    joint.graph.owning_module = None
+    return Graph(
+        nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
+        parameters=placeholders[:p],
+        buffers=placeholders[p : p + b],
+        x=placeholders[p + b : p + b + i],
+        u=placeholders[p + b + i],
+        outputs=outputs,
+        gradients=gradients,
+        cotangents=dict(zip(unshifted, cotangents, strict=True)),
+        constants=constants,
+    )
+
+
+def _joint_graph(
+    forward: fx.GraphModule,
+    marked: list[fx.Node],
+    parts: list[Tensor],
+    buffers: list[Tensor],
+    inputs: list[Tensor],
+) -> fx.GraphModule:
+    """(parameters, buffers, x, u, shifts) -> outputs, gradients, cotangents, unshifted nodes."""
+    likes = [node.meta["val"] for node in marked]  # which hold no data
+    shifts = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for like in likes]
     outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
 
     def run(
@@ -215,50 +251,31 @@ def _with_backward(
         def network(parts: list[Tensor], shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             return _Shifted(forward, marked).run(parts, buffers, x, shifts)
 
-        outputs, pull, before = vjp(network, parts, shifts, has_aux=True)
-        gradients, cotangents = pull(u)
-        return outputs, gradients, cotangents, before
+        outputs, pullback, unshifted = vjp(network, parts, shifts, has_aux=True)
+        gradients, cotangents = pullback(u)
+        return outputs, gradients, cotangents, unshifted
 
-    arguments = (parts, buffers, inputs, torch.zeros_like(outputs), shifts)
-    joint = _traced(run, DECOMPOSITIONS, *arguments)
-    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    p, b, i = len(parts), len(buffers), len(inputs)
-    for shift in placeholders[p + b + i + 1 :]:
+    return _traced(run, DECOMPOSITIONS, parts, buffers, inputs, torch.zeros_like(outputs), shifts)
+
+
+def _remove_shifts(shifts: Sequence[fx.Node]) -> None:
+    for shift in shifts:
         for add in list(shift.users):
             others = [a for a in add.all_input_nodes if a is not shift]
+            # Elsewhere a shift is read only by a derivative that the model itself computes.
             if add.target is not aten.add.Tensor or len(others) != 1:
                 raise GraphCaptureError("the model takes derivatives of its own")
             add.replace_all_uses_with(others[0])
-    (result,) = (node for node in joint.graph.nodes if node.op == "output")
-    leaves = iter(tree_leaves(result.args))
-    outputs_node = next(leaves)
-    gradients = [next(leaves) for _ in range(p)]
-    cotangents = [next(leaves) for _ in marked]
-    before = [next(leaves) for _ in marked]
-    joint.graph.eliminate_dead_code()
-    constants = {n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"}
-    joint.graph.owning_module = None  # which holds the model's tensors too
-    return Graph(
-        nodes=[n for n in joint.graph.nodes if n.op not in ("placeholder", "output")],
-        parameters=placeholders[:p],
-        buffers=placeholders[p : p + b],
-        x=placeholders[p + b : p + b + i],
-        u=placeholders[p + b + i],
-        outputs=outputs_node,
-        gradients=gradients,
-        cotangents=dict(zip(before, cotangents, strict=True)),
-        constants=constants,
-    )
 
 
 def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
-    with warnings.catch_warnings():  # torch's own, of what it uses to trace
+    with warnings.catch_warnings():  # from torch's own tracing code
         for kind in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", kind)
         importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
         graph = graph_of(function, *arguments, decompositions=table)
         if any(_mutates(node) for node in graph.graph.nodes):
-            # Only now, as composite functions hide what they change in place.
+            # A second trace: only the first shows what composite functions change in place.
             graph = graph_of(functionalize(graph), *arguments, decompositions=table)
     for node in graph.graph.nodes:
         if _mutates(node):
@@ -274,7 +291,10 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
-    """Nodes (tensors) of the graph that are not linear in what depends on the parameters."""
+    """Tensor nodes of the graph that are not linear in their active arguments.
+
+    Active are the first `count` placeholders, the parameters, and what depends on them.
+    """
     active: set[fx.Node] = set()
     marked = []
     for node in forward.graph.nodes:
@@ -288,7 +308,8 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not value.is_floating_point():
             continue
-        if node.target is aten.detach.default:  # of torch's own, as nothing here asks for gradients
+        # Nothing here requires gradients, so torch itself inserts no `detach`.
+        if node.target is aten.detach.default:
             raise GraphCaptureError("the model detaches a tensor")
         active.add(node)
         source = node.args[0] if node.target is operator.getitem else node
@@ -298,7 +319,7 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
 
 
 class _Shifted(fx.Interpreter):
-    """Runs the forward graph with something added to marked nodes."""
+    """The forward graph with shifts added to marked nodes, which also returns these unshifted."""
 
     def __init__(self, forward: fx.GraphModule, marked: list[fx.Node]) -> None:
         super().__init__(forward, garbage_collect_values=True)
@@ -307,15 +328,15 @@ class _Shifted(fx.Interpreter):
     def run(  # type: ignore[override]
         self, parts: list[Tensor], buffers: list[Tensor], x: list[Tensor], shifts: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        self._shifts, self._before = shifts, list(shifts)
+        self._shifts, self._unshifted = shifts, list(shifts)
         outputs = super().run(*parts, *buffers, *x, enable_io_processing=False)
         (outputs,) = tree_leaves(outputs)
-        return outputs, self._before
+        return outputs, self._unshifted
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         if node in self._marked:
             i = self._marked[node]
-            self._before[i] = value
+            self._unshifted[i] = value
             return value + self._shifts[i]
         return value

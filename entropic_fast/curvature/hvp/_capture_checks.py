@@ -1,17 +1,17 @@
-"""What a graph of operations does not show of a model: refused by name, before it is captured.
+"""Checks before and after capture: derivatives a graph would miss, and which nodes are linear.
 
-The model runs once more as autograd would run it, with parameters that require gradients, since
-what hides may depend on that: hooks, functions with a backward pass of their own.
+Before the model is captured it runs once as autograd would run it, with parameters that require
+gradients, since what a graph would miss (hooks, custom backward passes) may depend on that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -22,19 +22,21 @@ from ..._utils.trees import Tree
 from ...objective import Objective
 from ._decompositions import FUNCTIONS
 
+aten = torch.ops.aten
+
 
 class GraphCaptureError(RuntimeError):
-    """A model whose graph does not say all there is to its derivatives; the message says why."""
+    """The captured graph would miss part of the model's derivative; the message says which.
+
+    Causes are `detach`, hooks, custom autograd functions, and values read back to Python.
+    """
 
 
 def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tensor:
-    """Refuse a model with derivatives that its operations do not show, for inputs [n, ...].
-
-    Returns:
-        the outputs at theta.
+    """The outputs at theta for inputs [n, ...], if the graph would miss no derivative.
 
     Raises:
-        GraphCaptureError: naming what it has.
+        GraphCaptureError: naming what the graph would miss.
     """
     for name, module in obj.module.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
@@ -53,14 +55,14 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tenso
 
 
 class TraceGuard(TorchFunctionMode):
-    """Refuses what a graph of operations does not show, and runs others in place of some.
+    """Rejects calls whose derivative a graph would miss, and replaces those of `FUNCTIONS`.
 
-    What is hidden is harmless where it depends on no parameter, as a table of angles computed
-    under `torch.no_grad` does not.
+    Such calls are harmless where no argument depends on a parameter, as for a table of angles
+    computed under `torch.no_grad`.
 
     Args:
-        gradients: whether tensors that depend on a parameter require a gradient, which tells
-            them from others. Where none does, only values read back are refused.
+        gradients: whether tensors that depend on a parameter require a gradient, by which they
+            are recognized. Otherwise only values read back to Python are rejected.
     """
 
     def __init__(self, gradients: bool = False) -> None:
@@ -80,7 +82,7 @@ class TraceGuard(TorchFunctionMode):
         # Sizes and comparisons have no derivative with gradients either.
         if not torch.is_grad_enabled() and (result is None or _has_floating(result)):
             raise GraphCaptureError(
-                "a part of the model runs without gradient (no_grad or autograd.Function)"
+                "part of the model runs without gradient (no_grad or autograd.Function)"
             )
         return result
 
@@ -115,3 +117,64 @@ def _no_hooks_on_saved_tensors() -> Iterator[None]:
 
 
 _HOOKS = "hooks on saved tensors are not seen in a graph"
+
+
+# -- linear operations -------------------------------------------------------------------------
+
+# Linear in all tensor arguments together.
+LINEAR = {
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
+    aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+    aten.cat.default, aten.stack.default, aten.flip.default, aten.roll.default,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
+    aten._to_copy.default, aten.neg.default, aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar,
+    aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.sum.default, aten.sum.dim_IntList,
+    aten.mean.default, aten.mean.dim, aten.constant_pad_nd.default, aten.diagonal.default,
+    aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.as_strided.default,
+    aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.unfold.default,
+    aten.slice_scatter.default, aten.select_scatter.default, aten.embedding.default,
+    aten.cumsum.default, aten.upsample_nearest2d.vec,
+    aten.reflection_pad1d.default, aten.reflection_pad2d.default,
+    aten.replication_pad1d.default, aten.replication_pad2d.default,
+    aten.slice_backward.default, aten.select_backward.default, aten.masked_fill.Scalar,
+    # Piecewise linear: the second derivative is 0 wherever it exists.
+    aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.abs.default,
+    aten.where.self, aten.max_pool2d_with_indices.default, aten.clamp.default,
+    aten.clamp_min.default, aten.maximum.default, aten.minimum.default, aten.max.dim,
+    aten.amax.default, aten.threshold_backward.default,
+}  # fmt: skip
+
+# Linear in each of these arguments (by position) with the others fixed, and in no other argument.
+MULTILINEAR: dict[Any, tuple[int, ...]] = {
+    aten.mul.Tensor: (0, 1),
+    aten.div.Tensor: (0,),
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.mv.default: (0, 1),
+    aten.dot.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+    aten.convolution.default: (0, 1),
+    aten.native_batch_norm.default: (0, 1),
+}
+# Arguments that these operations add without multiplying them.
+ADDED: dict[Any, tuple[int, ...]] = {
+    aten.addmm.default: (0,),
+    aten.baddbmm.default: (0,),
+    aten.convolution.default: (2,),
+    aten.native_batch_norm.default: (2,),
+}
+
+
+def is_linear(node: fx.Node, active: Container[fx.Node]) -> bool:
+    """Whether a node is (piecewise) linear in all its active arguments together."""
+    if node.target in LINEAR or node.op != "call_function":
+        return True
+    if node.target not in MULTILINEAR:
+        return False
+    positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in active]
+    factors = [i for i in positions if i in MULTILINEAR[node.target]]
+    others = [i for i in positions if i not in factors and i not in ADDED.get(node.target, ())]
+    return not others and len(factors) <= 1

@@ -1,4 +1,4 @@
-"""Products and quadratic forms of an objective's curvature, a tile of examples at a time."""
+"""Products and quadratic forms of an objective's curvature, tile by tile."""
 
 from __future__ import annotations
 
@@ -16,33 +16,82 @@ from torch import Tensor
 from ..._torch.forward_mode import forward_lock
 from ..._torch.full_precision import full_precision
 from ..._torch.glibc_malloc import keep_freed_memory
+from ..._torch.graph_checks import require_twice_differentiable
 from ..._utils import trees
 from ..._utils.devices import is_gpu
 from ..._utils.trees import Tree
 from ...objective import Objective, model_lock
+from ...objective.losses import output_hessian
 from ._capture import capture
 from ._capture_checks import GraphCaptureError
 from ._cuda_graphs import TileGraphs
 from ._interpreter import GraphInterpreter, PrimalValues
 from ._interpreter_cache import Architecture, find, keep, reading
 from ._node import DeferredSum
-from ._output_loss import OutputLoss
 from ._tiles import SHAPES, Tile, Tiling
 
 logger = logging.getLogger(__name__)
 
-# Share of the budget for values that are kept. Half of it is for what a call takes; the rest is
-# for what the C library leaves unused between tensors, up to a sixth of a small budget.
+# Share of the budget for cached values. A call works in half of the budget; the remaining sixth is
+# for memory that the C library leaves unused between tensors.
 KEPT = 1 / 3
 # Share of the budget for the vectors and sums that CUDA graphs read and write.
 BUFFERS = 1 / 8
 
 
+class OutputLoss:
+    """The weighted sum of a tile's losses as a function of the outputs [n, ...].
+
+    Its second derivatives have closed forms for the losses of `entropic_fast.objective.losses`
+    and come from autograd otherwise.
+    """
+
+    def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        self._closed_form = output_hessian(obj.loss_fn, outputs, targets, weights)
+        with torch.enable_grad():
+            self._at = outputs.detach().requires_grad_()
+            losses = obj.output_losses(self._at, targets)
+            total = (losses * weights).sum()
+            self.losses = losses.detach()
+            self._gradient: Tensor | None = None
+            if total.requires_grad:
+                further = self._closed_form is None
+                if further:
+                    require_twice_differentiable(total)
+                (self._gradient,) = torch.autograd.grad(total, self._at, create_graph=further)
+
+    @property
+    def launches_alone(self) -> bool:
+        """Whether Hessian products can be captured in a CUDA graph."""
+        return self._closed_form is not None
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient in the outputs, [n, ...]."""
+        return torch.zeros_like(self._at) if self._gradient is None else self._gradient.detach()
+
+    def hessian(self, directions: Tensor) -> Tensor:
+        """Products [K, n, ...] of the Hessian in the outputs with directions."""
+        if self._closed_form is not None:
+            return self._closed_form(directions)
+        if (
+            self._gradient is None or not self._gradient.requires_grad
+        ):  # a loss linear in the outputs
+            return torch.zeros_like(directions)
+        products = [
+            torch.autograd.grad(
+                self._gradient, self._at, one, retain_graph=True, materialize_grads=True
+            )[0]
+            for one in directions
+        ]
+        return torch.stack(products)
+
+
 class HVPEngine:
     """Curvature of an objective's summed loss at one point.
 
-    Values at the point are computed anew for every call, until a second call of a kind shows
-    that they are wanted again: then as many tiles' as KEPT of the budget holds are kept.
+    Values at the point are cached from the second call of a kind on, for as many tiles as fit
+    into the share KEPT of the budget. See "Cached values" in docs/design/hvp.md.
 
     Args:
         obj: the objective.
@@ -50,7 +99,7 @@ class HVPEngine:
         budget: bytes to stay under.
 
     Raises:
-        GraphCaptureError: a model whose graph does not say all there is to its derivatives.
+        GraphCaptureError: the captured graph would miss part of the model's derivative.
     """
 
     def __init__(self, obj: Objective, theta: Tensor, budget: int) -> None:
@@ -63,11 +112,11 @@ class HVPEngine:
         if obj.device.type == "cpu":
             keep_freed_memory()
         self._calls: set[str] = set()
-        self._keeping = threading.Lock()  # held to change what is kept: threads may share it
+        self._keeping = threading.Lock()  # threads may share an engine
         self._kept: dict[tuple[str, int], tuple[PrimalValues, OutputLoss]] = {}
         self._kept_bytes = 0
         self.graphs = TileGraphs(obj.device, self.width, int(BUFFERS * budget))
-        self._complete: dict[str, int] = {}  # tiles of a kind, where the values of all are kept
+        self._complete: dict[str, int] = {}  # number of tiles, for kinds with all of them cached
         self._interpreters: dict[Any, GraphInterpreter] = {}
         for tile in tiling.first_of_each_shape():
             self._interpreters[trees.form(tile.inputs)] = interpreter_for(obj, theta, tile.inputs)
@@ -81,11 +130,10 @@ class HVPEngine:
     @full_precision()
     @torch.no_grad()
     def products(self, rows: Tensor, kind: str, sample: Tile | None = None) -> Tensor:
-        """Products of the summed loss's "hessian" or "ggn" with rows.  # [K, P]
+        """Products [K, P] of the summed loss's "hessian" or "ggn" with rows [K, P].
 
         Args:
-            rows: [K, P]
-            sample: a tile to take instead of all examples.
+            sample: a tile to use instead of all examples.
         """
         total = torch.zeros_like(rows)
 
@@ -100,10 +148,10 @@ class HVPEngine:
     def quadratic_forms(
         self, rows: Tensor, sample: Tile | None = None, *, network_alone: bool = False
     ) -> Tensor:
-        """v^T H v of the summed loss for rows v [K, P].  # [K] float64
+        """v^T H v in float64 [K] of the summed loss, for rows v [K, P].
 
         Args:
-            network_alone: leave out the part of the loss, v^T G v with the Gauss-Newton matrix G.
+            network_alone: leave out the loss's share, v^T G v with the Gauss-Newton matrix G.
         """
         total = rows.new_zeros(len(rows), dtype=torch.float64)
 
@@ -128,7 +176,7 @@ class HVPEngine:
         add: Callable[[PrimalValues, OutputLoss, Tensor, Tensor], None],
         variant: bool = False,
     ) -> None:
-        """Add to total [K, ...] what `add` finds for each tile and block of rows [K, P]."""
+        """Call `add` for each tile and block of rows [K, P], to add to total [K, ...]."""
         blocks = list(self._blocks(rows, total)) if len(rows) else []
         if not blocks:
             return
@@ -143,7 +191,7 @@ class HVPEngine:
             self.graphs.flush()
 
     def _can_be_graphed(self, kind: str, tile: int, loss: OutputLoss) -> bool:
-        """Whether a tile's values stay where they are, and its work reads nothing back."""
+        """Whether a tile's values stay at their addresses, and its work reads nothing back."""
         kept = self._kept.get((kind, tile))
         is_kept = kept is not None and kept[1] is loss
         return self.graphs.enabled and is_kept and loss.launches_alone
@@ -151,7 +199,7 @@ class HVPEngine:
     @full_precision()
     @torch.no_grad()
     def jvp(self, tile: Tile, rows: Tensor) -> Tensor:
-        """The Jacobian of a tile's outputs times rows [K, P].  # [K, n * outputs]"""
+        """The Jacobian of a tile's outputs times rows [K, P], of shape [K, n * outputs]."""
         values = self._outputs_at(tile)
         outputs = values.interpreter.graph.outputs
         found = rows.new_zeros(len(rows), values[outputs].numel())
@@ -166,7 +214,7 @@ class HVPEngine:
     @full_precision()
     @torch.no_grad()
     def vjp(self, tile: Tile, rows: Tensor) -> Tensor:
-        """Rows [K, m * outputs], of the m examples that count, times the Jacobian.  # [K, P]"""
+        """Rows [K, m * outputs] of the m examples of weight 1 times the Jacobian, [K, P]."""
         values = self._outputs_at(tile)
         interpreter = values.interpreter
         like = values[interpreter.graph.outputs]
@@ -219,7 +267,7 @@ class HVPEngine:
         ]
 
     def cache_primals(self, kind: str) -> None:
-        """Keep values at the point from the next call of a kind on, as far as memory allows."""
+        """Cache values at the point from the next call of a kind on, as far as memory allows."""
         self._calls.add(kind)
 
     # -- points ----------------------------------------------------------------------------
@@ -263,7 +311,7 @@ class HVPEngine:
             self.obj.finite_losses(self.theta, tile.batch)  # raises, naming the example
         if kind != "ggn":
             interpreter.backward(values, loss.gradient)
-        values.read.clear()  # what comes now are tangents
+        values.read.clear()  # from here on only tangents read values
         return values, loss
 
 

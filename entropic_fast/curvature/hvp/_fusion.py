@@ -1,14 +1,15 @@
-"""Chains of operations whose tangents are taken in one pass over memory.
+"""Fused regions of the graph, whose tangents take one pass over memory.
 
-Ahead: batch normalization by stored statistics, then maybe a residual added, then maybe ReLU.
-Behind: ReLU's backward pass (of a sum of two gradients, maybe), then batch normalization's. Where
-the input of a chain is a convolution, its two terms W x' + V x are added in the same pass.
+In the forward pass: batch normalization by stored statistics, optionally followed by a residual
+sum and by ReLU. In the backward pass: ReLU's backward pass, optionally of a sum of two cotangents,
+followed by that of the normalization. Where the input of a region is a convolution, its two terms
+W x' + W' x are added in the same pass. See "Fused regions" in docs/design/hvp.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,17 +23,13 @@ Tangents = dict[fx.Node, Any]
 
 
 class FusedRegion:
-    """Nodes whose tangents are taken together.
-
-    Attributes:
-        nodes: in order; the region runs when the last would.
-    """
+    """Nodes whose tangents are computed together, in order; they run when the last would."""
 
     nodes: tuple[fx.Node, ...]
 
     @property
     def inputs(self) -> set[fx.Node]:
-        """Nodes outside the region whose tangents it reads."""
+        """Nodes outside the region that it reads."""
         return {a for node in self.nodes for a in node.all_input_nodes} - set(self.nodes)
 
 
@@ -47,7 +44,7 @@ class NormActForward(FusedRegion):
             (self.residual,) = (a for a in add.args if a is not result)
 
     def evaluate(self, values: Any) -> None:
-        """Set the value of the last node, and what tangents at this point need of the chain."""
+        """Set the value of the last node, and `values.derived`, which tangents need."""
         ctx = NodeContext(self.norm, values, {})
         y, weight, bias = ctx.value(0), ctx.value(1), ctx.value(2)
         mean, rstd = (t.flatten() for t in statistics(ctx, 3, 4, 7))
@@ -58,11 +55,11 @@ class NormActForward(FusedRegion):
             rstd,
             weight,
             bias,
-            None if residual is None else _pixels(residual),
+            _mapped(_pixels, residual),
             relu=self.relu is not None,
         )
         z = images(z[None], y.shape)[0]
-        empty = y.new_empty(0)  # what aten returns as statistics
+        empty = y.new_empty(0)  # what aten returns as statistics, by stored ones
         values[self.norm] = (None, empty, empty)
         values[self.nodes[-1]] = z
         values.derived[self.norm] = (normal, rstd, rstd if weight is None else rstd * weight)
@@ -76,13 +73,10 @@ class NormActForward(FusedRegion):
         cotangent: Tensor | None,
         terms: SecondOrderSum | None,
     ) -> None:
-        """Set the tangent of the last node, and add the chain's second-order form, if any."""
+        """Set the tangent of the last node, and add the region's second-order term."""
         ctx = NodeContext(self.norm, values, tangents)
-        input_tangent, tscale, tshift = (
-            tangents.get(ctx.argument(0)),
-            ctx.tangent(1),
-            ctx.tangent(2),
-        )
+        input_tangent = tangents.get(ctx.argument(0))  # maybe a DeferredSum, summed by the kernel
+        tscale, tshift = ctx.tangent(1), ctx.tangent(2)
         residual = None if self.residual is None else ctx.tangent(self.residual)
         active = [t for t in (input_tangent, tscale, tshift, residual) if t is not None]
         if not active:
@@ -95,12 +89,12 @@ class NormActForward(FusedRegion):
         needs_term = terms is not None and cotangent is not None and tscale is not None
         out, sums, _ = jvp(
             pixels(u),
-            None if extra is None else spread_pixels(extra),
+            _mapped(spread_pixels, extra),
             normal=normal if tscale is not None else None,
             scale=scale,
             tscale=tscale,
             tshift=tshift,
-            residual=None if residual is None else pixels(residual),
+            residual=_mapped(pixels, residual),
             slope=None if self.relu is None else values.derived[self.relu],
             cotangent=_pixels(cotangent) if needs_term and cotangent is not None else None,
         )
@@ -113,7 +107,7 @@ class NormActForward(FusedRegion):
 
 
 class NormActBackward(FusedRegion):
-    """Cotangents through [relu and] norm, and to the norm's weights."""
+    """Cotangents through [the activation and] the normalization, and to the latter's weights."""
 
     def __init__(self, add: Any, relu: Any, norm: fx.Node, forward: NormActForward) -> None:
         self.add, self.relu, self.norm, self.forward = add, relu, norm, forward
@@ -124,23 +118,24 @@ class NormActBackward(FusedRegion):
             self.sources.append(add.args[1])
 
     def evaluate(self, values: Any) -> None:
-        """Set the values of relu's backward pass and of the norm's results, as far as wanted."""
+        """Set the values of the activation's backward pass and of the norm's results, if wanted."""
         ctx = NodeContext(self.norm, values, {})
-        parts = [values[node] for node in self.sources]
-        shape = parts[0].shape
-        u = parts[0] + parts[1] if len(parts) > 1 else parts[0]
+        terms = [values[node] for node in self.sources]
+        shape = terms[0].shape
+        u = terms[0] + terms[1] if len(terms) > 1 else terms[0]
         normal, _, scale = values.derived[self.forward.norm]
-        weights = ctx.wanted(1) or ctx.wanted(2)
-        if self.relu is None and not weights:  # no sums to take, nothing to mask
+        wants_weights = ctx.wanted(1) or ctx.wanted(2)
+        if self.relu is None and not wants_weights:  # no sums to compute, nothing to mask
             values[self.norm] = (u * along(scale, u.ndim), None, None)
             return
         g = _pixels(u)[None]
-        if len(parts) == 1 and g.data_ptr() == u.data_ptr():
-            g = g.clone()  # it is overwritten, and others may read it
+        # The kernel overwrites g, and other nodes may read the value it is a view of.
+        if len(terms) == 1 and g.data_ptr() == u.data_ptr():
+            g = g.clone()
         out, dscale, dshift = vjp_tangent(
             g,
             slope=None if self.relu is None else values.derived[self.forward.relu],
-            normal=normal if weights else None,
+            normal=normal if wants_weights else None,
             scale=scale,
         )
         if self.relu is not None:
@@ -148,51 +143,62 @@ class NormActBackward(FusedRegion):
         values[self.norm] = (images(out, shape)[0], dscale[0], dshift[0])
 
     def run(self, values: Any, tangents: Tangents) -> None:
-        """Set the tangents of relu's backward pass and of the norm's three results."""
+        """Set the tangents of the activation's backward pass and of the norm's three results."""
         ctx = NodeContext(self.norm, values, tangents)
-        parts = [tangents[node] for node in self.sources if tangents.get(node) is not None]
+        terms = [tangents[node] for node in self.sources if tangents.get(node) is not None]
         tscale, ty = ctx.tangent(2), ctx.tangent(1)
         shape = self.norm.args[1].meta["val"].shape  # type: ignore[union-attr]
-        active = [t for t in (*parts, tscale, ty) if t is not None]
+        active = [t for t in (*terms, tscale, ty) if t is not None]
         if not active:
             return
-        k = len(active[0])
-        # What the chain overwrites must be its own: a convolution's two terms are.
-        parts.sort(key=lambda part: not isinstance(part, DeferredSum))
-        if not parts:
-            u, extra = active[0].new_zeros(k, *shape), None
-        elif isinstance(parts[0], DeferredSum):
-            u, extra = _terms(parts[0])
-        else:
-            changes = self.relu is not None or len(parts) > 1
-            u, extra = parts[0].clone() if changes else parts[0], None
-        residual = parts[1] if len(parts) > 1 else None
-        if isinstance(residual, DeferredSum):
-            residual = residual.total()
+        first, second = self._ordered(terms)
+        if first is None:
+            first = active[0].new_zeros(len(active[0]), *shape)
+        u, extra = _terms(first)
         normal, rstd, scale = values.derived[self.forward.norm]
-        at = values[self.norm.args[0]] if tscale is not None or ty is not None else None
+        needs_cotangent = tscale is not None or ty is not None
         u = pixels(u)
         out, dscale, dshift = vjp_tangent(
             u,
-            None if extra is None else spread_pixels(extra),
-            residual=None if residual is None else pixels(residual),
+            _mapped(spread_pixels, extra),
+            residual=_mapped(pixels, second),
             slope=None if self.relu is None else values.derived[self.forward.relu],
             normal=normal,
             scale=scale,
             tscale=None if tscale is None else tscale * rstd,
-            cotangent=None if at is None else _pixels(at),
-            ty=None if ty is None else pixels(ty),
+            cotangent=_pixels(values[self.norm.args[0]]) if needs_cotangent else None,
+            ty=_mapped(pixels, ty),
             rstd=rstd,
         )
         if extra is not None:
-            parts[0].mark_summed()
+            first.mark_summed()
         if self.relu is not None:
             tangents[self.relu] = images(u, shape)
         tangents[self.norm] = (images(out, shape), dscale, dshift)
 
+    def _ordered(self, terms: list[Any]) -> tuple[Any, Tensor | None]:
+        """The summand that the kernel may overwrite, and the other one.
+
+        A `DeferredSum` owns its first term; any other tangent is cloned where the kernel changes
+        it, as other nodes may read it.
+        """
+        if not terms:
+            return None, None
+        first, *others = sorted(terms, key=lambda term: not isinstance(term, DeferredSum))
+        second = others[0] if others else None
+        if isinstance(second, DeferredSum):
+            second = second.total()
+        if not isinstance(first, DeferredSum) and (self.relu is not None or others):
+            first = first.clone()
+        return first, second
+
+
+def _mapped(function: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else function(tensor)
+
 
 def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
-    """The two terms of a sum, where a kernel can add them in place; otherwise the sum."""
+    """The two terms of a sum where the kernel can add them in place; otherwise the sum."""
     if not isinstance(tangent, DeferredSum):
         return tangent, None
     first, second = tangent.terms()
@@ -215,7 +221,7 @@ def _pixels(value: Tensor) -> Tensor:
 
 
 def spread_pixels(tangent: Tensor) -> Tensor:
-    """[K, n, C, ...] as [K, pixels, C], channels one element apart, the rest as it comes."""
+    """[K, n, C, ...] as [K, pixels, C]: channels one element apart, other strides arbitrary."""
     found = tangent.movedim(2, -1).reshape(len(tangent), -1, tangent.shape[2])
     if found.stride(2) == 1:
         return found
@@ -223,80 +229,124 @@ def spread_pixels(tangent: Tensor) -> Tensor:
 
 
 def images(tangent: Tensor, shape: Sequence[int]) -> Tensor:
-    """The reverse of `pixels`, for images of this shape [n, C, ...]."""
+    """The inverse of `pixels`, for images of this shape [n, C, ...]."""
     n, channels, *space = shape
     return tangent.view(len(tangent), n, *space, channels).movedim(-1, 2)
 
 
+class Pattern(NamedTuple):
+    """The aten operations of a fused region and, by position, the arguments that decide.
+
+    The kernels compute these operations alone. ReLU adds no second-order term, being piecewise
+    linear; an activation that is not needs one (`bend` of the kernels) and its derivative.
+    """
+
+    norm: Any
+    norm_training: int  # true: by the statistics of the batch, whose derivative is another
+    norm_backward: Any
+    backward_training: int
+    activation: Any
+    activation_backward: Any
+    add: Any
+
+
+PATTERN = Pattern(
+    norm=aten.native_batch_norm.default,
+    norm_training=5,
+    norm_backward=aten.native_batch_norm_backward.default,
+    backward_training=7,
+    activation=aten.relu.default,
+    activation_backward=aten.threshold_backward.default,
+    add=aten.add.Tensor,
+)
+
+
 def find_forward_regions(nodes: Sequence[fx.Node]) -> list[NormActForward]:
-    """The chains ahead, each in one region at the most."""
+    """Regions of the forward pass, each node in one of them at most."""
     inside = set(nodes)
-    found: list[NormActForward] = []
+    regions: list[NormActForward] = []
     for norm in nodes:
-        if norm.target is not aten.native_batch_norm.default or norm.args[5]:
+        if norm.target is not PATTERN.norm or norm.args[PATTERN.norm_training]:
             continue
-        result = next((u for u in norm.users if u.args[1] == 0), None)
+        result = next((user for user in norm.users if user.args[1] == 0), None)
         if result is None:
             continue
-        add = relu = None
-        after = _only(result, inside)
-        if after is not None and _adds(after, result):
-            follows = _only(after, inside)
-            if follows is not None and follows.target is aten.relu.default:
-                add, relu = after, follows
-        elif after is not None and after.target is aten.relu.default:
-            relu = after
-        if any(add is region.add for region in found if add is not None):
-            add = relu = None  # two chains meet in one sum: the first has it
-        found.append(NormActForward(norm, result, add, relu))
-    return found
+        add, activation = _after_norm(result, inside)
+        # Where the branches of a block are both normalized, one region takes their sum.
+        if add is not None and any(add is region.add for region in regions):
+            add = activation = None
+        regions.append(NormActForward(norm, result, add, activation))
+    return regions
+
+
+def _after_norm(
+    result: fx.Node, inside: Container[fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None]:
+    """The residual sum, only together with an activation, and the activation after a norm."""
+    following = _only_user(result, inside)
+    if following is None:
+        return None, None
+    if following.target is PATTERN.activation:
+        return None, following
+    if not _adds(following, result):
+        return None, None
+    activation = _only_user(following, inside)
+    if activation is None or activation.target is not PATTERN.activation:
+        return None, None
+    return following, activation
 
 
 def find_backward_regions(
     nodes: Sequence[fx.Node], forward_regions: Sequence[NormActForward]
 ) -> list[NormActBackward]:
-    """The chains behind, of norms and ReLUs that are in one chain ahead."""
+    """Regions of the backward pass, each the counterpart of a region of the forward pass."""
     by_input = {region.norm.args[0]: region for region in forward_regions}
     inside = set(nodes)
-    found: list[NormActBackward] = []
-    taken: set[fx.Node] = set()
+    regions: list[NormActBackward] = []
+    masked: set[fx.Node] = set()
     for norm in nodes:
-        if norm.target is not aten.native_batch_norm_backward.default or norm.args[7]:
+        if norm.target is not PATTERN.norm_backward or norm.args[PATTERN.backward_training]:
             continue
         forward = by_input.get(norm.args[1])
         if forward is None or norm.args[2] is not forward.norm.args[1]:
             continue
-        add, relu = None, norm.args[0]
-        masks = (
-            isinstance(relu, fx.Node)
-            and relu.target is aten.threshold_backward.default
-            and relu.args[1] is forward.relu
-            and relu.args[2] == 0
-            and relu not in taken
-        )
-        if not masks:
-            found.append(NormActBackward(None, None, norm, forward))
+        mask = norm.args[0]
+        if mask in masked or not _masks(mask, forward):
+            regions.append(NormActBackward(None, None, norm, forward))
             continue
-        assert isinstance(relu, fx.Node)
-        taken.add(relu)
-        source = relu.args[0]
-        alone = isinstance(source, fx.Node) and _only(source, inside) is relu
-        if alone and source in inside and _adds(source, source.args[0]):
-            add = source
-        found.append(NormActBackward(add, relu, norm, forward))
-    return found
+        masked.add(mask)
+        regions.append(NormActBackward(_sum_before(mask, inside), mask, norm, forward))
+    return regions
 
 
-def _only(node: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
-    """The one user of a node, if there is just one and it is in this part of the graph."""
+def _masks(node: Any, forward: NormActForward) -> bool:
+    """Whether a node is the backward pass of a region's activation."""
+    if not isinstance(node, fx.Node) or node.target is not PATTERN.activation_backward:
+        return False
+    return node.args[1] is forward.relu and bool(node.args[2] == 0)
+
+
+def _sum_before(mask: Any, inside: Container[fx.Node]) -> fx.Node | None:
+    """The sum of two cotangents that only the activation's backward pass reads."""
+    source = mask.args[0]
+    if not isinstance(source, fx.Node) or source not in inside:
+        return None
+    alone = _only_user(source, inside) is mask
+    return source if alone and _adds(source, source.args[0]) else None
+
+
+def _only_user(node: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
+    """The one user of a node, if it has just one and that is in this pass."""
     users = [user for user in node.users if user.op != "output"]
     return users[0] if len(users) == 1 and users[0] in inside else None
 
 
-def _adds(node: fx.Node, one: Any) -> bool:
-    """Whether a node adds another tensor of the same shape to this one."""
-    if node.target is not aten.add.Tensor or node.kwargs:
+def _adds(node: fx.Node, term: Any) -> bool:
+    """Whether a node adds another tensor of the same shape to this one; no broadcasting."""
+    if node.target is not PATTERN.add or node.kwargs:
         return False
     a, b = node.args[:2]
-    both = isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and one in (a, b)
-    return both and a.meta["val"].shape == b.meta["val"].shape  # type: ignore[union-attr]
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or term not in (a, b):
+        return False
+    shapes = [tuple(x.meta["val"].shape) for x in (a, b)]
+    return shapes[0] == shapes[1]

@@ -27,11 +27,11 @@ from ...ops.random_bits import streams as random
 from .._crosscheck import (
     AGREEMENT,
     ROUNDINGS,
+    VerifiedLosses,
     WrongDerivativeError,
     coarsest_dtype,
     fast_paths_are_off,
 )
-from ..hvp._interpreter import VerifiedLosses
 
 if TYPE_CHECKING:
     from ._second_order import SecondOrderOperator

@@ -289,7 +289,7 @@ def test_numbers_written_into_the_graph_are_noticed():
 
     obj = objective(built(Remembers))
     assert HessianOperator(obj).method == (
-        "autograd: the graph holds numbers that are others at another point"
+        "autograd: the graph holds values of one point as constants"
     )
     assert_those_of_two_backward_passes(obj)
     assert_those_of_two_backward_passes(obj, obj.parameters_vector() * 1.5)

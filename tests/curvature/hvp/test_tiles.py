@@ -168,13 +168,13 @@ def test_interpreters_keep_no_loss_alive():
     loss = Unhashable()
     obj = Objective(PerPosition().double(), loss, token_batches((3, 4)))
     interpreter = next(iter(HessianOperator(obj)._engine._interpreters.values()))
-    ((kind, _),) = interpreter.checked._known
+    ((kind, _),) = interpreter.checked._verified
     assert kind[0] == "hessian" and (kind, loss) in interpreter.checked
     assert (kind, Unhashable(power=3)) not in interpreter.checked
     gone, model = ref(loss), obj.module  # whose interpreters stay
     del loss, obj
     gc.collect()
-    assert gone() is None and len(model.table.weight) == 5 and not interpreter.checked._known
+    assert gone() is None and len(model.table.weight) == 5 and not interpreter.checked._verified
 
 
 @pytest.mark.parametrize("derive", [Objective.double, lambda obj: obj.with_norm("batch")])
