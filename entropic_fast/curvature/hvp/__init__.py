@@ -1,4 +1,10 @@
-"""Directional derivatives of first and second order through the graph of a network."""
+"""Hessian-vector products and quadratic forms through the captured graph of a network.
+
+Start with `_engine` (products of an objective, tile by tile), then `_interpreter` (values and
+tangents of a graph) and `_capture`. docs/design/hvp.md explains the method. JVP rules of single
+operations are in `_jvp_rules`, `_convolution` and `_batch_norm`; an activation that torch cannot
+differentiate twice goes into `_decompositions`. Relies on `objective` and `ops`.
+"""
 
 from ._capture_checks import GraphCaptureError
 from ._engine import HVPEngine

@@ -1,4 +1,4 @@
-"""Normalization by stored statistics: y = (x - mean) rstd weight + bias, channel by channel."""
+"""Normalization by stored statistics, y = (x - mean) rstd weight + bias per channel."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ aten = torch.ops.aten
 
 
 def statistics(ctx: NodeContext, mean: int, var: int, eps: int) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation, shaped to multiply the input."""
+    """Mean and 1 / standard deviation, shaped to broadcast with the input."""
     shape = [1, -1] + [1] * (ctx.value(0).ndim - 2)
     rstd = torch.rsqrt(ctx.value(var) + ctx.argument(eps))
     return ctx.value(mean).view(shape), rstd.view(shape)
 
 
 def along(vector: Tensor, dims: int) -> Tensor:
-    """[C] or [K, C] to multiply [n, C, ...] or [K, n, C, ...]."""
+    """[C] or [K, C], shaped to broadcast with [n, C, ...] or [K, n, C, ...]."""
     if vector.ndim == 1:
         return vector.view(1, -1, *[1] * (dims - 2))
     return vector.view(len(vector), 1, -1, *[1] * (dims - 2))
@@ -65,9 +65,9 @@ def _batch_norm_backward(ctx: NodeContext) -> Any:
 
 
 def backward(ctx: NodeContext) -> Any:
-    """The values of aten's backward pass, as far as they are wanted within the graph.
+    """The values of aten's backward pass that the graph reads.
 
-    Not by aten: its kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
+    aten's own kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
     """
     g, x, weight, dims = ctx.value(0), ctx.value(1), ctx.value(2), ctx.value(0).ndim
     mean, rstd = statistics(ctx, 3, 4, 8)

@@ -1,8 +1,8 @@
-"""Convolutions: tangents of the operation, of its backward pass, and second-order forms.
+"""Convolutions: tangents of the operation and of its backward pass.
 
-K weights that meet the same images are one convolution with K times the output channels. K
-stacks of images that meet the same weight are one convolution of K times the batch. Gradients in
-the weight of K stacks of images, or of K cotangents, are one with K times the channels.
+K weights that meet the same images are one convolution with K times the output channels. K stacks
+of images that meet the same weight are one convolution of K times the batch. Weight gradients for K
+stacks of images, or for K cotangents, are one with K times the channels.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ._jvp_rules import jvp_rule
 from ._node import DeferredSum, NodeContext, flat
 
 aten = torch.ops.aten
-# Channels that one call should have at most on a CPU: wider ones gain nothing and fall out of the
-# cache. On a GPU launches are what costs.
+# Most channels of one call on a CPU: wider ones gain nothing and fall out of the cache. On a GPU
+# the number of launches decides, so all K weights go into one call.
 CHANNELS = 512
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Everything of a convolution but its tensors."""
+    """The arguments of a convolution other than tensors."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -38,7 +38,7 @@ class Geometry:
 
     @staticmethod
     def of(ctx: NodeContext, first: int) -> Geometry:
-        """From the arguments of aten's convolution that start at position `first`."""
+        """From the arguments of an aten operation, starting at position `first`."""
         dims = ctx.value(1).ndim - 2
         a = [ctx.argument(first + i) for i in range(6)]
         stride, padding, dilation, extra = (_each(a[i], dims) for i in (0, 1, 2, 4))
@@ -52,7 +52,7 @@ class Geometry:
         return out
 
     def with_weights(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x [n, C, ...] with each of weights [K, *shape]: [K, n, O, ...], maybe strided."""
+        """x [n, C, ...] with each of weights [K, *shape]: [K, n, O, ...], of any strides."""
         k, g = len(weights), self.groups
         if self.transposed:  # [K, C, O/g, ...]: output channels are the second axis
             stacked = weights.movedim(0, 1)  # [C, K, O/g, ...]
@@ -92,7 +92,7 @@ def _with_weights(
     channels: int,
     added: Tensor | None,
 ) -> Any:
-    """x with each of weights [K, ...], added to a tangent [K, n, channels, ...] if there is one."""
+    """x with each of weights [K, ...], plus a tangent [K, n, channels, ...] if one is given."""
     blocks = _blocks(weights, channels)
     if added is not None and len(blocks) == 1:
         return DeferredSum(added, geometry.with_weights(x, weights))
@@ -109,7 +109,7 @@ def _with_weights(
 
 
 def _like_batches(part: Tensor, k: int) -> Tensor:
-    """Room for [k, n, O, ...], images one after the other, channels last where part has them."""
+    """Memory for [k, n, O, ...], with channels last for images."""
     shape = (k * part.shape[1], *part.shape[2:])
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory).unflatten(
@@ -132,17 +132,17 @@ def packed(images: Tensor) -> Tensor:
 
 
 class InputGradient:
-    """A convolution's cotangents g [n, O, ...] taken to its input x [n, C, ...], by weights."""
+    """The map from cotangents g [n, O, ...] to cotangents of the input x [n, C, ...]."""
 
     def __init__(self, geometry: Geometry, g: Tensor, x: Tensor, kernel: Sequence[int]) -> None:
         self._size = x.shape[2:]
         reach = [d * (k - 1) for d, k in zip(geometry.dilation, kernel, strict=True)]
         fits = all(p <= r for p, r in zip(geometry.padding, reach, strict=True))
         plain = not geometry.transposed and geometry.groups == 1 and set(geometry.stride) <= {1}
-        # Stride 1: an ordinary convolution with turned weights, which CPU libraries do faster.
-        # cuDNN has kernels for the transposed one, and turning weights takes launches.
-        self._turned = plain and fits and not is_gpu(g.device)
-        if self._turned:
+        # With stride 1 it is an ordinary convolution with flipped weights, which CPU libraries
+        # compute faster. cuDNN has kernels for the transposed one, and flipping takes launches.
+        self._flips_weights = plain and fits and not is_gpu(g.device)
+        if self._flips_weights:
             padding = tuple(r - p for r, p in zip(reach, geometry.padding, strict=True))
             self._geometry = replace(geometry, padding=padding)
             return
@@ -159,18 +159,18 @@ class InputGradient:
         self._geometry = replace(geometry, transposed=True, output_padding=tuple(extra))
 
     def __call__(self, g: Tensor, weight: Tensor) -> Tensor:
-        if self._turned:
+        if self._flips_weights:
             weight = weight.transpose(0, 1).flip(list(range(2, weight.ndim)))
         return self._cropped(self._geometry(g, weight))
 
     def with_weights(self, g: Tensor, weights: Tensor) -> Tensor:
         """As `Geometry.with_weights`."""
-        if self._turned:
+        if self._flips_weights:
             weights = weights.transpose(1, 2).flip(list(range(3, weights.ndim)))
         return self._cropped(self._geometry.with_weights(g, weights))
 
     def _cropped(self, out: Tensor) -> Tensor:
-        # Output padding of at least the stride leaves positions that no input went to.
+        # Output padding of the stride or more leaves positions that no input contributed to.
         for i, size in enumerate(self._size):
             out = out.narrow(i - len(self._size), 0, size)
         return out
@@ -222,11 +222,11 @@ def _to_weight(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Any:
 
 
 def _to_weight_at_once(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
-    """The same with a call for all K cotangents, and one for all K inputs."""
+    """The same in one call for all K cotangents, and one for all K inputs."""
     g, x, like = (ctx.value(i) for i in range(3))
     terms = []
-    # A weight [O, C/g, ...], of a transposed convolution [C, O/g, ...], has K times the channels of
-    # what is stacked: in its first axis, where groups are, or in its second.
+    # A weight is [O, C/g, ...], or [C, O/g, ...] if transposed. The axis of the stacked tensor's
+    # channels gets K times as many: the first, which has the groups, or the second.
     if tg is not None:
         terms.append(_stacked_weight_gradient(ctx, geometry, tg, x, like, geometry.transposed))
     if tx is not None:
@@ -291,7 +291,7 @@ def _backward(
 
 
 def backward(ctx: NodeContext) -> Any:
-    """The values of the backward pass, as far as they are wanted within the graph."""
+    """The values of the backward pass that the graph reads."""
     g, x, weight = (ctx.value(i) for i in range(3))
     gx = None
     if ctx.wanted(0):

@@ -1,4 +1,4 @@
-"""Products of tiles whose values are kept, as CUDA graphs: one launch where there were hundreds."""
+"""CUDA graphs of the work on tiles with cached values: one launch in place of hundreds."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Work = Callable[[Tensor, Tensor], None]  # of rows [K, P], adding to a total [K,
 class TileGraphs:
     """Work on tiles for blocks of vectors, replayed as CUDA graphs once it is warm.
 
-    The work must read nothing back, and everything it reads but the vectors must stay where it is.
-    Graphs read vectors from one buffer, and add to another. Blocks are padded with zeros to a power
-    of two, so that few graphs serve any number of vectors. The first block of a width runs as it
-    is, in which libraries choose their kernels; from the next product on each tile is captured. All
-    graphs share one memory pool: nothing of a replay is used later but what it adds to the totals.
+    The work must read nothing back, and everything it reads except the vectors must keep its
+    address. Graphs read vectors from one buffer and add to another. Blocks are padded with zeros to
+    a power of two, so that few graphs serve any number of vectors. The first block of a width runs
+    without capture, so that libraries choose their kernels; from the next product on each tile is
+    captured. All graphs share one memory pool, as a replay leaves nothing but its sums.
 
-    Where a capture fails, all further work runs as it is, and `note` says why.
+    If a capture fails, all further work runs without graphs, and `note` says why.
 
     Args:
         device: of the work.
@@ -60,7 +60,7 @@ class TileGraphs:
         return len(self._graphs)
 
     def session(self) -> AbstractContextManager[Any]:
-        """To hold while a product runs: threads that share an engine share the buffers."""
+        """A context for one product: threads that share an engine share the buffers."""
         return self._lock if self.enabled else nullcontext()
 
     def run(self, kind: Hashable, tile: int, work: Work, rows: Tensor, total: Tensor) -> None:
@@ -86,13 +86,13 @@ class TileGraphs:
             graph.replay()
 
     def flush(self) -> None:
-        """Put results where they belong; to be called when a product has seen all tiles."""
+        """Add the buffered results to the totals, at the end of a product."""
         self._unload()
         self._warm |= self._warming
         self._warming.clear()
 
     def _load(self, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Buffers that hold these vectors, with zeros below them; None if there is no room."""
+        """Buffers with these vectors, padded with zeros; None if there is no room."""
         k = len(rows)
         width = min(self._width, 1 << (k - 1).bit_length())
         key = (total.shape[1:], total.dtype)

@@ -1,4 +1,4 @@
-"""Operations in terms of simpler ones, whose derivatives of any order are known."""
+"""Operations in terms of simpler ones that torch can differentiate twice in forward mode."""
 
 from __future__ import annotations
 
@@ -90,30 +90,30 @@ def _batch_norm(
 
 
 def _cudnn_batch_norm(x: Tensor, *arguments: Any) -> Any:
-    """As on a CPU, so that rules and fused chains see one operation on every device."""
-    found = _batch_norm(x, *arguments)
-    if found is NotImplemented:
-        found = aten.native_batch_norm(x, *arguments)
-    return (*found, x.new_empty(0, dtype=torch.uint8))  # cuDNN's memory for its backward pass
+    """As on a CPU, so that JVP rules and fused regions see one operation on every device."""
+    results = _batch_norm(x, *arguments)
+    if results is NotImplemented:
+        results = aten.native_batch_norm(x, *arguments)
+    return (*results, x.new_empty(0, dtype=torch.uint8))  # cuDNN's workspace
 
 
 def _lstm_cell(
     x: Tensor, h: Tensor, c: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A step on a GPU, one operation there, which has no forward mode."""
+    """One time step, on a GPU a single operation without forward mode."""
     gates = x + h
     if x_bias is not None and h_bias is not None:
         gates = gates + x_bias + h_bias
     i, f, g, o = gates.chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
-    return o * c.tanh(), c, gates  # which serve torch's backward pass alone
+    return o * c.tanh(), c, gates  # read by torch's backward pass alone
 
 
 def _gru_cell(
     x: Tensor, h: Tensor, before: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Likewise."""
+    """One time step, likewise."""
     if x_bias is not None and h_bias is not None:
         x, h = x + x_bias, h + h_bias
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)
@@ -123,7 +123,7 @@ def _gru_cell(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    return weight_norm(v, g, dim), g  # the norms, which serve torch's backward pass alone
+    return weight_norm(v, g, dim), g  # norms, read by torch's backward pass alone
 
 
 def _trilinear(
@@ -162,7 +162,7 @@ def _fill(target: Tensor, value: Tensor) -> Tensor:
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Without the empty tensors [0] that torch joins to tensors of any rank, as caches begin."""
+    """Without empty tensors [0], which torch joins to any rank and caches start from."""
     kept = [t for t in tensors if t.shape != (0,)]
     if not kept or len(kept) == len(tensors) or all(t.ndim == 1 for t in kept):
         return NotImplemented
@@ -170,6 +170,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([t.to(dtype) for t in kept], dim)
 
 
+# A pointwise activation belongs here only if torch lacks forward mode for it or for its backward.
 DECOMPOSITIONS: dict[Any, Any] = {
     aten.cat.default: _cat,
     aten._weight_norm_interface.default: _weight_norm,
@@ -199,8 +200,8 @@ def _global_mean(function: Callable[..., Tensor], dims: int) -> Callable[..., Te
     return pool
 
 
-# Functions that a graph takes otherwise: torch changes the strides of a mean in place where
-# channels are last, which no graph of operations without side effects can say.
+# Functions replaced before capture: with channels last, torch changes the strides of the mean in
+# place, which a graph without side effects cannot represent.
 FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     function: _global_mean(function, dims)
     for dims, functions in {

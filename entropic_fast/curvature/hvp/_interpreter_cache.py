@@ -1,8 +1,8 @@
-"""Interpreters that objectives of one architecture have in common: captured once, checked for each.
+"""Interpreters shared by objectives of one architecture: captured once, checked for each.
 
-An interpreter is found by the key of the model it was captured from (`architecture`), which holds
-all that a forward pass may read. Before another model uses it, it must give that model's outputs,
-at a point of its own where no parameter is 0, and the model must hide no derivative.
+The key holds all that a forward pass may read (`_torch.architecture_key`). Before another model
+uses an interpreter, this must give the model's outputs at a point where no parameter is 0, and the
+model must pass `require_nothing_hidden`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ._interpreter import GraphInterpreter
 
 logger = logging.getLogger(__name__)
 
-_LARGE = 2**20  # bytes of constants that a kept interpreter may hold
+_LARGE = 2**20  # most bytes of constants in a cached interpreter
 _ROUNDINGS = 1e3  # of the outputs' norm, by which outputs of the same graph may differ
 _EXAMPLES = 4  # to compare, of a interpreter's
 _SHIFT = 0.1  # relative, of parameters
@@ -40,7 +40,7 @@ class Architecture:
     """The key of an objective's model for inputs of one kind, and the constants it counts.
 
     Attributes:
-        key: None for a model of which something is not understood.
+        key: None for a model with state that the key cannot describe.
         constants: frozen parameters and other tensors of the model, in an order of their own.
     """
 
@@ -50,7 +50,7 @@ class Architecture:
 
 
 def reading(obj: Objective) -> Hashable:
-    """How an objective runs its model, which objectives may share."""
+    """The part of an objective's settings that changes how it runs its model."""
     loss = obj._reader.loss
     taken = loss is not None and (key_of(loss) or id(loss))
     return obj._reader.part, taken, obj.takes_derivatives, obj._written
@@ -59,9 +59,9 @@ def reading(obj: Objective) -> Hashable:
 def find(
     obj: Objective, theta: Tensor, inputs: Tree, architecture: Architecture
 ) -> GraphInterpreter | str | None:
-    """A interpreter of this architecture that gives an objective's outputs, or why it has none.
+    """A cached interpreter that gives an objective's outputs, or why the architecture has none.
 
-    None if nothing is known.
+    None if neither is cached.
     """
     known = interpreters.get(architecture.key)
     if known is None or isinstance(known, str):
@@ -74,14 +74,14 @@ def find(
 
 
 def keep(found: GraphInterpreter | str, architecture: Architecture) -> None:
-    """Keep what was found for an architecture, for other objectives; no model is kept alive."""
+    """Cache an interpreter, or why there is none, without keeping the model alive."""
     kept = found if isinstance(found, str) else _bare(found, architecture)
     if kept is not None:
         interpreters.put(architecture.key, kept)
 
 
 def _bare(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInterpreter | None:
-    """The interpreter with the numbers of constants in place of a model's tensors."""
+    """The interpreter with indices in place of the model's tensors; None if it is too large."""
     places = {_place(tensor): i for i, tensor in enumerate(architecture.constants)}
     constants: dict[str, Any] = {
         name: places.get(_place(tensor), tensor)
@@ -138,7 +138,7 @@ def _gives_outputs(
 
 
 def _shifted(part: Tensor) -> Tensor:
-    """A parameter moved by a share of its size: an entry of 0 would hide what it scales."""
+    """A parameter changed by 10 % of its size; an entry of 0 would hide what it multiplies."""
     size = float(torch.linalg.vector_norm(part)) / max(1, part.numel()) ** 0.5
     generator = torch.Generator().manual_seed(0)
     pattern = torch.randn(_PERIOD, generator=generator, dtype=torch.float64).to(part)

@@ -29,7 +29,7 @@ def jvp_rule(*targets: Any) -> Callable[[JVPRule], JVPRule]:
 
 
 def tangent(ctx: NodeContext) -> Any:
-    """The tangent of an operation with active arguments."""
+    """The tangent of an operation, by its JVP rule or by torch's forward mode."""
     target = ctx.node.target
     if target in JVP_RULES:
         return JVP_RULES[target](ctx)
@@ -39,7 +39,7 @@ def tangent(ctx: NodeContext) -> Any:
 
 
 def aligned(tangent: Tensor, dims: int) -> Tensor:
-    """[K, *shape] with ones between, so that it broadcasts as shape does in `dims` dimensions."""
+    """[K, 1, ..., 1, *shape], which broadcasts as shape does with `dims` dimensions."""
     missing = dims + 1 - tangent.ndim
     if missing <= 0:
         return tangent
@@ -195,7 +195,7 @@ def _div(ctx: NodeContext) -> Any:
 
 @jvp_rule(aten.relu.default)
 def _relu(ctx: NodeContext) -> Any:
-    # The derivative at 0 is 0, as in torch.
+    # The derivative at 0 is 0, as in torch's backward pass.
     return ctx.tangent(0) * (ctx.value(ctx.node) > 0)
 
 
@@ -206,7 +206,7 @@ def _threshold_backward(ctx: NodeContext) -> Any:
 
 
 def pointwise(ctx: NodeContext) -> Any:
-    """Any pointwise operation: its derivatives in each argument, times their tangents."""
+    """The sum over active arguments of derivative times tangent."""
     out = None
     for node, derivative in derivatives(ctx).items():
         term = aligned(ctx.tangent(node), len(ctx.shape)) * derivative
@@ -217,13 +217,13 @@ def pointwise(ctx: NodeContext) -> Any:
 
 def derivatives(ctx: NodeContext) -> dict[Any, Tensor]:
     """Derivatives of a pointwise operation in its active arguments, of the result's shape."""
-    found = {}
+    by_argument = {}
     for node in ctx.active:
         point = ctx.point(node)
-        found[node] = jvp(
+        by_argument[node] = jvp(
             lambda a, node=node: ctx.call({node: a}), (point,), (torch.ones_like(point),)
         )[1]
-    return found
+    return by_argument
 
 
 # -- products --------------------------------------------------------------------------------

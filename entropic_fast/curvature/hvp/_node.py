@@ -1,4 +1,4 @@
-"""One operation of a graph, with the values and the tangents of its arguments."""
+"""One operation of a graph, with the values and tangents of its arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..._torch.forward_mode import jvp
 
 
 class DeferredSum:
-    """A tangent in two terms, of which the first is its own: a chain may add them as it goes."""
+    """A tangent [K, *shape] in two terms, which a fused region can add while it reads them.
+
+    It owns the first term, so the sum may be written over it.
+    """
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
         self._first = first
@@ -26,7 +29,7 @@ class DeferredSum:
         return self._first, self._second
 
     def mark_summed(self) -> None:
-        """Say that the second term has been added to the first."""
+        """Record that a kernel has added the second term to the first."""
         self._second = None
 
     def total(self) -> Tensor:
@@ -37,10 +40,10 @@ class DeferredSum:
 
 
 class SecondOrderSum:
-    """The sum of second-order forms [K] over the operations of a network, taken at the end.
+    """The sum of the second-order terms [K] of all operations of a network.
 
-    Normalizations give theirs as sums over pixels [K, C] and factors: those of all layers are put
-    together, which on a GPU takes a launch where one a layer would.
+    Normalizations contribute sums over pixels [K, C] and factors, which are multiplied for all
+    layers together: on a GPU that takes a few launches, not a few per layer.
     """
 
     def __init__(self) -> None:
@@ -50,7 +53,7 @@ class SecondOrderSum:
         self._factors: list[Tensor] = []
 
     def add(self, term: Tensor) -> None:
-        """Add a form.  # [K] float64"""
+        """Add a term [K] in float64."""
         self._terms.append(term)
 
     def add_normalization(self, sums: Tensor, tangent: Tensor, factor: Tensor) -> None:
@@ -60,7 +63,7 @@ class SecondOrderSum:
         self._factors.append(factor)
 
     def total(self, k: int, device: torch.device) -> Tensor:
-        """The sum of all that was added.  # [K] float64"""
+        """The sum of all terms, [K] in float64."""
         terms = list(self._terms)
         if self._sums:
             scaled = torch.cat(self._tangents, 1) * torch.cat(self._factors)
@@ -71,13 +74,12 @@ class SecondOrderSum:
 
 
 class NodeContext:
-    """A node being differentiated in K directions at once.
+    """A node that is differentiated in K directions at once.
 
     Args:
-        node: the operation.
         values: of the nodes at the point.
-        tangents: derivatives of active nodes in K directions, [K, *shape]; tuples of them
-            (None for what does not move) for operations with several results.
+        tangents: of active nodes, [K, *shape]; for operations with several results tuples of
+            them, with None for results that are not active.
     """
 
     def __init__(
@@ -92,9 +94,9 @@ class NodeContext:
         return fx.node.map_arg(argument, lambda node: self._values[node])
 
     def point(self, node: fx.Node) -> Tensor:
-        """An argument's value for forward mode, which lays tangents out as it finds the value.
+        """An argument's value for forward mode, which gives tangents the strides of the value.
 
-        An expanded one is copied: no tangent can be written where elements share memory.
+        Expanded values are copied, as their elements share memory and those of tangents must not.
         """
         value: Tensor = self._values[node]
         expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
@@ -108,11 +110,11 @@ class NodeContext:
         return self.node.kwargs.get(schema.name, schema.default_value)
 
     def tangent(self, argument: Any) -> Any:
-        """The tangent of an argument (by position, or a node); None if it does not move."""
+        """The tangent of an argument (by position, or a node); None if it is not active."""
         if isinstance(argument, int):
             argument = self.argument(argument)
-        found = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
-        return found.total() if isinstance(found, DeferredSum) else found
+        tangent = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
+        return tangent.total() if isinstance(tangent, DeferredSum) else tangent
 
     @property
     def shape(self) -> torch.Size:
@@ -122,11 +124,11 @@ class NodeContext:
 
     @property
     def active(self) -> list[fx.Node]:
-        """Argument nodes that move, each once."""
+        """Argument nodes with a tangent, each once."""
         return [a for a in self.node.all_input_nodes if self._tangents.get(a) is not None]
 
     def wanted(self, result: int) -> bool:
-        """Whether an operation of the graph takes one of this one's results."""
+        """Whether another operation of the graph reads this result."""
         return any(
             user.args[1] == result and any(later.op != "output" for later in user.users)
             for user in self.node.users
@@ -142,7 +144,7 @@ class NodeContext:
 
 
 def by_torch(ctx: NodeContext) -> Any:
-    """The tangent of any operation, by torch's own forward mode."""
+    """The tangent of any operation by torch's forward mode."""
     active = ctx.active
     points = tuple(ctx.point(a) for a in active)
 
@@ -156,7 +158,7 @@ def by_torch(ctx: NodeContext) -> Any:
 
 
 def second_order_by_torch(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Tensor:
-    """<cotangents, D^2 f [a', a']> of any operation f.  # [K]"""
+    """<cotangents, D^2 f[a', a']> of any operation f, in float64 [K]."""
     active = ctx.active
     points = tuple(ctx.point(a) for a in active)
 
@@ -174,8 +176,8 @@ def second_order_by_torch(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Te
         ]
         return torch.stack(parts).sum()
 
-    found: Tensor = vmap(along)(*(ctx.tangent(a) for a in active))
-    return found
+    terms: Tensor = vmap(along)(*(ctx.tangent(a) for a in active))
+    return terms
 
 
 def _floating(results: Any) -> Any:

@@ -1,9 +1,7 @@
-"""Second-order forms <g, D^2 f [a'_k, a'_k]> of operations f, for each of K directions.
+"""Second-order terms <g, D^2 f[a'_k, a'_k]> of operations f, for each of K directions.
 
-g is the cotangent of the operation's result, a' the tangents of its arguments. Summed over the
-operations of a network they are what the network's own curvature adds to v^T H v: the sum of
-<g, second derivative> is propagated by the backward pass once, instead of second-order
-coefficients by a forward pass for every direction.
+g is the cotangent of the operation's result and a' the tangents of its arguments. The sum over all
+operations is the network's share of v^T H v (see "Quadratic forms" in docs/design/hvp.md).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ SECOND_ORDER_RULES: dict[Any, SecondOrderRule] = {}
 
 
 def second_order_term(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Tensor | None:
-    """The form of an operation that is not linear; None for zero.  # [K] float64
+    """The term of an operation that is not linear, in float64 [K]; None for zero.
 
     Args:
         cotangents: of its results, by their number.
@@ -50,7 +48,7 @@ def second_order_rule(*targets: Any) -> Callable[[SecondOrderRule], SecondOrderR
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of [K, *shape] and [K, *shape] or [*shape].  # [K] float64"""
+    """Inner products, in float64 [K], of [K, *shape] with [K, *shape] or [*shape]."""
     if a.ndim == 5 and b.ndim == 5:
         return inner_products(pixels(a), spread_pixels(b))
     products = a * b
@@ -64,10 +62,8 @@ def _convolution(ctx: NodeContext, g: Tensor) -> Tensor | None:
         return None
     geometry, x = Geometry.of(ctx, 3), ctx.value(0)
     back = InputGradient(geometry, g, x, tw.shape[3:])
-    found = []
-    for rows in _blocks(tw, x.shape[1]):
-        found.append(inner(tx[rows], back.with_weights(g, tw[rows])))
-    return 2 * (found[0] if len(found) == 1 else torch.cat(found))
+    forms = [inner(tx[rows], back.with_weights(g, tw[rows])) for rows in _blocks(tw, x.shape[1])]
+    return 2 * (forms[0] if len(forms) == 1 else torch.cat(forms))
 
 
 @second_order_rule(aten.mm.default, aten.bmm.default)
@@ -77,8 +73,8 @@ def _mm(ctx: NodeContext, g: Tensor) -> Tensor | None:
 
 @second_order_rule(aten.addmm.default, aten.baddbmm.default)
 def _addmm(ctx: NodeContext, g: Tensor) -> Tensor | None:
-    found = _product(ctx, 1, 2, g)
-    return None if found is None else found * ctx.argument(4)
+    term = _product(ctx, 1, 2, g)
+    return None if term is None else term * ctx.argument(4)
 
 
 def _product(ctx: NodeContext, i: int, j: int, g: Tensor) -> Tensor | None:
@@ -108,7 +104,7 @@ def _batch_norm(ctx: NodeContext, g: Tensor) -> Tensor | None:
 
 
 def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
-    """Any pointwise operation: its second derivatives in pairs of active arguments."""
+    """The sum over pairs of active arguments of their mixed second derivatives."""
     active, dims = ctx.active, g.ndim
     tangents = [aligned(ctx.tangent(node), dims) for node in active]
     total = None

@@ -1,4 +1,4 @@
-"""How examples are cut into tiles: as many examples and directions at once as memory allows."""
+"""Tiles: the examples and directions computed at once, as many as memory allows."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from ._capture_checks import GraphCaptureError
 
 Batches = Callable[..., Iterator[Batch]]  # an objective's `batches` or `local_batches`
 
-# Directions taken at once, at most. Probes come in blocks of 8; on a GPU a second pass over the
-# values costs as many launches as the first.
+# Most directions at once. Probes come in blocks of 8; on a GPU a second pass over the values costs
+# as many launches as the first.
 WIDTH = 4
 GPU_WIDTH = 8
-# Bytes that the tangents of the widest layer may take on a CPU. Over 32 MiB the C library takes
-# every tensor from the system, and its pages are cleared anew at each use.
+# Bytes of tangents of the widest layer on a CPU. From 32 MiB on glibc serves every tensor by mmap,
+# and the kernel clears its pages again at each use.
 CPU_TILE = 31 * 2**20
-# Fewer directions at once rather than fewer examples: each tile adds [K, P] results, and small
-# batches convolve slower. Each of four products at a fixed point, in plain gradients (medians of
-# few rounds): WRN-16-4 2.01 with 22 examples x 4, 1.73 with 32 x 2, 1.94 with 64 x 1; ResNet-20
-# 1.49 and 1.60 with 64 x 4, 1.59 and 1.59 with 43 x 4.
+# With fewer examples than this in a tile, directions are halved instead: each tile adds [K, P]
+# results, and small batches convolve slower. Cost per product at a fixed point, in plain gradients
+# (medians of few rounds): WRN-16-4 2.01 with 22 examples x 4 directions, 1.73 with 32 x 2, 1.94
+# with 64 x 1; ResNet-20 1.49 and 1.60 with 64 x 4, 1.59 and 1.59 with 43 x 4.
 ENOUGH_EXAMPLES = 32
 CPU_EXAMPLES = 1024
 GPU_EXAMPLES = 512
-# Shapes of inputs that an engine takes, and interpreters kept for a model.
+# Most input shapes of an engine, and interpreters kept for a model.
 SHAPES = 64
 
 
 class Tile(NamedTuple):
-    """Examples, filled up to the size of the other tiles; those that fill weigh 0."""
+    """Examples, padded to the size of the other tiles by examples of weight 0."""
 
     start: int
     inputs: Tensor
@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
     @property
     def batch(self) -> Batch:
-        """The examples that count."""
+        """The examples of weight 1."""
         n = int(self.weights.sum())
         return Batch(self.start, self.inputs, self.targets).cut(0, n)
 
@@ -71,14 +71,14 @@ class Tiling:
         self.width, self.size = self._sizes_within(*_example_bytes(obj, theta))
 
     def _sizes_within(self, widest: int, total: int) -> tuple[int, int]:
-        """Directions and examples to take at once.
+        """Directions and examples to compute at once.
 
         Args:
             widest, total: bytes of an example's activations, in the widest layer and in all.
         """
         count = _longest_run(self.obj)
-        # A product holds the tangents of all layers ahead, and values ahead and behind. On a GPU
-        # the same once more, in the memory of CUDA graphs.
+        # A product holds the tangents of the forward pass, and the values of both passes; on a GPU
+        # the same again in the memory of CUDA graphs.
         gpu = is_gpu(self.obj.device)
         width, room = (GPU_WIDTH, self.budget // 4) if gpu else (WIDTH, self.budget // 2)
         each = 2 * total
@@ -96,7 +96,7 @@ class Tiling:
         return width, ceil(count / ceil(count / most))
 
     def tiles(self, read: Batches | None = None) -> Iterator[Tile]:
-        """All examples, a tile at a time; or those of the objective's `local_batches`."""
+        """All examples tile by tile, or those that `read` yields, as `local_batches`."""
         read = read or self.obj.batches
         if not self.separable:
             for batch in read():
@@ -111,7 +111,7 @@ class Tiling:
         return weights
 
     def first_of_each_shape(self) -> Iterator[Tile]:
-        """A tile of each shape of inputs."""
+        """One tile per input shape."""
         seen = set()
         for tile in self.tiles():
             if trees.form(tile.inputs) in seen:
@@ -124,7 +124,7 @@ class Tiling:
                 return
 
     def samples(self) -> Iterator[Tile]:
-        """A tile of each shape, with two examples that count; of a batch not to be split, all."""
+        """One tile per input shape with two examples of weight 1, or a batch that interacts."""
         for first in self.first_of_each_shape():
             if not self.separable:
                 yield first
@@ -132,19 +132,19 @@ class Tiling:
             yield self._filled(first.batch.cut(0, min(2, first.batch.size)))
 
     def _filled(self, batch: Batch) -> Tile:
-        """A batch filled up to the tile's size with examples of weight 0."""
+        """A batch padded to the tile's size by examples of weight 0."""
         missing, weights = self.size - batch.size, self._weights(self.size, batch.size)
         inputs, targets = trees.mapped(lambda tensor: _filled(tensor, missing), batch[1:])
         return Tile(batch.start, inputs, targets, weights)
 
 
 def _alike(one: Batch, other: Batch) -> bool:
-    """Whether batches can be put together."""
+    """Whether batches can be concatenated."""
     return trees.example_form(one[1:]) == trees.example_form(other[1:])
 
 
 def _longest_run(obj: Objective) -> int:
-    """The most examples in a row that can be put together, of those that this process takes."""
+    """The most consecutive examples of this process that can be concatenated."""
     if obj.examples.are_tensors:
         begin, end = obj.local_range()
         return max(1, end - begin)
@@ -157,7 +157,7 @@ def _longest_run(obj: Objective) -> int:
 
 
 def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
-    """Examples in order, `size` at once wherever so many in a row can be put together."""
+    """Examples in order, in batches of `size` wherever consecutive ones can be concatenated."""
     held = None
     for batch in read(batch_size=size):
         if held is not None and _alike(held, batch):
@@ -181,7 +181,7 @@ def _filled(tensor: Tensor, missing: int) -> Tensor:
 
 
 class _Meter(TorchDispatchMode):
-    """Bytes of the results of operations (views are none), the largest and all together."""
+    """Bytes of the results of operations, the largest and the sum; views count nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        # By the storage itself: those of forward mode have no address.
+        # Storages are compared, not addresses: those of forward mode have none.
         given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
         for leaf in tree_leaves(results):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
