@@ -1,4 +1,4 @@
-"""Two ways to the same derivatives: when they agree, and how to do without the faster."""
+"""Agreement of fast paths with autograd, and the context in which only autograd is used."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from .._utils.trees import Tree
     from ..objective import Objective
 
-# Relative difference of the two ways, in the norm of a parameter's gradient, above which one of
-# them is wrong; and differences that are small against the whole gradient, as roundings are.
+# Largest relative differences that count as agreement: in the norm of one parameter's gradient, and
+# relative to the entire gradient, against which rounding in small parts may be large.
 AGREEMENT = {
     torch.float64: (1e-6, 1e-11),
     torch.float32: (1e-2, 1e-5),
     torch.bfloat16: (0.2, 0.05),
     torch.float16: (0.1, 0.02),
 }
-# Differences of so much are rounding, however small the gradient.
+# Absolute differences up to this are rounding, however small the gradient.
 SMALL_GRADIENT = {t: 100 * torch.finfo(t).eps for t in (torch.float64, torch.float32)}
 
 
 class FastPathMismatchError(RuntimeError):
-    """The fast way and torch's own give different derivatives; the message says of what."""
+    """A fast path and autograd give different derivatives; the message says of what."""
 
 
 class WrongDerivativeError(RuntimeError):
-    """Second derivatives by autograd that are none: a function in the model has them wrong."""
+    """autograd's second derivatives are wrong, because a function in the model has them wrong."""
 
 
-# Differences of so many roundings of 1 are none, however small the product.
+# Absolute differences of up to so many eps are rounding, however small the product.
 ROUNDINGS = 1e3
 
 
 class _Coarsest(TorchFunctionMode):
-    """Notes the dtype of fewest digits among results that depend on what requires a gradient."""
+    """Records the least precise dtype among results that require a gradient."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Coarsest(TorchFunctionMode):
 
 
 def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
-    """In which the model computes: that of theta [P], or one of fewer digits somewhere within.
+    """The least precise dtype in which the model computes.
 
     A float64 model with normalization in float32, as Llama's, has the rounding of float32.
     """
@@ -72,7 +72,7 @@ def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
 def require_agreement(
     name: str, got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Refuse products by the rules that are not autograd's.
+    """Reject products of a fast path that are not autograd's.
 
     Args:
         dtype: whose rounding they have; None for their own.
@@ -87,7 +87,7 @@ def require_agreement(
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise FastPathMismatchError(
             f"{name}: a product of norm {scale:.3g} differs by {gap:.3g} between the "
-            "rules and autograd; if the loss or the model mixes examples of a batch, pass "
+            "captured graph and autograd; if the loss or the model mixes examples of a batch, pass "
             "coupled=True; else this is a bug in entropic_fast: please report the model; "
             "meanwhile, build the operator within "
             "`with entropic_fast.curvature.autograd_only():`"
@@ -143,10 +143,10 @@ _autograd_only: ContextVar[bool] = ContextVar("autograd_only", default=False)
 
 @contextmanager
 def autograd_only() -> Iterator[None]:
-    """Within it, derivatives are those of torch alone: slower, without check.
+    """Compute derivatives by torch's autograd alone, which is slower and not cross-checked.
 
-    The way on after a `FastPathMismatchError`, and to see which of the two ways is wrong. Operators
-    built within it keep to this way.
+    Use it after a `FastPathMismatchError`, and to see which of the two results is wrong. Operators
+    built within this context keep to autograd.
 
     >>> from entropic_fast import HessianOperator, Objective
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)

@@ -1,8 +1,8 @@
-"""What autograd returns as second derivatives is tested on its first use, on a few examples.
+"""Checks of autograd's own second derivatives, on a few examples at their first use.
 
-A function with a wrong double backward pass, of torch or of a model's own, gives products that
-belong to no symmetric matrix, or to another one, without a word. So symmetry is tested by two
-random products, and Hessian products against central differences of the gradient.
+A function with a wrong double backward pass, of torch or of a model, silently gives products with a
+matrix that is not symmetric, or is another one. Symmetry is tested by two random products, and
+Hessian products by central differences of the gradient.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Examples that are looked at; all of them where they are one batch.
+# Examples in a check; all of them where they are one batch.
 FEW = 4
-# Changes of theta, in units of its root mean square, and the least of that. The smaller ones cross
-# fewer kinks of wide networks, and round more.
-STEP, SMALLER, LEAST = 1e-5, 1e-8, 1e-2
-# Relative difference of products and differences that is a wrong derivative, if it is RESOLVED
-# times what the step does to the differences themselves (at a kink, or where they round).
+# Spacings of differences in units of theta's root mean square, and the least value of that. The
+# smaller spacing crosses fewer kinks of wide networks but rounds more.
+SPACING, SMALLER, LEAST = 1e-5, 1e-8, 1e-2
+# Relative gap between product and differences that means a wrong derivative, if it is RESOLVED
+# times the change of the differences with their spacing (at a kink, or by rounding).
 TOLERANCE, RESOLVED = 1e-5, 10
-# Bytes of float64 vectors [P] up to which differences are taken.
+# Most bytes of float64 vectors [P] for which differences are computed.
 VECTORS = 2 * 2**30
 _HELD = 10  # vectors
 
@@ -90,10 +90,10 @@ def require_adjoint(
 def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
     if fast_paths_are_off():
         return
-    known = _tested.setdefault(obj.module, VerifiedLosses())
-    if (kind, obj.loss_fn) not in known:
+    verified = _tested.setdefault(obj.module, VerifiedLosses())
+    if (kind, obj.loss_fn) not in verified:
         test()
-        known.add(kind, obj.loss_fn)
+        verified.add(kind, obj.loss_fn)
 
 
 def _test_products(operator: SecondOrderOperator) -> None:
@@ -202,20 +202,22 @@ def _gap(
     """
     scale, eps = max(LEAST, float(at.square().mean().sqrt())), torch.finfo(torch.float64).eps
     center, gradient = value(at)
-    for step in (scale * STEP, scale * SMALLER):
-        losses, slopes = {}, {}
+    for spacing in (scale * SPACING, scale * SMALLER):
+        losses, gradients = {}, {}
         for k in (-2, -1, 1, 2):
-            losses[k], slopes[k] = value(at + k * step * v)
-        if step == scale * STEP:  # where kinks do not matter
-            along, found = float((gradient * v).sum()), (losses[1] - losses[-1]) / (2 * step)
-            rounding = ROUNDINGS * eps * abs(center) / step
-            if not abs(along - found) <= 1e-4 * float(gradient.norm()) + rounding:
+            losses[k], gradients[k] = value(at + k * spacing * v)
+        if spacing == scale * SPACING:  # where kinks do not matter
+            along = float((gradient * v).sum())
+            difference = (losses[1] - losses[-1]) / (2 * spacing)
+            rounding = ROUNDINGS * eps * abs(center) / spacing
+            if not abs(along - difference) <= 1e-4 * float(gradient.norm()) + rounding:
                 logger.info("a gradient is no derivative of its loss, by intention")
                 return 0.0
-        near, far = (slopes[1] - slopes[-1]) / (2 * step), (slopes[2] - slopes[-2]) / (4 * step)
-        curvature = (slopes[1] + slopes[-1] - 2 * gradient) / (2 * step)
+        near = (gradients[1] - gradients[-1]) / (2 * spacing)
+        far = (gradients[2] - gradients[-2]) / (4 * spacing)
+        curvature = (gradients[1] + gradients[-1] - 2 * gradient) / (2 * spacing)
         gap, size = float((near - product).norm()), float(torch.stack([near, product]).norm())
-        if gap <= TOLERANCE * size + ROUNDINGS * eps * float(gradient.norm()) / step:
+        if gap <= TOLERANCE * size + ROUNDINGS * eps * float(gradient.norm()) / spacing:
             return 0.0
         if gap > RESOLVED * max(float((near - far).norm()), float(curvature.norm())):
             return gap / size
@@ -234,14 +236,18 @@ def _limit(size: float, dtype: torch.dtype) -> float:
 
 
 def _wrong(name: str, why: str, small: Any) -> WrongDerivativeError:
-    own = set()
+    custom: set[str] = set()
     if small is not None:
         batch = next(small.obj.batches())
         leaf = small.theta.detach().requires_grad_()
         with torch.enable_grad():
             nodes = backward_nodes(small.obj.losses(leaf, batch.inputs, batch.targets).sum())
-            own = {type(n).__name__ for n in nodes if isinstance(n, BackwardCFunction)}
-    whose = f"of {', '.join(sorted(own))}, say" if own else "of the model, the loss or torch itself"
+            custom = {type(n).__name__ for n in nodes if isinstance(n, BackwardCFunction)}
+    whose = (
+        f"of {', '.join(sorted(custom))}, say"
+        if custom
+        else "of the model, the loss or torch itself"
+    )
     return WrongDerivativeError(
         f"{name}: expected products with a symmetric matrix of second derivatives, got products "
         f"that are none: {why}; look for a function with a wrong or missing second derivative "

@@ -103,7 +103,7 @@ class FastPathOperator(OperatorBase):
 
     @property
     def _loss(self) -> Any:
-        """The loss for which the ways are compared."""
+        """The loss for which both methods are compared."""
         return origin(self.obj.loss_fn)
 
     def _fall_back(self, why: str) -> None:
@@ -115,34 +115,34 @@ class FastPathOperator(OperatorBase):
         logger.info("%s by autograd: %s", self.name, why)
 
     def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
-        """Compare both ways; whether there is something to compare."""
+        """Compare both methods; False if there is nothing finite to compare."""
         pairs = self._by_autograd(sample)
         if not all(bool(torch.isfinite(expected).all()) for _, expected in pairs):
-            return False  # the product itself will be refused
+            return False  # the product itself raises the error
         try:
-            found = self._by_engine(engine, sample, [vectors for vectors, _ in pairs])
+            results = self._by_engine(engine, sample, [vectors for vectors, _ in pairs])
         except (NonFiniteLossError, torch.OutOfMemoryError):
             raise
-        except Exception as why:  # an operation that the rules take wrongly
+        except Exception as why:  # an operation for which a JVP rule fails
             said = (str(why) or "no message").splitlines()[0]
             raise GraphCaptureError(f"{type(why).__name__}: {said}") from why
         dtype = coarsest_dtype(self.obj, self.theta, sample.inputs)
-        for got, (_, expected) in zip(found, pairs, strict=True):
+        for got, (_, expected) in zip(results, pairs, strict=True):
             require_agreement(self.name, got, expected, dtype)
         return True
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
-        """Vectors, and what autograd makes of them for a sample."""
+        """Pairs of vectors and their products by autograd, for a sample."""
         raise TypeError(f"{type(self).__name__} has no products")
 
     def _by_engine(
         self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
     ) -> list[Tensor]:
-        """What the engine makes of the same vectors."""
+        """The products of the same vectors by the engine."""
         raise TypeError(f"{type(self).__name__} has no products")
 
     def __getstate__(self) -> dict[str, Any]:
-        # An engine holds graphs and values, which a copy makes for itself.
+        # An engine holds graphs and values, which a copy computes for itself.
         state = dict(self.__dict__)
         if state.get("_engine") is not None:
             del state["_engine"]

@@ -27,9 +27,9 @@ class JacobianOperator(FastPathOperator):
     M is the number of output numbers over all examples, in the order of the data and, within an
     example, of its flattened outputs. `J @ v` maps changes of the parameters [P] or [P, K] to
     changes of the outputs [M] or [M, K]; `J.T @ u` maps cotangents of the outputs [M] or [M, K]
-    to gradients [P] or [P, K]. Both go by the rules of `HessianOperator`, K at once, with values
-    at the point shared; a model whose graph cannot be captured goes to autograd (see `way`).
-    With norm="batch" each batch is normalized by its own statistics, differentiated through.
+    to gradients [P] or [P, K]. Both use the captured graph as `HessianOperator` does, for K
+    vectors at once; a model whose graph cannot be captured falls back to autograd (see `method`).
+    With norm="batch" each batch is normalized by its own statistics, which are differentiated too.
 
     Args:
         obj: the objective, of which the loss does not matter.
@@ -113,13 +113,13 @@ class JacobianOperator(FastPathOperator):
         return result
 
     def _tiles(self) -> Iterator[tuple[Tile, tuple[int, int]]]:
-        """Tiles of examples, and their outputs' places among all."""
+        """Tiles of examples, and the range of their outputs among all."""
         if self._engine is not None:
             tiles: Iterator[Tile] = self._engine.tiles()
         else:
             tiles = (Tile(*batch, torch.ones(batch.size)) for batch in self.obj.batches())
         begin = 0
-        # An end beyond the data pairs the last tile; weights would have to be fetched.
+        # The next tile's start tells where a tile ends: its weights would wait for the device.
         for tile, following in pairwise(chain(tiles, [None])):
             assert tile is not None
             last = self.obj.num_examples if following is None else following.start
@@ -142,7 +142,7 @@ class JacobianOperator(FastPathOperator):
         return self._engine.vjp(tile, rows)
 
     def _require_adjoint(self, tile: Tile) -> None:
-        """Compare a product by autograd with one of the transpose."""
+        """Check <u, J v> = <J^T u, v> for products by autograd."""
         (row, jvp), (back, vjp) = self._by_autograd(tile)
         dtype = coarsest_dtype(self.obj, self.theta, tile.batch.inputs)
         require_adjoint(self.name, jvp, vjp, row, back, dtype)
@@ -154,7 +154,7 @@ class JacobianOperator(FastPathOperator):
     def _jvp_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
         leaf, outputs = self._outputs(tile)
         require_twice_differentiable(outputs)
-        # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
+        # J^T u is linear in u: the derivative of <J^T u, v> in u is J v at any u.
         u = torch.zeros_like(outputs, requires_grad=True)
         (vjp,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
         found = [torch.autograd.grad(vjp, u, row, retain_graph=True)[0] for row in rows]
@@ -176,7 +176,7 @@ class JacobianOperator(FastPathOperator):
 
     @property
     def _loss(self) -> Objective | None:
-        return None  # which does not matter
+        return None  # the Jacobian does not depend on it
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)

@@ -25,17 +25,14 @@ from ._linear_operator import LinearOperator, finite_together
 
 
 class SecondOrderOperator(FastPathOperator, CurvatureOperator):
-    """A matrix of second derivatives, by rules for each operation of the network's graph.
-
-    A model whose graph cannot be captured goes to autograd as a whole. Before the first result
-    for a model both ways are compared on two examples of each shape.
+    """A matrix of second derivatives of the mean loss; base class of Hessian and Gauss-Newton.
 
     Args:
         obj: the objective.
         theta: the point; None for the model's own.  # [P]
         memory_budget: bytes for activations and their derivatives; None for a quarter of the
             free memory, half on a GPU. A third of it may hold values that the next product needs
-            again. At the least one example and one direction are taken at a time, whatever it says.
+            again. The minimum is one example and one direction at a time, independent of it.
 
     Attributes:
         method: "graph", or "autograd: " and the reason.
@@ -61,7 +58,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
             return product
         product = self._product_by_autograd(columns.T.contiguous())
         if checks.all_finite(product):
-            self._fall_back("rules give NaN or infinity where autograd does not")
+            self._fall_back("the captured graph gives NaN or infinity where autograd does not")
         return product
 
     def _product_by_autograd(self, rows: Tensor) -> Tensor:
@@ -89,7 +86,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         return self.obj.weight_decay
 
     def without_shift(self) -> SecondOrderOperator:
-        """This matrix without weight decay, from the same values at the point."""
+        """This matrix without weight decay, sharing its values at the point."""
         with clean_dispatch_state():
             engine = self._engine
         other = copy.copy(self)
@@ -107,10 +104,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         return "captured" if engine.graphs.captures else engine.graphs.note
 
     def cache_primals(self) -> None:
-        """Keep what the next product computes at the point, as more are to come.
-
-        Without it, only a second product shows that values are wanted again.
-        """
+        """Cache values at the point from the next product on, not only from the second."""
         with clean_dispatch_state():
             if self._engine is not None:
                 self._engine.cache_primals(self.kind)
@@ -136,17 +130,13 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
 
 class HessianOperator(SecondOrderOperator):
-    """The Hessian of the mean loss at a point, by derivatives of its two passes along vectors.
+    """The Hessian of the mean loss at a point.
 
-    A product with K columns (Pearlmutter 1994) follows K tangents at once through the graph of
-    the network and of its backward pass, a tile of examples at a time; values at the point are
-    computed once for all columns, and kept for later products where memory allows. With
-    g the cotangent and a'_k the tangents of an operation f, a quadratic form v_k^T H v_k is
-    sum_f <g, D^2 f[a'_k, a'_k]>, plus the loss's own part: one forward pass of tangents,
-    about half the work of a product. With norm="batch" the normalization statistics are
-    differentiated through. Attention is computed by matrix products.
-
-    A model whose graph cannot be captured (see `way`) goes to autograd's double backward.
+    A product with K columns (Pearlmutter 1994) carries K tangents at once through the captured
+    graph of the network and of its backward pass, tile by tile; values at the point are cached for
+    later products where memory allows. Quadratic forms take one pass of tangents, about half the
+    work of a product (docs/design/hvp.md). With norm="batch" the normalization statistics are
+    differentiated too. A model whose graph cannot be captured falls back to double backward.
 
     Args:
         obj: the objective.
@@ -173,7 +163,7 @@ class HessianOperator(SecondOrderOperator):
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         ((row, expected),) = super()._by_autograd(sample)
-        # Divided by the norm of v, a form is no longer than the product.
+        # Divided by the norm of v, a form is at most as large as the product.
         form = (row * expected).sum(1) / row.norm()
         return [(row, torch.cat([expected[0], form]))]
 
@@ -208,7 +198,7 @@ class HessianOperator(SecondOrderOperator):
     def _engine_forms(
         self, engine: HVPEngine, columns: Tensor, *, network_alone: bool = False
     ) -> Tensor:
-        """Forms by rules, which may be NaN or infinite.  # [K] float64"""
+        """Quadratic forms by the graph, in float64 [K], which may be NaN or infinite."""
         rows = columns.T.contiguous()
         forms = self.obj.all_reduce(
             lambda: engine.quadratic_forms(rows, network_alone=network_alone),
@@ -246,10 +236,9 @@ class HessianOperator(SecondOrderOperator):
 class GGNOperator(SecondOrderOperator):
     """The generalized Gauss-Newton matrix of the mean loss, J^T (d2 loss / d outputs2) J.
 
-    It is the Hessian without the curvature of the model itself (Schraudolph 2002), positive
+    It is the Hessian without the curvature of the network itself (Schraudolph 2002), positive
     semi-definite for a loss convex in the outputs; for cross-entropy with class labels it is
-    the Fisher matrix with labels drawn from the model. J v by the derivative of J^T u in u. As in
-    the Hessian, weight decay c of the objective adds c I.
+    the Fisher matrix with labels drawn from the model. Weight decay c of the objective adds c I.
 
     Args:
         obj: the objective; any loss with second derivatives in the outputs.
@@ -282,7 +271,7 @@ class GGNOperator(SecondOrderOperator):
         (loss_gradient,) = torch.autograd.grad(losses.sum(), free, create_graph=True)
         if not loss_gradient.requires_grad:  # a loss linear in the outputs
             return
-        # J^T u is linear in u, so its derivative in u along v is J v, whatever u is.
+        # J^T u is linear in u: the derivative of <J^T u, v> in u is J v at any u.
         u = torch.zeros_like(outputs, requires_grad=True)
         (vjp,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
         for i, row in enumerate(rows):
