@@ -32,7 +32,7 @@ def main(epochs: int = 12, examples: int = 256, probes: int = 32, steps: int = 2
     without = ef.hessian_trace(obj, probes=probes, deflate=top)
     print("the same, those eigenvalues exactly  ", without)
 
-    density = ef.spectral_density(hessian, probes=4, steps=steps)
+    density = ef.spectral_density(hessian, ef.DensitySettings(probes=4, steps=steps))
     print("the same, from the density           ", density.trace(lambda x: x))
     print("sum of the squared eigenvalues       ", density.trace(torch.square))
 

@@ -34,7 +34,9 @@ def main(epochs: int = 20, steps: int = 50, points: int = 5, probes: int = 32) -
     print(f"AutoNEB path:  barrier {barrier(found.losses).over_max:.4f} nats", end=", ")
     print(f"{found.path.num_pivots} pivots, length {found.path.length:.3g}")
 
-    profile = ef.curvature_profile(obj, found.path, points, probes=probes)
+    profile = ef.curvature_profile(
+        obj, found.path, points, settings=ef.CurvatureSettings(probes=probes)
+    )
     for row in profile.rows():
         print(
             "s = {s:.2f}: loss {loss:.4f}, Hessian trace {hessian_trace:.3g} ± "

@@ -49,7 +49,7 @@ FREE = {
     ("linear_mode_connectivity", "unit"),
 }
 # A function or module that can be called, and fails when it is.
-CALLED = ("on_point", "on_density", "on_step", "on_cycle", "on_record", "progress")
+CALLED = ("on_point", "on_step", "on_cycle", "on_record", "progress")
 
 
 def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
@@ -98,6 +98,10 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
             ef.density_log_determinant,
             dict(density=ef.spectral_density(hessian), delta=1.0),
         ),
+        "curvature_at": (ef.curvature_at, one),
+        "CurvatureSettings": (ef.CurvatureSettings, {}),
+        "LanczosSettings": (ef.LanczosSettings, {}),
+        "DensitySettings": (ef.DensitySettings, {}),
         "curvature_profile": (ef.curvature_profile, dict(obj=obj, path=path, points=2)),
         "Path": (ef.Path, dict(pivots=torch.eye(3))),
         "Path.point": (path.point, dict(s=0.5)),

@@ -112,7 +112,7 @@ SIGNATURES = {
     "ggn_trace": "obj, theta=None, max_examples=None",
     "top_eigenvalues": "operator, k=1, tol=0.001, seed=0",
     "spectral_density": "operator",
-    "log_determinant": "operator, along=None",
+    "log_determinant": "operator",
     "density_log_determinant": "density, delta",
     "Path": "pivots",
     "Path.point": "self, s",

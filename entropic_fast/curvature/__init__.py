@@ -1,17 +1,19 @@
 """Curvature at a point of an Objective, and along a path."""
 
-from ._at_point import Point, measure_point, profile_point
+from ._at_point import CurvatureSettings, PointCurvature, curvature_at
 from ._crosscheck import FastPathMismatchError, WrongDerivativeError, autograd_only
 from .along_path import curvature_profile, profile_positions
 from .estimators._density import spectral_density
 from .estimators._diagonal import hessian_diagonal, operator_diagonal
 from .estimators._eigenvalues import top_eigenvalues
+from .estimators._fisher_eigenvalues import fisher_eigenvalues
 from .estimators._log_determinant import density_log_determinant, log_determinant
+from .estimators._settings import DensitySettings, LanczosSettings
 from .estimators._tracking import tracked_eigenpairs
 from .estimators.trace import hessian_trace, operator_trace
 from .estimators.trace.gauss_newton import ggn_trace
 from .operators._algebra import as_operator
-from .operators._fisher import FisherOperator, fisher_eigenvalues
+from .operators._fisher import FisherOperator
 from .operators._jacobian import JacobianOperator
 from .operators._linear_operator import LinearOperator
 from .operators._second_order import GGNOperator, HessianOperator
@@ -58,9 +60,11 @@ __all__ = [
     "log_determinant",
     "density_log_determinant",
     "curvature_profile",
-    "profile_point",
-    "measure_point",
-    "Point",
+    "curvature_at",
+    "PointCurvature",
+    "CurvatureSettings",
+    "LanczosSettings",
+    "DensitySettings",
     "tracked_eigenpairs",
     "profile_positions",
 ]

@@ -1,10 +1,11 @@
-"""Loss and curvature at one point: quantities that share one operator and its products."""
+"""Loss and curvature at one point, from one Hessian operator and its products."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -20,30 +21,59 @@ from .estimators._block_lanczos import TRUSTED
 from .estimators._density import density_and_pairs
 from .estimators._krylov_basis import ROUNDING
 from .estimators._log_determinant import density_log_determinant
+from .estimators._settings import DensitySettings
 from .estimators._tracking import KEPT, tracked_eigenpairs
 from .estimators.trace import DEFAULT_PROBES, operator_trace
 from .operators._second_order import HessianOperator
 from .per_example._norms import fisher_trace
 
-# Those not asked for by default cost hundreds of products.
+# "density" is not among the defaults because it takes hundreds of products.
 QUANTITIES = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm")
 ALL_QUANTITIES = (*QUANTITIES, "density")
 _OF_HESSIAN = ("hessian_trace", "top_eigenvalue", "density")
-# Added to each eigenvalue's positive part in log-determinants: the paper's weight decay.
-DEFAULT_DELTA = 5e-4
 Row = dict[str, float | int]
 _ERRORS = ("", "_std_error", "_quadrature")
 
 
-class Point(NamedTuple):
-    """What was found at a point.
+@dataclass(frozen=True)
+class CurvatureSettings:
+    """Settings of `curvature_at` and `curvature_profile`.
 
     Attributes:
-        row: the columns of `profile_point`.
-        pairs: the largest eigenvalue's pair, and what is known of those that follow, as the next
-            point's `start`; None if neither "top_eigenvalue" nor "density" was asked for.
-        density: None if it was not asked for.
-        missed: what is not converged, as messages.
+        recalibrate: whether to re-estimate running statistics at each point first; a number for
+            that many examples from the first on. No effect on a model without them.
+        probes: of the Hessian trace.
+        tol: relative residual at which the largest eigenvalue is converged.
+        density: probes and steps of "density".
+        delta: above 0, added to each eigenvalue's positive part in log-determinants; by default
+            the paper's weight decay.
+
+    >>> CurvatureSettings(density=DensitySettings(steps=20)).probes
+    32
+    """
+
+    recalibrate: bool | int = True
+    probes: int = DEFAULT_PROBES
+    tol: float = 1e-3
+    density: DensitySettings = DensitySettings()
+    delta: float = 5e-4
+
+    def __post_init__(self) -> None:
+        checks.integer("probes", self.probes, 1)
+        checks.positive("tol", self.tol)
+        checks.positive("delta", self.delta)
+        checks.instance("density", self.density, DensitySettings)
+
+
+class PointCurvature(NamedTuple):
+    """Loss and curvature at one point.
+
+    Attributes:
+        row: the columns of `curvature_at`.
+        pairs: the pair of the largest eigenvalue and approximations of those that follow, as the
+            next point's `start`; None without "top_eigenvalue" and "density".
+        density: None without "density".
+        missed: messages about results that are not converged.
     """
 
     row: Row
@@ -52,66 +82,51 @@ class Point(NamedTuple):
     missed: tuple[str, ...] = ()
 
 
-def profile_point(
+@full_precision()
+def curvature_at(
     obj: Objective,
     theta: Tensor | None = None,
     quantities: Sequence[str] = QUANTITIES,
     *,
+    settings: CurvatureSettings = CurvatureSettings(),
     seed: int = 0,
-    recalibrate: bool | int = True,
-    probes: int = DEFAULT_PROBES,
-    tol: float = 1e-3,
     start: Eigenpairs | None = None,
-    density_probes: int = 8,
-    steps: int = 60,
-    delta: float = DEFAULT_DELTA,
-    along: Tensor | None = None,
-) -> Row:
-    """One row of `curvature_profile`, as plain numbers.
+    orthogonal_to: Tensor | None = None,
+) -> PointCurvature:
+    """Loss and curvature at one point, with one Hessian operator for all quantities.
 
-    All that is of the Hessian is taken from one operator, whose values at the point are kept:
-
-    - The trace leaves out exactly the directions that the eigenvalue's search or the density
-      ends with, at the price of a quadratic form each, at most 8. At trained networks few
-      eigenvalues make most of a sample's spread: along a path of the digits' small network they
-      left a third of the standard error (0.17 to 0.51), by 37 forms instead of 32; those of the
-      density a tenth. The trace's signs and the searches' vectors are streams of their own, so
-      the estimate is unbiased.
-    - The density's products give the largest eigenvalue too. Only where its residual does not
-      meet the tolerance, or with `along`, do more products follow, from that vector. The density
-      has samples of the trace besides, but the quadratic forms with those directions left out,
-      4 % of its price, had less than a tenth of their standard error.
+    - The trace deflates the directions that the eigenvalue search or the density ends with, at
+      most 8, for one quadratic form each. In trained networks a few eigenvalues dominate the
+      variance of a Hutchinson sample. Deflating them cut the standard error to about a third (0.17
+      to 0.51, digits CNN) for 5 extra quadratic forms; those of the density cut it to a tenth. The
+      probes of the trace are independent of the searches, so the estimate is unbiased.
+    - The products of the density give the largest eigenvalue too. More follow, from its vector,
+      only if its residual does not meet the tolerance, or with `orthogonal_to`.
 
     Args:
         obj: the objective.
-        theta: the point; None for the model's own.  # [P]
+        theta: the point [P]; None for the model's own.
         quantities: which columns, in this order:
-            "loss": "loss", and for a classifier "accuracy" (a share of 1);
-            "fisher_trace", "hessian_trace": the value and its "..._std_error" (over examples,
-            over probes);
+            "loss": "loss", and "accuracy" in [0, 1] for a classifier;
+            "fisher_trace", "hessian_trace": the value and its "..._std_error" (over examples, over
+            probes);
             "top_eigenvalue": of the Hessian, its "..._residual" and "..._converged" (0 or 1);
             "norm": of theta;
             "density": "log_determinant", tr log(H_+ + delta) over the positive parts of the
-            eigenvalues, and "negative_mass", the sum of the sizes of the negative ones, each
-            with its "..._std_error" (over the density's probes) and "..._quadrature", an estimate
-            of the error of too few steps (see `Density.trace`), and "log_determinant_converged"
-            (0 or 1, see `log_determinant`); hundreds of products.
+            eigenvalues, and "negative_mass", the sum of the absolute values of the negative ones,
+            each with its "..._std_error" (over probes) and "..._quadrature" (see `Density.trace`),
+            and "log_determinant_converged" (0 or 1, see `log_determinant`); hundreds of products.
+        settings: probes, steps and tolerances.
         seed: of the trace probes and Lanczos vectors.
-        recalibrate: whether to re-estimate running statistics at the point first; a number
-            for the first so many examples only. Nothing to do for a model without them.
-        probes: for the Hessian trace.
-        tol: for the largest eigenvalue, relative residual.
-        start: pairs of a neighboring point to search the largest eigenvalue from
-            (`tracked_eigenpairs`); `measure_point` returns this point's.
-        density_probes, steps: `probes` and `steps` of `spectral_density`.
-        delta: above 0, in units of the eigenvalues.
-        along: directions that "density" leaves out, such as a path's tangent; the other
-            quantities do not.  # [P] or [P, r]
+        start: pairs of a neighboring point, its `PointCurvature.pairs`, from which to search for
+            the largest eigenvalue (`tracked_eigenpairs`).
+        orthogonal_to: directions [P] or [P, r] that "density" alone leaves out, such as a path's
+            tangent.
 
     Returns:
-        the columns; if any is of the Hessian, "products" and "forms", the operator-vector
-        products and quadratic forms spent on them; and "norm_examples" last: how many examples
-        the running statistics were re-estimated on, 0 if they were not.
+        `row` has the columns; for quantities of the Hessian "products" and "forms", the numbers of
+        operator-vector products and quadratic forms; and "norm_examples" last: the number of
+        examples on which running statistics were re-estimated, 0 if they were not.
 
     Raises:
         ValueError: quantities out of range; as the quantities' own functions.
@@ -119,97 +134,41 @@ def profile_point(
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> row = profile_point(obj, torch.tensor([2.0]), ("loss", "hessian_trace"))
+    >>> row = curvature_at(obj, torch.tensor([2.0]), ("loss", "hessian_trace")).row
     >>> row["loss"], row["hessian_trace"], row["products"], row["forms"]
     (2.5, 5.0, 0, 32)
     """
-    found = measure_point(
-        obj,
-        theta,
-        quantities,
-        seed=seed,
-        recalibrate=recalibrate,
-        probes=probes,
-        tol=tol,
-        start=start,
-        density_probes=density_probes,
-        steps=steps,
-        delta=delta,
-        along=along,
-    )
-    warn_once(list(found.missed), "profile_point:")
-    return found.row
-
-
-@full_precision()
-def measure_point(
-    obj: Objective,
-    theta: Tensor | None = None,
-    quantities: Sequence[str] = QUANTITIES,
-    *,
-    seed: int = 0,
-    recalibrate: bool | int = True,
-    probes: int = DEFAULT_PROBES,
-    tol: float = 1e-3,
-    start: Eigenpairs | None = None,
-    density_probes: int = 8,
-    steps: int = 60,
-    delta: float = DEFAULT_DELTA,
-    along: Tensor | None = None,
-) -> Point:
-    """`profile_point`, with the eigenpairs to start from at the next point and the density.
-
-    What is not converged is said by `missed` and by columns, without a warning.
-
-    >>> import torch
-    >>> x = torch.tensor([[1.0], [2.0]])
-    >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    >>> top = ("top_eigenvalue",)
-    >>> pairs = measure_point(obj, torch.tensor([2.0]), top).pairs
-    >>> measure_point(obj, torch.tensor([2.1]), top, start=pairs).row["products"]
-    1
-    """
     require_objective(obj)
+    checks.instance("settings", settings, CurvatureSettings)
     require_quantities(obj, quantities)
-    checks.positive("delta", delta)
-    norm_examples = _norm_examples(obj, recalibrate)
+    norm_examples = _norm_examples(obj, settings.recalibrate)
     if norm_examples:
         obj = obj.recalibrated(theta, max_examples=norm_examples)
     theta = obj.point(theta)
     row: Row = {}
     shared = None
     if any(name in _OF_HESSIAN for name in quantities):
-        shared = _Hessian(
-            HessianOperator(obj, theta),
-            with_pairs="top_eigenvalue" in quantities,
-            with_density="density" in quantities,
-            seed=seed,
-            probes=probes,
-            tol=tol,
-            start=start,
-            density_probes=density_probes,
-            steps=steps,
-            delta=delta,
-            along=along,
-        )
+        operator = HessianOperator(obj, theta)
+        shared = _Hessian(operator, quantities, settings, seed, start, orthogonal_to)
     with held() as missed:
         for name in quantities:
             if shared is not None and name in _OF_HESSIAN:
                 row |= shared.columns(name)
             else:
                 row |= _MEASURES[name](obj, theta)
+    pairs = density = None
     if shared is not None:
         row |= {"products": shared.operator.products, "forms": shared.forms}
+        with held() as more:  # the search may run only now, if no column needed it
+            pairs, density = shared.pairs, shared.density
+        missed += more
     row["norm_examples"] = norm_examples
-    if shared is None:
-        return Point(row, None, None)
-    with held() as more:  # a search that no column asked for
-        pairs = shared.pairs
-    return Point(row, pairs, shared.density, (*missed, *more))
+    warn_once(missed, "curvature_at:")
+    return PointCurvature(row, pairs, density, tuple(missed))
 
 
 def _norm_examples(obj: Objective, recalibrate: bool | int) -> int:
-    """On how many examples running statistics are re-estimated; 0 for none."""
+    """The number of examples on which running statistics are re-estimated; 0 for none."""
     if not obj.has_running_statistics or recalibrate is False:
         return 0
     return obj.num_examples if recalibrate is True else recalibrate
@@ -226,13 +185,14 @@ def lost_row(
     """The row of a point at which the loss is not finite: `inf`, and NaN for what needs it.
 
     Args:
-        loss_is_finite: products of the Hessian alone are not: NaN for what needs them.
+        loss_is_finite: only products of the Hessian are not finite, and what needs them is NaN.
     """
     row: Row = {}
     known: Row = {}
     others = [name for name in quantities if name not in _OF_HESSIAN]
     if loss_is_finite and others:
-        known = measure_point(obj, theta, others, recalibrate=recalibrate).row
+        settings = CurvatureSettings(recalibrate=recalibrate)
+        known = curvature_at(obj, theta, others, settings=settings).row
     for name in quantities:
         if name == "loss":
             row["loss"] = math.inf
@@ -248,7 +208,7 @@ def lost_row(
     return row | {"norm_examples": _norm_examples(obj, recalibrate)} | known
 
 
-# Columns of the quantities that a point without a finite loss does not have.
+# Columns that are NaN at a point without a finite loss.
 _COLUMNS = {
     "fisher_trace": ("fisher_trace", "fisher_trace_std_error"),
     "hessian_trace": ("hessian_trace", "hessian_trace_std_error"),
@@ -261,7 +221,7 @@ _COLUMNS = {
 
 
 def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
-    """Refuse quantities that are unknown, or that the objective cannot have.
+    """Reject quantities that are unknown, or that the objective does not have.
 
     Raises:
         ValueError: as said.
@@ -274,7 +234,7 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
         checks.one_of("quantities", name, ALL_QUANTITIES)
         if name in _OF_HESSIAN:
             checks.single_or_double("obj", obj.dtype, name)
-    if "fisher_trace" in quantities and not obj.separable:  # before work is spent on the others
+    if "fisher_trace" in quantities and not obj.separable:  # before the others are computed
         raise checks.invalid(
             "quantities",
             "none of single examples where the loss of an example does not depend on that example "
@@ -289,29 +249,24 @@ class _Hessian:
 
     Attributes:
         operator: counts the products.
-        forms: quadratic forms spent.
+        forms: number of quadratic forms.
     """
 
     def __init__(
         self,
         operator: HessianOperator,
-        *,
-        with_pairs: bool,
-        with_density: bool,
+        quantities: Sequence[str],
+        settings: CurvatureSettings,
         seed: int,
-        probes: int,
-        tol: float,
         start: Eigenpairs | None,
-        density_probes: int,
-        steps: int,
-        delta: float,
-        along: Tensor | None,
+        orthogonal_to: Tensor | None,
     ) -> None:
         self.operator, self.forms = operator, 0
-        self._with_pairs, self._with_density = with_pairs, with_density
-        self._seed, self._probes, self._tol, self._start = seed, probes, tol, start
-        self._density_probes, self._steps, self._delta = density_probes, steps, delta
-        self._along = along
+        self._with_pairs, self._with_density = (
+            name in quantities for name in ("top_eigenvalue", "density")
+        )
+        self._settings, self._seed, self._start = settings, seed, start
+        self._orthogonal_to = orthogonal_to
 
     def columns(self, name: str) -> Row:
         """The columns of a quantity."""
@@ -320,7 +275,7 @@ class _Hessian:
         if name == "density":
             assert self.density is not None
             sums = {
-                "log_determinant": density_log_determinant(self.density, self._delta),
+                "log_determinant": density_log_determinant(self.density, self._settings.delta),
                 "negative_mass": self.density.trace(lambda values: (-values).clamp(min=0)),
             }
             row: Row = {}
@@ -341,7 +296,7 @@ class _Hessian:
 
     @cached_property
     def pairs(self) -> Eigenpairs | None:
-        """The largest pair and some that follow; not of the operator across `along`."""
+        """The largest pair and some that follow, without `orthogonal_to`."""
         if self._quadrature is None:
             return self._tracked(self._start, guarded=True) if self._with_pairs else None
         known = self._quadrature[1]
@@ -350,8 +305,9 @@ class _Hessian:
         value, residual = abs(float(known.values[0])), float(known.residuals[0])
         rounding = ROUNDING * torch.finfo(self.operator.dtype).eps * value
         # Residuals by the recurrence hold where the tolerance is well above rounding.
-        exact = self._tol * value >= TRUSTED * rounding
-        if self._along is None and exact and residual <= self._tol * value:
+        tol = self._settings.tol
+        exact = tol * value >= TRUSTED * rounding
+        if self._orthogonal_to is None and exact and residual <= tol * value:
             return dataclasses.replace(known, converged=True)
         return self._tracked(known, guarded=False)
 
@@ -361,22 +317,23 @@ class _Hessian:
             return None
         return density_and_pairs(
             self.operator,
-            self._density_probes,
-            self._steps,
+            self._settings.density,
             seed=self._seed,
-            along=self._along,
+            orthogonal_to=self._orthogonal_to,
             kept=KEPT,
         )
 
     def _tracked(self, start: Eigenpairs | None, guarded: bool) -> Eigenpairs:
         return tracked_eigenpairs(
-            self.operator, start, tol=self._tol, seed=self._seed, guarded=guarded
+            self.operator, start, tol=self._settings.tol, seed=self._seed, guarded=guarded
         )
 
     def _trace(self) -> Estimate:
-        # Any directions serve that do not depend on the signs; the density knows its best.
+        # The estimate is unbiased for any directions that do not depend on the probes.
         known = self.pairs if self._quadrature is None else self._quadrature[1]
-        estimate = operator_trace(self.operator, self._probes, seed=self._seed, deflate=known)
+        estimate = operator_trace(
+            self.operator, self._settings.probes, seed=self._seed, deflate=known
+        )
         self.forms += estimate.matvecs
         return estimate
 

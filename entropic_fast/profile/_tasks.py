@@ -12,9 +12,11 @@ from .._utils.convergence import held
 from .._utils.results import Density, Eigenpairs
 from .._utils.table import Table
 from ..curvature import (
+    CurvatureSettings,
+    DensitySettings,
     HessianOperator,
+    curvature_at,
     curvature_profile,
-    measure_point,
     score_plan,
     score_spectrum,
     score_spectrum_floor,
@@ -76,9 +78,8 @@ def measure_along(store: TaskStore, progress: Progress, subject: Subject) -> dic
             load_path(store),
             s.points,
             subject.quantities,
+            settings=CurvatureSettings(probes=s.probes, tol=s.tol),
             seed=s.seed,
-            probes=s.probes,
-            tol=s.tol,
             on_point=lambda i, _: progress((i + 1) / s.points),
         )
     return {"curvature": Table.from_rows([{"path": "A-B", **row} for row in table.rows()])}
@@ -114,17 +115,15 @@ def measure_spectra(
     """
     s, theta = subject.settings, _place(store, subject, name)
     obj = subject.some if subject.end is None else subject.some.recalibrated(theta)
-    found = measure_point(
-        obj,
-        theta,
-        (*subject.quantities, "density"),
-        seed=s.seed,
+    settings = CurvatureSettings(
         recalibrate=False,
         probes=s.probes,
         tol=s.tol,
-        density_probes=s.density_probes,
-        steps=s.density_steps,
+        density=DensitySettings(s.density_probes, s.density_steps),
     )
+    quantities = (*subject.quantities, "density")
+    with held():  # the table and the report say what is not converged
+        found = curvature_at(obj, theta, quantities, settings=settings, seed=s.seed)
     progress(0.7)
     assert found.density is not None
     operator = HessianOperator(obj, theta)

@@ -13,7 +13,7 @@ from torch import Tensor
 import entropic_fast as ef
 from entropic_fast._utils.convergence import held, warn_not_converged, warn_once
 from entropic_fast._utils.results import NOT_CONVERGED
-from entropic_fast.curvature import HessianOperator, measure_point, profile_point
+from entropic_fast.curvature import CurvatureSettings, HessianOperator, curvature_at
 from entropic_fast.curvature import _at_point as point
 from entropic_fast.ops.random_bits import streams as random
 
@@ -37,7 +37,9 @@ def path(obj: ef.Objective) -> ef.Path:
 
 
 def profile(obj: ef.Objective) -> ef.Table:
-    return ef.curvature_profile(obj, path(obj), 2, ("top_eigenvalue",), tol=1e-30)
+    return ef.curvature_profile(
+        obj, path(obj), 2, ("top_eigenvalue",), settings=ef.CurvatureSettings(tol=1e-30)
+    )
 
 
 CALLS: dict[str, tuple[Callable[[], object], str]] = {
@@ -47,28 +49,32 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         "of 5 eigenvalues not converged after 20 products",
     ),
     "fisher_eigenvalues": (
-        lambda: ef.fisher_eigenvalues(problem(), 3, tol=1e-12, max_passes=2, block=3),
+        lambda: ef.fisher_eigenvalues(
+            problem(), 3, max_passes=2, lanczos=ef.LanczosSettings(tol=1e-12, block=3)
+        ),
         "after 2 passes.*raise max_passes",
     ),
     "spectral_density, steps": (
-        lambda: ef.spectral_density(flat(), steps=12),
+        lambda: ef.spectral_density(flat(), ef.DensitySettings(steps=12)),
         "raise steps, or sigma",
     ),
     "spectral_density, probes": (
-        lambda: ef.spectral_density(with_spectrum(torch.linspace(-1, 1, 130)), 2, 60, seed=3),
+        lambda: ef.spectral_density(
+            with_spectrum(torch.linspace(-1, 1, 130)), ef.DensitySettings(2, 60), seed=3
+        ),
         "raise probes, or sigma",
     ),
     "log_determinant, k": (
-        lambda: ef.log_determinant(flat(), k=2, max_matvecs=4),
+        lambda: ef.log_determinant(flat(), k=2, lanczos=ef.LanczosSettings(max_matvecs=4)),
         "^log_determinant: top_eigenvalues: .*raise max_matvecs",
     ),
     "log_determinant, delta": (
-        lambda: ef.log_determinant(flat(), delta=1e-6, steps=10),
+        lambda: ef.log_determinant(flat(), delta=1e-6, density=ef.DensitySettings(steps=10)),
         "^log_determinant: errors of .*raise steps",
     ),
     "density_log_determinant": (
         lambda: ef.density_log_determinant(
-            ef.spectral_density(flat(), steps=10, sigma=0.5, points=64), 1e-6
+            ef.spectral_density(flat(), ef.DensitySettings(steps=10, sigma=0.5, points=64)), 1e-6
         ),
         "^density_log_determinant: errors of .*raise steps",
     ),
@@ -93,9 +99,13 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: profile(problem()),
         r"^curvature_profile: \(2 times; the first:\) at s = 0, tracked_eigenpairs: 1 of 1",
     ),
-    "profile_point": (
-        lambda: profile_point(problem(), quantities=("top_eigenvalue",), tol=1e-30),
-        "^profile_point: ",
+    "curvature_at": (
+        lambda: (
+            curvature_at(
+                problem(), quantities=("top_eigenvalue",), settings=CurvatureSettings(tol=1e-30)
+            ).row
+        ),
+        "^curvature_at: ",
     ),
 }
 
@@ -188,7 +198,10 @@ def test_representations_are_short_and_print_no_tensor(result):
 
 def test_a_point_of_a_pipeline_keeps_its_messages_and_warns_of_nothing(monkeypatch):
     few_products(monkeypatch)
-    found = measure_point(problem(), quantities=("top_eigenvalue",), tol=1e-9)
+    with held():
+        found = curvature_at(
+            problem(), quantities=("top_eigenvalue",), settings=CurvatureSettings(tol=1e-9)
+        )
     assert found.row["top_eigenvalue_converged"] == 0
     assert len(found.missed) == 1 and "raise max_matvecs" in found.missed[0]
 

@@ -77,7 +77,7 @@ def test_eigenpairs_show_their_residuals():
 def test_a_density_shows_its_trace_and_curve(problem, probes):
     obj, _ = problem
     operator = ef.HessianOperator(obj)
-    density = ef.spectral_density(operator, probes=probes, steps=20)
+    density = ef.spectral_density(operator, ef.DensitySettings(probes=probes, steps=20))
     html = density._repr_html_()
     found = dict(cells(html)[1:])
     trace = density.trace(lambda nodes: nodes)

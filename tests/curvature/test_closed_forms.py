@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from entropic_fast.curvature import (
+    DensitySettings,
     GGNOperator,
     HessianOperator,
     ggn_trace,
@@ -141,7 +142,9 @@ def test_eigenvalues(name: str, operator: type):
 @forms
 def test_densities_have_the_moments_of_the_matrix(name: str):
     form = FORMS[name]()
-    density = spectral_density(HessianOperator(form.obj), probes=200, steps=20, seed=1)
+    density = spectral_density(
+        HessianOperator(form.obj), DensitySettings(probes=200, steps=20), seed=1
+    )
     for power in (1, 2):
         found = density.trace(lambda nodes, power=power: nodes**power)
         expected = float(torch.linalg.matrix_power(form.matrix, power).trace())
@@ -156,7 +159,9 @@ def test_least_squares_on_normal_data_follow_marchenko_and_pastur():
     ratio = p / n
     low, high = 2 * (1 - ratio**0.5) ** 2, 2 * (1 + ratio**0.5) ** 2
     grid = torch.linspace(0, 1.3 * high, 400, dtype=torch.float64)
-    density = spectral_density(HessianOperator(obj), probes=32, steps=60, sigma=0.15, grid=grid)
+    density = spectral_density(
+        HessianOperator(obj), DensitySettings(probes=32, steps=60, sigma=0.15, grid=grid)
+    )
     fine = torch.linspace(low, high, 4001, dtype=torch.float64)
     law = ((high - fine) * (fine - low)).clamp(min=0).sqrt() / (4 * torch.pi * ratio * fine)
     kernel = torch.exp(-(((grid[:, None] - fine) / 0.15) ** 2) / 2) / (0.15 * (2 * torch.pi) ** 0.5)

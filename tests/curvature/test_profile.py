@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from entropic_fast._utils.table import Table
 from entropic_fast.curvature import (
+    CurvatureSettings,
+    DensitySettings,
     HessianOperator,
+    curvature_at,
     curvature_profile,
     fisher_trace,
     hessian_trace,
-    measure_point,
-    profile_point,
     profile_positions,
     spectral_density,
     top_eigenvalues,
@@ -58,13 +59,17 @@ def batch_norm_objective() -> Objective:
 def test_every_column_is_its_own_function_at_that_point():
     obj = by_name("module twice").objective(12)
     path = path_from(obj)
-    table = curvature_profile(obj, path, points=3, seed=5, probes=6, tol=1e-6)
+    table = curvature_profile(
+        obj, path, points=3, seed=5, settings=CurvatureSettings(probes=6, tol=1e-6)
+    )
     assert list(table.columns) == ALL
     assert table["s"].tolist() == [0.0, 0.5, 1.0]
     pairs, hessian = None, ("top_eigenvalue",)
     for i, s in enumerate((0.0, 0.5, 1.0)):
         theta = path.point(s)
-        pairs = measure_point(obj, theta, hessian, seed=5, tol=1e-6, start=pairs).pairs
+        pairs = curvature_at(
+            obj, theta, hessian, seed=5, start=pairs, settings=CurvatureSettings(tol=1e-6)
+        ).pairs
         trace = hessian_trace(obj, theta, probes=6, seed=5, deflate=pairs)
         fisher = fisher_trace(obj, theta)
         top = top_eigenvalues(HessianOperator(obj, theta), tol=1e-6, seed=5)
@@ -87,8 +92,12 @@ def test_statistics_are_re_estimated_at_each_point_and_the_table_says_so():
     path = path_from(obj)
     wanted = ("loss", "fisher_trace")
     table = curvature_profile(obj, path, points=[0.25], quantities=wanted)
-    stale = curvature_profile(obj, path, points=[0.25], quantities=wanted, recalibrate=False)
-    some = curvature_profile(obj, path, points=[0.25], quantities=wanted, recalibrate=10)
+    stale = curvature_profile(
+        obj, path, points=[0.25], quantities=wanted, settings=CurvatureSettings(recalibrate=False)
+    )
+    some = curvature_profile(
+        obj, path, points=[0.25], quantities=wanted, settings=CurvatureSettings(recalibrate=10)
+    )
     theta = path.point(0.25)
     assert table["norm_examples"].tolist() == [20]
     assert stale["norm_examples"].tolist() == [0]
@@ -104,18 +113,24 @@ def test_rows_can_be_made_one_at_a_time():
     obj = by_name("tied weight").objective()
     path, rows = path_from(obj), []
     table = curvature_profile(
-        obj, path, points=4, probes=3, on_point=lambda i, row: rows.append((i, row))
+        obj,
+        path,
+        points=4,
+        on_point=lambda i, here: rows.append((i, here.row)),
+        settings=CurvatureSettings(probes=3),
     )
     assert [i for i, _ in rows] == [0, 1, 2, 3]
-    first = measure_point(obj, path.point(0.0), probes=3)
-    single = profile_point(obj, path.point(1 / 3), probes=3, start=first.pairs)
+    first = curvature_at(obj, path.point(0.0), settings=CurvatureSettings(probes=3))
+    single = curvature_at(
+        obj, path.point(1 / 3), start=first.pairs, settings=CurvatureSettings(probes=3)
+    ).row
     assert {"s": 0.0, **first.row} == rows[0][1]
     assert {"s": 1 / 3, **single} == rows[1][1] == table.rows()[1]
 
 
 def test_a_profile_survives_its_file(tmp_path):
     obj = by_name("tied weight").objective()
-    table = curvature_profile(obj, path_from(obj), points=2, probes=2)
+    table = curvature_profile(obj, path_from(obj), points=2, settings=CurvatureSettings(probes=2))
     table.to_csv(tmp_path / "profile.csv")
     assert Table.from_csv(tmp_path / "profile.csv").rows() == table.rows()
 
@@ -129,14 +144,14 @@ def test_only_what_is_asked_for_in_that_order():
 def test_a_regression_has_no_accuracy():
     x = torch.randn(5, 2)
     obj = Objective(nn.Linear(2, 1), "mse", (x, x[:, :1]))
-    row = profile_point(obj, quantities=("loss",))
+    row = curvature_at(obj, quantities=("loss",)).row
     assert list(row) == ["loss", "norm_examples"]
 
 
 def test_one_parameter_and_one_example():
     x = torch.tensor([[2.0]])
     obj = Objective(nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-    row = profile_point(obj, torch.tensor([1.0]), probes=2)
+    row = curvature_at(obj, torch.tensor([1.0]), settings=CurvatureSettings(probes=2)).row
     assert row["loss"] == 16 and row["fisher_trace"] == 256
     assert math.isnan(row["fisher_trace_std_error"])
     assert row["hessian_trace"] == row["top_eigenvalue"] == 8
@@ -189,7 +204,7 @@ def test_traces_without_known_directions_are_unbiased_and_more_exact():
     obj, matrix = least_squares(scales)
     exact, z, gain = float(matrix.trace()), [], []
     for seed in range(60):
-        row = profile_point(obj, quantities=("hessian_trace", "top_eigenvalue"), seed=seed)
+        row = curvature_at(obj, quantities=("hessian_trace", "top_eigenvalue"), seed=seed).row
         z.append((row["hessian_trace"] - exact) / row["hessian_trace_std_error"])
         gain.append(hessian_trace(obj, seed=seed).std_error / row["hessian_trace_std_error"])
     z = torch.tensor(z)
@@ -222,7 +237,13 @@ def test_one_operator_serves_all_quantities_of_a_point(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(point, "HessianOperator", Counted)
     obj = by_name("tied weight").objective()
-    table = curvature_profile(obj, path_from(obj), 3, point.ALL_QUANTITIES, probes=2, steps=5)
+    table = curvature_profile(
+        obj,
+        path_from(obj),
+        3,
+        point.ALL_QUANTITIES,
+        settings=CurvatureSettings(probes=2, density=DensitySettings(steps=5)),
+    )
     assert len(made) == 3
     assert table["products"].tolist() == [operator.products for operator in made]
 
@@ -233,10 +254,12 @@ def test_density_gives_traces_of_functions_and_the_largest_eigenvalue_from_the_s
     path, size, delta = path_from(obj), obj.num_params, 0.01
     densities = []
     quantities = ("density", "top_eigenvalue", "hessian_trace")
+    settings = CurvatureSettings(tol=1e-4, delta=delta, density=DensitySettings(5, size))
     table = curvature_profile(
-        obj, path, 3, quantities, density_probes=5, steps=size, delta=delta, tol=1e-4,
-        on_density=lambda i, d: densities.append((i, d)),
-    )  # fmt: skip
+        *(obj, path, 3, quantities),
+        settings=settings,
+        on_point=lambda i, here: densities.append((i, here.density)),
+    )
     assert [i for i, _ in densities] == [0, 1, 2]
     probes = [random.normal((size,), random.fold_in(0, "density"), i) for i in range(5)]
     for row, s in zip(table.rows(), (0.0, 0.5, 1.0), strict=True):
@@ -253,7 +276,7 @@ def test_density_gives_traces_of_functions_and_the_largest_eigenvalue_from_the_s
             assert row[f"{name}_std_error"] == pytest.approx(error, rel=1e-5)
             assert abs(row[name] - float(function.sum())) < 4 * error + 1e-9
         alone = HessianOperator(obj, path.point(s))
-        spectral_density(alone, 5, size)
+        spectral_density(alone, DensitySettings(5, size))
         assert row["products"] == alone.products <= 5 * size and row["forms"] == 32 + 8
         assert row["top_eigenvalue"] == pytest.approx(float(values[-1]), rel=1e-9)
         assert row["top_eigenvalue_residual"] < 1e-6 and row["top_eigenvalue_converged"] == 1
@@ -267,10 +290,16 @@ def test_products_follow_a_density_only_where_the_tolerance_is_not_met():
     obj, matrix = least_squares(torch.linspace(0.1, 2, 60).double(), 200)
     top = float(torch.linalg.eigvalsh(matrix)[-1])
     rows = [
-        profile_point(obj, quantities=("density", "top_eigenvalue"), steps=12, tol=tol)
+        curvature_at(
+            obj,
+            quantities=("density", "top_eigenvalue"),
+            settings=CurvatureSettings(tol=tol, density=DensitySettings(steps=12)),
+        ).row
         for tol in (0.5, 1e-9)
     ]
-    cold = profile_point(obj, quantities=("top_eigenvalue",), tol=1e-9)
+    cold = curvature_at(
+        obj, quantities=("top_eigenvalue",), settings=CurvatureSettings(tol=1e-9)
+    ).row
     assert rows[0]["products"] == 8 * 12 and rows[0]["top_eigenvalue_residual"] <= 0.5 * top
     assert 0 < rows[1]["products"] - 8 * 12 < cold["products"]
     assert rows[1]["top_eigenvalue"] == pytest.approx(top, rel=1e-9)
@@ -278,23 +307,25 @@ def test_products_follow_a_density_only_where_the_tolerance_is_not_met():
     assert rows[1]["top_eigenvalue_residual"] <= 1e-9 * top
 
 
-def test_across_leaves_the_tangent_out_of_the_density_only():
+def test_the_tangent_is_left_out_of_the_density_only():
     obj = by_name("tied weight").objective()
     path, densities = path_from(obj), []
     quantities = ("density", "top_eigenvalue")
     table = curvature_profile(
-        obj, path, [0.3], quantities, across=True, tol=1e-6,
-        on_density=lambda _, d: densities.append(d),
-    )  # fmt: skip
+        *(obj, path, [0.3], quantities),
+        settings=CurvatureSettings(tol=1e-6),
+        orthogonal_to_path=True,
+        on_point=lambda _, here: densities.append(here.density),
+    )
     theta = path.point(0.3)
     matrix = dense(obj, theta)
-    expected = spectral_density(matrix, along=path.tangent(0.3))
+    expected = spectral_density(matrix, orthogonal_to=path.tangent(0.3))
     assert densities[0].size == obj.num_params - 1
     assert torch.allclose(densities[0].nodes, expected.nodes, atol=1e-8)
     top = float(torch.linalg.eigvalsh(matrix)[-1])
     assert table["top_eigenvalue"][0] == pytest.approx(top, rel=1e-6)
     assert table["top_eigenvalue_converged"][0] == 1
-    whole = profile_point(obj, theta, quantities, along=None)
+    whole = curvature_at(obj, theta, quantities).row
     assert table["log_determinant"][0] != whole["log_determinant"]
 
 
@@ -306,16 +337,14 @@ def test_density_options_without_a_density_are_refused():
         def point(self, s: float) -> Tensor:
             return path.point(s)
 
-    with pytest.raises(ValueError, match=r'quantities: expected "density" .* across'):
-        curvature_profile(obj, path, 2, across=True)
-    with pytest.raises(ValueError, match=r'quantities: expected "density" .* on_density'):
-        curvature_profile(obj, path, 2, on_density=lambda i, d: None)
+    with pytest.raises(ValueError, match=r'quantities: expected "density" .* orthogonal_to_path'):
+        curvature_profile(obj, path, 2, orthogonal_to_path=True)
     with pytest.raises(ValueError, match="path: expected one with tangent"):
-        curvature_profile(obj, Bare(), 2, ("density",), across=True)
+        curvature_profile(obj, Bare(), 2, ("density",), orthogonal_to_path=True)
     with pytest.raises(ValueError, match="delta"):
-        profile_point(obj, quantities=("density",), delta=0.0)
+        CurvatureSettings(delta=0.0)
     with pytest.raises(ValueError, match="steps"):
-        profile_point(obj, quantities=("density",), steps=0)
+        DensitySettings(steps=0)
 
 
 def test_arguments_of_other_kinds_are_refused():
@@ -327,7 +356,7 @@ def test_arguments_of_other_kinds_are_refused():
             return torch.tensor([s])
 
     with pytest.raises(ValueError, match="tol: expected a finite number above 0, got 0"):
-        curvature_profile(obj, Line(), 2, tol=0)
+        curvature_profile(obj, Line(), 2, settings=CurvatureSettings(tol=0))
     with pytest.raises(ValueError, match=r"path: expected a path with point\(s\), got shape \[3\]"):
         curvature_profile(obj, torch.ones(3), 2)
     with pytest.raises(ValueError, match=r"points: expected an integer of at least 2, got 3\.0"):
@@ -351,7 +380,9 @@ def test_points_that_overflow_keep_their_row_and_all_others(normalized: bool):
     quantities = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", "density")
     seen = []
     with pytest.warns(RuntimeWarning, match=r"curvature_profile.* at 1 of 3 points.*s = 0\.5"):
-        table = curvature_profile(obj, path, 3, quantities, on_point=lambda i, r: seen.append(r))
+        table = curvature_profile(
+            obj, path, 3, quantities, on_point=lambda i, here: seen.append(here)
+        )
     alone = curvature_profile(obj, path, [0.0], quantities)
     assert table.columns == alone.columns and len(seen) == 3
     assert table.rows()[0] == alone.rows()[0]

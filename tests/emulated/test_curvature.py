@@ -83,7 +83,9 @@ def products(kind: type) -> Callable[[ef.Objective, Tensor], list[Tensor]]:
 
 
 def density(obj: ef.Objective, _: Tensor) -> list[Tensor]:
-    found = ef.spectral_density(ef.HessianOperator(obj), probes=2, steps=6, along=_[:, 0])
+    found = ef.spectral_density(
+        ef.HessianOperator(obj), ef.DensitySettings(probes=2, steps=6), orthogonal_to=_[:, 0]
+    )
     return [found.nodes, found.weights]
 
 
@@ -92,13 +94,24 @@ def profile(obj: ef.Objective, v: Tensor) -> list[Tensor]:
     path = ef.linear_path(theta, theta + 0.01 * v[:, 0], 3)
     quantities = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", "density")
     table = ef.curvature_profile(
-        obj, path, 2, quantities, probes=4, tol=0.3, density_probes=2, steps=4
+        obj,
+        path,
+        2,
+        quantities,
+        settings=ef.CurvatureSettings(
+            probes=4, tol=0.3, density=ef.DensitySettings(probes=2, steps=4)
+        ),
     )
     return [torch.tensor(table[name]).double() for name in table.columns]
 
 
 def log_determinant(obj: ef.Objective, v: Tensor) -> list[float]:
-    found = ef.log_determinant(ef.HessianOperator(obj), v[:, 0], delta=0.1, probes=2, steps=6)
+    found = ef.log_determinant(
+        ef.HessianOperator(obj),
+        orthogonal_to=v[:, 0],
+        delta=0.1,
+        density=ef.DensitySettings(probes=2, steps=6),
+    )
     return [found.value, found.std_error]
 
 
@@ -238,7 +251,7 @@ def test_searches_with_a_dense_matrix_in_full_precision():
             found = ef.top_eigenvalues(on_device, 3, 1e-4, block=2).values
             curvature.operator_trace(on_device, 8, method="hutch++")
             curvature.operator_diagonal(on_device, 4, deflate=on_device[:, :2])
-            ef.spectral_density(on_device, 2, 8, along=on_device[:, 0])
+            ef.spectral_density(on_device, ef.DensitySettings(2, 8), orthogonal_to=on_device[:, 0])
         assert relative_norm(found.cpu(), values[:3]) < 1e-5
         assert not emulated_gpu.reduced_precision
 
@@ -355,7 +368,7 @@ def test_values_that_are_not_finite_are_named():
 def test_searches_fall_back_to_autograd_where_rules_give_nan(monkeypatch: pytest.MonkeyPatch):
     on_cpu, on_gpu = (objective(mlp, torch.float64, device) for device in ("cpu", DEVICE))
     expected = ef.top_eigenvalues(ef.HessianOperator(on_cpu), 1, 1e-8).values
-    nodes = ef.spectral_density(ef.HessianOperator(on_cpu), 1, 12).nodes
+    nodes = ef.spectral_density(ef.HessianOperator(on_cpu), ef.DensitySettings(1, 12)).nodes
     calls: list[str] = []
     engine = type(ef.HessianOperator(on_gpu)._engine)
     products = engine.products
@@ -367,7 +380,7 @@ def test_searches_fall_back_to_autograd_where_rules_give_nan(monkeypatch: pytest
 
     for found, search in (
         (expected, lambda H: ef.top_eigenvalues(H, 1, 1e-8).values.cpu()),
-        (nodes, lambda H: ef.spectral_density(H, 1, 12).nodes),
+        (nodes, lambda H: ef.spectral_density(H, ef.DensitySettings(1, 12)).nodes),
     ):
         operator = ef.HessianOperator(on_gpu)
         calls.clear()
@@ -486,7 +499,9 @@ def test_traces_of_a_profile_are_within_their_errors_of_the_exact_ones():
     )
     path = ef.linear_path(gpu.parameters_vector(), 2 * gpu.parameters_vector(), 2)
     quantities = ("hessian_trace", "top_eigenvalue")
-    found = ef.curvature_profile(gpu, path, points=3, quantities=quantities, probes=16)
+    found = ef.curvature_profile(
+        gpu, path, points=3, quantities=quantities, settings=ef.CurvatureSettings(probes=16)
+    )
     for s, value, error in zip(
         found["s"], found["hessian_trace"], found["hessian_trace_std_error"], strict=True
     ):

@@ -285,5 +285,7 @@ def test_a_model_of_a_fixed_number_of_nodes_says_what_to_do():
 def test_a_profile_of_a_coupled_objective_leaves_the_scores_out():
     obj = ef.Objective(network(), contrastive, (X, T), coupled=True)
     a = obj.parameters_vector()
-    table = ef.curvature_profile(obj, ef.linear_path(a, a + 0.1), points=2, tol=1.0)
+    table = ef.curvature_profile(
+        obj, ef.linear_path(a, a + 0.1), points=2, settings=ef.CurvatureSettings(tol=1.0)
+    )
     assert "hessian_trace" in table.columns and "fisher_trace" not in table.columns

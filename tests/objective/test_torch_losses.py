@@ -13,9 +13,9 @@ from entropic_fast.curvature import (
     GGNOperator,
     HessianOperator,
     autograd_only,
+    curvature_at,
     fisher_trace,
     ggn_trace,
-    profile_point,
     score_matrix,
     with_sampled_labels,
 )
@@ -373,7 +373,7 @@ def test_accuracy_is_over_the_labels_that_count():
     right = (model(x).argmax(1) == CLASSES)[kept].double().mean().item()
     assert obj.evaluate() == (obj.loss(), pytest.approx(right, rel=1e-14))
     theta = obj.parameters_vector()
-    assert profile_point(obj, None, ("loss",))["accuracy"] == pytest.approx(right, rel=1e-14)
+    assert curvature_at(obj, None, ("loss",)).row["accuracy"] == pytest.approx(right, rel=1e-14)
     table = path_losses(obj, linear_path(theta, 1.1 * theta), [0.0, 1.0])
     assert table["accuracy"][0] == pytest.approx(right, rel=1e-14)
     assert table["loss"][0] == pytest.approx(obj.loss(), rel=1e-14)

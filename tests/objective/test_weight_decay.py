@@ -125,10 +125,10 @@ def test_diagonal_eigenvalues_density_and_log_determinant():
         torch.testing.assert_close(found.std_error, rest.std_error)
     pairs = ef.top_eigenvalues(ef.HessianOperator(obj), 2, tol=1e-8)
     torch.testing.assert_close(pairs.values, torch.linalg.eigvalsh(hessian).flip(0)[:2])
-    density = ef.spectral_density(ef.HessianOperator(obj), probes=200, steps=30)
+    density = ef.spectral_density(ef.HessianOperator(obj), ef.DensitySettings(probes=200, steps=30))
     mean = density.trace(lambda values: values)
     assert abs(mean.value - float(hessian.trace())) < 5 * mean.std_error + 1e-9
-    log_det = ef.log_determinant(ef.HessianOperator(obj), k=3, tol=1e-8)
+    log_det = ef.log_determinant(ef.HessianOperator(obj), k=3, lanczos=ef.LanczosSettings(tol=1e-8))
     assert log_det.value == pytest.approx(
         float(torch.linalg.eigvalsh(hessian).flip(0)[:3].log().sum()), rel=1e-6
     )
@@ -137,7 +137,10 @@ def test_diagonal_eigenvalues_density_and_log_determinant():
 def test_a_profile_along_a_path_is_of_the_sum():
     obj, plain, path = problem()
     quantities = ("loss", "hessian_trace", "top_eigenvalue", "fisher_trace")
-    found, rest = (ef.curvature_profile(o, path, 3, quantities, probes=8) for o in (obj, plain))
+    found, rest = (
+        ef.curvature_profile(o, path, 3, quantities, settings=ef.CurvatureSettings(probes=8))
+        for o in (obj, plain)
+    )
     for i, s in enumerate(found["s"]):
         assert found["loss"][i] == pytest.approx(obj.loss(path.point(float(s))), rel=1e-12)
         assert found["top_eigenvalue"][i] == pytest.approx(

@@ -85,7 +85,9 @@ def _measured(case: Case, dtype: torch.dtype, device: str) -> tuple[dict[str, Te
                 "Hessian trace": ef.hessian_trace(obj, probes=2).value,
                 "Gauss-Newton trace": ef.ggn_trace(obj).value,
                 "* eigenvalue": ef.top_eigenvalues(hessian, max_matvecs=6, block=1).values,
-                "* density": ef.spectral_density(hessian, probes=1, steps=3).nodes,
+                "* density": ef.spectral_density(
+                    hessian, ef.DensitySettings(probes=1, steps=3)
+                ).nodes,
             }
     on_device = {name: t for name, t in found.items() if isinstance(t, Tensor)}
     for name, tensor in on_device.items():

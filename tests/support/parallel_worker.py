@@ -206,12 +206,14 @@ def at_a_point(obj, theta):
         "ggn": ef.GGNOperator(obj, theta) @ columns,
         "trace": pair(ef.hessian_trace(obj, theta, probes=4)),
         "top": ef.top_eigenvalues(hessian, 2, tol=1e-8).values,
-        "density": ef.spectral_density(hessian, probes=2, steps=8).density,
-        "log det": ef.log_determinant(hessian, delta=1.0, probes=2, steps=8).value,
+        "density": ef.spectral_density(hessian, ef.DensitySettings(probes=2, steps=8)).density,
+        "log det": ef.log_determinant(
+            hessian, delta=1.0, density=ef.DensitySettings(probes=2, steps=8)
+        ).value,
     }
     if not obj.separable:
         return found
-    pairs = ef.fisher_eigenvalues(obj, 2, theta, tol=1e-8)
+    pairs = ef.fisher_eigenvalues(obj, 2, theta, lanczos=ef.LanczosSettings(tol=1e-8))
     return found | {
         "norms": ef.gradient_norms(obj, theta),
         "norms by": torch.stack(list(ef.gradient_norms(obj, theta, group_by="module").values())),

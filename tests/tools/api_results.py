@@ -29,7 +29,12 @@ from torch import Tensor, nn
 
 import entropic_fast as ef
 from entropic_fast import dynamics, paths
-from entropic_fast.curvature import autograd_only, profile_point, tracked_eigenpairs
+from entropic_fast.curvature import (
+    CurvatureSettings,
+    autograd_only,
+    curvature_at,
+    tracked_eigenpairs,
+)
 from entropic_fast.ops.random_bits import streams
 from entropic_fast.training import data, minima, models
 from entropic_fast.training._train import TrainConfig, evaluate, train
@@ -162,11 +167,13 @@ def estimator_results() -> Lines:
     yield "eigenvalues, tracked", (tracked_eigenpairs(near, top), tracked_eigenpairs(near))
     yield "eigenvalues, by module", ef.top_eigenvalues(hessian, 1, group_by="module")
     yield "eigenvalues, fisher", ef.fisher_eigenvalues(obj, 3)
-    density = ef.spectral_density(hessian, probes=4, steps=20)
+    density = ef.spectral_density(hessian, ef.DensitySettings(probes=4, steps=20))
     yield "density", (density, ef.density_log_determinant(density, 0.01))
     tangent = bent(obj).tangent(0.4)
-    yield "log determinant", ef.log_determinant(hessian, tangent, k=3)
-    shifted = ef.log_determinant(hessian, tangent, delta=0.01, probes=4, steps=20)
+    yield "log determinant", ef.log_determinant(hessian, orthogonal_to=tangent, k=3)
+    shifted = ef.log_determinant(
+        hessian, orthogonal_to=tangent, delta=0.01, density=ef.DensitySettings(probes=4, steps=20)
+    )
     yield "log determinant, shifted", shifted
 
 
@@ -174,13 +181,17 @@ def path_results() -> Lines:
     for kind, across in (("conv", False), ("conv", True), ("attention", False)):
         obj = objective(kind)
         quantities = ("loss", "fisher_trace", "hessian_trace", "top_eigenvalue", "norm", "density")
-        settings = dict(probes=4, density_probes=2, steps=12, across=across)
-        profile = ef.curvature_profile(obj, bent(obj), 3, quantities, **settings)
+        settings = CurvatureSettings(probes=4, density=ef.DensitySettings(2, 12))
+        profile = ef.curvature_profile(
+            *(obj, bent(obj), 3, quantities), settings=settings, orthogonal_to_path=across
+        )
         yield f"profile {kind}{', across the path' * across}", profile
     obj = objective("conv")
     path, theta = bent(obj), obj.parameters_vector()
     middle, batch = path.point(0.5), obj.with_norm("batch")
-    row = profile_point(obj, middle, probes=4, along=path.tangent(0.5))
+    row = curvature_at(
+        obj, middle, orthogonal_to=path.tangent(0.5), settings=CurvatureSettings(probes=4)
+    ).row
     yield "profile at a point", row
     norms = (obj.recalibrated(middle).evaluate(), batch.evaluate(), batch.gradient())
     yield "normalization by new and batch statistics", norms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -26,79 +27,65 @@ from ..operators._linear_operator import LinearOperator, not_finite
 from ._block_lanczos import stride_of
 from ._krylov_basis import ROUNDING, require_symmetry
 from ._quadrature import Rule, other_rules, stacked, tridiagonal
+from ._settings import DensitySettings
 
-# Default width of the smoothing Gaussian, as a share of the range of Ritz values.
+# Default width of the smoothing Gaussian, relative to the range of Ritz values.
 SIGMA_SHARE = 0.01
-# Up to this order the matrix is formed where that takes no more products than the probes' steps.
-# At 1024 its eigenvalues take as long as some ten products of a small network.
+# Up to this order the matrix is formed if that takes no more products than the probes' steps. At
+# 1024 its eigenvalues take as long as some ten products of a small network.
 EXACT = 1024
 # Unit vectors multiplied at once to form it.
 TOGETHER = 32
-# Smoothing widths that the default grid goes beyond the Ritz values: the tails are there.
+# The default grid extends this many smoothing widths beyond the Ritz values, for the tails.
 MARGIN = 5.0
 
 
 def spectral_density(
     operator: LinearOperator | Tensor,
-    probes: int = 8,
-    steps: int = 60,
-    sigma: float | None = None,
-    grid: Tensor | None = None,
-    points: int = 512,
+    settings: DensitySettings = DensitySettings(),
+    *,
     seed: int = 0,
+    orthogonal_to: Tensor | None = None,
     memory_budget: int | None = None,
-    along: Tensor | None = None,
 ) -> Density:
     """Density of the eigenvalues of a symmetric operator, smoothed by a Gaussian.
 
-    For each probe, `steps` Lanczos steps with full two-pass reorthogonalization give a Gauss
-    quadrature rule: nodes are the Ritz values, weights the *squared first components* of the
-    eigenvectors of the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J.
-    Matrix Anal. Appl. 38, 2017). The mean over probes of sum_i w_i f(node_i) estimates
-    tr f(A) / P without bias for polynomials f of degree up to 2 steps - 1; `Density.trace`
-    gives it for any f, with its standard error.
+    For each probe, Lanczos steps with full two-pass reorthogonalization give a Gauss quadrature
+    rule: nodes are the Ritz values, weights the *squared first components* of the eigenvectors of
+    the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38,
+    2017). The mean over probes of sum_i w_i f(node_i) estimates tr f(A) / P without bias for
+    polynomials f of degree up to 2 steps - 1; `Density.trace` gives it for any f, with its errors.
 
-    Where P is at most probes x steps (and 1024), P products form the matrix instead, and all
+    If P is at most probes x steps (and 1024), P products form the matrix instead, and all
     eigenvalues are the nodes: `Density.exact`, without error.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@` on blocks, a matrix too.
-        probes: V, normal vectors scaled to length 1.
-        steps: m, Lanczos steps a probe, at most P of use.
-        sigma: width of the Gaussian, in units of the eigenvalues; None for 1 % of the range
-            of the Ritz values.
-        grid: eigenvalues at which to give the density; None for `points` evenly spaced ones
-            from 5 sigma under the least Ritz value to 5 sigma over the greatest.  # [G]
-        points: G, for the default grid.
+        settings: probes, steps, and the grid.
         seed: of the probes; they do not depend on the device or the memory.
-        memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory,
-            half on a GPU. It decides how many probes advance together.
-        along: directions to leave out, such as a path's tangent: the density is that of
-            Z^T A Z, for Z an orthonormal basis of what is orthogonal to them.  # [P] or [P, r]
+        orthogonal_to: directions [P] or [P, r] to leave out, such as a path's tangent: the density
+            is that of Z^T A Z, for Z an orthonormal basis of their orthogonal complement.
+        memory_budget: bytes for Lanczos vectors; None for a quarter of the free memory, half on a
+            GPU. It decides how many probes advance together.
 
     Returns:
-        see `Density`. Where steps or probes are too few for sigma (`Density.converged`), with a
-        `NotConvergedWarning`. A probe whose Krylov space is exhausted early has rows padded with
-        its last node at weight 0.
+        see `Density`; with a `NotConvergedWarning` if steps or probes are too few for sigma. A
+        probe whose Krylov space is exhausted early has rows padded with its last node at weight 0.
 
     Raises:
-        ValueError: an operator that is not square or not symmetric; counts, sigma, grid or along
-            out of range; a budget under one probe's needs; a product that is not finite.
+        ValueError: an operator that is not square or not symmetric; directions out of range; a
+            budget below one probe's needs; a product that is not finite.
 
     >>> import torch
-    >>> d = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), probes=2, steps=3)
+    >>> settings = DensitySettings(probes=2, steps=3)
+    >>> d = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])), settings)
     >>> [round(v, 3) for v in d.nodes[0].tolist()], round(float(d.weights.sum()), 4)
     ([1.0, 2.0, 4.0], 1.0)
     """
     density, _ = density_and_pairs(
-        operator, probes, steps, sigma, grid, points, seed, memory_budget, along
+        operator, settings, seed=seed, orthogonal_to=orthogonal_to, memory_budget=memory_budget
     )
     if not density.converged:
-        found = (
-            f"the curve of fewer steps is off by {density.resolution:.2g} of the eigenvalues "
-            f"against {RESOLUTION:g}, the probes' standard error by {density.probe_error:.2g} "
-            f"against {PROBE_ERROR:g}"
-        )
         more = [
             name
             for name, value, limit in (
@@ -108,8 +95,11 @@ def spectral_density(
             if value > limit
         ]
         warn_not_converged(
-            f"spectral_density: not converged after {probes} probes of {density.nodes.shape[1]} "
-            f"steps: {found}; raise {' and '.join(more)}, or sigma ({density.sigma:.3g})"
+            f"spectral_density: not converged after {settings.probes} probes of "
+            f"{density.nodes.shape[1]} steps: the curve of fewer steps is off by "
+            f"{density.resolution:.2g} of the eigenvalues against {RESOLUTION:g}, the probes' "
+            f"standard error by {density.probe_error:.2g} against {PROBE_ERROR:g}; raise "
+            f"{' and '.join(more)}, or sigma ({density.sigma:.3g})"
         )
     return density
 
@@ -117,14 +107,11 @@ def spectral_density(
 @full_precision()
 def density_and_pairs(
     operator: LinearOperator | Tensor,
-    probes: int = 8,
-    steps: int = 60,
-    sigma: float | None = None,
-    grid: Tensor | None = None,
-    points: int = 512,
+    settings: DensitySettings = DensitySettings(),
+    *,
     seed: int = 0,
+    orthogonal_to: Tensor | None = None,
     memory_budget: int | None = None,
-    along: Tensor | None = None,
     kept: int = 1,
 ) -> tuple[Density, Eigenpairs]:
     """`spectral_density`, and the largest Ritz pairs of the same products.
@@ -133,57 +120,76 @@ def density_and_pairs(
         kept: most pairs to return.
 
     Returns:
-        the density, and the Ritz pairs of the probe whose largest Ritz value is the largest of
-        all: it is the most exact, as none exceeds the largest eigenvalue. Their residuals are
-        beta |last coordinate|, from the recurrence, and its rounding. `matvecs` are all probes'
-        products, `converged` is not judged and False. With `along` they are pairs of the
-        operator across it.
+        the density, and the Ritz pairs of the probe with the largest Ritz value of all: the most
+        accurate one, as none exceeds the largest eigenvalue. Their residuals are
+        beta |last coordinate|, from the recurrence, and its rounding. `matvecs` counts all
+        products; `converged` is False, as no tolerance was asked for. With `orthogonal_to` they
+        are pairs of the projected operator.
 
     >>> import torch
-    >>> _, pairs = density_and_pairs(torch.diag(torch.tensor([1.0, 2.0, 4.0])), 2, kept=2)
+    >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
+    >>> _, pairs = density_and_pairs(matrix, DensitySettings(probes=2), kept=2)
     >>> [round(v, 3) for v in pairs.values.tolist()], float(pairs.residuals.max()) < 1e-4
     ([4.0, 2.0], True)
     """
+    checks.instance("settings", settings, DensitySettings)
     operator = as_operator(operator)
     size, dtype, device = operator.order, operator.dtype, operator.device
-    checks.integer("probes", probes, 1)
-    checks.integer("points", points, 2)
-    left_out = None if along is None else orthonormal(along, size, dtype, device)
+    left_out = None
+    if orthogonal_to is not None:
+        left_out = orthonormal(orthogonal_to, size, dtype, device, "orthogonal_to")
     count = size - (0 if left_out is None else left_out.shape[1])
-    steps = min(checks.integer("steps", steps, 1), count)
-    if sigma is not None:
-        checks.positive("sigma", sigma)
-    if grid is not None and (not isinstance(grid, Tensor) or grid.ndim != 1 or len(grid) == 0):
-        raise checks.invalid("grid", "a tensor [G] of eigenvalues", checks.describe(grid))
+    steps = min(settings.steps, count)
     budget = resolve_budget(memory_budget, device)
-    each = (steps + 4) * size * torch.finfo(dtype).bits // 8
-    if budget < each:
+    probe_bytes = (steps + 4) * size * torch.finfo(dtype).bits // 8
+    if budget < probe_bytes:
         raise too_small(
-            each,
+            probe_bytes,
             budget,
             f"{steps} Lanczos vectors of length {size}",
             "give more memory, or fewer steps",
         )
-    if size <= min(EXACT, probes * steps):
+    if size <= min(EXACT, settings.probes * steps):
         nodes, pairs = _exact(operator, left_out, kept)
         weights = torch.full_like(nodes, 1 / count)
-        density = _density(nodes[None], weights[None], (), sigma, grid, points, exact=True)
-        return density, pairs
+        return _density(nodes[None], weights[None], (), settings, count, exact=True), pairs
+    together = min(settings.probes, budget // probe_bytes)
+    probes = _advance_probes(operator, left_out, settings.probes, steps, seed, together, kept)
+    nodes, weights = stacked(probes.rules, steps)
+    others = tuple(stacked(kind, steps + 1) for kind in zip(*probes.others, strict=True))
+    return _density(nodes, weights, others, settings, count), probes.pairs
+
+
+class _Probes(NamedTuple):
+    """Quadrature rules of all probes: the Gauss rules, other rules of each, and the best pairs."""
+
+    rules: list[Rule]
+    others: list[list[Rule]]
+    pairs: Eigenpairs
+
+
+def _advance_probes(
+    operator: OperatorBase,
+    left_out: Tensor | None,
+    probes: int,
+    steps: int,
+    seed: int,
+    together: int,
+    kept: int,
+) -> _Probes:
+    """Run Lanczos for all probes, `together` at a time."""
+    size, dtype, device = operator.order, operator.dtype, operator.device
     if left_out is not None:
         operator = ProjectedOperator(operator, left_out)
-    together = min(probes, budget // each)
+    key = random.fold_in(seed, "density")
     rules: list[Rule] = []
     others: list[list[Rule]] = []
     best: Eigenpairs | None = None
     matvecs = 0
     for first in range(0, probes, together):
+        indices = range(first, min(first + together, probes))
         starts = torch.stack(
-            [
-                random.normal(
-                    (size,), random.fold_in(seed, "density"), i, dtype=dtype, device=device
-                )
-                for i in range(first, min(first + together, probes))
-            ]
+            [random.normal((size,), key, i, dtype=dtype, device=device) for i in indices]
         )
         if left_out is not None:
             starts = without(left_out, starts.T).T
@@ -191,54 +197,36 @@ def density_and_pairs(
         matvecs += taken * len(starts)
         rules += [(t.nodes, t.coordinates[0].square()) for t in spaces]
         others += [other_rules(t.diagonal, t.off_diagonal, t.rounding) for t in spaces]
-        space = max(spaces, key=lambda t: float(t.nodes[-1]))
-        if best is None or float(space.nodes[-1]) > float(best.values[0]):
-            best = _largest(space, kept)
-        del spaces, space
-    nodes, weights = stacked(rules, steps)
-    several = tuple(stacked(kind, steps + 1) for kind in zip(*others, strict=True))
+        best = _best_pairs(best, spaces, kept)
+        del spaces  # before the next probes are made
     assert best is not None
-    pairs = Eigenpairs(best.values, best.vectors, best.residuals, matvecs, False)
-    density = _density(nodes, weights, several, sigma, grid, points, size=count)
-    return density, pairs
+    return _Probes(rules, others, dataclasses.replace(best, matvecs=matvecs))
+
+
+def _best_pairs(best: Eigenpairs | None, spaces: list[_Space], kept: int) -> Eigenpairs:
+    """The largest pairs of the space with the largest Ritz value, unless `best` has a larger."""
+    space = max(spaces, key=lambda t: float(t.nodes[-1]))
+    if best is not None and float(space.nodes[-1]) <= float(best.values[0]):
+        return best
+    return _largest(space, kept)
 
 
 def _density(
     nodes: Tensor,
     weights: Tensor,
     others: tuple[Rule, ...],
-    sigma: float | None,
-    grid: Tensor | None,
-    points: int,
+    settings: DensitySettings,
+    size: int,
     *,
-    size: int | None = None,
     exact: bool = False,
 ) -> Density:
-    """The smoothed curve of rules [V, m], with the defaults of `spectral_density`.
-
-    Args:
-        size: how many eigenvalues there are; None for as many as nodes.
-    """
+    """The smoothed curve of rules [V, m] for `size` eigenvalues."""
     low, high = float(nodes.min()), float(nodes.max())
-    if sigma is None:
-        # An operator with one eigenvalue has no range: a width to its scale instead.
-        sigma = SIGMA_SHARE * (high - low)
-        if sigma <= 1e-6 * max(abs(low), abs(high)):
-            sigma = SIGMA_SHARE * (max(abs(low), abs(high)) or 1.0)
+    sigma = _default_sigma(low, high) if settings.sigma is None else settings.sigma
+    grid = settings.grid
     if grid is None:
-        margin = MARGIN * sigma
-        # At a spacing of 1.5 sigma the trapezium rule is off by 2e-4, and soon by far more.
-        needed = math.ceil((high - low + 2 * margin) / (1.5 * sigma)) + 1
-        if points < needed:
-            raise checks.invalid(
-                "points",
-                f"at least {needed}, a spacing of 1.5 sigma (sigma = {sigma:.3g}) over the "
-                "eigenvalues' range",
-                str(points),
-                "ask for more points, or a larger sigma",
-            )
-        grid = torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
-    where = checks.finite("grid", grid).detach().double().cpu()
+        grid = _default_grid(low, high, sigma, settings.points)
+    where = grid.detach().double().cpu()
     curves = torch.stack(
         [smoothed(where, n, w, sigma) for n, w in zip(nodes, weights, strict=True)]
     )
@@ -248,15 +236,38 @@ def _density(
         error = curves.std(0) / math.sqrt(len(nodes))
     else:
         error = torch.full_like(where, math.nan)
-    count = nodes.shape[1] if size is None else size
-    return Density(where, curves.mean(0), error, nodes, weights, sigma, count, others, exact)
+    return Density(where, curves.mean(0), error, nodes, weights, sigma, size, others, exact)
+
+
+def _default_sigma(low: float, high: float) -> float:
+    """A share of the range of Ritz values, or of their scale if the range is rounding."""
+    sigma = SIGMA_SHARE * (high - low)
+    if sigma <= 1e-6 * max(abs(low), abs(high)):
+        sigma = SIGMA_SHARE * (max(abs(low), abs(high)) or 1.0)
+    return sigma
+
+
+def _default_grid(low: float, high: float, sigma: float, points: int) -> Tensor:
+    """Evenly spaced points, with room for the tails of the Gaussians."""
+    margin = MARGIN * sigma
+    # At a spacing of 1.5 sigma the trapezium rule is off by 2e-4, and soon by far more.
+    needed = math.ceil((high - low + 2 * margin) / (1.5 * sigma)) + 1
+    if points < needed:
+        raise checks.invalid(
+            "points",
+            f"at least {needed}, a spacing of 1.5 sigma (sigma = {sigma:.3g}) over the "
+            "eigenvalues' range",
+            str(points),
+            "ask for more points, or a larger sigma",
+        )
+    return torch.linspace(low - margin, high + margin, points, dtype=torch.float64)
 
 
 def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
     """All eigenvalues [P - r], ascending, and the largest pairs, from P products.
 
     Args:
-        left_out: orthonormal directions [P, r] that the operator is taken across.
+        left_out: orthonormal directions [P, r] that are projected out.
     """
     size, dtype, device = operator.order, operator.dtype, operator.device
     blocks = []
@@ -285,11 +296,11 @@ class _Space(NamedTuple):
     """The Krylov space of one probe, and its Ritz pairs.
 
     Attributes:
-        basis: orthonormal rows, on the operator's device.  # [m, P]
-        diagonal, off_diagonal: of the tridiagonal matrix, the last entry the length of what
-            follows the basis; float64 on the CPU, as the rest.  # [m], [m]
-        nodes: Ritz values, ascending.  # [m]
-        coordinates: of the Ritz vectors, in columns.  # [m, m]
+        basis: orthonormal rows [m, P], on the operator's device; all else is on the CPU in float64.
+        diagonal, off_diagonal: [m] each, of the tridiagonal matrix; the last entry of the second is
+            the norm of the residual that follows the basis.
+        nodes: Ritz values [m], ascending.
+        coordinates: of the Ritz vectors, in columns [m, m].
         rounding: of the products.
     """
 
@@ -302,15 +313,15 @@ class _Space(NamedTuple):
 
 
 def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_Space], int]:
-    """Lanczos for several starting vectors [V, P] in step, one block product a step.
+    """Lanczos for several starting vectors [V, P] together, with one block product per step.
 
-    Steps wait for nothing on the operator's device; every few of them it is asked whether any
-    probe goes on. A probe whose Krylov space is exhausted goes on as a vector of zeros. Where steps
-    that did not wait end in an error, all are computed again, each waiting for its product, which
-    says what is wrong or is computed by autograd.
+    Steps are queued on the operator's device without waiting; only every few steps it is asked
+    whether a probe is still active. A probe whose Krylov space is exhausted continues as a vector
+    of zeros. If an error shows up, all steps are computed again, each waiting for its product,
+    so that the operator can name the error, or use autograd.
 
     Returns:
-        the space of each probe, m under `steps` where it was exhausted; and the steps taken.
+        the space of each probe, with m < `steps` if it was exhausted; and the number of steps.
     """
     stride = stride_of(starts.device)
     try:
@@ -324,7 +335,7 @@ def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_
 def _lanczos_steps(
     operator: OperatorBase, starts: Tensor, steps: int, stride: int
 ) -> tuple[list[_Space], int]:
-    """`_lanczos`, with a look at every `stride`-th product."""
+    """`_lanczos`, synchronizing with the device at every `stride`-th product."""
     probes, size = starts.shape
     basis = starts.new_zeros(probes, steps, size)
     alphas = starts.new_zeros(probes, steps, dtype=torch.float64)
@@ -344,7 +355,7 @@ def _lanczos_steps(
             rest = rest - (coordinates.transpose(1, 2) @ used)[:, 0]
             column += coordinates[:, :, 0].double()
         alphas[:, j] = column[:, j]
-        if j:  # of a symmetric operator the column has one more entry
+        if j:  # for a symmetric operator all other entries of the column are rounding
             column[:, j - 1] -= betas[:, j - 1]
             gap = torch.maximum(gap, column[:, :j].abs().amax(1))
         beta = rest.norm(dim=1)
@@ -353,7 +364,7 @@ def _lanczos_steps(
             break
         going = going & (beta > ROUNDING * torch.finfo(starts.dtype).eps * scale)
         rest = rest / beta.clamp(min=torch.finfo(starts.dtype).tiny)[:, None]
-        # A short remainder is mostly rounding: make it orthogonal once more.
+        # A short remainder is mostly rounding: orthogonalize it once more.
         rest = rest - ((used @ rest[:, :, None]).transpose(1, 2) @ used)[:, 0]
         length = rest.norm(dim=1)
         going = going & (length > 0.5)
@@ -376,7 +387,7 @@ def _lanczos_steps(
 
 
 def _largest(space: _Space, kept: int) -> Eigenpairs:
-    """The largest Ritz pairs of a probe, largest first."""
+    """The largest Ritz pairs of a probe, the largest first."""
     chosen = space.coordinates.flip(1)[:, :kept]
     vectors = space.basis.T @ chosen.to(space.basis)
     remainder = space.off_diagonal[-1] * chosen[-1].abs()

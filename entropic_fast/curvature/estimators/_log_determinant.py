@@ -1,4 +1,4 @@
-"""Log-determinant of a Hessian across a path: the effective potential's entropic part."""
+"""Log-determinant of a Hessian across a path: the entropic part of the effective potential."""
 
 from __future__ import annotations
 
@@ -12,77 +12,103 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Density, Eigenpairs, Estimate, LogDeterminant
-from ..operators._algebra import ProjectedOperator, as_operator, orthonormal
+from ..operators._algebra import OperatorBase, ProjectedOperator, as_operator, orthonormal
 from ..operators._linear_operator import LinearOperator
 from ._density import density_and_pairs
 from ._eigenvalues import top_eigenvalues
 from ._krylov_basis import ROUNDING
+from ._settings import DensitySettings, LanczosSettings
 
-# Errors of the stochastic part that count as converged, as shares of the sum of the logarithms'
-# sizes. A standard error tells of itself and may be large; an error of too few steps is a bias.
+# Errors of the stochastic part that count as converged, relative to the sum of the logarithms'
+# absolute values. A standard error is reported and may be large; too few steps are a bias.
 QUADRATURE_SHARE, PROBE_SHARE = 0.05, 0.25
 
 
 @full_precision()
 def log_determinant(
     operator: LinearOperator | Tensor,
-    along: Tensor | None = None,
     *,
+    orthogonal_to: Tensor | None = None,
     k: int | None = None,
     floor: float = 0.0,
     delta: float | None = None,
-    probes: int = 8,
-    steps: int = 60,
-    tol: float = 1e-3,
+    lanczos: LanczosSettings = LanczosSettings(),
+    density: DensitySettings = DensitySettings(),
     seed: int = 0,
-    max_matvecs: int = 500,
     v0: Tensor | Eigenpairs | None = None,
 ) -> LogDeterminant:
-    """The log-determinant of a symmetric operator across given directions.
+    """The log-determinant of a symmetric operator, on the complement of given directions.
 
     Integrating out the directions across a path, with Hessian H_perp = Z^T H Z for Z an
-    orthonormal basis of what is orthogonal to the path's tangent, leaves at temperature T the
-    effective potential V_eff = (T / 2) log det H_perp along it. A network's H_perp has
-    eigenvalues near and below zero, so one of two sums stands for the log-determinant:
+    orthonormal basis of the complement of the path's tangent, leaves the effective potential
+    V_eff = (T / 2) log det H_perp at temperature T. A network's H_perp has eigenvalues near and
+    below zero, so one of two sums stands for the log-determinant:
 
         k:      sum of log lambda_i over those of the k largest that exceed the floor, and
                 rounding;
         delta:  tr log(A_+ + delta) = sum over all P - r of log(max(lambda_i, 0) + delta).
 
-    The first is exact to the residuals. Differences along a path are of potentials only while
-    `count` stays the same. The second is estimated by stochastic Lanczos quadrature
-    (`spectral_density`); delta is a stiffness that every direction has besides, such as that of
-    weight decay. With both, the k largest enter the second sum one by one and quadrature gives
-    the rest, whose variance is far smaller. Where delta is far below the largest eigenvalue, few
-    `steps` do not resolve the eigenvalues near 0 and the sum is off by more than its `std_error`,
-    whatever the probes; `quadrature` estimates by how much (see `Density.trace`), and more steps
-    cure it. With a `NotConvergedWarning`, `converged` is False where eigenvalues missed tol,
-    `quadrature` exceeds 5 % of sum |log|, or the standard error 25 % of it.
+    The first is accurate to the residuals; its differences along a path are of potentials only
+    while `count` stays the same. The second is estimated by stochastic Lanczos quadrature
+    (`spectral_density`); delta is a stiffness added to every direction, such as that of weight
+    decay. With both, the k largest enter the second sum one by one, and the quadrature of the
+    remainder has a far smaller variance. If delta is far below the largest eigenvalue, few Lanczos
+    steps do not resolve the eigenvalues near 0: the sum is off by more than its `std_error`,
+    independent of the probes. `quadrature` estimates by how much (see `Density.trace`).
+    `converged` is False, with a `NotConvergedWarning`, if eigenvalues missed tol, `quadrature`
+    exceeds 5 % of sum |log|, or the standard error 25 % of it.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
-        along: directions to leave out, independent, of any length; None for none.
-            # [P] or [P, r]
+        orthogonal_to: independent directions [P] or [P, r] to leave out, of any length.
         k: how many of the largest eigenvalues to find, at most P - r.
-        floor: eigenvalues at most this are left out of the first sum; at least 0.
+        floor: eigenvalues up to this are left out of the first sum; at least 0.
         delta: above 0, in units of the eigenvalues.
-        probes, steps: as for `spectral_density`.
-        tol, max_matvecs, v0: as for `top_eigenvalues`.
+        lanczos: of the search for the k largest.
+        density: probes and steps of the quadrature.
         seed: of the random vectors of both.
+        v0: start of the search, as for `top_eigenvalues`.
 
     Raises:
         ValueError: neither k nor delta; a floor with delta; arguments out of range; as
             `top_eigenvalues` and `spectral_density`.
 
     >>> import torch
-    >>> H = torch.diag(torch.tensor([4.0, 2.0, 0.5, -1.0]))
-    >>> round(float(log_determinant(H, along=torch.tensor([0.0, 1.0, 0.0, 0.0]), k=2)), 4)  # log 2
+    >>> H, e = torch.diag(torch.tensor([4.0, 2.0, 0.5, -1.0])), torch.eye(4)
+    >>> round(float(log_determinant(H, orthogonal_to=e[1], k=2)), 4)  # log 4 + log 0.5 = log 2
     0.6931
     """
+    checks.instance("lanczos", lanczos, LanczosSettings)
+    checks.instance("density", density, DensitySettings)
     operator = as_operator(operator)
     size, dtype, device = operator.order, operator.dtype, operator.device
-    left_out = None if along is None else orthonormal(along, size, dtype, device)
-    count = size - (0 if left_out is None else left_out.shape[1])
+    left_out = torch.zeros(size, 0, dtype=dtype, device=device)
+    if orthogonal_to is not None:
+        left_out = orthonormal(orthogonal_to, size, dtype, device, "orthogonal_to")
+    count = size - left_out.shape[1]
+    _require_sums(k, delta, floor, count)
+    if k is None:
+        assert delta is not None
+        messages: list[str] = []
+        total = LogDeterminant(0.0, 0.0, 0.0, count, 0.0, delta, None)
+    else:
+        with held() as messages:
+            total = _sum_over_largest(operator, left_out, k, floor, delta, lanczos, seed, v0)
+        if delta is None:
+            warn_once(messages, "log_determinant:")
+            return total
+        assert total.pairs is not None
+        known = total.pairs.vectors[:, : total.count]
+        left_out = torch.cat([left_out, known], 1)
+    total = dataclasses.replace(total, count=count, floor=0.0)
+    if left_out.shape[1] < size:
+        total = _with_quadrature(operator, left_out, total, density, seed, messages)
+    warn_once(messages, "log_determinant:")
+    return dataclasses.replace(total, converged=not messages)
+
+
+def _require_sums(k: int | None, delta: float | None, floor: float, count: int) -> None:
+    """Reject arguments that do not choose a sum over some of `count` directions."""
     if k is None and delta is None:
         raise checks.invalid("k, delta", "at least one of the two", "neither")
     if k is not None and checks.integer("k", k, 1) > count:
@@ -92,40 +118,58 @@ def log_determinant(
         checks.positive("delta", delta)
         if floor > 0:
             raise checks.invalid("floor", "0 with delta, which needs none", checks.shown(floor))
-    pairs = None
-    messages: list[str] = []
-    value = error = bound = quadrature = 0.0
-    if k is not None:
-        across = operator if left_out is None else ProjectedOperator(operator, left_out)
-        with held() as messages:
-            pairs = top_eigenvalues(across, k, tol, seed, max_matvecs, v0=v0)
-        # Along the directions left out the projected operator is 0, and comes out as rounding.
-        rounding = ROUNDING * torch.finfo(dtype).eps * float(pairs.values.abs().max())
-        kept = pairs.values > max(floor, rounding)
-        value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)
-        if delta is None:
-            warn_once(messages, "log_determinant:")
-            return LogDeterminant(
-                *(value, 0.0, bound, int(kept.sum()), floor, 0.0, pairs),
-                converged=pairs.converged,
-            )
-        known = pairs.vectors[:, kept]
-        left_out = known if left_out is None else torch.cat([left_out, known], 1)
-    assert delta is not None
-    if left_out is None or left_out.shape[1] < size:
-        along = None if left_out is None or left_out.shape[1] == 0 else left_out
-        density, _ = density_and_pairs(operator, probes, steps, seed=seed, along=along)
-        rest = _trace_of_log(density, delta)
-        messages += _missed(density, delta, rest, abs(value))
-        value, error, quadrature = value + rest.value, rest.std_error, rest.quadrature
-    warn_once(messages, "log_determinant:")
+
+
+def _sum_over_largest(
+    operator: OperatorBase,
+    left_out: Tensor,
+    k: int,
+    floor: float,
+    delta: float | None,
+    lanczos: LanczosSettings,
+    seed: int,
+    v0: Tensor | Eigenpairs | None,
+) -> LogDeterminant:
+    """The sum over those of the k largest eigenvalues that exceed the floor, which come first."""
+    if left_out.shape[1]:
+        operator = ProjectedOperator(operator, left_out)
+    pairs = top_eigenvalues(
+        operator, k, lanczos.tol, seed, lanczos.max_matvecs, v0=v0, block=lanczos.block
+    )
+    # On the directions left out the projected operator is 0, and comes out as rounding.
+    scale = float(pairs.values.abs().max())
+    rounding = ROUNDING * torch.finfo(pairs.values.dtype).eps * scale
+    kept = pairs.values > max(floor, rounding)
+    value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)
     return LogDeterminant(
-        value, error, bound, count, 0.0, delta, pairs, quadrature, converged=not messages
+        *(value, 0.0, bound, int(kept.sum()), floor, delta or 0.0, pairs),
+        converged=pairs.converged,
+    )
+
+
+def _with_quadrature(
+    operator: OperatorBase,
+    left_out: Tensor,
+    total: LogDeterminant,
+    settings: DensitySettings,
+    seed: int,
+    messages: list[str],
+) -> LogDeterminant:
+    """The sum, with tr log(A_+ + delta) on the complement of orthonormal directions added."""
+    directions = left_out if left_out.shape[1] else None
+    density, _ = density_and_pairs(operator, settings, seed=seed, orthogonal_to=directions)
+    remainder = _trace_of_log(density, total.delta)
+    messages += _missed(density, total.delta, remainder, abs(total.value))
+    return dataclasses.replace(
+        total,
+        value=total.value + remainder.value,
+        std_error=remainder.std_error,
+        quadrature=remainder.quadrature,
     )
 
 
 def density_log_determinant(density: Density, delta: float) -> Estimate:
-    """tr log(A_+ + delta) from a spectral density already computed, with its errors.
+    """tr log(A_+ + delta) from a spectral density, with its errors.
 
     Args:
         density: of `spectral_density`.
@@ -153,12 +197,12 @@ def _trace_of_log(density: Density, delta: float) -> Estimate:
 
 
 def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0) -> list[str]:
-    """What is not converged in `_trace_of_log`, as at most one message.
+    """At most one message that says what is not converged in `_trace_of_log`.
 
     Args:
-        others: size of the logarithms besides those of the density.
+        others: absolute sum of the logarithms besides those of the density.
     """
-    # Logarithms of both signs cancel in the sum: errors are judged by the sum of their sizes.
+    # Logarithms of both signs cancel in the sum: errors are compared with the absolute sum.
     logs = density.trace(lambda values: (values.clamp(min=0) + delta).log().abs())
     size = logs.value + others
     limits = (QUADRATURE_SHARE * size, PROBE_SHARE * size)
@@ -175,7 +219,7 @@ def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0
 
 
 def _sum_of_logs(values: Tensor, residuals: Tensor, shift: float) -> tuple[float, float]:
-    """Sum of log(value + shift), and how far eigenvalues within the residuals may be below it."""
+    """Sum of log(value + shift), and how far it may be too large within the residuals."""
     values, low = values.double() + shift, values.double() - residuals.double()
     total = float(values.log().sum())
     least = low.clamp(min=0) + shift

@@ -9,8 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..._utils.convergence import held
 from ..._utils.table import Table
-from ...curvature import measure_point, score_spectrum, score_spectrum_floor
+from ...curvature import (
+    CurvatureSettings,
+    curvature_at,
+    score_spectrum,
+    score_spectrum_floor,
+)
 from ...objective import Objective
 from ...paths import AutoNEBConfig, Path, auto_neb, linear_path, path_losses
 from .. import _inputs as pieces
@@ -127,20 +133,19 @@ def profile(
         some: the same loss on the examples that curvature is of.
     """
     inputs = some.tensors()
+    section = run.config.curvature
+    settings = CurvatureSettings(recalibrate=False, probes=section.probes, tol=section.tol)
     rows, pairs = [], None
     for i, s in enumerate(path.positions.tolist()):
         theta = path.point(s)
         here = whole.recalibrated(theta, max_examples=pieces.norm_examples(run))
-        found = measure_point(
-            here.with_data(inputs),
-            theta,
-            QUANTITIES,
-            probes=run.config.curvature.probes,
-            tol=run.config.curvature.tol,
-            seed=run.config.seed,
-            recalibrate=False,
-            start=pairs,
-        )
+        with held():  # columns say what is not converged
+            found = curvature_at(
+                *(here.with_data(inputs), theta, QUANTITIES),
+                settings=settings,
+                seed=run.config.seed,
+                start=pairs,
+            )
         pairs = found.pairs
         rows.append({"path": name, "s": s, **found.row})
         progress((i + 1) / path.num_pivots)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropic_fast as ef
-from entropic_fast.curvature import spectral_density, top_eigenvalues
+from entropic_fast.curvature import DensitySettings, spectral_density, top_eigenvalues
 from entropic_fast.curvature.estimators import _block_lanczos as krylov
 from entropic_fast.ops.random_bits import streams as random
 
@@ -358,7 +358,7 @@ def test_rounding_of_an_operator_known_to_be_symmetric_is_in_its_residuals(k: in
     assert torch.allclose(true, pairs.residuals, rtol=0.05)
     assert not pairs.converged and pairs.matvecs < 100  # it sees that more would not help
     with pytest.warns(ef.NotConvergedWarning, match="spectral_density"):
-        density = spectral_density(operator, probes=2, steps=8)
+        density = spectral_density(operator, DensitySettings(probes=2, steps=8))
     assert bool(torch.isfinite(density.density).all())
 
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropic_fast.curvature import log_determinant, spectral_density, top_eigenvalues
+from entropic_fast.curvature import (
+    DensitySettings,
+    log_determinant,
+    spectral_density,
+    top_eigenvalues,
+)
 from entropic_fast.ops.random_bits import streams as random
 
 pytestmark = [
@@ -30,11 +35,11 @@ def test_eigenvalues_agree(which: str, k: int, block: int | None):
 
 def test_densities_and_log_determinants_agree():
     a, along = matrix(), random.normal((300,), 1)
-    here, there = (spectral_density(m, probes=3, steps=20) for m in (a, a.cuda()))
+    here, there = (spectral_density(m, DensitySettings(probes=3, steps=20)) for m in (a, a.cuda()))
     assert torch.allclose(here.nodes, there.nodes, atol=1e-10)
     for arguments in ({"k": 3}, {"delta": 0.1}, {"k": 3, "delta": 0.1}):
-        first = log_determinant(a, along, **arguments)
-        second = log_determinant(a.cuda(), along.cuda(), **arguments)
+        first = log_determinant(a, orthogonal_to=along, **arguments)
+        second = log_determinant(a.cuda(), orthogonal_to=along.cuda(), **arguments)
         assert second.value == pytest.approx(first.value, abs=1e-6)
 
 

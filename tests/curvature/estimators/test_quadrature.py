@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from entropic_fast._utils.results import Density, Estimate
-from entropic_fast.curvature import density_log_determinant, log_determinant, spectral_density
-from entropic_fast.curvature._at_point import profile_point
+from entropic_fast.curvature import (
+    CurvatureSettings,
+    DensitySettings,
+    curvature_at,
+    density_log_determinant,
+    log_determinant,
+    spectral_density,
+)
 from entropic_fast.curvature.estimators import _density as density
 from entropic_fast.curvature.estimators._quadrature import gauss_rule, other_rules
 from entropic_fast.objective import Objective
@@ -61,7 +67,9 @@ def test_twice_the_error_covers_where_twice_the_standard_error_does_not(probes, 
     covered, without = [], []
     for seed in range(3):
         for name, values in spectra(seed).items():
-            density = spectral_density(matrix_of(values, seed), probes, steps, 1.0, seed=seed)
+            density = spectral_density(
+                matrix_of(values, seed), DensitySettings(probes, steps, 1.0), seed=seed
+            )
             for what, function in FUNCTIONS.items():
                 exact, got = float(function(values).sum()), density.trace(function)
                 gap = abs(got.value - exact) - 1e-9 * (1 + abs(exact))
@@ -74,9 +82,13 @@ def test_twice_the_error_covers_where_twice_the_standard_error_does_not(probes, 
 
 def test_smooth_functions_have_no_error_of_quadrature():
     for name, values in spectra(0).items():
-        got = spectral_density(matrix_of(values, 0), 16, 40).trace(FUNCTIONS["exp"])
+        got = spectral_density(matrix_of(values, 0), DensitySettings(16, 40)).trace(
+            FUNCTIONS["exp"]
+        )
         assert got.quadrature < 1e-6 * got.std_error, name
-    got = spectral_density(matrix_of(spectra(0)["far from 0"], 0), 8, 60).trace(torch.log)
+    got = spectral_density(matrix_of(spectra(0)["far from 0"], 0), DensitySettings(8, 60)).trace(
+        torch.log
+    )
     assert got.quadrature < 1e-3 * got.std_error  # not finite at 0
 
 
@@ -85,12 +97,12 @@ def test_log_determinants_of_singular_matrices_state_their_bias():
     matrix, delta = matrix_of(values, 1), 1e-6
     exact = float((values + delta).log().sum())
     for seed in range(6):
-        got = log_determinant(matrix, delta=delta, steps=20, seed=seed)
+        got = log_determinant(matrix, delta=delta, seed=seed, density=DensitySettings(steps=20))
         gap = abs(got.value - exact)
         assert gap > 4 * got.std_error  # more probes do not help
         assert gap < 2 * got.error
         assert got.quadrature < 3 * gap
-    top = log_determinant(matrix, k=5, delta=delta, probes=32, steps=20)
+    top = log_determinant(matrix, k=5, delta=delta, density=DensitySettings(probes=32, steps=20))
     assert abs(top.value - exact) > 4 * top.std_error and top.bound < 0.1
     assert abs(top.value - exact) < 2 * top.error
 
@@ -98,7 +110,7 @@ def test_log_determinants_of_singular_matrices_state_their_bias():
 def test_the_error_falls_with_steps_and_not_with_probes():
     matrix = matrix_of(spectra(2)["bulk and outliers"], 2)
     few, many, long = (
-        log_determinant(matrix, delta=5e-4, probes=probes, steps=steps)
+        log_determinant(matrix, delta=5e-4, density=DensitySettings(probes=probes, steps=steps))
         for probes, steps in ((8, 30), (64, 30), (8, 100))
     )
     assert many.quadrature == pytest.approx(few.quadrature, rel=0.5)
@@ -110,19 +122,23 @@ def test_nothing_is_left_where_all_steps_are_taken():
     for values in (torch.randn(20).double(), torch.tensor([0.0] * 9 + [1.0] * 6 + [2.0] * 5)):
         matrix = matrix_of(values.double(), 3)
         for function in FUNCTIONS.values():
-            assert spectral_density(matrix, 5, 20).trace(function).quadrature == 0.0
+            assert (
+                spectral_density(matrix, DensitySettings(5, 20)).trace(function).quadrature == 0.0
+            )
     assert log_determinant(torch.eye(3), delta=1.0).quadrature == 0.0
     assert log_determinant(torch.eye(3), k=2).quadrature == 0.0
 
 
 def test_one_step_has_the_node_at_zero_to_compare():
-    density = spectral_density(torch.diag(torch.tensor([1.0, 2.0, 4.0])).double(), 4, 1)
+    density = spectral_density(
+        torch.diag(torch.tensor([1.0, 2.0, 4.0])).double(), DensitySettings(4, 1)
+    )
     assert density_log_determinant(density, 0.1).quadrature > 0
     assert density.trace(lambda x: x).quadrature < 1e-12  # exact for lines
 
 
 def test_rules_of_fewer_steps_and_with_a_node_at_zero_have_the_moments():
-    density = spectral_density(matrix_of(random.normal((40,), 5), 5), 3, 8)
+    density = spectral_density(matrix_of(random.normal((40,), 5), 5), DensitySettings(3, 8))
     assert len(density.others) == 4
     for (nodes, weights), exact in zip(density.others, (7, 11, 13, 16), strict=True):
         assert torch.allclose(weights.sum(1), torch.ones(3).double())
@@ -155,8 +171,16 @@ def test_columns_of_a_profile_have_their_errors_of_quadrature():
     layers = torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3)
     data = random.normal((30, 6), 1), torch.arange(30) % 3
     obj = Objective(torch.nn.Sequential(*layers).double(), "cross_entropy", data)
-    row = profile_point(obj, quantities=("density",), steps=10, density_probes=16)
-    exact = profile_point(obj, quantities=("density",), steps=200, density_probes=16)
+    row = curvature_at(
+        obj,
+        quantities=("density",),
+        settings=CurvatureSettings(density=DensitySettings(steps=10, probes=16)),
+    ).row
+    exact = curvature_at(
+        obj,
+        quantities=("density",),
+        settings=CurvatureSettings(density=DensitySettings(steps=200, probes=16)),
+    ).row
     for name in ("log_determinant", "negative_mass"):
         assert exact[f"{name}_quadrature"] < 1e-6 * abs(exact[name])
         # The same probes: what remains is the quadrature's.

@@ -110,7 +110,9 @@ USES = {
     "trace": ef.hessian_trace,
     "diagonal": ef.hessian_diagonal,
     "top": lambda obj: ef.top_eigenvalues(ef.HessianOperator(obj), k=1),
-    "density": lambda obj: ef.spectral_density(ef.HessianOperator(obj), steps=5),
+    "density": lambda obj: ef.spectral_density(
+        ef.HessianOperator(obj), ef.DensitySettings(steps=5)
+    ),
     "unchecked": lambda obj: ef.HessianOperator(obj).unchecked(ones(obj)),
     "network": lambda obj: (ef.HessianOperator(obj) - ef.GGNOperator(obj)).quadratic_forms(
         ones(obj)[:, None]

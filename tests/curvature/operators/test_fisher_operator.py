@@ -16,13 +16,15 @@ from entropic_fast._utils import workspace as scratch
 from entropic_fast._utils.results import Eigenpairs
 from entropic_fast.curvature import (
     GGNOperator,
+    LanczosSettings,
     fisher_trace,
     score_matrix,
     score_spectrum,
     top_eigenvalues,
 )
-from entropic_fast.curvature.operators import _fisher as fisher_operator
-from entropic_fast.curvature.operators._fisher import FisherOperator, fisher_eigenvalues
+from entropic_fast.curvature.estimators import _fisher_eigenvalues as fisher_operator
+from entropic_fast.curvature.estimators._fisher_eigenvalues import fisher_eigenvalues
+from entropic_fast.curvature.operators._fisher import FisherOperator
 from entropic_fast.curvature.per_example._sampled_labels import with_sampled_labels
 from entropic_fast.objective import NonFiniteLossError, Objective
 from entropic_fast.ops.random_bits import streams as random
@@ -168,7 +170,9 @@ def test_eigenpairs_are_those_of_explicit_scores(case: Case, dtype: torch.dtype)
 @pytest.mark.parametrize(("k", "block"), [(1, 1), (1, 6), (5, 5), (5, None), (20, None)])
 def test_random_scores(examples: int, parameters: int, k: int, block: int | None):
     scores = random.normal((examples, parameters), k)
-    pairs = fisher_eigenvalues(with_scores(scores), k, tol=1e-6, block=block, max_passes=400)
+    pairs = fisher_eigenvalues(
+        with_scores(scores), k, max_passes=400, lanczos=LanczosSettings(tol=1e-6, block=block)
+    )
     require_eigenpairs(pairs, scores, k, 1e-6)
 
 
@@ -204,7 +208,9 @@ def test_every_copy_of_a_multiple_eigenvalue_is_found(copies: int):
     scores = with_singular_values(values, 40, 60)
     for k in (2, copies + 1, copies + 3):
         for block in (k, None):
-            pairs = fisher_eigenvalues(with_scores(scores), k, tol=1e-9, block=block)
+            pairs = fisher_eigenvalues(
+                with_scores(scores), k, lanczos=LanczosSettings(tol=1e-9, block=block)
+            )
             require_eigenpairs(pairs, scores, k, 1e-9)
 
 
@@ -223,7 +229,13 @@ def test_clustered_eigenvalues_need_restarts_and_get_them():
     columns = fisher_operator.WORKSPACE * 3 + 3 + 3
     least = 4 * (columns * 8 * 200 + scratch.CPU.products) // 3
     for budget in (least + 1, least + 60_000, None):
-        pairs = fisher_eigenvalues(obj, 3, tol=1e-7, block=3, max_passes=2000, memory_budget=budget)
+        pairs = fisher_eigenvalues(
+            obj,
+            3,
+            max_passes=2000,
+            memory_budget=budget,
+            lanczos=LanczosSettings(tol=1e-7, block=3),
+        )
         require_eigenpairs(pairs, scores, 3, 1e-7)
 
 
@@ -232,7 +244,7 @@ def test_wider_blocks_take_fewer_passes():
     obj = with_scores(with_singular_values(values, 120, 150))
     passes = []
     for block in (5, 10, 30):
-        pairs = fisher_eigenvalues(obj, 5, block=block, max_passes=200)
+        pairs = fisher_eigenvalues(obj, 5, max_passes=200, lanczos=LanczosSettings(block=block))
         assert pairs.converged
         passes.append((pairs.matvecs - 5) // block + 1)
     assert passes[0] > passes[1] > passes[2]
@@ -251,7 +263,9 @@ def test_max_passes_is_kept_and_said_to_be_too_few(most: int, monkeypatch: pytes
     values = torch.linspace(0.9, 1, 100).double()
     scores = with_singular_values(values, 110, 120)
     with pytest.warns(NotConvergedWarning, match=f"after {most} passes.*raise max_passes"):
-        pairs = fisher_eigenvalues(with_scores(scores), 2, tol=1e-12, max_passes=most)
+        pairs = fisher_eigenvalues(
+            with_scores(scores), 2, max_passes=most, lanczos=LanczosSettings(tol=1e-12)
+        )
     assert operators[0].passes == most and operators[0].products == pairs.matvecs
     assert not pairs.converged
     matrix = scores.T @ scores / 110
@@ -261,8 +275,10 @@ def test_max_passes_is_kept_and_said_to_be_too_few(most: int, monkeypatch: pytes
 
 def test_seeds_change_the_start_and_not_the_answer():
     obj = by_name("transformer layer").objective(30)
-    a, b = (fisher_eigenvalues(obj, 3, tol=1e-9, seed=seed) for seed in (0, 1))
-    again = fisher_eigenvalues(obj, 3, tol=1e-9, seed=0)
+    a, b = (
+        fisher_eigenvalues(obj, 3, seed=seed, lanczos=LanczosSettings(tol=1e-9)) for seed in (0, 1)
+    )
+    again = fisher_eigenvalues(obj, 3, seed=0, lanczos=LanczosSettings(tol=1e-9))
     assert torch.equal(a.vectors, again.vectors) and not torch.equal(a.vectors, b.vectors)
     assert torch.allclose(a.values, b.values, rtol=1e-12)
 
@@ -283,7 +299,7 @@ PEAK = """
 import gc, sys, torch
 from torch import nn
 from entropic_fast.objective import Objective
-from entropic_fast.curvature.operators._fisher import fisher_eigenvalues
+from entropic_fast.curvature import LanczosSettings, fisher_eigenvalues
 
 def status(key):
     line = [l for l in open("/proc/self/status") if l.startswith(key)][0]
@@ -298,7 +314,9 @@ gc.collect()
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = status("VmRSS")
 budget = int(sys.argv[1])
-pairs = fisher_eigenvalues(obj, 2, tol=1e-7, memory_budget=budget, block=3, max_passes=11)
+pairs = fisher_eigenvalues(
+    obj, 2, lanczos=LanczosSettings(tol=1e-7, block=3), memory_budget=budget, max_passes=11
+)
 print(pairs.matvecs)
 print(status("VmHWM") - before)
 """
@@ -341,7 +359,9 @@ def test_a_budget_too_small_is_refused_with_what_is_needed():
 def test_bad_arguments_are_refused(arguments, message):
     obj = by_name("raw parameter").objective()
     with pytest.raises(ValueError, match=message):
-        fisher_eigenvalues(**{"obj": obj, "k": 2, **arguments})
+        lanczos = {name: arguments[name] for name in arguments.keys() & {"tol", "block"}}
+        others = {name: arguments[name] for name in arguments.keys() - lanczos.keys()}
+        fisher_eigenvalues(**{"obj": obj, "k": 2, "lanczos": LanczosSettings(**lanczos), **others})
 
 
 def test_bad_vectors_are_refused():

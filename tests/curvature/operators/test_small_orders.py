@@ -104,7 +104,7 @@ def test_densities_of_small_orders_are_exact(spectrum: str, r: int):
     matrix = with_spectrum(SPECTRA[spectrum](100))
     along = random.normal((100, 2), 7).to(matrix) if r else None
     operator = Counted(matrix)
-    density = ef.spectral_density(operator, along=along)
+    density = ef.spectral_density(operator, orthogonal_to=along)
     assert operator.vectors == 100 and density.exact and density.converged
     z = torch.eye(100).double()
     if along is not None:
@@ -130,7 +130,9 @@ def test_log_determinants_of_small_orders_are_exact():
 
 def test_few_probes_and_steps_stay_an_estimate():
     operator = Counted(with_spectrum(torch.linspace(0, 1, 200).double()))
-    density = ef.spectral_density(operator, probes=4, steps=20, sigma=0.2, points=64)
+    density = ef.spectral_density(
+        operator, ef.DensitySettings(probes=4, steps=20, sigma=0.2, points=64)
+    )
     assert operator.vectors == 80 and not density.exact
 
 
