@@ -106,7 +106,7 @@ def test_every_solver_takes_it(cases, name: str):
     operator, matrix = cases[name]
     values, size = torch.linalg.eigvalsh(matrix), len(matrix)
     assert close(ef.top_eigenvalues(operator, 3, 1e-9).values, values.flip(0)[:3], 1e-8)
-    density = ef.spectral_density(operator, probes=size, steps=size)
+    density = ef.spectral_density(operator, ef.DensitySettings(size, size))
     assert close(density.nodes.flatten().sort().values, values, 1e-9)
     shifted = ef.as_operator(operator) + (1 - float(values[0])) * torch.eye(size).double()
     expected = (values + 1 - values[0]).log().sum()
