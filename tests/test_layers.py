@@ -44,7 +44,6 @@ PRIVATE = {
     "training/lmc.py": 1,
 }
 LONG = {
-    "curvature/_at_point.py",
     "curvature/operators/_algebra.py",
     "dynamics/_survival.py",
     "experiments/_executor.py",
