@@ -16,6 +16,7 @@ from torch import nn
 
 import entropic_fast as ef
 from entropic_fast._utils.checks import describe, shown
+from entropic_fast.dynamics import ForceSettings, point_force
 from entropic_fast.training._train import TrainConfig
 from entropic_fast.training.data import load
 
@@ -42,9 +43,10 @@ OBJECTS: dict[str, Any] = {
 FREE = {
     ("Objective", "loss"),  # a function of the user's fails as it will
     ("Objective", "output"),
-    ("relax", "augment"),
+    ("ProjectedSGD", "augment"),
     ("simulate_langevin", "potential"),
-    ("simulate_langevin", "observe"),
+    ("LangevinRecording", "observe"),
+    ("Recording", "callback"),
     ("linear_mode_connectivity", "model"),
     ("linear_mode_connectivity", "unit"),
 }
@@ -61,7 +63,8 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
     path = ef.linear_path(theta, theta + 0.1, 3)
     config = ef.AutoNEBConfig(pivots=3, max_pivots=3, cycles=((2, 0.1),), batch_size=None)
     images, _ = load("digits", limit=40)
-    sgd = dict(obj=obj, path=path, project_every=2, steps=4)
+    sgd = ef.ProjectedSGD(0.1, 4, project_every=1, steps=2)
+    force = ForceSettings(1, 1, 1)
     one = dict(obj=obj)
     return {
         "Objective": (ef.Objective, dict(model=model, loss="cross_entropy", data=(x, y))),
@@ -111,16 +114,21 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "auto_neb": (ef.auto_neb, dict(obj=obj, a=theta, b=theta + 0.1, config=config)),
         "AutoNEBConfig": (ef.AutoNEBConfig, {}),
         "TrainConfig": (TrainConfig, {}),
-        "relax": (ef.relax, dict(start=0.5, lr=0.1, batch_size=4, **sgd)),
-        "relax_many": (
-            ef.relax_many,
-            dict(settings=[dict(start=0.5, lr=0.1, batch_size=4)], **sgd),
-        ),
+        "relax": (ef.relax, dict(obj=obj, path=path, start=0.5, sgd=sgd)),
+        "relax_many": (ef.relax_many, dict(obj=obj, path=path, starts=0.5, settings=[sgd])),
+        "ProjectedSGD": (ef.ProjectedSGD, dict(lr=0.1, batch_size=4)),
+        "Recording": (ef.Recording, {}),
+        "Checkpointing": (ef.Checkpointing, dict(path="run.state")),
+        "Execution": (ef.Execution, {}),
+        "point_force": (point_force, dict(obj=obj, path=path, position=0.5, settings=force)),
+        "ForceSettings": (ForceSettings, {}),
         "simulate_langevin": (
             ef.simulate_langevin,
-            dict(potential=ef.RingPotential(), start=torch.ones(3, 2), temperature=0.1)
-            | dict(dt=0.01, steps=2),
+            dict(potential=ef.RingPotential(), start=torch.ones(3, 2), steps=2)
+            | dict(integrator=ef.LangevinIntegrator(0.1, 0.01)),
         ),
+        "LangevinIntegrator": (ef.LangevinIntegrator, dict(temperature=0.1, dt=0.01)),
+        "LangevinRecording": (ef.LangevinRecording, {}),
         "RingPotential": (ef.RingPotential, {}),
         "linear_mode_connectivity": (
             ef.linear_mode_connectivity,

@@ -16,9 +16,9 @@ from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs, Estimate
 from ...curvature import HessianOperator, top_eigenvalues
 from ...curvature.operators._algebra import ProjectedOperator, orthonormal
-from ...objective import Objective, require_objective
+from ...objective import Objective
 from ...paths import Path
-from ..projected_sgd import ProjectedSGD
+from ..projected_sgd import ProjectedSGD, check_path
 from ._gradient_noise import GradientNoise
 from ._linear_response import (
     MinibatchCovariance,
@@ -216,8 +216,9 @@ def point_force(
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
     """
-    require_objective(obj)
+    check_path(obj, path)
     checks.instance("settings", settings, ForceSettings)
+    checks.at_least("position", position, 0.0)
     step = settings.step
     if not step <= position <= 1 - step:
         raise checks.invalid(

@@ -161,7 +161,7 @@ def simulate_langevin(
     >>> tuple(run.positions.shape), run.times.tolist()
     ((3, 5, 2), [0.0, 0.1, 0.2])
     """
-    positions, velocities = start if isinstance(start, tuple) else (start, None)
+    positions, velocities = _positions_and_velocities(start)
     _check_start(potential, positions)
     checks.instance("integrator", integrator, LangevinIntegrator)
     checks.instance("recording", recording, LangevinRecording)
@@ -258,6 +258,18 @@ def _stepper(
         integrate(x, velocities, force, integrator.scheme, coefficients, more, step, noise)
 
     return plain, "reference"
+
+
+def _positions_and_velocities(
+    start: Tensor | tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(start, tuple):
+        return start, None
+    if len(start) != 2:
+        raise checks.invalid(
+            "start", "positions, or (positions, velocities)", checks.describe(start)
+        )
+    return start
 
 
 def _velocities(

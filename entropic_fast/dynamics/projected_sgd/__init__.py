@@ -10,7 +10,14 @@ from ._optimizers import Optimizer
 from ._records import Record
 from ._relax import relax
 from ._relax_many import relax_many
-from ._settings import OPTIMIZERS, Checkpointing, Execution, ProjectedSGD, Recording
+from ._settings import (
+    OPTIMIZERS,
+    Checkpointing,
+    Execution,
+    ProjectedSGD,
+    Recording,
+    check_path,
+)
 from ._trajectory import Trajectory
 
 __all__ = [
@@ -24,6 +31,7 @@ __all__ = [
     "Record",
     "CheckpointMismatchError",
     "fingerprint",
+    "check_path",
     "Minibatches",
     "in_random_batches",
     "Optimizer",

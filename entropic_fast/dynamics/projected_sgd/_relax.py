@@ -99,7 +99,7 @@ def relax(
     require_settings(sgd, recording, execution)
     starts, lrs, ids = per_replica(start, sgd.lr, replicas)
     if checkpoint is not None and not isinstance(checkpoint, Checkpointing):
-        checkpoint = Checkpointing(checkpoint)
+        checkpoint = Checkpointing(checks.file_name("checkpoint", checkpoint))
     if sgd.weight_decay and obj.weight_decay:
         raise checks.invalid(
             "weight_decay",

@@ -9,7 +9,15 @@ from ..._utils.convergence import DivergenceError
 from ...objective import Objective
 from ...paths import Path
 from ._relax import relax
-from ._settings import Execution, PerReplica, ProjectedSGD, Recording, check_path, per_replica
+from ._settings import (
+    Execution,
+    PerReplica,
+    ProjectedSGD,
+    Recording,
+    check_path,
+    numbers,
+    per_replica,
+)
 from ._trajectory import Trajectory
 
 
@@ -69,8 +77,12 @@ def relax_many(
             checks.shown(recording.to),
             "call relax by group",
         )
+    if numbers("starts", starts).numel() not in (1, len(settings)):
+        raise checks.invalid(
+            "starts", f"a position, or one for each of {len(settings)}", checks.describe(starts)
+        )
     ids = range(len(settings)) if replicas is None else replicas
-    positions, rates, ids = per_replica(starts, [sgd.rate for sgd in settings], ids)
+    positions, rates, ids = per_replica(starts, [sgd.rate for sgd in settings], ids, "starts")
     groups: list[tuple[ProjectedSGD, list[int]]] = []
     for i, sgd in enumerate(settings):
         alike = sgd.replace(lr=1.0)

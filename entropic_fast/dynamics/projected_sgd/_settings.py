@@ -68,7 +68,7 @@ class ProjectedSGD:
     max_distance: float = 1.0
 
     def __post_init__(self) -> None:
-        rates = _numbers("lr", self.lr)
+        rates = numbers("lr", self.lr)
         if not bool((torch.isfinite(rates) & (rates > 0)).all()):
             raise checks.invalid("lr", "finite numbers above 0", checks.shown(self.lr))
         object.__setattr__(self, "lr", tuple(rates.tolist()) if rates.ndim else float(rates))
@@ -213,7 +213,7 @@ class Checkpointing:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        checks.file_name("checkpoint", self.path)
+        checks.file_name("path", self.path)
         if self.every is not None:
             checks.integer("checkpoint.every", self.every, 1)
 
@@ -255,11 +255,14 @@ def require_settings(sgd: object, recording: object, execution: object) -> None:
 
 
 def per_replica(
-    start: PerReplica, lr: float | Sequence[float], replicas: int | Sequence[int]
+    start: PerReplica,
+    lr: float | Sequence[float],
+    replicas: int | Sequence[int],
+    name: str = "start",
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Start and learning rate of each replica, float64 [R], and the ids of their noise."""
-    starts, lrs = _numbers("start", start), _numbers("lr", lr)
-    lengths = {name: len(v) for name, v in (("start", starts), ("lr", lrs)) if v.ndim}
+    starts, lrs = numbers(name, start), numbers("lr", lr)
+    lengths = {key: len(v) for key, v in ((name, starts), ("lr", lrs)) if v.ndim}
     ids = None
     if isinstance(replicas, Iterable) and not isinstance(replicas, str):
         ids = _integers("replicas", replicas)
@@ -274,30 +277,29 @@ def per_replica(
         )
     count = next(iter(lengths.values()), 1)
     if not bool(((starts >= 0) & (starts <= 1)).all()):
-        raise checks.invalid(
-            "start", "positions in [0, 1] (relative arc length)", checks.shown(start)
-        )
+        raise checks.invalid(name, "positions in [0, 1] (relative arc length)", checks.shown(start))
     names = list(range(count)) if ids is None else ids
     return starts.expand(count).clone(), lrs.expand(count).clone(), names
 
 
 def _integers(argument: str, values: Iterable[int]) -> list[int]:
-    numbers = checks.numbers(argument, values)
-    if not all(math.isfinite(number) and number == int(number) for number in numbers):
+    found = checks.numbers(argument, values)
+    if not all(math.isfinite(number) and number == int(number) for number in found):
         raise checks.invalid(argument, "integers", checks.shown(values))
-    return [checks.integer(argument, int(number)) for number in numbers]
+    return [checks.integer(argument, int(number)) for number in found]
 
 
-def _numbers(argument: str, value: PerReplica) -> Tensor:
+def numbers(argument: str, value: PerReplica) -> Tensor:
+    """A number [] or one per replica [R], float64 on the CPU."""
     try:
-        numbers = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+        values = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise checks.invalid(
             argument, "a number, or one per replica", checks.describe(value)
         ) from error
-    if numbers.ndim > 1:
+    if values.ndim > 1:
         raise checks.invalid(argument, "a number, or one per replica [R]", checks.describe(value))
-    return numbers
+    return values
 
 
 def check_path(obj: Objective, path: Path) -> None:

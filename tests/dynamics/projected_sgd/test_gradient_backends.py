@@ -175,7 +175,7 @@ def test_groups_reject_what_they_cannot_run():
         relax_many(obj, path, 0.2, [])
     with pytest.raises(ValueError, match="lr: expected one learning rate"):
         relax_many(obj, path, 0.2, [sgd, sgd.replace(lr=[0.1, 0.2])])
-    with pytest.raises(ValueError, match=r"replicas: .* 3 for start, 2 for lr"):
+    with pytest.raises(ValueError, match="starts: expected a position"):
         relax_many(obj, path, [0.1, 0.2, 0.3], [sgd, sgd])
     with pytest.raises(ValueError, match=r"recording\.to: expected None"):
         relax_many(obj, path, 0.2, [sgd], recording=Recording(to="runs.csv"))
