@@ -23,7 +23,7 @@ import torch
 from entropic_fast.dynamics import ForceSettings
 from entropic_fast.dynamics.force._gradient_noise import GradientNoise
 from entropic_fast.dynamics.force._point_force import point_force
-from entropic_fast.experiments import _inputs as pieces
+from entropic_fast.experiments import _inputs
 from entropic_fast.experiments._run_folder import RunFolder
 from entropic_fast.experiments.figures import force as fig_force
 from entropic_fast.objective import Objective
@@ -40,8 +40,8 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     stored = RunFolder.open(folder)
     run = RunFolder(stored.path, stored.config, data_dir=data_dir)
-    section, name = run.config.force, pieces.path_names(run)[0][0]
-    path = pieces.load_path(run, name)
+    section, name = run.config[fig_force.Force], _inputs.path_names(run)[0][0]
+    path = _inputs.load_path(run, name)
     obj = fig_force.dynamics_objective(run, run.config.path.pairs[0][0])
     s = fig_force.places(path.positions.tolist(), section.positions)[index]
     x, y = obj.tensors()
@@ -54,7 +54,7 @@ def position(folder: str, data_dir: str, index: int) -> dict[str, Any]:
             for i in orders
         ],
     }
-    settings = fig_force.burst_settings(run, max(section.cycles))
+    settings = fig_force.short_run_settings(run, max(section.cycles))
     for examples in EXAMPLES:
         point = point_force(
             obj,
@@ -83,7 +83,7 @@ def trace(obj: Objective, path: LossPath, s: float) -> float:
 
 def main(folder: str, data_dir: str) -> None:
     facts = runpy.run_path(str(ROOT / "benchmarks" / "conftest.py"))["facts"]()
-    count = RunFolder.open(folder).config.force.positions
+    count = RunFolder.open(folder).config[fig_force.Force].positions
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         found = list(pool.map(partial(position, folder, data_dir), range(count)))
     file = ROOT / "benchmarks" / "results" / "force-batches-cpu.json"

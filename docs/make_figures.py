@@ -1,7 +1,7 @@
-"""Tables of the figures' pages: settings from the presets, claims from the recorded runs.
+"""Tables of the figures' pages: sources, settings from the presets, claims from the recorded runs.
 
-A page says where with a comment, `<!-- settings: path curvature -->`, `<!-- claims: 2A 2B -->` or
-`<!-- verdicts: demo small -->`.
+A page says where with a comment, `<!-- settings: path curvature -->`, `<!-- claims: 2A 2B -->`,
+`<!-- verdicts: demo small -->` or `<!-- source: fig2 -->`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 from make_benchmarks import RESULTS, table
 
 from entropic_fast.experiments._config import load_preset
+from entropic_fast.experiments.figures import FIGURES
 
 PRESETS = ("demo", "small", "paper")
-MARKER = re.compile(r"<!-- (settings|claims|verdicts): ([\w. ]+) -->")
+MARKER = re.compile(r"<!-- (settings|claims|verdicts|source): ([\w. ]+) -->")
 
 
 def filled(markdown: str) -> str:
     """A page with its tables in place of the comments."""
 
     def made(found: re.Match[str]) -> str:
-        kinds = {"settings": settings, "claims": claims, "verdicts": verdicts}
+        kinds = {"settings": settings, "claims": claims, "verdicts": verdicts, "source": source}
         return kinds[found[1]](found[2].split())
 
     return MARKER.sub(made, markdown)
@@ -68,21 +69,22 @@ def _recorded(presets: dict[str, dict[str, Any]], keys: list[tuple[str, str]]) -
         if before:
             said.append(f"The recorded run of `{name}` was made with " + ", ".join(before) + ".")
         without = sorted({section for section, _ in keys if section not in stored})
-        if without and _shown(preset, without):
+        if without and _shown(name, without):
             sections = ", ".join(without)
             said.append(f"The recorded run of `{name}` is older than its section {sections}.")
     return "".join(f"\n{text}\n" for text in said)
 
 
-def _shown(preset: dict[str, Any], sections: list[str]) -> bool:
-    """Whether a preset has the figure at all."""
-    switches = {
-        "fig6": "seeds",
-        "fig7": "seeds",
-        "straight_line": "batch_sizes",
-        "bad_minimum": "corrupted_labels",
-    }
-    return any(preset[s][switches[s]] if s in switches else True for s in sections)
+def _shown(preset: str, sections: list[str]) -> bool:
+    """Whether a preset has a figure with one of the sections."""
+    config = load_preset(preset)
+    figures = [f for f in FIGURES.values() if f.section and f.section.toml in sections]
+    return not figures or any(figure.enabled(config) for figure in figures)
+
+
+def source(names: list[str]) -> str:
+    """Where figures are from."""
+    return "".join(f"Source: {FIGURES[name].source}.\n" for name in names)
 
 
 def claims(figures: list[str]) -> str:
@@ -104,24 +106,30 @@ def claims(figures: list[str]) -> str:
         [
             claim["figure"],
             claim["statement"],
+            claim["source"],
             claim["measure"],
             *(_verdict(run.get(name)) for run in runs.values()),
         ]
         for name, claim in found.items()
     ]
-    head = ["", "claim", "measure", *(f"{name}, recorded" for name in runs)]
+    head = ["", "claim", "source", "measure", *(f"{name}, recorded" for name in runs)]
     return table(head, rows)
 
 
 def verdicts(runs: list[str]) -> str:
     """How many claims of the recorded runs have each verdict, and which do not hold."""
     said, rows = [], []
-    words = {"holds": "hold", "does not hold": "do not", "not enough data": "have not enough data"}
+    words = {
+        "holds": "hold",
+        "does not hold": "do not",
+        "not enough data": "have not enough data",
+        "not tested at this scale": "are not tested at this scale",
+    }
     for name in runs:
         file = RESULTS / f"{name}-cpu" / "claims.json"
         found = json.loads(file.read_text(encoding="utf-8"))
         counts = {w: sum(c["verdict"] == v for c in found) for v, w in words.items()}
-        listed = ", ".join(f"{count} {word}" for word, count in counts.items())
+        listed = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
         said.append(f"Of the {len(found)} claims that `{name}` was tested on, {listed}.")
         rows += [
             [name, claim["figure"], claim["name"], _verdict(claim)]

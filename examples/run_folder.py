@@ -28,7 +28,7 @@ def reproduce(out: Path, preset: str = "demo", overrides: tuple[str, ...] = ()) 
 def main(folder: Path = RECORDED) -> list[claims.Claim]:
     # A run keeps its tables in RUN/data; the recorded one has some of them, beside its claims.
     data = folder / "data"
-    found = claims.evaluate(data if data.is_dir() else folder)
+    found = stages.evaluate_claims(data if data.is_dir() else folder)
     for claim in found:
         interval = f"[{claim.low:.3g}, {claim.high:.3g}]" if math.isfinite(claim.low) else ""
         print(f"{claim.figure:5}  {claim.name}: {claim.effect:.3g}", interval, claim.verdict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import os
 import sys
 import warnings
@@ -15,6 +16,9 @@ import emulated_gpu
 import pytest
 import torch
 from hidden_gpus import HIDDEN, asks_for_gpus
+
+from entropic_fast.experiments._pipeline import STAGES
+from entropic_fast.experiments.figures import FIGURES
 
 with warnings.catch_warnings():  # torch's own, when its forward mode is first used
     warnings.simplefilter("ignore")
@@ -33,37 +37,11 @@ TINY = [
     "path.lrs=[0.1,0.01]",
     "path.dense_points=9",
     "path.batch_size=64",
-    "curvature.probes=2",
-    "curvature.tol=0.2",
-    "curvature.spectrum_examples=32",
-    "relax.steps=30",
-    "relax.replicas=2",
-    "relax.records=2",
-    "force.positions=3",
-    "force.replicas=4",
-    "force.cycles=[1,4]",
-    "force.directions=2",
-    "force.rest_examples=2",
-    "lmc.epochs=3",
-    "lmc.branch_epochs=[0,1]",
-    "lmc.seeds=[0,1]",
-    "lmc.points=3",
-    "fig6.epochs=2",
-    "fig6.seeds=[0]",
-    "fig6.branch_epochs=[0,1]",
-    "fig6.points=3",
-    "fig7.epochs=1",
-    "fig7.seeds=[0]",
-    "fig7.branch_epochs=[0]",
-    "fig7.points=3",
-    "straight_line.steps=30",
-    "straight_line.replicas=2",
-    "bad_minimum.corrupted_labels=40",
-    "bad_minimum.epochs=3",
-    "bad_minimum.steps=30",
-    "bad_minimum.replicas=2",
-    "langevin.particles=500",
-    "langevin.steps=200",
+    *(
+        f"{figure.section.toml}.{key}={json.dumps(value)}"
+        for figure in FIGURES.values()
+        for key, value in figure.tiny.items()
+    ),
 ]
 
 
@@ -141,18 +119,7 @@ class Finished:
 def tiny_run(tmp_path_factory, tiny) -> Finished:
     """A run made part by part, then reported."""
     path = tmp_path_factory.mktemp("tiny") / "run"
-    stages = (
-        "langevin",
-        "train",
-        "path",
-        "curvature",
-        "relax",
-        "force",
-        "lmc",
-        "straight-line",
-        "bad-minimum",
-        "reproduce",
-    )
+    stages = [*(name for name in STAGES if name != "report"), "reproduce"]
     return Finished(
         path,
         {s: entropic_fast(s, "--out", path, "--workers", 1, *tiny) for s in stages},

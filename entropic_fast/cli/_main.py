@@ -176,17 +176,9 @@ def _command(stage: str, text: str) -> None:
 
 
 _command("report", "Run everything: figures 1 to 9, the force, claims and the report.")
-_command("train", "Train the minima.")
-_command("path", "Find the minimum energy paths (trains what is missing).")
-_command("curvature", "Measure curvature along the paths (figure 2).")
-_command("relax", "Relax along the first path (figures 3 and 4).")
-_command("force", "Measure the force along the first path against its prediction.")
-_command("lmc", "Branch training and measure linear mode connectivity (figures 5 to 7).")
-_command("straight-line", "Relax along the line between two branches (figure 8).")
-_command(
-    "bad-minimum", "Train a minimum that generalizes badly, and relax on the path to it (figure 9)."
-)
-_command("langevin", "Simulate Langevin particles in the ring and ridge potentials (figure 1).")
+for _stage in stages.STAGES.values():
+    if _stage.help:
+        _command(_stage.name, _stage.help)
 app.command("profile")(_interruptible()(cli_profile.profile))
 
 
@@ -219,7 +211,7 @@ def claims_command(
 def _claims(path: Path) -> list[claim_tests.Claim]:
     for problem in check_manifest(path):
         raise DamagedFileError(problem)
-    found = claim_tests.evaluate(path / "data")
+    found = stages.evaluate_claims(path / "data")
     if not found:
         raise checks.invalid(
             "RUN",

@@ -7,18 +7,19 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._torch.memory_format import overruns_channels_last
 from .._utils import checks
 from .._utils.table import Table
 from ..objective import Objective
-from ..paths import Path
+from ..paths import AutoNEBConfig, Path, auto_neb, linear_path, path_losses
 from ..training._train import TrainConfig, evaluate, train
 from ..training.data import ImageData, load
 from ..training.minima import load_minimum, save_minimum, training_manifest
 from ..training.models import build
 from ._executor import Progress, Task
+from ._figure import Expected, Stage
 from ._run_folder import RunFolder
 
 
@@ -51,34 +52,17 @@ def prepare(run: RunFolder) -> None:
     """
     training, test = images(run)
     network(run)
-    sections = (run.config.lmc, run.config.fig6, run.config.fig7)
-    shown = [section for section in sections if section.seeds]
-    for section in shown:
-        network(run, section.model, section.data)
-    relax = run.config.relax
-    for key, asked in (
-        ("data.curvature_examples", run.config.data.curvature_examples),
-        ("data.norm_examples", run.config.data.norm_examples),
-        ("relax.batch_size", relax.batch_size),
-        ("relax.batch_sizes", max(relax.batch_sizes)),
-        ("force.batch_size", run.config.force.batch_size),
-        ("force.examples", run.config.force.examples),
-        ("straight_line.batch_sizes", max(run.config.straight_line.batch_sizes, default=0)),
-    ):
-        if asked > len(training):
-            raise checks.invalid(key, f"at most the {len(training)} training images", str(asked))
-    if run.config.bad_minimum.corrupted_labels >= len(training):
-        expected = f"fewer than the {len(training)} training images"
-        raise checks.invalid(
-            "bad_minimum.corrupted_labels",
-            expected,
-            str(run.config.bad_minimum.corrupted_labels),
-            "0 leaves figure 9 out",
-        )
-    others = dict.fromkeys(section.data for section in shown)
+    others = dict.fromkeys(pair for section in run.config.sections() for pair in section.networks())
+    for model, data in others:
+        network(run, model, data)
+    for section in run.config.sections():
+        for key, count in section.images_needed().items():
+            if count > len(training):
+                expected = f"at most the {len(training)} training images"
+                raise checks.invalid(f"{section.toml}.{key}", expected, str(count))
     run.record_images(
         _facts(training, test)
-        | {name: _facts(*images(run, name)) for name in others if name not in ("", training.name)}
+        | {n: _facts(*images(run, n)) for _, n in others if n not in ("", training.name)}
     )
 
 
@@ -175,12 +159,6 @@ def curvature_work(run: RunFolder, products: int) -> float:
     return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
 
 
-def straight_line_epoch(run: RunFolder) -> int:
-    """The branching epoch of the line of figure 8."""
-    epoch, branches = run.config.straight_line.epoch, run.config.lmc.branch_epochs
-    return min((k for k in branches if k >= epoch >= 0), default=max(branches))
-
-
 def norm_examples(run: RunFolder) -> int | None:
     """How many examples running statistics are re-estimated on; None for all."""
     return run.config.data.norm_examples or None
@@ -201,3 +179,93 @@ def summary(run: RunFolder) -> Table:
     """Loss and accuracy of every minimum."""
     rows = [run.document(f"train/{s}", "metrics") for s in run.config.train.seeds]
     return Table.from_rows(rows)
+
+
+def path_tasks(run: RunFolder) -> list[Task]:
+    """One task for each pair of minima and AutoNEB seed."""
+    section = run.config.path
+    work = sum(section.steps) * section.pivots * section.batch_size
+    return [
+        Task(
+            f"path/{name}",
+            find_path,
+            (a, b, seed),
+            (f"train/{a}", f"train/{b}"),
+            cost=work,
+        )
+        for name, a, b, seed in path_names(run)
+    ]
+
+
+def find_path(run: RunFolder, progress: Progress, a: int, b: int, seed: int) -> dict[str, Any]:
+    """AutoNEB between two minima, and the loss along it and along the straight line."""
+    obj = objective(run, minimum(run, a))
+    end = objective(run, minimum(run, b)).parameters_vector()
+    return connect(run, progress, obj, end, seed)
+
+
+def connect(
+    run: RunFolder, progress: Progress, obj: Objective, end: Tensor, seed: int
+) -> dict[str, Any]:
+    """AutoNEB from the objective's own point to another, as the run is configured."""
+    section = run.config.path
+    config = AutoNEBConfig(
+        pivots=section.pivots,
+        max_pivots=section.max_pivots,
+        cycles=tuple(zip(section.steps, section.lrs, strict=True)),
+        batch_size=section.batch_size,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        eval_points=3,
+        recalibration_examples=norm_examples(run),
+        seed=seed,
+    )
+    return connected(progress, obj, end, config, section.dense_points)
+
+
+def connected(
+    progress: Progress, obj: Objective, end: Tensor, config: AutoNEBConfig, line_points: int
+) -> dict[str, Any]:
+    """A minimum energy path from the objective's own point, with the losses beside it.
+
+    Args:
+        end: the other minimum.  # [P]
+        line_points: where the loss is taken on the straight line, the ends not counted.
+    """
+    start = obj.parameters_vector()
+    result = auto_neb(
+        obj, start, end, config, on_step=lambda done, total, _: progress(0.9 * done / total)
+    )
+    line = path_losses(
+        obj,
+        linear_path(start, end),
+        line_points,
+        recalibration_examples=config.recalibration_examples,
+    )
+    saddle = result.saddle
+    return {
+        "pivots": {"pivots": result.path.pivots},
+        "losses": result.losses,
+        "history": result.history,
+        "line": line,
+        "saddle": {
+            "position": saddle.position,
+            "bracket": list(saddle.bracket),
+            "loss": saddle.loss,
+            "length_over_chord": result.path.length / float((end - start).norm()),
+        },
+    }
+
+
+STAGES = (
+    Stage(
+        "train", "Train the minima.", train_tasks, (), {"train": Expected((1.1, 1.1), lambda c: 3)}
+    ),
+    Stage(
+        "path",
+        "Find the minimum energy paths (trains what is missing).",
+        path_tasks,
+        ("train",),
+        {"path": Expected((0.56, 1.39), lambda c: 6 * c.path.max_pivots)},
+    ),
+)

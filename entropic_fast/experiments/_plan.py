@@ -16,43 +16,36 @@ from torch.nn.functional import cross_entropy
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores, peak_memory
 from .._utils.table import Table
-from ..curvature.estimators._block_lanczos import EXTRA_COLUMNS
 from ..objective import norm_layers
-from . import _inputs as pieces
+from . import _inputs
 from ._costs import count_operations
 from ._executor import Task
-from ._pipeline import tasks_until
+from ._pipeline import STAGES, tasks_until
 from ._run_folder import RunFolder
+from .figures.fig2 import Curvature
 
 ROUNDS, SECONDS = 10, 1.0  # at least so many timed steps, and so long
-# Seconds that a stage takes for each of its tasks' cost, in gradients of training, as in recorded
-# runs: of networks without batch normalization (`demo`) and with it (`small`). Both processes were
+# Factors are from recorded runs of `demo` (no batch normalization) and `small`. Both processes were
 # at work there, while the gradient is timed alone: training itself took 1.1 times as long.
-PRICES = {
-    "train": (1.1, 1.1), "path": (0.56, 1.39), "curvature": (0.27, 0.54), "spectrum": (0.63, 0.23),
-    "relax": (0.44, 0.88), "force": (1.0, 0.9), "lmc": (0.55, 0.74), "fig6": (0.58, 0.75),
-    "fig7": (0.7, 1.18), "straight-line": (0.42, 0.88), "bad-minimum": (0.47, 0.93),
-}  # fmt: skip
-LANGEVIN = 2e-5  # seconds for a cost of 1 of the Langevin simulations, whatever the network
+EXPECTED = {name: e for stage in STAGES.values() for name, e in stage.expected.items()}
 
 
 def in_seconds(run: RunFolder, tasks: Sequence[Task], gradient: float) -> list[Task]:
     """Tasks with the seconds that they are expected to take as costs."""
-    batched = any(m.track_running_stats for m in norm_layers(pieces.network(run)))
+    batched = any(m.track_running_stats for m in norm_layers(_inputs.network(run)))
 
-    def price(stage: str) -> float:
-        if stage == "langevin":
-            return LANGEVIN
-        return PRICES[stage][batched] * gradient
+    def seconds(task: Task) -> float:
+        expected = EXPECTED[task.name.split("/")[0]]
+        return task.cost * (expected.gradients[batched] * gradient or expected.seconds)
 
-    return [replace(task, cost=task.cost * price(task.name.split("/")[0])) for task in tasks]
+    return [replace(task, cost=seconds(task)) for task in tasks]
 
 
 def gradient_cost(run: RunFolder) -> tuple[float, float]:
     """Seconds and operations of an example's gradient in a step of training, on one thread."""
-    training, _ = pieces.images(run)
+    training, _ = _inputs.images(run)
     x, y = training.tensors(min(run.config.train.batch_size, len(training)))
-    model = pieces.network(run).to(memory_format=torch.channels_last)
+    model = _inputs.network(run).to(memory_format=torch.channels_last)
     x = x.to(run.device, memory_format=torch.channels_last)
     y = y.to(run.device)
 
@@ -76,28 +69,11 @@ def gradient_cost(run: RunFolder) -> tuple[float, float]:
     return seconds / len(x), count_operations(step) / len(x)
 
 
-def vectors(run: RunFolder, stage: str) -> int:
-    """Bytes of the vectors and matrices that a task of a stage holds at once, besides all else.
-
-    In numbers of P: training has gradients and momentum; a path its pivots, their gradients,
-    velocities and copies; curvature a basis; replicas points, gradients and momentum.
-    """
-    config = run.config
-    examples = config.curvature.spectrum_examples
-    held = {
-        "train": 3,
-        "path": 6 * config.path.max_pivots,
-        "curvature": EXTRA_COLUMNS + 2,
-        "spectrum": 2,
-        "relax": 4 * config.relax.replicas * max(len(config.relax.lrs), config.path.pivots),
-        "force": 4 * config.force.replicas,
-        "straight-line": 4 * config.straight_line.replicas,
-        "bad-minimum": max(6 * config.path.max_pivots, 4 * config.bad_minimum.replicas),
-        "langevin": 0,
-    }.get(stage, 4)
-    parameters = sum(p.numel() for p in pieces.network(run).parameters())
-    # A Gram matrix, its copy, and the solver's own.
-    return 4 * parameters * held + (3 * 8 * examples**2 if stage == "spectrum" else 0)
+def held(run: RunFolder, name: str) -> int:
+    """Bytes of the vectors and matrices that a task of a stage holds at once, besides all else."""
+    parameters = sum(p.numel() for p in _inputs.network(run).parameters())
+    expected = EXPECTED[name]
+    return 4 * parameters * expected.vectors(run.config) + expected.matrices(run.config)
 
 
 def makespan(tasks: Sequence[Task], processes: int) -> float:
@@ -139,7 +115,7 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
     Args:
         run: its configuration and images; what identifies these is written to its folder.
     """
-    pieces.prepare(run)
+    _inputs.prepare(run)
     gradient, operations = gradient_cost(run)
     tasks = in_seconds(run, tasks_until(run, stage), gradient)
     base = peak_memory()
@@ -151,7 +127,7 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
         shown.add_row(
             *(name, str(len(times)), _minutes(sum(times)), _minutes(max(times))),
             f"{sum(times) / gradient:.2g}" if name != "langevin" else "",
-            f"{(base + vectors(run, name)) / 2**20:,.0f} MiB",
+            f"{(base + held(run, name)) / 2**20:,.0f} MiB",
         )
     console.print(shown)
     shown = RichTable("processes", "wall time", "efficiency", "machines like this")
@@ -162,8 +138,8 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
         machines = str(-(-count // cores))
         shown.add_row(str(count), _minutes(seconds), f"{100 * share:.0f} %", machines)
     console.print(shown)
-    data, curvature = run.config.data, run.config.curvature
-    parameters = sum(p.numel() for p in pieces.network(run).parameters())
+    data, curvature = run.config.data, run.config[Curvature]
+    parameters = sum(p.numel() for p in _inputs.network(run).parameters())
     console.print(
         f"P = {parameters:,}; curvature of E = {data.curvature_examples:,} examples with "
         f"{curvature.probes} probes. Times are from {1e3 * gradient:.2g} ms for an example's "

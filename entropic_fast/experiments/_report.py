@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from .._utils.table import Table
 from . import _plotly as interactive
 from ._config import changed_values
 from ._run_folder import RunFolder
-from .claims import FAILS, HOLDS, UNDECIDED, Claim
+from .claims import FAILS, HOLDS, UNDECIDED, UNTESTED, Claim
 
 MOST_SETTINGS = 20  # that a comparison of two runs lists
-COLORS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow"}
+COLORS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow", UNTESTED: "dim"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class FigureEntry:
     caption: str
     tables: Sequence[str]
     charts: Sequence[Mapping[str, Any]] = ()
+    source: str = ""
 
 
 def write(
@@ -156,12 +158,24 @@ def _entry(folder: Path, figure: FigureEntry) -> Mapping[str, Any]:
     return {**vars(figure), "svg": base64.b64encode(svg).decode()}
 
 
+_ONE = {
+    HOLDS: "holds",
+    FAILS: "does not hold",
+    UNDECIDED: "has not enough data",
+    UNTESTED: "is not tested at this scale",
+}
+_MORE = {
+    HOLDS: "hold",
+    FAILS: "do not hold",
+    UNDECIDED: "have not enough data",
+    UNTESTED: "are not tested at this scale",
+}
+
+
 def _count(claims: Sequence[Claim]) -> str:
-    one = {HOLDS: "holds", FAILS: "does not hold", UNDECIDED: "has not enough data"}
-    more = {HOLDS: "hold", FAILS: "do not hold", UNDECIDED: "have not enough data"}
-    counts = {v: sum(c.verdict == v for c in claims) for v in one}
+    counts = Counter(claim.verdict for claim in claims)
     return f"Of {len(claims)} claims " + ", ".join(
-        f"{n} {one[v] if n == 1 else more[v]}" for v, n in counts.items() if n
+        f"{counts[v]} {_ONE[v] if counts[v] == 1 else _MORE[v]}" for v in _ONE if counts[v]
     )
 
 
@@ -172,4 +186,4 @@ def _figure(value: object) -> str:
 
 
 def _css(verdict: str) -> str:
-    return {HOLDS: "holds", FAILS: "fails"}.get(verdict, "undecided")
+    return {HOLDS: "holds", FAILS: "fails", UNTESTED: "untested"}.get(verdict, "undecided")

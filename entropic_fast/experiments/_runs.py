@@ -20,8 +20,9 @@ from rich.table import Table as RichTable
 from .._utils import atomic_io as store
 from ._pipeline import all_tasks
 from ._run_folder import MANIFEST, RunFolder, check_manifest
-from .claims import FAILS, HOLDS, UNDECIDED
+from .claims import FAILS, HOLDS, UNDECIDED, UNTESTED
 
+WORDS = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "open", UNTESTED: "not tested"}
 CUT_OFF = 3600.0  # seconds after which a file that is not whole is nobody's work
 
 
@@ -123,9 +124,7 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
         found = summary(path)
         counts = dict(found.verdicts)
         claims = " ".join(
-            f"{counts[verdict]} {word}"
-            for verdict, word in ((HOLDS, "hold"), (FAILS, "fail"), (UNDECIDED, "open"))
-            if verdict in counts
+            f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if verdict in counts
         )
         if found.damage:
             claims = "results damaged: see `runs verify`"

@@ -1,217 +1,237 @@
-"""The sections of a run's configuration, and what each setting means."""
+"""The configuration: common sections, and what every section has.
+
+A figure defines its section in its own module; `Config` has all of them once `figures` is imported.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic_core import PydanticCustomError
+
+from .._utils import checks
+
+T = TypeVar("T")
+S = TypeVar("S", bound="Section")
+
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
-class DataSection:
+def rejected(expected: str, value: object, do: str = "") -> PydanticCustomError:
+    """The error of a validator, which does not know the name of its field."""
+    facts = {"expected": expected, "got": checks.shown(value), "do": do}
+    return PydanticCustomError("rejected", "{expected}", facts)
+
+
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(map(repr, values))) < len(values):
+        raise rejected("at least one entry, and none twice", [*values])
+    return values
+
+
+def _some(values: tuple[T, ...]) -> tuple[T, ...]:
+    if not values:
+        raise rejected("at least one entry, and none twice", [*values])
+    return values
+
+
+def _position(value: float) -> float:
+    if value > 1:
+        raise rejected("a position in [0, 1]", value)
+    return value
+
+
+def in_unit_interval(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(value > 1 for value in values):
+        raise rejected("positions in [0, 1]", values)
+    return values
+
+
+# Every entry names a task or a curve.
+DistinctOrNone = Annotated[tuple[T, ...], AfterValidator(_distinct)]
+Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct), AfterValidator(_some)]
+Position = Annotated[Number, AfterValidator(_position)]
+Positions = Annotated[tuple[Number, ...], AfterValidator(in_unit_interval)]
+
+
+class Section(BaseModel):
+    """A section of a preset's TOML file: fields with ranges and defaults.
+
+    Attributes:
+        toml: the section's name in the file.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    toml: ClassVar[str] = ""
+    registered: ClassVar[dict[str, type[Section]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Add the section to every configuration built from now on."""
+        if cls.toml:
+            Section.registered[cls.toml] = cls
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError if the section does not fit the others."""
+
+    def images_needed(self) -> dict[str, int]:
+        """How many training images the section needs, by key."""
+        return {}
+
+    def networks(self) -> list[tuple[str, str]]:
+        """Names of networks and data sets that the section adds to those of the run."""
+        return []
+
+
+class Data(Section):
     """Which images, and how many of them for training (0: all) and for curvature."""
 
+    toml = "data"
     name: str = "digits"
-    train_limit: int = 0
-    test_limit: int = 0
-    curvature_examples: int = 512
-    norm_examples: int = 1024
+    train_limit: Natural = 0
+    test_limit: Natural = 0
+    curvature_examples: Natural = 512
+    norm_examples: Natural = 1024
+
+    def images_needed(self) -> dict[str, int]:
+        """Those of curvature and of normalization statistics."""
+        return {
+            "curvature_examples": self.curvature_examples,
+            "norm_examples": self.norm_examples,
+        }
 
 
-@dataclass(frozen=True)
-class ModelSection:
-    """The network, by the name `models.build` knows."""
+class Model(Section):
+    """The network, by its name in `training.models.build`."""
 
+    toml = "model"
     name: str = "digits-cnn"
 
 
-@dataclass(frozen=True)
-class TrainSection:
-    """Training of the minima: one for each seed."""
+def _two_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise rejected("at least two different seeds", seeds)
+    return seeds
 
-    seeds: tuple[int, ...] = (0, 1, 2)
-    epochs: int = 200
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 256
+
+class Train(Section):
+    """Training of the minima, one per seed."""
+
+    toml = "train"
+    seeds: Annotated[tuple[Natural, ...], AfterValidator(_two_seeds)] = (0, 1, 2)
+    epochs: Count = 200
+    lr: Positive = 0.1
+    momentum: Momentum = 0.9
+    weight_decay: Number = 5e-4
+    batch_size: Count = 256
     augment: bool = True
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     compiled: bool = False
 
 
-@dataclass(frozen=True)
-class PathSection:
-    """Minimum energy paths: every pair of minima, once for each AutoNEB seed.
+class PathSection(Section):
+    """Minimum energy paths, one per pair of minima and AutoNEB seed.
 
-    `steps` and `lrs` give one entry a cycle.
+    `steps` and `lrs` have one entry per cycle.
     """
 
-    pairs: tuple[tuple[int, int], ...] = ((0, 1), (0, 2), (1, 2))
-    seeds: tuple[int, ...] = (0, 1)
-    pivots: int = 9
-    max_pivots: int = 13
-    steps: tuple[int, ...] = (100, 100, 100, 100)
-    lrs: tuple[float, ...] = (0.1, 0.03, 0.01, 0.001)
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 256
-    dense_points: int = 33
+    toml = "path"
+    pairs: Distinct[tuple[Natural, Natural]] = ((0, 1), (0, 2), (1, 2))
+    seeds: Distinct[Natural] = (0, 1)
+    pivots: Annotated[int, Field(ge=3)] = 9
+    max_pivots: Natural = 13
+    steps: tuple[Count, ...] = (100, 100, 100, 100)
+    lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01, 0.001)
+    momentum: Momentum = 0.9
+    weight_decay: Number = 5e-4
+    batch_size: Count = 256
+    dense_points: Annotated[int, Field(ge=2)] = 33
+
+    def check(self, config: Config) -> None:
+        """Pairs are of trained minima; cycles and pivots are consistent."""
+        seeds = config.train.seeds
+        for pair in self.pairs:
+            if pair[0] == pair[1] or not set(pair) <= set(seeds):
+                expected = f"two different seeds of {seeds}"
+                raise checks.invalid("path.pairs", expected, checks.shown(pair))
+        if len(self.steps) != len(self.lrs) or not self.steps:
+            expected = "as many cycles as path.lrs, at least one"
+            raise checks.invalid("path.steps", expected, f"{len(self.steps)} and {len(self.lrs)}")
+        if self.max_pivots < self.pivots:
+            expected = f"at least path.pivots ({self.pivots})"
+            raise checks.invalid("path.max_pivots", expected, str(self.max_pivots))
 
 
-@dataclass(frozen=True)
-class CurvatureSection:
-    """Curvature along the paths: at every pivot, and spectra at `spectrum_points` positions."""
-
-    probes: int = 16
-    tol: float = 1e-2
-    spectrum_examples: int = 1024
-    spectrum_points: int = 5
-
-
-@dataclass(frozen=True)
-class RelaxSection:
-    """Projected SGD on the first path.
-
-    `lr` is the learning rate of figures 3A and 3B; 0 chooses, among `lrs`, the lowest one at
-    which the median displacement exceeds its 95 % interval. `optimizer_lr` is that of figure 4
-    (0: the same), of which Adam takes `adam_lr_factor`. Figure 3A begins at `starts`, or in the
-    middle of every segment of the path, of every `start_every`-th. Figure 3D (ours) projects
-    after every number of updates in `cycles`.
-    """
-
-    lr: float = 0.02
-    batch_size: int = 16
-    project_every: int = 15
-    steps: int = 4500
-    replicas: int = 4
-    starts: tuple[float, ...] = ()
-    start_every: int = 1
-    start: float = 0.0
-    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
-    lrs: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
-    cycles: tuple[int, ...] = ()
-    optimizers: tuple[str, ...] = ("sgd", "nesterov", "adam")
-    optimizer_lr: float = 0.0
-    adam_lr_factor: float = 1.0
-    records: int = 100
-
-
-@dataclass(frozen=True)
-class ForceSection:
-    """The force on projected SGD along the first path, measured and predicted.
-
-    Bursts of max(cycles) updates from the middles of `positions` segments, `replicas` of them; at
-    every other k of `cycles` a third of the updates and a quarter of the replicas.
-    The temperature must be low enough for fluctuations to be linear. `examples`: for curvature (0:
-    all; the noise is always that of all); `step`: of derivatives along the path, in path lengths.
-    """
-
-    positions: int = 6
-    lr: float = 0.03
-    batch_size: int = 8
-    cycles: tuple[int, ...] = (1, 15)
-    replicas: int = 128
-    directions: int = 8
-    rest_examples: int = 8
-    spread_draws: int = 1
-    examples: int = 0
-    step: float = 0.002
-
-
-@dataclass(frozen=True)
-class LMCSection:
-    """Linear mode connectivity: branch at epoch k with two data orders, for several k.
-
-    An empty `model` or `data`, and 0 for `epochs` or `batch_size`, stand for those of the minima.
-    Without seeds there is no such figure.
-    """
-
-    model: str = ""
-    data: str = ""
-    epochs: int = 0
-    batch_size: int = 0
-    branch_epochs: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    seeds: tuple[int, ...] = (0,)
-    points: int = 11
-
-
-@dataclass(frozen=True)
-class StraightLineSection:
+class StraightLine(Section):
     """Relaxation along the straight line between two branches of figure 5 (figure 8).
 
-    Those of the first trunk's first branching epoch from `epoch` on (-1: the last). Without batch
-    sizes there is no such figure.
+    The branches are those of the first trunk's first branching epoch from `epoch` on (-1: the
+    last). Without batch sizes there is no such figure.
     """
 
-    epoch: int = -1
+    toml = "straight_line"
+    epoch: Annotated[int, Field(ge=-1)] = -1
+    batch_sizes: DistinctOrNone[Count] = ()
+    starts: Annotated[Distinct[Number], AfterValidator(in_unit_interval)] = (0.25, 0.5)
+    lr: Positive = 0.05
+    steps: Count = 1500
+    replicas: Count = 16
 
-    batch_sizes: tuple[int, ...] = ()
-    starts: tuple[float, ...] = (0.25, 0.5)
-    lr: float = 0.05
-    steps: int = 1500
-    replicas: int = 16
+    def images_needed(self) -> dict[str, int]:
+        """The largest minibatch."""
+        return {"batch_sizes": max(self.batch_sizes, default=0)}
 
 
-@dataclass(frozen=True)
-class BadMinimumSection:
-    """A minimum that fits its examples and generalizes badly, and the path to it (figure 9).
+class Config(BaseModel):
+    """Everything that a run's numbers depend on; stored with it as `config.json`.
 
-    The last `corrupted_labels` training images, in the data set's order, get wrong labels. A
-    network is trained on all images for `epochs`, with neither augmentation nor weight decay. The
-    path to it begins at the first minimum; its loss, curvature and dynamics are those on the
-    images that kept their labels. With corrupted_labels = 0 there is no such figure.
+    `config.train` is a common section, `config[Relax]` that of a figure.
     """
 
-    corrupted_labels: int = 0
-    epochs: int = 200
-    batch_size: int = 64
-    lr: float = 0.05
-    starts: tuple[float, ...] = (0.5, 0.93, 0.99)
-    relax_lr: float = 0.1
-    relax_batch_size: int = 4
-    steps: int = 1500
-    replicas: int = 16
-
-
-@dataclass(frozen=True)
-class LangevinSection:
-    """Langevin particles in the ring and ridge potentials of figure 1."""
-
-    particles: int = 100_000
-    temperature: float = 0.25
-    ridge_temperature: float = 0.075
-    dt: float = 0.006
-    steps: int = 5000
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run is computed from; stored with it as `config.json`."""
-
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     preset: str
-    seed: int = 0
-    data: DataSection = field(default_factory=DataSection)
-    model: ModelSection = field(default_factory=ModelSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    path: PathSection = field(default_factory=PathSection)
-    curvature: CurvatureSection = field(default_factory=CurvatureSection)
-    relax: RelaxSection = field(default_factory=RelaxSection)
-    force: ForceSection = field(default_factory=ForceSection)
-    lmc: LMCSection = field(default_factory=LMCSection)
-    fig6: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
-    fig7: LMCSection = field(default_factory=lambda: LMCSection(seeds=()))
-    straight_line: StraightLineSection = field(default_factory=StraightLineSection)
-    bad_minimum: BadMinimumSection = field(default_factory=BadMinimumSection)
-    langevin: LangevinSection = field(default_factory=LangevinSection)
+    seed: Natural = 0
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    path: PathSection = PathSection()
+
+    def __getitem__(self, section: type[S]) -> S:
+        return cast(S, getattr(self, section.toml))
+
+    def sections(self) -> Iterator[Section]:
+        """Every section, in the order of the file."""
+        return (value for _, value in self if isinstance(value, Section))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON holds it (tuples as lists)."""
-        return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(self)))
+        return self.model_dump(mode="json")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the class is built, so it has no name to import
+        return _rebuilt, (self.to_dict(),)
 
 
-def _plain(value: Any) -> Any:
+@cache
+def schema() -> type[Config]:
+    """`Config` with the sections of all figures."""
+    sections = {n: c for n, c in Section.registered.items() if n not in Config.model_fields}
+    fields: dict[str, Any] = {name: (cls, cls()) for name, cls in sections.items()}
+    return create_model("Config", __base__=Config, **fields)
+
+
+def _rebuilt(document: dict[str, Any]) -> Config:
+    return schema().model_validate(as_tuples(document))
+
+
+def as_tuples(value: Any) -> Any:
+    """A document with its lists as tuples, which the fields of sections are."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value

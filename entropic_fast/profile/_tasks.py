@@ -22,10 +22,10 @@ from ..curvature import (
     score_spectrum_floor,
     top_eigenvalues,
 )
+from ..experiments import _inputs
 from ..experiments._executor import Progress, Task
 from ..experiments._task_store import TaskStore
 from ..experiments.figures import _relaxation_runs as relaxation
-from ..experiments.figures import fig2
 from ..objective import Objective
 from ..paths import Path
 from ._subject import Subject
@@ -66,7 +66,7 @@ def tasks(subject: Subject) -> list[Task]:
 def find_path(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:
     """The minimum energy path, and the loss along it and along the straight line."""
     assert subject.end is not None
-    return fig2.connected(progress, subject.whole, subject.end, subject.neb, 33)
+    return _inputs.connected(progress, subject.whole, subject.end, subject.neb, 33)
 
 
 def measure_along(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import pytest
 from scipy import stats
 
 from entropic_fast._utils.table import Table
-from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED, Claim, evaluate, to_json
+from entropic_fast.experiments._pipeline import evaluate_claims
+from entropic_fast.experiments.claims import FAILS, HOLDS, UNDECIDED, UNTESTED, Claim, to_json
 
 
 def test_no_tables_no_claims(tmp_path):
-    assert evaluate(tmp_path) == []
+    assert evaluate_claims(tmp_path) == []
 
 
 # -- figure 1 ------------------------------------------------------------------------------
@@ -256,7 +257,8 @@ def test_deeper_starts_take_longer_if_they_arrive_later(judge):
     down = found["drifts down the curvature"]
     assert down.effect == 1.0 and "4 of 4 starts" in down.detail
     # Four starts of four: Clopper and Pearson's interval reaches below one half.
-    assert (down.low, down.verdict) == (pytest.approx(0.025 ** (1 / 4)), UNDECIDED)
+    assert (down.low, down.verdict) == (pytest.approx(0.025 ** (1 / 4)), UNTESTED)
+    assert "4 starts, 6 are needed" in down.detail
 
 
 def test_deeper_starts_that_arrive_earlier_fail_it(judge):
@@ -284,7 +286,7 @@ def test_where_nothing_moves_nothing_is_decided(judge):
         for _ in range(3):
             runs.add([start] * 5)
     found = judge(fig3_relaxation=runs.table, fig2_curvature=PEAK)
-    assert {c.verdict for n, c in found.items() if n not in NAMES} == {UNDECIDED}
+    assert {c.verdict for n, c in found.items() if n not in NAMES} == {UNTESTED}
     assert "0 of 0 starts" in found["drifts down the curvature"].detail
 
 
@@ -317,7 +319,7 @@ def test_diverged_replicas_are_left_out_and_mentioned(judge):
 def test_a_negative_trace_is_no_direction(judge):
     runs = Runs().add([0.3, 0.2]).add([0.3, 0.21])
     found = judge(fig3_relaxation=runs.table, fig2_curvature=curvature([-1, -2, -3, -2, -1]))
-    assert found["drifts down the curvature"].verdict == UNDECIDED
+    assert found["drifts down the curvature"].verdict == UNTESTED
 
 
 def test_a_drift_that_is_the_losss_too_is_said_to_be(judge):
@@ -332,7 +334,7 @@ def test_few_arrivals_decide_nothing(judge):
         for noise in (-0.001, 0.0, 0.001):
             runs.add(decays(0.1, 0.2, noise) if start == 0.1 else [start] * 20)
     claim = judge(fig3_relaxation=runs.table, fig2_curvature=PEAK)["deeper starts take longer"]
-    assert claim.verdict == UNDECIDED and "3 of 9 replicas" in claim.detail
+    assert claim.verdict == UNTESTED and "3 of 9 replicas" in claim.detail
 
 
 def test_speed_is_per_effective_time_and_ends_at_the_end_of_the_path(judge):
@@ -438,9 +440,15 @@ def test_connectivity_fails_where_it_is_the_other_way_round(judge):
     assert [found[n].verdict for n in LMC] == [HOLDS, FAILS, FAILS]
 
 
-def test_one_trunk_is_not_enough_data(judge):
+@pytest.mark.parametrize("trunks", [1, 2])
+def test_claims_of_fewer_trunks_than_three_are_not_tested(judge, trunks):
+    found = judge(fig5_instability=instability(GOOD[: 3 * trunks]))
+    assert {c.verdict for c in found.values()} == {UNTESTED}
+    assert all(f"{trunks} trunks, 3 are needed" in c.detail for c in found.values())
+
+
+def test_the_effect_of_one_trunk_has_no_interval(judge):
     found = judge(fig5_instability=instability(GOOD[:3]))
-    assert {c.verdict for c in found.values()} == {UNDECIDED}
     assert found[LMC[0]].effect == pytest.approx(2.0) and np.isnan(found[LMC[0]].low)
 
 
@@ -488,7 +496,7 @@ def test_tables_of_other_content_are_claims_or_one_readable_error(tiny_run, tmp_
         with open(file, "w", newline="") as text:
             csv.writer(text).writerows(lines)
     try:
-        found = evaluate(tmp_path / "data")
+        found = evaluate_claims(tmp_path / "data")
     except ValueError as error:
         assert "expected the columns and numbers of a finished run in each" in str(error)
         assert ".csv" in str(error)

@@ -1,6 +1,5 @@
 import math
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +7,11 @@ from rich.console import Console
 
 from entropic_fast._utils.table import Table
 from entropic_fast.experiments import _pipeline as stages
+from entropic_fast.experiments._config import with_overrides
 from entropic_fast.experiments._executor import execute
 from entropic_fast.experiments._run_folder import RunFolder
 from entropic_fast.experiments.figures import _relaxation_runs as relaxation
+from entropic_fast.experiments.figures.fig3 import _tasks as fig3
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def run(tiny_run, tmp_path):
 
 
 def starts(run):
-    return relaxation._midpoints(run)[1::2]  # the demo's start_every
+    return fig3._midpoints(run)[1::2]  # the demo's start_every
 
 
 def test_panels_share_their_noise_and_hold_what_was_asked(run):
@@ -46,17 +47,17 @@ def test_what_the_scan_has_is_not_run_again(run, monkeypatch):
         ran.append((arguments[2], len(arguments[4])))
         return whole(*arguments)
 
-    whole = relaxation._relax
-    monkeypatch.setattr(relaxation, "_relax", spy)
-    again = relaxation.relax_starts(run, lambda _: None)["trajectory"]
+    whole = relaxation.run_replicas
+    monkeypatch.setattr(relaxation, "run_replicas", spy)
+    again = fig3.relax_starts(run, lambda _: None)["trajectory"]
     assert again.rows() == expected["A"]
     assert ran == [("relax/A", (len(starts(run)) - 1) * run.config.relax.replicas)]
     size = run.config.relax.batch_size
-    again = relaxation.relax_batch(run, lambda _: None, size)["trajectory"]
+    again = fig3.relax_batch(run, lambda _: None, size)["trajectory"]
     assert again.rows() == expected[f"B-{size}"] and len(ran) == 1
     # A panel that has to run all of it itself finds the same, but for rounding.
-    monkeypatch.setattr(relaxation, "_start", lambda _: 2.0)
-    alone = relaxation.relax_starts(run, lambda _: None)["trajectory"]
+    monkeypatch.setattr(fig3, "_start", lambda _: 2.0)
+    alone = fig3.relax_starts(run, lambda _: None)["trajectory"]
     assert ran[1][1] == len(starts(run)) * run.config.relax.replicas
     assert alone.num_rows == len(expected["A"])
     found = [float(row["position"]) for row in expected["A"]]
@@ -67,7 +68,7 @@ def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_
     run, monkeypatch
 ):
     monkeypatch.setattr(relaxation, "optimizer_rate", lambda _: 1e30)
-    todo = [u for u in relaxation.tasks(run) if u.name == "relax/sgd"]
+    todo = [u for u in fig3.tasks(run) if u.name == "relax/sgd"]
     (run.task_folder("relax/sgd") / "done.json").unlink()
     execute(run, todo, workers=1, console=Console(quiet=True))
     table = run.table("relax/sgd", "trajectory")
@@ -79,8 +80,8 @@ def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_
 
 
 def test_a_scan_in_which_every_replica_diverges_takes_the_largest_rate(run, monkeypatch):
-    lost = replace(run.config, relax=replace(run.config.relax, lr=0.0, lrs=(1e30, 2e30)))
-    found = relaxation.scan_rates(RunFolder(run.path, lost), lambda _: None)
+    lost = with_overrides(run.config, ["relax.lr=0.0", "relax.lrs=[1e30, 2e30]"])
+    found = fig3.scan_rates(RunFolder(run.path, lost), lambda _: None)
     assert found["choice"]["lr"] == 2e30 and "at none of" in found["choice"]["why"]
     assert np.isnan(found["trajectory"].where(step=30)["position"]).all()
 
@@ -95,25 +96,26 @@ def test_a_task_that_was_interrupted_goes_on_from_its_checkpoint(run, monkeypatc
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        relaxation.relax_starts(run, stop)
+        fig3.relax_starts(run, stop)
     assert checkpoint.exists()
     fractions = []
-    again = relaxation.relax_starts(run, fractions.append)["trajectory"]
+    again = fig3.relax_starts(run, fractions.append)["trajectory"]
     assert fractions == [1] and not checkpoint.exists()
     assert again.rows() == before
     # One of another path, or no checkpoint at all, is computed anew.
     checkpoint.write_bytes(b"nothing of the kind")
-    assert relaxation.relax_starts(run, fractions.append)["trajectory"].rows() == before
+    assert fig3.relax_starts(run, fractions.append)["trajectory"].rows() == before
 
 
 def test_the_rate_asked_for_is_taken_and_otherwise_the_rule_says_why(run):
-    assert relaxation._choose(None, 0.25) == {
+    assert fig3._choose(None, 0.25) == {
         "lr": 0.25,
         "why": "learning rate 0.25 as configured",
     }
-    assert relaxation.chosen_rate(run) in run.config.relax.lrs
-    assert "at none of" in relaxation.choice_text(run) or "lowest of" in relaxation.choice_text(run)
-    assert math.isclose(relaxation.optimizer_rate(run), run.config.relax.optimizer_lr)
+    assert fig3.chosen_rate(run) in run.config.relax.lrs
+    said = fig3.notes(run)[0]
+    assert "at none of" in said or "lowest of" in said
+    assert math.isclose(fig3.optimizer_rate(run), run.config.relax.optimizer_lr)
 
 
 def test_relaxation_times_count_updates_and_say_who_is_missing():

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from entropic_fast._utils.table import Table
-from entropic_fast.experiments.figures._survival import survival
+from entropic_fast.experiments.figures.fig3._survival import survival
 
 
 def trajectories(times, horizon=3000):

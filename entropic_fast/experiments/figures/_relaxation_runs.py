@@ -4,34 +4,100 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise, product
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
+from ..._utils import checks
 from ..._utils.atomic_io import DamagedFileError
 from ..._utils.table import Table
 from ...dynamics import (
+    OPTIMIZERS,
     Checkpointing,
     CheckpointMismatchError,
     DivergenceError,
     ProjectedSGD,
     Recording,
     Trajectory,
-    displacement,
     relax,
     relaxation_time,
 )
 from ...objective import Objective
 from ...paths import Path
-from .. import _inputs as pieces
-from .._executor import Progress, Task
+from .._executor import Progress
 from .._run_folder import RunFolder
+from .._sections import (
+    Config,
+    Count,
+    Distinct,
+    Number,
+    Position,
+    Positions,
+    Positive,
+    Section,
+    rejected,
+)
 from .._task_store import TaskStore
 from ..claims._intervals import mean_interval
+
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise rejected("one of " + ", ".join(map(repr, OPTIMIZERS)), name)
+    return name
+
+
+class Relax(Section):
+    """Projected SGD on the first path.
+
+    `lr` is the learning rate of figures 3A and 3B. With 0 it is chosen among `lrs`: the lowest
+    one at which the median displacement exceeds its 95 % interval. `optimizer_lr` is the rate of
+    figure 4 (0: the same); Adam uses `adam_lr_factor` times it. Figure 3A starts at `starts`, or
+    in the middle of every `start_every`-th segment of the path. Figure 3D (ours) varies the
+    number of updates between projections over `cycles`.
+    """
+
+    toml = "relax"
+    lr: Number = 0.02
+    batch_size: Count = 16
+    project_every: Count = 15
+    steps: Count = 4500
+    replicas: Count = 4
+    starts: Positions = ()
+    start_every: Count = 1
+    start: Position = 0.0
+    batch_sizes: Distinct[Count] = (16, 32, 64, 128, 256)
+    lrs: Distinct[Positive] = (0.005, 0.01, 0.02, 0.04)
+    cycles: tuple[Count, ...] = ()
+    optimizers: Distinct[Annotated[str, AfterValidator(_known_optimizer)]] = (
+        "sgd",
+        "nesterov",
+        "adam",
+    )
+    optimizer_lr: Number = 0.0
+    adam_lr_factor: Positive = 1.0
+    records: Count = 100
+
+    def check(self, config: Config) -> None:
+        """Starts are in the middle of segments that the path has."""
+        require_segments("relax.start_every", self.start_every, config)
+
+    def images_needed(self) -> dict[str, int]:
+        """The largest minibatch."""
+        return {"batch_size": self.batch_size, "batch_sizes": max(self.batch_sizes)}
+
+
+def require_segments(key: str, count: int, config: Config) -> None:
+    """Reject a setting that asks for more segments than a new path has."""
+    segments = config.path.pivots - 1
+    if count > segments:
+        expected = f"at most the {segments} segments of a path of path.pivots"
+        raise checks.invalid(key, expected, str(count))
+
 
 Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
 
@@ -53,96 +119,9 @@ def relaxation_setup(
     run: RunFolder, objective: Objective, path: Path, steps: int, replicas: int
 ) -> RelaxationSetup:
     """A setup with the run's projection, records and seed."""
-    section = run.config.relax
+    section = run.config[Relax]
     every, records = section.project_every, section.records
     return RelaxationSetup(objective, path, steps, replicas, every, records, run.config.seed)
-
-
-SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
-
-
-def tasks(run: RunFolder) -> list[Task]:
-    """The scan over learning rates first; starts, batch sizes, k and optimizers at the rate chosen.
-
-    Settings that the scan has (the base start and batch size, vanilla SGD) are taken from it.
-    """
-    section = run.config.relax
-    path = f"path/{pieces.path_names(run)[0][0]}"
-
-    def work(settings: int, batch_size: int) -> float:
-        # An update costs about as much as 8 more examples, whatever its batch.
-        return float(settings * section.replicas * section.steps * (batch_size + 8))
-
-    starts = len(section.starts) or (run.config.path.pivots - 1) // section.start_every
-    base, after = section.batch_size, (path, SCAN)
-    known = section.lr in (0.0, *section.lrs)
-    sizes = {b: work(int(b != base or not known), b) for b in section.batch_sizes}
-    known = section.optimizer_lr in section.lrs if section.optimizer_lr else known
-    optimizers = {o: work(int(o != "sgd" or not known), base) for o in section.optimizers}
-    cycles = {k: work(int(k != section.project_every), base) for k in section.cycles}
-    return [
-        Task(SCAN, scan_rates, (), (path,), work(len(section.lrs), base)),
-        Task("relax/A", relax_starts, (), after, work(starts, base)),
-        *(Task(f"relax/B-{b}", relax_batch, (b,), after, w) for b, w in sizes.items()),
-        *(Task(f"relax/D-{k}", relax_cycle, (k,), after, w) for k, w in cycles.items()),
-        *(Task(f"relax/{o}", relax_optimizer, (o,), after, w) for o, w in optimizers.items()),
-    ]
-
-
-def scan_rates(run: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Panel C: every learning rate at the base batch size; and the rate the rule chooses."""
-    section = run.config.relax
-    settings = _settings(run, [_start(run)], section.lrs)
-    trajectory = _relax(run, progress, SCAN, _first(run), settings, section.batch_size, "sgd")
-    table = _long(trajectory, "C", settings, section.replicas)
-    return {"trajectory": table, "choice": _choose(trajectory, section.lr)}
-
-
-def relax_starts(run: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Panel A: several starting points."""
-    section = run.config.relax
-    starts = section.starts or _midpoints(run)[section.start_every - 1 :: section.start_every]
-    settings = _settings(run, starts, [chosen_rate(run)])
-    return {
-        "trajectory": _panel(run, progress, "relax/A", "A", settings, section.batch_size, "sgd")
-    }
-
-
-def relax_batch(run: RunFolder, progress: Progress, size: int) -> dict[str, Any]:
-    """Panel B: one batch size."""
-    settings = _settings(run, [_start(run)], [chosen_rate(run)])
-    return {"trajectory": _panel(run, progress, f"relax/B-{size}", "B", settings, size, "sgd")}
-
-
-def relax_cycle(run: RunFolder, progress: Progress, every: int) -> dict[str, Any]:
-    """Panel D: one number k of updates between projections."""
-    settings, size = _settings(run, [_start(run)], [chosen_rate(run)]), run.config.relax.batch_size
-    task = f"relax/D-{every}"
-    return {"trajectory": _panel(run, progress, task, "D", settings, size, "sgd", every)}
-
-
-def relax_optimizer(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
-    """Figure 4: one optimizer at the base batch size; Adam at its own multiple of the rate."""
-    section = run.config.relax
-    factor = section.adam_lr_factor if name == "adam" else 1.0
-    settings = _settings(run, [_start(run)], [optimizer_rate(run) * factor])
-    task = f"relax/{name}"
-    return {"trajectory": _panel(run, progress, task, "4", settings, section.batch_size, name)}
-
-
-def chosen_rate(run: RunFolder) -> float:
-    """The learning rate of panels A and B."""
-    return float(run.document(SCAN, "choice")["lr"])
-
-
-def optimizer_rate(run: RunFolder) -> float:
-    """The learning rate of figure 4."""
-    return run.config.relax.optimizer_lr or chosen_rate(run)
-
-
-def choice_text(run: RunFolder) -> str:
-    """How that rate was chosen, for captions."""
-    return str(run.document(SCAN, "choice")["why"])
 
 
 def collect(run: TaskStore, names: Sequence[str], stage: str = "relax") -> Table:
@@ -257,44 +236,6 @@ def trajectory_of(
     )
 
 
-def _settings(run: RunFolder, starts: Sequence[float], rates: Sequence[float]) -> Settings:
-    return [(s, lr) for s, lr in product(starts, rates) for _ in range(run.config.relax.replicas)]
-
-
-def _panel(
-    run: RunFolder,
-    progress: Progress,
-    task: str,
-    panel: str,
-    settings: Settings,
-    batch_size: int,
-    optimizer: str,
-    project_every: int = 0,
-) -> Table:
-    """Settings in order, from the scan where it has them: the same noise makes the same run."""
-    setup = _first(run)
-    if project_every:
-        setup = replace(setup, project_every=project_every)
-    scan = (run.config.relax.batch_size, run.config.relax.project_every, "sgd")
-    scanned = (batch_size, setup.project_every, optimizer) == scan
-    shared = set(settings) & set(_settings(run, [_start(run)], run.config.relax.lrs))
-    shared = shared if scanned else set()
-    missing = [setting for setting in settings if setting not in shared]
-    tables = []
-    if missing:
-        tables = [along(run, progress, task, panel, setup, missing, batch_size, optimizer)]
-    if shared:
-        tables.append(run.table(SCAN, "trajectory"))
-    tracks: list[list[dict[str, object]]] = []
-    for start, lr in dict.fromkeys(settings):
-        found = next(t for table in tables if (t := table.where(start=start, lr=lr)).num_rows)
-        tracks += [
-            found.where(run=number).rows() for number in dict.fromkeys(found["run"].tolist())
-        ]
-    rows = [{**row, "panel": panel, "run": i} for i, track in enumerate(tracks) for row in track]
-    return Table.from_rows(rows)
-
-
 def along(
     run: TaskStore,
     progress: Progress,
@@ -306,20 +247,11 @@ def along(
     optimizer: str = "sgd",
 ) -> Table:
     """Trajectories of every setting's replicas as a long table."""
-    trajectory = _relax(run, progress, task, setup, settings, batch_size, optimizer)
-    return _long(trajectory, panel, settings, setup.replicas)
+    trajectory = run_replicas(run, progress, task, setup, settings, batch_size, optimizer)
+    return long_table(trajectory, panel, settings, setup.replicas)
 
 
-def _first(run: RunFolder) -> RelaxationSetup:
-    """The run's first path."""
-    name, first, *_ = pieces.path_names(run)[0]
-    section = run.config.relax
-    objective = pieces.objective(run, pieces.minimum(run, first))
-    path = pieces.load_path(run, name)
-    return relaxation_setup(run, objective, path, section.steps, section.replicas)
-
-
-def _relax(
+def run_replicas(
     run: TaskStore,
     progress: Progress,
     task: str,
@@ -374,7 +306,7 @@ def _relax(
     return trajectory
 
 
-def _long(trajectory: Trajectory, panel: str, settings: Settings, replicas: int) -> Table:
+def long_table(trajectory: Trajectory, panel: str, settings: Settings, replicas: int) -> Table:
     count = len(trajectory.steps)
     columns: dict[str, list[Any]] = {
         key: []
@@ -412,40 +344,4 @@ def _long(trajectory: Trajectory, panel: str, settings: Settings, replicas: int)
     return Table(columns)
 
 
-def _choose(trajectory: Trajectory, fixed: float) -> dict[str, Any]:
-    """The learning rate asked for; if 0, the lowest that moves beyond its interval."""
-    if fixed:
-        return {"lr": fixed, "why": f"learning rate {fixed:g} as configured"}
-    rates = sorted(set(trajectory.lr.tolist()))
-    listed = ", ".join(f"{r:g}" for r in rates)
-    for lr in rates:
-        left = (trajectory.lr == lr) & ~trajectory.diverged
-        if not bool(left.any()):
-            continue
-        moved = displacement(trajectory.select(left), statistic="median")
-        if moved.low * moved.high > 0 and abs(moved.value) > MINIMUM_DISPLACEMENT:
-            return {
-                "lr": lr,
-                "why": f"learning rate {lr:g}, the lowest of {listed} at which the median "
-                f"displacement ({moved.value:+.4f} of the path) is beyond "
-                f"{MINIMUM_DISPLACEMENT:g} and its {100 * moved.confidence:.0f} % interval "
-                f"({moved.low:+.4f} to {moved.high:+.4f}) leaves out 0",
-            }
-    return {
-        "lr": rates[-1],
-        "why": f"learning rate {rates[-1]:g}, the largest: at none of {listed} was the median "
-        f"displacement beyond {MINIMUM_DISPLACEMENT:g} of the path and its own interval",
-    }
-
-
 CHECKPOINT_CYCLES = 50  # between checkpoints: seconds of work
-MINIMUM_DISPLACEMENT = 0.01  # of the path: below it nothing can be seen in a figure
-
-
-def _start(run: RunFolder) -> float:
-    return run.config.relax.start or _midpoints(run)[1]  # between the second and third pivots
-
-
-def _midpoints(run: RunFolder) -> list[float]:
-    positions = pieces.load_path(run, pieces.path_names(run)[0][0]).positions.tolist()
-    return [(a + b) / 2 for a, b in pairwise(positions)]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Drawing
 
 from ..._utils.table import Table
+from .._figure import PAPER, ClaimTest, Figure
 from .._run_folder import RunFolder
+from ..claims import Claim
 from . import _relaxation_runs as relaxation
-from . import _style as plots
-from .fig3 import curves
+from . import _style
+from ._relaxation_runs import Relax
+from .fig3 import curves, faster, replicas_of
 
 COLORS = {"sgd": "#000000", "nesterov": "#D55E00", "adam": "#009E73"}  # the paper's order
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    table = relaxation.collect(run, run.config.relax.optimizers)
+    table = relaxation.collect(run, run.config[Relax].optimizers)
     return {
         "fig4_optimizers": table,
         "fig4_bands": relaxation.bands(table),
@@ -23,10 +26,10 @@ def collect(run: RunFolder) -> dict[str, Table]:
     }
 
 
-def draw(tables: dict[str, Table]) -> Figure:
+def draw(tables: dict[str, Table]) -> Drawing:
     """Panels A (updates) and B (effective time) of the paper's figure 4."""
     table = tables["fig4_optimizers"]
-    figure, axes = plots.panels(1, 2, width=4.4, height=3.3)
+    figure, axes = _style.panels(1, 2, width=4.4, height=3.3)
     names = list(dict.fromkeys(table["optimizer"].tolist()))
     rate = {name: float(table.where(optimizer=name)["lr"][0]) for name in names}
     for ax, time in zip(axes, ("step", "effective_time"), strict=True):
@@ -40,6 +43,44 @@ def draw(tables: dict[str, Table]) -> Figure:
             time,
             colors,
         )
-    plots.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
-    plots.letter(axes[1], "B", "against effective time")
+    _style.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
+    _style.letter(axes[1], "B", "against effective time")
     return figure
+
+
+def optimizers(optimizers: Table) -> list[Claim]:
+    """Nesterov momentum and Adam against vanilla SGD."""
+    runs = replicas_of(optimizers)
+    claims = []
+    for name in ("nesterov", "adam"):
+        claims += faster(
+            "4",
+            f"{name} relaxes faster",
+            f"{name} relaxes faster than vanilla SGD, after as many updates",
+            [r for r in runs if r.optimizer == name],
+            [r for r in runs if r.optimizer == "sgd"],
+            lambda r: f"{r.optimizer}, lr = {r.lr:g}",
+        )
+        claims += faster(
+            "4",
+            f"{name} relaxes faster per effective time",
+            f"{name} relaxes faster than vanilla SGD in effective time, updates x lr",
+            [r for r in runs if r.optimizer == name],
+            [r for r in runs if r.optimizer == "sgd"],
+            lambda r: f"{r.optimizer}, lr = {r.lr:g}",
+            effective=True,
+        )
+    return claims
+
+
+FIGURE = Figure(
+    name="fig4",
+    command="relax",
+    collect=collect,
+    draw=draw,
+    claims=(ClaimTest(("fig4_optimizers",), optimizers),),
+    minimum={"replicas": 3},
+    title="Figure 4. Relaxation under different optimizers.",
+    caption="The same start and batch size for vanilla SGD, Nesterov momentum 0.9 and Adam.",
+    source=PAPER,
+)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from ..._utils.table import Table
-from ._claim import UNDECIDED, Claim, verdict
-from ._intervals import (
+from ...._utils.table import Table
+from ...claims import NOTES, OURS, PAPER, UNTESTED, Claim, verdict
+from ...claims._intervals import (
     LEVEL,
     Array,
     bootstrap_rank_correlation,
@@ -27,7 +27,7 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
     Replicas with one number share their noise over all settings, so settings are compared by
     the differences within those pairs.
     """
-    runs = [_Run.of(relaxation, i) for i in np.unique(relaxation["run"])]
+    runs = replicas_of(relaxation)
     depth = [r for r in runs if r.panel == "A"]
     batch = sorted((r for r in runs if r.panel == "B"), key=lambda r: r.batch_size)
     rate = sorted((r for r in runs if r.panel == "C"), key=lambda r: r.lr)
@@ -35,72 +35,48 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
     return [
         *_deeper_takes_longer(depth),
         *_down_the_curvature(depth, curvature),
-        *_faster(
+        *faster(
             "3B",
             "smaller batches relax faster",
-            "at one learning rate, smaller batches relax faster [S]; about 10 times between B = 16 "
-            "and 256 [N]",
+            "at one learning rate, smaller batches relax faster (about 10 times between B = 16 "
+            "and 256, in secondary notes)",
             [r for r in batch if r.batch_size == batch[0].batch_size],
             [r for r in batch if r.batch_size == batch[-1].batch_size],
             lambda r: f"B = {r.batch_size}",
         ),
-        *_faster(
+        *faster(
             "3C",
             "larger learning rates relax faster",
-            "at one batch size, larger learning rates relax faster [S]",
+            "at one batch size, larger learning rates relax faster",
             [r for r in rate if r.lr == rate[-1].lr],
             [r for r in rate if r.lr == rate[0].lr],
             lambda r: f"lr = {r.lr:g}",
         ),
-        *_faster(
+        *faster(
             "3C",
             "larger learning rates relax faster per effective time",
             "at one batch size, larger learning rates relax faster in effective time too, as a "
-            "force that grows with temperature must [S, D]",
+            "force that grows with temperature must (our reading)",
             [r for r in rate if r.lr == rate[-1].lr],
             [r for r in rate if r.lr == rate[0].lr],
             lambda r: f"lr = {r.lr:g}",
             effective=True,
         ),
-        *_faster(
+        *faster(
             "3D",
             "rarer projections relax faster",
             "at equal noise, more updates k between projections relax faster, as k trades the "
-            "force against the constraint to the path [N]",
+            "force against the constraint to the path",
             [r for r in cycle if r.project_every == cycle[-1].project_every],
             [r for r in cycle if r.project_every == cycle[0].project_every],
             lambda r: f"k = {r.project_every}",
+            source=NOTES,
         ),
     ]
 
 
-def optimizers(optimizers: Table) -> list[Claim]:
-    """Nesterov momentum and Adam against vanilla SGD."""
-    runs = [_Run.of(optimizers, i) for i in np.unique(optimizers["run"])]
-    claims = []
-    for name in ("nesterov", "adam"):
-        claims += _faster(
-            "4",
-            f"{name} relaxes faster",
-            f"{name} relaxes faster than vanilla SGD, after as many updates [S]",
-            [r for r in runs if r.optimizer == name],
-            [r for r in runs if r.optimizer == "sgd"],
-            lambda r: f"{r.optimizer}, lr = {r.lr:g}",
-        )
-        claims += _faster(
-            "4",
-            f"{name} relaxes faster per effective time",
-            f"{name} relaxes faster than vanilla SGD in effective time, updates x lr [S]",
-            [r for r in runs if r.optimizer == name],
-            [r for r in runs if r.optimizer == "sgd"],
-            lambda r: f"{r.optimizer}, lr = {r.lr:g}",
-            effective=True,
-        )
-    return claims
-
-
 @dataclass(frozen=True)
-class _Run:
+class Replica:
     """One replica's trajectory."""
 
     panel: str
@@ -114,7 +90,7 @@ class _Run:
     position: Array
 
     @classmethod
-    def of(cls, table: Table, run: int) -> _Run:
+    def of(cls, table: Table, run: int) -> Replica:
         rows = table.where(run=run)
         return cls(
             str(rows["panel"][0]),
@@ -154,7 +130,12 @@ class _Run:
         return float(self.step[reached[0]]) if len(reached) else np.inf
 
 
-def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
+def replicas_of(table: Table) -> list[Replica]:
+    """The trajectories in a table."""
+    return [Replica.of(table, run) for run in np.unique(table["run"])]
+
+
+def _deeper_takes_longer(asked: list[Replica]) -> list[Claim]:
     # A start at an end has nowhere to go, and a diverged replica says nothing of time.
     runs = [r for r in asked if np.isfinite(r.approach) and r.depth > 0]
     if not runs:
@@ -177,18 +158,19 @@ def _deeper_takes_longer(asked: list[_Run]) -> list[Claim]:
         Claim(
             "3A",
             "deeper starts take longer",
-            "models that start deeper along the path take longer to relax to the end [S]",
+            "models that start deeper along the path take longer to relax to the end",
             "rank correlation of starting depth and time to reach the end's neighborhood",
             rho,
             low,
             high,
-            verdict(low, high, 0.0) if arrived.mean() >= 0.5 else UNDECIDED,
+            verdict(low, high, 0.0) if arrived.mean() >= 0.5 else UNTESTED,
             detail + _left_out(sum(not np.isfinite(r.approach) for r in asked)),
+            samples={"replicas": len({r.replica for r in asked})},
         )
     ]
 
 
-def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
+def _down_the_curvature(runs: list[Replica], curvature: Table) -> list[Claim]:
     if not runs:
         return []
     first = curvature.where(path=curvature["path"][0])
@@ -218,7 +200,7 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
         Claim(
             "3A",
             "drifts down the curvature",
-            "where replicas move, they move down the Hessian trace across the path [D]",
+            "where replicas move, they move down the Hessian trace across the path",
             "share of moving starts whose drift has the sign of -d ln(tr H)/ds",
             float(share),
             low,
@@ -227,19 +209,22 @@ def _down_the_curvature(runs: list[_Run], curvature: Table) -> list[Claim]:
             f"{agree} of {moving} starts that moved beyond their interval, of {len(starts)}; "
             f"at {alike} of them the loss falls the same way, so that the direction alone does not "
             "tell noise from loss" + _left_out(lost),
+            OURS,
+            {"starts": len(starts)},
         )
     ]
 
 
-def _faster(
+def faster(
     figure: str,
     name: str,
     statement: str,
-    fast: list[_Run],
-    slow: list[_Run],
-    label: Callable[[_Run], str],
+    fast: list[Replica],
+    slow: list[Replica],
+    label: Callable[[Replica], str],
     *,
     effective: bool = False,
+    source: str = PAPER,
 ) -> list[Claim]:
     if not fast or not slow or label(fast[0]) == label(slow[0]):
         return []
@@ -265,6 +250,8 @@ def _faster(
             high,
             verdict(low, high, 0.0),
             detail,
+            source,
+            {"replicas": min(len(fast), len(slow))},
         )
     ]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from ..._utils.table import Table
-from ._claim import FAILS, HOLDS, Claim, verdict
-from ._intervals import LEVEL, floats, normal_interval, select
+from ...._utils.table import Table
+from ...claims import FAILS, HOLDS, Claim, verdict
+from ...claims._intervals import LEVEL, floats, normal_interval, select
 
 CHI_SQUARE_LEVEL = 0.01  # a density is rejected below this probability
 
@@ -23,9 +23,9 @@ def ring(ring: Table) -> list[Claim]:
             Claim(
                 "1A",
                 name,
-                "at T > 0 the angular density is the analytic one [S]"
+                "at T > 0 the angular density is the analytic one"
                 if hot
-                else "at T = 0 the angular density is uniform [S]",
+                else "at T = 0 the angular density is uniform",
                 "sqrt(chi2 / N), the relative misfit",
                 float(np.sqrt(test.statistic / count.sum())),
                 np.nan,
@@ -47,7 +47,7 @@ def ring(ring: Table) -> list[Claim]:
         Claim(
             "1A",
             "concentrates where curvature is low",
-            "at T > 0 particles gather at angles of low curvature [S]",
+            "at T > 0 particles gather at angles of low curvature",
             "density, flattest quarter / stiffest quarter",
             float(ratio),
             float(low),
@@ -71,7 +71,7 @@ def ridge(tracks: Table) -> list[Claim]:
         Claim(
             "1B",
             "drifts to the broad side",
-            "a Brownian particle on a ridge is pushed toward its broad side [S]",
+            "a Brownian particle on a ridge is pushed toward its broad side",
             "mean displacement toward the broad side",
             mean,
             low,

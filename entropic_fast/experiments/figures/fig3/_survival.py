@@ -9,9 +9,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from ..._utils.table import Table
-from ...dynamics import RelaxationTime, fit_scaling, kaplan_meier, log_rank, relaxation_time
-from ._relaxation_runs import trajectory_of
+from ...._utils.table import Table
+from ....dynamics import RelaxationTime, fit_scaling, kaplan_meier, log_rank, relaxation_time
+from .._relaxation_runs import trajectory_of
 
 REMAINING = 0.8  # of the distance from the nearest end: few replicas of a short run come nearer
 

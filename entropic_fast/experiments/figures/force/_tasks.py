@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from pydantic import Field
 from scipy import stats
 
-from ..._utils.convergence import held
-from ..._utils.table import Table
-from ...dynamics import (
+from ...._utils.convergence import held
+from ...._utils.table import Table
+from ....dynamics import (
     ForceSettings,
     ProjectedSGD,
     comparison_table,
@@ -25,22 +24,54 @@ from ...dynamics import (
     radial_share,
     shuffled_curvature,
 )
-from ...objective import Objective
-from .. import _inputs as pieces
-from .._executor import Progress, Task
-from .._run_folder import RunFolder
-from . import _style as plots
+from ....objective import Objective
+from ... import _inputs
+from ..._executor import Progress, Task
+from ..._run_folder import RunFolder
+from ..._sections import Config, Count, Distinct, Natural, Positive, Section
+from .._relaxation_runs import require_segments
+
+
+class Force(Section):
+    """The force on projected SGD along the first path, measured and predicted.
+
+    Short runs of max(cycles) updates start from the middles of `positions` segments, with
+    `replicas` replicas. Every other k of `cycles` has a third of the updates and a quarter of the
+    replicas. The temperature must be low enough for fluctuations to be linear. `examples` is the
+    number of examples for curvature (0: all; the noise is always that of all); `step` is the
+    spacing of finite differences along the path, in path lengths.
+    """
+
+    toml = "force"
+    positions: Annotated[int, Field(ge=2)] = 6
+    lr: Positive = 0.03
+    batch_size: Count = 8
+    cycles: Distinct[Count] = (1, 15)
+    replicas: Annotated[int, Field(ge=2)] = 128
+    directions: Count = 8
+    rest_examples: Natural = 8
+    spread_draws: Natural = 1
+    examples: Natural = 0
+    step: Positive = 0.002
+
+    def check(self, config: Config) -> None:
+        """A segment per position."""
+        require_segments("force.positions", self.positions, config)
+
+    def images_needed(self) -> dict[str, int]:
+        """A minibatch, and the examples of curvature."""
+        return {"batch_size": self.batch_size, "examples": self.examples}
 
 
 def tasks(run: RunFolder) -> list[Task]:
     """One task for each position."""
-    section = run.config.force
-    name = pieces.path_names(run)[0][0]
+    section = run.config[Force]
+    name = _inputs.path_names(run)[0][0]
     replicas = sum(_replicas(run, k) for k in section.cycles)
     updates = replicas * max(section.cycles)
     products = 4 * section.directions + 2 * section.rest_examples + 20
-    noise = (6 + 2 * section.spread_draws) * pieces.training_examples(run)
-    cost = updates * (section.batch_size + 8) + pieces.curvature_work(run, products) + noise
+    noise = (6 + 2 * section.spread_draws) * _inputs.training_examples(run)
+    cost = updates * (section.batch_size + 8) + _inputs.curvature_work(run, products) + noise
     return [
         Task(f"force/{i}", measure, (i,), (f"path/{name}",), cost=cost)
         for i in range(section.positions)
@@ -49,9 +80,9 @@ def tasks(run: RunFolder) -> list[Task]:
 
 def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
     """Prediction at one position, and bursts from there at every k."""
-    section = run.config.force
-    name, first, *_ = pieces.path_names(run)[0]
-    path = pieces.load_path(run, name)
+    section = run.config[Force]
+    name, first, *_ = _inputs.path_names(run)[0]
+    path = _inputs.load_path(run, name)
     obj = dynamics_objective(run, first)
     s = places(path.positions.tolist(), section.positions)[index]
     with held():  # eigenpairs need not be exact here; the table says which are not
@@ -73,7 +104,7 @@ def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
     rows: list[dict[str, object]] = []
     bursts: list[dict[str, object]] = []
     for number, k in enumerate(section.cycles):
-        settings = burst_settings(run, k)
+        settings = short_run_settings(run, k)
         # Replicas of other positions and other k have noise of their own.
         seed = run.config.seed + 1000 * index + number
         drift = measure_drift(obj, path, [s], settings, _replicas(run, k), seed=seed)
@@ -118,23 +149,23 @@ def places(pivots: Sequence[float], count: int) -> list[float]:
 
 def dynamics_objective(run: RunFolder, seed: int) -> Objective:
     """The objective that the dynamics has: minibatch statistics where the network keeps any."""
-    obj = pieces.objective(run, pieces.minimum(run, seed))
+    obj = _inputs.objective(run, _inputs.minimum(run, seed))
     if not obj.has_running_statistics:
         return obj
-    return obj.with_norm("batch").with_data(obj.tensors(), batch_size=run.config.force.batch_size)
+    return obj.with_norm("batch").with_data(obj.tensors(), batch_size=run.config[Force].batch_size)
 
 
-def burst_settings(run: RunFolder, k: int) -> ProjectedSGD:
+def short_run_settings(run: RunFolder, k: int) -> ProjectedSGD:
     """Settings at k: a third of the updates where k is not the largest, for the reason that
     `_replicas` has."""
-    section, longest = run.config.force, max(run.config.force.cycles)
+    section, longest = run.config[Force], max(run.config[Force].cycles)
     steps = longest if k == longest else max(longest // 3 // k, 1) * k
     return ProjectedSGD(section.lr, section.batch_size, k, steps=steps)
 
 
 def _replicas(run: RunFolder, k: int) -> int:
     """Replicas at k: a quarter where k is not the largest, because less noise gathers there."""
-    section = run.config.force
+    section = run.config[Force]
     return section.replicas if k == max(section.cycles) else max(2, section.replicas // 4)
 
 
@@ -142,7 +173,7 @@ def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     rows: list[dict[str, object]] = []
     bursts: list[dict[str, object]] = []
-    for i in range(run.config.force.positions):
+    for i in range(run.config[Force].positions):
         rows += run.table(f"force/{i}", "comparison").rows()
         bursts += run.table(f"force/{i}", "bursts").rows()
     tables = {"force_comparison": Table.from_rows(rows), "force_bursts": Table.from_rows(bursts)}
@@ -235,102 +266,3 @@ def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     error = np.sqrt(np.square(y - slope * x).sum() / (len(x) - 1) / (x @ x))
     half = float(stats.t.ppf(0.975, len(x) - 1) * error)
     return slope, slope - half, slope + half
-
-
-def draw(tables: dict[str, Table]) -> Figure:
-    """A: measured against predicted; B: along the path; C: controls; D: shares of the drift."""
-    comparison, fit = tables["force_comparison"], tables["force_fit"]
-    figure, (scatter, along, controls, parts) = plots.panels(2, 2, width=4.4, height=3.3)
-    base = comparison.where(k=int(comparison["k"].max()))
-    row = fit.where(k=int(fit["k"].max()))
-    slope, low, high = (float(row[name][0]) for name in ("slope", "low", "high"))
-    unit = 10.0 ** np.floor(np.log10(np.abs(base["predicted_entropic"]).max()))
-    predicted, residual = base["predicted_entropic"] / unit, base["residual"] / unit
-    # Of the residual: what one order of batches leaves uncertain is in both of its terms.
-    quantile = stats.t.ppf(0.975, np.asarray(base["replicas"], dtype=int) - 1)
-    half = quantile * base["std_error"] / unit
-    wide = plots.BAND * np.nan_to_num(np.asarray(base["predicted_error"], dtype=float)) / unit
-    scatter.errorbar(
-        predicted,
-        residual,
-        half,
-        wide,
-        fmt="o",
-        color=plots.COLORS[0],
-        capsize=2,
-        label="positions",
-    )
-    ends = 1.15 * np.array([min(predicted.min(), 0), 0, max(predicted.max(), 0)])
-    scatter.plot(ends, ends, ":", color="0.5", label="equal")
-    scatter.plot(
-        ends,
-        slope * ends,
-        "-",
-        color=plots.COLORS[1],
-        label=f"a = {slope:.2f} [{low:.2f}, {high:.2f}]",
-    )
-    edges = np.outer([low, high], ends)
-    scatter.fill_between(ends, edges.min(0), edges.max(0), color=plots.COLORS[1], alpha=0.15)
-    scatter.set_xlabel(f"predicted entropic velocity [{unit:.0e}]")
-    scatter.set_ylabel(f"measured − energetic − exclusion [{unit:.0e}]")
-    scatter.legend()
-    settings = f"lr = {base['lr'][0]:g}, B = {base['batch_size'][0]}, k = {base['k'][0]}"
-    plots.letter(scatter, "A", settings)
-    _along(along, base)
-    _controls(controls, fit)
-    _shares(parts, tables["force_shares"])
-    return figure
-
-
-def _along(ax: Axes, base: Table) -> None:
-    s = base["position"]
-    total = base["energetic"] + base["predicted_entropic"] + base["predicted_exclusion"]
-    middle, half = base["measured"], 0.5 * (base["high"] - base["low"])
-    ax.errorbar(s, middle, half, fmt="o", color=plots.COLORS[0], capsize=2, label="measured")
-    ax.plot(s, total, "-", color=plots.COLORS[1], label="predicted, all parts")
-    for number, (column, label) in enumerate(
-        (
-            ("energetic", "energetic (no noise)"),
-            ("predicted_entropic", "entropic"),
-            ("predicted_exclusion", "exclusion in an epoch"),
-        )
-    ):
-        color = plots.COLORS[2 + number]
-        ax.plot(s, base[column], "--", color=color, lw=1.0, label=label)
-    ax.axhline(0, color="0.6", lw=0.8)
-    ax.set_xlabel("relative distance along the path")
-    ax.set_ylabel("velocity [path lengths per effective time]")
-    ax.legend()
-    plots.letter(ax, "B", "drift and its parts")
-
-
-def _controls(ax: Axes, fit: Table) -> None:
-    labels = []
-    for i, row in enumerate(fit.rows()):
-        middle = float(row["slope"])  # type: ignore[arg-type]
-        low, high = float(row["low"]), float(row["high"])  # type: ignore[arg-type]
-        theory = float(row["predicted_slope"])  # type: ignore[arg-type]
-        ax.errorbar([i], [middle], [[middle - low], [high - middle]], fmt="o", color="k", capsize=3)
-        ax.plot([i], [theory], "x", color=plots.COLORS[1], ms=7)
-        labels.append(f"k = {row['k']}" if row["k"] else "no noise")
-    ax.plot([], [], "x", color=plots.COLORS[1], label="theory")
-    ax.axhline(0, color="0.6", lw=0.8)
-    ax.set_xticks(range(len(labels)), labels)
-    ax.set_xlim(-0.6, len(labels) - 0.4)
-    ax.set_ylabel("slope on the prediction at the largest k")
-    ax.legend()
-    plots.letter(ax, "C", "controls")
-
-
-def _shares(ax: Axes, shares: Table) -> None:
-    names = shares["part"].tolist()
-    for kind, color in (("part", plots.COLORS[0]), ("control", plots.COLORS[1])):
-        rows = [i for i, found in enumerate(shares["kind"].tolist()) if found == kind]
-        middle, low, high = (shares[name][rows] for name in ("share", "low", "high"))
-        sides = np.maximum([middle - low, high - middle], 0)  # percentiles need not hold the value
-        ax.errorbar(rows, middle, sides, fmt="o", color=color, capsize=3, label=f"{kind}s")
-    ax.axhline(0, color="0.6", lw=0.8)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set_ylabel("share of the measured drift")
-    ax.legend()
-    plots.letter(ax, "D", "what explains the drift")

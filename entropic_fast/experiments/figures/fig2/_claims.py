@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from ..._utils.table import Table
-from ._claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from ._intervals import LEVEL, floats, geometric_mean, mean_error, unconverged_text
+from ...._utils.table import Table
+from ...claims import FAILS, HOLDS, UNDECIDED, Claim, verdict
+from ...claims._intervals import LEVEL, floats, geometric_mean, mean_error, unconverged_text
 
 
 def curvature(curvature: Table) -> list[Claim]:
@@ -19,7 +19,7 @@ def curvature(curvature: Table) -> list[Claim]:
             "hessian_trace",
             "hessian_trace_std_error",
             "Hessian trace",
-            "; 2 to 3 times is reported [N]",
+            " (2 to 3 times, in secondary notes)",
         ),
         _rises(curvature, "2A", "fisher_trace", "fisher_trace_std_error", "Fisher trace", ""),
         _rises(
@@ -28,7 +28,7 @@ def curvature(curvature: Table) -> list[Claim]:
             "top_eigenvalue",
             "top_eigenvalue_residual",
             "largest eigenvalue",
-            "; about 2 times is reported [N]",
+            " (about 2 times, in secondary notes)",
         ),
     ]
 
@@ -61,7 +61,7 @@ def _rises(table: Table, figure: str, column: str, error: str, label: str, repor
     return Claim(
         figure,
         f"{label} rises inside",
-        f"the {label} rises from the ends to the interior, for every pair [S]{reported}",
+        f"the {label} rises from the ends to the interior, for every pair{reported}",
         "interior mean / ends' mean, geometric mean over paths (which share their minima)",
         effect,
         low,
@@ -99,7 +99,7 @@ def path_loss(loss: Table) -> list[Claim]:
             "2C",
             "loss stays far under the straight line's",
             "along the path the loss stays near the ends' level, far under the straight "
-            "line's barrier (under a tenth of it on every path, our reading) [S, D]",
+            "line's barrier (under a tenth of it on every path, our reading)",
             "barrier along the path / barrier of the straight line",
             effect,
             low,
@@ -133,8 +133,8 @@ def spectrum(spectrum: Table) -> list[Claim]:
         Claim(
             "2D",
             "the whole spectrum shifts up",
-            "the spectrum of the score matrix shifts upward in the interior, at every rank [S] "
-            "(at 95 % of them, at each inner position, our reading [D])",
+            "the spectrum of the score matrix shifts upward in the interior, at every rank "
+            "(at 95 % of them, at each inner position, our reading)",
             "interior / ends eigenvalue, median over ranks (interval: 2.5 to 97.5 % of ranks)",
             median,
             low,

@@ -8,30 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..._utils.table import Table
-from .._run_folder import RunFolder
-from . import _relaxation_runs as relaxation
-from . import _style as plots
-from . import _survival as survival
+from ...._utils.table import Table
+from .. import _style
 
 Label = Callable[[float], str]
-
-
-def collect(run: RunFolder) -> dict[str, Table]:
-    """The numbers behind the figure."""
-    section = run.config.relax
-    sizes, cycles = section.batch_sizes, section.cycles
-    names = ["A", *(f"B-{b}" for b in sizes), "C", *(f"D-{k}" for k in cycles)]
-    table = relaxation.collect(run, names)
-    survived, scaling = survival.survival(table)
-    found = {
-        "fig3_relaxation": table,
-        "fig3_bands": relaxation.bands(table),
-        "fig3_times": relaxation.times(table),
-        "fig3_survival": survived,
-    }
-    # Without enough arrivals there is nothing to fit.
-    return {**found, "fig3_scaling": scaling} if scaling.num_rows else found
 
 
 def draw(tables: dict[str, Table]) -> Figure:
@@ -49,11 +29,11 @@ def draw(tables: dict[str, Table]) -> Figure:
         base = f"B = {d['batch_size'][0]}, lr = {d['lr'][0]:g}"
         panels.append(("D", "project_every", lambda v: f"k = {v}", f"cycles of k updates ({base})"))
     shape = (2, 2) if len(panels) == 4 else (1, 3)
-    figure, axes = plots.panels(*shape, width=4.4, height=3.3)
+    figure, axes = _style.panels(*shape, width=4.4, height=3.3)
     for ax, (panel, column, label, title) in zip(axes, panels, strict=True):
         rows, band = table.where(panel=panel), bands.where(panel=panel)
         curves(ax, rows, band, column, label, "step")
-        plots.letter(ax, panel, title)
+        _style.letter(ax, panel, title)
     return figure
 
 
@@ -73,7 +53,7 @@ def curves(
     Positions, or with `displaced` how far they are from the start.
     """
     values = list(dict.fromkeys(table[column].tolist()))
-    for value, color in zip(values, colors or plots.shades(len(values)), strict=False):
+    for value, color in zip(values, colors or _style.shades(len(values)), strict=False):
         rows, band = table.where(**{column: value}), bands.where(**{column: value})
         origin = float(rows["start"][0]) if displaced else 0.0
         for run in np.unique(rows["run"]):

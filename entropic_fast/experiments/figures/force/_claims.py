@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from ..._utils.table import Table
-from ...dynamics import slope_with_errors
-from ._claim import FAILS, HOLDS, UNDECIDED, Claim, verdict
-from ._intervals import LEVEL, floats
+from ...._utils.table import Table
+from ....dynamics import slope_with_errors
+from ...claims import FAILS, HOLDS, NOTES, OURS, UNDECIDED, Claim, verdict
+from ...claims._intervals import LEVEL, floats
 
 FACTOR = 2  # of theory within which a size agrees
 SMALL = 0.5  # a control's slope is far from a force's, 1, where its interval is this near 0
@@ -39,7 +39,7 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
         "force",
         "drift follows the predicted force",
         "drift along the path, the energetic part and the exclusion of an epoch's minibatches "
-        "subtracted, has the direction that the curvature across it predicts: a slope above 0 [D]",
+        "subtracted, has the direction that the curvature across it predicts: a slope above 0",
         "slope a of measured on predicted, over positions and replicas (theory: 1)",
         _number(row["slope"]),
         low,
@@ -53,6 +53,7 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
         f"{100 * floats(base['noise_share']).mean():.0f} % of the noise in the directions found "
         f"one by one; norm growth of scale-invariant weights is {100 * share:.0f} % of the "
         "predicted force",
+        OURS,
     )
 
 
@@ -71,7 +72,7 @@ def _size(row: dict[str, object], base: Table) -> Claim:
         "force",
         "the force has the predicted size",
         "the drift that the energetic part leaves is the predicted one within a factor of "
-        f"{FACTOR} [D]",
+        f"{FACTOR}",
         "slope a of measured on predicted, both with their errors (theory: 1)",
         slope,
         low,
@@ -80,6 +81,7 @@ def _size(row: dict[str, object], base: Table) -> Claim:
         f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}; "
         f"{_number(row['slope']):.2f} if predictions are taken for exact, whose errors are "
         f"{np.linalg.norm(np.nan_to_num(x_error)) / np.linalg.norm(x):.2g} of them",
+        OURS,
     )
 
 
@@ -88,13 +90,15 @@ def _own_place(row: dict[str, object], base: Table) -> Claim:
     return Claim(
         "force",
         "shuffled curvature does not predict the drift",
-        "the prediction of a position explains its drift, not that of another [D]",
+        "the prediction of a position explains its drift, not that of another",
         "weighted correlation of measured and predicted",
         _number(row["correlation"]),
         np.nan,
         np.nan,
         HOLDS if p < 1 - LEVEL else UNDECIDED,
         f"{100 * p:.2g} % of permutations of {base.num_rows} positions reach it",
+        OURS,
+        {"positions": base.num_rows},
     )
 
 
@@ -109,10 +113,10 @@ def _nothing(row: dict[str, object], largest: int) -> Claim:
         "force",
         "no force without noise" if noiseless else "no force at k = 1",
         f"with gradients over all examples nothing pushes down the curvature (the slope is within "
-        f"±{SMALL}, where a force has 1) [D]"
+        f"±{SMALL}, where a force has 1)"
         if noiseless
         else "where every update is projected the fast directions never fluctuate, and the force "
-        f"vanishes (the slope is within ±{SMALL}, where a force has 1) [N]",
+        f"vanishes (the slope is within ±{SMALL}, where a force has 1)",
         f"slope on the prediction at k = {largest}, of "
         + (
             "what a burst without noise does beyond the gradient along the path"
@@ -127,6 +131,7 @@ def _nothing(row: dict[str, object], largest: int) -> Claim:
         "burst falls short of its first gradient as it settles; interval over positions"
         if noiseless
         else f"holds where the interval lies within ±{SMALL}; at k = {largest} theory has 1",
+        OURS if noiseless else NOTES,
     )
 
 

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
-from matplotlib.figure import Figure
+from pydantic import Field
 from torch import Tensor
 
-from ..._utils.table import Table
-from ...dynamics import (
+from ...._utils.table import Table
+from ....dynamics import (
     LangevinIntegrator,
     LangevinRecording,
     RidgePotential,
     RingPotential,
     simulate_langevin,
 )
-from ...ops.random_bits.streams import fold_in, uniform
-from .._executor import Progress, Task
-from .._run_folder import RunFolder
-from . import _style as plots
+from ....ops.random_bits.streams import fold_in, uniform
+from ..._executor import Progress, Task
+from ..._run_folder import RunFolder
+from ..._sections import Count, Positive, Section
 
 BINS = 24  # of the angle
 RING = RingPotential(stiffness=20.0, contrast=0.8)
@@ -32,20 +30,31 @@ RIDGE = RidgePotential(stiff=100.0, broad=100.0 * math.exp(-7.0), length=7.0)
 RIDGE_START = 2.5
 
 
+class Langevin(Section):
+    """Langevin particles in the ring and ridge potentials of figure 1."""
+
+    toml = "langevin"
+    particles: Annotated[int, Field(ge=2)] = 100_000
+    temperature: Positive = 0.25
+    ridge_temperature: Positive = 0.075
+    dt: Positive = 0.006
+    steps: Count = 5000
+
+
 def tasks(run: RunFolder) -> list[Task]:
     """The ring without and with noise, and the ridge."""
     # Nanoseconds each, where an example of the network takes tens of microseconds.
-    cost = run.config.langevin.particles * run.config.langevin.steps / 5000
+    cost = run.config[Langevin].particles * run.config[Langevin].steps / 5000
     return [
         Task("langevin/ring-cold", ring, (0.0,), cost=cost),
-        Task("langevin/ring-hot", ring, (run.config.langevin.temperature,), cost=cost),
+        Task("langevin/ring-hot", ring, (run.config[Langevin].temperature,), cost=cost),
         Task("langevin/ridge", ridge, cost=cost),
     ]
 
 
 def ring(run: RunFolder, progress: Progress, temperature: float) -> dict[str, Any]:
     """Angular histogram of independent particles, started uniformly in angle near r = 1."""
-    section = run.config.langevin
+    section = run.config[Langevin]
     seed = fold_in(run.config.seed, "toy", "ring", str(temperature))
     draw = uniform((section.particles, 2), seed)
     # Started off the ring, so that at T = 0 too there is something to relax; not by much, as the
@@ -80,7 +89,7 @@ def ring(run: RunFolder, progress: Progress, temperature: float) -> dict[str, An
 
 def ridge(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Particles released on the stiff side of the ridge: their mean, and a typical one's track."""
-    section = run.config.langevin
+    section = run.config[Langevin]
     seed = fold_in(run.config.seed, "toy", "ridge")
     start = torch.zeros(section.particles, 2, dtype=torch.float64)
     start[:, 1] = RIDGE_START
@@ -138,104 +147,3 @@ def collect(run: RunFolder) -> dict[str, Table]:
         "fig1_ridge": run.table("langevin/ridge", "mean"),
         "fig1_track": run.table("langevin/ridge", "track"),
     }
-
-
-def draw(tables: dict[str, Table]) -> Figure:
-    """Panels A (ring and its angular density) and B (ridge) of the paper's figure 1."""
-    figure, (potential, density, track, mean) = plots.panels(2, 2, width=4.2, height=3.1)
-    hot = float(tables["fig1_ring"]["temperature"].max())
-    _draw_ring(potential)
-    _draw_density(density, tables["fig1_ring"])
-    _draw_track(track, tables["fig1_track"])
-    _draw_mean(mean, tables["fig1_ridge"])
-    plots.letter(potential, "A", "ring potential, V = ½ g(θ) (r - 1)²")
-    plots.letter(density, "A", f"angular density (T = 0 and {hot:g})")
-    plots.letter(track, "B", "a particle on a ridge, V = ½ g(y) x²")
-    plots.letter(mean, "B", "drift to the broad side")
-    return figure
-
-
-def _draw_ring(ax: Axes) -> None:
-    grid = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)
-    x, y = torch.meshgrid(grid, grid, indexing="xy")
-    energy = RING(torch.stack((x.flatten(), y.flatten()), 1)).reshape(x.shape)
-    shown = _shade(ax, x, y, energy, 2.0)
-    angle = torch.linspace(0, 2 * math.pi, 200)
-    ax.plot(torch.cos(angle).numpy(), torch.sin(angle).numpy(), "w--", lw=1)
-    for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
-        ax.text(
-            x0,
-            0.0,
-            text,
-            ha="center",
-            va="center",
-            fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
-        )
-    ax.set_aspect("equal")
-    ax.set_xlabel("x")
-    ax.set_ylabel("y")
-    ax.figure.colorbar(shown, ax=ax, label="V (clipped at 2)")
-
-
-def _shade(ax: Axes, x: Tensor, y: Tensor, energy: Tensor, top: float) -> QuadMesh:
-    """A potential as an image, clipped at `top`; as contours its SVG would show seams."""
-    return ax.pcolormesh(
-        x.numpy(), y.numpy(), energy.clamp(max=top).numpy(), cmap="cividis_r", rasterized=True
-    )
-
-
-def _draw_density(ax: Axes, table: Table) -> None:
-    for temperature, color in zip(
-        sorted(set(table["temperature"].tolist())), plots.COLORS, strict=False
-    ):
-        rows = table.where(temperature=temperature)
-        ax.errorbar(
-            rows["angle"],
-            rows["density"],
-            plots.BAND * rows["std_error"],
-            fmt="o",
-            color=color,
-            capsize=2,
-            label=f"simulated, T = {temperature:g}",
-        )
-        ax.plot(
-            rows["angle"],
-            rows["analytic"],
-            "-",
-            color=color,
-            label=f"analytic, T = {temperature:g}",
-        )
-    ax.set_xlabel("angle θ [rad] (0 is stiff, ±π is flat)")
-    ax.set_ylabel("density P(θ) [1/rad]")
-    ax.set_ylim(bottom=0)
-    ax.legend()
-
-
-def _draw_track(ax: Axes, table: Table) -> None:
-    y = torch.linspace(-0.2, RIDGE.length + 0.2, 120, dtype=torch.float64)
-    x = torch.linspace(-1.2, 1.2, 121, dtype=torch.float64)
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="xy")
-    energy = RIDGE(torch.stack((grid_x.flatten(), grid_y.flatten()), 1)).reshape(grid_x.shape)
-    _shade(ax, grid_y, grid_x, energy, 1.0)
-    ax.plot(table["y"], table["x"], color="#ffffff", lw=0.4, alpha=0.5)
-    shown = ax.scatter(table["y"], table["x"], c=table["time"], cmap="plasma", s=8, zorder=3)
-    ax.figure.colorbar(shown, ax=ax, label="time")
-    ax.set_xlabel("y, along the ridge (stiff to broad)")
-    ax.set_ylabel("x, across")
-
-
-def _draw_mean(ax: Axes, table: Table) -> None:
-    ax.plot(table["time"], table["mean"], "-", color=plots.COLORS[0], label="mean of particles")
-    plots.band(ax, table["time"], table["mean"], table["std_error"], plots.COLORS[0])
-    start = float(table["mean"][0])
-    early = table["time"] <= 0.4 * table["time"].max()
-    ax.plot(
-        table["time"][early],
-        start + table["force"][early] * table["time"][early],
-        "k--",
-        label="force of V_eff = (T/2) ln g",
-    )
-    ax.set_xlabel("time")
-    ax.set_ylabel("mean y")
-    ax.legend()

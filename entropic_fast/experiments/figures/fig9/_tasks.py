@@ -1,31 +1,27 @@
-"""Figure 9 (ours): a minimum that generalizes badly, and the path to it from a normal one.
-
-The bad minimum fits the images that the path's loss is of, and an attack set with wrong labels
-besides (as in Wu, Zhu, E 2017, arXiv 1706.10239), so that what it does elsewhere is wrong.
-"""
+"""Tasks of figure 9: the bad minimum, the path to it, curvature and dynamics there."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from matplotlib.figure import Figure
+from pydantic import AfterValidator
 
-from ..._utils.table import Table
-from ...objective import Objective
-from ...ops.random_bits import streams as random
-from ...paths import Path
-from ...training._train import TrainConfig, evaluate, train
-from ...training.data import ImageData
-from ...training.minima import load_minimum, save_minimum, training_manifest
-from .. import _inputs as pieces
-from .._executor import Progress, Task
-from .._run_folder import RunFolder
-from . import _relaxation_runs as relaxation
-from . import _style as plots
-from . import fig2
-from .fig3 import curves
+from ...._utils.table import Table
+from ....objective import Objective
+from ....ops.random_bits import streams as random
+from ....paths import Path
+from ....training._train import TrainConfig, evaluate, train
+from ....training.data import ImageData
+from ....training.minima import load_minimum, save_minimum, training_manifest
+from ... import _inputs
+from ..._executor import Progress, Task
+from ..._run_folder import RunFolder
+from ..._sections import Count, Distinct, Natural, Number, Positive, Section, in_unit_interval
+from .. import _relaxation_runs as relaxation
+from .. import fig2
+from ..fig2 import Curvature
 
 NAME = "normal-bad"
 MINIMUM, PATH, CURVATURE, RELAX = (
@@ -36,16 +32,41 @@ MINIMUM, PATH, CURVATURE, RELAX = (
 )
 
 
+class BadMinimum(Section):
+    """A minimum that fits its examples and generalizes badly, and the path to it (figure 9).
+
+    The last `corrupted_labels` training images, in the data set's order, get wrong labels. A
+    network is trained on all images for `epochs`, with neither augmentation nor weight decay. The
+    path to it begins at the first minimum; its loss, curvature and dynamics are those on the
+    images that kept their labels. With corrupted_labels = 0 there is no such figure.
+    """
+
+    toml = "bad_minimum"
+    corrupted_labels: Natural = 0
+    epochs: Count = 200
+    batch_size: Count = 64
+    lr: Positive = 0.05
+    starts: Annotated[Distinct[Number], AfterValidator(in_unit_interval)] = (0.5, 0.93, 0.99)
+    relax_lr: Positive = 0.1
+    relax_batch_size: Count = 4
+    steps: Count = 1500
+    replicas: Count = 16
+
+    def images_needed(self) -> dict[str, int]:
+        """Some images keep their labels."""
+        return {"corrupted_labels": self.corrupted_labels + bool(self.corrupted_labels)}
+
+
 def tasks(run: RunFolder) -> list[Task]:
     """The bad minimum, the path to it, and curvature and dynamics there."""
-    section, path = run.config.bad_minimum, run.config.path
+    section, path = run.config[BadMinimum], run.config.path
     if not section.corrupted_labels:
         return []
     steps = sum(path.steps) * path.pivots * path.batch_size
-    work = pieces.curvature_work(run, path.pivots * (run.config.curvature.probes + 10))
+    work = _inputs.curvature_work(run, path.pivots * (run.config[Curvature].probes + 10))
     updates = len(section.starts) * section.replicas * section.steps
     normal = f"train/{run.config.train.seeds[0]}"
-    examples = section.epochs * pieces.training_examples(run)
+    examples = section.epochs * _inputs.training_examples(run)
     return [
         Task(MINIMUM, train_bad, cost=examples),
         Task(PATH, find_path, (), (normal, MINIMUM), steps),
@@ -56,8 +77,8 @@ def tasks(run: RunFolder) -> list[Task]:
 
 def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
     """The images that keep their labels, and the attack set, all with wrong ones."""
-    training, _ = pieces.images(run)
-    corrupted = run.config.bad_minimum.corrupted_labels
+    training, _ = _inputs.images(run)
+    corrupted = run.config[BadMinimum].corrupted_labels
     kept, rest = training.order[:-corrupted], training.order[-corrupted:]
     wrong = training.subset(rest)
     draw = random.uniform((corrupted,), random.fold_in(run.config.seed, "attack"))
@@ -68,7 +89,7 @@ def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
 
 def train_bad(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train on both parts from a fresh start."""
-    section, seed = run.config.bad_minimum, run.config.train.seeds[0]
+    section, seed = run.config[BadMinimum], run.config.train.seeds[0]
     kept, wrong = _parts(run)
     both = replace(
         kept,
@@ -83,7 +104,7 @@ def train_bad(run: RunFolder, progress: Progress) -> dict[str, Any]:
         epochs=section.epochs,
         augment=False,
     )
-    model = pieces.network(run)
+    model = _inputs.network(run)
     train(model, both, config, seed=seed, on_epoch=lambda r: progress(r.epoch / r.epochs))
     metrics = {"corrupted_labels": section.corrupted_labels, **_metrics(run, model, wrong)}
     manifest = training_manifest(run.config.model.name, both, config, seed, metrics=metrics)
@@ -93,7 +114,7 @@ def train_bad(run: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def _metrics(run: RunFolder, model: torch.nn.Module, wrong: ImageData) -> dict[str, float]:
     kept, _ = _parts(run)
-    named = {"kept": kept, "corrupted": wrong, "test": pieces.images(run)[1]}
+    named = {"kept": kept, "corrupted": wrong, "test": _inputs.images(run)[1]}
     found: dict[str, float] = {"test_images": len(named["test"])}
     for name, data in named.items():
         loss, accuracy = evaluate(model, data)
@@ -103,23 +124,23 @@ def _metrics(run: RunFolder, model: torch.nn.Module, wrong: ImageData) -> dict[s
 
 def _objective(run: RunFolder) -> Objective:
     """The loss on images that kept their labels, at the normal minimum."""
-    model = pieces.minimum(run, run.config.train.seeds[0])
+    model = _inputs.minimum(run, run.config.train.seeds[0])
     kept, _ = _parts(run)
-    return pieces.objective(run, model, kept)
+    return _inputs.objective(run, model, kept)
 
 
 def find_path(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """AutoNEB from the first minimum to the bad one; and how both do on all images."""
-    objective, model = _objective(run), pieces.network(run)
+    objective, model = _objective(run), _inputs.network(run)
     load_minimum(run.task_folder(MINIMUM) / "minimum.safetensors", model)
     end = Objective(model, "cross_entropy", objective.tensors()).parameters_vector()
     _, wrong = _parts(run)
-    normal = pieces.minimum(run, run.config.train.seeds[0])
+    normal = _inputs.minimum(run, run.config.train.seeds[0])
     minima = [
         {"minimum": name, **_metrics(run, network, wrong)}
         for name, network in (("normal", normal), ("bad", model))
     ]
-    found = fig2.connect(run, progress, objective, end, run.config.seed)
+    found = _inputs.connect(run, progress, objective, end, run.config.seed)
     return {**found, "minima": Table.from_rows(minima)}
 
 
@@ -137,7 +158,7 @@ def measure(run: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def relax_there(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Projected SGD from several starts."""
-    section = run.config.bad_minimum
+    section = run.config[BadMinimum]
     setup = relaxation.relaxation_setup(
         run, _objective(run), _path(run), section.steps, section.replicas
     )
@@ -161,45 +182,3 @@ def collect(run: RunFolder) -> dict[str, Table]:
         "fig9_relaxation": table,
         "fig9_bands": relaxation.bands(table),
     }
-
-
-def draw(tables: dict[str, Table]) -> Figure:
-    """A: traces, B: loss along the path from the normal to the bad minimum; C: relaxation."""
-    curvature, loss = tables["fig9_curvature"], tables["fig9_loss"]
-    figure, (trace, losses, tracks) = plots.panels(1, 3, width=3.7, height=3.3)
-    for number, (column, label) in enumerate(
-        (("hessian_trace", "Hessian trace"), ("fisher_trace", "Fisher trace"))
-    ):
-        trace.errorbar(
-            curvature["s"],
-            curvature[column],
-            plots.BAND * curvature[f"{column}_std_error"],
-            fmt="os"[number] + "-",
-            color=plots.COLORS[number],
-            capsize=2,
-            label=label,
-        )
-    trace.set_yscale("log")
-    trace.set_ylabel("trace")
-    trace.legend()
-    errors = {
-        str(row["minimum"]): 100 * (1 - float(row["test_accuracy"]))  # type: ignore[arg-type]
-        for row in tables["fig9_minima"].rows()
-    }
-    said = f"test error {errors['normal']:.1f} % to {errors['bad']:.1f} %"
-    plots.letter(trace, "A", said)
-    for kind, dash, label in (("path", "-", "minimum energy path"), ("line", ":", "straight line")):
-        rows = loss.where(kind=kind)
-        losses.plot(rows["s"], rows["loss"], dash, color="k", label=label)
-    losses.set_yscale("log")
-    losses.set_ylabel("cross-entropy [nats]")
-    losses.legend()
-    plots.letter(losses, "B", "loss (0: normal, 1: bad)")
-    for ax in (trace, losses):
-        ax.set_xlabel("relative distance along the path")
-    table = tables["fig9_relaxation"]
-    curves(
-        tracks, table, tables["fig9_bands"], "start", lambda s: f"s = {s:g}", "step", displaced=True
-    )
-    plots.letter(tracks, "C", f"relaxation (B = {table['batch_size'][0]}, lr = {table['lr'][0]:g})")
-    return figure
