@@ -16,7 +16,6 @@ from ..ops.backend import backend_for
 from . import _inputs, _plotly
 from . import _report as report
 from . import claims as claim_tests
-from ._energy import Energy
 from ._executor import Task, execute
 from ._figure import Stage, stages_of
 from ._run_folder import RunFolder
@@ -70,16 +69,11 @@ def execute_until(run: RunFolder, stage: str, workers: int | None, console: Cons
     if stage != "langevin":
         _inputs.prepare(run)
     tasks = tasks_until(run, stage)
-    before = run.finished_tasks()
-    if not before:
+    if not run.finished_tasks():
         c = run.config
         text = f"preset {c.preset}: {c.model.name} on {c.data.name}, {len(tasks)} tasks"
         console.print(f"{text}, into {run.path}", markup=False, highlight=False, soft_wrap=True)
-    with Energy(run.device) as energy:
-        execute(run, tasks, workers=workers, console=console)
-    if run.finished_tasks() > before:
-        command = "reproduce" if stage == "report" else stage
-        run.add_energy(command, energy.seconds, energy.joules)
+    execute(run, tasks, workers=workers, console=console)
 
 
 def evaluate_claims(data: Path) -> list[claim_tests.Claim]:

@@ -60,7 +60,6 @@ def write(
         verdicts=_count(claims),
         environment=store.read_sealed(run.path / "environment.json"),
         stages=run.stage_seconds(),
-        energy=run.energy(),
         configuration=json.dumps(run.config.to_dict(), indent=1),
         notes=notes,
     )

@@ -2,7 +2,6 @@
 
 RUN/config.json             the effective configuration
 RUN/environment.json        versions and hardware
-RUN/energy.json             time and energy of every command that computed something
 RUN/images.json             how many images there are, and their hashes
 RUN/tasks/<task>/...        what a task computed; done.json, written last, holds the hashes
 RUN/data/*.csv              the numbers behind the figures
@@ -16,7 +15,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +113,12 @@ class RunFolder(TaskStore):
 
     def discard_metadata(self) -> None:
         """Remove the run's own records, so that the folder can take another configuration."""
-        for name in ("config.json", "environment.json", "images.json", "energy.json"):
+        for name in ("config.json", "environment.json", "images.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def finished_tasks(self) -> int:
         """How many tasks are finished."""
         return sum(1 for _ in (self.path / "tasks").glob("**/done.json"))
-
-    def add_energy(self, stage: str, seconds: float, joules: Mapping[str, float]) -> None:
-        """Note what a command took that computed something."""
-        file = self.path / "energy.json"
-        entry = {"stage": stage, "seconds": round(seconds, 1), "joules": dict(joules)}
-        with self.exclusive():
-            store.write_sealed(file, {"commands": [*self.energy(), entry]})
-
-    def energy(self) -> list[dict[str, Any]]:
-        """What `add_energy` noted, command by command."""
-        file = self.path / "energy.json"
-        return list(store.read_sealed(file)["commands"]) if file.exists() else []
 
     def write_manifest(self) -> None:
         """Record the hashes of the files that a report is made of, once all are written."""

@@ -149,7 +149,7 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
     Every file of every finished task is read and compared with the hash that was recorded when it
     was written; so are the JSON files outside of tasks, and tables, figures, claims and report.
     """
-    for name in ("environment.json", "images.json", "energy.json"):
+    for name in ("environment.json", "images.json"):
         file = run.path / name
         if file.exists():
             try:

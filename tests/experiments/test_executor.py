@@ -167,7 +167,6 @@ def test_commands_at_one_folder_share_its_tasks_and_compute_each_once(tmp_path):
     assert all(run.is_done(task.name) for task in todo)
     who = {line.split()[1] for line in (tmp_path / "log.txt").read_text().splitlines()}
     assert len(who) > 1  # nobody did it all
-    assert len(run.energy()) == 3  # no record was lost
 
 
 def test_the_task_of_a_command_that_was_killed_is_taken_over(tmp_path):
