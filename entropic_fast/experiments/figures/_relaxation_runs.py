@@ -16,7 +16,6 @@ from ..._utils import checks
 from ..._utils.atomic_io import DamagedFileError
 from ..._utils.table import Table
 from ...dynamics import (
-    OPTIMIZERS,
     Checkpointing,
     CheckpointMismatchError,
     DivergenceError,
@@ -26,6 +25,7 @@ from ...dynamics import (
     relax,
     relaxation_time,
 )
+from ...dynamics.projected_sgd import OPTIMIZERS
 from ...objective import Objective
 from ...paths import Path
 from .._executor import Progress
