@@ -326,7 +326,7 @@ def bad_calls() -> dict[str, tuple[str, dict[str, Any]]]:
         "groups": ("groups: expected an integer of at least 1", {"groups": 0}),
         "divide": ("g: expected a number of channels that 3 groups divide", {"groups": 3}),
         "half": ("a: expected dtype float32 or float64", {"a": a.half()}),
-        "mixed": ("g: expected dtype torch.float32 as a has", {"g": g.double()}),
+        "mixed": ("g: expected dtype torch.float32 as a, ", {"g": g.double()}),
         "examples": ("g: expected 2 examples", {"g": g[:1]}),
         "device": ("g: expected device cpu", {"g": g.to("meta")}),
         "shape": (r"out: expected shape \[2, 432\]", {"out": torch.zeros(2, 431)}),
