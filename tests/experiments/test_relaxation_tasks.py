@@ -67,7 +67,7 @@ def test_what_the_scan_has_is_not_run_again(run, monkeypatch):
 def test_a_setting_at_which_every_replica_diverges_is_recorded_and_the_run_goes_on(
     run, monkeypatch
 ):
-    monkeypatch.setattr(relaxation, "optimizer_rate", lambda _: 1e30)
+    monkeypatch.setattr(fig3, "optimizer_rate", lambda _: 1e30)
     todo = [u for u in fig3.tasks(run) if u.name == "relax/sgd"]
     (run.task_folder("relax/sgd") / "done.json").unlink()
     execute(run, todo, workers=1, console=Console(quiet=True))
