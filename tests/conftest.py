@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import warnings
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +47,41 @@ TINY = [
 ]
 
 
+# Of a test with more cases than this, the default tier runs so many, spread by a hash of their
+# names; two of every three pairs of values of a grid of hundreds are among them.
+CASES = 16
+TIER = "ENTROPIC_FAST_TIER"  # how workers of pytest-xdist learn what their controller was asked
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run every case, slow tests too")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what the default tier leaves out as slow, and leave it out there.
+
+    `pytest` alone is the default tier; `pytest --full` runs everything, `pytest --full -m slow`
+    what the default tier left out. Tests that are named on the command line run in full.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for found in cases.values():
+        for item in sorted(found, key=lambda item: zlib.crc32(item.nodeid.encode()))[CASES:]:
+            item.add_marker(pytest.mark.slow)
+    if os.environ.get(TIER) == "default":
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def pytest_configure(config):
     """Tests marked gpu are run by `-m gpu` alone; the others see no GPU (`hidden_gpus`)."""
+    if not hasattr(config, "workerinput"):
+        bare = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        full = config.getoption("--full") or config.getoption("markexpr")
+        os.environ[TIER] = "default" if bare and not full else "full"
     if not asks_for_gpus(config.getoption("markexpr")):
         os.environ.update(HIDDEN)
     # Beside a GPU in use torch would take the emulated one for the machine's accelerator.
