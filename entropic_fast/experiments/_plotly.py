@@ -25,7 +25,7 @@ MARKERS = {
     "o": "circle", "s": "square", "^": "triangle-up", "v": "triangle-down", "D": "diamond",
     "P": "cross", "X": "x", "x": "x-thin-open",
 }  # fmt: skip
-LABEL = 34  # characters of a vertical axis's label on one line
+LABEL = 28  # characters of a vertical axis's label on one line
 DIGITS = 7  # significant ones kept of every number
 
 Trace = dict[str, Any]
@@ -95,6 +95,8 @@ def _axis(ax: Axes, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"title": {"text": label}}
     found["exponentformat"] = "power"
     if scale == "log":
+        if high > 30 * low:  # powers of ten alone
+            found["dtick"] = 1
         return found | {"type": "log", "range": [float(np.log10(low)), float(np.log10(high))]}
     ends = axis.get_transform().transform(np.array([low, high], dtype=float))
     found["range"] = [float(end) for end in ends]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,30 @@ class FigureEntry:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A row beside a figure: an effect with its interval, and what follows from it.
+
+    Attributes:
+        figure: name of the `FigureEntry` beside which it stands.
+        panel: the figure's panel; "" for none.
+        name: what was measured, in a few words.
+        effect, interval: numbers as text; "" where there is none.
+        verdict: what follows.
+        tone: how the verdict is shown: "good", "bad", "open" or "muted".
+        notes: what is folded: terms and their texts.
+    """
+
+    figure: str
+    panel: str
+    name: str
+    effect: str
+    interval: str
+    verdict: str
+    tone: str = "muted"
+    notes: Sequence[tuple[str, str]] = ()
+
+
 def write(
     run: RunFolder,
     claims: Sequence[Claim],
@@ -52,12 +77,13 @@ def write(
         run.path,
         "report.html.jinja",
         figures,
+        [_finding(claim) for claim in claims],
         config=run.config,
-        claims=claims,
         minima=minima.rows(),
         times=[row for table in times for row in table.rows()],
         num_paths=len(run.config.path.pairs) * len(run.config.path.seeds),
-        verdicts=_count(claims),
+        verdict=_verdict_line(claims),
+        counts=_counts(claims),
         environment=store.read_sealed(run.path / "environment.json"),
         stages=run.stage_seconds(),
         configuration=json.dumps(run.config.to_dict(), indent=1),
@@ -65,11 +91,24 @@ def write(
     )
 
 
-def page(folder: Path, template: str, figures: Sequence[FigureEntry], **values: Any) -> None:
-    """Write `report.html` of a folder from a template, with every figure inside.
+def page(
+    folder: Path,
+    template: str,
+    figures: Sequence[FigureEntry],
+    findings: Sequence[Finding],
+    **values: Any,
+) -> None:
+    """Write `report.html` of a folder: every figure with its findings beside it.
 
-    Whatever the values hold is escaped. Where plotly is not installed figures are shown as drawn
-    for print, and the page says so.
+    All values are escaped. Where plotly is not installed figures are shown as drawn for print, and
+    the page says so.
+
+    Args:
+        folder: the run folder, with the figures as SVG.
+        template: a template that extends `page.html.jinja`.
+        figures: in the order of the page.
+        findings: those of a figure that is not on the page are listed after all figures.
+        values: what the templates use.
     """
     plotly = _plotly_script()
     if not plotly:
@@ -77,15 +116,16 @@ def page(folder: Path, template: str, figures: Sequence[FigureEntry], **values: 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, trim_blocks=True
     )
-    environment.filters |= {"figure": _figure, "css": _css}
-    environment.tests["finite"] = math.isfinite
+    environment.filters["figure"] = _figure
     charts = {
         f"{figure.name}-{i}": {"data": chart["data"], "layout": chart["layout"]}
         for figure in figures
         for i, chart in enumerate(figure.charts)
     }
+    names = {figure.name for figure in figures}
     html = environment.get_template(template).render(
-        figures=[_entry(folder, f) for f in figures],
+        figures=[_entry(folder, f, [x for x in findings if x.figure == f.name]) for f in figures],
+        other_findings=[finding for finding in findings if finding.figure not in names],
         charts=interactive.as_json(charts),
         plotly=plotly,
         **values,
@@ -106,9 +146,7 @@ def print_claims(console: Console, claims: Sequence[Claim]) -> None:
     """The claims as a table on the terminal."""
     table = RichTable("figure", "claim", "effect", "95 % interval", "verdict")
     for claim in claims:
-        interval = (
-            f"{_figure(claim.low)} to {_figure(claim.high)}" if math.isfinite(claim.low) else ""
-        )
+        interval = _interval(claim.low, claim.high)
         verdict = f"[{COLORS[claim.verdict]}]{claim.verdict}[/]"
         table.add_row(claim.figure, claim.name, _figure(claim.effect), interval, verdict)
     console.print(table)
@@ -152,9 +190,47 @@ def _cell(claim: Claim) -> str:
     return f"{escape(text)} [{COLORS[claim.verdict]}]{claim.verdict}[/]"
 
 
-def _entry(folder: Path, figure: FigureEntry) -> Mapping[str, Any]:
+def _entry(folder: Path, figure: FigureEntry, findings: Sequence[Finding]) -> Mapping[str, Any]:
     svg = (folder / "figures" / f"{figure.name}.svg").read_bytes()
-    return {**vars(figure), "svg": base64.b64encode(svg).decode()}
+    return {**vars(figure), "findings": findings, "svg": base64.b64encode(svg).decode()}
+
+
+def _finding(claim: Claim) -> Finding:
+    number, panel = re.fullmatch(r"(\d*)(.*)", claim.figure, re.DOTALL).groups()  # type: ignore[union-attr]
+    notes = {"Claim": claim.statement, "Effect": claim.measure, "Detail": claim.detail}
+    return Finding(
+        figure=f"fig{number}" if number else claim.figure,
+        panel=panel if number else "",
+        name=claim.name,
+        effect=_figure(claim.effect),
+        interval=_interval(claim.low, claim.high),
+        verdict=claim.verdict,
+        tone=_tone(claim.verdict),
+        notes=[*notes.items(), ("Source", claim.source)],
+    )
+
+
+def _tone(verdict: str) -> str:
+    return {HOLDS: "good", FAILS: "bad", UNDECIDED: "open"}.get(verdict, "muted")
+
+
+def _counts(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    """How many claims have each verdict, in the order holds, fails, undecided, others."""
+    counts = Counter(dict.fromkeys((HOLDS, FAILS, UNDECIDED), 0))
+    counts.update(claim.verdict for claim in claims)
+    return [{"verdict": v, "count": n, "tone": _tone(v)} for v, n in counts.items() if n]
+
+
+def _verdict_line(claims: Sequence[Claim]) -> str:
+    """The run's verdict in one line. Claims that were not tested do not count."""
+    counts = Counter(_tone(claim.verdict) for claim in claims)
+    tested = counts["good"] + counts["bad"] + counts["open"]
+    line = f"{counts['good']} of {tested} tested claims hold"
+    if counts["bad"]:
+        line += f", {counts['bad']} {'does' if counts['bad'] == 1 else 'do'} not"
+    if counts["open"]:
+        line += f"; for {counts['open']} the data do not suffice"
+    return line + "."
 
 
 _ONE = {
@@ -184,5 +260,5 @@ def _figure(value: object) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "-"
 
 
-def _css(verdict: str) -> str:
-    return {HOLDS: "holds", FAILS: "fails", UNTESTED: "untested"}.get(verdict, "undecided")
+def _interval(low: float, high: float) -> str:
+    return f"{_figure(low)} to {_figure(high)}" if math.isfinite(low) else ""

@@ -17,7 +17,7 @@ from .._utils.results import NOT_CONVERGED
 from .._utils.table import Table
 from ..experiments import _report as report
 from ..experiments._task_store import TaskStore
-from ..experiments.claims._intervals import mean_interval
+from ..experiments.claims._intervals import mean_interval, normal_interval
 from ..experiments.figures import _relaxation_runs as relaxation
 from ..experiments.figures import fig2
 from . import _figures as profile_figures
@@ -48,12 +48,13 @@ def write(
         folder.path,
         "profile.html.jinja",
         entries,
+        _findings(tables),
         about=about,
+        verdict=_verdict(tables),
         subject=subject,
         points=[_shown(row) for row in tables["points"].rows()],
         eigenvalues=_eigenvalues(tables["eigenvalues"]),
         path=tables["path"].rows()[0] if "path" in tables else None,
-        displacement=tables["displacement"].rows() if "displacement" in tables else [],
         ways=ways,
         environment=versions,
         stages=folder.stage_seconds(),
@@ -145,6 +146,149 @@ def _path(folder: TaskStore) -> Table:
         "loss_at_b": float(losses["loss"][-1]),
     }
     return Table.from_rows([row])
+
+
+# -- findings -------------------------------------------------------------------------------
+
+
+def _findings(tables: Mapping[str, Table]) -> list[report.Finding]:
+    """The rows beside the figures."""
+    rows = _spectrum_findings(tables["points"])
+    if "path" in tables:
+        rows = [*_path_findings(tables), *map(_drift, tables["displacement"].rows()), *rows]
+    return rows
+
+
+_INSIDE = (
+    "value at the path's highest point over the mean of the ends; normal 95 % interval from the "
+    "standard errors"
+)
+
+
+def _path_findings(tables: Mapping[str, Table]) -> list[report.Finding]:
+    path: dict[str, Any] = tables["path"].rows()[0]
+    rows = []
+    for panel, column, name in (
+        ("A", "hessian_trace", "Hessian trace"),
+        ("", "fisher_trace", "Fisher trace"),
+    ):
+        if column not in tables["points"]:
+            continue
+        ratio, low, high = _inside_over_ends(tables["points"], column)
+        verdict, tone = _side(low - 1, high - 1, "higher between", "lower between")
+        numbers = _numbers(ratio, low, high)
+        title = f"{name}, between / ends"
+        rows.append(
+            report.Finding("along", panel, title, *numbers, verdict, tone, [("Effect", _INSIDE)])
+        )
+    ends = max(path["loss_at_a"], path["loss_at_b"])
+    barriers = [path[name] - ends for name in ("highest_loss", "highest_loss_of_line")]
+    lower = barriers[0] < barriers[1]
+    rows.append(
+        report.Finding(
+            "along",
+            "C",
+            "loss barrier of the path",
+            f"{barriers[0]:.3g}",
+            f"straight line {barriers[1]:.3g}",
+            "lower than the straight line's" if lower else "not below the straight line's",
+            "good" if lower else "bad",
+            [("Effect", "highest loss, less that of the higher end")],
+        )
+    )
+    return rows
+
+
+def _drift(row: Mapping[str, Any]) -> report.Finding:
+    verdict, tone = _side(row["low"], row["high"], "toward B", "toward A")
+    notes = f"lr = {row['lr']:g}, B = {row['batch_size']}, {row['replicas']} replicas"
+    if row["diverged"]:
+        notes += f", {row['diverged']} diverged"
+    return report.Finding(
+        "relaxation",
+        "A" if row["panel"] == f"k = {max(CYCLES.values())}" else "B",
+        f"drift from s = {row['start']:g}, {row['panel']}",
+        *_numbers(row["displacement"], row["low"], row["high"]),
+        verdict,
+        tone,
+        [
+            ("Effect", "mean displacement along the path; Student's 95 % interval"),
+            ("Detail", notes),
+        ],
+    )
+
+
+def _spectrum_findings(points: Table) -> list[report.Finding]:
+    rows = []
+    lines: list[dict[str, Any]] = points.rows()
+    for row in lines:
+        at = "" if row["point"] == "point" else f", {row['point']}"
+        converged = bool(row.get("top_eigenvalue_converged", 1))
+        top, mass = row["top_eigenvalue"], row["negative_mass"]
+        error = row["negative_mass_std_error"]
+        rows += [
+            report.Finding(
+                "spectra", "", f"largest eigenvalue{at}", f"{top:.4g}",
+                f"± {row['top_eigenvalue_residual']:.2g}",
+                "converged" if converged else NOT_CONVERGED, "good" if converged else "open",
+                [("Effect", "the interval is the residual, within which lies an eigenvalue")],
+            ),
+            report.Finding(
+                "spectra", "", f"negative mass{at}", f"{mass:.3g}",
+                f"± {error:.2g}" if math.isfinite(error) else "",
+                f"{mass / max(abs(row['hessian_trace']), 1e-300):.2g} of the trace", "muted",
+                [("Effect", "sum of the sizes of the negative eigenvalues; ± is a standard error")],
+            ),
+        ]  # fmt: skip
+    return rows
+
+
+def _verdict(tables: Mapping[str, Table]) -> str:
+    """The model's verdict in one line."""
+    points: list[dict[str, Any]] = tables["points"].rows()
+    if "path" not in tables:
+        row = points[0]
+        return (
+            f"Loss {row['loss']:.3g}; the Hessian has trace {row['hessian_trace']:.3g} and largest "
+            f"eigenvalue {row['top_eigenvalue']:.3g}."
+        )
+    ratio, low, high = _inside_over_ends(tables["points"], "hessian_trace")
+    where = f"{ratio:.3g} times that at the ends ({_figures(low, high)})"
+    moved: list[dict[str, Any]] = tables["displacement"].rows()
+    drifts = [_side(row["low"], row["high"], "B", "A")[0] for row in moved]
+    return (
+        f"Between A and B the Hessian trace is {where}; projected SGD drifts along the path from "
+        f"{sum(drift in 'AB' for drift in drifts)} of {len(drifts)} settings."
+    )
+
+
+def _inside_over_ends(points: Table, column: str) -> tuple[float, float, float]:
+    """A trace between the ends over its mean at the ends, with a normal 95 % interval."""
+    value, error = (
+        dict(zip(points["point"].tolist(), points[name].tolist(), strict=True))
+        for name in (column, f"{column}_std_error")
+    )
+    ends = (value["A"] + value["B"]) / 2
+    if not ends:
+        return math.nan, math.nan, math.nan
+    ratio = value["between"] / ends
+    spread = math.hypot(error["between"], ratio * math.hypot(error["A"], error["B"]) / 2)
+    return (ratio, *normal_interval(ratio, spread / abs(ends)))
+
+
+def _side(low: float, high: float, above: str, below: str) -> tuple[str, str]:
+    """What an interval says of a number's sign, and how it is shown."""
+    if low > 0:
+        return above, "good"
+    return (below, "good") if high < 0 else ("not resolved", "open")
+
+
+def _numbers(value: float, low: float, high: float) -> tuple[str, str]:
+    return (f"{value:.3g}" if math.isfinite(value) else "-", _figures(low, high))
+
+
+def _figures(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g}" if math.isfinite(low) else ""
 
 
 # -- words ----------------------------------------------------------------------------------

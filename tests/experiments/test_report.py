@@ -61,7 +61,7 @@ class Links(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         for name, value in attrs:
-            if name in ("src", "href", "srcset", "data", "action", "poster"):
+            if name in ("src", "href", "srcset", "data", "action", "poster") and value[0] != "#":
                 self.fetched.append(value)
 
 
@@ -88,7 +88,8 @@ def test_the_report_names_claims_tables_settings_and_times(tiny_run):
         assert claim["verdict"] in html and claim["name"] in unescape(html)
     for table in TABLES[:-1]:
         assert f"data/{table}.csv" in html
-    assert "&#34;epochs&#34;: 4" in html and "2 minima, 1 minimum energy paths" in html
+    assert "&#34;epochs&#34;: 4" in html
+    assert re.search(r"2 minima,\s+1 minimum energy paths", html)
     assert re.search(r"train \d+\.\d s", html)
     run = RunFolder.open(tiny_run.path)
     assert set(run.stage_seconds()) >= {"langevin", "train", "path", "curvature", "relax", "lmc"}
