@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import entropic_fast as ef
 from entropic_fast.curvature import HessianOperator
 from entropic_fast.ops.random_bits.streams import fold_in, rademacher
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import ImageData, load
 from entropic_fast.training.models import build
 

@@ -60,7 +60,7 @@ from .dynamics import (
 from .objective import NonFiniteLossError, Objective, StaleStatisticsWarning
 from .ops.backend import set_backend
 from .paths import AutoNEBConfig, NEBResult, Path, auto_neb, linear_path, path_losses
-from .training.lmc import LMCResult, linear_mode_connectivity
+from .training import LineSettings, LMCResult, linear_mode_connectivity
 
 __all__ = [
     "__version__",
@@ -120,6 +120,7 @@ __all__ = [
     "Trajectory",
     "linear_mode_connectivity",
     "LMCResult",
+    "LineSettings",
     "simulate_langevin",
     "LangevinIntegrator",
     "LangevinRecording",

@@ -8,7 +8,7 @@ of 14,378 parameters.
 import torch
 
 import entropic_fast as ef
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import load
 from entropic_fast.training.models import build
 

@@ -5,7 +5,7 @@ compare how far loss and curvature rise on it. Digits, 14,378 parameters.
 """
 
 import entropic_fast as ef
-from entropic_fast.training._train import TrainConfig
+from entropic_fast.training import TrainConfig
 from entropic_fast.training.data import load
 
 
@@ -16,9 +16,8 @@ def main(epochs: int = 8, branches: tuple[int, ...] = (0, 2, 6), points: int = 5
         data,
         TrainConfig(epochs=epochs, batch_size=32, augment=False),
         epochs=branches,
+        settings=ef.LineSettings(points=points, curvature_examples=128),
         eval_data=test,
-        points=points,
-        curvature_examples=128,
     )
     for row in result.instability.rows():
         print(

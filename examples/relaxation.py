@@ -8,7 +8,7 @@ from torch import nn
 
 import entropic_fast as ef
 from entropic_fast.dynamics import displacement
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import load
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import entropic_fast as ef
 from entropic_fast._utils.checks import describe, shown
 from entropic_fast.dynamics import ForceSettings, point_force
-from entropic_fast.training._train import TrainConfig
+from entropic_fast.training import TrainConfig
 from entropic_fast.training.data import load
 
 
@@ -48,7 +48,7 @@ FREE = {
     ("LangevinRecording", "observe"),
     ("Recording", "callback"),
     ("linear_mode_connectivity", "model"),
-    ("linear_mode_connectivity", "unit"),
+    ("linear_mode_connectivity", "task"),
 }
 # A function or module that can be called, and fails when it is.
 CALLED = ("on_point", "on_step", "on_cycle", "on_record", "progress")
@@ -133,7 +133,7 @@ def calls() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
         "linear_mode_connectivity": (
             ef.linear_mode_connectivity,
             dict(model="digits-cnn", data=images, config=TrainConfig(epochs=0))
-            | dict(epochs=(0,), points=3),
+            | dict(epochs=(0,), settings=ef.LineSettings(points=3)),
         ),
         "set_backend": (ef.set_backend, dict(name="auto")),
         "Table": (ef.Table, dict(columns={"a": [1]})),

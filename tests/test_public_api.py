@@ -68,6 +68,7 @@ NAMES = [
     "Trajectory",
     "linear_mode_connectivity",
     "LMCResult",
+    "LineSettings",
     "simulate_langevin",
     "LangevinIntegrator",
     "LangevinRecording",

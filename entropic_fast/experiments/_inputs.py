@@ -14,7 +14,7 @@ from .._utils import checks
 from .._utils.table import Table
 from ..objective import Objective
 from ..paths import AutoNEBConfig, Path, auto_neb, linear_path, path_losses
-from ..training._train import TrainConfig, evaluate, train
+from ..training import TrainConfig, evaluate, train
 from ..training.data import ImageData, load
 from ..training.minima import load_minimum, save_minimum, training_manifest
 from ..training.models import build

@@ -1,5 +1,43 @@
 """Data, the paper's networks, training, and linear mode connectivity.
 
-Start with `minima`, which trains the networks of a run; `data` and `models` are what it trains.
-Relies on `objective`, `curvature` and `paths`.
+Start with `train`; `data` and `models` hold what it trains, `minima` stores the results, and `lmc`
+branches and joins them. Relies on `objective` and `curvature`.
 """
+
+from ._train import (
+    EpochRecord,
+    Evaluation,
+    TrainConfig,
+    Trained,
+    TrainState,
+    evaluate,
+    learning_rate,
+    train,
+)
+from .lmc import (
+    LineSettings,
+    LMCResult,
+    Trunk,
+    branch,
+    instability,
+    linear_mode_connectivity,
+    measure_line,
+)
+
+__all__ = [
+    "EpochRecord",
+    "Evaluation",
+    "LMCResult",
+    "LineSettings",
+    "TrainConfig",
+    "TrainState",
+    "Trained",
+    "Trunk",
+    "branch",
+    "evaluate",
+    "instability",
+    "learning_rate",
+    "linear_mode_connectivity",
+    "measure_line",
+    "train",
+]

@@ -8,7 +8,7 @@ weight decay 5e-4, learning rate 0.1, batches of 256, 200 epochs, learning rate 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -43,7 +43,7 @@ class TrainConfig:
         lr: learning rate at the start.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 coefficient, on every parameter.
-        batch_size: examples an update; the last batch of an epoch may be shorter.
+        batch_size: examples per update; the last batch of an epoch may be shorter.
         epochs: length of training, in passes over the data.
         milestones: shares of `epochs` after which the learning rate falls, ascending in (0, 1).
         gamma: factor of each fall, in (0, 1].
@@ -51,7 +51,7 @@ class TrainConfig:
         augment: random crops and flips (`entropic_fast.training.data.augment`).
         pad: pixels of padding of the crops.
         flip: whether augmentation flips.
-        label_noise: share of the training labels drawn uniformly anew, in [0, 1].
+        label_noise: share of the training labels drawn uniformly again, in [0, 1].
         precision: "float32", or "bfloat16" for activations (autocast); weights, their updates and
             the loss stay in float32, and so does all curvature.
         compiled: whether full batches go through `torch.compile`, which takes a minute once and
@@ -119,20 +119,47 @@ class EpochRecord(NamedTuple):
 
 
 @dataclass(frozen=True)
+class TrainState:
+    """Where training goes on, from the weights that a model has.
+
+    Args:
+        epoch: epochs done; the first to run.
+        optimizer_state: momentum buffers to start from, by parameter name; empty for none.
+
+    Raises:
+        ValueError: an epoch below 0.
+
+    >>> TrainState().epoch
+    0
+    """
+
+    epoch: int = 0
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        integer("epoch", self.epoch)
+
+
+@dataclass(frozen=True)
 class Trained:
     """A model after training, with what is needed to go on.
 
     Attributes:
         model: the model given, trained in place, in evaluation mode.
-        epoch: epochs done since the start of training; the next `start_epoch`.
+        epoch: epochs done since the start of training.
         optimizer_state: momentum buffer of each parameter, by name.
-        history: one row an epoch of this call (columns of `EpochRecord`).
+        history: one row per epoch of this call (columns of `EpochRecord`).
     """
 
     model: nn.Module
     epoch: int
     optimizer_state: dict[str, Tensor]
     history: Table
+
+    @property
+    def state(self) -> TrainState:
+        """What `train(resume=)` needs to go on."""
+        return TrainState(self.epoch, self.optimizer_state)
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -153,29 +180,25 @@ def train(
     *,
     seed: int,
     order_seed: int | None = None,
-    start_epoch: int = 0,
+    resume: TrainState | None = None,
     stop_epoch: int | None = None,
-    optimizer_state: Mapping[str, Tensor] | None = None,
-    initialize: bool | None = None,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> Trained:
-    """Train `model` in place on epochs `start_epoch` to `stop_epoch` of the recipe.
+    """Train `model` in place by a recipe, up to `stop_epoch`.
 
-    A run cut at any epoch and continued with the state it returned equals the unbroken run. To
-    branch (linear mode connectivity), continue copies of one model and optimizer state with
-    different `order_seed`s.
+    A run that stops at any epoch and resumes with its `Trained.state` equals the uninterrupted run.
+    To branch (linear mode connectivity), resume copies of one model from one state with different
+    `order_seed`s.
 
     Args:
         model: on the data's device.
         data: the training set.
-        config: the recipe; its schedule spans all `config.epochs`, whatever part is run.
+        config: the recipe; its schedule always spans all of `config.epochs`.
         seed: of the initial weights and of label noise.
         order_seed: of the data order and augmentation; default `seed`.
-        start_epoch: first epoch to run.
-        stop_epoch: run up to here, exclusive; default `config.epochs`.
-        optimizer_state: momentum buffers to start from, by parameter name; default, none.
-        initialize: whether to set the weights from `seed` first; default, when `start_epoch`
-            is 0 and no `optimizer_state` is given.
+        resume: go on from the model's weights and this state; None draws initial weights from
+            `seed` and starts at epoch 0.
+        stop_epoch: the last epoch, exclusive; default `config.epochs`.
         on_epoch: called after each epoch.
 
     Raises:
@@ -193,14 +216,13 @@ def train(
     stop = config.epochs if stop_epoch is None else integer("stop_epoch", stop_epoch)
     if stop > config.epochs:
         raise invalid("stop_epoch", f"at most {config.epochs}, the recipe's epochs", str(stop))
-    if integer("start_epoch", start_epoch) > stop:
-        raise invalid("start_epoch", f"at most stop_epoch, {stop}", str(start_epoch))
+    state = resume or TrainState()
+    if state.epoch > stop:
+        raise invalid("resume.epoch", f"at most stop_epoch, {stop}", str(state.epoch))
     integer("seed", seed)
     _check_device(model, data)
     _check_precision(model)
-    if initialize is None:
-        initialize = start_epoch == 0 and optimizer_state is None
-    if initialize:
+    if resume is None:
         initialize_model(model, seed)
     _check_classes(model, data)
     if config.label_noise:
@@ -214,9 +236,9 @@ def train(
         layout = preferred_memory_format(model, data.inputs(slice(2)))
         _lay_out(model, layout)
         model.train()
-        optimizer = _optimizer(named, config, optimizer_state)
+        optimizer = _optimizer(named, config, state.optimizer_state)
         fast = torch.compile(model, dynamic=False) if config.compiled else model
-        for epoch in range(start_epoch, stop):
+        for epoch in range(state.epoch, stop):
             record = _epoch(model, fast, data, config, optimizer, epoch, order, layout)
             records.append(record._asdict())
             if on_epoch is not None:
@@ -224,7 +246,7 @@ def train(
     finally:
         _lay_out(model, torch.contiguous_format)
         model.eval()
-    if stop > start_epoch and not all(bool(torch.isfinite(p).all()) for p in named.values()):
+    if stop > state.epoch and not all(bool(torch.isfinite(p).all()) for p in named.values()):
         raise _diverged(
             "weights that are NaN or infinite", stop - 1, None, learning_rate(config, stop - 1)
         )
@@ -261,7 +283,7 @@ def _epoch(
         losses.append(loss.detach())
         correct += (outputs.detach().argmax(1) == targets).sum()
         sizes.append(len(index))
-    # Looked at once an epoch: a look at every loss would make a GPU wait for each update.
+    # Read once per epoch: reading every loss would make a GPU wait for each update.
     values = torch.stack(losses).double().cpu()
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
@@ -290,7 +312,7 @@ def _diverged(what: str, epoch: int, update: int | None, lr: float) -> Divergenc
 
 
 def _optimizer(
-    named: Mapping[str, nn.Parameter], config: TrainConfig, state: Mapping[str, Tensor] | None
+    named: Mapping[str, nn.Parameter], config: TrainConfig, state: Mapping[str, Tensor]
 ) -> torch.optim.SGD:
     if not named:
         raise invalid("model", "at least one parameter that requires a gradient", "none")
@@ -310,9 +332,9 @@ def _optimizer(
         different = sorted(set(state) ^ set(named))
         raise invalid(
             "optimizer_state",
-            "one momentum buffer a parameter of the model",
+            "one momentum buffer per parameter of the model",
             f"{len(different)} that differ, as {different[0]!r}",
-            "pass the optimizer_state that train() returned for this model",
+            "resume from the state that train() returned for this model",
         )
     for name, parameter in named.items():
         if state[name].shape != parameter.shape:
@@ -322,7 +344,7 @@ def _optimizer(
                 str(list(state[name].shape)),
             )
         # A copy, as branches that share a state must not move each other's momentum; in the
-        # weight's layout, as the fused update on a CPU goes by memory.
+        # weight's layout, as the fused update on a CPU follows memory order.
         buffer = torch.empty_like(parameter, requires_grad=False).copy_(state[name])
         optimizer.state[parameter]["momentum_buffer"] = buffer
     return optimizer

@@ -37,8 +37,45 @@ from ._train import TrainConfig, Trained, train
 from .data import ImageData
 from .models import build
 
-Unit = Callable[[str, Callable[[], Table]], Table]
+Task = Callable[[str, Callable[[], Table]], Table]
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LineSettings:
+    """What is measured on a line between two networks.
+
+    Args:
+        points: evenly spaced, ends included; at least 3.
+        loss_examples: training examples for loss and normalization statistics; None for all.
+        curvature_examples: training examples for the Hessian; None for all.
+        tol: relative residual at which an eigenvalue is accepted.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    >>> LineSettings(points=5).points
+    5
+    """
+
+    points: int = 11
+    loss_examples: int | None = None
+    curvature_examples: int | None = None
+    tol: float = 1e-2
+
+    def __post_init__(self) -> None:
+        integer("points", self.points, 3)
+        positive("tol", self.tol)
+        for name in ("loss_examples", "curvature_examples"):
+            if getattr(self, name) is not None:
+                integer(name, getattr(self, name), 1)
+
+    def check(self, count: int) -> None:
+        """Raise ValueError if more than the `count` training examples are asked for."""
+        for name in ("loss_examples", "curvature_examples"):
+            if (getattr(self, name) or 0) > count:
+                got = str(getattr(self, name))
+                raise invalid(name, f"at most {count}, the training examples", got)
 
 
 @dataclass(frozen=True)
@@ -46,12 +83,12 @@ class LMCResult:
     """Loss and curvature on the lines between branches.
 
     Attributes:
-        table: one row a point of a line: k (epoch of branching), point (0 to 1 along the
+        table: one row per point of a line: k (epoch of branching), point (0 to 1 along the
             line), loss and accuracy on the training examples, test_loss and test_accuracy where
             a test set was given, eigenvalue (largest of the Hessian), residual (its error bound)
             and converged (1 where it met the tolerance, else 0), distance (between the two ends, of
             parameters).
-        instability: one row a k: loss_instability, eigenvalue_instability (see `instability`),
+        instability: one row per k: loss_instability, eigenvalue_instability (see `instability`),
             barrier (highest loss on the line less the mean of the ends, nats), and, with a test
             set, error_barrier (the same for the test error, a share).
     """
@@ -103,10 +140,8 @@ class Trunk:
             self._data,
             self._config,
             seed=self._seed,
-            start_epoch=state.epoch,
+            resume=state.state,
             stop_epoch=k,
-            optimizer_state=state.optimizer_state,
-            initialize=False,
             on_epoch=lambda r: _tell(self._progress, "trunk", r.epoch, k),
         )
         self._state = state
@@ -138,10 +173,8 @@ def branch(
         data,
         config,
         seed=seed,
-        initialize=False,
         order_seed=fold_in(seed, "branch", integer("number", number)),
-        start_epoch=start.epoch,
-        optimizer_state=start.optimizer_state,
+        resume=start.state,
         on_epoch=lambda r: _tell(progress, f"branch {number}", r.epoch, config.epochs),
     ).model
 
@@ -150,12 +183,9 @@ def measure_line(
     a: nn.Module,
     b: nn.Module,
     data: ImageData,
+    settings: LineSettings | None = None,
     *,
     eval_data: ImageData | None = None,
-    points: int = 11,
-    loss_examples: int | None = None,
-    curvature_examples: int | None = None,
-    tol: float = 1e-2,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Table:
@@ -168,11 +198,8 @@ def measure_line(
     Args:
         a, b: networks of one architecture.
         data: the training set.
+        settings: default, `LineSettings()`.
         eval_data: a test set, for test_loss and test_accuracy.
-        points: evenly spaced points, ends included; at least 3.
-        loss_examples: training examples for loss and statistics; None for all.
-        curvature_examples: training examples for the Hessian; None for all.
-        tol: relative residual at which the eigenvalue is accepted.
         seed: of the eigenvalue solver's start.
         progress: called with (what, points done, points in all).
 
@@ -180,11 +207,11 @@ def measure_line(
         the columns of `LMCResult.table`, without k.
 
     Raises:
-        ValueError: networks of different architectures, or fewer than 3 points.
+        ValueError: networks of different architectures, or more examples than there are.
     """
-    integer("points", points, 3)
-    positive("tol", tol)
-    objective = Objective(a, "cross_entropy", data.tensors(loss_examples))
+    settings = settings or LineSettings()
+    points = settings.points
+    objective = Objective(a, "cross_entropy", data.tensors(settings.loss_examples))
     single_or_double("a", objective.dtype, "a line between networks")
     shapes_a, shapes_b = (
         {plain_name(m, n): tuple(p.shape) for n, p in m.named_parameters() if p.requires_grad}
@@ -196,7 +223,7 @@ def measure_line(
         torch.cat([as_real(p.detach()).flatten() for p in m.parameters() if p.requires_grad])
         for m in (a, b)
     ]
-    curvature_data = data.tensors(curvature_examples)
+    curvature_data = data.tensors(settings.curvature_examples)
     test_data = None if eval_data is None else eval_data.tensors()
     distance = float((ends[1] - ends[0]).norm())
     rows, pairs = [], None
@@ -212,7 +239,7 @@ def measure_line(
         row |= {"eigenvalue": math.nan, "residual": math.nan, "converged": 0}
         with held() as missed, contextlib.suppress(NonFiniteLossError, NonFiniteProductError):
             operator = HessianOperator(here.with_data(curvature_data), theta)
-            pairs = tracked_eigenpairs(operator, pairs, tol=tol, seed=seed)
+            pairs = tracked_eigenpairs(operator, pairs, tol=settings.tol, seed=seed)
             row["eigenvalue"] = float(pairs.values[0])
             row["residual"] = float(pairs.residuals[0])
             row["converged"] = int(pairs.converged)
@@ -288,14 +315,11 @@ def linear_mode_connectivity(
     data: ImageData,
     config: TrainConfig,
     epochs: Sequence[int] = (0, 1, 2, 4),
+    settings: LineSettings | None = None,
     *,
     eval_data: ImageData | None = None,
-    points: int = 11,
     seed: int = 0,
-    loss_examples: int | None = None,
-    curvature_examples: int | None = None,
-    tol: float = 1e-2,
-    unit: Unit | None = None,
+    task: Task | None = None,
     progress: Progress | None = None,
 ) -> LMCResult:
     """Branch training at several epochs and measure the straight lines between the branches.
@@ -308,15 +332,12 @@ def linear_mode_connectivity(
         data: the training set.
         config: the recipe.
         epochs: the values of k, in [0, config.epochs].
+        settings: of each line; default, `LineSettings()`.
         eval_data: a test set.
-        points: on each line, ends included.
         seed: of everything random.
-        loss_examples: training examples for loss and statistics; None for all.
-        curvature_examples: training examples for the Hessian; None for all.
-        tol: relative residual at which an eigenvalue is accepted.
-        unit: called as unit(name, compute) for every k, to store and resume: it returns the
-            table it has under that name, or compute()'s. The trunk is trained again as far as
-            the first k that is missing needs.
+        task: called as task(name, compute) for every k, to store and resume: it returns the
+            table stored under that name, or that of compute(). The trunk is trained again as far
+            as the first missing k needs.
         progress: called with (what, done, in all) after every epoch and point.
 
     Raises:
@@ -336,7 +357,7 @@ def linear_mode_connectivity(
         instance("eval_data", eval_data, ImageData)
     if not isinstance(model, str):
         functions(model=model)
-    functions(unit=unit, progress=progress)
+    functions(task=task, progress=progress)
     numbers("epochs", epochs)
     chosen = sorted(integer("epochs", k) for k in epochs)
     if not chosen or len(set(chosen)) < len(chosen) or chosen[-1] > config.epochs:
@@ -345,14 +366,8 @@ def linear_mode_connectivity(
             f"different numbers from 0 to {config.epochs}, at least one",
             shown(tuple(epochs)),
         )
-    for argument, count in (
-        ("loss_examples", loss_examples),
-        ("curvature_examples", curvature_examples),
-    ):
-        if count is not None and integer(argument, count, 1) > len(data):
-            raise invalid(argument, f"at most {len(data)}, the training examples", str(count))
-    integer("points", points, 3)
-    positive("tol", tol)
+    settings = settings or LineSettings()
+    settings.check(len(data))
     trunk = Trunk(model, data, config, seed, progress)
 
     def compute(k: int) -> Table:
@@ -365,17 +380,14 @@ def linear_mode_connectivity(
             a,
             b,
             data,
+            settings,
             eval_data=eval_data,
-            points=points,
-            loss_examples=loss_examples,
-            curvature_examples=curvature_examples,
-            tol=tol,
             seed=seed,
             progress=tell,
         )
-        return Table({"k": [k] * points, **line})
+        return Table({"k": [k] * line.num_rows, **line})
 
-    run = unit or (lambda name, make: make())
+    run = task or (lambda name, make: make())
     with held() as missed:
         tables = [run(f"k{k}", lambda k=k: compute(k)) for k in chosen]  # type: ignore[misc]
     warn_once(missed, "linear_mode_connectivity:")

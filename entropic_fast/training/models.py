@@ -260,7 +260,7 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
                 f"model.{name}" if name else "model",
                 "a module that can set its own parameters",
                 f"{type(module).__name__} with {', '.join(own)} and no reset_parameters()",
-                "give it that method, or initialize it yourself and train with initialize=False",
+                "give it that method, or initialize it yourself and train with resume=TrainState()",
             )
     return model
 

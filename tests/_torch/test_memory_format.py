@@ -13,7 +13,7 @@ from torch import nn
 import entropic_fast as ef
 from entropic_fast._torch.memory_format import preferred_memory_format
 from entropic_fast.dynamics.projected_sgd._thread_pool import ThreadPoolGradients
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, TrainState, train
 from entropic_fast.training.data import load
 
 
@@ -45,7 +45,7 @@ def test_it_is_trained():
     pair = twins(1)
     for model in pair:
         config = TrainConfig(epochs=2, batch_size=50, augment=False)
-        train(model, data, config, seed=0, initialize=False)
+        train(model, data, config, seed=0, resume=TrainState())
     for a, b in zip(*(model.parameters() for model in pair), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -101,7 +101,7 @@ def test_training_tries_layouts_without_a_trace():
     net.append(nn.Linear(72, 10))
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     config = TrainConfig(epochs=1, batch_size=10, augment=False)
-    train(net, data, config, seed=0, initialize=False, stop_epoch=0)
+    train(net, data, config, seed=0, resume=TrainState(), stop_epoch=0)
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -16,8 +16,7 @@ from entropic_fast.dynamics import ForceSettings
 from entropic_fast.dynamics.force import _drift as bursts
 from entropic_fast.dynamics.force import _weight_norm_growth as growth
 from entropic_fast.dynamics.force._point_force import point_force
-from entropic_fast.training import data, models
-from entropic_fast.training._train import TrainConfig
+from entropic_fast.training import TrainConfig, data, models
 
 ON_PURPOSE = ("training.py", "layouts.py")
 SETTINGS = bursts.ProjectedSGD(0.02, 6, project_every=2, steps=3)
@@ -277,7 +276,7 @@ def test_linear_mode_connectivity_is_the_cpus(emulated):
     found, expected = (
         ef.linear_mode_connectivity(
             lambda: models.digits_cnn("batch", channels=(2, 2, 2)), digits.to(device), config,
-            epochs=(0,), eval_data=test.to(device), points=3, tol=0.1,
+            epochs=(0,), settings=ef.LineSettings(points=3, tol=0.1), eval_data=test.to(device),
         ).table
         for device in ("emulated", "cpu")
     )  # fmt: skip

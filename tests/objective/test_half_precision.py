@@ -19,7 +19,7 @@ from entropic_fast.curvature import (
 from entropic_fast.dynamics import ProjectedSGD, relax
 from entropic_fast.objective import NonFiniteLossError, Objective
 from entropic_fast.paths import Path, auto_neb, linear_path, path_losses
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import load
 from entropic_fast.training.lmc import measure_line
 from entropic_fast.training.models import build

@@ -24,8 +24,7 @@ from entropic_fast.dynamics.projected_sgd._minibatches import Minibatches
 from entropic_fast.dynamics.projected_sgd._optimizers import Optimizer
 from entropic_fast.dynamics.projected_sgd._replica_state import ReplicaState
 from entropic_fast.ops.random_bits import streams as random
-from entropic_fast.training import models
-from entropic_fast.training._train import EpochRecord, TrainConfig, train
+from entropic_fast.training import EpochRecord, TrainConfig, models, train
 from entropic_fast.training.data import ImageData
 
 Watched = Callable[[], AbstractContextManager[Any]]  # within which the host may not wait

@@ -36,8 +36,7 @@ from entropic_fast.curvature import (
     tracked_eigenpairs,
 )
 from entropic_fast.ops.random_bits import streams
-from entropic_fast.training import data, minima, models
-from entropic_fast.training._train import TrainConfig, evaluate, train
+from entropic_fast.training import TrainConfig, data, evaluate, minima, models, train
 
 sys.path.append(str(Path(__file__).parents[1] / "support"))
 from langevin_cases import simulate_with
@@ -352,8 +351,8 @@ def training_results() -> Lines:
         minimum = minima.read_minimum(file)
     stored = {**minimum.parameters, **minimum.buffers}
     yield "minimum, read again", [stored[name] for name in sorted(stored)]
-    options = dict(eval_data=held_out, points=3, curvature_examples=16)
-    lmc = ef.linear_mode_connectivity(network, images, config, (0, 2), **options)
+    settings = ef.LineSettings(points=3, curvature_examples=16)
+    lmc = ef.linear_mode_connectivity(network, images, config, (0, 2), settings, eval_data=held_out)
     yield "linear mode connectivity", (lmc.table, lmc.instability)
     built = [models.initialize(models.build(name), 3) for name in ("resnet8-w8", "digits-cnn")]
     yield "models", [flat(model) for model in built]

@@ -9,9 +9,10 @@ from torch import nn
 from entropic_fast._utils.table import Table
 from entropic_fast.curvature import HessianOperator, top_eigenvalues
 from entropic_fast.objective import Objective
-from entropic_fast.training._train import TrainConfig, train
+from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import load
 from entropic_fast.training.lmc import (
+    LineSettings,
     Trunk,
     branch,
     instability,
@@ -48,7 +49,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def result():
     return linear_mode_connectivity(
-        small, TRAIN, CONFIG, epochs=(2, 0, 4), eval_data=TEST, points=5, seed=7
+        small, TRAIN, CONFIG, epochs=(2, 0, 4), settings=LineSettings(5), eval_data=TEST, seed=7
     )
 
 
@@ -71,7 +72,7 @@ def test_the_tables_have_their_columns(result):
     assert (
         "test_loss"
         not in linear_mode_connectivity(
-            small, TRAIN, TrainConfig(epochs=0), epochs=[0], points=3
+            small, TRAIN, TrainConfig(epochs=0), epochs=[0], settings=LineSettings(3)
         ).table.columns
     )
 
@@ -92,7 +93,7 @@ def test_later_branches_end_closer_together(result):
 
 def test_each_k_is_the_same_alone_as_together(result):
     alone = linear_mode_connectivity(
-        small, TRAIN, CONFIG, epochs=(2,), eval_data=TEST, points=5, seed=7
+        small, TRAIN, CONFIG, epochs=(2,), settings=LineSettings(5), eval_data=TEST, seed=7
     )
     for name in alone.table.columns:
         assert alone.table[name].tolist() == result.table.where(k=2)[name].tolist()
@@ -112,8 +113,7 @@ def test_the_whole_agrees_with_its_parts_by_hand(result):
             CONFIG,
             seed=7,
             order_seed=fold_in(7, "branch", i),
-            start_epoch=2,
-            optimizer_state=start.optimizer_state,
+            resume=start.state,
         )
         ends.append(model)
     middle = small()
@@ -189,7 +189,7 @@ def test_units_are_stored_and_resumed(result):
     stored["k0"] = Table({n: v for n, v in stored["k0"].items()})
     made, told = [], []
 
-    def unit(name, compute):
+    def task(name, compute):
         if name not in stored:
             made.append(name)
             stored[name] = compute()
@@ -200,10 +200,10 @@ def test_units_are_stored_and_resumed(result):
         TRAIN,
         CONFIG,
         epochs=(0, 2, 4),
+        settings=LineSettings(5),
         eval_data=TEST,
-        points=5,
         seed=7,
-        unit=unit,
+        task=task,
         progress=lambda *what: told.append(what),
     )
     assert made == ["k2", "k4"]
@@ -215,9 +215,7 @@ def test_units_are_stored_and_resumed(result):
 
 def test_a_line_between_a_network_and_itself_is_flat():
     model = initialize(small("none"), 3)
-    line = measure_line(
-        model, copy.deepcopy(model), TRAIN, points=4, loss_examples=30, curvature_examples=20
-    )
+    line = measure_line(model, copy.deepcopy(model), TRAIN, LineSettings(4, 30, 20))
     assert len(set(line["loss"])) == 1
     # Each point's search begins at the one before, and ends within the tolerance of 1e-2.
     assert line["eigenvalue"].tolist() == pytest.approx([line["eigenvalue"][0]] * 4, rel=1e-3)
@@ -230,7 +228,7 @@ def test_a_line_between_a_network_and_itself_is_flat():
 
 def test_the_ends_are_met_exactly():
     a, b = initialize(small("none"), 1), initialize(small("none"), 2)
-    line = measure_line(a, b, TRAIN, points=3)
+    line = measure_line(a, b, TRAIN, LineSettings(3))
     for model, loss in ((a, line["loss"][0]), (b, line["loss"][-1])):
         assert loss == Objective(model, "cross_entropy", TRAIN.tensors()).loss()
 
@@ -242,7 +240,7 @@ def test_a_line_that_overflows_keeps_its_other_points():
         for p in b.parameters():
             p.mul_(1e20)
     with pytest.warns(RuntimeWarning, match=r"measure_line: .* not finite at 2 of 3 points"):
-        line = measure_line(a, b, TRAIN, points=3, curvature_examples=10)
+        line = measure_line(a, b, TRAIN, LineSettings(3, None, 10))
     assert line["loss"][1:].tolist() == [math.inf] * 2 and math.isfinite(line["loss"][0])
     assert np.isnan(line["accuracy"]).tolist() == [False, True, True]
     assert line["converged"].tolist() == [1, 0, 0] and math.isfinite(line["eigenvalue"][0])
@@ -253,7 +251,7 @@ def test_a_line_that_overflows_keeps_its_other_points():
 
 def test_models_can_be_named():
     result = linear_mode_connectivity(
-        "digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0], points=3, curvature_examples=10
+        "digits-cnn", TRAIN, TrainConfig(epochs=0), epochs=[0], settings=LineSettings(3, None, 10)
     )
     assert result.table.num_rows == 3
     model = initialize(build("digits-cnn"), 0)
@@ -320,9 +318,11 @@ def test_bad_arguments_are_refused_before_any_training(change, message):
     def told(*what):
         raise AssertionError("training began")
 
+    change = dict(change)
+    lines = {name: change.pop(name) for name in tuple(change) if hasattr(LineSettings, name)}
     arguments = {"model": small, "data": TRAIN, "config": CONFIG, "progress": told, **change}
     with pytest.raises(ValueError, match=message):
-        linear_mode_connectivity(**arguments)
+        linear_mode_connectivity(**arguments, settings=LineSettings(**lines))
 
 
 def test_networks_of_different_architectures_are_refused():

@@ -9,8 +9,9 @@ from torch import nn
 
 from entropic_fast import DivergenceError
 from entropic_fast._utils import atomic_io as store
-from entropic_fast.training._train import (
+from entropic_fast.training import (
     TrainConfig,
+    TrainState,
     evaluate,
     learning_rate,
     train,
@@ -157,9 +158,7 @@ def test_a_cut_run_equals_the_unbroken_one(cut):
         SMALL,
         config,
         seed=3,
-        start_epoch=cut,
-        initialize=False,
-        optimizer_state=first.optimizer_state,
+        resume=first.state,
     )
     assert same(whole, model)
     assert end.optimizer_state.keys() == second.optimizer_state.keys()
@@ -179,8 +178,7 @@ def test_branches_share_their_start_and_leave_it_alone():
             config,
             seed=3,
             order_seed=order_seed,
-            start_epoch=1,
-            optimizer_state=start.optimizer_state,
+            resume=start.state,
         )
         models.append(model)
     assert same(models[0], models[2]) and not same(models[0], models[1])
@@ -201,7 +199,7 @@ def test_the_seed_decides_and_the_global_generator_does_not():
 def test_the_model_given_can_be_kept_as_the_start():
     model = initialize(build("digits-cnn"), 77)
     kept = copy.deepcopy(model)
-    train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0, initialize=False)
+    train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0, resume=TrainState())
     assert same(model, kept)
     train(model, SMALL, TrainConfig(epochs=1), seed=1, stop_epoch=0)
     assert same(model, initialize(kept, 1))
@@ -227,7 +225,7 @@ def test_frozen_parameters_stay():
     model = build("digits-cnn")
     model[0].weight.requires_grad_(False)
     before = model[0].weight.clone()
-    trained = train(model, SMALL, TrainConfig(epochs=1), seed=1, initialize=False)
+    trained = train(model, SMALL, TrainConfig(epochs=1), seed=1, resume=TrainState())
     assert torch.equal(model[0].weight, before)
     assert "0.weight" not in trained.optimizer_state and "0.bias" in trained.optimizer_state
 
@@ -256,10 +254,13 @@ def test_divergence_at_the_very_last_update_is_seen():
     ("arguments", "message"),
     [
         ({"stop_epoch": 3}, "stop_epoch: expected at most 2"),
-        ({"start_epoch": 2, "stop_epoch": 1}, "start_epoch: expected at most stop_epoch, 1"),
+        (
+            {"resume": TrainState(2), "stop_epoch": 1},
+            "epoch: expected at most stop_epoch, 1",
+        ),
         ({"seed": -1}, "seed"),
         ({"order_seed": -1}, "order_seed"),
-        ({"optimizer_state": {"x": torch.ones(1)}}, "optimizer_state.*train"),
+        ({"resume": TrainState(0, {"x": torch.ones(1)})}, "optimizer_state.*train"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -276,7 +277,7 @@ def test_a_state_of_other_shapes_is_refused():
             SMALL,
             TrainConfig(epochs=1),
             seed=0,
-            optimizer_state=start.optimizer_state,
+            resume=TrainState(0, start.optimizer_state),
         )
 
 
@@ -293,7 +294,7 @@ def test_a_model_that_does_not_fit_is_refused(model, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, SMALL)
     with pytest.raises(ValueError, match=message):
-        train(model, SMALL, TrainConfig(epochs=1), seed=0, initialize=False)
+        train(model, SMALL, TrainConfig(epochs=1), seed=0, resume=TrainState())
 
 
 def test_a_model_without_trainable_parameters_is_refused():
@@ -442,7 +443,7 @@ def test_a_cut_run_goes_on_whatever_the_layout_of_the_state():
             name: m.contiguous(memory_format=layout) if m.ndim == 4 else m
             for name, m in cut.optimizer_state.items()
         }
-        train(model, SMALL, config, seed=0, start_epoch=1, optimizer_state=state, initialize=False)
+        train(model, SMALL, config, seed=0, resume=TrainState(1, state))
         assert same(model, whole)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...._utils import checks
 from ...._utils.convergence import held
 from ...._utils.table import Table
-from ....training._train import Trained
-from ....training.lmc import Trunk, branch, measure_line, summarize
+from ....training import Trained
+from ....training.lmc import LineSettings, Trunk, branch, measure_line, summarize
 from ... import _inputs
 from ..._executor import Progress, Task
 from ..._run_folder import RunFolder
@@ -108,10 +108,8 @@ def measure(
             a,
             b,
             training,
+            LineSettings(lmc.points, None, run.config.data.curvature_examples or None, run.config[Curvature].tol),
             eval_data=test,
-            points=lmc.points,
-            curvature_examples=run.config.data.curvature_examples or None,
-            tol=run.config[Curvature].tol,
             seed=seed,
             progress=advance,
         )

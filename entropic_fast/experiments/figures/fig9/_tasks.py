@@ -12,7 +12,7 @@ from ...._utils.table import Table
 from ....objective import Objective
 from ....ops.random_bits import streams as random
 from ....paths import Path
-from ....training._train import TrainConfig, evaluate, train
+from ....training import TrainConfig, evaluate, train
 from ....training.data import ImageData
 from ....training.minima import load_minimum, save_minimum, training_manifest
 from ... import _inputs
