@@ -1,9 +1,11 @@
-"""`entropic-fast profile`: the command line of `experiments.profile_model`."""
+"""`entropic-fast profile`: the command line of `profile.profile_model`."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -15,12 +17,9 @@ from torch import nn
 from .._utils import checks
 from ..experiments import _pipeline as stages
 from ..objective.losses import NAMES
+from ..profile import ProfileSettings, plan_profile, profile_model
 from ..profile import _user_code as sources
-from ..profile._profile import plan_profile, profile_model
-from ..profile._subject import ProfileSettings
 from ..profile._weight_files import load_weights
-
-_DEFAULT = ProfileSettings()
 
 MODEL = Annotated[
     str,
@@ -55,19 +54,14 @@ PARAMETERS = Annotated[
         "others are constants. May be given several times.",
     ),
 ]
-OUTPUT = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        metavar="PART",
-        help="Of an output with many parts, the name or index of the tensor that the loss takes; "
-        "default: logits, or the only tensor.",
-    ),
-]
 DATA_DIR = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Where the images of --data are, or where CIFAR is downloaded to."),
 ]
-WHOLE = Optional[int]  # noqa: UP045
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+PLAN = Annotated[
+    bool, typer.Option("--plan", help="Show what it would take on this machine, and stop.")
+]
 
 
 def profile(
@@ -76,36 +70,10 @@ def profile(
     out: OUT,
     weights: WEIGHTS = None,
     data_dir: DATA_DIR = None,
-    loss: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}.")] = "cross_entropy",
-    norm: Annotated[
-        str, typer.Option(help="Normalization by running statistics, or each batch's: batch.")
-    ] = "running",
     parameters: PARAMETERS = None,
-    output: OUTPUT = None,
-    examples: Annotated[WHOLE, typer.Option(help="For curvature; default 512, or all.")] = None,
-    points: Annotated[int, typer.Option(help="Along the path.")] = _DEFAULT.points,
-    probes: Annotated[int, typer.Option(help="Random signs for a trace.")] = _DEFAULT.probes,
-    tol: Annotated[float, typer.Option(help="Of eigenvalues, relative.")] = _DEFAULT.tol,
-    eigenvalues: Annotated[int, typer.Option(help="Largest at a point.")] = _DEFAULT.eigenvalues,
-    density_probes: Annotated[
-        int, typer.Option(help="Of the spectral density, the dearest part.")
-    ] = _DEFAULT.density_probes,
-    density_steps: Annotated[
-        int, typer.Option(help="Lanczos steps of each.")
-    ] = _DEFAULT.density_steps,
-    pivots: Annotated[int, typer.Option(help="Of the path, at first.")] = _DEFAULT.pivots,
-    path_steps: Annotated[int, typer.Option(help="Updates of the path.")] = _DEFAULT.path_steps,
-    path_lr: Annotated[float, typer.Option(help="Its first rate.")] = _DEFAULT.path_lr,
-    weight_decay: Annotated[float, typer.Option(help="Of the path.")] = _DEFAULT.weight_decay,
-    replicas: Annotated[int, typer.Option(help="Relaxing at each start.")] = _DEFAULT.replicas,
-    steps: Annotated[int, typer.Option(help="Updates of a replica.")] = _DEFAULT.steps,
-    lr: Annotated[float, typer.Option(help="Its learning rate.")] = _DEFAULT.lr,
-    batch_size: Annotated[WHOLE, typer.Option(help="Of its minibatches; default 8.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULT.seed,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
-    ] = False,
+    device: DEVICE = "auto",
+    plan: PLAN = False,
+    **options: Any,
 ) -> None:
     """Curvature, path and relaxation report of your own model.
 
@@ -114,28 +82,25 @@ def profile(
     torchrun (torchrun --nproc-per-node 4 -m entropic_fast.cli profile ...) all ranks share the
     work of each part.
     """
-    asked = locals()
-    names = {field.name for field in dataclasses.fields(ProfileSettings)}
-    settings = ProfileSettings(**{name: asked[name] for name in names & asked.keys()})
-    checks.one_of("--loss", loss, NAMES)
-    checks.one_of("--norm", norm, ("running", "batch"))
+    checks.one_of("--loss", options["loss"], NAMES)
+    checks.one_of("--norm", options["norm"], ("running", "batch"))
+    output = options["output"]
+    index = {"output": int(output)} if output and output.isdigit() else {}
+    settings = ProfileSettings(**{**options, **index})
     files = weights or []
     if len(files) > 2:
         raise checks.invalid("--weights", "one file, or two", str(len(files)))
     place = stages.choose_device(device)
     with torch.random.fork_rng(devices=[]):  # a factory may draw weights: the same when resumed
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         examples_of = sources.data_from(data, data_dir, "--data")
-        networks = [_network(model, file, seed) for file in files]
-        networks = networks or [_network(model, None, seed)]
+        networks = [_network(model, file, settings.seed) for file in files]
+        networks = networks or [_network(model, None, settings.seed)]
     common: dict[str, Any] = {
         "other": networks[1] if len(networks) > 1 else None,
-        "loss": loss,
-        "norm": norm,
         "settings": settings,
         "device": place,
         "parameters": parameters or None,
-        "output": int(output) if output and output.isdigit() else output,
     }
     if plan:
         plan_profile(networks[0], examples_of, **common)
@@ -158,3 +123,32 @@ def _network(reference: str, weights: Path | None, seed: int) -> nn.Module:
     if weights is not None:
         load_weights(network, weights)
     return network
+
+
+_OPTIONAL: dict[str, Any] = {
+    "output": Optional[str],  # noqa: UP045 - typer reads the annotation on Python 3.10
+    "examples": Optional[int],  # noqa: UP045
+    "batch_size": Optional[int],  # noqa: UP045
+}
+
+
+def _with_options(command: Callable[..., None]) -> None:
+    """Give a command one option per field of `ProfileSettings`, in place of its `**options`."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for field in dataclasses.fields(ProfileSettings):
+        kind = _OPTIONAL.get(field.name, type(field.default))
+        annotation = Annotated[kind, typer.Option(help=field.metadata["help"])]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=annotation,
+            )
+        )
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+_with_options(profile)

@@ -8,7 +8,6 @@ FOLDER/data/*.csv  FOLDER/figures/*.png, *.svg  FOLDER/summary.json  FOLDER/repo
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +37,7 @@ from ._tasks import BAND, PROFILE, tasks
 
 T = TypeVar("T")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_OF_OBJECTIVE = ("loss", "norm", "output")  # settings that stand by themselves in profile.json
 _SAID = {
     BAND: "a minimum energy path from A to B by AutoNEB",
     PROFILE: "loss and curvature at points along it",
@@ -81,12 +81,9 @@ def profile_model(
     out: str | Path,
     *,
     other: nn.Module | None = None,
-    loss: str | LossFunction = "cross_entropy",
-    norm: str = "running",
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
     parameters: Any = None,
-    output: str | int | None = None,
     named: Mapping[str, str] | None = None,
     console: Console | None = None,
 ) -> ModelProfile:
@@ -109,9 +106,8 @@ def profile_model(
             re-iterable of batches.
         out: the folder.
         other: a model of the same architecture at point B; None for no path.
-        loss, norm, device, parameters, output: as for `Objective`. A callable loss is known by
-            its name when resumed.
-        settings: how closely; default, `ProfileSettings()`.
+        settings: the loss, what is measured and how accurately; default, `ProfileSettings()`.
+        device, parameters: as for `Objective`.
         named: what the report calls "model", "weights" and "data".
         console: where the plan and progress are shown; None for nowhere.
 
@@ -128,24 +124,24 @@ def profile_model(
     >>> few = ProfileSettings(probes=4, density_probes=2, density_steps=4, eigenvalues=2)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = profile_model(net, (x, y), folder, settings=few)
-    >>> found.ways["point"]["Hessian"], found.tables["eigenvalues"]["which"].tolist()
+    >>> found.methods["point"]["Hessian"], found.tables["eigenvalues"]["which"].tolist()
     ('rules', ['largest', 'largest', 'smallest'])
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
+    subject = _subject(model, data, other, settings, device, parameters)
     whole, end, communicator = subject.whole, subject.end, subject.whole.communicator
     first = communicator.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
     about: dict[str, Any] = {
         "named": named,
-        "loss": _loss_name(loss),
-        "norm": norm,
-        "settings": dataclasses.asdict(settings),
+        "loss": _loss_name(settings.loss),
+        "norm": settings.norm,
+        "settings": {k: v for k, v in vars(settings).items() if k not in _OF_OBJECTIVE},
         "found": _facts(whole, end, model),
     }
-    if output is not None:
-        about["output"] = output
+    if settings.output is not None:
+        about["output"] = settings.output
     if parameters is not None:
         about["chosen"] = list(whole.parameter_names)
     todo = tasks(subject)
@@ -170,12 +166,9 @@ def plan_profile(
     data: Any,
     *,
     other: nn.Module | None = None,
-    loss: str | LossFunction = "cross_entropy",
-    norm: str = "running",
     settings: ProfileSettings | None = None,
     device: torch.device | str | None = None,
     parameters: Any = None,
-    output: str | int | None = None,
     console: Console | None = None,
 ) -> None:
     """Show what `profile_model` will take, on several numbers of processes, and do none of it.
@@ -183,8 +176,7 @@ def plan_profile(
     Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
 
     Args:
-        model, data, other, loss, norm, settings, device, parameters, output: as for
-            `profile_model`.
+        model, data, other, settings, device, parameters: as for `profile_model`.
         console: where it is shown; None for standard output.
 
     Raises:
@@ -194,7 +186,7 @@ def plan_profile(
     >>> plan_profile(net, (x, torch.arange(20) % 2), console=Console(quiet=True))
     """
     settings = settings or ProfileSettings()
-    subject = _subject(model, data, other, loss, norm, settings, device, parameters, output)
+    subject = _subject(model, data, other, settings, device, parameters)
     communicator = subject.whole.communicator
     console = console or Console(emoji=False)
     print_plan(Console(quiet=True) if communicator.rank else console, subject)
@@ -204,15 +196,13 @@ def _subject(
     model: nn.Module,
     data: Any,
     other: nn.Module | None,
-    loss: str | LossFunction,
-    norm: str,
     settings: ProfileSettings,
     device: torch.device | str | None,
     parameters: Any,
-    output: str | int | None,
 ) -> Subject:
-    whole = distribute(_objective(model, data, loss, norm, device, parameters, output))
-    end = None if other is None else _other_end(whole, other, loss, parameters is not None)
+    whole = distribute(_objective(model, data, settings, device, parameters))
+    chosen = parameters is not None
+    end = None if other is None else _other_end(whole, other, settings.loss, chosen)
     return Subject.of(whole, end, settings)
 
 
@@ -227,15 +217,19 @@ def _by_first(communicator: Communicator, write: Callable[[], T]) -> T | None:
 def _objective(
     model: nn.Module,
     data: Any,
-    loss: str | LossFunction,
-    norm: str,
+    settings: ProfileSettings,
     device: torch.device | str | None,
     parameters: Any,
-    output: str | int | None,
 ) -> Objective:
     try:
         return Objective(
-            model, loss, data, norm=norm, device=device, parameters=parameters, output=output
+            model,
+            settings.loss,
+            data,
+            norm=settings.norm,
+            device=device,
+            parameters=parameters,
+            output=settings.output,
         )
     except TypeError as error:  # from a Dataset whose items do not make a batch
         raise checks.invalid(

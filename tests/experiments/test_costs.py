@@ -13,8 +13,8 @@ from entropic_fast.experiments._costs import (
     measure,
     work_of,
 )
+from entropic_fast.profile import ProfileSettings, plan_profile
 from entropic_fast.profile import _plan as profile_plan
-from entropic_fast.profile._profile import ProfileSettings, plan_profile
 from entropic_fast.profile._subject import Subject
 from entropic_fast.profile._tasks import tasks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import UserDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import entropic_fast as ef
-from entropic_fast.profile._profile import ProfileSettings, profile_model
+from entropic_fast.profile import ProfileSettings, profile_model
 
 N = 7
 
@@ -401,7 +401,7 @@ def test_the_report_of_a_model_takes_dicts_and_parts(tmp_path: Path):
     model = Parts(OUTPUTS["tuple"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ef.NotConvergedWarning)
-        found = profile_model(model, data, tmp_path, output=0, settings=few)
+        found = profile_model(model, data, tmp_path, settings=replace(few, output=0))
     wanted = ef.Objective(Parts(lambda a, h: a), "cross_entropy", data).loss()
     assert found.tables["points"]["loss"][0] == pytest.approx(wanted)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from entropic_fast import HessianOperator, Objective, score_spectrum
 from entropic_fast._utils.table import Table
 from entropic_fast.experiments._task_store import TaskStore
+from entropic_fast.profile import ProfileSettings, profile_model
 from entropic_fast.profile import _tasks as profile_tasks
-from entropic_fast.profile._profile import profile_model
-from entropic_fast.profile._subject import ProfileSettings
 
 FEW = {
     "points": 3,
@@ -159,7 +159,9 @@ def test_data_may_be_a_dataset_or_batches_of_which_curvature_takes_the_first(tmp
 
 def test_normalization_by_batches_has_no_fisher_matrix_and_the_report_says_why(tmp_path):
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
-    found = profile_model(model, examples(), tmp_path / "out", norm="batch", settings=QUICK)
+    found = profile_model(
+        model, examples(), tmp_path / "out", settings=replace(QUICK, norm="batch")
+    )
     assert "fisher" not in found.tables and "fisher_trace" not in found.tables["points"]
     assert "normalization by batch statistics" in found.report.read_text()
 
@@ -170,7 +172,7 @@ def test_any_loss_serves_and_is_named(tmp_path):
 
     data = (examples()[0], torch.zeros(48, 3))
     for loss, name in (("mse", "mse"), (robust, "robust")):
-        found = profile_model(net(), data, tmp_path / name, loss=loss, settings=QUICK)
+        found = profile_model(net(), data, tmp_path / name, settings=replace(QUICK, loss=loss))
         assert "accuracy" not in found.tables["points"]
         assert name in json.loads((found.path / "profile.json").read_text())["loss"]
 
