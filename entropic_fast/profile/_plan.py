@@ -25,11 +25,11 @@ ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5
 
 def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
     """What each process does for each task of a profile, by the task's name."""
-    s, some, whole = subject.settings, subject.some, subject.whole
-    parameters, itemsize = whole.num_params, torch.finfo(whole.dtype).bits // 8
+    s, subset, full = subject.settings, subject.subset, subject.full
+    parameters, itemsize = full.num_params, torch.finfo(full.dtype).bits // 8
     of = partial(
         work_of,
-        examples=some.num_examples,
+        examples=subset.num_examples,
         parameters=parameters,
         processes=processes,
         itemsize=itemsize,
@@ -40,7 +40,7 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
         *trace,
         of("products", columns=s.density_probes).times(s.density_steps),
         of("products").times(SEARCHES),
-        *([] if subject.alone else [of("norms"), of("gram")]),
+        *([] if subject.no_scores else [of("norms"), of("gram")]),
         _held(processes, vector * s.density_probes * (s.density_steps + 2)),
         _held(processes, vector * (s.eigenvalues + EXTRA_COLUMNS)),
     ]
@@ -51,13 +51,13 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
     shape = {"parameters": parameters, "processes": processes, "itemsize": itemsize}
     updates = path_work(
         pivots=neb.max_pivots,
-        batch_size=neb.batch_size or whole.num_examples,
+        batch_size=neb.batch_size or full.num_examples,
         steps=s.path_steps,
         **shape,
     )
     dense = work_of(
-        "loss", examples=whole.num_examples, parameters=parameters, processes=processes
-    ).times((neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + whole.has_running_statistics))
+        "loss", examples=full.num_examples, parameters=parameters, processes=processes
+    ).times((neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + full.has_running_statistics))
     along = [*trace, of("norms"), of("products").times(TRACKED)]
     relaxation = relaxation_work(
         replicas=len(STARTS) * s.replicas, batch_size=subject.batch_size, steps=s.steps, **shape
@@ -81,7 +81,7 @@ def print_plan(console: Console, subject: Subject) -> None:
     Under `torchrun` its processes are measured, messages too. Otherwise one process with all its
     threads is, and with one thread each, messages are assumed.
     """
-    communicator, objective = subject.some.communicator, subject.some
+    communicator, objective = subject.subset.communicator, subject.subset
     found = {}
     if communicator.size > 1:
         found[communicator.size] = measure(objective)
@@ -107,8 +107,8 @@ def print_plan(console: Console, subject: Subject) -> None:
     console.print(shown)
     s = subject.settings
     console.print(
-        f"of each process, with E = {subject.some.num_examples:,} examples, P = "
-        f"{subject.whole.num_params:,}, {s.probes} probes; {note}. Memory is that of vectors and "
+        f"of each process, with E = {subject.subset.num_examples:,} examples, P = "
+        f"{subject.full.num_params:,}, {s.probes} probes; {note}. Memory is that of vectors and "
         "matrices, besides the model, the data and, for activations, up to a quarter of what is "
         "free. Times were 0.5 to 1.3 times those taken on an idle machine; a busy one is slower.",
         soft_wrap=True,
@@ -120,7 +120,7 @@ def _of_one_thread(subject: Subject) -> Machine:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        machine = measure(subject.some)
+        machine = measure(subject.subset)
     finally:
         torch.set_num_threads(threads)
     return replace(machine, bandwidth=ASSUMED_BANDWIDTH, latency=ASSUMED_LATENCY)

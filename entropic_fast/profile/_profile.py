@@ -1,8 +1,8 @@
 """Curvature, path and relaxation of any PyTorch model, as one resumable folder with a report.
 
-FOLDER/profile.json         what was asked, of which weights and data
+FOLDER/profile.json         settings, and fingerprints of weights and data
 FOLDER/environment.json     versions and hardware
-FOLDER/tasks/<task>/...     what is finished; the same call goes on from it
+FOLDER/tasks/<task>/...     finished tasks, from which the same call resumes
 FOLDER/data/*.csv  FOLDER/figures/*.png, *.svg  FOLDER/summary.json  FOLDER/report.html
 """
 
@@ -57,13 +57,13 @@ class ModelProfile:
     Attributes:
         path: the folder.
         tables: what data/*.csv hold, by name.
-        ways: at each point, how derivatives were taken: "Hessian" is "rules", or "autograd" with
-            the reason; "scores" is a sentence.
+        methods: at each point, how derivatives were computed: "Hessian" is "graph", or "autograd:"
+            with the reason; "scores" is a sentence.
     """
 
     path: Path
     tables: Mapping[str, Table]
-    ways: Mapping[str, Mapping[str, str]]
+    methods: Mapping[str, Mapping[str, str]]
 
     @property
     def report(self) -> Path:
@@ -91,14 +91,13 @@ def profile_model(
 
     At one point: loss, traces with standard errors, eigenvalues with residuals, spectral density
     and the spectrum of the empirical Fisher matrix. With `other`, a minimum energy path is found
-    between the two (A and B); loss, traces and the largest eigenvalue are measured along it,
-    projected SGD relaxes on it from three starts, with the same projected after every update as
-    a control, and the spectra are taken at both ends and at the path's highest point (its middle,
+    between the two (A and B); loss, traces and the largest eigenvalue are measured along it;
+    projected SGD relaxes on it from three starts, with a projection after every update as a
+    control; and spectra are computed at both ends and at the path's highest point (its middle,
     where that is an end).
 
-    What is finished is kept in the folder, and the same call goes on from there. Under `torchrun`
-    all processes share the work of each part (see `distributed.distribute`), and see the same
-    folder.
+    Finished tasks are kept in the folder, and the same call resumes them. Under `torchrun` all
+    ranks share the work of each task (see `distributed.distribute`); they must see the same folder.
 
     Args:
         model: the model, with its weights: point A.
@@ -112,10 +111,10 @@ def profile_model(
         console: where the plan and progress are shown; None for nowhere.
 
     Raises:
-        ValueError: what `Objective` refuses; two points that are one, or of two architectures;
+        ValueError: input that `Objective` rejects; two equal points, or of two architectures;
             settings that do not fit the data; a folder with other files, or begun with other
             settings, weights or data (the differences are listed).
-        TaskError: a part that failed; what was finished is kept.
+        TaskError: a task failed; finished tasks are kept.
         OSError: the folder cannot be written.
 
     >>> import tempfile
@@ -125,12 +124,12 @@ def profile_model(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = profile_model(net, (x, y), folder, settings=few)
     >>> found.methods["point"]["Hessian"], found.tables["eigenvalues"]["which"].tolist()
-    ('rules', ['largest', 'largest', 'smallest'])
+    ('graph', ['largest', 'largest', 'smallest'])
     """
     console = console or Console(quiet=True)
     settings = settings or ProfileSettings()
     subject = _subject(model, data, other, settings, device, parameters)
-    whole, end, communicator = subject.whole, subject.end, subject.whole.communicator
+    full, end, communicator = subject.full, subject.end, subject.full.communicator
     first = communicator.rank == 0
     named = {"model": type(model).__name__, "weights": "", "data": "", **(named or {})}
     about: dict[str, Any] = {
@@ -138,15 +137,15 @@ def profile_model(
         "loss": _loss_name(settings.loss),
         "norm": settings.norm,
         "settings": {k: v for k, v in vars(settings).items() if k not in _OF_OBJECTIVE},
-        "found": _facts(whole, end, model),
+        "found": _facts(full, end, model),
     }
     if settings.output is not None:
         about["output"] = settings.output
     if parameters is not None:
-        about["chosen"] = list(whole.parameter_names)
+        about["chosen"] = list(full.parameter_names)
     todo = tasks(subject)
-    folder = _by_first(communicator, lambda: _open(Path(out), about, whole.device.type))
-    folder = folder or TaskStore(Path(out), whole.device.type)
+    folder = _by_first(communicator, lambda: _open(Path(out), about, full.device.type))
+    folder = folder or TaskStore(Path(out), full.device.type)
     try:
         _announce(console if first else Console(quiet=True), subject, about, todo)
         execute(folder, todo, workers=1, console=console, communicator=communicator)
@@ -157,8 +156,8 @@ def profile_model(
                 (folder.path / name).unlink(missing_ok=True)
         raise
     found = _by_first(communicator, lambda: profile_report.write(folder, subject, about))
-    tables, ways = found or profile_report.read(folder, subject)
-    return ModelProfile(folder.path, tables, ways)
+    tables, methods = found or profile_report.read(folder, subject)
+    return ModelProfile(folder.path, tables, methods)
 
 
 def plan_profile(
@@ -171,9 +170,9 @@ def plan_profile(
     parameters: Any = None,
     console: Console | None = None,
 ) -> None:
-    """Show what `profile_model` will take, on several numbers of processes, and do none of it.
+    """Show the time and memory that `profile_model` needs, on several numbers of processes.
 
-    Speeds are measured here for some seconds. Under `torchrun` those of its processes are.
+    Speeds are measured on this machine for some seconds, under `torchrun` on its ranks.
 
     Args:
         model, data, other, settings, device, parameters: as for `profile_model`.
@@ -187,7 +186,7 @@ def plan_profile(
     """
     settings = settings or ProfileSettings()
     subject = _subject(model, data, other, settings, device, parameters)
-    communicator = subject.whole.communicator
+    communicator = subject.full.communicator
     console = console or Console(emoji=False)
     print_plan(Console(quiet=True) if communicator.rank else console, subject)
 
@@ -200,10 +199,10 @@ def _subject(
     device: torch.device | str | None,
     parameters: Any,
 ) -> Subject:
-    whole = distribute(_objective(model, data, settings, device, parameters))
+    full = distribute(_objective(model, data, settings, device, parameters))
     chosen = parameters is not None
-    end = None if other is None else _other_end(whole, other, settings.loss, chosen)
-    return Subject.of(whole, end, settings)
+    end = None if other is None else _other_end(full, other, settings.loss, chosen)
+    return Subject.of(full, end, settings)
 
 
 def _by_first(communicator: Communicator, write: Callable[[], T]) -> T | None:
@@ -239,32 +238,30 @@ def _objective(
         ) from error
 
 
-def _other_end(
-    whole: Objective, other: nn.Module, loss: str | LossFunction, chosen: bool
-) -> Tensor:
+def _other_end(full: Objective, other: nn.Module, loss: str | LossFunction, chosen: bool) -> Tensor:
     """The point of the other model, which differs from the first in parameters alone.  # [P]"""
-    few = next(whole.batches(batch_size=8))
+    few = next(full.batches(batch_size=8))
     there = Objective(
         other,
         loss,
         [(few.inputs, few.targets)],
-        norm=whole.norm,
-        device=whole.device,
-        parameters=_same_names(whole, other) if chosen else None,
-        output=whole.output_part,
+        norm=full.norm,
+        device=full.device,
+        parameters=_same_names(full, other) if chosen else None,
+        output=full.output_part,
     )
     a, b = (
         {name: tuple(part.shape) for name, part in obj.split(obj.parameters_vector()).items()}
-        for obj in (whole, there)
+        for obj in (full, there)
     )
-    if a != b or there.dtype != whole.dtype:
+    if a != b or there.dtype != full.dtype:
         differ = [f"{n} {a.get(n)} and {b.get(n)}" for n in {**a, **b} if a.get(n) != b.get(n)]
         raise checks.invalid(
             "other",
             "a model of the same architecture and dtype",
-            "; ".join(differ[:3]) or f"{whole.dtype} and {there.dtype}",
+            "; ".join(differ[:3]) or f"{full.dtype} and {there.dtype}",
         )
-    differ = [n for n, same in _constants_agree(whole, there) if not same]
+    differ = [n for n, same in _constants_agree(full, there) if not same]
     if differ:
         raise checks.invalid(
             "other",
@@ -274,17 +271,17 @@ def _other_end(
             "make them trainable, or the same",
         )
     end = there.parameters_vector()
-    if torch.equal(end, whole.parameters_vector()):
+    if torch.equal(end, full.parameters_vector()):
         raise checks.invalid(
             "other", "another point than the first", "the same", "give other weights, or only one"
         )
     return end
 
 
-def _same_names(whole: Objective, other: nn.Module) -> list[nn.Parameter] | None:
+def _same_names(full: Objective, other: nn.Module) -> list[nn.Parameter] | None:
     """The other model's parameters of the names in theta; None if it has none of them."""
-    own = {plain_name(other, name): p for name, p in other.named_parameters()}
-    return [own[name] for name in whole.parameter_names if name in own] or None
+    others = {plain_name(other, name): p for name, p in other.named_parameters()}
+    return [others[name] for name in full.parameter_names if name in others] or None
 
 
 def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:
@@ -300,19 +297,19 @@ def _loss_name(loss: str | LossFunction) -> str:
     return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__)
 
 
-def _facts(whole: Objective, end: Tensor | None, model: nn.Module) -> dict[str, Any]:
+def _facts(full: Objective, end: Tensor | None, model: nn.Module) -> dict[str, Any]:
     """What identifies the weights and the data, in order."""
-    points = [whole.parameters_vector()] if end is None else [whole.parameters_vector(), end]
-    constants = fingerprint(*whole.frozen_tensors())
+    points = [full.parameters_vector()] if end is None else [full.parameters_vector(), end]
+    constants = fingerprint(*full.frozen_tensors())
     data = hashlib.sha256()
-    for batch in whole.batches():
+    for batch in full.batches():
         data.update(fingerprint(*trees.leaves(batch[1:])).encode())
     return {
         "model": type(model).__name__,
-        "parameters": whole.num_params,
-        "dtype": str(whole.dtype).removeprefix("torch."),
+        "parameters": full.num_params,
+        "dtype": str(full.dtype).removeprefix("torch."),
         "weights": [f"{fingerprint(p)}-{constants[:8]}" for p in points],
-        "examples": whole.num_examples,
+        "examples": full.num_examples,
         "data": data.hexdigest()[:32],
     }
 
@@ -345,15 +342,15 @@ def _announce(
     console: Console, subject: Subject, about: Mapping[str, Any], todo: list[Task]
 ) -> None:
     """What will be done, and what it costs."""
-    found, whole = about["found"], subject.whole
+    found, full = about["found"], subject.full
     lines = [
         f"{about['named']['model']}: {found['parameters']:,} parameters ({found['dtype']}) on "
-        f"{whole.device}; {found['examples']:,} examples, curvature of "
-        f"{subject.some.num_examples:,}"
+        f"{full.device}; {found['examples']:,} examples, curvature of "
+        f"{subject.subset.num_examples:,}"
     ]
     lines += [f"  {_SAID[u.name]}: about {_round(u.cost)} gradients" for u in todo]
     total = sum(task.cost for task in todo)
-    seconds = total * _seconds_a_gradient(subject.some)
+    seconds = total * _seconds_per_gradient(subject.subset)
     lines.append(
         f"in all about {_round(total)} gradients of one example; from the time of one pass, "
         f"some {_duration(seconds)}, less what is finished already"
@@ -362,13 +359,13 @@ def _announce(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _seconds_a_gradient(obj: Objective) -> float:
-    taken = []
-    for _ in range(4):  # the first is slower, and others' work may come between
+def _seconds_per_gradient(obj: Objective) -> float:
+    times = []
+    for _ in range(4):  # the first is slower; other processes may interrupt
         start = time.perf_counter()
         obj.gradient()
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:]) / obj.num_examples
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) / obj.num_examples
 
 
 def _round(count: float) -> str:

@@ -31,14 +31,14 @@ def write(
     """Tables, figures, summary and report of finished tasks.
 
     Returns:
-        the tables by name, and at each point the way of each operator.
+        the tables by name, and for each point the method of each operator.
     """
-    tables, ways = read(folder, subject)
+    tables, methods = read(folder, subject)
     for name, table in tables.items():
         table.to_csv(folder.path / "data" / f"{name}.csv")
     entries = profile_figures.draw(folder, tables, str(about["loss"]))
     versions = store.read_sealed(folder.path / "environment.json")
-    summary: dict[str, Any] = {**about, "environment": versions, "ways": ways}
+    summary: dict[str, Any] = {**about, "environment": versions, "methods": methods}
     summary["seconds"] = folder.stage_seconds()
     for name in ("points", "eigenvalues", "path", "displacement"):
         if name in tables:
@@ -55,13 +55,13 @@ def write(
         points=[_shown(row) for row in tables["points"].rows()],
         eigenvalues=_eigenvalues(tables["eigenvalues"]),
         path=tables["path"].rows()[0] if "path" in tables else None,
-        ways=ways,
+        methods=methods,
         environment=versions,
         stages=folder.stage_seconds(),
         configuration=json.dumps(about, indent=1),
         notes=_notes(subject, tables),
     )
-    return tables, ways
+    return tables, methods
 
 
 def show(console: Console, points: Table, place: Path) -> None:
@@ -76,9 +76,9 @@ def show(console: Console, points: Table, place: Path) -> None:
 
 
 def read(folder: TaskStore, subject: Subject) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:
-    """Tables and ways of finished tasks, as `write` returns them."""
-    ways = {name: folder.document(f"spectra/{name}", "ways") for name in subject.places}
-    return _tables(folder, subject), ways
+    """Tables and methods of finished tasks, as `write` returns them."""
+    methods = {name: folder.document(f"spectra/{name}", "methods") for name in subject.places}
+    return _tables(folder, subject), methods
 
 
 def _tables(folder: TaskStore, subject: Subject) -> dict[str, Table]:
@@ -89,7 +89,7 @@ def _tables(folder: TaskStore, subject: Subject) -> dict[str, Table]:
         return Table.from_rows([row for part in parts for row in part.rows()])
 
     tables = {name: stacked(name) for name in ("eigenvalues", "density")}
-    if not subject.alone:
+    if not subject.no_scores:
         tables["fisher"] = stacked("fisher")
     if subject.end is None:
         return {"points": stacked("point"), **tables}
@@ -334,9 +334,9 @@ def _eigenvalues(table: Table) -> list[dict[str, str]]:
 
 def _notes(subject: Subject, tables: Mapping[str, Table]) -> list[str]:
     notes = []
-    if subject.alone:
-        notes.append(f"Nothing of single examples, so no Fisher matrix: {subject.alone}.")
-    if subject.whole.has_running_statistics:
+    if subject.no_scores:
+        notes.append(f"No per-example gradients, so no Fisher matrix: {subject.no_scores}.")
+    if subject.full.has_running_statistics:
         notes.append(
             "Normalization layers keep the statistics that the model came with."
             if subject.end is None

@@ -1,4 +1,4 @@
-"""What is measured of a model of the user's own: its loss, one point or two, how closely."""
+"""Settings of a model report, and the model, data and points that it measures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..objective import Objective
 from ..objective.losses import NAMES, LossFunction
 from ..paths import AutoNEBConfig, annealed
 
-EXAMPLES = 512  # for curvature, unless told otherwise
-BATCH_SIZE = 8  # of the relaxation, unless told otherwise
+EXAMPLES = 512  # for curvature, by default
+BATCH_SIZE = 8  # of the relaxation, by default
 PATH_BATCH_SIZE = 256
 
 
@@ -104,32 +104,32 @@ class ProfileSettings:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is measured.
+    """The loss and the points that a report measures.
 
     Attributes:
-        whole: the loss over all data, at the first point.
-        some: the same over the examples that curvature is of.
+        full: the objective over all data, at the first point.
+        subset: the objective over the examples used for curvature.
         end: the second point; None for no path.  # [P]
         settings: how closely.
-        alone: why there is nothing of single examples (Fisher matrix); "" if there is.
+        no_scores: why there are no per-example gradients (Fisher matrix); "" if there are.
     """
 
-    whole: Objective
-    some: Objective
+    full: Objective
+    subset: Objective
     end: Tensor | None
     settings: ProfileSettings
-    alone: str = ""
+    no_scores: str = ""
 
     @classmethod
-    def of(cls, whole: Objective, end: Tensor | None, settings: ProfileSettings) -> Subject:
+    def of(cls, full: Objective, end: Tensor | None, settings: ProfileSettings) -> Subject:
         """A subject whose settings fit its data.
 
         Raises:
             ValueError: more examples or larger batches than there are; for a path, data that
                 cannot be drawn from at random; a model in half precision.
         """
-        checks.single_or_double("model", whole.dtype, "second derivatives and paths")
-        count, asked = whole.num_examples, settings.examples
+        checks.single_or_double("model", full.dtype, "second derivatives and paths")
+        count, asked = full.num_examples, settings.examples
         if asked is not None and asked > count:
             raise checks.invalid("examples", f"at most the {count} there are", str(asked))
         if settings.batch_size is not None and settings.batch_size > count:
@@ -137,39 +137,39 @@ class Subject:
                 "batch_size", f"at most the {count} examples", str(settings.batch_size)
             )
         if end is not None:
-            _require_one_shape(whole)
-        some = _first(whole, min(asked or EXAMPLES, count))
+            _require_one_shape(full)
+        subset = _first(full, min(asked or EXAMPLES, count))
         try:
-            some.require_single_examples()
+            subset.require_single_examples()
         except ValueError as error:
-            return cls(whole, some, end, settings, str(error))
-        return cls(whole, some, end, settings)
+            return cls(full, subset, end, settings, str(error))
+        return cls(full, subset, end, settings)
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Names of the points at which spectra are taken."""
+        """Names of the points at which spectra are computed."""
         return ("point",) if self.end is None else ("A", "between", "B")
 
     @property
     def batch_size(self) -> int:
-        """Of the relaxation."""
-        return self.settings.batch_size or min(BATCH_SIZE, self.whole.num_examples)
+        """Minibatch size of the relaxation."""
+        return self.settings.batch_size or min(BATCH_SIZE, self.full.num_examples)
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """Of each point."""
-        fisher = () if self.alone else ("fisher_trace",)
+        """Quantities measured at each point."""
+        fisher = () if self.no_scores else ("fisher_trace",)
         return ("loss", *fisher, "hessian_trace", "top_eigenvalue", "norm")
 
     @property
     def neb(self) -> AutoNEBConfig:
-        """How the path is found."""
+        """Settings of AutoNEB for the path."""
         s = self.settings
         return AutoNEBConfig(
             pivots=s.pivots,
             max_pivots=s.pivots + s.pivots // 2,
             cycles=annealed(4, s.path_steps // 4, s.path_lr, s.path_lr / 20),
-            batch_size=min(PATH_BATCH_SIZE, self.whole.num_examples),
+            batch_size=min(PATH_BATCH_SIZE, self.full.num_examples),
             weight_decay=s.weight_decay,
             eval_points=3,
             seed=s.seed,

@@ -38,7 +38,7 @@ BAND, PROFILE = "path/band", "profile/along"
 
 def tasks(subject: Subject) -> list[Task]:
     """What there is to do. Costs count gradients of single examples, roughly."""
-    s, examples = subject.settings, subject.some.num_examples
+    s, examples = subject.settings, subject.subset.num_examples
     # As measured on convolutional networks: a product 1.5 gradients, a quadratic form one.
     trace = s.probes + 8
     spectra = examples * (1.5 * (s.density_probes * s.density_steps + 80) + trace + 4)
@@ -50,7 +50,7 @@ def tasks(subject: Subject) -> list[Task]:
     if subject.end is None:
         return found
     neb = subject.neb
-    forward = (neb.pivots * (neb.eval_points + 1) * 4 + 33) * subject.whole.num_examples / 3
+    forward = (neb.pivots * (neb.eval_points + 1) * 4 + 33) * subject.full.num_examples / 3
     band = s.path_steps * s.pivots * (neb.batch_size or 0) + forward
     along = s.points * examples * (trace + 1.5 * 10 + 2)
     # A minibatch costs as much as 8 examples more.
@@ -66,7 +66,7 @@ def tasks(subject: Subject) -> list[Task]:
 def find_path(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:
     """The minimum energy path, and the loss along it and along the straight line."""
     assert subject.end is not None
-    return _inputs.connected(progress, subject.whole, subject.end, subject.neb, 33)
+    return _inputs.connected(progress, subject.full, subject.end, subject.neb, 33)
 
 
 def measure_along(store: TaskStore, progress: Progress, subject: Subject) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def measure_along(store: TaskStore, progress: Progress, subject: Subject) -> dic
     s = subject.settings
     with held():  # a column says what is not converged, and the figure
         table = curvature_profile(
-            subject.some,
+            subject.subset,
             load_path(store),
             s.points,
             subject.quantities,
@@ -91,7 +91,7 @@ def relax_along(
     """Projected SGD from several starts; with a projection after every update as a control."""
     s = subject.settings
     setup = relaxation.RelaxationSetup(
-        subject.whole, load_path(store), s.steps, s.replicas, CYCLES[name], seed=s.seed
+        subject.full, load_path(store), s.steps, s.replicas, CYCLES[name], seed=s.seed
     )
     settings = [(start, s.lr) for start in STARTS for _ in range(s.replicas)]
     panel, size = f"k = {CYCLES[name]}", subject.batch_size
@@ -114,7 +114,7 @@ def measure_spectra(
     path, where those of no point are another's, they are re-estimated at each, the ends too.
     """
     s, theta = subject.settings, _place(store, subject, name)
-    obj = subject.some if subject.end is None else subject.some.recalibrated(theta)
+    obj = subject.subset if subject.end is None else subject.subset.recalibrated(theta)
     settings = CurvatureSettings(
         recalibrate=False,
         probes=s.probes,
@@ -142,11 +142,11 @@ def measure_spectra(
         ),
         "density": _density(name, found.density),
     }
-    ways = {"Hessian": operator.method}
-    if not subject.alone:
+    methods = {"Hessian": operator.method}
+    if not subject.no_scores:
         tables["fisher"] = _fisher(name, obj, theta)
-        ways["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
-    return {**tables, "ways": ways}
+        methods["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
+    return {**tables, "methods": methods}
 
 
 def _by_processes(obj: Objective) -> str:
@@ -159,7 +159,7 @@ def _by_processes(obj: Objective) -> str:
 
 def _place(store: TaskStore, subject: Subject, name: str) -> Tensor:
     if name in ("point", "A"):
-        return subject.whole.parameters_vector()
+        return subject.full.parameters_vector()
     if name == "B":
         assert subject.end is not None
         return subject.end

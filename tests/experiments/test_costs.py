@@ -80,7 +80,7 @@ def subject(path):
 
 
 def test_operations_are_those_of_the_matrix_products():
-    obj = subject(False).whole
+    obj = subject(False).full
     # Forwards 2 n (4 5 + 5 3); backwards the same for weights, and for the second layer's input.
     assert count_operations(obj.gradient) == 2 * 40 * (35 + 35 + 15)
     assert measure(obj).operations == 2 * (35 + 35 + 15)
@@ -92,7 +92,7 @@ def test_a_profiles_plan_has_every_task_and_less_work_for_each_of_more(path):
     assert one.keys() == {task.name for task in tasks(subject(path))}
     four = profile_plan.works(subject(path), processes=4)
     assert all(four[name].gradients < one[name].gradients for name in one)
-    machine = measure(subject(path).some)
+    machine = measure(subject(path).subset)
     cost = profile_plan.total(subject(path), machine, 1)
     assert cost.gradients == pytest.approx(sum(w.gradients for w in one.values()))
     assert cost.memory == max(w.memory for w in one.values()) and cost.seconds > 0

@@ -224,7 +224,7 @@ def test_the_report_and_the_summary_hold_what_was_asked_and_found(two_points, gi
     assert summary["settings"]["points"] == 3 and summary["found"]["parameters"] == 51
     assert summary["environment"]["torch"] == torch.__version__
     assert [row["point"] for row in summary["points"]] == ["A", "between", "B"]
-    assert summary["ways"]["B"]["Hessian"] == "graph"
+    assert summary["methods"]["B"]["Hessian"] == "graph"
     assert set(summary["seconds"]) == {"path", "profile", "relax", "spectra"}
 
 
