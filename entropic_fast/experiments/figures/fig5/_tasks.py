@@ -108,7 +108,11 @@ def measure(
             a,
             b,
             training,
-            LineSettings(lmc.points, None, run.config.data.curvature_examples or None, run.config[Curvature].tol),
+            LineSettings(
+                points=lmc.points,
+                curvature_examples=run.config.data.curvature_examples or None,
+                tol=run.config[Curvature].tol,
+            ),
             eval_data=test,
             seed=seed,
             progress=advance,
