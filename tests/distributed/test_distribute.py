@@ -200,5 +200,5 @@ def test_a_model_on_the_cpu_is_refused_where_nccl_joins_the_processes(monkeypatc
     for name, value in said.items():
         monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
     obj = ef.Objective(torch.nn.Linear(1, 1), "mse", (torch.ones(2, 1), torch.ones(2, 1)))
-    with pytest.raises(ValueError, match=r"on this process's GPU.*on cpu.*parallel\.init"):
+    with pytest.raises(ValueError, match=r"on this process's GPU.*on cpu.*distributed\.init"):
         ef.distribute(obj)

@@ -50,8 +50,8 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         if self._engine is None:
             return self._product_by_autograd(rows)
         products = partial(self._engine.products, rows, self.kind)
-        total = self.obj.all_reduce(products, f"{self.kind} products", self.theta, rows)
-        return self._mean(total, rows).T
+        what = (f"{self.kind} products", self.theta, rows, self.obj.fingerprint)
+        return self._mean(self.obj.communicator.all_reduce(products, *what), rows).T
 
     def _product_otherwise(self, columns: Tensor, product: Tensor) -> Tensor:
         if self._engine is None:
