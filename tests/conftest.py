@@ -64,6 +64,11 @@ def pytest_collection_modifyitems(config, items):
     `pytest` alone is the default tier; `pytest --full` runs everything, `pytest --full -m slow`
     what the default tier left out. Tests that are named on the command line run in full.
     """
+    listed = (Path(__file__).parent / "slow_tests.txt").read_text().splitlines()
+    slow = tuple(line for line in listed if not line.startswith("#"))
+    for item in items:
+        if item.nodeid.startswith(slow):
+            item.add_marker(pytest.mark.slow)
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
