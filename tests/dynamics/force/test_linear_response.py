@@ -115,7 +115,6 @@ def test_bad_settings_are_refused():
     for bad in (
         {"lr": 0.0},
         {"batch_size": 0},
-        {"optimizer": "adam"},
         {"momentum": 1.0},
         {"steps": 0},
         {"weight_decay": -1.0},
