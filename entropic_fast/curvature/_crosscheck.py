@@ -151,7 +151,7 @@ def autograd_only() -> Iterator[None]:
     >>> from entropic_fast import HessianOperator, Objective
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
     >>> with autograd_only():
-    ...     HessianOperator(obj).way
+    ...     HessianOperator(obj).method
     'autograd: switched off by autograd_only'
     """
     token = _autograd_only.set(True)
