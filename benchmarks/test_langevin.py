@@ -23,7 +23,7 @@ import torch
 from rounds import DEVICE, FULL, store, table, take_turns
 
 from entropic_fast.ops import backend
-from entropic_fast.ops.langevin import FAMILY, advance
+from entropic_fast.ops.langevin import FAMILY, langevin_steps
 from entropic_fast.ops.langevin.forces import force_of
 from entropic_fast.ops.langevin.reference import UNDERDAMPED
 
@@ -53,7 +53,7 @@ class Problem:
 
     def kernel(self, steps: int, backend_name: str | None) -> Callable[[], None]:
         def run() -> None:
-            advance(
+            langevin_steps(
                 self.x, self.v, potential=self.potential, parameters=POTENTIALS[self.potential],
                 scheme=self.scheme, temperature=TEMPERATURE, dt=DT, steps=steps,
                 backend=backend_name,

@@ -34,7 +34,7 @@ def trajectory(position, lr=0.1, every=10, diverged_at=None):
         batch_size=4,
         project_every=every,
         seed=0,
-        engine="loop",
+        backend="loop",
     )
 
 
