@@ -50,6 +50,6 @@ def test_second_objective(provenance: dict[str, Any], tmp_path: Path) -> None:
     runs = []
     for examples in EXAMPLES:
         rounds = take_turns(rivals(examples), ROUNDS)  # "first" leaves its architecture known
-        assert rounds.values["first"] == rounds.values["second"] == "rules"
+        assert rounds.values["first"] == rounds.values["second"] == "graph"
         runs.append({"examples": examples, **table(rounds)})
     store("hessian-second-objective", {**provenance, "image": SIZE, "runs": runs}, tmp_path)

@@ -115,7 +115,7 @@ def products_record(
     }
     return {
         **problem.facts(provenance),
-        "way": fixed.method,
+        "method": fixed.method,
         "error against float64": errors,
         **table(found, **units),
     }
@@ -125,7 +125,7 @@ def test_products_resnet(provenance: dict[str, Any], tmp_path: Path) -> None:
     problem = Problem("resnet20", 128) if FULL else Problem("resnet8", 5, size=8)
     record = products_record(problem, 15 if FULL else 1, provenance)
     store("hessian-products-resnet20", record, tmp_path)
-    assert record["way"] == "rules"
+    assert record["method"] == "graph"
 
 
 def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_products_wide(provenance: dict[str, Any], tmp_path: Path) -> None:
     # Blocks of 8 take peers minutes and many gigabytes here, and longer than 8 single products.
     record = products_record(problem, 5 if FULL else 1, provenance, () if FULL else BLOCKS)
     store("hessian-products-wrn16-4", record, tmp_path)
-    assert record["way"] == "rules"
+    assert record["method"] == "graph"
 
 
 def test_probes_resnet18(provenance: dict[str, Any], tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_backends_that_fail_are_noted_and_a_lost_gpu_is_left_at_once(monkeypatch
     monkeypatch.setattr(ops, "_results", lambda op, *rest: [] if rest[0] == "reference" else lost())
     ended = command("check", "--device", "cpu", "--quick")
     backend._choose.cache_clear()
-    assert ended.code == 1 and "skipped on cpu: cpp: push: OSError: no compiler" in ended.out
+    assert ended.code == 1 and "skipped on cpu: cpp: jvp: OSError: no compiler" in ended.out
     assert ended.out.count("wrong: ") == 1 and "illegal memory access" in ended.out
 
 
