@@ -148,6 +148,7 @@ def autograd_only() -> Iterator[None]:
     Use it after a `FastPathMismatchError`, and to see which of the two results is wrong. Operators
     built within this context keep to autograd.
 
+    >>> import torch
     >>> from entropic_fast import HessianOperator, Objective
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
     >>> with autograd_only():

@@ -37,7 +37,7 @@ def charts(figure: Figure) -> list[dict[str, Any]]:
     A second axis (Matplotlib's twinx) joins the panel that it lies on; panels without axes and
     color bars are left out.
 
-    >>> from . import plots
+    >>> from entropic_fast.experiments.figures import _style as plots
     >>> figure, (ax,) = plots.panels(1, 1)
     >>> _ = ax.plot([0, 1], [2, 3], label="loss")
     >>> (chart,) = charts(figure)

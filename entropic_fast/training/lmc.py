@@ -347,7 +347,8 @@ def linear_mode_connectivity(
     >>> from entropic_fast.training.data import load
     >>> data, test = load("digits", limit=40)
     >>> result = linear_mode_connectivity(
-    ...     "digits-cnn", data, TrainConfig(epochs=2, augment=False), epochs=(0, 2), points=3)
+    ...     "digits-cnn", data, TrainConfig(epochs=2, augment=False), (0, 2),
+    ...     LineSettings(points=3))
     >>> float(result.instability["loss_instability"][1])  # branched at the end: no difference
     0.0
     """

@@ -176,8 +176,8 @@ def density_log_determinant(density: Density, delta: float) -> Estimate:
         delta: above 0, added to each eigenvalue's positive part.
 
     >>> import torch
-    >>> from entropic_fast import spectral_density
-    >>> density = spectral_density(torch.eye(3), probes=2)
+    >>> from entropic_fast import DensitySettings, spectral_density
+    >>> density = spectral_density(torch.eye(3), DensitySettings(probes=2))
     >>> round(density_log_determinant(density, 1.0).value, 4)  # 3 log 2
     2.0794
     """

@@ -70,6 +70,7 @@ def conv_weight_grads(
             fit, or an `out` that overlaps `a` or `g`.
 
     Example:
+        >>> import torch
         >>> a = torch.tensor([[[1.0], [2.0], [3.0]]])
         >>> g = torch.tensor([[[1.0], [10.0]]])
         >>> conv_weight_grads(a, g, [2], stride=[1], padding=[0], dilation=[1])
@@ -100,6 +101,7 @@ def conv_weight_norms(
         ValueError: as `conv_weight_grads`.
 
     Example:
+        >>> import torch
         >>> a, g = torch.ones(2, 4, 4, 3), torch.ones(2, 4, 4, 5)
         >>> conv_weight_norms(a, g, [1, 1], stride=[1, 1], padding=[0, 0], dilation=[1, 1])
         tensor([3840., 3840.], dtype=torch.float64)

@@ -77,6 +77,7 @@ def jvp(
             read by two tensors, or tensors that autograd follows.
 
     Example:
+        >>> import torch
         >>> u, ones = torch.tensor([[[1.0], [2.0]]]), torch.ones(2, 1)
         >>> out, sums, forms = jvp(u, scale=torch.tensor([3.0]), cotangent=ones, bend=ones)
         >>> out.flatten(), sums, forms
@@ -120,6 +121,7 @@ def vjp_tangent(
         ValueError: as `jvp`.
 
     Example:
+        >>> import torch
         >>> u, slope = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0.0], [1.0]])
         >>> scale = torch.tensor([3.0])
         >>> out, dscale, dshift = vjp_tangent(u, slope=slope, normal=slope, scale=scale)
@@ -160,6 +162,7 @@ def norm_act(
         ValueError: as `jvp`.
 
     Example:
+        >>> import torch
         >>> y = torch.tensor([[1.0], [4.0]])
         >>> z, normal, slope = norm_act(y, torch.tensor([2.0]), torch.tensor([0.5]), relu=True)
         >>> z.flatten(), normal.flatten(), slope.flatten()
@@ -184,6 +187,7 @@ def inner_products(
         ValueError: as `jvp`.
 
     Example:
+        >>> import torch
         >>> inner_products(torch.ones(2, 3, 4), torch.full((2, 3, 4), 0.5))
         tensor([6., 6.], dtype=torch.float64)
     """

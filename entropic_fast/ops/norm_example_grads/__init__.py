@@ -52,6 +52,7 @@ def affine_grads(
         ValueError: dtypes, shapes or devices that do not fit, or tensors that autograd follows.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[[1.0], [3.0]]])
         >>> affine_grads(x, torch.ones(1, 2, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 0.5))
         (tensor([[1.]]), tensor([[2.]]))
@@ -83,6 +84,7 @@ def batch_norm_backward(
         ValueError: as `affine_grads`.
 
     Example:
+        >>> import torch
         >>> x, one = torch.tensor([[[1.0], [3.0]]]), torch.ones(1)
         >>> grad_x, dscale, dshift = batch_norm_backward(x, torch.ones(1, 2, 1), one, one / 2, one)
         >>> grad_x.flatten(), dscale, dshift
