@@ -150,6 +150,7 @@ def autograd_only() -> Iterator[None]:
 
     >>> import torch
     >>> from entropic_fast import HessianOperator, Objective
+    >>> from entropic_fast.curvature import autograd_only
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(2, 1),) * 2)
     >>> with autograd_only():
     ...     HessianOperator(obj).method
