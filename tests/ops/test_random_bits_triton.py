@@ -52,6 +52,7 @@ def test_what_is_launched_compiles_ahead_of_time(
 ) -> None:
     """Kernels, types and constants exactly as the host functions launch them."""
     from entropic_fast.ops.random_bits import triton as random_bits
+    from entropic_fast.ops.random_bits.checks import Fill, Philox
 
     launches: list[Any] = []
     for name in ("fill_kernel", "philox_kernel"):
@@ -61,11 +62,12 @@ def test_what_is_launched_compiles_ahead_of_time(
     for kind, dtypes in KINDS.items():
         for dtype in dtypes:
             wide = torch.empty(1, 1, 2000, dtype=dtype)
-            random_bits.fill(wide, none, 2**62 + 1, 3, 2**40, kind)
+            random_bits.fill(Fill(wide, none, 2**62 + 1, 3, 2**40, kind, ""))
             columns = torch.empty(500, 8, dtype=dtype).T[:, None]
-            random_bits.fill(columns, none, 5, 2**62, 0, kind)
-    random_bits.fill(torch.empty(2, 3, 500, dtype=torch.int64), several, 0, 1, 0, "sort_keys")
-    random_bits.philox(torch.arange(30).view(3, 10), several, several)
+            random_bits.fill(Fill(columns, none, 5, 2**62, 0, kind, ""))
+    keys = torch.empty(2, 3, 500, dtype=torch.int64)
+    random_bits.fill(Fill(keys, several, 0, 1, 0, "sort_keys", ""))
+    random_bits.philox(Philox(torch.arange(30).view(3, 10), several, several, ""))
     assert len(launches) == 18
     for launch in launches:
         compiled = compile_launch(*launch, arch)
