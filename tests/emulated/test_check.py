@@ -55,7 +55,7 @@ def test_a_graph_that_reads_other_vectors_is_named(monkeypatch):
 
 
 def test_speeds_are_in_full_float32_but_for_one_line_that_says_so(monkeypatch):
-    tiny = speeds.Sizes("resnet8-w4", 4, 2**16, 64, 8, 64, 1000, 64)
+    tiny = speeds.Sizes("resnet8-w8", 4, 2**16, 64, 8, 64, 1000, 64)
     low = {}
     timed = speeds._timed
 
