@@ -47,8 +47,7 @@ TINY = [
 ]
 
 
-# Of a test with more cases than this, the default tier runs so many, spread by a hash of their
-# names; two of every three pairs of values of a grid of hundreds are among them.
+# Of a test with more cases than this, the default tier runs so many, spread by a hash of names.
 CASES = 16
 TIER = "ENTROPIC_FAST_TIER"  # how workers of pytest-xdist learn what their controller was asked
 

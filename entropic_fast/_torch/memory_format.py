@@ -56,9 +56,9 @@ def preferred_memory_format(
 def overruns_channels_last(weight: Sequence[int], stride: Sequence[int], groups: int = 1) -> bool:
     """Whether torch's weight gradient of this convolution writes outside its memory on a CPU.
 
-    With channels last, one thread, a kernel of 1 x 1, a stride and 2 to 6 input channels, oneDNN
-    (torch 2.14) does: free() finds the heap damaged, or the process ends with a segmentation
-    fault. Up to 7 channels are held for unsafe.
+    With channels last, a kernel of 1 x 1, a stride and 2 to 6 input channels, oneDNN does (torch
+    2.14, float32, a processor without AVX-512). On one thread the process mostly crashes; on two,
+    training ran to the end with other weights. Up to 7 channels are held for unsafe.
 
     Args:
         weight: shape [O, C / groups, *kernel].

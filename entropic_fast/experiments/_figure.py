@@ -78,7 +78,6 @@ class Figure:
         title, caption: in the report; a caption may depend on the configuration.
         source: where the figure is from: `PAPER`, `NOTES` or `OURS`.
         help: what the command says of itself; "" if another figure's help covers it.
-        page: name of the figure's page in the documentation.
         enabled: whether a configuration has the figure.
         notes: sentences for the report, from a finished run.
         expected: for `--plan`, by the first word of the tasks' names.
@@ -98,7 +97,6 @@ class Figure:
     minimum: Mapping[str, int] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     help: str = ""
-    page: str = ""
     enabled: Callable[[Config], bool] = lambda config: True
     notes: Callable[[RunFolder], Sequence[str]] = lambda run: ()
     expected: Mapping[str, Expected] = field(default_factory=dict)

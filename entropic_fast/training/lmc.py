@@ -150,8 +150,8 @@ class Trunk:
     def _make(self) -> nn.Module:
         if callable(self._model):
             return self._model().to(self._data.device)
-        made = build(self._model, self._data.num_classes, self._data.images.shape[1])
-        return made.to(self._data.device)
+        channels = self._data.images.shape[1]
+        return build(self._model, self._data.num_classes, channels).to(self._data.device)
 
 
 def branch(
@@ -377,15 +377,7 @@ def linear_mode_connectivity(
 
         start = trunk.at(k)
         a, b = (branch(start, data, config, i, seed=seed, progress=tell) for i in (1, 2))
-        line = measure_line(
-            a,
-            b,
-            data,
-            settings,
-            eval_data=eval_data,
-            seed=seed,
-            progress=tell,
-        )
+        line = measure_line(a, b, data, settings, eval_data=eval_data, seed=seed, progress=tell)
         return Table({"k": [k] * line.num_rows, **line})
 
     run = task or (lambda name, make: make())

@@ -161,7 +161,7 @@ def read_minimum(path: str | Path) -> Minimum:
             f"{manifest.get('kind')!r}, format {manifest.get('format')!r}; give another file"
         )
     parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
-    for key, value in tensors.items():
+    for key, value in sorted(tensors.items()):  # the file's order differs between processes
         kind, _, name = key.partition("/")
         parts[kind][name] = value
     return Minimum(parts["parameter"], parts["buffer"], manifest)

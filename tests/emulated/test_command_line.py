@@ -10,7 +10,7 @@ import pytest
 from entropic_fast.experiments.figures import _style as plots
 
 # Training rounds as torch does by default, and so do the trials that choose a layout and a plan.
-ROUNDS = {"training.py", "layouts.py", "experiments/planning.py"}
+ROUNDS = {"training/_train.py", "_torch/memory_format.py", "experiments/_plan.py"}
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,9 @@ from entropic_fast.dynamics.force import _weight_norm_growth as growth
 from entropic_fast.dynamics.force._point_force import point_force
 from entropic_fast.training import TrainConfig, data, models
 
-ON_PURPOSE = ("training.py", "layouts.py")
+ON_PURPOSE = ("training/_train.py", "_torch/memory_format.py")
 SETTINGS = bursts.ProjectedSGD(0.02, 6, project_every=2, steps=3)
+LOOP = ef.Execution(backend="loop")
 
 
 @pytest.fixture(params=["high", "tf32"])
@@ -187,7 +188,7 @@ def test_the_force_with_batch_statistics_is_in_full_precision(precision, emulate
 def test_the_drift_is_the_cpus(norm, precision, emulated):
     cpu, gpu = pair(norm)
     found, expected = (
-        bursts.measure_drift(*given, [0.2, 0.6], SETTINGS, replicas=2, backend="loop")
+        bursts.measure_drift(*given, [0.2, 0.6], SETTINGS, replicas=2, execution=LOOP)
         for given in (gpu, cpu)
     )
     for name in ("velocity", "raw", "order_error"):
@@ -206,7 +207,7 @@ def test_the_drifts_noise_is_read_back_once(norm, emulated):
     for replicas in (2, 4):
         with emulated.counted() as counts:
             settings = dataclasses.replace(SETTINGS, steps=2)
-            bursts.measure_drift(*gpu, [0.2], settings, replicas=replicas, backend="loop")
+            bursts.measure_drift(*gpu, [0.2], settings, replicas=replicas, execution=LOOP)
         seen.append(counts)
     assert (seen[1] - seen[0]).synchronizations == 0
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from ...._utils.table import Table
-from ...claims import NOTES, OURS, PAPER, UNTESTED, Claim, verdict
+from ...claims import NOTES, OURS, PAPER, UNDECIDED, Claim, verdict
 from ...claims._intervals import (
     LEVEL,
     Array,
@@ -163,7 +163,7 @@ def _deeper_takes_longer(asked: list[Replica]) -> list[Claim]:
             rho,
             low,
             high,
-            verdict(low, high, 0.0) if arrived.mean() >= 0.5 else UNTESTED,
+            verdict(low, high, 0.0) if arrived.mean() >= 0.5 else UNDECIDED,
             detail + _left_out(sum(not np.isfinite(r.approach) for r in asked)),
             samples={"replicas": len({r.replica for r in asked})},
         )
