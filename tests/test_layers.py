@@ -18,8 +18,6 @@ PRIVATE = {
     "cli/_profile.py": 5,
     "dynamics/force/_comparison.py": 1,
     "dynamics/force/_drift.py": 1,
-    "dynamics/force/_gradient_noise.py": 2,
-    "dynamics/force/_point_force.py": 2,
     "dynamics/force/_weight_norm_growth.py": 1,
     "dynamics/projected_sgd/_relax.py": 1,
     "dynamics/projected_sgd/_relax_many.py": 1,
@@ -33,19 +31,16 @@ PRIVATE = {
     "experiments/figures/fig9.py": 1,
     "experiments/figures/force.py": 5,
     "profile/_figures.py": 4,
-    "profile/_plan.py": 2,
+    "profile/_plan.py": 1,
     "profile/_profile.py": 5,
     "profile/_report.py": 4,
     "profile/_tasks.py": 4,
-    "experiments/figures/fig2/__init__.py": 1,
     "selfcheck/_facts.py": 1,
     "selfcheck/_networks.py": 1,
     "selfcheck/_ops.py": 1,
     "selfcheck/_speeds.py": 1,
-    "training/lmc.py": 1,
 }
 LONG = {
-    "curvature/operators/_algebra.py",
     "dynamics/_survival.py",
     "experiments/_executor.py",
     "experiments/figures/_relaxation_runs.py",
@@ -55,7 +50,6 @@ LONG = {
 }
 CIRCLES = {  # importing module -> imported
     "dynamics.projected_sgd._records": "dynamics.projected_sgd._trajectory",
-    "curvature.operators._autograd_check": "curvature.operators._second_order",
 }
 
 

@@ -12,11 +12,14 @@ from .estimators._settings import DensitySettings, LanczosSettings
 from .estimators._tracking import tracked_eigenpairs
 from .estimators.trace import hessian_trace, operator_trace
 from .estimators.trace.gauss_newton import ggn_trace
-from .operators._algebra import as_operator
-from .operators._fisher import FisherOperator
-from .operators._jacobian import JacobianOperator
-from .operators._linear_operator import LinearOperator
-from .operators._second_order import GGNOperator, HessianOperator
+from .operators import (
+    FisherOperator,
+    GGNOperator,
+    HessianOperator,
+    JacobianOperator,
+    LinearOperator,
+    as_operator,
+)
 from .per_example._gram_plan import ScorePlan
 from .per_example._norms import fisher_trace, gradient_norms
 from .per_example._ntk import ntk_gram

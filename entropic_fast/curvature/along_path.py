@@ -140,9 +140,7 @@ def _tangent(
         return None
     if "density" not in quantities:
         raise checks.invalid(
-            "quantities",
-            '"density" among them with orthogonal_to_path',
-            checks.shown(quantities),
+            "quantities", '"density" among them with orthogonal_to_path', checks.shown(quantities)
         )
     tangent: Callable[[float], Tensor] | None = getattr(path, "tangent", None)
     if tangent is None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .._utils.system_info import available_cores
-from ..curvature.estimators._block_lanczos import EXTRA_COLUMNS
+from ..curvature.estimators import EXTRA_COLUMNS
 from ..experiments._costs import Cost, Machine, Work, measure, path_work, relaxation_work, work_of
 from ._subject import Subject
 from ._tasks import BAND, CYCLES, PROFILE, STARTS

@@ -30,7 +30,7 @@ from .._utils.checks import (
 from .._utils.convergence import held, warn_of_overflow, warn_once
 from .._utils.table import Table
 from ..curvature import HessianOperator, tracked_eigenpairs
-from ..curvature.operators._linear_operator import NonFiniteProductError
+from ..curvature.operators import NonFiniteProductError
 from ..objective import NonFiniteLossError, Objective, as_real, plain_name
 from ..ops.random_bits.streams import fold_in
 from ._train import TrainConfig, Trained, train

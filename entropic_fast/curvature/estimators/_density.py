@@ -15,15 +15,9 @@ from ..._utils import checks
 from ..._utils.convergence import warn_not_converged
 from ..._utils.results import PROBE_ERROR, RESOLUTION, Density, Eigenpairs, smoothed
 from ...ops.random_bits import streams as random
-from ..operators._algebra import (
-    OperatorBase,
-    ProjectedOperator,
-    as_operator,
-    multiply,
-    orthonormal,
-    without,
-)
+from ..operators._algebra import OperatorBase, ProjectedOperator, as_operator, multiply
 from ..operators._linear_operator import LinearOperator, not_finite
+from ..operators._projection import orthonormal, without
 from ._block_lanczos import stride_of
 from ._krylov_basis import ROUNDING, require_symmetry
 from ._quadrature import Rule, other_rules, stacked, tridiagonal

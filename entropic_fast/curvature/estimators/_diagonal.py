@@ -9,8 +9,9 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.results import Diagonal, Eigenpairs
 from ...objective import Objective
-from ..operators._algebra import OperatorBase, as_operator, project_out, without_shift
+from ..operators._algebra import OperatorBase, as_operator, without_shift
 from ..operators._linear_operator import LinearOperator
+from ..operators._projection import project_out
 from ..operators._second_order import HessianOperator
 from ._probes import block_width, sign_vectors
 from .trace._deflation import deflation_basis

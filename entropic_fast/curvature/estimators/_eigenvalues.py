@@ -37,32 +37,18 @@ Start: TypeAlias = Tensor | Eigenpairs
 
 @overload
 def top_eigenvalues(
-    operator: LinearOperator | Tensor,
-    k: int = 1,
-    tol: float = 1e-3,
-    seed: int = 0,
-    max_matvecs: int = 500,
-    which: str = "LA",
-    v0: Start | None = None,
-    block: int | None = None,
-    *,
-    group_by: None = None,
-) -> Eigenpairs: ...
+    operator: LinearOperator | Tensor, k: int = 1, tol: float = 1e-3, seed: int = 0,
+    max_matvecs: int = 500, which: str = "LA", v0: Start | None = None,
+    block: int | None = None, *, group_by: None = None,
+) -> Eigenpairs: ...  # fmt: skip
 
 
 @overload
 def top_eigenvalues(
-    operator: LinearOperator | Tensor,
-    k: int = 1,
-    tol: float = 1e-3,
-    seed: int = 0,
-    max_matvecs: int = 500,
-    which: str = "LA",
-    v0: Mapping[str, Start] | None = None,
-    block: int | None = None,
-    *,
-    group_by: str,
-) -> dict[str, Eigenpairs]: ...
+    operator: LinearOperator | Tensor, k: int = 1, tol: float = 1e-3, seed: int = 0,
+    max_matvecs: int = 500, which: str = "LA", v0: Mapping[str, Start] | None = None,
+    block: int | None = None, *, group_by: str,
+) -> dict[str, Eigenpairs]: ...  # fmt: skip
 
 
 @full_precision()

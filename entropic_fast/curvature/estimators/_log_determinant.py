@@ -12,8 +12,9 @@ from ..._torch.full_precision import full_precision
 from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Density, Eigenpairs, Estimate, LogDeterminant
-from ..operators._algebra import OperatorBase, ProjectedOperator, as_operator, orthonormal
+from ..operators._algebra import OperatorBase, ProjectedOperator, as_operator
 from ..operators._linear_operator import LinearOperator
+from ..operators._projection import orthonormal
 from ._density import density_and_pairs
 from ._eigenvalues import top_eigenvalues
 from ._krylov_basis import ROUNDING
@@ -142,8 +143,7 @@ def _sum_over_largest(
     kept = pairs.values > max(floor, rounding)
     value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)
     return LogDeterminant(
-        *(value, 0.0, bound, int(kept.sum()), floor, delta or 0.0, pairs),
-        converged=pairs.converged,
+        *(value, 0.0, bound, int(kept.sum()), floor, delta or 0.0, pairs), converged=pairs.converged
     )
 
 

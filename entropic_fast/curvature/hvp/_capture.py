@@ -242,11 +242,7 @@ def _joint_graph(
     outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
 
     def run(
-        parts: list[Tensor],
-        buffers: list[Tensor],
-        x: list[Tensor],
-        u: Tensor,
-        shifts: list[Tensor],
+        parts: list[Tensor], buffers: list[Tensor], x: list[Tensor], u: Tensor, shifts: list[Tensor]
     ) -> Any:
         def network(parts: list[Tensor], shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             return _Shifted(forward, marked).run(parts, buffers, x, shifts)

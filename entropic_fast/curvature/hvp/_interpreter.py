@@ -183,11 +183,7 @@ class GraphInterpreter:
         return tangents.get(self.graph.outputs), terms.total(len(some), some.device)
 
     def _differentiate(
-        self,
-        node: fx.Node,
-        values: Any,
-        tangents: Tangents,
-        terms: SecondOrderSum | None = None,
+        self, node: fx.Node, values: Any, tangents: Tangents, terms: SecondOrderSum | None = None
     ) -> None:
         """Set the tangent of a node with active arguments, and add its second-order term."""
         if node.target is operator.getitem:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,9 +32,7 @@ from .._crosscheck import (
     coarsest_dtype,
     fast_paths_are_off,
 )
-
-if TYPE_CHECKING:
-    from ._second_order import SecondOrderOperator
+from ._base import FastPathOperator
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +51,7 @@ _HELD = 10  # vectors
 _tested: WeakKeyDictionary[nn.Module, VerifiedLosses] = WeakKeyDictionary()
 
 
-def require_right_products(operator: SecondOrderOperator) -> None:
+def require_right_products(operator: FastPathOperator) -> None:
     """Test a Hessian's or Gauss-Newton matrix's products by autograd, once for a model and loss.
 
     Raises:
@@ -96,7 +94,7 @@ def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
         verified.add(kind, obj.loss_fn)
 
 
-def _test_products(operator: SecondOrderOperator) -> None:
+def _test_products(operator: FastPathOperator) -> None:
     try:
         small = _on_few_examples(operator)
         u, v = _probes(small.theta, 2)
@@ -117,7 +115,7 @@ def _test_products(operator: SecondOrderOperator) -> None:
         _test_differences(small, v, products[1])
 
 
-def _on_few_examples(operator: SecondOrderOperator) -> Any:
+def _on_few_examples(operator: FastPathOperator) -> Any:
     """The operator on a few examples, in float64 where that is not too large."""
     obj = operator.obj.without_distribution()
     batch = obj.examples.check_batch(FEW)
@@ -125,7 +123,7 @@ def _on_few_examples(operator: SecondOrderOperator) -> Any:
     few.examples = ExampleSet.of(batch.inputs, batch.targets, obj.examples, None)
     if obj.examples.with_targets:
         few.examples = few.examples.including_targets()
-    small = copy.copy(operator)
+    small: Any = copy.copy(operator)
     small.obj, small._is_tested = few, True
     if 8 * _HELD * obj.num_params <= VECTORS:
         small.obj = few.double()

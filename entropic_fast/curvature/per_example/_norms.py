@@ -28,21 +28,14 @@ JOINED = 4096
 
 @overload
 def gradient_norms(
-    obj: Objective,
-    theta: Tensor | None = None,
-    *,
-    memory_budget: int | None = None,
+    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None,
     group_by: None = None,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def gradient_norms(
-    obj: Objective,
-    theta: Tensor | None = None,
-    *,
-    memory_budget: int | None = None,
-    group_by: str,
+    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None, group_by: str
 ) -> dict[str, Tensor]: ...
 
 
@@ -136,12 +129,9 @@ class _Sums:
 
 @overload
 def fisher_trace(
-    obj: Objective,
-    theta: Tensor | None = None,
-    *,
-    memory_budget: int | None = None,
+    obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None,
     group_by: None = None,
-) -> Estimate: ...
+) -> Estimate: ...  # fmt: skip
 
 
 @overload

@@ -18,24 +18,16 @@ from ._scores import score_gram
 
 @overload
 def ntk_gram(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    group_by: None = None,
-) -> Tensor: ...
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, group_by: None = None,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def ntk_gram(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    group_by: str,
-) -> dict[str, Tensor]: ...
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, group_by: str,
+) -> dict[str, Tensor]: ...  # fmt: skip
 
 
 @clean_dispatch_state()

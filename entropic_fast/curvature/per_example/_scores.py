@@ -73,28 +73,18 @@ def score_matrix(
 
 @overload
 def score_gram(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    products: str = "float64",
-    strategy: str = "auto",
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, products: str = "float64", strategy: str = "auto",
     group_by: None = None,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def score_gram(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    products: str = "float64",
-    strategy: str = "auto",
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, products: str = "float64", strategy: str = "auto",
     group_by: str,
-) -> dict[str, Tensor]: ...
+) -> dict[str, Tensor]: ...  # fmt: skip
 
 
 @clean_dispatch_state()
@@ -181,28 +171,18 @@ def score_plan(
 
 @overload
 def score_spectrum(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    products: str = "float64",
-    strategy: str = "auto",
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, products: str = "float64", strategy: str = "auto",
     group_by: None = None,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def score_spectrum(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    memory_budget: int | None = None,
-    *,
-    products: str = "float64",
-    strategy: str = "auto",
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None,
+    memory_budget: int | None = None, *, products: str = "float64", strategy: str = "auto",
     group_by: str,
-) -> dict[str, Tensor]: ...
+) -> dict[str, Tensor]: ...  # fmt: skip
 
 
 @clean_dispatch_state()

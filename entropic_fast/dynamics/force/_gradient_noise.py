@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..._torch.full_precision import full_precision
 from ..._utils import checks, trees
-from ...curvature.operators._algebra import without
-from ...curvature.per_example._chunks import ExampleGradients
+from ...curvature.operators import without
+from ...curvature.per_example import ExampleGradients
 from ...objective import Objective
 from ...ops.random_bits.streams import fold_in, normal, permutation, uniform
 

@@ -15,7 +15,7 @@ from ..._utils import checks
 from ..._utils.convergence import held, warn_once
 from ..._utils.results import Eigenpairs, Estimate
 from ...curvature import HessianOperator, top_eigenvalues
-from ...curvature.operators._algebra import ProjectedOperator, orthonormal
+from ...curvature.operators import ProjectedOperator, orthonormal
 from ...objective import Objective
 from ...paths import Path
 from ..projected_sgd import ProjectedSGD, check_path

@@ -5,11 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from entropic_fast.ops import _native as native
-from entropic_fast.ops.conv_example_grads.checks import (
-    ConvWeightGrads,
-    ConvWeightNorms,
-    new_norms,
-)
+from entropic_fast.ops.conv_example_grads.checks import ConvWeightGrads, ConvWeightNorms, new_norms
 
 
 def conv_weight_grads(c: ConvWeightGrads) -> None:

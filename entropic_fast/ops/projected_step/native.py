@@ -40,10 +40,7 @@ def project_step(a: ProjectStep) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _call(
-    function: str,
-    a: SgdStep | AdamStep | ProjectStep,
-    products: Tensor,
-    *values: Tensor | float,
+    function: str, a: SgdStep | AdamStep | ProjectStep, products: Tensor, *values: Tensor | float
 ) -> None:
     (replicas, size), count = a.theta.shape, a.pivots.shape[0]
     if a.theta.device.type == "cpu":

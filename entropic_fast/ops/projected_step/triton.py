@@ -18,12 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropic_fast.ops._triton import FUSE, count, on_device
-from entropic_fast.ops.projected_step.checks import (
-    AdamStep,
-    ProjectStep,
-    SgdStep,
-    new_positions,
-)
+from entropic_fast.ops.projected_step.checks import AdamStep, ProjectStep, SgdStep, new_positions
 
 BLOCK = 1024
 SUM_BLOCK = 256

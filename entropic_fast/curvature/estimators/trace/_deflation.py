@@ -9,7 +9,8 @@ from ...._torch.memory_budget import available_bytes, readable
 from ...._torch.tall_qr import qr
 from ...._utils import checks
 from ...._utils.results import Eigenpairs
-from ...operators._algebra import OperatorBase, project_out
+from ...operators._algebra import OperatorBase
+from ...operators._projection import project_out
 
 
 def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:

@@ -26,30 +26,18 @@ DEFAULT_PROBES = 32
 
 @overload
 def hessian_trace(
-    obj: Objective,
-    theta: Tensor | None = None,
-    probes: int = DEFAULT_PROBES,
-    tol: float | None = None,
-    seed: int = 0,
-    *,
-    method: str = "hutchinson",
-    deflate: Eigenpairs | Tensor | None = None,
-    group_by: None = None,
-) -> Estimate: ...
+    obj: Objective, theta: Tensor | None = None, probes: int = DEFAULT_PROBES,
+    tol: float | None = None, seed: int = 0, *, method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None, group_by: None = None,
+) -> Estimate: ...  # fmt: skip
 
 
 @overload
 def hessian_trace(
-    obj: Objective,
-    theta: Tensor | None = None,
-    probes: int = DEFAULT_PROBES,
-    tol: float | None = None,
-    seed: int = 0,
-    *,
-    method: str = "hutchinson",
-    deflate: Eigenpairs | Tensor | None = None,
-    group_by: str,
-) -> dict[str, Estimate]: ...
+    obj: Objective, theta: Tensor | None = None, probes: int = DEFAULT_PROBES,
+    tol: float | None = None, seed: int = 0, *, method: str = "hutchinson",
+    deflate: Eigenpairs | Tensor | None = None, group_by: str,
+) -> dict[str, Estimate]: ...  # fmt: skip
 
 
 @full_precision()

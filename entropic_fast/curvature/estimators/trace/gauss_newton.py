@@ -40,24 +40,16 @@ _MATRICES = 4
 
 @overload
 def ggn_trace(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    *,
-    memory_budget: int | None = None,
-    group_by: None = None,
-) -> Estimate: ...
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None, *,
+    memory_budget: int | None = None, group_by: None = None,
+) -> Estimate: ...  # fmt: skip
 
 
 @overload
 def ggn_trace(
-    obj: Objective,
-    theta: Tensor | None = None,
-    max_examples: int | None = None,
-    *,
-    memory_budget: int | None = None,
-    group_by: str,
-) -> dict[str, Estimate]: ...
+    obj: Objective, theta: Tensor | None = None, max_examples: int | None = None, *,
+    memory_budget: int | None = None, group_by: str,
+) -> dict[str, Estimate]: ...  # fmt: skip
 
 
 @clean_dispatch_state()

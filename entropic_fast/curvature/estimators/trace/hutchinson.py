@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...._utils.results import Estimate
-from ...operators._algebra import OperatorBase, project_out
+from ...operators._algebra import OperatorBase
+from ...operators._projection import project_out
 from .._probes import BLOCK, MIN_SAMPLES, block_width, precise, sign_vectors
 from ._integrands import TraceIntegrand
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator

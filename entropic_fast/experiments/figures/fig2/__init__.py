@@ -1,6 +1,6 @@
 """Figure 2: curvature, loss and spectrum along minimum energy paths between minima."""
 
-from ....curvature.estimators._block_lanczos import EXTRA_COLUMNS
+from ....curvature.estimators import EXTRA_COLUMNS
 from ..._figure import PAPER, ClaimTest, Expected, Figure
 from ._claims import curvature, path_loss, spectrum
 from ._draw import Styles, draw, draw_curvature, draw_losses, draw_spectrum
