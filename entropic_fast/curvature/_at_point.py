@@ -95,13 +95,13 @@ def curvature_at(
 ) -> PointCurvature:
     """Loss and curvature at one point, with one Hessian operator for all quantities.
 
-    - The trace deflates the directions that the eigenvalue search or the density ends with, at
-      most 8, for one quadratic form each. In trained networks a few eigenvalues dominate the
-      variance of a Hutchinson sample. Deflating them cut the standard error to about a third (0.17
-      to 0.51, digits CNN) for 5 extra quadratic forms; those of the density cut it to a tenth. The
-      probes of the trace are independent of the searches, so the estimate is unbiased.
-    - The products of the density give the largest eigenvalue too. More follow, from its vector,
-      only if its residual does not meet the tolerance, or with `orthogonal_to`.
+    The trace deflates the at most 8 directions that the eigenvalue search or the density ends with,
+    for one quadratic form each. In trained networks a few eigenvalues dominate the variance of a
+    Hutchinson sample: deflating them cut its standard error to about a third (0.17 to 0.51, digits
+    CNN) for 5 extra forms, and with the directions of the density to a tenth. The probes are
+    independent of the searches, so the estimate is unbiased. The products of the density also give
+    the largest eigenvalue; a search follows only if its residual misses the tolerance, or with
+    `orthogonal_to`.
 
     Args:
         obj: the objective.
@@ -112,21 +112,21 @@ def curvature_at(
             probes);
             "top_eigenvalue": of the Hessian, its "..._residual" and "..._converged" (0 or 1);
             "norm": of theta;
-            "density": "log_determinant", tr log(H_+ + delta) over the positive parts of the
-            eigenvalues, and "negative_mass", the sum of the absolute values of the negative ones,
-            each with its "..._std_error" (over probes) and "..._quadrature" (see `Density.trace`),
-            and "log_determinant_converged" (0 or 1, see `log_determinant`); hundreds of products.
+            "density" (hundreds of products): "log_determinant", tr log(H_+ + delta) over the
+            positive parts of the eigenvalues, and "negative_mass", the sum of the absolute values
+            of the negative ones, each with "..._std_error" (over probes) and "..._quadrature" (see
+            `Density.trace`); and "log_determinant_converged" (0 or 1, see `log_determinant`).
         settings: probes, steps and tolerances.
         seed: of the trace probes and Lanczos vectors.
-        start: pairs of a neighboring point, its `PointCurvature.pairs`, from which to search for
-            the largest eigenvalue (`tracked_eigenpairs`).
+        start: the `PointCurvature.pairs` of a neighboring point, from which to search for the
+            largest eigenvalue (`tracked_eigenpairs`).
         orthogonal_to: directions [P] or [P, r] that "density" alone leaves out, such as a path's
             tangent.
 
     Returns:
-        `row` has the columns; for quantities of the Hessian "products" and "forms", the numbers of
-        operator-vector products and quadratic forms; and "norm_examples" last: the number of
-        examples on which running statistics were re-estimated, 0 if they were not.
+        `row` has the columns; for quantities of the Hessian also "products" and "forms", the
+        numbers of operator-vector products and quadratic forms; and "norm_examples" last, the
+        number of examples on which running statistics were re-estimated.
 
     Raises:
         ValueError: quantities out of range; as the quantities' own functions.
@@ -182,10 +182,9 @@ def lost_row(
     *,
     loss_is_finite: bool = False,
 ) -> Row:
-    """The row of a point at which the loss is not finite: `inf`, and NaN for what needs it.
+    """The row of a point without a finite loss: `inf`, and NaN for what needs it.
 
-    Args:
-        loss_is_finite: only products of the Hessian are not finite, and what needs them is NaN.
+    With `loss_is_finite`, only products of the Hessian are not finite, and what needs them is NaN.
     """
     row: Row = {}
     known: Row = {}
@@ -221,11 +220,7 @@ _COLUMNS = {
 
 
 def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
-    """Reject quantities that are unknown, or that the objective does not have.
-
-    Raises:
-        ValueError: as said.
-    """
+    """Reject quantities that are unknown, or that the objective does not have."""
     if not isinstance(quantities, list | tuple) or not quantities:
         raise checks.invalid(
             "quantities", "a sequence of names", checks.shown(quantities), 'as ("loss",)'
@@ -245,12 +240,7 @@ def require_quantities(obj: Objective, quantities: Sequence[str]) -> None:
 
 
 class _Hessian:
-    """The quantities of a point's Hessian, each computed once, when it is first needed.
-
-    Attributes:
-        operator: counts the products.
-        forms: number of quadratic forms.
-    """
+    """The quantities of a point's Hessian, each computed when it is first needed."""
 
     def __init__(
         self,
@@ -269,7 +259,6 @@ class _Hessian:
         self._orthogonal_to = orthogonal_to
 
     def columns(self, name: str) -> Row:
-        """The columns of a quantity."""
         if name == "hessian_trace":
             return _with_error(name, self._trace())
         if name == "density":
@@ -296,7 +285,7 @@ class _Hessian:
 
     @cached_property
     def pairs(self) -> Eigenpairs | None:
-        """The largest pair and some that follow, without `orthogonal_to`."""
+        """The largest pair and approximations of those that follow, without `orthogonal_to`."""
         if self._quadrature is None:
             return self._tracked(self._start, guarded=True) if self._with_pairs else None
         known = self._quadrature[1]

@@ -59,10 +59,7 @@ class _Coarsest(TorchFunctionMode):
 
 
 def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
-    """The least precise dtype in which the model computes.
-
-    A float64 model with normalization in float32, as Llama's, has the rounding of float32.
-    """
+    """The least precise dtype in which the model computes; Llama always normalizes in float32."""
     mode = _Coarsest(theta.dtype)
     with torch.enable_grad(), mode:
         obj.outputs(theta.detach().requires_grad_(), inputs)
@@ -72,14 +69,7 @@ def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
 def require_agreement(
     name: str, got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """Reject products of a fast path that are not autograd's.
-
-    Args:
-        dtype: whose rounding they have; None for their own.
-
-    Raises:
-        FastPathMismatchError: naming the operator.
-    """
+    """Raise FastPathMismatchError if products and autograd's differ by more than rounding."""
     scale = float(expected.double().norm())
     gap = float((got.double() - expected.double()).norm())
     dtype = dtype or expected.dtype
@@ -101,12 +91,7 @@ _LOSSES = 256
 class VerifiedLosses:
     """Kinds of results and the losses for which both methods were compared; keeps no loss alive.
 
-    Losses that compute the same count as one for all models of an architecture.
-
-    >>> checked, loss = VerifiedLosses(), torch.nn.MSELoss()
-    >>> checked.add("hessian", loss)
-    >>> ("hessian", loss) in checked, ("ggn", loss) in checked
-    (True, False)
+    Losses that compute the same function count as one for all models of an architecture.
     """
 
     def __init__(self, shared: set[Hashable] | None = None) -> None:
@@ -164,5 +149,4 @@ def autograd_only() -> Iterator[None]:
 
 
 def fast_paths_are_off() -> bool:
-    """Whether we are within `autograd_only`."""
     return _autograd_only.get()

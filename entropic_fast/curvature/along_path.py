@@ -55,7 +55,7 @@ def curvature_profile(
         path: anything with `point(s)`, s the relative arc length.
         points: how many, evenly spaced in arc length with both ends (at least 2); or the
             positions themselves, each in [0, 1].
-        quantities: as for `curvature_at`. The defaults of a coupled objective have no
+        quantities: as for `curvature_at`. The defaults of a coupled objective leave out
             "fisher_trace".
         settings: probes, steps and tolerances.
         seed: of the trace probes and Lanczos vectors, the same at every point, so that
@@ -66,9 +66,9 @@ def curvature_profile(
             of the `PointCurvature` starts with "s".
 
     Returns:
-        a table with column "s" and those of `curvature_at`. Points with results that are not
-        converged (a column says so) cause one `NotConvergedWarning`. If the loss overflows it is
-        `inf`, and what needs it NaN, with one RuntimeWarning.
+        a table with column "s" and those of `curvature_at`. Results that are not converged cause
+        one `NotConvergedWarning` for all points. Where the loss overflows it is `inf`, and what
+        needs it NaN, with one RuntimeWarning.
 
     Raises:
         ValueError: positions or quantities out of range; a path without points;

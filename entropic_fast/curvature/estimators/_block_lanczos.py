@@ -36,8 +36,8 @@ TRUSTED = 10
 def forms_matrix(k: int, size: int, max_matvecs: int, room: int) -> bool:
     """Whether P products with unit vectors cost no more than a search for k pairs.
 
-    For k = P / 2 a search took 0.7 P products where eigenvalues decay fast and 1.3 P where they do
-    not, in narrower blocks.
+    For k = P / 2 a search in narrower blocks took 0.7 P products where eigenvalues decay fast, and
+    1.3 P where they do not.
     """
     return size <= min(2 * k, max_matvecs, room)
 
@@ -50,10 +50,7 @@ def limited_by(basis: KrylovBasis, max_matvecs: int) -> str:
 def require_converged(pairs: Eigenpairs, caller: str, limit: str, cost: str = "") -> None:
     """Warn if pairs are not converged, with the worst residual and the remedy.
 
-    Args:
-        caller: the function that the user called.
-        limit: the argument that ended the search, "" if the operator's rounding did.
-        cost: of the search, if it is not counted in products.
+    `limit` is the argument that ended the search, "" if the operator's rounding did.
     """
     if pairs.converged:
         return
@@ -86,13 +83,10 @@ class _Request(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """The k wanted Ritz pairs against their tolerance.
+    """The wanted Ritz pairs against the largest residuals accepted for each, `limits` [k].
 
-    Attributes:
-        ritz: all Ritz pairs, wanted first.
-        limits: largest residual accepted for each wanted pair.  # [k]
-        floor: residual that is rounding for any pair.
-        exact: whether the recurrence gives residuals accurately enough for these limits.
+    `floor` is a residual that is rounding for any pair; `exact` says whether the recurrence gives
+    residuals accurately enough for these limits.
     """
 
     ritz: Ritz
@@ -130,12 +124,9 @@ def block_lanczos(
 ) -> Search[Eigenpairs]:
     """Expand a started basis, restarting it when it is full, until its k pairs are accepted.
 
-    Args:
-        basis: with a capacity of at least k plus its width, or of the operator's order.
-        narrow: whether to multiply only directions in which wanted pairs have a residual; not
-            where a product costs the same for any number of vectors.
-        max_matvecs: most vectors to multiply before the k that may follow to verify the pairs.
-        max_products: most blocks of vectors to multiply, those included.
+    `max_matvecs` bounds the vectors multiplied before the k that may verify the pairs, and
+    `max_products` all blocks. Without `narrow`, directions are multiplied even if no wanted pair
+    has a residual in them: for operators whose products cost the same for any number of vectors.
     """
     request = _Request(k, which, tol, narrow, max_matvecs, max_products)
     goal = tol
@@ -210,11 +201,7 @@ def stride_of(device: torch.device) -> int:
 
 
 def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Basis vectors to hold: enough for few restarts, or what a quarter of the free memory holds.
-
-    Args:
-        first: columns of the first block.
-    """
+    """Basis vectors to hold: enough for few restarts, within a quarter of the free memory."""
     fits = resolve_budget(None, device) // (size * torch.finfo(dtype).bits // 8) - first
     least = min(size, max(k, first) + first + 1)
     if fits < least:

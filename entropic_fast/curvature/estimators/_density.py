@@ -45,13 +45,12 @@ def spectral_density(
     """Density of the eigenvalues of a symmetric operator, smoothed by a Gaussian.
 
     For each probe, Lanczos steps with full two-pass reorthogonalization give a Gauss quadrature
-    rule: nodes are the Ritz values, weights the *squared first components* of the eigenvectors of
+    rule: nodes are the Ritz values, weights the squared first components of the eigenvectors of
     the tridiagonal matrix (Golub and Welsch 1969; Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38,
     2017). The mean over probes of sum_i w_i f(node_i) estimates tr f(A) / P without bias for
     polynomials f of degree up to 2 steps - 1; `Density.trace` gives it for any f, with its errors.
-
     If P is at most probes x steps (and 1024), P products form the matrix instead, and all
-    eigenvalues are the nodes: `Density.exact`, without error.
+    eigenvalues are the nodes, without error (`Density.exact`).
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@` on blocks, a matrix too.
@@ -108,17 +107,12 @@ def density_and_pairs(
     memory_budget: int | None = None,
     kept: int = 1,
 ) -> tuple[Density, Eigenpairs]:
-    """`spectral_density`, and the largest Ritz pairs of the same products.
+    """`spectral_density`, and at most `kept` of the largest Ritz pairs of the same products.
 
-    Args:
-        kept: most pairs to return.
-
-    Returns:
-        the density, and the Ritz pairs of the probe with the largest Ritz value of all: the most
-        accurate one, as none exceeds the largest eigenvalue. Their residuals are
-        beta |last coordinate|, from the recurrence, and its rounding. `matvecs` counts all
-        products; `converged` is False, as no tolerance was asked for. With `orthogonal_to` they
-        are pairs of the projected operator.
+    The pairs are those of the probe with the largest Ritz value: the most accurate one, as none
+    exceeds the largest eigenvalue. Residuals are beta |last coordinate| and rounding; `converged`
+    is False, as no tolerance was asked for. With `orthogonal_to` the pairs are the projected
+    operator's.
 
     >>> import torch
     >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 4.0]))
@@ -242,7 +236,6 @@ def _default_sigma(low: float, high: float) -> float:
 
 
 def _default_grid(low: float, high: float, sigma: float, points: int) -> Tensor:
-    """Evenly spaced points, with room for the tails of the Gaussians."""
     margin = MARGIN * sigma
     # At a spacing of 1.5 sigma the trapezium rule is off by 2e-4, and soon by far more.
     needed = math.ceil((high - low + 2 * margin) / (1.5 * sigma)) + 1
@@ -258,11 +251,7 @@ def _default_grid(low: float, high: float, sigma: float, points: int) -> Tensor:
 
 
 def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
-    """All eigenvalues [P - r], ascending, and the largest pairs, from P products.
-
-    Args:
-        left_out: orthonormal directions [P, r] that are projected out.
-    """
+    """All eigenvalues [P - r], ascending, and the largest pairs, from P products."""
     size, dtype, device = operator.order, operator.dtype, operator.device
     blocks = []
     for start in range(0, size, TOGETHER):
@@ -287,16 +276,7 @@ def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[
 
 
 class _Space(NamedTuple):
-    """The Krylov space of one probe, and its Ritz pairs.
-
-    Attributes:
-        basis: orthonormal rows [m, P], on the operator's device; all else is on the CPU in float64.
-        diagonal, off_diagonal: [m] each, of the tridiagonal matrix; the last entry of the second is
-            the norm of the residual that follows the basis.
-        nodes: Ritz values [m], ascending.
-        coordinates: of the Ritz vectors, in columns [m, m].
-        rounding: of the products.
-    """
+    """The Krylov space of one probe, and its Ritz pairs; all but `basis` on the CPU in float64."""
 
     basis: Tensor
     diagonal: Tensor
@@ -307,15 +287,10 @@ class _Space(NamedTuple):
 
 
 def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_Space], int]:
-    """Lanczos for several starting vectors [V, P] together, with one block product per step.
+    """The spaces of starting vectors [V, P], one block product per step, and the number of steps.
 
-    Steps are queued on the operator's device without waiting; only every few steps it is asked
-    whether a probe is still active. A probe whose Krylov space is exhausted continues as a vector
-    of zeros. If an error shows up, all steps are computed again, each waiting for its product,
-    so that the operator can name the error, or use autograd.
-
-    Returns:
-        the space of each probe, with m < `steps` if it was exhausted; and the number of steps.
+    If an error shows up, all steps are computed again, each waiting for its product, so that the
+    operator can name the error, or use autograd.
     """
     stride = stride_of(starts.device)
     try:
@@ -329,7 +304,10 @@ def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_
 def _lanczos_steps(
     operator: OperatorBase, starts: Tensor, steps: int, stride: int
 ) -> tuple[list[_Space], int]:
-    """`_lanczos`, synchronizing with the device at every `stride`-th product."""
+    """`_lanczos`, synchronizing with the device at every `stride`-th product.
+
+    A probe whose Krylov space is exhausted continues as a vector of zeros.
+    """
     probes, size = starts.shape
     basis = starts.new_zeros(probes, steps, size)
     alphas = starts.new_zeros(probes, steps, dtype=torch.float64)

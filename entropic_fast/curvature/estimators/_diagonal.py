@@ -57,15 +57,13 @@ def operator_diagonal(
     """Diagonal of a square operator: the mean of v * (A v) over sign vectors v.
 
     Each sample is unbiased, entry i with variance sum_{j != i} A_ij^2 (Bekas, Kokiopoulou, Saad,
-    *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57, 2007, whose denominator,
-    the sum of v_i^2, is the number of signs). With directions Q taken out, the diagonal of
-    A Q Q^T is exact, and u * (A u) for u = v - Q Q^T v averages to that of A (I - Q Q^T).
-
-    Memory: a few vectors [P] in float64 and a block of probes, however many there are.
+    *An estimator for the diagonal of a matrix*, Appl. Numer. Math. 57, 2007). With deflated
+    directions Q the diagonal of A Q Q^T is exact, and u * (A u) for u = v - Q Q^T v averages to
+    that of A (I - Q Q^T). Memory: a few vectors [P] in float64 and a block of probes.
 
     Args:
         operator: anything with `shape`, `dtype` and `@` on blocks [P, K]; a matrix too. Symmetric
-            if directions are taken out.
+            if directions are deflated.
         probes: number of sign vectors.
         seed: of the signs, which depend on nothing else.
         deflate: as for `operator_trace`.
@@ -75,8 +73,9 @@ def operator_diagonal(
             finite.
 
     >>> import torch
-    >>> found = operator_diagonal(torch.tensor([[1.0, 0.5], [0.5, 2.0]]), probes=100)
-    >>> bool(((found.value - torch.tensor([1.0, 2.0])).abs() < 4 * found.std_error).all())
+    >>> diagonal = operator_diagonal(torch.tensor([[1.0, 0.5], [0.5, 2.0]]), probes=100)
+    >>> error = (diagonal.value - torch.tensor([1.0, 2.0])).abs()
+    >>> bool((error < 4 * diagonal.std_error).all())
     True
     """
     operator = as_operator(operator)

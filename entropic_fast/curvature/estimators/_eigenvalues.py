@@ -66,26 +66,21 @@ def top_eigenvalues(
 ) -> Eigenpairs | dict[str, Eigenpairs]:
     """The k extreme eigenpairs of a symmetric operator.
 
-    Block Lanczos with full reorthogonalization in two passes (one leaves ghosts: copies of
-    converged eigenvalues), restarted with the best Ritz vectors when the basis is full (thick
-    restart, Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000). Of a block only the directions
-    in which wanted pairs still have a residual are multiplied.
+    Block Lanczos with full reorthogonalization in two passes, restarted with the best Ritz vectors
+    when the basis is full (thick restart, Wu and Simon, SIAM J. Matrix Anal. Appl. 22, 2000).
+    Within a block only directions in which wanted pairs still have a residual are multiplied.
+    Residual norms are those of the returned vectors to rounding; if the tolerance is not far above
+    rounding (100 eps ||A||), k more products verify them.
 
-    The residual norms are those of the returned vectors to rounding. The basis keeps the
-    relation A Q = Q H + F C to rounding, so they follow from its coefficients; only where the
-    tolerance asked for is not far above rounding (100 eps ||A||) are k products more spent to
-    compute them.
-
-    A block of b vectors sees b copies of a multiple eigenvalue, or all once the basis spans an
-    invariant subspace, because the search then goes on with random vectors orthogonal to it.
-    Where eigenvalues are known to be simple, block=1 needs fewest products: for k = 8 of the
-    Hessian of a small trained network 20 instead of 43, of which 8 at once may cost less each.
+    A block of b vectors finds b copies of a multiple eigenvalue, or all copies once the basis spans
+    an invariant subspace. Where eigenvalues are known to be simple, block=1 needs the fewest
+    products: for k = 8 of the Hessian of a small trained network 20 instead of 43, of which 8 at
+    once may cost less each.
 
     A warm start, such as the pairs of a neighboring point on a path, is tested after its first
-    product; along a path of 33 points k = 1 took 5 products a point (9 from random vectors),
-    k = 3 took 13 by blocks, 10 with block=1 (19, 13). A start that holds nothing of the wanted
-    eigenvector can end at another: one that is an eigenvector is accepted, in a block with
-    random vectors too. `tracked_eigenpairs` guards against that for k = 1.
+    product. Along a path of 33 points k = 1 took 5 products per point (9 from random vectors); k =
+    3 took 13 by blocks and 10 with block=1 (19 and 13). A start that is an eigenvector is accepted
+    even if it is not the wanted one; `tracked_eigenpairs` guards against that for k = 1.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
@@ -93,21 +88,21 @@ def top_eigenvalues(
         tol: converged when each residual is at most tol |lambda|, or at the rounding floor
             of the operator's dtype (10 eps ||A||).
         seed: of the random vectors.
-        max_matvecs: most products with a vector to spend before any that verify the residuals.
+        max_matvecs: most products with a vector before any that verify the residuals.
         which: "LA" the algebraically largest, "SA" the smallest, "LM" the largest in
             magnitude, "BE" both ends: the (k + 1) // 2 largest and the k // 2 smallest.
-        v0: vectors to start from, or pairs found before; None for random ones.  # [P], [P, r]
+        v0: vectors to start from [P] or [P, r], or pairs found before; None for random ones.
         block: b, most vectors multiplied at once; None for k up to 8, or v0's columns if they
-            are more. The first block is v0 and random vectors up to b; of more than b columns
-            in v0 every b-th are added up.
+            are more. The first block is v0 and random vectors up to b; if v0 has more than b
+            columns, every b-th are summed.
         group_by: None for the operator itself; "module" or "parameter" for its diagonal block of
-            each, by name, of an operator of an objective. k, max_matvecs and block are then for
-            each block (one of fewer than k parameters has as many pairs), v0 holds starts by name,
-            and columns of several blocks are multiplied at once.
+            each, by name, of an objective's operator. k (or fewer, in a block of fewer parameters),
+            max_matvecs and block then apply to each block, v0 holds starts by name, and columns of
+            several blocks are multiplied at once.
 
     Returns:
         eigenvalues [k], the wanted end first (for "BE" descending), eigenvectors [P, k],
-        residual norms [k], products spent, and whether all converged: where not, with a
+        residual norms [k], products, and whether all converged; if not, with a
         `NotConvergedWarning`. With group_by a dict of them, the vectors of a block with its own
         entries of theta, in theta's order.
 
@@ -162,11 +157,7 @@ class _Settings(NamedTuple):
 def _search(
     operator: OperatorBase, settings: _Settings, v0: Start | None, most: int = sys.maxsize
 ) -> tuple[KrylovBasis, Search[Eigenpairs]]:
-    """The search for pairs of an operator, not begun, and its basis.
-
-    Args:
-        most: columns that the basis of an operator beyond the order `COMPLETE` may have.
-    """
+    """The search for pairs of an operator, not begun, and its basis of at most `most` columns."""
     size, dtype, device = operator.order, operator.dtype, operator.device
     k, tol, seed, max_matvecs, which, block = settings
     start = None if v0 is None else _columns(v0, size)
@@ -243,12 +234,7 @@ def _places(obj: Objective, theta: Tensor, key: Callable[[str], str]) -> dict[st
 
 
 class DiagonalBlock(OperatorExpression):
-    """The block E^T A E of an operator A, for the columns E of the identity at some entries.
-
-    >>> A = as_operator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    >>> (DiagonalBlock(A, torch.tensor([1])) @ torch.ones(1, 1)).tolist()
-    [[4.0]]
-    """
+    """The block E^T A E of an operator A, for the columns E of the identity at some entries."""
 
     def __init__(self, operator: OperatorBase, place: Tensor) -> None:
         self.operator, self.place = operator, place

@@ -49,18 +49,16 @@ def fisher_eigenvalues(
 
     Randomized block Lanczos (Golub and Underwood 1977; Musco and Musco, arXiv 1504.05477) with full
     reorthogonalization in two passes and thick restarts. A product costs one pass over the
-    examples independent of the width of the block, so a wide block saves passes, and it finds every
-    copy of a multiple eigenvalue. Residuals are those of the returned vectors to rounding, as in
-    `top_eigenvalues`. Prefer `score_spectrum` while its E x E Gram matrix fits and is fast enough;
-    it also has the eigenvalues of each layer's diagonal block (`group_by=`).
+    examples, however wide the block, so a wide block saves passes and finds every copy of a
+    multiple eigenvalue. Residuals are those of the returned vectors to rounding. Everything after
+    the scores is float64: small eigenvalues are those of the scores as computed, whose rounding
+    `score_spectrum_floor` estimates. Prefer `score_spectrum` while its E x E Gram matrix fits and
+    is fast enough; it also has the eigenvalues of each layer's diagonal block (`group_by=`).
 
     Cost: passes over the examples, each for their scores and 4 P b operations per example; on the
-    digits network 4 to 6 passes for k from 1 to 30. Memory: 8 P (k + 10 b) bytes for the basis with
-    blocks of b columns, or down to 8 P (k + b) with restarts (and more passes) if the budget is
-    smaller; 48 P b bytes of workspace; and a chunk of scores. It does not depend on E.
-
-    Everything after the scores is float64, so that small eigenvalues are those of the scores as
-    computed, whose rounding `score_spectrum_floor` estimates.
+    digits network 4 to 6 passes for k from 1 to 30. Memory, independent of E: 8 P (k + 10 b) bytes
+    for the basis with blocks of b columns, or down to 8 P (k + b) with restarts and more passes if
+    the budget is smaller; 48 P b bytes of workspace; and a chunk of scores.
 
     Args:
         obj: an objective whose examples do not interact.

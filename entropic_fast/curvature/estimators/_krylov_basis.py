@@ -23,10 +23,7 @@ ROUNDING = 10
 
 
 def wanted_first(values: Tensor, which: str) -> Tensor:
-    """The order that puts the wanted end of the values first.  # [m]
-
-    "BE" alternates between the ends: the largest, the smallest, the second largest, and so on.
-    """
+    """The order [m] that puts the wanted end first; "BE" alternates between both ends."""
     if which == "SA":
         return values.argsort()
     order = (values.abs() if which == "LM" else values).argsort(descending=True)
@@ -43,10 +40,6 @@ def require_symmetry(operator: OperatorBase, gap: float, scale: float) -> None:
 
     An operator with `symmetric = True` is accepted: the asymmetry of its products is rounding, as
     for a Hessian near 0 that is a sum of large terms, and enters the residuals.
-
-    Args:
-        gap: the difference.
-        scale: norm of the operator's products with unit vectors.
     """
     if gap > ASYMMETRY * scale and not operator.symmetric:
         raise checks.invalid(
@@ -58,14 +51,7 @@ def require_symmetry(operator: OperatorBase, gap: float, scale: float) -> None:
 
 
 class Ritz(NamedTuple):
-    """Ritz pairs, wanted first; on the CPU in float64.
-
-    Attributes:
-        values: [m].
-        vectors: coordinates in the basis.  # [m, m]
-        bounds: residual norms if the products were symmetric.  # [m]
-        skews: norms of the products' asymmetric part.  # [m]
-    """
+    """Ritz pairs, wanted first; on the CPU in float64."""
 
     values: Tensor
     vectors: Tensor
@@ -81,26 +67,11 @@ class Ritz(NamedTuple):
 class KrylovBasis:
     """Orthonormal columns Q with A Q = [Q F] H, and the block F of directions to multiply next.
 
-    H consists of the orthogonalization's own coefficients and is not symmetrized. So the relation
-    holds to rounding for any A, the residual norms of Ritz pairs follow from H, and asymmetry of
-    the products is noticed. After a restart H has the shape of an arrow.
-
-    A step is queued on the operator's device without waiting; `synchronize` fetches H and decides
-    what depends on values (NaN, symmetry, rank, Ritz pairs). If steps since the last
-    synchronization lost rank or gave NaN, `synchronize` returns to the snapshot, and all later
-    steps are eager: an operator that checks its product names the error, or uses autograd.
-
-    Args:
-        operator: symmetric.
-        capacity: most columns of Q; F takes up to `width` more.
-        seed: of the random vectors.
-        width: directions in F at the start.
-
-    Attributes:
-        columns: Q, then F.  # [P, capacity + width]
-        size, block: the number of columns of Q and of F.
-        eager: whether every step waits for its result.
-        matvecs, products: vectors multiplied, and products with a vector or a block.
+    `columns` holds Q (`size` columns), then F (`block` columns). A step is queued on the operator's
+    device without waiting; `synchronize` fetches H and decides what depends on values (NaN,
+    symmetry, rank, Ritz pairs). If a step lost rank or gave NaN, it returns to the last snapshot,
+    and all later steps are `eager`: an operator that checks its product names the error, or uses
+    autograd.
     """
 
     def __init__(
@@ -127,14 +98,12 @@ class KrylovBasis:
 
     @property
     def held(self) -> int:
-        """Number of columns of Q and F together."""
         return self.size + self.block
 
     def start(self, v0: Tensor | None = None) -> Search[None]:
         """Multiply the first block: v0's columns [P, r], and random ones up to the width b.
 
-        If v0 has more columns than the block, columns i, i + b, i + 2b, ... are normalized and
-        summed.
+        If v0 has more than b columns, columns i, i + b, i + 2b, ... are normalized and summed.
         """
         if v0 is not None:
             unit = _unit(v0.to(self.columns))
@@ -153,11 +122,9 @@ class KrylovBasis:
         yield from self.expand()
 
     def expand(self, count: int | None = None, wait: bool = True) -> Search[None]:
-        """Multiply the first `count` directions of F, and append those that follow them.
+        """Multiply the first `count` directions of F (None for all), and append those that follow.
 
-        Args:
-            count: None for all.
-            wait: whether to determine the rank of the directions that follow at once.
+        With `wait`, the rank of the directions that follow is determined at once.
         """
         count = self.block if count is None else count
         old, held = self.size, self.held
@@ -197,11 +164,7 @@ class KrylovBasis:
         return columns @ (self._host.to(columns) @ (columns.T @ vectors.double()))
 
     def synchronize(self) -> None:
-        """Fetch H, and check the steps since the last synchronization.
-
-        Raises:
-            ValueError: products that are not finite, or not those of a symmetric operator.
-        """
+        """Fetch H, and check the steps since the last synchronization."""
         matrix, norm, ranks = self._fetched()
         finite = bool(torch.isfinite(matrix).all()) and norm < float("inf")
         if not finite and self._saved is None:
@@ -257,10 +220,9 @@ class KrylovBasis:
         return ROUNDING * torch.finfo(self.dtype).eps * self._scale + self._forgotten
 
     def rotate(self, vectors: Tensor) -> int:
-        """Rotate F so that the residuals of Ritz vectors [m, r] lie in its first r directions.
+        """Rotate F so that its first directions hold the residuals of Ritz vectors [m, r].
 
-        Returns:
-            the number of directions to multiply next: r, or all of F.
+        Returns the number of directions to multiply next: r, or all of F.
         """
         count = vectors.shape[1]
         if count >= self.block:
@@ -304,11 +266,7 @@ class KrylovBasis:
         self.columns[:, old : self.held] = directions
 
     def _orthogonalize(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
-        """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them.
-
-        In two passes: one leaves ghosts, copies of converged eigenvalues. The second also corrects
-        the rounding of the first's coordinates.
-        """
+        """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them."""
         used = self.columns[:, :held]
         coordinates = used.T @ vectors
         rest = torch.addmm(vectors, used, coordinates, alpha=-1)
@@ -319,8 +277,7 @@ class KrylovBasis:
     def _extend(self, rest: Tensor, wait: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal directions q of rest [P, r], coordinates in them, and their soundness.
 
-        A short or nearly dependent column of rest is mostly rounding, hence one more pass after the
-        factorization. Soundness is the least norm of a direction after this pass; 0 where a
+        Soundness is the least norm of a direction after one more pass of orthogonalization; 0 if a
         factorization that does not wait failed.
         """
         used = self.columns[:, : self.held]

@@ -49,15 +49,15 @@ def log_determinant(
                 rounding;
         delta:  tr log(A_+ + delta) = sum over all P - r of log(max(lambda_i, 0) + delta).
 
-    The first is accurate to the residuals; its differences along a path are of potentials only
-    while `count` stays the same. The second is estimated by stochastic Lanczos quadrature
-    (`spectral_density`); delta is a stiffness added to every direction, such as that of weight
-    decay. With both, the k largest enter the second sum one by one, and the quadrature of the
-    remainder has a far smaller variance. If delta is far below the largest eigenvalue, few Lanczos
-    steps do not resolve the eigenvalues near 0: the sum is off by more than its `std_error`,
-    independent of the probes. `quadrature` estimates by how much (see `Density.trace`).
-    `converged` is False, with a `NotConvergedWarning`, if eigenvalues missed tol, `quadrature`
-    exceeds 5 % of sum |log|, or the standard error 25 % of it.
+    The first is accurate to the residuals; its differences along a path are differences of
+    potentials only while `count` stays the same. The second is estimated by stochastic Lanczos
+    quadrature (`spectral_density`); delta is a stiffness added to every direction, such as that of
+    weight decay. With both, the k largest enter the second sum one by one, which reduces the
+    variance of the remainder. If delta is far below the largest eigenvalue, few Lanczos steps do
+    not resolve the eigenvalues near 0, and the sum is off by more than its `std_error`;
+    `quadrature` estimates by how much (see `Density.trace`). `converged` is False, with a
+    `NotConvergedWarning`, if eigenvalues missed tol, `quadrature` exceeds 5 % of sum |log|, or the
+    standard error 25 % of it.
 
     Args:
         operator: symmetric; anything with `shape`, `dtype` and `@`, a dense matrix too.
@@ -199,8 +199,7 @@ def _trace_of_log(density: Density, delta: float) -> Estimate:
 def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0) -> list[str]:
     """At most one message that says what is not converged in `_trace_of_log`.
 
-    Args:
-        others: absolute sum of the logarithms besides those of the density.
+    `others` is the absolute sum of the logarithms besides those of the density.
     """
     # Logarithms of both signs cancel in the sum: errors are compared with the absolute sum.
     logs = density.trace(lambda values: (values.clamp(min=0) + delta).log().abs())

@@ -13,16 +13,7 @@ FAR = 1e6
 
 
 def gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> Rule:
-    """Nodes and weights of the Gauss rule of m Lanczos steps (Golub and Welsch 1969).
-
-    Args:
-        diagonal: of the tridiagonal matrix.  # [m]
-        off_diagonal: its m - 1 entries beside the diagonal; more are not looked at.
-
-    >>> nodes, weights = gauss_rule(torch.tensor([1.0, 1.0]), torch.tensor([1.0]))
-    >>> [round(v, 4) for v in nodes.abs().tolist()], [round(v, 4) for v in weights.tolist()]
-    ([0.0, 2.0], [0.5, 0.5])
-    """
+    """Nodes and weights of the Gauss rule of m Lanczos steps (Golub and Welsch 1969)."""
     nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal))
     return nodes, vectors[0].square()
 
@@ -30,23 +21,13 @@ def gauss_rule(diagonal: Tensor, off_diagonal: Tensor) -> Rule:
 def other_rules(diagonal: Tensor, off_diagonal: Tensor, rounding: float) -> list[Rule]:
     """Rules from the same products as the Gauss rule: with fewer steps, and with a node at 0.
 
-    Functions with a kink at 0, or that fall steeply there, are where the Gauss rule converges
-    slowly and differences between its steps may tell little. The rule of m + 1 nodes with one at
-    0 puts as much weight there as the moments allow: for log(x + delta) of a matrix without
-    negative eigenvalues it errs in the opposite direction.
+    They are the Gauss rules of m / 2, 3 m / 4 and m - 1 steps, and the rule of m + 1 nodes with one
+    at 0. Where a function has a kink at 0 or falls steeply there, the Gauss rule converges slowly
+    and its steps differ little; the last rule puts as much weight at 0 as the moments allow, and
+    for log(x + delta) of a matrix without negative eigenvalues it errs in the opposite direction.
 
-    Args:
-        diagonal, off_diagonal: of the tridiagonal matrix, with the length of what follows the
-            last Lanczos vector as the last of the second.  # [m], [m]
-        rounding: of those entries; a last one no longer than that is 0, and the Gauss rule exact.
-
-    Returns:
-        the Gauss rules of m / 2, 3 m / 4 and m - 1 steps, if these are any, then the rule with
-        the node at 0. Of an exact rule it again, so that the differences are 0.
-
-    >>> rules = other_rules(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.5]), 1e-7)
-    >>> [round(v, 4) for v in rules[-1][0].tolist()]
-    [0.0, 0.7257, 1.6076]
+    `off_diagonal` [m] ends with the norm of what follows the last Lanczos vector. If that is within
+    `rounding`, the Gauss rule is exact, and all four are equal to it.
     """
     m = len(diagonal)
     nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal))

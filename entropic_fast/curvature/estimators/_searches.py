@@ -16,15 +16,7 @@ Search: TypeAlias = Generator[tuple[Tensor, bool], Tensor, T]
 
 
 def run(operator: OperatorBase, search: Search[T]) -> T:
-    """The result of a search, by products with one operator.
-
-    >>> from entropic_fast import as_operator
-    >>> def doubled():
-    ...     product = yield torch.ones(2, 1), True
-    ...     return product.sum()
-    >>> float(run(as_operator(torch.eye(2)), doubled()))
-    2.0
-    """
+    """The result of a search, by products with one operator."""
     try:
         vectors, check = next(search)
         while True:
@@ -39,14 +31,8 @@ def run_blocks(
 ) -> list[T]:
     """The results of searches in diagonal blocks of one operator, with columns of several at once.
 
-    A vector of a block is one of the operator with zeros elsewhere, and of its product the block's
-    entries count.
-
-    Args:
-        operator: of order P.
-        searches: one for each block; each sees a matrix of its block's order.
-        places: the entries of each block, ascending.  # each [P_b]
-        width: most columns of a product.
+    A vector of a block is zero elsewhere, and of its product only the block's entries count.
+    `places` are the entries of each block, ascending; `width` is the most columns of a product.
     """
     results: dict[int, T] = {}
     waiting: dict[int, tuple[Tensor, bool]] = {}

@@ -29,16 +29,15 @@ def tracked_eigenpairs(
     max_matvecs: int = 500,
     guarded: bool = True,
 ) -> Eigenpairs:
-    """The largest eigenpair, and what its search knows of those that follow, for free.
+    """The largest eigenpair, and what its search knows of those that follow, at no extra cost.
 
     From a neighbor's pairs the search begins at the sum of the first two vectors and a random
-    one. The first alone would be accepted where it still is an eigenvector, though another
-    eigenvalue has passed its own, and random vectors in a wider block do not help, as the first
-    product is accepted. The second vector sees the next eigenvalue pass, and the random one
-    begins to show any other, which the second takes over from point to point. An eigenvalue
+    one. The first alone would be accepted where it still is an eigenvector, even if another
+    eigenvalue has passed its own. The second vector sees the next eigenvalue pass, and the random
+    one begins to show any other, which the second takes over from point to point. An eigenvalue
     that rises past several in one step may be missed at that point and is found at the next.
 
-    Along a minimum energy path of 33 points of a small trained network, products a point at
+    Along a minimum energy path of 33 points of a small trained network, products per point at
     relative residuals of 1e-3 (1e-2): from random vectors 6.2 (5.2), from the first vector 3.7
     (2.6), from the sum 4.5 (3.5).
 
@@ -49,8 +48,8 @@ def tracked_eigenpairs(
         guarded: False to begin at start's first vector alone, known to be near the largest.
 
     Returns:
-        up to 8 Ritz pairs, the largest first. Only the first is converged, and `converged` tells
-        of it; the others have their residuals.
+        up to 8 Ritz pairs, the largest first. Only the first is converged, and `converged`
+        refers to it; the others have their residuals.
 
     Raises:
         ValueError: a start for another operator or not finite; as `top_eigenvalues`.

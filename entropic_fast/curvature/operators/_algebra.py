@@ -20,19 +20,15 @@ from ._projection import orthonormal, without
 class OperatorBase(CompileSafe):
     """Base class of operators: checked products, quadratic forms and algebra.
 
-    `A + B`, `A - B`, `c * A`, `A / c` and `-A` are operators again; B may be anything that
-    `as_operator` accepts. Products and quadratic forms work in functions compiled by
-    `torch.compile`, as one operation of the graph. There a product with a square matrix [P, P]
-    must be written `operator.multiply(V)`.
-
-    A subclass implements `_product`, and `_product_otherwise` if it has a second method.
+    `A + B`, `A - B`, `c * A`, `A / c` and `-A` are operators; B may be anything that `as_operator`
+    accepts. In functions compiled by `torch.compile` a product with a square matrix [P, P] must be
+    written `operator.multiply(V)`. A subclass implements `_product`, and `_product_otherwise` if it
+    has a second method.
 
     Attributes:
         shape: (rows, columns).
-        dtype, device: of vectors and results.
         symmetric: whether the asymmetry of computed products is known to be rounding.
-        products: operator-vector products computed so far, among them those inside quadratic
-            forms that have no cheaper method.
+        products: operator-vector products so far, those inside quadratic forms included.
     """
 
     name = "operator"
@@ -54,13 +50,7 @@ class OperatorBase(CompileSafe):
     # -- products --------------------------------------------------------------------------
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """The product with a vector [P] or with the columns of a matrix [P, K].
-
-        Raises:
-            ValueError: vectors of another shape, dtype or device, or not finite; a product that
-                is not finite.
-            NonFiniteLossError: a loss that is NaN or infinite.
-        """
+        """The product with a vector [P] or with the columns of a matrix [P, K]."""
         if torch.compiler.is_compiling():
             return self.multiply(vectors)
         with clean_dispatch_state():
@@ -73,10 +63,10 @@ class OperatorBase(CompileSafe):
             return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
 
     def unchecked(self, vectors: Tensor) -> Tensor:
-        """The product without a check that it and the vectors are finite.
+        """The product without a check that it is finite, and so without waiting for the device.
 
-        Nothing waits for the device. Where the result is not finite, `operator @ vectors` raises
-        the error that says why, or falls back to autograd.
+        If it is not, `operator @ vectors` raises the error that says why, or falls back to
+        autograd.
         """
         with clean_dispatch_state():
             product = self._product(self._columns(vectors))
@@ -84,11 +74,7 @@ class OperatorBase(CompileSafe):
             return product.reshape(self.shape[0], *vectors.shape[1:]).contiguous()
 
     def quadratic_forms(self, vectors: Tensor) -> Tensor:
-        """v^T A v in float64 [K] for the columns v of vectors [P, K].
-
-        Raises:
-            ValueError, NonFiniteLossError: as products.
-        """
+        """v^T A v in float64 [K] for the columns v of vectors [P, K]."""
         if torch.compiler.is_compiling():
             compiled: Tensor = forms_operation(vectors.detach(), self._number)
             return compiled
@@ -143,7 +129,6 @@ class OperatorBase(CompileSafe):
 
     @property
     def T(self) -> OperatorBase:
-        """The transpose."""
         return self if self.symmetric else self._transposed()
 
     def _transposed(self) -> OperatorBase:
@@ -177,14 +162,9 @@ class OperatorBase(CompileSafe):
     def projected(self, directions: Tensor) -> OperatorBase:
         """N A N, where N projects onto the orthogonal complement of directions [P] or [P, r].
 
-        Raises:
-            ValueError: directions of another shape, not finite, zero or linearly dependent, or
-                as many as P.
-
-        Example:
-            >>> A, u = torch.tensor([[2.0, 1.0], [1.0, 5.0]]), torch.tensor([1.0, 0.0])
-            >>> (as_operator(A).projected(u) @ torch.tensor([3.0, 4.0])).tolist()
-            [0.0, 20.0]
+        >>> A, u = torch.tensor([[2.0, 1.0], [1.0, 5.0]]), torch.tensor([1.0, 0.0])
+        >>> (as_operator(A).projected(u) @ torch.tensor([3.0, 4.0])).tolist()
+        [0.0, 20.0]
         """
         size = self.shape[1]
         basis = orthonormal(directions, size, self.dtype, self.device, "directions")
@@ -203,17 +183,12 @@ class OperatorBase(CompileSafe):
         import numpy as np
         from scipy.sparse.linalg import LinearOperator as ScipyOperator
 
-        def products_of(operator: OperatorBase) -> Callable[[Any], Any]:
-            def product(array: Any) -> Any:
-                values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
-                return (operator @ values).cpu().numpy()
+        def product(array: Any, operator: OperatorBase = self) -> Any:
+            values = torch.as_tensor(np.array(array), dtype=self.dtype, device=self.device)
+            return (operator @ values).cpu().numpy()
 
-            return product
-
-        product = products_of(self)
-
-        def transposed(array: Any) -> Any:  # which not every operator has
-            return products_of(self.T)(array)
+        def transposed(array: Any) -> Any:  # not every operator has a transpose
+            return product(array, self.T)
 
         return ScipyOperator(
             self.shape,
@@ -234,8 +209,8 @@ _REFLECTED = {Tensor.add: ("__radd__", 2), Tensor.sub: ("__rsub__", 2), Tensor.m
 def as_operator(operator: LinearOperator | Tensor) -> OperatorBase:
     """A square matrix or operator with checked products, quadratic forms and algebra.
 
-    Operators of this package are returned as they are. The products of others are checked: a
-    wrong shape, NaN and infinity raise.
+    Operators of this package are returned as they are; the products of others are checked for
+    shape, NaN and infinity.
 
     Args:
         operator: a matrix [P, P], or any `LinearOperator` of that shape.
@@ -271,7 +246,7 @@ def _operand(operator: LinearOperator | Tensor) -> OperatorBase:
 class OperatorExpression(OperatorBase):
     """Base class of operators that are computed from products with others.
 
-    The operands check their vectors and products; the result is checked again, as it may overflow.
+    Operands check their own products; the result is checked again, as it may overflow.
     """
 
     def __init__(
@@ -353,9 +328,8 @@ class SumOperator(OperatorExpression):
 class ProjectedOperator(OperatorExpression):
     """N A N with N = I - U U^T, for orthonormal columns U [P, r].
 
-    On vectors orthogonal to U it is Z^T A Z in the coordinates of an orthonormal basis Z of that
-    space; along U it is 0. N is applied in two passes, after which what is left along U is
-    rounding of the vector's own size (Giraud et al. 2005).
+    N is applied in two passes, after which what is left along U is rounding of the vector's own
+    size (Giraud et al. 2005).
     """
 
     def __init__(self, operator: OperatorBase, basis: Tensor) -> None:
@@ -407,13 +381,12 @@ class WrappedOperator(OperatorExpression):
 
 
 def multiply(operator: OperatorBase, vectors: Tensor, check: bool = True) -> Tensor:
-    """The product with vectors, checked or not."""
     return operator @ vectors if check else operator.unchecked(vectors)
 
 
 @contextmanager
 def without_shift(operator: OperatorBase) -> Iterator[tuple[OperatorBase, float]]:
-    """An operator less its known multiple of the identity, and that multiple.
+    """An operator without its known multiple of the identity, and that multiple.
 
     Estimators then sample only what is unknown: weight decay adds no variance.
     """

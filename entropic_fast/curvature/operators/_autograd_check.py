@@ -1,8 +1,7 @@
 """Checks of autograd's own second derivatives, on a few examples at their first use.
 
-A function with a wrong double backward pass, of torch or of a model, silently gives products with a
-matrix that is not symmetric, or is another one. Symmetry is tested by two random products, and
-Hessian products by central differences of the gradient.
+A function with a wrong double backward pass silently gives products with another matrix. Two random
+products test symmetry; central differences of the gradient test Hessian products.
 """
 
 from __future__ import annotations
@@ -52,21 +51,16 @@ _tested: WeakKeyDictionary[nn.Module, VerifiedLosses] = WeakKeyDictionary()
 
 
 def require_right_products(operator: FastPathOperator) -> None:
-    """Test a Hessian's or Gauss-Newton matrix's products by autograd, once for a model and loss.
+    """Test a Hessian's or Gauss-Newton matrix's products by autograd, once per model and loss.
 
-    Raises:
-        WrongDerivativeError: not symmetric; or Hessian products that are no derivatives of the
-            gradient, where the gradient is that of the loss.
+    Raises WrongDerivativeError for a matrix that is not symmetric, or Hessian products that are not
+    derivatives of the gradient, where the gradient is that of the loss.
     """
     _once(operator.obj, operator.kind, lambda: _test_products(operator))
 
 
 def require_right_loss(obj: Objective, theta: Tensor, name: str) -> None:
-    """Test autograd's second derivatives of a loss in the outputs, once for a model and loss.
-
-    Raises:
-        WrongDerivativeError: no derivatives of its gradient, which is that of the loss.
-    """
+    """Test autograd's second derivatives of a loss in the outputs, once per model and loss."""
     if obj._reader.loss is None:
         _once(obj, "loss", lambda: _test_loss(obj, theta, name))
 
@@ -74,11 +68,7 @@ def require_right_loss(obj: Objective, theta: Tensor, name: str) -> None:
 def require_adjoint(
     name: str, forth: Tensor, back: Tensor, v: Tensor, u: Tensor, dtype: torch.dtype
 ) -> None:
-    """Compare <u, J v> and <J^T u, v>, with the rounding of a dtype.
-
-    Raises:
-        WrongDerivativeError: they differ by more than rounding.
-    """
+    """Raise WrongDerivativeError if <u, J v> and <J^T u, v> differ by more than rounding."""
     a, b = float((u.double() * forth.double()).sum()), float((back.double() * v.double()).sum())
     size = max(float(forth.double().norm()), float(back.double().norm()))
     if not abs(a - b) <= _limit(size, dtype):
@@ -192,11 +182,9 @@ def _test_loss(obj: Objective, theta: Tensor, name: str) -> None:
 def _gap(
     value: Callable[[Tensor], tuple[float, Tensor]], at: Tensor, v: Tensor, product: Tensor
 ) -> float:
-    """The relative gap between a product and differences along v; 0 if it is none for sure.
+    """The relative gap between a product and differences along v; 0 if that is not certain.
 
-    Args:
-        value: a loss and its gradient at a point, in float64.
-        product: of the second derivatives at a point with v.
+    `value` gives a loss and its gradient at a point, in float64.
     """
     scale, eps = max(LEAST, float(at.square().mean().sqrt())), torch.finfo(torch.float64).eps
     center, gradient = value(at)

@@ -25,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class CurvatureOperator(OperatorBase):
-    """A symmetric matrix [P, P] of an objective at a point; base class of Hessian, GGN and Fisher.
-
-    Attributes:
-        obj, theta: the objective and the point.
-    """
+    """Base class of Hessian, GGN and Fisher: a symmetric matrix [P, P] of an objective."""
 
     symmetric = True
     takes_half = False  # whether the model may be in half precision
@@ -64,11 +60,7 @@ class CurvatureOperator(OperatorBase):
 class FastPathOperator(OperatorBase):
     """Base class of operators with a captured-graph fast path and an autograd fallback.
 
-    A model whose graph cannot be captured uses autograd throughout. Before the first result for a
-    model, both methods are compared on two examples of each input shape.
-
-    Attributes:
-        method: "graph", or "autograd: " and the reason.
+    Before the first result for a model, both are compared on two examples of each input shape.
     """
 
     obj: Objective

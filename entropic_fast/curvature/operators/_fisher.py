@@ -24,16 +24,16 @@ class FisherOperator(CurvatureOperator):
     """The empirical Fisher matrix F = S^T S / E of the scores of a point, never formed.
 
     A product with any number of columns is one pass over the examples, S^T (S V) / E chunk by
-    chunk, with products and sums in float64. The scores are those of the objective's targets,
-    for which F is the empirical matrix; with `with_sampled_labels(obj)` it estimates the true one.
+    chunk, in float64. The scores are those of the objective's targets; with
+    `with_sampled_labels(obj)` the matrix estimates the true Fisher matrix.
 
     Args:
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes for the scores of a chunk; None for a quarter of the free memory, half
-            on a GPU. A product with K columns takes 8 P K bytes beside them, on a GPU a quarter of
-            the scores' bytes more (or 256 MiB) for float64 copies.
+            on a GPU. A product with K columns takes 8 P K bytes on top, and on a GPU a quarter of
+            the scores' bytes (or 256 MiB) for float64 copies.
         dtype: of the vectors it multiplies; None for the objective's (float32 for a model in
             half precision).
 
@@ -41,8 +41,8 @@ class FisherOperator(CurvatureOperator):
         passes: passes over the examples so far.
 
     Raises:
-        ValueError: as `ExampleGradients`; in products, as `CurvatureOperator.multiply`, and a
-            NaN or infinite score.
+        ValueError: examples that interact; a budget below one example's needs; in products, vectors
+            that do not fit, and a NaN or infinite score.
 
     >>> import torch
     >>> x = torch.tensor([[1.0], [2.0]])

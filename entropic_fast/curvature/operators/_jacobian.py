@@ -26,13 +26,13 @@ class JacobianOperator(FastPathOperator):
 
     M is the number of output numbers over all examples, in the order of the data and, within an
     example, of its flattened outputs. `J @ v` maps changes of the parameters [P] or [P, K] to
-    changes of the outputs [M] or [M, K]; `J.T @ u` maps cotangents of the outputs [M] or [M, K]
-    to gradients [P] or [P, K]. Both use the captured graph as `HessianOperator` does, for K
-    vectors at once; a model whose graph cannot be captured falls back to autograd (see `method`).
-    With norm="batch" each batch is normalized by its own statistics, which are differentiated too.
+    changes of the outputs [M] or [M, K]; `J.T @ u` maps cotangents of the outputs to gradients.
+    Both use the captured graph as `HessianOperator` does, for K vectors at once, or fall back to
+    autograd (see `method`). With norm="batch" each batch is normalized by its own statistics, which
+    are differentiated too.
 
     Args:
-        obj: the objective, of which the loss does not matter.
+        obj: the objective; its loss does not matter.
         theta: the point; None for the model's own.  # [P]
         memory_budget: bytes for values and tangents; None for a quarter of the free memory, half on
             a GPU. The results, [M, K], come on top.

@@ -42,7 +42,6 @@ class NonFiniteProductError(ValueError):
 
 
 def not_finite(what: str) -> NonFiniteProductError:
-    """The error for products or quadratic forms (`what`) that are not finite."""
     message = checks.invalid(
         "operator", f"finite {what}", "NaN or infinity", "check the point, or scale the operator"
     )
@@ -52,8 +51,8 @@ def not_finite(what: str) -> NonFiniteProductError:
 def require_vectors(vectors: Any, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Vectors [size] or [size, K] that an operator can multiply.
 
-    On a GPU they may be NaN or infinite: `finite_together` checks them with their product, which
-    waits for the device once instead of twice.
+    On a GPU `finite_together` checks that they are finite along with their product, which waits for
+    the device once instead of twice.
     """
     if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != size:
         raise checks.invalid(

@@ -21,12 +21,7 @@ def without(basis: Tensor, vectors: Tensor) -> Tensor:
 def orthonormal(
     directions: Tensor, size: int, dtype: torch.dtype, device: torch.device, name: str = "along"
 ) -> Tensor:
-    """Orthonormal columns [P, r] that span the directions [P] or [P, r].
-
-    Raises:
-        ValueError: another shape, as many directions as P, values not finite, or directions
-            that are zero or depend on one another.
-    """
+    """Orthonormal columns [P, r] that span independent directions [P] or [P, r], with r < P."""
     if isinstance(directions, Tensor) and directions.ndim == 1:
         directions = directions[:, None]
     fits = isinstance(directions, Tensor) and directions.ndim == 2 and len(directions) == size

@@ -27,15 +27,8 @@ from ._linear_operator import LinearOperator, finite_together
 class SecondOrderOperator(FastPathOperator, CurvatureOperator):
     """A matrix of second derivatives of the mean loss; base class of Hessian and Gauss-Newton.
 
-    Args:
-        obj: the objective.
-        theta: the point; None for the model's own.  # [P]
-        memory_budget: bytes for activations and their derivatives; None for a quarter of the
-            free memory, half on a GPU. A third of it may hold values that the next product needs
-            again. The minimum is one example and one direction at a time, independent of it.
-
-    Attributes:
-        method: "graph", or "autograd: " and the reason.
+    A third of the memory budget may hold values that the next product needs again. The minimum is
+    one example and one direction at a time, whatever the budget.
     """
 
     def __init__(
@@ -97,7 +90,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
     @property
     def graphs(self) -> str:
-        """On a GPU "captured" once CUDA graphs have run, or why none do; else ""."""
+        """On a GPU "captured" once CUDA graphs have run, or why they have not; else ""."""
         engine = self.__dict__.get("_engine")
         if engine is None:
             return ""
@@ -291,16 +284,8 @@ def _at_one_point(a: CurvatureOperator, b: CurvatureOperator) -> bool:
 class NetworkCurvature(SumOperator):
     """H - G at one point of an objective: the curvature of the network itself.
 
-    It is weighted by the loss's gradient in the outputs, and so small where the loss is. Quadratic
-    forms cost one of H where the model's graph is captured; products are those of H and of G.
-
-    Example:
-        >>> from entropic_fast import GGNOperator, HessianOperator, Objective
-        >>> x = torch.tensor([[1.0], [2.0]])
-        >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (x, 3 * x))
-        >>> A = HessianOperator(obj) - GGNOperator(obj)
-        >>> A.quadratic_forms(torch.tensor([[2.0]])).tolist()  # a linear model has no curvature
-        [0.0]
+    It is weighted by the loss's gradient in the outputs. Quadratic forms cost one of H where the
+    model's graph is captured; products are those of H and of G.
     """
 
     def __init__(self, hessian: HessianOperator, gauss_newton: GGNOperator) -> None:

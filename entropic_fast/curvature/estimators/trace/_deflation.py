@@ -14,7 +14,7 @@ from ...operators._projection import project_out
 
 
 def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
-    """What vectors [P, K] span beyond an orthonormal basis [P, r], orthonormal.  # [P, s]
+    """Orthonormal directions [P, s] that vectors [P, K] span beyond an orthonormal basis [P, r].
 
     Directions along which they are rounding are left out, so s may be under K, and 0.
     """
@@ -29,12 +29,7 @@ def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
 
 
 def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: OperatorBase) -> Tensor:
-    """An orthonormal basis of the directions to be taken out exactly.  # [P, r]
-
-    Raises:
-        ValueError: neither Eigenpairs nor a matrix [P, r] of the operator's dtype and device;
-            r over P; values that are not finite.
-    """
+    """An orthonormal basis [P, r] of the directions whose share of a trace is computed exactly."""
     size, dtype, device = operator.order, operator.dtype, operator.device
     if deflate is None:
         return torch.zeros(size, 0, dtype=dtype, device=device)
@@ -58,11 +53,7 @@ def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: OperatorBase)
 
 
 def require_room(count: int, operator: OperatorBase) -> None:
-    """Refuse `count` vectors that do not fit the free memory.
-
-    Raises:
-        ValueError: with the number of bytes.
-    """
+    """Reject `count` vectors that do not fit the free memory."""
     size, dtype, device = operator.order, operator.dtype, operator.device
     needed, free = count * size * torch.finfo(dtype).bits // 8, available_bytes(device)
     if needed > free:

@@ -24,9 +24,7 @@ def block_quadratic_forms(
 ) -> TraceIntegrand:
     """The terms of v^T (A v) by groups of entries, which average to traces of diagonal blocks.
 
-    Args:
-        sizes: lengths of consecutive slices of a vector, which sum to P.
-        groups: the group of each slice, 0 to L - 1.
+    `sizes` are the lengths of consecutive slices of a vector, `groups` the group of each slice.
     """
 
     def integrand(vectors: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ def _position_factors(
 ) -> tuple[Tensor, Tensor]:
     """Directions [n, r, K] and signs [n, r] for a cross-entropy at many positions.
 
-    The Hessian has a block diag p - p p^T for each position: its eigenvectors are found by
-    themselves, in C^3 operations per position.
+    The Hessian has one block diag p - p p^T per position, each diagonalized by itself.
     """
     axis = loss.class_axis
     scores = outputs.movedim(axis, -1)  # [n, ..., C]
@@ -115,7 +114,7 @@ def _class_factors(outputs: Tensor) -> Tensor:
     """Directions sqrt(p_k) (e_k - p), the longest first, for class scores [n, K].  # [n, K, K]
 
     They are the columns of B = diag(sqrt p) - p sqrt(p)^T, and B B^T = diag p - p p^T, the Hessian
-    of the cross-entropy whatever the label, but for the target's weight.
+    of the cross-entropy for any label, up to the target's weight.
     """
     p = outputs.softmax(1)
     # 1 - p_k, for the most probable class as a sum: at a confident example it is all rounding.

@@ -13,12 +13,7 @@ from ._integrands import TraceIntegrand
 
 
 class Budget(NamedTuple):
-    """The vectors that an estimator may multiply.
-
-    Attributes:
-        vectors: how many; with `tol`, at most.
-        tol: relative standard error at which to stop earlier, or None.
-    """
+    """The number of vectors that an estimator may multiply; fewer if it meets `tol` earlier."""
 
     vectors: int
     tol: float | None = None
@@ -30,12 +25,10 @@ class Budget(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Sign vectors, and what is known of the traces without them.
+    """The seed of sign vectors, and what is known of the traces without them.
 
-    Attributes:
-        seed: of the sign vectors.
-        directions: orthonormal columns whose share of the traces is computed exactly.  # [P, r]
-        known: what is added to the L traces, such as that of weight decay.  # [L] or [1]
+    The share of the traces on `directions` [P, r] is computed exactly; `known` ([L] or [1]) is
+    added to the L traces, such as that of weight decay.
     """
 
     seed: int
@@ -90,7 +83,6 @@ def trace_estimator(
         group_by: whether it estimates the traces of several diagonal blocks at once.
         symmetric: whether it is unbiased for symmetric operators only.
         hessian_only: whether the operator must be a `HessianOperator`.
-
     """
 
     def register(estimate: Estimator) -> Estimator:
@@ -101,11 +93,7 @@ def trace_estimator(
 
 
 def names(*, group_by: bool = False, hessian: bool = True) -> tuple[str, ...]:
-    """Names of the estimators, or of those that take groups, or any operator.
-
-    >>> names(group_by=True), names(hessian=False)
-    (('hutchinson', 'hutch++'), ('hutchinson', 'hutch++', 'xtrace'))
-    """
+    """Names of the estimators, or of those that take groups, or any operator."""
     return tuple(
         name
         for name, method in METHODS.items()

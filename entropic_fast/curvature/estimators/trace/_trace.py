@@ -62,7 +62,7 @@ def hessian_trace(
             points with the same seed has a smaller error than each.
         method: as for `operator_trace`, or "gauss-newton": the trace of the Gauss-Newton matrix
             from four gradients per example, and the remainder with Rademacher probes. At a low
-            loss the remainder is small, and few probes do. For examples that do not interact.
+            loss the remainder is small, and few probes suffice. For examples that do not interact.
         group_by: None for the total; "parameter" or "module" for the diagonal block of each, by
             name, from products instead of quadratic forms (about twice the cost), by "hutchinson"
             or "hutch++". The blocks add up to the total, to which `tol` applies.
@@ -116,14 +116,14 @@ def operator_trace(
     """Trace of a square operator, from products or quadratic forms with Rademacher probes.
 
     Methods, all unbiased (`docs/numerics.md` compares them): "hutchinson", the mean of v^T A v,
-    needs quadratic forms only; "hutch++" and "xtrace" spend vectors on a sketch of the range, which
-    pays where eigenvalues decay fast. Where P is at most `probes`, these two multiply P unit
+    needs quadratic forms only; "hutch++" and "xtrace" also multiply a sketch of the range, which
+    pays off where eigenvalues decay fast. If P is at most `probes`, these two multiply P unit
     vectors instead and are exact.
 
-    Stopping at a tolerance favors runs whose samples happen to agree. So at least 16 samples are
-    taken before, then 8 at a time. The remaining effect for normal samples: after 16 to 70,
-    standard errors are 5 to 7 % too small and values 0.06 standard errors off; after 400, 1 % and
-    0.02. Without `tol` there is none.
+    Stopping at a tolerance favors runs whose samples happen to agree, so at least 16 samples are
+    computed first, then 8 at a time. For normal samples the remaining effect after 16 to 70 samples
+    is standard errors 5 to 7 % too small and values 0.06 standard errors off; after 400, 1 % and
+    0.02.
 
     Args:
         operator: of shape [P, P], with `shape`, `dtype` and `@` on blocks [P, K], and optionally
@@ -158,12 +158,7 @@ def _traces(
     deflate: Eigenpairs | Tensor | None,
     blocks: tuple[list[int], list[int]] | None = None,
 ) -> list[Estimate]:
-    """The trace, or those of diagonal blocks.
-
-    Args:
-        blocks: lengths of consecutive slices of a vector, and the group of each; None for one
-            group.
-    """
+    """The trace, or those of diagonal blocks: lengths of slices, and the group of each."""
     size = operator.order
     registered = _registry.METHODS[method]
     # As many unit vectors as the order are enough for any method.

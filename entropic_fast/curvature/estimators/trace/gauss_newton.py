@@ -2,7 +2,7 @@
 
 With H_L = sum_j lambda_j u_j u_j^T the Hessian of an example's loss in its K outputs, and J the
 Jacobian of the outputs in the parameters, tr(J^T H_L J) = sum_j lambda_j |J^T u_j|^2: squared norms
-of the gradients of <outputs, u_j>, which the score engine gives for many examples at once.
+of the gradients of <outputs, u_j>, which `gradient_norms` computes for many examples at once.
 """
 
 from __future__ import annotations
@@ -64,19 +64,19 @@ def ggn_trace(
     """Trace of the generalized Gauss-Newton matrix of the mean loss, without probes.
 
     For any loss that is twice differentiable in the outputs, convex or not; for cross-entropy with
-    class labels it is the trace of the Fisher matrix with labels drawn from the model. It takes as
-    many per-example gradients as the Hessian of the loss in the outputs has eigenvalues other than
-    zero: C - 1 an example for cross-entropy with C classes, K for K outputs with squared errors.
+    class labels it is the trace of the Fisher matrix with labels drawn from the model. It needs as
+    many per-example gradients as the Hessian of the loss in the outputs has nonzero eigenvalues:
+    C - 1 per example for cross-entropy with C classes, K for K outputs with squared errors.
 
     Weight decay c of the objective adds c P. The value is exact for the data; the standard error is
-    that of a mean over E examples taken as a sample (NaN for one example).
+    that of a mean over E examples treated as a sample (NaN for one example).
 
     Args:
         obj: an objective whose examples do not influence one another.
         theta: the point; None for the model's own.  # [P]
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
-        group_by: None for the whole; "parameter" or "module" for the share of each, by name.
+        group_by: None for the total; "parameter" or "module" for the share of each, by name.
 
     Raises:
         ValueError: as `gradient_norms`; outputs, or second derivatives of the loss in them, that
@@ -125,7 +125,7 @@ def gauss_newton(
 ) -> TraceEstimates:
     """The Gauss-Newton matrix from gradients, the remainder of the Hessian with sign vectors.
 
-    The first takes four gradients per example, or all of `ggn_trace` where the tolerance asks for
+    The first from four gradients per example, or from all of `ggn_trace` if the tolerance asks for
     it. The forms of the remainder use the captured graph alone.
     """
     obj, theta, tol = operator.obj, operator.theta, budget.tol
@@ -149,15 +149,13 @@ def gauss_newton(
 
 @clean_dispatch_state()
 def quick_ggn_trace(obj: Objective, theta: Tensor, seed: int) -> Estimate:
-    """The data term's trace from four gradients an example, however many outputs there are.
+    """The data term's trace from four gradients per example, however many outputs there are.
 
-    The two directions of an example in which its loss bends most are taken by themselves; all
-    others together, u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of
-    |J^T u|^2 is what they add to the trace. Two draws of the signs tell the standard error, which
-    is that of the value for these data. Where there are no more than four directions, fewer than
-    32 examples, or a loss bends downwards, all are taken by themselves, and the error is 0. On a
-    GPU with more than SMALL classes the directions are those of `_class_factors`, so the draws are
-    others than a CPU's.
+    The two directions in which an example's loss bends most are used one by one; all others
+    together, as u = sum_j s_j sqrt(lambda_j) u_j with random signs s_j, for which the mean of
+    |J^T u|^2 is their share of the trace. Two draws of the signs give the standard error. With at
+    most four directions, fewer than 32 examples, or a loss that bends downwards, all directions are
+    used, and the error is 0. With more than SMALL classes a GPU has other directions than a CPU.
     """
     budget = resolve_budget(None, obj.device)
     enough = obj.num_examples >= ENOUGH_EXAMPLES

@@ -19,8 +19,8 @@ def hutchinson(
 ) -> TraceEstimates:
     """The mean of v^T A v over sign vectors v (Hutchinson 1990).
 
-    Each sample is unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) for a symmetric A: 0 for a
-    diagonal matrix. Sign vectors have the least variance of all probes with independent entries.
+    Each sample is unbiased, with variance 2 (||A||_F^2 - sum_i A_ii^2) for a symmetric A. Sign
+    vectors have the least variance of all probes with independent entries.
     """
     sampler = HutchinsonSampler(operator, integrand, probes)
     sampler.sample_until(budget.tol, budget.vectors)
@@ -32,18 +32,7 @@ class HutchinsonSampler:
 
     With u = v - Q Q^T v for sign vectors v, E u u^T = I - Q Q^T: the integrand of u averages to the
     trace of A (I - Q Q^T), and that of the columns of Q sums to the trace of A Q Q^T, for any Q.
-
-    Args:
-        operator: of order P.
-        integrand: of the operator.
-        probes: the sign vectors, the first directions, and what is added to the traces.
-
-    Attributes:
-        basis: Q, orthonormal.  # [P, r]
-        deflated_trace: sums of the integrand over the columns of Q, and `probes.known`.  # [L]
-        deflated_std_error: standard error of what was added to them, if it is not exact.
-        samples: [n, L].
-        matvecs: vectors on which the integrand was evaluated.
+    `deflated_trace` [L] is the latter and `probes.known`; `samples` is [n, L].
     """
 
     def __init__(self, operator: OperatorBase, integrand: TraceIntegrand, probes: Probes) -> None:

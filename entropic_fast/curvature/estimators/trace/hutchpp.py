@@ -26,9 +26,9 @@ def hutchpp(
     """A third of the vectors sketches the range of A, whose trace is exact (Meyer et al. 2021).
 
     A third multiplies that range, and the last third gives Hutchinson samples of the remainder,
-    whose standard error is that of the estimate. With a tolerance the sketch begins with 8 vectors,
-    and doubles while the samples that the remainder still needs, by the variance of 16, outnumber
-    the vectors spent on the sketch; under 32 vectors leave no room for one.
+    whose standard error is that of the estimate. With a tolerance the sketch starts with 8 vectors,
+    and doubles while the samples still needed, by the variance of 16, outnumber the vectors of the
+    sketch; fewer than 32 vectors leave no room for one.
     """
     if budget.covers(len(probes.directions)):
         return exact_trace(operator, integrand, probes)

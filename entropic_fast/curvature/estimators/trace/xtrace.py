@@ -2,12 +2,11 @@
 
 Epperly, Tropp and Webber, *XTrace: Making the most of every sample in stochastic trace estimation*,
 SIAM J. Matrix Anal. Appl. 45 (2024), algorithm 2.1. With Y = A W for sign vectors W [P, l], and
-Q_i an orthonormal basis of the range of Y without its column i, the estimates
+Q_i an orthonormal basis of the range of Y without its column i, the result is the mean of
 
-    t_i = tr(Q_i^T A Q_i) + w_i^T (I - Q_i Q_i^T) A (I - Q_i Q_i^T) w_i
+    t_i = tr(Q_i^T A Q_i) + w_i^T (I - Q_i Q_i^T) A (I - Q_i Q_i^T) w_i,
 
-are each unbiased, their mean is the result, and their standard deviation over sqrt(l) is its
-error estimate. Only the range Q of all of Y is multiplied: Q_i Q_i^T = Q (I - s_i s_i^T) Q^T.
+each unbiased. Only the range Q of all of Y is multiplied: Q_i Q_i^T = Q (I - s_i s_i^T) Q^T.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ def xtrace(
 ) -> TraceEstimates:
     """Leaves one sketched vector out at a time (Epperly, Tropp, Webber 2024).
 
-    The most accurate where eigenvalues decay fast. Its standard error is the paper's estimate, from
-    the spread of samples that share their vectors: right for a few eigenvalues over a bulk, up to a
-    third too small for smooth spectra, or where the probes are a large share of P.
+    The most accurate where eigenvalues decay fast. Its standard error, from samples that share
+    their vectors, is right for a few eigenvalues over a bulk, and up to a third too small for
+    smooth spectra, or if the probes are a large share of P.
     """
     if budget.covers(len(probes.directions)):
         return exact_trace(operator, integrand, probes)
@@ -56,12 +55,7 @@ def xtrace(
 
 
 class _State:
-    """Sign vectors W [P, l], an orthonormal basis Q [P, q] of A W, and A Q [P, q]; q at most l.
-
-    Args:
-        exact: what is added to the estimate, the trace on given directions.
-        matvecs: vectors multiplied for it.
-    """
+    """Sign vectors W [P, l], an orthonormal basis Q [P, q] of A W, and A Q [P, q]; q at most l."""
 
     def __init__(self, operator: OperatorBase, seed: int, exact: float, matvecs: int) -> None:
         self.exact, self.deflated = exact, matvecs
@@ -113,7 +107,7 @@ def _left_out(triangle: Tensor, eps: float) -> Tensor:
     """The unit direction s_i that the range of a [q, l] matrix loses without column i; or 0.
 
     It is orthogonal to all other columns: a column of the transposed pseudo-inverse. If the others
-    span column i, whose leverage is then under 1, the range loses nothing.
+    span column i, its leverage is under 1, and the range loses nothing.
     """
     left, lengths, right = torch.linalg.svd(triangle, full_matrices=False)
     kept = lengths > 10 * eps * lengths.max() if len(lengths) else lengths > 0
