@@ -44,7 +44,6 @@ LONG = {
     "dynamics/_survival.py",
     "experiments/_executor.py",
     "experiments/figures/_relaxation_runs.py",
-    "ops/backend.py",
     "training/_train.py",
     "training/data.py",
 }

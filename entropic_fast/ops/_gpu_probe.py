@@ -1,7 +1,7 @@
 """Whether GPU kernels can run on this machine, found once by running a trivial one.
 
 That a package is installed says little: Triton needs a C compiler, Python's headers and a driver
-that knows its code; CUDA C++ needs code for the GPU at hand and a driver as new as its runtime.
+that knows its code; CUDA C++ needs code for the GPU and a driver as new as its runtime.
 """
 
 from __future__ import annotations
@@ -71,12 +71,11 @@ def cuda_problem() -> str | None:
 def covered(major: int, minor: int, archs: Sequence[str]) -> bool:
     """Whether code for `archs` runs on a compute capability.
 
-    Code of "sm_80" runs on capabilities 8.0 and up with the same major number; "compute_90",
-    which the driver compiles, on 9.0 and all newer ones.
-
     >>> [covered(*c, ["sm_80", "sm_90", "compute_90"]) for c in ((7, 5), (8, 9), (9, 0), (12, 0))]
     [False, True, True, True]
     """
+    # Code of "sm_80" runs on capabilities 8.0 and up with the same major number; "compute_90",
+    # which the driver compiles, on 9.0 and all newer ones.
     for arch in archs:
         kind, number = arch.split("_")
         code = (int(number[:-1]), int(number[-1]))
@@ -98,12 +97,7 @@ def describe(error: BaseException) -> str:
 def is_compiler_error(error: BaseException) -> bool:
     """Whether Triton, or a compiler that it runs, could not make a kernel that fits the GPU.
 
-    Such a kernel was not launched. Errors of the driver are none of these: something may have run.
-
-    >>> is_compiler_error(RuntimeError("PassManager::run failed"))
-    True
-    >>> is_compiler_error(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    False
+    Such a kernel was not launched; after an error of the driver something may have run.
     """
     # By name: triton may not be imported yet, and its modules move between versions.
     names = {c.__name__ for c in type(error).__mro__ if c.__module__.startswith("triton")}

@@ -1,8 +1,4 @@
-"""Operations of torch, each made from the `NamedTuple` of its arguments.
-
-The tuple's annotations give the schema; the family's `checks` module gives what is required of the
-arguments and the shapes of the results; reference, native and Triton take the tuple.
-"""
+"""Operations of torch, each made from the `NamedTuple` of its arguments."""
 
 from __future__ import annotations
 
@@ -37,18 +33,16 @@ class Op(Generic[Arguments, Result]):
         module: Callable[[Arguments], ModuleType] | None = None,
         name: str = "",
     ) -> None:
-        """Register `entropic_fast::name`.
+        """Register `entropic_fast::name`, by default the function's name.
 
         Args:
-            family: the family that implements it.
-            function: the implementations' function, which takes the tuple.
-            arguments: the `NamedTuple`; its first member is a tensor, whose device decides.
+            function: of the family's implementations; takes the tuple.
+            arguments: the `NamedTuple`; annotations give the schema, the first member the device.
             check: raises ValueError for shapes, dtypes and layouts that do not fit.
             results: new, unwritten results, as fakes return them; its annotation is the schema's.
             writes: the arguments that are written in place.
             prepare: called before the implementation, with arguments that passed all checks.
             module: the implementation; by default the backend in force for the first argument.
-            name: of torch's operation; by default that of the function.
         """
         self._family, self._function, self._arguments = family, function, arguments
         self._check, self._results, self._writes = check, results, tuple(writes)
@@ -66,11 +60,9 @@ class Op(Generic[Arguments, Result]):
         self._dispatched.register_fake(self._fake)
 
     def __call__(self, arguments: Arguments) -> Result:
-        """Run it, past torch's dispatcher where nobody listens to that.
-
-        The dispatcher costs an operation with written arguments 50 to 110 microseconds of Python,
-        as much as its work on a small network.
-        """
+        """Run it, past torch's dispatcher where nothing intercepts that."""
+        # The dispatcher costs an operation with written arguments 50 to 110 microseconds of Python,
+        # as much as its work on a small network.
         plain = (
             type(arguments[0]) in (Tensor, nn.Parameter)
             and not torch.compiler.is_compiling()

@@ -48,11 +48,7 @@ def double_kernel(x, COUNT: tl.constexpr):
 
 
 def probe(device: torch.device) -> Tensor:
-    """Double the numbers 0 to 15 on a device, to see whether Triton works there; waits for them.
-
-    Raises:
-        RuntimeError: they are wrong; anything that Triton raises where it cannot compile.
-    """
+    """Double the numbers 0 to 15 on a device and wait, to see whether Triton works there."""
     x = torch.arange(16, dtype=torch.float32, device=device)
     with on_device(x):
         double_kernel[(1,)](x, COUNT=16)

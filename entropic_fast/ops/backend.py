@@ -1,21 +1,17 @@
-"""Which implementation of each op runs: chosen openly, never quietly.
+"""Which implementation of each op runs.
 
-A *family* is a group of ops with one implementation module per backend. `auto` takes the first
-usable of `PREFERENCE` for the tensor's device: the order is by timings where there are any, and
-otherwise by what an op costs the host.
+A *family* is a group of ops with one implementation module per backend. `auto` uses the first
+usable backend of `PREFERENCE` for the tensor's device.
 
-A backend forced with `set_backend` or the environment variable ENTROPIC_FAST_BACKEND runs or raises
-`BackendError` with the reason. It concerns the kind of device that it is for: "cpp" tensors outside
-GPUs, "cuda" and compiled "triton" tensors outside the CPU, "reference" and interpreted "triton" all
-that they can run on. Tensors on the other kind of device use `auto`, as a program for a GPU also
-computes on the CPU: random draws, initial weights. On a machine where the forced backend cannot run
-at all, every op raises. A family without an implementation by the forced backend raises on tensors
-that it concerns. A backend named in a call (`backend=`) runs or raises there on any device.
+A backend forced with `set_backend` or ENTROPIC_FAST_BACKEND runs or raises `BackendError` with the
+reason. It applies to the kind of device that it is for; tensors on the other kind (a GPU program's
+random draws on the CPU) use `auto`. If it cannot run on this machine at all, or has no
+implementation of a family, every op that it applies to raises. A backend named in a call
+(`backend=`) runs or raises on any device.
 
 Under `auto` a compiler's failure never reaches the caller: a backend that cannot run a trivial
-kernel is skipped. If a function's first call fails, or a later one because its kernel cannot be
-compiled or needs more than the GPU has, its in-place arguments are restored and the call falls back
-to the next backend. Either is reported once, as a warning with the reason.
+kernel is skipped. If a kernel fails later, its in-place arguments are restored and the call falls
+back to the next backend. Either is reported once, as a warning with the reason.
 """
 
 from __future__ import annotations
@@ -67,11 +63,9 @@ class BackendError(RuntimeError):
 
 
 def register_family(family: str, *, cuda: bool = False, several: Sequence[str] = ()) -> None:
-    """Declare a family, whose package holds a module for each backend.
+    """Declare a family, whose package holds a module for each backend, with CUDA C++ if `cuda`.
 
-    Args:
-        cuda: whether csrc/cuda has its kernels too.
-        several: functions that make another launch after one that has written to an argument.
+    `several` are functions that make another launch after one that has written to an argument.
     """
     package = f"{__package__}.{family}"
     modules = {"reference": "reference", "cpp": "native", "cuda": "native", "triton": "triton"}
@@ -102,9 +96,9 @@ def modules_of(family: str) -> dict[str, str]:
 def set_backend(name: str | None) -> None:
     """Force one backend for every op: "reference", "cpp", "cuda" or "triton".
 
-    "cpp" concerns tensors outside GPUs, "cuda" and "triton" (unless interpreted) tensors outside
-    the CPU; the others use "auto". "auto" chooses per device; None returns to the environment
-    variable ENTROPIC_FAST_BACKEND, which is "auto" when unset.
+    "cpp" applies to tensors outside GPUs, "cuda" and "triton" (unless interpreted) to tensors
+    outside the CPU; other tensors use "auto", which chooses per device. None returns to the
+    environment variable ENTROPIC_FAST_BACKEND, by default "auto".
 
     Raises:
         ValueError: `name` is none of these.
@@ -126,7 +120,6 @@ def set_backend(name: str | None) -> None:
 
 
 def forced() -> str | None:
-    """What `set_backend` was last given."""
     return _forced
 
 
@@ -138,13 +131,7 @@ def current_backend() -> str:
 
 
 def setting_for(device: torch.device | str) -> str:
-    """The setting in force for tensors of a device: "auto" where a forced backend is for others.
-
-    >>> set_backend("cpp")
-    >>> setting_for("cpu"), setting_for("cuda")
-    ('cpp', 'auto')
-    >>> set_backend(None)
-    """
+    """The setting in force for tensors of a device: "auto" where a forced backend is for others."""
     wanted = current_backend()
     if wanted == "cpp":
         elsewhere = is_gpu(device)
@@ -172,10 +159,9 @@ def backend_for(family: str, device: torch.device | str, setting: str | None = N
 def implementation(
     family: str, device: torch.device | str, setting: str | None = None
 ) -> ModuleType:
-    """The module that implements `family` on `device`, importing it if need be.
+    """The module that implements `family` on `device`, imported if need be.
 
-    Under "auto" on a GPU the result wraps the module: a function whose first call fails, or whose
-    kernel cannot be compiled, falls back to the next backend.
+    Under "auto" on a GPU the result wraps the module, to fall back where a kernel fails.
     """
     wanted = setting_for(device) if setting is None else setting
     device_type = torch.device(device).type
@@ -190,10 +176,7 @@ def implementation(
 
 
 def unusable(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot run on tensors of `device_type`, or None if it can.
-
-    A GPU backend is tried out by a trivial kernel, once.
-    """
+    """Why `backend` cannot run on tensors of `device_type`, or None if it can."""
     if backend == "reference":
         return None
     if backend in ("cpp", "cuda"):
@@ -271,14 +254,10 @@ def _choose(family: str, device_type: str, setting: str) -> str:
 
 
 def automatic(family: str, device_type: str) -> tuple[str, list[str], list[str]]:
-    """What "auto" takes for a family, without a warning.
+    """The backend that "auto" uses for a family, without a warning.
 
-    Returns:
-        the backend, why each preferred one was passed over, and of these reasons those of
-        backends that are there and fail.
-
-    Raises:
-        BackendError: nothing can run it.
+    Returns also why each preferred backend was passed over, and of these reasons those of backends
+    that are there and fail. BackendError if nothing can run it.
     """
     modules = _families[family]
     reasons: list[str] = []
@@ -298,7 +277,7 @@ def automatic(family: str, device_type: str) -> tuple[str, list[str], list[str]]
 def _warn_of_fallback(
     backend: str, device_type: str, reasons: list[str], failing: list[str]
 ) -> None:
-    """Says once what is there and fails, or that nothing faster than the reference is there."""
+    """Warn once about backends that fail, or that only the slow reference is there."""
     news = [reason for reason in failing if (reason, device_type) not in _warned]
     _warned.update((reason, device_type) for reason in news)
     slow = backend == "reference" and bool(reasons) and (backend, device_type) not in _warned
@@ -323,15 +302,13 @@ def _warn_of_fallback(
 _GUARDED = ("triton", "cuda")  # compiled, or first run, when they are called
 
 
+# Whatever a function's first call for a dtype raises is a failure of the backend, except errors in
+# arguments and a lack of memory. Triton compiles again for other sizes and options: what its
+# compiler raises in later calls is one too. Nothing has been written then, except by functions of
+# `several` launches: those are watched, with their in-place arguments copied, at every first call
+# for such sizes and options.
 class _Guard(ModuleType):
-    """A family's module, whose functions fall back to the next backend's where kernels fail.
-
-    Whatever a function's first call for a dtype raises is such a failure, except errors in
-    arguments and a lack of memory, which are no fault of the backend's. Triton compiles again for
-    other sizes and options: what its compiler raises in later calls is one too. Nothing has been
-    written then, except by functions of `several` launches: those are watched, with their in-place
-    arguments copied, at every first call for such sizes and options.
-    """
+    """A family's module, whose functions fall back to the next backend's where kernels fail."""
 
     def __init__(self, family: str, backend: str, device_type: str) -> None:
         super().__init__(f"{family} by {backend}")
@@ -375,7 +352,7 @@ class _Guard(ModuleType):
     def _watched(
         self, name: str, arguments: tuple[Any, ...], only_compiler: bool = False
     ) -> tuple[Any, Callable[..., Any] | None]:
-        """What is computed; and the backend's function, unless another backend had to do it."""
+        """The result; and the backend's function, unless another backend had to compute it."""
         family, backend, _ = self._key
         tensors = (getattr(arguments, argument) for argument in _writes[family].get(name, ()))
         written = [tensor for tensor in tensors if isinstance(tensor, Tensor)]

@@ -317,6 +317,7 @@ def _lanczos_steps(
     current = starts / starts.norm(dim=1, keepdim=True)
     for j in range(steps):
         look = j % stride == 0
+        # Queued without waiting; only every few steps it is asked whether a probe is still active.
         basis[:, j] = current
         rest = multiply(operator, current.T.contiguous(), check=look).T.contiguous()
         used = basis[:, : j + 1]

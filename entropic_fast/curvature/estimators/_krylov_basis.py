@@ -88,6 +88,9 @@ class KrylovBasis:
         # Columns are contiguous, so that the first few can be read without the others.
         self.columns = torch.zeros(held, self.order, dtype=self.dtype, device=self.device).T
         columns = min(self.order, capacity)
+        # H, of the orthogonalization's own coefficients and not symmetrized: so A Q = [Q F] H holds
+        # to rounding for any A, residuals follow from H, and asymmetry of the products is noticed.
+        # After a restart it has the shape of an arrow.
         self.projected = torch.zeros(held, columns, dtype=torch.float64, device=self.device)
         self.norm = self.projected.new_zeros(())  # largest norm of a product
         self._host = torch.zeros(0, 0, dtype=torch.float64)  # H at the last synchronization
@@ -172,6 +175,7 @@ class KrylovBasis:
         scale = max(norm, float(matrix.abs().max()))
         lost = not finite or any(not self._full_rank(*rank, scale) for rank in ranks)
         self._ranks.clear()
+        # Steps that did not wait may have divided by rounding: undo them, and wait from now on.
         if lost and self._saved is not None:
             self.eager = True
             self.size, block, self.norm = self._saved
@@ -190,6 +194,7 @@ class KrylovBasis:
         """H, the largest norm of a product, and the results of `_extend`, in one transfer."""
         parts = [self.projected[: self.held, : self.size], self.norm]
         parts += [part for rank in self._ranks for part in rank]
+        # One transfer: each would wait for the device.
         flat = torch.cat([part.double().flatten() for part in parts]).cpu()
         sizes = [part.numel() for part in parts]
         matrix, norm, *others = (
@@ -228,6 +233,7 @@ class KrylovBasis:
         if count >= self.block:
             return self.block
         couplings = self._host[self.size :]
+        # Of a block only the directions in which wanted pairs have a residual are then multiplied.
         rotation = torch.linalg.qr(couplings @ vectors, mode="complete")[0]  # [f, f]
         block = self.columns[:, self.size : self.held]
         block.copy_(block @ rotation.to(block))
@@ -268,6 +274,8 @@ class KrylovBasis:
     def _orthogonalize(self, vectors: Tensor, held: int) -> tuple[Tensor, Tensor]:
         """The part of vectors [P, r] orthogonal to the first columns, and coordinates in them."""
         used = self.columns[:, :held]
+        # In two passes: one leaves ghosts, copies of converged eigenvalues. The second also
+        # corrects the rounding of the first one's coordinates.
         coordinates = used.T @ vectors
         rest = torch.addmm(vectors, used, coordinates, alpha=-1)
         again = used.T @ rest
@@ -281,6 +289,8 @@ class KrylovBasis:
         factorization that does not wait failed.
         """
         used = self.columns[:, : self.held]
+        # A short or nearly dependent column of rest is mostly rounding: hence one more pass after
+        # the factorization.
         quick = not wait and is_gpu(self.device)
         q, first, *holds = cholesky_qr(rest) if quick else qr(rest)
         q.addmm_(used, used.T @ q, alpha=-1)
@@ -333,6 +343,7 @@ class KrylovBasis:
         while True:
             rest, _ = self._orthogonalize(self._random(count), self.held)
             rest, triangle = qr(rest)
+            # Random vectors nearly in the span of Q and F are mostly rounding: draw again.
             if float(triangle.diagonal().abs().min()) > 1e-3:
                 rest, _ = self._orthogonalize(rest, self.held)
                 return qr(rest)[0]

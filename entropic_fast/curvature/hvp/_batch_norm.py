@@ -52,6 +52,7 @@ def _batch_norm_backward(ctx: NodeContext) -> Any:
     sums = [1, *range(3, dims + 1)]
     gx = gw = gb = None
     if tg is not None:
+        # rstd and weight have C entries: their product first saves a pass over K tangents.
         gx = tg * (rstd if weight is None else rstd * along(weight, dims))
         gw = (tg * ((x - mean) * rstd)).sum(sums)
         gb = tg.sum(sums)
@@ -65,12 +66,10 @@ def _batch_norm_backward(ctx: NodeContext) -> Any:
 
 
 def backward(ctx: NodeContext) -> Any:
-    """The values of aten's backward pass that the graph reads.
-
-    aten's own kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
-    """
+    """The values of aten's backward pass that the graph reads."""
     g, x, weight, dims = ctx.value(0), ctx.value(1), ctx.value(2), ctx.value(0).ndim
     mean, rstd = statistics(ctx, 3, 4, 8)
+    # aten's own kernel (2.13 and 2.15, CPU) is wrong for one image with channels last.
     sums = [0, *range(2, dims)]
     gx = g * (rstd if weight is None else rstd * along(weight, dims))
     gw = (g * ((x - mean) * rstd)).sum(sums) if ctx.wanted(1) else None

@@ -1,9 +1,7 @@
 """Capture of a network and of its backward pass as one graph of aten operations.
 
-The model runs once under `make_fx`, which records the aten operations from parameters, buffers and
-inputs to the outputs. Autograd then differentiates that graph, under `make_fx` again, which records
-the backward pass. Whatever cannot be captured faithfully raises `GraphCaptureError`, and the caller
-falls back to autograd. See "Capture" in docs/design/hvp.md.
+Whatever cannot be captured faithfully raises `GraphCaptureError`, and the caller falls back to
+autograd. See "Capture" in docs/design/hvp.md.
 """
 
 from __future__ import annotations
@@ -41,12 +39,10 @@ aten = torch.ops.aten
 class Graph:
     """A network and its backward pass, for inputs of one shape.
 
-    The graph is a function of parameters, buffers, inputs x and cotangents u of the outputs.
-
     Attributes:
         nodes: in topological order.
-        parameters, buffers, x, u: its placeholders; x has one per tensor of the inputs.
-        outputs: the network's outputs.
+        parameters, buffers, x, u: its placeholders; x has one per tensor of the inputs, and u is
+            the cotangent of the outputs.
         gradients: of <outputs, u> in each parameter; None where it is 0.
         cotangents: of each node that is not linear in its active arguments.
         constants: tensors of the model other than parameters and buffers, by node name.
@@ -65,17 +61,14 @@ class Graph:
 
 @full_precision()
 def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
-    """The graph of an objective's model for inputs like these [n, ...].
-
-    Raises:
-        GraphCaptureError: naming the cause.
-    """
+    """The graph of an objective's model for inputs like these [n, ...]."""
     with _without_observers():
         try:
             return _captured(obj, theta, inputs)
         except GraphCaptureError as why:
             if not _reads_values(why):
                 raise
+            # A model may avoid reading values back if it is told that torch.compile traces it.
             try:
                 return _captured(obj, theta, inputs, told_of_tracing())
             except GraphCaptureError:
@@ -97,15 +90,14 @@ def _captured(
 
 
 def _reads_values(why: GraphCaptureError) -> bool:
-    """Whether a model was not captured for reading a value back to Python."""
     return "_local_scalar_dense" in str(why)
 
 
 @contextmanager
 def _without_observers() -> Iterator[None]:
-    """Suspend dispatch modes and module trackers, as those of torch's FLOP counter.
+    """Suspend dispatch modes and module trackers, such as those of torch's FLOP counter.
 
-    They are no part of the model, and its graph is kept for calls without them.
+    They are not part of the model, whose graph is kept for calls without them.
     """
     places: Any = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
     followed = [
@@ -143,10 +135,8 @@ def _as_capture_errors() -> Iterator[None]:
 
 @torch.no_grad()
 def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tree) -> None:
-    """Reject a graph that holds values of this point as constants.
-
-    It is compared with the model at another point, 10 % away, on changed inputs.
-    """
+    """Reject a graph that holds values of this point as constants."""
+    # At another point, 10 % away, and on changed inputs: constants of this one would show.
     theta = theta * (
         1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
     )
@@ -200,10 +190,11 @@ def _with_backward(
 ) -> Graph:
     """The forward graph and its derivatives in the parameters and at the marked nodes.
 
-    A cotangent is the gradient in a shift, of 0, that is added to a marked node.
+    A cotangent is the gradient in a shift of 0 that is added to a marked node.
     """
     joint = _joint_graph(forward, marked, parts, buffers, inputs)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    # Placeholders come in the order of `run` in `_joint_graph`; shifts follow u.
     p, b, i = len(parts), len(buffers), len(inputs)
     _remove_shifts(placeholders[p + b + i + 1 :])
     (result,) = (node for node in joint.graph.nodes if node.op == "output")
@@ -238,6 +229,7 @@ def _joint_graph(
 ) -> fx.GraphModule:
     """(parameters, buffers, x, u, shifts) -> outputs, gradients, cotangents, unshifted nodes."""
     likes = [node.meta["val"] for node in marked]  # which hold no data
+    # In the dtype of the node: a model may compute parts of itself in another one.
     shifts = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for like in likes]
     outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
 

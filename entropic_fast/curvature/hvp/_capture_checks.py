@@ -1,8 +1,4 @@
-"""Checks before and after capture: derivatives a graph would miss, and which nodes are linear.
-
-Before the model is captured it runs once as autograd would run it, with parameters that require
-gradients, since what a graph would miss (hooks, custom backward passes) may depend on that.
-"""
+"""Checks before and after capture: derivatives a graph would miss, and which nodes are linear."""
 
 from __future__ import annotations
 
@@ -26,21 +22,15 @@ aten = torch.ops.aten
 
 
 class GraphCaptureError(RuntimeError):
-    """The captured graph would miss part of the model's derivative; the message says which.
-
-    Causes are `detach`, hooks, custom autograd functions, and values read back to Python.
-    """
+    """The captured graph would miss part of the model's derivative; the message says which."""
 
 
 def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tensor:
-    """The outputs at theta for inputs [n, ...], if the graph would miss no derivative.
-
-    Raises:
-        GraphCaptureError: naming what the graph would miss.
-    """
+    """The outputs at theta for inputs [n, ...], if a graph would miss no derivative."""
     for name, module in obj.module.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise GraphCaptureError(f"module {name!r} has backward hooks")
+    # Parameters require gradients, as hooks and custom backward passes may depend on that.
     leaf = theta.detach().requires_grad_()
     with torch.enable_grad(), _no_hooks_on_saved_tensors():
         parts = obj.split(leaf)
@@ -57,12 +47,8 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tenso
 class TraceGuard(TorchFunctionMode):
     """Rejects calls whose derivative a graph would miss, and replaces those of `FUNCTIONS`.
 
-    Such calls are harmless where no argument depends on a parameter, as for a table of angles
-    computed under `torch.no_grad`.
-
-    Args:
-        gradients: whether tensors that depend on a parameter require a gradient, by which they
-            are recognized. Otherwise only values read back to Python are rejected.
+    With `gradients`, tensors that depend on a parameter require a gradient, by which they are
+    recognized; otherwise only values read back to Python are rejected.
     """
 
     def __init__(self, gradients: bool = False) -> None:
@@ -74,6 +60,7 @@ class TraceGuard(TorchFunctionMode):
         if func in _READ:
             raise GraphCaptureError(f"the model calls Tensor.{_READ[func]}")
         func = FUNCTIONS.get(func, func)
+        # Harmless otherwise: a table of angles may be computed under `torch.no_grad`.
         if not self._gradients or not _depends_on_parameters((args, kwargs)):
             return func(*args, **kwargs)
         if func in _HIDDEN:
@@ -175,6 +162,7 @@ def is_linear(node: fx.Node, active: Container[fx.Node]) -> bool:
     if node.target not in MULTILINEAR:
         return False
     positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in active]
+    # Two active factors make a product of second order, as activations and weights do.
     factors = [i for i in positions if i in MULTILINEAR[node.target]]
     others = [i for i in positions if i not in factors and i not in ADDED.get(node.target, ())]
     return not others and len(factors) <= 1

@@ -1,9 +1,4 @@
-"""Convolutions: tangents of the operation and of its backward pass.
-
-K weights that meet the same images are one convolution with K times the output channels. K stacks
-of images that meet the same weight are one convolution of K times the batch. Weight gradients for K
-stacks of images, or for K cotangents, are one with K times the channels.
-"""
+"""Convolutions: tangents of the operation and of its backward pass, K directions per call."""
 
 from __future__ import annotations
 
@@ -51,6 +46,8 @@ class Geometry:
         )  # fmt: skip
         return out
 
+    # K weights that meet the same images are one convolution with K times the output channels, K
+    # stacks of images that meet one weight one with K times the batch.
     def with_weights(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [n, C, ...] with each of weights [K, *shape]: [K, n, O, ...], of any strides."""
         k, g = len(weights), self.groups
@@ -94,6 +91,7 @@ def _with_weights(
 ) -> Any:
     """x with each of weights [K, ...], plus a tangent [K, n, channels, ...] if one is given."""
     blocks = _blocks(weights, channels)
+    # A fused region adds the two terms while it reads them, which saves a pass over memory.
     if added is not None and len(blocks) == 1:
         return DeferredSum(added, geometry.with_weights(x, weights))
     out = added
@@ -222,7 +220,7 @@ def _to_weight(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Any:
 
 
 def _to_weight_at_once(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Tensor:
-    """The same in one call for all K cotangents, and one for all K inputs."""
+    """`_to_weight` in one call for all K cotangents, and one for all K inputs."""
     g, x, like = (ctx.value(i) for i in range(3))
     terms = []
     # A weight is [O, C/g, ...], or [C, O/g, ...] if transposed. The axis of the stacked tensor's
@@ -242,9 +240,7 @@ def _stacked_weight_gradient(
 ) -> Tensor:
     """Gradients [K, *like.shape], strided, for K cotangents g or K inputs x, the other being one.
 
-    Args:
-        g, x: cotangents [n, O, ...] and inputs [n, C, ...]; of the stacked one [K, n, ...].
-        in_second_axis: whether the weight's second axis is that of the stacked one's channels.
+    `in_second_axis` says whether the weight's second axis is that of the stacked one's channels.
     """
     groups, dims = geometry.groups, like.ndim
     if g.ndim > dims:

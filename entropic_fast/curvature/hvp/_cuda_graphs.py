@@ -23,22 +23,8 @@ class TileGraphs:
     """Work on tiles for blocks of vectors, replayed as CUDA graphs once it is warm.
 
     The work must read nothing back, and everything it reads except the vectors must keep its
-    address. Graphs read vectors from one buffer and add to another. Blocks are padded with zeros to
-    a power of two, so that few graphs serve any number of vectors. The first block of a width runs
-    without capture, so that libraries choose their kernels; from the next product on each tile is
-    captured. All graphs share one memory pool, as a replay leaves nothing but its sums.
-
-    If a capture fails, all further work runs without graphs, and `note` says why.
-
-    Args:
-        device: of the work.
-        width: vectors in a block, at most.
-        room: bytes for the buffers; without enough there are no graphs.
-
-    Attributes:
-        enabled: whether work is to be captured.
-        note: why it is not; "" on a CPU.
-        captures: graphs captured so far.
+    address. Graphs read vectors from one buffer and add to another, of `room` bytes in all. If a
+    capture fails, all further work runs without graphs, and `note` says why.
     """
 
     def __init__(self, device: torch.device, width: int, room: int) -> None:
@@ -66,15 +52,14 @@ class TileGraphs:
     def run(self, kind: Hashable, tile: int, work: Work, rows: Tensor, total: Tensor) -> None:
         """Add what `work` adds for vectors `rows` [k, P] to `total` [k, ...].
 
-        Args:
-            kind: of the work; the same for the same work on other tiles.
-            tile: its number.
+        `kind` is the same for the same work on other tiles.
         """
         buffers = self._load(rows, total) if self.enabled else None
         if buffers is None:
             work(rows, total)
             return
         width = (kind, len(buffers[0]))
+        # The first product of a width runs without capture: libraries then choose their kernels.
         if width not in self._warm:
             work(*buffers)
             self._warming.add(width)
@@ -94,6 +79,7 @@ class TileGraphs:
     def _load(self, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
         """Buffers with these vectors, padded with zeros; None if there is no room."""
         k = len(rows)
+        # Padded to a power of two, so that few graphs serve any number of vectors.
         width = min(self._width, 1 << (k - 1).bit_length())
         key = (total.shape[1:], total.dtype)
         if self._vectors is None:
@@ -128,6 +114,7 @@ class TileGraphs:
         self, key: Hashable, work: Work, buffers: tuple[Tensor, Tensor]
     ) -> torch.cuda.CUDAGraph | None:
         device = buffers[0].device
+        # One pool for all graphs, as a replay leaves nothing but its sums.
         self._memory = self._memory or GraphMemory(device)
         graph, note = captured(lambda: work(*buffers), device, self._memory)
         if graph is None:

@@ -40,11 +40,7 @@ BUFFERS = 1 / 8
 
 
 class OutputLoss:
-    """The weighted sum of a tile's losses as a function of the outputs [n, ...].
-
-    Its second derivatives have closed forms for the losses of `entropic_fast.objective.losses`
-    and come from autograd otherwise.
-    """
+    """The weighted sum of a tile's losses as a function of the outputs [n, ...]."""
 
     def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         self._closed_form = output_hessian(obj.loss_fn, outputs, targets, weights)
@@ -70,6 +66,7 @@ class OutputLoss:
         """The gradient in the outputs, [n, ...]."""
         return torch.zeros_like(self._at) if self._gradient is None else self._gradient.detach()
 
+    # In closed form for the losses of `entropic_fast.objective.losses`, otherwise by autograd.
     def hessian(self, directions: Tensor) -> Tensor:
         """Products [K, n, ...] of the Hessian in the outputs with directions."""
         if self._closed_form is not None:
@@ -88,18 +85,10 @@ class OutputLoss:
 
 
 class HVPEngine:
-    """Curvature of an objective's summed loss at one point.
+    """Curvature of an objective's summed loss at one point, within `budget` bytes.
 
     Values at the point are cached from the second call of a kind on, for as many tiles as fit
     into the share KEPT of the budget. See "Cached values" in docs/design/hvp.md.
-
-    Args:
-        obj: the objective.
-        theta: the point.  # [P]
-        budget: bytes to stay under.
-
-    Raises:
-        GraphCaptureError: the captured graph would miss part of the model's derivative.
     """
 
     def __init__(self, obj: Objective, theta: Tensor, budget: int) -> None:
@@ -122,7 +111,6 @@ class HVPEngine:
             self._interpreters[trees.form(tile.inputs)] = interpreter_for(obj, theta, tile.inputs)
 
     def interpreter(self, tile: Tile) -> GraphInterpreter:
-        """The interpreter for a tile's shapes."""
         return self._interpreters[trees.form(tile.inputs)]
 
     # -- results ---------------------------------------------------------------------------
@@ -130,11 +118,7 @@ class HVPEngine:
     @full_precision()
     @torch.no_grad()
     def products(self, rows: Tensor, kind: str, sample: Tile | None = None) -> Tensor:
-        """Products [K, P] of the summed loss's "hessian" or "ggn" with rows [K, P].
-
-        Args:
-            sample: a tile to use instead of all examples.
-        """
+        """Products [K, P] of the summed loss's "hessian" or "ggn" with rows [K, P]."""
         total = torch.zeros_like(rows)
 
         def add(values: PrimalValues, loss: OutputLoss, block: Tensor, sums: Tensor) -> None:
@@ -150,8 +134,7 @@ class HVPEngine:
     ) -> Tensor:
         """v^T H v in float64 [K] of the summed loss, for rows v [K, P].
 
-        Args:
-            network_alone: leave out the loss's share, v^T G v with the Gauss-Newton matrix G.
+        `network_alone` leaves out the loss's share, v^T G v with the Gauss-Newton matrix G.
         """
         total = rows.new_zeros(len(rows), dtype=torch.float64)
 
@@ -161,6 +144,7 @@ class HVPEngine:
             )
             sums += found
             if output_tangent is not None and not network_alone:
+                # In float64, as are the network's terms, against which these may cancel.
                 weighted_tangent = output_tangent.double() * loss.hessian(output_tangent).double()
                 sums += weighted_tangent.flatten(1).sum(1)
 
@@ -221,7 +205,7 @@ class HVPEngine:
         total = rows.new_zeros(len(rows), len(self.theta))
         for block, sums in self._blocks(rows, total):
             u = block.new_zeros(len(block), like.numel())
-            u[:, : block.shape[1]] = block
+            u[:, : block.shape[1]] = block  # 0 for the padding examples of weight 0
             self._add_gradients(interpreter.vjp_tangent(values, {}, u.view(-1, *like.shape)), sums)
         return total
 
@@ -280,6 +264,7 @@ class HVPEngine:
         if kind in self._complete:  # no example is read again
             yield from (self._kept[kind, i] for i in range(self._complete[kind]))
             return
+        # From the second call on: a single product at a point has better use for the memory.
         again = kind in self._calls
         self._calls.add(kind)
         tiles = 0
@@ -297,7 +282,7 @@ class HVPEngine:
             self._complete[kind] = tiles
 
     def _keep(self, key: tuple[str, int], point: tuple[PrimalValues, OutputLoss]) -> None:
-        size = point[0].prune()
+        size = point[0].prune()  # keeps only what the first pass of tangents has read
         with self._keeping:
             if key not in self._kept and self._kept_bytes + size <= KEPT * self.budget:
                 self._kept[key] = point

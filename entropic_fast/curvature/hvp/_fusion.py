@@ -1,9 +1,8 @@
 """Fused regions of the graph, whose tangents take one pass over memory.
 
 In the forward pass: batch normalization by stored statistics, optionally followed by a residual
-sum and by ReLU. In the backward pass: ReLU's backward pass, optionally of a sum of two cotangents,
-followed by that of the normalization. Where the input of a region is a convolution, its two terms
-W x' + W' x are added in the same pass. See "Fused regions" in docs/design/hvp.md.
+sum and by ReLU. In the backward pass: their counterparts. See "Fused regions" in
+docs/design/hvp.md.
 """
 
 from __future__ import annotations
@@ -176,12 +175,9 @@ class NormActBackward(FusedRegion):
             tangents[self.relu] = images(u, shape)
         tangents[self.norm] = (images(out, shape), dscale, dshift)
 
+    # A `DeferredSum` owns its first term. Other nodes may read any other tangent: it is cloned.
     def _ordered(self, terms: list[Any]) -> tuple[Any, Tensor | None]:
-        """The summand that the kernel may overwrite, and the other one.
-
-        A `DeferredSum` owns its first term; any other tangent is cloned where the kernel changes
-        it, as other nodes may read it.
-        """
+        """The summand that the kernel may overwrite, and the other one."""
         if not terms:
             return None, None
         first, *others = sorted(terms, key=lambda term: not isinstance(term, DeferredSum))
@@ -235,11 +231,7 @@ def images(tangent: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class Pattern(NamedTuple):
-    """The aten operations of a fused region and, by position, the arguments that decide.
-
-    The kernels compute these operations alone. ReLU adds no second-order term, being piecewise
-    linear; an activation that is not needs one (`bend` of the kernels) and its derivative.
-    """
+    """The aten operations of a fused region and, by position, the arguments that decide."""
 
     norm: Any
     norm_training: int  # true: by the statistics of the batch, whose derivative is another
@@ -250,6 +242,8 @@ class Pattern(NamedTuple):
     add: Any
 
 
+# The kernels compute these operations alone. ReLU adds no second-order term, being piecewise
+# linear; a smooth activation needs one (`bend` of the kernels) and its derivative.
 PATTERN = Pattern(
     norm=aten.native_batch_norm.default,
     norm_training=5,
@@ -300,6 +294,7 @@ def find_backward_regions(
     nodes: Sequence[fx.Node], forward_regions: Sequence[NormActForward]
 ) -> list[NormActBackward]:
     """Regions of the backward pass, each the counterpart of a region of the forward pass."""
+    # The normalized input and the mask are those that the forward region has computed.
     by_input = {region.norm.args[0]: region for region in forward_regions}
     inside = set(nodes)
     regions: list[NormActBackward] = []
@@ -337,6 +332,7 @@ def _sum_before(mask: Any, inside: Container[fx.Node]) -> fx.Node | None:
 
 def _only_user(node: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
     """The one user of a node, if it has just one and that is in this pass."""
+    # Another user would need the tangent that a fused region does not write to memory.
     users = [user for user in node.users if user.op != "output"]
     return users[0] if len(users) == 1 and users[0] in inside else None
 

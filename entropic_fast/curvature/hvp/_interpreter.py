@@ -35,9 +35,7 @@ Tangents = dict[fx.Node, Any]
 class PrimalValues(dict[fx.Node, Any]):
     """Values of nodes at a point, and the interpreter that computed them.
 
-    Attributes:
-        derived: what fused regions need of them, by node.
-        read: nodes that tangents have read.
+    `derived` is what fused regions need of them; `read` has the nodes that tangents have read.
     """
 
     def __init__(self, interpreter: GraphInterpreter) -> None:
@@ -69,13 +67,9 @@ class PrimalValues(dict[fx.Node, Any]):
 class GraphInterpreter:
     """Evaluates a `Graph`, and differentiates it along K directions at once.
 
-    A point is first the values of the nodes that lead to the outputs (`forward`) and then, once
-    the loss has given the cotangent u of the outputs, those of the backward pass (`backward`).
-    Tangents follow the same two passes (`jvp`, `vjp_tangent`).
-
-    Attributes:
-        graph: what is evaluated.
-        checked: kinds of results that were compared with autograd, and for which losses.
+    A point is first the values of the nodes that lead to the outputs (`forward`) and then, once the
+    loss has given the cotangent u of the outputs, those of the backward pass (`backward`). Tangents
+    follow the same two passes (`jvp`, `vjp_tangent`).
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -101,6 +95,7 @@ class GraphInterpreter:
         values.update(zip(self.graph.parameters, parts, strict=True))
         values.update(zip(self.graph.buffers, buffers, strict=True))
         for node, leaf in zip(self.graph.x, trees.leaves(x), strict=True):
+            # Fused regions read images with channels last without a copy.
             is_images = leaf.ndim == 4 and leaf.is_floating_point()
             values[node] = convolution.packed(leaf) if is_images else leaf
         self._evaluate(self._forward_regions, values)
@@ -130,10 +125,9 @@ class GraphInterpreter:
     ) -> Tangents:
         """Tangents of the nodes that lead to the outputs.
 
-        Args:
-            directions: tangents of the parameters, each [K, *shape].
-            keep: keep all tangents, for `vjp_tangent`; otherwise only that of the outputs.
-            terms: where to add the second-order terms of nodes that are not linear.
+        `directions` are tangents [K, *shape] of the parameters. All are kept for `vjp_tangent` if
+        `keep`, otherwise only that of the outputs. Second-order terms of nodes that are not linear
+        are added to `terms`.
         """
         tangents: Tangents = dict(zip(self.graph.parameters, directions, strict=True))
         for region in self._forward_regions:
@@ -153,9 +147,10 @@ class GraphInterpreter:
     ) -> list[Tensor | None]:
         """Tangents of the parameters' gradients, each [K, *shape], from those of u.
 
-        Entries of `tangents` are dropped after their last use. Without values of the backward
-        pass, they are those at u = 0, so that the result is the product J^T u.
+        Entries of `tangents` are dropped after their last use. Without values of the backward pass,
+        the result is J^T u.
         """
+        # The backward pass is linear in u, so its values at u = 0 are 0 and need not be computed.
         # Constant terms are not 0 at u = 0, and cached zeros would lose them.
         if self._affine and self.graph.u not in values:
             self.backward(values, torch.zeros_like(u[0]))
@@ -173,10 +168,7 @@ class GraphInterpreter:
     def second_order_terms(
         self, values: PrimalValues, directions: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, Tensor]:
-        """The tangent of the outputs [K, n, ...], and the network's share of v^T H v.
-
-        The share is the sum of <g, D^2 f[a', a']> over all nodes f, of shape [K] and in float64.
-        """
+        """The tangent of the outputs [K, n, ...], and the network's share of v^T H v [K]."""
         terms = SecondOrderSum()
         tangents = self.jvp(values, directions, terms=terms)
         some = next(d for d in directions if d is not None)

@@ -1,8 +1,6 @@
 """Interpreters shared by objectives of one architecture: captured once, checked for each.
 
-The key holds all that a forward pass may read (`_torch.architecture_key`). Before another model
-uses an interpreter, this must give the model's outputs at a point where no parameter is 0, and the
-model must pass `require_nothing_hidden`.
+The key holds all that a forward pass may read (`_torch.architecture_key`).
 """
 
 from __future__ import annotations
@@ -39,9 +37,7 @@ interpreters: LRUCache[GraphInterpreter | str] = LRUCache(32)
 class Architecture:
     """The key of an objective's model for inputs of one kind, and the constants it counts.
 
-    Attributes:
-        key: None for a model with state that the key cannot describe.
-        constants: frozen parameters and other tensors of the model, in an order of their own.
+    `key` is None for a model with state that it cannot describe.
     """
 
     def __init__(self, obj: Objective, *like: Hashable) -> None:
@@ -59,10 +55,9 @@ def reading(obj: Objective) -> Hashable:
 def find(
     obj: Objective, theta: Tensor, inputs: Tree, architecture: Architecture
 ) -> GraphInterpreter | str | None:
-    """A cached interpreter that gives an objective's outputs, or why the architecture has none.
-
-    None if neither is cached.
-    """
+    """A cached interpreter that gives an objective's outputs, or why the architecture has none."""
+    # Another model's outputs are compared first, at a point where no parameter is 0: an entry of 0
+    # would hide what it multiplies.
     known = interpreters.get(architecture.key)
     if known is None or isinstance(known, str):
         return known
@@ -138,7 +133,7 @@ def _gives_outputs(
 
 
 def _shifted(part: Tensor) -> Tensor:
-    """A parameter changed by 10 % of its size; an entry of 0 would hide what it multiplies."""
+    """A parameter changed by 10 % of its size."""
     size = float(torch.linalg.vector_norm(part)) / max(1, part.numel()) ** 0.5
     generator = torch.Generator().manual_seed(0)
     pattern = torch.randn(_PERIOD, generator=generator, dtype=torch.float64).to(part)

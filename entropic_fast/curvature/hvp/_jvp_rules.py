@@ -1,7 +1,7 @@
 """Tangents of operations in K directions at once, [K, *shape].
 
-A JVP rule gets a `NodeContext` and returns the tangent of its result: an ordinary call of the same
-operation on stacked tensors. Operations without a JVP rule use torch's forward mode (`by_torch`).
+A JVP rule calls the same operation on stacked tensors. Operations without one use torch's forward
+mode (`by_torch`).
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ def _slice(ctx: NodeContext) -> Any:
 def _scatter(ctx: NodeContext) -> Any:
     base, part = ctx.tangent(0), ctx.tangent(1)
     k = len(part if base is None else base)
+    # Zeros for an inactive argument are one expanded element: no memory for K tensors.
     base = ctx.value(0).new_zeros(1).expand(k, *ctx.shape) if base is None else base
     part = ctx.value(1).new_zeros(1).expand(k, *ctx.value(1).shape) if part is None else part
     dim = ctx.argument(2) % len(ctx.shape) + 1
@@ -220,6 +221,7 @@ def derivatives(ctx: NodeContext) -> dict[Any, Tensor]:
     by_argument = {}
     for node in ctx.active:
         point = ctx.point(node)
+        # Elementwise, so that the tangent of ones is the derivative itself: once for all K.
         by_argument[node] = jvp(
             lambda a, node=node: ctx.call({node: a}), (point,), (torch.ones_like(point),)
         )[1]
@@ -252,7 +254,7 @@ def _bilinear(ctx: NodeContext, i: int, j: int, product: Callable[[Tensor, Tenso
     a, b = ctx.tangent(i), ctx.tangent(j)
     out = None
     if a is not None:
-        out = product(a, ctx.value(j))
+        out = product(a, ctx.value(j))  # a new tensor, to which the second term may be added
     if b is not None:
         second = product(ctx.value(i), b)
         out = second if out is None else out.add_(second)

@@ -40,11 +40,7 @@ class DeferredSum:
 
 
 class SecondOrderSum:
-    """The sum of the second-order terms [K] of all operations of a network.
-
-    Normalizations contribute sums over pixels [K, C] and factors, which are multiplied for all
-    layers together: on a GPU that takes a few launches, not a few per layer.
-    """
+    """The sum of the second-order terms [K] of all operations of a network."""
 
     def __init__(self) -> None:
         self._terms: list[Tensor] = []
@@ -66,6 +62,7 @@ class SecondOrderSum:
         """The sum of all terms, [K] in float64."""
         terms = list(self._terms)
         if self._sums:
+            # All layers together: on a GPU a few launches, instead of a few per layer.
             scaled = torch.cat(self._tangents, 1) * torch.cat(self._factors)
             terms.append(2 * (torch.cat(self._sums, 1) * scaled).sum(1))
         if not terms:
@@ -76,10 +73,8 @@ class SecondOrderSum:
 class NodeContext:
     """A node that is differentiated in K directions at once.
 
-    Args:
-        values: of the nodes at the point.
-        tangents: of active nodes, [K, *shape]; for operations with several results tuples of
-            them, with None for results that are not active.
+    `tangents` of active nodes are [K, *shape]; an operation with several results has a tuple of
+    them, with None for results that are not active.
     """
 
     def __init__(
@@ -94,11 +89,9 @@ class NodeContext:
         return fx.node.map_arg(argument, lambda node: self._values[node])
 
     def point(self, node: fx.Node) -> Tensor:
-        """An argument's value for forward mode, which gives tangents the strides of the value.
-
-        Expanded values are copied, as their elements share memory and those of tangents must not.
-        """
+        """An argument's value for forward mode, which gives tangents the strides of the value."""
         value: Tensor = self._values[node]
+        # The elements of expanded values share memory, and those of tangents must not.
         expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
         return value.contiguous() if expanded else value
 

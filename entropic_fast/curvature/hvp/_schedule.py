@@ -88,6 +88,7 @@ def last_uses(
     for region in regions:
         for node in (*region.inputs, *region.nodes):
             last[node] = region
+    # Tangents of all nodes at once would take K times the memory of the values.
     by_region: dict[FusedRegion, list[fx.Node]] = {}
     for node, region in last.items():
         if node not in kept:

@@ -1,7 +1,7 @@
 """Second-order terms <g, D^2 f[a'_k, a'_k]> of operations f, for each of K directions.
 
-g is the cotangent of the operation's result and a' the tangents of its arguments. The sum over all
-operations is the network's share of v^T H v (see "Quadratic forms" in docs/design/hvp.md).
+g is the cotangent of the result and a' the tangents of the arguments. See "Quadratic forms" in
+docs/design/hvp.md.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ SECOND_ORDER_RULES: dict[Any, SecondOrderRule] = {}
 
 
 def second_order_term(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Tensor | None:
-    """The term of an operation that is not linear, in float64 [K]; None for zero.
-
-    Args:
-        cotangents: of its results, by their number.
-    """
+    """The term of an operation that is not linear, in float64 [K]; None for zero."""
     target = ctx.node.target
     if target in SECOND_ORDER_RULES:
         return SECOND_ORDER_RULES[target](ctx, cotangents[0])
@@ -49,7 +45,7 @@ def second_order_rule(*targets: Any) -> Callable[[SecondOrderRule], SecondOrderR
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products, in float64 [K], of [K, *shape] with [K, *shape] or [*shape]."""
-    if a.ndim == 5 and b.ndim == 5:
+    if a.ndim == 5 and b.ndim == 5:  # images, of which a product would be a copy of K tangents
         return inner_products(pixels(a), spread_pixels(b))
     products = a * b
     return products.reshape(len(products), -1).sum(1, dtype=torch.float64)
@@ -89,6 +85,7 @@ def _mul(ctx: NodeContext, g: Tensor) -> Tensor | None:
     a, b = ctx.tangent(0), ctx.tangent(1)
     if a is None or b is None:
         return None
+    # D^2 (a b)[(a', b'), (a', b')] = 2 a' b', as for every bilinear operation here.
     dims = g.ndim
     return 2 * inner(aligned(a, dims) * aligned(b, dims), g)
 

@@ -53,17 +53,7 @@ class Tile(NamedTuple):
 
 
 class Tiling:
-    """The tiles of an objective at a point.
-
-    Args:
-        obj: the objective.
-        theta: the point.  # [P]
-        budget: bytes to stay under.
-
-    Attributes:
-        width: directions at once.
-        size: examples at once.
-    """
+    """The tiles of an objective at a point: `size` examples and `width` directions at once."""
 
     def __init__(self, obj: Objective, theta: Tensor, budget: int) -> None:
         self.obj, self.budget = obj, budget
@@ -71,11 +61,7 @@ class Tiling:
         self.width, self.size = self._sizes_within(*_example_bytes(obj, theta))
 
     def _sizes_within(self, widest: int, total: int) -> tuple[int, int]:
-        """Directions and examples to compute at once.
-
-        Args:
-            widest, total: bytes of an example's activations, in the widest layer and in all.
-        """
+        """Directions and examples at once, from an example's bytes in the widest layer and all."""
         count = _longest_run(self.obj)
         # A product holds the tangents of the forward pass, and the values of both passes; on a GPU
         # the same again in the memory of CUDA graphs.
@@ -133,6 +119,7 @@ class Tiling:
 
     def _filled(self, batch: Batch) -> Tile:
         """A batch padded to the tile's size by examples of weight 0."""
+        # Weight 0 makes their cotangents 0: they add exact zeros to every sum.
         missing, weights = self.size - batch.size, self._weights(self.size, batch.size)
         inputs, targets = trees.mapped(lambda tensor: _filled(tensor, missing), batch[1:])
         return Tile(batch.start, inputs, targets, weights)
@@ -200,6 +187,7 @@ class _Meter(TorchDispatchMode):
 
 def _example_bytes(obj: Objective, theta: Tensor) -> tuple[int, int]:
     """Bytes of an example's activations: of the widest layer, and of all."""
+    # `Objective.outputs` may repeat a single example, which would then count twice.
     batch = next(obj.batches(2 if obj.num_examples > 1 else 1))
     with torch.no_grad(), _Meter() as meter:
         obj.outputs(theta, batch.inputs)

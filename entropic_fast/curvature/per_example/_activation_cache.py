@@ -1,8 +1,7 @@
 """Factored gradients of all examples, kept until their Gram matrix is computed.
 
 For each parameter rows, or a layer's input and the gradient of its output, whichever is smaller:
-for WRN-16-4 a fifth of the score matrix. They are in memory, or in a temporary folder on disk that
-is mapped one window at a time and removed at the end.
+for WRN-16-4 a fifth of the score matrix.
 """
 
 from __future__ import annotations
@@ -40,13 +39,9 @@ class InconsistentShapesError(RuntimeError):
 class ActivationCache:
     """Factored gradients of E examples, written chunk by chunk and read parameter by parameter.
 
-    Args:
-        survey: gradients of a few examples for each parameter, in the form in which they are kept.
-        count: E.
-        folder: for files; None to keep everything in memory.
-        window: examples mapped at once, for files.
-        group: the key of each parameter; on a GPU, rows of the same key are adjacent columns of one
-            matrix, to be multiplied at once.
+    `survey` has the gradients of a few examples in the form in which they are kept. In a folder,
+    `window` examples are mapped at once. On a GPU, rows of parameters with the same `group` are
+    adjacent columns of one matrix, to be multiplied at once.
     """
 
     def __init__(
@@ -58,6 +53,7 @@ class ActivationCache:
         group: Callable[[str], str] = lambda name: "",
     ) -> None:
         self.survey, self.count, self.folder = survey, count, folder
+        # Files are mapped one window at a time, as mapped pages count as memory while in use.
         self.window = count if folder is None else window
         self._memory: dict[str, tuple[Tensor, ...]] = {}
         self._joint: list[tuple[str, list[str], Tensor]] = []
@@ -96,17 +92,15 @@ class ActivationCache:
             yield key, names, rows
 
     def put(self, start: int, name: str, grad: FactoredGrad) -> None:
-        """Keep the gradients of a chunk; `start` is the index of its first example.
-
-        Raises:
-            InconsistentShapesError: gradients unlike the survey's, or of a parameter not in it.
-        """
+        """Keep the gradients of a chunk; `start` is the index of its first example."""
         if name not in self.survey:
             raise InconsistentShapesError(f"the first does not depend on {name!r}")
+        # Another layer rule writes columns in another order, which products would mix up.
         if grad.form != self.survey[name].form:
             raise InconsistentShapesError(f"layer rules of {name!r}")
         where = slice(start, start + grad.count)
         if self.folder is None:
+            # Examples whose loss does not depend on the parameter are never put: they stay 0.
             self._missing[name][where] = False
             if isinstance(self.survey[name], DenseGrad) and not isinstance(grad, DenseGrad):
                 grad.write_columns(0, grad.groups, self._memory[name][0][where])
@@ -170,10 +164,7 @@ class ActivationCache:
 
 
 def spill_folder(needed: int) -> Path | None:
-    """A folder on disk with 10 % more than `needed` bytes free; None if there is none.
-
-    The system's temporary folder (TMPDIR), then /var/tmp, unless they are in memory.
-    """
+    """TMPDIR or /var/tmp, if on a disk with 10 % more than `needed` bytes free; else None."""
     for place in (tempfile.gettempdir(), "/var/tmp"):
         try:
             state = os.statvfs(place)

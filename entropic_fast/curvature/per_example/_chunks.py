@@ -45,21 +45,16 @@ def rows_made(grads: Iterable[FactoredGrad]) -> int:
 class PassCost:
     """The memory that a pass over the examples needs, and the chunks that fit.
 
-    Args:
-        made: bytes per example of the rows of one parameter at a time; None for those of the
-            largest parameter, in two orders.
-        fixed: bytes that do not depend on the chunk.
-
-    Attributes:
-        activations: bytes per example of activations and their gradients.
-        rules: bytes per example that layer rules and copies need beside the result.
+    `made` is the bytes per example of the rows of one parameter at a time (None for those of the
+    largest parameter, in two orders), `fixed` what does not depend on the chunk. Per example,
+    `activations` and their gradients, and `rules`, what layer rules need beside the result.
     """
 
     def __init__(
         self, engine: PerExampleGradEngine, made: int | None = None, fixed: int = 0
     ) -> None:
         obj, self.device = engine.obj, engine.theta.device
-        itemsize = max(4, engine.theta.element_size())
+        itemsize = max(4, engine.theta.element_size())  # half-precision gradients become float32
         self.fixed = fixed
         sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
         self.activations = int(ACTIVATION_COPIES * activation_bytes(obj, engine.theta))
@@ -71,11 +66,7 @@ class PassCost:
             self.rules = itemsize * FALLBACK_COPIES * obj.num_params
 
     def chunk_within(self, budget: int, result: int, count: int) -> int:
-        """Examples per chunk within a budget in bytes, with chunks of `count` as even as possible.
-
-        Args:
-            result: bytes per example that are kept.
-        """
+        """Examples per chunk, as even as possible, if `result` bytes are kept per example."""
         each = self.activations + self.rules + result
         if budget < self.fixed + each:
             what = "the gradient of one example"
@@ -96,10 +87,6 @@ class ExampleGradients:
         memory_budget: bytes for the gradients and activations of a chunk; None for a quarter
             of the free memory.
 
-    Attributes:
-        chunk: most examples per chunk.
-        example_bytes: memory estimated per example of a chunk.
-
     Raises:
         ValueError: examples that interact; a budget below the needs of one example.
     """
@@ -116,7 +103,6 @@ class ExampleGradients:
         self.chunk = self.chunk_within(resolve_budget(memory_budget, obj.device))
 
     def chunk_within(self, budget: int) -> int:
-        """Examples per chunk within a budget in bytes."""
         return self.cost.chunk_within(budget, self.row_bytes, self.obj.num_examples)
 
     def chunks(
@@ -124,15 +110,8 @@ class ExampleGradients:
     ) -> Iterator[tuple[int, Tensor]]:
         """(index of the first example, gradients [n, P]) of consecutive chunks.
 
-        Each chunk is a new tensor. Half-precision models give float32.
-
-        Args:
-            max_examples: only the first so many examples; None for all.
-            first: skip chunks that end before this example.
-
-        Raises:
-            NonFiniteLossError: a loss that is NaN or infinite.
-            ValueError: a gradient that is NaN or infinite though the loss is finite.
+        Each chunk is a new tensor, float32 for half-precision models. Chunks that end before
+        example `first` are skipped. A loss or a gradient that is not finite raises.
         """
         for batch in self.obj.batches(max_examples, self.chunk):
             if batch.start + batch.size > first:
@@ -173,13 +152,10 @@ def require_finite(sizes: Tensor, start: int, theta: Tensor) -> None:
 
 
 def activation_bytes(obj: Objective, theta: Tensor) -> int:
-    """Bytes that autograd saves for the backward pass of the loss of one example.
-
-    Measured on the first example: storages saved for backward, each once, without those that
-    all examples share (theta, buffers, the data).
-    """
+    """Bytes that autograd saves for the backward pass of the loss of one example, as measured."""
     batch = next(obj.batches(1))
     leaf = theta.detach().requires_grad_()
+    # Storages saved for backward, each once, without what all examples share.
     shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
     own = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}

@@ -1,10 +1,8 @@
 """Per-example gradients at about the cost of one backward pass.
 
 A layer rule is used for a parameter only if all its uses are as the weight or bias of a supported
-layer, which the autograd graph shows for every chunk. Any other parameter is expanded to one copy
-per example and handled by vmap. Models that vmap cannot trace use `VmapFallback`. Before the first
-result for a model, rules and fallback are compared on two examples. See
-docs/design/per_example.md.
+layer; any other parameter is expanded to one copy per example and handled by vmap. Models that vmap
+cannot trace use `VmapFallback`. See docs/design/per_example.md.
 """
 
 from __future__ import annotations
@@ -50,18 +48,9 @@ logger = logging.getLogger(__name__)
 class PerExampleGradEngine:
     """Per-example gradients of an objective at one point, parameter by parameter.
 
-    Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-
-    Attributes:
-        by_rule: names of the parameters that layer rules see all of.
-        batched: names of those given to vmap as a copy an example.
-        traceable: whether vmap can trace the model; if not, all parameters go to `Fallback`.
-
-    Raises:
-        ValueError: examples that influence one another.
-        FastPathMismatchError: rules and fallback differ on the first examples.
+    Before the first result for a model, rules and fallback are compared on two examples. `batched`
+    are the parameters given to vmap as one copy per example; if the model is not `traceable`, all
+    of them use `VmapFallback`.
     """
 
     def __init__(self, obj: Objective, theta: Tensor | None = None) -> None:
@@ -91,15 +80,9 @@ class PerExampleGradEngine:
         return found
 
     def run(self, batch: Batch, sink: Sink) -> Tensor:
-        """Pass each parameter's gradients for a batch to the sink, as soon as they are computed.
+        """Pass each parameter's gradients for a batch to the sink; returns the losses [n].
 
         Parameters that no loss of the batch depends on are left out: their gradient is 0.
-
-        Returns:
-            the losses.  # [n]
-
-        Raises:
-            NonFiniteLossError: a loss that is NaN or infinite.
         """
         handed: set[str] = set()
 
@@ -163,12 +146,13 @@ class PerExampleGradEngine:
             uses = _Uses(sink)
             mode = LayerInterceptor(tracked, self.obj.frozen_tensors(), uses.add)
             losses = self._losses(batch, tracked, copies, mode)
+            # Read in every chunk, because a model may branch on its data.
             uses.counts = count_layer_rule_uses(losses, tracked)
             others = {name for name, count in uses.counts.items() if not count}
             if not others:
                 break
             logger.info("no layer rule covers %s", ", ".join(sorted(others)))
-            self._info.batched |= others
+            self._info.batched |= others  # from now on, for this model and loss
 
         @full_precision()
         def backward() -> None:
@@ -267,13 +251,13 @@ class _Uses:
 
 @cache
 def _zero(device: torch.device) -> Tensor:
-    """A zero, made once per device: otherwise every pass launches a kernel for it."""
+    """A zero, made once per device: otherwise every pass would launch a kernel for it."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _DispatchInfo:
-    """How the gradients of a model with a loss are computed, independent of point and data."""
+    """How the gradients of a model with a loss are computed, at any point and for any data."""
 
     def __init__(self, loss: LossFunction) -> None:
         self.loss = loss  # a reference, so that its id is not reused

@@ -1,17 +1,6 @@
-"""The Gram matrix of scores within a memory budget.
+"""The Gram matrix of scores within a memory budget, by the strategy that `_gram_plan` chooses.
 
-Three strategies, of which the first that fits is chosen (`_gram_plan`):
-
-- "memory": one pass keeps the factored gradients of all examples (`_activation_cache`). Then, for
-  one parameter and slice of output channels at a time, rows of all E examples are computed and
-  multiplied: E^2 P operations. Or, if that is fewer, inner products over the layer's positions, for
-  one tile of examples at a time.
-- "disk": the same with the cache in temporary files.
-- "recompute": blocks of rows [R, P]; the examples after a block are computed again against it.
-  B blocks take (B + 1) / 2 passes.
-
-With several processes, each holds the rows of its examples and sends them around a ring: each
-multiplies its rows with those of half of the others, while the next block is being sent.
+See "Memory, disk, or recomputation" and "The ring" in docs/design/per_example.md.
 """
 
 from __future__ import annotations
@@ -46,13 +35,7 @@ logger = logging.getLogger(__name__)
 class GramComputation:
     """The Gram matrix of all parameters, or one for each group of them.
 
-    Args:
-        obj, theta: the objective and the point.
-        count: E, the first so many examples.
-        budget: bytes to stay under, results included.
-        strategy: "auto" or one of the three.
-        double_products: multiply in float64; otherwise in the scores' precision.
-        group: the key of a parameter's matrix.
+    `budget` bounds all bytes, results included; `group` gives the key of a parameter's matrix.
     """
 
     def __init__(
@@ -179,6 +162,7 @@ class GramComputation:
         gradients.chunk = self.plan.chunk
         count, rows = self.count, self.plan.block
         block = padded_rows(self.theta, rows, self.obj.num_params, dtype=gradients.dtype)
+        # Each pass computes the examples from this block on: (B + 1) / 2 passes for B blocks.
         for begin in range(0, count, rows):
             end = min(begin + rows, count)
             held = block[: end - begin]
@@ -215,7 +199,7 @@ class GramComputation:
     # -- by processes ----------------------------------------------------------------------
 
     def _gradients_for_ring(self, communicator: Communicator, budget: int) -> ExampleGradients:
-        """Gradients in chunks that fit beside three blocks of rows: own, visiting, and arriving."""
+        """Gradients in chunks that fit beside three blocks of rows: local, visiting, arriving."""
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
         rows = 3 * -(-self.count // communicator.size) * gradients.row_bytes
         fixed = 8 * self.count**2 * len(self.keys)
@@ -246,6 +230,7 @@ class GramComputation:
         met = mine = communicator.synchronized(
             own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
         )
+        # After half a round every pair of blocks has met.
         for step in range(size // 2 + 1):
             other = (here + step) % size
             # Send the visiting rows to the previous process, and receive those of the next.
@@ -284,6 +269,7 @@ class GramComputation:
         size = len(ranges)
         if other == here:
             self._each(grams, mine, None, ranges[here], ranges[here])
+        # In a ring of even size both ranks of an opposite pair meet: the lower one computes it.
         elif 2 * ((other - here) % size) < size or here < other:
             pair = (mine, met) if here > other else (met, mine)
             self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])

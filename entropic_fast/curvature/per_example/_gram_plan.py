@@ -78,15 +78,7 @@ class ScorePlan:
 
 
 class GramPlanner:
-    """Chooses a plan for one Gram matrix.
-
-    Args:
-        engine: of the model and point.
-        survey: gradients of one example for each parameter, in the form in which they are kept.
-        count: E.
-        matrices: number of results [E, E].
-        budget: memory limit in bytes, results included.
-    """
+    """Chooses a plan for `matrices` Gram matrices [E, E], within `budget` bytes in all."""
 
     def __init__(
         self,
@@ -108,11 +100,7 @@ class GramPlanner:
         return PassCost(self.engine, rows_made(self.survey.values()))
 
     def choose(self, strategy: str) -> ScorePlan:
-        """The plan of a strategy, or of the first that fits.
-
-        Raises:
-            ValueError: none fits.
-        """
+        """The plan of a strategy, or of the first that fits; ValueError if none does."""
         plans: dict[str, Callable[[], ScorePlan]] = {
             "memory": self._in_memory,
             "disk": self._on_disk,
@@ -173,10 +161,8 @@ class GramPlanner:
         return self._plan("recompute", size, computed / count, held=block * row, block=block)
 
     def _products(self, *, spilled: bool) -> tuple[int, int]:
-        """The least bytes for the products of any parameter, and a number that is efficient.
-
-        The least is rows of all examples for one output channel, or inner products of one pair.
-        """
+        """The least bytes for the products of any parameter, and a number that is efficient."""
+        # At the least rows of all examples for one output channel, or one pair's inner products.
         least, most = 0, 0
         for grad in self.survey.values():
             pair = pairing(grad, spilled)
@@ -224,7 +210,7 @@ class GramPlanner:
 
 
 def pairing(grad: FactoredGrad, spilled: bool) -> tuple[int, int] | None:
-    """`inner_product_bytes` of a gradient, and what is mapped for an example on disk."""
+    """`inner_product_bytes` of a gradient, and what is mapped per example on disk."""
     if grad.inner_product_bytes is None:
         return None
     example, pair = grad.inner_product_bytes
@@ -239,11 +225,8 @@ def channels_within(size: int, grad: FactoredGrad, count: int) -> int:
 
 
 def tile_within(size: int, example: int, pair: int, count: int) -> int:
-    """Examples of a tile of inner products that fits in `size` bytes; at least 1.
-
-    >>> tile_within(tile_bytes(7, 10, 16), 10, 16, 100), tile_within(0, 10, 16, 100)
-    (7, 1)
-    """
+    """Examples of a tile of inner products that fits in `size` bytes; at least 1."""
+    # The root of examples^2 pair + 2 examples example = size, as in `tile_bytes`.
     return max(1, min(count, (isqrt(example**2 + pair * size) - example) // pair))
 
 

@@ -43,12 +43,9 @@ def ntk_gram(
 
     Entry [e, k, f, l] is the inner product of d output_k(x_e) / d theta and
     d output_l(x_f) / d theta: the empirical neural tangent kernel at theta (Jacot, Gabriel,
-    Hongler, arXiv 1806.07572). The outputs of an example are flattened to K numbers. The loss
-    and the targets play no part.
-
-    The gradient of an output is the score of an example whose loss is that output, so this is
-    `score_gram` of E * K examples, with its layer rules, accuracy and memory; inputs are held
-    once, and repeated chunk by chunk.
+    Hongler, arXiv 1806.07572). The outputs of an example are flattened to K numbers; loss and
+    targets play no part. It is computed as `score_gram` of E * K examples, each with one output as
+    its loss.
 
     Args:
         obj: an objective whose examples do not interact.
@@ -56,8 +53,8 @@ def ntk_gram(
         max_examples: E, the first so many examples; None for all N.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
             quarter of the free memory, half on a GPU.
-        group_by: None for the whole; "parameter" or "module" for the share of each, by name. The
-            shares add up to the whole.
+        group_by: None for the total; "parameter" or "module" for the share of each, by name. The
+            shares add up to the total.
 
     Raises:
         ValueError: as `score_gram`; NaN or infinite outputs; outputs whose number K is not the
@@ -90,7 +87,7 @@ def _chosen(outputs: Tensor, which: Tensor) -> Tensor:
 
 
 def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
-    """K, after a pass that refuses outputs not finite, or not all K, naming the example."""
+    """K, after a pass that rejects outputs that are not finite, or not all K."""
     size = None
     for batch in obj.batches(count):
         with torch.no_grad(), full_precision():

@@ -1,9 +1,4 @@
-"""Labels drawn from the model, whose scores estimate the true Fisher matrix.
-
-The second moment of the scores of the given labels is the empirical Fisher matrix (Kunstner,
-Balles, Hennig, arXiv 1905.12558). The Fisher matrix averages over labels y ~ p(y | x, theta); with
-`with_sampled_labels` every function of scores estimates it from samples of them.
-"""
+"""Labels drawn from the model, whose scores estimate the true Fisher matrix."""
 
 from __future__ import annotations
 
@@ -36,8 +31,9 @@ def with_sampled_labels(
 ) -> Objective:
     """The objective whose targets are drawn from the model's predictive distribution at theta.
 
-    Scores of sampled labels have the true Fisher matrix as their expected second moment; scores
-    of the given labels, the empirical one. The loss must be a negative log-likelihood:
+    The expected second moment of the scores of sampled labels y ~ p(y | x, theta) is the true
+    Fisher matrix; that of the given labels is the empirical one (Kunstner, Balles, Hennig, arXiv
+    1905.12558). The loss must be a negative log-likelihood:
 
     - "cross_entropy": a class from the softmax of the outputs [n, C], or for outputs
       [n, C, ...] one for each position, independently. The loss is a mean over the S positions,
@@ -45,21 +41,20 @@ def with_sampled_labels(
       (`GGNOperator`), and 1 / S^2 of the Fisher matrix of the S labels together; with S = 1 all
       three are equal.
     - "bce", nn.BCEWithLogitsLoss: 0 or 1 for each of the C labels, from the sigmoid of its output.
-      As with positions, the loss is a mean over labels: the expected second moment of its scores is
-      1 / C of its Gauss-Newton matrix, and 1 / C^2 of the Fisher matrix of the C labels together.
+      As with positions, the expected second moment is 1 / C of the Gauss-Newton matrix, and 1 / C^2
+      of the Fisher matrix of the C labels together.
     - "next_token", nn.CrossEntropyLoss: as "cross_entropy", a class for each position that counts;
       ignored labels stay. A position weighs N / W in the loss of its example, with N examples and W
       positions that count, so the second moment is N / W of the Gauss-Newton matrix.
     - "mse", nn.MSELoss: the outputs plus independent Gaussian noise of variance K / 2, for K
-      outputs per example. Then |f - y|^2 / K is the negative log-likelihood, up to a constant
-      and with factor 1, so the expected second moment is the Fisher matrix and the Gauss-Newton
-      matrix.
+      outputs per example. Then |f - y|^2 / K is the negative log-likelihood up to a constant, and
+      the expected second moment is the Fisher matrix and the Gauss-Newton matrix.
 
     Example e of the data becomes the examples e * draws to e * draws + draws - 1; inputs are
     held once. The labels of a draw are a function of (seed, draw, example) and the outputs, not
-    of the device or the batches, save that rounding of an output can decide a label on the edge
+    of the device or the batches, except that rounding of an output can decide a label on the edge
     between two. A smaller `draws` has the first labels of a larger one. The standard error of
-    `fisher_trace` takes all N * draws examples for independent, which those of one input are
+    `fisher_trace` treats all N * draws examples as independent, which those of one input are
     not: with several draws it is too small as that of a sample of inputs.
 
     Args:
@@ -140,8 +135,7 @@ def _labels(
 def _classes(outputs: Tensor, first: int, key: int, draw: int) -> Tensor:
     """A class for each position of outputs [n, C, ...], by inverse transform sampling.
 
-    Args:
-        first: number of labels drawn before, the offset into the random stream.
+    `first` is the number of labels drawn before, the offset into the random stream.
     """
     n, positions = len(outputs), outputs[0, 0].numel()
     cumulative = outputs.double().softmax(1).reshape(n, -1, positions).cumsum(1)  # [n, C, S]

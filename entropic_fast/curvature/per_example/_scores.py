@@ -108,10 +108,10 @@ def score_gram(
         obj, theta, max_examples: as for `score_matrix`.
         memory_budget: limit in bytes, the result included; None for a quarter of the free memory,
             half on a GPU. It does not cover what the process holds beforehand, nor the two examples
-            that the first call on a model compares with `torch.func` (some 8 P numbers).
+            that the first call on a model compares with `torch.func` (about 8 P numbers).
         products: "float64", accurate to float64's rounding for the scores as computed; or
             "float32", about twice as fast on CPUs: sums of 256 float32 products are accumulated in
-            float64, so that entry (i, j) is off by some 1e-8 |s_i| |s_j|.
+            float64, so that entry (i, j) is off by about 1e-8 |s_i| |s_j|.
         strategy: "auto", or one of "memory", "disk", "recompute" (see `score_plan`).
         group_by: None for all parameters; "parameter" or "module" for one matrix per parameter or
             module, by name. They add up to the total.
@@ -261,18 +261,18 @@ def score_spectrum_floor(
     The sum of three errors. Rounding of the scores to `dtype` moves each singular value of S by up
     to about 8 eps ||S||_F (8 for the growth of rounding through the layers), and an eigenvalue 0 by
     (8 eps)^2 times the sum of all. The float64 eigenvalue solver errs by the order times eps times
-    the largest. Float32 products add at most some 8 eps |s_i| |s_j| / sqrt(P / 256) to entry
+    the largest. Float32 products add at most about 8 eps |s_i| |s_j| / sqrt(P / 256) to entry
     (i, j), and so 8 eps times the sum of all eigenvalues over sqrt(P / 256).
 
     Args:
-        spectrum: eigenvalues [n] of one matrix, from `score_spectrum`; none give 0.
+        spectrum: eigenvalues [n] of one matrix, from `score_spectrum`; an empty one gives 0.
         dtype: the objective's dtype, in which the scores were computed.
         products: as given to `score_spectrum`.
         num_params: P, for float32 products; None assumes at most 256.
 
     Raises:
-        ValueError: no tensor [n] of finite values; the dictionary of
-            `score_spectrum(group_by=...)`, whose every value has a floor of its own.
+        ValueError: not a tensor [n] of finite values; the dictionary of
+            `score_spectrum(group_by=...)`, each of whose values has its own floor.
 
     >>> import torch
     >>> score_spectrum_floor(torch.tensor([1.0, 0.1]), torch.float32) < 1e-11
@@ -329,8 +329,7 @@ def _second_moment(
 
 
 def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tensor:
-    """Eigenvalues of matrix / count, descending; one of the processes that share work takes
-    them for all."""
+    """Eigenvalues of matrix / count, descending, computed by one of the processes for all."""
 
     def one_takes() -> Tensor:
         if obj.communicator.rank:

@@ -25,12 +25,7 @@ UNTRACEABLE = (RuntimeError, NotImplementedError, ValueError, TypeError, UserWar
 
 
 class VmapFallback:
-    """Rows of the score matrix of an objective at one point, without layer rules.
-
-    Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point.  # [P]
-    """
+    """Rows of the score matrix of an objective at one point, without layer rules."""
 
     def __init__(self, obj: Objective, theta: Tensor) -> None:
         self.obj, self.theta = obj, theta

@@ -6,14 +6,10 @@ weight gradient
     out[e, o, k, c] = sum_p g[e, p, o] a[e, p * stride + k * dilation - padding, first(o) + c]
 
 over output positions p, where first(o) is the first input channel of o's group and `a` is zero
-outside of its bounds. One ordinary backward pass gives `a` and `g` of a whole batch; these ops take
-them apart again, which backward passes one example at a time would do at many times the cost.
-`conv_weight_norms` keeps only squared norms and never holds the gradients.
+outside of its bounds. For a transposed convolution `a` and `g` are exchanged.
 
-The weight gradient of a transposed convolution is the same sum with `a` and `g` exchanged.
-
-Sums run over positions in a fixed order in the dtype of `a`; squares are taken and summed in
-float64. Results do not depend on the number of threads.
+Sums run over positions in a fixed order in the dtype of `a`; squares are summed in float64. Results
+do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -62,7 +58,7 @@ def conv_weight_grads(
     """Weight gradients of a convolution for each example, channels innermost.
 
     `padding` is what comes before each dimension; what comes after follows from the sizes. Slices
-    of channels are read in place (the last stride has to be 1, else a copy is made), and `out` may
+    of channels are read in place (if the last stride is not 1, a copy is made), and `out` may
     be a slice of the columns of a wider buffer.
 
     Raises:

@@ -1,16 +1,14 @@
-"""Family `conv_example_grads` in Triton: per-example weight gradients of a convolution, norms.
+"""Family `conv_example_grads` in Triton.
 
 For one example and group the gradient is a matrix product over positions, of g^T [O, P] with the
 unfolded input [P, (k, c)], which is gathered tile by tile and never stored. One program owns one
-tile of one example's gradient. Its end either stores the tile or squares and sums it in float64;
-sums over tiles are then taken in a fixed order, so results are the same bits run after run.
+tile of one example's gradient, and either stores it or sums its squares in float64; sums over tiles
+follow in a fixed order, so results are the same bits run after run.
 
 Every position of a tile takes BLOCK_O + BLOCK_KC loads for BLOCK_O * BLOCK_KC multiply-adds. The
 tiles of one example are neighbors in the grid and read the same `a` and `g`, which stay in L2
-(64 KB each for 16 channels of 32 x 32); device memory sees each about once.
-
-Groups of fewer than 8 channels would leave most of such a tile empty. They go to a second kernel,
-which takes a block of output channels and one column of the weight at a time.
+(64 KB each for 16 channels of 32 x 32). Groups of fewer than 8 channels would leave most of a tile
+empty: a second kernel computes a block of output channels and one column of the weight at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

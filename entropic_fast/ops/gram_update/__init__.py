@@ -5,14 +5,10 @@ columns contributes, S S^T, to its lower triangle; `cross_update_` does the same
 sets of rows.
 
 float32 rows are multiplied and summed in float32 over at most `BLOCK` columns; each such sum is
-added to the float64 matrix. With u = 2^-24 the error of an entry is at most
-
-    BLOCK u sum_k |a_k b_k|,
-
-whatever K. In practice rounding errors have random signs and the error falls as K grows: below
-2 u |a| |b| / sqrt(K / BLOCK) where products have random signs, below 16 u |a| |b| / sqrt(K / BLOCK)
-where all have one sign, as on the diagonal. One float32 sum over all K columns would err more as K
-grows. With `double_products`, and for float64 rows, products and sums are float64 throughout.
+added to the float64 matrix. With u = 2^-24 the error of an entry is at most BLOCK u sum_k |a_k b_k|
+for any K. In practice it is below 2 u |a| |b| / sqrt(K / BLOCK) where products have random signs,
+and below 16 u |a| |b| / sqrt(K / BLOCK) where all have one sign, as on the diagonal. With
+`double_products`, and for float64 rows, products and sums are float64 throughout.
 
 Results do not depend on the number of threads, and are the same bits run after run on one backend.
 """
@@ -52,11 +48,8 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def chosen_backend(device: torch.device, double: bool) -> str:
-    """The backend for an update; `double`: with float64 products, of rows of either dtype.
-
-    Under "auto" GPUs in `FLOAT64_TENSOR_CORES` have float64 products by "reference", which is
-    cuBLAS there, where Triton would be next.
-    """
+    """The backend for an update; `double`: with float64 products, of rows of either dtype."""
+    # "reference" is cuBLAS there, where Triton would be next.
     chosen = backend_for(FAMILY, device)
     if double and chosen == "triton" and setting_for(device) == "auto" and is_gpu(device):
         return "reference" if compute_capability(device) in FLOAT64_TENSOR_CORES else chosen
@@ -99,9 +92,8 @@ def symmetric_update_(
     Example:
         >>> gram = torch.zeros(2, 2, dtype=torch.float64)
         >>> symmetric_update_(gram, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        >>> gram
-        tensor([[ 5.,  0.],
-                [11., 25.]], dtype=torch.float64)
+        >>> gram.tolist()
+        [[5.0, 0.0], [11.0, 25.0]]
     """
     reject_autograd(gram=gram, rows=rows)
     _symmetric_update(SymmetricUpdate(gram, rows, double_products))

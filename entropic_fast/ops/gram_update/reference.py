@@ -1,7 +1,4 @@
-"""Updates of a float64 Gram matrix in plain PyTorch, in bounded scratch.
-
-Checked tensors on any device; shapes and accuracy as in `entropic_fast.ops.gram_update`.
-"""
+"""Updates of a float64 Gram matrix in plain PyTorch, in bounded scratch."""
 
 from __future__ import annotations
 
@@ -89,10 +86,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _full_float32() -> bool:
-    """Whether torch multiplies float32 matrices in full, by its settings for GPUs and for CPUs.
-
-    `torch.get_float32_matmul_precision` raises where one of them was set by itself.
-    """
+    """Whether torch multiplies float32 matrices in full, by its settings for GPUs and for CPUs."""
+    # `torch.get_float32_matmul_precision` raises if one of them was set by itself.
     backends: Any = torch.backends
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     return all(setting.fp32_precision in ("none", "ieee") for setting in settings)

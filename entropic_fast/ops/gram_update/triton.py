@@ -1,12 +1,11 @@
-"""Family `gram_update` in Triton: rows rows^T, lower triangle, and a b^T, added to float64 sums.
+"""Family `gram_update` in Triton.
 
 One program owns a tile of the result and a range of columns. Products of float32 rows are summed
-in float32 over a few columns, then added to the program's float64 tile: SUM columns in full
-float32, where such a sum is a chain of rounded additions, and CHUNK on tensor cores. When there are
-few tiles, the columns are split among several programs; a second kernel adds their tiles in order,
-so the result is the same bits run after run.
+in float32 over a few columns, then added to the program's float64 tile. When there are few tiles,
+the columns are split among several programs; a second kernel adds their tiles in order, so the
+result is the same bits run after run.
 
-Per column a tile of B x B loads 2 B numbers for B^2 multiply-adds: B / 4 operations a byte in
+Per column a tile of B x B loads 2 B numbers for B^2 multiply-adds: B / 4 operations per byte in
 float32, 16 for B = 64, and a third of those loads or less reach device memory, as programs that
 share rows run side by side and meet in L2.
 """

@@ -1,22 +1,18 @@
 """Family `langevin`: Langevin dynamics of many particles, many steps in one call.
 
-Built-in potentials (formulas in `entropic_fast.ops.langevin.forces`) and integrators
-(`ops.langevin.reference`). A kernel keeps each particle in registers from the first step
-of a call to the last, and makes its noise on the spot: coordinate d of particle i at step n gets
-standard normal number i D + d of stream n of `random_bits.streams.normal`. So the noise depends on
-seed, particle and step alone, not on the device, threads, other particles or how a run is cut into
-calls; results of one backend are the same bits for all of these.
+Potentials are in `forces`, integrators in `reference`. A kernel keeps each particle in registers
+from the first step of a call to the last: coordinate d of particle i at step n gets standard normal
+number i D + d of stream n of `random_bits.streams.normal`. So the noise depends on seed, particle
+and step alone, not on the device, threads, other particles or how a run is cut into calls; results
+of one backend are the same bits for all of these.
 
-Work for a particle in the plane and a step (Leimkuhler-Matthews, ring; a fused multiply-add is two
-operations): half a Philox counter, 40 operations on words, 10 of them multiplications; a logarithm
-30, a square root and products 4, a sine and cosine 39; force 22 and update 10. That is 105
-floating-point operations, two square roots and two divisions among them. A call reads and writes 32
-bytes a particle in float64 (64 with velocities), 32 / steps a particle-step: above a few steps a
-call arithmetic is the limit, and of it two thirds is noise. In float32 a register holds twice as
-many particles.
+Work per particle in the plane and step (Leimkuhler-Matthews, ring; a fused multiply-add is two
+operations): 40 operations on words, and 105 floating-point operations, among them two square roots
+and two divisions; two thirds are for noise. A call reads and writes 32 bytes per particle in
+float64 (64 with velocities): above a few steps per call arithmetic is the limit.
 
-Float64 results agree with the reference to rounding. Errors of the normal numbers, in units of the
-last place of the exact ones: at most `NORMAL_ULP`.
+Float64 results agree with the reference to rounding; errors of the normal numbers, in units of the
+last place, are at most `NORMAL_ULP`.
 """
 
 from __future__ import annotations
@@ -72,13 +68,12 @@ def langevin_steps(
         potential, parameters: "ring", "ridge" or "channel", and its numbers (see `PARAMETERS`).
         scheme: "euler-maruyama", "leimkuhler-matthews" or "baoab".
         temperature, dt, friction: as in `entropic_fast.dynamics.simulate_langevin`.
-        first_step: steps taken before: the number of the first.
-        first_particle: number of the first particle.
+        first_step, first_particle: numbers of the first step and particle.
         seed: of the noise, in [0, 2^63).
         backend: None for the one in force.
 
     Raises:
-        ValueError: what does not fit.
+        ValueError: arguments that do not fit.
         BackendError: a backend asked for by name that cannot run here.
 
     Example:
@@ -105,12 +100,9 @@ def box_muller(
     dtype: torch.dtype = torch.float64,
     backend: str | None = None,
 ) -> Tensor:  # [n, 2]
-    """The kernels' normal numbers from uniform words, to look at their accuracy.
+    """The kernels' normal numbers from uniform words, to examine their accuracy.
 
     sqrt(-2 ln u_0) (cos, sin)(2 pi u_1) with u = (word + 1/2) / 2^32.
-
-    Raises:
-        ValueError: words of another form.
 
     >>> box_muller(torch.tensor([[2**31, 2**30]])).round(decimals=3)
     tensor([[-0.0000, 1.1770]], dtype=torch.float64)
@@ -120,9 +112,6 @@ def box_muller(
 
 def backend_of(dim: int, device: torch.device | str, setting: str | None = None) -> str:
     """The backend that runs `dim` dimensions on `device`: a kernel if it has room for them.
-
-    Raises:
-        BackendError: a backend asked for by name that cannot.
 
     >>> backend_of(1000, "cpu")
     'reference'

@@ -1,8 +1,7 @@
 """Family `langevin` in Triton in more than two dimensions: ridge and channel, a tile of particles.
 
-A tile [BLOCK, SIZE] holds D coordinates of each particle, and padding. Each coordinate makes its
-own normal number from the counter it shares with its neighbors: up to four times the work for
-noise that the plane's kernel (triton/langevin.py) does, but no exchange between threads.
+Each coordinate computes its own normal number from the counter it shares with its neighbors: up to
+four times the work for noise that the plane's kernel does, but no exchange between threads.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

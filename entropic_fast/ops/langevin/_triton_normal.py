@@ -1,7 +1,7 @@
 """Elementary functions and normal numbers for Triton kernels: those of csrc/cpu/simd/normal.h.
 
-Triton's own float32 log, exp and division are approximations; these are good to a few units of the
-last place, and quick, as their arguments are reduced exactly.
+Triton's own float32 log, exp and division are approximations; these are accurate to a few units of
+the last place, and fast, as their arguments are reduced exactly.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

@@ -1,12 +1,10 @@
 """Forces -grad V of the built-in potentials in plain PyTorch: positions [N, D] to forces [N, D].
 
-Parameters of each, in this order (as the compiled kernels take them):
+Positions are (x_1 ... x_n, y). Parameters of each, in the order of the compiled kernels:
 
 - ring: stiffness k, contrast c, modes m. V = 1/2 k (1 + c cos m theta) (r - 1)^2 in the plane.
 - ridge: stiff s, slope b, length l, wall w. V = 1/2 s e^(b y) |x|^2 + 1/2 w (y beyond [0, l])^2.
 - channel: stiffness k, contrast c, length l. V = 1/2 k e^(c cos(2 pi y / l)) |x|^2.
-
-Positions are (x_1 ... x_n, y) where there is an x.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Langevin integrators in plain PyTorch, for any force, on any device.
 
-`drift`, `decay` and `noise` are what `Coefficients` makes of temperature, time step and friction;
-z(n) are the standard normal numbers of step n. One step of each scheme is
+`drift`, `decay` and `noise` are those of `Coefficients`; z(n) are the standard normal numbers of
+step n. One step of each scheme is
 
     euler-maruyama       x += drift F(x) + noise z(n)
     leimkuhler-matthews  x += drift F(x) + noise (z(n) + z(n + 1)) / 2

@@ -1,8 +1,6 @@
 """Family `langevin` in Triton: in the plane, a thread keeps two particles from first step to last.
 
-Two particles of two coordinates take the four words of one counter a step. Hyper-parameters come in
-a tensor of float64: as arguments Triton would round them to float32. More dimensions have a kernel
-of their own (_triton_nd.py).
+Two particles of two coordinates use the four words of one counter per step.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -209,6 +207,7 @@ def langevin_steps(a: LangevinSteps) -> None:
     x = a.x
     if x.shape[0] == 0 or a.steps == 0:
         return
+    # In a float64 tensor: as arguments Triton would round them to float32.
     numbers = _numbers((a.drift, a.decay, a.noise, *a.parameters), x.device)
     particles, dim = x.shape
     arguments = (

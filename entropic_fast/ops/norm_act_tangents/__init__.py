@@ -3,14 +3,13 @@
 Tensors [K, m, C] hold one tangent (or tangent of a gradient) for each of K directions at m pixels
 of C channels. `jvp` propagates tangents forward through y -> scale y -> activation, `vjp_tangent`
 the gradients' tangents backward through the same, each with every tensor of K read and written
-once; `norm_act` computes the values there, `inner_products` K inner products. `jvp` and
-`vjp_tangent` also compute what a Hessian product sums up on the way: sums over pixels for the
-weights' entries, and quadratic forms of second derivatives.
+once; `norm_act` computes the values there, `inner_products` K inner products. What is None is
+left out.
 
-Elements are computed in their own dtype. Sums over pixels are float64 from block to block of 8 kB a
-tangent; within a block, on a CPU, in the tensors' dtype: of at most 32 terms for a channel, of at
-most 256 for a form or an inner product. They do not depend on the number of threads. NaN and
-infinity propagate as in PyTorch: a slope of 0 times infinity is NaN. What is None takes no part.
+Elements are computed in their own dtype. Sums over pixels are float64 from block to block of 8 kB
+per tangent; within a block, on a CPU, in the tensors' dtype: of at most 32 terms for a channel, of
+at most 256 for a form or an inner product. They do not depend on the number of threads. NaN and
+infinity propagate as in PyTorch: a slope of 0 times infinity is NaN.
 
 Layouts: channels one element apart everywhere; pixels C apart, except in `extra` and `b`, whose
 pixels and tangents may be any distance apart (as slices of one convolution's channels-last output).
@@ -69,8 +68,7 @@ def jvp(
 
     With scale = weight rstd, tscale and tshift the tangents of weight and bias, normal the
     normalized input, and slope and bend the activation's first derivative and (times the gradient)
-    its second. Of an affine layer's two second-order terms, `sums` is the one between its weight
-    and its input.
+    its second. `sums` is the second-order term between an affine layer's weight and its input.
 
     Raises:
         ValueError: dtypes, shapes, devices or layouts that do not fit, memory that is written and
@@ -114,8 +112,8 @@ def vjp_tangent(
         dshift[k, c] = sum over pixels of g
 
     `residual` is the second-order term of the activation or of a branch that joins here; tscale is
-    the tangent of the weight times rstd. Without scale and tscale, out = g: pass out=u to have no
-    copy made.
+    the tangent of the weight times rstd. Without scale and tscale, out = g: pass out=u to avoid a
+    copy.
 
     Raises:
         ValueError: as `jvp`.

@@ -1,9 +1,9 @@
-"""Family `norm_act_tangents` in Triton: tangents through normalization and activation.
+"""Family `norm_act_tangents` in Triton.
 
 One program owns a tile of pixels and channels for a group of tangents: what the tangents share is
-read once and stays in registers, and each tensor of K is read and written once. Sums are float64
-throughout, one partial sum for each tile, added by torch in a fixed order: no atomic additions, so
-results are the same bits run after run.
+read once and stays in registers, and each tensor of K is read and written once. Sums are float64,
+one partial sum per tile, added by torch in a fixed order, so results are the same bits run after
+run.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

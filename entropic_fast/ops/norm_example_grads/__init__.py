@@ -5,11 +5,9 @@ n examples of S positions and C channels,
 
     dscale[e, c] = sum_s g[e, s, c] (x[e, s, c] - mean) rstd        dshift[e, c] = sum_s g[e, s, c]
 
-and, where mean and rstd are constants (BatchNorm in evaluation mode), d loss / d x is
-g * rstd * weight.
-
-Each term is rounded as x's dtype rounds it, three times at most; sums of the terms are at least as
-accurate as pairwise sums in that dtype. Results do not depend on the number of threads.
+and, if mean and rstd are constants (BatchNorm in evaluation mode), d loss / d x is
+g * rstd * weight. Each term is rounded at most three times in x's dtype; sums are at least as
+accurate as pairwise sums in that dtype, and do not depend on the number of threads.
 """
 
 from __future__ import annotations

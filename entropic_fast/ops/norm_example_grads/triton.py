@@ -1,8 +1,7 @@
-"""Family `norm_example_grads` in Triton: per-example gradients of normalization layers' weights.
+"""Family `norm_example_grads` in Triton.
 
 One program owns a block of channels of one example and reads its positions in order, once. Every
-sum is float64: the work is bound by memory (8 bytes of x and g for about 6 operations), and
-float64 runs at half of float32's rate on the GPUs this is for.
+sum is float64: the work is bound by memory (8 bytes of x and g for about 6 operations).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

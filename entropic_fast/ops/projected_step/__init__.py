@@ -3,17 +3,16 @@
 Pass one (`sgd_step`, `adam_step`) advances the parameters exactly as `torch.optim` does and, while
 they are in cache, computes the products that projection onto the path's polyline needs. Pass two
 (`project_step`) finds each replica's nearest point of the polyline from those products and writes
-it into the parameters. Neither synchronizes with a GPU. Between projections pass no pivots: then
-pass one is a plain optimizer step.
+it into the parameters. Neither synchronizes with a GPU. Without pivots, pass one is a plain
+optimizer step.
 
-The products of theta with pivots p_0 ... p_{M-1} are
+The products of theta with pivots p_0 ... p_{M-1} are float64 sums of differences in float64:
 
     products[r, 0, m] = |theta_r - p_m|^2
     products[r, 1, m] = <theta_r - p_m, p_{m+1} - p_m>        (0 for the last pivot)
 
-as float64 sums of differences computed in float64. Results do not depend on the number of threads,
-and are the same bits in every run on one backend. docs/numerics.md has the error bounds, and why
-results with `near` are those of all products.
+Results do not depend on the number of threads, and are the same bits in every run on one backend.
+docs/numerics.md has the error bounds, and why results with `near` are those of all products.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def sgd_step(
 
     Raises:
         ValueError: dtypes other than float32 and float64, shapes, devices or layouts that do not
-            fit, tensors that overlap one that is written, or options `torch.optim` refuses too.
+            fit, tensors that overlap one that is written, or options `torch.optim` rejects too.
 
     Example:
         >>> theta = torch.tensor([1.0, 2.0])
@@ -174,7 +173,7 @@ def project_step(
 def segment_squares(
     pivots: Tensor,  # [M, P]
 ) -> Tensor:  # [M - 1] float64
-    """Squared lengths of the polyline's segments, taken in float64; once for each path.
+    """Squared lengths of the polyline's segments, computed in float64; once per path.
 
     >>> segment_squares(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     tensor([25.], dtype=torch.float64)
@@ -190,7 +189,7 @@ def segment_squares(
 def pivot_squares(
     pivots: Tensor,  # [M, P]
 ) -> Tensor:  # [M, M] float64
-    """Squared distances of the pivots from each other, taken in float64; once for each path.
+    """Squared distances of the pivots from each other, computed in float64; once per path.
 
     >>> pivot_squares(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist()
     [[0.0, 25.0], [25.0, 0.0]]

@@ -1,7 +1,4 @@
-"""Fused projection step in plain PyTorch: the arithmetic of `torch.optim`, then the products.
-
-Every function works in place on contiguous, checked tensors, on any device.
-"""
+"""Fused projection step in plain PyTorch: the arithmetic of `torch.optim`, then the products."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Family `projected_step` in Triton: float32 and float64 on a GPU, or under Triton's interpreter.
 
 One program owns BLOCK elements of one replica, advances them and keeps them while it reads each
-pivot once; sums over blocks are taken in a fixed order by a second kernel. Hyper-parameters other
-than the learning rate are compile-time constants, as Triton rounds run-time arguments to float32;
-none of them changes often within a run. The number of pivots does, where AutoNEB adds some, and is
-known at run time alone: one compilation for every path, however long.
+pivot once; a second kernel sums over blocks in a fixed order. Hyper-parameters other than the
+learning rate are compile-time constants, as Triton rounds run-time arguments to float32. The number
+of pivots is known at run time only: one compilation for every path.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

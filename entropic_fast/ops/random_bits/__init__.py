@@ -1,12 +1,10 @@
 """Family `random_bits`: counter-based random numbers of many streams in one launch.
 
-Which numbers, `entropic_fast.ops.random_bits.reference` says: a number is a pure function of (seed,
-stream, index), the same bits on every backend, whatever the device, the threads, or how a tensor is
-cut into calls. A call serves consecutive streams of one seed, of which no copy reaches the device,
-or of a tensor of seeds, which stays there.
+A number is a pure function of (seed, stream, index), the same bits on every backend, device and
+thread count, and however a tensor is cut into calls (see `reference`). A call serves consecutive
+streams of one seed, or of a tensor of seeds, which stays on the device.
 
-Work for a counter, which gives four words: 20 multiplications of 32 bits and 60 other operations on
-words. On one core of a CPU 11 million float32 signs take 8 ms with AVX-512 and 16 ms with AVX2; the
+On one core of a CPU 11 million float32 signs take 8 ms with AVX-512 and 16 ms with AVX2; the
 reference takes 570 ms.
 """
 
@@ -55,9 +53,8 @@ def fill_(
     """Write numbers `start` to `start + n` of streams `first_stream` to `first_stream + T`.
 
     Args:
-        out: where to; its device is where they are made.
-        seeds: integers in [0, 2^64), as int64 those from 2^63 on negative; with one number,
-            S is 1.
+        out: written, on its device.
+        seeds: integers in [0, 2^64), as int64 those from 2^63 on negative; with one number, S is 1.
         kind: "words" (int64, uniform in [0, 2^32)), "uniform" (float32 or float64, in (0, 1)),
             "signs" (any floating-point type, -1 or 1), "sort_keys" (int64, 63 bits).
         first_stream: an integer in [0, 2^64); streams after the last one begin at 0 again.
@@ -65,7 +62,7 @@ def fill_(
         backend: None for the one in force.
 
     Raises:
-        ValueError: what does not fit.
+        ValueError: arguments that do not fit.
         BackendError: a backend asked for by name that cannot run here.
 
     Example:
@@ -89,10 +86,6 @@ def philox(
 ) -> Tensor:  # [m, n, 4] int64
     """Philox-4x32-10: four words in [0, 2^32) for each counter, a seed and a stream per row.
 
-    Raises:
-        ValueError: what does not fit.
-        BackendError: a backend asked for by name that cannot run here.
-
     Example:
         >>> zero = torch.zeros(1, dtype=torch.int64)
         >>> [hex(w) for w in philox(zero[None], zero, zero).flatten().tolist()]
@@ -110,10 +103,6 @@ def whole_seed(seed: int) -> int:
 
 
 def as_int64(number: int) -> int:
-    """The number with the same low 64 bits in [-2^63, 2^63), which torch's integers can hold.
-
-    >>> as_int64(2**64 - 1)
-    -1
-    """
+    """The number with the same low 64 bits in [-2^63, 2^63), which torch's integers can hold."""
     low = whole_seed(number) & (2**64 - 1)
     return low - 2**64 if low >= 2**63 else low

@@ -1,8 +1,7 @@
 """Philox-4x32-10 in int64 tensor arithmetic, and the numbers that its words make.
 
-A *stream* is an endless sequence of words, of a seed and a stream number: words 4 i to 4 i + 3 are
-the output at counter i (Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*,
-SC 2011). Number j of a stream is, by kind,
+Words 4 i to 4 i + 3 of a stream are the output at counter i (Salmon, Moraes, Dror, Shaw, *Parallel
+random numbers: as easy as 1, 2, 3*, SC 2011). Number j of a stream is, by kind,
 
     words      word j, in [0, 2^32)                          int64
     uniform    (word j + 1/2) / 2^32, rounded to the dtype   float64, float32

@@ -1,9 +1,7 @@
 """Counter-based random numbers: the same on every device, batch size and thread count.
 
-Philox-4x32-10 (Salmon, Moraes, Dror, Shaw, *Parallel random numbers: as easy as 1, 2, 3*,
-SC 2011), by the op family `entropic_fast.ops.random_bits`: one launch for any number of streams,
-wherever the data are. A number is a pure function of (seed, stream, index); nothing is drawn in
-sequence, so nothing depends on who draws first.
+A number is a pure function of (seed, stream, index), by the op family `random_bits`; nothing is
+drawn in sequence.
 """
 
 from __future__ import annotations
@@ -27,10 +25,7 @@ _SORTED_AT_ONCE = 1 << 22
 
 
 def fold_in(seed: int, *names: str | int) -> int:
-    """A seed for a named purpose, independent of the seeds of other purposes.
-
-    Returns:
-        an integer in [0, 2^63).
+    """A seed in [0, 2^63) for a named purpose, independent of the seeds of other purposes.
 
     >>> fold_in(0, "train") == fold_in(0, "train"), fold_in(0, "train") == fold_in(0, "path")
     (True, False)
@@ -40,16 +35,7 @@ def fold_in(seed: int, *names: str | int) -> int:
 
 
 def philox(counter: Tensor, seed: int, stream: int = 0) -> Tensor:
-    """Philox-4x32-10 at given counters.
-
-    Args:
-        counter: int64 counters, any shape; the low and high 32 bits are the first two words.
-        seed: the key, in [0, 2^64).
-        stream: the last two counter words, in [0, 2^64).
-
-    Returns:
-        four words in [0, 2^32) a counter, int64.  # [..., 4]
-    """
+    """Philox-4x32-10 at int64 counters of any shape: four words in [0, 2^32) each."""
     keys = torch.full((2, 1), as_int64(seed), dtype=torch.int64, device=counter.device)
     keys[1] = as_int64(stream)
     return random_bits.philox(counter.reshape(1, -1), *keys).reshape(*counter.shape, 4)
@@ -92,14 +78,7 @@ def uniform(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform numbers in (0, 1), from 32 bits each (a multiple of 2^-32, plus 2^-33).
-
-    They are those of the stream from number `start` on.
-
-    >>> u = uniform((1000,), seed=0)
-    >>> bool(((u > 0) & (u < 1)).all())
-    True
-    """
+    """Uniform numbers in (0, 1), from 32 bits each (a multiple of 2^-32, plus 2^-33)."""
     direct = dtype if dtype in KINDS["uniform"] else torch.float64
     return _drawn(shape, seed, stream, start, "uniform", direct, device).to(dtype)
 
@@ -113,11 +92,7 @@ def normal(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal numbers by the Box-Muller transform of `uniform`, from `start` on.
-
-    >>> bool(normal((4000,), seed=1).std().sub(1).abs() < 0.05)
-    True
-    """
+    """Standard normal numbers by the Box-Muller transform of `uniform`, from `start` on."""
     count = math.prod(shape)
     skip = start % 2  # two uniform numbers make two normal ones
     u = uniform(
@@ -137,11 +112,7 @@ def rademacher(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Signs, -1 or 1 with equal probability.
-
-    >>> sorted(set(rademacher((100,), seed=3).tolist()))
-    [-1.0, 1.0]
-    """
+    """Signs, -1 or 1 with equal probability."""
     direct = dtype if dtype in KINDS["signs"] else torch.float64
     return _drawn(shape, seed, stream, 0, "signs", direct, device).to(dtype)
 
@@ -151,11 +122,7 @@ def rademacher_columns(
 ) -> Tensor:
     """Columns of signs, `rademacher` of one stream each, written in one launch.  # [size, K]
 
-    Each column's numbers are beside one another in memory, as Hessian products read them.
-
-    >>> columns = rademacher_columns(3, 0, range(4, 6), dtype=torch.float32, device="cpu")
-    >>> torch.equal(columns[:, 1], rademacher((3,), seed=0, stream=5, dtype=torch.float32))
-    True
+    Each column's numbers are adjacent in memory, as Hessian products read them.
     """
     rows = torch.empty(len(streams), 1, size, dtype=dtype, device=device)
     step = max(1, len(streams) if streams.step == 1 else 1)
@@ -167,30 +134,15 @@ def rademacher_columns(
 def permutation(
     n: int, seed: int, stream: int = 0, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """A random order of 0 .. n-1 (sorts 64-bit keys: equal keys have probability n^2 2^-64).
-
-    >>> sorted(permutation(5, seed=0).tolist())
-    [0, 1, 2, 3, 4]
-    """
+    """A random order of 0 .. n-1 (sorts 64-bit keys: equal keys have probability n^2 2^-64)."""
     keys = _drawn((n,), seed, stream, 0, "sort_keys", torch.int64, device)
     return torch.argsort(keys, stable=True)
 
 
 def permutations(n: int, seeds: Tensor, stream: int = 0, streams: int = 1) -> Tensor:
-    """Random orders of 0 .. n-1, those of `permutation` for each seed and stream.
+    """Random orders of 0 .. n-1, those of `permutation` for each seed [S] and stream.  # [T, S, n]
 
-    Args:
-        n: how many to put in order.
-        seeds: int64; its device is where they are made.  # [S]
-        stream: the first.
-        streams: how many, T.
-
-    Returns:
-        an order for each, int64.  # [T, S, n]
-
-    >>> orders = permutations(5, torch.tensor([0, 8]), stream=3, streams=2)
-    >>> torch.equal(orders[1, 0], permutation(5, seed=0, stream=4))
-    True
+    They are computed on the device of the seeds, for T consecutive streams.
     """
     parts, some = [], max(1, scratch_of(seeds.device).keys // max(1, n * len(seeds)))
     for t in range(0, max(1, streams), some):

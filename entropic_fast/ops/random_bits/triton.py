@@ -1,9 +1,4 @@
-"""Family `random_bits` in Triton: a program makes the words of a tile of streams and counters.
-
-Rows (pairs of a stream and a seed) share a tile where they are short, and where they are next to
-one another in memory and the numbers of a row are not, so that what is written together lies
-together.
-"""
+"""Family `random_bits` in Triton: a program makes the words of a tile of streams and counters."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
@@ -17,7 +12,9 @@ from entropic_fast.ops.random_bits.checks import KINDS, Fill, Philox, new_words
 
 # Counters of a program: two for each of 128 threads, so four 16-byte stores of float32.
 BLOCK = 256
-# Rows of a tile at most.
+# Rows (pairs of a stream and a seed) of a tile at most: they share one where they are short, and
+# where rows, not the numbers of a row, are adjacent in memory, so that what is written together
+# lies together.
 ROWS = 32
 
 

@@ -1,9 +1,8 @@
 """What layer rules are made of: factored gradients, and the base class of a rule.
 
-A factored gradient holds the gradients of n examples with respect to one parameter. Small ones are
-rows [n, p]. Those of a linear or convolution layer stay a pair of tensors, the layer's input A and
-the gradient G of its output, until a contraction is needed: rows, squared norms, or columns for a
-Gram matrix, whichever takes fewer operations.
+The gradients of a linear or convolution layer stay a pair of tensors, the layer's input A and the
+gradient G of its output, until a contraction is needed: rows, squared norms, or columns for a Gram
+matrix, whichever takes fewer operations.
 """
 
 from __future__ import annotations
@@ -26,11 +25,8 @@ CANCELS = 1e-2
 class FactoredGrad(ABC):
     """Gradients of n examples with respect to one parameter of p elements.
 
-    `write_columns` may use another order than that of the parameter's elements, the same for all
-    examples: norms and Gram matrices do not depend on it. `rows` are in the parameter's order.
-
-    Attributes:
-        tensors: what the gradients are computed from, [n, ...] each.
+    `rows` are in the parameter's order. `write_columns` may use another order, the same for all
+    examples, on which norms and Gram matrices do not depend. `tensors` are [n, ...] each.
     """
 
     tensors: tuple[Tensor, ...]
@@ -105,12 +101,7 @@ class FactoredGrad(ABC):
 
 
 class DenseGrad(FactoredGrad):
-    """Rows; for parameters whose gradients are no larger than the tensors they come from.
-
-    Args:
-        rows: [n, p], in the order of the parameter's elements, or the columns of another gradient.
-        columns_of: the form of that other gradient.
-    """
+    """Rows [n, p] in the parameter's order, or columns of another gradient (`columns_of`)."""
 
     def __init__(self, rows: Tensor, columns_of: object = None) -> None:
         self.tensors, self._form = (rows,), columns_of or DenseGrad
@@ -189,8 +180,8 @@ class LayerRule(ABC):
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Output for x [n, ...], and what `backward` needs besides x and weight.
 
-        The output is a new tensor, as the model may overwrite it. Where its first axis is not that
-        of the examples, `shaped` gives the view that has it.
+        The output is a new tensor, as the model may overwrite it. If its first axis is not that of
+        the examples, `shaped` gives the view that has it.
         """
 
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:

@@ -1,13 +1,7 @@
-"""Layers' functions caught inside vmap, so that one backward pass sees each layer's A and G.
+"""Interception of layers under vmap, so that one backward pass sees each layer's A and G.
 
-Per-example losses are evaluated under `torch.func.vmap`, which knows for every tensor which axis
-counts examples, whatever the model did to its shape. A layer's function (`F.linear`,
-`torch.conv2d`, ...) called with parameters we track is replaced there by one of our own: the same
-forward pass on the physical tensors [n, ...] below vmap, a backward pass to the layer's input
-only, and in it the gradients of single examples, by the layer's rule, handed to a sink.
-
-Whether that is all there is to know about a parameter is read from autograd's graph, see
-`engine`. A call that a rule does not cover runs as it would have.
+A covered call is replaced by an `autograd.Function` on the physical tensors [n, ...], whose
+backward pass gives the layer's per-example gradients to a sink. See docs/design/per_example.md.
 """
 
 from __future__ import annotations
@@ -41,7 +35,7 @@ REQUIRES_GRAD = _prototype.requires_grad.__get__
 
 
 class NestedTransformError(RuntimeError):
-    """A layer called under a transform of the model's own: its axes are not ours to read."""
+    """A layer called under a transform of the model's own, whose axes a rule cannot read."""
 
 
 class GradientHookError(RuntimeError):
@@ -49,15 +43,10 @@ class GradientHookError(RuntimeError):
 
 
 class LayerInterceptor(TorchFunctionMode):
-    """While entered, runs tracked layers by rule.
+    """While entered, runs calls of layers with tracked `parameters` by their rules.
 
-    Args:
-        parameters: the tensors to track and their names.
-        constants: every other tensor of the model that depends on no parameter and no example.
-        sink: called in the backward pass with a parameter's name and its piece.
-
-    Attributes:
-        example: a zero of each example, under vmap; None where there is none.
+    `constants` are all other tensors of the model that depend on no parameter and no example.
+    `example` is a zero of each example under vmap; None if there is none.
     """
 
     example: Tensor | None = None
@@ -116,10 +105,8 @@ class LayerInterceptor(TorchFunctionMode):
         return layer.transposed_of(parameter) or layer
 
     def _known(self, layer: LayerRule) -> bool:
-        """Whether each tensor of the layer but x is tracked, constant or absent.
-
-        Rules are for real numbers: with complex ones a gradient would need conjugates.
-        """
+        """Whether each tensor of the layer but x is tracked, constant or absent."""
+        # Rules are for real numbers: with complex ones a gradient would need conjugates.
         if layer.x.is_complex() or (layer.weight is not None and layer.weight.is_complex()):
             return False
         for tensor in (layer.weight, layer.bias):
@@ -153,7 +140,7 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
 
 
 class _Batched(torch.autograd.Function):
-    """The vmap side: finds the examples' axis and goes below vmap."""
+    """The vmap side: finds the examples' axis and applies `_Physical` below vmap."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, layer: LayerRule, sink: Sink) -> Tensor:
@@ -229,12 +216,12 @@ class _Physical(torch.autograd.Function):
 
 
 def count_layer_rule_uses(losses: Tensor, parameters: dict[str, Tensor]) -> dict[str, int]:
-    """How many layers of ours use each parameter that the losses depend on; 0 if another does.
+    """How many rules use each parameter that the losses depend on; 0 if anything else uses it too.
 
-    Autograd's graph holds every differentiable use of a parameter as an edge to its leaf. If all
-    come from layers of ours where it is weight or bias, its gradient is the sum of what their
-    rules give. Parameters that no edge leads to are absent: their gradient is zero.
+    A parameter without an edge in the autograd graph is absent: its gradient is zero.
     """
+    # Every differentiable use of a parameter is an edge to its leaf. If all come from rules, at
+    # the slot of weight or bias, its gradient is the sum of what the rules give.
     edges: dict[int, list[bool]] = {id(p): [] for p in parameters.values()}
     ours: Any = _Physical
     start = losses.grad_fn

@@ -16,7 +16,7 @@ LAYER_RULES: dict[Any, Maker] = {}
 def layer_rule(*functions: Any) -> Callable[[T], T]:
     """Register a `LayerRule`, or a function that makes one, for calls of torch functions.
 
-    What is decorated has the parameters of those functions.
+    It is called with the parameters of those functions.
     """
 
     def register(make: T) -> T:

@@ -16,8 +16,8 @@ from .linear import OuterProductGrad
 def combined(grads: Sequence[FactoredGrad]) -> FactoredGrad:
     """The sum of the gradients from several uses of one parameter, for the same examples.
 
-    Several linear layers, or embeddings, are one with more positions. A table that is both an
-    embedding and the weight of a linear layer (a tied head) stays factored. Other sums are rows.
+    Several linear layers, or embeddings, are one with more positions. A tied head, an embedding
+    that is also the weight of a linear layer, stays factored. Other sums are rows.
     """
     if len(grads) == 1:
         return grads[0]
@@ -46,9 +46,7 @@ def _joined(grads: Sequence[FactoredGrad]) -> list[Tensor]:
 class TiedGrad(FactoredGrad):
     """dW[v, d] = sum_s G[s, v] A[s, d] + sum over positions t of token v of E[t, d].
 
-    Args:
-        tokens, e: of the embedding.  # [n, T], [n, T, D]
-        a, g: of the linear layer, from D inputs to V outputs.  # [n, S, D], [n, S, V]
+    Of an embedding, tokens [n, T] and e [n, T, D]; of a linear layer, a [n, S, D] and g [n, S, V].
     """
 
     def __init__(self, tokens: Tensor, e: Tensor, a: Tensor, g: Tensor) -> None:
@@ -95,6 +93,7 @@ class TiedGrad(FactoredGrad):
         squares = self._linear.norms() + self._embedding.norms()
         index = tokens[:, None].expand(-1, g.shape[1], -1)
         inner = torch.bmm(a, e.transpose(1, 2)).double() * g.gather(2, index)  # [n, S, T]
+        # |L + E|^2 = |L|^2 + |E|^2 + 2 <L, E>, without rows of the size of the table.
         norms = squares + 2 * inner.sum((1, 2))
         canceled = (norms < CANCELS * squares).nonzero()[:, 0]
         if len(canceled):

@@ -51,8 +51,7 @@ class Geometry:
 class ConvGrad(FactoredGrad):
     """dW[o, c, k] = sum_p G[p, o] A[p stride + k dilation - padding, c], channels last.
 
-    The weight [O, C / groups, *kernel] of a convolution. For a transposed convolution, A is the
-    gradient of its output and G its input.
+    For a transposed convolution, A is the gradient of its output and G its input.
     """
 
     def __init__(
@@ -106,6 +105,7 @@ class ConvGrad(FactoredGrad):
         a, g = self.tensors
         positions, outputs = math.prod(g.shape[1:-1]), g.shape[-1]
         inputs = math.prod(self.geometry.kernel) * self._channels
+        # As for a linear layer with T output positions: T^2 (I + O) per pair, twice for float64.
         if self.geometry.groups > 1 or 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
             return None
         padded = math.prod(before + n + after for before, n, after in self._padding())

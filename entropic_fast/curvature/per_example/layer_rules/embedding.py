@@ -84,6 +84,7 @@ class EmbeddingGrad(FactoredGrad):
     @property
     def inner_product_bytes(self) -> tuple[int, int] | None:
         positions, channels = self.tensors[1].shape[1:]
+        # T^2 C operations per pair in float64, which count double, against V C from rows.
         if 2 * positions**2 >= self.vocabulary:
             return None
         return packed_bytes(positions, channels), 16 * positions**2 + 16
@@ -96,13 +97,11 @@ class EmbeddingGrad(FactoredGrad):
 
 
 class Embedding(LayerRule):
-    """`F.embedding` of integer inputs.
+    """`F.embedding` of integer inputs."""
 
-    With one table per example, vmap (torch 2.13 and 2.15) renumbers the rows of all tables but not
-    `padding_idx`, so that the gradient of the padding row is wrong for all examples but the first;
-    and it counts frequencies over all examples.
-    """
-
+    # With one table per example, vmap (torch 2.13 and 2.15) renumbers the rows of all tables but
+    # not `padding_idx`: the padding row's gradient is wrong for all examples but the first. It also
+    # counts frequencies over all examples.
     correct_under_vmap = False
 
     def __init__(self, x: Tensor, weight: Tensor, padding: int | None, by_frequency: bool) -> None:

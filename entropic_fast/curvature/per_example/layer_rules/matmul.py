@@ -1,8 +1,4 @@
-"""Matrix products with a parameter, outside of `F.linear`.
-
-`x @ W` with W [inputs, outputs], as Hugging Face's `Conv1D` computes it by `torch.addmm`, and
-`W @ x`.
-"""
+"""Matrix products with a parameter, outside of `F.linear`."""
 
 from __future__ import annotations
 

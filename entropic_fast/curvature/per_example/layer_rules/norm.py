@@ -16,12 +16,10 @@ from ._registry import layer_rule
 
 
 class BatchNorm(LayerRule):
-    """`F.batch_norm` with stored statistics: x is scaled and shifted by constants per channel.
+    """`F.batch_norm` with stored statistics: x is scaled and shifted by constants per channel."""
 
-    For a single image, torch returns a wrong gradient if the incoming gradient has channels last
-    (`Objective.outputs`), as it may in a chunk of one example.
-    """
-
+    # For a single image, as in a chunk of one example, torch returns a wrong gradient if the
+    # incoming one has channels last.
     correct_under_vmap = False
 
     def __init__(
