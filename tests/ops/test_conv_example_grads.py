@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,39 +15,10 @@ from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
 from entropic_fast.ops.conv_example_grads import conv_weight_grads, conv_weight_norms
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-
 DTYPES = [torch.float32, torch.float64]
 ISAS: list[str] = native.module().runnable_isas()
 # Sums of a few hundred products in float32, in another order than the oracle's float64.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    backend.set_backend(name)
-    return str(device)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,40 +14,11 @@ from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
 from entropic_fast.ops.gram_update import BLOCK, FAMILY, cross_update_, symmetric_update_
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-
 # (dtype of the rows, double_products)
 KINDS = [(torch.float32, False), (torch.float32, True), (torch.float64, False)]
 KIND_NAMES = ["float32", "float32-in-double", "float64"]
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    backend.set_backend(name)
-    return str(device)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,35 +23,7 @@ from tolerances import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from entropic_fast.ops import backend
 from entropic_fast.ops.norm_act_tangents import inner_products, jvp, norm_act, vjp_tangent
-
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    yield
-    backend.set_backend(None)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    backend.set_backend(name)
-    return str(device)
-
 
 # ---- against the formulas ------------------------------------------------------------------------
 

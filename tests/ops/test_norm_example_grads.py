@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,40 +13,11 @@ from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
 from entropic_fast.ops.norm_example_grads import FAMILY, affine_grads, batch_norm_backward
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [
     (0, 3, 4), (2, 0, 4), (2, 3, 0), (1, 1, 1), (3, 5, 1), (2, 7, 3), (5, 1, 13), (2, 64, 16),
     (3, 67, 17), (1, 300, 31), (2, 130, 33), (4, 65, 50), (2, 129, 64), (1, 50, 130), (2, 33, 257),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    backend.set_backend(name)
-    return str(device)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

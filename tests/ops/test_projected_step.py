@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import emulated_cuda
 import pytest
 import torch
 from tolerances import ROUNDING, assert_close
@@ -16,39 +14,10 @@ from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
 from entropic_fast.ops.projected_step import adam_step, project_step, segment_squares, sgd_step
 
+CUDA_FAMILY = "projected_step"
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    emulated_cuda.PLACE,
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "cuda", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":  # see test_projected_step_triton.py
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
 
 DTYPES = [torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    if name == "emulated":
-        name = emulated_cuda.stand_in("projected_step", monkeypatch)
-    backend.set_backend(name)
-    return str(device)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

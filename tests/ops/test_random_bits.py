@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-
 import emulated_cuda
 import pytest
 import torch
@@ -16,42 +13,12 @@ from entropic_fast.ops.random_bits import LARGEST_INDEX, fill_, philox
 from entropic_fast.ops.random_bits import streams as random
 from entropic_fast.ops.random_bits.reference import KINDS
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-PLACES = [
-    pytest.param(("reference", "cpu"), id="reference-cpu"),
-    pytest.param(("cpp", "cpu"), id="cpp-cpu"),
-    emulated_cuda.PLACE,
-    *[
-        pytest.param((name, "cuda"), id=f"{name}-cuda", marks=[pytest.mark.gpu, GPU])
-        for name in ("reference", "cuda", "triton")
-    ],
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    PLACES.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
+CUDA_FAMILY = "random_bits"
 
 KIND_DTYPES = [(kind, dtype) for kind, dtypes in KINDS.items() for dtype in dtypes]
 # Memory orders of out's dimensions (streams, seeds, numbers), slowest first.
 ORDERS = [(0, 1, 2), (2, 0, 1), (2, 1, 0), (1, 2, 0)]
 MASK = 0xFFFFFFFF
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device, with one backend forced on it."""
-    name, device = request.param
-    if name == "emulated":
-        name = emulated_cuda.stand_in("random_bits", monkeypatch)
-    backend.set_backend(name)
-    return str(device)
 
 
 def plain_words(counter: int, stream: int, key: int) -> list[int]:
