@@ -222,10 +222,7 @@ class Communicator:
         group = self._control_group if self._control_device == rows.device else self.group
         work = [
             dist.P2POp(operation, tensor, group_peer=peer, group=group)
-            for operation, tensor, peer in (
-                (dist.isend, rows, to),
-                (dist.irecv, received, source),
-            )
+            for operation, tensor, peer in ((dist.isend, rows, to), (dist.irecv, received, source))
             if tensor.numel()
         ]
         started = self._started(lambda: dist.batch_isend_irecv(work)) if work else []

@@ -277,8 +277,7 @@ def _not_identifiable(design: _Design, confidence: float, reason: str) -> Scalin
 
 
 def _clusters(
-    replicas: Sequence[Sequence[int]],
-    groups: Sequence[tuple[Mapping[str, float], RelaxationTime]],
+    replicas: Sequence[Sequence[int]], groups: Sequence[tuple[Mapping[str, float], RelaxationTime]]
 ) -> list[NDArray[np.bool_]]:
     expected = [len(found.times) for _, found in groups]
     if [len(ids) for ids in replicas] != expected:

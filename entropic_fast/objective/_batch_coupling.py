@@ -105,11 +105,7 @@ def _losses(losses_of: Callable[[Batch], Tensor], part: Batch, size: int) -> Ten
 
 
 def _coupled(
-    what: str,
-    example: int,
-    sizes: tuple[int, int],
-    losses: tuple[float, float],
-    shapes: str,
+    what: str, example: int, sizes: tuple[int, int], losses: tuple[float, float], shapes: str
 ) -> ValueError:
     advice = (
         "look for a mean over the batch, or shapes such as [N] and [N, 1] that broadcast"

@@ -164,11 +164,7 @@ def auto_neb(
 
 
 def minibatches(
-    count: int,
-    batch_size: int | None,
-    seed: int,
-    cycle: int,
-    device: torch.device | None = None,
+    count: int, batch_size: int | None, seed: int, cycle: int, device: torch.device | None = None
 ) -> Iterator[Tensor | None]:
     """The examples of each step of a cycle: a pure function of its arguments.
 

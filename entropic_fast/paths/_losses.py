@@ -179,11 +179,7 @@ def _values(
 
 
 def _warn_of(
-    lost: list[int],
-    s: list[float],
-    obj: Objective,
-    path: Path,
-    recalibration_examples: int | None,
+    lost: list[int], s: list[float], obj: Objective, path: Path, recalibration_examples: int | None
 ) -> None:
     """Say once at how many positions the loss is not finite, and of the first why."""
     first, why = s[lost[0]], ""

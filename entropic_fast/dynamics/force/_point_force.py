@@ -20,12 +20,7 @@ from ...objective import Objective
 from ...paths import Path
 from ..projected_sgd import ProjectedSGD, check_path
 from ._gradient_noise import GradientNoise
-from ._linear_response import (
-    MinibatchCovariance,
-    Response,
-    impulse_response,
-    response,
-)
+from ._linear_response import MinibatchCovariance, Response, impulse_response, response
 from ._subsets import as_in_dynamics, first_examples, forms_by_parts, mean_of_parts
 
 

@@ -273,11 +273,7 @@ def _positions_and_velocities(
 
 
 def _velocities(
-    start: Tensor | None,
-    x: Tensor,
-    integrator: LangevinIntegrator,
-    seed: int,
-    first_particle: int,
+    start: Tensor | None, x: Tensor, integrator: LangevinIntegrator, seed: int, first_particle: int
 ) -> Tensor | None:
     if not integrator.underdamped:
         if start is not None:

@@ -10,14 +10,7 @@ from ._optimizers import Optimizer
 from ._records import Record
 from ._relax import relax
 from ._relax_many import relax_many
-from ._settings import (
-    OPTIMIZERS,
-    Checkpointing,
-    Execution,
-    ProjectedSGD,
-    Recording,
-    check_path,
-)
+from ._settings import OPTIMIZERS, Checkpointing, Execution, ProjectedSGD, Recording, check_path
 from ._trajectory import Trajectory
 
 __all__ = [

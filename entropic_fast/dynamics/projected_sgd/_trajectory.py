@@ -139,11 +139,7 @@ class Trajectory:
 
     @classmethod
     def from_records(
-        cls,
-        records: Sequence[Record],
-        lrs: Tensor,
-        ids: Sequence[int],
-        metadata: Mapping[str, Any],
+        cls, records: Sequence[Record], lrs: Tensor, ids: Sequence[int], metadata: Mapping[str, Any]
     ) -> Trajectory:
         """The trajectory of these records, the first of them that of the start."""
         columns: dict[str, Any] = {

@@ -5,15 +5,7 @@ Start with `_functions`, which makes a loss of a name, a torch module or a calla
 
 from ._cross_entropy import CrossEntropy, NextToken
 from ._elementwise import BinaryCrossEntropy, DiagonalLoss
-from ._functions import (
-    NAMES,
-    LossFunction,
-    closed_form,
-    hits,
-    origin,
-    output_hessian,
-    widened,
-)
+from ._functions import NAMES, LossFunction, closed_form, hits, origin, output_hessian, widened
 from ._reductions import ReducedLoss
 
 __all__ = [

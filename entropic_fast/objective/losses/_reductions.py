@@ -338,8 +338,5 @@ _SAME_SHAPE = _forwards(
 _NUMBERS = _SAME_SHAPE | _forwards(nn.CosineEmbeddingLoss, nn.MarginRankingLoss)
 _NO_TARGETS = _forwards(nn.TripletMarginLoss, nn.TripletMarginWithDistanceLoss)
 _TERM_PER_EXAMPLE = _NO_TARGETS | _forwards(
-    nn.MultiLabelSoftMarginLoss,
-    nn.MultiMarginLoss,
-    nn.MultiLabelMarginLoss,
-    nn.CosineEmbeddingLoss,
+    nn.MultiLabelSoftMarginLoss, nn.MultiMarginLoss, nn.MultiLabelMarginLoss, nn.CosineEmbeddingLoss
 )
