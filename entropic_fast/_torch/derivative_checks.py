@@ -112,7 +112,7 @@ def forward_depth() -> int:
 def _levels(kind: str) -> int:
     functorch: Any = torch._C._functorch
     wanted = getattr(functorch.TransformType, kind)
-    return sum(each.key() == wanted for each in functorch.get_interpreter_stack() or ())
+    return sum(level.key() == wanted for level in functorch.get_interpreter_stack() or ())
 
 
 # Functions whose result torch takes for a constant, though it is not.

@@ -72,9 +72,9 @@ def layer_norm(
     """`F.layer_norm`."""
     if tuple(input.shape[input.ndim - len(normalized_shape) :]) != tuple(normalized_shape):
         return functional.layer_norm(input, list(normalized_shape), weight, bias, eps)  # raises
-    found = _normalized(input, _last(normalized_shape), eps)
-    found = found if weight is None else found * weight
-    return found if bias is None else found + bias
+    normalized = _normalized(input, _last(normalized_shape), eps)
+    normalized = normalized if weight is None else normalized * weight
+    return normalized if bias is None else normalized + bias
 
 
 def _native_layer_norm(
@@ -101,8 +101,8 @@ def rms_norm(
     wide = _wide(input)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     dims = _last(normalized_shape)
-    found = (wide * (wide.square().mean(dims, keepdim=True) + least).rsqrt()).to(input.dtype)
-    return found if weight is None else found * weight
+    normalized = (wide * (wide.square().mean(dims, keepdim=True) + least).rsqrt()).to(input.dtype)
+    return normalized if weight is None else normalized * weight
 
 
 def group_norm(
@@ -137,13 +137,14 @@ def batch_norm(
                 functional.batch_norm(
                     input.detach(), running_mean, running_var, None, None, True, momentum, eps
                 )
-        found = _normalized(input, [0, *range(2, input.ndim)], eps)
+        normalized = _normalized(input, [0, *range(2, input.ndim)], eps)
     else:
         if running_mean is None or running_var is None:
             return functional.batch_norm(input, running_mean, running_var)  # raises
         scale = (running_var + eps).rsqrt()
-        found = _affine(_affine(_wide(input), None, -running_mean), scale, None).to(input.dtype)
-    return _affine(found, weight, bias)
+        centered = _affine(_wide(input), None, -running_mean)
+        normalized = _affine(centered, scale, None).to(input.dtype)
+    return _affine(normalized, weight, bias)
 
 
 def instance_norm(
@@ -222,8 +223,8 @@ def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(input, weight, bias, stride, padding, 0, groups, dilation)
         full = function(input, weight, None, stride, 0, 0, groups, dilation)
         ends = [(-p, e - p) for p, e in zip(before, extra, strict=True)]
-        found = functional.pad(full, [side for pair in reversed(ends) for side in pair])
-        return found if bias is None else found + bias.view(-1, *[1] * axes)
+        padded = functional.pad(full, [side for pair in reversed(ends) for side in pair])
+        return padded if bias is None else padded + bias.view(-1, *[1] * axes)
 
     return convolution
 

@@ -171,13 +171,13 @@ def _set_float32(precision: str) -> Callable[[], None]:
     # may do in its forward (`torch.backends.cudnn.flags`): both are set.
     older = [_unless_contradicted(read) for read, *_ in _OLDER_SWITCHES]
 
-    own = _own_values(settings, before)
+    stored = _own_values(settings, before)
 
     def restore() -> None:
         for value, (_, write, *_) in zip(older, _OLDER_SWITCHES, strict=True):
             if value is not None:
                 write(value)
-        for setting, value in zip(settings, own, strict=True):
+        for setting, value in zip(settings, stored, strict=True):
             setting.fp32_precision = value
 
     try:
@@ -208,10 +208,10 @@ def _unless_contradicted(read: Callable[[], Any]) -> Any:
 
 def _float32_settings() -> list[Any]:
     backends: Any = torch.backends
-    found = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    settings = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        found += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    return found
+        settings += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    return settings
 
 
 def _own_values(settings: list[Any], values: list[str]) -> list[str]:
@@ -294,5 +294,5 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`F.hardsigmoid`, piecewise linear, with a second derivative (of 0)."""
-    found = functional.relu6(input + 3) / 6
-    return input.copy_(found) if inplace else found
+    value = functional.relu6(input + 3) / 6
+    return input.copy_(value) if inplace else value

@@ -30,9 +30,9 @@ def available_bytes(device: torch.device) -> int:
             cached -= _free_in_private_pools(device)
         return free + max(0, cached)
     limits = [_read_meminfo(), _read_cgroup()]
-    known = [limit for limit in limits if limit is not None]
-    if known:
-        return min(known)
+    readings = [limit for limit in limits if limit is not None]
+    if readings:
+        return min(readings)
     try:  # systems without /proc: half of the physical memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError, AttributeError):

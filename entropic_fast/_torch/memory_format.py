@@ -44,12 +44,12 @@ def preferred_memory_format(
                 expected = forward(usual).detach()
             if convolutions.overrun and not devices:
                 return torch.contiguous_format
-            found = forward(last)
-            torch.autograd.grad(found.sum(), last)
+            outputs = forward(last)
+            torch.autograd.grad(outputs.sum(), last)
     except Exception:  # whatever else is wrong will be said where the network is used
         return torch.contiguous_format
     size = float(expected.abs().max()) if expected.numel() else 0.0
-    same = torch.allclose(found.detach(), expected, rtol=0, atol=1e-2 * size, equal_nan=True)
+    same = torch.allclose(outputs.detach(), expected, rtol=0, atol=1e-2 * size, equal_nan=True)
     return torch.channels_last if same else torch.contiguous_format
 
 

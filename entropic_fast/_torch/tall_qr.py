@@ -64,8 +64,8 @@ def _gram(matrix: Tensor) -> Tensor:
     rows = scratch_of(matrix.device).tall
     total = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
     for i in range(0, len(matrix), rows):
-        part = matrix[i : i + rows].double()
-        total.addmm_(part.T, part)
+        block = matrix[i : i + rows].double()
+        total.addmm_(block.T, block)
     return total
 
 

@@ -101,11 +101,11 @@ def clean_dispatch_state() -> Iterator[None]:
 @lru_cache
 def _excluded_at_first() -> int:
     """What the dispatcher passes by in a new thread: automatic casting, where it is off."""
-    found: list[int] = []
-    thread = Thread(target=lambda: found.append(_C._dispatch_tls_local_exclude_set().raw_repr()))
+    bits: list[int] = []
+    thread = Thread(target=lambda: bits.append(_C._dispatch_tls_local_exclude_set().raw_repr()))
     thread.start()
     thread.join()
-    return found[0]
+    return bits[0]
 
 
 def _operator(number: int) -> Any:

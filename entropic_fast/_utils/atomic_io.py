@@ -88,18 +88,18 @@ def read_sealed(path: str | Path) -> dict[str, Any]:
     ...     read_sealed(f"{folder}/a.json")
     {'seed': 1}
     """
-    found = read_json(path)
-    whole = isinstance(found, dict) and SEAL in found
+    document = read_json(path)
+    intact = isinstance(document, dict) and SEAL in document
     try:
-        whole = whole and found.pop(SEAL) == _seal(path, found)
+        intact = intact and document.pop(SEAL) == _seal(path, document)
     except RecursionError:  # deeper than anything that was written
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise DamagedFileError(
             f"{path}: expected the content recorded when it was written, got another; the file is "
             "truncated or changed: restore it, or delete it and run the same command again"
         )
-    return dict(found)
+    return dict(document)
 
 
 SEAL = "sha256"

@@ -79,9 +79,9 @@ class Estimate:
         return math.hypot(self.std_error, self.quadrature)
 
     def __str__(self) -> str:
-        other = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
+        quadrature = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
         said = "" if self.converged else f", {NOT_CONVERGED}"
-        return f"{self.value:.6g} ± {self.std_error:.2g}{other} ({self.samples} samples){said}"
+        return f"{self.value:.6g} ± {self.std_error:.2g}{quadrature} ({self.samples} samples){said}"
 
     def __float__(self) -> float:
         return self.value
@@ -288,8 +288,8 @@ class Density:
         return Estimate(float(samples.mean()), error, probes, self._quadrature(function, samples))
 
     def _quadrature(self, function: Callable[[Tensor], Tensor], samples: Tensor) -> float:
-        found = [self.size * (weights * function(nodes)).sum(1) for nodes, weights in self.others]
-        gaps = [(other - samples).abs() for other in found if bool(other.isfinite().all())]
+        values = [self.size * (weights * function(nodes)).sum(1) for nodes, weights in self.others]
+        gaps = [(coarser - samples).abs() for coarser in values if bool(coarser.isfinite().all())]
         return float(torch.stack(gaps).amax(0).mean()) if gaps else math.nan
 
     def _repr_html_(self) -> str:
@@ -358,11 +358,11 @@ class LogDeterminant:
         return math.hypot(self.std_error, self.quadrature)
 
     def __str__(self) -> str:
-        other = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
+        quadrature = f" ± {self.quadrature:.2g} of quadrature" if self.quadrature else ""
         said = "" if self.converged else f", {NOT_CONVERGED}"
         return (
-            f"{self.value:.6g} ± {self.std_error:.2g}{other}, eigenvalues within {self.bound:.2g} "
-            f"({self.count} directions){said}"
+            f"{self.value:.6g} ± {self.std_error:.2g}{quadrature}, eigenvalues within "
+            f"{self.bound:.2g} ({self.count} directions){said}"
         )
 
     def _repr_html_(self) -> str:

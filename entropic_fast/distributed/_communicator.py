@@ -105,12 +105,12 @@ class Communicator:
                 raised), or another rank is in another call.
             RankLostError: a rank is gone.
         """
-        part = self.synchronized(lambda: compute().contiguous(), *what, form=tensor_form)
-        if is_gpu(part.device):
-            self._attend(lambda: dist.all_reduce(part, group=self.group), part.device)
+        local = self.synchronized(lambda: compute().contiguous(), *what, form=tensor_form)
+        if is_gpu(local.device):
+            self._attend(lambda: dist.all_reduce(local, group=self.group), local.device)
         else:
-            self._started(lambda: dist.all_reduce(part, group=self.group))
-        return part
+            self._started(lambda: dist.all_reduce(local, group=self.group))
+        return local
 
     def synchronized(
         self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
@@ -125,8 +125,8 @@ class Communicator:
         self._told = None
         forms: list[str] = []
         try:
-            found = compute()
-            forms += [] if form is None else [form(found)]
+            result = compute()
+            forms += [] if form is None else [form(result)]
         except Exception as error:
             # A failure that all ranks have raised already must not be sent again: the others are
             # past this call, and this rank would wait for their status words for good.
@@ -134,7 +134,7 @@ class Communicator:
                 raise
             failure = error
         self.check_consistent(failure, *what, *forms)
-        return found
+        return result
 
     def _knows(self, error: BaseException | None, handled: BaseException | None) -> bool:
         """Whether all ranks know of an error, or of one in its chain down to `handled`."""
@@ -153,12 +153,12 @@ class Communicator:
                 them), and tensors that have to be equal up to rounding.
         """
         self._calls += 1
-        what = tuple(part() if callable(part) else part for part in what)
+        what = tuple(item() if callable(item) else item for item in what)
         # Ranks may sum in another order (threads, GPUs): tensors agree if their weighted norms and
         # sums do to half the digits of their dtype. A wrong seed or point differs in the first.
-        tensors = [part for part in what if isinstance(part, Tensor)]
+        tensors = [item for item in what if isinstance(item, Tensor)]
         text = ", ".join(
-            tensor_form(part) if isinstance(part, Tensor) else str(part) for part in what
+            tensor_form(item) if isinstance(item, Tensor) else str(item) for item in what
         )
         text = f"call {self._calls}" + (f", {text}" if text else "")
         norm, total = checksums(tensors if failure is None else [])
@@ -173,20 +173,21 @@ class Communicator:
             raise RankFailedError(f"process {failed[0]} of {self.size}: {said}")
         dtypes = {t.dtype for t in tensors if t.is_floating_point()}
         precision = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0) ** 0.5
-        other = next(
+        differing = next(
             (r for r, s in enumerate(states) if not consistent(s, states[0], precision)), None
         )
-        if other is None:
+        if differing is None:
             return
-        if states[other][1] == states[0][1]:
-            found = f"another point or other vectors on process {other} than on process 0 ({text})"
+        if states[differing][1] == states[0][1]:
+            where = f"on process {differing} than on process 0"
+            got = f"another point or other vectors {where} ({text})"
         else:
             here, there = around_difference(
-                self.broadcast_text(text, 0), self.broadcast_text(text, other)
+                self.broadcast_text(text, 0), self.broadcast_text(text, differing)
             )
-            found = f'"{here}" on process 0, "{there}" on process {other}'
+            got = f'"{here}" on process 0, "{there}" on process {differing}'
         raise CollectiveMismatchError(
-            f"expected {self.size} processes at one place in the program, got {found}; make the "
+            f"expected {self.size} processes at one place in the program, got {got}; make the "
             "same calls with the same arguments on every process, with as many threads"
         )
 
@@ -244,9 +245,9 @@ class Communicator:
     def _all_gather(self, numbers: list[int]) -> list[list[int]]:
         padded = numbers + [0] * (WIDTH - len(numbers))  # one size in every call
         mine = torch.tensor(padded, dtype=torch.int64, device=self._control_device)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._attend(lambda: dist.all_gather(every, mine, group=self._control_group), mine.device)
-        return [found.tolist()[: len(numbers)] for found in every]
+        words = [torch.empty_like(mine) for _ in range(self.size)]
+        self._attend(lambda: dist.all_gather(words, mine, group=self._control_group), mine.device)
+        return [word.tolist()[: len(numbers)] for word in words]
 
     def broadcast_text(self, text: str, source: int) -> str:
         """The text of rank `source`."""

@@ -46,8 +46,8 @@ class Heartbeat:
         """
         # Beats are counters, compared on this rank's clock alone: clocks of machines differ.
         now = time.monotonic()
-        found = self._looking.multi_get([_key(rank) for rank in ranks])
-        for rank, beat in zip(ranks, found, strict=True):
+        beats = self._looking.multi_get([_key(rank) for rank in ranks])
+        for rank, beat in zip(ranks, beats, strict=True):
             if self._seen.get(rank, (b"", 0.0))[0] != beat:
                 self._seen[rank] = beat, now
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
@@ -63,8 +63,8 @@ class Heartbeat:
     def finished(self, ranks: Sequence[int]) -> list[int]:
         """Ranks that ended on their own account."""
         with contextlib.suppress(RuntimeError, dist.DistError):
-            found = self._looking.multi_get([_key(rank) for rank in ranks])
-            return [rank for rank, beat in zip(ranks, found, strict=True) if beat == ENDED.encode()]
+            beats = self._looking.multi_get([_key(rank) for rank in ranks])
+            return [rank for rank, beat in zip(ranks, beats, strict=True) if beat == ENDED.encode()]
         return []
 
     def _beat(self) -> None:

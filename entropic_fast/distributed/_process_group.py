@@ -116,17 +116,17 @@ def _require_own_gpus(store: Any, rank: int, size: int, gpu: str) -> None:
     """Reject two ranks on one GPU, on every rank: NCCL's own error does not name the cause."""
     store.set(f"entropic_fast/gpu/{rank}", gpu)
     seen: dict[str, int] = {}
-    for other in range(size):
-        place = store.get(f"entropic_fast/gpu/{other}").decode()
+    for peer in range(size):
+        place = store.get(f"entropic_fast/gpu/{peer}").decode()
         if place in seen:
             raise checks.invalid(
                 "processes",
                 "one per GPU, because NCCL does not support two ranks on one",
-                f"processes {seen[place]} and {other} on the same ({place})",
+                f"processes {seen[place]} and {peer} on the same ({place})",
                 "start as many as there are GPUs (torchrun --nproc-per-node), or set "
                 "CUDA_VISIBLE_DEVICES= to run on the CPU with gloo",
             )
-        seen[place] = other
+        seen[place] = peer
 
 
 def _leave() -> None:
@@ -201,13 +201,13 @@ def distribute(obj: T, group: Any = None) -> T:
 def _require_same_function(obj: Distributable, communicator: Communicator) -> None:
     """Reject models or losses that differ in values on a few examples, with equal parameters."""
     failure: Exception | None = None
-    found: list[Tensor] = []
+    values: list[Tensor] = []
     try:
-        found = obj.sample_values()
+        values = obj.sample_values()
     except Exception as error:
         failure = error
     try:
-        communicator.check_consistent(failure, "outputs and losses of the first examples", *found)
+        communicator.check_consistent(failure, "outputs and losses of the first examples", *values)
     except CollectiveMismatchError:
         raise checks.invalid(
             "obj",

@@ -154,13 +154,13 @@ class _Design:
 def _design(groups: Sequence[tuple[Mapping[str, float], RelaxationTime]]) -> _Design:
     names = tuple(groups[0][0]) if groups else ()
     logs, times, arrived = [], [], []
-    for values, found in groups:
+    for values, relaxation in groups:
         if tuple(values) != names:
             raise checks.invalid("groups", f"settings {list(names)}", str(list(values)))
         point = [math.log(checks.positive(name, float(values[name]))) for name in names]
-        logs += [point] * len(found.times)
-        times += found.times.tolist()
-        arrived += (~found.censored).tolist()
+        logs += [point] * len(relaxation.times)
+        times += relaxation.times.tolist()
+        arrived += (~relaxation.censored).tolist()
     x, event = np.asarray(logs, dtype=np.float64), np.asarray(arrived, dtype=bool)
     if not names or np.linalg.matrix_rank(x - x.mean(0), tol=1e-9) < len(names):
         raise checks.invalid(
@@ -190,8 +190,8 @@ def _likelihood(parameters: Array, design: _Design) -> tuple[float, Array]:
 
 
 def _loss(parameters: Array, design: _Design) -> tuple[float, Array]:
-    value, each = _likelihood(parameters, design)
-    return value, each.sum(0)
+    value, gradients = _likelihood(parameters, design)
+    return value, gradients.sum(0)
 
 
 def _separation(design: _Design) -> str:
@@ -250,8 +250,8 @@ def _curvature(design: _Design, best: Array) -> Array:
 def _sandwich_covariance(
     design: _Design, best: Array, inverse: Array, members: Sequence[NDArray[np.bool_]]
 ) -> Array:
-    each = _likelihood(best, design)[1]
-    sums = np.stack([each[rows].sum(0) for rows in members])
+    gradients = _likelihood(best, design)[1]
+    sums = np.stack([gradients[rows].sum(0) for rows in members])
     meat = len(sums) / (len(sums) - 1) * sums.T @ sums
     covariance: Array = inverse @ meat @ inverse
     return covariance
@@ -279,13 +279,13 @@ def _not_identifiable(design: _Design, confidence: float, reason: str) -> Scalin
 def _clusters(
     replicas: Sequence[Sequence[int]], groups: Sequence[tuple[Mapping[str, float], RelaxationTime]]
 ) -> list[NDArray[np.bool_]]:
-    expected = [len(found.times) for _, found in groups]
+    expected = [len(relaxation.times) for _, relaxation in groups]
     if [len(ids) for ids in replicas] != expected:
         raise checks.invalid(
             "replicas", f"{expected} numbers, as many as times", str([len(r) for r in replicas])
         )
     numbers = np.concatenate([np.asarray(ids) for ids in replicas])
-    found = [numbers == number for number in np.unique(numbers)]
-    if len(found) < 2:
+    members = [numbers == number for number in np.unique(numbers)]
+    if len(members) < 2:
         raise checks.invalid("replicas", "at least two different numbers", str(numbers.tolist()))
-    return found
+    return members

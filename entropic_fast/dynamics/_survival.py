@@ -151,6 +151,6 @@ def _scores(a: RelaxationTime, b: RelaxationTime) -> Array:
     return arrived - hazard
 
 
-def _censored(found: RelaxationTime) -> stats.CensoredData:
-    times, late = found.times.numpy(), found.censored.numpy()
+def _censored(relaxation: RelaxationTime) -> stats.CensoredData:
+    times, late = relaxation.times.numpy(), relaxation.censored.numpy()
     return stats.CensoredData(uncensored=times[~late], right=times[late])

@@ -47,11 +47,11 @@ def changed(before: Mapping[Place, Any], model: nn.Module) -> dict[Place, Any]:
 def put_back(before: Mapping[Place, Any], model: nn.Module, places: Iterable[Place]) -> None:
     """Give attributes the values of before; remove those that were not there."""
     for name, key in places:
-        own = vars(model.get_submodule(name))
+        registered = vars(model.get_submodule(name))
         if (name, key) in before:
-            own[key] = before[name, key]
+            registered[key] = before[name, key]
         else:
-            own.pop(key, None)
+            registered.pop(key, None)
 
 
 @contextmanager
@@ -59,9 +59,9 @@ def unchanged(model: nn.Module, places: Iterable[Place]) -> Iterator[None]:
     """Within it the model may change these attributes; afterwards they are as before."""
     before = {}
     for name, key in places:
-        own = vars(model.get_submodule(name))
-        if key in own:
-            before[name, key] = own[key]
+        registered = vars(model.get_submodule(name))
+        if key in registered:
+            before[name, key] = registered[key]
     try:
         yield
     finally:

@@ -37,8 +37,8 @@ def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
         ValueError: naming an example and both of its losses.
     """
     obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    known = closed_form(obj.loss_fn) is not None  # which never mixes examples
-    if known and not model:
+    closed = closed_form(obj.loss_fn) is not None  # which never mixes examples
+    if closed and not model:
         return
     (numbers, batch), theta = obj.examples.some(IN_A_ROW, SPREAD), obj.point(None)
     n = batch.size
@@ -56,12 +56,12 @@ def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
         shaken = obj.output_losses(outputs + shift * signs.view(outputs.shape), batch.targets)
         rounding = float((shaken - together).abs().nan_to_num(0, 0).max())
 
-        def loss_of(part: Batch) -> Tensor:
-            first = part.start - batch.start
-            return obj.output_losses(outputs[first : first + part.size], part.targets)
+        def loss_of(subset: Batch) -> Tensor:
+            first = subset.start - batch.start
+            return obj.output_losses(outputs[first : first + subset.size], subset.targets)
 
-        def model_of(part: Batch) -> Tensor:
-            return obj.losses(theta, part.inputs, part.targets)
+        def model_of(subset: Batch) -> Tensor:
+            return obj.losses(theta, subset.inputs, subset.targets)
 
         alone = [(i, i + 1) for i in range(n)]
         cut = max(1, round(CUT * n))
@@ -69,15 +69,15 @@ def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
         asked: list[tuple[str, Sequence[tuple[int, int]], Callable[[Batch], Tensor]]] = []
         if obj.loss_is_inside:
             asked.append(("loss", alone, model_of))
-        elif not known:
+        elif not closed:
             asked.append(("loss", alone, loss_of))
         if model:
             asked.append(("model", parts, model_of))
         for what, pieces, losses_of in asked:
             for begin, end in pieces:
-                found = _losses(losses_of, batch.cut(begin, end), n)
+                losses = _losses(losses_of, batch.cut(begin, end), n)
                 there = together[begin:end]
-                same = torch.isclose(there, found, tolerance, rounding, equal_nan=True)
+                same = torch.isclose(there, losses, tolerance, rounding, equal_nan=True)
                 if not bool(same.all()):
                     i = int((~same).nonzero()[0])
                     shapes = (
@@ -87,19 +87,20 @@ def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
                         what,
                         numbers[begin + i],
                         (n, end - begin),
-                        (float(there[i]), float(found[i])),
+                        (float(there[i]), float(losses[i])),
                         shapes,
                     )
 
 
-def _losses(losses_of: Callable[[Batch], Tensor], part: Batch, size: int) -> Tensor:
+def _losses(losses_of: Callable[[Batch], Tensor], subset: Batch, size: int) -> Tensor:
     try:
-        return losses_of(part).reshape(-1)[: part.size]
+        return losses_of(subset).reshape(-1)[: subset.size]
     except (RuntimeError, TypeError, IndexError, ValueError, AssertionError) as error:
         raise checks.invalid(
             "model",
             "one that takes any number of examples",
-            f"one that takes {size} of them together but fails for {part.size}: {str(error)[:300]}",
+            f"one that takes {size} of them together but fails for {subset.size}: "
+            f"{str(error)[:300]}",
             "if the examples of a batch belong together, pass coupled=True",
         ) from error
 

@@ -77,17 +77,17 @@ class FunctionalModel(ParameterVector):
         Args:
             max_examples: only the first so many examples; None for all.
         """
-        parts = list(self.batches(max_examples, self.count(max_examples)))
-        forms = {trees.example_form(part[1:]) for part in parts}
+        batches = list(self.batches(max_examples, self.count(max_examples)))
+        forms = {trees.example_form(batch[1:]) for batch in batches}
         if len(forms) > 1:
             raise checks.invalid(
                 "data",
                 "examples of one shape, to be held together",
-                f"{len(forms)} different ones, such as {checks.describe(parts[0].inputs)} and "
-                f"{checks.describe(parts[-1].inputs)}",
+                f"{len(forms)} different ones, such as {checks.describe(batches[0].inputs)} and "
+                f"{checks.describe(batches[-1].inputs)}",
                 "pad them to one shape",
             )
-        return trees.joined([b.inputs for b in parts]), trees.joined([b.targets for b in parts])
+        return trees.joined([b.inputs for b in batches]), trees.joined([b.targets for b in batches])
 
     def cast(self: Same, dtype: torch.dtype) -> Same:
         """The same objective in another floating-point dtype.
@@ -95,12 +95,12 @@ class FunctionalModel(ParameterVector):
         Numbers keep what rounding they have: a half-precision model in float32 has the same
         parameters, and inputs given as tensors are those already rounded to half.
         """
-        other = copy.copy(self)
-        other.module = cached_copy(self.module, dtype, lambda model: cast(copied(model), dtype))
-        other.buffers = {name: cast_tensor(b, dtype) for name, b in self.buffers.items()}
-        other._theta, other.dtype, other._loss_dtype = self._theta.to(dtype), dtype, None
-        other.examples = self.examples.cast(dtype)
-        return other
+        clone = copy.copy(self)
+        clone.module = cached_copy(self.module, dtype, lambda model: cast(copied(model), dtype))
+        clone.buffers = {name: cast_tensor(b, dtype) for name, b in self.buffers.items()}
+        clone._theta, clone.dtype, clone._loss_dtype = self._theta.to(dtype), dtype, None
+        clone.examples = self.examples.cast(dtype)
+        return clone
 
     def outputs(self, theta: Tensor, inputs: Tree) -> Tensor:
         """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable.
@@ -216,10 +216,10 @@ class FunctionalModel(ParameterVector):
         Of a coupled objective, n times the one loss.
         """
         with eager(), no_autocast(), self.formulas():
-            found = self.loss_fn(widened(outputs), targets)
-        if self.coupled and isinstance(found, Tensor) and found.ndim == 0:
-            return found.expand(trees.size(targets))
-        return found
+            losses = self.loss_fn(widened(outputs), targets)
+        if self.coupled and isinstance(losses, Tensor) and losses.ndim == 0:
+            return losses.expand(trees.size(targets))
+        return losses
 
     def formulas(self) -> AbstractContextManager[object]:
         """Within it torch differentiates the model and loss rightly, as often as needed."""

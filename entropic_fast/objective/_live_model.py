@@ -77,8 +77,8 @@ def read_model(
     }
 
     def read(name: str, like: Tensor) -> Tensor:
-        found = live.get(name)
-        value = None if found is None else as_real(found) if name in parameters else found
+        stored = live.get(name)
+        value = None if stored is None else as_real(stored) if name in parameters else stored
         if value is None or value.shape != like.shape or value.dtype != like.dtype:
             got = f"no {name!r}" if value is None else f"{name!r} of {checks.describe(value)}"
             raise checks.invalid(

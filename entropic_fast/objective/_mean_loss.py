@@ -32,11 +32,11 @@ class MeanLoss(FunctionalModel):
         self, max_examples: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """This rank's block of `batches`."""
-        found, (first, last) = (
+        batches, (first, last) = (
             self.batches(max_examples, batch_size),
             self.local_range(max_examples),
         )
-        return batches_in_range(found, first, last, keep_whole=not self.separable)
+        return batches_in_range(batches, first, last, keep_whole=not self.separable)
 
     def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
         """This rank's examples: the first, and the one after the last."""
@@ -90,11 +90,11 @@ class MeanLoss(FunctionalModel):
         theta = self.point(theta)
 
         def local_sum() -> Tensor:
-            found = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
+            losses = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
             for batch in self.local_batches():
                 where = slice(batch.start, batch.start + batch.size)
-                found[where] = self.finite_losses(theta, batch)
-            return found
+                losses[where] = self.finite_losses(theta, batch)
+            return losses
 
         with torch.no_grad():
             if self.communicator.size == 1:
@@ -121,11 +121,11 @@ class MeanLoss(FunctionalModel):
         if not len(points):
             return torch.zeros(0, dtype=torch.float64)
         with torch.no_grad():
-            found = torch.stack([self.unread_loss(point) for point in points]).cpu()
-        for point, value in zip(points, found.tolist(), strict=True):
+            means = torch.stack([self.unread_loss(point) for point in points]).cpu()
+        for point, value in zip(points, means.tolist(), strict=True):
             if not math.isfinite(value):
                 self.loss(point)
-        return found
+        return means
 
     def unread_loss(self, theta: Tensor) -> Tensor:
         """`loss` at a finite theta [P] by this process, NaN or infinite or not, not read back."""
@@ -156,11 +156,11 @@ class MeanLoss(FunctionalModel):
             total, losses = widened(torch.zeros_like(theta)), []
             for batch in self.local_batches():
                 leaf = theta.detach().requires_grad_()
-                found = self.losses(leaf, batch.inputs, batch.targets)
-                losses.append(found.detach())
+                batch_losses = self.losses(leaf, batch.inputs, batch.targets)
+                losses.append(batch_losses.detach())
                 if not later:
-                    require_finite(found.detach(), theta, batch.start)
-                total += torch.autograd.grad(found.sum(), leaf)[0]
+                    require_finite(batch_losses.detach(), theta, batch.start)
+                total += torch.autograd.grad(batch_losses.sum(), leaf)[0]
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
                 for batch in self.local_batches():

@@ -46,10 +46,10 @@ def plain_name(model: nn.Module, name: str) -> str:
     '0.weight'
     """
     kept, at = [], model
-    for part in name.split("."):
-        if not isinstance(at, nn.Module) or wrapped_name(at) != part:
-            kept.append(part)
-        at = getattr(at, part, None)  # type: ignore[assignment]
+    for name_part in name.split("."):
+        if not isinstance(at, nn.Module) or wrapped_name(at) != name_part:
+            kept.append(name_part)
+        at = getattr(at, name_part, None)  # type: ignore[assignment]
     return ".".join(kept)
 
 

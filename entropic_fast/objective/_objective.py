@@ -185,32 +185,32 @@ class Objective(MeanLoss):
         ...     torch.ones(4, 2))).loss()
         True
         """
-        other = copy.copy(self)
-        other._theta, other.buffers = read_model(
+        clone = copy.copy(self)
+        clone._theta, clone.buffers = read_model(
             model, self.split(self._theta), self.buffers, self._frozen()
         )
-        other._statistics = StatisticsPoint(other._theta)
-        return other
+        clone._statistics = StatisticsPoint(clone._theta)
+        return clone
 
     def without_distribution(self) -> Objective:
         """The same objective, all of whose work this process does."""
-        other = copy.copy(self)
-        other.communicator = SingleProcess()
-        return other
+        clone = copy.copy(self)
+        clone.communicator = SingleProcess()
+        return clone
 
     def with_communicator(self, communicator: Communicator) -> Objective:
         """The same objective with its work shared among the ranks of a communicator."""
-        other = copy.copy(self)
-        other.communicator = communicator
-        return other
+        clone = copy.copy(self)
+        clone.communicator = communicator
+        return clone
 
     def data_term(self) -> Objective:
         """This objective without weight decay."""
         if not self.weight_decay:
             return self
-        other = copy.copy(self)
-        other.weight_decay = 0.0
-        return other
+        clone = copy.copy(self)
+        clone.weight_decay = 0.0
+        return clone
 
     def with_data(self, data: Any, *, batch_size: int | None = None) -> Objective:
         """The same model, loss and statistics over other data."""
@@ -243,18 +243,18 @@ class Objective(MeanLoss):
         Args:
             bind: whether the loss's constants become those of the examples.
         """
-        other = copy.copy(self)
+        clone = copy.copy(self)
         inside = self._reader.loss
-        other.examples = examples if inside is None else examples.including_targets()
-        other._theta = self._finite_point(theta).clone()
+        clone.examples = examples if inside is None else examples.including_targets()
+        clone._theta = self._finite_point(theta).clone()
         if loss is not None:
-            other.loss_name, other.loss_fn, other._loss_dtype = "custom", loss, None
+            clone.loss_name, clone.loss_fn, clone._loss_dtype = "custom", loss, None
         elif bind:
-            other.loss_fn = bound(self.loss_fn, examples)
+            clone.loss_fn = bound(self.loss_fn, examples)
             if inside is not None:
-                other._reader = replace(self._reader, loss=bound(inside, examples))
-        model_checks.require_model(other, separate=loss is None)
-        return other
+                clone._reader = replace(self._reader, loss=bound(inside, examples))
+        model_checks.require_model(clone, separate=loss is None)
+        return clone
 
     def double(self) -> Objective:
         """The same objective in float64."""
@@ -279,12 +279,12 @@ class Objective(MeanLoss):
                 'one built with norm="batch"',
                 'build it with norm="running"; with_norm("batch") is its training twin',
             )
-        other = copy.copy(self)
-        other.norm = norm
-        other.module = cached_copy(self.module, norm, lambda model: private_copy(model, norm))
-        kept = {**dict(other.module.named_buffers()), **dict(other.module.named_parameters())}
-        other.buffers = {name: b for name, b in self.buffers.items() if name in kept}
-        return other
+        clone = copy.copy(self)
+        clone.norm = norm
+        clone.module = cached_copy(self.module, norm, lambda model: private_copy(model, norm))
+        kept = {**dict(clone.module.named_buffers()), **dict(clone.module.named_parameters())}
+        clone.buffers = {name: b for name, b in self.buffers.items() if name in kept}
+        return clone
 
     def recalibrated(
         self, theta: Tensor | None = None, *, max_examples: int | None = None
@@ -306,14 +306,14 @@ class Objective(MeanLoss):
         """`recalibrated` at a point that is known to be one: reads no value back."""
         if not self.has_running_statistics:
             return self
-        other = copy.copy(self)
-        other._statistics = StatisticsPoint(theta)
-        other.buffers = {name: b.clone() for name, b in self.buffers.items()}
+        clone = copy.copy(self)
+        clone._statistics = StatisticsPoint(theta)
+        clone.buffers = {name: b.clone() for name, b in self.buffers.items()}
         with model_lock(self.module):
             gather_statistics(
-                self.module, self.batches(max_examples), lambda inputs: other.outputs(theta, inputs)
+                self.module, self.batches(max_examples), lambda inputs: clone.outputs(theta, inputs)
             )
-        return other
+        return clone
 
 
 def require_objective(obj: object) -> None:

@@ -51,8 +51,8 @@ class OutputReader:
                     'compute one from its other outputs, or name it, such as "next_token"',
                 )
             return losses
-        found = output if self.part is None else part_of(output, self.part)
-        return found.movedim(-1, 1) if self.classes_last else found
+        tensor = output if self.part is None else part_of(output, self.part)
+        return tensor.movedim(-1, 1) if self.classes_last else tensor
 
 
 def part_of(output: Any, part: str | int) -> Any:
@@ -97,8 +97,8 @@ def reader_of(
     """
     if part is not None:
         if not isinstance(part_of(output, part), Tensor):
-            found = checks.describe(part_of(output, part))
-            raise checks.invalid("output", "the name or index of a tensor", f"{part!r}, {found}")
+            got = checks.describe(part_of(output, part))
+            raise checks.invalid("output", "the name or index of a tensor", f"{part!r}, {got}")
         return OutputReader(form, part, None, _classes_last(part_of(output, part), loss, targets))
     count = trees.size(targets)
     if isinstance(output, Tensor) and (output.shape[:1] == (count,) or takes_tensor(loss)):
@@ -135,8 +135,8 @@ def reader_of(
 
 def _classes_last(scores: Tensor, loss: LossFunction, targets: Tree) -> bool:
     """Whether scores are [N, T, C] for labels [N, T], which torch has as [N, C, T]."""
-    known = closed_form(loss)
-    if not isinstance(known, CrossEntropy) or known.class_axis != 1 or scores.ndim < 3:
+    closed = closed_form(loss)
+    if not isinstance(closed, CrossEntropy) or closed.class_axis != 1 or scores.ndim < 3:
         return False
     return (
         isinstance(targets, Tensor)

@@ -75,10 +75,10 @@ class ParameterVector:
         given = {name: b.detach() for name, b in self.module.named_buffers()}
         self._written = tuple(n for n, b in self.buffers.items() if not torch.equal(b, given[n]))
         self.buffers |= {name: given[name].clone() for name in self._written}
-        found = changed(self._given_attributes, self.module)
-        put_back(self._given_attributes, self.module, found)
-        self._changed = tuple(found)
-        self._counts = bool(self._written) or not only_tensors(found.values())
+        changes = changed(self._given_attributes, self.module)
+        put_back(self._given_attributes, self.module, changes)
+        self._changed = tuple(changes)
+        self._counts = bool(self._written) or not only_tensors(changes.values())
         self._given_attributes = {}
 
     def parameters_vector(self) -> Tensor:
@@ -110,8 +110,8 @@ class ParameterVector:
 
     def frozen_tensors(self) -> list[Tensor]:
         """The model's buffers and frozen parameters, the very tensors that it computes with."""
-        known = {*self._names, *self.buffers}
-        frozen = [p for name, p in self.module.named_parameters() if name not in known]
+        listed = {*self._names, *self.buffers}
+        frozen = [p for name, p in self.module.named_parameters() if name not in listed]
         return [*self.buffers.values(), *frozen]
 
     def _frozen(self) -> dict[str, Tensor]:
@@ -124,15 +124,15 @@ class ParameterVector:
 
         Warns once of a point far from where running statistics were gathered.
         """
-        found = self._finite_point(theta)
+        checked = self._finite_point(theta)
         if theta is not None and self.norm == "running" and self._keeps_statistics:
-            self._statistics.check(found)
-        return found
+            self._statistics.check(checked)
+        return checked
 
     def _finite_point(self, theta: Tensor | None) -> Tensor:
         """`point` for what uses no statistics."""
-        found = self._fitting(theta)
-        return found if theta is None else checks.finite("theta", found)
+        fitting = self._fitting(theta)
+        return fitting if theta is None else checks.finite("theta", fitting)
 
     def _fitting(self, theta: Tensor | None) -> Tensor:
         """`point` without a look at its values, for which a GPU would have to be waited for."""

@@ -41,10 +41,10 @@ def cached_copy(
     So what is known of a model (its graphs, say) serves the next objective of that kind too.
     """
     with model_lock(model):  # a thread that runs it puts its own parameters into it
-        known = _copies.setdefault(model, {})
-        if kind not in known:
-            known[kind] = make(model)
-        return known[kind]
+        copies = _copies.setdefault(model, {})
+        if kind not in copies:
+            copies[kind] = make(model)
+        return copies[kind]
 
 
 def studied(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
@@ -80,17 +80,17 @@ def real_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
     >>> real_dtype({"w": torch.ones(2, dtype=torch.complex64), "b": torch.ones(2)})
     torch.float32
     """
-    found: dict[torch.dtype, str] = {}
+    first_names: dict[torch.dtype, str] = {}
     for name, value in named.items():
-        found.setdefault(value.dtype, name)
-    real = {_PAIRS.get(dtype, dtype) for dtype in found}
+        first_names.setdefault(value.dtype, name)
+    real = {_PAIRS.get(dtype, dtype) for dtype in first_names}
     if len(real) > 1 or real - {*checks.HALF, torch.float32, torch.float64}:
         raise checks.invalid(
             "model",
             "parameters of one dtype: float16, bfloat16, float32 (with complex64) or float64 "
             "(with complex128)",
-            ", ".join(f"{_short(d)} ({name!r})" for d, name in islice(found.items(), 4)),
-            _cast_advice(set(found)),
+            ", ".join(f"{_short(d)} ({name!r})" for d, name in islice(first_names.items(), 4)),
+            _cast_advice(set(first_names)),
         )
     return real.pop()
 
@@ -167,7 +167,7 @@ def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
         raise checks.invalid("parameters", _CHOICES, checks.describe(chosen))
     items = [chosen] if single else list(chosen)
     names = dict(model.named_parameters(remove_duplicate=False))
-    found: set[int] = set()
+    chosen_ids: set[int] = set()
     matched: list[Any]
     for item in items:
         if isinstance(item, str):
@@ -180,18 +180,19 @@ def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
             matched = [item]
         else:
             raise checks.invalid("parameters", _CHOICES, checks.describe(item))
-        known = {id(p) for p in names.values()}
-        if not matched or any(id(p) not in known for p in matched):
+        model_ids = {id(p) for p in names.values()}
+        if not matched or any(id(p) not in model_ids for p in matched):
             raise checks.invalid(
                 "parameters",
                 "parameters of the model given, or its modules with some",
                 checks.describe(item),
                 "take them from that very model, not from a copy, or name them",
             )
-        found |= {id(p) for p in matched}
-    if not found:
+        chosen_ids |= {id(p) for p in matched}
+    if not chosen_ids:
         raise checks.invalid("parameters", _CHOICES, "an empty sequence", "pass None for all")
-    return frozenset(plain_name(model, n) for n, p in model.named_parameters() if id(p) in found)
+    named = model.named_parameters()
+    return frozenset(plain_name(model, name) for name, p in named if id(p) in chosen_ids)
 
 
 _CHOICES = "a glob pattern on names, or a sequence of patterns, parameters or modules of the model"
@@ -202,8 +203,8 @@ def _matches(model: nn.Module, name: str, pattern: str) -> bool:
     """Whether a pattern matches a parameter's name or that of a module which holds it."""
     plain = plain_name(model, name)
     # What a weight is computed from goes by the weight's name too.
-    for own in {name, plain, plain.replace("parametrizations.", "")}:
-        parts = own.split(".")
+    for alias in {name, plain, plain.replace("parametrizations.", "")}:
+        parts = alias.split(".")
         places = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
         if any(fnmatchcase(place, pattern) for place in places):
             return True
@@ -213,8 +214,8 @@ def _matches(model: nn.Module, name: str, pattern: str) -> bool:
 def _no_match(model: nn.Module, pattern: str) -> ValueError:
     names = [plain_name(model, name) for name, _ in model.named_parameters()]
     modules = [plain_name(model, name) for name, _ in model.named_modules()]
-    known = dict.fromkeys(name for name in (*names, *modules) if name)
-    near = difflib.get_close_matches(pattern.rstrip(".*"), known, 3)
+    choices = dict.fromkeys(name for name in (*names, *modules) if name)
+    near = difflib.get_close_matches(pattern.rstrip(".*"), choices, 3)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return checks.invalid(
         "parameters",
@@ -239,8 +240,8 @@ def load_tensors(
         ValueError: a model whose parameters have other names or shapes; it is unchanged.
     """
     # An objective's names are those without wrappers.
-    own = {plain_name(model, name): p for name, p in model.named_parameters()}
-    shapes = {name: as_real(p.detach()).shape for name, p in own.items()}
+    targets = {plain_name(model, name): p for name, p in model.named_parameters()}
+    shapes = {name: as_real(p.detach()).shape for name, p in targets.items()}
     for name, value in parameters.items():
         if shapes.get(name) != value.shape:
             got = list(shapes[name]) if name in shapes else "no such parameter"
@@ -252,7 +253,7 @@ def load_tensors(
             )
     with torch.no_grad():
         for name, value in parameters.items():
-            own[name].copy_(as_complex(value) if own[name].is_complex() else value)
+            targets[name].copy_(as_complex(value) if targets[name].is_complex() else value)
         for name, held in (*model.named_buffers(), *model.named_parameters()):
             name = plain_name(model, name)
             if name in buffers:

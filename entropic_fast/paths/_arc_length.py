@@ -26,8 +26,8 @@ def segment_lengths(pivots: Tensor) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(b.double() - a.double()) for a, b in pairs])
     columns = max(1, at_once // len(pivots))
     starts = range(0, pivots.shape[1], columns)
-    parts = (pivots[:, i : i + columns].double().diff(dim=0) for i in starts)
-    norms = [torch.linalg.vector_norm(part, dim=1) for part in parts]
+    columnwise = (pivots[:, i : i + columns].double().diff(dim=0) for i in starts)
+    norms = [torch.linalg.vector_norm(differences, dim=1) for differences in columnwise]
     lengths: Tensor = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
     return lengths
 

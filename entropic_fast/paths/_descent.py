@@ -115,13 +115,13 @@ class Descent:
         if self._train.communicator.size == 1:
             return self._own_energies(index)
 
-        def own() -> Tensor:
+        def local_sum() -> Tensor:
             losses, gradients = self._own_energies(index)
             return torch.cat([losses, gradients.flatten().double()])
 
         given = [] if index is None else [index]
         count = len(self.pivots)
-        every = self._train.all_reduce(own, "energies of pivots", self.pivots, *given)
+        every = self._train.all_reduce(local_sum, "energies of pivots", self.pivots, *given)
         return every[:count], every[count:].view(count - 2, -1).to(self.pivots.dtype)
 
     def _own_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -117,15 +117,15 @@ def insertions(
     excess = losses - np.interp(s, s[pivot], losses[pivot])
     limit = threshold * (losses.max() - losses.min())
     edges = np.flatnonzero(pivot)
-    found: list[tuple[float, float]] = []
+    candidates: list[tuple[float, float]] = []
     for left, right in itertools.pairwise(edges):
         inside = np.arange(left + 1, right)
         if len(inside):
             best = inside[np.argmax(excess[inside])]
             if excess[best] > limit:
-                found.append((float(excess[best]), float(s[best])))
-    found.sort(reverse=True)
-    return sorted(position for _, position in found[: max(0, room)])
+                candidates.append((float(excess[best]), float(s[best])))
+    candidates.sort(reverse=True)
+    return sorted(position for _, position in candidates[: max(0, room)])
 
 
 def _unit(rows: Tensor) -> Tensor:

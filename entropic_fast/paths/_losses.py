@@ -113,35 +113,36 @@ def path_losses(
     classifier = obj.is_classifier
     # Statistics are of all examples at each point: processes take points then, not examples.
     communicator = obj.communicator if obj.has_running_statistics else SingleProcess()
-    whole = obj.without_distribution() if obj.has_running_statistics else obj
+    local = obj.without_distribution() if obj.has_running_statistics else obj
     first, every = communicator.rank, communicator.size
 
-    def own() -> Tensor:
-        found = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
+    def local_values() -> Tensor:
+        evaluated = torch.zeros(len(s), 1 + classifier, dtype=torch.float64, device=obj.device)
         at = torch.tensor(s, dtype=torch.float64, device=obj.device)[first::every]
         size = max(1, min(_POINTS, _NUMBERS // path.num_params)) if is_gpu(obj.device) else 1
         reported = 0
         for start in range(0, len(at), size):
             points = arc.points_at(path.pivots, path.positions, at[start : start + size])
-            values = torch.stack(
-                [_values(whole, point, classifier, recalibration_examples) for point in points]
+            point_values = torch.stack(
+                [_values(local, point, classifier, recalibration_examples) for point in points]
             )
             places = range(first + start * every, len(s), every)[: len(points)]
-            found[places.start : places.stop : every] = values
+            evaluated[places.start : places.stop : every] = point_values
             while on_point is not None and reported <= places[-1]:
                 reported += 1
                 on_point(reported, len(s))
         for done in range(reported, len(s) if on_point is not None else 0):
             assert on_point is not None
             on_point(done + 1, len(s))
-        return found
+        return evaluated
 
-    found = communicator.all_reduce(own, "losses along a path", path.pivots, obj.fingerprint)
-    lost = ~found[:, 0].isfinite()
-    found[lost, 0], found[lost, 1:] = math.inf, math.nan
+    call = ("losses along a path", path.pivots, obj.fingerprint)
+    evaluated = communicator.all_reduce(local_values, *call)
+    lost = ~evaluated[:, 0].isfinite()
+    evaluated[lost, 0], evaluated[lost, 1:] = math.inf, math.nan
     if bool(lost.any()):
-        _warn_of(lost.nonzero()[:, 0].tolist(), s, whole, path, recalibration_examples)
-    columns = dict(zip(("loss", "accuracy"), found.T.tolist(), strict=False))
+        _warn_of(lost.nonzero()[:, 0].tolist(), s, local, path, recalibration_examples)
+    columns = dict(zip(("loss", "accuracy"), evaluated.T.tolist(), strict=False))
     return Table({"s": s, "loss": columns.pop("loss"), "is_pivot": [p in pivots_at for p in s],
                   **columns})  # fmt: skip
 

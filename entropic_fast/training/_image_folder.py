@@ -35,9 +35,9 @@ def cache_dir() -> Path:
     `ENTROPIC_FAST_CACHE` if set, else `XDG_CACHE_HOME/entropic_fast`, else
     `~/.cache/entropic_fast`. Anything in it may be deleted at any time.
     """
-    own = os.environ.get("ENTROPIC_FAST_CACHE")
-    if own:
-        return Path(own).expanduser()
+    chosen = os.environ.get("ENTROPIC_FAST_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "entropic_fast"
 
@@ -91,7 +91,7 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise invalid("data_dir", f"a folder {split!r} of one folder a class", f"none in {root}")
     _inside(root, folder, folder.is_symlink())
-    found: dict[str, list[Path]] = {}
+    classes: dict[str, list[Path]] = {}
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
         _inside(root, path, entry.is_symlink())
@@ -111,10 +111,10 @@ def _list_split(root: Path, split: str) -> dict[str, list[Path]]:
                 f"none in {path}",
                 f"images end in one of {', '.join(SUFFIXES)}",
             )
-        found[entry.name] = files
-    if not found:
+        classes[entry.name] = files
+    if not classes:
         raise invalid("data_dir", "one folder a class", f"none in {folder}")
-    return found
+    return classes
 
 
 def _inside(root: Path, path: Path, link: bool) -> None:

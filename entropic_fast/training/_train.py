@@ -434,9 +434,9 @@ def evaluate(model: nn.Module, data: ImageData, batch_size: int = 1024) -> Evalu
     correct = 0
     try:
         for start in range(0, len(data), batch_size):
-            part = slice(start, start + batch_size)
-            targets = data.labels[part]
-            outputs = model(data.inputs(part))
+            rows = slice(start, start + batch_size)
+            targets = data.labels[rows]
+            outputs = model(data.inputs(rows))
             losses = functional.cross_entropy(outputs, targets, reduction="none")
             bad = (~torch.isfinite(losses)).nonzero()
             if len(bad):

@@ -51,15 +51,15 @@ class Minimum:
             (self.buffers, dict(model.named_buffers())),
         )
         differences = []
-        for stored, own in pairs:
-            differences += [f"{n} is missing" for n in own if n not in stored]
-            differences += [f"{n} is unknown" for n in stored if n not in own]
+        for stored, tensors in pairs:
+            differences += [f"{n} is missing" for n in tensors if n not in stored]
+            differences += [f"{n} is unknown" for n in stored if n not in tensors]
             differences += [
                 f"{n} is {list(stored[n].shape)} of {stored[n].dtype}, "
-                f"not {list(own[n].shape)} of {own[n].dtype}"
-                for n in own
+                f"not {list(tensors[n].shape)} of {tensors[n].dtype}"
+                for n in tensors
                 if n in stored
-                and (stored[n].shape != own[n].shape or stored[n].dtype != own[n].dtype)
+                and (stored[n].shape != tensors[n].shape or stored[n].dtype != tensors[n].dtype)
             ]
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -70,8 +70,8 @@ class Minimum:
                 "build the model that the manifest names"
             )
         with torch.no_grad():
-            for stored, own in pairs:
-                for name, tensor in own.items():
+            for stored, tensors in pairs:
+                for name, tensor in tensors.items():
                     tensor.copy_(stored[name])
 
 

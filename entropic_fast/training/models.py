@@ -212,10 +212,10 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
     if name in ("digits-cnn", "digits-cnn-bn"):
         norm = "batch" if name.endswith("-bn") else "none"
         return digits_cnn(norm, num_classes, 1 if in_channels is None else in_channels)
-    found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
-    if found is None:
+    match = _PATTERN.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
         raise invalid("model name", "one of " + ", ".join(map(repr, NAMES)) + _FORMS, shown(name))
-    depth, wrn_depth, widen, width = (int(g) if g else 0 for g in found.groups())
+    depth, wrn_depth, widen, width = (int(g) if g else 0 for g in match.groups())
     channels = 3 if in_channels is None else in_channels
     width = width or 16
     if depth:
@@ -245,9 +245,10 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
     """
     integer("seed", seed)
     for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and "weight" in own:
-            weight = own["weight"]
+        parameters = dict(module.named_parameters(recurse=False))
+        weighted = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+        if weighted and "weight" in parameters:
+            weight = parameters["weight"]
             scale = math.sqrt(2.0 / max(1, weight[0].numel()))
             drawn = normal(tuple(weight.shape), fold_in(seed, "initialise", name))
             weight.copy_((scale * drawn).to(weight.dtype))
@@ -255,11 +256,11 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
                 module.bias.zero_()
         elif hasattr(module, "reset_parameters") or hasattr(module, "_reset_parameters"):
             _reset(module, fold_in(seed, "initialise", name))
-        elif own:
+        elif parameters:
             raise invalid(
                 f"model.{name}" if name else "model",
                 "a module that can set its own parameters",
-                f"{type(module).__name__} with {', '.join(own)} and no reset_parameters()",
+                f"{type(module).__name__} with {', '.join(parameters)} and no reset_parameters()",
                 "give it that method, or initialize it yourself and train with resume=TrainState()",
             )
     return model

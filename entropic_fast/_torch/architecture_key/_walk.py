@@ -163,7 +163,7 @@ class _Walk:
 
     def _mapping(self, things: Any) -> None:
         self._type_of(things)
-        self._many("mapping", (part for pair in dict.items(things) for part in pair))
+        self._many("mapping", (item for pair in dict.items(things) for item in pair))
 
     def _type_of(self, thing: Any) -> None:
         """The type of a container, and attributes beside what it contains."""
@@ -263,8 +263,8 @@ class _Walk:
             if name in HOOKS:
                 self._hooks(module, name, value)
             elif name in ("_parameters", "_buffers"):
-                for own, tensor in value.items():
-                    self.found.append(own)
+                for key, tensor in value.items():
+                    self.found.append(key)
                     self._placed(tensor)
             else:
                 self.visit(value)

@@ -95,18 +95,18 @@ def fit_force(
     if not (variance > 0).all():
         raise checks.invalid("measured", "replicas that differ", "a position without any spread")
     weight = 1 / variance
-    each = ((weight * x) @ y) / ((weight * x) @ x)
-    slope = mean_interval(torch.from_numpy(each), confidence)
+    slopes = ((weight * x) @ y) / ((weight * x) @ x)
+    slope = mean_interval(torch.from_numpy(slopes), confidence)
     means, error2 = y.mean(1), variance / replicas
-    left = means - slope.value * x
-    chi2, freedom = float((left**2 / error2).sum()), len(x) - 1
+    residual = means - slope.value * x
+    chi2, freedom = float((residual**2 / error2).sum()), len(x) - 1
     total = float((weight * means**2).sum())
     return ForceFit(
         slope=slope,
         chi2=chi2,
         freedom=freedom,
         p_value=float(stats.chi2.sf(chi2, freedom)) if freedom else math.nan,
-        r_squared=1 - float((weight * left**2).sum()) / total if total > 0 else math.nan,
+        r_squared=1 - float((weight * residual**2).sum()) / total if total > 0 else math.nan,
     )
 
 
@@ -176,11 +176,11 @@ def shuffled_curvature(
     observed = correlation(x)
     if math.factorial(len(x)) <= shuffles:
         orders = [list(p) for p in permutations(range(len(x)))]
-        found = [correlation(x[o]) for o in orders]
+        correlations = [correlation(x[o]) for o in orders]
     else:
         rng = np.random.default_rng(fold_in(seed, "force", "shuffle"))
-        found = [observed, *(correlation(rng.permutation(x)) for _ in range(shuffles - 1))]
-    return observed, float(np.mean(np.asarray(found) >= observed - 1e-12))
+        correlations = [observed, *(correlation(rng.permutation(x)) for _ in range(shuffles - 1))]
+    return observed, float(np.mean(np.asarray(correlations) >= observed - 1e-12))
 
 
 def drift_shares(

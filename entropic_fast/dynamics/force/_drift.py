@@ -59,13 +59,13 @@ class Drift:
         Where they share an error, `order_error`, it is in the interval.
         """
         velocity = self.velocity[index]
-        found = mean_interval(velocity[~velocity.isnan()], confidence)
+        mean = mean_interval(velocity[~velocity.isnan()], confidence)
         shared = float(self.order_error[index]) * float(norm.ppf((1 + confidence) / 2))
         below, above = (
-            math.hypot(found.value - found.low, shared),
-            math.hypot(found.high - found.value, shared),
+            math.hypot(mean.value - mean.low, shared),
+            math.hypot(mean.high - mean.value, shared),
         )
-        return replace(found, low=found.value - below, high=found.value + above)
+        return replace(mean, low=mean.value - below, high=mean.value + above)
 
     def to_table(self, confidence: float = 0.95) -> Table:
         """Columns "position", "velocity", "low", "high", "replicas", one row per position.
@@ -74,11 +74,13 @@ class Drift:
         """
         rows = []
         for i, s in enumerate(self.position.tolist()):
-            left = int((~self.velocity[i].isnan()).sum())
-            found = self.interval(i, confidence) if left else None
-            value, low, high = (found.value, found.low, found.high) if found else (torch.nan,) * 3
+            kept = int((~self.velocity[i].isnan()).sum())
+            value = low = high = torch.nan
+            if kept:
+                interval = self.interval(i, confidence)
+                value, low, high = interval.value, interval.low, interval.high
             rows.append(
-                {"position": s, "velocity": value, "low": low, "high": high, "replicas": left}
+                {"position": s, "velocity": value, "low": low, "high": high, "replicas": kept}
             )
         return Table.from_rows(rows)
 
@@ -161,12 +163,12 @@ def _noise_along(
     place = torch.arange(len(places)).repeat_interleave(replicas)
     batches = Minibatches(obj, settings.batch_size, seed, ids)
     slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
-    found, error = slope(obj, path, places, batches, place)
+    slopes_at, error = slope(obj, path, places, batches, place)
     # Summed where the gradients are, and read once.
     total = torch.zeros(len(ids), dtype=torch.float64, device=obj.device)
     weights = impulse_response(settings)
     for step, weight in enumerate(weights.tolist()):
-        total += weight * found(step)
+        total += weight * slopes_at(step)
     return total.cpu(), error.cpu() * float(weights.sum())
 
 
@@ -185,10 +187,10 @@ def _mean_slopes(
     slopes = (slopes - slopes.mean(1, keepdim=True)).to(obj.device)
     rows = place.to(obj.device)[:, None]
 
-    def found(step: int) -> Tensor:
+    def slopes_at(step: int) -> Tensor:
         return slopes[rows, batches.indices(step)].mean(1)
 
-    return found, torch.zeros_like(places)
+    return slopes_at, torch.zeros_like(places)
 
 
 def _batch_slopes(
@@ -204,20 +206,20 @@ def _batch_slopes(
         loss = alike.losses(theta, inputs, targets).mean()
         return torch.autograd.grad(loss, theta)[0].double() @ tangents[k]
 
-    every = torch.stack(
+    batch_slopes = torch.stack(
         [slope(k, b.inputs, b.targets) for k in range(len(places)) for b in alike.batches()]
     ).view(len(places), -1)  # [K, N // B]
-    mean, count = every.mean(1), every.shape[1]
+    mean, count = batch_slopes.mean(1), batch_slopes.shape[1]
 
     means = mean[place.to(mean.device)]
 
-    def found(step: int) -> Tensor:
+    def slopes_at(step: int) -> Tensor:
         rows = zip(place.tolist(), *batches(step), strict=True)
         return torch.stack([slope(k, x, y) for k, x, y in rows]) - means
 
     if count == 1:  # a full batch is all there is
-        return found, torch.zeros_like(mean)
-    return found, every.std(1) / count**0.5
+        return slopes_at, torch.zeros_like(mean)
+    return slopes_at, batch_slopes.std(1) / count**0.5
 
 
 @full_precision()
@@ -246,7 +248,7 @@ def noiseless_drift(
     """
     if _has_batch_statistics(obj):
         obj = in_random_batches(obj, settings.batch_size)
-    found = []
+    velocities = []
     for start in torch.as_tensor(positions, dtype=torch.float64).tolist():
         theta, s = path.point(start)[None].clone(), start
         rate = torch.tensor([settings.rate], dtype=torch.float64, device=theta.device)
@@ -256,5 +258,5 @@ def noiseless_drift(
             if update % settings.project_every == 0 or update == settings.steps:
                 s, theta, _ = path.project(theta[0])
                 theta = theta[None].contiguous()
-        found.append((s - start) / settings.effective_time)
-    return torch.tensor(found, dtype=torch.float64)
+        velocities.append((s - start) / settings.effective_time)
+    return torch.tensor(velocities, dtype=torch.float64)

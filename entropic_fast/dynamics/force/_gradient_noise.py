@@ -153,10 +153,10 @@ class GradientNoise:
         else:
             # At even distances on the sum of the squared norms, in a random order: data have
             # orders of their own, periodic ones too.
-            own = fold_in(seed, "force", "rest")
-            order = permutation(self.count, own, 0)
+            key = fold_in(seed, "force", "rest")
+            order = permutation(self.count, key, 0)
             total = self._rest_squares.cpu()[order].cumsum(0)
-            places = (torch.arange(examples) + uniform((1,), own, 1)) * (total[-1] / examples)
+            places = (torch.arange(examples) + uniform((1,), key, 1)) * (total[-1] / examples)
             chosen = order[torch.searchsorted(total, places).clamp_(max=self.count - 1)]
         columns: Tensor = without(self.basis, self.scale * (self._rows(chosen) - self.mean).T)
         if examples < self.count:
@@ -181,22 +181,22 @@ class GradientNoise:
         By central differences of the examples' gradients: how much noisier gradients become away
         from the path, because examples differ in curvature.
         """
-        tangent, found = self.basis[:, :1], []
+        tangent, ratios = self.basis[:, :1], []
         for total in self._sums:
             z = without(tangent, total[:, None])[:, 0]
             length = float(torch.linalg.vector_norm(z.double()))
             if length == 0:
                 return 0.0
             z = z * (size / length)
-            ways = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
+            both_sides = [gradient_rows(self.obj, self.theta + sign * z) for sign in (1, -1)]
             sums = torch.zeros_like(z, dtype=torch.float64)
             squares = sums.new_zeros(())
-            for (_, up), (_, down) in zip(*ways, strict=True):
+            for (_, up), (_, down) in zip(*both_sides, strict=True):
                 change = (self.scale / (2 * size)) * (up - down)
                 along = (change @ tangent).double()
                 sums += change.double().sum(0)
                 squares += torch.linalg.vector_norm(change, dim=1).double().square().sum()
                 squares -= along.square().sum()
             mean = without(tangent.double(), sums[:, None]) / self.count
-            found.append(float(squares / self.count - mean.square().sum()))
-        return sum(found) / len(found) if found else 0.0
+            ratios.append(float(squares / self.count - mean.square().sum()))
+        return sum(ratios) / len(ratios) if ratios else 0.0

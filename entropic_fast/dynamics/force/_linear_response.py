@@ -114,13 +114,13 @@ class MinibatchCovariance:
         return (n - b) / (n - 1) / b if b < n else 0.0
 
     def _excess(self, multiplier: Tensor | None) -> float | Tensor:
-        own = self.variance if multiplier is None else self.variance * multiplier
-        return own - self.covariance
+        variance = self.variance if multiplier is None else self.variance * multiplier
+        return variance - self.covariance
 
     def epochs(self, steps: int) -> list[slice]:
         """The updates of each epoch."""
-        each = self.num_examples // self.batch_size
-        return [slice(start, min(start + each, steps)) for start in range(0, steps, each)]
+        length = self.num_examples // self.batch_size
+        return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
 
     def moments(
         self, left: Tensor, right: Tensor, weights: Tensor, multiplier: Tensor | None = None
@@ -135,21 +135,21 @@ class MinibatchCovariance:
         Returns:
             [r, q].
         """
-        own = self._excess(multiplier)
+        excess = self._excess(multiplier)
         weighted = weights[:, None] * left
-        factors = torch.einsum("ijm,ljm->il", weighted * own, right)
-        for part in self.epochs(left.shape[-1]):
-            sums = weighted[..., part].sum(-1), right[..., part].sum(-1)
+        factors = torch.einsum("ijm,ljm->il", weighted * excess, right)
+        for epoch in self.epochs(left.shape[-1]):
+            sums = weighted[..., epoch].sum(-1), right[..., epoch].sum(-1)
             factors = factors + self.covariance * torch.einsum("ij,lj->il", *sums)
         return factors
 
     def squares(self, responses: Tensor, multiplier: Tensor | None = None) -> Tensor:
         """E w_i^2 at every update, per unit of C_ii.  # [r, n, n] -> [r, n]"""
-        own = self._excess(multiplier)
-        found = (responses.square() * own).sum(-1)
-        for part in self.epochs(responses.shape[-1]):
-            found = found + self.covariance * responses[..., part].sum(-1).square()
-        return found
+        excess = self._excess(multiplier)
+        squares = (responses.square() * excess).sum(-1)
+        for epoch in self.epochs(responses.shape[-1]):
+            squares = squares + self.covariance * responses[..., epoch].sum(-1).square()
+        return squares
 
     def noise_multiplier(
         self, pre_update: Tensor, variances: Tensor, heterogeneity: float
@@ -178,6 +178,7 @@ class MinibatchCovariance:
         """sum_j weights_j E[noise of update j in H_il times w_i], per unit of the covariance of
         an example's H_il and gradient: minibatches of one epoch exclude one another.  # [r]"""
         total = torch.zeros(len(pre_update), dtype=torch.float64)
-        for part in self.epochs(pre_update.shape[-1]):
-            total += self.covariance * (weights[part, None] * pre_update[:, part, part]).sum((1, 2))
+        for epoch in self.epochs(pre_update.shape[-1]):
+            weighted = weights[epoch, None] * pre_update[:, epoch, epoch]
+            total += self.covariance * weighted.sum((1, 2))
         return total

@@ -122,9 +122,9 @@ class PointForce:
         Returns:
             with the standard error of the part that is sampled.
         """
-        found, sampling, multiplier = self._noise(settings, noise_heterogeneity)
+        responses, sampling, multiplier = self._noise(settings, noise_heterogeneity)
         factors = sampling.moments(
-            found.pre_update, found.pre_update, impulse_response(settings), multiplier
+            responses.pre_update, responses.pre_update, impulse_response(settings), multiplier
         )
         scale = -0.5 / (settings.effective_time * self.length)
         total = scale * (factors * self.curvature_moments)
@@ -135,21 +135,21 @@ class PointForce:
 
     def without_replacement(self, settings: ProjectedSGD) -> float:
         """Mean velocity of a short run because minibatches of an epoch exclude one another."""
-        found, sampling, _ = self._noise(settings, False)
-        factors = sampling.without_replacement(found.pre_update, impulse_response(settings))
+        responses, sampling, _ = self._noise(settings, False)
+        factors = sampling.without_replacement(responses.pre_update, impulse_response(settings))
         return -0.5 * float(factors @ self.noise_slope) / (settings.effective_time * self.length)
 
     def squared_distance(
         self, settings: ProjectedSGD, *, noise_heterogeneity: bool = True
     ) -> Tensor:
         """E |w|^2 after each update of a short run, before the projection if one follows.  # [n]"""
-        found, sampling, multiplier = self._noise(settings, noise_heterogeneity)
-        return self.noise @ sampling.squares(found.post_update, multiplier)
+        responses, sampling, multiplier = self._noise(settings, noise_heterogeneity)
+        return self.noise @ sampling.squares(responses.post_update, multiplier)
 
     def temperatures(self, settings: ProjectedSGD) -> Tensor:
         """T_i = lr c_i / (2 B (1 - momentum)) of the r directions, in the loss's units.  # [r]"""
-        own = MinibatchCovariance(settings.batch_size, self.num_examples).variance
-        return settings.rate * own * self.noise[:-1] / (2 * (1 - settings.momentum))
+        variance = MinibatchCovariance(settings.batch_size, self.num_examples).variance
+        return settings.rate * variance * self.noise[:-1] / (2 * (1 - settings.momentum))
 
     def stationary(self, settings: ProjectedSGD) -> float:
         """Entropic velocity for k -> infinity, small lr: - (1/2) sum_i T_i d ln lambda_i / ds.
@@ -175,9 +175,10 @@ class PointForce:
         sampling = MinibatchCovariance(settings.batch_size, self.num_examples)
         # Directions of negative curvature hold little noise; the complement's mean is not below 0.
         stiffness = torch.cat([self.stiffness[:-1], self.stiffness[-1:].clamp(min=0)])
-        found = response(stiffness, settings)
+        responses = response(stiffness, settings)
         size = self.noise_heterogeneity if noise_heterogeneity else 0.0
-        return found, sampling, sampling.noise_multiplier(found.pre_update, self.noise, size)
+        multiplier = sampling.noise_multiplier(responses.pre_update, self.noise, size)
+        return responses, sampling, multiplier
 
 
 @full_precision()

@@ -40,9 +40,9 @@ def forms_by_parts(
     """
     parts = _parts(obj, max_examples, vectors.shape[1])
     forms = torch.full((len(parts), -(-vectors.shape[1] // len(parts))), torch.nan).double()
-    for row, (form, part) in enumerate(zip(forms, parts, strict=True)):
-        found = HessianOperator(part, theta).quadratic_forms(vectors[:, row :: len(parts)])
-        form[: len(found)] = found.cpu()
+    for row, (form, subset) in enumerate(zip(forms, parts, strict=True)):
+        values = HessianOperator(subset, theta).quadratic_forms(vectors[:, row :: len(parts)])
+        form[: len(values)] = values.cpu()
     return forms
 
 
@@ -57,11 +57,11 @@ def mean_of_parts(values: Tensor) -> tuple[float, float]:
     (2.0, 1.0)
     """
     rows = values if len(values) > 1 else values.T
-    known = rows.isfinite()
-    mean = rows[known].mean()
+    finite = rows.isfinite()
+    mean = rows[finite].mean()
     gaps = (rows - mean).nansum(1)
     count = len(rows)
-    error = (gaps.square().sum() * count / (count - 1)).sqrt() / known.sum() if count > 1 else None
+    error = (gaps.square().sum() * count / (count - 1)).sqrt() / finite.sum() if count > 1 else None
     return float(mean), torch.nan if error is None else float(error)
 
 

@@ -62,7 +62,7 @@ def scale_invariant_rows(
     """
     theta = obj.point(theta)
     places = obj.split(torch.ones_like(theta, dtype=torch.int64).cumsum(0) - 1)  # 0 .. P - 1
-    found = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
+    candidates = {n: i.flatten(1) for n, i in places.items() if i.ndim > 1 and i[0].numel() > 1}
     if obj.norm != "batch":
         return {}
     generator = torch.Generator().manual_seed(0)
@@ -75,16 +75,17 @@ def scale_invariant_rows(
         for weights in weightings.to(losses):
             loss = (weights * losses).mean()
             gradient = torch.autograd.grad(loss, leaf, retain_graph=True)[0].double()
-            for rows in found.values():
+            for rows in candidates.values():
                 w, g = theta[rows].double(), gradient[rows]
                 scale = w.norm(dim=1) * g.norm(dim=1)
                 live = scale > 0
                 cosine = torch.where(live, (w * g).sum(1).abs() / scale, 0.0)
                 kept.append(live.any() & ~(cosine.max() > _ORTHOGONAL))
     if kept:
-        every = torch.stack(kept).view(-1, len(found)).all(0).tolist()
-        found = {name: found[name] for name, one in zip(list(found), every, strict=True) if one}
-    return found
+        invariant = torch.stack(kept).view(-1, len(candidates)).all(0).tolist()
+        named = zip(candidates.items(), invariant, strict=True)
+        candidates = {name: rows for (name, rows), is_invariant in named if is_invariant}
+    return candidates
 
 
 @dataclass(frozen=True)

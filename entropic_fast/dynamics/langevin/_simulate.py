@@ -333,7 +333,7 @@ def _check_finite(
 
 def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Force:
     """-grad V: the potential's own closed form, or autograd; checked at the start."""
-    own = getattr(potential, "force", None)
+    closed_form = getattr(potential, "force", None)
 
     def by_autograd(x: Tensor) -> Tensor:
         leaf = x.detach().requires_grad_()
@@ -344,7 +344,7 @@ def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Force:
             )
         return -torch.autograd.grad(energy.sum(), leaf)[0]
 
-    force: Force = own if callable(own) else by_autograd
+    force: Force = closed_form if callable(closed_form) else by_autograd
     first = force(start)
     if first.shape != start.shape:
         raise checks.invalid(

@@ -48,10 +48,10 @@ class FxCache:
         key = (trees.form(tensors), *(t.stride() for t in trees.leaves(tensors)))
         if key in self._lists:
             return self._lists[key](*tensors)
-        found = self._function(*tensors)
+        values = self._function(*tensors)
         if len(self._lists) < SHAPES:
-            self._lists[key] = self._made(tensors, found)
-        return found
+            self._lists[key] = self._made(tensors, values)
+        return values
 
     def _made(
         self, tensors: tuple[Tree, ...], expected: tuple[Tensor, ...]
@@ -65,27 +65,27 @@ class FxCache:
                     graph.graph.erase_node(node)
             graph.graph.eliminate_dead_code()
             graph.recompile()
-            found = graph(*tensors)
+            values = graph(*tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as why:  # tracing may fail in any way; the function is right
             logger.info("replicas go without a list of operations: %s", why)
             return self._function
-        if all(_same(a, b) for a, b in zip(found, expected, strict=True)):
+        if all(_same(a, b) for a, b in zip(values, expected, strict=True)):
             return graph
         logger.info("replicas go without a list of operations, which gave another result")
         return self._function
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def _same(values: Tensor, expected: Tensor) -> bool:
     """Whether two runs of the same operations gave these: to the bit on a CPU.
 
     On a GPU to 1,000 roundings in norm: 1e-4 in float32, where other random numbers or other
     control flow differ in the first digits.
     """
-    if torch.equal(found, expected):
+    if torch.equal(values, expected):
         return True
-    if not is_gpu(found.device) or found.shape != expected.shape:
+    if not is_gpu(values.device) or values.shape != expected.shape:
         return False
     rounding = 1000 * torch.finfo(expected.dtype).eps
-    return bool((found - expected).norm() <= rounding * expected.norm())
+    return bool((values - expected).norm() <= rounding * expected.norm())

@@ -91,16 +91,16 @@ class Minibatches:
     def _batches(self, step: int, count: int) -> Tensor:
         """Examples of `count` updates from `step` on, in at most 6 launches.  # [k, R, B]"""
         if self.full:
-            whole = torch.arange(self.num_examples, device=self._device)
-            return whole.expand(count, len(self.ids), -1)
+            full_batch = torch.arange(self.num_examples, device=self._device)
+            return full_batch.expand(count, len(self.ids), -1)
         first, end = step // self.per_epoch, (step + count - 1) // self.per_epoch + 1
         if first < self._first or end > self._end:
             begin = self._end if self._first <= first < self._end else first
-            held = self._drawn(begin, end - begin)
+            drawn = self._drawn(begin, end - begin)
             if begin > first:
-                known = self._held[(first - self._first) * self.per_epoch :]
-                held = torch.cat([known, held])
-            self._first, self._end, self._held = first, end, held
+                kept = self._held[(first - self._first) * self.per_epoch :]
+                drawn = torch.cat([kept, drawn])
+            self._first, self._end, self._held = first, end, drawn
         at = step - self._first * self.per_epoch
         return self._held[at : at + count]
 
@@ -140,8 +140,8 @@ class Minibatches:
         if self.full:
             replicas = len(self.ids)
             both = (self._inputs, self._targets)
-            found: tuple[Tree, Tree] = trees.mapped(lambda t: t.expand(replicas, *t.shape), both)
-            return found
+            expanded: tuple[Tree, Tree] = trees.mapped(lambda t: t.expand(replicas, *t.shape), both)
+            return expanded
         return self._chosen(entry)
 
     def _chosen(self, index: Tensor) -> tuple[Tree, Tree]:
@@ -150,8 +150,8 @@ class Minibatches:
         def rows(tensor: Tensor) -> Tensor:
             return tensor.index_select(0, flat).view(*index.shape, *tensor.shape[1:])
 
-        found: tuple[Tree, Tree] = trees.mapped(rows, (self._inputs, self._targets))
-        return found
+        examples: tuple[Tree, Tree] = trees.mapped(rows, (self._inputs, self._targets))
+        return examples
 
     def __call__(self, step: int) -> tuple[Tree, Tree]:
         """Inputs [R, B, ...] and targets [R, B, ...] of update `step` (from 0)."""

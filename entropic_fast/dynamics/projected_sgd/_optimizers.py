@@ -84,4 +84,4 @@ class Optimizer:
     def keep(self, rows: Tensor) -> None:
         """Go on with only these rows of the replicas."""
         self.lr = self.lr[rows]
-        self.state = [part[rows] for part in self.state]
+        self.state = [tensor[rows] for tensor in self.state]

@@ -178,12 +178,12 @@ def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
     if not isinstance(metadata, dict) or metadata.get("format") != _FORMAT or not lines:
         raise store.DamagedFileError(f"{path}: expected records of relax, got another file")
     header, body = lines[0], lines[1:]
-    whole = len(body) - len(body) % int(metadata["replicas"])
+    complete = len(body) - len(body) % int(metadata["replicas"])
     kinds = {name: int if name in ("replica", "id", "step", "diverged_at") else float
              for name in header}  # fmt: skip
     try:
         columns = {
-            name: [kinds[name](row[i]) for row in body[:whole]] for i, name in enumerate(header)
+            name: [kinds[name](row[i]) for row in body[:complete]] for i, name in enumerate(header)
         }
     except (ValueError, IndexError) as error:
         raise store.DamagedFileError(
@@ -203,11 +203,11 @@ def _packed(records: Sequence[Record]) -> dict[str, Tensor]:
 
 
 def _unpacked(state: Mapping[str, Tensor]) -> list[Record]:
-    datasets = {name: part for name, part in state.items() if name.startswith(_DATASETS)}
+    datasets = {name: values for name, values in state.items() if name.startswith(_DATASETS)}
     records = []
     for i, step in enumerate(state["record.step"].tolist()):
         position, distance, loss, full, diverged = (state[f"record.{n}"][i] for n in _FIELDS)
-        losses = {name.removeprefix(_DATASETS): part[i] for name, part in datasets.items()}
+        losses = {name.removeprefix(_DATASETS): values[i] for name, values in datasets.items()}
         records.append(Record(step, position, distance, loss, full, diverged, losses))
     return records
 

@@ -155,7 +155,7 @@ class ReplicaState:
         """Everything that the rest of the run depends on, between two cycles."""
         state = {name: getattr(self, name) for name in TENSORS}
         state["steps"] = torch.tensor([self.step, self.summed])
-        return state | {f"optimizer.{i}": part for i, part in enumerate(self.rule.state)}
+        return state | {f"optimizer.{i}": tensor for i, tensor in enumerate(self.rule.state)}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` returned."""

@@ -283,10 +283,10 @@ def per_replica(
 
 
 def _integers(argument: str, values: Iterable[int]) -> list[int]:
-    found = checks.numbers(argument, values)
-    if not all(math.isfinite(number) and number == int(number) for number in found):
+    floats = checks.numbers(argument, values)
+    if not all(math.isfinite(number) and number == int(number) for number in floats):
         raise checks.invalid(argument, "integers", checks.shown(values))
-    return [checks.integer(argument, int(number)) for number in found]
+    return [checks.integer(argument, int(number)) for number in floats]
 
 
 def numbers(argument: str, value: PerReplica) -> Tensor:

@@ -126,8 +126,8 @@ class ThreadPoolGradients:
         outputs = self._objective.call(module, inputs)
         loss = self._objective.output_losses(outputs, targets).mean()
         if loss.requires_grad:
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            torch._foreach_copy_(self._parts[r], found)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            torch._foreach_copy_(self._parts[r], grads)
         else:  # a minibatch that uses none of the parameters in theta
             torch._foreach_zero_(self._parts[r])
         self._losses[r] = loss.detach()
@@ -156,8 +156,8 @@ def _module_on(obj: Objective, row: Tensor) -> tuple[nn.Module, list[nn.Paramete
         places.setdefault(id(parameter), []).append(name)
     by_name = dict(module.named_parameters())
     parameters = []
-    for name, part in obj.split(row).items():
-        view = nn.Parameter(part.detach())
+    for name, values in obj.split(row).items():
+        view = nn.Parameter(values.detach())
         parameters.append(view)
         for place in places[id(by_name[name])]:
             owner, _, leaf = place.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,9 +114,9 @@ class Trajectory:
         if rows.ndim != 1 or rows.numel() == 0:
             raise checks.invalid("replicas", "at least one index", checks.describe(rows))
         names = ("position", "distance", "loss", "full_loss", "lr", "ids", "diverged_at")
-        parts: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
-        parts["dataset_losses"] = {name: part[rows] for name, part in self.dataset_losses.items()}
-        return replace(self, **parts)
+        fields: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
+        fields["dataset_losses"] = {name: v[rows] for name, v in self.dataset_losses.items()}
+        return replace(self, **fields)
 
     def to_table(self) -> Table:
         """One row per replica and record; losses over other data are columns loss_<name>."""
@@ -133,7 +134,7 @@ class Trajectory:
             "loss": self.loss.flatten(),
             "full_loss": self.full_loss.flatten(),
             "diverged_at": self.diverged_at[replica],
-            **{f"loss_{name}": part.flatten() for name, part in self.dataset_losses.items()},
+            **{f"loss_{name}": losses.flatten() for name, losses in self.dataset_losses.items()},
         }
         return Table({name: column.numpy() for name, column in columns.items()})
 
@@ -181,8 +182,8 @@ class Trajectory:
         steps, replicas = (np.unique(table[name]) for name in ("step", "replica"))
         order = np.lexsort((table["step"], table["replica"]))
         expected = np.repeat(replicas, len(steps)), np.tile(steps, len(replicas))
-        found = table["replica"][order], table["step"][order]
-        if not steps.size or not all(map(np.array_equal, found, expected)):
+        actual = table["replica"][order], table["step"][order]
+        if not steps.size or not all(map(np.array_equal, actual, expected)):
             raise checks.invalid(
                 "table",
                 "one row for each replica and record",
@@ -195,11 +196,11 @@ class Trajectory:
 
         datasets = [name for name in table.columns if name.startswith("loss_")]
         names = ("optimizer", "batch_size", "project_every", "seed", "backend")
-        parts: dict[str, Any] = {name: metadata[name] for name in names}
+        fields: dict[str, Any] = {name: metadata[name] for name in names}
         for name in ("position", "distance", "loss", "full_loss"):
-            parts[name] = column(name).double()
+            fields[name] = column(name).double()
         return cls(
-            **parts,
+            **fields,
             steps=torch.as_tensor(steps),
             lr=column("lr")[:, 0].double(),
             ids=column("id")[:, 0],
@@ -224,11 +225,11 @@ class Trajectory:
         settings = list(zip(self.start.tolist(), self.lr.tolist(), strict=True))
         for start, lr in dict.fromkeys(settings):
             here = torch.tensor([setting == (start, lr) for setting in settings])
-            known = moved[here & moved.isfinite()]
+            finite = moved[here & moved.isfinite()]
             text = "-"
-            if len(known):
-                error = float(known.std()) / len(known) ** 0.5 if len(known) > 1 else float("nan")
-                text = display.with_error(float(known.mean()), error)
+            if len(finite):
+                error = float(finite.std()) / len(finite) ** 0.5 if len(finite) > 1 else math.nan
+                text = display.with_error(float(finite.mean()), error)
             rows.append((start, lr, int(here.sum()), int((here & self.diverged).sum()), text))
         caption = (
             f"{self.optimizer}, B = {self.batch_size}, projected every {self.project_every}, "

@@ -27,9 +27,9 @@ class Batch(NamedTuple):
 
     def cut(self, begin: int, end: int) -> Batch:
         """Its examples from `begin` to before `end`."""
-        part = slice(begin, end)
+        rows = slice(begin, end)
         return Batch(
-            self.start + begin, trees.chosen(self.inputs, part), trees.chosen(self.targets, part)
+            self.start + begin, trees.chosen(self.inputs, rows), trees.chosen(self.targets, rows)
         )
 
 
@@ -62,17 +62,12 @@ def checksum(batch: Batch) -> tuple[float, ...]:
     """Size of a batch, and sums over it that depend on the order of its examples."""
     n = batch.size
     order = torch.arange(1, n + 1, dtype=torch.float64)
-    sums = [
-        float(
-            (order.to(part.device) * _real(part).reshape(n, -1).double().nan_to_num().sum(1)).sum()
-        )
-        for part in trees.leaves(batch[1:])
-    ]
+    sums = []
+    for tensor in trees.leaves(batch[1:]):
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        examples = real.reshape(n, -1).double().nan_to_num().sum(1)
+        sums.append(float((order.to(tensor.device) * examples).sum()))
     return n, *sums
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -138,20 +138,20 @@ class BatchFormat:
         return {key: values[key] for key in accepted} if self._takes_keywords(values) else values
 
     def _split_dict(self, item: dict[str, Any]) -> tuple[Tree, Tree]:
-        found = [key for key in LABELS if key in item and key not in self._required]
-        found = [key for key in found if item[key] is not None]
-        if len(found) > 1:
+        label_keys = [key for key in LABELS if key in item and key not in self._required]
+        label_keys = [key for key in label_keys if item[key] is not None]
+        if len(label_keys) > 1:
             raise checks.invalid(
                 "data",
                 "labels under one key of a batch",
-                f"several: {', '.join(map(repr, found))}",
+                f"several: {', '.join(map(repr, label_keys))}",
                 "pass batches (inputs, targets) with what the loss needs as targets",
             )
-        inputs = {key: value for key, value in item.items() if key not in found}
+        inputs = {key: value for key, value in item.items() if key not in label_keys}
         kept = self._inputs(inputs)
-        if not found:
+        if not label_keys:
             return kept, kept if self.labels_of is None else self.labels_of(kept)
-        return kept, as_tree(f"labels {found[0]!r}", item[found[0]])
+        return kept, as_tree(f"labels {label_keys[0]!r}", item[label_keys[0]])
 
     def _split_many(self, item: Any) -> tuple[Tree, Tree]:
         count, last = len(item), item[-1]

@@ -111,7 +111,7 @@ class ExampleSet:
         self._source = data
         self.count = 0
         first = [checksum(batch) for batch in self.batches()]
-        self.count = sum(int(found[0]) for found in first)
+        self.count = sum(int(sums[0]) for sums in first)
         if not first:
             raise _empty()
         if first != [checksum(batch) for batch in self.batches()]:
@@ -152,19 +152,19 @@ class ExampleSet:
 
     def including_targets(self) -> ExampleSet:
         """The same, with inputs that hold the targets too, as `WithTargets`."""
-        other = copy.copy(self)
-        other.with_targets = True
-        return other
+        clone = copy.copy(self)
+        clone.with_targets = True
+        return clone
 
     def cast(self, dtype: torch.dtype) -> ExampleSet:
         """The same examples in another floating-point dtype: inputs, and targets of this dtype."""
-        other = copy.copy(self)
-        other.dtype = dtype
-        other._target_dtypes = {*self._target_dtypes, self.dtype}
+        clone = copy.copy(self)
+        clone.dtype = dtype
+        clone._target_dtypes = {*self._target_dtypes, self.dtype}
         if self._tensors is not None:
             inputs, targets = self._tensors
-            other._tensors = (other._convert(inputs), trees.mapped(other._moved, targets))
-        return other
+            clone._tensors = (clone._convert(inputs), trees.mapped(clone._moved, targets))
+        return clone
 
     def batches(
         self, max_examples: int | None = None, batch_size: int | None = None
@@ -182,15 +182,15 @@ class ExampleSet:
         left = left if max_examples is None else max_examples
         start = 0
         for inputs, targets in self._raw(size):
-            whole = Batch(start, self._delivered(inputs, targets), targets)
-            for i in range(0, whole.size, batch_size or max(1, whole.size)):
-                n = min(batch_size or whole.size, whole.size - i)
+            batch = Batch(start, self._delivered(inputs, targets), targets)
+            for i in range(0, batch.size, batch_size or max(1, batch.size)):
+                n = min(batch_size or batch.size, batch.size - i)
                 if left >= 0:
                     n = min(n, left)
                     left -= n
                 if n == 0:
                     return
-                yield whole if n == whole.size else whole.cut(i, i + n)
+                yield batch if n == batch.size else batch.cut(i, i + n)
                 start += n
 
     def _delivered(self, inputs: Tree, targets: Tree) -> Tree:

@@ -29,15 +29,15 @@ class RepeatedExamples(ExampleSet):
         self.one_batch = self.with_targets = False
         self.batch_size = source.batch_size
         self.count = source.count * checks.integer("times", times, 1)
-        parts = [targets] if isinstance(targets, Tensor) else targets
-        if sum(map(len, parts)) != self.count:
+        blocks = [targets] if isinstance(targets, Tensor) else targets
+        if sum(map(len, blocks)) != self.count:
             raise checks.invalid(
                 "targets", f"{self.count}, {times} for each example", checks.describe(targets)
             )
         self._tensors, self._fingerprint = None, None
-        alike = len({part.shape[1:] for part in parts}) == 1
+        alike = len({block.shape[1:] for block in blocks}) == 1
         self._base, self._times = source, times
-        self._targets = [torch.cat(parts)] if alike else parts
+        self._targets = [torch.cat(blocks)] if alike else blocks
 
     def cast(self, dtype: torch.dtype) -> RepeatedExamples:
         """The same examples with floating-point inputs in another dtype."""
@@ -45,10 +45,10 @@ class RepeatedExamples(ExampleSet):
 
     def _targets_from(self, start: int, count: int) -> Tensor:
         """Those of `count` repetitions, which are in one batch of the source if shapes differ."""
-        for part in self._targets:
-            if start < len(part):
-                return part[start : start + count]
-            start -= len(part)
+        for block in self._targets:
+            if start < len(block):
+                return block[start : start + count]
+            start -= len(block)
         raise IndexError(start)
 
     def _raw(self, size: int) -> Iterator[tuple[Tree, Tree]]:

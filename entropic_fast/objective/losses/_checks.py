@@ -40,30 +40,30 @@ def require_fitting(obj: FunctionalModel, theta: Tensor, outputs: Any, batch: Ba
         ValueError: naming targets, outputs or loss, and the first example that is wrong.
     """
     loss = obj.loss_fn
-    known = closed_form(loss)
-    if isinstance(known, NegativeLogLikelihood | KLDivergence) and known.normalized is None:
-        known = loss = obj.loss_fn = known.with_outputs(_are_normalized(obj, theta, batch))
-    if isinstance(known, CrossEntropy):
-        ignoring = known if known is loss else None
+    closed = closed_form(loss)
+    if isinstance(closed, NegativeLogLikelihood | KLDivergence) and closed.normalized is None:
+        closed = loss = obj.loss_fn = closed.with_outputs(_are_normalized(obj, theta, batch))
+    if isinstance(closed, CrossEntropy):
+        ignoring = closed if closed is loss else None
         require_labels(
-            obj.examples, lambda inputs: obj.outputs(theta, inputs), known, ignoring is not None
+            obj.examples, lambda inputs: obj.outputs(theta, inputs), closed, ignoring is not None
         )
-    elif isinstance(known, BinaryCrossEntropy):
+    elif isinstance(closed, BinaryCrossEntropy):
         require_shape(outputs, batch.targets)
-        known.require_targets(obj.examples)
-    if known is loss and isinstance(known, Elementwise):
+        closed.require_targets(obj.examples)
+    if closed is loss and isinstance(closed, Elementwise):
         for count in (batch.size, (batch.size + 1) // 2):  # a divisor may depend on the batch
             some = trees.chosen((outputs, batch.targets), slice(count))
-            known.require_torch_value(*some)
+            closed.require_torch_value(*some)
 
 
 def _are_normalized(obj: FunctionalModel, theta: Tensor, batch: Batch) -> bool:
     """Whether outputs [n, C, ...] are logarithms of what sums to 1, at theta and elsewhere."""
-    whole = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
-    theta = theta.to(whole.dtype)
-    batch = next(whole.batches(batch_size=batch.size))
+    single = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
+    theta = theta.to(single.dtype)
+    batch = next(single.batches(batch_size=batch.size))
     for point in (theta, 1.1 * theta + 0.01):
-        outputs = whole.outputs(point, batch.inputs)
+        outputs = single.outputs(point, batch.inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
             return False
         slack = 1e3 * torch.finfo(outputs.dtype).eps
@@ -86,13 +86,13 @@ def require_labels(
         outputs_of: the model; run once for inputs of each shape.
         ignoring: whether the loss's ignored label may occur.
     """
-    known: dict[Any, Tensor] = {}
+    outputs_by_form: dict[Any, Tensor] = {}
     for batch in examples.batches():
         like = trees.example_form(batch.inputs)
-        if like not in known:
+        if like not in outputs_by_form:
             few = batch if examples.one_batch else batch.cut(0, 8)
-            known[like] = _scores(outputs_of(few.inputs), loss)
-        outputs, targets = known[like], batch.targets
+            outputs_by_form[like] = _scores(outputs_of(few.inputs), loss)
+        outputs, targets = outputs_by_form[like], batch.targets
         if not isinstance(targets, Tensor):
             raise checks.invalid("targets", "one tensor of labels", checks.describe(targets))
         if targets.is_floating_point():

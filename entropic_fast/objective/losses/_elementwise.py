@@ -69,10 +69,11 @@ class BinaryCrossEntropy(DiagonalLoss):
         return "weights of labels or of positive ones, with which it is no likelihood"
 
     def curvatures(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        found = outputs.sigmoid() * (-outputs).sigmoid() * self.scale(outputs[:1].numel())
+        curvatures = outputs.sigmoid() * (-outputs).sigmoid() * self.scale(outputs[:1].numel())
         if self._pos_weight is not None:
-            found = found * (1 + (self._pos_weight.to(outputs) - 1) * targets.to(outputs.dtype))
-        return found if self._weight is None else found * self._weight.to(outputs)
+            excess = self._pos_weight.to(outputs) - 1
+            curvatures = curvatures * (1 + excess * targets.to(outputs.dtype))
+        return curvatures if self._weight is None else curvatures * self._weight.to(outputs)
 
     def require_targets(self, examples: ExampleSet) -> None:
         """Reject targets that are no probabilities, such as -1 or -100 for what is unknown.

@@ -62,9 +62,9 @@ def loss_function(loss: str | LossFunction) -> LossFunction:
     if not isinstance(module, _Loss):
         return loss
     # What a subclass computes itself is only known by its reduction.
-    for kind, known in _KNOWN.items():
+    for kind, make in _KNOWN.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
-            return interned(known(module), settings_key(module))
+            return interned(make(module), settings_key(module))
     if isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss) and module.reduction != "none":
         raise checks.invalid(
             "loss",
@@ -129,11 +129,11 @@ def takes_tensor(loss: LossFunction) -> bool:
     >>> takes_tensor(mean_squared_error), takes_tensor(GaussianNLL(nn.GaussianNLLLoss()))
     (True, False)
     """
-    known = closed_form(loss)
-    several = isinstance(known, GaussianNLL) or (
-        isinstance(known, Elementwise) and not known.same_shape
+    closed = closed_form(loss)
+    several = isinstance(closed, GaussianNLL) or (
+        isinstance(closed, Elementwise) and not closed.same_shape
     )
-    return known is not None and not several
+    return closed is not None and not several
 
 
 def hits(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -144,9 +144,9 @@ def hits(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
     tensor([1, 2])
     """
     counted = torch.ones_like(targets, dtype=torch.bool)
-    known = closed_form(loss)
-    if isinstance(known, CrossEntropy) and known is loss:
-        counted = targets.long() != known.ignored
+    closed = closed_form(loss)
+    if isinstance(closed, CrossEntropy) and closed is loss:
+        counted = targets.long() != closed.ignored
     right = (outputs.argmax(1) == targets) & counted
     return torch.stack([right.sum(), counted.sum()])
 

@@ -106,9 +106,9 @@ class ReducedLoss:
             factor = None if divisor is None else examples.count / divisor
         if factor == self.factor:
             return self
-        other = copy.copy(self)
-        other.factor, other._origin = factor, self.origin
-        return other
+        clone = copy.copy(self)
+        clone.factor, clone._origin = factor, self.origin
+        return clone
 
     def with_outputs(self, normalized: bool) -> ReducedLoss:
         """This loss for outputs that are or are not normalized log-probabilities."""
@@ -117,9 +117,9 @@ class ReducedLoss:
         base = interned(base, None if base.key is None else (base.key, normalized))
         if self.factor is None:
             return base
-        other = copy.copy(base)
-        other.factor, other._origin = self.factor, base
-        return other
+        clone = copy.copy(base)
+        clone.factor, clone._origin = self.factor, base
+        return clone
 
     def scale(self, terms: int) -> float:
         """What each term of an example with so many terms weighs in its loss."""
