@@ -1,8 +1,7 @@
 """Dynamics along a path: projected SGD, its analysis, the entropic force, and Langevin models.
 
-Start with `projected_sgd` (`relax`); `_relaxation`, `_survival` and `_scaling` analyze
-trajectories, `force` predicts and measures the drift, `langevin` simulates the model potentials of
-figure 1. Relies on `paths`, `curvature` and the kernels of `ops`.
+Start with `projected_sgd`. `force` predicts and measures the drift, `langevin` simulates the
+potentials of figure 1. Relies on `paths`, `curvature` and the kernels of `ops`.
 """
 
 from .._utils.convergence import DivergenceError

@@ -32,9 +32,8 @@ class Interval:
     Attributes:
         value: the estimate, a mean or a median.
         low, high: ends of the interval; infinite where the replicas bound nothing there.
-        confidence: probability that such an interval covers the truth: for a mean, as asked
-            for; for a median, what its order statistics attain, which few replicas can keep
-            below what was asked for (4 replicas: 0.875).
+        confidence: coverage probability: for a mean, as asked for; for a median, what its order
+            statistics attain, which can be less (4 replicas: 0.875).
         samples: the number of each replica.  # [R]
         kind: how the interval was made, in words.
 
@@ -79,10 +78,10 @@ def mean_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
 def median_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
     """Median of independent samples [R] between two of their order statistics.
 
-    Exact for any continuous distribution: the median lies between the j-th smallest and the
-    j-th largest of n samples with probability 1 - 2 P(Binomial(n, 1/2) < j). The largest j
-    that attains `confidence` is used, or else j = 1, and the probability attained is given.
-    One sample bounds nothing. Infinite samples are allowed and rank as such.
+    The median of any continuous distribution lies between the j-th smallest and the j-th largest of
+    n samples with probability 1 - 2 P(Binomial(n, 1/2) < j). j is the largest that attains
+    `confidence`, or else 1, and the interval gives the probability attained. One sample bounds
+    nothing; infinite ones rank.
 
     >>> interval = median_interval(torch.arange(10.0))
     >>> interval.value, interval.low, interval.high, round(interval.confidence, 3)
@@ -104,10 +103,10 @@ def median_interval(samples: Tensor, confidence: float = 0.95) -> Interval:
 def displacement(
     trajectory: Trajectory, *, statistic: str = "mean", confidence: float = 0.95
 ) -> Interval:
-    """Position at the end less position at the start, over the replicas that did not diverge.
+    """Final minus initial position, over the replicas that did not diverge.
 
     Args:
-        trajectory: of replicas that are alike but for their noise.
+        trajectory: of replicas that differ only in their noise.
         statistic: "mean" (Student's t interval) or "median" (order statistics).
         confidence: of the interval.
 
@@ -125,14 +124,13 @@ def drift(
 ) -> Interval:
     """Mean velocity along the path: position per unit of effective time (updates x lr).
 
-    Each replica's velocity is the least-squares slope of its position against its effective
-    time; the interval is Student's t over the replicas that did not diverge. Past the moment
-    a replica reaches an end of the path the slope means little: set `last` before it.
+    A replica's velocity is the least-squares slope of its position against its effective time. The
+    slope means little once a replica reaches an end of the path: set `last` before that.
 
     Args:
-        trajectory: of replicas that are alike but for their noise.
+        trajectory: of replicas that differ only in their noise; those that diverged are left out.
         first, last: the effective times between which to fit.
-        confidence: of the interval.
+        confidence: of the Student's t interval.
 
     Raises:
         ValueError: every replica diverged, or fewer than two records lie between.
@@ -158,17 +156,16 @@ class RelaxationTime:
     """First-passage times of replicas, some of which may not have arrived (censored).
 
     Attributes:
-        times: effective time of each replica's first record at or beyond the target; for a
-            censored one the last time at which it had not arrived.  # [R]
-        censored: replicas that had not arrived when the record (or, if they diverged, they
-            themselves) ended.  # [R], bool
-        median: with an interval from order statistics, in effective time. Its ends do not
-            depend on the censored times: these count as their censoring time for `low` and
-            as infinite for `high`.
+        times: effective time of each replica's first record at or beyond the target; if censored,
+            the last time at which it had not arrived.  # [R]
+        censored: replicas that had not arrived when the record, or their divergence,
+            ended.  # [R], bool
+        median: in effective time, with an interval from order statistics. Censored times count as
+            their censoring time for `low` and as infinite for `high`.
         lower_bound: whether `median.value` is only a lower bound, because of censoring.
         horizon: the shortest time for which every replica was watched, or had arrived before.
-        restricted_mean: mean of min(time, horizon) with Student's t interval: it has no
-            censored terms, yet it is the mean time only if it is far below `horizon`.
+        restricted_mean: mean of min(time, horizon) with Student's t interval. It has no censored
+            terms, but equals the mean time only if that is far below `horizon`.
     """
 
     times: Tensor
@@ -191,14 +188,14 @@ def relaxation_time(
     target: str | float = "nearest",
     confidence: float = 0.95,
 ) -> RelaxationTime:
-    """Effective time until a replica's distance from `target` is a fraction of what it was.
+    """Effective time until a replica's distance from `target` is a fraction of its initial one.
 
-    First passage, at the resolution of the records: the first record at which
-    |position - target| <= fraction |start - target|. Replicas that do not arrive are censored
-    and counted as such; those that diverge, from their last finite record.
+    First passage, at the resolution of the records: |position - target| <= fraction |start -
+    target|. Replicas that do not arrive are censored; those that diverge, at their last finite
+    record.
 
     Args:
-        trajectory: of replicas that are alike but for their noise.
+        trajectory: of replicas that differ only in their noise.
         fraction: of the distance at the start, in [0, 1).
         target: a position, or "nearest" for the end of the path nearest to each start.
         confidence: of the intervals.
@@ -232,7 +229,6 @@ def relaxation_time(
 
 
 def _goal(start: Tensor, target: str | float) -> Tensor:
-    """The position that each replica is to reach.  # [R]"""
     if target == "nearest":
         if bool((start == 0.5).any()):
             raise checks.invalid(

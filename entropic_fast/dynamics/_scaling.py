@@ -24,13 +24,12 @@ class Scaling:
         names: of the settings x_j.
         exponents, std_errors: of each.
         intercept: log rate where every log x_j is 0.
-        shape, shape_error: Weibull's exponent; 1 is an exponential time.
-        confidence, low, high: intervals of the exponents, normal, or Student's where noise is
-            shared (degrees of freedom: clusters less one).
+        shape, shape_error: Weibull's exponent; 1 for exponential times.
+        confidence, low, high: intervals of the exponents: normal, or Student's t where replicas
+            share noise (degrees of freedom: clusters minus one).
         log_likelihood: at the maximum.
         arrived, replicas: counts.
-        reason: why the exponents are not identifiable, and then NaN with all other numbers; ""
-            if they are.
+        reason: why the exponents are not identifiable (all other numbers are then NaN), or "".
     """
 
     names: tuple[str, ...]
@@ -71,26 +70,25 @@ def fit_scaling(
     """Scaling of the relaxation rate with settings, from censored times.
 
     Weibull regression (accelerated failure time) by maximum likelihood: log time is
-    - intercept - sum_j exponent_j log x_j + an error of Gumbel's distribution over `shape`.
-    Replicas that did not arrive add the probability of that to the likelihood. Standard errors
-    from the inverse Hessian H of the log-likelihood, or where noise is shared H^-1 M H^-1, M the
-    spread of its gradients over clusters (Lin and Wei 1989).
+    - intercept - sum_j exponent_j log x_j plus an error of Gumbel's distribution over `shape`; a
+      censored replica contributes its survival probability. Standard errors are from the inverse
+      Hessian H of the log-likelihood, or, where replicas share noise, from H^-1 M H^-1 with M the
+      covariance of its gradients over clusters (Lin and Wei 1989).
 
     Args:
-        groups: for each setting its numbers above 0, of one set of names, and its times, all in
-            one unit. Names with one value everywhere cannot be fitted.
+        groups: for each setting its values above 0, by name, and its times, all in one unit. The
+            names are the same for all, and each value varies.
         confidence: of the intervals.
-        replicas: number of every replica of each group; those with one number share their noise,
-            as those with one id in `relax` do. Without it all are independent.
+        replicas: number of every replica of each group; equal numbers share their noise, as equal
+            ids in `relax` do. Default: all are independent.
 
     Returns:
         the fit, or NaN with a `reason`: where too few settings have arrivals the likelihood grows
-        without limit along some exponents (quasi-separation), and a maximizer stops anywhere.
+        without limit along some exponents (quasi-separation), and has no maximum.
 
     Raises:
-        ValueError: names that differ, numbers not above 0, settings that do not vary or depend
-            on one another, times of 0, fewer arrivals than parameters, or fewer than two
-            clusters.
+        ValueError: names that differ, numbers not above 0, settings that do not vary or depend on
+            one another, times of 0, fewer arrivals than parameters, or fewer than two clusters.
 
     >>> import torch
     >>> from entropic_fast.dynamics import Interval
@@ -195,10 +193,10 @@ def _loss(parameters: Array, design: _Design) -> tuple[float, Array]:
 
 
 def _separation(design: _Design) -> str:
-    """Why the likelihood has no maximum at finite exponents; "" where it has.
+    """Why the likelihood has no maximum at finite exponents, or "".
 
-    It grows without limit along a direction in which the rate of no replica that arrived changes,
-    and that of others only falls.
+    It grows without limit along a direction that changes the rate of no arrived replica and lowers
+    that of the others.
     """
     arrived = np.unique(design.rows[design.event], axis=0)
     late = np.unique(design.rows[~design.event], axis=0)
@@ -222,7 +220,7 @@ def _separation(design: _Design) -> str:
 
 
 def _maximum(design: _Design) -> tuple[Array, str]:
-    """The parameters of most likelihood, and why they are not that ("" if they are)."""
+    """The maximum-likelihood parameters, and why the fit failed ("" if it did not)."""
     start = np.zeros(design.rows.shape[1] + 1)
     start[0] = math.log(design.event.sum() / np.exp(design.log_time).sum())
     result = optimize.minimize(

@@ -20,14 +20,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Survival:
-    """Kaplan-Meier's estimate of the share of replicas that have not arrived yet.
+    """Kaplan-Meier estimate of the share of replicas that have not arrived yet.
 
     Attributes:
-        table: "time", "survival", "low", "high" (log-log intervals, pointwise; NaN where the
+        table: "time", "survival", "low", "high" (pointwise log-log intervals; NaN where the
             estimate is 0 or 1), at the times of arrival.
         median: the first time at which at most half are left; infinite if more are.
-        low, high: its interval, by inverting the intervals of the survival (Brookmeyer and
-            Crowley 1982); infinite where they do not reach one half.
+        low, high: its interval, by inverting the intervals of the survival (Brookmeyer and Crowley
+            1982); infinite where they do not reach one half.
         arrived, replicas: counts.
         confidence: of the intervals.
     """
@@ -95,20 +95,17 @@ def kaplan_meier(found: RelaxationTime, confidence: float = 0.95) -> Survival:
 
 
 def log_rank(a: RelaxationTime, b: RelaxationTime, *, paired: bool = False) -> tuple[float, float]:
-    """Log-rank test of one relaxation time distribution.
-
-    Both times must be on one scale (effective times, or updates).
+    """Log-rank test for equal relaxation time distributions, both on one scale.
 
     Args:
         a, b: times of independent replicas, by `scipy.stats.logrank`.
-        paired: replica r of `a` shares its noise with replica r of `b`, as those with one id in
-            `relax` do. Then the sum of `a`'s log-rank scores is compared with what exchanging
-            the members of pairs makes of it, an exact test: all exchanges up to 16 pairs, 65,536
-            of them drawn beyond.
+        paired: replica r of `a` shares its noise with replica r of `b`, as equal ids in `relax` do.
+            The sum of `a`'s log-rank scores is then compared with its values under exchanges within
+            pairs, an exact test: all exchanges up to 16 pairs, 65,536 random ones beyond.
 
     Returns:
-        (statistic, p): over its standard deviation, below 0 where `a` arrives later than chance
-        has it; and the two-sided p-value. (0, 1) where no replica arrived.
+        (statistic, p): in standard deviations, below 0 where `a` arrives later than chance has it;
+        and the two-sided p-value. (0, 1) where no replica arrived.
 
     Raises:
         ValueError: paired times that differ in number.
@@ -141,7 +138,7 @@ _ALL_PAIRS = 16  # 2^16 exchanges
 
 
 def _scores(a: RelaxationTime, b: RelaxationTime) -> Array:
-    """Log-rank scores of all times: 1 if arrived, less the hazard gathered until then (pooled)."""
+    """Log-rank scores of all times: 1 if arrived, minus the pooled cumulative hazard."""
     times = np.concatenate([a.times.numpy(), b.times.numpy()])
     arrived = ~np.concatenate([a.censored.numpy(), b.censored.numpy()])
     hazard = np.zeros(len(times))

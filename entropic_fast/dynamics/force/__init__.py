@@ -1,7 +1,7 @@
 """The entropic force on projected SGD: prediction, measured drift, and their comparison.
 
-Start with `_point_force` (prediction) and `_drift` (measurement). Relies on `curvature` and
-`dynamics.projected_sgd`.
+Start with `_point_force` (prediction) and `_drift` (measurement); docs/figures/force.md derives the
+formulas. Relies on `curvature` and `dynamics.projected_sgd`.
 """
 
 from ._comparison import (

@@ -29,18 +29,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ForceFit:
-    """The drift that noise makes, fitted as a x predicted over positions and replicas.
+    """The noise-driven drift, fitted as a x predicted over positions and replicas.
 
-    Weighted least squares through the origin, one weight per position: 1 over the variance of its
-    replicas. Every replica number gives an estimate of its own from all positions, with noise of
-    its own, so the interval is Student's t over replicas.
+    Weighted least squares through the origin, with weight 1 / variance over replicas per position.
+    Each replica number gives an independent estimate from all positions; the interval is Student's
+    t over them.
 
     Attributes:
         slope: a, with its interval.
-        chi2, freedom, p_value: of the positions' means about the line, the replicas' spread
-            giving the errors: a small p says that proportionality fails beyond noise.
-        r_squared: share of the weighted squares of the means that the line explains (about 0,
-            as the line goes through the origin).
+        chi2, freedom, p_value: of the positions' means about the line, with errors from the
+            replicas: a small p says that proportionality fails beyond noise.
+        r_squared: share of the weighted squares of the means, about 0, that the line explains.
     """
 
     slope: Interval
@@ -63,12 +62,12 @@ def fit_force(
 
     Args:
         predicted: velocity at each position.  # [K]
-        measured: velocities of independent replicas, the energetic part (and the exclusion)
-            subtracted; a replica with a NaN at any position is left out.  # [K, R]
+        measured: velocities of independent replicas, minus the energetic part (and the exclusion);
+            a replica with a NaN at any position is left out.  # [K, R]
 
     Raises:
-        ValueError: other shapes, fewer than 2 replicas left, no prediction other than 0, or a
-            position without any spread.
+        ValueError: other shapes, fewer than 2 replicas left, all predictions 0, or a position
+            without spread.
 
     >>> g = torch.Generator().manual_seed(0)
     >>> x = torch.tensor([1.0, -2.0, 3.0]).double()
@@ -115,16 +114,16 @@ def slope_with_errors(
 ) -> tuple[float, float, float]:
     """Slope a of y = a x where both have independent normal errors of known size.
 
-    A fit that takes x for exact is drawn toward 0 by the errors of x. Here a minimizes
-    chi^2(a) = sum (y - a x)^2 / (s_y^2 + a^2 s_x^2) (York 1966).
+    Errors of x would bias an ordinary fit toward 0. a minimizes chi^2(a) = sum (y - a x)^2 / (s_y^2
+    + a^2 s_x^2) (York 1966).
 
     Args:
         x, x_error, y, y_error: values and standard errors.  # [K] each
-        quantile: by how much chi^2 rises to the ends of the interval, such as the square of
-            Student's t where y_error is of few replicas.
+        quantile: the rise of chi^2 at the ends of the interval, such as the square of Student's t
+            where y_error is from few replicas.
 
     Returns:
-        a and the interval about it, which is infinite where no slope is excluded.
+        a and its interval, which is infinite where no slope is excluded.
 
     >>> x = np.array([1.0, -2.0, 3.0])
     >>> a, low, high = slope_with_errors(x, 0 * x, 0.5 * x, 0 * x + 0.1, 3.84)
@@ -152,15 +151,15 @@ def shuffled_curvature(
     shuffles: int = 5000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Permutation test: does the prediction at its own position explain more than at others?
+    """Permutation test: does a position's own prediction explain more than those of others?
 
     Args:
         predicted, measured, std_error: by position.  # [K] each
 
     Returns:
-        the weighted correlation about 0 of measured and predicted, and the share of
-        permutations of the predictions whose correlation is as large (all of them where they
-        are no more than `shuffles`, the identity included).
+        the weighted correlation, about 0, of measured and predicted, and the share of permutations
+        of the predictions with at least that correlation, the identity included (all permutations
+        if there are at most `shuffles`).
 
     >>> shuffled_curvature([1.0, 2.0, 3.0, 4.0], [1.1, 2.0, 2.9, 4.1], [0.1] * 4)[1]  # 1 of 24
     0.0416...
@@ -193,12 +192,12 @@ def drift_shares(
 ) -> Table:
     """The share of a measured drift that each of its parts explains.
 
-    The share of part p is sum_k p_k m_k / sum_k m_k^2 over positions k, m the mean velocity over
-    replicas. It is 1 for the drift itself and additive, and below 0 for a part that points the
-    other way. What m has of noise counts as drift, and so as unexplained.
+    The share of part p is sum_k p_k m_k / sum_k m_k^2 over positions k, with m the mean velocity
+    over replicas. Shares are additive, 1 for m itself, and negative for a part that points the
+    other way. Noise in m counts as unexplained drift.
 
     Args:
-        velocity: of independent replicas; a NaN is left out.  # [K, R]
+        velocity: of independent replicas; NaN is left out.  # [K, R]
         parts: for each name its velocity at every position.  # [K] each
         confidence: of the percentile intervals, over resamples of every position's replicas.
 

@@ -36,11 +36,10 @@ class Drift:
         position: where the short runs started.  # [K]
         velocity: of each replica, in path lengths per effective time (updates x lr), NaN if it
             diverged.  # [K, R]
-        raw: without the control of noise along the path.  # [K, R]
-        order_error: standard error of `velocity` that all replicas of a position share: of the
-            mean gradient of batches with statistics of their own. 0 without these, or without
-            control.  # [K]
-        control: whether `velocity` is controlled.
+        raw: before the noise along the path was subtracted.  # [K, R]
+        order_error: standard error of `velocity` common to all replicas of a position, from the
+            estimated mean gradient under batch statistics; otherwise 0.  # [K]
+        control: whether that noise was subtracted.
         settings: of the short runs.
         trajectory: of all replicas, position by position.
     """
@@ -54,10 +53,7 @@ class Drift:
     trajectory: Trajectory
 
     def interval(self, index: int, confidence: float = 0.95) -> Interval:
-        """Mean velocity at a position, with Student's t interval over its replicas.
-
-        Where they share an error, `order_error`, it is in the interval.
-        """
+        """Mean velocity at a position, with Student's t interval that includes `order_error`."""
         velocity = self.velocity[index]
         mean = mean_interval(velocity[~velocity.isnan()], confidence)
         shared = float(self.order_error[index]) * float(norm.ppf((1 + confidence) / 2))
@@ -68,10 +64,7 @@ class Drift:
         return replace(mean, low=mean.value - below, high=mean.value + above)
 
     def to_table(self, confidence: float = 0.95) -> Table:
-        """Columns "position", "velocity", "low", "high", "replicas", one row per position.
-
-        A position at which no replica is left is NaN.
-        """
+        """Columns position, velocity, low, high, replicas; NaN where no replica is left."""
         rows = []
         for i, s in enumerate(self.position.tolist()):
             kept = int((~self.velocity[i].isnan()).sum())
@@ -96,24 +89,23 @@ def measure_drift(
     control: bool = True,
     execution: Execution = Execution(),
 ) -> Drift:
-    """Drift velocity as a function of position, from short short runs of projected SGD.
+    """Drift velocity as a function of position, from short runs of projected SGD.
 
-    Every replica of every position has noise of its own, so velocities are independent. Most of
-    a short run's displacement is noise of the minibatch gradients along the path, of known mean 0:
-    what the same minibatches' gradients along the tangent at the start give, less the mean
-    gradient's, is subtracted (a control variate of coefficient 1, so unbiased for any loss;
-    the noise left is that of the second order).
+    Every replica of every position has independent noise. Most of a short run's displacement is
+    noise of the minibatch gradients along the path, with known mean 0. It is subtracted as a
+    control variate of coefficient 1: the same minibatches' gradients along the tangent at the
+    start, minus their mean over all data. The result is unbiased for any loss, with second-order
+    noise left.
 
-    Where batches have statistics of their own, the mean over all possible batches is out of reach;
-    it is estimated over the batches of one random order of the examples. That error is one and the
-    same for all replicas (`order_error`, part of `Drift.interval`). `noiseless_drift` takes the
-    same batches, so the difference of both is free of it to first order. Each minibatch's
-    gradient is then computed a second time: as much work as the short runs, or more.
+    With batch statistics, the mean over all possible batches is estimated over the batches of one
+    random order of the examples, an error common to all replicas (`order_error`). `noiseless_drift`
+    uses the same batches, so it cancels to first order in the difference. Each minibatch's gradient
+    is then computed twice, which doubles the cost or more.
 
     Args:
         obj, path: as for `relax`.
         positions: where to start, in [0, 1]; best inside segments of the path.  # [K]
-        settings: of the short runs. Long ones average the drift over where they go.
+        settings: of the short runs. Long ones average the drift over the positions they visit.
         replicas: R at each position, 2 or more for an interval.
         seed: of the minibatches.
         control: whether to subtract the noise along the path.
@@ -158,8 +150,7 @@ def _noise_along(
     replicas: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Displacement that the minibatches' gradients along the tangent at the start, less their
-    mean, give to minus this direction [K R], and the standard error of the mean's part [K]."""
+    """Noise of the gradients along the path as displacements [K R], and their common error [K]."""
     place = torch.arange(len(places)).repeat_interleave(replicas)
     batches = Minibatches(obj, settings.batch_size, seed, ids)
     slope = _batch_slopes if _has_batch_statistics(obj) else _mean_slopes
@@ -242,8 +233,7 @@ def noiseless_drift(
 ) -> Tensor:
     """Velocity of the same short run with gradients over all examples: the energetic part.  # [K]
 
-    In path lengths per effective time. At steps=1 it is - u . grad L / length (with weight
-    decay, of the loss and the decay's energy). Where batches have statistics of their own, the
+    In path lengths per effective time; at steps=1, - u . grad L / length. With batch statistics the
     gradient is the mean over batches of `settings.batch_size` in one random order of the examples.
     """
     if _has_batch_statistics(obj):

@@ -1,9 +1,4 @@
-"""Second moments of single examples' gradients across a path: the noise of its minibatches.
-
-Where an example has no gradient of its own, because its loss depends on its batch
-(`norm="batch"`), the objective's batches stand for examples: their gradients about the mean are
-scaled so that their covariance is that which examples would have for such minibatches, C.
-"""
+"""Second moments of per-example gradients across a path: the noise of its minibatches."""
 
 from __future__ import annotations
 
@@ -21,10 +16,7 @@ from ...ops.random_bits.streams import fold_in, normal, permutation, uniform
 
 
 def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Chunk by chunk the first row's number and gradients of examples, or of batches.
-
-    With `norm="batch"` only full batches count, so that each is alike.  # [n, P]
-    """
+    """First row's index and gradients of examples [n, P]; with `norm="batch"`, of full batches."""
     if obj.norm != "batch":
         yield from ExampleGradients(obj, theta).chunks()
         return
@@ -41,10 +33,9 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
 
 
 def row_scale(obj: Objective) -> tuple[int, float]:
-    """How many rows there are, and what makes their covariance that of examples, C.
+    """The number of rows, and the factor that gives them the covariance C of per-example gradients.
 
-    N / B batches drawn without replacement vary about their common mean with covariance
-    C (N / (N - 1) / B) (1 - B / N).
+    N / B batches drawn without replacement have covariance C (N / (N - 1) / B) (1 - B / N).
     """
     n = obj.num_examples
     if obj.norm != "batch":
@@ -62,9 +53,9 @@ def row_scale(obj: Objective) -> tuple[int, float]:
 
 
 class GradientNoise:
-    """Moments of examples' gradients about their mean, in r directions and in the complement.
+    """Covariance C of per-example gradients, in r directions and in the complement, in one pass.
 
-    C is their covariance over the examples, across the tangent. One pass over the examples.
+    With `norm="batch"`, where examples have no gradient of their own, scaled batches replace them.
 
     Args:
         obj: the objective; with `norm="batch"` its batches are those of the dynamics.
@@ -72,13 +63,13 @@ class GradientNoise:
         tangent: unit column, left out.  # [P, 1]
         vectors: orthonormal, orthogonal to the tangent.  # [P, r]
         turned: for `cross`; None for none.  # [P, r]
-        draws: for `noise_heterogeneity`, how many directions.
+        draws: random directions for `heterogeneity`.
         seed: of those.
 
     Attributes:
         covariance: V^T C V.  # [r, r]
         complement: trace of C orthogonal to the directions.
-        cross: mean of (v_i . g) (turned_i . rest of g).  # [r]
+        cross: mean of (v_i . g) (turned_i . complement of g).  # [r]
     """
 
     @full_precision()
@@ -128,7 +119,7 @@ class GradientNoise:
 
     @property
     def variances(self) -> Tensor:
-        """c_i, of each direction, and last the trace of the complement, on the CPU.  # [r + 1]"""
+        """c_i of each direction, and last the trace of the complement, on the CPU.  # [r + 1]"""
         rest = torch.tensor([self.complement], dtype=torch.float64)
         return torch.cat([self.covariance.diagonal().cpu(), rest])
 
@@ -142,11 +133,10 @@ class GradientNoise:
 
     @full_precision()
     def sample(self, examples: int, seed: int) -> Tensor:
-        """Columns v of which the mean of v v^T is the complement of C, in expectation.  # [P, E]
+        """Columns v whose mean v v^T is, in expectation, the complement of C.  # [P, E]
 
-        The rests of so many examples' gradients, drawn in proportion to their squared norms and
-        scaled to one norm: near a minimum a few examples make most of the noise, and an even draw
-        misses them. All of them as they are where there are no more.
+        Complements of per-example gradients, drawn in proportion to their squared norms and scaled
+        to one norm: near a minimum a few examples dominate the noise, and uniform draws miss them.
         """
         if examples >= self.count:
             chosen = torch.arange(self.count)
@@ -164,7 +154,6 @@ class GradientNoise:
         return columns
 
     def _rows(self, chosen: Tensor) -> Tensor:
-        """The rows of these numbers, which may repeat.  # [E, P]"""
         obj, distinct = self.obj, torch.unique(chosen)
         if obj.norm == "batch":
             wanted = set(distinct.tolist())
@@ -176,10 +165,9 @@ class GradientNoise:
 
     @full_precision()
     def heterogeneity(self, size: float) -> float:
-        """E |(H_e - H) z|^2 / E |z|^2 over examples e and the draws z of covariance C, |z| = size.
+        """E |(H_e - H) z|^2 / E |z|^2 over examples e and draws z of covariance C with |z| = size.
 
-        By central differences of the examples' gradients: how much noisier gradients become away
-        from the path, because examples differ in curvature.
+        By central differences of per-example gradients.
         """
         tangent, ratios = self.basis[:, :1], []
         for total in self._sums:

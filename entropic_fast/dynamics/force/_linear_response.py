@@ -1,13 +1,4 @@
-"""Linear response of projected SGD: what one update's noise does to later ones.
-
-Across a path with stiffness lambda, an update with gradient noise xi is linear in the distance w
-from the path and in the momentum buffer b (as `torch.optim.SGD` keeps it):
-
-    g = (lambda + weight decay) w + xi,   b <- momentum b + g,   w <- w - lr (b, or as Nesterov)
-
-and every k updates w is put to 0, b is not. So w is a sum over the updates before of response times
-noise, for any k and momentum; plain SGD gives the AR(1) process w <- (1 - lr lambda) w - lr xi.
-"""
+"""Linear response of projected SGD to gradient noise; docs/figures/force.md has the recursion."""
 
 from __future__ import annotations
 
@@ -22,7 +13,7 @@ from ..projected_sgd import ProjectedSGD
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """Responses of coordinates to noise: entry [i, j, m] is to the noise of update m (from 0).
+    """Response of coordinate i at update j to a unit of noise at update m: entry [i, j, m].
 
     Attributes:
         pre_update: of w_i as update j's gradient sees it.  # [r, n, n]
@@ -37,13 +28,9 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
     """Linear response of directions of given stiffness over a short run, float64.
 
     Args:
-        stiffness: eigenvalue of the Hessian in each direction, weight decay not included.  # [r]
+        stiffness: eigenvalue of the Hessian in each direction, without weight decay.  # [r]
         settings: of the short run.
-        project: whether w is put to 0 every k updates and at the end (not along the path).
-
-    >>> settings = ProjectedSGD(0.5, 1, project_every=2, steps=3)
-    >>> response(torch.tensor([1.0]), settings).post_update[0].tolist()
-    [[-0.5, 0.0, 0.0], [-0.25, -0.5, 0.0], [0.0, 0.0, -0.5]]
+        project: whether w is set to 0 every k updates (False along the path).
     """
     if settings.optimizer == "adam":
         raise checks.invalid(
@@ -72,22 +59,17 @@ def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True)
 def impulse_response(settings: ProjectedSGD) -> Tensor:
     """Displacement along the path at the end of a short run, for a unit force at update j.  # [n]
 
-    (For a force -1, that is a gradient of +1, the displacement is minus this.) With momentum mu
-    a force goes on acting: lr (1 - mu^(n - j)) / (1 - mu).
+    With momentum mu it is lr (1 - mu^(n - j)) / (1 - mu).
     """
     return -response(torch.zeros(1), settings, project=False).post_update[0, -1]
 
 
 @dataclass(frozen=True, eq=False)
 class MinibatchCovariance:
-    """Covariances of minibatch gradients, per unit of the covariance C of single examples'.
+    """Covariances of minibatch gradients, per unit of the covariance C of per-example gradients.
 
-    Minibatches are drawn without replacement within an epoch of floor(N / B) of them: each has
-    covariance C (N - B) / (N - 1) / B, and two of one epoch have -C / (N - 1) with each other.
-    With B = N there is no noise at all.
-
-    Attributes:
-        batch_size, num_examples: B and N.
+    Minibatches of an epoch are drawn without replacement: each has covariance C (N - B) / (N - 1) /
+    B, and two of one epoch have covariance -C / (N - 1). With B = N there is no noise.
     """
 
     batch_size: int
@@ -125,15 +107,12 @@ class MinibatchCovariance:
     def moments(
         self, left: Tensor, right: Tensor, weights: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
-        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il.
+        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il.  # [r, q]
 
         Args:
             left, right: responses of r and of q coordinates.  # [r, n, n], [q, n, n]
             weights: of the updates.  # [n]
-            multiplier: of each update's own noise, as a multiple of C; None for 1.  # [n]
-
-        Returns:
-            [r, q].
+            multiplier: the noise of each update as a multiple of C; None for 1.  # [n]
         """
         excess = self._excess(multiplier)
         weighted = weights[:, None] * left
@@ -154,16 +133,12 @@ class MinibatchCovariance:
     def noise_multiplier(
         self, pre_update: Tensor, variances: Tensor, heterogeneity: float
     ) -> Tensor:
-        """Noise of each update as a multiple of that on the path, where examples differ in
-        curvature: 1 + heterogeneity E |w|^2 / tr C, by recursion.
+        """Noise of each update relative to that on the path, 1 + h E |w|^2 / tr C.  # [n]
 
         Args:
             pre_update: responses.  # [r, n, n]
             variances: C_ii.  # [r]
-            heterogeneity: E |(H_e - H) w|^2 / E |w|^2.
-
-        Returns:
-            [n].
+            heterogeneity: h = E |(H_e - H) w|^2 / E |w|^2.
         """
         total = float(variances.sum())
         multiplier = torch.ones(pre_update.shape[-1], dtype=torch.float64)
@@ -175,8 +150,7 @@ class MinibatchCovariance:
         return multiplier
 
     def without_replacement(self, pre_update: Tensor, weights: Tensor) -> Tensor:
-        """sum_j weights_j E[noise of update j in H_il times w_i], per unit of the covariance of
-        an example's H_il and gradient: minibatches of one epoch exclude one another.  # [r]"""
+        """sum_j weights_j E[noise of H_il at update j, times w_i], per unit covariance.  # [r]"""
         total = torch.zeros(len(pre_update), dtype=torch.float64)
         for epoch in self.epochs(pre_update.shape[-1]):
             weighted = weights[epoch, None] * pre_update[:, epoch, epoch]

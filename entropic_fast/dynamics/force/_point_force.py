@@ -1,7 +1,4 @@
-"""The entropic force on projected SGD, from curvature across the path and gradient noise.
-
-docs/figures/force.md derives what `PointForce` predicts, and says where it fails.
-"""
+"""The entropic force on projected SGD, from curvature across the path and gradient noise."""
 
 from __future__ import annotations
 
@@ -30,17 +27,16 @@ class ForceSettings:
 
     Args:
         directions: r, eigenvectors of the Hessian across the path, at most P - 1.
-        complement_examples: how many examples' gradients, without their components in the r
-            directions, are sampled for what the complement contributes; 0 to leave it out.
+        complement_examples: how many examples' gradients, projected off the r directions, are
+            sampled for the contribution of the complement; 0 to leave it out.
         heterogeneity_draws: random directions for `PointForce.noise_heterogeneity`; 0 for none.
-        step: changes along the path are central differences over +- step path lengths along u.
-            Networks with kinks have derivatives only over a distance: choose it near the distance
-            of the fluctuations.
+        step: changes along the path are central differences over +- step path lengths along u. For
+            networks with kinks choose it near the size of the fluctuations.
         tol: of the eigenpairs. They need not be accurate: the force is a trace over their span.
-        max_examples: examples for the curvature (with batch statistics whole batches of the
-            random order); None for all. The r directions use the first ones. Samples of the
-            complement are dealt out to disjoint subsets of this size, which their error includes.
-            The noise is always that of all examples, because a few may dominate it.
+        max_examples: examples for the curvature (with batch statistics whole batches of the random
+            order); None for all. The r directions use the first ones; samples of the complement are
+            distributed over disjoint subsets of this size, which their error includes. The noise
+            always uses all examples, because a few may dominate it.
     """
 
     directions: int = 16
@@ -62,16 +58,17 @@ class ForceSettings:
 
 @dataclass(frozen=True, eq=False)
 class PointForce:
-    """Curvature and noise at a point of a path: the forces at any settings follow from these.
+    """Curvature and noise at a point of a path, which determine the forces for any settings.
 
-    The r directions are the leading eigenvectors of H across the path; "the complement" is what is
-    orthogonal to them, one more direction, the last, whose stiffness is that of the noise there.
+    The r directions are the leading eigenvectors of H across the path. The orthogonal complement
+    counts as one more direction, the last, with the stiffness that its noise has.
+    docs/figures/force.md derives the predictions.
 
     Attributes:
         position: relative arc length s.
         length: of the path; lengths below are Euclidean, in the units of the parameters.
         gradient: u . grad L, per unit of length.
-        stiffness: eigenvalues lambda_i, and g . H g / g . g of the noise in it.  # [r + 1]
+        stiffness: eigenvalues lambda_i; last g . H g / g . g of the complement's noise.  # [r + 1]
         curvature_slope: v_i . (dH/ds) v_i of the r directions.  # [r]
         covariance: V^T C V in the r directions.  # [r, r]
         noise: c_i, variance of per-example gradients; last the complement's trace.  # [r + 1]
@@ -81,7 +78,7 @@ class PointForce:
         noise_heterogeneity: E |(H_e - H) w|^2 / E |w|^2 over examples e; 0 if not computed.
         num_examples: N.
         pairs: the eigenpairs.
-        max_examples: how many examples the curvature is of; None for all.
+        max_examples: the number of examples used for the curvature; None for all.
     """
 
     position: float
@@ -117,10 +114,10 @@ class PointForce:
         Args:
             settings: of the short run, which starts here on the path.
             noise_heterogeneity: whether noise grows away from the path.
-            complement: whether to add what lies beyond the r directions.
+            complement: whether to add the directions beyond the first r.
 
         Returns:
-            with the standard error of the part that is sampled.
+            with the standard error of the sampled part.
         """
         responses, sampling, multiplier = self._noise(settings, noise_heterogeneity)
         factors = sampling.moments(
@@ -154,13 +151,12 @@ class PointForce:
     def stationary(self, settings: ProjectedSGD) -> float:
         """Entropic velocity for k -> infinity, small lr: - (1/2) sum_i T_i d ln lambda_i / ds.
 
-        Over the r directions, each of its own temperature; NaN if one has no restoring force.
+        Over the r directions, each at its own temperature; NaN if one has no restoring force.
         """
         return self._drift(self.temperatures(settings), settings)
 
     def potential(self, settings: ProjectedSGD) -> float:
-        """As `stationary` with one temperature, the mean: - (T / 2) d/ds log det H of the r
-        directions."""
+        """As `stationary` at the mean temperature: - (T / 2) d/ds log det H of the r directions."""
         temperatures = self.temperatures(settings)
         return self._drift(temperatures.mean().expand_as(temperatures), settings)
 
@@ -193,13 +189,13 @@ def point_force(
 ) -> PointForce:
     """Compute the curvature across the path, its change along it, and the gradient noise.
 
-    Costs 2 (r + complement_examples) products besides those of the eigenpairs, and 3 + 2
-    heterogeneity_draws passes of per-example gradients.
+    Costs 2 (r + complement_examples) products besides the eigenpairs, and 3 + 2 heterogeneity_draws
+    passes of per-example gradients.
 
-    Layers that normalize by batch statistics: give the objective that the dynamics has,
-    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`; its examples are then batched
-    in a random order, as in the dynamics. With `norm="running"` the statistics are re-estimated
-    at each point, an approximation.
+    With batch statistics pass the objective of the dynamics,
+    `obj.with_norm("batch").with_data(obj.tensors(), batch_size=B)`, whose examples are then batched
+    in a random order. With `norm="running"` the statistics are re-estimated at each point, an
+    approximation.
 
     Args:
         obj: the loss and the data.
@@ -207,7 +203,7 @@ def point_force(
         position: s, with s +- step inside [0, 1].
         settings: how the force is predicted.
         seed: of the Lanczos vectors and the samples.
-        v0: to start from, such as the pairs of a neighboring position.
+        v0: initial vectors, such as the pairs of a neighboring position.
 
     Raises:
         ValueError: arguments out of range; with `norm="batch"` fewer than two batches.
@@ -266,7 +262,7 @@ def point_force(
 
 @dataclass(frozen=True, eq=False)
 class _Sites:
-    """A point of the path, two places beside it along the tangent, and the objective at each."""
+    """A point of the path, two points beside it along the tangent, and the objective at each."""
 
     settings: ForceSettings
     theta: Tensor

@@ -1,4 +1,4 @@
-"""Curvature of a subset of the data, and of disjoint subsets in turn."""
+"""Curvature on a subset of the data, and on disjoint subsets."""
 
 from __future__ import annotations
 
@@ -12,28 +12,23 @@ from ..projected_sgd import in_random_batches
 
 
 def as_in_dynamics(obj: Objective) -> Objective:
-    """The objective itself, or with batch statistics over random batches of the same size."""
+    """The objective, with batch statistics over random batches of the same size."""
     if obj.norm != "batch":
         return obj
     return in_random_batches(obj, next(obj.batches()).size)
 
 
 def first_examples(obj: Objective, max_examples: int | None) -> Objective:
-    """The objective on its first so many examples, in batches as large as before; None: on all.
-
-    With batch statistics on full batches, one at least.
-    """
+    """The objective on its first `max_examples` examples (None: all), in batches of equal size."""
     return _parts(obj, max_examples, 1)[0]
 
 
 def forms_by_parts(
     obj: Objective, theta: Tensor, vectors: Tensor, max_examples: int | None
 ) -> Tensor:
-    """v^T H v for the columns v of vectors [P, K], each on one of the parts of the data.
+    """v^T H v for the columns of vectors [P, K], spread over disjoint subsets of `max_examples`.
 
-    Parts have `max_examples` examples, as many parts as the data hold and columns need. What
-    fewer images than all make of a form is then independent from part to part, and so is in the
-    spread of its mean (`mean_of_parts`).
+    Subsets are independent, so the spread of their mean includes the error of using fewer examples.
 
     Returns:
         on the CPU, one row per subset; NaN fills rows of one column fewer.  # [G, ceil(K / G)]
@@ -47,14 +42,9 @@ def forms_by_parts(
 
 
 def mean_of_parts(values: Tensor) -> tuple[float, float]:
-    """Mean of values [G, C] and its standard error, NaN for one value alone.
+    """Mean of values [G, C] and its standard error over rows, or over columns if there is one row.
 
-    The values of a row have something in common, so rows are the sample where there are several.
-
-    >>> mean_of_parts(torch.tensor([[1.0, 3.0], [5.0, 7.0]]).double())
-    (4.0, 2.0)
-    >>> mean_of_parts(torch.tensor([[1.0, 3.0]]).double())
-    (2.0, 1.0)
+    NaN for the error of a single value.
     """
     rows = values if len(values) > 1 else values.T
     finite = rows.isfinite()

@@ -1,4 +1,4 @@
-"""Effective temperature, measured by how far noise takes a network from the path."""
+"""Effective temperature, measured by the squared distance from the path that noise causes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Temperature:
     """Effective temperature at a position.
 
     Attributes:
-        predicted: T = lr c / (2 B (1 - momentum)) in units of the loss, c the mean noise of the
-            r directions, each weighed by its own noise.
-        measured: the predicted one times the ratio of mean squared distances from the path just
-            before a projection, measured to predicted; with an interval over replicas.
-        ratio: that ratio, with its interval: 1 where the linear theory holds.
+        predicted: T = lr c / (2 B (1 - momentum)) in units of the loss, with c the noise-weighted
+            mean noise of the r directions.
+        measured: `predicted` times `ratio`, with an interval over replicas.
+        ratio: measured over predicted mean squared distance from the path just before a projection,
+            with its interval: 1 where the linear theory holds.
         squared_distance: predicted, at the end of the short run.
     """
 
@@ -41,11 +41,10 @@ def effective_temperature(
 ) -> Temperature:
     """Temperature from the fluctuations at one position of measured short runs.
 
-    At temperature T_i a direction of stiffness lambda_i left alone has E w_i^2 = T_i / lambda_i
-    (small lr). After k updates from rest it has less, by a known factor (`response`), so that
-    E |w|^2 before a projection is linear in the temperatures: their measured common multiple of
-    lr c_i / (2 B (1 - momentum)) is the ratio here. Replicas are the independent units: each
-    gives the mean over the short run's projections of full cycles.
+    A free direction of stiffness lambda_i has E w_i^2 = T_i / lambda_i (small lr). After k updates
+    from rest it has a known fraction of that (`response`), so E |w|^2 before a projection is linear
+    in the temperatures, and their measured common multiple is the ratio. Each replica contributes
+    the mean over the projections of its full cycles.
 
     Args:
         drift: measured with the projections recorded.

@@ -1,16 +1,4 @@
-"""Norm growth of scale-invariant weights: its share of the drift along a path.
-
-The loss does not depend on the length of a row W of weights that batch statistics normalize
-(a filter followed by batch normalization). So W . grad_W L = 0 everywhere, every update is at
-right angles to W, and free SGD lengthens it, by lr^2 |g|^2 / (2 |W|) an update. Projected SGD
-keeps none of that where it projects after every update: what leaves the path is put back on it.
-Within a cycle, with w the displacement since the last projection, g . (W + w) = 0 gives
-
-    - lr g . W / |W| = lr g . w_W / |W|  an update along W:    on average lr E[w_W . (H w)_W] / |W|,
-
-which is the entropic force along W, because curvature falls as 1 / |W|^2: no mechanism besides,
-but a part of it. `radial_share` says how much of the entropic force along a path is this part.
-"""
+"""Norm growth of scale-invariant weights: its share of the drift (docs/figures/force.md)."""
 
 from __future__ import annotations
 
@@ -42,13 +30,13 @@ def scale_invariant_rows(
 ) -> dict[str, Tensor]:
     """Parameters each of whose rows (filters) has a length that the loss does not depend on.
 
-    Found by gradients of randomly weighted losses on some batches: orthogonal to every row. The
-    weights differ from draw to draw, because the gradient of one loss can be orthogonal to a row
-    by chance (about once in 100 for a row of four weights).
+    Found by gradients of randomly weighted losses on some batches, all orthogonal to every row. The
+    weights differ from draw to draw, because the gradient of one loss can be orthogonal to a row by
+    chance (about once in 100 for a row of four weights).
 
     Args:
         obj: with `norm="batch"`; stored statistics make no weights scale-invariant.
-        theta: the point; None for the model's own.  # [P]
+        theta: the point; default, the model's own.  # [P]
         batches: how many to look at.
 
     Returns:
@@ -90,13 +78,13 @@ def scale_invariant_rows(
 
 @dataclass(frozen=True)
 class RadialShare:
-    """How much of the entropic force at a point is norm growth of scale-invariant weights.
+    """The share of norm growth of scale-invariant weights in the entropic force at a point.
 
     Attributes:
-        entropic: velocity that the noise in the r directions makes, all of it.
-        radial: the part of it along the rows' own directions W / |W|.
-        tangent: share of the squared tangent that lies along the rows' own directions.
-        rows: how many there are.
+        entropic: velocity due to the noise in the r directions.
+        radial: its part along the rows' own directions W / |W|.
+        tangent: share of the squared tangent along the rows' own directions.
+        rows: the number of rows.
     """
 
     entropic: float
@@ -114,16 +102,16 @@ class RadialShare:
 def radial_share(
     obj: Objective, path: Path, point: PointForce, settings: ProjectedSGD
 ) -> RadialShare:
-    """The part of the entropic force that is growth of norms, in the r directions.
+    """The part of the entropic force that is norm growth, in the r directions.
 
     Args:
         obj: the objective of the dynamics, with `norm="batch"` where the network normalizes.
         path: as for `point_force`.
-        point: the force at a position; its curvature is of the same examples.
+        point: the force at a position; its curvature uses the same examples.
         settings: of the short runs.
 
     Returns:
-        velocities in path lengths per effective time; 0 for the radial one where no weights are
+        velocities in path lengths per effective time; radial 0 where no weights are
         scale-invariant.
     """
     theta, tangent = path.point(point.position), path.tangent(point.position).double()

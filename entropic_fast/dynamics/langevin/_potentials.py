@@ -1,12 +1,8 @@
 """Model potentials of figure 1: curvature that varies along a curve of equal minima.
 
-Convention for the entropic force, wherever it is used here: with H_perp the Hessian across the
-slow direction, integrating the fast directions out at temperature T leaves
-
-    V_eff = (T / 2) ln det H_perp,
-
-so (T/2) ln g for one fast direction of stiffness g, T ln g for two. The slow coordinate's density
-is exp(-V_eff / T) = det(H_perp)^(-1/2), up to normalization and to corrections of order T.
+With H_perp the Hessian across the slow direction, integrating out the fast directions at
+temperature T leaves V_eff = (T / 2) ln det H_perp. The slow coordinate's density is exp(-V_eff /
+T), up to normalization and corrections of order T.
 """
 
 from __future__ import annotations
@@ -23,8 +19,8 @@ from ...ops.langevin import forces as langevin_forces
 class RingPotential:
     """V(r, theta) = 1/2 g(theta) (r - 1)^2 in the plane, g = stiffness (1 + contrast cos(m theta)).
 
-    Figure 1A: minima on the circle r = 1, curvature g across it that depends on the
-    angle. Positions are (x, y) = (r cos theta, r sin theta).
+    Figure 1A: minima on the circle r = 1, with curvature g across it that depends on the angle.
+    Positions are (x, y) = (r cos theta, r sin theta).
 
     Args:
         stiffness: mean of g, above 0.
@@ -56,10 +52,7 @@ class RingPotential:
         return energy
 
     def force(self, x: Tensor) -> Tensor:
-        """-grad V in closed form.  # [N, 2] -> [N, 2]
-
-        The potential has no limit at the origin, whose barrier is g / 2; there the force is 0.
-        """
+        """-grad V in closed form; 0 at the origin, where it has no limit.  # [N, 2] -> [N, 2]"""
         return langevin_forces.ring(x, self.mean_stiffness, self.contrast, self.modes)
 
     def on_ring(self, angle: Tensor, radius: float | Tensor = 1.0) -> Tensor:
@@ -75,10 +68,8 @@ class RingPotential:
     def analytic_density(self, temperature: float, angle: Tensor) -> Tensor:
         """Stationary density of the angle under exp(-V / T) r dr dtheta, exact for T > 0.
 
-        With v = T / g the integral over r is
-        int_0^inf r exp(-(r-1)^2 / 2v) dr = sqrt(2 pi v) Phi(1 / sqrt(v)) + v exp(-1 / 2v),
-        whose leading order is g^(-1/2) = exp(-V_eff / T). At T = 0 a ring filled uniformly
-        stays uniform, 1 / (2 pi).
+        With v = T / g the integral over r is sqrt(2 pi v) Phi(1 / sqrt(v)) + v exp(-1 / 2v), to
+        leading order g^(-1/2) = exp(-V_eff / T). At T = 0 a uniform density stays uniform.
 
         Args:
             temperature: T, at least 0.
@@ -105,10 +96,9 @@ class RingPotential:
 class RidgePotential:
     """V(x, y) = 1/2 g(y) |x|^2: a channel whose stiffness falls from one end to the other.
 
-    Figure 1B: the floor x = 0 is flat, so only the noise in x moves y, toward the
-    broad side. g(y) = stiff (broad / stiff)^(y / length) is exponential, so that its entropic
-    force is the same everywhere. Soft walls 1/2 wall (distance beyond)^2 hold y in
-    [0, length]. Positions are (x_1 ... x_n, y).
+    Figure 1B: the floor x = 0 is flat, so only the noise in x moves y, toward the broad side. g(y)
+    = stiff (broad / stiff)^(y / length) makes the entropic force the same everywhere. Soft walls
+    1/2 wall (distance beyond)^2 keep y in [0, length]. Positions are (x_1 ... x_n, y).
 
     Args:
         stiff, broad: g at y = 0 and at y = length, above 0.
@@ -168,7 +158,7 @@ class RidgePotential:
             y: any shape.
 
         Raises:
-            ValueError: no walls, or T = 0: then there is none.
+            ValueError: no walls, or T = 0, which have no stationary density.
         """
         checks.positive("temperature", temperature)
         checks.positive("wall", self.wall)
@@ -188,7 +178,7 @@ class RidgePotential:
         return math.sqrt(math.pi) * root * float(scaled)
 
     def _beyond(self, y: Tensor) -> Tensor:
-        """How far y is outside [0, length], with its sign."""
+        """Signed distance of y outside [0, length]."""
         return y - y.clamp(0.0, self.length)
 
     def _wall(self, y: Tensor) -> Tensor:
@@ -198,9 +188,9 @@ class RidgePotential:
 class ChannelPotential:
     """V(x, y) = 1/2 g(y) |x|^2, g = stiffness exp(contrast cos(2 pi y / length)): a closed channel.
 
-    Its floor x = 0 is flat and has no ends, so only the curvature across tells one y from
-    another: V_eff = (n T / 2) ln g(y), and the density along it does not depend on temperature.
-    y is periodic with period `length` (it is not wrapped). Positions are (x_1 ... x_n, y).
+    Its floor x = 0 is flat and has no ends, so only the curvature distinguishes values of y, and
+    the density along it does not depend on temperature. y has period `length` and is not wrapped.
+    Positions are (x_1 ... x_n, y).
 
     Args:
         stiffness: geometric mean of g, above 0.
@@ -249,11 +239,11 @@ class ChannelPotential:
     def analytic_density(self, temperature: float, y: Tensor) -> Tensor:
         """Stationary density of y modulo `length`, exact for every T > 0.
 
-        g^(-n/2) is a von Mises density: exp(-a cos(2 pi y / length)) / (length I_0(a)), with
-        a = n contrast / 2.
+        g^(-n/2) is a von Mises density: exp(-a cos(2 pi y / length)) / (length I_0(a)), a = n
+        contrast / 2.
 
         Raises:
-            ValueError: T = 0: then there is none.
+            ValueError: T = 0, which has no stationary density.
         """
         checks.positive("temperature", temperature)
         a = 0.5 * self.fast * self.contrast
@@ -264,13 +254,7 @@ class ChannelPotential:
 
 
 def kernel_form(potential: object) -> tuple[str, tuple[float, ...]] | None:
-    """Name and parameters in `ops.langevin` of a built-in potential; None for any other.
-
-    None for a subclass too, which may define its own force.
-
-    >>> kernel_form(ChannelPotential(10.0, 0.5, 2.0))
-    ('channel', (10.0, 0.5, 2.0))
-    """
+    """Name and parameters in `ops.langevin` of a built-in potential; None for all others."""
     if "force" in getattr(potential, "__dict__", {}):
         return None
     if type(potential) is RingPotential:

@@ -28,16 +28,16 @@ class LangevinIntegrator:
     Overdamped: dx = -grad V dt / friction + sqrt(2 T / friction) dW. With h = dt / friction and
     xi_n standard normal:
 
-    - "euler-maruyama": x' = x - grad V h + sqrt(2 T h) xi_n. Stationary averages are off by
-      O(dt); a harmonic well of stiffness k gets variance T / k / (1 - k h / 2). Paths converge
-      with order 1.
+    - "euler-maruyama": x' = x - grad V h + sqrt(2 T h) xi_n. Stationary averages are off by O(dt);
+      a harmonic well of stiffness k gets variance T / k / (1 - k h / 2). Paths converge with order
+      1.
     - "leimkuhler-matthews": x' = x - grad V h + sqrt(2 T h) (xi_n + xi_{n+1}) / 2, the
       high-friction limit of BAOAB (Leimkuhler and Matthews, Appl. Math. Res. Express 2013).
       Stationary averages are off by O(dt^2), and exact for a harmonic well.
 
     Underdamped, unit masses: dx = v dt, dv = -grad V dt - friction v dt + sqrt(2 T friction) dW:
 
-    - "baoab": half a kick, half a drift, friction and noise exactly, half a drift, half a kick
+    - "baoab": half a kick, half a drift, exact friction and noise, half a drift, half a kick
       (Leimkuhler and Matthews 2013). Averages are off by O(dt^2); a harmonic well gets the exact
       variance T / k of x, and T (1 - k dt^2 / 4) of v.
 
@@ -45,8 +45,8 @@ class LangevinIntegrator:
 
     Args:
         temperature: T >= 0 in the units of V; 0 is gradient descent (or friction) without noise.
-        dt: time step. Overdamped, stiffness x dt / friction must stay below 2 for stability;
-            underdamped, stiffness x dt^2 below 4.
+        dt: time step. Stable for stiffness x dt / friction below 2 (overdamped), or stiffness x
+            dt^2 below 4 (underdamped).
         scheme: one of the above.
         friction: above 0.
 
@@ -130,24 +130,23 @@ def simulate_langevin(
 ) -> LangevinResult:
     """Simulate independent particles in a potential V.
 
-    The noise of particle i at step n is a function of (seed, i, n), on any device, so more
-    particles do not change the others. `RingPotential`, `RidgePotential` and `ChannelPotential`
-    run in fused kernels, in which particles stay in registers between records; other potentials
-    run in PyTorch. Memory holds the records and a few copies of the particles; it does not grow
-    with `steps`.
+    The noise of particle i at step n is a function of (seed, i, n) on any device, so adding
+    particles does not change the others. `RingPotential`, `RidgePotential` and `ChannelPotential`
+    run in fused kernels, others in PyTorch. Memory does not grow with `steps`, but with the number
+    of records.
 
     Args:
-        potential: V, from positions [N, D] to energies [N]; differentiable by autograd, or with
-            a method `force` (positions [N, D] to -grad V [N, D]), which is then used.
-        start: positions of shape [N, D], float32 or float64; for an underdamped scheme also
-            (positions, velocities). Otherwise velocities are drawn from Maxwell's distribution.
+        potential: V, from positions [N, D] to energies [N]; differentiable by autograd, or with a
+            method `force` (positions [N, D] to -grad V [N, D]), which is then used.
+        start: positions [N, D], float32 or float64; for an underdamped scheme also (positions,
+            velocities). Default velocities are drawn from Maxwell's distribution.
         integrator: temperature, time step and scheme.
         steps: number of steps.
         seed: of the noise.
         recording: what is recorded.
         first_particle: the number of start's first particle: particles i to i + N of a larger run
             move as they do there.
-        backend: "reference", "cpp" or "triton" for this run; None for the one in force.
+        backend: "reference", "cpp" or "triton" for this run; default, the one in force.
 
     Raises:
         ValueError: arguments that do not fit, or a particle that became NaN or infinite (the
@@ -227,7 +226,7 @@ def _stepper(
     first_particle: int,
     backend: str | None,
 ) -> tuple[Callable[[int, int], None], str]:
-    """A function of (steps taken, steps to take) that moves x and v, and what runs it."""
+    """The function of (steps done, steps to do) that moves x and v, and the backend's name."""
     key = fold_in(seed, "langevin")
     form = kernel_form(potential)
     if form is not None:
@@ -332,7 +331,7 @@ def _check_finite(
 
 
 def _force_of(potential: Callable[[Tensor], Tensor], start: Tensor) -> Force:
-    """-grad V: the potential's own closed form, or autograd; checked at the start."""
+    """-grad V: the potential's closed form, or autograd; checked at the start."""
     closed_form = getattr(potential, "force", None)
 
     def by_autograd(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Replicas of SGD (or Adam) projected onto a path: `relax` and `relax_many`.
 
-Start with `_relax`; `_replica_state` is one projection cycle, and `_settings` holds the arguments.
-Relies on `paths` and on the kernels of `ops.projected_step`.
+Start with `_relax`; `_replica_state` is one projection cycle, `_settings` the arguments. Relies on
+`paths` and on the kernels of `ops.projected_step`.
 """
 
 from ._checkpoint import CheckpointMismatchError, fingerprint

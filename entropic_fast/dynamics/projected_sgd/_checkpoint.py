@@ -23,22 +23,9 @@ class CheckpointMismatchError(ValueError):
 
 
 class Checkpoint:
-    """A file with the state of a run and the settings it is of.
+    """State and settings of a run in one safetensors file, replaced atomically.
 
-    It is safetensors, with the settings in its header, because a second file could be out of step.
-    A new checkpoint is written beside the old one, flushed, and renamed over it.
-
-    Args:
-        file: its name.
-        settings: what the trajectory depends on; JSON values.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     saved = Checkpoint(f"{folder}/run.safetensors", {"lr": 0.1})
-    ...     nothing = saved.load()
-    ...     saved.save({"theta": torch.ones(2)})
-    ...     saved.load()["theta"].tolist(), nothing
-    ([1.0, 1.0], None)
+    The settings are in its header, because a second file could be out of step.
     """
 
     def __init__(self, file: str | Path, settings: Mapping[str, Any]) -> None:
@@ -52,12 +39,7 @@ class Checkpoint:
         store.write_bytes(self.file, safetensors.torch.save(tensors, metadata=header))
 
     def load(self) -> dict[str, Tensor] | None:
-        """The state, or None if there is no file.
-
-        Raises:
-            CheckpointMismatchError: settings that are not those of the file.
-            DamagedFileError: not a checkpoint.
-        """
+        """The state, or None if there is no file."""
         if not self.file.exists():
             return None
         try:

@@ -16,22 +16,15 @@ MOST_PATIENCE = 64
 
 
 class GraphedCycles:
-    """Runs cycles, on a CUDA device as a graph once they are warm.
+    """Runs cycles, on a GPU as one CUDA graph (k updates and a projection) after a warm-up.
 
-    A graph holds gradients, optimizer and projection of a cycle. It reads the examples of
-    its minibatches from one table, which is filled before each launch, on the device. When a
-    replica is dropped, tensors are new: cycles run as they are, for twice as long after every
-    capture, and are then captured again. Where capture fails, cycles run as they are, and `note`
-    says why.
+    A replica that is dropped makes new tensors, so the graph is captured again, after twice as many
+    plain cycles as the time before. Where capture fails, cycles stay plain and `note` says why.
 
     Args:
         run: whose cycles.
-        size: updates of an ordinary cycle; a last, shorter one is not captured.
-        graphs: False to run all as they are.
-
-    Attributes:
-        captured: whether a graph has run.
-        note: why none did; "" if there is nothing to say.
+        size: updates of an ordinary cycle; a shorter last one is not captured.
+        graphs: False for plain cycles only.
     """
 
     def __init__(self, run: ReplicaState, size: int, graphs: bool = True) -> None:

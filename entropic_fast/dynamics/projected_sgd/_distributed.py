@@ -1,4 +1,4 @@
-"""Replicas of one run shared out among processes, and put together again."""
+"""Replicas of one run, distributed over ranks and gathered again."""
 
 from __future__ import annotations
 
@@ -13,35 +13,22 @@ from torch import Tensor
 from ..._utils import checks
 from ..._utils.convergence import DivergenceError
 from ...distributed import Communicator
-from ...objective import Objective
-from ...paths import Path
-from ._settings import Checkpointing, Execution, ProjectedSGD, Recording
+from ._settings import Arguments
 from ._trajectory import Trajectory
 
 NUMBERS = ("position", "distance", "loss", "full_loss")
 
 
-def over_processes(
-    relax: Callable[..., Trajectory],
-    obj: Objective,
-    path: Path,
-    starts: Tensor,
-    sgd: ProjectedSGD,
-    lrs: Tensor,
-    ids: list[int],
-    seed: int,
-    recording: Recording,
-    checkpoint: Checkpointing | None,
-    execution: Execution,
-) -> Trajectory:
-    """Each process runs a contiguous range of the replicas; all return the trajectory of all.
+def over_processes(relax: Callable[..., Trajectory], arguments: Arguments) -> Trajectory:
+    """Run a contiguous range of the replicas on each rank; every rank returns the full trajectory.
 
     Raises:
-        ValueError: files to write to, of which each process would need one.
-        DivergenceError: every replica of every process diverged.
-        RankFailedError, RankLostError: as `Communicator.all_reduce`.
+        ValueError: files to write to, of which each rank would need one.
+        DivergenceError: every replica of every rank diverged.
     """
-    file = None if checkpoint is None else checkpoint.path
+    obj, path, recording = arguments.obj, arguments.path, arguments.recording
+    starts, lrs, ids = arguments.starts, arguments.lrs, arguments.ids
+    file = None if arguments.checkpoint is None else arguments.checkpoint.path
     for name, value in (("recording.to", recording.to), ("checkpoint", file)):
         if value is not None:
             raise checks.invalid(
@@ -52,16 +39,9 @@ def over_processes(
             )
     communicator = obj.communicator
     settings = {
-        **sgd.fingerprint(),
-        **recording.fingerprint(),
+        **arguments.fingerprint(),
         "datasets": sorted(recording.datasets),
-        "steps": sgd.steps,
-        "seed": seed,
-        "backend": execution.backend,
-        "precision": execution.precision,
-        "start": starts.tolist(),
-        "lr": lrs.tolist(),
-        "replicas": ids,
+        "steps": arguments.sgd.steps,
     }
     communicator.check_consistent(None, "relax", settings, path.pivots, obj.fingerprint())
     first, last = communicator.range(len(starts))
@@ -73,32 +53,32 @@ def over_processes(
                 obj.without_distribution(),
                 path,
                 starts[first:last],
-                sgd.replace(lr=lrs[first:last].tolist()),
+                arguments.sgd.replace(lr=lrs[first:last].tolist()),
                 replicas=ids[first:last],
-                seed=seed,
+                seed=arguments.seed,
                 recording=recording,
-                execution=execution,
+                execution=arguments.execution,
             )
         except DivergenceError as error:
             local = error.partial
         except Exception as error:
             failure = error
     communicator.check_consistent(failure, "replicas")
-    trajectory = _together(communicator, local, first, len(starts), lrs, ids)
+    trajectory = _gathered(communicator, local, first, lrs, ids)
     if bool(trajectory.diverged.all()):
         raise DivergenceError(f"relax: all {len(starts)} replicas diverged; lower lr", trajectory)
     return trajectory
 
 
-def _together(
+def _gathered(
     communicator: Communicator,
     local: Trajectory | None,
     first: int,
-    replicas: int,
     lrs: Tensor,
     ids: Sequence[int],
 ) -> Trajectory:
-    # One whose replicas all diverged ends early; the longest says when records were made.
+    """The trajectory of all replicas, of which `local` are those from `first` on."""
+    # A rank whose replicas all diverged ends early: the longest record gives the steps.
     lengths = communicator.all_gather([0 if local is None else len(local.steps)])
     records = max(length for (length,) in lengths)
     leader = lengths.index([records])
@@ -109,18 +89,18 @@ def _together(
         metadata |= {"datasets": list(local.dataset_losses), "steps": local.steps.tolist()}
     metadata = json.loads(communicator.broadcast_text(json.dumps(metadata), leader))
     datasets = metadata.pop("datasets")
-    numbers = torch.zeros(len(NUMBERS) + len(datasets), replicas, records, dtype=torch.float64)
-    lost, notes = torch.zeros(replicas, dtype=torch.float64), ""
+    numbers = torch.zeros(len(NUMBERS) + len(datasets), len(ids), records, dtype=torch.float64)
+    lost, notes = torch.zeros(len(ids), dtype=torch.float64), ""
     if local is not None:
         rows = slice(first, first + local.num_replicas)
         numbers[:, rows] = math.nan
-        every = [getattr(local, n) for n in NUMBERS] + [local.dataset_losses[n] for n in datasets]
-        numbers[:, rows, : len(local.steps)] = torch.stack(every)
+        columns = [getattr(local, n) for n in NUMBERS] + [local.dataset_losses[n] for n in datasets]
+        numbers[:, rows, : len(local.steps)] = torch.stack(columns)
         lost[rows] = local.diverged_at.double()
         notes = "\n".join(local.notes)
     numbers = communicator.all_reduce(lambda: numbers.to(communicator.device), "records").cpu()
     lost = communicator.all_reduce(lambda: lost.to(communicator.device), "losses of replicas").cpu()
-    said = [
+    notes_by_rank = [
         communicator.broadcast_text(notes, rank).splitlines() for rank in range(communicator.size)
     ]
     return Trajectory(
@@ -129,7 +109,7 @@ def _together(
         lr=lrs.double().cpu(),
         ids=torch.tensor(ids),
         diverged_at=lost.long(),
-        notes=tuple(dict.fromkeys(note for lines in said for note in lines)),
+        notes=tuple(dict.fromkeys(note for lines in notes_by_rank for note in lines)),
         dataset_losses=dict(zip(datasets, numbers[len(NUMBERS) :], strict=True)),
         **metadata,
     )

@@ -1,4 +1,4 @@
-"""Losses over all examples and over other data sets, at the points and steps where they are due."""
+"""Losses over all examples and over other data sets, at the steps where they are due."""
 
 from __future__ import annotations
 
@@ -10,19 +10,7 @@ from ._settings import Recording
 
 
 class Evaluation:
-    """What to evaluate, and when.
-
-    Args:
-        obj: the objective, in the normalization mode of the dynamics.
-        recording: with its defaults resolved.
-
-    >>> obj = Objective(torch.nn.Linear(1, 1), "mse", (torch.ones(4, 1), torch.ones(4, 1)))
-    >>> held_out = torch.ones(2, 1), 3 * torch.ones(2, 1)
-    >>> evaluation = Evaluation(obj, Recording(datasets={"test": held_out}).resolved(5))
-    >>> full, others = evaluation(10, torch.zeros(3, 2))
-    >>> full.tolist(), others["test"].tolist()
-    ([nan, nan, nan], [9.0, 9.0, 9.0])
-    """
+    """Losses at points [R, P] over all examples and over each data set; NaN where not due."""
 
     def __init__(self, obj: Objective, recording: Recording) -> None:
         self.datasets = {}
@@ -36,7 +24,6 @@ class Evaluation:
         self._datasets_every = recording.datasets_every
 
     def __call__(self, step: int, points: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses at points [R, P], over all examples and over each data set; NaN if not due."""
         full = self._loss_every is not None and step % self._loss_every == 0
         due = step % self._datasets_every == 0
         return (

@@ -1,4 +1,4 @@
-"""A function of tensors as the list of operations that it comes to, called without its Python."""
+"""A function of tensors, replayed as the FX graph of its operations."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ _NOTHING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class FxCache:
-    """Calls a function; from the second call for the same shapes on, its operations alone.
+    """Calls a function; from the second call for the same shapes on, its FX graph.
 
-    `vmap` and `grad` of a model cost more Python than arithmetic where the model is small: for the
-    digits' network, 16 replicas at B = 8 on one core, 0.46 ms a replica and 0.37 by its list, and
-    0.41 and 0.30 for 64.
+    `vmap` and `grad` of a small model spend more time in Python than in arithmetic: the digits
+    network, 16 replicas at B = 8 on one core, took 0.46 ms per replica and 0.37 with its graph
+    (0.41 and 0.30 for 64).
 
-    Valid for functions whose operations depend on nothing but the shapes and types of their
-    arguments. Under `vmap` control flow cannot depend on values; where the first call and the list
-    differ in a bit (on a GPU by more than rounding, as cuDNN may sum in another order each time),
-    or a list cannot be made, the function is called as it is.
-
-    Args:
-        function: of trees of tensors; returns a tuple of tensors.
+    The function's operations may depend on nothing but shapes and dtypes. It is called directly
+    where no graph can be made, or where graph and first call differ in a bit (on a GPU, by more
+    than rounding).
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
@@ -44,7 +40,6 @@ class FxCache:
 
     @torch.no_grad()
     def __call__(self, *tensors: Tree) -> tuple[Tensor, ...]:
-        """The function's value."""
         key = (trees.form(tensors), *(t.stride() for t in trees.leaves(tensors)))
         if key in self._lists:
             return self._lists[key](*tensors)
@@ -78,10 +73,9 @@ class FxCache:
 
 
 def _same(values: Tensor, expected: Tensor) -> bool:
-    """Whether two runs of the same operations gave these: to the bit on a CPU.
+    """Whether values agree: to the bit on a CPU, to 1,000 roundings in norm on a GPU.
 
-    On a GPU to 1,000 roundings in norm: 1e-4 in float32, where other random numbers or other
-    control flow differ in the first digits.
+    cuDNN may sum in another order each time; 1e-4 in float32 is far below an actual difference.
     """
     if torch.equal(values, expected):
         return True

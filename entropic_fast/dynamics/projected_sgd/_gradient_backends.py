@@ -67,36 +67,21 @@ def vmap_gradients(objective: Objective) -> Gradients:
 def choose(
     backend: str, objective: Objective, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[str, Gradients, str]:
-    """The backend for these sizes, tried on the first minibatch.
+    """The backend for these sizes, its function, and a note on rejected ones ("" for none).
 
-    "auto" is what measured fastest on CPUs: vmap where a minibatch holds at most 2,048 numbers and
-    there are 3 replicas or more per core (calls then cost more than arithmetic); else threads, one
-    per core (`torch.get_num_threads()`), but the loop for a single replica that can have several
-    cores for each operation. On a GPU it is vmap from 2 replicas on. That has not been measured;
-    "loop" is worth a try there, since CUDA graphs free it of launch costs. The choice does not time
-    both: they round differently, and the results of a run must not depend on a clock.
-
-    The first replica's gradient must be the loop's; otherwise, and where the model fails, the
-    next of vmap, threads and loop is used, and the note says why.
+    "auto" is what measured fastest on CPUs: vmap for minibatches of at most 2,048 numbers and 3 or
+    more replicas per core; else threads, one per core; the loop for a single replica on several
+    cores. On a GPU it is vmap from 2 replicas on (not measured). Nothing is timed, because backends
+    round differently and results must not depend on a clock. A backend whose first gradient is not
+    the loop's is passed over.
 
     Args:
         backend: "auto", or "vmap", "threads" (an error where they fail) or "loop".
         theta: points of the replicas.  # [R, P]
         inputs, targets: their first minibatches.  # [R, B, ...]
 
-    Returns:
-        name of the backend, the function, and a note ("" where there is nothing to say).
-
     Raises:
-        ValueError: an unknown backend, or one that the model or the device cannot do.
-
-    >>> x, y = torch.ones(40, 2, 3), torch.zeros(40, 2, 1)
-    >>> obj = Objective(torch.nn.Linear(3, 1), "mse", (x[0], y[0]))
-    >>> theta = obj.parameters_vector().repeat(40, 1)
-    >>> name, gradients, note = choose("vmap", obj, theta, x, y)
-    >>> losses, rows = gradients(theta, x, y)
-    >>> name, note, tuple(losses.shape), tuple(rows.shape)
-    ('vmap', '', (40,), (40, 4))
+        ValueError: an unknown backend, or one that the model or the device cannot use.
     """
     checks.one_of("backend", backend, BACKENDS)
     loop = loop_gradients(objective)
@@ -132,7 +117,7 @@ def _candidates(theta: Tensor, inputs: Tensor) -> tuple[str, ...]:
 def _tried(
     name: str, objective: Objective, loop: Gradients, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[Gradients | None, str]:
-    """A backend that gives the loop's gradient, or why it cannot be used for this model."""
+    """A backend that gives the loop's gradient, or the reason why it cannot be used."""
     if name == "threads" and theta.device.type != "cpu":
         return None, f"a model on {theta.device}"
     if name == "threads" and objective.only_functional:
@@ -150,7 +135,7 @@ def _tried(
 
 
 def prioritize(gradients: Gradients, work: Callable[[], None]) -> None:
-    """`work()`, which calls `gradients`, where it disturbs them least."""
+    """Run `work`, which calls `gradients`, where it disturbs them least."""
     if isinstance(gradients, ThreadPoolGradients):
         gradients.prioritize(work)
     else:
@@ -158,7 +143,6 @@ def prioritize(gradients: Gradients, work: Callable[[], None]) -> None:
 
 
 def close(gradients: Gradients) -> None:
-    """Give back what a backend holds."""
     if isinstance(gradients, ThreadPoolGradients):
         gradients.close()
 

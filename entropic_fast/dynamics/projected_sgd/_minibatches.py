@@ -20,21 +20,18 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 class Minibatches:
     """Epochs of permutations without replacement, one order per replica.
 
-    An epoch is floor(N / B) batches of distinct examples; the N mod B left over are not used in
-    that epoch, so every batch has B examples. The order of epoch e of the replica with id i is
-    `permutation(N, fold_in(seed, "relax", i), stream=e)`: no replica's noise depends on which
-    others there are, on the device or on what was drawn before.
-
-    B = N is the full batch: every update takes all examples in a fixed order, so there is no
-    minibatch noise, not even of rounding, and all replicas see the same.
+    An epoch is floor(N / B) batches of distinct examples; the N mod B left over are not used in it.
+    The order of epoch e of the replica with id i is `permutation(N, fold_in(seed, "relax", i),
+    stream=e)`, independent of the other replicas, of the device and of earlier draws. B = N takes
+    all examples in a fixed order, so there is no minibatch noise, not even of rounding.
 
     Args:
         objective: whose examples to draw; held in memory, not copied if they were tensors.
         batch_size: B, examples per batch, at most N.
         seed: of the run.
         ids: one number per replica.  # R of them
-        augment: changes inputs [n, ...] at random, given words [n, 4] (int64, uniform in
-            [0, 2^32)); they are a function of (seed, id, epoch, example). None for no change.
+        augment: changes inputs [n, ...] at random, given words [n, 4] (int64, uniform in [0,
+            2^32)), a function of (seed, id, epoch, example). None for no change.
 
     Raises:
         ValueError: a batch size outside 1 .. N.
@@ -114,8 +111,8 @@ class Minibatches:
     def table(self, step: int, count: int) -> Tensor:
         """The random inputs of `count` updates from `step` on, one entry per update.  # [k, ...]
 
-        Entries are examples [R, B], or with augmentation examples and words [R, B, 5]; the full
-        batch needs none without. There is no copy from the host and no synchronization.
+        Entries are examples [R, B], or with augmentation examples and words [R, B, 5]; empty for a
+        full batch. Nothing is copied from the host and nothing waits.
         """
         if self.augment is not None:
             return self._with_words(step, count)
@@ -169,10 +166,9 @@ class Minibatches:
 def in_random_batches(obj: Objective, batch_size: int) -> Objective:
     """With batch statistics: an objective whose batches are like the dynamics' minibatches.
 
-    Data may be sorted or balanced over the classes, and batches in that order
-    are not like random ones: of a ResNet-8 near a minimum, class-balanced batches of 16 images
-    had an eighth of the noise. Here examples are in one random order, the same at every call, in
-    full batches; the N mod B left over are not used, as in an epoch.
+    Data may be sorted or balanced over the classes: of a ResNet-8 near a minimum, class-balanced
+    batches of 16 images had an eighth of the noise of random ones. Here examples are in one random
+    order, the same at every call, in full batches; the N mod B left over are not used.
 
     Raises:
         ValueError: a batch size outside 1 .. N.

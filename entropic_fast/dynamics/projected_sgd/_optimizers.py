@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,7 @@ from ._settings import ProjectedSGD
 
 
 class Optimizer:
-    """SGD (with or without momentum), Nesterov momentum or Adam on rows of parameters.
-
-    Each row gets the update that `torch.optim.SGD` or `torch.optim.Adam` would give it alone;
-    weight decay is added to the gradient, as they do. The arithmetic is the fused `ops.step`.
+    """SGD, Nesterov momentum or Adam; each row of parameters is updated as by `torch.optim`.
 
     Args:
         sgd: the settings.
@@ -37,49 +36,27 @@ class Optimizer:
         pivots: Tensor | None = None,
         near: Tensor | None = None,
     ) -> Tensor:
-        """One update of theta, in place.
+        """Update theta in place; returns the products that `project_step` needs.  # [R, 2, M]
 
         Args:
             theta, gradient: contiguous.  # [R, P]
             pivots: of the path theta is projected on next; None if it is not.  # [M, P]
-            near: segments that `ops.step.project_step` will be given too.  # [R]
-
-        Returns:
-            the products that `ops.step.project_step` needs.  # [R, 2, M]
+            near: segments that `project_step` will be given too.  # [R]
         """
         sgd, first = self._sgd, not self.state
+        common: dict[str, Any] = {"lr": self.lr, "weight_decay": sgd.weight_decay}
+        common |= {"pivots": pivots, "near": near}
         if sgd.optimizer == "adam":
             if first:
                 count = torch.zeros_like(theta[:, 0], dtype=torch.int64)
                 self.state = [torch.zeros_like(theta), torch.zeros_like(theta), count]
-            mean, square, count = self.state
-            return adam_step(
-                theta,
-                gradient,
-                mean,
-                square,
-                count,
-                lr=self.lr,
-                pivots=pivots,
-                betas=sgd.betas,
-                eps=sgd.eps,
-                weight_decay=sgd.weight_decay,
-                near=near,
-            )
+            common |= {"betas": sgd.betas, "eps": sgd.eps}
+            return adam_step(theta, gradient, *self.state, **common)
         if first and sgd.momentum:
             self.state = [torch.zeros_like(theta)]
-        return sgd_step(
-            theta,
-            gradient,
-            self.state[0] if self.state else None,
-            lr=self.lr,
-            pivots=pivots,
-            momentum=sgd.momentum,
-            weight_decay=sgd.weight_decay,
-            nesterov=sgd.optimizer == "nesterov",
-            first=first,
-            near=near,
-        )
+        buffer, nesterov = self.state[0] if self.state else None, sgd.optimizer == "nesterov"
+        common |= {"momentum": sgd.momentum, "nesterov": nesterov, "first": first}
+        return sgd_step(theta, gradient, buffer, **common)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with only these rows of the replicas."""

@@ -1,9 +1,8 @@
 """Records of a run: kept in memory, or streamed to a CSV file so that memory stays constant.
 
-A file of records has the columns of `Trajectory.to_table`, record by record, one line per replica.
-Lines are only ever appended, so a kill costs at most the record being written: readers leave an
-unfinished one out, and a resumed run cuts the file where its checkpoint was taken. What a table
-cannot say (optimizer, seed, notes ...) is in a manifest beside it (`.json`).
+A file has the columns of `Trajectory.to_table` and is only appended to, so a kill costs at most the
+record being written: readers skip an unfinished one, and a resumed run truncates the file to its
+checkpoint. Optimizer, seed, notes and so on are in a JSON manifest beside it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,11 @@ COLUMNS = ("replica", "id", "step", "effective_time", "lr", "start", "position",
 
 
 class Record(NamedTuple):
-    """One record of a run under way: update number, and of each replica its position on the
-    path, distance from it before projection and mean minibatch loss since the last record
-    (NaN for a replica that diverged), then what else `Trajectory` holds.  # [R] each
+    """One record of a run under way.
+
+    The update number, then per replica [R]: position on the path, distance from it before
+    projection, mean minibatch loss since the last record (NaN after divergence), and the remaining
+    fields of `Trajectory`.
     """
 
     step: int
@@ -85,14 +86,7 @@ class InMemory:
 
 
 class ToFile:
-    """Records appended to a file; the first and the last stay in memory.
-
-    Args:
-        file: its name; overwritten, unless `restore` is called next.
-        starts, lrs, ids: of the replicas.  # [R]
-        metadata: for the manifest.
-        datasets: names of the other data sets.
-    """
+    """Records appended to a file; the first and the last stay in memory."""
 
     def __init__(
         self,
@@ -165,12 +159,7 @@ class ToFile:
 
 
 def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
-    """The table of complete records in a file, and its manifest.
-
-    Raises:
-        FileNotFoundError: the file or its manifest is missing.
-        DamagedFileError: a file of another kind.
-    """
+    """The table of complete records in a file, and its manifest."""
     path = Path(file)
     metadata = store.read_json(path.with_suffix(".json"))
     text = path.read_text(encoding="utf-8")
@@ -193,7 +182,6 @@ def read(file: str | Path) -> tuple[Table, dict[str, Any]]:
 
 
 def _packed(records: Sequence[Record]) -> dict[str, Tensor]:
-    """Records as tensors by name."""
     state = {"record.step": torch.tensor([r.step for r in records])}
     for name in _FIELDS:
         state[f"record.{name}"] = torch.stack([getattr(r, name) for r in records])

@@ -26,6 +26,7 @@ from ._records import InMemory, Record, Records, ToFile
 from ._replica_state import ReplicaState
 from ._settings import (
     BACKENDS,
+    Arguments,
     Checkpointing,
     Execution,
     PerReplica,
@@ -52,27 +53,27 @@ def relax(
 ) -> Trajectory:
     """Relax along a path by projected SGD ("k-SGD"; figures 3 and 4 of the paper).
 
-    Each replica starts on the path, makes k ordinary optimizer updates on minibatches in the full
-    space, is projected onto the nearest point of the path, and so on. A projection changes the
-    parameters alone: momentum buffers and Adam's moments and count stay as they are.
+    Each replica starts on the path and repeats: k optimizer updates on minibatches in the full
+    space, then projection onto the nearest point of the path. Projection leaves momentum buffers
+    and Adam's state as they are.
 
     Layers with running statistics use those of each minibatch, as in training, independent of
-    `obj.norm`. Minibatches are epochs of permutations without replacement, a function of
-    (seed, replica id, step), so adding replicas does not change the others (up to rounding).
-    Each minibatch's gradient is an unbiased estimate of the full gradient: a torch loss that is
-    a mean over counted targets is divided by the count over the entire data.
+    `obj.norm`. Minibatches are epochs of permutations without replacement, a function of (seed,
+    replica id, step), so adding replicas does not change the others (up to rounding). Each
+    minibatch's gradient is an unbiased estimate of the full gradient: a torch loss that is a mean
+    over counted targets is divided by the count over the entire data.
 
-    Two controls have no entropic force: `batch_size` equal to the number of examples (all
-    examples in a fixed order, no noise), and `project_every=1` (fast directions never
-    fluctuate).
+    Two controls have no entropic force: `batch_size` equal to the number of examples (no noise),
+    and `project_every=1` (fast directions never fluctuate).
 
     Args:
         obj: the loss and the data to draw from.
         path: in the parameters of `obj`.
         start: position on the path in [0, 1], or one per replica.
-        sgd: the optimizer. Replicas that differ in more than the learning rate: `relax_many`.
-        replicas: how many, or the ids of their noise (default 0 .. R - 1); two replicas of one
-            id see the same minibatches.
+        sgd: the optimizer. For replicas that differ in more than the learning rate see
+            `relax_many`.
+        replicas: how many, or the ids of their noise (default 0 .. R - 1); replicas of one id see
+            the same minibatches.
         seed: of the minibatches.
         recording: what is recorded.
         checkpoint: a file name, or `Checkpointing`.
@@ -108,36 +109,23 @@ def relax(
             "pass one of the two",
         )
     recording = recording.resolved(sgd.project_every)
+    arguments = Arguments(obj, path, starts, sgd, lrs, ids, seed, recording, checkpoint, execution)
     if obj.communicator.size > 1:
-        return over_processes(
-            relax, obj, path, starts, sgd, lrs, ids, seed, recording, checkpoint, execution
-        )
-    run = _Relaxation(obj, path, starts, sgd, lrs, ids, seed, recording, checkpoint, execution)
-    return run.trajectory()
+        return over_processes(relax, arguments)
+    return _Relaxation(arguments).trajectory()
 
 
 class _Relaxation:
     """One call of `relax` in one process."""
 
-    def __init__(
-        self,
-        obj: Objective,
-        path: Path,
-        starts: Tensor,
-        sgd: ProjectedSGD,
-        lrs: Tensor,
-        ids: list[int],
-        seed: int,
-        recording: Recording,
-        checkpoint: Checkpointing | None,
-        execution: Execution,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        self._arguments, obj = arguments, arguments.obj
         self._obj = obj = obj.with_norm("batch") if obj.has_running_statistics else obj
-        self._path, self._starts, self._sgd = path, starts, sgd
-        self._lrs, self._ids, self._seed = lrs, ids, seed
-        self._recording, self._execution = recording, execution
+        path, sgd, recording = arguments.path, arguments.sgd, arguments.recording
+        starts, lrs, ids, seed = arguments.starts, arguments.lrs, arguments.ids, arguments.seed
         self._evaluation = Evaluation(obj, recording)
         self._minibatches = Minibatches(obj, sgd.batch_size, seed, ids, sgd.augment)
+        execution, checkpoint = arguments.execution, arguments.checkpoint
         backend = execution.backend
         self._checkpoint: Checkpoint | None = None
         self._stored: dict[str, Tensor] | None = None
@@ -171,19 +159,12 @@ class _Relaxation:
     def _fingerprint(self) -> dict[str, Any]:
         obj, datasets = self._obj, self._evaluation.datasets
         return {
-            **self._sgd.fingerprint(),
-            **self._recording.fingerprint(),
-            "lr": self._lrs.tolist(),
-            "start": self._starts.tolist(),
-            "replicas": self._ids,
-            "seed": self._seed,
-            "backend": self._execution.backend,
-            "precision": self._execution.precision,
+            **self._arguments.fingerprint(),
             "datasets": {
                 name: fingerprint(*trees.leaves(held_out.tensors()))
                 for name, held_out in datasets.items()
             },
-            "path": fingerprint(self._path.pivots),
+            "path": fingerprint(self._arguments.path.pivots),
             "data": fingerprint(*trees.leaves(obj.tensors())),
             "model": fingerprint(*obj.frozen_tensors()),
             "loss": obj.loss_name,
@@ -202,12 +183,11 @@ class _Relaxation:
         finally:
             self._records.close()
             backends.close(self._gradients)
-        if self._recording.to is not None:
-            file = str(self._recording.to)
+        if self._arguments.recording.to is not None:
+            file = str(self._arguments.recording.to)
             notes.append(f"the start and the last record; Trajectory.load({file!r}) reads all")
-        trajectory = Trajectory.from_records(
-            self._records.kept(), self._lrs, self._ids, self._metadata
-        )
+        lrs, ids = self._arguments.lrs, self._arguments.ids
+        trajectory = Trajectory.from_records(self._records.kept(), lrs, ids, self._metadata)
         if not len(self._state.alive):
             raise self._divergence(trajectory)
         return trajectory
@@ -217,20 +197,22 @@ class _Relaxation:
             return
         self._state.restore(self._stored)
         self._records.restore(self._stored)
-        if self._state.step > self._sgd.steps:
+        steps = self._arguments.sgd.steps
+        if self._state.step > steps:
             raise checks.invalid(
-                "steps", f"at least the checkpoint's {self._state.step}", str(self._sgd.steps)
+                "steps", f"at least the checkpoint's {self._state.step}", str(steps)
             )
 
     def _run(self) -> None:
-        state, sgd, every = self._state, self._sgd, self._recording.every
+        state, arguments = self._state, self._arguments
+        sgd, every = arguments.sgd, arguments.recording.every
         assert every is not None
         while state.step < sgd.steps and len(state.alive):
             first = state.step == 0
-            with products_in(self._execution.precision):
+            with products_in(arguments.execution.precision):
                 self._cycles(min(sgd.project_every, sgd.steps - state.step))
             if first:
-                self._record(state.first_record(self._starts, self._evaluation))
+                self._record(state.first_record(arguments.starts, self._evaluation))
             if state.step % every == 0 or state.step == sgd.steps or not len(state.alive):
                 self._record(state.record(self._evaluation))
             # Not after the last cycle: more steps may be asked for, and it may be a shorter one.
@@ -240,23 +222,24 @@ class _Relaxation:
 
     def _record(self, record: Record) -> None:
         self._records.append(record)
-        if self._recording.callback is not None:
-            self._recording.callback(record)
+        if self._arguments.recording.callback is not None:
+            self._arguments.recording.callback(record)
 
     def _lost(self) -> list[str]:
+        lrs, ids = self._arguments.lrs, self._arguments.ids
         return [
-            f"replica {r} (id {self._ids[r]}, lr {float(self._lrs[r])}) diverged at update {at} "
-            "and is NaN from there on"
+            f"replica {r} (id {ids[r]}, lr {float(lrs[r])}) diverged at update {at} and is NaN "
+            "from there on"
             for r, at in enumerate(self._state.diverged_at.tolist())
             if at >= 0
         ]
 
     def _divergence(self, trajectory: Trajectory) -> DivergenceError:
-        at = self._state.diverged_at
+        at, arguments = self._state.diverged_at, self._arguments
         first = int(at.argmin())
         return DivergenceError(
-            f"relax: all {len(self._ids)} replicas diverged; replica {first} (id "
-            f"{self._ids[first]}) at update {int(at[first])} with {self._sgd.optimizer}, "
-            f"lr {float(self._lrs[first])}; lower lr",
+            f"relax: all {len(arguments.ids)} replicas diverged; replica {first} (id "
+            f"{arguments.ids[first]}) at update {int(at[first])} with {arguments.sgd.optimizer}, "
+            f"lr {float(arguments.lrs[first])}; lower lr",
             trajectory,
         )

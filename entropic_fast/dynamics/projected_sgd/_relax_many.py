@@ -1,4 +1,4 @@
-"""Replicas that differ in anything: grouped by the settings they have in common."""
+"""Replicas whose settings differ, run in groups of equal settings."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def relax_many(
 ) -> list[Trajectory]:
     """`relax` for replicas whose settings differ.
 
-    Replicas that differ in nothing but start, learning rate and id advance together; such groups
-    run in turn, each on all cores or the entire GPU. A replica's minibatches depend on its id, so
-    grouping does not change them.
+    Replicas that differ only in start, learning rate and id advance together; such groups run in
+    turn, each on all cores or the entire GPU. A replica's minibatches depend on its id alone.
 
     Args:
         obj, path, seed, recording, execution: as in `relax`; groups cannot write one file.
@@ -45,8 +44,8 @@ def relax_many(
         replicas: the ids of their noise; default, their places in the list.
 
     Returns:
-        one trajectory of one replica per entry of `settings`. A replica that diverged is NaN
-        from there on, and its trajectory ends there if its entire group diverged.
+        one trajectory of one replica per entry of `settings`. It is NaN after a divergence, and
+        ends early if the entire group diverged.
 
     Raises:
         ValueError: as `relax`.

@@ -21,25 +21,17 @@ TENSORS = ("theta", "position", "distance", "losses", "bad", "counter", "alive",
 
 
 class ReplicaState:
-    """Replicas that have not diverged; `alive` says which of all they are.
+    """Replicas that have not diverged.
 
-    Tensors are changed in place, so that a CUDA graph of `updates` finds them where they were.
-
-    Args:
-        path: what to project on.
-        starts: positions of all replicas.  # [R]
-        rule: the optimizer.
-        minibatches: of all replicas.
-        gradients: of minibatches.
-        max_distance: in lengths of the path.
+    Tensors change in place, so that a CUDA graph of `updates` finds them where they were.
 
     Attributes:
         step: updates made.
-        theta: points.  # [r, P], of the r that are left
+        theta: points of the r replicas left.  # [r, P]
         position, distance: of the last projection.  # [r]
-        losses, summed: sum of minibatch losses since the last record [r], and of how many.
-        bad: first update with a loss that is not finite, 0 if none was.  # [r]
-        alive: which replicas are left.  # [r]
+        losses, summed: sum of minibatch losses since the last record [r], and their number.
+        bad: first update with a non-finite loss, 0 if none was.  # [r]
+        alive: indices of the replicas left.  # [r]
         diverged_at: update at which a replica diverged, or -1.  # [R]
         first_loss: of the first minibatch, of all replicas.  # [R]
     """
@@ -71,11 +63,7 @@ class ReplicaState:
         self.step = self.summed = 0
 
     def cycle(self, count: int, updates: Callable[[Tensor], None] | None = None) -> None:
-        """`count` updates and a projection, then those that diverged are dropped.
-
-        Args:
-            updates: what does the work; by default `updates`.
-        """
+        """`count` updates (by `updates`) and a projection, then diverged replicas are dropped."""
         table = self.minibatches.table(self.step, count)
         backends.prioritize(self.gradients, lambda: (updates or self.updates)(table))
         self.step += count
@@ -132,7 +120,7 @@ class ReplicaState:
         )
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Values of the replicas that are left, among NaN for the others.  # [R], float64"""
+        """Values of the replicas left, among NaN for the others.  # [R], float64"""
         everyone = torch.full(self.diverged_at.shape, torch.nan, dtype=torch.float64)
         everyone[self.alive] = values.cpu().double()
         return everyone
@@ -152,7 +140,7 @@ class ReplicaState:
     # -- checkpoints -----------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the rest of the run depends on, between two cycles."""
+        """All that the rest of the run depends on, between two cycles."""
         state = {name: getattr(self, name) for name in TENSORS}
         state["steps"] = torch.tensor([self.step, self.summed])
         return state | {f"optimizer.{i}": tensor for i, tensor in enumerate(self.rule.state)}

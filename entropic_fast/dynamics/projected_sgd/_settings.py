@@ -36,15 +36,13 @@ class ProjectedSGD:
         steps: updates in all; the last is followed by a projection.
         optimizer: "sgd", "nesterov" or "adam".
         momentum: of "sgd" (default 0) or "nesterov" (default 0.9).
-        weight_decay: L2 coefficient, added to the gradient; 0 for an objective with weight decay
-            of its own.
+        weight_decay: L2 coefficient, added to the gradient; 0 for an objective that has its own.
         betas, eps: Adam's.
-        augment: random changes of the inputs: a function of inputs [n, ...] and random words
-            [n, 4] (int64, uniform in [0, 2^32)), such as `training.data.CropAndFlip`. The words
-            are a function of (seed, replica, epoch, example).
-        max_distance: a replica farther from the path before a projection than so many lengths
-            of the path has diverged, because the nearest point is then meaningless; `math.inf`
-            for no limit.
+        augment: random changes of the inputs: a function of inputs [n, ...] and random words [n, 4]
+            (int64, uniform in [0, 2^32)), such as `training.data.CropAndFlip`. The words are a
+            function of (seed, replica, epoch, example).
+        max_distance: in path lengths; a replica farther from the path before a projection has
+            diverged, because the nearest point is then meaningless. `math.inf` for no limit.
 
     Raises:
         ValueError: values out of range, or that do not fit the optimizer.
@@ -127,7 +125,7 @@ class ProjectedSGD:
         return dataclasses.replace(self, **changes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values of all that a trajectory depends on, but learning rates and its length."""
+        """JSON values of all that a trajectory depends on, except learning rates and its length."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["lr"], values["steps"]
         name = getattr(self.augment, "__qualname__", None) or repr(self.augment)
@@ -143,14 +141,13 @@ class Recording:
     Args:
         every: updates between records, a multiple of `project_every`; default, every projection.
             The start and the last update are always recorded.
-        loss_every: updates between losses over all examples (in the objective's batches, with
-            batch statistics), a multiple of `every`; None for never.
-        datasets: other data to evaluate the loss on, by name: (inputs, targets), or what else
+        loss_every: updates between losses over all examples, a multiple of `every`; None for never.
+        datasets: other data to evaluate the loss on, by name: (inputs, targets), or other data that
             `Objective` accepts.
         datasets_every: updates between these evaluations, a multiple of `every`; default, every
             record.
         to: a CSV file (with a `.json` manifest) that records are appended to. Memory then holds
-            the first and the last record alone; `Trajectory.load` reads all. An existing file is
+            only the first and the last record; `Trajectory.load` reads all. An existing file is
             overwritten, unless the run is resumed.
         callback: called with each new `Record`.
     """
@@ -187,7 +184,7 @@ class Recording:
         return dataclasses.replace(self, every=every, datasets_every=datasets_every)
 
     def fingerprint(self) -> dict[str, Any]:
-        """JSON values of all that records depend on, but the data."""
+        """JSON values of all that records depend on, except the data."""
         return {
             "record_every": self.every,
             "loss_every": self.loss_every,
@@ -198,15 +195,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """A file from which a killed run goes on.
+    """A file from which a killed run continues.
 
-    The run returns what it would have returned uninterrupted: bit for bit on a CPU with as many
-    threads. Delete the file to start again.
+    The result is that of the uninterrupted run, bit for bit on a CPU with as many threads. Delete
+    the file to start again.
 
     Args:
         path: the file; it is replaced atomically.
-        every: updates between checkpoints, a multiple of `project_every`; default, 100
-            projections.
+        every: updates between checkpoints, a multiple of `project_every`; default, 100 projections.
     """
 
     path: str | os.PathLike[str]
@@ -228,13 +224,13 @@ class Execution:
     """How a run is computed.
 
     Args:
-        backend: of the gradients: "auto", or "vmap", "threads" or "loop" to force one. Under
-            "vmap" what the model reads from elsewhere than its parameters, inputs and targets
-            keeps the value that it had at the first update.
+        backend: of the gradients: "auto", or "vmap", "threads" or "loop" to force one. Under "vmap"
+            values that the model reads from outside its parameters, inputs and targets stay those
+            of the first update.
         cuda_graphs: on a GPU, launch entire cycles as CUDA graphs where that works.
-        precision: of the float32 products in the updates' gradients, on a GPU: "float32", or
-            "tf32" (10 bits of mantissa, relative errors of 1e-3 in a gradient). Losses at
-            recorded points are always in full float32.
+        precision: of the float32 products in the updates' gradients, on a GPU: "float32", or "tf32"
+            (10 bits of mantissa, relative errors of 1e-3 in a gradient). Losses at recorded points
+            are always in full float32.
     """
 
     backend: str = "auto"
@@ -247,8 +243,36 @@ class Execution:
         checks.one_of("precision", self.precision, ("float32", "tf32"))
 
 
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The checked arguments of one call of `relax`, per replica where they may differ."""
+
+    obj: Objective
+    path: Path
+    starts: Tensor  # [R]
+    sgd: ProjectedSGD
+    lrs: Tensor  # [R]
+    ids: list[int]
+    seed: int
+    recording: Recording  # with its defaults resolved
+    checkpoint: Checkpointing | None
+    execution: Execution
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values of all that the records depend on, except the data and the path."""
+        return {
+            **self.sgd.fingerprint(),
+            **self.recording.fingerprint(),
+            "lr": self.lrs.tolist(),
+            "start": self.starts.tolist(),
+            "replicas": self.ids,
+            "seed": self.seed,
+            "backend": self.execution.backend,
+            "precision": self.execution.precision,
+        }
+
+
 def require_settings(sgd: object, recording: object, execution: object) -> None:
-    """Reject anything but the settings objects."""
     checks.instance("sgd", sgd, ProjectedSGD, "as ProjectedSGD(lr=0.1, batch_size=8, steps=150)")
     checks.instance("recording", recording, Recording)
     checks.instance("execution", execution, Execution)

@@ -1,9 +1,9 @@
 """Gradients of replicas on a CPU, one replica per thread and one worker per core.
 
 Small networks gain little from splitting each operation over cores: ResNet-8 at B = 16 takes 14 ms
-on one core and 9 on two. Replicas are independent, so entire replicas are distributed: kernels and
-autograd's backward pass release Python's lock and run in the thread that calls them. Every
-worker computes on one core, so a replica's numbers do not depend on how many workers there are.
+on one core and 9 on two. Kernels and autograd's backward pass release Python's lock, so entire
+replicas are distributed. Each runs on one core, so its numbers do not depend on the number of
+workers.
 """
 
 from __future__ import annotations
@@ -27,18 +27,10 @@ _starting = threading.Lock()
 
 
 class ThreadPool:
-    """Threads that each compute on one core, and one more to lead them.
+    """Threads that each compute on one core, and a leader for the work between.
 
-    The leader does what comes between: were that split over cores, OpenMP's threads would go on
-    waiting for more for milliseconds, on the workers' cores (8 % of all time for ResNet-8).
-
-    Args:
-        count: how many workers.
-
-    >>> workers = ThreadPool(2)
-    >>> workers.run(lambda: torch.get_num_threads())
-    [1, 1]
-    >>> workers.close()
+    On several cores, OpenMP's threads would keep spinning for milliseconds after the leader's work,
+    on the workers' cores (8 % of all time for ResNet-8).
     """
 
     def __init__(self, count: int) -> None:
@@ -71,28 +63,15 @@ class ThreadPool:
         self._leader.submit(work).result()
 
     def close(self) -> None:
-        """End the threads."""
         self._leader.shutdown(wait=True)
         self._pool.shutdown(wait=True)
 
 
 class ThreadPoolGradients:
-    """Gradients of replicas by reverse mode, replicas shared out among workers as they come.
+    """Gradients of replicas by reverse mode, replicas distributed over workers as they become free.
 
-    Each replica has a module of its own, whose parameters are views of its row of theta. Images
-    are in channels-last format where the network supports it, which saves a conversion in every
-    convolution (ResNet-8: 14.1 ms to 11.4 on one core).
-
-    Args:
-        objective: of all replicas.
-        workers: threads; not more than cores.
-
-    >>> obj = Objective(nn.Linear(2, 1), "mse", (torch.ones(4, 2), torch.ones(4, 1)))
-    >>> gradients = ThreadPoolGradients(obj, 2)
-    >>> losses, rows = gradients(torch.zeros(3, 3), torch.ones(3, 4, 2), torch.ones(3, 4, 1))
-    >>> losses.tolist(), rows[2].tolist()
-    ([1.0, 1.0, 1.0], [-2.0, -2.0, -2.0])
-    >>> gradients.close()
+    Each replica has a module whose parameters are views of its row of theta. Images are in
+    channels-last format where the network supports it (ResNet-8: 14.1 ms to 11.4 on one core).
     """
 
     def __init__(self, objective: Objective, workers: int) -> None:
@@ -117,7 +96,6 @@ class ThreadPoolGradients:
         return self._losses, self._rows
 
     def prioritize(self, work: Callable[[], None]) -> None:
-        """`work()`, which calls these gradients, on a core without OpenMP helpers."""
         self._workers.prioritize(work)
 
     def _one(self, r: int, inputs: Tensor, targets: Tensor) -> None:
@@ -144,12 +122,11 @@ class ThreadPoolGradients:
         self._theta = theta
 
     def close(self) -> None:
-        """End the threads."""
         self._workers.close()
 
 
 def _module_on(obj: Objective, row: Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The objective's module with parameters that are views of a point [P], in its order."""
+    """A copy of the objective's module with views of a point [P] as parameters, and these."""
     module = copied(obj.module)
     places: dict[int, list[str]] = {}  # a parameter may be tied in several places
     for name, parameter in module.named_parameters(remove_duplicate=False):

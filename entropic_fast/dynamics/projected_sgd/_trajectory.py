@@ -29,21 +29,20 @@ class Trajectory:
         position: relative Euclidean distance along the path, 0 and 1 at its ends, just after a
             projection.  # [R, T]
         distance: Euclidean distance from the path just before that projection.  # [R, T]
-        loss: mean minibatch loss over the updates since the record before; at the first
-            record, the loss of the first minibatch at the start.  # [R, T]
-        full_loss: mean loss over all examples at the projected point, NaN where it was not
-            asked for.  # [R, T]
+        loss: mean minibatch loss over the updates since the record before; at the first record, the
+            loss of the first minibatch at the start.  # [R, T]
+        full_loss: mean loss over all examples at the projected point, NaN where not asked
+            for.  # [R, T]
         steps: updates made, from 0.  # [T], int64
         lr: learning rate of each replica.  # [R]
         ids: the number that names each replica's noise.  # [R], int64
-        diverged_at: update at which a replica diverged, -1 if it did not; everything is NaN
-            from there on.  # [R], int64
+        diverged_at: update at which a replica diverged, after which all is NaN; -1 if it did
+            not.  # [R], int64
         optimizer, batch_size, project_every, seed: as given.
-        backend: "vmap", "threads" or "loop", how the gradients were computed; with
-            "+graphs" if cycles ran as CUDA graphs.
+        backend: "vmap", "threads" or "loop"; with "+graphs" if cycles ran as CUDA graphs.
         notes: what a reader of the numbers should know (replicas lost, backend rejected).
-        dataset_losses: mean loss over other data at the projected point, by name; NaN where it
-            was not asked for.  # [R, T] each
+        dataset_losses: mean loss over other data at the projected point, by name; NaN where not
+            asked for.  # [R, T] each
 
     >>> from entropic_fast import Objective, ProjectedSGD, linear_path, relax
     >>> obj = Objective(torch.nn.Linear(1, 1, bias=False), "mse", (torch.ones(4, 1),) * 2)
@@ -165,8 +164,7 @@ class Trajectory:
         """The trajectory whose `to_table` gave this, its rows in any order.
 
         Args:
-            metadata: the other attributes: optimizer, batch_size, project_every, seed, backend and
-                maybe notes.
+            metadata: optimizer, batch_size, project_every, seed, backend and maybe notes.
 
         Raises:
             ValueError: a table without one row for each replica and record.
@@ -211,8 +209,7 @@ class Trajectory:
 
     @classmethod
     def load(cls, file: str | Path) -> Trajectory:
-        """What `relax` has written to `Recording(to=file)`, of a finished run or of one that was
-        killed: its complete records.
+        """The complete records that `relax` wrote to `Recording(to=file)`, even if it was killed.
 
         Raises:
             DamagedFileError: a file that is not a record of relax.
