@@ -64,7 +64,7 @@ class Communicator:
         device: of the tensors that are reduced.
         control_group: the same ranks on gloo, with a long timeout, for status words; None to use
             `group`.
-        heartbeat: tells a slow rank from a lost one; only with `control_group`.
+        heartbeat: distinguishes a slow rank from a lost one; only with `control_group`.
 
     Attributes:
         rank, size: this rank, and the number of ranks.

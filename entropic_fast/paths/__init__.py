@@ -1,7 +1,6 @@
 """Paths between minima: polylines, straight lines, minimum energy paths.
 
-Start with `_path` (the polyline) and `_auto_neb` (the minimum energy path); `_losses` evaluates the
-loss along a path. Relies on `objective`.
+Start with `_path` (the polyline) and `_auto_neb` (the minimum energy path). Relies on `objective`.
 """
 
 from ._auto_neb import auto_neb

@@ -1,4 +1,4 @@
-"""A polyline by its relative arc length: functions of tensors alone, which read no value back."""
+"""A polyline by its relative arc length: functions of tensors that never wait for a device."""
 
 from __future__ import annotations
 
@@ -13,12 +13,8 @@ from .._utils.workspace import scratch_of
 def segment_lengths(pivots: Tensor) -> Tensor:
     """Euclidean length of each segment, float64, without a float64 copy of the pivots.  # [M - 1]
 
-    On a CPU one segment at a time. On a GPU that would be four launches per segment, so all
-    segments at once, over as many parameters as the scratch holds differences of: one pass for 9
-    pivots of a ResNet-20 (2.4 million numbers).
-
-    >>> segment_lengths(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])).tolist()
-    [5.0, 1.0]
+    On a CPU one segment at a time; on a GPU all at once, over as many parameters as the scratch
+    allows (one pass for 9 pivots of a ResNet-20).
     """
     at_once = scratch_of(pivots.device).segments
     if not at_once:
@@ -33,43 +29,22 @@ def segment_lengths(pivots: Tensor) -> Tensor:
 
 
 def length(pivots: Tensor) -> Tensor:
-    """Arc length of a path through the pivots, float64.  # []
-
-    >>> length(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 5.0]])).item()
-    6.0
-    """
+    """Arc length of a path through the pivots, float64.  # []"""
     return segment_lengths(pivots).cumsum(0)[-1]  # the same bits as the last of `measured`
 
 
 def measured(pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """Arc length [] and relative positions [M] of the pivots, float64, from 0 to 1.
-
-    >>> total, positions = measured(torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 1.0]]))
-    >>> total.item(), positions.tolist()
-    (4.0, [0.0, 0.75, 1.0])
-    """
+    """Arc length [] and relative positions [M] of the pivots, float64, from 0 to 1."""
     lengths = segment_lengths(pivots)
     arc = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
     return arc[-1], arc / arc[-1]
 
 
 def located(positions: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """The segment that holds each s in [0, 1], and the fraction t in [0, 1] along it.
+    """The segment that holds each s [K] in [0, 1], int64, and the fraction along it, float64.
 
-    A position at a pivot belongs to the segment it begins (the end, to the last). Segments
-    without length are never returned: of equal positions the last begins a segment that has one,
-    unless they are all 1, at the end of the path.
-
-    Args:
-        positions: of the pivots, ascending from 0 to 1, float64.  # [M]
-        s: float64.  # [K]
-
-    Returns:
-        int64 [K] and float64 [K].
-
-    >>> index, t = located(torch.tensor([0.0, 0.5, 0.5, 1.0, 1.0]), torch.tensor([0.25, 0.5, 1.0]))
-    >>> index.tolist(), t.tolist()
-    ([0, 2, 2], [0.5, 0.0, 1.0])
+    A position at a pivot belongs to the segment that begins there (the end, to the last). Segments
+    of length 0 are never returned, because of equal positions the last begins a longer one.
     """
     after = torch.searchsorted(positions, s, right=True)
     after = torch.minimum(after, torch.searchsorted(positions, positions[-1:]))
@@ -80,7 +55,7 @@ def located(positions: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def points_at(pivots: Tensor, positions: Tensor, s: Tensor) -> Tensor:
-    """Points at positions s [K] in [0, 1]; at a pivot's position, exactly that pivot.  # [K, P]"""
+    """Points at positions s [K]; at a pivot's position, exactly that pivot.  # [K, P]"""
     index, t = located(positions, s)
     points: Tensor = torch.lerp(pivots[index], pivots[1:][index], t[:, None].to(pivots.dtype))
     return points

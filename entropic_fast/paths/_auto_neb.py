@@ -26,7 +26,7 @@ from ._state import NEBResult, NEBState
 
 Row = dict[str, Any]
 
-STEPS_UNREAD = 16  # on a GPU: one synchronization in so many steps
+STEPS_UNREAD = 16  # on a GPU, steps per synchronization
 
 
 def auto_neb(
@@ -43,34 +43,31 @@ def auto_neb(
 ) -> NEBResult:
     """Connect two minima by a path of low loss.
 
-    A nudged elastic band with improved tangents (Henkelman and Jonsson 2000), descended by SGD
-    on minibatches, its pivots redistributed to equal arc length; between cycles, pivots are
-    inserted where the dense loss rises above the interpolated one (Kolsbjerg et al. 2016;
-    Draxler et al. 2018). In a step every pivot, the ends too, sees the same examples, so that
-    energies compare and the noise is common. The same arguments give the same path: bit for
-    bit on one machine's CPU, and to rounding on a GPU, where torch may sum in another order
-    each time.
+    A nudged elastic band with improved tangents (Henkelman and Jonsson 2000), descended by SGD on
+    minibatches, with pivots redistributed to equal arc length. Between cycles, pivots are inserted
+    where the dense loss exceeds the interpolated one (Kolsbjerg et al. 2016; Draxler et al. 2018).
+    In a step all pivots see the same examples, so their energies compare and share the noise. The
+    same arguments give the same path: bit for bit on one machine's CPU, and to rounding on a GPU.
 
-    The band descends `train_obj`, normalized by batch statistics as in training, plus the
-    weight decay; dense evaluations are of `obj` (without weight decay), whose running
-    statistics are re-estimated at each point. The path holds parameters only.
+    The band descends `train_obj`, normalized by batch statistics as in training, plus the weight
+    decay; dense evaluations are of `obj` (without weight decay), whose running statistics are
+    re-estimated at each point. The path holds parameters only.
 
     Args:
         obj: the objective, in evaluation mode (norm="running") for models that keep statistics.
         a, b: the minima; neither moves.  # [P]
         config: settings; default, `AutoNEBConfig()`.
-        train_obj: what the band descends: default, `obj` itself or, if it keeps running
+        train_obj: the objective that the band descends; default, `obj` or, if it keeps running
             statistics, `obj.with_norm("batch")`.
-        on_step: called after each step with (steps done, steps in all, the step's row of
+        on_step: called after each step with (steps done, total steps, the step's row of
             `NEBResult.history`).
         on_cycle: called after each cycle with a state from which a run can be resumed.
-        resume: such a state; the result is the same as without interruption, bit for bit on a
-            CPU.
+        resume: such a state; the result is that of the uninterrupted run, bit for bit on a CPU.
         cuda_graphs: on a GPU, launch the gradients of all pivots as a CUDA graph where that works.
 
     Raises:
-        ValueError: ends that do not fit the objective or are equal; a model in half precision;
-            a state of another run.
+        ValueError: ends that do not fit the objective or are equal; a model in half precision; a
+            state of another run.
         DivergenceError: a NaN or infinite loss, gradient or pivot; `partial` is the state before
             the cycle.
 
@@ -114,13 +111,8 @@ def auto_neb(
     note, graphs = "", False
     for cycle in range(state.cycle, len(config.cycles)):
         steps, lr = config.cycles[cycle]
-        batches = minibatches(
-            train.num_examples,
-            None if train.coupled else config.batch_size,
-            config.seed,
-            cycle,
-            train.device,
-        )
+        batch_size = None if train.coupled else config.batch_size
+        batches = minibatches(train.num_examples, batch_size, config.seed, cycle, train.device)
         descent = Descent(train, state.pivots, lr, config, cuda_graphs)
         with contextlib.closing(descent):
             rows = _run_cycle(descent, batches, state, on_step)
@@ -132,13 +124,9 @@ def auto_neb(
             losses = _dense(obj, path, config)
         inserted: list[float] = []
         if cycle + 1 < len(config.cycles):
-            inserted = insertions(
-                losses["s"],
-                losses["loss"],
-                losses["is_pivot"],
-                config.insert_threshold,
-                config.max_pivots - path.num_pivots,
-            )
+            threshold, room = config.insert_threshold, config.max_pivots - path.num_pivots
+            dense = losses["s"], losses["loss"], losses["is_pivot"]
+            inserted = insertions(*dense, threshold, room)
         summary = {
             "cycle": cycle,
             "steps": steps,
@@ -166,21 +154,10 @@ def auto_neb(
 def minibatches(
     count: int, batch_size: int | None, seed: int, cycle: int, device: torch.device | None = None
 ) -> Iterator[Tensor | None]:
-    """The examples of each step of a cycle: a pure function of its arguments.
+    """Indices [batch_size] of the examples of each step, a pure function of the arguments.
 
-    Each pass over the data is a new random order, cut into full batches.
-
-    Args:
-        count: examples there are.
-        batch_size: examples per step, or None.
-        device: of the indices; default, the CPU.
-
-    Yields:
-        indices [batch_size]; None for all the examples.
-
-    >>> steps = minibatches(4, 2, seed=0, cycle=0)
-    >>> sorted([*next(steps).tolist(), *next(steps).tolist()])
-    [0, 1, 2, 3]
+    Each pass over the data is a new random order, cut into full batches; None stands for all
+    examples.
     """
     key = random.fold_in(seed, "neb", cycle)
     epoch = 0
@@ -200,7 +177,7 @@ def _run_cycle(
     state: NEBState,
     on_step: Callable[[int, int, Row], None] | None,
 ) -> list[Row]:
-    """The steps of the state's cycle; a row of `NEBResult.history` for each."""
+    """The steps of the state's cycle; one row of `NEBResult.history` per step."""
     config, cycle = state.config, state.cycle
     steps, lr = config.cycles[cycle]
     done = sum(n for n, _ in config.cycles[:cycle])

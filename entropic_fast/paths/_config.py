@@ -28,24 +28,22 @@ def annealed(cycles: int, steps: int, first: float, last: float) -> tuple[tuple[
 class AutoNEBConfig:
     """Settings of `auto_neb`; the defaults are the paper's where it gives them.
 
-    The paper: 4 cycles, learning rate annealed from 0.1 to 1e-3. The rest as in Draxler et al.
-    (*Essentially no barriers in neural network energy landscape*, ICML 2018) and its published
-    settings: batches of 512, 1,000 steps per cycle, a pivot inserted where the path deviates by
-    20 % of the range, rigid spacing (an infinite spring constant); momentum and weight decay as
-    in the training of the minima.
+    The paper: 4 cycles, learning rate annealed from 0.1 to 1e-3. The others are those of Draxler et
+    al. (*Essentially no barriers in neural network energy landscape*, ICML 2018): batches of 512,
+    1,000 steps per cycle, a pivot inserted where the path deviates by 20 % of the range, rigid
+    spacing (an infinite spring constant); momentum and weight decay as in training.
 
     Args:
         pivots: pivots at the start, on the straight line, both ends counted.
         max_pivots: pivots at most, both ends counted.
         cycles: (steps, learning rate) of each cycle.
-        batch_size: examples per step, the same ones for every pivot; None, or as many as there
-            are, for all of them. Each pass over the data takes full batches only. A coupled
-            objective always takes all examples.
+        batch_size: examples per step, the same for every pivot; None for all. Each pass over the
+            data uses full batches only. A coupled objective always uses all examples.
         momentum: of the pivots' updates, in [0, 1); the buffers start at zero in each cycle.
-        weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends; 0
-            for an objective with weight decay of its own.
-        springs: spring constant between pivots; infinity for redistribution to equal arc
-            length after every step.
+        weight_decay: c of the term c |theta|^2 / 2 added to the loss that the path descends; 0 for
+            an objective that has its own.
+        springs: spring constant between pivots; infinity for redistribution to equal arc length
+            after every step.
         insert_threshold: a pivot is inserted where the dense loss exceeds the one interpolated
             between pivots by this share of the range of the losses along the path.
         eval_points: points between two pivots in dense evaluations.
@@ -53,10 +51,9 @@ class AutoNEBConfig:
             point of a dense evaluation; None for all.
         seed: of the order of the minibatches.
         precision: of the float32 products in the gradients that the band descends, on a GPU:
-            "float32", or "tf32", whose products keep 10 bits of mantissa (relative errors of
-            1e-3 in a gradient). On a GPU with TF32 several times quicker by its data sheet; not
-            measured here, so the default is "float32". The noise of minibatches is larger. Dense
-            evaluations are in full float32 always.
+            "float32", or "tf32" (10 bits of mantissa, relative errors of 1e-3 in a gradient, below
+            the noise of minibatches; its speed was not measured here). Dense evaluations are always
+            in full float32.
 
     Raises:
         ValueError: a value out of its range.

@@ -15,27 +15,16 @@ SHAPES = 4  # of arguments, for which a graph is kept
 
 
 class Replayed:
-    """A procedure, on a GPU launched as a CUDA graph from its third call for the same shapes on.
+    """A procedure on tensors; on a GPU a CUDA graph, from its third call for the same shapes on.
 
-    The graph reads its arguments from buffers, into which those of a call are copied.
-    Everything else the procedure must find where it was: it changes tensors in place and reads no
-    value back. Where capture fails, it runs as it is, and `note` says why.
+    The graph reads its arguments from buffers, and all else where it was at capture: the procedure
+    changes tensors in place and reads no value back. Where capture fails it runs directly, and
+    `note` says why.
 
     Args:
         work: the procedure; of tensors, without a result.
         device: where it runs.
-        graphs: False to run it as it is.
-
-    Attributes:
-        captured: whether a graph has run.
-        note: why there is no graph; "" if there is nothing to say.
-
-    >>> total = torch.zeros(2)
-    >>> add = Replayed(lambda x: total.add_(x), total.device)
-    >>> for _ in range(3):
-    ...     add(torch.ones(2))
-    >>> total.tolist()
-    [3.0, 3.0]
+        graphs: False to run it directly.
     """
 
     def __init__(
@@ -48,7 +37,6 @@ class Replayed:
         self.captured, self.note = False, ""
 
     def __call__(self, *tensors: Tensor) -> None:
-        """The procedure on these tensors."""
         key = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if not self._enabled:
@@ -66,7 +54,7 @@ class Replayed:
             self._capture(key, tensors)
 
     def close(self) -> None:
-        """Give back the graphs and the memory that they hold."""
+        """Release the graphs and their memory."""
         self._graphs.clear()
         self._enabled = False
 

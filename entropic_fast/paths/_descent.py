@@ -20,16 +20,15 @@ from ._elastic_band import band_gradients, improved_tangents
 
 
 class Descent:
-    """Pivots that descend the energy of a band, by SGD with momentum.
+    """Pivots that descend the energy of a band, by SGD with momentum; nothing waits for the device.
 
-    A step is launched and not waited for; what is known of it stays on the device, in `facts`.
-    On a GPU the losses and gradients of all pivots on a batch are one CUDA graph, where that
-    works: of ResNet-20 they are 168 launches per pivot without. The geometry of the band is not
-    in the graph: its launches, the same number however many pivots, are made while the GPU
-    is busy with the graph, and its temporaries, eight times the pivots, are not set aside for it.
+    On a GPU the losses and gradients of all pivots are one CUDA graph (168 launches per pivot of a
+    ResNet-20 without). The geometry of the band stays outside: its launches do not grow with the
+    number of pivots and run while the GPU is busy, and the graph would reserve its temporaries,
+    eight times the pivots.
 
     Args:
-        train: what the band descends.
+        train: the objective that the band descends.
         pivots: where it starts; copied.  # [M, P]
         lr: learning rate.
         config: the other settings.
@@ -37,9 +36,9 @@ class Descent:
 
     Attributes:
         pivots: where it is; changed in place.  # [M, P]
-        facts: of the last step, float64: the mean and the highest loss of interior pivots, the
-            largest norm of a gradient across the path, the path's length after the step, all
-            losses and the norms of all pivots before they were spread evenly.  # [4 + 2 M]
+        facts: of the last step, float64: mean and highest loss of interior pivots, largest norm of
+            a gradient across the path, the path's length after the step, all losses, and the norms
+            of all pivots before redistribution.  # [4 + 2 M]
     """
 
     def __init__(
@@ -60,26 +59,23 @@ class Descent:
         if train.device.type == "cpu":  # not measured elsewhere
             outputs = lambda x: train.outputs(pivots[0], x)  # noqa: E731
             self._layout = preferred_memory_format(outputs, self._data[0])
-        self._examples = 0  # of a step, over all its batches
+        self._examples = 0  # per step
         self._batch = Replayed(self._add_batch, pivots.device, graphs)
         self.facts = torch.zeros(0)
 
     @property
     def graphs(self) -> bool:
-        """Whether CUDA graphs have run."""
         return self._batch.captured
 
     @property
     def note(self) -> str:
-        """Why no CUDA graphs were used; "" if there is nothing to say."""
         return self._batch.note
 
     def close(self) -> None:
-        """Give back the memory of CUDA graphs."""
         self._batch.close()
 
     def step(self, index: Tensor | None) -> None:
-        """An update on the examples at `index` [B], or on all in the objective's batches."""
+        """Update on the examples at `index` [B]; None for all, in the objective's batches."""
         losses, gradients = self._energies(index)
         energies = losses
         if self._config.weight_decay:
@@ -101,30 +97,27 @@ class Descent:
         self.facts = torch.cat([row, losses, norms])
 
     def _energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P].
-
-        Processes that share work take pivots in turn.
-        """
-        losses, gradients = self._data_energies(index)
+        """Losses of all pivots, float64 [M], and gradients of the interior ones [M - 2, P]."""
+        if self._train.communicator.size == 1:
+            losses, gradients = self._local_energies(index)
+        else:
+            losses, gradients = self._reduced_energies(index)
         if self._train.weight_decay:  # once, not once per process
             losses = losses + self._train.penalty(self.pivots)
             gradients.add_(self.pivots[1:-1], alpha=self._train.weight_decay)
         return losses, gradients
 
-    def _data_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self._train.communicator.size == 1:
-            return self._own_energies(index)
-
+    def _reduced_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         def local_sum() -> Tensor:
-            losses, gradients = self._own_energies(index)
+            losses, gradients = self._local_energies(index)
             return torch.cat([losses, gradients.flatten().double()])
 
-        given = [] if index is None else [index]
+        what = [self.pivots] if index is None else [self.pivots, index]
         count = len(self.pivots)
-        every = self._train.all_reduce(local_sum, "energies of pivots", self.pivots, *given)
-        return every[:count], every[count:].view(count - 2, -1).to(self.pivots.dtype)
+        total = self._train.all_reduce(local_sum, "energies of pivots", *what)
+        return total[:count], total[count:].view(count - 2, -1).to(self.pivots.dtype)
 
-    def _own_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _local_energies(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         batches: Iterable[tuple[Tree, Tree]]
         if index is None:
             self._examples = self._train.num_examples
@@ -142,7 +135,7 @@ class Descent:
 
     @full_precision()
     def _add_batch(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add a batch's share of the losses and gradients of this process's pivots."""
+        """Add a batch's share of the losses and gradients of this rank's pivots."""
         communicator, last = self._train.communicator, len(self.pivots) - 1
         inputs = laid_out(inputs, self._layout)
         for i, pivot in enumerate(self.pivots):

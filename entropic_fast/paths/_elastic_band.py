@@ -1,7 +1,4 @@
-"""The geometry of a nudged elastic band: tangents, forces, insertion.
-
-Functions of pivots and energies alone; they know no model.
-"""
+"""The geometry of a nudged elastic band: tangents, forces, insertion."""
 
 from __future__ import annotations
 
@@ -14,22 +11,11 @@ from torch import Tensor
 
 
 def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
-    """Unit tangents at the interior pivots, upwind by energy.
+    """Unit tangents [M - 2, P] at the interior pivots [M, P], upwind by energy [M].
 
-    Henkelman and Jonsson, *Improved tangent estimate in the nudged elastic band method*
-    (J. Chem. Phys. 113, 9978, 2000), equations 8 to 11: toward the higher neighbor on a
-    slope; at an extremum both directions, weighted by the energy differences.
-
-    Args:
-        pivots: [M, P].
-        energies: [M].
-
-    Returns:
-        [M - 2, P]; a zero row where a pivot and both neighbors coincide.
-
-    >>> band = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
-    >>> improved_tangents(band, torch.tensor([0.0, 1.0, 2.0])).tolist()
-    [[0.0, 1.0]]
+    Henkelman and Jonsson (J. Chem. Phys. 113, 9978, 2000), equations 8 to 11: toward the higher
+    neighbor on a slope; at an extremum both directions, weighted by energy differences. A row is
+    zero where a pivot and both neighbors coincide.
     """
     steps = pivots[1:] - pivots[:-1]
     backward, forward = steps[:-1], steps[1:]
@@ -57,19 +43,10 @@ def improved_tangents(pivots: Tensor, energies: Tensor) -> Tensor:
 def band_gradients(
     pivots: Tensor, gradients: Tensor, tangents: Tensor, springs: float = torch.inf
 ) -> Tensor:
-    """The descent direction's opposite at the interior pivots.
+    """Gradients [M - 2, P] that the interior pivots descend.
 
-    The energy's gradient without its part along the tangent; with finite springs, minus the
-    spring force k (|R_i+1 - R_i| - |R_i - R_i-1|) along the tangent (equation 12 there).
-
-    Args:
-        pivots: [M, P].
-        gradients: of the energy, at the interior pivots.  # [M - 2, P]
-        tangents: unit vectors.  # [M - 2, P]
-        springs: k, or infinity for none (redistribution along the path then keeps the spacing).
-
-    Returns:
-        [M - 2, P].
+    The energy's gradient without its part along the tangent; with finite springs k also minus the
+    spring force k (|R_i+1 - R_i| - |R_i - R_i-1|) along it (equation 12 there).
     """
     along = (gradients * tangents).sum(1, keepdim=True)
     across: Tensor = gradients - along * tangents
@@ -88,25 +65,16 @@ def insertions(
     threshold: float,
     room: int,
 ) -> list[float]:
-    """Positions at which the band misses a rise of the loss between two pivots.
+    """Positions where the band misses a rise of the loss: at most one per gap, and `room` in all.
 
-    Between each pair of neighboring pivots, the point where the loss most exceeds the one
-    interpolated linearly between the two; inserted if the excess is above `threshold` times the
-    range of all the losses (Kolsbjerg, Groves and Hammer, *An automated nudged elastic band
-    method*, J. Chem. Phys. 145, 094107, 2016). If there is not room for all, the greatest ones.
+    Between neighboring pivots, the point where the loss most exceeds the linearly interpolated one,
+    if by more than `threshold` times the range of all losses (Kolsbjerg, Groves and Hammer, J.
+    Chem. Phys. 145, 094107, 2016); the largest excesses first.
 
     Args:
         s: positions, ascending, the first and last at pivots.  # [K]
         losses: dense evaluation, infinite where it overflowed.  # [K]
         is_pivot: which positions are pivots'.  # [K]
-        threshold: share of the range.
-        room: how many may be inserted.
-
-    Returns:
-        positions, ascending; at most one in each gap and `room` in all.
-
-    >>> insertions([0, 0.25, 0.5, 0.75, 1], [0, 1, 0, 0.1, 0], [1, 0, 1, 0, 1], 0.2, room=5)
-    [0.25]
     """
     s, losses = np.asarray(s, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     pivot = np.asarray(is_pivot, dtype=bool)

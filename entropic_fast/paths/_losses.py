@@ -47,16 +47,15 @@ class Barrier:
 class Saddle:
     """The highest point of a path, from a dense evaluation.
 
+    At an end (a path that only rises or falls) nothing is interpolated: position and loss are the
+    end's, and the bracket reaches to its neighbor.
+
     Attributes:
         position: s of the parabola's vertex through the highest point and its neighbors.
         loss: the vertex's loss.
-        bracket: positions of the neighbors evaluated, between which the maximum lies if the
-            evaluation was dense enough to see one maximum between them: the position's
-            uncertainty.
-        sampled_loss: the highest loss evaluated; `loss` exceeds it by what interpolation adds.
-
-    At an end (a path that only rises or falls) nothing is interpolated: position and loss are
-    the end's, and the bracket reaches to its neighbor.
+        bracket: positions of the neighbors, between which the maximum lies if the evaluation
+            resolves it: the position's uncertainty.
+        sampled_loss: the highest loss evaluated.
     """
 
     position: float
@@ -75,23 +74,21 @@ def path_losses(
 ) -> Table:
     """The loss over all of the objective's examples, densely along a path.
 
-    At every point, the ends included, running statistics of normalization layers are
-    re-estimated first (`Objective.recalibrated`), so all points are treated alike.
-
-    Where the loss overflows (NaN or infinite for any example) it is `inf` in the table and the
-    accuracy NaN; one RuntimeWarning says at how many points, and the first one's reason.
+    At every point, the ends included, running statistics of normalization layers are re-estimated
+    first (`Objective.recalibrated`), so all points are treated alike. Where the loss is NaN or
+    infinite for any example it is `inf` in the table and the accuracy NaN, with one RuntimeWarning.
 
     Args:
         obj: the objective.
         path: a path in its parameters.
-        points: how many points between each two pivots (the pivots are evaluated too), or
-            the positions themselves [K], each in [0, 1].
+        points: the number of points between neighboring pivots (which are evaluated too), or the
+            positions themselves [K], each in [0, 1].
         recalibration_examples: examples for the statistics; None for all.
-        on_point: called with (points done, points in all); on a GPU for some points at once.
+        on_point: called with (points done, total points); on a GPU for several points at once.
 
     Returns:
-        columns s, loss, is_pivot, and accuracy for cross-entropy (scores [N, C] and integer
-        targets [N]).
+        columns s, loss, is_pivot, and accuracy for cross-entropy (scores [N, C] and integer targets
+        [N]).
 
     Raises:
         ValueError: a path of another model, or positions outside [0, 1].
@@ -150,10 +147,9 @@ def path_losses(
 def _values(
     obj: Objective, theta: Tensor, classifier: bool, recalibration_examples: int | None
 ) -> Tensor:
-    """The mean loss at a point [P] of the path and, of a classifier, the accuracy.  # [1 or 2]
+    """Mean loss and, of a classifier, accuracy at a point [P], on the device.  # [1 or 2]
 
-    What `Objective.evaluate` and `loss` return after `recalibrated`, left on the device; NaN or
-    infinite where they raise.
+    As `recalibrated` with `evaluate` or `loss`, but NaN or infinite where these raise.
     """
     if obj.communicator.size > 1:  # whose processes meet at every point
         here = obj.recalibrated(theta, max_examples=recalibration_examples)
@@ -182,7 +178,7 @@ def _values(
 def _warn_of(
     lost: list[int], s: list[float], obj: Objective, path: Path, recalibration_examples: int | None
 ) -> None:
-    """Say once at how many positions the loss is not finite, and of the first why."""
+    """Warn once of the positions where the loss is not finite, with the first one's reason."""
     first, why = s[lost[0]], ""
     if obj.communicator.size == 1:
         theta = path.point(first)
@@ -210,7 +206,7 @@ def barrier(table: Table) -> Barrier:
 def saddle(table: Table) -> Saddle:
     """The highest point of a table that `path_losses` made, interpolated by a parabola.
 
-    Where losses are infinite it is the first such point, with the nearest finite ones as bracket.
+    Of infinite losses it is the first point, with the nearest finite ones as bracket.
 
     >>> s = np.linspace(0, 1, 5)
     >>> found = saddle(Table({"s": s, "loss": 1 - (s - 0.4) ** 2}))
@@ -239,12 +235,7 @@ def saddle(table: Table) -> Saddle:
 
 
 def require_same_parameters(obj: Objective, path: Path) -> None:
-    """Refuse a path that is not in the objective's parameters.
-
-    Raises:
-        ValueError: another number of parameters, dtype or device; half precision, in which
-            two points of a path may round to one.
-    """
+    """Reject a path that is not in the objective's parameters, or in half precision."""
     checks.single_or_double("obj", obj.dtype, "a path")
     checks.instance("path", path, Path, "build one with Path(pivots) or linear_path(a, b)")
     got = (path.num_params, path.pivots.dtype, path.pivots.device)

@@ -27,11 +27,6 @@ class Path:
     Args:
         pivots: at least two points; the first and the last are the ends. Copied.  # [M, P]
 
-    Attributes:
-        pivots: the points; read them, do not change them.  # [M, P]
-        positions: s of each pivot, from 0 to 1, float64.  # [M]
-        length: Euclidean arc length.
-
     Raises:
         ValueError: not a floating-point matrix, fewer than two pivots, no parameters, NaN or
             infinite values, or all pivots at one point.
@@ -67,7 +62,7 @@ class Path:
 
     @property
     def pivots(self) -> Tensor:
-        """The points.  # [M, P]"""
+        """The points; do not change them.  # [M, P]"""
         return self._pivots
 
     @property
@@ -97,8 +92,8 @@ class Path:
     def segment(self, s: float | Tensor) -> tuple[int, float] | tuple[Tensor, Tensor]:
         """The segment that holds s, and the fraction t in [0, 1] along it.
 
-        A position at a pivot belongs to the segment it begins (the end, to the last). Segments
-        without length are never returned.
+        A position at a pivot belongs to the segment that begins there (the end, to the last).
+        Segments of length 0 are never returned.
 
         Args:
             s: a position, or positions [K].
@@ -114,26 +109,20 @@ class Path:
         return (int(index[0]), float(t[0])) if single else (index, t)
 
     def point(self, s: float | Tensor) -> Tensor:
-        """The point at position s; at a pivot's position, exactly that pivot.
+        """The point [P] at position s, or points [K, P]; at a pivot's position, exactly that pivot.
 
-        Args:
-            s: a position, or positions [K].
-
-        Returns:
-            [P], or [K, P].
+        Raises:
+            ValueError: a position outside [0, 1].
         """
         many, single = self._checked(s)
         points = arc.points_at(self._pivots, self._positions, many)
         return points[0] if single else points
 
     def tangent(self, s: float | Tensor) -> Tensor:
-        """Unit vector along the path at s (at a pivot, of the segment it begins).
+        """Unit vector [P] along the path at s, or [K, P]; at a pivot, of the segment it begins.
 
-        Args:
-            s: a position, or positions [K].
-
-        Returns:
-            [P], or [K, P].
+        Raises:
+            ValueError: a position outside [0, 1].
         """
         many, single = self._checked(s)
         index, _ = arc.located(self._positions, many)
@@ -143,17 +132,15 @@ class Path:
         return unit[0] if single else unit
 
     def project(self, theta: Tensor) -> tuple[Any, Tensor, Any]:
-        """The nearest point of the path, over all segments; of equally near ones, the first.
+        """The nearest point of the path over all segments, the first of equally near ones.
 
-        Distances are summed from the differences themselves, in float64, so that nothing
-        cancels however close theta is to the path.
+        Distances are summed from differences in float64, so nothing cancels close to the path.
 
         Args:
             theta: a point [P], or points [R, P], in the pivots' dtype or another.
 
         Returns:
-            (s, theta_on_path, distance): float, [P], float; or float64 [R], [R, P] and
-            float64 [R].
+            (s, theta_on_path, distance): float, [P], float; or float64 [R], [R, P] and float64 [R].
 
         Raises:
             ValueError: another number of parameters, or NaN or infinite values.
@@ -173,13 +160,8 @@ class Path:
         size = max(1, _CHUNK // self.num_params)
         parts = [self._project_rows(rows[i : i + size]) for i in range(0, len(rows), size)]
         if not parts:
-            parts = [
-                (
-                    rows.new_zeros(0).double(),
-                    rows.to(self._pivots.dtype),
-                    rows.new_zeros(0).double(),
-                )
-            ]
+            empty = rows.new_zeros(0).double()
+            parts = [(empty, rows.to(self._pivots.dtype), empty)]
         s, nearest, distance = (torch.cat(column) for column in zip(*parts, strict=True))
         if theta.ndim == 1:
             return float(s[0]), nearest[0], float(distance[0])
@@ -212,8 +194,7 @@ class Path:
     def resampled(self, count: int) -> Path:
         """`count` pivots at equal arc length along this path, the ends unchanged.
 
-        The new polyline cuts the corners between its pivots, so its segments are equal up to
-        the bends they span.
+        The new polyline cuts corners, so its segments are equal up to the bends they span.
 
         Raises:
             ValueError: fewer than two pivots.

@@ -1,4 +1,4 @@
-"""What AutoNEB returns, and what it needs to go on after an interruption."""
+"""Result of AutoNEB, and the state from which it resumes."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ class NEBResult:
 
     Attributes:
         path: the path found.
-        losses: dense evaluation of the path (`path_losses`): s, loss, is_pivot and, for a
+        losses: dense evaluation of the path by `path_losses`: s, loss, is_pivot and, for a
             classifier, accuracy.
-        history: a row for each step: cycle, step, lr, pivots, the mean and the highest loss of
-            the interior pivots on the step's examples (mean_loss, max_loss), the largest norm
-            of a pivot's gradient across the path (force, weight decay included) and the
-            length of the path after the step.
-        cycles: a row for each cycle: cycle, steps, lr, pivots, then at its end max_loss (of the
-            dense evaluation), length and the number of pivots inserted.
+        history: one row per step: cycle, step, lr, pivots, mean_loss and max_loss of the interior
+            pivots on the step's examples, force (largest norm of a pivot's gradient across the
+            path, with weight decay) and length of the path after the step.
+        cycles: one row per cycle: cycle, steps, lr, pivots, and at its end max_loss (dense), length
+            and inserted (number of pivots).
         saddle: the highest point of `losses`, interpolated.
-        notes: on a GPU, why CUDA graphs were not used; empty if there is nothing to say.
-        graphs: whether CUDA graphs have run.
+        notes: on a GPU, why CUDA graphs were not used; else empty.
+        graphs: whether CUDA graphs were used.
     """
 
     path: Path
@@ -67,13 +66,8 @@ class NEBResult:
         s, loss, pivot = (self.losses[name] for name in ("s", "loss", "is_pivot"))
         ax.plot(s, loss, color=plot_style.COLORS[0])
         ax.plot(s[pivot], loss[pivot], "o", ms=3, color=plot_style.COLORS[0], label="pivots")
-        ax.plot(
-            [self.saddle.position],
-            [self.saddle.loss],
-            "^",
-            color=plot_style.COLORS[1],
-            label="saddle",
-        )
+        top = [self.saddle.position], [self.saddle.loss]
+        ax.plot(*top, "^", color=plot_style.COLORS[1], label="saddle")
         ax.set_xlabel("relative distance along the path")
         ax.set_ylabel("loss")
         ax.legend(frameon=False)
@@ -98,17 +92,14 @@ class NEBState:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the pivots as safetensors, and the rest as the JSON manifest beside them."""
-        store.save_tensors(
-            os.fspath(file),
-            {"pivots": self.pivots},
-            {
-                "format": _FORMAT,
-                "cycle": self.cycle,
-                "config": config_to_json(self.config),
-                "history": {name: self.history[name].tolist() for name in self.history},
-                "cycles": {name: self.cycles[name].tolist() for name in self.cycles},
-            },
-        )
+        manifest = {
+            "format": _FORMAT,
+            "cycle": self.cycle,
+            "config": config_to_json(self.config),
+            "history": {name: self.history[name].tolist() for name in self.history},
+            "cycles": {name: self.cycles[name].tolist() for name in self.cycles},
+        }
+        store.save_tensors(os.fspath(file), {"pivots": self.pivots}, manifest)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> NEBState:
@@ -138,11 +129,7 @@ class NEBState:
 
 
 def config_to_json(config: AutoNEBConfig) -> dict[str, Any]:
-    """The settings as JSON values (JSON has no infinity: rigid springs are the word "inf").
-
-    >>> config_to_json(AutoNEBConfig())["springs"]
-    'inf'
-    """
+    """The settings as JSON values; infinite springs are the word "inf"."""
     values = dataclasses.asdict(config)
     values["springs"] = "inf" if config.springs == math.inf else config.springs
     values["cycles"] = [list(cycle) for cycle in config.cycles]
@@ -150,9 +137,4 @@ def config_to_json(config: AutoNEBConfig) -> dict[str, Any]:
 
 
 def config_from_json(values: dict[str, Any]) -> AutoNEBConfig:
-    """What `config_to_json` wrote.
-
-    >>> config_from_json(config_to_json(AutoNEBConfig(seed=3))) == AutoNEBConfig(seed=3)
-    True
-    """
     return AutoNEBConfig(**{**values, "springs": float(values["springs"])})

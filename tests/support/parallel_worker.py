@@ -86,7 +86,7 @@ class Counted(ExitStack):
     def __enter__(self):
         self.of = dict.fromkeys(COUNTS, 0)
         made, beginning = ExampleGradients.local_chunks, Minibatches.__init__
-        losses, energies = Objective.losses, Descent._own_energies
+        losses, energies = Objective.losses, Descent._local_energies
 
         def local_chunks(gradients, *args):
             for start, rows in made(gradients, *args):
@@ -106,7 +106,7 @@ class Counted(ExitStack):
             beginning(minibatches, obj, batch_size, seed, ids, *args)
 
         self.enter_context(patch.object(ExampleGradients, "local_chunks", local_chunks))
-        self.enter_context(patch.object(Descent, "_own_energies", own_energies))
+        self.enter_context(patch.object(Descent, "_local_energies", own_energies))
         self.enter_context(patch.object(Minibatches, "__init__", begin))
         return self
 
