@@ -16,13 +16,6 @@ MODULES = {p: ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 PRIVATE = {
     "cli/_main.py": 9,
     "cli/_profile.py": 5,
-    "dynamics/force/_comparison.py": 1,
-    "dynamics/force/_drift.py": 1,
-    "dynamics/force/_weight_norm_growth.py": 1,
-    "dynamics/projected_sgd/_relax.py": 1,
-    "dynamics/projected_sgd/_relax_many.py": 1,
-    "dynamics/projected_sgd/_replica_state.py": 1,
-    "dynamics/projected_sgd/_settings.py": 1,
     "experiments/_config.py": 1,
     "experiments/_inputs.py": 1,
     "experiments/_plan.py": 1,
@@ -41,14 +34,12 @@ PRIVATE = {
     "selfcheck/_speeds.py": 1,
 }
 LONG = {
-    "dynamics/_survival.py",
     "experiments/_executor.py",
     "experiments/figures/_relaxation_runs.py",
     "training/_train.py",
     "training/data.py",
 }
 CIRCLES = {  # importing module -> imported
-    "dynamics.projected_sgd._records": "dynamics.projected_sgd._trajectory",
 }
 
 
