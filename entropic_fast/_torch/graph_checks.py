@@ -64,7 +64,7 @@ def require_twice_differentiable(tensor: Tensor) -> None:
             )
 
 
-def require_finite(losses: Tensor, theta: Tensor, start: int) -> None:
+def require_finite_losses(losses: Tensor, theta: Tensor, start: int) -> None:
     """Reject NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
     bad = ~torch.isfinite(losses)
     if bool(bad.any()):

@@ -1,9 +1,8 @@
 """Objective: model, loss and data as a function of one parameter vector.
 
-Start with `_objective`, whose base classes are `_mean_loss` (the loss over all data and its
-gradient, shared among ranks), `_functional_model` (outputs and losses of a batch) and
-`_parameter_vector`. `losses` holds the losses in closed form, `data` the examples, `_validation`
-what is checked when an objective is made. Relies on `distributed`, `_torch` and `_utils`.
+Start with `_objective`, whose base classes are `_mean_loss` (mean over all data, shared among
+ranks), `_functional_model` (a batch) and `_parameter_vector`. `_validation` is what is checked when
+an objective is made. Relies on `distributed`, `_torch` and `_utils`.
 """
 
 from .._torch.graph_checks import NonFiniteLossError

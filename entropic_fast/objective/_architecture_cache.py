@@ -1,4 +1,4 @@
-"""What is known of an architecture, for all objectives whose models have it."""
+"""Caches of facts about an architecture, common to all objectives whose models have it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 
 class LRUCache(Generic[Value]):
-    """The values of the keys that were asked for last; threads may share it.
+    """The most recently used values by key; threads may share it.
 
     >>> kept = LRUCache(1)
     >>> kept.put(("a",), 1), kept.put(("b",), 2), kept.put(None, 3)
@@ -40,7 +40,7 @@ class LRUCache(Generic[Value]):
         return len(self._values)
 
     def get(self, key: Key | None) -> Value | None:
-        """The value of a key, None if there is none."""
+        """The value of a key, or None."""
         with self._lock:
             if key is None or key not in self._values:
                 return None
@@ -57,7 +57,6 @@ class LRUCache(Generic[Value]):
                 self._values.popitem(last=False)
 
     def clear(self) -> None:
-        """Keep nothing more."""
         with self._lock:
             self._values.clear()
 
@@ -66,7 +65,7 @@ _kept: list[LRUCache[Any]] = []
 
 
 def forget() -> None:
-    """Forget what is known of all architectures."""
+    """Empty all caches."""
     for kept in _kept:
         kept.clear()
 
@@ -74,7 +73,7 @@ def forget() -> None:
 def objective_key(
     obj: FunctionalModel, *things: Any, constants: list[Tensor] | None = None
 ) -> Key | None:
-    """The key of an objective's model and what is read of its output, whatever theta and buffers.
+    """The key of an objective's model and output reader, independent of theta and buffer values.
 
     Args:
         things: what counts besides.
@@ -96,7 +95,7 @@ def objective_key(
 
 
 def settings() -> tuple[Any, ...]:
-    """What a forward pass reads of the process."""
+    """Settings of the process that a forward pass reads."""
     return (
         torch.get_default_dtype(),
         str(torch.get_default_device()),

@@ -1,7 +1,7 @@
-"""Attributes that a model's forward pass changes: put back after each call.
+"""Attributes that a model's forward pass changes, restored after each call.
 
-A count of calls, a hidden state, an activation kept for later: with them as they were given, the
-model stays a function of its parameters and inputs, and no graph outlives its call.
+A count of calls, a hidden state, a cached activation: with them restored, the model stays a
+function of its parameters and inputs, and no graph outlives its call.
 """
 
 from __future__ import annotations
@@ -18,14 +18,7 @@ Place = tuple[str, str]  # a module's name, and that of its attribute
 
 
 def attributes(model: nn.Module) -> dict[Place, Any]:
-    """The attributes of all modules, but what is registered: parameters, buffers, modules.
-
-    >>> module = nn.Linear(1, 1)
-    >>> before = attributes(module)
-    >>> module.calls = 1
-    >>> changed(before, module)
-    {('', 'calls'): 1}
-    """
+    """The attributes of all modules, without registered parameters, buffers and modules."""
     return {
         (name, key): value
         for name, module in model.named_modules()
@@ -35,7 +28,7 @@ def attributes(model: nn.Module) -> dict[Place, Any]:
 
 
 def changed(before: Mapping[Place, Any], model: nn.Module) -> dict[Place, Any]:
-    """What has become of attributes that are not those of before, of modules that were there."""
+    """Attributes that differ from `before`, with their present values."""
     after, modules = attributes(model), {name for name, _ in before}
     return {
         place: after.get(place)
@@ -45,7 +38,7 @@ def changed(before: Mapping[Place, Any], model: nn.Module) -> dict[Place, Any]:
 
 
 def put_back(before: Mapping[Place, Any], model: nn.Module, places: Iterable[Place]) -> None:
-    """Give attributes the values of before; remove those that were not there."""
+    """Restore attributes; remove those that did not exist."""
     for name, key in places:
         registered = vars(model.get_submodule(name))
         if (name, key) in before:
@@ -56,7 +49,7 @@ def put_back(before: Mapping[Place, Any], model: nn.Module, places: Iterable[Pla
 
 @contextmanager
 def unchanged(model: nn.Module, places: Iterable[Place]) -> Iterator[None]:
-    """Within it the model may change these attributes; afterwards they are as before."""
+    """Within it the model may change these attributes; they are restored afterwards."""
     before = {}
     for name, key in places:
         registered = vars(model.get_submodule(name))
@@ -69,5 +62,5 @@ def unchanged(model: nn.Module, places: Iterable[Place]) -> Iterator[None]:
 
 
 def only_tensors(values: Iterable[Any]) -> bool:
-    """Whether values are such as a model keeps of a pass, not such as it counts."""
+    """Whether values are cached tensors, not counters."""
     return all(value is None or isinstance(value, Tensor) for value in values)

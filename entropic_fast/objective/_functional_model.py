@@ -49,11 +49,7 @@ class FunctionalModel(ParameterVector):
         return self.examples.count
 
     def count(self, max_examples: int | None = None) -> int:
-        """How many examples `max_examples` stands for: itself, or N for None.
-
-        Raises:
-            ValueError: not an integer in 1 .. N.
-        """
+        """`max_examples`, checked to be in 1 .. N; N for None."""
         return self.examples.require_count(max_examples)
 
     def batches(
@@ -70,9 +66,7 @@ class FunctionalModel(ParameterVector):
         return self.examples.batches(max_examples, batch_size)
 
     def tensors(self, max_examples: int | None = None) -> tuple[Tree, Tree]:
-        """All inputs [N, ...] and targets [N, ...] on the device, for minibatches by index.
-
-        Tensors given as data come without a copy: read them, do not change them.
+        """All inputs [N, ...] and targets [N, ...] on the device, not copied: do not change them.
 
         Args:
             max_examples: only the first so many examples; None for all.
@@ -90,11 +84,7 @@ class FunctionalModel(ParameterVector):
         return trees.joined([b.inputs for b in batches]), trees.joined([b.targets for b in batches])
 
     def cast(self: Same, dtype: torch.dtype) -> Same:
-        """The same objective in another floating-point dtype.
-
-        Numbers keep what rounding they have: a half-precision model in float32 has the same
-        parameters, and inputs given as tensors are those already rounded to half.
-        """
+        """The same objective in another floating-point dtype; values keep their rounding."""
         clone = copy.copy(self)
         clone.module = cached_copy(self.module, dtype, lambda model: cast(copied(model), dtype))
         clone.buffers = {name: cast_tensor(b, dtype) for name, b in self.buffers.items()}
@@ -105,8 +95,8 @@ class FunctionalModel(ParameterVector):
     def outputs(self, theta: Tensor, inputs: Tree) -> Tensor:
         """The model's outputs at theta [P] for inputs [n, ...], in its dtype; differentiable.
 
-        The tensor that the loss takes. For a loss that takes an output of many parts, the loss of
-        each example; inputs are then `WithTargets`.
+        The tensor that the loss takes; for a loss of an output of many parts, the loss of each
+        example, with `WithTargets` as inputs.
         """
         values, alone = {**self.split(theta), **self.buffers}, self._alone(inputs)
         if alone:
@@ -120,10 +110,10 @@ class FunctionalModel(ParameterVector):
         return self._attached(outputs[:1] if alone else outputs, theta)
 
     def _attached(self, value: Tensor, theta: Tensor) -> Tensor:
-        """`value`, of which there is a derivative in theta: 0 where it does not depend on it.
+        """`value` with a derivative in theta, 0 where it does not depend on it.
 
-        Some examples may use none of the parameters in theta (those of one expert among several).
-        The graph of a model that takes derivatives may be that of its inputs alone.
+        Some examples may use no parameter of theta (those of one expert among several), and the
+        graph of a model that takes derivatives may be that of its inputs alone.
         """
         if not (theta.requires_grad and torch.is_grad_enabled()):
             return value
@@ -138,12 +128,12 @@ class FunctionalModel(ParameterVector):
         return value + (0 * theta).sum().to(value.dtype)
 
     def run_model(self, values: Mapping[str, Tensor], inputs: Tree) -> Tensor:
-        """The model's outputs, with parameters and buffers by name; for holders of its lock."""
+        """The model's outputs, with parameters and buffers by name; its lock must be held."""
         with NativeRecurrence() if is_gpu(self.device) else nullcontext():
             return self.call(self.functional(values), inputs)
 
     def functional(self, values: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """The model with parameters and buffers by name, as a function of what it takes."""
+        """The model with parameters and buffers by name, as a function of its inputs."""
         if self._complex:
             values = {**values, **{name: as_complex(values[name]) for name in self._complex}}
         if self._written:
@@ -160,7 +150,7 @@ class FunctionalModel(ParameterVector):
         return run
 
     def call(self, model: Callable[..., Any], inputs: Tree) -> Tensor:
-        """What the loss takes of `model`'s outputs, for this objective's model or a copy of it."""
+        """The part of `model`'s outputs that the loss takes; `model` may be a copy."""
         reader, targets = self._reader, None
         if isinstance(inputs, WithTargets):
             inputs, targets = inputs
@@ -175,7 +165,7 @@ class FunctionalModel(ParameterVector):
         return outputs
 
     def gradients_inside(self) -> AbstractContextManager[Any]:
-        """Within it a model that takes derivatives of its own has them, whatever is outside."""
+        """Within it, derivatives that the model itself takes work even under `no_grad`."""
         return torch.enable_grad() if self.takes_derivatives else nullcontext()
 
     @property
@@ -185,15 +175,11 @@ class FunctionalModel(ParameterVector):
 
     @property
     def loss_is_inside(self) -> bool:
-        """Whether the loss takes all of an output of many parts, and `outputs` are the losses."""
+        """Whether the loss takes an output of many parts, so `outputs` are the losses."""
         return self._reader.loss is not None
 
     def require_outputs(self, what: str) -> None:
-        """Reject what needs the model's outputs where the loss takes many parts of them.
-
-        Raises:
-            ValueError: naming what to do.
-        """
+        """Reject a quantity (`what`) that needs output tensors where the loss takes many parts."""
         if self.loss_is_inside:
             raise checks.invalid(
                 "objective",
@@ -203,18 +189,12 @@ class FunctionalModel(ParameterVector):
             )
 
     def losses(self, theta: Tensor, inputs: Tree, targets: Tree) -> Tensor:
-        """Loss of each example at theta [P]; differentiable.  # [n]
-
-        Of float32 where the model is in half precision.
-        """
+        """Loss of each example at theta [P], of float32 or more; differentiable.  # [n]"""
         outputs = self.outputs(theta, self._complete(inputs, targets))
         return self._attached(self.output_losses(outputs, targets), theta)
 
     def output_losses(self, outputs: Tensor, targets: Tree) -> Tensor:
-        """Loss of each example from the model's outputs [n, ...]; differentiable.  # [n]
-
-        Of a coupled objective, n times the one loss.
-        """
+        """Loss of each example from outputs [n, ...]; n times the one loss if coupled.  # [n]"""
         with eager(), no_autocast(), self.formulas():
             losses = self.loss_fn(widened(outputs), targets)
         if self.coupled and isinstance(losses, Tensor) and losses.ndim == 0:
@@ -222,28 +202,27 @@ class FunctionalModel(ParameterVector):
         return losses
 
     def formulas(self) -> AbstractContextManager[object]:
-        """Within it torch differentiates the model and loss rightly, as often as needed."""
+        """Within it, torch's higher derivatives of the model and loss are right."""
         return AnyOrder() if self.takes_derivatives else nullcontext()
 
     def losses_with(self, values: Mapping[str, Tensor], inputs: Tree, targets: Tree) -> Tensor:
-        """`losses` with the parameters given one by one, by name; for use under transforms."""
+        """`losses` with the parameters by name; for use under transforms."""
         values = {**values, **self.buffers}
         with no_autocast(), model_lock(self.module):
             outputs = self.run_model(values, self._complete(inputs, targets))
         return self.output_losses(outputs, targets)
 
     def _complete(self, inputs: Tree, targets: Tree) -> Tree:
-        """Inputs as `outputs` takes them."""
         if self._reader.loss is None or isinstance(inputs, WithTargets):
             return inputs
         return WithTargets(inputs, targets)
 
     def _alone(self, inputs: Tree) -> bool:
-        """Whether gradients for a single example need it taken twice.
+        """Whether gradients for a single example need it in a batch of two copies.
 
         torch's batch and instance normalization by stored statistics (2.13 to 2.15, CPU) return a
-        wrong gradient for one image if the gradient arrives with its channels last, as it does
-        from a sequence of positions.
+        wrong gradient for one image if the gradient arrives channels-last, as from a sequence of
+        positions.
         """
         wanted = (
             torch.is_grad_enabled()
@@ -260,7 +239,7 @@ class FunctionalModel(ParameterVector):
 
     @property
     def separable(self) -> bool:
-        """Whether the loss is a sum over examples that can be taken a few at a time."""
+        """Whether the loss is a sum over examples, computable a few at a time."""
         return not self.coupling
 
     @property
@@ -273,11 +252,7 @@ class FunctionalModel(ParameterVector):
         return ""
 
     def require_single_examples(self) -> None:
-        """Reject quantities of single examples where examples influence one another.
-
-        Raises:
-            ValueError: an example's loss depends on the rest of its batch.
-        """
+        """Reject quantities of single examples where examples influence one another."""
         if not self.separable:
             raise checks.invalid(
                 "objective",

@@ -1,4 +1,4 @@
-"""Parameters and buffers of a live model, as an objective of the same architecture takes them."""
+"""Parameters and buffers read from a live model of an objective's architecture."""
 
 from __future__ import annotations
 
@@ -23,17 +23,12 @@ class StaleStatisticsWarning(UserWarning):
 
 
 class StatisticsPoint:
-    """The point where a model's running statistics were gathered, to warn once far from it.
-
-    Args:
-        theta: the point.  # [P]
-    """
+    """The point [P] where a model's running statistics were gathered, to warn once far from it."""
 
     def __init__(self, theta: Tensor) -> None:
         self._theta, self._warned = theta, False
 
     def check(self, theta: Tensor) -> None:
-        """Warn if theta [P] is far from here, at the first such point."""
         if self._warned or theta is self._theta:
             return
         here = self._theta.to(theta)
@@ -64,7 +59,8 @@ def read_model(
         model: of the same architecture, inside wrappers or not.
         parameters: those of theta by name, complex ones as pairs, as in the objective.
         buffers: as in the objective.
-        frozen: the objective's constant parameters. Those that differ come with the buffers.
+        frozen: the objective's constant parameters. Those that differ are returned with the
+            buffers.
 
     Raises:
         ValueError: a model without one of them, or with another shape or dtype.

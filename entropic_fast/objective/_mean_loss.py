@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch.full_precision import full_precision
-from .._torch.graph_checks import require_classifier, require_finite, require_in_range
+from .._torch.graph_checks import require_classifier, require_finite_losses, require_in_range
 from .._utils import checks
 from .._utils.devices import is_gpu
 from ..distributed import Communicator
@@ -32,10 +32,8 @@ class MeanLoss(FunctionalModel):
         self, max_examples: int | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """This rank's block of `batches`."""
-        batches, (first, last) = (
-            self.batches(max_examples, batch_size),
-            self.local_range(max_examples),
-        )
+        batches = self.batches(max_examples, batch_size)
+        first, last = self.local_range(max_examples)
         return batches_in_range(batches, first, last, keep_whole=not self.separable)
 
     def local_range(self, max_examples: int | None = None) -> tuple[int, int]:
@@ -43,11 +41,7 @@ class MeanLoss(FunctionalModel):
         return self.communicator.range(self.count(max_examples))
 
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
-        """The sum over ranks of `compute`, which uses `local_batches`.
-
-        Args:
-            what: name and arguments of the call, which have to be the same on all ranks.
-        """
+        """The sum over ranks of `compute`, which uses `local_batches`; `what` names the call."""
         return self.communicator.all_reduce(compute, *what, self.fingerprint)
 
     def fingerprint(self) -> str:
@@ -57,7 +51,7 @@ class MeanLoss(FunctionalModel):
         return f"{self.num_examples} examples {data}, {self.dtype}, norm={self.norm!r}{decay}"
 
     def distributed_facts(self) -> dict[str, str]:
-        """What has to be the same on every rank, by name."""
+        """Facts that must be the same on every rank, by name."""
         settings = (self.loss_name, self.norm, str(self.dtype), self.examples.batch_size)
         return {
             "model": fingerprint([self.parameters_vector(), *self.frozen_tensors()]),
@@ -107,15 +101,11 @@ class MeanLoss(FunctionalModel):
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, rejected if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        require_finite(losses.detach(), theta, batch.start)
+        require_finite_losses(losses.detach(), theta, batch.start)
         return losses
 
     def mean_losses(self, points: Tensor) -> Tensor:
-        """`loss` at finite points [R, P], read back at once; float64, on the CPU.  # [R]
-
-        Raises:
-            NonFiniteLossError: as `loss`.
-        """
+        """`loss` at finite points [R, P], read back at once; float64, on the CPU.  # [R]"""
         if self.communicator.size > 1:
             return torch.tensor([self.loss(point) for point in points], dtype=torch.float64)
         if not len(points):
@@ -128,7 +118,7 @@ class MeanLoss(FunctionalModel):
         return means
 
     def unread_loss(self, theta: Tensor) -> Tensor:
-        """`loss` at a finite theta [P] by this process, NaN or infinite or not, not read back."""
+        """`loss` at a finite theta [P] by this rank, even if NaN or infinite; not read back."""
         losses = [self.losses(theta, batch.inputs, batch.targets) for batch in self.batches()]
         mean = torch.cat(losses).double().mean()
         return mean + self.penalty(theta) if self.weight_decay else mean
@@ -142,9 +132,8 @@ class MeanLoss(FunctionalModel):
     def gradient(self, theta: Tensor | None = None) -> Tensor:
         """Gradient of `loss` at theta [P], in theta's dtype.  # [P]
 
-        Batches are summed in float32 at the least. In half precision each batch's own gradient
-        is rounded to half, and entries of the mean under the dtype's smallest number (6e-8 for
-        float16) are 0.
+        Batches are summed in float32 or more. In half precision each batch's gradient is rounded to
+        half, and entries of the mean below the dtype's smallest number (6e-8 for float16) are 0.
 
         Raises:
             NonFiniteLossError: a loss that is NaN or infinite.
@@ -159,7 +148,7 @@ class MeanLoss(FunctionalModel):
                 batch_losses = self.losses(leaf, batch.inputs, batch.targets)
                 losses.append(batch_losses.detach())
                 if not later:
-                    require_finite(batch_losses.detach(), theta, batch.start)
+                    require_finite_losses(batch_losses.detach(), theta, batch.start)
                 total += torch.autograd.grad(batch_losses.sum(), leaf)[0]
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
@@ -180,10 +169,7 @@ class MeanLoss(FunctionalModel):
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the loss is a cross entropy of class scores [N, C] and integer targets [N].
-
-        Tables of such an objective have a column `accuracy`.
-        """
+        """Whether the loss is a cross entropy of class scores [N, C] and integer targets [N]."""
         if not isinstance(closed_form(self.loss_fn), CrossEntropy):
             return False
         batch = next(self.batches(batch_size=2))
@@ -198,7 +184,7 @@ class MeanLoss(FunctionalModel):
         Examples whose label the loss ignores do not count in the share.
 
         Raises:
-            ValueError: outputs that are not class scores [N, C] with whole targets [N].
+            ValueError: outputs that are not class scores [N, C] with integer targets [N].
             NonFiniteLossError: a loss that is NaN or infinite.
         """
         self.require_outputs("an accuracy")
@@ -210,7 +196,7 @@ class MeanLoss(FunctionalModel):
                 outputs = self.outputs(theta, batch.inputs)
                 require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
-                require_finite(losses, theta, batch.start)
+                require_finite_losses(losses, theta, batch.start)
                 sums[0] += losses.double().sum()
                 sums[1:] += hits(self.loss_fn, outputs, batch.targets)
             return sums

@@ -1,4 +1,4 @@
-"""Modules as people bring them: inside wrappers, or holding tensors of their last forward pass."""
+"""Modules as users bring them: inside wrappers, or holding tensors of their last forward pass."""
 
 from __future__ import annotations
 
@@ -56,12 +56,11 @@ def plain_name(model: nn.Module, name: str) -> str:
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy without wrappers, at the top or inside.
 
-    Wrappers scatter their inputs, have no second derivatives or cannot be given parameters, and
-    other names for them. Tensors that the model keeps of a forward pass (the weight that a hook
-    computes, a cached activation) are copied without the graph that led to them.
+    Wrappers scatter their inputs, have no second derivatives, reject other parameters, and rename
+    them. Tensors kept from a forward pass are copied without their graph.
 
     Raises:
-        ValueError: a model that cannot be copied, naming what in it cannot.
+        ValueError: a model that cannot be copied, naming the part that cannot.
 
     >>> copied(nn.DataParallel(nn.Linear(2, 1)))
     Linear(in_features=2, out_features=1, bias=True)
@@ -90,13 +89,8 @@ def copied(model: nn.Module) -> nn.Module:
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Further names of tensors that several modules share, with the first name of each.
 
-    A module that is registered twice has one set of names: `torch.func.functional_call` with
-    `tie_weights=True` puts tensors into it twice, and afterwards leaves the first ones there.
-
-    >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    >>> b.weight = a.weight
-    >>> tied_names(nn.Sequential(a, b, a))
-    {'1.weight': '0.weight'}
+    For a module registered twice, `functional_call(tie_weights=True)` would leave the new tensors
+    there.
     """
     first: dict[int, str] = {}
     tied = {}
@@ -111,16 +105,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Module) -> None:
     """Reject losses that use parameters of the user's own model, or of its first forward pass.
 
-    A function that holds the model (in a closure, as a global) goes on using it in the copy. Its
-    parameters are constants there: gradients would lack terms, without a word.
+    A function that holds the model (in a closure, as a global) would use it in the copy too. Its
+    parameters are constants there, so gradients would silently lack terms.
 
     Args:
         nodes: of the backward pass of some losses.
         given: the model as the user has it.
         private: the objective's copy of it, whose own parameters require no gradient.
-
-    Raises:
-        ValueError: naming such a parameter.
     """
     names = {id(p): name for name, p in given.named_parameters()}
     used = {id(node.variable) for node in nodes if node.name().endswith("AccumulateGrad")}
@@ -171,11 +162,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in `dtype`; a complex one of that precision; integers as they are.
-
-    >>> cast_tensor(torch.ones(1, dtype=torch.complex64), torch.float64).dtype
-    torch.complex128
-    """
+    """A tensor in `dtype`, complex ones in that precision, integers unchanged."""
     if tensor.is_complex():
         return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -192,10 +179,7 @@ def _require_no_hooks(wrapper: nn.Module) -> None:
 
 
 def _with_itself(module: nn.Module, name: str) -> nn.Module:
-    """The module, which calls itself by the name that its wrapper had for it.
-
-    So `self.backbone.module` in a forward still means what it did. Not registered as a child.
-    """
+    """The module, under the name its wrapper had for it too: `self.backbone.module` still works."""
     if not hasattr(module, name):
         vars(module)[name] = module
     return module
@@ -223,13 +207,13 @@ def _tensors_in(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _is_gone(tensor: Tensor) -> bool:
-    """Whether a tensor stood for another in a transform or trace that is over."""
+    """Whether a tensor belongs to a transform or trace that is over."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return wrapped or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
 def _where(model: nn.Module) -> str:
-    """Which attribute cannot be copied, as part of a message."""
+    """The attribute that cannot be copied, as part of a message."""
     for name, module in model.named_modules():
         for key, value in itertools.chain(vars(module).items(), module._buffers.items()):
             if key in ("_modules", "_parameters", "_buffers"):

@@ -1,4 +1,4 @@
-"""Normalization layers: a model's private copy in either mode, and statistics gathered again."""
+"""Normalization layers: a model's private copy in either mode, and re-estimated statistics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ def norm_layers(model: nn.Module) -> list[Any]:
 
 
 def mixes_examples(model: nn.Module, norm: str) -> bool:
-    """Whether a layer normalizes by statistics of its batch.
-
-    Instance normalization without stored statistics is each example's own affair.
-    """
+    """Whether a layer normalizes over its batch; instance normalization does not."""
     batch_norm = nn.modules.batchnorm._BatchNorm
     return norm == "batch" and any(isinstance(m, batch_norm) for m in norm_layers(model))
 
@@ -34,12 +31,11 @@ def mixes_examples(model: nn.Module, norm: str) -> bool:
 def gather_statistics(
     model: nn.Module, batches: Iterable[Batch], forward: Callable[[Tree], Any]
 ) -> None:
-    """Averages over batches of every layer's mean and (unbiased) variance, by their size.
+    """Average every layer's mean and (unbiased) variance over batches, weighted by their size.
 
     Args:
         model: its layers that keep statistics are put in training mode meanwhile.
-        batches: each weighs the examples it holds.
-        forward: runs the model on inputs [n, ...], with the buffers that are to be changed.
+        forward: runs the model on inputs [n, ...], with the buffers to change.
     """
     layers = [m for m in norm_layers(model) if m.track_running_stats]
     state = [(layer.training, layer.momentum) for layer in layers]
@@ -71,20 +67,16 @@ def explain_too_few(error: ValueError, size: int) -> None:
 
 
 def _contiguous_gradient(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    """The output as it is, through which a gradient comes back contiguous.
+    """The output unchanged, with a contiguous gradient.
 
-    torch's instance normalization (2.13 to 2.15, CPU) returns a wrong gradient of its weight and
-    bias if what arrives has its channels last, as it does from a sequence of positions.
+    torch's instance normalization (2.13 to 2.15, CPU) returns a wrong gradient of weight and bias
+    for a channels-last one, as from a sequence of positions.
     """
     return output.unsqueeze(-1).select(-1, 0)
 
 
 def private_copy(model: nn.Module, norm: str) -> nn.Module:
-    """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics.
-
-    Raises:
-        ValueError: a model that cannot be copied, or that lacks the statistics asked for.
-    """
+    """A copy in evaluation mode, whose layers use stored ("running") or "batch" statistics."""
     private = copied(model).eval()
     for name, layer in private.named_modules():
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):

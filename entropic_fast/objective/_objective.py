@@ -1,4 +1,4 @@
-"""Objective: (model, loss, data, how normalization behaves) as a function of one flat vector."""
+"""Objective: (model, loss, data, normalization mode) as a function of one flat vector."""
 
 from __future__ import annotations
 
@@ -28,62 +28,60 @@ __all__ = ["NonFiniteLossError", "Objective"]
 class Objective(MeanLoss):
     """The mean loss of a model over data, as a function of a flat parameter vector theta.
 
-    theta holds every parameter that requires a gradient (or those that `parameters` chooses), once
-    (tied parameters are one), flattened in the order of `model.named_parameters()`. A complex
-    parameter counts as pairs of real numbers (`torch.view_as_real`). Other parameters and buffers
-    are constants and never part of theta. The model is copied at construction: training it
-    afterwards does not change the objective, and the objective never changes the model.
+    theta holds every parameter that requires a gradient (or those that `parameters` chooses), tied
+    ones once, flattened in the order of `model.named_parameters()`. A complex parameter counts as
+    pairs of real numbers (`torch.view_as_real`). Other parameters and buffers are constants. The
+    model is copied: training it afterwards does not change the objective, and the objective never
+    changes the model.
 
-    Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is still
-    random (functional dropout) is rejected.
+    Every module runs in evaluation mode, so `nn.Dropout` is inactive; a model that is still random
+    (functional dropout) is rejected. Threads may share an objective; its model runs for one of them
+    at a time. An ambient `torch.autocast` has no effect, one within the model's forward does.
 
-    Threads may share an objective; its model runs for one of them at a time. An ambient
-    `torch.autocast` has no effect, one within the model's forward does.
-
-    A model may be in half precision (float16, bfloat16). It then runs in its own dtype, its
-    outputs are converted to float32 before the loss, and sums over examples are float32 or
-    more; theta and gradients have the model's dtype. Second derivatives and paths reject half
-    precision, because rounding errors would be as large as the result.
+    A half-precision model (float16, bfloat16) runs in its own dtype, its outputs are converted to
+    float32 before the loss, and sums over examples are float32 or more; theta and gradients have
+    the model's dtype. Second derivatives and paths reject half precision, because rounding errors
+    would be as large as the result.
 
     Args:
-        model: any `nn.Module` whose output for an example does not depend on the others. It
-            returns a tensor [N, ...], or something of many parts (see `output`).
+        model: any `nn.Module` whose output for an example does not depend on the others. It returns
+            a tensor [N, ...], or several parts (see `output`).
         loss: a name, a loss of `torch.nn` (or its function, such as `F.cross_entropy`), or a
             callable(outputs, targets) that returns the loss of each example, of shape [N]. Names:
             "cross_entropy", "mse", "bce" (multi-label, from logits) and "next_token" (causal
-            language models: scores [N, T, V], tokens [N, T], -100 for what does not count). With
-            torch's reduction "mean" the objective is torch's loss of the data as one batch: for
+            language models: scores [N, T, V], tokens [N, T], -100 for ignored ones). With torch's
+            reduction "mean" the objective is torch's loss of the data as one batch: for
             `nn.CrossEntropyLoss(weight, ignore_index)` the weighted mean over the labels that
             count. See `losses.ReducedLoss`, also for "sum" and "none".
-        data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches
-            (inputs, targets), such as a `DataLoader` that does not shuffle. Inputs and targets
-            are tensors or NumPy arrays, or dicts, tuples and dataclasses of them. Inputs in a
-            tuple are positional arguments of the model, those in a dict keyword arguments. A
-            batch may be a dict that holds its labels ("labels", "label", "targets", "y", ...),
-            (a, b, targets) for a model of two inputs, or (inputs, targets, index), whose index
-            is dropped. Batches weigh as many examples as they hold. Floating-point inputs are
-            cast to the model's dtype.
+        data: (inputs [N, ...], targets [N, ...]); a `Dataset`; or a re-iterable of batches (inputs,
+            targets), such as a `DataLoader` that does not shuffle. Inputs and targets are tensors
+            or NumPy arrays, or dicts, tuples and dataclasses of them. Inputs in a tuple are
+            positional arguments of the model, those in a dict keyword arguments. A batch may be a
+            dict that holds its labels ("labels", "label", "targets", "y", ...), (a, b, targets) for
+            a model of two inputs, or (inputs, targets, index), whose index is dropped. Batches
+            weigh as many examples as they hold. Floating-point inputs are cast to the model's
+            dtype.
         norm: "running" (normalization layers use their stored statistics, as in evaluation) or
             "batch" (they use the statistics of each batch of `batch_size`, as in training;
             quantities of single examples are then undefined and rejected).
         device: where to compute; default, where the model is.
         batch_size: examples per pass; default 256. Not for data that is batched.
-        parameters: the parameters of theta; None for all that require a gradient. A glob pattern
-            on the names of parameters or modules ("head.*", "layer4"), or a sequence of patterns,
-            parameters and modules of the model. What is chosen is part of theta even if it does
-            not require a gradient; a tied parameter has its first name.
-        output: of an output with many parts (a dict, tuple, dataclass or other object), the name
-            or index of the tensor that the loss takes. Default: "logits", or the only tensor, for
-            a loss that has a name; a loss of your own takes the entire output. What needs outputs
-            (Gauss-Newton, Fisher matrices of sampled labels) then needs `output` too.
-        coupled: whether the loss, or the model, mixes examples (contrastive losses, statistics
-            of a batch). The entire data is then one batch in everything computed, the loss may
-            return one number, and quantities of single examples are rejected.
-        weight_decay: c of the term c |theta|^2 / 2 beside the mean loss, as `torch.optim.SGD`
-            has it. `loss`, `gradient`, Hessian and Gauss-Newton matrix with their traces and
-            spectra, losses along paths and the dynamics are of the sum; quantities of single
-            examples (`losses`, `example_losses`, scores, Fisher matrix, tangent kernel) are of
-            the data term alone.
+        parameters: the parameters of theta; None for all that require a gradient. A glob pattern on
+            the names of parameters or modules ("head.*", "layer4"), or a sequence of patterns,
+            parameters and modules of the model. Chosen parameters need not require a gradient; a
+            tied one has its first name.
+        output: of an output with many parts (a dict, tuple, dataclass or other object), the name or
+            index of the tensor that the loss takes. Default: "logits", or the only tensor, for a
+            loss that has a name; a loss of your own takes the entire output. Quantities of the
+            outputs (Gauss-Newton, Fisher matrices of sampled labels) then need `output` too.
+        coupled: whether the loss, or the model, mixes examples (contrastive losses, statistics of a
+            batch). The entire data is then always one batch, the loss may return one number, and
+            quantities of single examples are rejected.
+        weight_decay: c of the term c |theta|^2 / 2 beside the mean loss, as in `torch.optim.SGD`.
+            `loss`, `gradient`, Hessian and Gauss-Newton matrix with their traces and spectra,
+            losses along paths and the dynamics are of the sum; quantities of single examples
+            (`losses`, `example_losses`, scores, Fisher matrix, tangent kernel) are of the data term
+            alone.
 
     Attributes:
         num_params: P, the length of theta.
@@ -91,14 +89,14 @@ class Objective(MeanLoss):
         examples: the data, in a fixed order.
         communicator: of the ranks that share its work (see `distribute`); of size 1 by default.
         dtype, device: of theta.
-        takes_derivatives: whether the model or loss takes a derivative of its own, in its inputs
-            say; normalization layers and others are then computed by their formulas.
+        takes_derivatives: whether the model or loss takes a derivative itself, in its inputs say;
+            normalization layers and others are then computed by formulas.
 
     Raises:
-        ValueError: data that is empty or does not fit, labels out of range, a model that is
-            random, compiled by TorchScript, writes to its parameters, has none to train, mixes
-            dtypes, or uses torch.utils.checkpoint; a loss that is not one number an example; a
-            model or loss that mixes examples, unless `coupled`.
+        ValueError: data that is empty or does not fit, labels out of range, a model that is random,
+            compiled by TorchScript, writes to its parameters, has none to train, mixes dtypes, or
+            uses torch.utils.checkpoint; a loss that is not one number per example; a model or loss
+            that mixes examples, unless `coupled`.
         NonFiniteLossError: a NaN or infinite loss in `loss` or `gradient`.
 
     >>> import torch
@@ -145,7 +143,7 @@ class Objective(MeanLoss):
         model_checks.require_model(self, given=model, batch=self._choose_outputs(output))
 
     def _choose_outputs(self, part: str | int | None) -> Batch | None:
-        """Settle what of the model's output the loss takes; the batch to check the model on."""
+        """Choose the part of the output that the loss takes; returns the batch of the checks."""
         batch, output = model_checks.first_output(self)
         form = self._reader.form
         try:
@@ -165,9 +163,8 @@ class Objective(MeanLoss):
     def at(self, model: nn.Module) -> Objective:
         """This objective at the parameters and buffers of a live model of the same architecture.
 
-        For a model that trains on: its normalization statistics belong to its parameters, and a
-        theta alone leaves those of the objective behind. The price is a copy; graphs and checks
-        of the objective serve the new one.
+        For a model that trains on: a theta alone would keep the objective's normalization
+        statistics. Costs a copy; graphs and checks of the objective are reused.
 
         Args:
             model: as the objective was built from, inside wrappers or not; it is not changed.
@@ -193,7 +190,7 @@ class Objective(MeanLoss):
         return clone
 
     def without_distribution(self) -> Objective:
-        """The same objective, all of whose work this process does."""
+        """The same objective with all work done by this process."""
         clone = copy.copy(self)
         clone.communicator = SingleProcess()
         return clone
@@ -220,12 +217,10 @@ class Objective(MeanLoss):
         )
 
     def sampled(self, inputs: Tree, targets: Tree, *, batch_size: int | None = None) -> Objective:
-        """The same for a sample of the examples, which keep the losses they have here.
+        """The same for a sample of the examples, trees as `tensors` returns; losses stay.
 
-        A torch loss's mean over what counts has a constant of the data, see `ReducedLoss`.
-
-        Args:
-            inputs, targets: trees as `tensors` returns them.
+        A torch loss's mean over targets that count keeps the constant of the full data, see
+        `ReducedLoss`.
         """
         examples = ExampleSet.of(inputs, targets, self.examples, batch_size)
         return self._replace(examples, bind=False)
@@ -263,8 +258,7 @@ class Objective(MeanLoss):
     def with_norm(self, norm: str) -> Objective:
         """This objective with normalization layers in another mode, "running" or "batch".
 
-        `obj.with_norm("batch")` is the objective that ordinary training descends: same model,
-        loss and data, each batch normalized by its own statistics.
+        `obj.with_norm("batch")` is the objective that ordinary training descends.
 
         Raises:
             ValueError: from "batch" to "running": the stored statistics are no longer there.
@@ -291,19 +285,18 @@ class Objective(MeanLoss):
     ) -> Objective:
         """This objective with running statistics re-estimated at theta [P].
 
-        Statistics belong to the point where they were gathered; at a point that was not
-        trained (between two minima, say) they must be gathered again. Each layer's mean and
-        (unbiased) variance are averages over batches, each weighing its number of examples,
-        of the objective's first `max_examples` examples (default: all).
+        Statistics belong to the point where they were gathered; elsewhere (between two minima, say)
+        they must be gathered again. Each layer's mean and (unbiased) variance are averages over
+        batches, weighted by size, of the first `max_examples` examples (default: all).
 
         Returns:
-            a new Objective at the same data; this one unchanged if nothing keeps statistics.
+            a new Objective at the same data; this one if nothing keeps statistics.
         """
         self.count(max_examples)
         return self.recalibrated_at(self._finite_point(theta), max_examples)
 
     def recalibrated_at(self, theta: Tensor, max_examples: int | None = None) -> Objective:
-        """`recalibrated` at a point that is known to be one: reads no value back."""
+        """`recalibrated` at a point already checked; reads no value back."""
         if not self.has_running_statistics:
             return self
         clone = copy.copy(self)
@@ -317,7 +310,7 @@ class Objective(MeanLoss):
 
 
 def require_objective(obj: object) -> None:
-    """Reject what is no objective, such as the model itself.
+    """Reject anything but an Objective, such as the model itself.
 
     >>> require_objective(torch.nn.Linear(1, 1))
     Traceback (most recent call last):

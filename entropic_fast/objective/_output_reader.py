@@ -1,4 +1,4 @@
-"""What of a model's output a loss takes: the tensor itself, one part of it, or all of it."""
+"""The part of a model's output that a loss takes: a tensor, one of several, or all."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class OutputReader:
     Args:
         form: how it is called.
         part: the name or index of the part that the loss takes; None for a tensor.
-        loss: for an output of many parts, the loss that takes all of them: it is then computed as
-            the last part of the model, whose "output" is the loss of each example.
+        loss: for an output of many parts, the loss that takes all of them, computed as the last
+            part of the model: its "output" is the loss of each example.
         classes_last: move the last axis, of classes, to where torch's cross-entropy has it: for
             scores per token [N, T, C], as Hugging Face's models return them.
     """
@@ -39,7 +39,6 @@ class OutputReader:
     classes_last: bool = False
 
     def __call__(self, output: Any, targets: Tree) -> Any:
-        """What the objective takes for the model's output."""
         if self.loss is not None:
             losses = self.loss(_widened(output), targets)
             if losses is None:
@@ -56,11 +55,7 @@ class OutputReader:
 
 
 def part_of(output: Any, part: str | int) -> Any:
-    """The part of an output with this name or index.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The part of an output with this name or index."""
     try:
         if isinstance(part, str) and not isinstance(output, Mapping):
             return getattr(output, part)
@@ -87,13 +82,8 @@ def reader_of(
 ) -> OutputReader:
     """How to read outputs like this one.
 
-    `part`, if it is given. Otherwise a tensor is taken as it is; of an output with parts, a loss
-    of the user's takes all (or the logits, if it fails on all), and one by name or of torch's the
-    logits or the only tensor.
-
-    Raises:
-        ValueError: a part that is no tensor; several tensors for a loss that takes one; a loss
-            that fails.
+    `part`, if given. Otherwise a tensor as it is; of several parts, a user's loss takes all (or the
+    logits, if it fails on all), and one by name or of torch the logits or the only tensor.
     """
     if part is not None:
         if not isinstance(part_of(output, part), Tensor):

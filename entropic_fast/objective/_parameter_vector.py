@@ -1,4 +1,4 @@
-"""The parameters and buffers of a model as one flat vector, and what states a point."""
+"""The parameters and buffers of a model as one flat vector, and the checks of a point."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ._attributes import Place, attributes, changed, only_tensors, put_back
 from ._live_model import StatisticsPoint
 from ._modules import tied_names
 from ._normalization import norm_layers
-from ._parameters import as_real, load_tensors, real_dtype, studied
+from ._parameters import as_real, copy_into, real_dtype, studied
 
 
 class ParameterVector:
@@ -67,10 +67,9 @@ class ParameterVector:
         return "a state that a forward pass changes" if self._counts else ""
 
     def protect_state(self) -> None:
-        """Find buffers and attributes that a first forward pass changed, and undo that.
+        """Find buffers and attributes that a first forward pass changed, and restore them.
 
-        Later passes get copies of the buffers, and attributes are put back after them. So the
-        model stays a function of theta and its inputs, in the state in which it was given.
+        Later passes get copies of the buffers, and attributes are restored after them.
         """
         given = {name: b.detach() for name, b in self.module.named_buffers()}
         self._written = tuple(n for n, b in self.buffers.items() if not torch.equal(b, given[n]))
@@ -106,18 +105,18 @@ class ParameterVector:
         Raises:
             ValueError: a model whose parameters have other names or shapes; it is unchanged.
         """
-        load_tensors(model, self.split(self._finite_point(theta)), self.buffers)
+        copy_into(model, self.split(self._finite_point(theta)), self.buffers)
 
     def frozen_tensors(self) -> list[Tensor]:
-        """The model's buffers and frozen parameters, the very tensors that it computes with."""
+        """The model's buffers and frozen parameters, not copied."""
         listed = {*self._names, *self.buffers}
         frozen = [p for name, p in self.module.named_parameters() if name not in listed]
         return [*self.buffers.values(), *frozen]
 
     def _frozen(self) -> dict[str, Tensor]:
-        """Constant parameters by name, but those that are among the buffers."""
-        known = {*self._names, *self.buffers}
-        return {n: p.detach() for n, p in self.module.named_parameters() if n not in known}
+        """Constant parameters by name, without those among the buffers."""
+        listed = {*self._names, *self.buffers}
+        return {n: p.detach() for n, p in self.module.named_parameters() if n not in listed}
 
     def point(self, theta: Tensor | None) -> Tensor:
         """`theta` checked (shape, dtype, device, finite), or the model's own.  # [P]
@@ -130,12 +129,12 @@ class ParameterVector:
         return checked
 
     def _finite_point(self, theta: Tensor | None) -> Tensor:
-        """`point` for what uses no statistics."""
+        """`point` for uses without statistics."""
         fitting = self._fitting(theta)
         return fitting if theta is None else checks.finite("theta", fitting)
 
     def _fitting(self, theta: Tensor | None) -> Tensor:
-        """`point` without a look at its values, for which a GPU would have to be waited for."""
+        """`point` without its values checked, which would wait for a GPU."""
         if theta is None:
             return self._theta
         if not isinstance(theta, Tensor) or tuple(theta.shape) != (self.num_params,):

@@ -22,10 +22,7 @@ _creation = threading.Lock()
 
 
 def model_lock(model: nn.Module) -> threading.RLock:
-    """The lock to hold while a model runs with parameters that are not its own.
-
-    `functional_call` puts them into the model itself, which threads may share.
-    """
+    """The lock to hold while `functional_call` runs a model with parameters not its own."""
     with _creation:
         return _locks.setdefault(model, threading.RLock())
 
@@ -36,9 +33,9 @@ _copies: WeakKeyDictionary[nn.Module, dict[Hashable, nn.Module]] = WeakKeyDictio
 def cached_copy(
     model: nn.Module, kind: Hashable, make: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """What `make` makes of an objective's private model, the same at every call.
+    """`make(model)` of an objective's private model, computed once per `kind`.
 
-    So what is known of a model (its graphs, say) serves the next objective of that kind too.
+    So facts cached by model (graphs, say) serve the next objective of that kind too.
     """
     with model_lock(model):  # a thread that runs it puts its own parameters into it
         copies = _copies.setdefault(model, {})
@@ -48,11 +45,7 @@ def cached_copy(
 
 
 def studied(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
-    """The parameters of theta by name, each once: those in `names`, or all that require a gradient.
-
-    Raises:
-        ValueError: none, or some of different dtypes.
-    """
+    """The parameters of theta by name: those in `names`, or all that require a gradient."""
     named = {
         n: p
         for n, p in model.named_parameters()
@@ -70,16 +63,7 @@ def studied(model: nn.Module, names: Collection[str] | None = None) -> dict[str,
 
 
 def real_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of theta for parameters by name.
-
-    Complex numbers are pairs of real ones: complex64 goes with float32, complex128 with float64.
-
-    Raises:
-        ValueError: different dtypes, or some that have no gradients.
-
-    >>> real_dtype({"w": torch.ones(2, dtype=torch.complex64), "b": torch.ones(2)})
-    torch.float32
-    """
+    """The dtype of theta for parameters by name; complex64 counts as float32."""
     first_names: dict[torch.dtype, str] = {}
     for name, value in named.items():
         first_names.setdefault(value.dtype, name)
@@ -103,7 +87,6 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _cast_advice(dtypes: set[torch.dtype]) -> str:
-    """What makes parameters of these dtypes fit together."""
     wide = torch.complex128 in dtypes or (torch.float64 in dtypes and torch.complex64 not in dtypes)
     real = "model.double()" if wide else "model.float()"
     strange = dtypes - {*_PAIRS, *checks.HALF, torch.float32, torch.float64}
@@ -119,11 +102,7 @@ def _cast_advice(dtypes: set[torch.dtype]) -> str:
 
 
 def mixed_precision(model: nn.Module) -> str:
-    """What to do about a model with parameters of several precisions, theta's or not; "" if none.
-
-    >>> mixed_precision(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).bfloat16()))
-    'it has parameters in bfloat16 and float32: cast it with model.float()'
-    """
+    """Advice for a model with parameters of several precisions, theta's or not; "" if none."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
     if len({_PAIRS.get(dtype, dtype) for dtype in dtypes}) < 2:
         return ""
@@ -137,29 +116,15 @@ def as_real(value: Tensor) -> Tensor:
 
 
 def as_complex(pairs: Tensor) -> Tensor:
-    """The complex tensor [...] of pairs [..., 2], wherever they lie in memory; differentiable.
+    """The complex tensor [...] of pairs [..., 2]; differentiable.
 
-    `torch.view_as_complex` asks for pairs at even offsets, which a part of theta may not have.
+    Unlike `torch.view_as_complex`, also for pairs at odd offsets, which a part of theta may have.
     """
     return torch.complex(pairs[..., 0], pairs[..., 1])
 
 
 def choose(model: nn.Module, chosen: Any) -> frozenset[str] | None:
-    """Names of the parameters that `Objective(parameters=)` asks for, without wrappers.
-
-    Args:
-        model: as the user has it.
-        chosen: None for all that require a gradient; a glob pattern on names of parameters or
-            modules ("head.*", "layer4"), or a sequence of patterns, of parameters and of modules
-            of the model.
-
-    Raises:
-        ValueError: something in it matches no parameter, or is none of these.
-
-    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
-    >>> sorted(choose(net, "1")), sorted(choose(net, ["*.bias", net[1].weight]))
-    (['1.bias', '1.weight'], ['0.bias', '1.bias', '1.weight'])
-    """
+    """Names of the parameters that `Objective(parameters=chosen)` asks for, without wrappers."""
     if chosen is None:
         return None
     single = isinstance(chosen, str | Tensor | nn.Module)
@@ -226,15 +191,10 @@ def _no_match(model: nn.Module, pattern: str) -> ValueError:
     )
 
 
-def load_tensors(
+def copy_into(
     model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    """Copy parameters, and the buffers the model has, into it by name.
-
-    Args:
-        model: inside wrappers or not.
-        parameters: complex ones as pairs of real numbers.
-        buffers: as the model has them, and parameters that are no part of theta.
+    """Copy parameters (complex ones as pairs), and the buffers the model has, into it by name.
 
     Raises:
         ValueError: a model whose parameters have other names or shapes; it is unchanged.

@@ -1,4 +1,4 @@
-"""What an Objective asks of a model, its data and its loss."""
+"""Requirements of an Objective on a model, its data and its loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .losses._functions import origin
 
 
 def require_module(model: nn.Module) -> None:
-    """Reject what is no module, one compiled by TorchScript, parts of one, one without values."""
+    """Reject anything but a module with dense parameters, held in full, that can be replaced."""
     if not isinstance(model, nn.Module):
         raise checks.invalid(
             "model",
@@ -52,35 +52,39 @@ def require_module(model: nn.Module) -> None:
             "pass the module that it was made from, with load_state_dict for its weights",
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise checks.invalid(
-                "model",
-                "initialized parameters",
-                f"a lazy one, {name!r}",
-                "run the model once on an example first",
-            )
-        if tensor.layout != torch.strided and isinstance(tensor, nn.Parameter):
-            raise checks.invalid(
-                "model",
-                "dense parameters",
-                f"{name!r} of layout {tensor.layout}",
-                "make it dense, or a buffer if it is constant",
-            )
-        if tensor.is_meta:
-            raise checks.invalid(
-                "model",
-                "parameters and buffers with values",
-                f"{name!r} on the meta device, which keeps none",
-                'call model.to_empty(device="cpu") and load its weights',
-            )
+        _require_values(name, tensor)
     if any(
         c.__name__ == "FullyShardedDataParallel" for m in model.modules() for c in type(m).mro()
     ):
         raise _in_pieces("FullyShardedDataParallel")
     # A DTensor there can be only where its module was imported.
-    pieces = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    if any(isinstance(tensor, pieces) for tensor in (*model.parameters(), *model.buffers())):
+    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+    if any(isinstance(tensor, sharded) for tensor in (*model.parameters(), *model.buffers())):
         raise _in_pieces("DTensor, as fully_shard makes them")
+
+
+def _require_values(name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor):
+        raise checks.invalid(
+            "model",
+            "initialized parameters",
+            f"a lazy one, {name!r}",
+            "run the model once on an example first",
+        )
+    if tensor.layout != torch.strided and isinstance(tensor, nn.Parameter):
+        raise checks.invalid(
+            "model",
+            "dense parameters",
+            f"{name!r} of layout {tensor.layout}",
+            "make it dense, or a buffer if it is constant",
+        )
+    if tensor.is_meta:
+        raise checks.invalid(
+            "model",
+            "parameters and buffers with values",
+            f"{name!r} on the meta device, which keeps none",
+            'call model.to_empty(device="cpu") and load its weights',
+        )
 
 
 def _in_pieces(kind: str) -> ValueError:
@@ -102,8 +106,8 @@ def require_model(
 
     Args:
         separate: reject examples that depend on one another, too.
-        given: the model as the user has it; reject what uses its parameters, too.
-        batch: the `check_batch`, where it is known.
+        given: the model as the user has it; reject a use of its parameters, too.
+        batch: the examples to check on, if chosen already.
 
     Raises:
         ValueError: as `Objective`.
@@ -118,73 +122,101 @@ def require_model(
     require_right_gradients(obj.module)
     if given is not None:
         obj.protect_state()
-    batch, theta = batch or check_batch(obj), obj.point(None)
+    batch = batch or first_output(obj)[0]
     key = objective_key(obj, origin(obj.loss_fn), obj.coupled, separate, trees.form(batch[1:]))
-    known = _passed.get(key) is not None
-    drawn = _random_state(obj.device)
+    passed = _passed.get(key) is not None
     with torch.no_grad():
-        point = theta.clone()
-        try:
-            first = _first_outputs(obj, point, batch.inputs)
-        except (RuntimeError, TypeError, IndexError, AssertionError) as error:
-            raise _not_taken(obj, batch, error) from error
-        if not isinstance(first, Tensor) or (first.shape[:1] != (batch.size,) and not obj.coupled):
-            raise checks.invalid(
-                "model" if not obj.loss_is_inside else "loss",
-                f"one output tensor [{batch.size}, ...] for that many inputs"
-                if not obj.loss_is_inside
-                else f"one loss an example, shape [{batch.size}]",
-                checks.describe(first),
-                "a loss of all examples together needs coupled=True"
-                if obj.loss_is_inside
-                else "wrap it in a module that returns the tensor the loss needs",
-            )
-        if first.is_complex() and obj.loss_name != "custom":
-            raise checks.invalid(
-                "model",
-                f"real outputs for the loss {obj.loss_name!r}",
-                checks.describe(first),
-                "return torch.view_as_real of them, or pass a loss of your own that is real",
-            )
-        written = not _same(point, theta)
-        if written or (not known and _writes_far_away(obj, theta, batch.inputs)):
-            raise checks.invalid(
-                "model",
-                "a forward pass that only reads its parameters",
-                "one that writes to them",
-                "constrain them after each training step instead, not in forward by "
-                ".data.clamp_ or max_norm of nn.Embedding; or compute with a constrained copy",
-            )
-        second = first if known else obj.outputs(theta, batch.inputs)
-        # Rare noise may spare these examples, but not the generator it is drawn from.
-        if not _same(first, second) or not torch.equal(drawn, _random_state(obj.device)):
-            raise not_repeatable("model", lambda: obj.outputs(theta, batch.inputs))
-        require_fitting(obj, theta, first, batch)
-        drawn, losses = _random_state(obj.device), _losses_of(obj, first, batch)
-        again = _losses_of(obj, first, batch)
-        if not _same(losses, again) or not torch.equal(drawn, _random_state(obj.device)):
-            raise not_repeatable("loss", lambda: _losses_of(obj, first, batch))
+        outputs = _require_pure_forward(obj, batch, passed)
+        require_fitting(obj, obj.point(None), outputs, batch)
+        losses = _require_repeatable_loss(obj, outputs, batch)
+    _require_gradient(obj, batch, given)
+    _require_loss_form(losses, outputs, batch)
+    if separate and obj.separable:
+        require_separate(obj, model=not passed)
+    _passed.put(key, True)
+
+
+def _require_pure_forward(obj: FunctionalModel, batch: Batch, passed: bool) -> Tensor:
+    """The outputs of a model that neither writes to its parameters nor draws random numbers."""
+    theta, inputs = obj.point(None), batch.inputs
+    drawn, point = _random_state(obj.device), theta.clone()
+    try:
+        outputs = _first_outputs(obj, point, inputs)
+    except (RuntimeError, TypeError, IndexError, AssertionError) as error:
+        raise _not_taken(obj, batch, error) from error
+    _require_output_form(obj, outputs, batch)
+    if not _same(point, theta) or (not passed and _writes_far_away(obj, theta, inputs)):
+        raise checks.invalid(
+            "model",
+            "a forward pass that only reads its parameters",
+            "one that writes to them",
+            "constrain them after each training step instead, not in forward by "
+            ".data.clamp_ or max_norm of nn.Embedding; or compute with a constrained copy",
+        )
+    again = outputs if passed else obj.outputs(theta, inputs)
+    # Rare noise may spare these examples, but not the generator it is drawn from.
+    if not _same(outputs, again) or not torch.equal(drawn, _random_state(obj.device)):
+        raise not_repeatable("model", lambda: obj.outputs(theta, inputs))
+    return outputs
+
+
+def _require_output_form(obj: FunctionalModel, outputs: object, batch: Batch) -> None:
+    inside = obj.loss_is_inside  # outputs are then the losses of examples
+    if not isinstance(outputs, Tensor) or (outputs.shape[:1] != (batch.size,) and not obj.coupled):
+        raise checks.invalid(
+            "loss" if inside else "model",
+            f"one loss an example, shape [{batch.size}]"
+            if inside
+            else f"one output tensor [{batch.size}, ...] for that many inputs",
+            checks.describe(outputs),
+            "a loss of all examples together needs coupled=True"
+            if inside
+            else "wrap it in a module that returns the tensor the loss needs",
+        )
+    if outputs.is_complex() and obj.loss_name != "custom":
+        raise checks.invalid(
+            "model",
+            f"real outputs for the loss {obj.loss_name!r}",
+            checks.describe(outputs),
+            "return torch.view_as_real of them, or pass a loss of your own that is real",
+        )
+
+
+def _require_repeatable_loss(obj: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
+    drawn, losses = _random_state(obj.device), _losses_of(obj, outputs, batch)
+    again = _losses_of(obj, outputs, batch)
+    if not _same(losses, again) or not torch.equal(drawn, _random_state(obj.device)):
+        raise not_repeatable("loss", lambda: _losses_of(obj, outputs, batch))
+    return losses
+
+
+def _require_gradient(obj: FunctionalModel, batch: Batch, given: nn.Module | None) -> None:
+    """Reject losses without a gradient in theta, or that use the parameters of `given`."""
+    theta = obj.point(None)
     # Frozen parameters may be part of theta; in a function that holds the given model, too.
     follow: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if given is not None:
         follow = requiring_gradients(given, obj.parameter_names)
+    before = obj.independent
     with torch.enable_grad(), Watcher() as watcher, follow:
-        before = obj.independent
-        differentiable = _differentiable_losses(obj, batch, theta)
+        losses = _differentiable_losses(obj, batch, theta)
     if watcher.derivative and not obj.takes_derivatives:
         obj.takes_derivatives = True
         with torch.enable_grad():  # again, as a graph may now be that of the inputs alone
-            differentiable = _differentiable_losses(obj, batch, theta)
+            losses = _differentiable_losses(obj, batch, theta)
     obj.takes_derivatives = watcher.derivative
     if given is not None:
-        require_no_references(backward_nodes(differentiable), given, obj.module)
-    if obj.independent > before or not differentiable.requires_grad:
+        require_no_references(backward_nodes(losses), given, obj.module)
+    if obj.independent > before or not losses.requires_grad:
         raise checks.invalid(
             "model",
             "a loss that depends on the trainable parameters",
             f"one that does not, for the first {batch.size} examples",
             "look for torch.no_grad or detach in the model or the loss",
         )
+
+
+def _require_loss_form(losses: Tensor, outputs: Tensor, batch: Batch) -> None:
     if losses.is_complex():
         raise checks.invalid(
             "loss",
@@ -196,15 +228,12 @@ def require_model(
         raise checks.invalid(
             "loss",
             f"one loss an example, shape [{batch.size}]",
-            f"{checks.describe(losses)} for outputs {checks.describe(first)} and targets "
+            f"{checks.describe(losses)} for outputs {checks.describe(outputs)} and targets "
             f"{checks.describe(batch.targets)}",
             'return one loss per example (reduction="none", and a mean over all but the first '
             "axis), or pass torch's own loss, such as nn.CrossEntropyLoss(); a loss of all "
             "examples together needs coupled=True",
         )
-    if separate and obj.separable:
-        require_separate(obj, model=not known)
-    _passed.put(key, True)
 
 
 # Models, with losses, that were found to be deterministic, to write to no parameter, and not to mix
@@ -213,7 +242,7 @@ _passed: LRUCache[bool] = LRUCache(256)
 
 
 def _first_outputs(obj: FunctionalModel, theta: Tensor, inputs: Tensor) -> Tensor:
-    """The model's outputs; by formulas where torch has no derivative that the model takes."""
+    """The model's outputs; by formulas where torch lacks a derivative that the model takes."""
     obj.takes_derivatives = False
     with Watcher() as watcher:
         try:
@@ -226,10 +255,10 @@ def _first_outputs(obj: FunctionalModel, theta: Tensor, inputs: Tensor) -> Tenso
 
 
 def _differentiable_losses(obj: FunctionalModel, batch: Batch, theta: Tensor) -> Tensor:
-    """Losses [n] of a batch with their graph; rejects activations that are computed again.
+    """Losses [n] of a batch with their graph; rejects `torch.utils.checkpoint`.
 
-    `torch.utils.checkpoint` runs the model once more in the backward pass, when it no longer has
-    the parameters of theta: an error at best, and at worst the gradient of another point.
+    It runs the model again in the backward pass, without the parameters of theta: an error at best,
+    and at worst the gradient of another point.
     """
     leaf = theta.detach().requires_grad_()
     try:
@@ -259,18 +288,13 @@ def _checkpointed() -> ValueError:
     )
 
 
-def check_batch(obj: FunctionalModel) -> Batch:
-    """A few examples to check a model on, or the first batch where the model takes no fewer.
+def first_output(obj: FunctionalModel) -> tuple[Batch, Any]:
+    """A few examples (or the first batch, if the model takes no fewer) and the model's raw output.
 
     Raises:
-        ValueError: a model that takes neither; one that takes the batch alone, unless examples
-            are not separate anyhow.
+        ValueError: a model that takes neither; one that takes the batch alone, unless examples are
+            coupled anyhow.
     """
-    return first_output(obj)[0]
-
-
-def first_output(obj: FunctionalModel) -> tuple[Batch, Any]:
-    """`check_batch`, and the model's output for it as it comes."""
     reader, theta = obj._reader, obj.point(None)
 
     def output(batch: Batch) -> Any:
@@ -345,7 +369,7 @@ def _brief(error: Exception) -> str:
 
 
 def _losses_of(obj: FunctionalModel, outputs: Tensor, batch: Batch) -> Tensor:
-    """Losses of a batch's outputs; a loss that fails says what it was called with."""
+    """Losses of a batch's outputs; the message of a failure has the outputs and targets."""
     try:
         losses = obj.output_losses(outputs, batch.targets)
     except (TypeError, AttributeError, IndexError, KeyError, RuntimeError) as error:

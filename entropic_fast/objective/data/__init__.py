@@ -1,7 +1,4 @@
-"""The data of an Objective: trees of tensors, a Dataset or batches, read in one fixed order.
-
-Start with `_dataset`; `_batch_format` says how a batch becomes arguments of a model.
-"""
+"""The data of an Objective: trees of tensors, a Dataset or batches, read in one fixed order."""
 
 from ._batch import Batch, WithTargets, batches_in_range, fingerprint
 from ._batch_format import BatchFormat

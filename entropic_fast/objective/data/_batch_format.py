@@ -25,17 +25,16 @@ class BatchFormat:
     """How a model takes a batch, by the signature of its forward.
 
     - a dict: its labels (under one of LABELS) are the targets, the keys that forward accepts are
-      keyword arguments; a forward of one argument takes the dict itself. Without labels the
-      targets are the entire dict, for a loss of the user's.
-    - (inputs, targets): a tuple or list of inputs are positional arguments, where forward
-      accepts so many.
-    - (a, b, targets) for a forward of two inputs; (inputs, targets, index) for a forward of one:
-      an integer index per example is dropped.
+      keyword arguments; a forward of one argument takes the dict itself. Without labels the targets
+      are the entire dict, for a loss of the user's.
+    - (inputs, targets): a tuple or list of inputs are positional arguments, if forward accepts so
+      many.
+    - (a, b, targets) for a forward of two inputs; (inputs, targets, index) for a forward of one: an
+      integer index per example is dropped.
 
     Args:
-        model: whose forward is asked.
-        labels_of: makes the targets of inputs that come without labels; None where a loss needs
-            some.
+        model: whose forward is inspected.
+        labels_of: makes the targets of inputs without labels; None if the loss needs labels.
 
     >>> form = BatchFormat(nn.Linear(2, 1))
     >>> x, y = form.split([torch.ones(3, 2), torch.zeros(3), torch.arange(3)])
@@ -133,7 +132,7 @@ class BatchFormat:
         return as_tree("inputs", value)
 
     def _for_forward(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Without what forward does not accept by name, where it is called with keywords."""
+        """Without the keys that forward does not accept, where it is called with keywords."""
         accepted = self._accepted(values)
         return {key: values[key] for key in accepted} if self._takes_keywords(values) else values
 
@@ -195,11 +194,7 @@ def _is_fractional(value: Any) -> bool:
 
 
 def as_tree(where: str, value: Any) -> Tree:
-    """A tree of tensors from tensors, arrays and their containers; None in a dict is left out.
-
-    Raises:
-        ValueError: anything else; the message names its place.
-    """
+    """A tree of tensors from tensors, arrays and their containers, without None in dicts."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray):
@@ -235,14 +230,7 @@ def as_tree(where: str, value: Any) -> Tree:
 
 
 def require_one_length(inputs: Tree, targets: Tree, one_batch: bool = False) -> int:
-    """The length of the first axis that all tensors share.
-
-    Args:
-        one_batch: the examples are one batch, never cut: only the targets count them.
-
-    Raises:
-        ValueError: a tensor without axes, lengths that differ; the message names the tensors.
-    """
+    """The common length of the first axis of all tensors; of the targets alone for `one_batch`."""
     named = [
         (what + keystr(path), leaf)
         for what, tree in (("inputs", inputs), ("targets", targets))

@@ -15,11 +15,7 @@ from ._batch_format import as_tree
 
 
 def is_one_batch(data: Any) -> bool:
-    """Whether data are the examples themselves, not batches of them.
-
-    Raises:
-        ValueError: a tuple of two that may be both.
-    """
+    """Whether data are the examples themselves, not batches; rejects an ambiguous tuple of two."""
     if isinstance(data, Mapping) and not isinstance(data, Dataset):
         return True
     if not isinstance(data, tuple | list) or not data:

@@ -23,11 +23,11 @@ class ExampleSet:
     """Examples in a fixed order, in batches, on a device.
 
     Args:
-        data: (inputs, targets), trees of tensors or NumPy arrays; a dict with labels; a Dataset
-            of examples; or a re-iterable of batches. See `BatchFormat`.
+        data: (inputs, targets), trees of tensors or NumPy arrays; a dict with labels; a Dataset of
+            examples; or a re-iterable of batches. See `BatchFormat`.
         device: where batches are delivered.
         dtype: floating-point inputs are cast to it.
-        batch_size: examples a batch; None for 256, or for the batches as they come.
+        batch_size: examples per batch; None for 256, or for the batches as they come.
         form: how batches are read; default, as for a model of one input.
         one_batch: all examples are one batch, never cut.
 
@@ -77,7 +77,7 @@ class ExampleSet:
     def of(
         cls, inputs: Tree, targets: Tree, like: ExampleSet, batch_size: int | None
     ) -> ExampleSet:
-        """Examples of these trees of tensors as they are, else as `like` reads its own."""
+        """Examples of these trees of tensors as they are, with the settings of `like`."""
         made = ExampleSet.__new__(ExampleSet)
         made.device, made.dtype, made.form = like.device, like.dtype, like.form
         made.one_batch, made.with_targets = like.one_batch, False
@@ -123,7 +123,6 @@ class ExampleSet:
             )
 
     def _join(self, batch_size: int | None) -> None:
-        """Put all examples into one batch."""
         if batch_size is not None and batch_size < self.count:
             raise checks.invalid(
                 "batch_size",
@@ -151,7 +150,7 @@ class ExampleSet:
         self._tensors, self._source = (inputs, targets), ()
 
     def including_targets(self) -> ExampleSet:
-        """The same, with inputs that hold the targets too, as `WithTargets`."""
+        """The same, with `WithTargets` as inputs."""
         clone = copy.copy(self)
         clone.with_targets = True
         return clone
@@ -201,21 +200,21 @@ class ExampleSet:
         return next(self.batches(batch_size=size))
 
     def fingerprint(self) -> str:
-        """SHA-256 of all examples, as they were when it was first asked for."""
+        """SHA-256 of all examples, cached at the first call."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(t for b in self.batches() for t in trees.leaves(b[1:]))
         return self._fingerprint
 
     @property
     def are_tensors(self) -> bool:
-        """Whether all are held, so that batches of any size are cut from them."""
+        """Whether the data are tensors in memory, cut into batches of any size."""
         return self._tensors is not None
 
     def some(self, in_a_row: int, spread: int) -> tuple[list[int], Batch]:
-        """The first examples, and others evenly over all, and their numbers.
+        """The first examples, others evenly spread over all, and their indices.
 
-        Of data in batches those of the first with several examples, of which one may not show
-        whether they depend on each other.
+        For data in batches, those of the first batch of more than one, since one example alone
+        cannot show a dependence.
         """
         if self._tensors is not None:
             inputs, targets = self._tensors
@@ -262,7 +261,6 @@ class ExampleSet:
                 yield self._convert(inputs), trees.mapped(self._moved, targets)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """A target, on the device."""
         tensor = _normal(tensor)
         recast = tensor.dtype in self._target_dtypes
         return tensor.to(self.device, self.dtype if recast else tensor.dtype)
@@ -280,7 +278,7 @@ class ExampleSet:
 
 
 def _normal(tensor: Tensor) -> Tensor:
-    """The tensor; a copy of one made in inference mode, which autograd does not take."""
+    """The tensor, copied if made in inference mode, which autograd rejects."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 

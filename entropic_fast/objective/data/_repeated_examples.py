@@ -13,15 +13,15 @@ from ._dataset import ExampleSet
 
 
 class RepeatedExamples(ExampleSet):
-    """Every example of other data `times` times in a row, each with a target of its own.
+    """Every example of other data `times` times in a row, each with its own target.
 
     Inputs are repeated as batches are read, so they are held once.
 
     Args:
         source: the examples to repeat.
         times: how often.
-        targets: for each repetition, on the source's device, of shape [N * times, ...]; or a
-            list of them for each batch of the source, of which shapes may differ.
+        targets: one per repetition, on the source's device, of shape [N * times, ...]; or a list of
+            them per batch of the source, whose shapes may differ.
     """
 
     def __init__(self, source: ExampleSet, times: int, targets: Tensor | list[Tensor]) -> None:
@@ -44,7 +44,7 @@ class RepeatedExamples(ExampleSet):
         return RepeatedExamples(self._base.cast(dtype), self._times, self._targets)
 
     def _targets_from(self, start: int, count: int) -> Tensor:
-        """Those of `count` repetitions, which are in one batch of the source if shapes differ."""
+        """Targets of `count` repetitions, within one batch of the source if shapes differ."""
         for block in self._targets:
             if start < len(block):
                 return block[start : start + count]

@@ -1,4 +1,4 @@
-"""What the losses that the library knows ask of outputs and targets, checked over all data."""
+"""Requirements of the library's losses on outputs and targets, checked over all data."""
 
 from __future__ import annotations
 
@@ -31,14 +31,7 @@ _CLASSES_LAST = (
 
 
 def require_fitting(obj: FunctionalModel, theta: Tensor, outputs: Any, batch: Batch) -> None:
-    """Reject outputs and targets that do not fit the objective's loss, if the library knows it.
-
-    Args:
-        outputs: at theta, of the batch.
-
-    Raises:
-        ValueError: naming targets, outputs or loss, and the first example that is wrong.
-    """
+    """Reject outputs and targets that do not fit the objective's loss, if the library knows it."""
     loss = obj.loss_fn
     closed = closed_form(loss)
     if isinstance(closed, NegativeLogLikelihood | KLDivergence) and closed.normalized is None:
@@ -58,7 +51,7 @@ def require_fitting(obj: FunctionalModel, theta: Tensor, outputs: Any, batch: Ba
 
 
 def _are_normalized(obj: FunctionalModel, theta: Tensor, batch: Batch) -> bool:
-    """Whether outputs [n, C, ...] are logarithms of what sums to 1, at theta and elsewhere."""
+    """Whether outputs [n, C, ...] are normalized log-probabilities, at theta and elsewhere."""
     single = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
     theta = theta.to(single.dtype)
     batch = next(single.batches(batch_size=batch.size))
@@ -78,9 +71,7 @@ def require_labels(
     loss: CrossEntropy,
     ignoring: bool = True,
 ) -> None:
-    """Reject targets that do not fit the outputs' classes, for cross-entropy.
-
-    Targets are either integers in [0, C) or probabilities of the outputs' shape.
+    """Reject targets other than integers in [0, C) or probabilities, for cross-entropy.
 
     Args:
         outputs_of: the model; run once for inputs of each shape.

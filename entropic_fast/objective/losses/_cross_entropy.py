@@ -20,11 +20,11 @@ IGNORED = -100
 class CrossEntropy(ReducedLoss):
     """`nn.CrossEntropyLoss` as one loss per example: class weights, ignored labels, smoothing.
 
-    With torch's default reduction, "mean", the mean over the examples is torch's over the data:
-    the weighted sum over all positions that are not ignored, divided by the sum of their weights
-    (by the number of positions, if targets are probabilities); see `ReducedLoss`. With
-    reduction="none" an example's loss is the mean over all its positions, as for the name
-    "cross_entropy", and what is ignored counts as 0 in it.
+    With torch's default reduction, "mean", the mean over the examples is torch's over the data: the
+    weighted sum over all positions that are not ignored, divided by the sum of their weights (by
+    the number of positions, if targets are probabilities); see `ReducedLoss`. With reduction="none"
+    an example's loss is the mean over all its positions, as for the name "cross_entropy", with
+    ignored ones as 0.
 
     Args:
         loss: its class weights are converted to the outputs' dtype and device.
@@ -60,7 +60,7 @@ class CrossEntropy(ReducedLoss):
 
     @property
     def no_likelihood(self) -> str:
-        """Why labels drawn from softmax have another distribution than the loss's; "" if not."""
+        """Why labels drawn from softmax do not have the loss's distribution; "" if they do."""
         if self.weight is not None:
             return "class weights, with which it is no likelihood"
         return "label smoothing, with which it is no likelihood" if self.smoothing else ""
@@ -93,11 +93,7 @@ class CrossEntropy(ReducedLoss):
         return total
 
     def target_mass(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The sum of each position's target weights, 0 where it is ignored.
-
-        Returns:
-            of the outputs' shape, but for a single class.
-        """
+        """The sum of each position's target weights, 0 where ignored; of one class's shape."""
         outputs, targets = outputs.movedim(self.class_axis, 1), self.positions(targets)
         weight = self._weight_like(outputs)
         mass = target_mass(outputs, targets, weight)
@@ -112,7 +108,7 @@ class CrossEntropy(ReducedLoss):
     def output_hessian(
         self, outputs: Tensor, targets: Tensor, weights: Tensor
     ) -> OutputHessian | None:
-        """With probabilities p and s the sum of a position's target weights, s (p u - p <p, u>)."""
+        """s (p u - p <p, u>), with probabilities p and s the sum of a position's target weights."""
         axis = self.class_axis
         scale = self.scale(outputs[:1].numel() // max(1, outputs.shape[axis]))
         mass = self.target_mass(outputs, targets)
@@ -135,8 +131,8 @@ class NextToken(CrossEntropy):
     Outputs [n, T, V] are scores over the vocabulary at every position, targets [n, T] the tokens
     themselves: the scores at position t are compared with token t + 1. Tokens labeled -100
     (padding, prompts) do not count. Data without labels are tokens alone, or a dict with
-    `input_ids`, of which those outside `attention_mask` do not count. The mean is that over all
-    tokens that count, in the data as one batch, as `transformers` computes it for a batch.
+    `input_ids`, of which those outside `attention_mask` do not count. The mean is over all tokens
+    that count, in the data as one batch, as `transformers` computes it for a batch.
 
     >>> from entropic_fast import Objective
     >>> tokens = torch.tensor([[2, 1, 0, 1]])
@@ -154,11 +150,7 @@ class NextToken(CrossEntropy):
         super().__init__(nn.CrossEntropyLoss(ignore_index=IGNORED))
 
     def labels_of(self, inputs: Any) -> Tensor:
-        """The tokens of inputs that came without labels; those of padding do not count.  # [N, T]
-
-        Args:
-            inputs: the tokens, or a dict with `input_ids` and perhaps `attention_mask`.
-        """
+        """The tokens of a tensor or of `input_ids` as labels, padding ignored.  # [N, T]"""
         tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
         if not isinstance(tokens, Tensor):
             raise checks.invalid(
@@ -172,7 +164,7 @@ class NextToken(CrossEntropy):
         return tokens.masked_fill(mask == 0, self.ignored)
 
     def positions(self, targets: Tensor) -> Tensor:
-        """The token after each position; none counts after the last, which keeps all shapes."""
+        """The token after each position; the last position, kept for its shape, is ignored."""
         if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.is_floating_point():
             raise checks.invalid(
                 "targets", "token numbers [N, T] for next_token", checks.describe(targets)
@@ -184,13 +176,9 @@ class NextToken(CrossEntropy):
 class NegativeLogLikelihood(CrossEntropy):
     """`nn.NLLLoss`, of outputs that are log-probabilities, as one loss per example.
 
-    It is linear in them, so that its Gauss-Newton matrix by itself would be 0. If they are
-    normalized, as by `nn.LogSoftmax`, cross-entropy is the same function of the parameters, whose
-    Gauss-Newton matrix is the Fisher matrix; the loss is computed as that.
-
-    >>> loss = NegativeLogLikelihood(nn.NLLLoss())
-    >>> loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
-    tensor([2.])
+    It is linear in them, so its own Gauss-Newton matrix would be 0. For normalized ones, as by
+    `nn.LogSoftmax`, cross-entropy is the same function, whose Gauss-Newton matrix is the Fisher
+    matrix; the loss is then computed as that.
     """
 
     name = "nn.NLLLoss"
@@ -224,7 +212,6 @@ class NegativeLogLikelihood(CrossEntropy):
     def output_hessian(
         self, outputs: Tensor, targets: Tensor, weights: Tensor
     ) -> OutputHessian | None:
-        """Zero where the loss is linear in log-probabilities."""
         return super().output_hessian(outputs, targets, weights) if self.normalized else _zero
 
 
@@ -244,11 +231,7 @@ def target_mass(outputs: Tensor, targets: Tensor, weight: Tensor | None) -> Tens
 
 
 def require_labels_weighted(labels: Tensor, weight: Tensor) -> None:
-    """Reject labels that have no class weight.
-
-    Raises:
-        ValueError: a label outside 0 .. C - 1 for C class weights.
-    """
+    """Reject labels outside 0 .. C - 1 for C class weights."""
     bad = labels[(labels < 0) | (labels >= len(weight))]
     if len(bad):
         raise checks.invalid(

@@ -32,12 +32,7 @@ class DiagonalLoss(Elementwise):
 
 
 class SquaredError(DiagonalLoss):
-    """`nn.MSELoss`.
-
-    >>> loss = SquaredError(nn.MSELoss())
-    >>> loss.curvatures(torch.zeros(1, 4), torch.zeros(1, 4)).tolist()
-    [[0.5, 0.5, 0.5, 0.5]]
-    """
+    """`nn.MSELoss`."""
 
     @property
     def no_likelihood(self) -> str:
@@ -76,11 +71,7 @@ class BinaryCrossEntropy(DiagonalLoss):
         return curvatures if self._weight is None else curvatures * self._weight.to(outputs)
 
     def require_targets(self, examples: ExampleSet) -> None:
-        """Reject targets that are no probabilities, such as -1 or -100 for what is unknown.
-
-        Raises:
-            ValueError: a target outside 0 .. 1, or NaN.
-        """
+        """Reject targets outside 0 .. 1, such as -1 or -100 for unknown labels."""
         for batch in examples.batches():
             targets = trees.leaves(batch.targets)[0]
             bad = ~((targets >= 0) & (targets <= 1))
@@ -98,8 +89,8 @@ class BinaryCrossEntropy(DiagonalLoss):
 class KLDivergence(Elementwise):
     """`nn.KLDivLoss`, of outputs that are log-probabilities.
 
-    As `NegativeLogLikelihood`: of normalized outputs [n, C] it is computed with the logarithm of
-    their sum besides, which is 0, so that the Gauss-Newton matrix is that of soft targets.
+    Of normalized outputs [n, C] it is computed with the logarithm of their sum added, which is 0,
+    so that the Gauss-Newton matrix is that of soft targets.
     """
 
     def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -130,13 +121,8 @@ class KLDivergence(Elementwise):
 class GaussianNLL(ReducedLoss):
     """`nn.GaussianNLLLoss`: outputs (mean, variance), or targets (target, variance).
 
-    A model with two outputs returns the mean and the variance, in this order; a known variance
-    comes with the targets. A variance under `eps` counts as `eps`, a constant (torch lets the
-    gradient in it pass); one that is negative gives NaN, which is rejected.
-
-    >>> loss = GaussianNLL(nn.GaussianNLLLoss())
-    >>> loss((torch.zeros(1, 1), torch.ones(1, 1)), torch.ones(1, 1))
-    tensor([0.5000])
+    A variance under `eps` counts as the constant `eps` (torch lets its gradient pass); a negative
+    one gives NaN, which is rejected.
     """
 
     def __init__(self, loss: nn.GaussianNLLLoss) -> None:
@@ -168,7 +154,6 @@ class GaussianNLL(ReducedLoss):
 
 
 def _gaussian(outputs: Any, targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, target and variance."""
     if isinstance(outputs, dict):
         outputs = tuple(outputs.values())
     if isinstance(outputs, tuple | list) and len(outputs) == 2:

@@ -39,11 +39,8 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 def loss_function(loss: str | LossFunction) -> LossFunction:
     """A callable(outputs, targets) -> loss of each example [N].
 
-    Losses of `torch.nn`, and functions of `torch.nn.functional` of which torch has a module
-    (`functools.partial` of one too), become a `ReducedLoss`.
-
-    Raises:
-        ValueError: a name that is not in `NAMES`; a module with a reduction torch does not have.
+    Losses of `torch.nn`, and functions of `torch.nn.functional` that have a module (also in a
+    `functools.partial`), become a `ReducedLoss`.
     """
     if isinstance(loss, str):
         checks.one_of("loss", loss, NAMES)
@@ -99,12 +96,11 @@ def _module_of(loss: Any) -> Any:
 
 
 def bound(loss: LossFunction, examples: ExampleSet) -> LossFunction:
-    """The loss with the constants of the data, if it has any."""
     return loss.bound_to(examples) if isinstance(loss, ReducedLoss) else loss
 
 
 def origin(loss: Any) -> Any:
-    """The loss without the constants of data, for what does not depend on them."""
+    """The loss without the constants of the data."""
     return loss.origin if isinstance(loss, ReducedLoss) else loss
 
 
@@ -124,11 +120,7 @@ def computed_inside(outputs: Tensor, targets: Any) -> Tensor:
 
 
 def takes_tensor(loss: LossFunction) -> bool:
-    """Whether a loss takes one tensor of outputs, as most do that the library knows.
-
-    >>> takes_tensor(mean_squared_error), takes_tensor(GaussianNLL(nn.GaussianNLLLoss()))
-    (True, False)
-    """
+    """Whether a loss the library knows takes one tensor of outputs, as most do."""
     closed = closed_form(loss)
     several = isinstance(closed, GaussianNLL) or (
         isinstance(closed, Elementwise) and not closed.same_shape
@@ -156,8 +148,8 @@ def output_hessian(
 ) -> OutputHessian | None:
     """The Hessian of a weighted sum of losses in closed form; None for other losses.
 
-    For the squared error 2 u / m, m outputs an example; for cross-entropy with probabilities p
-    (softmax of the outputs) and s the sum of a position's target weights, s (p u - p <p, u>); for
+    For the squared error 2 u / m, with m outputs per example; for cross-entropy with probabilities
+    p (softmax of the outputs) and s the sum of a position's target weights, s (p u - p <p, u>); for
     binary cross-entropy p (1 - p) u / m.
 
     Args:
@@ -196,11 +188,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Squared error, a mean over all outputs of an example, as `nn.MSELoss`.  # [N]
-
-    Raises:
-        ValueError: targets of another shape than the outputs.
-    """
+    """Squared error, a mean over all outputs of an example, as `nn.MSELoss`.  # [N]"""
     require_shape(outputs, targets)
     return (outputs - targets).square().reshape(len(outputs), -1).mean(1)
 

@@ -27,11 +27,10 @@ class ReducedLoss:
     """One loss per example, whose mean over the data is the reduction that torch computes.
 
     torch's "mean" is the sum of all terms (one per output, position or example) over their number,
-    or over the total weight of what counts. With N examples and that divisor W of the *entire
-    data*, the loss of an example is N / W times the sum of its terms: the mean over examples is
-    torch's mean over the data as one batch. W is a constant of the data, so the mean over a
-    minibatch is an unbiased estimate of the full loss; torch's own mean of each minibatch is not,
-    where W differs between minibatches.
+    or over the total weight of those that count. With N examples and that divisor W of the *entire
+    data*, the loss of an example is N / W times the sum of its terms. W is a constant of the data,
+    so the mean over a minibatch is an unbiased estimate of the full loss; torch's own mean of each
+    minibatch is not, where W differs between minibatches.
 
     "sum" makes an example's loss N times the sum of its terms. With "none" it is their mean.
 
@@ -39,10 +38,9 @@ class ReducedLoss:
         reduction: "mean", "sum" or "none".
 
     Attributes:
-        factor: what the sum of an example's terms is multiplied with; None for their mean.
+        factor: multiplies the sum of an example's terms; None for their mean.
         key: equal for losses of the same settings; None where that is not known.
-        normalized: whether outputs are normalized log-probabilities; None before it is known, and
-            for losses that do not ask.
+        normalized: whether outputs are normalized log-probabilities; None if unknown or unused.
     """
 
     key: Hashable = None
@@ -55,7 +53,7 @@ class ReducedLoss:
 
     @property
     def origin(self) -> ReducedLoss:
-        """The loss without data: of all that differ in their constants the same."""
+        """The loss without data, the same for all that differ only in their constants."""
         return self._origin or self
 
     def terms(self, outputs: Any, targets: Any) -> Tensor:
@@ -63,18 +61,18 @@ class ReducedLoss:
         raise TypeError(f"{type(self).__name__} has no terms")
 
     def divisor(self, examples: ExampleSet) -> float | None:
-        """What torch's mean over the data divides by; None for "as many terms per example"."""
+        """The divisor of torch's mean over the data; None for equally many terms per example."""
         return None
 
     @property
     def no_likelihood(self) -> str:
-        """Why no labels can be drawn for which it is a negative log-likelihood; "" if they can."""
+        """Why it is not the negative log-likelihood of labels that can be drawn; "" if it is."""
         return "a loss that is no negative log-likelihood the library knows"
 
     def output_hessian(
         self, outputs: Tensor, targets: Tensor, weights: Tensor
     ) -> OutputHessian | None:
-        """As `loss_functions.output_hessian`; None where there is no closed form."""
+        """As `losses.output_hessian`; None where there is no closed form."""
         return None
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
@@ -86,11 +84,7 @@ class ReducedLoss:
         return terms.mean(1) if self.factor is None else terms.sum(1) * self.factor
 
     def bound_to(self, examples: ExampleSet) -> ReducedLoss:
-        """This loss with the constants of the data; itself if they are the same.
-
-        Raises:
-            ValueError: data in which nothing counts.
-        """
+        """This loss with the constants of the data; itself if they are the same."""
         factor: float | None = None
         if self.reduction == "sum":
             factor = float(examples.count)
@@ -122,7 +116,7 @@ class ReducedLoss:
         return clone
 
     def scale(self, terms: int) -> float:
-        """What each term of an example with so many terms weighs in its loss."""
+        """The weight of each term in the loss of an example with so many terms."""
         return 1 / max(1, terms) if self.factor is None else self.factor
 
 
@@ -130,19 +124,13 @@ _interned: WeakValueDictionary[Hashable, ReducedLoss] = WeakValueDictionary()
 
 
 def interned(loss: ReducedLoss, key: Hashable) -> ReducedLoss:
-    """The loss with this key that there is, or this one: what is known of a loss is kept by it."""
+    """The existing loss with this key, or this one: facts about a loss are cached by identity."""
     loss.key = key
     return loss if key is None else _interned.setdefault(key, loss)
 
 
 def settings_key(loss: _Loss) -> Hashable:
-    """A loss of torch by its settings and weights; None for one of the user's.
-
-    >>> settings_key(nn.MSELoss()) == settings_key(nn.MSELoss())
-    True
-    >>> settings_key(nn.MSELoss()) == settings_key(nn.MSELoss(reduction="sum"))
-    False
-    """
+    """A loss of torch by its settings and weights; None for one of the user's."""
     if type(loss).__module__ != _Loss.__module__:
         return None
     settings = {n: v for n, v in vars(loss).items() if not n.startswith("_") and n != "training"}
@@ -158,12 +146,7 @@ def settings_key(loss: _Loss) -> Hashable:
 class Elementwise(ReducedLoss):
     """A loss of `torch.nn` with one term per output or per example.
 
-    Args:
-        loss: the module; its buffers are converted to the outputs' dtype and device.
-
-    >>> loss = Elementwise(nn.L1Loss())
-    >>> loss(torch.zeros(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    tensor([1.5000, 3.5000])
+    Its buffers are converted to the outputs' dtype and device.
     """
 
     def __init__(self, loss: _Loss) -> None:
@@ -184,7 +167,7 @@ class Elementwise(ReducedLoss):
         return self._module(like)(*self._arguments(outputs, targets))
 
     def _arguments(self, outputs: Any, targets: Any) -> tuple[Any, ...]:
-        """What the torch loss takes, of outputs that may be several, and targets."""
+        """Arguments of the torch loss, of outputs that may be several, and targets."""
         like = trees.leaves(outputs)[0]
         kind = type(self.torch_loss).forward
         if isinstance(targets, Tensor) and (targets.is_floating_point() or kind in _NUMBERS):
@@ -208,11 +191,7 @@ class Elementwise(ReducedLoss):
         return differing_sizes(examples, self.same_shape)
 
     def require_torch_value(self, outputs: Any, targets: Any) -> None:
-        """Reject a loss whose reduction is not that of its terms, on a batch.
-
-        Raises:
-            ValueError: the module itself returns another number.
-        """
+        """Reject a loss whose reduction, on a batch, is not that of its terms."""
         n = trees.size(outputs)
         try:
             terms = self.terms(outputs, targets)
@@ -249,17 +228,7 @@ class Elementwise(ReducedLoss):
 
 
 def require_shape(outputs: Any, targets: Any) -> None:
-    """Reject targets that torch would broadcast against the outputs, or not take.
-
-    Raises:
-        ValueError: targets of another shape than the outputs.
-
-    >>> require_shape(torch.ones(5, 1), torch.ones(5))
-    Traceback (most recent call last):
-    ...
-    ValueError: targets: expected the outputs' shape [5, 1], got [5], which torch would broadcast
-    to a value per pair of examples; use targets.unsqueeze(1)
-    """
+    """Reject targets that torch would broadcast against the outputs, or not take."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         got = outputs if not isinstance(outputs, Tensor) else targets
         name = "outputs" if got is outputs else "targets"
@@ -317,7 +286,6 @@ def _require_no_example_weights(loss: nn.Module, outputs: Tensor) -> None:
 
 
 def _forwards(*kinds: type[_Loss]) -> frozenset[Any]:
-    """Subclasses that keep the computation are of the kind."""
     return frozenset(kind.forward for kind in kinds)
 
 
