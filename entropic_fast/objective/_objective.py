@@ -16,6 +16,7 @@ from ..distributed import Communicator, SingleProcess
 from . import _validation as model_checks
 from ._live_model import StatisticsPoint, read_model
 from ._mean_loss import MeanLoss
+from ._modules import require_module
 from ._normalization import gather_statistics, norm_layers, private_copy
 from ._output_reader import OutputReader, reader_of
 from ._parameters import cached_copy, choose, model_lock
@@ -120,7 +121,7 @@ class Objective(MeanLoss):
         coupled: bool = False,
         weight_decay: float = 0.0,
     ) -> None:
-        model_checks.require_module(model)
+        require_module(model)
         checks.one_of("norm", norm, ("running", "batch"))
         self.norm = norm
         self.weight_decay = float(checks.at_least("weight_decay", weight_decay, 0.0))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import traceback
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,69 +29,6 @@ from ._parameters import mixed_precision, model_lock
 from .data import Batch, WithTargets
 from .losses._checks import require_fitting
 from .losses._functions import origin
-
-
-def require_module(model: nn.Module) -> None:
-    """Reject anything but a module with dense parameters, held in full, that can be replaced."""
-    if not isinstance(model, nn.Module):
-        raise checks.invalid(
-            "model",
-            "an nn.Module",
-            checks.describe(model),
-            "load a state dict into the model that it is of"
-            if isinstance(model, Mapping)
-            else "put a function into a module that holds its parameters; pass an instance",
-        )
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise checks.invalid(
-            "model",
-            "an nn.Module whose parameters can be replaced",
-            "one compiled by torch.jit.script or torch.jit.trace",
-            "pass the module that it was made from, with load_state_dict for its weights",
-        )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _require_values(name, tensor)
-    if any(
-        c.__name__ == "FullyShardedDataParallel" for m in model.modules() for c in type(m).mro()
-    ):
-        raise _in_pieces("FullyShardedDataParallel")
-    # A DTensor there can be only where its module was imported.
-    sharded = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
-    if any(isinstance(tensor, sharded) for tensor in (*model.parameters(), *model.buffers())):
-        raise _in_pieces("DTensor, as fully_shard makes them")
-
-
-def _require_values(name: str, tensor: Tensor) -> None:
-    if nn.parameter.is_lazy(tensor):
-        raise checks.invalid(
-            "model",
-            "initialized parameters",
-            f"a lazy one, {name!r}",
-            "run the model once on an example first",
-        )
-    if tensor.layout != torch.strided and isinstance(tensor, nn.Parameter):
-        raise checks.invalid(
-            "model",
-            "dense parameters",
-            f"{name!r} of layout {tensor.layout}",
-            "make it dense, or a buffer if it is constant",
-        )
-    if tensor.is_meta:
-        raise checks.invalid(
-            "model",
-            "parameters and buffers with values",
-            f"{name!r} on the meta device, which keeps none",
-            'call model.to_empty(device="cpu") and load its weights',
-        )
-
-
-def _in_pieces(kind: str) -> ValueError:
-    return checks.invalid(
-        "model",
-        "parameters that each process holds whole",
-        f"some in pieces ({kind})",
-        "replicate the model and share the examples, with entropic_fast.distribute",
-    )
 
 
 def require_model(
