@@ -1,4 +1,4 @@
-"""Capturing work as a CUDA graph, and what is to be done before and where it fails."""
+"""Capture of work as a CUDA graph, with its warm-up and the cleanup after a failure."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def switched_off() -> str:
 
 
 class GraphMemory:
-    """Memory that graphs share of which none is read after another has run.
+    """Memory common to graphs of which none is read after another has run.
 
-    They must be captured on one stream too: torch's allocator keeps what is free apart by stream.
+    They must be captured on one stream too: torch's allocator keeps free memory by stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,10 +33,7 @@ class GraphMemory:
 
 
 def side_stream(device: torch.device) -> Any:
-    """A stream of a GPU other than the default, the same at every call of a thread.
-
-    Each stream has free memory of its own, which others do not use.
-    """
+    """A stream of a GPU other than the default, the same at every call of a thread."""
     streams: dict[torch.device, Any] = _local.__dict__.setdefault("streams", {})
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -55,12 +52,12 @@ def on_side_stream(work: Callable[[], object], device: torch.device) -> None:
 def captured(
     work: Callable[[], object], device: torch.device, memory: GraphMemory | None = None
 ) -> tuple[torch.cuda.CUDAGraph | None, str]:
-    """The graph of `work()`, in which nothing is computed; or None, and a note of the reason.
+    """The graph of `work()`, which is not run; or None, and a note of the reason.
 
     Args:
-        work: reads no value back, and finds what it reads where it is.
+        work: reads no value back, and finds its inputs at the same addresses.
         device: a GPU.
-        memory: shared with other graphs; None for memory of its own.
+        memory: common to other graphs; None for memory of its own.
     """
     if switched_off():
         return None, switched_off()
@@ -89,7 +86,7 @@ def captured(
 
 
 def _end_pool(device: torch.device, pool: Any) -> None:
-    """What torch leaves open where ending a capture fails: all memory would come from the pool."""
+    """Close what torch leaves open after a failed capture: all memory would come from the pool."""
     with contextlib.suppress(RuntimeError, AttributeError):  # ended already; no CUDA build
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)

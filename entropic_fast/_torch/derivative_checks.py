@@ -1,4 +1,4 @@
-"""Derivatives that a model takes itself, and functions whose derivatives torch has wrong."""
+"""Derivatives that a model takes itself, and functions that torch differentiates wrongly."""
 
 from __future__ import annotations
 
@@ -27,11 +27,7 @@ def require_right_gradients(model: nn.Module) -> None:
 
 @lru_cache
 def cdist_is_right() -> bool:
-    """Whether torch has the second derivative of `torch.cdist` (2.14.1 has).
-
-    >>> isinstance(cdist_is_right(), bool)
-    True
-    """
+    """Whether torch has the second derivative of `torch.cdist` (2.14.1 has)."""
     x = torch.tensor([[0.5, 1.0]], dtype=torch.float64, requires_grad=True)
     far, p = torch.zeros(1, 2, dtype=torch.float64), 3.0
     with torch.enable_grad():
@@ -46,15 +42,9 @@ def cdist_is_right() -> bool:
 
 
 class Watcher(TorchFunctionMode):
-    """Notes whether a derivative is taken within it, and rejects functions without derivative.
+    """Notes in `derivative` whether a derivative is taken within it, by any means.
 
-    Attributes:
-        derivative: whether there was one: by autograd, forward mode or a transform of torch.func.
-
-    >>> with Watcher() as watcher:
-    ...     _ = torch.func.grad(torch.square)(torch.tensor(1.0))
-    >>> watcher.derivative
-    True
+    Rejects functions without one.
     """
 
     def __init__(self) -> None:
@@ -124,16 +114,10 @@ _CONSTANT = """
     legendre_polynomial_p shifted_chebyshev_polynomial_t shifted_chebyshev_polynomial_u
     shifted_chebyshev_polynomial_v shifted_chebyshev_polynomial_w
 """
-
-
 NO_DERIVATIVE = {
     getattr(torch.special, name) for name in str.split(_CONSTANT) if hasattr(torch.special, name)
 }
-
-
 _SCATTERED = {torch.scatter_reduce, Tensor.scatter_reduce}  # wrong for products alone
-
-
 # Functions of which torch's forward mode gives numbers whose gradient is wrong (of
 # `cholesky_inverse` the numbers too).
 WRONG_FORWARD = {

@@ -1,11 +1,7 @@
 """Functions of torch whose higher derivatives are wrong or missing, by their formulas.
 
-A model or loss that takes a derivative in its inputs (the residual of a differential equation, a
-gradient penalty, forces) makes a Hessian of the loss a third derivative of what it calls. torch's
-third derivative of layer normalization is wrong, that of batch normalization missing, and the
-transforms of `torch.func` have second derivatives of normalization layers wrong.
-`tests/_torch/test_derivative_formulas.py` tries all of torch's layers; docs/numerics.md has the
-table.
+A model or loss that takes a derivative in its inputs makes a Hessian of the loss a third derivative
+of what it calls; docs/numerics.md has the table of functions.
 """
 
 from __future__ import annotations
@@ -23,14 +19,7 @@ from .full_precision import hardsigmoid, weight_norm
 
 
 class AnyOrder(TorchFunctionMode):
-    """Within it, functions of FORMULAS are computed by formulas that torch differentiates rightly.
-
-    >>> x = torch.tensor([[0.0, 1.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    >>> with AnyOrder():
-    ...     y = torch.nn.functional.layer_norm(x, [3])
-    >>> "NativeLayerNorm" in type(y.grad_fn).__name__
-    False
-    """
+    """Within it, functions in FORMULAS use formulas that torch differentiates rightly."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.compiler.is_compiling():  # which cannot follow what comes here
@@ -43,7 +32,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) over dims, in float32 or more as torch's own."""
+    """(x - mean) / sqrt(variance + eps) over dims, in float32 or more as in torch."""
     wide = _wide(x)
     centered = wide - wide.mean(dims, keepdim=True)
     scale = (centered.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -55,7 +44,7 @@ def _last(shape: Sequence[int]) -> list[int]:
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x weight + bias, which are of the second axis."""
+    """x weight + bias, along the second axis."""
     shape = [1, -1] + [1] * (x.ndim - 2)
     x = x if weight is None else x * weight.view(shape)
     return x if bias is None else x + bias.view(shape)
@@ -69,7 +58,6 @@ def layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """`F.layer_norm`."""
     if tuple(input.shape[input.ndim - len(normalized_shape) :]) != tuple(normalized_shape):
         return functional.layer_norm(input, list(normalized_shape), weight, bias, eps)  # raises
     normalized = _normalized(input, _last(normalized_shape), eps)
@@ -97,7 +85,6 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`F.rms_norm`."""
     wide = _wide(input)
     least = torch.finfo(input.dtype).eps if eps is None else eps
     dims = _last(normalized_shape)
@@ -113,7 +100,6 @@ def group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Tensor:
-    """`F.group_norm`."""
     if input.ndim < 2 or input.shape[1] % num_groups or input[:1].numel() <= num_groups:
         return functional.group_norm(input, num_groups, weight, bias, eps)  # rejects most
     groups = input.reshape(len(input), num_groups, -1)
@@ -130,7 +116,6 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`, which updates the running statistics where it is in training."""
     if training:
         if running_mean is not None or input.numel() <= input.shape[1]:
             with torch.no_grad():  # for the update; or for what it raises
@@ -157,7 +142,6 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.instance_norm`, which updates the running statistics where there are any."""
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None or input[:1, :1].numel() <= 1:
@@ -199,10 +183,7 @@ def _called_instance_norm(
 
 
 def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`F.conv_transpose1d` or another, of which torch has no third derivative if it pads outputs.
-
-    It is then the convolution without padding, cut off and padded.
-    """
+    """`F.conv_transpose*`, which lacks a third derivative where torch itself pads the output."""
 
     def convolution(
         input: Tensor,
@@ -230,13 +211,12 @@ def _transposed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.silu`, of which torch has no forward mode of the gradient."""
+    """`F.silu`, whose gradient has no forward mode in torch."""
     x = input.clone() if inplace else input  # which the backward pass needs
     return _placed(x * torch.sigmoid(x), input, inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """`F.mish`, likewise."""
     x = input.clone() if inplace else input
     return _placed(x * functional.softplus(x).tanh(), input, inplace)
 
@@ -246,13 +226,13 @@ def _placed(result: Tensor, input: Tensor, inplace: bool) -> Tensor:
 
 
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
-    """`F.pdist`, of which torch's third derivative is NaN for p = 2."""
+    """`F.pdist`, whose third derivative is NaN in torch for p = 2."""
     i, j = torch.triu_indices(len(input), len(input), 1, device=input.device)
     return _lengths(input[i] - input[j]) if p == 2 else functional.pdist(input, p)
 
 
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
-    """`torch.cdist`, of which torch's derivatives are NaN for p = 2 where a distance is 0."""
+    """`torch.cdist`, whose derivatives are NaN in torch for p = 2 and a distance of 0."""
     if p != 2 or x1.shape[-1] != x2.shape[-1]:
         return torch.cdist(x1, x2, p)
     return _lengths(x1[..., :, None, :] - x2[..., None, :, :])

@@ -1,7 +1,7 @@
 """torch's forward mode, one thread at a time.
 
-Its levels belong to the process (torch 2.13 and 2.15): a thread that leaves its level takes it
-from all others, whose calls then raise, or return wrong numbers.
+Its levels belong to the process (torch 2.13 and 2.15): a thread that leaves its level removes it
+from all others, whose calls then raise or return wrong numbers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,6 @@ forward_lock = threading.RLock()
 
 
 def jvp(function: Callable[..., Any], points: Any, directions: Any) -> Any:
-    """`torch.func.jvp`: the function's values and their derivatives along directions.
-
-    >>> jvp(torch.square, (torch.tensor(3.0),), (torch.tensor(1.0),))
-    (tensor(9.), tensor(6.))
-    """
+    """`torch.func.jvp`: the function's values and their derivatives along directions."""
     with forward_lock:
         return torch.func.jvp(function, points, directions)

@@ -15,23 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class RefCountedContext:
-    """A setting of the whole process that threads may hold at the same time.
+    """A setting of the process that threads may hold at the same time.
 
-    The first that enters makes it and the last that leaves undoes it, so that none restores what
-    another still needs.
-
-    >>> states = []
-    >>> @contextlib.contextmanager
-    ... def setting():
-    ...     states.append("set")
-    ...     yield
-    ...     states.append("restored")
-    >>> shared = RefCountedContext(setting)
-    >>> with shared(), shared():
-    ...     states
-    ['set']
-    >>> states
-    ['set', 'restored']
+    The first that enters sets it and the last that leaves restores it.
     """
 
     def __init__(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
@@ -58,16 +44,10 @@ class RefCountedContext:
 def full_precision() -> Iterator[None]:
     """Within it, and as a decorator: full float32, no autocast, no fused attention.
 
-    On a GPU torch convolves float32 numbers in TF32 unless told otherwise, with 10 bits of
-    mantissa: curvature would be off by 1e-3. After `torch.set_float32_matmul_precision("medium")`
-    matrix products are rounded on CPUs as well. Fused attention has no second derivative, so
-    attention is computed by plain matrix products. An autocast that surrounds the call would
-    round to half precision; what a model itself asks for within its forward still acts. What was
-    set before is restored.
-
-    >>> with full_precision():
-    ...     torch.backends.mha.get_fastpath_enabled()
-    False
+    On a GPU torch convolves float32 numbers in TF32 by default, with 10 bits of mantissa: curvature
+    would be off by 1e-3. `torch.set_float32_matmul_precision("medium")` rounds products on CPUs
+    too. Fused attention has no second derivative. An autocast within the model's forward still
+    acts.
     """
     allowed = getattr(_tf32, "allowed", False)
     with no_autocast(), _plain_attention(), _float32("tf32" if allowed else "ieee"):
@@ -76,14 +56,11 @@ def full_precision() -> Iterator[None]:
 
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Within it, in this thread, what `full_precision` has a GPU round float32 products to.
+    """Within it, in this thread, `full_precision` computes float32 products on a GPU so.
 
     Args:
-        precision: "float32", as without it; or "tf32", with 10 bits of mantissa. While another
-            thread is within full float32, so is this one: settings are the process's.
-
-    >>> with products_in("tf32"), full_precision():  # on a GPU, products in TF32
-    ...     pass
+        precision: "float32", or "tf32" (10 bits of mantissa). Settings are the process's: while
+            another thread is within full float32, so is this one.
     """
     before = getattr(_tf32, "allowed", False)
     _tf32.allowed = precision == "tf32"
@@ -125,7 +102,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 class _Float32:
-    """The precision of float32 products, for the process: the highest that a thread is within."""
+    """The precision of float32 products, for the process: the highest that any thread asks for."""
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), {"ieee": 0, "tf32": 0}
@@ -162,7 +139,7 @@ _float32 = _Float32()
 
 
 def _set_float32(precision: str) -> Callable[[], None]:
-    """Have products of float32 numbers computed so, and return what restores the settings."""
+    """Set the precision of float32 products; returns a function that restores the settings."""
     settings = _float32_settings()
     before = [setting.fp32_precision for setting in settings]
     if precision == "ieee" and not {"tf32", "bf16"} & set(before):
@@ -215,11 +192,10 @@ def _float32_settings() -> list[Any]:
 
 
 def _own_values(settings: list[Any], values: list[str]) -> list[str]:
-    """What settings hold themselves: "none" where their value is that of a setting above them.
+    """The settings' stored values: "none" where the value is inherited from a setting above.
 
-    Written back as a value of their own, it would hide later changes of the setting above. cuDNN's
-    begin as TF32 of the lowest rank, which cannot be written: without a setting above them they
-    hold TF32 themselves afterwards.
+    Written back as a stored value, it would hide later changes of the setting above. cuDNN's
+    default TF32 has the lowest rank and cannot be written: afterwards it is stored.
     """
     read: Any = torch._C._get_fp32_precision_getter
     write: Any = torch._C._set_fp32_precision_setter
@@ -243,13 +219,8 @@ def _own_values(settings: list[Any], values: list[str]) -> list[str]:
 class double_backward_fixes(TorchFunctionMode):
     """Within it, functions whose second derivative torch has wrong are computed by others.
 
-    The double backward pass of weight normalization (torch 2.13 and 2.15, CPU, weights normalized
-    along their first or last dimension) returns products that are wrong by their own size; the
-    hard sigmoid has none.
-
-    >>> with double_backward_fixes():
-    ...     torch._weight_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[10.0]]), 0)
-    tensor([[6., 8.]])
+    The double backward pass of weight normalization (torch 2.13 and 2.15, CPU, along the first or
+    last dimension) is off by its own size; the hard sigmoid has none.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -261,9 +232,9 @@ class double_backward_fixes(TorchFunctionMode):
 
 
 class NativeRecurrence(TorchFunctionMode):
-    """Within it, recurrent layers run by torch's own kernels and not by cuDNN's.
+    """Within it, recurrent layers run by torch's own kernels.
 
-    cuDNN's have no backward pass in evaluation mode and no second derivative at all.
+    cuDNN's have no backward pass in evaluation mode and no second derivative.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps for the next tensor."""
+"""Freed memory kept by the C library for the next tensor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,12 @@ TOP_PAD = 64 * 2**20
 
 @cache
 def keep_freed_memory() -> bool:
-    """Have glibc hand out freed memory again instead of returning it to the system.
+    """Have glibc keep up to 1 GiB of freed memory; whether that was done.
 
-    A product frees and takes some hundred tensors of megabytes for every tile. Returned to the
-    system, each page is cleared and mapped again at its next use, and a product of ResNet-20 took
-    1.6 times as long. Up to 1 GiB stays with the process. Environment variables
-    MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ overrule it; other C libraries are let be.
-
-    Returns:
-        whether it was done.
+    A product allocates and frees some hundred tensors of megabytes per tile. Returned to the
+    system, each page is cleared and mapped again, and a product of ResNet-20 took 1.6 times as
+    long. The environment variables MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ take
+    precedence.
     """
     if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False

@@ -45,11 +45,8 @@ def backward_nodes(tensor: Tensor) -> Iterator[Any]:
 def require_twice_differentiable(tensor: Tensor) -> None:
     """Reject a graph with a function marked as `once_differentiable`, or so in torch.
 
-    torch takes its backward pass for a constant where only some inputs are asked for: second
-    derivatives would lack terms, without a word.
-
-    Raises:
-        RuntimeError: naming the function.
+    torch treats its backward pass as a constant where only some inputs are asked for: second
+    derivatives would silently lack terms.
     """
     for node in backward_nodes(tensor):
         if node.name() in _ONCE and not (node.name() == _CDIST and cdist_is_right()):
@@ -78,7 +75,7 @@ def require_finite_losses(losses: Tensor, theta: Tensor, start: int) -> None:
 
 
 def require_real_outputs(outputs: Tensor) -> None:
-    """Reject complex outputs, for what is defined by derivatives of single output numbers."""
+    """Reject complex outputs, for quantities defined by derivatives of single outputs."""
     if outputs.is_complex():
         raise checks.invalid(
             "outputs",

@@ -1,17 +1,13 @@
-"""How float32 products are taken where a GPU's tensor cores could take them faster.
-
-One setting for all score kernels on a GPU; the CPU always computes in full float32.
+"""Precision of the float32 products of score kernels on a GPU; CPUs always use full float32.
 
     "float32"   IEEE float32 products and sums, no tensor cores. The default.
-    "tf32x3"    each product as three of TF32's on tensor cores: products good to about 2^-21,
-                sums rounded toward zero.
+    "tf32x3"    each product as three of TF32's on tensor cores, good to about 2^-21, with sums
+                rounded toward zero.
     "tf32"      one TF32 product on tensor cores: factors rounded to 11 bits, errors of 2^-11.
 
-"tf32x3" is not what "float32" means, although its products come near: tensor cores cut the end
-off every partial sum instead of rounding it, so a sum of squares comes out too small by some
-multiples of 2^-24 however long it is, where errors of rounded sums cancel. A Gram matrix's
-diagonal is such a sum, and its smallest eigenvalues are what its errors spoil first. float64 is
-never reduced.
+Tensor cores truncate every partial sum, so in "tf32x3" a sum of squares is too small by some
+multiples of 2^-24 for any length, where errors of rounded sums cancel. A Gram matrix's diagonal is
+such a sum, and its smallest eigenvalues suffer first. float64 is never reduced.
 """
 
 from __future__ import annotations
@@ -41,9 +37,5 @@ def set_matmul_precision(name: str) -> None:
 
 
 def matmul_precision() -> str:
-    """The setting in force.
-
-    >>> matmul_precision()
-    'float32'
-    """
+    """The current setting."""
     return _precision

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much one example's gradient takes."""
+"""Free memory of a device, and budgets of computations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIB, _GIB = 2**20, 2**30
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a device; for the CPU what the system and its control group allow."""
+    """Free memory of a device; for the CPU within the limits of its control group."""
     if is_gpu(device):
         free = int(torch.cuda.mem_get_info(device)[0])
         # What torch's allocator has cached counts as used there, but is free to torch.
@@ -40,7 +40,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _free_in_private_pools(device: torch.device) -> int:
-    """Bytes that only the CUDA graphs to which they belong can use, though nothing is there."""
+    """Free bytes that only the CUDA graphs that own them can use."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
@@ -54,7 +54,7 @@ def _free_in_private_pools(device: torch.device) -> int:
 
 
 def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
-    """The budget in bytes: as given, or a quarter of a CPU's free memory, half of a GPU's."""
+    """The budget in bytes; default, a quarter of a CPU's free memory or half of a GPU's."""
     if memory_budget is None:
         share = GPU_SHARE if is_gpu(device) else CPU_SHARE
         return int(share * available_bytes(device))
@@ -62,27 +62,23 @@ def resolve_budget(memory_budget: int | None, device: torch.device) -> int:
 
 
 def padded_rows(like: Tensor, count: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty rows [count, width], on a GPU 16 numbers apart or a multiple of it.
+    """Empty rows [count, width], on a GPU at a stride of a multiple of 16 numbers.
 
-    Where rows begin at odd addresses, kernels load 4 bytes at a time in place of 16.
+    With rows at odd addresses, kernels would load 4 bytes at a time instead of 16.
     """
     apart = -(-width // 16) * 16 if is_gpu(like.device) else width
     return like.new_empty(count, apart, dtype=dtype or like.dtype)[:, :width]
 
 
 def too_small(needed: int, budget: int, what: str, do: str) -> ValueError:
-    """The error for a budget under what the smallest step takes."""
+    """The error for a budget below the needs of the smallest step."""
     return checks.invalid(
         "memory_budget", f"at least {readable(needed)} for {what}", readable(budget), do
     )
 
 
 def readable(size: int) -> str:
-    """A number of bytes for people.
-
-    >>> readable(3 * 2**20)
-    '3.0 MiB'
-    """
+    """A number of bytes for people, such as '3.0 MiB'."""
     for unit, scale in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
@@ -100,7 +96,7 @@ def _read_meminfo() -> int | None:
 
 
 def _read_cgroup() -> int | None:
-    """What is left under the control group's memory limit (containers), if it sets one."""
+    """Memory left under the control group's limit (containers), if it sets one."""
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         (

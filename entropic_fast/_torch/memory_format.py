@@ -16,21 +16,15 @@ from .._utils.trees import Tree
 def preferred_memory_format(
     forward: Callable[[Tensor], Tensor], images: Tree
 ) -> torch.memory_format:
-    """Channels last, in which convolutions are quicker, unless the network cannot take it.
+    """Channels last, in which convolutions are faster, unless the network cannot take it.
 
-    One that calls `view` on what a convolution returns needs its numbers in the usual order. Two
-    images are tried, forwards and backwards, in both layouts: outputs have to agree. One with a
-    convolution as in `overruns_channels_last` has the usual layout on a CPU.
+    `view` on the output of a convolution, for one, needs the contiguous layout. Two images are
+    tried, forward and backward, in both layouts, and outputs have to agree; convolutions as in
+    `overruns_channels_last` have the contiguous layout on a CPU.
 
     Args:
-        forward: the network, which must not move statistics.
-        images: anything that is not [N, C, H, W] has the usual layout.
-
-    >>> images = torch.zeros(2, 3, 4, 4)
-    >>> preferred_memory_format(torch.nn.Conv2d(3, 2, 3), images)
-    torch.channels_last
-    >>> preferred_memory_format(lambda x: torch.relu(x).view(len(x), -1), images)
-    torch.contiguous_format
+        forward: the network, which must not update statistics.
+        images: inputs other than [N, C, H, W] have the contiguous layout.
     """
     if not isinstance(images, Tensor) or images.ndim != 4:
         return torch.contiguous_format
@@ -56,15 +50,9 @@ def preferred_memory_format(
 def overruns_channels_last(weight: Sequence[int], stride: Sequence[int], groups: int = 1) -> bool:
     """Whether torch's weight gradient of this convolution writes outside its memory on a CPU.
 
-    With channels last, a kernel of 1 x 1, a stride and 2 to 6 input channels, oneDNN does (torch
-    2.14, float32, a processor without AVX-512). On one thread the process mostly crashes; on two,
-    training ran to the end with other weights. Up to 7 channels are held for unsafe.
-
-    Args:
-        weight: shape [O, C / groups, *kernel].
-
-    >>> overruns_channels_last((8, 4, 1, 1), (2, 2)), overruns_channels_last((8, 4, 3, 3), (2, 2))
-    (True, False)
+    With channels last, a 1 x 1 kernel, a stride and 2 to 6 input channels, oneDNN does (torch 2.14,
+    float32, a processor without AVX-512). On one thread the process usually crashes; on two,
+    training ended with other weights. Up to 7 channels count as unsafe.
     """
     kernel, channels = tuple(weight[2:]), weight[1]
     return kernel == (1, 1) and groups == 1 and channels < 8 and max(stride) > 1

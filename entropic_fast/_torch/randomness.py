@@ -1,4 +1,4 @@
-"""Which operation of a model or loss draws random numbers, and what to do about that one."""
+"""Which operation of a model or loss draws random numbers, and advice about it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,9 @@ _MOST = 3
 
 
 def not_repeatable(what: str, compute: Callable[[], object]) -> ValueError:
-    """The error for a model or loss (`what`) that gives other values for the same inputs.
+    """The error for a model or loss (`what`) whose values differ for the same inputs.
 
-    Args:
-        compute: what gives them; run once more, to see what draws random numbers.
-
-    >>> def noisy():
-    ...     return torch.ones(2) + torch.randn(2)
-    >>> raise not_repeatable("model", noisy)
-    Traceback (most recent call last):
-    ...
-    ValueError: model: expected the same outputs for the same inputs, got noise in evaluation mode
-    from randn (...); ...
+    `compute` is run once more, to see what draws random numbers.
     """
     draws = sources(compute)
     if not draws:
@@ -49,11 +40,7 @@ def not_repeatable(what: str, compute: Callable[[], object]) -> ValueError:
 
 
 def sources(compute: Callable[[], object]) -> list[tuple[str, str]]:
-    """Functions of torch called by `compute` that draw random numbers, and the lines that call.
-
-    >>> [name for name, _ in sources(lambda: torch.nn.functional.dropout(torch.ones(2)))]
-    ['dropout']
-    """
+    """Functions of torch called by `compute` that draw random numbers, with the calling lines."""
     functions = _Functions()
     draws = _Draws(functions)
     with contextlib.suppress(Exception), torch.no_grad(), functions, draws:
@@ -62,7 +49,7 @@ def sources(compute: Callable[[], object]) -> list[tuple[str, str]]:
 
 
 class _Functions(TorchFunctionMode):
-    """Remembers the function of torch that the program called; those inside it are not seen."""
+    """Holds the name of the outermost torch function being called."""
 
     name = ""
 
@@ -77,7 +64,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers which operations are marked as taking numbers from a generator."""
+    """Collects operations that are tagged as drawing from a generator."""
 
     def __init__(self, functions: _Functions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -94,7 +81,7 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _caller() -> str:
-    """The line of the program that is neither torch's nor this package's, as "file:line"."""
+    """The innermost line outside torch and this package, as "file:line, in function"."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame = frame.f_back

@@ -2,8 +2,8 @@
 
 LAPACK's factorization passes over a tall matrix once per column, and cuSOLVER's is slow on [P, b]
 with P in the millions. CholeskyQR2 (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44, 2015) is
-four passes of matrix products: G = X^T X = R^T R, Q = X R^-1, and the same once more for Q. Here G
-and products with R^-1 are float64, so it holds for condition numbers up to some 1e7.
+four passes of matrix products: G = X^T X = R^T R, Q = X R^-1, and the same once more for Q. G and
+products with R^-1 are float64, so it holds for condition numbers up to some 1e7.
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ DEPARTURE = 0.1
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Q [P, b] with orthonormal columns and R [b, b], upper triangular, for a matrix [P, b].
 
-    Where Cholesky's factorization does not hold (dependent columns), by Householder's, which
-    leaves small diagonal entries in R. Waits for the device.
-
-    >>> q, r = qr(torch.tensor([[3.0], [4.0]]))
-    >>> round(abs(float(r)), 5)
-    5.0
+    On a GPU dependent columns fall back to Householder's. Waits for the device.
     """
     if is_gpu(matrix.device):
         q, triangle, holds = cholesky_qr(matrix)
@@ -37,14 +32,7 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, R and whether they hold, a boolean on the device, for which nothing waits.
-
-    Q and R are zeros where they do not.
-
-    >>> q, r, holds = cholesky_qr(torch.tensor([[3.0, 3.0], [4.0, 4.0]]))
-    >>> bool(holds), bool(q.any())
-    (False, False)
-    """
+    """Q and R (zeros where the factorization failed) and whether it holds, on the device."""
     if matrix.shape[1] == 0:
         empty = matrix.new_zeros(0, 0)
         return matrix, empty, torch.ones((), dtype=torch.bool, device=matrix.device)
@@ -78,7 +66,7 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divided(matrix: Tensor, triangle: Tensor) -> Tensor:
-    """X R^-1, in float64 a part of the rows at a time.  # [P, b]"""
+    """X R^-1, in float64 one block of rows at a time.  # [P, b]"""
     identity = torch.eye(len(triangle), dtype=triangle.dtype, device=triangle.device)
     inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
     rows, out = scratch_of(matrix.device).tall, torch.empty_like(matrix)

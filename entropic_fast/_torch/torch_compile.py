@@ -1,7 +1,7 @@
 """Products within functions that `torch.compile` compiles: one operation each, no graph break.
 
-A compiled graph holds tensors and numbers, not operators; so products become operations of
-torch's own dispatcher, which find their operator again by its number.
+A compiled graph holds tensors and numbers, not operators, so products are custom operations that
+find their operator by its number.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ _operators: WeakValueDictionary[int, CompileSafe] = WeakValueDictionary()
 class CompileSafe:
     """Base class of matrices whose products `operator @ vectors` work in compiled functions too.
 
-    A compiled function keeps no operator alive: it must live as long as it is used.
-
-    Attributes:
-        shape: (rows, columns).
-        dtype, device: of vectors and results.
-        symmetric: whether the matrix is its own transpose.
+    A compiled function keeps no operator alive: keep it as long as the function is used.
     """
 
     shape: tuple[int, int]
@@ -80,16 +75,10 @@ class CompileSafe:
 
 @contextmanager
 def clean_dispatch_state() -> Iterator[None]:
-    """Within it, autograd works as if called from the top, whoever calls.
+    """Within it, autograd works as if called from the top, in full float32 and without autocast.
 
-    Under `torch.no_grad` and `torch.inference_mode` it would record nothing; and operations of
-    the dispatcher run with autograd and the transforms of `torch.func` passed by, so that a
-    derivative taken in them would leave terms out. Arithmetic is that of `full_precision`: full
-    float32 whatever precision torch was asked for, and no autocast.
-
-    >>> with torch.inference_mode(), clean_dispatch_state():
-    ...     torch.ones(1, requires_grad=True).exp().requires_grad
-    True
+    `torch.no_grad` and `torch.inference_mode` would record nothing, and operations of the
+    dispatcher run below autograd and `torch.func`, so derivatives in them would lack terms.
     """
     included = _C._dispatch_tls_local_include_set().add(_C.DispatchKey.ADInplaceOrView)
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr() & _excluded_at_first()
@@ -100,7 +89,7 @@ def clean_dispatch_state() -> Iterator[None]:
 
 @lru_cache
 def _excluded_at_first() -> int:
-    """What the dispatcher passes by in a new thread: automatic casting, where it is off."""
+    """The dispatch keys that a new thread excludes: autocast, where it is off."""
     bits: list[int] = []
     thread = Thread(target=lambda: bits.append(_C._dispatch_tls_local_exclude_set().raw_repr()))
     thread.start()

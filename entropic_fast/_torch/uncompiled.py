@@ -1,8 +1,7 @@
 """Functions that `torch.compile` returned, run as they were written.
 
-What is compiled has no second derivative, and a graph of operations cannot look into it. The
-settings are the process's: another thread's compiled functions run eagerly meanwhile, with the
-same results.
+Compiled code has no second derivative and is opaque to a graph capture. The settings are the
+process's: compiled functions of other threads run eagerly meanwhile, with the same results.
 """
 
 from __future__ import annotations
@@ -19,20 +18,14 @@ from .full_precision import RefCountedContext
 
 
 def eager() -> AbstractContextManager[None]:
-    """Within it nothing is compiled, and compiled functions run as they were written.
-
-    >>> double = torch.compile(lambda x: 2 * x, backend=lambda graph, inputs: 1 / 0)
-    >>> with eager():
-    ...     double(torch.ones(1))
-    tensor([2.])
-    """
+    """Within it nothing is compiled, and compiled functions run as they were written."""
     if torch.compiler.is_compiling() or not _can_compile() or _is_inside_compiled():
         return nullcontext()
     return _eager()
 
 
 def inlined() -> AbstractContextManager[None]:
-    """Within it, operations of compiled functions are written down by torch's tracers."""
+    """Within it, torch's tracers record the operations of compiled functions."""
     return _inlined() if _can_compile() else nullcontext()
 
 

@@ -1,7 +1,6 @@
 """Files written atomically: text, JSON, and weights as safetensors with a JSON manifest.
 
-A file appears under its name only when it is whole: it is written beside its place,
-flushed to disk and renamed. Weights are safetensors, never pickle.
+A file is written beside its place, flushed to disk and renamed. Weights are never pickled.
 """
 
 from __future__ import annotations
@@ -24,11 +23,7 @@ class DamagedFileError(ValueError):
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; the old file is untouched.
-    """
+    """Write `data` so that `path` holds either its old content or all of the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -57,11 +52,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON document.
-
-    Raises:
-        DamagedFileError: not valid JSON.
-    """
+    """Read a JSON document; a DamagedFileError if it is not valid."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -77,17 +68,7 @@ def write_sealed(path: str | Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: str | Path) -> dict[str, Any]:
-    """Read what `write_sealed` wrote, without the hash.
-
-    Raises:
-        DamagedFileError: not JSON, no object, or content that does not match its hash.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_sealed(f"{folder}/a.json", {"seed": 1})
-    ...     read_sealed(f"{folder}/a.json")
-    {'seed': 1}
-    """
+    """Read what `write_sealed` wrote, without the hash; a DamagedFileError if it was changed."""
     document = read_json(path)
     intact = isinstance(document, dict) and SEAL in document
     try:
@@ -120,8 +101,8 @@ def save_tensors(
 ) -> None:
     """Write tensors to `path` (safetensors) and `manifest` beside it (`.json`).
 
-    The manifest records the SHA-256 of the tensor file, and is written last: a tensor file
-    without its manifest was never finished.
+    The manifest has the SHA-256 of the tensor file and is written last: a tensor file without it
+    was never finished.
     """
     path = Path(path)
     data = safetensors.torch.save(
@@ -137,13 +118,6 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FileNotFoundError: the file or its manifest is missing.
         DamagedFileError: content that does not match its hash, or is not safetensors.
-
-    >>> import tempfile, torch
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_tensors(f"{folder}/w.safetensors", {"theta": torch.ones(2)}, {"seed": 1})
-    ...     tensors, manifest = load_tensors(f"{folder}/w.safetensors")
-    >>> tensors["theta"].tolist(), manifest["seed"]
-    ([1.0, 1.0], 1)
     """
     path = Path(path)
     manifest = read_json(path.with_suffix(".json"))

@@ -1,4 +1,4 @@
-"""Results that are not what was asked for: one warning per call, one error for divergence."""
+"""One warning per call for results that missed a tolerance, one error for divergence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DivergenceError(ValueError):
     """A loss or parameters became NaN or infinite, or every replica left its path.
 
     Attributes:
-        partial: what was computed before (of `relax`, a `Trajectory`); None where nothing is.
+        partial: the result so far (of `relax`, a `Trajectory`); None if there is none.
     """
 
     def __init__(self, message: str, partial: Any = None) -> None:
@@ -52,15 +52,7 @@ def warn_not_converged(message: str) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[list[str]]:
-    """Within it, messages are kept in the list instead of shown.
-
-    For functions that call others several times, and warn once themselves.
-
-    >>> with held() as messages:
-    ...     warn_not_converged("f: residual 1 against a tolerance of 0.1")
-    >>> messages
-    ['f: residual 1 against a tolerance of 0.1']
-    """
+    """Within it, messages are collected instead of shown, for functions that then warn once."""
     messages: list[str] = []
     token = _held.set(messages)
     try:
@@ -70,7 +62,7 @@ def held() -> Iterator[list[str]]:
 
 
 def warn_once(messages: list[str], what: str) -> None:
-    """Warn of several messages as one: how many there are, and the first."""
+    """Warn of several messages as one: their number, and the first."""
     if messages:
         count = f" ({len(messages)} times; the first:)" if len(messages) > 1 else ""
         warn_not_converged(f"{what}{count} {messages[0]}")

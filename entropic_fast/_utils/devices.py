@@ -1,4 +1,4 @@
-"""Which torch devices are GPUs: the one place that names device types."""
+"""Which torch devices are GPUs: the only module that names device types."""
 
 from __future__ import annotations
 
@@ -9,9 +9,5 @@ GPU_TYPES: set[str] = {"cuda"}
 
 
 def is_gpu(device: torch.device | str) -> bool:
-    """Whether a device computes asynchronously, with memory of its own.
-
-    >>> is_gpu("cuda:0"), is_gpu("cpu")
-    (True, False)
-    """
+    """Whether a device computes asynchronously, with its own memory."""
     return torch.device(device).type in GPU_TYPES

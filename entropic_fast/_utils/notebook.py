@@ -1,8 +1,4 @@
-"""Results as a notebook shows them: small tables, and small plots as inline SVG.
-
-Results of every kind import this module, and it imports none of them; matplotlib is imported when
-something is drawn.
-"""
+"""Results as a notebook shows them: small tables, and small plots as inline SVG."""
 
 from __future__ import annotations
 
@@ -22,29 +18,16 @@ MOST_POINTS = 200  # of a line
 
 
 def number(value: object) -> str:
-    """Six digits of a float; anything else as its text.
-
-    >>> number(1 / 3), number(3), number("sgd")
-    ('0.333333', '3', 'sgd')
-    """
+    """Six digits of a float; anything else as its text."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def with_error(value: float, error: float) -> str:
-    """A value and its error, as text.
-
-    >>> with_error(2.5, 0.25)
-    '2.5 ± 0.25'
-    """
     return f"{value:.6g} ± {error:.2g}"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
-    """A table as HTML. Everything given is text: what is markup in it is escaped.
-
-    >>> "<th>&lt;a&gt;</th>" in table(["<a>"], [[0.5]])
-    True
-    """
+    """A table as HTML; markup in the text is escaped."""
     hidden = len(rows) - MOST_ROWS
     if hidden > 0:
         half = MOST_ROWS // 2
@@ -60,15 +43,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], caption: str
 
 
 def facts(rows: Sequence[tuple[str, object]], caption: str = "") -> str:
-    """Names and their values as HTML, one a row."""
+    """Names and their values as HTML, one per row."""
     return table(("", "value"), rows, caption)
 
 
 def plot(draw: Callable[[Axes], None], width: float = 3.8, height: float = 2.3) -> str:
-    """What `draw` puts on a pair of axes (sizes in inches) as an SVG element.
-
-    No window system is asked for, and the state of `matplotlib.pyplot` is left alone.
-    """
+    """An SVG element of what `draw` puts on axes (sizes in inches); pyplot is not used."""
     import matplotlib
     from matplotlib.figure import Figure
 

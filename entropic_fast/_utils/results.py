@@ -1,5 +1,4 @@
-"""What the estimators return: every stochastic number with its standard error, every
-eigenvalue with its residual."""
+"""Results of the estimators: numbers with standard errors, eigenvalues with residuals."""
 
 from __future__ import annotations
 
@@ -33,12 +32,12 @@ class Estimate:
 
     Attributes:
         value: the estimate.
-        std_error: standard error of `value` over the samples; NaN from a single sample,
-            0.0 for a quantity computed exactly. It is an estimate too: from 8 samples twice it
-            covers 92 % of the time (Student's t), from 30 or more 95 %.
+        std_error: standard error of `value` over the samples; NaN from a single sample, 0.0 for a
+            quantity computed exactly. Twice it covers 92 % of the time from 8 samples (Student's
+            t), 95 % from 30 or more.
         samples: number of values averaged (probe vectors, examples or replicas).
-        quadrature: estimate of an error that more samples do not lessen, that of too few Lanczos
-            steps in traces of functions (`Density.trace`); 0.0 for means without one.
+        quadrature: estimate of an error that more samples do not reduce, of too few Lanczos steps
+            in traces of functions (`Density.trace`); 0.0 for means without one.
         converged: False where a tolerance was asked for and missed.
         matvecs: number of vectors multiplied; 0 if none.
 
@@ -128,12 +127,12 @@ class Eigenpairs:
     Attributes:
         values: eigenvalues, the wanted end first.  # [k]
         vectors: orthonormal eigenvectors in columns.  # [P, k]
-        residuals: ||A v - lambda v||; an eigenvalue of A lies within this distance of
-            each value.  # [k]
-        matvecs: operator-vector products spent.
+        residuals: ||A v - lambda v||; an eigenvalue of A lies within this distance of each
+            value.  # [k]
+        matvecs: number of operator-vector products.
         converged: whether every residual met the tolerance asked for.
-        limits: what each residual was to be at most, infinite for pairs that no tolerance was asked
-            of; None where nothing is known of it.  # [k]
+        limits: the tolerance of each residual, infinite for pairs without one; None if
+            unknown.  # [k]
 
     >>> pairs = Eigenpairs(torch.tensor([3.0]), torch.eye(2)[:, :1], torch.tensor([0.5]), 4, False)
     >>> pairs
@@ -149,7 +148,7 @@ class Eigenpairs:
 
     @property
     def each_converged(self) -> list[bool]:
-        """Whether each residual met its limit; where limits are not known, as all together."""
+        """Whether each residual met its limit; as all together where limits are unknown."""
         if self.limits is None:
             return [self.converged] * len(self.values)
         met: list[bool] = (self.residuals <= self.limits.to(self.residuals)).tolist()
@@ -184,15 +183,14 @@ class Density:
 
     Attributes:
         grid: eigenvalues at which the density is given.  # [G]
-        density: density smoothed by a Gaussian of width `sigma`; integrates to 1 over the
-            real line.  # [G]
+        density: density smoothed by a Gaussian of width `sigma`, with integral 1.  # [G]
         std_error: standard error of `density` over the probes.  # [G]
         nodes: Ritz values of each probe; where `exact`, all eigenvalues in one row.  # [V, m]
         weights: quadrature weights of each probe; each row sums to 1.  # [V, m]
         sigma: width of the Gaussian, in units of the eigenvalues.
         size: order P of the operator (the number of eigenvalues).
         others: nodes and weights of other rules from the same products, whose distance from the
-            first tells the error of quadrature.  # each [V, n]
+            first estimates the error of quadrature.  # each [V, n]
         exact: whether nodes and weights are all eigenvalues, each at 1 / P, and nothing estimated.
     """
 
@@ -208,10 +206,10 @@ class Density:
 
     @cached_property
     def resolution(self) -> float:
-        """How far the density is from that of fewer steps: the integral of the difference's size.
+        """Distance from the density of fewer steps: the integral of the absolute difference.
 
-        At 0.2, a tenth of the eigenvalues is elsewhere. More steps lessen it, or a larger sigma.
-        NaN without `others`.
+        At 0.2, a tenth of the eigenvalues is elsewhere. More steps or a larger sigma reduce it. NaN
+        without `others`.
         """
         fewer = [
             torch.stack([smoothed(self.grid, n, w, self.sigma) for n, w in zip(*rule, strict=True)])
@@ -227,8 +225,7 @@ class Density:
 
     @property
     def converged(self) -> bool:
-        """Whether steps and probes were enough for this sigma: `resolution` at most 0.2 and
-        `probe_error` at most 0.3, where they are known."""
+        """Whether `resolution` is at most 0.2 and `probe_error` at most 0.3, where known."""
         return not (self.resolution > RESOLUTION or self.probe_error > PROBE_ERROR)
 
     def _integral(self, values: Tensor) -> float:
@@ -250,14 +247,14 @@ class Density:
     def trace(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """The trace of a function of the operator: the sum of f over its P eigenvalues.
 
-        The rules of m steps are exact for polynomials only. An f with a kink, or that falls steeply
-        near 0, needs many steps, and until then each probe's value is off, mostly in the same
-        direction: more probes do not help, and the standard error does not show it. `quadrature`
-        does: P times the mean over probes of the largest distance between the rule's value and
-        those of `others`, the rules of m / 2, 3 m / 4 and m - 1 steps and the one of m + 1 nodes
-        with one of them at 0 (Gauss and Radau; Golub, SIAM Rev. 15, 1973; left out where f is not
-        finite). It is an estimate made to err on the large side, and no bound: features that none
-        of the rules resolves escape it, as does a singularity of f at 0.
+        The rules of m steps are exact for polynomials only. An f with a kink, or steep near 0,
+        needs many steps; until then the values of all probes are off, mostly in one direction, and
+        neither more probes nor the standard error show it. `quadrature` does: P times the mean over
+        probes of the largest distance between the rule's value and those of `others`, the rules of
+        m / 2, 3 m / 4 and m - 1 steps and the one of m + 1 nodes with one of them at 0 (Gauss and
+        Radau; Golub, SIAM Rev. 15, 1973; left out where f is not finite). It is an estimate, meant
+        to err on the large side, and not a bound: features that none of the rules resolves escape
+        it, as does a singularity of f at 0.
 
         Args:
             function: f, by element, on nodes.  # [V, n] -> [V, n]
@@ -328,17 +325,17 @@ class LogDeterminant:
 
     Attributes:
         value: the sum.
-        std_error: standard error over the probes of a stochastic part; 0.0 without one, NaN from
-            a single probe.
-        quadrature: estimate of that part's error from too few steps, which more probes do not
-            lessen (see `Density.trace`; no bound); 0.0 without one.
-        converged: whether the eigenvalues met their tolerance and the stochastic part is no worse
-            than `log_determinant` says.
-        bound: how far the eigenvalues found one by one may take the sum from theirs, each
-            within its residual; infinite where a residual is as large as its eigenvalue.
-        count: how many directions the sum is over.
+        std_error: standard error over the probes of a stochastic part; 0.0 without one, NaN from a
+            single probe.
+        quadrature: estimate of that part's error from too few steps (see `Density.trace`; not a
+            bound); 0.0 without one.
+        converged: whether the eigenvalues met their tolerance and the stochastic part the limits of
+            `log_determinant`.
+        bound: largest error of the sum if each single eigenvalue is off by its residual; infinite
+            where a residual is as large as its eigenvalue.
+        count: the number of directions in the sum.
         floor: eigenvalues at most this were left out.
-        delta: what was added to each eigenvalue.
+        delta: added to each eigenvalue.
         pairs: the eigenvalues found one by one, if any.
     """
 
@@ -354,7 +351,7 @@ class LogDeterminant:
 
     @property
     def error(self) -> float:
-        """Standard error and quadrature's together; `bound` is apart."""
+        """Standard error and quadrature's together, without `bound`."""
         return math.hypot(self.std_error, self.quadrature)
 
     def __str__(self) -> str:

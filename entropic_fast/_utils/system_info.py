@@ -14,7 +14,7 @@ def available_cores() -> int:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process held at once, shared libraries counted; 0 if unknown."""
+    """Peak resident bytes of this process, with shared libraries; 0 if unknown."""
     try:
         import resource
     except ImportError:  # not on Windows

@@ -94,7 +94,7 @@ class Table(Mapping[str, np.ndarray]):
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Table:
-        """Read what `to_csv` wrote: numbers where a whole column is numeric, else strings.
+        """Read what `to_csv` wrote: numbers where an entire column is numeric, else strings.
 
         Raises:
             ValueError: a file that is not a table (no header, rows of unequal length, other bytes

@@ -1,7 +1,7 @@
 """Nested structures of tensors that share their first axis, the examples.
 
-A tree is a tensor, or a dict, list, tuple, named tuple or dataclass of trees, as
-`torch.utils._pytree` takes it.
+A tree is a tensor, or a dict, list, tuple, named tuple or dataclass of trees, as in
+`torch.utils._pytree`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,7 @@ Tree: TypeAlias = Any
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """The tensors of a tree, in a fixed order.
-
-    >>> [len(leaf) for leaf in leaves({"a": torch.ones(2), "b": (torch.ones(3), torch.ones(4))})]
-    [2, 3, 4]
-    """
+    """The tensors of a tree, in a fixed order."""
     return [tree] if isinstance(tree, Tensor) else tree_leaves(tree)
 
 
@@ -50,16 +46,12 @@ def size(tree: Tree) -> int:
 
 
 def chosen(tree: Tree, index: Any) -> Tree:
-    """The tree indexed along the first axis: by a slice, an integer or a tensor.
-
-    >>> chosen((torch.arange(3), torch.ones(3, 2)), slice(1))
-    (tensor([0]), tensor([[1., 1.]]))
-    """
+    """The tree indexed along the first axis: by a slice, an integer or a tensor."""
     return mapped(lambda leaf: leaf[index], tree)
 
 
 def joined(trees: Sequence[Tree]) -> Tree:
-    """Trees of one structure, one after the other along the first axis."""
+    """Trees of one structure, concatenated along the first axis."""
     if len(trees) == 1:
         return trees[0]
     rows = zip(*map(leaves, trees), strict=True)
@@ -86,7 +78,7 @@ def num_bytes(tree: Tree) -> int:
 
 
 def registered(value: Tree) -> Tree:
-    """`value`, once its dataclasses are known to `torch.utils._pytree`."""
+    """`value`, after registering its dataclasses with `torch.utils._pytree`."""
     if is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         names = [field.name for field in fields(kind) if field.init]

@@ -1,4 +1,4 @@
-"""What computations take at a time beside their operands: one table for each kind of device."""
+"""Sizes of the temporaries of computations, one table for each kind of device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MIB = 2**20
 
 
 class Scratch(NamedTuple):
-    """What computations take at a time beside their operands, in bytes where nothing else is said.
+    """Sizes of temporaries, in bytes where nothing else is said.
 
     Attributes:
         products: float64 copies of scores and vectors in a Fisher product.
@@ -23,9 +23,9 @@ class Scratch(NamedTuple):
         rotated: numbers of a basis multiplied at once when it is rotated in place.
         tall: rows of tall matrices converted to float64 at once.
         gram: any one temporary of a Gram product in plain PyTorch.
-        segments: numbers of float64 differences of a path's pivots at once; 0 for one segment.
-        keys: numbers that are sorted at once for random orders, 8 bytes each, beside twice that
-            for sorted ones and orders.
+        segments: float64 numbers of differences of a path's pivots at once; 0 for one segment.
+        keys: numbers sorted at once for random orders, 8 bytes each, and twice that for the
+            results.
     """
 
     products: int
@@ -71,9 +71,4 @@ GPU = Scratch(
 
 
 def scratch_of(device: torch.device) -> Scratch:
-    """The sizes for a device.
-
-    >>> scratch_of(torch.device("cpu")).tile // 2**20
-    8
-    """
     return GPU if is_gpu(device) else CPU

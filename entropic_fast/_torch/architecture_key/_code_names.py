@@ -1,4 +1,4 @@
-"""What a function's code reads beside its arguments: names of its module, and imports."""
+"""Names of its module, and imports, that a function's code reads."""
 
 from __future__ import annotations
 
@@ -9,26 +9,17 @@ from weakref import WeakKeyDictionary
 
 
 class Reads(NamedTuple):
-    """What code reads.
+    """Names and imports that code reads."""
 
-    Attributes:
-        names: of its module, each with the attributes that are read of it.
-        imports: modules that it imports when it runs; "" for one beside its own.
-    """
-
-    names: tuple[tuple[str, ...], ...]
-    imports: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]  # of its module, each with the attributes read of it
+    imports: tuple[str, ...]  # "" for one from its own package
 
 
 _known: WeakKeyDictionary[CodeType, Reads] = WeakKeyDictionary()
 
 
 def reads_of(code: CodeType) -> Reads:
-    """What code reads; functions defined within it count as well.
-
-    >>> reads_of((lambda x: torch.nn.Linear(x, 2)).__code__)
-    Reads(names=(('torch', 'nn', 'Linear'),), imports=())
-    """
+    """Reads of code, with those of functions defined within it."""
     if code in _known:
         return _known[code]
     names: dict[tuple[str, ...], None] = {}

@@ -19,18 +19,10 @@ LIBRARIES = frozenset(
     {"torch", "torchvision", "transformers", "timm", "numpy", "entropic_fast"}
     | set(sys.stdlib_module_names)
 )
-
-
 LIMIT = 200_000  # entries of a key
-
-
 LARGE = 2**31  # bytes of tensors to compare by value
-
-
 # Bytes of an instance of a class written in Python that has no slots: the rest is state in C.
 PLAIN = 32
-
-
 HEAP_TYPE = 1 << 9
 
 
@@ -67,40 +59,24 @@ IMMORTAL = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
-
-
 PLAIN_VALUES = (
     str, bytes, torch.dtype, torch.layout, torch.memory_format, torch.device, range, type(None),
     type(Ellipsis), type(NotImplemented), bool, int,
 )  # fmt: skip
-
-
 BY_IDENTITY = (
     *IMMORTAL, types.BuiltinFunctionType, logging.Logger,
     torch._ops.OpOverload, torch._ops.OpOverloadPacket,
 )  # fmt: skip
-
-
 PLACES = (types.MemberDescriptorType, type(vars(Reads)["names"]))
-
-
 TENSORS = (Tensor, nn.Parameter)
-
-
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 # Of hooks, beside the hooks themselves; of loading and saving; and views of parameters.
 NOT_READ = frozenset({
     "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
     "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks", "_compiled_call_impl",
 })  # fmt: skip
-
-
 OF_RECURRENT = frozenset({"_flat_weights", "_flat_weight_refs"})
-
-
 NOT_OF_CLASSES = frozenset({
     "__dict__", "__weakref__", "__module__", "__doc__", "__qualname__", "__annotations__",
     "__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__match_args__",

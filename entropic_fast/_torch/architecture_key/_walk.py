@@ -54,15 +54,9 @@ def key_of(
 
     Args:
         things: models, losses, settings.
-        given: tensors whose values come from outside, so that only what they look like counts.
-        lasting: tensors that nothing changes, so that their values are read once.
-        constants: where to put all other tensors, in an order that equal things share.
-
-    >>> key_of(nn.Linear(2, 3), 0.5) == key_of(nn.Linear(2, 3), 0.5)  # two sets of weights
-    False
-    >>> a, b = nn.ReLU(), nn.ReLU(inplace=True)
-    >>> key_of(a) == key_of(nn.ReLU()), key_of(a) == key_of(b)
-    (True, False)
+        given: tensors whose values come from outside; only shape, dtype and device count.
+        lasting: tensors that never change, so that their values are hashed once.
+        constants: a list that receives all other tensors, in an order that equal things share.
     """
     walk = _Walk(given, lasting)
     try:
@@ -78,7 +72,7 @@ def key_of(
 
 
 class _Walk:
-    """Writes down what it visits, and what is met again as such."""
+    """Records the things it visits, and repeated ones as such."""
 
     def __init__(self, given: Iterable[Tensor], lasting: Iterable[Tensor]) -> None:
         self.found: list[Hashable] = []
@@ -166,7 +160,7 @@ class _Walk:
         self._many("mapping", (item for pair in dict.items(things) for item in pair))
 
     def _type_of(self, thing: Any) -> None:
-        """The type of a container, and attributes beside what it contains."""
+        """The type of a container, and attributes beside its contents."""
         self.visit(type(thing))
         self.visit(getattr(thing, "default_factory", None))
         if getattr(thing, "__dict__", None):
@@ -270,7 +264,7 @@ class _Walk:
                 self.visit(value)
 
     def _placed(self, tensor: Tensor | None) -> None:
-        """A parameter or buffer in its place: one that is given counts by its looks alone."""
+        """A parameter or buffer in its place; of a given one only the looks count."""
         if tensor is None or id(tensor) not in self._given:
             self.visit(tensor)
         elif id(tensor) in self._seen:
