@@ -36,11 +36,8 @@ PRIVATE = {
 LONG = {
     "experiments/_executor.py",
     "experiments/figures/_relaxation_runs.py",
-    "training/_train.py",
-    "training/data.py",
 }
-CIRCLES = {  # importing module -> imported
-}
+CIRCLES: dict[str, str] = {}  # importing module -> imported
 
 
 def name_of(path: Path) -> tuple[str, ...]:

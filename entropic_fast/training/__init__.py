@@ -1,19 +1,11 @@
 """Data, the paper's networks, training, and linear mode connectivity.
 
-Start with `train`; `data` and `models` hold what it trains, `minima` stores the results, and `lmc`
-branches and joins them. Relies on `objective` and `curvature`.
+Start with `train`; `data` and `models` hold what it trains, `minima` stores results. Relies on
+`objective` and `curvature`.
 """
 
-from ._train import (
-    EpochRecord,
-    Evaluation,
-    TrainConfig,
-    Trained,
-    TrainState,
-    evaluate,
-    learning_rate,
-    train,
-)
+from ._config import EpochRecord, TrainConfig, Trained, TrainState, learning_rate
+from ._train import Evaluation, evaluate, train
 from .lmc import (
     LineSettings,
     LMCResult,

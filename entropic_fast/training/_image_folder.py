@@ -30,10 +30,9 @@ Arrays = tuple[Tensor, Tensor]  # images [N, C, H, W] of uint8, labels [N] of in
 
 
 def cache_dir() -> Path:
-    """Where decoded folders and downloads are kept.
+    """Folder of decoded images and downloads, which may be deleted at any time.
 
-    `ENTROPIC_FAST_CACHE` if set, else `XDG_CACHE_HOME/entropic_fast`, else
-    `~/.cache/entropic_fast`. Anything in it may be deleted at any time.
+    `ENTROPIC_FAST_CACHE`, else `XDG_CACHE_HOME/entropic_fast`, else `~/.cache/entropic_fast`.
     """
     chosen = os.environ.get("ENTROPIC_FAST_CACHE")
     if chosen:
@@ -43,23 +42,17 @@ def cache_dir() -> Path:
 
 
 def read_tree(data_dir: str | Path) -> tuple[Arrays, Arrays, list[str]]:
-    """All images of a tree, and its class names in alphabetical order.
+    """All images of a tree: (train images, labels), (test images, labels), class names.
 
-    Gray images stay of one channel if all are gray; otherwise every image is RGB. Files that
-    do not end as an image does, and hidden files, are passed over. The decoded images are kept
-    in `cache_dir()` under a key made of every file's path, size and time of change.
-
-    Args:
-        data_dir: a folder that holds `train` and `test`.
-
-    Returns:
-        (train images, labels), (test images, labels), class names.
+    Gray images keep one channel if all are gray; otherwise every image is RGB. Hidden files and
+    other file types are skipped. Decoded images are cached under every file's path, size and
+    modification time.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: no such tree, classes that differ between train and test, a class without
-            images, a link that leaves the folder, a file that is not a readable 8-bit image,
-            or images of different sizes; the message names the file.
+            images, a link that leaves the folder, a file that is not a readable 8-bit image, or
+            images of different sizes; the message names the file.
     """
     root = Path(data_dir).expanduser()
     if not root.is_dir():
@@ -219,7 +212,7 @@ def _read_image(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:  # [H, W, 1 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image, whose errors are those of a folder of images."""
+    """An open image; whatever is wrong with it is an error of the data folder."""
     from PIL import Image
 
     try:

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .._utils.checks import at_least, describe, integer, invalid, shown
-from ..ops.random_bits.streams import fold_in, permutation, philox, uniform
+from .._utils.checks import describe, integer, invalid, shown
+from ..ops.random_bits.streams import fold_in, permutation
 from . import _image_folder as folders
+from ._augmentation import CropAndFlip, augment
+
+__all__ = ["NAMES", "CropAndFlip", "DataUnavailableError", "ImageData", "augment", "batches",
+           "epoch_order", "load"]  # fmt: skip
 
 NAMES = ("digits", "cifar10", "cifar100")
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
@@ -24,14 +27,14 @@ _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Labeled images of one size, kept as uint8 where they are used.
+    """Labeled images of one size, kept as uint8 on their device.
 
     Args:
         images: uint8.  # [N, C, H, W]
         labels: int64, in [0, number of class names).  # [N]
         mean: of each channel over the training set, on the scale 0 to 1.  # C numbers
         std: standard deviation of each channel over the training set, same scale, above 0.
-        class_names: one name a class, in label order.
+        class_names: one name per class, in label order.
         name: the data set's name, for records.
 
     Raises:
@@ -86,12 +89,11 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
         return len(self.class_names)
 
     @property
     def device(self) -> torch.device:
-        """Where images and labels are."""
+        """Device of images and labels."""
         return self.images.device
 
     @functools.cached_property
@@ -129,11 +131,10 @@ class ImageData:
 
     @functools.cached_property
     def order(self) -> Tensor:
-        """A fixed shuffled order in which every beginning is balanced over the classes.  # [N]
+        """A fixed shuffled order in which every prefix is balanced over the classes.  # [N]
 
-        The first occurrence of each class in a fixed shuffle, then the second of each, and so
-        on: the first n examples hold each class floor(n / K) or ceil(n / K) times, while no
-        class has run out.
+        The first n examples hold each class floor(n / K) or ceil(n / K) times, while no class has
+        run out.
         """
         shuffled = permutation(len(self), fold_in(0, "balanced order"))
         labels = self.labels.cpu()[shuffled]
@@ -147,7 +148,7 @@ class ImageData:
     def tensors(
         self, limit: int | None = None, dtype: torch.dtype = torch.float32
     ) -> tuple[Tensor, Tensor]:
-        """Inputs [n, C, H, W] and targets [n], in `order`: what an Objective takes.
+        """Inputs [n, C, H, W] and targets [n], in `order`, as an Objective takes them.
 
         Args:
             limit: only the first so many, hence balanced over the classes; None for all.
@@ -160,7 +161,7 @@ class ImageData:
         return self.inputs(index, dtype), self.labels[index]
 
     def augmentation(self, pad: int = 4, flip: bool = True) -> CropAndFlip:
-        """What `augment` does, for normalized images: see `CropAndFlip`."""
+        """`augment` for normalized images: see `CropAndFlip`."""
         black = tuple(-m / s for m, s in zip(self.mean, self.std, strict=True))
         return CropAndFlip(pad, flip, black)
 
@@ -176,21 +177,6 @@ class ImageData:
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-    def with_label_noise(self, fraction: float, seed: int) -> ImageData:
-        """A copy in which a share of the labels, chosen by `seed`, is drawn uniformly anew.
-
-        A label drawn anew is the old one with probability 1 / num_classes.
-
-        Raises:
-            ValueError: a fraction outside [0, 1].
-        """
-        if at_least("fraction", fraction, 0) > 1:
-            raise invalid("fraction", "a share from 0 to 1", shown(fraction))
-        chosen = uniform((len(self),), fold_in(seed, "noisy")) < fraction
-        drawn = uniform((len(self),), fold_in(seed, "label")) * self.num_classes
-        labels = torch.where(chosen, drawn.long(), self.labels.cpu())
-        return replace(self, labels=labels.to(self.device))
 
     def _limit(self, limit: int | None) -> int:
         if limit is not None and integer("limit", limit, 1) > len(self):
@@ -209,22 +195,22 @@ def load(
     """A training and a test set.
 
     Args:
-        name: "digits" (1,797 gray 8x8 images inside scikit-learn, split 1,437 to 360 by class;
-            no file is read), "cifar10", "cifar100", or any name for a folder in `data_dir`.
+        name: "digits" (1,797 gray 8x8 images from scikit-learn, split 1,437 to 360 by class),
+            "cifar10", "cifar100", or any name for a folder in `data_dir`.
         data_dir: an image folder tree `train/<class>/*`, `test/<class>/*` (decoded once, then
-            kept in the cache folder, `folders.cache_dir()`); or, for the CIFAR sets, where
-            torchvision keeps the originals (default: in the cache folder).
-        download: let torchvision fetch the CIFAR originals when they are not there.
+            cached); or, for the CIFAR sets, where torchvision keeps the originals (default: in the
+            cache folder).
+        download: let torchvision download missing CIFAR originals.
         device: where the data are put.
         limit: keep only so many training examples, balanced over the classes.
         test_limit: the same for the test set.
 
     Returns:
-        (train, test); both with the channel means and deviations of the whole training set.
+        (train, test); both with the channel means and deviations of the entire training set.
 
     Raises:
-        ValueError: an unknown name without `data_dir`, a folder that does not hold such a tree,
-            a corrupt image or images of different sizes (the file is named).
+        ValueError: an unknown name without `data_dir`, a folder that does not hold such a tree, a
+            corrupt image or images of different sizes (the file is named).
         FileNotFoundError: `data_dir` does not exist.
         RuntimeError: torchvision is needed and absent, or the download failed.
 
@@ -275,10 +261,7 @@ class DataUnavailableError(RuntimeError):
     """Images that cannot be had: no torchvision, or a download that failed."""
 
 
-Arrays = tuple[Tensor, Tensor]  # images [N, C, H, W] of uint8, labels [N] of int64
-
-
-def _digits() -> tuple[Arrays, Arrays, list[str]]:
+def _digits() -> tuple[folders.Arrays, folders.Arrays, list[str]]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -296,7 +279,7 @@ def _digits() -> tuple[Arrays, Arrays, list[str]]:
 
 def _torchvision(
     name: str, data_dir: str | Path | None, download: bool
-) -> tuple[Arrays, Arrays, list[str]]:
+) -> tuple[folders.Arrays, folders.Arrays, list[str]]:
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -338,94 +321,6 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
     return tuple(means), tuple(stds)
 
 
-def augment(
-    images: Tensor, index: Tensor, epoch: int, seed: int, pad: int = 4, flip: bool = True
-) -> Tensor:
-    """Random crops of the zero-padded images and horizontal flips.
-
-    What happens to an example depends on (seed, epoch, its index) only, so a run is the same
-    whatever the batches, the workers, the threads or the device.
-
-    Args:
-        images: uint8.  # [B, C, H, W]
-        index: each image's index in its data set.  # [B]
-        epoch: the pass over the data.
-        seed: of the data order and augmentation.
-        pad: pixels of zero (black) on each side; 0 for no crop.
-        flip: whether to flip, with probability 1/2.
-
-    Returns:
-        a new tensor of the same shape and type.
-
-    >>> x = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8); i = torch.arange(4)
-    >>> one = torch.cat([augment(x[j:j+1], i[j:j+1], epoch=2, seed=0) for j in range(4)])
-    >>> torch.equal(augment(x, i, epoch=2, seed=0), one)
-    True
-    """
-    integer("epoch", epoch)
-    integer("pad", pad)
-    if images.ndim != 4:
-        raise invalid("images", "a tensor of shape [B, C, H, W]", describe(images))
-    if index.shape != images.shape[:1] or index.dtype != torch.int64:
-        raise invalid("index", f"an int64 tensor of shape [{len(images)}]", describe(index))
-    words = philox(index.to(images.device), fold_in(seed, "augment"), stream=epoch)  # [B, 4]
-    return CropAndFlip(pad, flip)(images, words)
-
-
-@dataclass(frozen=True)
-class CropAndFlip:
-    """Random crops of padded images and horizontal flips, as a function of random words.
-
-    Args:
-        pad: pixels added on each side; 0 for no crop.
-        flip: whether to flip, with probability 1/2.
-        fill: what is added, a number a channel; 0 if left out. For normalized images black is
-            -mean / std: `ImageData.augmentation` gives it.
-
-    >>> images, words = torch.rand(5, 3, 8, 8), philox(torch.arange(5), seed=0)
-    >>> tuple(CropAndFlip(pad=2)(images, words).shape)
-    (5, 3, 8, 8)
-    """
-
-    pad: int = 4
-    flip: bool = True
-    fill: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        integer("pad", self.pad)
-
-    def __call__(self, images: Tensor, words: Tensor) -> Tensor:
-        """New images of the same shape and type.
-
-        Args:
-            images: [B, C, H, W]
-            words: uniform in [0, 2^32).  # [B, 4] int64
-        """
-        if images.ndim != 4:
-            raise invalid("images", "a tensor of shape [B, C, H, W]", describe(images))
-        if self.fill and len(self.fill) != images.shape[1]:
-            raise invalid("fill", f"{images.shape[1]} numbers, one a channel", shown(self.fill))
-        if not (self.pad or self.flip):
-            return images.clone()
-        out = images
-        if self.pad:
-            height, width = images.shape[-2:]
-            windows = self._padded(images).unfold(2, height, 1).unfold(3, width, 1)
-            offset = (words[:, :2] * (2 * self.pad + 1)) >> 32  # uniform over 0 .. 2 pad
-            rows = torch.arange(len(images), device=images.device)
-            out = windows[rows, :, offset[:, 0], offset[:, 1]]
-        if self.flip:
-            turned = (words[:, 2] >> 31).bool()
-            out = torch.where(turned[:, None, None, None], out.flip(-1), out)
-        return out
-
-    def _padded(self, images: Tensor) -> Tensor:
-        out = functional.pad(images, (self.pad,) * 4)
-        for channel, value in enumerate(self.fill):
-            out[:, channel] = functional.pad(images[:, channel], (self.pad,) * 4, value=value)
-        return out
-
-
 def epoch_order(n: int, epoch: int, seed: int, device: torch.device | str | None = None) -> Tensor:
     """The order in which an epoch visits n examples, made on `device`.  # [n]"""
     integer("n", n, 1)
@@ -435,10 +330,7 @@ def epoch_order(n: int, epoch: int, seed: int, device: torch.device | str | None
 def batches(
     n: int, batch_size: int, epoch: int, seed: int, device: torch.device | str | None = None
 ) -> Iterator[Tensor]:
-    """Index batches of one epoch; the last one is short where n does not divide.  # [b]
-
-    Args:
-        device: where they are made, so that none is copied; the numbers are the same on all.
+    """Index batches of one epoch, on `device`; the last one may be short.  # [b]
 
     >>> [len(b) for b in batches(10, 4, epoch=0, seed=0)]
     [4, 4, 2]

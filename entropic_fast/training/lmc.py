@@ -1,7 +1,7 @@
 """Linear mode connectivity: train to epoch k, branch with two data orders, join by a line.
 
-Frankle, Dziugaite, Roy, Carbin, *Linear mode connectivity and the lottery ticket hypothesis*,
-ICML 2020; here with the curvature along the line beside the loss.
+Frankle, Dziugaite, Roy, Carbin, *Linear mode connectivity and the lottery ticket hypothesis*, ICML
+2020; here with the curvature along the line besides the loss.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from ..curvature import HessianOperator, tracked_eigenpairs
 from ..curvature.operators import NonFiniteProductError
 from ..objective import NonFiniteLossError, Objective, as_real, plain_name
 from ..ops.random_bits.streams import fold_in
-from ._train import TrainConfig, Trained, train
+from ._config import TrainConfig, Trained
+from ._train import train
 from .data import ImageData
 from .models import build
 
@@ -83,13 +84,12 @@ class LMCResult:
     """Loss and curvature on the lines between branches.
 
     Attributes:
-        table: one row per point of a line: k (epoch of branching), point (0 to 1 along the
-            line), loss and accuracy on the training examples, test_loss and test_accuracy where
-            a test set was given, eigenvalue (largest of the Hessian), residual (its error bound)
-            and converged (1 where it met the tolerance, else 0), distance (between the two ends, of
-            parameters).
+        table: one row per point of a line: k (epoch of branching), point (0 to 1 along the line),
+            loss and accuracy on the training examples, test_loss and test_accuracy with a test set,
+            eigenvalue (largest of the Hessian), residual (its error bound), converged (1 if it met
+            the tolerance, else 0), distance (between the ends, of parameters).
         instability: one row per k: loss_instability, eigenvalue_instability (see `instability`),
-            barrier (highest loss on the line less the mean of the ends, nats), and, with a test
+            barrier (highest loss on the line minus the mean of the ends, nats), and, with a test
             set, error_barrier (the same for the test error, a share).
     """
 
@@ -106,14 +106,14 @@ class LMCResult:
 
 
 class Trunk:
-    """The common first part of all branches, trained once and only as far as asked.
+    """The common first part of all branches, trained once and only as far as needed.
 
     Args:
         model: a name for `entropic_fast.training.models.build`, or a function that makes a module.
         data: the training set.
         config: the recipe.
         seed: of the initial weights and the trunk's data order.
-        progress: called with (what, epochs done, epochs in all).
+        progress: called with (what, epochs done, total epochs).
     """
 
     def __init__(
@@ -165,7 +165,7 @@ def branch(
 ) -> nn.Module:
     """Finish training from `start` with the data order of branch `number`; `start` is kept.
 
-    Branches differ in the order of the data and its augmentation, and in nothing else.
+    Branches differ only in the order of the data and its augmentation.
     """
     start = copy.deepcopy(start)
     return train(
@@ -191,9 +191,9 @@ def measure_line(
 ) -> Table:
     """Loss, accuracy and largest Hessian eigenvalue on the straight line from `a` to `b`.
 
-    Normalization statistics are re-estimated from the training examples at every point, the
-    ends included, so that all points are treated alike. Where the loss overflows it is `inf`, and
-    accuracy and eigenvalue are NaN, with one RuntimeWarning.
+    Normalization statistics are re-estimated from the training examples at every point, the ends
+    included. Where the loss overflows it is `inf`, and accuracy and eigenvalue are NaN, with one
+    RuntimeWarning.
 
     Args:
         a, b: networks of one architecture.
@@ -201,7 +201,7 @@ def measure_line(
         settings: default, `LineSettings()`.
         eval_data: a test set, for test_loss and test_accuracy.
         seed: of the eigenvalue solver's start.
-        progress: called with (what, points done, points in all).
+        progress: called with (what, points done, total points).
 
     Returns:
         the columns of `LMCResult.table`, without k.
@@ -266,8 +266,7 @@ def _evaluated(obj: Objective, theta: Tensor) -> tuple[float, float]:
 def instability(values: Sequence[float] | np.ndarray) -> float:
     """Relative rise along a path: (max over the path - mean of the ends) / mean of the ends.
 
-    NaN where the mean of the ends is not above 0, for which it has no meaning; infinite where any
-    value is.
+    NaN where the mean of the ends is not above 0; infinite where any value is.
 
     Args:
         values: along the path, ends included.
@@ -324,8 +323,8 @@ def linear_mode_connectivity(
 ) -> LMCResult:
     """Branch training at several epochs and measure the straight lines between the branches.
 
-    For each k: train k epochs, finish training twice with two data orders, and evaluate loss
-    and largest Hessian eigenvalue on the line between the two results.
+    For each k: train k epochs, finish training twice with two data orders, and evaluate loss and
+    largest Hessian eigenvalue on the line between the two results.
 
     Args:
         model: a name for `entropic_fast.training.models.build`, or a function that makes a module.
@@ -335,14 +334,13 @@ def linear_mode_connectivity(
         settings: of each line; default, `LineSettings()`.
         eval_data: a test set.
         seed: of everything random.
-        task: called as task(name, compute) for every k, to store and resume: it returns the
-            table stored under that name, or that of compute(). The trunk is trained again as far
-            as the first missing k needs.
-        progress: called with (what, done, in all) after every epoch and point.
+        task: called as task(name, compute) for every k, to store and resume: it returns the table
+            stored under that name, or compute(). The trunk is trained again as far as the first
+            missing k needs.
+        progress: called with (what, done, total) after every epoch and point.
 
     Raises:
-        ValueError: no epochs, one outside the recipe or twice, and as `train` and
-            `measure_line`.
+        ValueError: no epochs, one outside the recipe or twice, and as `train` and `measure_line`.
 
     >>> from entropic_fast.training.data import load
     >>> data, test = load("digits", limit=40)

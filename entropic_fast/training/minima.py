@@ -1,4 +1,4 @@
-"""Trained minima as files: safetensors beside a JSON manifest of how they came about."""
+"""Trained minima as files: safetensors beside a JSON manifest of their origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .._version import __version__
 from .data import ImageData
 
 if TYPE_CHECKING:
-    from ._train import TrainConfig
+    from ._config import TrainConfig
 
 
 class MismatchError(ValueError):
@@ -28,7 +28,7 @@ class MismatchError(ValueError):
 
 @dataclass(frozen=True)
 class Minimum:
-    """A trained network as stored: weights, statistics, and how they came about.
+    """A trained network as stored.
 
     Attributes:
         parameters: by name; tied parameters once.
@@ -84,7 +84,7 @@ def training_manifest(
     order_seed: int | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What a minimum's manifest says of its training."""
+    """The part of a minimum's manifest that describes its training."""
     return {
         "model": model_name,
         "seed": seed,

@@ -1,8 +1,7 @@
-"""The paper's networks as plain modules: residual networks, wide residual networks and a small
-CNN for 8x8 digits.
+"""The paper's networks as plain modules: residual and wide residual networks, a CNN for 8x8 digits.
 
-Every activation is a module of its own, used once, and nothing is changed in place, so that
-hooks, tracers and second derivatives see each step.
+Every activation is its own module, used once, and nothing is changed in place, so that hooks,
+tracers and second derivatives see each step.
 """
 
 from __future__ import annotations
@@ -194,7 +193,7 @@ def digits_cnn(
 
 
 def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> nn.Sequential:
-    """A network by its name; its initial weights are torch's own: see `initialize`.
+    """A network by its name, with torch's own initial weights: see `initialize`.
 
     Args:
         name: one of `NAMES`, or of the same form with another depth or width, as "resnet14",
@@ -203,8 +202,8 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
         in_channels: channels of the images; by default 1 for the digits, 3 otherwise.
 
     Raises:
-        ValueError: an unknown name (the message lists the choices), or a depth that does not
-            exist in that family.
+        ValueError: an unknown name (the message lists the choices), or a depth that does not exist
+            in that family.
 
     >>> sum(p.numel() for p in build("resnet20-w8", num_classes=10, in_channels=3).parameters())
     68786
@@ -225,19 +224,18 @@ def build(name: str, num_classes: int = 10, in_channels: int | None = None) -> n
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> nn.Module:
-    """Set every parameter and buffer of `model` afresh, as a function of `seed` alone.
+    """Reset every parameter and buffer of `model`, as a function of `seed` and its name alone.
 
-    Convolutions and linear layers get He's normal weights (variance 2 / fan-in; a linear layer
-    that ends the network included) and zero biases, from a generator that depends on the
-    parameter's name only; normalization layers get scale 1, shift 0 and fresh statistics; other
-    layers reset themselves by their `reset_parameters`. Torch's global generators are neither
-    read nor moved, and the values do not depend on the device.
+    Convolutions and linear layers get He's normal weights (variance 2 / fan-in, also for the last
+    layer) and zero biases; normalization layers get scale 1, shift 0 and fresh statistics; other
+    layers reset themselves by their `reset_parameters`. Torch's global generators are neither read
+    nor moved, and the values do not depend on the device.
 
     Returns:
         `model`, changed in place.
 
     Raises:
-        ValueError: a module that owns parameters and has no way to reset them.
+        ValueError: a module with parameters and no method to reset them.
 
     >>> a, b = (initialize(build("digits-cnn"), seed=1) for _ in range(2))
     >>> all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))

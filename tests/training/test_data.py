@@ -90,17 +90,6 @@ def test_the_hash_sees_every_part():
     assert len({x.hash for x in (base, other, moved, scaled, base.subset([0, 1]))}) == 5
 
 
-def test_label_noise_redraws_the_share_asked_for():
-    data = images(n=4000, size=1, classes=10)
-    noisy = data.with_label_noise(0.5, seed=1)
-    changed = float((noisy.labels != data.labels).double().mean())
-    assert changed == pytest.approx(0.45, abs=0.035)  # a tenth of the drawn labels are the old
-    assert torch.equal(noisy.labels, data.with_label_noise(0.5, seed=1).labels)
-    assert torch.equal(data.with_label_noise(0, seed=1).labels, data.labels)
-    everywhere = data.with_label_noise(1, seed=2).labels.bincount(minlength=10)
-    assert everywhere.min() > 330 and everywhere.max() < 470
-
-
 IMAGES, LABELS = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])
 GOOD = {
     "images": IMAGES,
@@ -139,7 +128,6 @@ def test_data_that_do_not_fit_are_refused(change, message):
         (lambda x: x.tensors(7), "limit: expected at most 6"),
         (lambda x: x.limited(7), "limit: expected at most 6"),
         (lambda x: x.subset([]), "images: expected at least one"),
-        (lambda x: x.with_label_noise(1.5, 0), "fraction"),
         (lambda x: list(batches(0, 1, 0, 0)), "n: expected"),
         (lambda x: list(batches(1, 0, 0, 0)), "batch_size"),
         (lambda x: epoch_order(3, -1, 0), "epoch"),

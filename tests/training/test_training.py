@@ -78,7 +78,6 @@ def test_a_share_that_is_not_exact_in_binary_falls_on_its_epoch():
         ({"gamma": 2}, "gamma"),
         ({"nesterov": True, "momentum": 0}, "nesterov"),
         ({"pad": -1}, "pad"),
-        ({"label_noise": 1.1}, "label_noise"),
     ],
 )
 def test_a_bad_recipe_is_refused(change, message):
@@ -230,13 +229,10 @@ def test_frozen_parameters_stay():
     assert "0.weight" not in trained.optimizer_state and "0.bias" in trained.optimizer_state
 
 
-def test_label_noise_spoils_the_fit_of_the_true_labels():
-    config = TrainConfig(epochs=15, batch_size=50, augment=False)
-    clean, noisy = build("digits-cnn-bn"), build("digits-cnn-bn")
-    train(clean, SMALL, config, seed=1)
-    train(noisy, SMALL, TrainConfig(**{**vars(config), "label_noise": 1.0}), seed=1)
-    assert evaluate(clean, SMALL).accuracy > 0.9
-    assert evaluate(noisy, SMALL).accuracy < 0.4
+def test_training_fits_the_labels():
+    model, config = build("digits-cnn-bn"), TrainConfig(epochs=15, batch_size=50, augment=False)
+    train(model, SMALL, config, seed=1)
+    assert evaluate(model, SMALL).accuracy > 0.9
 
 
 def test_divergence_names_epoch_update_and_rate():
