@@ -1,6 +1,7 @@
-"""Several processes: the process group, what ranks say to each other, and heartbeats.
+"""Several processes: the process group, collectives of its ranks, and heartbeats.
 
-Start with `_process_group`; `_communicator` holds the collectives. Relies on `_torch` and `_utils`.
+Start with `_process_group`; docs/design/distributed.md explains the protocol. Relies on `_torch`
+and `_utils`.
 """
 
 from ._communicator import (

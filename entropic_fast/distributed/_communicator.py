@@ -115,7 +115,7 @@ class Communicator:
     def synchronized(
         self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
     ) -> T:
-        """What this rank computes, once all ranks have computed theirs; see `all_reduce`.
+        """The result of `compute` on this rank, once all ranks have theirs; see `all_reduce`.
 
         Args:
             form: a text of the result that has to be the same on every rank.
@@ -149,9 +149,12 @@ class Communicator:
 
         Args:
             failure: of this rank.
-            what: of the call: texts that have to be equal on all ranks (or functions that return
-                them), and tensors that have to be equal up to rounding.
+            what: texts that have to be equal on all ranks (or functions that return them), and
+                tensors that have to be equal up to rounding.
         """
+        # A collective that only some ranks enter hangs, and one that they enter with different
+        # arguments silently returns wrong numbers. The call's number is part of its text, so ranks
+        # one iteration apart in the same function differ too.
         self._calls += 1
         what = tuple(item() if callable(item) else item for item in what)
         # Ranks may sum in another order (threads, GPUs): tensors agree if their weighted norms and
@@ -162,10 +165,12 @@ class Communicator:
         )
         text = f"call {self._calls}" + (f", {text}" if text else "")
         norm, total = checksums(tensors if failure is None else [])
+        # Four integers whatever the arguments: texts and vectors are sent only after a mismatch.
         mine = [int(failure is not None), zlib.crc32(text.encode()), as_int(norm), as_int(total)]
         states = self.all_gather(mine)
         failed = [rank for rank, state in enumerate(states) if state[0]]
         if failed:
+            # Every rank knows of all failures and takes the first, so all make the same broadcast.
             said = self.broadcast_text(f"{type(failure).__name__}: {failure}", failed[0])
             if failure is not None:
                 self._told = failure
@@ -198,6 +203,7 @@ class Communicator:
             ValueError: names what differs, and where.
         """
         for name, value in facts.items():
+            # SHA-256 has 32 bytes: exactly the four 64-bit integers of one exchange.
             digest = hashlib.sha256(value.encode()).digest()
             states = self.all_gather(list(struct.unpack(f"<{WIDTH}q", digest)))
             others = [rank for rank, state in enumerate(states) if state != states[0]]
@@ -218,8 +224,8 @@ class Communicator:
         # The waiting thread is not in inference mode and may not write to inference tensors.
         with torch.inference_mode(False):
             received = rows.new_empty(count, *rows.shape[1:])
-        # The timeout of `group` is minutes; a rank may compute its rows for longer. For rows on the
-        # CPU the control group does, which waits for a day.
+        # The timeout of `group` is 600 s, and a rank may compute its rows for longer. Rows on the
+        # CPU go through the control group, which waits for a day.
         group = self._control_group if self._control_device == rows.device else self.group
         work = [
             dist.P2POp(operation, tensor, group_peer=peer, group=group)
@@ -243,7 +249,8 @@ class Communicator:
             return self._all_gather(numbers)
 
     def _all_gather(self, numbers: list[int]) -> list[list[int]]:
-        padded = numbers + [0] * (WIDTH - len(numbers))  # one size in every call
+        # One size in every call: ranks in different calls still exchange words, and can then tell.
+        padded = numbers + [0] * (WIDTH - len(numbers))
         mine = torch.tensor(padded, dtype=torch.int64, device=self._control_device)
         words = [torch.empty_like(mine) for _ in range(self.size)]
         self._attend(lambda: dist.all_gather(words, mine, group=self._control_group), mine.device)
@@ -266,12 +273,9 @@ class Communicator:
         return bytes(sent.tolist()).decode()
 
     def _attend(self, wait: Callable[[], Any], device: torch.device) -> None:
-        """Run a blocking collective on a thread, and look for lost ranks meanwhile.
-
-        Args:
-            device: of the tensors. On a GPU the caller's current stream is synchronized too:
-                NCCL's `wait` returns at once on the host, so a lost rank would go unnoticed.
-        """
+        """Run a blocking collective on a thread, and look for lost ranks meanwhile."""
+        # On a GPU, NCCL's `wait` returns at once on the host, and a lost rank would go unnoticed:
+        # the caller's stream is synchronized too.
         wait = _awaited(wait, device)
         heartbeat = self._heartbeat
         if heartbeat is None:
@@ -285,6 +289,7 @@ class Communicator:
             except Exception as error:
                 errors.append(error)
 
+        # A daemon: a collective whose rank is lost never returns, and must not keep the process.
         waiting = threading.Thread(target=run, name="waiting for ranks", daemon=True)
         waiting.start()
         while True:
@@ -311,6 +316,8 @@ class Communicator:
             if not ours or not any(word in reason for word in LOSSES):
                 raise
             reason = re.sub(r"^\[\S*\] ", "", reason).partition(". ")[0]
+            # A rank that ends because another is lost does not say that it ended, or it would be
+            # named in the place of the lost one.
             ended = []
             if self._heartbeat is not None:
                 self._heartbeat.peer_lost = True
@@ -329,26 +336,21 @@ class SingleProcess(Communicator):
         self.rank, self.size = 0, 1
 
     def all_reduce(self, compute: Callable[[], Tensor], *what: object) -> Tensor:
-        """What `compute` returns."""
         return compute()
 
     def synchronized(
         self, compute: Callable[[], T], *what: object, form: Callable[[T], str] | None = None
     ) -> T:
-        """What `compute` returns."""
         return compute()
 
     def check_consistent(self, failure: Exception | None = None, *what: object) -> None:
-        """Raise `failure`, if there is one."""
         if failure is not None:
             raise failure
 
     def all_gather(self, numbers: list[int]) -> list[list[int]]:
-        """The numbers of the only process."""
         return [numbers]
 
     def broadcast_text(self, text: str, source: int) -> str:
-        """The text itself."""
         return text
 
 

@@ -17,10 +17,10 @@ SHARE = 10
 
 
 class Heartbeat:
-    """Beats of this rank, from a thread of its own, and those seen of others.
+    """Beats of this rank, from its own thread, and those seen of others.
 
     Args:
-        store: a `torch.distributed` store that all ranks share.
+        store: a `torch.distributed` store common to all ranks.
         rank: of this process.
         timeout: seconds without a beat after which a rank counts as lost.
     """
@@ -35,7 +35,7 @@ class Heartbeat:
         self._finished = threading.Event()
         self.peer_lost = False  # then this process ends without telling the others that it finished
         self._beats = 0
-        self._beat()
+        self._beat()  # once before the constructor returns, so that others find a counter
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def missing(self, ranks: Sequence[int]) -> list[int]:
@@ -53,15 +53,15 @@ class Heartbeat:
         return [rank for rank in ranks if now - self._seen[rank][1] > self.timeout]
 
     def finish(self) -> None:
-        """Stop beating, and tell the others that this rank ends on its own account."""
+        """Stop beating, and tell the others that this rank ends by itself."""
         self._finished.set()
         if self.peer_lost:
             return
-        with contextlib.suppress(RuntimeError, dist.DistError):
+        with contextlib.suppress(RuntimeError, dist.DistError):  # the store's rank may be gone
             self._looking.set(self._key, ENDED)
 
     def finished(self, ranks: Sequence[int]) -> list[int]:
-        """Ranks that ended on their own account."""
+        """Ranks that ended by themselves."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             beats = self._looking.multi_get([_key(rank) for rank in ranks])
             return [rank for rank, beat in zip(ranks, beats, strict=True) if beat == ENDED.encode()]

@@ -1,17 +1,10 @@
 """Process group, and objectives whose work is distributed over its ranks.
 
-Every process of `torchrun --nproc-per-node 4 script.py` runs the same script on the same model and
-data. `distribute` returns an objective for which every later call is collective: it is made on
-every rank with the same arguments, and returns the same result on each.
-
-- Over examples: losses, gradients, products and quadratic forms of the Hessian, Gauss-Newton and
-  Fisher operators, gradient norms, and what is computed from these. The Gram matrix by blocks of
-  rows that travel around a ring.
-- Over pivots: AutoNEB. Over replicas: `relax` and its users.
-- Every rank computes anything else in full.
-
-Random numbers are keyed by example, probe and replica, so results depend on the number of ranks
-only through rounding. Every rank holds the entire data and model.
+Every process of `torchrun --nproc-per-node 4 script.py` runs the same script. Every later call on
+the result of `distribute` is collective: the same on every rank, with the same arguments and
+result. docs/design/distributed.md lists the quantities that are distributed; every rank computes
+all others in full. Every rank holds the entire data and model, and random numbers are keyed by
+example, probe and replica, so results depend on the number of ranks only through rounding.
 """
 
 from __future__ import annotations
@@ -30,20 +23,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from .._utils import checks
 from .._utils.devices import is_gpu
-from ._communicator import CollectiveMismatchError, Communicator, RankFailedError, RankLostError
+from ._communicator import CollectiveMismatchError, Communicator
 from ._heartbeat import Heartbeat
 
-__all__ = [
-    "CollectiveMismatchError",
-    "RankLostError",
-    "RankFailedError",
-    "Communicator",
-    "init",
-    "distribute",
-]
+__all__ = ["distribute", "init"]
 
 DEFAULT_TIMEOUT = 600.0  # seconds
-PATIENCE = 86400.0  # a day: a rank that beats may compute one chunk for hours
+PATIENCE = 86400.0  # seconds, a day: a rank that beats may compute one chunk for hours
 
 # Of the processes that `init` joined.
 _heartbeat: Heartbeat | None = None
@@ -69,15 +55,15 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
     Does nothing without `torchrun`, or if they are joined already.
 
     Args:
-        timeout: seconds without a heartbeat, or for one message, after which a rank counts as
-            lost. Heartbeats come from a thread of their own, so a slow rank is waited for.
+        timeout: seconds without a heartbeat, or for one message, after which a rank counts as lost.
+            Heartbeats come from their own thread, so slow ranks are waited for.
         patience: seconds to wait for a slow rank.
 
     Returns:
         the device of this process: its own GPU, or the CPU.
 
     Raises:
-        ValueError: on every rank, if two are on one GPU, which NCCL does not support.
+        ValueError: on every rank, if two share a GPU, which NCCL does not support.
 
     >>> init()  # without torchrun
     device(type='cpu')
@@ -97,7 +83,8 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
         if is_gpu(device):
             uuid = torch.cuda.get_device_properties(device).uuid
             _require_own_gpus(store, rank, size, f"{socket.gethostname()} {uuid}")
-        _heartbeat = Heartbeat(store, rank, timeout)  # first: ranks look for it once joined
+        # Before joining: a rank looks for all counters as soon as it is joined.
+        _heartbeat = Heartbeat(store, rank, timeout)
         dist.init_process_group(
             "nccl" if is_gpu(device) else "gloo",
             store=PrefixStore("entropic_fast", store),
@@ -105,9 +92,11 @@ def init(timeout: float = DEFAULT_TIMEOUT, patience: float = PATIENCE) -> torch.
             world_size=size,
             timeout=limit,
         )
-        _control_group = dist.new_group(
-            backend="gloo", timeout=datetime.timedelta(seconds=patience)
-        )
+        # The main group gives a collective up after `timeout` (600 s), and a rank may compute its
+        # share for longer. Status words therefore wait on a second group, for a day; the heartbeat
+        # finds lost ranks meanwhile.
+        limit = datetime.timedelta(seconds=patience)
+        _control_group = dist.new_group(backend="gloo", timeout=limit)
         atexit.register(_leave)  # otherwise NCCL's watchdog aborts the process as it ends
     return device
 
@@ -180,6 +169,8 @@ def distribute(obj: T, group: Any = None) -> T:
             f"one without process {dist.get_rank()}",
             "call distribute on the processes of the group alone",
         )
+    # Heartbeat and control group cover the processes that `init` joined, all together. In a group
+    # of the user's, the timeout of that group holds.
     patient = _heartbeat is not None and group in (None, dist.group.WORLD)
     if dist.get_backend(group) == "nccl" and not is_gpu(obj.device):
         if not patient:
@@ -200,7 +191,7 @@ def distribute(obj: T, group: Any = None) -> T:
 
 def _require_same_function(obj: Distributable, communicator: Communicator) -> None:
     """Reject models or losses that differ in values on a few examples, with equal parameters."""
-    failure: Exception | None = None
+    failure: Exception | None = None  # an error on one rank must reach the others too
     values: list[Tensor] = []
     try:
         values = obj.sample_values()
