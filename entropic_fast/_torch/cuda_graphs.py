@@ -54,10 +54,7 @@ def captured(
 ) -> tuple[torch.cuda.CUDAGraph | None, str]:
     """The graph of `work()`, which is not run; or None, and a note of the reason.
 
-    Args:
-        work: reads no value back, and finds its inputs at the same addresses.
-        device: a GPU.
-        memory: common to other graphs; None for memory of its own.
+    `work` reads no value back, and finds its inputs at the same addresses.
     """
     if switched_off():
         return None, switched_off()

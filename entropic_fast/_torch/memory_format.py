@@ -19,12 +19,9 @@ def preferred_memory_format(
     """Channels last, in which convolutions are faster, unless the network cannot take it.
 
     `view` on the output of a convolution, for one, needs the contiguous layout. Two images are
-    tried, forward and backward, in both layouts, and outputs have to agree; convolutions as in
-    `overruns_channels_last` have the contiguous layout on a CPU.
-
-    Args:
-        forward: the network, which must not update statistics.
-        images: inputs other than [N, C, H, W] have the contiguous layout.
+    tried, forward and backward, in both layouts, and outputs have to agree; `forward` must not
+    update statistics. Convolutions as in `overruns_channels_last` have the contiguous layout on a
+    CPU.
     """
     if not isinstance(images, Tensor) or images.ndim != 4:
         return torch.contiguous_format

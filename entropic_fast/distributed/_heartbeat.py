@@ -17,13 +17,7 @@ SHARE = 10
 
 
 class Heartbeat:
-    """Beats of this rank, from its own thread, and those seen of others.
-
-    Args:
-        store: a `torch.distributed` store common to all ranks.
-        rank: of this process.
-        timeout: seconds without a beat after which a rank counts as lost.
-    """
+    """Beats of this rank, from its own thread, and those seen of others, in a store common to all."""
 
     def __init__(self, store: Any, rank: int, timeout: float) -> None:
         self.timeout, self.interval = timeout, timeout / SHARE

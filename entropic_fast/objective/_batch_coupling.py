@@ -25,16 +25,9 @@ CUT = 0.37
 def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:
     """Reject a loss or a model for which an example's loss depends on the others of its batch.
 
-    The loss is evaluated for each example's outputs alone; the model for three examples alone, and
-    for the batch in two parts. Half precision is checked in float32, since its rounding depends on
-    the batch size.
-
-    Args:
-        model: whether to check the model too. The loss is always checked unless it is the library's
-            or torch's, because what it mixes may depend on the targets.
-
-    Raises:
-        ValueError: naming an example and both of its losses.
+    The loss is evaluated for each example's outputs alone, unless it is the library's or torch's;
+    with `model`, the model for three examples alone and for the batch in two parts. Half precision
+    is checked in float32, since its rounding depends on the batch size.
     """
     obj = obj.cast(torch.float32) if obj.dtype in checks.HALF else obj
     closed = closed_form(obj.loss_fn) is not None  # which never mixes examples

@@ -55,15 +55,8 @@ def read_model(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Copies of a live model's parameters as theta [P], and of its buffers.
 
-    Args:
-        model: of the same architecture, inside wrappers or not.
-        parameters: those of theta by name, complex ones as pairs, as in the objective.
-        buffers: as in the objective.
-        frozen: the objective's constant parameters. Those that differ are returned with the
-            buffers.
-
-    Raises:
-        ValueError: a model without one of them, or with another shape or dtype.
+    `parameters`, `buffers` and `frozen` are the objective's; constant parameters of the model that
+    differ from `frozen` are returned with the buffers. Another architecture is an error.
     """
     if not isinstance(model, nn.Module):
         raise checks.invalid("model", "an nn.Module", checks.describe(model))

@@ -169,13 +169,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def require_no_references(nodes: Iterable[Any], given: nn.Module, private: nn.Module) -> None:
     """Reject losses that use parameters of the user's own model, or of its first forward pass.
 
-    A function that holds the model (in a closure, as a global) would use it in the copy too. Its
-    parameters are constants there, so gradients would silently lack terms.
-
-    Args:
-        nodes: of the backward pass of some losses.
-        given: the model as the user has it.
-        private: the objective's copy of it, whose own parameters require no gradient.
+    A function that holds the model `given` (in a closure, as a global) would use it in the copy
+    too. Its parameters are constants there, so gradients would silently lack terms.
     """
     names = {id(p): name for name, p in given.named_parameters()}
     used = {id(node.variable) for node in nodes if node.name().endswith("AccumulateGrad")}

@@ -33,9 +33,7 @@ def gather_statistics(
 ) -> None:
     """Average every layer's mean and (unbiased) variance over batches, weighted by their size.
 
-    Args:
-        model: its layers that keep statistics are put in training mode meanwhile.
-        forward: runs the model on inputs [n, ...], with the buffers to change.
+    `forward` runs the model on inputs [n, ...], with the buffers to change.
     """
     layers = [m for m in norm_layers(model) if m.track_running_stats]
     state = [(layer.training, layer.momentum) for layer in layers]

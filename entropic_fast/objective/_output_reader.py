@@ -22,20 +22,13 @@ LOGITS = "logits"  # where Hugging Face's models have them
 
 @dataclass(frozen=True)
 class OutputReader:
-    """How a model is called, and what of its output is used.
-
-    Args:
-        form: how it is called.
-        part: the name or index of the part that the loss takes; None for a tensor.
-        loss: for an output of many parts, the loss that takes all of them, computed as the last
-            part of the model: its "output" is the loss of each example.
-        classes_last: move the last axis, of classes, to where torch's cross-entropy has it: for
-            scores per token [N, T, C], as Hugging Face's models return them.
-    """
+    """How a model is called (`form`), and what of its output the loss takes."""
 
     form: BatchFormat
-    part: str | int | None = None
+    part: str | int | None = None  # name or index of the part that the loss takes
+    # A loss of all parts is computed as the last part of the model: its "output" is the losses.
     loss: LossFunction | None = None
+    # Scores per token [N, T, C], as Hugging Face's models return them; torch has classes second.
     classes_last: bool = False
 
     def __call__(self, output: Any, targets: Tree) -> Any:

@@ -196,8 +196,7 @@ def copy_into(
 ) -> None:
     """Copy parameters (complex ones as pairs), and the buffers the model has, into it by name.
 
-    Raises:
-        ValueError: a model whose parameters have other names or shapes; it is unchanged.
+    A model with other names or shapes is an error, and unchanged.
     """
     # An objective's names are those without wrappers.
     targets = {plain_name(model, name): p for name, p in model.named_parameters()}

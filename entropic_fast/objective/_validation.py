@@ -43,9 +43,6 @@ def require_model(
         separate: reject examples that depend on one another, too.
         given: the model as the user has it; reject a use of its parameters, too.
         batch: the examples to check on, if chosen already.
-
-    Raises:
-        ValueError: as `Objective`.
     """
     if torch.is_inference_mode_enabled():
         raise checks.invalid(
@@ -224,12 +221,7 @@ def _checkpointed() -> ValueError:
 
 
 def first_output(obj: FunctionalModel) -> tuple[Batch, Any]:
-    """A few examples (or the first batch, if the model takes no fewer) and the model's raw output.
-
-    Raises:
-        ValueError: a model that takes neither; one that takes the batch alone, unless examples are
-            coupled anyhow.
-    """
+    """A few examples (or the first batch, if the model takes no fewer) and the model's raw output."""
     reader, theta = obj._reader, obj.point(None)
 
     def output(batch: Batch) -> Any:

@@ -20,11 +20,6 @@ class Replayed:
     The graph reads its arguments from buffers, and all else where it was at capture: the procedure
     changes tensors in place and reads no value back. Where capture fails it runs directly, and
     `note` says why.
-
-    Args:
-        work: the procedure; of tensors, without a result.
-        device: where it runs.
-        graphs: False to run it directly.
     """
 
     def __init__(

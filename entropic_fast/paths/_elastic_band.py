@@ -70,11 +70,6 @@ def insertions(
     Between neighboring pivots, the point where the loss most exceeds the linearly interpolated one,
     if by more than `threshold` times the range of all losses (Kolsbjerg, Groves and Hammer, J.
     Chem. Phys. 145, 094107, 2016); the largest excesses first.
-
-    Args:
-        s: positions, ascending, the first and last at pivots.  # [K]
-        losses: dense evaluation, infinite where it overflowed.  # [K]
-        is_pivot: which positions are pivots'.  # [K]
     """
     s, losses = np.asarray(s, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     pivot = np.asarray(is_pivot, dtype=bool)

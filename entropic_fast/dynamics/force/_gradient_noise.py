@@ -53,23 +53,15 @@ def row_scale(obj: Objective) -> tuple[int, float]:
 
 
 class GradientNoise:
-    """Covariance C of per-example gradients, in r directions and in the complement, in one pass.
+    """Covariance C of per-example gradients at theta, in r directions and in the complement, in one pass.
 
     With `norm="batch"`, where examples have no gradient of their own, scaled batches replace them.
 
     Args:
-        obj: the objective; with `norm="batch"` its batches are those of the dynamics.
-        theta: the point.  # [P]
         tangent: unit column, left out.  # [P, 1]
         vectors: orthonormal, orthogonal to the tangent.  # [P, r]
         turned: for `cross`; None for none.  # [P, r]
-        draws: random directions for `heterogeneity`.
-        seed: of those.
-
-    Attributes:
-        covariance: V^T C V.  # [r, r]
-        complement: trace of C orthogonal to the directions.
-        cross: mean of (v_i . g) (turned_i . complement of g).  # [r]
+        draws: random directions for `heterogeneity`, by `seed`.
     """
 
     @full_precision()
@@ -108,9 +100,10 @@ class GradientNoise:
             for total, sign in zip(self._sums, signs, strict=False):
                 total += sign[start : start + len(rows)] @ rows
         within = product[:, :size]
-        self.covariance = within[1:, 1:]
+        self.covariance = within[1:, 1:]  # V^T C V  [r, r]
         self._rest_squares = torch.cat(squares).clamp(min=0)  # [n]
-        self.complement = float(self._rest_squares.mean())
+        self.complement = float(self._rest_squares.mean())  # trace of C there
+        # Mean of (v_i . g) (turned_i . complement of g).  # [r]
         self.cross = torch.zeros(size - 1, dtype=torch.float64)
         if turned is not None:
             # turned . rest = turned . g - (turned . basis) (basis . g)

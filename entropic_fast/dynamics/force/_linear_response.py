@@ -13,24 +13,16 @@ from ..projected_sgd import ProjectedSGD
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """Response of coordinate i at update j to a unit of noise at update m: entry [i, j, m].
+    """Response of coordinate i at update j to a unit of noise at update m: entries [i, j, m]."""
 
-    Attributes:
-        pre_update: of w_i as update j's gradient sees it.  # [r, n, n]
-        post_update: of w_i after update j, before any projection.  # [r, n, n]
-    """
-
-    pre_update: Tensor
-    post_update: Tensor
+    pre_update: Tensor  # of w_i as update j's gradient sees it  [r, n, n]
+    post_update: Tensor  # of w_i after update j, before any projection  [r, n, n]
 
 
 def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True) -> Response:
-    """Linear response of directions of given stiffness over a short run, float64.
+    """Linear response over a short run of directions of given stiffness [r] (no weight decay), float64.
 
-    Args:
-        stiffness: eigenvalue of the Hessian in each direction, without weight decay.  # [r]
-        settings: of the short run.
-        project: whether w is set to 0 every k updates (False along the path).
+    `project`: whether w is set to 0 every k updates (False along the path).
     """
     if settings.optimizer == "adam":
         raise checks.invalid(
@@ -107,12 +99,9 @@ class MinibatchCovariance:
     def moments(
         self, left: Tensor, right: Tensor, weights: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
-        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il.  # [r, q]
+        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il, from two sets of responses.  # [r, q]
 
-        Args:
-            left, right: responses of r and of q coordinates.  # [r, n, n], [q, n, n]
-            weights: of the updates.  # [n]
-            multiplier: the noise of each update as a multiple of C; None for 1.  # [n]
+        `multiplier`: the noise of each update as a multiple of C; None for 1.  # [n]
         """
         excess = self._excess(multiplier)
         weighted = weights[:, None] * left
@@ -135,10 +124,7 @@ class MinibatchCovariance:
     ) -> Tensor:
         """Noise of each update relative to that on the path, 1 + h E |w|^2 / tr C.  # [n]
 
-        Args:
-            pre_update: responses.  # [r, n, n]
-            variances: C_ii.  # [r]
-            heterogeneity: h = E |(H_e - H) w|^2 / E |w|^2.
+        For responses [r, n, n], C_ii [r] and h = E |(H_e - H) w|^2 / E |w|^2.
         """
         total = float(variances.sum())
         multiplier = torch.ones(pre_update.shape[-1], dtype=torch.float64)

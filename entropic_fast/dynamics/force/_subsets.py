@@ -28,10 +28,8 @@ def forms_by_parts(
 ) -> Tensor:
     """v^T H v for the columns of vectors [P, K], spread over disjoint subsets of `max_examples`.
 
-    Subsets are independent, so the spread of their mean includes the error of using fewer examples.
-
-    Returns:
-        on the CPU, one row per subset; NaN fills rows of one column fewer.  # [G, ceil(K / G)]
+    One row per subset [G, ceil(K / G)], filled up with NaN, on the CPU. Subsets are independent, so
+    the spread of their mean includes the error of using fewer examples.
     """
     parts = _parts(obj, max_examples, vectors.shape[1])
     forms = torch.full((len(parts), -(-vectors.shape[1] // len(parts))), torch.nan).double()

@@ -18,13 +18,8 @@ MOST_PATIENCE = 64
 class GraphedCycles:
     """Runs cycles, on a GPU as one CUDA graph (k updates and a projection) after a warm-up.
 
-    A replica that is dropped makes new tensors, so the graph is captured again, after twice as many
-    plain cycles as the time before. Where capture fails, cycles stay plain and `note` says why.
-
-    Args:
-        run: whose cycles.
-        size: updates of an ordinary cycle; a shorter last one is not captured.
-        graphs: False for plain cycles only.
+    A dropped replica makes new tensors, so the graph is captured again, after twice as many plain
+    cycles as the time before. Where capture fails, cycles stay plain and `note` says why.
     """
 
     def __init__(self, run: ReplicaState, size: int, graphs: bool = True) -> None:

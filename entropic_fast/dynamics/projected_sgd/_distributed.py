@@ -22,9 +22,7 @@ NUMBERS = ("position", "distance", "loss", "full_loss")
 def over_processes(relax: Callable[..., Trajectory], arguments: Arguments) -> Trajectory:
     """Run a contiguous range of the replicas on each rank; every rank returns the full trajectory.
 
-    Raises:
-        ValueError: files to write to, of which each rank would need one.
-        DivergenceError: every replica of every rank diverged.
+    Rejects files to write to, of which each rank would need one.
     """
     obj, path, recording = arguments.obj, arguments.path, arguments.recording
     starts, lrs, ids = arguments.starts, arguments.lrs, arguments.ids

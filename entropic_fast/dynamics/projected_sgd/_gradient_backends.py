@@ -67,21 +67,13 @@ def vmap_gradients(objective: Objective) -> Gradients:
 def choose(
     backend: str, objective: Objective, theta: Tensor, inputs: Tensor, targets: Tensor
 ) -> tuple[str, Gradients, str]:
-    """The backend for these sizes, its function, and a note on rejected ones ("" for none).
+    """The backend for these points [R, P] and minibatches [R, B, ...], its function, and a note.
 
     "auto" is what measured fastest on CPUs: vmap for minibatches of at most 2,048 numbers and 3 or
     more replicas per core; else threads, one per core; the loop for a single replica on several
     cores. On a GPU it is vmap from 2 replicas on (not measured). Nothing is timed, because backends
     round differently and results must not depend on a clock. A backend whose first gradient is not
-    the loop's is passed over.
-
-    Args:
-        backend: "auto", or "vmap", "threads" (an error where they fail) or "loop".
-        theta: points of the replicas.  # [R, P]
-        inputs, targets: their first minibatches.  # [R, B, ...]
-
-    Raises:
-        ValueError: an unknown backend, or one that the model or the device cannot use.
+    the loop's is passed over, with the reason in the note; an error if it was asked for by name.
     """
     checks.one_of("backend", backend, BACKENDS)
     loop = loop_gradients(objective)

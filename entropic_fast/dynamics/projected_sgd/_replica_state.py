@@ -21,19 +21,9 @@ TENSORS = ("theta", "position", "distance", "losses", "bad", "counter", "alive",
 
 
 class ReplicaState:
-    """Replicas that have not diverged.
+    """The r replicas of R that have not diverged.
 
     Tensors change in place, so that a CUDA graph of `updates` finds them where they were.
-
-    Attributes:
-        step: updates made.
-        theta: points of the r replicas left.  # [r, P]
-        position, distance: of the last projection.  # [r]
-        losses, summed: sum of minibatch losses since the last record [r], and their number.
-        bad: first update with a non-finite loss, 0 if none was.  # [r]
-        alive: indices of the replicas left.  # [r]
-        diverged_at: update at which a replica diverged, or -1.  # [R]
-        first_loss: of the first minibatch, of all replicas.  # [R]
     """
 
     def __init__(
@@ -51,16 +41,17 @@ class ReplicaState:
         # Only the CPU's kernels look near a segment first and leave products out.  # [M, M]
         gpu = is_gpu(path.pivots.device)
         self.between = None if gpu else pivot_squares(path.pivots)
-        self.theta = path.point(starts).contiguous()
-        self.position = starts.to(path.positions).clone()
+        self.theta = path.point(starts).contiguous()  # [r, P]
+        self.position = starts.to(path.positions).clone()  # of the last projection  [r]
         self.distance = torch.zeros_like(self.position)
-        self.losses = torch.zeros_like(self.position)
-        self.first_loss = torch.zeros_like(self.position)
+        self.losses = torch.zeros_like(self.position)  # sum since the last record
+        self.first_loss = torch.zeros_like(self.position)  # of the first minibatch  [R]
+        # First update with a non-finite loss, 0 if none was.
         self.bad = torch.zeros_like(self.position, dtype=torch.int64)
         self.counter = torch.zeros((), dtype=torch.int64, device=self.theta.device)
         self.alive = torch.arange(len(starts))
-        self.diverged_at = torch.full_like(self.alive, -1)
-        self.step = self.summed = 0
+        self.diverged_at = torch.full_like(self.alive, -1)  # an update, or -1  [R]
+        self.step = self.summed = 0  # updates, in all and since the last record
 
     def cycle(self, count: int, updates: Callable[[Tensor], None] | None = None) -> None:
         """`count` updates (by `updates`) and a projection, then diverged replicas are dropped."""

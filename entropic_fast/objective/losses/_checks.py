@@ -73,9 +73,7 @@ def require_labels(
 ) -> None:
     """Reject targets other than integers in [0, C) or probabilities, for cross-entropy.
 
-    Args:
-        outputs_of: the model; run once for inputs of each shape.
-        ignoring: whether the loss's ignored label may occur.
+    `outputs_of`, the model, runs once for inputs of each shape.
     """
     outputs_by_form: dict[Any, Tensor] = {}
     for batch in examples.batches():
