@@ -65,8 +65,8 @@ def captured(
     # torch's own stream for captures belongs to the device that was current at the first.
     stream = side_stream(device) if memory is None else memory.stream
     try:
-        # A capture that fails does not leave its stream: the outer block does. Other threads may
-        # allocate memory meanwhile, which in the mode "global" would end the capture.
+        # A failed capture does not leave its stream; the outer block does. In the mode "global" an
+        # allocation by another thread would end the capture.
         with (
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),

@@ -22,7 +22,7 @@ class AnyOrder(TorchFunctionMode):
     """Within it, functions in FORMULAS use formulas that torch differentiates rightly."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.compiler.is_compiling():  # which cannot follow what comes here
+        if not torch.compiler.is_compiling():  # which cannot trace these functions
             func = FORMULAS.get(func, func)
         return func(*args, **(kwargs or {}))
 
@@ -245,7 +245,7 @@ def _lengths(vectors: Tensor) -> Tensor:
     return torch.where(is_zero, 1, squares).sqrt() * ~is_zero
 
 
-# What torch calls them where: as functions of F, and as those that F calls.
+# By the names in F, and by those that F calls.
 FORMULAS: dict[Any, Callable[..., Any]] = {
     functional.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# To hold in all that runs forward mode or traces it; taken before a model's own lock.
+# To be held by all code that runs or traces forward mode; acquired before a model's lock.
 forward_lock = threading.RLock()
 
 

@@ -129,7 +129,7 @@ class _Float32:
         wanted = next((name for name, count in self._inside.items() if count), None)
         if wanted == self._current:
             return
-        self._undo()  # first what was set before, which is what is to be restored
+        self._undo()  # restore the earlier settings first, since those are saved next
         self._undo, self._current = lambda: None, None
         if wanted is not None:
             self._undo, self._current = _set_float32(wanted), wanted

@@ -17,7 +17,7 @@ class NonFiniteLossError(ValueError):
 
 
 _CDIST = "CdistBackward0"
-# What torch has a first derivative of alone, and what to use instead.
+# Functions without a second derivative in torch, and what to use instead.
 _ONCE = {
     "EmbeddingBagBackward0": (
         "nn.EmbeddingBag",

@@ -11,10 +11,10 @@ from torch import Tensor
 from .._utils import checks
 from .._utils.devices import is_gpu
 
-# Share of the free memory that a computation takes when no budget is given. A GPU's memory is the
-# process's own, so half of it; the rest is for fragments and what cuDNN and cuBLAS work in.
+# Share of the free memory that a computation takes by default. No other process uses a GPU's memory,
+# so half of it; fragments and the workspaces of cuDNN and cuBLAS need the remainder.
 CPU_SHARE, GPU_SHARE = 0.25, 0.5
-# Share of the free memory up to which a GPU's cached memory is not looked at closer, as that lists
+# Share of the free memory up to which a GPU's cached memory is not inspected, which would list
 # every block of the allocator.
 CACHED_UNSEEN = 1 / 8
 _MIB, _GIB = 2**20, 2**30

@@ -37,7 +37,7 @@ def preferred_memory_format(
                 return torch.contiguous_format
             outputs = forward(last)
             torch.autograd.grad(outputs.sum(), last)
-    except Exception:  # whatever else is wrong will be said where the network is used
+    except Exception:  # other errors are reported where the network is used
         return torch.contiguous_format
     size = float(expected.abs().max()) if expected.numel() else 0.0
     same = torch.allclose(outputs.detach(), expected, rtol=0, atol=1e-2 * size, equal_nan=True)

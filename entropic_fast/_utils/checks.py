@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .devices import is_gpu
 
 HALF = (torch.float16, torch.bfloat16)
-# Of an error message: what came is one line of so many characters, strings are cut after so many,
-# and of a sequence so many are shown.
+# Limits of an error message: characters of the value received, characters of a string in it, and
+# items of a sequence.
 LONGEST, TEXT, ITEMS = 240, 98, 4
 PLAIN = (
     *(int, float, complex, bool, str, bytes, NoneType, slice, np.generic),
@@ -169,7 +169,7 @@ def all_finite(*values: Tensor) -> bool:
     """Whether no tensor has NaN or infinity; on a GPU one launch each, and one synchronization."""
     if not values:
         return True
-    # A finite sum has finite terms; it costs a fifth of looking at each.
+    # A finite sum has finite terms, and costs a fifth of checking each.
     if is_gpu(values[0].device):
         sums = [value.detach().sum(dtype=torch.float64) for value in values]
         finite = math.isfinite(float(sum(sums[1:], sums[0])))

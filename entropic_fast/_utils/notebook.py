@@ -58,7 +58,7 @@ def plot(draw: Callable[[Axes], None], width: float = 3.8, height: float = 2.3) 
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
-    return text[text.index("<svg") :].strip()  # without the prologue of a document of its own
+    return text[text.index("<svg") :].strip()  # without the prologue of a document
 
 
 def _row(row: Sequence[object]) -> str:

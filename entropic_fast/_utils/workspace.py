@@ -40,8 +40,8 @@ class Scratch(NamedTuple):
     keys: int
 
 
-# CPU: copies that stay in the caches, slices with columns enough that a product is not bound by
-# memory, and tiles no larger, as they pass through the caches twice.
+# CPU: copies that stay in the caches, slices with enough columns that a product is not bound by
+# memory, and smaller tiles, because these pass through the caches twice.
 CPU = Scratch(
     products=_MIB,
     norms=4 * _MIB,

@@ -165,7 +165,7 @@ class Communicator:
         )
         text = f"call {self._calls}" + (f", {text}" if text else "")
         norm, total = checksums(tensors if failure is None else [])
-        # Four integers whatever the arguments: texts and vectors are sent only after a mismatch.
+        # Four integers for any arguments: texts are sent only after a mismatch, vectors never.
         mine = [int(failure is not None), zlib.crc32(text.encode()), as_int(norm), as_int(total)]
         states = self.all_gather(mine)
         failed = [rank for rank, state in enumerate(states) if state[0]]

@@ -17,7 +17,7 @@ SHARE = 10
 
 
 class Heartbeat:
-    """Beats of this rank, from its own thread, and those seen of others, in a store common to all."""
+    """Beats of this rank, from its own thread, and those seen of others, in a common store."""
 
     def __init__(self, store: Any, rank: int, timeout: float) -> None:
         self.timeout, self.interval = timeout, timeout / SHARE

@@ -80,7 +80,7 @@ def objective_key(
         constants: as `key_of`.
     """
     model, names, reader = obj.module, set(obj.parameter_names), obj._reader
-    with model_lock(model):  # a thread that runs it puts its own parameters into it
+    with model_lock(model):  # a thread that runs the model replaces its parameters
         named = list(model.named_parameters())
         given = [p for name, p in named if name in names]
         return key_of(

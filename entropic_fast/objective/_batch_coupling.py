@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from .data import Batch
 
 
-# Examples that are looked at: so many in a row, where groups often are, and so many over the data.
+# Examples to compare: the first 32, where groups are often adjacent, and 32 spread over the data.
 IN_A_ROW = SPREAD = 32
-# The batch is cut behind this share of it: not at a multiple of a group's usual size.
-CUT = 0.37
+CUT = 0.37  # share of the batch where it is cut: not at a multiple of a group's usual size
 
 
 def require_separate(obj: FunctionalModel, *, model: bool = True) -> None:

@@ -13,8 +13,8 @@ from .._utils.convergence import stacklevel
 from ._modules import plain_name
 from ._parameters import as_real
 
-# Relative distance from the point of the statistics beyond which they are of another network:
-# at 5 % the largest eigenvalue of a small network with batch normalization is off by 4 %.
+# Relative distance beyond which statistics belong to another network: at 5 % the largest
+# eigenvalue of a small network with batch normalization is off by 4 %.
 FAR = 0.05
 
 

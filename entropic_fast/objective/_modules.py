@@ -279,6 +279,6 @@ def _where(model: nn.Module) -> str:
                 continue
             try:
                 copy.deepcopy(value, {id(module): module})
-            except Exception:  # whatever it is, it is the one to name
+            except Exception:  # any failure identifies the attribute
                 return f", in attribute {key!r} of {repr(name) if name else 'the model'}"
     return ""

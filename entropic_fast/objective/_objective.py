@@ -137,8 +137,8 @@ class Objective(MeanLoss):
         self.loss_fn = bound(self.loss_fn, self.examples)
         self._statistics = StatisticsPoint(self._theta)
         self.communicator: Communicator = SingleProcess()
-        self._loss_dtype: torch.dtype | None = None  # once it is known
-        self.takes_derivatives = False  # the model or loss, of its own; once it is known
+        self._loss_dtype: torch.dtype | None = None  # set at first use
+        self.takes_derivatives = False  # set by the checks below
         self._reader = OutputReader(form)
         self.independent = 0  # how often outputs or losses did not depend on theta
         model_checks.require_model(self, given=model, batch=self._choose_outputs(output))

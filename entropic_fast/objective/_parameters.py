@@ -37,7 +37,7 @@ def cached_copy(
 
     So facts cached by model (graphs, say) serve the next objective of that kind too.
     """
-    with model_lock(model):  # a thread that runs it puts its own parameters into it
+    with model_lock(model):  # a thread that runs the model replaces its parameters
         copies = _copies.setdefault(model, {})
         if kind not in copies:
             copies[kind] = make(model)
@@ -167,7 +167,7 @@ _SHOWN = 8  # names in a message
 def _matches(model: nn.Module, name: str, pattern: str) -> bool:
     """Whether a pattern matches a parameter's name or that of a module which holds it."""
     plain = plain_name(model, name)
-    # What a weight is computed from goes by the weight's name too.
+    # A parametrized weight's source also has the name of the weight.
     for alias in {name, plain, plain.replace("parametrizations.", "")}:
         parts = alias.split(".")
         places = (".".join(parts[:i]) for i in range(1, len(parts) + 1))

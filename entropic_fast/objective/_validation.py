@@ -168,8 +168,8 @@ def _require_loss_form(losses: Tensor, outputs: Tensor, batch: Batch) -> None:
         )
 
 
-# Models, with losses, that were found to be deterministic, to write to no parameter, and not to mix
-# examples: properties of their code, which need not be tried for each set of weights.
+# Models with losses found to be deterministic, to write to no parameter, and not to mix examples:
+# properties of their code, checked once for all weights.
 _passed: LRUCache[bool] = LRUCache(256)
 
 
@@ -221,7 +221,7 @@ def _checkpointed() -> ValueError:
 
 
 def first_output(obj: FunctionalModel) -> tuple[Batch, Any]:
-    """A few examples (or the first batch, if the model takes no fewer) and the model's raw output."""
+    """A few examples (the first batch, if the model takes no fewer) and the raw output."""
     reader, theta = obj._reader, obj.point(None)
 
     def output(batch: Batch) -> Any:

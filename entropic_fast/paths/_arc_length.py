@@ -44,7 +44,7 @@ def located(positions: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The segment that holds each s [K] in [0, 1], int64, and the fraction along it, float64.
 
     A position at a pivot belongs to the segment that begins there (the end, to the last). Segments
-    of length 0 are never returned, because of equal positions the last begins a longer one.
+    of length 0 are never returned: of equal positions, the last begins a longer segment.
     """
     after = torch.searchsorted(positions, s, right=True)
     after = torch.minimum(after, torch.searchsorted(positions, positions[-1:]))

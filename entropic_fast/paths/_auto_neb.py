@@ -181,7 +181,7 @@ def _run_cycle(
     config, cycle = state.config, state.cycle
     steps, lr = config.cycles[cycle]
     done = sum(n for n, _ in config.cycles[:cycle])
-    # Facts of steps stay on a GPU until so many are read at once, or each is asked for.
+    # On a GPU the facts of so many steps are read at once, unless a callback needs each.
     every = STEPS_UNREAD if is_gpu(descent.pivots.device) and on_step is None else 1
     rows: list[Row] = []
     unread: list[Tensor] = []

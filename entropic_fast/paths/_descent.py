@@ -20,7 +20,7 @@ from ._elastic_band import band_gradients, improved_tangents
 
 
 class Descent:
-    """Pivots [M, P] that descend the energy of a band, by SGD with momentum; nothing waits for the device.
+    """Pivots [M, P] that descend the energy of a band by SGD; nothing waits for the device.
 
     On a GPU the gradients of all pivots are one CUDA graph (168 launches per pivot of a ResNet-20
     without). The band's geometry stays outside: its launches do not grow with the number of pivots,
@@ -47,9 +47,9 @@ class Descent:
             self._layout = preferred_memory_format(outputs, self._data[0])
         self._examples = 0  # per step
         self._batch = Replayed(self._add_batch, pivots.device, graphs)
-        # Of the last step, float64 [4 + 2 M]: mean and highest loss of interior pivots, largest norm
-        # of a gradient across the path, length after the step; then all losses, and the norms of all
-        # pivots before redistribution.
+        # Of the last step, float64 [4 + 2 M]: mean and highest loss of interior pivots, largest
+        # norm of a gradient across the path, length after the step; then all losses, and the norms
+        # of all pivots before redistribution.
         self.facts = torch.zeros(0)
 
     @property

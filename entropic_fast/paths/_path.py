@@ -172,7 +172,7 @@ class Path:
         best = torch.full_like(rows[:, 0], torch.inf)
         s = torch.zeros_like(best)
         nearest = torch.empty_like(rows)
-        # Segments without length hold no position of their own.
+        # Segments of length 0 hold no position.
         proper = (self._positions[1:] > self._positions[:-1]).nonzero()[:, 0]
         for i in proper.tolist():
             start = self._pivots[i].double()

@@ -115,7 +115,7 @@ def _inside(root: Path, path: Path, link: bool) -> None:
         return
     try:
         end = path.resolve()
-    except (OSError, RuntimeError):  # a link to itself, by way of others
+    except (OSError, RuntimeError):  # a link that leads to itself
         end = Path("nowhere")
     if not end.is_relative_to(root):
         raise invalid(

@@ -265,8 +265,8 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def _reset(module: nn.Module, seed: int) -> None:
-    # On a copy on the CPU, under a private state of the CPU generator: the same values whatever
-    # the device, and no global generator moves.
+    # On a CPU copy, under a private state of the CPU generator: the values do not depend on the
+    # device, and no global generator moves.
     twin: Any = copy.deepcopy(module).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

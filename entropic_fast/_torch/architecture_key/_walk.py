@@ -63,7 +63,7 @@ def key_of(
         for thing in things:
             walk.visit(thing)
     except (UnknownError, RuntimeError, AttributeError, TypeError, ValueError) as why:
-        # Also of objects that change meanwhile, or that do not take being looked at.
+        # Raised also by objects that change during the walk, or that cannot be inspected.
         logger.debug("not compared with other models: %s", why)
         return None
     if constants is not None:
@@ -122,7 +122,7 @@ class _Walk:
     def _tensor(self, tensor: Tensor) -> None:
         if type(tensor) not in TENSORS or tensor.layout != torch.strided:
             raise UnknownError(type(tensor).__name__)
-        if id(tensor) in self._given:  # not in its place: read past what is given
+        if id(tensor) in self._given:  # read as an attribute, not through its place in the module
             raise UnknownError("a parameter held as an attribute")
         self.found.append((*_looks(tensor), tensor.stride(), tensor.requires_grad))
         self._bytes += tensor.numel() * tensor.element_size()

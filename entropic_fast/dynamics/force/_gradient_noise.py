@@ -24,7 +24,7 @@ def gradient_rows(obj: Objective, theta: Tensor) -> Iterator[tuple[int, Tensor]]
     for batch in obj.batches():
         size = size or batch.size
         if batch.size == size:
-            with full_precision():  # not while whoever asked for the row has it
+            with full_precision():  # ends before the row is yielded
                 leaf = theta.detach().requires_grad_()
                 loss = obj.losses(leaf, batch.inputs, batch.targets).mean()
                 row = torch.autograd.grad(loss, leaf)[0][None]
@@ -53,7 +53,7 @@ def row_scale(obj: Objective) -> tuple[int, float]:
 
 
 class GradientNoise:
-    """Covariance C of per-example gradients at theta, in r directions and in the complement, in one pass.
+    """Covariance C of per-example gradients, in r directions and in the complement; one pass.
 
     With `norm="batch"`, where examples have no gradient of their own, scaled batches replace them.
 
@@ -81,7 +81,7 @@ class GradientNoise:
         self.basis = torch.cat([tangent, vectors], 1)  # [P, 1 + r]
         self.mean = self._mean()
         n, size = self.count, self.basis.shape[1]
-        # (columns^T g) is enough: what is taken off g follows from its coordinates.
+        # columns^T g is enough: projections of g follow from its coordinates.
         columns = self.basis if turned is None else torch.cat([self.basis, turned.to(theta)], 1)
         product = torch.zeros(size, columns.shape[1], dtype=torch.float64, device=theta.device)
         squares = []

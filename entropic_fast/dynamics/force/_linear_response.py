@@ -20,7 +20,7 @@ class Response:
 
 
 def response(stiffness: Tensor, settings: ProjectedSGD, *, project: bool = True) -> Response:
-    """Linear response over a short run of directions of given stiffness [r] (no weight decay), float64.
+    """Linear response over a short run of directions of stiffness [r] without weight decay.
 
     `project`: whether w is set to 0 every k updates (False along the path).
     """
@@ -99,7 +99,7 @@ class MinibatchCovariance:
     def moments(
         self, left: Tensor, right: Tensor, weights: Tensor, multiplier: Tensor | None = None
     ) -> Tensor:
-        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il, from two sets of responses.  # [r, q]
+        """sum_j weights_j Cov(w_i, w_l) at update j, per unit of C_il, from responses.  # [r, q]
 
         `multiplier`: the noise of each update as a multiple of C; None for 1.  # [n]
         """

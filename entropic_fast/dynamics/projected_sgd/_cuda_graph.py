@@ -9,9 +9,9 @@ from ..._torch.cuda_graphs import WARM_UP, captured, on_side_stream
 from ..._utils.devices import is_gpu
 from ._replica_state import ReplicaState
 
-# A capture costs 0.1 to 1 s, as much as a few to a hundred cycles. So after each the next waits for
-# twice as many cycles without a dropped replica, up to these: of 64 that diverge one by one few
-# are followed by a capture.
+# A capture costs 0.1 to 1 s, as much as a few to a hundred cycles. So after each capture the next
+# waits for twice as many cycles without a dropped replica, up to this number: if 64 replicas
+# diverge one by one, few of them cost a capture.
 MOST_PATIENCE = 64
 
 

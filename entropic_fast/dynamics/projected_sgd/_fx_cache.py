@@ -63,7 +63,7 @@ class FxCache:
             values = graph(*tensors)
         except torch.OutOfMemoryError:
             raise
-        except Exception as why:  # tracing may fail in any way; the function is right
+        except Exception as why:  # tracing may fail in many ways; the function itself works
             logger.info("replicas go without a list of operations: %s", why)
             return self._function
         if all(_same(a, b) for a, b in zip(values, expected, strict=True)):

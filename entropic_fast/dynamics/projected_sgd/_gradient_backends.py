@@ -150,7 +150,7 @@ def _failure(
             # raised once by torch, not by the model.
             warnings.filterwarnings("ignore", ".*no current CUDA context")
             losses, rows = batched(theta, inputs, targets)
-    # A model may fail under vmap in any way at all; what it raises is passed on in the reason.
+    # A model may raise anything under vmap; the reason reports it.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     one_loss, one_row = loop(*trees.chosen((theta, inputs, targets), slice(1)))

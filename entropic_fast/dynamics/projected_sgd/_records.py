@@ -54,10 +54,10 @@ class Records(Protocol):
         """Those in memory: all, or the first and the last."""
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: what was recorded is safe on disk from here on."""
+        """For a checkpoint; records so far are flushed to disk."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Forget what was recorded after `state`."""
+        """Discard records made after `state`."""
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> None:
         """No more records; `metadata` is the final manifest of a run that ended by itself."""

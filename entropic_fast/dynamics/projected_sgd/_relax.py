@@ -215,7 +215,7 @@ class _Relaxation:
                 self._record(state.first_record(arguments.starts, self._evaluation))
             if state.step % every == 0 or state.step == sgd.steps or not len(state.alive):
                 self._record(state.record(self._evaluation))
-            # Not after the last cycle: more steps may be asked for, and it may be a shorter one.
+            # Not after the last cycle, which may be shorter: a resumed run may have more steps.
             if self._checkpoint and state.step % self._every == 0 and state.step < sgd.steps:
                 chosen = {"backend": torch.tensor(BACKENDS.index(self._backend))}
                 self._checkpoint.save(state.state() | self._records.state() | chosen)

@@ -16,7 +16,7 @@ from ._minibatches import Minibatches
 from ._optimizers import Optimizer
 from ._records import Record
 
-# What a checkpoint holds, besides the optimizer's state.
+# Fields of a checkpoint, besides the optimizer's state.
 TENSORS = ("theta", "position", "distance", "losses", "bad", "counter", "alive", "diverged_at")
 
 

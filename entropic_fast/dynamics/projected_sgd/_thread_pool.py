@@ -54,12 +54,12 @@ class ThreadPool:
             torch.set_num_threads(before)  # what threads of others will take
 
     def run(self, work: Callable[[], Result]) -> list[Result]:
-        """`work()` in every worker; their results. Raises what one of them raised."""
+        """Run `work()` in every worker; their results, or the error of one."""
         futures = [self._pool.submit(work) for _ in range(self.count)]
         return [future.result() for future in futures]
 
     def prioritize(self, work: Callable[[], None]) -> None:
-        """`work()` in the leader. Raises what it raised."""
+        """Run `work()` in the leader, and raise its error."""
         self._leader.submit(work).result()
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ def batches_in_range(
 
 
 class WithTargets(NamedTuple):
-    """Inputs of a model whose loss is computed inside: what it takes, and the targets."""
+    """Inputs of a model whose loss is computed inside: its inputs proper, and the targets."""
 
     inputs: Tree
     targets: Tree

@@ -94,7 +94,7 @@ class BatchFormat:
         return ""
 
     def _takes_positional(self, count: int) -> bool:
-        if count == 1:  # a list of one tensor may be what a forward of one argument asks for
+        if count == 1:  # a forward of one argument may take a list of one tensor
             return len(self._positional) == 1 or self._any_positional
         most = float("inf") if self._any_positional else len(self._positional)
         return len(self._required) <= count <= most

@@ -135,7 +135,9 @@ class ExampleSet:
             return
         parts = list(self._raw(self.count))
         if len(parts) > 1:
-            for part in parts:  # what is not of one length, as the edges of a graph, cannot be
+            for (
+                part
+            ) in parts:  # tensors of other lengths, such as the edges of a graph, cannot be joined
                 require_one_length(*part)
         forms = {trees.example_form(part) for part in parts}
         if len(forms) > 1:
