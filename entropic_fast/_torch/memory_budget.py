@@ -11,7 +11,7 @@ from torch import Tensor
 from .._utils import checks
 from .._utils.devices import is_gpu
 
-# Share of the free memory that a computation takes by default. No other process uses a GPU's memory,
+# Share of the free memory that a computation takes by default. A GPU serves one process,
 # so half of it; fragments and the workspaces of cuDNN and cuBLAS need the remainder.
 CPU_SHARE, GPU_SHARE = 0.25, 0.5
 # Share of the free memory up to which a GPU's cached memory is not inspected, which would list
