@@ -1,7 +1,7 @@
-"""Runs tasks in order of their needs, over processes, with progress; finished ones are kept.
+"""Compute tasks in the order of their needs, on one or several processes; finished ones are kept.
 
-Other commands may be at the same folder, on this machine or another: a task that one of them
-computes is looked at again every RETRY seconds, and taken over if that command ends without it.
+Other commands may work in the same folder, on this machine or another. A task that one of them
+computes is checked again every RETRY seconds, and taken over if that command ends without it.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as ProgressBar
 
 from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores
 from ..distributed import Communicator, SingleProcess
+from ._progress import Monitor, progress_bar
 from ._task_store import TaskStore
 
 Progress = Callable[[float], None]
 
 RETRY = 1.0  # seconds
-# Of a process on a GPU: half a GiB of context and loaded kernels, and room to compute.
+# Per process on a GPU: half a GiB for the context and loaded kernels, and room to compute.
 GPU_MEMORY = 3 * 2**29
+Submit = Callable[["Task"], "Future[float | None]"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of a run that is stored whole or not at all.
+    """One unit of a run's work, stored completely or not at all.
 
     Attributes:
         name: "<stage>/<key>", the folder it is stored in.
         function: called with (run, progress, *args); returns what is stored. Importable by name.
         args: further arguments.
         needs: names of the tasks that must be finished before.
-        cost: expected work, in any one task, for the time that is left.
+        cost: expected work, in the same unit for all tasks of a run.
     """
 
     name: str
@@ -65,11 +66,6 @@ class TaskError(RuntimeError):
     """A task that failed; the message names it. What was finished stays in the folder."""
 
 
-class _Monitor(Protocol):
-    def advance(self, task: Task, fraction: float) -> None: ...
-    def done(self, task: Task, seconds: float) -> None: ...
-
-
 def execute(
     run: TaskStore,
     tasks: Sequence[Task],
@@ -83,24 +79,24 @@ def execute(
     Args:
         run: where tasks read their needs and are stored.
         tasks: in any order; needs must be among them.
-        workers: processes; default one a core on the CPU, one on a GPU. On a machine with
-            several GPUs more are spread over these. The cores are shared
-            out among as many, even while fewer tasks are left: how a sum is split over threads
-            changes its last digits, and a resumed run must repeat an unbroken one exactly.
+        workers: processes; default one per core on the CPU, one on a GPU. Several GPUs are
+            assigned to them in turns. Each has an equal share of the cores, even while fewer tasks
+            are left: the split of a sum over threads changes its last digits, and a resumed run
+            must repeat an uninterrupted one exactly.
         console: where progress is shown.
-        communicator: processes that call this together and share the work of each task, all of them
-            at the same one. The first decides which, and stores it.
+        communicator: ranks that call this together and share the work of each task. The first
+            decides which task is next, and stores it.
 
     Raises:
         ValueError: more workers than the GPUs have memory for.
-        TaskError: a task failed. Tasks under way are finished first, so nothing is lost.
-        KeyboardInterrupt: as it came; only the tasks under way are lost.
+        TaskError: a task failed. Running tasks are finished first.
+        KeyboardInterrupt: only the running tasks are lost.
     """
     console = console or Console(stderr=True)
     if communicator.rank:
         _follow(run, tasks, communicator)
         return
-    # Of torchrun's processes on a machine each takes its share of the cores.
+    # The ranks that torchrun starts on a machine share its cores.
     cores = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     todo = {u.name: u for u in tasks if not _finished(run, u, console)}
     if not todo and communicator.size == 1:
@@ -113,12 +109,16 @@ def execute(
     kept = len(tasks) - len(todo)
     if kept:
         console.print(f"{kept} of {len(tasks)} tasks are finished already and kept")
-    with _monitor(console, list(todo.values()), workers) as monitor:
+    with progress_bar(console, [task.cost for task in todo.values()]) as monitor:
         if workers == 1:
-            with _threads(threads):
-                _in_process(run, todo, monitor, communicator)
+            with limited_threads(threads):
+                failed = _compute_all(todo, monitor, _in_process(run, monitor, communicator), 1)
         else:
-            _over_processes(run, todo, monitor, workers, threads)
+            with _pool(run, monitor, workers, threads) as submit:
+                failed = _compute_all(todo, monitor, submit, workers)
+    if failed:
+        raise _task_error(failed) from failed[0][1]
+    communicator.broadcast_text("", 0)  # nothing is left
 
 
 def _require_room(workers: int, console: Console) -> None:
@@ -160,7 +160,8 @@ def _free_memory(gpus: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -176,20 +177,20 @@ def _finished(run: TaskStore, task: Task, console: Console) -> bool:
         text = f"damaged task {task.name}: {error}; it is computed again"
         console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
         with run.try_lock(task.name) as mine:
-            if mine and not run.is_intact(task.name):  # another command may have mended it
+            if mine and not run.is_intact(task.name):  # another command may have repaired it
                 (run.task_folder(task.name) / "done.json").unlink(missing_ok=True)
         return False
 
 
 class _Queue:
-    """Tasks to be computed, heaviest first of those whose needs are finished."""
+    """Tasks to compute; of those whose needs are finished, the most expensive first."""
 
     def __init__(self, todo: dict[str, Task]) -> None:
         self.todo, self.unfinished = dict(todo), set(todo)
-        self.later: dict[str, float] = {}  # when to look again at tasks that others compute
+        self.later: dict[str, float] = {}  # when to check the tasks of other commands again
 
     def take(self) -> Task | None:
-        """The next task; None if all that is left waits for others, here or elsewhere."""
+        """The next task; None if all that are left wait for others, here or elsewhere."""
         now = time.monotonic()
         ready = [
             task
@@ -202,7 +203,7 @@ class _Queue:
         return task
 
     def elsewhere(self, task: Task) -> None:
-        """Another command computes a task that was taken: look again later."""
+        """Another command computes this task: check it again later."""
         self.todo[task.name] = task
         self.later[task.name] = time.monotonic() + RETRY
 
@@ -212,34 +213,68 @@ class _Queue:
 
     @property
     def waits(self) -> bool:
-        """Whether something is left, and all of it waits for other commands."""
+        """Whether tasks are left that only other commands' tasks hold up."""
         return bool(self.todo and self.later)
 
 
-def _in_process(
-    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, communicator: Communicator
-) -> None:
+def _compute_all(
+    todo: dict[str, Task], monitor: Monitor, submit: Submit, workers: int
+) -> list[tuple[Task, BaseException]]:
+    """Compute tasks, `workers` at a time; after a failure begin no other. Returns the failures."""
     queue = _Queue(todo)
-    while queue.todo:
-        task = queue.take()
-        if task is None:
+    running: dict[Future[float | None], Task] = {}
+    failed: list[tuple[Task, BaseException]] = []
+    while running or (queue.todo and not failed):
+        while not failed and len(running) < workers and (task := queue.take()):
+            try:
+                running[submit(task)] = task
+            except BrokenExecutor as broken:
+                failed.append((task, broken))
+        if not running and not failed:
             assert queue.waits, f"tasks that need one another: {sorted(queue.todo)}"
             time.sleep(RETRY / 4)
-            continue
+        finished, _ = concurrent.futures.wait(running, 0.25, concurrent.futures.FIRST_COMPLETED)
+        monitor.receive()
+        for future in finished:
+            task = running.pop(future)
+            if error := future.exception():
+                failed.append((task, error))
+            elif (seconds := future.result()) is None:
+                queue.elsewhere(task)
+            else:
+                queue.done(task)
+                monitor.done(task.name, task.cost, seconds)
+    return failed
+
+
+def _task_error(failed: Sequence[tuple[Task, BaseException]]) -> TaskError:
+    task, error = failed[0]
+    if not isinstance(error, BrokenExecutor):
+        return TaskError(f"{task.name}: {error}")
+    names = ", ".join(sorted(u.name for u, _ in failed))
+    return TaskError(
+        f"a worker process died while {names} ran (killed, or out of memory); "
+        "run the same command again, with fewer --workers if memory is short"
+    )
+
+
+def _in_process(run: TaskStore, monitor: Monitor, communicator: Communicator) -> Submit:
+    """Compute a submitted task at once, in this process."""
+
+    def submit(task: Task) -> Future[float | None]:
+        future: Future[float | None] = Future()
         try:
-            seconds = _compute(run, task, partial(monitor.advance, task), communicator)
+            advance = partial(monitor.advance, task.name, task.cost)
+            future.set_result(_compute(run, task, advance, communicator))
         except Exception as error:
-            raise TaskError(f"{task.name}: {error}") from error
-        if seconds is None:
-            queue.elsewhere(task)
-            continue
-        queue.done(task)
-        monitor.done(task, seconds)
-    communicator.broadcast_text("", 0)  # nothing is left
+            future.set_exception(error)
+        return future
+
+    return submit
 
 
 def _follow(run: TaskStore, tasks: Sequence[Task], communicator: Communicator) -> None:
-    """Take part in the tasks that the first process chooses, until there are none."""
+    """Share the work of the tasks that the first rank chooses, until there are none."""
     named = {task.name: task for task in tasks}
     while name := communicator.broadcast_text("", 0):
         task = named[name]
@@ -251,73 +286,40 @@ def _follow(run: TaskStore, tasks: Sequence[Task], communicator: Communicator) -
 
 
 def _unseen(fraction: float) -> None:
-    """Progress of which another process tells."""
+    """Progress that another rank shows."""
 
 
-def _over_processes(
-    run: TaskStore, todo: dict[str, Task], monitor: _Monitor, workers: int, threads: int
-) -> None:
+@contextlib.contextmanager
+def _pool(run: TaskStore, monitor: Monitor, workers: int, threads: int) -> Iterator[Submit]:
+    """Compute submitted tasks in worker processes."""
     context = multiprocessing.get_context("spawn")
-    progress = context.SimpleQueue()
-    queue = _Queue(todo)
-    failed: list[tuple[Task, BaseException]] = []
-    places = context.SimpleQueue()  # a GPU for each worker
+    monitor.queue, gpus = context.SimpleQueue(), context.SimpleQueue()
     for worker in range(workers if is_gpu(run.device) else 0):
-        places.put(worker % torch.cuda.device_count())
-    pool = concurrent.futures.ProcessPoolExecutor(
+        gpus.put(worker % torch.cuda.device_count())
+    pool = ProcessPoolExecutor(
         workers,
         mp_context=context,
         initializer=_start_worker,
-        initargs=(progress, threads, places if is_gpu(run.device) else None),
+        initargs=(monitor.queue, threads, gpus if is_gpu(run.device) else None),
     )
-    running: dict[concurrent.futures.Future[float | None], Task] = {}
+
+    def submit(task: Task) -> Future[float | None]:
+        with _interrupts_held():  # workers inherit the mask when they start
+            return pool.submit(_compute_in_worker, run, task)
+
     try:
-        while running or (queue.todo and not failed):
-            while not failed and len(running) < workers and (task := queue.take()):
-                try:
-                    with _interrupts_held():  # which workers inherit, from their first moment
-                        running[pool.submit(_compute_in_worker, run, task)] = task
-                except concurrent.futures.BrokenExecutor as broken:
-                    failed.append((task, broken))
-            if not running and not failed:
-                assert queue.waits, f"tasks that need one another: {sorted(queue.todo)}"
-                time.sleep(RETRY / 4)
-                continue
-            finished, _ = concurrent.futures.wait(
-                running, timeout=0.25, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            while not progress.empty():
-                name, fraction = progress.get()
-                monitor.advance(todo[name], fraction)
-            for future in finished:
-                task = running.pop(future)
-                if error := future.exception():
-                    failed.append((task, error))
-                elif (seconds := future.result()) is None:
-                    queue.elsewhere(task)
-                else:
-                    queue.done(task)
-                    monitor.done(task, seconds)
+        yield submit
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if failed:
-        task, error = failed[0]
-        if isinstance(error, concurrent.futures.BrokenExecutor):
-            names = ", ".join(sorted(u.name for u, _ in failed))
-            raise TaskError(
-                f"a worker process died while {names} ran (killed, or out of memory); "
-                "run the same command again, with fewer --workers if memory is short"
-            ) from error
-        raise TaskError(f"{task.name}: {error}") from error
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Interrupts come after the block, not within."""
+    """Delay interrupts until after the block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -331,13 +333,13 @@ def _interrupts_held() -> Iterator[None]:
 _progress_queue: Any = None
 
 
-def _start_worker(queue: Any, threads: int, places: Any = None) -> None:
+def _start_worker(queue: Any, threads: int, gpus: Any) -> None:
     global _progress_queue
     _progress_queue = queue
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the workers
     torch.set_num_threads(threads)
-    if places is not None:
-        torch.cuda.set_device(places.get())
+    if gpus is not None:
+        torch.cuda.set_device(gpus.get())
     parent = multiprocessing.parent_process()
 
     def follow_parent() -> None:
@@ -356,7 +358,7 @@ def _compute_in_worker(run: TaskStore, task: Task) -> float | None:
         now = time.monotonic()
         if now - last > 0.5:
             last = now
-            _progress_queue.put((task.name, fraction))
+            _progress_queue.put((task.name, task.cost, fraction))
 
     return _compute(run, task, advance)
 
@@ -364,14 +366,14 @@ def _compute_in_worker(run: TaskStore, task: Task) -> float | None:
 def _compute(
     run: TaskStore, task: Task, progress: Progress, communicator: Communicator = ALONE
 ) -> float | None:
-    """Seconds that a task took; 0 if another command finished it, None if one is at it."""
+    """Seconds that a task took; 0 if another command finished it, None if one computes it."""
     with run.try_lock(task.name) as mine:
         if not mine:
             return None
         if run.is_intact(task.name):
             return 0.0
         start = time.perf_counter()
-        communicator.broadcast_text(task.name, 0)  # the others follow
+        communicator.broadcast_text(task.name, 0)  # the other ranks follow
         output = communicator.synchronized(
             lambda: task.function(run, progress, *task.args), task.name
         )
@@ -380,65 +382,3 @@ def _compute(
             lambda: run.finish(task.name, output, seconds), f"{task.name} is stored"
         )
         return seconds
-
-
-@dataclass
-class _Status:
-    """Progress over all tasks, by cost."""
-
-    bar: ProgressBar
-    row: TaskID
-    total: float
-    count: int
-    workers: int
-    plain: Callable[[str], None] | None
-    finished: int = 0
-    cost: float = 0.0
-    partial: dict[str, float] = field(default_factory=dict)
-    start: float = field(default_factory=time.monotonic)
-
-    def advance(self, task: Task, fraction: float) -> None:
-        self.partial[task.name] = task.cost * min(fraction, 1.0)
-        self._show(task.name)
-
-    def done(self, task: Task, seconds: float) -> None:
-        self.partial.pop(task.name, None)
-        self.cost += task.cost
-        self.finished += 1
-        self._show(task.name)
-        if self.plain:
-            self.plain(
-                f"[{self.finished}/{self.count}] {task.name} in {seconds:.1f} s, {self._left()}"
-            )
-
-    def _left(self) -> str:
-        share = (self.cost + sum(self.partial.values())) / max(self.total, 1e-9)
-        if share <= 0:
-            return ""
-        seconds = (time.monotonic() - self.start) * max(0.0, 1 - share) / share
-        return f"about {int(seconds // 60)}:{int(seconds % 60):02d} left"
-
-    def _show(self, name: str) -> None:
-        self.bar.update(
-            self.row,
-            completed=self.cost + sum(self.partial.values()),
-            description=f"{self.finished}/{self.count} {name}",
-            left=self._left(),
-        )
-
-
-@contextlib.contextmanager
-def _monitor(console: Console, tasks: list[Task], workers: int) -> Iterator[_Monitor]:
-    bar = ProgressBar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[left]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    total = sum(u.cost for u in tasks)
-    with bar:
-        row = bar.add_task(f"{len(tasks)} tasks", total=total, left="")
-        plain = None if console.is_terminal else lambda text: console.print(text, markup=False)
-        yield _Status(bar, row, total, len(tasks), workers, plain)

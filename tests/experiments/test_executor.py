@@ -15,6 +15,7 @@ from entropic_fast.experiments import _executor as schedule
 from entropic_fast.experiments._config import load_preset
 from entropic_fast.experiments._executor import Task, TaskError, execute
 from entropic_fast.experiments._plan import makespan
+from entropic_fast.experiments._progress import Monitor
 from entropic_fast.experiments._run_folder import RunFolder
 
 
@@ -135,7 +136,7 @@ def test_tasks_of_no_cost_are_computed_too(tmp_path):
 
 
 def test_time_left_follows_the_share_done():
-    status = schedule._Status(None, None, 10.0, 2, 1, None)
+    status = Monitor(None, None, 10.0, 2, None)
     assert status._left() == ""
     status.cost, status.start = 2.5, time.monotonic() - 60
     assert re.fullmatch("about (3:00|2:59|3:01) left", status._left())
