@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,15 @@ class Table(Mapping[str, np.ndarray]):
                 raise ValueError(f"rows: expected keys {names}, got {list(row)} in row {i}")
         return cls({name: [row[name] for row in rows] for name in names})
 
+    @classmethod
+    def concatenated(cls, tables: Iterable[Table]) -> Table:
+        """The rows of several tables that all have the same columns.
+
+        Raises:
+            ValueError: tables with different columns.
+        """
+        return cls.from_rows([row for table in tables for row in table.rows()])
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns' names, in order."""
@@ -71,7 +81,7 @@ class Table(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._columns)
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The table as a list of records of plain Python values."""
         values = [column.tolist() for column in self._columns.values()]
         return [dict(zip(self._columns, row, strict=True)) for row in zip(*values, strict=True)]
@@ -82,6 +92,23 @@ class Table(Mapping[str, np.ndarray]):
         for name, value in equal.items():
             keep &= self[name] == value
         return Table({name: column[keep] for name, column in self._columns.items()})
+
+    def group_by(self, *names: str) -> dict[Any, Table]:
+        """The rows of each value of a column, in the order in which the values first appear.
+
+        Keys are the column's values, or tuples of values of several columns.
+
+        >>> table = Table({"run": [1, 0, 1], "loss": [0.3, 0.2, 0.1]})
+        >>> {run: rows["loss"].tolist() for run, rows in table.group_by("run").items()}
+        {1: [0.3, 0.1], 0: [0.2]}
+        """
+        places: dict[Any, list[int]] = {}
+        for place, key in enumerate(zip(*(self[name].tolist() for name in names), strict=True)):
+            places.setdefault(key if len(names) > 1 else key[0], []).append(place)
+        return {
+            key: Table({name: column[found] for name, column in self._columns.items()})
+            for key, found in places.items()
+        }
 
     def to_csv(self, path: str | Path) -> None:
         """Write atomically as CSV; floats with the digits that restore them exactly."""

@@ -133,8 +133,8 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
     shown = RichTable("processes", "wall time", "efficiency", "machines like this")
     cores = available_cores()
     for row in plan(tasks).rows():
-        seconds, share = float(row["seconds"]), float(row["efficiency"])  # type: ignore[arg-type]
-        count = int(row["processes"])  # type: ignore[call-overload]
+        seconds, share = float(row["seconds"]), float(row["efficiency"])
+        count = int(row["processes"])
         machines = str(-(-count // cores))
         shown.add_row(str(count), _minutes(seconds), f"{100 * share:.0f} %", machines)
     console.print(shown)

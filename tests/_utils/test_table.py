@@ -35,6 +35,24 @@ def test_where_keeps_the_rows_that_match_all():
     assert table.where(k=9).num_rows == 0
 
 
+def test_groups_have_all_rows_in_the_order_of_their_first():
+    table = Table({"k": [1, 0, 1], "s": ["a", "b", "b"], "v": [1.0, 2.0, 3.0]})
+    groups = table.group_by("k")
+    assert list(groups) == [1, 0] and groups[1].columns == table.columns
+    for k, rows in groups.items():
+        assert rows.rows() == table.where(k=k).rows()
+    assert list(table.group_by("k", "s")) == [(1, "a"), (0, "b"), (1, "b")]
+    assert table.where(k=9).group_by("k") == {}
+
+
+def test_tables_are_concatenated_if_their_columns_agree():
+    a, b = Table({"k": [1], "v": [0.5]}), Table({"k": [2, 3], "v": [1.5, 2.5]})
+    assert Table.concatenated([a, b]).rows() == [*a.rows(), *b.rows()]
+    assert Table.concatenated([]).num_rows == 0
+    with pytest.raises(ValueError, match="row 1"):
+        Table.concatenated([a, Table({"v": [0.5]})])
+
+
 @given(st.lists(st.tuples(st.integers(-(2**53), 2**53), st.floats(allow_nan=False)), min_size=1))
 def test_a_csv_file_restores_every_number_exactly(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("t") / "t.csv"

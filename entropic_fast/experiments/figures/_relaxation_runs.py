@@ -1,10 +1,11 @@
-"""Relaxation runs behind figures 3 and 4: which, at what settings, as one long table."""
+"""Projected SGD for the figures: its settings, its run with checkpoints, its long tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -100,6 +101,8 @@ def require_segments(key: str, count: int, config: Config) -> None:
 
 
 Settings = Sequence[tuple[float, float]]  # start and learning rate of each replica
+CHECKPOINT_CYCLES = 50  # between checkpoints: seconds of work
+KEYS = ("panel", "optimizer", "start", "lr", "batch_size", "project_every")  # of a setting
 
 
 @dataclass(frozen=True)
@@ -126,19 +129,19 @@ def relaxation_setup(
 
 def collect(run: TaskStore, names: Sequence[str], stage: str = "relax") -> Table:
     """Trajectories of several tasks as one table; `run` numbers the replicas."""
-    rows: list[dict[str, object]] = []
+    tables: list[Table] = []
     offset = 0
     for name in names:
         table = run.table(f"{stage}/{name}", "trajectory")
-        rows += [{**row, "run": offset + int(row["run"])} for row in table.rows()]  # type: ignore[call-overload]
+        tables.append(Table({**table, "run": offset + table["run"]}))
         offset += int(table["run"].max()) + 1
-    return Table.from_rows(rows)
+    return Table.concatenated(tables)
 
 
 def bands(table: Table) -> Table:
     """Mean position over replicas by setting and update, with Student's 95 % interval.
 
-    Replicas that diverged are left out from there on; the interval of fewer than two is NaN.
+    Replicas count until they diverge; the interval of fewer than two is NaN.
     """
     rows = []
     for values, replicas in by_setting(table):
@@ -164,35 +167,24 @@ def bands(table: Table) -> Table:
 
 def by_setting(table: Table) -> Iterator[tuple[dict[str, Any], list[Table]]]:
     """The settings of a table of trajectories, each with its replicas' rows."""
-    keys = ("panel", "optimizer", "start", "lr", "batch_size", "project_every")
-    for setting in dict.fromkeys(zip(*(table[k].tolist() for k in keys), strict=True)):
-        values = dict(zip(keys, setting, strict=True))
-        part = table.where(**values)
-        yield values, [part.where(run=r) for r in np.unique(part["run"])]
+    for setting, rows in table.group_by(*KEYS).items():
+        yield (
+            dict(zip(KEYS, setting, strict=True)),
+            [replica for _, replica in sorted(rows.group_by("run").items())],
+        )
 
 
 def times(table: Table) -> Table:
     """Relaxation times by setting: updates until half the distance from the nearest end is left.
 
-    The median over replicas with its interval between order statistics; replicas that did not
-    get there are censored, and then the median may be a lower bound, or unbounded above.
+    The median over replicas with its interval between order statistics. Replicas that did not
+    arrive are censored; the median may then be a lower bound, or unbounded above.
     """
     rows = []
     for values, replicas in by_setting(table):
-        position = torch.tensor(np.stack([r["position"] for r in replicas]), dtype=torch.float64)
         if not 0 < values["start"] < 1:
             continue
-        found = relaxation_time(
-            trajectory_of(
-                position,
-                torch.as_tensor(replicas[0]["step"]),
-                torch.full((len(replicas),), values["lr"], dtype=torch.float64),
-                str(values["optimizer"]),
-                int(values["batch_size"]),
-                int(values["project_every"]),
-            ),
-            target=0.0 if values["start"] <= 0.5 else 1.0,
-        )
+        found = relaxation_time(trajectory_of(replicas, values["lr"]), target=nearest_end(values))
         median = found.median
         rows.append(
             {
@@ -209,13 +201,24 @@ def times(table: Table) -> Table:
     return Table.from_rows(rows)
 
 
-def trajectory_of(
-    position: Tensor,
-    steps: Tensor,
-    lr: Tensor,
-    optimizer: str,
-    batch_size: int,
-    project_every: int,
+def nearest_end(values: Mapping[str, Any]) -> float:
+    """The end of the path nearest to a setting's start."""
+    return 0.0 if values["start"] <= 0.5 else 1.0
+
+
+def trajectory_of(replicas: Sequence[Table], lr: float) -> Trajectory:
+    """The trajectory of one setting's replicas, of which only the positions are known."""
+    first = replicas[0].rows()[0]
+    return positions_alone(
+        torch.tensor(np.stack([r["position"] for r in replicas]), dtype=torch.float64),
+        torch.as_tensor(replicas[0]["step"]),
+        torch.full((len(replicas),), lr, dtype=torch.float64),
+        *(str(first["optimizer"]), int(first["batch_size"]), int(first["project_every"])),
+    )
+
+
+def positions_alone(
+    position: Tensor, steps: Tensor, lr: Tensor, optimizer: str, batch_size: int, project_every: int
 ) -> Trajectory:
     """A trajectory of which only the positions are known."""
     unknown = torch.full_like(position, math.nan)
@@ -260,88 +263,65 @@ def run_replicas(
     batch_size: int,
     optimizer: str,
 ) -> Trajectory:
-    """The run of a task, from where it was killed if it was."""
+    """Relax every setting's replicas, from a task's checkpoint if there is one."""
     every = setup.project_every
     stored = run.task_folder(task) / "run.safetensors"
-    # Processes that share replicas have no one state to write.
+    # Ranks that share the replicas have no common state to write.
     checkpoint = None
     if setup.objective.communicator.size == 1:
         checkpoint = Checkpointing(stored, CHECKPOINT_CYCLES * every)
-
-    def go() -> Trajectory:
-        return relax(
-            setup.objective,
-            setup.path,
-            [s for s, _ in settings],
-            ProjectedSGD(
-                [lr for _, lr in settings],
-                batch_size,
-                project_every=every,
-                steps=setup.steps,
-                optimizer=optimizer,
-            ),
-            # The same noise at every setting: differences between settings are not the noise's.
-            replicas=[i % setup.replicas for i in range(len(settings))],
-            seed=setup.seed,
-            recording=Recording(
-                every=max(1, setup.steps // (setup.records * every)) * every,
-                callback=lambda record: progress(record.step / setup.steps),
-            ),
-            checkpoint=checkpoint,
-        )
-
+    starts, rates = [s for s, _ in settings], [lr for _, lr in settings]
+    go = partial(
+        relax,
+        *(setup.objective, setup.path, starts),
+        ProjectedSGD(
+            rates, batch_size, project_every=every, steps=setup.steps, optimizer=optimizer
+        ),
+        # The noise is the same at every setting, so that it is not what settings differ by.
+        replicas=[i % setup.replicas for i in range(len(settings))],
+        seed=setup.seed,
+        recording=Recording(
+            every=max(1, setup.steps // (setup.records * every)) * every,
+            callback=lambda record: progress(record.step / setup.steps),
+        ),
+        checkpoint=checkpoint,
+    )
     try:
         try:
             trajectory = go()
-        except (CheckpointMismatchError, DamagedFileError):  # of a path since computed anew
+        except (CheckpointMismatchError, DamagedFileError):  # the path was computed again since
             stored.unlink(missing_ok=True)
             trajectory = go()
     except DivergenceError:
-        # A result too, and no reason to lose the rest of the run: a start, then nothing.
-        lost = torch.tensor([[s, math.nan] for s, _ in settings], dtype=torch.float64)
-        rates = torch.tensor([lr for _, lr in settings], dtype=torch.float64)
-        steps = torch.tensor([0, setup.steps])
-        trajectory = trajectory_of(lost, steps, rates, optimizer, batch_size, every)
+        # A result too, which must not end the run: the starts, then nothing.
+        position = torch.tensor([[s, math.nan] for s in starts], dtype=torch.float64)
+        steps, lr = torch.tensor([0, setup.steps]), torch.tensor(rates, dtype=torch.float64)
+        trajectory = positions_alone(position, steps, lr, optimizer, batch_size, every)
     stored.unlink(missing_ok=True)  # only a task's results are stored
     return trajectory
 
 
 def long_table(trajectory: Trajectory, panel: str, settings: Settings, replicas: int) -> Table:
-    count = len(trajectory.steps)
-    columns: dict[str, list[Any]] = {
-        key: []
-        for key in (
-            "panel",
-            "run",
-            "replica",
-            "optimizer",
-            "start",
-            "lr",
-            "batch_size",
-            "project_every",
-            "step",
-            "effective_time",
-            "position",
-            "distance",
-            "loss",
-        )
-    }
-    steps = trajectory.steps.tolist()
-    for i, (start, lr) in enumerate(settings):
-        columns["panel"] += [panel] * count
-        columns["run"] += [i] * count
-        columns["replica"] += [i % replicas] * count
-        columns["optimizer"] += [trajectory.optimizer] * count
-        columns["start"] += [start] * count
-        columns["lr"] += [lr] * count
-        columns["batch_size"] += [trajectory.batch_size] * count
-        columns["project_every"] += [trajectory.project_every] * count
-        columns["step"] += steps
-        columns["effective_time"] += [lr * step for step in steps]
-        columns["position"] += trajectory.position[i].tolist()
-        columns["distance"] += trajectory.distance[i].tolist()
-        columns["loss"] += trajectory.loss[i].tolist()
-    return Table(columns)
-
-
-CHECKPOINT_CYCLES = 50  # between checkpoints: seconds of work
+    """One row per record of each replica."""
+    records = [getattr(trajectory, name).tolist() for name in ("position", "distance", "loss")]
+    return Table.from_rows(
+        [
+            {
+                "panel": panel,
+                "run": i,
+                "replica": i % replicas,
+                "optimizer": trajectory.optimizer,
+                "start": start,
+                "lr": lr,
+                "batch_size": trajectory.batch_size,
+                "project_every": trajectory.project_every,
+                "step": step,
+                "effective_time": lr * step,
+                "position": position,
+                "distance": distance,
+                "loss": loss,
+            }
+            for i, ((start, lr), *own) in enumerate(zip(settings, *records, strict=True))
+            for step, position, distance, loss in zip(trajectory.steps.tolist(), *own, strict=True)
+        ]
+    )

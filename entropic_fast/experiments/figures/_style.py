@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ BAND = 1.96  # half-width of a 95 % band, in standard errors
 
 @contextmanager
 def look() -> Iterator[None]:
-    """The figures' style, for the time of drawing."""
+    """Draw in the figures' style."""
     with matplotlib.rc_context(plot_style.FIGURE):
         yield
 
@@ -34,7 +35,7 @@ def look() -> Iterator[None]:
 def panels(
     rows: int, columns: int, width: float = 3.4, height: float = 2.7
 ) -> tuple[Figure, list[Axes]]:
-    """A figure (inches a panel) without any window system, and its axes row by row."""
+    """A figure without a window system, and its axes row by row; sizes are inches per panel."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -42,7 +43,7 @@ def panels(
 
 
 def mosaic(rows: list[str], width: float, height: float) -> tuple[Figure, dict[str, Axes]]:
-    """Like `panels`, laid out by letters: a row of the grid is a string."""
+    """Like `panels`, laid out by letters: each row of the grid is a string."""
     figure = Figure(figsize=(width * len(rows[0]), height * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplot_mosaic([list(row) for row in rows])
@@ -58,11 +59,23 @@ def band(ax: Axes, x: np.ndarray, mean: np.ndarray, error: np.ndarray, color: st
     ax.fill_between(x, mean - BAND * error, mean + BAND * error, color=color, alpha=0.18, lw=0)
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write `name`.png (160 dpi) and `name`.svg, atomically and without a date.
+def errorbars(
+    ax: Axes,
+    x: Any,
+    y: Any,
+    error: Any,
+    color: str,
+    label: str,
+    marker: str = "o",
+    xerr: Any = None,
+) -> None:
+    """Points, joined if the marker is followed by a line's style, with error bars."""
+    ax.errorbar(x, y, error, xerr, fmt=marker, color=color, capsize=2, label=label)
 
-    The figure is laid out here, once for both, and not again when it is drawn.
-    """
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write `name`.png (160 dpi) and `name`.svg, atomically and without a date."""
+    # Laid out once for both files, and not again when it is drawn.
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -75,7 +88,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 def mark_unconverged(ax: Axes, table: Table, x: str, y: str, converged: str) -> None:
     """Crosses on the values of a column that another column says are not converged."""
-    if converged not in table.columns:  # of a run before there was one
+    if converged not in table.columns:  # a run from before this column
         return
     bad = table[converged] == 0
     if bad.any():
@@ -84,14 +97,14 @@ def mark_unconverged(ax: Axes, table: Table, x: str, y: str, converged: str) -> 
 
 
 def log_if_wide(ax: Axes, values: np.ndarray) -> None:
-    """A logarithmic y axis for values that span a decade; within one, its ticks say little."""
+    """A logarithmic y axis for values that span a decade; within one, it has too few ticks."""
     values = np.asarray(values, dtype=float)
     if values.min() > 0 and values.max() > 10 * values.min():
         ax.set_yscale("log")
 
 
 def shades(count: int) -> list[tuple[float, float, float, float]]:
-    """Ordered colors for an ordered quantity: viridis, without what white or black paper hides."""
+    """Ordered colors for an ordered quantity: viridis without its darkest and lightest colors."""
     places = np.linspace(0.25, 0.88, max(2, count))
     return [matplotlib.colormaps["viridis"](x) for x in places][:count]
 
@@ -101,8 +114,8 @@ def mean_and_points(
 ) -> None:
     """The mean over rows of `values` [R, X] as a line, each row's values as points.
 
-    From three rows on, a band is the mean's 95 % interval (Student's t). The axis spans the
-    points: of so few rows the band may reach beyond it.
+    From three rows on, a band is the mean's 95 % interval (Student's t), which may reach beyond
+    the axis: that spans the points.
     """
     ax.plot(x, values.mean(0), "-", color=color, label=label or None)
     for row in values:

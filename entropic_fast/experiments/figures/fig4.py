@@ -30,18 +30,12 @@ def draw(tables: dict[str, Table]) -> Drawing:
     """Panels A (updates) and B (effective time) of the paper's figure 4."""
     table = tables["fig4_optimizers"]
     figure, axes = _style.panels(1, 2, width=4.4, height=3.3)
-    names = list(dict.fromkeys(table["optimizer"].tolist()))
-    rate = {name: float(table.where(optimizer=name)["lr"][0]) for name in names}
+    rate = {name: rows["lr"][0] for name, rows in table.group_by("optimizer").items()}
+    colors = [COLORS[name] for name in rate]
     for ax, time in zip(axes, ("step", "effective_time"), strict=True):
-        colors = [COLORS[name] for name in names]
         curves(
-            ax,
-            table,
-            tables["fig4_bands"],
-            "optimizer",
-            lambda n: f"{n}, lr = {rate[n]:g}",
-            time,
-            colors,
+            *(ax, table, tables["fig4_bands"], "optimizer"),
+            *(lambda n: f"{n}, lr = {rate[n]:g}", time, colors),
         )
     _style.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
     _style.letter(axes[1], "B", "against effective time")
@@ -50,27 +44,23 @@ def draw(tables: dict[str, Table]) -> Drawing:
 
 def optimizers(optimizers: Table) -> list[Claim]:
     """Nesterov momentum and Adam against vanilla SGD."""
-    runs = replicas_of(optimizers)
-    claims = []
-    for name in ("nesterov", "adam"):
-        claims += faster(
-            "4",
-            f"{name} relaxes faster",
-            f"{name} relaxes faster than vanilla SGD, after as many updates",
-            [r for r in runs if r.optimizer == name],
-            [r for r in runs if r.optimizer == "sgd"],
-            lambda r: f"{r.optimizer}, lr = {r.lr:g}",
+    runs = {name: replicas_of(rows) for name, rows in optimizers.group_by("optimizer").items()}
+    return [
+        claim
+        for name in ("nesterov", "adam")
+        for effective, suffix, time in (
+            (False, "", ", after as many updates"),
+            (True, " per effective time", " in effective time, updates x lr"),
         )
-        claims += faster(
+        for claim in faster(
             "4",
-            f"{name} relaxes faster per effective time",
-            f"{name} relaxes faster than vanilla SGD in effective time, updates x lr",
-            [r for r in runs if r.optimizer == name],
-            [r for r in runs if r.optimizer == "sgd"],
+            f"{name} relaxes faster{suffix}",
+            f"{name} relaxes faster than vanilla SGD{time}",
+            (runs.get(name, []), runs.get("sgd", [])),
             lambda r: f"{r.optimizer}, lr = {r.lr:g}",
-            effective=True,
+            effective=effective,
         )
-    return claims
+    ]
 
 
 FIGURE = Figure(

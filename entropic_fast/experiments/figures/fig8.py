@@ -47,14 +47,12 @@ def relax_straight(run: RunFolder, progress: Progress, batch_size: int) -> dict[
         model = _inputs.network(run, lmc.model, lmc.data)
         model.load_state_dict(run.tensors(_ends(run), branch))
         objectives.append(_inputs.objective(run, model, _inputs.images(run, lmc.data)[0]))
-    a, b = (objective.parameters_vector() for objective in objectives)
+    a, b = (obj.parameters_vector() for obj in objectives)
     path = linear_path(a, b)
     setup = relaxation.relaxation_setup(run, objectives[0], path, section.steps, section.replicas)
     settings = [(s, section.lr) for s in section.starts for _ in range(section.replicas)]
     task = f"straight-line/B-{batch_size}"
-    return {
-        "trajectory": relaxation.along(run, progress, task, "8", setup, settings, batch_size),
-    }
+    return {"trajectory": relaxation.along(run, progress, task, "8", setup, settings, batch_size)}
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
@@ -71,7 +69,7 @@ def collect(run: RunFolder) -> dict[str, Table]:
 def draw(tables: dict[str, Table]) -> Drawing:
     """A: loss and largest eigenvalue on the line; then relaxation by batch size, for each start."""
     line, table, bands = (tables[f"fig8_{name}"] for name in ("line", "relaxation", "bands"))
-    starts = list(dict.fromkeys(table["start"].tolist()))
+    starts = table.group_by("start")
     figure, (along, *tracks) = _style.panels(1, 1 + len(starts), width=3.9, height=3.3)
     along.plot(line["point"], line["eigenvalue"], "o-", color=_style.COLORS[1])
     along.set_ylabel("largest Hessian eigenvalue", color=_style.COLORS[1])
@@ -81,10 +79,10 @@ def draw(tables: dict[str, Table]) -> Drawing:
     loss.plot(line["point"], line["loss"], "s:", color=_style.COLORS[0])
     loss.set_ylabel("cross-entropy [nats]", color=_style.COLORS[0])
     loss.grid(visible=False)
-    along.set_xlabel("position on the line")
+    along.set(xlabel="position on the line")
     _style.letter(along, "A", f"branches of epoch k = {line['k'][0]}")
-    for name, ax, start in zip(ascii_uppercase[1:], tracks, starts, strict=False):
-        rows, band = table.where(start=start), bands.where(start=start)
+    for name, ax, (start, rows) in zip(ascii_uppercase[1:], tracks, starts.items(), strict=False):
+        band = bands.where(start=start)
         curves(ax, rows, band, "batch_size", lambda b: f"B = {b}", "step", displaced=True)
         _style.letter(ax, name, f"from s = {start:g} (lr = {table['lr'][0]:g})")
     return figure
@@ -92,8 +90,8 @@ def draw(tables: dict[str, Table]) -> Drawing:
 
 def straight_line(line: Table, relaxation: Table) -> list[Claim]:
     """Figure 8: the drift between linearly connected networks."""
-    sizes = [int(size) for size in np.unique(relaxation["batch_size"])]
-    moved = [_toward_the_ends(relaxation.where(batch_size=size)) for size in sizes]
+    groups = sorted(relaxation.group_by("batch_size").items())
+    sizes, moved = [size for size, _ in groups], [_toward_the_ends(rows) for _, rows in groups]
     few, many, lost = pairs(moved[0], moved[-1])
     known = len(sizes) > 1 and len(few) > 1
     low, high = mean_interval(few - many) if known else (np.nan, np.nan)
@@ -123,12 +121,11 @@ def straight_line(line: Table, relaxation: Table) -> list[Claim]:
 def _toward_the_ends(rows: Table) -> dict[int, float]:
     """Mean displacement toward the nearest end over a replica's starts; NaN if one diverged."""
     moved: dict[int, list[float]] = {}
-    for run in np.unique(rows["run"]):
-        part = rows.where(run=run)
-        position = floats(part["position"])
+    for _, track in sorted(rows.group_by("run").items()):
+        position = floats(track["position"])
         if position[0] != 0.5:
             toward = (position[-1] - position[0]) * np.sign(position[0] - 0.5)
-            moved.setdefault(int(part["replica"][0]), []).append(toward)
+            moved.setdefault(int(track["replica"][0]), []).append(toward)
     return {replica: float(np.mean(values)) for replica, values in moved.items()}
 
 

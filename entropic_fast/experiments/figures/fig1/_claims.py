@@ -23,9 +23,8 @@ def ring(ring: Table) -> list[Claim]:
             Claim(
                 "1A",
                 name,
-                "at T > 0 the angular density is the analytic one"
-                if hot
-                else "at T = 0 the angular density is uniform",
+                f"at T {'>' if hot else '='} 0 the angular density is "
+                + ("the analytic one" if hot else "uniform"),
                 "sqrt(chi2 / N), the relative misfit",
                 float(np.sqrt(test.statistic / count.sum())),
                 np.nan,
@@ -63,10 +62,8 @@ def ridge(tracks: Table) -> list[Claim]:
     """The ridge: a drift to its broad side."""
     final = select(tracks, tracks["time"] == tracks["time"].max())
     start = select(tracks, tracks["time"] == tracks["time"].min())
-    mean, low, high = (
-        float(final["mean"][0] - start["mean"][0]),
-        *normal_interval(final["mean"][0] - start["mean"][0], final["std_error"][0]),
-    )
+    mean = float(final["mean"][0] - start["mean"][0])
+    low, high = normal_interval(mean, final["std_error"][0])
     return [
         Claim(
             "1B",

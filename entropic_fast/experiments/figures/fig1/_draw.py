@@ -38,51 +38,27 @@ def _draw_ring(ax: Axes) -> None:
     angle = torch.linspace(0, 2 * math.pi, 200)
     ax.plot(torch.cos(angle).numpy(), torch.sin(angle).numpy(), "w--", lw=1)
     for x0, text in ((1.0, "stiff"), (-1.0, "flat")):
-        ax.text(
-            x0,
-            0.0,
-            text,
-            ha="center",
-            va="center",
-            fontsize=8,
-            bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5},
-        )
+        box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 1.5}
+        ax.text(x0, 0.0, text, ha="center", va="center", fontsize=8, bbox=box)
     ax.set_aspect("equal")
-    ax.set_xlabel("x")
-    ax.set_ylabel("y")
+    ax.set(xlabel="x", ylabel="y")
     ax.figure.colorbar(shown, ax=ax, label="V (clipped at 2)")
 
 
 def _shade(ax: Axes, x: Tensor, y: Tensor, energy: Tensor, top: float) -> QuadMesh:
-    """A potential as an image, clipped at `top`; as contours its SVG would show seams."""
+    """A potential as an image, clipped at `top`; contours would leave seams in the SVG."""
     return ax.pcolormesh(
         x.numpy(), y.numpy(), energy.clamp(max=top).numpy(), cmap="cividis_r", rasterized=True
     )
 
 
 def _draw_density(ax: Axes, table: Table) -> None:
-    for temperature, color in zip(
-        sorted(set(table["temperature"].tolist())), _style.COLORS, strict=False
-    ):
-        rows = table.where(temperature=temperature)
-        ax.errorbar(
-            rows["angle"],
-            rows["density"],
-            _style.BAND * rows["std_error"],
-            fmt="o",
-            color=color,
-            capsize=2,
-            label=f"simulated, T = {temperature:g}",
-        )
-        ax.plot(
-            rows["angle"],
-            rows["analytic"],
-            "-",
-            color=color,
-            label=f"analytic, T = {temperature:g}",
-        )
-    ax.set_xlabel("angle θ [rad] (0 is stiff, ±π is flat)")
-    ax.set_ylabel("density P(θ) [1/rad]")
+    groups = sorted(table.group_by("temperature").items())
+    for (temperature, rows), color in zip(groups, _style.COLORS, strict=False):
+        x, y, error = rows["angle"], rows["density"], _style.BAND * rows["std_error"]
+        _style.errorbars(ax, x, y, error, color, f"simulated, T = {temperature:g}")
+        ax.plot(x, rows["analytic"], "-", color=color, label=f"analytic, T = {temperature:g}")
+    ax.set(xlabel="angle θ [rad] (0 is stiff, ±π is flat)", ylabel="density P(θ) [1/rad]")
     ax.set_ylim(bottom=0)
     ax.legend()
 
@@ -96,21 +72,14 @@ def _draw_track(ax: Axes, table: Table) -> None:
     ax.plot(table["y"], table["x"], color="#ffffff", lw=0.4, alpha=0.5)
     shown = ax.scatter(table["y"], table["x"], c=table["time"], cmap="plasma", s=8, zorder=3)
     ax.figure.colorbar(shown, ax=ax, label="time")
-    ax.set_xlabel("y, along the ridge (stiff to broad)")
-    ax.set_ylabel("x, across")
+    ax.set(xlabel="y, along the ridge (stiff to broad)", ylabel="x, across")
 
 
 def _draw_mean(ax: Axes, table: Table) -> None:
     ax.plot(table["time"], table["mean"], "-", color=_style.COLORS[0], label="mean of particles")
     _style.band(ax, table["time"], table["mean"], table["std_error"], _style.COLORS[0])
-    start = float(table["mean"][0])
     early = table["time"] <= 0.4 * table["time"].max()
-    ax.plot(
-        table["time"][early],
-        start + table["force"][early] * table["time"][early],
-        "k--",
-        label="force of V_eff = (T/2) ln g",
-    )
-    ax.set_xlabel("time")
-    ax.set_ylabel("mean y")
+    line = float(table["mean"][0]) + table["force"][early] * table["time"][early]
+    ax.plot(table["time"][early], line, "k--", label="force of V_eff = (T/2) ln g")
+    ax.set(xlabel="time", ylabel="mean y")
     ax.legend()

@@ -1,4 +1,4 @@
-"""Figure 1: toys in which curvature alone produces a force (ring and ridge)."""
+"""Tasks of figure 1: Langevin particles in the ring and ridge potentials."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ class Langevin(Section):
 
 def tasks(run: RunFolder) -> list[Task]:
     """The ring without and with noise, and the ridge."""
-    # Nanoseconds each, where an example of the network takes tens of microseconds.
-    cost = run.config[Langevin].particles * run.config[Langevin].steps / 5000
+    section = run.config[Langevin]
+    # A particle's step takes nanoseconds, a gradient of one example tens of microseconds.
+    cost = section.particles * section.steps / 5000
     return [
         Task("langevin/ring-cold", ring, (0.0,), cost=cost),
-        Task("langevin/ring-hot", ring, (run.config[Langevin].temperature,), cost=cost),
+        Task("langevin/ring-hot", ring, (section.temperature,), cost=cost),
         Task("langevin/ridge", ridge, cost=cost),
     ]
 
@@ -57,8 +58,8 @@ def ring(run: RunFolder, progress: Progress, temperature: float) -> dict[str, An
     section = run.config[Langevin]
     seed = fold_in(run.config.seed, "toy", "ring", str(temperature))
     draw = uniform((section.particles, 2), seed)
-    # Started off the ring, so that at T = 0 too there is something to relax; not by much, as the
-    # way back turns a particle in the second order, which a million of them show.
+    # Start off the ring, so that particles relax at T = 0 too; but close to it, because the way
+    # back turns a particle in second order, which a million of them resolve.
     start = RING.on_ring(2 * math.pi * draw[:, 0], 0.9 + 0.2 * draw[:, 1])
     integrator = LangevinIntegrator(temperature, section.dt)
     final = simulate_langevin(RING, start, integrator, section.steps, seed=seed).final
@@ -100,50 +101,32 @@ def ridge(run: RunFolder, progress: Progress) -> dict[str, Any]:
         y = positions[:, 1]
         return torch.stack((y.mean(), y.std() / math.sqrt(len(y))))
 
-    # All positions of a million particles at all records would be gigabytes.
+    # The positions of a million particles at all records would be gigabytes.
+    recording = LangevinRecording(every, moments)
     result = simulate_langevin(
-        RIDGE,
-        start,
-        integrator,
-        section.steps,
-        seed=seed,
-        recording=LangevinRecording(every, moments),
+        RIDGE, start, integrator, section.steps, seed=seed, recording=recording
     )
     progress(1.0)
     assert result.observed is not None
     times, (means, errors) = result.times.tolist(), result.observed.T
-    # A typical particle to show: the one that ends nearest to the mean, run again alone.
-    typical = int((result.final[:, 1] - means[-1]).abs().argmin())
+    # The figure shows the particle that ends nearest to the mean, simulated again alone.
     track = simulate_langevin(
-        RIDGE,
-        start[:1],
-        integrator,
-        section.steps,
+        *(RIDGE, start[:1], integrator, section.steps),
         seed=seed,
         recording=LangevinRecording(every),
-        first_particle=typical,
+        first_particle=int((result.final[:, 1] - means[-1]).abs().argmin()),
     )
     x, slow = track.positions[:, 0].T.tolist()
-    mean = Table(
-        {
-            "time": times,
-            "mean": means.numpy(),
-            "std_error": errors.numpy(),
-            "force": [RIDGE.effective_force(section.ridge_temperature)] * len(times),
-        }
-    )
-    return {"mean": mean, "track": Table({"time": times, "x": x, "y": slow})}
+    force = [RIDGE.effective_force(section.ridge_temperature)] * len(times)
+    mean = {"time": times, "mean": means.numpy(), "std_error": errors.numpy(), "force": force}
+    return {"mean": Table(mean), "track": Table({"time": times, "x": x, "y": slow})}
 
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    rows = [
-        row
-        for task in ("ring-cold", "ring-hot")
-        for row in run.table(f"langevin/{task}", "density").rows()
-    ]
+    rings = [run.table(f"langevin/ring-{name}", "density") for name in ("cold", "hot")]
     return {
-        "fig1_ring": Table.from_rows(rows),
+        "fig1_ring": Table.concatenated(rings),
         "fig1_ridge": run.table("langevin/ridge", "mean"),
         "fig1_track": run.table("langevin/ridge", "track"),
     }

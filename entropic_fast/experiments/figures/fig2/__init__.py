@@ -3,7 +3,7 @@
 from ....curvature.estimators import EXTRA_COLUMNS
 from ..._figure import PAPER, ClaimTest, Expected, Figure
 from ._claims import curvature, path_loss, spectrum
-from ._draw import Styles, draw, draw_curvature, draw_losses, draw_spectrum
+from ._draw import Styles, draw, draw_curvature, draw_losses, draw_ranked
 from ._tasks import Curvature, both_losses, collect, profile, tasks
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "both_losses",
     "draw_curvature",
     "draw_losses",
-    "draw_spectrum",
+    "draw_ranked",
     "profile",
 ]
 

@@ -13,30 +13,17 @@ from ...claims._intervals import LEVEL, floats, geometric_mean, mean_error, unco
 def curvature(curvature: Table) -> list[Claim]:
     """Traces and largest eigenvalue rise inside, on every path."""
     return [
-        _rises(
-            curvature,
-            "2A",
-            "hessian_trace",
-            "hessian_trace_std_error",
-            "Hessian trace",
-            " (2 to 3 times, in secondary notes)",
-        ),
+        _rises(curvature, "2A", "hessian_trace", "hessian_trace_std_error", "Hessian trace",
+               " (2 to 3 times, in secondary notes)"),
         _rises(curvature, "2A", "fisher_trace", "fisher_trace_std_error", "Fisher trace", ""),
-        _rises(
-            curvature,
-            "2B",
-            "top_eigenvalue",
-            "top_eigenvalue_residual",
-            "largest eigenvalue",
-            " (about 2 times, in secondary notes)",
-        ),
-    ]
+        _rises(curvature, "2B", "top_eigenvalue", "top_eigenvalue_residual", "largest eigenvalue",
+               " (about 2 times, in secondary notes)"),
+    ]  # fmt: skip
 
 
 def _rises(table: Table, figure: str, column: str, error: str, label: str, reported: str) -> Claim:
     ratios, certain, without = [], [], 0
-    for name in dict.fromkeys(table["path"].tolist()):
-        rows = table.where(path=name)
+    for rows in table.group_by("path").values():
         value, errors = floats(rows[column]), floats(rows[error])
         inner, ends = slice(1, -1), [0, -1]
         if not (value[inner].mean() > 0 and value[ends].mean() > 0):
@@ -74,9 +61,8 @@ def _rises(table: Table, figure: str, column: str, error: str, label: str, repor
 def path_loss(loss: Table) -> list[Claim]:
     """The path's barrier against the straight line's."""
     shares, excess, barriers, ratios = [], [], [], []
-    names = list(dict.fromkeys(loss["path"].tolist()))
-    for name in names:
-        rows = loss.where(path=name)
+    paths = loss.group_by("path").values()
+    for rows in paths:
         path, line = (floats(rows.where(kind=k)["loss"]) for k in ("path", "line"))
         excess.append(path.max() - max(path[0], path[-1]))
         ratios.append(path.max() / max(path[0], path[-1]))
@@ -86,14 +72,11 @@ def path_loss(loss: Table) -> list[Claim]:
     effect, low, high = geometric_mean(np.maximum(np.array(shares), 1e-12))
     detail = (
         f"barriers: path at most {max(excess):.3g}, line at least {min(barriers):.3g} nats, "
-        f"{len(names)} paths; the highest loss on a path is {min(ratios):.2g} to {max(ratios):.2g} "
+        f"{len(paths)} paths; the highest loss on a path is {min(ratios):.2g} to {max(ratios):.2g} "
         "times its higher end's"
     )
-    if len(shares) < len(names):
-        detail += f", {len(names) - len(shares)} of them left out: their line has no barrier"
-    verdict = UNDECIDED
-    if shares:
-        verdict = HOLDS if max(shares) < 0.1 else FAILS
+    if len(shares) < len(paths):
+        detail += f", {len(paths) - len(shares)} of them left out: their line has no barrier"
     return [
         Claim(
             "2C",
@@ -104,7 +87,7 @@ def path_loss(loss: Table) -> list[Claim]:
             effect,
             low,
             high,
-            verdict,
+            UNDECIDED if not shares else HOLDS if max(shares) < 0.1 else FAILS,
             detail,
         )
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -9,7 +11,7 @@ from ...._utils.table import Table
 from .. import _style
 
 DISTANCE = "relative distance along the path"
-Styles = dict[str, tuple[str, str, str]]  # of each path: color, marker, legend
+Styles = dict[str, tuple[str, str, str]]  # path -> color, marker, legend
 
 
 def draw(tables: dict[str, Table]) -> Figure:
@@ -32,19 +34,11 @@ def draw_curvature(trace: Axes, eigenvalue: Axes, curvature: Table, styles: Styl
     ):
         for name, (color, marker, text) in styles.items():
             rows = curvature.where(path=name)
-            ax.errorbar(
-                rows["s"],
-                rows[column],
-                _style.BAND * rows[error],
-                fmt=f"{marker}-",
-                color=color,
-                capsize=2,
-                label=text,
-            )
+            bars = _style.BAND * rows[error]
+            _style.errorbars(ax, rows["s"], rows[column], bars, color, text, f"{marker}-")
         if column == "top_eigenvalue":
             _style.mark_unconverged(ax, curvature, "s", column, "top_eigenvalue_converged")
-        ax.set_xlabel(DISTANCE)
-        ax.set_ylabel(label)
+        ax.set(xlabel=DISTANCE, ylabel=label)
         if curvature[column].min() >= 0:
             ax.set_ylim(bottom=0)
     _style.letter(trace, "A", "trace of the Hessian (± 95 %)")
@@ -61,30 +55,30 @@ def draw_losses(
             ax.plot(rows["s"], rows["loss"], dash, color=color)
     ax.plot([], [], "k-", label="minimum energy path")
     ax.plot([], [], "k:", label="straight line")
-    ax.set_yscale("log")
-    ax.set_xlabel(DISTANCE)
-    ax.set_ylabel(label)
+    ax.set(yscale="log", xlabel=DISTANCE, ylabel=label)
     ax.legend()
     _style.letter(ax, "C", "loss along the paths")
 
 
 def draw_spectrum(ax: Axes, table: Table) -> None:
-    """Panel D: eigenvalues of the score matrix by rank, a curve a position."""
-    positions = sorted(set(table["s"].tolist()))
-    for s, color in zip(positions, _style.shades(len(positions)), strict=True):
-        rows = table.where(s=s, above_floor=True)
-        ax.plot(rows["rank"], rows["eigenvalue"], color=color, label=f"s = {s:.2f}")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("rank")
-    ax.set_ylabel("eigenvalue of the score matrix, σ²/E")
+    """Panel D: eigenvalues of the score matrix by rank, one curve per position."""
+    groups = sorted(table.group_by("s").items())
+    curves = {f"s = {s:.2f}": rows for s, rows in groups}
+    draw_ranked(ax, curves, "eigenvalue of the score matrix, σ²/E")
     ax.legend()
+
+
+def draw_ranked(ax: Axes, curves: Mapping[str, Table], label: str) -> None:
+    """Eigenvalues above their numerical floor by rank, one curve per entry."""
+    for (name, table), color in zip(curves.items(), _style.shades(len(curves)), strict=True):
+        rows = table.where(above_floor=True)
+        ax.plot(rows["rank"], rows["eigenvalue"], color=color, label=name)
+    ax.set(xscale="log", yscale="log", xlabel="rank", ylabel=label)
 
 
 def _styles(paths: Table) -> Styles:
     """Color by pair of minima, marker by AutoNEB seed, as in the paper."""
-    pairs = list(dict.fromkeys((r["from"], r["to"]) for r in paths.rows()))
-    seeds = list(dict.fromkeys(paths["neb_seed"].tolist()))
+    pairs, seeds = list(paths.group_by("from", "to")), list(paths.group_by("neb_seed"))
     return {
         str(row["path"]): (
             _style.COLORS[pairs.index((row["from"], row["to"])) % len(_style.COLORS)],

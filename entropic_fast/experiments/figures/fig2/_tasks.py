@@ -1,22 +1,20 @@
-"""Figure 2: curvature, loss and spectrum along minimum energy paths between minima."""
+"""Tasks of figure 2: curvature and spectra along the paths."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
+from torch import Tensor
 
 from ...._utils.convergence import held
 from ...._utils.table import Table
-from ....curvature import (
-    CurvatureSettings,
-    curvature_at,
-    score_spectrum,
-    score_spectrum_floor,
-)
+from ....curvature import CurvatureSettings, curvature_at, score_spectrum, score_spectrum_floor
 from ....objective import Objective
 from ....paths import Path
+from ....training.data import ImageData
 from ... import _inputs
 from ..._executor import Progress, Task
 from ..._run_folder import RunFolder
@@ -47,66 +45,63 @@ def tasks(run: RunFolder) -> list[Task]:
 
 def measure(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Traces, largest eigenvalue and loss at every pivot of a path."""
-    whole = _inputs.objective(run, _inputs.minimum(run, _first_minimum(run, name)))
-    inputs = _inputs.images(run)[0].tensors(run.config.data.curvature_examples or None)
+    full = _inputs.objective(run, _inputs.minimum(run, _first_minimum(run, name)))
     path = _inputs.load_path(run, name)
-    return {"profile": profile(run, progress, name, path, whole, whole.with_data(inputs))}
+    return {"profile": profile(run, progress, name, path, full, _inputs.images(run)[0])}
 
 
 def profile(
-    run: RunFolder, progress: Progress, name: str, path: Path, whole: Objective, some: Objective
+    run: RunFolder, progress: Progress, name: str, path: Path, full: Objective, images: ImageData
 ) -> Table:
-    """Traces, largest eigenvalue and loss at every pivot.
-
-    Args:
-        whole: where normalization statistics are taken from.
-        some: the same loss on the examples that curvature is of.
-    """
-    inputs = some.tensors()
+    """Traces, largest eigenvalue and loss at every pivot, on the first of some images."""
     section = run.config[Curvature]
     settings = CurvatureSettings(recalibrate=False, probes=section.probes, tol=section.tol)
+    inputs = images.tensors(run.config.data.curvature_examples or None)
     rows, pairs = [], None
-    for i, s in enumerate(path.positions.tolist()):
-        theta = path.point(s)
-        here = whole.recalibrated(theta, max_examples=_inputs.norm_examples(run))
+    for s, theta, obj in _along(run, progress, path, path.positions.tolist(), full, inputs):
         with held():  # columns say what is not converged
-            found = curvature_at(
-                *(here.with_data(inputs), theta, QUANTITIES),
-                settings=settings,
-                seed=run.config.seed,
-                start=pairs,
+            point = curvature_at(
+                obj, theta, QUANTITIES, settings=settings, seed=run.config.seed, start=pairs
             )
-        pairs = found.pairs
-        rows.append({"path": name, "s": s, **found.row})
-        progress((i + 1) / path.num_pivots)
+        pairs = point.pairs
+        rows.append({"path": name, "s": s, **point.row})
     return Table.from_rows(rows)
+
+
+def _along(
+    run: RunFolder,
+    progress: Progress,
+    path: Path,
+    positions: Sequence[float],
+    full: Objective,
+    inputs: tuple[Tensor, Tensor],
+) -> Iterator[tuple[float, Tensor, Objective]]:
+    """Points of a path with the loss there on `inputs`.
+
+    Unlike `curvature_profile`, normalization statistics are re-estimated on the examples of `full`,
+    of which `inputs` are some.
+    """
+    for i, s in enumerate(positions):
+        theta = path.point(s)
+        obj = full.recalibrated(theta, max_examples=_inputs.norm_examples(run))
+        yield s, theta, obj.with_data(inputs)
+        progress((i + 1) / len(positions))
 
 
 def spectrum(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Eigenvalues of the score matrix's second moment at several positions of a path."""
-    section = run.config[Curvature]
-    path = _inputs.load_path(run, name)
-    training, _ = _inputs.images(run)
-    whole = _inputs.objective(run, _inputs.minimum(run, _first_minimum(run, name)))
+    section, (training, _) = run.config[Curvature], _inputs.images(run)
+    full = _inputs.objective(run, _inputs.minimum(run, _first_minimum(run, name)))
     inputs = training.tensors(min(section.spectrum_examples, len(training)))
-    rows = []
-    for i, s in enumerate(np.linspace(0, 1, section.spectrum_points)):
-        theta = path.point(float(s))
-        here = whole.recalibrated(theta, max_examples=_inputs.norm_examples(run))
-        here = here.with_data(inputs)
-        values = score_spectrum(here, theta)
-        floor = score_spectrum_floor(values, here.dtype)
+    path, positions = _inputs.load_path(run, name), np.linspace(0, 1, section.spectrum_points)
+    rows: list[dict[str, object]] = []
+    for s, theta, obj in _along(run, progress, path, positions.tolist(), full, inputs):
+        values = score_spectrum(obj, theta)
+        floor, at = score_spectrum_floor(values, obj.dtype), {"path": name, "s": s}
         rows += [
-            {
-                "path": name,
-                "s": float(s),
-                "rank": rank + 1,
-                "eigenvalue": value,
-                "above_floor": value > floor,
-            }
-            for rank, value in enumerate(values.tolist())
+            {**at, "rank": rank, "eigenvalue": value, "above_floor": value > floor}
+            for rank, value in enumerate(values.tolist(), 1)
         ]
-        progress((i + 1) / section.spectrum_points)
     return {"eigenvalues": Table.from_rows(rows)}
 
 
@@ -116,12 +111,10 @@ def _first_minimum(run: RunFolder, name: str) -> int:
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    curvature, losses, summaries = [], [], []
-    for name, a, b, seed in _inputs.path_names(run):
-        curvature += run.table(f"curvature/{name}", "profile").rows()
-        losses += both_losses(run, f"path/{name}", name).rows()
+    paths, saddles = _inputs.path_names(run), []
+    for name, a, b, seed in paths:
         saddle = run.document(f"path/{name}", "saddle")
-        summaries.append(
+        saddles.append(
             {
                 "path": name,
                 "from": a,
@@ -134,12 +127,13 @@ def collect(run: RunFolder) -> dict[str, Table]:
                 "length_over_chord": saddle["length_over_chord"],
             }
         )
-    first = _inputs.path_names(run)[0][0]
+    names = [name for name, *_ in paths]
+    losses = [both_losses(run, f"path/{name}", name) for name in names]
     return {
-        "fig2_curvature": Table.from_rows(curvature),
-        "fig2_loss": Table.from_rows(losses),
-        "fig2_paths": Table.from_rows(summaries),
-        "fig2_spectrum": run.table(f"spectrum/{first}", "eigenvalues"),
+        "fig2_curvature": Table.concatenated(run.table(f"curvature/{n}", "profile") for n in names),
+        "fig2_loss": Table.concatenated(losses),
+        "fig2_paths": Table.from_rows(saddles),
+        "fig2_spectrum": run.table(f"spectrum/{names[0]}", "eigenvalues"),
     }
 
 
@@ -147,11 +141,8 @@ def both_losses(store: TaskStore, task: str, name: str) -> Table:
     """The loss along a path that a task found, and along the straight line."""
     return Table.from_rows(
         [
-            {"path": name, "kind": kind, "s": s, "loss": loss}
+            {"path": name, "kind": kind, "s": row["s"], "loss": row["loss"]}
             for kind, table in (("path", "losses"), ("line", "line"))
-            for s, loss in zip(
-                *(store.table(task, table)[column].tolist() for column in ("s", "loss")),
-                strict=True,
-            )
+            for row in store.table(task, table).rows()
         ]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy import stats
@@ -28,28 +28,26 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
     the differences within those pairs.
     """
     runs = replicas_of(relaxation)
-    depth = [r for r in runs if r.panel == "A"]
-    batch = sorted((r for r in runs if r.panel == "B"), key=lambda r: r.batch_size)
-    rate = sorted((r for r in runs if r.panel == "C"), key=lambda r: r.lr)
-    cycle = sorted((r for r in runs if r.panel == "D"), key=lambda r: r.project_every)
+    a, b, c, d = ([r for r in runs if r.panel == panel] for panel in "ABCD")
+    smallest, largest = _extremes(b, "batch_size")
+    low, high = _extremes(c, "lr")
+    often, rarely = _extremes(d, "project_every")
     return [
-        *_deeper_takes_longer(depth),
-        *_down_the_curvature(depth, curvature),
+        *_deeper_takes_longer(a),
+        *_down_the_curvature(a, curvature),
         *faster(
             "3B",
             "smaller batches relax faster",
             "at one learning rate, smaller batches relax faster (about 10 times between B = 16 "
             "and 256, in secondary notes)",
-            [r for r in batch if r.batch_size == batch[0].batch_size],
-            [r for r in batch if r.batch_size == batch[-1].batch_size],
+            (smallest, largest),
             lambda r: f"B = {r.batch_size}",
         ),
         *faster(
             "3C",
             "larger learning rates relax faster",
             "at one batch size, larger learning rates relax faster",
-            [r for r in rate if r.lr == rate[-1].lr],
-            [r for r in rate if r.lr == rate[0].lr],
+            (high, low),
             lambda r: f"lr = {r.lr:g}",
         ),
         *faster(
@@ -57,8 +55,7 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
             "larger learning rates relax faster per effective time",
             "at one batch size, larger learning rates relax faster in effective time too, as a "
             "force that grows with temperature must (our reading)",
-            [r for r in rate if r.lr == rate[-1].lr],
-            [r for r in rate if r.lr == rate[0].lr],
+            (high, low),
             lambda r: f"lr = {r.lr:g}",
             effective=True,
         ),
@@ -67,11 +64,19 @@ def relaxation(relaxation: Table, curvature: Table) -> list[Claim]:
             "rarer projections relax faster",
             "at equal noise, more updates k between projections relax faster, as k trades the "
             "force against the constraint to the path",
-            [r for r in cycle if r.project_every == cycle[-1].project_every],
-            [r for r in cycle if r.project_every == cycle[0].project_every],
+            (rarely, often),
             lambda r: f"k = {r.project_every}",
             source=NOTES,
         ),
+    ]
+
+
+def _extremes(runs: list[Replica], setting: str) -> list[list[Replica]]:
+    """The replicas at the lowest value of a setting, and those at the highest."""
+    values = [getattr(r, setting) for r in runs]
+    return [
+        [r for r, value in zip(runs, values, strict=True) if value == extreme(values)]
+        for extreme in (min, max)
     ]
 
 
@@ -90,19 +95,10 @@ class Replica:
     position: Array
 
     @classmethod
-    def of(cls, table: Table, run: int) -> Replica:
-        rows = table.where(run=run)
-        return cls(
-            str(rows["panel"][0]),
-            int(rows["replica"][0]),
-            str(rows["optimizer"][0]),
-            float(rows["start"][0]),
-            float(rows["lr"][0]),
-            int(rows["batch_size"][0]),
-            int(rows["project_every"][0]),
-            floats(rows["step"]),
-            floats(rows["position"]),
-        )
+    def of(cls, rows: Table) -> Replica:
+        first = rows.rows()[0]
+        settings = {field.name: first[field.name] for field in fields(cls)[:-2]}
+        return cls(**settings, step=floats(rows["step"]), position=floats(rows["position"]))
 
     @property
     def depth(self) -> float:
@@ -132,11 +128,11 @@ class Replica:
 
 def replicas_of(table: Table) -> list[Replica]:
     """The trajectories in a table."""
-    return [Replica.of(table, run) for run in np.unique(table["run"])]
+    return [Replica.of(rows) for _, rows in sorted(table.group_by("run").items())]
 
 
 def _deeper_takes_longer(asked: list[Replica]) -> list[Claim]:
-    # A start at an end has nowhere to go, and a diverged replica says nothing of time.
+    # A start at an end cannot move toward it, and a diverged replica has no time of arrival.
     runs = [r for r in asked if np.isfinite(r.approach) and r.depth > 0]
     if not runs:
         return []
@@ -176,9 +172,9 @@ def _down_the_curvature(runs: list[Replica], curvature: Table) -> list[Claim]:
     first = curvature.where(path=curvature["path"][0])
     s, trace = floats(first["s"]), floats(first["hessian_trace"])
     loss_slope = np.gradient(floats(first["loss"]), s) if len(s) > 1 else np.zeros(len(s))
-    known = trace > 0  # an estimate that is not has no logarithm
+    known = trace > 0  # other estimates have no logarithm
     slope = np.gradient(np.log(trace[known]), s[known]) if known.sum() > 1 else None
-    agree, moving, lost, alike = 0, 0, 0, 0
+    agree = moving = lost = alike = 0
     starts = sorted({r.start for r in runs})
     for start in starts:
         drift = np.array([r.position[-1] - r.position[0] for r in runs if r.start == start])
@@ -219,13 +215,14 @@ def faster(
     figure: str,
     name: str,
     statement: str,
-    fast: list[Replica],
-    slow: list[Replica],
+    fast_and_slow: tuple[list[Replica], list[Replica]],
     label: Callable[[Replica], str],
     *,
     effective: bool = False,
     source: str = PAPER,
 ) -> list[Claim]:
+    """The claim that the first replicas relax faster than the second, by pairs of equal noise."""
+    fast, slow = fast_and_slow
     if not fast or not slow or label(fast[0]) == label(slow[0]):
         return []
     a, b, lost = pairs(

@@ -52,19 +52,20 @@ def curves(
 
     Positions, or with `displaced` how far they are from the start.
     """
-    values = list(dict.fromkeys(table[column].tolist()))
-    for value, color in zip(values, colors or _style.shades(len(values)), strict=False):
-        rows, band = table.where(**{column: value}), bands.where(**{column: value})
+    groups = table.group_by(column)
+    for (value, rows), color in zip(
+        groups.items(), colors or _style.shades(len(groups)), strict=False
+    ):
+        band = bands.where(**{column: value})
         origin = float(rows["start"][0]) if displaced else 0.0
-        for run in np.unique(rows["run"]):
-            track = rows.where(run=run)
+        for track in rows.group_by("run").values():
             ax.plot(track[time], track["position"] - origin, color=color, lw=0.4, alpha=0.25)
         low, high, mean = (np.asarray(band[name]) - origin for name in ("low", "high", "mean"))
         ax.fill_between(band[time], low, high, color=color, alpha=0.25, lw=0)
         ax.plot(band[time], mean, color=color, lw=1.8, label=label(value))
     ax.set_xlabel("updates" if time == "step" else "effective time (updates × lr)")
     ax.set_ylabel("displacement" if displaced else "relative distance along the path")
-    if len(values) > 4:
+    if len(groups) > 4:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     else:
         ax.legend()

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
-
-import numpy as np
-import torch
 
 from ...._utils.table import Table
 from ....dynamics import RelaxationTime, fit_scaling, kaplan_meier, log_rank, relaxation_time
-from .._relaxation_runs import trajectory_of
+from .._relaxation_runs import nearest_end, trajectory_of
 
 REMAINING = 0.8  # of the distance from the nearest end: few replicas of a short run come nearer
 
@@ -23,25 +19,19 @@ def survival(table: Table) -> tuple[Table, Table]:
         table: the trajectories, "fig3_relaxation".
 
     Returns:
-        a row a setting: Kaplan-Meier's median with its interval, and the paired log-rank test
-        against the panel's first setting (p; NaN for the first itself); and the scaling of the
-        rate with learning rate, batch size and k, one row an exponent, where they vary and
-        enough replicas arrived (else no rows). Replicas with one number share their noise.
+        a table with one row per setting: Kaplan-Meier's median with its interval, and the paired
+        log-rank test against the panel's first setting (p; NaN for the first itself); and a table
+        of the exponents with which the rate scales in learning rate, batch size and k, those that
+        vary, without rows if too few replicas arrived. Replicas with one number share their noise.
     """
-    found: list[tuple[str, Setting, _Times]] = []
+    times: dict[Setting, _Times] = {}  # a setting that several panels have counts once
+    rows: list[dict[str, object]] = []
     for panel in ("B", "C", "D"):
-        part = table.where(panel=panel)
-        settings = set(zip(*(part[name].tolist() for name in SETTING), strict=True))
-        for setting in sorted(settings):
-            rows = part.where(**dict(zip(SETTING, setting, strict=True)))
-            found.append((panel, setting, _times(rows)))
-    rows_of: list[dict[str, object]] = []
-    for panel, group in groupby(found, key=lambda entry: entry[0]):
-        same_panel = list(group)
-        first = same_panel[0][2]
-        for i, (_, setting, times) in enumerate(same_panel):
-            km = kaplan_meier(times.found)
-            rows_of.append(
+        first = None
+        for setting, group in sorted(table.where(panel=panel).group_by(*SETTING).items()):
+            here = times[setting] = _times(group)
+            km = kaplan_meier(here.found)
+            rows.append(
                 {
                     "panel": panel,
                     **dict(zip(SETTING, setting, strict=True)),
@@ -50,12 +40,13 @@ def survival(table: Table) -> tuple[Table, Table]:
                     "high": km.high,
                     "arrived": km.arrived,
                     "replicas": km.replicas,
-                    "log_rank_p": log_rank(first.found, times.found, paired=True)[1]
-                    if i
+                    "log_rank_p": log_rank(first.found, here.found, paired=True)[1]
+                    if first
                     else math.nan,
                 }
             )
-    return Table.from_rows(rows_of), _scaling(found)
+            first = first or here
+    return Table.from_rows(rows), _scaling(times)
 
 
 Setting = tuple[float, int, int]
@@ -70,9 +61,7 @@ class _Times:
     replicas: list[int]
 
 
-def _scaling(found: list[tuple[str, Setting, _Times]]) -> Table:
-    # A setting that several panels hold counts once.
-    groups = {setting: times for _, setting, times in found}
+def _scaling(groups: dict[Setting, _Times]) -> Table:
     columns = ("setting", "exponent", "std_error", "low", "high", "arrived", "replicas", "note")
     varying = [i for i in range(len(SETTING)) if len({setting[i] for setting in groups}) > 1]
     try:
@@ -94,21 +83,9 @@ def _scaling(found: list[tuple[str, Setting, _Times]]) -> Table:
 
 def _times(rows: Table) -> _Times:
     """First passages to a share of the distance from the nearest end, in updates."""
-    replicas = sorted(
-        (rows.where(run=r) for r in np.unique(rows["run"])), key=lambda r: int(r["replica"][0])
+    replicas = sorted(rows.group_by("run").values(), key=lambda r: int(r["replica"][0]))
+    # At a learning rate of 1 times are updates.
+    times = relaxation_time(
+        trajectory_of(replicas, 1.0), fraction=REMAINING, target=nearest_end(rows.rows()[0])
     )
-    position = torch.tensor(
-        np.stack([np.asarray(r["position"], dtype=float) for r in replicas]), dtype=torch.float64
-    )
-    trajectory = trajectory_of(
-        position,
-        torch.as_tensor(replicas[0]["step"]),
-        torch.ones(len(replicas), dtype=torch.float64),  # so that times are updates
-        str(rows["optimizer"][0]),
-        int(rows["batch_size"][0]),
-        int(rows["project_every"][0]),
-    )
-    start = float(rows["start"][0])
-    target = 0.0 if start <= 0.5 else 1.0
-    times = relaxation_time(trajectory, fraction=REMAINING, target=target)
     return _Times(times, [int(r["replica"][0]) for r in replicas])

@@ -21,10 +21,7 @@ SCAN = "relax/C"  # the learning-rate scan, from which the rule chooses
 
 
 def tasks(run: RunFolder) -> list[Task]:
-    """The scan over learning rates first; starts, batch sizes, k and optimizers at the rate chosen.
-
-    Settings that the scan has (the base start and batch size, vanilla SGD) are taken from it.
-    """
+    """The scan over learning rates; at the rate chosen starts, batch sizes, k and optimizers."""
     section = run.config[Relax]
     path = f"path/{_inputs.path_names(run)[0][0]}"
 
@@ -61,34 +58,26 @@ def scan_rates(run: RunFolder, progress: Progress) -> dict[str, Any]:
 
 def relax_starts(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Panel A: several starting points."""
-    section = run.config[Relax]
-    starts = section.starts or _midpoints(run)[section.start_every - 1 :: section.start_every]
-    settings = _settings(run, starts, [chosen_rate(run)])
-    return {
-        "trajectory": _panel(run, progress, "relax/A", "A", settings, section.batch_size, "sgd")
-    }
+    every = run.config[Relax].start_every
+    starts = run.config[Relax].starts or _midpoints(run)[every - 1 :: every]
+    return _panel(run, progress, "relax/A", "A", starts)
 
 
 def relax_batch(run: RunFolder, progress: Progress, size: int) -> dict[str, Any]:
     """Panel B: one batch size."""
-    settings = _settings(run, [_start(run)], [chosen_rate(run)])
-    return {"trajectory": _panel(run, progress, f"relax/B-{size}", "B", settings, size, "sgd")}
+    return _panel(run, progress, f"relax/B-{size}", "B", batch_size=size)
 
 
 def relax_cycle(run: RunFolder, progress: Progress, every: int) -> dict[str, Any]:
     """Panel D: one number k of updates between projections."""
-    settings, size = _settings(run, [_start(run)], [chosen_rate(run)]), run.config[Relax].batch_size
-    task = f"relax/D-{every}"
-    return {"trajectory": _panel(run, progress, task, "D", settings, size, "sgd", every)}
+    return _panel(run, progress, f"relax/D-{every}", "D", project_every=every)
 
 
 def relax_optimizer(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Figure 4: one optimizer at the base batch size; Adam at its own multiple of the rate."""
-    section = run.config[Relax]
-    factor = section.adam_lr_factor if name == "adam" else 1.0
-    settings = _settings(run, [_start(run)], [optimizer_rate(run) * factor])
-    task = f"relax/{name}"
-    return {"trajectory": _panel(run, progress, task, "4", settings, section.batch_size, name)}
+    factor = run.config[Relax].adam_lr_factor if name == "adam" else 1.0
+    rate = optimizer_rate(run) * factor
+    return _panel(run, progress, f"relax/{name}", "4", rate=rate, optimizer=name)
 
 
 def chosen_rate(run: RunFolder) -> float:
@@ -126,35 +115,36 @@ def _panel(
     progress: Progress,
     task: str,
     panel: str,
-    settings: Settings,
-    batch_size: int,
-    optimizer: str,
+    starts: Sequence[float] = (),
+    *,
+    rate: float = 0.0,
+    batch_size: int = 0,
+    optimizer: str = "sgd",
     project_every: int = 0,
-) -> Table:
-    """Settings in order, from the scan where it has them: the same noise makes the same run."""
-    setup = _first(run)
-    if project_every:
-        setup = replace(setup, project_every=project_every)
-    scan = (run.config[Relax].batch_size, run.config[Relax].project_every, "sgd")
-    scanned = (batch_size, setup.project_every, optimizer) == scan
-    shared = set(settings) & set(_settings(run, [_start(run)], run.config[Relax].lrs))
-    shared = shared if scanned else set()
+) -> dict[str, Any]:
+    """Trajectories from every start, by default at the settings of the scan.
+
+    Replicas that the scan has are copied from it: the same noise makes the same trajectory.
+    """
+    section, setup, base = run.config[Relax], _first(run), [_start(run)]
+    size, every = batch_size or section.batch_size, project_every or setup.project_every
+    settings = _settings(run, starts or base, [rate or chosen_rate(run)])
+    shared: set[tuple[float, float]] = set()
+    if (size, every, optimizer) == (section.batch_size, setup.project_every, "sgd"):
+        shared = set(settings) & set(_settings(run, base, section.lrs))
     missing = [setting for setting in settings if setting not in shared]
-    tables = []
+    tables = [run.table(SCAN, "trajectory")] if shared else []
     if missing:
-        tables = [
-            relaxation.along(run, progress, task, panel, setup, missing, batch_size, optimizer)
-        ]
-    if shared:
-        tables.append(run.table(SCAN, "trajectory"))
-    tracks: list[list[dict[str, object]]] = []
-    for start, lr in dict.fromkeys(settings):
-        found = next(t for table in tables if (t := table.where(start=start, lr=lr)).num_rows)
-        tracks += [
-            found.where(run=number).rows() for number in dict.fromkeys(found["run"].tolist())
-        ]
-    rows = [{**row, "panel": panel, "run": i} for i, track in enumerate(tracks) for row in track]
-    return Table.from_rows(rows)
+        setup = replace(setup, project_every=every)
+        tables.append(relaxation.along(run, progress, task, panel, setup, missing, size, optimizer))
+    found = {key: rows for table in tables for key, rows in table.group_by("start", "lr").items()}
+    tracks = [
+        track for key in dict.fromkeys(settings) for track in found[key].group_by("run").values()
+    ]
+    rows = [
+        {**row, "panel": panel, "run": i} for i, track in enumerate(tracks) for row in track.rows()
+    ]
+    return {"trajectory": Table.from_rows(rows)}
 
 
 def _first(run: RunFolder) -> RelaxationSetup:
@@ -214,5 +204,5 @@ def collect(run: RunFolder) -> dict[str, Table]:
         "fig3_times": relaxation.times(table),
         "fig3_survival": survived,
     }
-    # Without enough arrivals there is nothing to fit.
+    # Too few arrivals leave nothing to fit.
     return {**found, "fig3_scaling": scaling} if scaling.num_rows else found

@@ -1,4 +1,4 @@
-"""Claims of figures 5 to 9."""
+"""Claims of figures 5 to 7."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from scipy import stats
 
 from ...._utils.table import Table
 from ...claims import Claim, verdict
-from ...claims._intervals import (
-    Array,
-    floats,
-    mean_interval,
-)
+from ...claims._intervals import Array, floats, mean_interval
 
 
 def lmc(instability: Table, figure: str = "5") -> list[Claim]:

@@ -16,12 +16,10 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     figure, axes = _style.mosaic(["ACD", "BcD"], width=3.9, height=2.7)
     schematic, mean, loss, eigenvalue, unstable = (axes[name] for name in "ABCcD")
     _draw_schematic(schematic)
-    k_values = sorted(set(lines["k"].tolist()))
-    seeds = sorted(set(lines["seed"].tolist()))
+    k_values, seeds = (sorted(lines.group_by(name)) for name in ("k", "seed"))
+    at = lines.group_by("seed", "k")
 
-    averages = np.array(
-        [[lines.where(seed=s, k=k)["loss"].mean() for k in k_values] for s in seeds]
-    )
+    averages = np.array([[at[s, k]["loss"].mean() for k in k_values] for s in seeds])
     _style.mean_and_points(mean, np.array(k_values), averages, _style.COLORS[0])
     mean.set_ylabel("mean loss on the line [nats]")
     _style.letter(mean, "B", "loss on the line")
@@ -29,12 +27,12 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     shades = _style.shades(len(k_values))
     for column, ax in (("loss", loss), ("eigenvalue", eigenvalue)):
         for shade, k in zip(shades, k_values, strict=True):
-            x = lines.where(seed=seeds[0], k=k)["point"]
-            y = np.mean([lines.where(seed=s, k=k)[column] for s in seeds], axis=0)
+            x = at[seeds[0], k]["point"]
+            y = np.mean([at[s, k][column] for s in seeds], axis=0)
             ax.plot(x, y, "o-", color=shade, label=f"k = {k}")
             if column == "eigenvalue" and "converged" in lines.columns:
-                met = [lines.where(seed=s, k=k)["converged"] for s in seeds]
-                means = Table({"x": x, "y": y, "met": np.min(met, axis=0)})
+                met = np.min([at[s, k]["converged"] for s in seeds], axis=0)
+                means = Table({"x": x, "y": y, "met": met})
                 _style.mark_unconverged(ax, means, "x", "y", "met")
         ax.set_xlabel("position on the line")
         _style.log_if_wide(ax, lines[column])
@@ -56,7 +54,7 @@ def draw(tables: dict[str, Table], name: str = "fig5") -> Figure:
     unstable.legend()
     _style.letter(unstable, "D", "instability")
     for ax in (mean, unstable):
-        ax.set_xlabel("branching epoch k")
+        ax.set(xlabel="branching epoch k")
         ax.set_xscale("symlog", linthresh=1)
         ax.set_xticks(k_values, [str(k) for k in k_values])
     return figure
@@ -71,17 +69,9 @@ def _draw_schematic(ax: Axes) -> None:
         ((0.45, 0.5), (0.95, 0.9), -0.25),
         ((0.45, 0.5), (0.95, 0.1), 0.25),
     ):
-        ax.annotate(
-            "",
-            end,
-            start,
-            arrowprops={
-                "arrowstyle": "-|>",
-                "lw": 1.5,
-                "color": "#444444",
-                "connectionstyle": f"arc3,rad={bend}",
-            },
-        )
+        arrow = {"arrowstyle": "-|>", "lw": 1.5, "color": "#444444"}
+        bent = {**arrow, "connectionstyle": f"arc3,rad={bend}"}
+        ax.annotate("", end, start, arrowprops=bent)
     ax.plot([0.95, 0.95], [0.87, 0.13], "--", color=_style.COLORS[1], lw=1.5)
     for x, y, text, side in (
         (0.0, 0.56, "start", "left"),

@@ -51,7 +51,7 @@ class LMC(Section):
 
 
 def tasks(run: RunFolder, section: type[LMC] = LMC) -> list[Task]:
-    """One trunk a seed, and one task for every epoch k at which it branches."""
+    """One trunk per seed, and one task for every epoch k at which it branches."""
     lmc = run.config[section]
     epochs = lmc.epochs or run.config.train.epochs
     examples = _inputs.training_examples(run)
@@ -103,24 +103,17 @@ def measure(
     a, b = (
         branch(start, training, config, number, seed=seed, progress=advance) for number in (1, 2)
     )
+    settings = LineSettings(
+        points=lmc.points,
+        curvature_examples=run.config.data.curvature_examples or None,
+        tol=run.config[Curvature].tol,
+    )
     with held():  # the table says what is not converged
         line = measure_line(
-            a,
-            b,
-            training,
-            LineSettings(
-                points=lmc.points,
-                curvature_examples=run.config.data.curvature_examples or None,
-                tol=run.config[Curvature].tol,
-            ),
-            eval_data=test,
-            seed=seed,
-            progress=advance,
+            *(a, b, training, settings), eval_data=test, seed=seed, progress=advance
         )
     rows = line.num_rows
-    found: dict[str, Any] = {
-        "line": Table({"seed": [seed] * rows, "k": [k] * rows, **line}),
-    }
+    found: dict[str, Any] = {"line": Table({"seed": [seed] * rows, "k": [k] * rows, **line})}
     if section is LMC and k == straight_line_epoch(run):
         found["branch1"], found["branch2"] = dict(a.state_dict()), dict(b.state_dict())
     return found
@@ -135,14 +128,17 @@ def straight_line_epoch(run: RunFolder) -> int:
 def collect(run: RunFolder, section: type[LMC] = LMC, name: str = "fig5") -> dict[str, Table]:
     """The lines, and the instability for each seed and k."""
     lmc = run.config[section]
-    lines, summaries = [], []
-    for seed in lmc.seeds:
-        tables = [run.table(f"{section.toml}/s{seed}-k{k}", "line") for k in lmc.branch_epochs]
-        rows = [row for table in tables for row in table.rows()]
-        lines += rows
-        summaries += [{"seed": seed, **row} for row in summarize(Table.from_rows(rows)).rows()]
+    lines = {
+        seed: Table.concatenated(
+            run.table(f"{section.toml}/s{seed}-k{k}", "line") for k in lmc.branch_epochs
+        )
+        for seed in lmc.seeds
+    }
+    summaries = [
+        {"seed": seed, **row} for seed, rows in lines.items() for row in summarize(rows).rows()
+    ]
     return {
-        f"{name}_lines": Table.from_rows(lines),
+        f"{name}_lines": Table.concatenated(lines.values()),
         f"{name}_instability": Table.from_rows(summaries),
     }
 

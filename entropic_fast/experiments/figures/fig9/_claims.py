@@ -12,11 +12,9 @@ from ...claims._intervals import floats, mean_interval, normal_interval
 def bad_minimum(minima: Table, loss: Table, curvature: Table, relaxation: Table) -> list[Claim]:
     """Figure 9: a minimum that generalizes badly is sharper, joined, and driven away from."""
     normal, bad = (minima.where(minimum=name).rows()[0] for name in ("normal", "bad"))
-    right = np.concatenate(
-        [floats(minima.where(minimum=name)["test_accuracy"]) for name in ("normal", "bad")]
-    )
+    right = np.array([normal["test_accuracy"], bad["test_accuracy"]], dtype=float)
     lost = float(right[0] - right[1])
-    variance = right * (1 - right) / max(1, int(bad["test_images"]))  # type: ignore[call-overload]
+    variance = right * (1 - right) / max(1, int(bad["test_images"]))
     worse = normal_interval(lost, float(np.sqrt(variance.sum())))
     trace, error = floats(curvature["hessian_trace"]), floats(curvature["hessian_trace_std_error"])
     ratio = trace[-1] / trace[0]
@@ -24,13 +22,13 @@ def bad_minimum(minima: Table, loss: Table, curvature: Table, relaxation: Table)
     sharper = normal_interval(ratio, ratio * relative)
     path, line = (floats(loss.where(kind=k)["loss"]) for k in ("path", "line"))
     excess, barrier = (x.max() - max(x[0], x[-1]) for x in (path, line))
-    # Replicas of other starts see the same noise: those that begin nearest are the sample.
+    # Replicas of other starts see the same noise, so only those of the nearest start are a sample.
     nearest = float(np.max(relaxation["start"]))
-    rows = relaxation.where(start=nearest)
-    ends = [floats(rows.where(run=r)["position"])[[0, -1]] for r in np.unique(rows["run"])]
+    tracks = sorted(relaxation.where(start=nearest).group_by("run").items())
+    ends = [floats(rows["position"])[[0, -1]] for _, rows in tracks]
     drift = np.array([first - last for first, last in ends if np.isfinite(last)])
     low, high = mean_interval(drift)
-    # A line without a barrier to speak of joins them as well as any path.
+    # A line without a notable barrier connects them as well as any path.
     share = excess / barrier if barrier > max(line[0], line[-1]) else np.nan
     return [
         Claim(

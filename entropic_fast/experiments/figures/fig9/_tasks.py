@@ -76,7 +76,7 @@ def tasks(run: RunFolder) -> list[Task]:
 
 
 def _parts(run: RunFolder) -> tuple[ImageData, ImageData]:
-    """The images that keep their labels, and the attack set, all with wrong ones."""
+    """The images that keep their labels, and the others with wrong ones."""
     training, _ = _inputs.images(run)
     corrupted = run.config[BadMinimum].corrupted_labels
     kept, rest = training.order[:-corrupted], training.order[-corrupted:]
@@ -130,7 +130,7 @@ def _objective(run: RunFolder) -> Objective:
 
 
 def find_path(run: RunFolder, progress: Progress) -> dict[str, Any]:
-    """AutoNEB from the first minimum to the bad one; and how both do on all images."""
+    """AutoNEB from the first minimum to the bad one; loss and accuracy of both."""
     objective, model = _objective(run), _inputs.network(run)
     load_minimum(run.task_folder(MINIMUM) / "minimum.safetensors", model)
     end = Objective(model, "cross_entropy", objective.tensors()).parameters_vector()
@@ -150,10 +150,8 @@ def _path(run: RunFolder) -> Path:
 
 def measure(run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Curvature at every pivot."""
-    whole = _objective(run)
-    limit = run.config.data.curvature_examples or None
-    some = whole.with_data(_parts(run)[0].tensors(limit))
-    return {"profile": fig2.profile(run, progress, NAME, _path(run), whole, some)}
+    kept, _ = _parts(run)
+    return {"profile": fig2.profile(run, progress, NAME, _path(run), _objective(run), kept)}
 
 
 def relax_there(run: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -170,14 +168,10 @@ def relax_there(run: RunFolder, progress: Progress) -> dict[str, Any]:
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
     table = relaxation.collect(run, ["relax"], stage="bad-minimum")
-    losses = [
-        {"kind": kind, "s": s, "loss": loss}
-        for kind, name in (("path", "losses"), ("line", "line"))
-        for s, loss in zip(*(run.table(PATH, name)[c].tolist() for c in ("s", "loss")), strict=True)
-    ]
+    losses = fig2.both_losses(run, PATH, NAME)
     return {
         "fig9_minima": run.table(PATH, "minima"),
-        "fig9_loss": Table.from_rows(losses),
+        "fig9_loss": Table({name: losses[name] for name in ("kind", "s", "loss")}),
         "fig9_curvature": run.table(CURVATURE, "profile"),
         "fig9_relaxation": table,
         "fig9_bands": relaxation.bands(table),

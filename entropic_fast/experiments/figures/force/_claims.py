@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -11,12 +13,12 @@ from ...claims import FAILS, HOLDS, NOTES, OURS, UNDECIDED, Claim, verdict
 from ...claims._intervals import LEVEL, floats
 
 FACTOR = 2  # of theory within which a size agrees
-SMALL = 0.5  # a control's slope is far from a force's, 1, where its interval is this near 0
+SMALL = 0.5  # an interval this near 0 is far from 1, the slope of a force
 
 
 def force(fit: Table, comparison: Table) -> list[Claim]:
     """Proportionality, curvature of its own place, no force at k = 1, none without noise."""
-    rows = {int(row["k"]): row for row in fit.rows()}  # type: ignore[call-overload]
+    rows = {int(row["k"]): row for row in fit.rows()}
     largest = max(rows)
     base = comparison.where(k=largest)
     return [
@@ -28,8 +30,8 @@ def force(fit: Table, comparison: Table) -> list[Claim]:
     ]
 
 
-def _proportional(row: dict[str, object], base: Table) -> Claim:
-    low, high = _number(row["low"]), _number(row["high"])
+def _proportional(row: dict[str, Any], base: Table) -> Claim:
+    slope, low, high = (float(row[name]) for name in ("slope", "low", "high"))
     squares = floats(base["squared_distance"]) / floats(base["predicted_squared_distance"])
     entropic = floats(base["predicted_entropic"])
     same = int((entropic * floats(base["residual"]) > 0).sum())
@@ -41,14 +43,14 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
         "drift along the path, the energetic part and the exclusion of an epoch's minibatches "
         "subtracted, has the direction that the curvature across it predicts: a slope above 0",
         "slope a of measured on predicted, over positions and replicas (theory: 1)",
-        _number(row["slope"]),
+        slope,
         low,
         high,
         verdict(low, high, 0.0),
         f"the sign is the predicted one at {same} of {base.num_rows} positions; "
         f"the interval {'holds' if low <= 1 <= high else 'does not hold'} 1; chi-square about the "
-        f"line {_number(row['chi2']):.1f} on {row['freedom']} degrees "
-        f"(p = {_number(row['p_value']):.2g}); squared distance from the path "
+        f"line {row['chi2']:.1f} on {row['freedom']} degrees "
+        f"(p = {row['p_value']:.2g}); squared distance from the path "
         f"{squares.min():.2f} to {squares.max():.2f} times the predicted; "
         f"{100 * floats(base['noise_share']).mean():.0f} % of the noise in the directions found "
         f"one by one; norm growth of scale-invariant weights is {100 * share:.0f} % of the "
@@ -57,7 +59,7 @@ def _proportional(row: dict[str, object], base: Table) -> Claim:
     )
 
 
-def _size(row: dict[str, object], base: Table) -> Claim:
+def _size(row: dict[str, Any], base: Table) -> Claim:
     x, x_error, y, y_error = (
         floats(base[name])
         for name in ("predicted_entropic", "predicted_error", "residual", "std_error")
@@ -79,20 +81,20 @@ def _size(row: dict[str, object], base: Table) -> Claim:
         high,
         found,
         f"holds where the interval lies within {1 / FACTOR:g} to {FACTOR}; "
-        f"{_number(row['slope']):.2f} if predictions are taken for exact, whose errors are "
+        f"{row['slope']:.2f} if predictions are taken for exact, whose errors are "
         f"{np.linalg.norm(np.nan_to_num(x_error)) / np.linalg.norm(x):.2g} of them",
         OURS,
     )
 
 
-def _own_place(row: dict[str, object], base: Table) -> Claim:
-    p = _number(row["shuffled_p"])
+def _own_place(row: dict[str, Any], base: Table) -> Claim:
+    p = float(row["shuffled_p"])
     return Claim(
         "force",
         "shuffled curvature does not predict the drift",
         "the prediction of a position explains its drift, not that of another",
         "weighted correlation of measured and predicted",
-        _number(row["correlation"]),
+        float(row["correlation"]),
         np.nan,
         np.nan,
         HOLDS if p < 1 - LEVEL else UNDECIDED,
@@ -102,38 +104,31 @@ def _own_place(row: dict[str, object], base: Table) -> Claim:
     )
 
 
-def _nothing(row: dict[str, object], largest: int) -> Claim:
-    low, high = _number(row["low"]), _number(row["high"])
-    noiseless = row["k"] == 0
+def _nothing(row: dict[str, Any], largest: int) -> Claim:
+    slope, low, high = (float(row[name]) for name in ("slope", "low", "high"))
     if low > -SMALL and high < SMALL:
         found = HOLDS
     else:
         found = FAILS if low > SMALL or high < -SMALL else UNDECIDED
-    return Claim(
-        "force",
-        "no force without noise" if noiseless else "no force at k = 1",
-        f"with gradients over all examples nothing pushes down the curvature (the slope is within "
-        f"±{SMALL}, where a force has 1)"
-        if noiseless
-        else "where every update is projected the fast directions never fluctuate, and the force "
-        f"vanishes (the slope is within ±{SMALL}, where a force has 1)",
-        f"slope on the prediction at k = {largest}, of "
-        + (
-            "what a burst without noise does beyond the gradient along the path"
-            if noiseless
-            else "the same drift at k = 1"
-        ),
-        _number(row["slope"]),
-        low,
-        high,
-        found,
-        f"holds where the interval lies within ±{SMALL}; with noise theory has 1; below 0, the "
-        "burst falls short of its first gradient as it settles; interval over positions"
-        if noiseless
-        else f"holds where the interval lies within ±{SMALL}; at k = {largest} theory has 1",
-        OURS if noiseless else NOTES,
-    )
-
-
-def _number(value: object) -> float:
-    return float(value)  # type: ignore[arg-type]
+    within = f"within ±{SMALL}"
+    at_k = f"slope on the prediction at k = {largest}, of"
+    if row["k"] == 0:
+        name, source = "no force without noise", OURS
+        statement = (
+            "with gradients over all examples nothing pushes down the curvature (the slope is "
+            f"{within}, where a force has 1)"
+        )
+        measure = f"{at_k} what a burst without noise does beyond the gradient along the path"
+        detail = (
+            f"holds where the interval lies {within}; with noise theory has 1; below 0, the burst "
+            "falls short of its first gradient as it settles; interval over positions"
+        )
+    else:
+        name, source = "no force at k = 1", NOTES
+        statement = (
+            "where every update is projected the fast directions never fluctuate, and the force "
+            f"vanishes (the slope is {within}, where a force has 1)"
+        )
+        measure = f"{at_k} the same drift at k = 1"
+        detail = f"holds where the interval lies {within}; at k = {largest} theory has 1"
+    return Claim("force", name, statement, measure, slope, low, high, found, detail, source)

@@ -20,33 +20,21 @@ def draw(tables: dict[str, Table]) -> Figure:
     slope, low, high = (float(row[name][0]) for name in ("slope", "low", "high"))
     unit = 10.0 ** np.floor(np.log10(np.abs(base["predicted_entropic"]).max()))
     predicted, residual = base["predicted_entropic"] / unit, base["residual"] / unit
-    # Of the residual: what one order of batches leaves uncertain is in both of its terms.
+    # The error is the residual's: both of its terms have that of one order of batches.
     quantile = stats.t.ppf(0.975, np.asarray(base["replicas"], dtype=int) - 1)
     half = quantile * base["std_error"] / unit
     wide = _style.BAND * np.nan_to_num(np.asarray(base["predicted_error"], dtype=float)) / unit
-    scatter.errorbar(
-        predicted,
-        residual,
-        half,
-        wide,
-        fmt="o",
-        color=_style.COLORS[0],
-        capsize=2,
-        label="positions",
-    )
+    _style.errorbars(scatter, predicted, residual, half, _style.COLORS[0], "positions", xerr=wide)
     ends = 1.15 * np.array([min(predicted.min(), 0), 0, max(predicted.max(), 0)])
     scatter.plot(ends, ends, ":", color="0.5", label="equal")
-    scatter.plot(
-        ends,
-        slope * ends,
-        "-",
-        color=_style.COLORS[1],
-        label=f"a = {slope:.2f} [{low:.2f}, {high:.2f}]",
-    )
+    label = f"a = {slope:.2f} [{low:.2f}, {high:.2f}]"
+    scatter.plot(ends, slope * ends, "-", color=_style.COLORS[1], label=label)
     edges = np.outer([low, high], ends)
     scatter.fill_between(ends, edges.min(0), edges.max(0), color=_style.COLORS[1], alpha=0.15)
-    scatter.set_xlabel(f"predicted entropic velocity [{unit:.0e}]")
-    scatter.set_ylabel(f"measured − energetic − exclusion [{unit:.0e}]")
+    scatter.set(
+        xlabel=f"predicted entropic velocity [{unit:.0e}]",
+        ylabel=f"measured − energetic − exclusion [{unit:.0e}]",
+    )
     scatter.legend()
     settings = f"lr = {base['lr'][0]:g}, B = {base['batch_size'][0]}, k = {base['k'][0]}"
     _style.letter(scatter, "A", settings)
@@ -60,20 +48,19 @@ def _along(ax: Axes, base: Table) -> None:
     s = base["position"]
     total = base["energetic"] + base["predicted_entropic"] + base["predicted_exclusion"]
     middle, half = base["measured"], 0.5 * (base["high"] - base["low"])
-    ax.errorbar(s, middle, half, fmt="o", color=_style.COLORS[0], capsize=2, label="measured")
+    _style.errorbars(ax, s, middle, half, _style.COLORS[0], "measured")
     ax.plot(s, total, "-", color=_style.COLORS[1], label="predicted, all parts")
-    for number, (column, label) in enumerate(
-        (
-            ("energetic", "energetic (no noise)"),
-            ("predicted_entropic", "entropic"),
-            ("predicted_exclusion", "exclusion in an epoch"),
-        )
+    for color, column, label in (
+        (_style.COLORS[2], "energetic", "energetic (no noise)"),
+        (_style.COLORS[3], "predicted_entropic", "entropic"),
+        (_style.COLORS[4], "predicted_exclusion", "exclusion in an epoch"),
     ):
-        color = _style.COLORS[2 + number]
         ax.plot(s, base[column], "--", color=color, lw=1.0, label=label)
     ax.axhline(0, color="0.6", lw=0.8)
-    ax.set_xlabel("relative distance along the path")
-    ax.set_ylabel("velocity [path lengths per effective time]")
+    ax.set(
+        xlabel="relative distance along the path",
+        ylabel="velocity [path lengths per effective time]",
+    )
     ax.legend()
     _style.letter(ax, "B", "drift and its parts")
 
@@ -81,11 +68,9 @@ def _along(ax: Axes, base: Table) -> None:
 def _controls(ax: Axes, fit: Table) -> None:
     labels = []
     for i, row in enumerate(fit.rows()):
-        middle = float(row["slope"])  # type: ignore[arg-type]
-        low, high = float(row["low"]), float(row["high"])  # type: ignore[arg-type]
-        theory = float(row["predicted_slope"])  # type: ignore[arg-type]
+        middle, low, high = row["slope"], row["low"], row["high"]
         ax.errorbar([i], [middle], [[middle - low], [high - middle]], fmt="o", color="k", capsize=3)
-        ax.plot([i], [theory], "x", color=_style.COLORS[1], ms=7)
+        ax.plot([i], [row["predicted_slope"]], "x", color=_style.COLORS[1], ms=7)
         labels.append(f"k = {row['k']}" if row["k"] else "no noise")
     ax.plot([], [], "x", color=_style.COLORS[1], label="theory")
     ax.axhline(0, color="0.6", lw=0.8)
@@ -101,7 +86,7 @@ def _shares(ax: Axes, shares: Table) -> None:
     for kind, color in (("part", _style.COLORS[0]), ("control", _style.COLORS[1])):
         rows = [i for i, found in enumerate(shares["kind"].tolist()) if found == kind]
         middle, low, high = (shares[name][rows] for name in ("share", "low", "high"))
-        sides = np.maximum([middle - low, high - middle], 0)  # percentiles need not hold the value
+        sides = np.maximum([middle - low, high - middle], 0)  # percentiles may leave out the value
         ax.errorbar(rows, middle, sides, fmt="o", color=color, capsize=3, label=f"{kind}s")
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")

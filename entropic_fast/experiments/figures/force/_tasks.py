@@ -1,4 +1,4 @@
-"""The force: drift measured along the first path against the prediction from its curvature."""
+"""Tasks of the figure of the force: short runs from positions along the first path."""
 
 from __future__ import annotations
 
@@ -85,47 +85,40 @@ def measure(run: RunFolder, progress: Progress, index: int) -> dict[str, Any]:
     path = _inputs.load_path(run, name)
     obj = dynamics_objective(run, first)
     s = places(path.positions.tolist(), section.positions)[index]
-    with held():  # eigenpairs need not be exact here; the table says which are not
-        point = point_force(
-            obj,
-            path,
-            s,
-            ForceSettings(
-                directions=section.directions,
-                complement_examples=section.rest_examples,
-                heterogeneity_draws=section.spread_draws,
-                step=section.step,
-                tol=0.05,
-                max_examples=section.examples or None,
-            ),
-            seed=run.config.seed,
-        )
+    settings = ForceSettings(
+        directions=section.directions,
+        complement_examples=section.rest_examples,
+        heterogeneity_draws=section.spread_draws,
+        step=section.step,
+        tol=0.05,
+        max_examples=section.examples or None,
+    )
+    with held():  # eigenpairs need not be exact here; the table says which are not converged
+        point = point_force(obj, path, s, settings, seed=run.config.seed)
     progress(0.4)
     rows: list[dict[str, object]] = []
     bursts: list[dict[str, object]] = []
     for number, k in enumerate(section.cycles):
-        settings = short_run_settings(run, k)
-        # Replicas of other positions and other k have noise of their own.
+        sgd = short_run_settings(run, k)
+        # Replicas at other positions and other k have independent noise.
         seed = run.config.seed + 1000 * index + number
-        drift = measure_drift(obj, path, [s], settings, _replicas(run, k), seed=seed)
-        still = noiseless_drift(obj, path, [s], settings)
-        row = comparison_table(drift, still, [point]).rows()[0]
+        drift = measure_drift(obj, path, [s], sgd, _replicas(run, k), seed=seed)
+        still = noiseless_drift(obj, path, [s], sgd)
         heat = effective_temperature(drift, 0, point)
-        radial = radial_share(obj, path, point, settings)
         rows.append(
             {
                 "k": k,
-                "lr": settings.lr,
-                "batch_size": settings.batch_size,
-                **row,
-                "predicted_radial": radial.radial,
+                "lr": sgd.lr,
+                "batch_size": sgd.batch_size,
+                **comparison_table(drift, still, [point]).rows()[0],
+                "predicted_radial": radial_share(obj, path, point, sgd).radial,
                 "temperature_predicted": heat.predicted,
                 "temperature_measured": heat.measured.value,
                 "temperature_low": heat.measured.low,
                 "temperature_high": heat.measured.high,
             }
         )
-        others = float(still[0]) + point.without_replacement(settings)
+        others = float(still[0]) + point.without_replacement(sgd)
         bursts += [
             {"k": k, "position": s, "replica": r, "residual": v - others}
             for r, v in enumerate(drift.velocity[0].tolist())
@@ -148,7 +141,7 @@ def places(pivots: Sequence[float], count: int) -> list[float]:
 
 
 def dynamics_objective(run: RunFolder, seed: int) -> Objective:
-    """The objective that the dynamics has: minibatch statistics where the network keeps any."""
+    """The objective of the dynamics: with minibatch statistics if the network has running ones."""
     obj = _inputs.objective(run, _inputs.minimum(run, seed))
     if not obj.has_running_statistics:
         return obj
@@ -156,8 +149,7 @@ def dynamics_objective(run: RunFolder, seed: int) -> Objective:
 
 
 def short_run_settings(run: RunFolder, k: int) -> ProjectedSGD:
-    """Settings at k: a third of the updates where k is not the largest, for the reason that
-    `_replicas` has."""
+    """Settings at k: a third of the updates where k is not the largest, as for `_replicas`."""
     section, longest = run.config[Force], max(run.config[Force].cycles)
     steps = longest if k == longest else max(longest // 3 // k, 1) * k
     return ProjectedSGD(section.lr, section.batch_size, k, steps=steps)
@@ -171,12 +163,11 @@ def _replicas(run: RunFolder, k: int) -> int:
 
 def collect(run: RunFolder) -> dict[str, Table]:
     """The numbers behind the figure."""
-    rows: list[dict[str, object]] = []
-    bursts: list[dict[str, object]] = []
-    for i in range(run.config[Force].positions):
-        rows += run.table(f"force/{i}", "comparison").rows()
-        bursts += run.table(f"force/{i}", "bursts").rows()
-    tables = {"force_comparison": Table.from_rows(rows), "force_bursts": Table.from_rows(bursts)}
+    tasks = [f"force/{i}" for i in range(run.config[Force].positions)]
+    tables = {
+        f"force_{name}": Table.concatenated(run.table(task, name) for task in tasks)
+        for name in ("comparison", "bursts")
+    }
     return {**tables, "force_fit": fits(**tables), "force_shares": shares(**tables)}
 
 
@@ -190,9 +181,8 @@ def fits(force_comparison: Table, force_bursts: Table) -> Table:
     base = force_comparison.where(k=largest)
     predicted = np.asarray(base["predicted_entropic"], dtype=float)
     rows = []
-    for k in sorted(set(force_comparison["k"].tolist()), reverse=True):
+    for k, table in sorted(force_comparison.group_by("k").items(), reverse=True):
         fit = fit_force(predicted, residuals(force_bursts, base["position"], k))
-        table = force_comparison.where(k=k)
         own = np.asarray(table["predicted_entropic"], dtype=float)
         correlation, p = shuffled_curvature(predicted, table["residual"], table["std_error"])
         rows.append(
@@ -245,8 +235,9 @@ def shares(force_comparison: Table, force_bursts: Table) -> Table:
     parts["unexplained"] = column("measured") - sum(parts.values())
     shifts = [np.roll(entropic, i) for i in range(1, len(entropic))]
     controls = {"shuffled": np.mean(shifts, axis=0)}
-    for other in sorted(set(force_comparison["k"].tolist()) - {k}):
-        controls[f"k = {other}"] = column("measured", force_comparison.where(k=other))
+    for other, table in sorted(force_comparison.group_by("k").items()):
+        if other != k:
+            controls[f"k = {other}"] = column("measured", table)
     rows: list[dict[str, object]] = []
     for kind, group in (("part", parts), ("control", controls)):
         rows += [{"kind": kind, **row} for row in drift_shares(velocity, group).rows()]
