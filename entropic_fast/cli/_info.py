@@ -10,7 +10,7 @@ from ..selfcheck import collect
 
 
 def render(console: Console | None = None) -> None:
-    """Prints `collect()` as tables."""
+    """Print `collect()` as tables."""
     console = console or Console()
     facts = collect()
     build, cpu = facts["build"], facts["cpu"]
@@ -27,16 +27,9 @@ def render(console: Console | None = None) -> None:
             "CUDA": cuda if build["cuda"] else f"no ({build['cuda_compiler']})",
         }
     console.print(_table("Compiled", compiled))
-    console.print(
-        _table(
-            "CPU",
-            {
-                "instruction set": f"{cpu['isa']} (can run: {' '.join(cpu['runnable_isas'])})",
-                "threads": f"torch {cpu['torch_threads']}, kernels {cpu['kernel_threads']}, "
-                f"cores {cpu['cores']}",
-            },
-        )
-    )
+    threads = f"torch {cpu['torch_threads']}, kernels {cpu['kernel_threads']}, cores {cpu['cores']}"
+    isa = f"{cpu['isa']} (can run: {' '.join(cpu['runnable_isas'])})"
+    console.print(_table("CPU", {"instruction set": isa, "threads": threads}))
     gpus = {
         f"cuda:{i}": f"{g['name']}, sm_{g['capability']}, {g['memory_gib']:.0f} GiB"
         for i, g in enumerate(facts["gpu"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,6 +23,7 @@ from .. import __version__, selfcheck
 from .._utils import atomic_io as store
 from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
+from .._utils.terminal import say
 from ..distributed import RankFailedError, RankLostError
 from ..experiments import _pipeline as stages
 from ..experiments import _plan as planning
@@ -36,6 +39,7 @@ from ..selfcheck._page import print_report
 from ..training.data import DataUnavailableError
 from . import _profile as cli_profile
 from ._info import render
+from ._options import with_options
 
 app = typer.Typer(
     add_completion=False,
@@ -57,60 +61,59 @@ _READABLE = (
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
-PRESET = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation on Python 3.10
-    typer.Option(help="demo (the default), small, paper, or a TOML file."),
-]
-LIKE = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option(metavar="RUN", help="Take this run's configuration and images instead."),
-]
-OUT = Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")]
-DATA_DIR = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads the annotation on Python 3.10
-    typer.Option(help="Image folder with train/<class>/* and test/<class>/*, or a download."),
-]
-SET = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.epochs=10."),
-]
-WORKERS = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Processes; default one a core (one on a GPU)."),
-]
-PLAN = Annotated[
-    bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
-]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda where there is one).")]
 
 
-def _run(
-    last_stage: str,
-    preset: str | None,
-    like: Path | None,
-    out: Path,
-    data_dir: Path | None,
-    overrides: list[str] | None,
-    workers: int | None,
-    device: str,
-    plan: bool,
-) -> None:
-    config, images = _configuration(preset, like, overrides or [])
-    if plan:
-        place = stages.choose_device(device)
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of the commands that compute tasks."""
+
+    preset: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads the annotation on Python 3.10
+        typer.Option(help="demo (the default), small, paper, or a TOML file."),
+    ] = None
+    like: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="RUN", help="Take this run's configuration and images instead."),
+    ] = None
+    out: Annotated[Path, typer.Option(help="Run folder; the same command resumes it.")] = Path(
+        "RUN"
+    )
+    data_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Image folder with train/<class>/* and test/<class>/*, or a download."),
+    ] = None
+    set_: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, as train.epochs=10."),
+    ] = None
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Processes; default one a core (one on a GPU)."),
+    ] = None
+    device: DEVICE = "auto"
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take on this machine, and stop.")
+    ] = False
+
+
+def _run(last_stage: str, options: RunOptions) -> None:
+    out = options.out
+    config, images = _configuration(options.preset, options.like, options.set_ or [])
+    device = stages.choose_device(options.device)
+    data_dir = str(options.data_dir) if options.data_dir else None
+    if options.plan:
         with tempfile.TemporaryDirectory(prefix="entropic-fast-") as folder:
-            asked = RunFolder(Path(folder), config, place, str(data_dir) if data_dir else None)
+            asked = RunFolder(Path(folder), config, device, data_dir)
             planning.print_plan(_console, asked, last_stage)
         return
     fresh = not (out / "config.json").exists()
-    run = RunFolder.create(
-        out, config, stages.choose_device(device), str(data_dir) if data_dir else None
-    )
+    run = RunFolder.create(out, config, device, data_dir)
     try:
         with _interruptible():
             if images:
                 run.record_images(images)
-            stages.execute_until(run, last_stage, workers, _errors)
+            stages.execute_until(run, last_stage, options.workers, _errors)
             if last_stage == "report" and not int(os.environ.get("RANK", 0)):
                 stages.write_report(run, _console)
     except _READABLE:
@@ -118,8 +121,7 @@ def _run(
             run.discard_metadata()  # nothing was computed: the corrected command may use the folder
         raise
     if last_stage != "report":
-        text = f"{last_stage}: finished; its files are under {out / 'tasks'}"
-        _console.print(text, markup=False, soft_wrap=True)
+        say(_console, f"{last_stage}: finished; its files are under {out / 'tasks'}")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -131,13 +133,13 @@ def _interruptible() -> Iterator[None]:
     def terminated(number: int, frame: object) -> None:
         raise _Terminated
 
-    # A process of torchrun that waits for others in C++ would not come to a handler in Python.
+    # A rank of torchrun that waits for others in C++ would not reach a handler in Python.
     handled = "RANK" not in os.environ
     before = signal.signal(signal.SIGTERM, terminated) if handled else None
     try:
         yield
     except KeyboardInterrupt as error:
-        # Here, and not in main: typer turns it into an exit without a word.
+        # Here, and not in main, because typer turns it into an exit without a message.
         _errors.print("interrupted; finished tasks are kept, the same command goes on from them")
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     finally:
@@ -148,7 +150,7 @@ def _interruptible() -> Iterator[None]:
 def _configuration(
     preset: str | None, like: Path | None, overrides: list[str]
 ) -> tuple[Config, dict[str, Any] | None]:
-    """The configuration asked for; with it, of a run to be repeated, what its images were."""
+    """The configuration asked for, and of a run to be repeated the facts of its images."""
     if like is None:
         return load_preset(preset or "demo", overrides), None
     if preset is not None:
@@ -159,20 +161,12 @@ def _configuration(
 
 
 def _command(stage: str, text: str) -> None:
-    def command(
-        preset: PRESET = None,
-        like: LIKE = None,
-        out: OUT = Path("RUN"),
-        data_dir: DATA_DIR = None,
-        set_: SET = None,
-        workers: WORKERS = None,
-        device: DEVICE = "auto",
-        plan: PLAN = False,
-    ) -> None:
-        _run(stage, preset, like, out, data_dir, set_, workers, device, plan)
+    def command(**options: Any) -> None:
+        _run(stage, RunOptions(**options))
 
     command.__doc__ = text
-    app.command("reproduce" if stage == "report" else stage)(command)
+    options = inspect.signature(RunOptions, eval_str=True).parameters.values()
+    app.command("reproduce" if stage == "report" else stage)(with_options(command, options))
 
 
 _command("report", "Run everything: figures 1 to 9, the force, claims and the report.")
@@ -248,12 +242,9 @@ def runs_verify(folders: RUNS) -> None:
     for path in _found(folders):
         problems = list(runs.verify(RunFolder.open(path)))
         damaged += len(problems)
-        _console.print(
-            f"{path}: {'damaged' if problems else 'whole'}", markup=False, soft_wrap=True
-        )
+        say(_console, f"{path}: {'damaged' if problems else 'whole'}")
         for task, problem in problems:
-            text = f"  {task or 'run'}: {problem}"
-            _console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+            say(_console, f"  {task or 'run'}: {problem}", "red")
     if damaged:
         raise typer.Exit(1)
 
@@ -267,14 +258,14 @@ def runs_prune(
     for path in _found(folders):
         prunable = runs.prunable(RunFolder.open(path))
         for each in prunable:
-            _console.print(f"  {each}", markup=False, highlight=False, soft_wrap=True)
+            say(_console, f"  {each}")
         if not prunable:
             text = "nothing to delete"
         elif yes:
             text = f"{decimal(runs.remove(prunable))} deleted"
         else:
             text = f"{len(prunable)} to delete; pass --yes to do it"
-        _console.print(f"{path}: {text}", markup=False, highlight=False, soft_wrap=True)
+        say(_console, f"{path}: {text}")
 
 
 def _found(folders: list[Path]) -> list[Path]:
@@ -339,7 +330,7 @@ def main() -> None:
         app()
     except _READABLE as error:
         _errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        say(_errors, str(error))
         cause = error.__cause__ if isinstance(error, TaskError) else error
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
             _errors.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -20,6 +20,7 @@ from ..objective.losses import NAMES
 from ..profile import ProfileSettings, plan_profile, profile_model
 from ..profile import _user_code as sources
 from ..profile._weight_files import load_weights
+from ._options import with_options
 
 MODEL = Annotated[
     str,
@@ -94,8 +95,7 @@ def profile(
     with torch.random.fork_rng(devices=[]):  # a factory may draw weights: the same when resumed
         torch.manual_seed(settings.seed)
         examples_of = sources.data_from(data, data_dir, "--data")
-        networks = [_network(model, file, settings.seed) for file in files]
-        networks = networks or [_network(model, None, settings.seed)]
+        networks = [_network(model, file, settings.seed) for file in (*files,) or (None,)]
     common: dict[str, Any] = {
         "other": networks[1] if len(networks) > 1 else None,
         "settings": settings,
@@ -132,23 +132,16 @@ _OPTIONAL: dict[str, Any] = {
 }
 
 
-def _with_options(command: Callable[..., None]) -> None:
-    """Give a command one option per field of `ProfileSettings`, in place of its `**options`."""
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+def _settings() -> Iterator[inspect.Parameter]:
+    """One option per field of `ProfileSettings`."""
     for field in dataclasses.fields(ProfileSettings):
         kind = _OPTIONAL.get(field.name, type(field.default))
-        annotation = Annotated[kind, typer.Option(help=field.metadata["help"])]  # type: ignore[valid-type]
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=field.default,
-                annotation=annotation,
-            )
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[kind, typer.Option(help=field.metadata["help"])],
         )
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
 
 
-_with_options(profile)
+with_options(profile, _settings())

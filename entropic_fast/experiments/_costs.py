@@ -1,9 +1,9 @@
-"""What a shared computation takes of each process: operations, messages, memory, seconds.
+"""The cost model of distributed work: operations, messages, memory and seconds of each process.
 
 The model has one measured speed for each of four things: gradients, products of rows, bytes sent
-and messages. `PASSES` is the price of everything else in gradients: of products, forms and norms as
-benchmarks have it for networks of convolutions on a CPU, of the loss and of rows of scores by
-estimate. Times were 0.43 to 1.5 times those measured; the documentation's page on scale has both.
+and messages. `PASSES` is the cost of everything else in gradients: benchmarks of convolutional
+networks on a CPU gave that of products, forms and norms; that of the loss and of rows of scores is
+an estimate. Measured times were 0.43 to 1.5 times those of the model (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .._utils import checks
 from ..objective import Objective
 from ..ops.gram_update import cross_update_
 
-# Gradients that a quantity costs an example, once and for each column.
+# Gradients per example that a quantity costs, once and for each column.
 PASSES: dict[str, tuple[float, float]] = {
     "loss": (0.35, 0.0),
     "gradient": (1.0, 0.0),
@@ -55,49 +55,32 @@ class Machine:
     operations: float = 0.0
 
 
+_SUMMED = ("gradients", "multiplications", "sent", "messages")
+
+
 @dataclass(frozen=True)
 class Work:
-    """What is done by each of several processes; the slowest counts.
-
-    Attributes:
-        quantity, processes: what, and on how many.
-        gradients: work in gradients of single examples.
-        multiplications: of rows of scores.
-        sent, messages: bytes and messages that a process sends.
-        memory: bytes of results and of what is exchanged (activations come on top).
-    """
+    """The work of each of several processes; the slowest counts."""
 
     quantity: str
     processes: int
-    gradients: float = 0.0
-    multiplications: float = 0.0
-    sent: float = 0.0
+    gradients: float = 0.0  # of single examples
+    multiplications: float = 0.0  # of rows of scores
+    sent: float = 0.0  # bytes
     messages: int = 0
-    memory: float = 0.0
+    memory: float = 0.0  # bytes of results and messages, besides activations
 
     def __add__(self, other: Work) -> Work:
-        """One after the other, of which the larger memory is needed."""
-        return replace(
-            self,
-            gradients=self.gradients + other.gradients,
-            multiplications=self.multiplications + other.multiplications,
-            sent=self.sent + other.sent,
-            messages=self.messages + other.messages,
-            memory=max(self.memory, other.memory),
-        )
+        """One after the other, with the larger memory."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        return replace(self, **sums, memory=max(self.memory, other.memory))
 
     def times(self, count: int) -> Work:
-        """The same so many times."""
-        return replace(
-            self,
-            gradients=count * self.gradients,
-            multiplications=count * self.multiplications,
-            sent=count * self.sent,
-            messages=count * self.messages,
-        )
+        """The same `count` times."""
+        return replace(self, **{name: count * getattr(self, name) for name in _SUMMED})
 
     def on(self, machine: Machine) -> Cost:
-        """With what it takes there."""
+        """With the operations and seconds that it takes on a machine."""
         operations = self.gradients * machine.operations + 2 * self.multiplications
         seconds = (
             self.gradients * machine.gradient
@@ -114,7 +97,7 @@ class Cost(Work):
 
     Attributes:
         operations: floating-point operations, where the machine knows a gradient's.
-        seconds: all in all.
+        seconds: in all.
     """
 
     operations: float = 0.0
@@ -141,8 +124,8 @@ def expected_cost(
 ) -> Cost:
     """What a quantity takes, by the arithmetic of how `distributed.distribute` shares it.
 
-    Sums are put together by a ring: of b bytes each of W processes sends 2 b (W - 1) / W in
-    2 (W - 1) messages. The Gram matrix sends rows to W / 2 others first.
+    Sums are reduced in a ring: for b bytes each of W processes sends 2 b (W - 1) / W in 2 (W - 1)
+    messages. For the Gram matrix it first sends its rows to W / 2 others.
 
     Args:
         quantity: "loss", "gradient", "products", "forms", "norms" or "gram".
@@ -163,14 +146,8 @@ def expected_cost(
     >>> round(one.seconds, 2), round(one.seconds / ten.seconds, 1), int(ten.sent)
     (7.2, 10.0, 403)
     """
-    return work_of(
-        quantity,
-        examples=examples,
-        parameters=parameters,
-        columns=columns,
-        processes=processes,
-        itemsize=itemsize,
-    ).on(machine)
+    shape = {"examples": examples, "parameters": parameters, "itemsize": itemsize}
+    return work_of(quantity, columns=columns, processes=processes, **shape).on(machine)
 
 
 def work_of(
@@ -203,14 +180,14 @@ def work_of(
         "norms": 8 * examples,
         "gram": 8 * examples**2,
     }[quantity]
-    agreement = 32 * w  # each process says how it fares
+    agreement = 32 * w  # status words
     sent = (2 * result + agreement) * (w - 1) / w
     messages = 3 * (w - 1)
     memory, multiplications = float(result), 0.0
     if quantity == "gram":
         rows = itemsize * own * parameters
         met = w // 2
-        # Rows, and meetings before them, after them and after the blocks.
+        # The rows, and status words before them, after them and after the blocks.
         sent += met * rows + 3 * agreement * (w - 1) / w
         messages += met + 3 * (w - 1)
         memory += (3 if w > 1 else 1) * rows
@@ -222,11 +199,7 @@ def path_work(
     *, pivots: int, batch_size: int, steps: int, parameters: int, processes: int = 1,
     itemsize: int = 4,
 ) -> Work:  # fmt: skip
-    """What AutoNEB's updates take of each process: its pivots' gradients, then all pivots'.
-
-    Args:
-        pivots, batch_size, steps: M, examples of an update, and updates.
-        parameters, processes, itemsize: as for `expected_cost`.
+    """AutoNEB's updates on each process: the gradients of its pivots, then the sum over all.
 
     >>> path_work(pivots=9, batch_size=10, steps=2, parameters=5, processes=4).gradients
     60.0
@@ -247,9 +220,9 @@ def relaxation_work(
     *, replicas: int, batch_size: int, steps: int, parameters: int, processes: int = 1,
     itemsize: int = 4,
 ) -> Work:  # fmt: skip
-    """What updates of replicas take of each process: of its own ones, then their records.
+    """Updates of each process's replicas, then their records.
 
-    An update costs as much as 8 examples besides those of its minibatch.
+    An update costs as much as 8 examples more than its minibatch has.
 
     >>> relaxation_work(replicas=3, batch_size=8, steps=10, parameters=5, processes=2).gradients
     320.0
@@ -266,9 +239,9 @@ def relaxation_work(
 
 
 def measure(obj: Objective) -> Machine:
-    """The speeds of this process, of all that share an objective the slowest.
+    """The speeds of this process; of a distributed objective those of the slowest process.
 
-    An objective that no processes share sends nothing: infinite bandwidth, no latency.
+    Without other processes nothing is sent: infinite bandwidth, no latency.
 
     >>> obj = Objective(torch.nn.Linear(3, 2), "mse", (torch.ones(8, 3), torch.zeros(8, 2)))
     >>> measure(obj).latency, measure(obj).gradient > 0
@@ -283,17 +256,17 @@ def measure(obj: Objective) -> Machine:
     operations = count_operations(few.gradient) / few.num_examples
     rows = torch.ones(MEASURED_ROWS, MEASURED_COLUMNS, device=obj.device)
     out = torch.zeros(MEASURED_ROWS, MEASURED_ROWS, dtype=torch.float64, device=obj.device)
-    taken = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
-    multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / taken
+    seconds = _fastest(lambda: cross_update_(out, rows, rows, double_products=True))
+    multiply = MEASURED_ROWS**2 * MEASURED_COLUMNS / seconds
     if obj.communicator.size == 1:
         return Machine(gradient, multiply, float("inf"), 0.0, operations)
     communicator, size = obj.communicator, obj.communicator.size
     short = torch.zeros(1, device=obj.device)
     long = torch.zeros(max(2**20, obj.num_params), device=obj.device)
     latency = _fastest(lambda: communicator.all_reduce(lambda: short)) / (3 * (size - 1))
-    taken = _fastest(lambda: communicator.all_reduce(lambda: long)) - 3 * (size - 1) * latency
-    bandwidth = 2 * long.nbytes * (size - 1) / size / max(taken, 1e-9)
-    # The slowest of each: others wait for it.
+    seconds = _fastest(lambda: communicator.all_reduce(lambda: long)) - 3 * (size - 1) * latency
+    bandwidth = 2 * long.nbytes * (size - 1) / size / max(seconds, 1e-9)
+    # The slowest process decides each, because the others wait for it.
     mine = torch.tensor([gradient, 1 / multiply, 1 / bandwidth, latency], dtype=torch.float64)
     slowest = torch.zeros(size, 4, dtype=torch.float64)
     slowest[communicator.rank] = mine
@@ -312,16 +285,20 @@ def count_operations(action: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def _fastest(action: Callable[[], Tensor | None]) -> float:
-    action()
-    taken = []
-    for _ in range(ROUNDS):
+def timings(action: Callable[[], object], rounds: int, seconds: float = 0.0) -> list[float]:
+    """Seconds of each of at least so many calls, which take at least so long in all."""
+    taken: list[float] = []
+    while len(taken) < rounds or sum(taken) < seconds:
         _synchronize()
         start = time.perf_counter()
         action()
         _synchronize()
         taken.append(time.perf_counter() - start)
-    return min(taken)
+    return taken
+
+
+def _fastest(action: Callable[[], Tensor | None]) -> float:
+    return min(timings(action, ROUNDS + 1)[1:])  # the first call is slower
 
 
 def _synchronize() -> None:

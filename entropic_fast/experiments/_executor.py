@@ -28,6 +28,7 @@ from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores
+from .._utils.terminal import say
 from ..distributed import Communicator, SingleProcess
 from ._progress import Monitor, progress_bar
 from ._task_store import TaskStore
@@ -135,11 +136,12 @@ def _require_room(workers: int, console: Console) -> None:
                 "pass fewer --workers, or --device cpu",
             )
     if workers > gpus:
-        text = (
+        say(
+            console,
             f"{workers} processes share {gpus} GPU{'s' if gpus > 1 else ''}: they run in turns and "
-            "each needs memory of its own; one per GPU (--workers) is usually as fast"
+            "each needs memory of its own; one per GPU (--workers) is usually as fast",
+            "yellow",
         )
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 _ASK = "import torch; print(*(torch.cuda.mem_get_info(i)[0] for i in range({})))"
@@ -174,8 +176,7 @@ def _finished(run: TaskStore, task: Task, console: Console) -> bool:
     try:
         return run.is_done(task.name)
     except DamagedFileError as error:
-        text = f"damaged task {task.name}: {error}; it is computed again"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"damaged task {task.name}: {error}; it is computed again", "yellow")
         with run.try_lock(task.name) as mine:
             if mine and not run.is_intact(task.name):  # another command may have repaired it
                 (run.task_folder(task.name) / "done.json").unlink(missing_ok=True)

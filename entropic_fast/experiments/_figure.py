@@ -23,25 +23,18 @@ Tables = dict[str, Table]
 
 @dataclass(frozen=True)
 class Expected:
-    """What `--plan` expects of the tasks whose names begin with one word.
+    """What `--plan` expects of the tasks whose names begin with one word."""
 
-    Attributes:
-        gradients: seconds per unit of a task's cost, in gradients of training, for networks
-            without and with batch normalization.
-        vectors: numbers of P parameters that a task holds at once.
-        matrices: bytes that it holds besides.
-        seconds: seconds per unit of cost, for tasks without a network.
-    """
-
+    # Seconds per unit of a task's cost, in gradients, without and with batch normalization.
     gradients: tuple[float, float]
-    vectors: Callable[[Config], int] = lambda config: 4
-    matrices: Callable[[Config], int] = lambda config: 0
-    seconds: float = 0.0
+    vectors: Callable[[Config], int] = lambda config: 4  # of P parameters that a task holds at once
+    matrices: Callable[[Config], int] = lambda config: 0  # bytes that it holds besides
+    seconds: float = 0.0  # per unit of cost, for tasks without a network
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tasks that one command computes, and the stages that it needs."""
+    """Tasks of one command, and the stages that it needs."""
 
     name: str
     help: str
@@ -65,19 +58,16 @@ class Figure:
     Attributes:
         name: file stem of the figure, and the beginning of its tables' names.
         command: the command that computes its tasks; figures may share one.
-        section: the section of the configuration that it adds, a class; None if another
-            figure with the same command has it.
+        section: the section of the configuration that it adds; None if another figure with the
+            same command has it.
         needs: stages that must be finished before its tasks.
-        tasks: the tasks of a run.
         collect: tables of a finished run, by name. They become CSV files.
         draw: the figure, from these tables alone.
-        claims: tests on these tables.
-        minimum: how many independent samples, by what they are (as "trunks"), a claim needs to be
-            tested at all. Claims with fewer are "not tested at this scale", whatever they show.
-        tiny: overrides of the section for a run of seconds, as the tests make it.
-        title, caption: in the report; a caption may depend on the configuration.
-        source: where the figure is from: `PAPER`, `NOTES` or `OURS`.
-        help: what the command says of itself; "" if another figure's help covers it.
+        minimum: the number of independent samples, by what they are (as "trunks"), below which a
+            claim is "not tested at this scale".
+        tiny: overrides of the section for the tests' run of seconds.
+        source: `PAPER`, `NOTES` or `OURS`.
+        help: of the command; "" if another figure's help covers it.
         enabled: whether a configuration has the figure.
         notes: sentences for the report, from a finished run.
         expected: for `--plan`, by the first word of the tasks' names.

@@ -1,4 +1,4 @@
-"""What the figures' tasks share: data, models, minima and paths of a run."""
+"""Data, models, minima and paths of a run, for the tasks of all figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def images(run: RunFolder, name: str = "") -> tuple[ImageData, ImageData]:
 
 
 def prepare(run: RunFolder) -> None:
-    """Refuse, before anything is computed, images and networks that cannot be had.
+    """Check the images and networks of a run before anything is computed.
 
     Raises:
         ValueError: images other than those the run was begun with, an unknown network, or
@@ -76,7 +76,7 @@ def _facts(training: ImageData, test: ImageData) -> dict[str, Any]:
 
 
 def training_examples(run: RunFolder) -> int:
-    """How many training images there are, without them once the run has begun."""
+    """The number of training images, from the run's record if it has begun."""
     recorded = run.images()
     return int(recorded["train_examples"]) if recorded else len(images(run)[0])
 
@@ -93,20 +93,13 @@ def network(run: RunFolder, name: str = "", data: str = "") -> nn.Module:
 def recipe(run: RunFolder, epochs: int = 0, batch_size: int = 0) -> TrainConfig:
     """The run's training recipe, with other epochs and batches if given."""
     section = run.config.train
-    return TrainConfig(
-        lr=section.lr,
-        momentum=section.momentum,
-        weight_decay=section.weight_decay,
-        batch_size=batch_size or section.batch_size,
-        epochs=epochs or section.epochs,
-        augment=section.augment,
-        precision=section.precision,
-        compiled=section.compiled,
-    )
+    values = section.model_dump(exclude={"seeds"})
+    sizes = {"epochs": epochs or section.epochs, "batch_size": batch_size or section.batch_size}
+    return TrainConfig(**values | sizes)
 
 
 def train_tasks(run: RunFolder) -> list[Task]:
-    """One task for each minimum. Costs of all tasks count gradients of single examples."""
+    """One task per minimum. The costs of all tasks are numbers of gradients of single examples."""
     cost = run.config.train.epochs * training_examples(run)
     return [
         Task(f"train/{seed}", train_minimum, (seed,), cost=cost) for seed in run.config.train.seeds
@@ -120,14 +113,9 @@ def train_minimum(run: RunFolder, progress: Progress, seed: int) -> dict[str, An
     trained = train(
         model, training, config, seed=seed, on_epoch=lambda r: progress(r.epoch / r.epochs)
     )
-    loss, accuracy = evaluate(model, training)
-    test_loss, test_accuracy = evaluate(model, test)
-    metrics = {
-        "train_loss": loss,
-        "train_accuracy": accuracy,
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-    }
+    metrics = {}
+    for name, data in (("train", training), ("test", test)):
+        metrics[f"{name}_loss"], metrics[f"{name}_accuracy"] = evaluate(model, data)
     manifest = training_manifest(run.config.model.name, training, config, seed, metrics=metrics)
     save_minimum(run.task_folder(f"train/{seed}") / "minimum.safetensors", model, manifest)
     return {"history": trained.history, "metrics": {"seed": seed, **metrics}}
@@ -143,7 +131,7 @@ def minimum(run: RunFolder, seed: int) -> nn.Module:
 def objective(run: RunFolder, model: nn.Module, data: ImageData | None = None) -> Objective:
     """Mean cross-entropy of a network over the run's training images, or over others.
 
-    On a CPU images are laid out channels last: convolutions and normalization are quicker so.
+    On a CPU images are laid out channels last, which makes convolutions and normalization faster.
     """
     inputs, targets = (data or images(run)[0]).tensors()
     if run.device == "cpu" and not any(
@@ -155,7 +143,7 @@ def objective(run: RunFolder, model: nn.Module, data: ImageData | None = None) -
 
 
 def curvature_work(run: RunFolder, products: int) -> float:
-    """Weight of so many Hessian-vector products; one costs about three gradients."""
+    """Cost of Hessian-vector products, about three gradients each."""
     return 3.0 * products * (run.config.data.curvature_examples or training_examples(run))
 
 
@@ -186,13 +174,7 @@ def path_tasks(run: RunFolder) -> list[Task]:
     section = run.config.path
     work = sum(section.steps) * section.pivots * section.batch_size
     return [
-        Task(
-            f"path/{name}",
-            find_path,
-            (a, b, seed),
-            (f"train/{a}", f"train/{b}"),
-            cost=work,
-        )
+        Task(f"path/{name}", find_path, (a, b, seed), (f"train/{a}", f"train/{b}"), work)
         for name, a, b, seed in path_names(run)
     ]
 
@@ -226,20 +208,18 @@ def connect(
 def connected(
     progress: Progress, obj: Objective, end: Tensor, config: AutoNEBConfig, line_points: int
 ) -> dict[str, Any]:
-    """A minimum energy path from the objective's own point, with the losses beside it.
+    """A minimum energy path from the objective's own point to `end`, and the losses on both lines.
 
     Args:
         end: the other minimum.  # [P]
-        line_points: where the loss is taken on the straight line, the ends not counted.
+        line_points: points of the straight line between its ends.
     """
     start = obj.parameters_vector()
     result = auto_neb(
         obj, start, end, config, on_step=lambda done, total, _: progress(0.9 * done / total)
     )
     line = path_losses(
-        obj,
-        linear_path(start, end),
-        line_points,
+        *(obj, linear_path(start, end), line_points),
         recalibration_examples=config.recalibration_examples,
     )
     saddle = result.saddle
@@ -259,13 +239,12 @@ def connected(
 
 STAGES = (
     Stage(
-        "train", "Train the minima.", train_tasks, (), {"train": Expected((1.1, 1.1), lambda c: 3)}
+        *("train", "Train the minima.", train_tasks),
+        expected={"train": Expected((1.1, 1.1), lambda c: 3)},
     ),
     Stage(
-        "path",
-        "Find the minimum energy paths (trains what is missing).",
-        path_tasks,
-        ("train",),
-        {"path": Expected((0.56, 1.39), lambda c: 6 * c.path.max_pivots)},
+        *("path", "Find the minimum energy paths (trains what is missing).", path_tasks),
+        needs=("train",),
+        expected={"path": Expected((0.56, 1.39), lambda c: 6 * c.path.max_pivots)},
     ),
 )

@@ -12,6 +12,7 @@ from .._utils import atomic_io as store
 from .._utils import checks
 from .._utils.devices import GPU_TYPES, is_gpu
 from .._utils.table import Table
+from .._utils.terminal import say
 from ..ops.backend import backend_for
 from . import _inputs, _plotly
 from . import _report as report
@@ -72,7 +73,7 @@ def execute_until(run: RunFolder, stage: str, workers: int | None, console: Cons
     if not run.finished_tasks():
         c = run.config
         text = f"preset {c.preset}: {c.model.name} on {c.data.name}, {len(tasks)} tasks"
-        console.print(f"{text}, into {run.path}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{text}, into {run.path}")
     execute(run, tasks, workers=workers, console=console)
 
 
@@ -141,4 +142,4 @@ def write_report(run: RunFolder, console: Console) -> None:
     report.write(run, claims, entries, minima, times, notes)
     run.write_manifest()
     report.print_claims(console, claims)
-    console.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
+    say(console, f"report: {run.path / 'report.html'}")

@@ -1,10 +1,9 @@
-"""What a run will take before it is begun: its tasks on so many processes, simulated."""
+"""The expected time and memory of a run: its tasks scheduled on several numbers of processes."""
 
 from __future__ import annotations
 
 import heapq
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,25 +12,24 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from torch.nn.functional import cross_entropy
 
-from .._utils.devices import is_gpu
 from .._utils.system_info import available_cores, peak_memory
 from .._utils.table import Table
 from ..objective import norm_layers
 from . import _inputs
-from ._costs import count_operations
-from ._executor import Task
+from ._costs import count_operations, timings
+from ._executor import Task, limited_threads
 from ._pipeline import STAGES, tasks_until
 from ._run_folder import RunFolder
 from .figures.fig2 import Curvature
 
 ROUNDS, SECONDS = 10, 1.0  # at least so many timed steps, and so long
-# Factors are from recorded runs of `demo` (no batch normalization) and `small`. Both processes were
-# at work there, while the gradient is timed alone: training itself took 1.1 times as long.
+# Factors are from recorded runs of `demo` (no batch normalization) and `small`. Two processes
+# shared the machine there, while the gradient is timed alone: training took 1.1 times as long.
 EXPECTED = {name: e for stage in STAGES.values() for name, e in stage.expected.items()}
 
 
 def in_seconds(run: RunFolder, tasks: Sequence[Task], gradient: float) -> list[Task]:
-    """Tasks with the seconds that they are expected to take as costs."""
+    """Tasks whose costs are the seconds that they are expected to take."""
     batched = any(m.track_running_stats for m in norm_layers(_inputs.network(run)))
 
     def seconds(task: Task) -> float:
@@ -52,32 +50,22 @@ def gradient_cost(run: RunFolder) -> tuple[float, float]:
     def step() -> None:
         model.zero_grad()
         cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-        if is_gpu(run.device):
-            torch.cuda.synchronize()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    taken: list[float] = []
-    try:
-        while len(taken) < ROUNDS or sum(taken) < SECONDS:
-            start = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(threads)
+    with limited_threads(1):
+        taken = timings(step, ROUNDS, SECONDS)
     seconds = statistics.median(taken[len(taken) // 2 :])  # the first ones are slower
     return seconds / len(x), count_operations(step) / len(x)
 
 
 def held(run: RunFolder, name: str) -> int:
-    """Bytes of the vectors and matrices that a task of a stage holds at once, besides all else."""
+    """Bytes of the vectors and matrices that a task of a stage holds at once."""
     parameters = sum(p.numel() for p in _inputs.network(run).parameters())
     expected = EXPECTED[name]
     return 4 * parameters * expected.vectors(run.config) + expected.matrices(run.config)
 
 
 def makespan(tasks: Sequence[Task], processes: int) -> float:
-    """Work until the last task ends, where each process takes the heaviest that is ready.
+    """Time until the last task ends, if each process takes the most expensive ready task.
 
     >>> a, b = Task("a", print, cost=3.0), Task("b", print, cost=2.0)
     >>> c = Task("c", print, needs=("a",), cost=2.0)
@@ -102,19 +90,14 @@ def makespan(tasks: Sequence[Task], processes: int) -> float:
 def plan(tasks: Sequence[Task], counts: Sequence[int] = (1, 2, 4, 8, 16)) -> Table:
     """Wall-clock seconds of tasks, with costs in seconds, on several numbers of processes."""
     work = sum(task.cost for task in tasks)
-    rows = []
-    for count in counts:
-        needed = makespan(tasks, count)
-        rows.append({"processes": count, "seconds": needed, "efficiency": work / (needed * count)})
-    return Table.from_rows(rows)
+    needed = {count: makespan(tasks, count) for count in counts}
+    return Table.from_rows(
+        [{"processes": n, "seconds": s, "efficiency": work / (s * n)} for n, s in needed.items()]
+    )
 
 
 def print_plan(console: Console, run: RunFolder, stage: str) -> None:
-    """Tasks and time by stage, and the time on several numbers of processes of one thread each.
-
-    Args:
-        run: its configuration and images; what identifies these is written to its folder.
-    """
+    """Print tasks and time by stage, and the time on several numbers of one-thread processes."""
     _inputs.prepare(run)
     gradient, operations = gradient_cost(run)
     tasks = in_seconds(run, tasks_until(run, stage), gradient)
@@ -133,10 +116,8 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
     shown = RichTable("processes", "wall time", "efficiency", "machines like this")
     cores = available_cores()
     for row in plan(tasks).rows():
-        seconds, share = float(row["seconds"]), float(row["efficiency"])
-        count = int(row["processes"])
-        machines = str(-(-count // cores))
-        shown.add_row(str(count), _minutes(seconds), f"{100 * share:.0f} %", machines)
+        count, share = row["processes"], f"{100 * row['efficiency']:.0f} %"
+        shown.add_row(str(count), _minutes(row["seconds"]), share, str(-(-count // cores)))
     console.print(shown)
     data, curvature = run.config.data, run.config[Curvature]
     parameters = sum(p.numel() for p in _inputs.network(run).parameters())

@@ -19,13 +19,22 @@ from rich.table import Table as RichTable
 
 from .._utils import atomic_io as store
 from .._utils.table import Table
+from .._utils.terminal import say
 from . import _plotly as interactive
 from ._config import changed_values
 from ._run_folder import RunFolder
 from .claims import FAILS, HOLDS, UNDECIDED, UNTESTED, Claim
 
 MOST_SETTINGS = 20  # that a comparison of two runs lists
+# By verdict: tone in the report, color on the terminal, words for one claim and for several.
+TONES = {HOLDS: "good", FAILS: "bad", UNDECIDED: "open", UNTESTED: "muted"}
 COLORS = {HOLDS: "green", FAILS: "red", UNDECIDED: "yellow", UNTESTED: "dim"}
+WORDS = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("does not hold", "do not hold"),
+    UNDECIDED: ("has not enough data", "have not enough data"),
+    UNTESTED: ("is not tested at this scale", "are not tested at this scale"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,26 +51,16 @@ class FigureEntry:
 
 @dataclass(frozen=True)
 class Finding:
-    """A row beside a figure: an effect with its interval, and what follows from it.
+    """A row beside a figure: an effect with its interval, and the verdict."""
 
-    Attributes:
-        figure: name of the `FigureEntry` beside which it stands.
-        panel: the figure's panel; "" for none.
-        name: what was measured, in a few words.
-        effect, interval: numbers as text; "" where there is none.
-        verdict: what follows.
-        tone: how the verdict is shown: "good", "bad", "open" or "muted".
-        notes: what is folded: terms and their texts.
-    """
-
-    figure: str
-    panel: str
+    figure: str  # name of the `FigureEntry`
+    panel: str  # of the figure; "" for none
     name: str
     effect: str
     interval: str
     verdict: str
-    tone: str = "muted"
-    notes: Sequence[tuple[str, str]] = ()
+    tone: str = "muted"  # of the verdict: "good", "bad", "open" or "muted"
+    notes: Sequence[tuple[str, str]] = ()  # folded: terms and their texts
 
 
 def write(
@@ -98,17 +97,14 @@ def page(
     findings: Sequence[Finding],
     **values: Any,
 ) -> None:
-    """Write `report.html` of a folder: every figure with its findings beside it.
+    """Write `report.html` of a folder with SVG figures: each figure with its findings beside it.
 
-    All values are escaped. Where plotly is not installed figures are shown as drawn for print, and
-    the page says so.
+    All values are escaped. Without plotly the page has the SVG figures alone, and says so.
 
     Args:
-        folder: the run folder, with the figures as SVG.
         template: a template that extends `page.html.jinja`.
-        figures: in the order of the page.
         findings: those of a figure that is not on the page are listed after all figures.
-        values: what the templates use.
+        values: variables of the template.
     """
     plotly = _plotly_script()
     if not plotly:
@@ -159,10 +155,10 @@ def print_comparison(
     """Two runs' claims side by side; verdicts that differ are marked."""
     (a, first), (b, second) = one, other
     table = RichTable("figure", "claim", str(a), str(b), "verdicts")
-    known = [{claim.name: claim for claim in claims} for claims in (first, second)]
+    named = [{claim.name: claim for claim in claims} for claims in (first, second)]
     differ = 0
-    for name, claim in (known[1] | known[0]).items():
-        pair = [claims.get(name) for claims in known]
+    for name, claim in (named[1] | named[0]).items():
+        pair = [claims.get(name) for claims in named]
         verdicts = {claim.verdict for claim in pair if claim is not None}
         differs = len(verdicts) > 1
         differ += differs
@@ -175,11 +171,11 @@ def print_comparison(
     try:
         changed = changed_values(*(store.read_sealed(p / "config.json") for p in (a, b)))
     except store.DamagedFileError as error:
-        console.print(f"settings not compared: {error}", markup=False, soft_wrap=True)
+        say(console, f"settings not compared: {error}")
         return
     console.print(f"{len(changed)} settings differ" + (":" if changed else ""))
     for line in changed[:MOST_SETTINGS]:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"  {line}")
     if len(changed) > MOST_SETTINGS:
         console.print(f"  and {len(changed) - MOST_SETTINGS} others, in config.json")
 
@@ -205,25 +201,20 @@ def _finding(claim: Claim) -> Finding:
         effect=_figure(claim.effect),
         interval=_interval(claim.low, claim.high),
         verdict=claim.verdict,
-        tone=_tone(claim.verdict),
+        tone=TONES[claim.verdict],
         notes=[*notes.items(), ("Source", claim.source)],
     )
 
 
-def _tone(verdict: str) -> str:
-    return {HOLDS: "good", FAILS: "bad", UNDECIDED: "open"}.get(verdict, "muted")
-
-
 def _counts(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    """How many claims have each verdict, in the order holds, fails, undecided, others."""
-    counts = Counter(dict.fromkeys((HOLDS, FAILS, UNDECIDED), 0))
-    counts.update(claim.verdict for claim in claims)
-    return [{"verdict": v, "count": n, "tone": _tone(v)} for v, n in counts.items() if n]
+    """The number of claims with each verdict."""
+    counts = Counter(claim.verdict for claim in claims)
+    return [{"verdict": v, "count": counts[v], "tone": TONES[v]} for v in TONES if counts[v]]
 
 
 def _verdict_line(claims: Sequence[Claim]) -> str:
-    """The run's verdict in one line. Claims that were not tested do not count."""
-    counts = Counter(_tone(claim.verdict) for claim in claims)
+    """The run's verdict in one line, on the claims that were tested."""
+    counts = Counter(TONES[claim.verdict] for claim in claims)
     tested = counts["good"] + counts["bad"] + counts["open"]
     line = f"{counts['good']} of {tested} tested claims hold"
     if counts["bad"]:
@@ -233,24 +224,12 @@ def _verdict_line(claims: Sequence[Claim]) -> str:
     return line + "."
 
 
-_ONE = {
-    HOLDS: "holds",
-    FAILS: "does not hold",
-    UNDECIDED: "has not enough data",
-    UNTESTED: "is not tested at this scale",
-}
-_MORE = {
-    HOLDS: "hold",
-    FAILS: "do not hold",
-    UNDECIDED: "have not enough data",
-    UNTESTED: "are not tested at this scale",
-}
-
-
 def _count(claims: Sequence[Claim]) -> str:
     counts = Counter(claim.verdict for claim in claims)
     return f"Of {len(claims)} claims " + ", ".join(
-        f"{counts[v]} {_ONE[v] if counts[v] == 1 else _MORE[v]}" for v in _ONE if counts[v]
+        f"{counts[verdict]} {words[counts[verdict] > 1]}"
+        for verdict, words in WORDS.items()
+        if counts[verdict]
     )
 
 

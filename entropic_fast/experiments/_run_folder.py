@@ -1,8 +1,8 @@
-"""A run folder: the configuration, one folder a finished task, figures and the report.
+"""A run folder: the configuration, one folder per finished task, figures and the report.
 
 RUN/config.json             the effective configuration
 RUN/environment.json        versions and hardware
-RUN/images.json             how many images there are, and their hashes
+RUN/images.json             the number of images, and their hashes
 RUN/tasks/<task>/...        what a task computed; done.json, written last, holds the hashes
 RUN/data/*.csv              the numbers behind the figures
 RUN/figures/*.png, *.svg

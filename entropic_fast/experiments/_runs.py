@@ -1,4 +1,4 @@
-"""Run folders seen from outside: which there are, whether they are whole, what may go."""
+"""List, verify and prune run folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ._run_folder import MANIFEST, RunFolder, check_manifest
 from .claims import FAILS, HOLDS, UNDECIDED, UNTESTED
 
 WORDS = {HOLDS: "hold", FAILS: "fail", UNDECIDED: "open", UNTESTED: "not tested"}
-CUT_OFF = 3600.0  # seconds after which a file that is not whole is nobody's work
+CUT_OFF = 3600.0  # seconds after which no process still writes an incomplete file
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Summary:
     Attributes:
         path: the folder.
         preset, model, data: of its configuration.
-        finished, tasks: how many tasks are finished, and how many there are.
-        verdicts: how many claims have each verdict.
+        finished, tasks: numbers of tasks.
+        verdicts: the number of claims with each verdict.
         size: bytes of all files.
-        changed: when the newest file was written, UTC.
-        version: of entropic_fast, that last computed there.
-        damage: what is wrong with tables, figures, claims or report; "" if nothing.
+        changed: time of the newest file, UTC.
+        version: of the entropic_fast that last computed there.
+        damage: a problem of tables, figures, claims or report; "" if there is none.
         problem: why it cannot be read; "" if it can.
     """
 
@@ -66,7 +66,7 @@ def find(folders: Sequence[Path]) -> list[Path]:
 
 
 def summary(path: Path) -> Summary:
-    """What the folder of a run holds; of a damaged one, why it cannot be read."""
+    """A summary of a run folder; of a damaged one, why it cannot be read."""
     size, newest = _size_and_age(path)
     changed = datetime.fromtimestamp(newest, timezone.utc)
     try:
@@ -96,7 +96,7 @@ def summary(path: Path) -> Summary:
 
 
 def _size_and_age(path: Path) -> tuple[int, float]:
-    """Bytes of a folder's files, and when the newest was written; a run may be at work there."""
+    """Bytes of a folder's files, and the time of the newest. A run may be working there."""
     size, newest = 0, path.stat().st_mtime
     for file in path.rglob("*"):
         try:
@@ -112,33 +112,19 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
     """The runs as a table on the terminal."""
     table = RichTable(
         Column("run", overflow="fold"),
-        "preset",
-        "network",
-        "data",
-        "tasks",
-        "claims",
-        "size",
-        "changed, UTC",
+        *("preset", "network", "data", "tasks", "claims", "size", "changed, UTC"),
     )
     for path in paths:
         found = summary(path)
         counts = dict(found.verdicts)
-        claims = " ".join(
-            f"{counts[verdict]} {word}" for verdict, word in WORDS.items() if verdict in counts
-        )
+        claims = " ".join(f"{counts[v]} {word}" for v, word in WORDS.items() if v in counts)
         if found.damage:
             claims = "results damaged: see `runs verify`"
         changed = f"{found.changed:%Y-%m-%d %H:%M}" if found.changed else ""
         tasks = f"{found.finished}/{found.tasks}" if not found.problem else "damaged"
         table.add_row(
-            str(path),
-            found.preset,
-            found.model,
-            found.data,
-            tasks,
-            claims,
-            decimal(found.size),
-            changed,
+            *(str(path), found.preset, found.model, found.data),
+            *(tasks, claims, decimal(found.size), changed),
         )
     console.print(table)
 
@@ -146,8 +132,8 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
 def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
     """Problems of a run's files, each with its task ("" for files of no task).
 
-    Every file of every finished task is read and compared with the hash that was recorded when it
-    was written; so are the JSON files outside of tasks, and tables, figures, claims and report.
+    The files of finished tasks, the JSON files outside of tasks, tables, figures, claims and report
+    are compared with the hashes that were recorded when they were written.
     """
     for name in ("environment.json", "images.json"):
         file = run.path / name
@@ -171,10 +157,10 @@ def verify(run: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def prunable(run: RunFolder) -> list[Path]:
-    """Files that no command needs again, largest folders whole.
+    """Files that no command needs again, folders of tasks as one entry.
 
-    Files left by a write that was cut off an hour ago or before; checkpoints within tasks that
-    are finished; and tasks that the configuration does not have.
+    Files of writes that were interrupted an hour ago or before, checkpoints of finished tasks, and
+    tasks that the configuration does not have.
     """
     names = {task.name for task in all_tasks(run)}
     found = [f for f in sorted(run.path.rglob(".*.part")) if _is_cut_off(f)]
@@ -191,7 +177,7 @@ def prunable(run: RunFolder) -> list[Path]:
 def _is_cut_off(part: Path) -> bool:
     try:
         return part.stat().st_mtime < time.time() - CUT_OFF
-    except FileNotFoundError:  # whole since it was listed
+    except FileNotFoundError:  # renamed since it was listed
         return False
 
 
@@ -199,12 +185,12 @@ def _files(done: Path) -> set[str]:
     try:
         return set(json.loads(done.read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        # Damaged: nothing of it is prunable.
+        # Damaged: none of its files is prunable.
         return {file.name for file in done.parent.iterdir()}
 
 
 def remove(paths: Sequence[Path]) -> int:
-    """Delete files and folders; how many bytes they held."""
+    """Delete files and folders; return their size in bytes."""
     size = 0
     for path in paths:
         files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]

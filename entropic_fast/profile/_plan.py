@@ -1,10 +1,11 @@
-"""What a model's profile will take on several numbers of processes, before it is begun."""
+"""The expected cost of a model's profile on several numbers of processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,27 +14,28 @@ from rich.table import Table as RichTable
 from .._utils.system_info import available_cores
 from ..curvature.estimators import EXTRA_COLUMNS
 from ..experiments._costs import Cost, Machine, Work, measure, path_work, relaxation_work, work_of
+from ..experiments._executor import limited_threads
 from ._subject import Subject
 from ._tasks import BAND, CYCLES, PROFILE, STARTS
 
-SEARCHES = 80  # products for eigenvalues at a point ...
-TRACKED = 10  # ... and at one of a path, from its neighbor's vector
-QUICK_TRACE = 8  # gradients that the deterministic part of a trace takes
-# Between processes of one machine, where none is there to measure: bytes and messages a second.
+SEARCHES = 80  # products for the eigenvalues at a point ...
+TRACKED = 10  # ... and at a point of a path, from its neighbor's vector
+QUICK_TRACE = 8  # gradients for the deflated share of a trace
+# Between processes of one machine, if there is only one: bytes per second, seconds per message.
 ASSUMED_BANDWIDTH, ASSUMED_LATENCY = 1e9, 5e-5
 
 
 def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
-    """What each process does for each task of a profile, by the task's name."""
+    """The work of each process, by the name of the task."""
     s, subset, full = subject.settings, subject.subset, subject.full
     parameters, itemsize = full.num_params, torch.finfo(full.dtype).bits // 8
-    of = partial(
-        work_of,
-        examples=subset.num_examples,
-        parameters=parameters,
-        processes=processes,
-        itemsize=itemsize,
-    )
+    shape: dict[str, Any] = {
+        "parameters": parameters, "processes": processes, "itemsize": itemsize
+    }  # fmt: skip
+
+    def of(quantity: str, columns: int = 1) -> Work:
+        return work_of(quantity, examples=subset.num_examples, columns=columns, **shape)
+
     vector = itemsize * parameters
     trace = [of("forms", columns=s.probes), of("norms").times(QUICK_TRACE), of("loss")]
     spectra = [
@@ -48,16 +50,10 @@ def works(subject: Subject, processes: int = 1) -> dict[str, Work]:
     if subject.end is None:
         return found
     neb = subject.neb
-    shape = {"parameters": parameters, "processes": processes, "itemsize": itemsize}
-    updates = path_work(
-        pivots=neb.max_pivots,
-        batch_size=neb.batch_size or full.num_examples,
-        steps=s.path_steps,
-        **shape,
-    )
-    dense = work_of(
-        "loss", examples=full.num_examples, parameters=parameters, processes=processes
-    ).times((neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + full.has_running_statistics))
+    batch = neb.batch_size or full.num_examples
+    updates = path_work(pivots=neb.max_pivots, batch_size=batch, steps=s.path_steps, **shape)
+    points = (neb.pivots * (neb.eval_points + 1) * 4 + 33) * (1 + full.has_running_statistics)
+    dense = work_of("loss", examples=full.num_examples, **shape).times(points)
     along = [*trace, of("norms"), of("products").times(TRACKED)]
     relaxation = relaxation_work(
         replicas=len(STARTS) * s.replicas, batch_size=subject.batch_size, steps=s.steps, **shape
@@ -76,10 +72,10 @@ def total(subject: Subject, machine: Machine, processes: int) -> Cost:
 
 
 def print_plan(console: Console, subject: Subject) -> None:
-    """What the profile takes on several numbers of processes, by a few seconds of measuring.
+    """Print what the profile takes on several numbers of processes, from measured speeds.
 
-    Under `torchrun` its processes are measured, messages too. Otherwise one process with all its
-    threads is, and with one thread each, messages are assumed.
+    Under `torchrun` the speeds are those of its ranks. Otherwise they are those of this process,
+    with all threads and with one, and the speed of messages is assumed.
     """
     communicator, objective = subject.subset.communicator, subject.subset
     found = {}
@@ -90,7 +86,9 @@ def print_plan(console: Console, subject: Subject) -> None:
         )
     else:
         found[1] = measure(objective)
-        one = _of_one_thread(subject)
+        with limited_threads(1):
+            one = measure(objective)
+        one = replace(one, bandwidth=ASSUMED_BANDWIDTH, latency=ASSUMED_LATENCY)
         found |= dict.fromkeys((2, 4, 8, 16, 64), one)
         note = (
             f"one process with {torch.get_num_threads()} threads, several with one each "
@@ -114,16 +112,6 @@ def print_plan(console: Console, subject: Subject) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _of_one_thread(subject: Subject) -> Machine:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        machine = measure(subject.subset)
-    finally:
-        torch.set_num_threads(threads)
-    return replace(machine, bandwidth=ASSUMED_BANDWIDTH, latency=ASSUMED_LATENCY)
 
 
 def _cells(cost: Cost) -> list[str]:

@@ -9,7 +9,6 @@ FOLDER/data/*.csv  FOLDER/figures/*.png, *.svg  FOLDER/summary.json  FOLDER/repo
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from .._utils import atomic_io as store
 from .._utils import checks, trees
 from .._utils.table import Table
+from .._utils.terminal import say
 from ..distributed import Communicator, distribute
 from ..dynamics.projected_sgd import fingerprint
 from ..experiments._config import changed_values
+from ..experiments._costs import timings
 from ..experiments._executor import Task, execute
 from ..experiments._run_folder import environment
 from ..experiments._task_store import TaskStore, require_same, require_unused
@@ -356,16 +357,11 @@ def _announce(
         f"some {_duration(seconds)}, less what is finished already"
     )
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _seconds_per_gradient(obj: Objective) -> float:
-    times = []
-    for _ in range(4):  # the first is slower; other processes may interrupt
-        start = time.perf_counter()
-        obj.gradient()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) / obj.num_examples
+    return min(timings(obj.gradient, 4)[1:]) / obj.num_examples  # the first is slower
 
 
 def _round(count: float) -> str:

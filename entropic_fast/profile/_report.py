@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from .._utils import atomic_io as store
 from .._utils.results import NOT_CONVERGED
 from .._utils.table import Table
+from .._utils.terminal import say
 from ..experiments import _report as report
 from ..experiments._task_store import TaskStore
 from ..experiments.claims._intervals import mean_interval, normal_interval
@@ -72,7 +73,7 @@ def show(console: Console, points: Table, place: Path) -> None:
     for name in list(shown[0])[1:]:
         table.add_row(name, *(cells[name] for cells in shown))
     console.print(table)
-    console.print(f"report: {place}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"report: {place}")
 
 
 def read(folder: TaskStore, subject: Subject) -> tuple[dict[str, Table], dict[str, dict[str, str]]]:

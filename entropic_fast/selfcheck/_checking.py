@@ -1,4 +1,4 @@
-"""All checks of a machine, with what they were made on and what to do about those that fail."""
+"""All checks of a machine, its facts, and advice on those that fail."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ISSUE = "Please attach the file that --json writes to a bug report."
 
 @dataclass
 class Report:
-    """What was found on a machine.
+    """Results of `run`.
 
     Attributes:
-        facts: `collect()`, and commit, load and devices checked.
+        facts: `collect()`, commit, load average and devices.
         checks: all comparisons.
         notes: installed backends that fail and are skipped.
-        limits, speeds: by device; empty where speeds were not asked for.
-        seconds: that it took.
+        limits, speeds: by device; empty without speeds.
+        seconds: duration.
     """
 
     facts: dict[str, Any]
@@ -55,19 +55,18 @@ class Report:
         return not self.wrong
 
     def advice(self) -> list[str]:
-        """What to do about what is wrong."""
-        found: dict[str, None] = {}
-        for check in self.wrong:
-            found[self._advice(check)] = None
+        """What to do about the comparisons that failed."""
+        found = list(dict.fromkeys(map(self._advice, self.wrong)))
         return [*found, _ISSUE] if found else []
 
     def _advice(self, check: Check) -> str:
+        wrong = f"Backend {check.backend} is wrong on {check.device}"
+        elsewhere = "" if check.device == "cpu" else 'pass device="cpu", or '
         if check.message.startswith(backend.BackendError.__name__):
             return (
                 f"Backend {check.backend} is forced and cannot run everything on {check.device}: "
                 f'call entropic_fast.set_backend("auto"), or unset {backend.VARIABLE}.'
             )
-        elsewhere = "" if check.device == "cpu" else 'pass device="cpu", or '
         if check.kind != "op":
             return (
                 f"Results on {check.device} are not to be trusted: {elsewhere}see whether "
@@ -76,20 +75,16 @@ class Report:
         good = self._another_backend(check.device)
         if good is None:
             return (
-                f"Backend {check.backend} is wrong on {check.device}, and no other one is right "
-                f"there: {elsewhere}do not use this installation for results."
+                f"{wrong}, and no other one is right there: {elsewhere}do not use this "
+                "installation for results."
             )
         return (
-            f"Backend {check.backend} is wrong on {check.device}: call "
-            f'entropic_fast.set_backend("{good}"), or set {backend.VARIABLE}={good}, until it is '
-            "fixed."
+            f'{wrong}: call entropic_fast.set_backend("{good}"), or set {backend.VARIABLE}={good}, '
+            "until it is fixed."
         )
 
     def _another_backend(self, device: str) -> str | None:
-        """One that can run every family on the device, and is not known to be wrong there.
-
-        `set_backend` forces it for all families.
-        """
+        """One that can run every family on the device, and is not known to be wrong there."""
         kind = torch.device(device).type
         wrong = {c.backend for c in self.wrong if c.kind == "op" and c.device == device}
         for name in ("cpp", "triton", "reference"):
@@ -120,16 +115,16 @@ def run(
 ) -> Report:
     """Check the kernels, whole calculations, and speeds: under two minutes on a CPU.
 
-    On a GPU the first run compiles every Triton kernel too; that has not been timed.
+    On a GPU the first run also compiles every Triton kernel (not timed yet).
 
     Args:
         device: "cpu"; "cuda" for the current GPU, compared with the CPU; "auto" for the CPU and
             the GPU if there is one.
-        quick: only float32 calculations, and no speeds: some ten seconds on a CPU.
-        progress: is told what comes next.
+        quick: only float32 calculations, and no speeds: about ten seconds on a CPU.
+        progress: called with the name of each part before it begins.
 
     Raises:
-        ValueError: another device, or a GPU where there is none.
+        ValueError: an unknown device, or no GPU.
 
     >>> report = run("cpu", quick=True)
     >>> report.ok, {check.backend for check in report.checks if check.kind == "op"} != set()
@@ -137,8 +132,9 @@ def run(
     """
     start = time.perf_counter()
     devices = _devices(device)
-    report = Report({**collect(), **_provenance(), "devices": [str(d) for d in devices]})
-    report.notes = _passed_over(devices)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    facts = {**collect(), "commit": _commit(), "load_average": load}
+    report = Report({**facts, "devices": [str(d) for d in devices]}, notes=_skipped(devices))
     for each in devices:
         progress(f"operations on {each}")
         report.checks += ops.check_ops(each)
@@ -164,7 +160,7 @@ def _devices(name: str) -> list[torch.device]:
     return [torch.device("cpu"), gpu] if name == "auto" else [gpu]
 
 
-def _passed_over(devices: list[torch.device]) -> list[str]:
+def _skipped(devices: list[torch.device]) -> list[str]:
     reasons = [
         f"{each.type}: {reason}"
         for each in devices
@@ -174,13 +170,8 @@ def _passed_over(devices: list[torch.device]) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def _provenance() -> dict[str, Any]:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"commit": _commit(), "load_average": load}
-
-
 def _commit() -> str:
-    """Of the working tree or of the installed package, "unknown" where neither says."""
+    """The commit of the working tree or of the installed package, or "unknown"."""
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -15,7 +15,7 @@ from ..ops import _native as native
 from ..ops import backend
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "scipy", "safetensors")
-# The order of a GPU's backends is then by rule: docs/gpu.md.
+# The order of a GPU's backends then follows rules: docs/gpu.md.
 NOT_TIMED = "not timed on a GPU yet"
 VARIABLES = (
     backend.VARIABLE, native.ISA_VARIABLE, cuda_graphs.VARIABLE, "OMP_NUM_THREADS",
@@ -26,11 +26,10 @@ VARIABLES = (
 def collect() -> dict[str, Any]:
     """Everything `entropic-fast info` shows, as plain values that json can hold.
 
-    Keys: "versions", "build" (what the compiled module says of itself, or {"problem": reason}),
-    "cpu" (instruction set chosen and runnable, threads of torch and of the compiled module),
-    "gpu" (one entry a device), "backends" (family -> device -> backend, or why none), "backend"
-    (the setting in force), "notes" (family -> what is not known of it) and "environment" (the
-    variables that matter and are set).
+    Keys: "versions", "build" (of the compiled module, or {"problem": reason}), "cpu" (instruction
+    sets, threads), "gpu" (one entry per device), "backends" (family -> device -> backend, or why
+    none), "backend" (the setting in force), "notes" (by family) and "environment" (variables that
+    are set).
 
     >>> sorted(collect())
     ['backend', 'backends', 'build', 'cpu', 'environment', 'gpu', 'notes', 'versions']
@@ -38,7 +37,11 @@ def collect() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "build": native.build_config(),
-        "cpu": _cpu(),
+        "cpu": {
+            **native.cpu_facts(),
+            "torch_threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
         "gpu": _gpus(),
         "backend": _setting(),
         "backends": {
@@ -63,28 +66,18 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _cpu() -> dict[str, Any]:
-    return {
-        **native.cpu_facts(),
-        "torch_threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
-
-
 def _gpus() -> list[dict[str, Any]]:
     if not torch.cuda.is_available():
         return []
-    found = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "name": device.name,
-                "capability": f"{device.major}{device.minor}",
-                "memory_gib": device.total_memory / 2**30,
-            }
-        )
-    return found
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}{gpu.minor}",
+            "memory_gib": gpu.total_memory / 2**30,
+        }
+        for gpu in gpus
+    ]
 
 
 def _setting() -> str:

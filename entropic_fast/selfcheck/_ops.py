@@ -15,15 +15,15 @@ from ..ops._gpu_probe import describe
 from ._samples import SAMPLES, SIZES, Arguments, Draw
 from ._verdict import Check, relative_error
 
-# Relative norm of the difference: about a hundred units of the last place in float32. A wrong
-# index, a lost element or TF32 (1e-3) is far beyond; sums in another order are far within.
+# Relative norm of the difference: about a hundred units in the last place of float32. A wrong
+# index, a lost element or TF32 (1e-3) is far above; another order of summation is far below.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def check_ops(device: torch.device) -> Iterator[Check]:
     """Each op on each usable backend of a device, in float32 and float64.
 
-    On a GPU with one size, as every new shape may be a compilation of a second.
+    On a GPU with one size only, because a new shape may take a second to compile.
     """
     for op, sample in SAMPLES.items():
         for name in backends(sample.family, device.type):
@@ -36,11 +36,9 @@ def check_ops(device: torch.device) -> Iterator[Check]:
 
 
 def backends(family: str, device_type: str) -> list[str]:
-    """Those to be checked; what a backend cannot run on this machine `entropic-fast info` says.
+    """The usable backends of a family, without the reference on the CPU, which is the standard.
 
-    Under Triton's interpreter these include "triton" on the CPU. The reference in float64 on the
-    CPU is what others are compared with. A device that no backend names (an emulated one) uses
-    "auto".
+    A device that no backend names (an emulated one) uses "auto".
     """
     if device_type not in backend.PREFERENCE:
         return ["auto"]
@@ -52,10 +50,8 @@ def backends(family: str, device_type: str) -> list[str]:
 def _check(op: str, name: str, device: torch.device, dtype: torch.dtype, size: str) -> Check:
     arguments = SAMPLES[op].arguments(Draw(size, dtype))
     expected = _results(op, "reference", tuple(_wide(a) for a in arguments))
-    check = Check(
-        "op", op, name, str(device), str(dtype).removeprefix("torch."),
-        "the float64 reference", TOLERANCE[dtype],
-    )  # fmt: skip
+    kind, against = str(dtype).removeprefix("torch."), "the float64 reference"
+    check = Check("op", op, name, str(device), kind, against, TOLERANCE[dtype])
     try:
         found = _results(op, name, tuple(_moved(a, device) for a in arguments))
     except Exception as error:  # whatever a kernel raises is the finding
@@ -64,24 +60,21 @@ def _check(op: str, name: str, device: torch.device, dtype: torch.dtype, size: s
 
 
 def _results(op: str, name: str, arguments: Arguments) -> list[Tensor]:
-    """What the op returns and what it has written, on the CPU."""
+    """The tensors that the op returns and writes, on the CPU."""
     function = getattr(torch.ops.entropic_fast, op)
     with backend_in_force(name):
         returned = function(*arguments)
         found = [returned] if isinstance(returned, Tensor) else [*(returned or ())]
-        marks = [a.alias_info is not None and a.alias_info.is_write for a in _schema(function)]
+        schema = function.default._schema.arguments
+        marks = [a.alias_info is not None and a.alias_info.is_write for a in schema]
         pairs = zip(arguments, marks, strict=False)  # the last may have defaults
         found += [a for a, written in pairs if written and isinstance(a, Tensor)]
         return [tensor.cpu() for tensor in found]
 
 
-def _schema(function: Any) -> Any:
-    return function.default._schema.arguments
-
-
 @contextlib.contextmanager
 def backend_in_force(name: str) -> Iterator[None]:
-    """A backend for every op within."""
+    """Use a backend for every op."""
     before = backend.forced()
     backend.set_backend(name)
     try:

@@ -1,16 +1,19 @@
-"""A report of checks on the terminal."""
+"""The report of `entropic-fast check` on the terminal."""
 
 from __future__ import annotations
 
 import math
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from .._utils.terminal import say
 from ._checking import Report
 from ._speeds import AS_TORCH_IS_SET, Limits, Speed
 from ._verdict import Check
+
+UNITS = ("ms", "plain gradients", "of copies", "of products")
 
 
 def print_report(console: Console, report: Report) -> None:
@@ -19,37 +22,33 @@ def print_report(console: Console, report: Report) -> None:
     versions = facts["versions"]
     about = ", ".join(f"{name} {versions[name]}" for name in ("entropic_fast", "torch", "triton"))
     gpus = ", ".join(f"{gpu['name']} (sm_{gpu['capability']})" for gpu in facts["gpu"])
-    lines = [
-        f"{about}, commit {facts['commit']}",
+    say(console, f"{about}, commit {facts['commit']}")
+    say(
+        console,
         f"devices {', '.join(facts['devices'])}; GPUs: {gpus or 'none'}; "
         f"CPU {facts['cpu']['isa']}, {facts['cpu']['torch_threads']} threads",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
     for note in report.notes:
-        text = f"skipped on {note}"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"skipped on {note}", "yellow")
     console.print(_operations(report.checks))
     console.print(_networks(report.checks))
     for device, rows in report.speeds.items():
         console.print(_speeds(device, report.limits[device], rows))
         for row in (row for row in rows if row.problem):
-            text = f"not measured: {row.name} on {device}: {row.problem}"
-            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"not measured: {row.name} on {device}: {row.problem}", "yellow")
     for check in report.wrong:
-        console.print(f"wrong: {check.finding()}", style="red", markup=False, soft_wrap=True)
+        say(console, f"wrong: {check.finding()}", "red")
     for text in report.advice():
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
     verdict = "all is well" if report.ok else f"{len(report.wrong)} are wrong"
-    console.print(
-        f"{len(report.checks)} comparisons in {report.seconds:.0f} s: {verdict}", markup=False
-    )
+    say(console, f"{len(report.checks)} comparisons in {report.seconds:.0f} s: {verdict}")
 
 
 def _operations(checks: list[Check]) -> Table:
-    table = Table(title="Operations against their float64 references", title_justify="left")
-    for column in ("operation", "device", "backend", "float32", "float64"):
-        table.add_column(column)
+    columns = ("operation", "device", "backend", "float32", "float64")
+    table = Table(
+        *columns, title="Operations against their float64 references", title_justify="left"
+    )
     groups: dict[tuple[str, str, str], list[Check]] = {}
     for check in (c for c in checks if c.kind == "op"):
         groups.setdefault((check.name, check.device, check.backend), []).append(check)
@@ -60,11 +59,10 @@ def _operations(checks: list[Check]) -> Table:
 
 
 def _networks(checks: list[Check]) -> Table:
-    table = Table(title="A small network with batch normalization", title_justify="left")
     shown = [c for c in checks if c.kind == "network"]
     graphs = ["CUDA graphs"] if any(c.graphs for c in shown) else []
-    for column in ("calculation", "device", "dtype", "compared with", "error", *graphs):
-        table.add_column(column)
+    columns = ("calculation", "device", "dtype", "compared with", "error", *graphs)
+    table = Table(*columns, title="A small network with batch normalization", title_justify="left")
     for c in shown:
         last = [Text(c.graphs or "-")] if graphs else []
         table.add_row(c.name, c.device, c.dtype, c.against, _worst([c]), *last)
@@ -92,13 +90,13 @@ def _speeds(device: str, limits: Limits, rows: list[Speed]) -> Table:
     if any(row.name == AS_TORCH_IS_SET for row in rows):
         caption += ", the unit too; as torch is set by default, convolutions are in TF32"
     table = Table(
+        "work",
+        *(Column(name, justify="right") for name in UNITS),
         title=f"Speeds on {device}",
         title_justify="left",
         caption=caption + ".",
         caption_justify="left",
     )
-    for column in ("work", "ms", "plain gradients", "of copies", "of products"):
-        table.add_column(column, justify="left" if column == "work" else "right")
     for row in rows:
         if row.seconds is None:
             continue

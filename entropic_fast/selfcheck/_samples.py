@@ -1,4 +1,4 @@
-"""Small calls of every op, of odd shapes: what a kernel has to get right to be trusted."""
+"""One small call of every op, at odd shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops.projected_step import segment_squares
 from ..ops.projected_step.reference import products
 
 Arguments = tuple[Any, ...]
-# Odd sizes; sizes of one, at which loops end; and sizes beyond one block of a kernel.
+# Odd sizes; sizes of one; and sizes larger than one block of a kernel.
 SIZES = ("odd", "one", "large")
 
 
@@ -40,15 +40,10 @@ class Draw:
 
 
 class Sample(NamedTuple):
-    """A call of an op.
+    """A call of an op."""
 
-    Attributes:
-        family: whose backends run it.
-        arguments: draws them, as the op takes them.
-    """
-
-    family: str
-    arguments: Callable[[Draw], Arguments]
+    family: str  # whose backends run it
+    arguments: Callable[[Draw], Arguments]  # draws them, as the op takes them
 
 
 def _convolution(draw: Draw) -> tuple[Tensor, Tensor, list[list[int]], int]:

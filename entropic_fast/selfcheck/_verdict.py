@@ -1,4 +1,4 @@
-"""One thing that was checked, and what came of it."""
+"""One comparison and its result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,14 +16,13 @@ class Check:
 
     Attributes:
         kind: "op" or "network".
-        name: the op, or what was calculated.
-        backend: that ran it.
-        device, dtype: of the tensors.
+        name: the op, or the calculation.
+        backend, device, dtype: what computed it.
         against: what it was compared with.
         tolerance: largest relative error that rounding explains.
-        error: relative error, infinite where it failed; NaN before it was measured.
-        message: what was raised, "" if nothing.
-        graphs: on a GPU "captured" if CUDA graphs have run, or why none did; else "".
+        error: relative error; infinite if it failed, NaN before it was measured.
+        message: the error raised, or "".
+        graphs: on a GPU "captured" if CUDA graphs ran, or why none did; else "".
     """
 
     kind: str
@@ -65,13 +65,10 @@ class Check:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """|found - expected| / |expected| in float64; infinite where shapes or what is finite differ.
+    """|found - expected| / |expected| in float64; infinite if shapes or non-finite values differ.
 
-    Whole numbers have no rounding: they are equal, or the error is infinite.
+    Integers are equal, or the error is infinite.
 
-    >>> import torch
-    >>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
-    0.0
     >>> import torch
     >>> relative_error(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0]))
     inf
@@ -82,8 +79,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
         return 0.0 if bool((found.cpu() == expected.cpu()).all()) else math.inf
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     known = expected.isfinite()
-    same = found.isfinite() == known
-    if not bool(same.all()):
+    if not torch.equal(found.isfinite(), known):
         return math.inf
     difference = float((found - expected)[known].norm())
     if difference == 0:
