@@ -46,7 +46,7 @@ _CAPTIONS = {
 
 
 def draw(folder: TaskStore, tables: Mapping[str, Table], loss: str) -> list[FigureEntry]:
-    """Draw what there are tables of, into the folder's `figures`; what the report says of each."""
+    """Draw the figures that there are tables for, with their entries of the report."""
     drawn: dict[str, tuple[Figure, tuple[str, ...]]] = {}
     with plots.look():
         if "curvature" in tables:
@@ -84,13 +84,13 @@ def _draw_relaxation(tables: Mapping[str, Table]) -> Figure:
 
 
 def _from_start(table: Table) -> Table:
-    """Positions less the start: drifts are small against the path."""
+    """Positions relative to the start, because drifts are small against the path."""
     moving = ("position", "mean", "low", "high")
     return Table({n: table[n] - table["start"] if n in moving else table[n] for n in table})
 
 
 def _draw_spectra(tables: Mapping[str, Table], names: Sequence[str]) -> Figure:
-    places = list(dict.fromkeys(tables["density"]["point"].tolist()))
+    places = list(tables["density"].group_by("point"))
     count = len(places) + ("fisher" in names)
     columns = min(count, 2)  # each density has its own scale
     figure, axes = plots.panels(-(-count // columns), columns, width=4.4, height=3.1)
@@ -101,32 +101,22 @@ def _draw_spectra(tables: Mapping[str, Table], names: Sequence[str]) -> Figure:
         at = {"point": "", "between": " between A and B"}.get(place, f" at {place}")
         plots.letter(ax, letter, f"density of the Hessian's spectrum{at}")
     if "fisher" in names:
-        _draw_fisher(axes[len(places)], tables["fisher"], places)
-        plots.letter(axes[len(places)], "ABCD"[len(places)], "spectrum of the Fisher matrix")
+        ax, fisher = axes[len(places)], tables["fisher"]
+        curves = {place: fisher.where(point=place) for place in places}
+        fig2.draw_ranked(ax, curves, "eigenvalue of the Fisher matrix")
+        if len(places) > 1:
+            ax.legend()
+        plots.letter(ax, "ABCD"[len(places)], "spectrum of the Fisher matrix")
     for ax in axes[count:]:
         ax.set_axis_off()
     return figure
 
 
-def _draw_fisher(ax: Axes, table: Table, places: Sequence[str]) -> None:
-    for place, color in zip(places, plots.shades(len(places)), strict=True):
-        rows = table.where(point=place, above_floor=True)
-        ax.plot(rows["rank"], rows["eigenvalue"], color=color, label=place)
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("rank")
-    ax.set_ylabel("eigenvalue of the Fisher matrix")
-    if len(places) > 1:
-        ax.legend()
-
-
 def _draw_density(ax: Axes, rows: Table, color: Any) -> None:
     density, spread = rows["density"], plots.BAND * np.nan_to_num(rows["std_error"])
-    least = 1e-9 * float(density.max())  # a logarithmic axis knows no 0
+    least = 1e-9 * float(density.max())  # 0 is not on a logarithmic axis
     low, high = (np.maximum(density + sign * spread, least) for sign in (-1, 1))
     ax.fill_between(rows["eigenvalue"], low, high, color=color, alpha=0.18, lw=0)
     ax.plot(rows["eigenvalue"], np.maximum(density, least), color=color)
-    ax.set_yscale("log")
+    ax.set(yscale="log", xlabel="eigenvalue of the Hessian", ylabel="density")
     ax.set_ylim(bottom=1e-7 * float(density.max()))
-    ax.set_xlabel("eigenvalue of the Hessian")
-    ax.set_ylabel("density")

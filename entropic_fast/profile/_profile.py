@@ -38,7 +38,7 @@ from ._tasks import BAND, PROFILE, tasks
 
 T = TypeVar("T")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_OF_OBJECTIVE = ("loss", "norm", "output")  # settings that stand by themselves in profile.json
+_OF_OBJECTIVE = ("loss", "norm", "output")  # settings with entries of their own in profile.json
 _SAID = {
     BAND: "a minimum energy path from A to B by AutoNEB",
     PROFILE: "loss and curvature at points along it",
@@ -53,11 +53,11 @@ _SAID = {
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What `profile_model` found.
+    """Results of `profile_model`.
 
     Attributes:
         path: the folder.
-        tables: what data/*.csv hold, by name.
+        tables: the tables of data/*.csv, by name.
         methods: at each point, how derivatives were computed: "Hessian" is "graph", or "autograd:"
             with the reason; "scores" is a sentence.
     """
@@ -207,7 +207,7 @@ def _subject(
 
 
 def _by_first(communicator: Communicator, write: Callable[[], T]) -> T | None:
-    """What the first of processes does for all, which then know that it is done."""
+    """Let the first rank write for all; the others wait."""
     return communicator.synchronized(write if communicator.rank == 0 else lambda: None, "files")
 
 
@@ -223,15 +223,13 @@ def _objective(
 ) -> Objective:
     try:
         return Objective(
-            model,
-            settings.loss,
-            data,
+            *(model, settings.loss, data),
             norm=settings.norm,
             device=device,
             parameters=parameters,
             output=settings.output,
         )
-    except TypeError as error:  # from a Dataset whose items do not make a batch
+    except TypeError as error:  # of a Dataset whose items cannot be batched
         raise checks.invalid(
             "data",
             "(inputs, targets), a Dataset of pairs of tensors, or batches of them",
@@ -243,9 +241,7 @@ def _other_end(full: Objective, other: nn.Module, loss: str | LossFunction, chos
     """The point of the other model, which differs from the first in parameters alone.  # [P]"""
     few = next(full.batches(batch_size=8))
     there = Objective(
-        other,
-        loss,
-        [(few.inputs, few.targets)],
+        *(other, loss, [(few.inputs, few.targets)]),
         norm=full.norm,
         device=full.device,
         parameters=_same_names(full, other) if chosen else None,
@@ -286,7 +282,7 @@ def _same_names(full: Objective, other: nn.Module) -> list[nn.Parameter] | None:
 
 
 def _constants_agree(a: Objective, b: Objective) -> list[tuple[str, bool]]:
-    """Whether buffers but normalization statistics, and frozen parameters, are the same."""
+    """Whether frozen parameters and buffers agree; normalization statistics need not."""
     names = [name for name in a.buffers if name.rpartition(".")[2] not in _STATISTICS]
     found = [(n, n in b.buffers and torch.equal(a.buffers[n], b.buffers[n])) for n in names]
     frozen = [obj.frozen_tensors()[len(obj.buffers) :] for obj in (a, b)]
@@ -299,7 +295,7 @@ def _loss_name(loss: str | LossFunction) -> str:
 
 
 def _facts(full: Objective, end: Tensor | None, model: nn.Module) -> dict[str, Any]:
-    """What identifies the weights and the data, in order."""
+    """Facts that identify the weights and the data."""
     points = [full.parameters_vector()] if end is None else [full.parameters_vector(), end]
     constants = fingerprint(*full.frozen_tensors())
     data = hashlib.sha256()
@@ -319,11 +315,11 @@ def _facts(full: Objective, end: Tensor | None, model: nn.Module) -> dict[str, A
 
 
 def _open(path: Path, about: Mapping[str, Any], device: str) -> TaskStore:
-    """The folder for what is asked, made if it does not exist."""
+    """The folder for these settings, weights and data, made if it does not exist."""
     stored = path / "profile.json"
     if stored.exists():
         before = store.read_sealed(stored)
-        # The same weights and data under another name are the same.
+        # Other names for the same weights and data make no difference.
         changes = changed_values({**before, "named": 0}, {**about, "named": 0})
         require_same(path, [_explained(change) for change in changes])
     else:
@@ -342,21 +338,18 @@ def _explained(change: str) -> str:
 def _announce(
     console: Console, subject: Subject, about: Mapping[str, Any], todo: list[Task]
 ) -> None:
-    """What will be done, and what it costs."""
+    """Print the tasks and their expected cost."""
     found, full = about["found"], subject.full
-    lines = [
-        f"{about['named']['model']}: {found['parameters']:,} parameters ({found['dtype']}) on "
-        f"{full.device}; {found['examples']:,} examples, curvature of "
-        f"{subject.subset.num_examples:,}"
-    ]
-    lines += [f"  {_SAID[u.name]}: about {_round(u.cost)} gradients" for u in todo]
     total = sum(task.cost for task in todo)
     seconds = total * _seconds_per_gradient(subject.subset)
-    lines.append(
+    for line in (
+        f"{about['named']['model']}: {found['parameters']:,} parameters ({found['dtype']}) on "
+        f"{full.device}; {found['examples']:,} examples, curvature of "
+        f"{subject.subset.num_examples:,}",
+        *(f"  {_SAID[task.name]}: about {_round(task.cost)} gradients" for task in todo),
         f"in all about {_round(total)} gradients of one example; from the time of one pass, "
-        f"some {_duration(seconds)}, less what is finished already"
-    )
-    for line in lines:
+        f"some {_duration(seconds)}, less what is finished already",
+    ):
         say(console, line)
 
 
@@ -369,7 +362,7 @@ def _round(count: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In words, as an estimate.
+    """A duration in words.
 
     >>> _duration(40), _duration(200), _duration(9000)
     ('40 seconds', '3 minutes', '2.5 hours')

@@ -68,7 +68,7 @@ def write(
 def show(console: Console, points: Table, place: Path) -> None:
     """The points' numbers on the terminal, and where the report is."""
     shown = [_shown(row) for row in points.rows()]
-    # A row a quantity: a terminal is narrow.
+    # One row per quantity, because a terminal is narrow.
     table = RichTable(*("", *(cells["point"] for cells in shown)))
     for name in list(shown[0])[1:]:
         table.add_row(name, *(cells[name] for cells in shown))
@@ -86,8 +86,7 @@ def _tables(folder: TaskStore, subject: Subject) -> dict[str, Table]:
     """Every number of the report."""
 
     def stacked(name: str) -> Table:
-        parts = [folder.table(f"spectra/{place}", name) for place in subject.places]
-        return Table.from_rows([row for part in parts for row in part.rows()])
+        return Table.concatenated(folder.table(f"spectra/{p}", name) for p in subject.places)
 
     tables = {name: stacked(name) for name in ("eigenvalues", "density")}
     if not subject.no_scores:
@@ -167,7 +166,7 @@ _INSIDE = (
 
 
 def _path_findings(tables: Mapping[str, Table]) -> list[report.Finding]:
-    path: dict[str, Any] = tables["path"].rows()[0]
+    path = tables["path"].rows()[0]
     rows = []
     for panel, column, name in (
         ("A", "hessian_trace", "Hessian trace"),
@@ -176,12 +175,9 @@ def _path_findings(tables: Mapping[str, Table]) -> list[report.Finding]:
         if column not in tables["points"]:
             continue
         ratio, low, high = _inside_over_ends(tables["points"], column)
-        verdict, tone = _side(low - 1, high - 1, "higher between", "lower between")
-        numbers = _numbers(ratio, low, high)
-        title = f"{name}, between / ends"
-        rows.append(
-            report.Finding("along", panel, title, *numbers, verdict, tone, [("Effect", _INSIDE)])
-        )
+        side = _side(low - 1, high - 1, "higher between", "lower between")
+        texts = (f"{name}, between / ends", *_numbers(ratio, low, high))
+        rows.append(report.Finding("along", panel, *texts, *side, [("Effect", _INSIDE)]))
     ends = max(path["loss_at_a"], path["loss_at_b"])
     barriers = [path[name] - ends for name in ("highest_loss", "highest_loss_of_line")]
     lower = barriers[0] < barriers[1]
@@ -201,7 +197,6 @@ def _path_findings(tables: Mapping[str, Table]) -> list[report.Finding]:
 
 
 def _drift(row: Mapping[str, Any]) -> report.Finding:
-    verdict, tone = _side(row["low"], row["high"], "toward B", "toward A")
     notes = f"lr = {row['lr']:g}, B = {row['batch_size']}, {row['replicas']} replicas"
     if row["diverged"]:
         notes += f", {row['diverged']} diverged"
@@ -210,8 +205,7 @@ def _drift(row: Mapping[str, Any]) -> report.Finding:
         "A" if row["panel"] == f"k = {max(CYCLES.values())}" else "B",
         f"drift from s = {row['start']:g}, {row['panel']}",
         *_numbers(row["displacement"], row["low"], row["high"]),
-        verdict,
-        tone,
+        *_side(row["low"], row["high"], "toward B", "toward A"),
         [
             ("Effect", "mean displacement along the path; Student's 95 % interval"),
             ("Detail", notes),
@@ -221,8 +215,7 @@ def _drift(row: Mapping[str, Any]) -> report.Finding:
 
 def _spectrum_findings(points: Table) -> list[report.Finding]:
     rows = []
-    lines: list[dict[str, Any]] = points.rows()
-    for row in lines:
+    for row in points.rows():
         at = "" if row["point"] == "point" else f", {row['point']}"
         converged = bool(row.get("top_eigenvalue_converged", 1))
         top, mass = row["top_eigenvalue"], row["negative_mass"]
@@ -246,16 +239,15 @@ def _spectrum_findings(points: Table) -> list[report.Finding]:
 
 def _verdict(tables: Mapping[str, Table]) -> str:
     """The model's verdict in one line."""
-    points: list[dict[str, Any]] = tables["points"].rows()
     if "path" not in tables:
-        row = points[0]
+        row = tables["points"].rows()[0]
         return (
             f"Loss {row['loss']:.3g}; the Hessian has trace {row['hessian_trace']:.3g} and largest "
             f"eigenvalue {row['top_eigenvalue']:.3g}."
         )
     ratio, low, high = _inside_over_ends(tables["points"], "hessian_trace")
     where = f"{ratio:.3g} times that at the ends ({_figures(low, high)})"
-    moved: list[dict[str, Any]] = tables["displacement"].rows()
+    moved = tables["displacement"].rows()
     drifts = [_side(row["low"], row["high"], "B", "A")[0] for row in moved]
     return (
         f"Between A and B the Hessian trace is {where}; projected SGD drifts along the path from "
@@ -278,7 +270,7 @@ def _inside_over_ends(points: Table, column: str) -> tuple[float, float, float]:
 
 
 def _side(low: float, high: float, above: str, below: str) -> tuple[str, str]:
-    """What an interval says of a number's sign, and how it is shown."""
+    """The verdict on a number's sign from its interval, and its tone."""
     if low > 0:
         return above, "good"
     return (below, "good") if high < 0 else ("not resolved", "open")
@@ -298,18 +290,15 @@ def _figures(low: float, high: float) -> str:
 def _shown(row: Mapping[str, Any]) -> dict[str, str]:
     """A point's numbers as text: ± is a standard error, or an eigenvalue's residual."""
 
-    def number(value: float) -> str:
-        return f"{value:.4g}"
-
     def both(name: str, error: str) -> str:
         size = float(row[f"{name}_{error}"])
-        # One probe has no standard error.
+        # There is no standard error of one probe.
         return f"{row[name]:.4g} ± " + (f"{size:.2g}" if math.isfinite(size) else "unknown")
 
     cells = {"point": str(row["point"])}
     for name in ("s", "loss", "accuracy", "norm", "gradient_norm"):
         if name in row:
-            cells[name.replace("_", " ")] = number(row[name])
+            cells[name.replace("_", " ")] = f"{row[name]:.4g}"
     cells["Hessian trace"] = both("hessian_trace", "std_error")
     if "fisher_trace" in row:
         cells["Fisher trace"] = both("fisher_trace", "std_error")
@@ -345,11 +334,7 @@ def _notes(subject: Subject, tables: Mapping[str, Table]) -> list[str]:
             "too: for curvature on its examples, for losses on all. The path and the relaxation "
             "use each batch's own, as in training."
         )
-    table = tables["eigenvalues"]
-    searches = dict.fromkeys(
-        (r["point"], r["which"]) for r in table.rows() if not r["all_converged"]
-    )
-    for point, which in searches:
+    for point, which in tables["eigenvalues"].where(all_converged=False).group_by("point", "which"):
         notes.append(
             f"At {point} not every one of the {which} eigenvalues met the tolerance; each is "
             "within its residual of an eigenvalue."
@@ -367,7 +352,7 @@ def _notes(subject: Subject, tables: Mapping[str, Table]) -> list[str]:
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON's values: it knows no NaN and no infinity."""
+    """Values for JSON, which has neither NaN nor infinity."""
     if isinstance(value, Mapping):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -90,13 +90,10 @@ class ProfileSettings:
 
     def __post_init__(self) -> None:
         least = {"points": 3, "probes": 2, "pivots": 3, "path_steps": 4, "replicas": 2, "seed": 0}
-        for name in ("eigenvalues", "density_probes", "density_steps", "steps"):
-            least[name] = 1
+        least |= dict.fromkeys(("eigenvalues", "density_probes", "density_steps", "steps"), 1)
+        least |= {n: 1 for n in ("examples", "batch_size") if getattr(self, n) is not None}
         for name, minimum in least.items():
             checks.integer(name, getattr(self, name), minimum)
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), 1)
         for name in ("tol", "path_lr", "lr"):
             checks.positive(name, getattr(self, name))
         checks.at_least("weight_decay", self.weight_decay, 0)
@@ -104,21 +101,13 @@ class ProfileSettings:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The loss and the points that a report measures.
+    """The loss and the points that a report measures."""
 
-    Attributes:
-        full: the objective over all data, at the first point.
-        subset: the objective over the examples used for curvature.
-        end: the second point; None for no path.  # [P]
-        settings: how closely.
-        no_scores: why there are no per-example gradients (Fisher matrix); "" if there are.
-    """
-
-    full: Objective
-    subset: Objective
-    end: Tensor | None
+    full: Objective  # over all data, at the first point
+    subset: Objective  # over the examples used for curvature
+    end: Tensor | None  # [P], the second point; None for no path
     settings: ProfileSettings
-    no_scores: str = ""
+    no_scores: str = ""  # why there are no per-example gradients
 
     @classmethod
     def of(cls, full: Objective, end: Tensor | None, settings: ProfileSettings) -> Subject:

@@ -1,4 +1,4 @@
-"""What is computed for the profile of a model: at one point, or on a path between two."""
+"""Tasks of a model's profile: at one point, or on a path between two."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ BAND, PROFILE = "path/band", "profile/along"
 
 
 def tasks(subject: Subject) -> list[Task]:
-    """What there is to do. Costs count gradients of single examples, roughly."""
+    """The tasks of a profile. Costs are approximate numbers of gradients of single examples."""
     s, examples = subject.settings, subject.subset.num_examples
-    # As measured on convolutional networks: a product 1.5 gradients, a quadratic form one.
+    # On convolutional networks a product costs 1.5 gradients, a quadratic form one.
     trace = s.probes + 8
     spectra = examples * (1.5 * (s.density_probes * s.density_steps + 80) + trace + 4)
     needs = () if subject.end is None else (BAND,)
@@ -53,7 +53,7 @@ def tasks(subject: Subject) -> list[Task]:
     forward = (neb.pivots * (neb.eval_points + 1) * 4 + 33) * subject.full.num_examples / 3
     band = s.path_steps * s.pivots * (neb.batch_size or 0) + forward
     along = s.points * examples * (trace + 1.5 * 10 + 2)
-    # A minibatch costs as much as 8 examples more.
+    # An update costs as much as 8 examples more than its minibatch has.
     updates = len(STARTS) * s.replicas * s.steps * (subject.batch_size + 8)
     return [
         Task(BAND, find_path, (subject,), (), band),
@@ -95,9 +95,7 @@ def relax_along(
     )
     settings = [(start, s.lr) for start in STARTS for _ in range(s.replicas)]
     panel, size = f"k = {CYCLES[name]}", subject.batch_size
-    return {
-        "trajectory": relaxation.along(store, progress, name, panel, setup, settings, size),
-    }
+    return {"trajectory": relaxation.along(store, progress, name, panel, setup, settings, size)}
 
 
 def load_path(store: TaskStore) -> Path:
@@ -110,8 +108,8 @@ def measure_spectra(
 ) -> dict[str, Any]:
     """Loss, traces, eigenvalues, spectral density and Fisher spectrum at a point.
 
-    At a single point normalization layers keep the statistics that the model came with. On a
-    path, where those of no point are another's, they are re-estimated at each, the ends too.
+    A single point keeps the normalization statistics of the model; on a path they are re-estimated
+    at each point, the ends too.
     """
     s, theta = subject.settings, _place(store, subject, name)
     obj = subject.subset if subject.end is None else subject.subset.recalibrated(theta)
@@ -128,11 +126,11 @@ def measure_spectra(
     assert found.density is not None
     operator = HessianOperator(obj, theta)
     most = min(s.eigenvalues, obj.num_params)
-    matvecs = max(MATVECS, 2 * most)
+    limits = (s.tol, s.seed, max(MATVECS, 2 * most))
     with held():  # the table and the report say what is not converged
-        largest = top_eigenvalues(operator, most, s.tol, s.seed, matvecs, v0=found.pairs)
+        largest = top_eigenvalues(operator, most, *limits, v0=found.pairs)
         progress(0.8)
-        smallest = top_eigenvalues(operator, 1, s.tol, s.seed, matvecs, which="SA")
+        smallest = top_eigenvalues(operator, 1, *limits, which="SA")
     progress(0.9)
     slope = float(torch.linalg.vector_norm(obj.gradient(theta), dtype=torch.float64))
     tables = {
@@ -145,16 +143,10 @@ def measure_spectra(
     methods = {"Hessian": operator.method}
     if not subject.no_scores:
         tables["fisher"] = _fisher(name, obj, theta)
-        methods["scores"] = str(score_plan(obj, theta)) + _by_processes(obj)
+        methods["scores"] = str(score_plan(obj, theta))
+        if obj.communicator.size > 1:
+            methods["scores"] += f"; rows of {obj.communicator.size} processes in a ring"
     return {**tables, "methods": methods}
-
-
-def _by_processes(obj: Objective) -> str:
-    return (
-        f"; rows of {obj.communicator.size} processes in a ring"
-        if obj.communicator.size > 1
-        else ""
-    )
 
 
 def _place(store: TaskStore, subject: Subject, name: str) -> Tensor:
@@ -167,9 +159,9 @@ def _place(store: TaskStore, subject: Subject, name: str) -> Tensor:
 
 
 def place_of(store: TaskStore, name: str) -> float:
-    """Where on the path a point of `Subject.places` is.
+    """The position of a point of `Subject.places`.
 
-    "between" is the path's highest point; its middle, where that is an end.
+    "between" is the path's highest point, or its middle if that is an end.
     """
     if name != "between":
         return 1.0 if name == "B" else 0.0

@@ -1,4 +1,4 @@
-"""A user's own model and data, from what a command line names."""
+"""A user's own model and data, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _inputs_and_targets(file: str, argument: str) -> tuple[Tensor, Tensor]:
 
 
 def _made(reference: str, argument: str) -> Any:
-    """What the factory at MODULE:FACTORY returns."""
+    """Call the factory at MODULE:FACTORY."""
     place, colon, name = reference.rpartition(":")
     if not (colon and place and name):
         raise checks.invalid(
@@ -135,7 +135,7 @@ def _named(name: str, argument: str) -> ModuleType:
 
 
 def _file(file: Path, argument: str) -> ModuleType:
-    """The module of a file; run once, though a model and its data may both be in it."""
+    """Import a file once, even if both a model and its data are in it."""
     file = file.expanduser().resolve()
     if not file.is_file():
         raise checks.invalid(argument, "a .py file", f"{file}, which is none", "check the path")
@@ -146,7 +146,7 @@ def _file(file: Path, argument: str) -> ModuleType:
     assert spec is not None and spec.loader is not None  # as it ends in .py
     module, loader = importlib.util.module_from_spec(spec), spec.loader
     _make_findable(file.parent)
-    sys.modules[name] = module  # dataclasses, for one, look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     try:
         _run(argument, f"{file} to import", lambda: loader.exec_module(module))
     except BaseException:
@@ -156,7 +156,7 @@ def _file(file: Path, argument: str) -> ModuleType:
 
 
 def _make_findable(folder: Path) -> None:
-    """What lies beside a script can be imported, as if Python itself ran it."""
+    """Let a script import its neighbors, as if Python itself ran it."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -194,7 +194,7 @@ def _attribute(module: ModuleType, place: str, name: str, argument: str) -> Call
 
 
 def _run(argument: str, what: str, code: Callable[[], T]) -> T:
-    """What the user's own code returns; its errors with the line they come from."""
+    """Run the user's own code; report its errors with their line."""
     try:
         return code()
     except Exception as error:

@@ -80,7 +80,7 @@ def read_tensors(file: str | Path, argument: str) -> dict[str, Tensor]:
 
 
 def _read(file: str | Path, argument: str) -> Any:
-    """What a file holds; of `torch.save`'s, tensors and plain containers only."""
+    """The content of a file: tensors and plain containers only."""
     with Path(file).open("rb") as opened:
         legacy = opened.read(len(_LEGACY)) == _LEGACY
     if legacy or zipfile.is_zipfile(file):
@@ -99,11 +99,11 @@ def _read(file: str | Path, argument: str) -> Any:
 def _read_torch(file: str | Path, argument: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, and none but OSError says more than this
+    except Exception as error:  # of many types; only OSError is more specific
         if isinstance(error, OSError):
             raise
         said = next((line for line in str(error).splitlines() if line.strip()), "")[:160]
-        if type(error).__name__ == "UnpicklingError":  # torch's advice would be to run them
+        if type(error).__name__ == "UnpicklingError":  # torch would advise to run them
             said = "it holds pickled objects"
         raise checks.invalid(
             argument,
@@ -134,7 +134,7 @@ def _state_dict(found: Any, argument: str) -> dict[str, Tensor]:
 
 
 def _tensors(found: Any, argument: str) -> dict[str, Tensor]:
-    """The mapping of names to tensors that this is, without what modules store besides."""
+    """A mapping of names to tensors, without the extra state of modules."""
     if isinstance(found, Mapping):
         kept = {n: v for n, v in found.items() if not str(n).endswith("_extra_state")}
         if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in kept.items()):
@@ -151,17 +151,14 @@ def _tensors(found: Any, argument: str) -> dict[str, Tensor]:
 
 
 def _plain_names(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the kind that the minima of a run put before them."""
+    """Names without the prefixes that the minima of a run have."""
     if stored and all(name.split("/")[0] in ("parameter", "buffer") for name in stored):
         return {name.partition("/")[2]: value for name, value in stored.items()}
     return dict(stored)
 
 
 def _renamed(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored by the model's own names, if prefixes are the only difference.
-
-    Otherwise by names with which as few as possible differ.
-    """
+    """The stored tensors by the model's own names, or by those of which the fewest differ."""
     best, fewest = dict(stored), len(stored) + len(own)
     if "n_averaged" in stored and "n_averaged" not in own:  # a count that AveragedModel keeps
         stored = {name: value for name, value in stored.items() if name != "n_averaged"}
@@ -176,7 +173,7 @@ def _renamed(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[st
 
 
 def _without_prefixes(names: Collection[str]) -> Iterator[dict[str, str]]:
-    """Names to names with ever fewer prefixes of wrappers, at last without those inside."""
+    """Names to names without one, two, ... prefixes of wrappers, finally without inner ones."""
     plain = {name: name for name in names}
     while True:
         yield plain
@@ -199,7 +196,7 @@ def _missing(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[st
         for name, value in own.items()
         if name not in stored
         and _storage(value) not in given
-        # A count without influence, which torch 0.4 and older did not keep.
+        # An unused count, which torch 0.4 and older did not keep.
         and name.rpartition(".")[2] != "num_batches_tracked"
     ]
 
@@ -219,7 +216,7 @@ def _some(names: list[str], what: str) -> list[str]:
 
 
 def _storage(value: Tensor) -> tuple[object, ...]:
-    """The same for tied tensors; tensors without content are never tied."""
+    """Equal for tied tensors; empty tensors are never tied."""
     return (value.data_ptr(), value.shape) if value.numel() else (id(value),)
 
 

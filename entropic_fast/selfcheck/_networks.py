@@ -1,4 +1,4 @@
-"""Whole calculations on a small network with batch normalization, by two methods or two devices."""
+"""Calculations on a small network with batch normalization, by two methods or on two devices."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from ..paths import AutoNEBConfig, auto_neb, linear_path
 from ..training import models
 from ._verdict import Check, relative_error
 
-# Relative errors that the order of sums explains, with those of a descent's steps on top.
-# TF32 leaves 3e-4 and more.
+# Relative errors from the order of sums, including their growth over a descent's steps. Those of
+# TF32 are 3e-4 and more.
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-10}
 
 EXAMPLES, PROBES, CYCLES = 24, 4, 4
-# The first product computes values at the point and the second keeps them. On a GPU the third
-# launches them one by one; the fourth is captured as CUDA graphs, which the fifth replays.
+# The first product computes values at the point and the second caches them. On a GPU the third
+# launches single kernels; the fourth is captured as CUDA graphs, which the fifth replays.
 REPEATS, WIDTHS = 5, (1, 3, 8)
 NEB_STEPS = 5  # of which the third is captured
 
-# What is computed; and of calculations with CUDA graphs, `Check.graphs`.
+# The result; and of calculations with CUDA graphs, `Check.graphs`.
 Calculated = Tensor | tuple[Tensor, str]
 
 
 def subject(device: torch.device | str, dtype: torch.dtype) -> Objective:
-    """A convolutional network with batch normalization, whose statistics are of no round numbers.
+    """A convolutional network with batch normalization and random running statistics.
 
     >>> subject("cpu", torch.float64).num_params
     601
@@ -62,12 +62,12 @@ def product(obj: Objective) -> Tensor:
 
 
 def products(obj: Objective) -> Calculated:
-    """Repeated products of each width, with other vectors in between: the last of each."""
+    """The last of repeated products of each width, with different vectors."""
     return _last_of_repeated(obj, lambda operator, v: operator @ v)
 
 
 def forms(obj: Objective) -> Calculated:
-    """The same of quadratic forms."""
+    """The same for quadratic forms."""
     return _last_of_repeated(obj, lambda operator, v: operator.quadratic_forms(v))
 
 
@@ -83,7 +83,7 @@ def _last_of_repeated(
 
 
 def trace(obj: Objective) -> Tensor:
-    """Of each parameter tensor, as the whole may be nearly 0."""
+    """The trace of each parameter tensor, because their sum may be nearly 0."""
     found = hessian_trace(obj, probes=PROBES, seed=1, group_by="parameter")
     return torch.tensor([estimate.value for estimate in found.values()], dtype=torch.float64)
 
@@ -97,25 +97,20 @@ def norms(obj: Objective) -> Tensor:
 
 
 def neb(obj: Objective) -> Calculated:
-    """How far a short AutoNEB takes the pivots from the straight line."""
+    """Displacement of a short AutoNEB's pivots from the straight line."""
     a, b = _ends(obj)
-    config = AutoNEBConfig(
-        pivots=4, max_pivots=4, cycles=((NEB_STEPS, 0.05),), batch_size=8, eval_points=1
-    )
+    cycles = ((NEB_STEPS, 0.05),)
+    config = AutoNEBConfig(pivots=4, max_pivots=4, cycles=cycles, batch_size=8, eval_points=1)
     run = auto_neb(obj, a, b, config)
     moved = run.path.pivots - linear_path(a, b, run.path.num_pivots).pivots
     return moved, _graphs(run.graphs, run.notes)
 
 
 def relaxation(obj: Objective, backend: str = "auto", cuda_graphs: bool = True) -> Calculated:
-    """How far projected SGD goes: along the path, and from it before each projection."""
-    run = relax(
-        obj,
-        linear_path(*_ends(obj), 3),
-        [0.3, 0.6],
-        ProjectedSGD(0.02, 8, project_every=2, steps=2 * CYCLES, optimizer="nesterov"),
-        execution=Execution(backend=backend, cuda_graphs=cuda_graphs),
-    )
+    """Displacement of projected SGD along the path, and distance before each projection."""
+    path, execution = linear_path(*_ends(obj), 3), Execution(backend, cuda_graphs)
+    sgd = ProjectedSGD(0.02, 8, project_every=2, steps=2 * CYCLES, optimizer="nesterov")
+    run = relax(obj, path, [0.3, 0.6], sgd, execution=execution)
     moved = torch.cat([run.position - run.position[:, :1], run.distance[:, 1:]], 1)
     return moved, _graphs(run.backend.endswith("+graphs"), run.notes)
 
@@ -137,7 +132,7 @@ CALCULATIONS: dict[str, Callable[[Objective], Calculated]] = {
 
 
 def _otherwise_relaxed(obj: Objective) -> Calculated:
-    """By another engine than "auto" takes for two replicas, and without CUDA graphs."""
+    """By another backend than "auto" chooses for two replicas, and without CUDA graphs."""
     return relaxation(obj, "loop" if is_gpu(obj.device) else "vmap", cuda_graphs=False)
 
 
@@ -169,16 +164,13 @@ def _by_autograd(
     return calculated
 
 
-# The same by another method on the same device. Only precision tells one path from another.
+# The same by another method on the same device; paths by another precision.
 OTHERS: dict[str, tuple[str, Callable[[Objective], Calculated]]] = {
     "Hessian product": ("autograd twice", _by_autograd(product)),
     "repeated products": ("the first of each width", _first_products),
     "repeated quadratic forms": ("the first of each width", _first_forms),
     "Hessian trace": ("autograd twice", _by_autograd(trace)),
-    "gradient norms": (
-        "gradients one by one",
-        lambda obj: _scores(obj).square().sum(1),
-    ),
+    "gradient norms": ("gradients one by one", lambda obj: _scores(obj).square().sum(1)),
     "Gram matrix": ("gradients one by one", lambda obj: _scores(obj) @ _scores(obj).T),
     "AutoNEB": ("float64", _in_double),
     "relaxation": ("another engine", _otherwise_relaxed),
@@ -189,11 +181,7 @@ def check_networks(
     devices: Sequence[torch.device],
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
 ) -> Iterator[Check]:
-    """Each calculation by two methods on each device, and on each device but the CPU by the CPU's.
-
-    Args:
-        devices: what is to be checked.
-    """
+    """Compare each calculation by two methods on each device, and on each GPU with the CPU."""
     for dtype in dtypes:
         expected: dict[str, Tensor] = {}
         if any(device.type != "cpu" for device in devices):
@@ -201,7 +189,7 @@ def check_networks(
             for name, calculate in CALCULATIONS.items():
                 try:
                     expected[name], _ = _values(calculate(cpu))
-                except Exception as error:  # whatever is raised is the finding
+                except Exception as error:  # any error is the finding
                     yield _about(name, cpu.device, dtype, "").failed(describe(error))
         for device in devices:
             yield from _on_device(device, dtype, expected)
@@ -250,7 +238,7 @@ def _vectors(obj: Objective, columns: int = 3) -> Tensor:
 
 
 def _ends(obj: Objective) -> tuple[Tensor, Tensor]:
-    """The network's parameters, and others as far away as these are long."""
+    """The network's parameters, and others at a distance of half their norm."""
     a = obj.parameters_vector()
     step = _vectors(obj)[:, 0] * (float(a.norm()) / math.sqrt(obj.num_params))
     return a, a + 0.5 * step

@@ -1,8 +1,7 @@
-"""How fast this machine does each kind of work, in plain gradients and as a share of its limits.
+"""Speed of each kind of work on this machine, in plain gradients and as a share of its limits.
 
-All is in full float32 or float64, but for one line: a gradient as torch is set, on a GPU by default
-with convolutions in TF32. What cannot be timed (for want of memory, say) is named with the reason;
-it says nothing of what is right.
+All is in full float32 or float64, except one line: a gradient as torch is set, on a GPU by default
+with convolutions in TF32. Work that cannot be timed (out of memory, say) is named with the reason.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ UPDATE = f"SGD update, {REPLICAS} replicas"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed on a device: about a second a round on two cores, and on a large GPU."""
+    """Sizes of the timed work: about a second per round on two cores, and on a large GPU."""
 
     model: str
     images: int  # of 3 x 32 x 32
@@ -53,8 +52,8 @@ class Sizes:
     matrix: int  # rows and columns
     rows: int  # of the Gram kernel, with `columns`
     columns: int
-    parameters: int  # of each of `REPLICAS` replicas of the step
-    pixels: int  # of the jets' normalization, of 64 channels
+    parameters: int  # of each replica of the step
+    pixels: int  # of the normalization's tangents, of 64 channels
 
 
 ROOMY = 32 * 2**30  # bytes free on a GPU that is timed at large sizes
@@ -65,15 +64,10 @@ GPU = Sizes("resnet20", 512, 2**30, 8192, 1024, 262_144, 4_000_000, 262_144)
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine does at most, the best of all rounds.
+    """The highest rates of the machine over all rounds; None if not measured."""
 
-    Attributes:
-        bandwidth: bytes/s of a copy, read and written; None if it was not measured.
-        float32, float64: FLOP/s of a matrix product, in full precision; or None.
-    """
-
-    bandwidth: float | None = None
-    float32: float | None = None
+    bandwidth: float | None = None  # bytes per second of a copy, read and written
+    float32: float | None = None  # FLOP/s of a matrix product in full precision
     float64: float | None = None
 
 
@@ -87,11 +81,10 @@ class Speed:
             if it was not measured.
         gradients: the same in plain gradients of the same images, in full float32; None for
             kernels alone.
-        bandwidth: least bytes to be moved, over time, as a share of the copy bandwidth; or None.
-        arithmetic: products and sums, over time, as a share of the rate of a matrix product of
-            the same precision; or None. Those of products and probes are counted in a call that,
-            like the timed ones, finds values of earlier ones; others are the least that the
-            work needs.
+        bandwidth: necessary bytes over time, as a share of the copy bandwidth; or None.
+        arithmetic: operations over time, as a share of the rate of a matrix product of the same
+            precision; or None. Counted in a call with cached values for products and probes;
+            otherwise the least that the work needs.
         problem: why it was not measured; "" if it was.
     """
 
@@ -122,11 +115,9 @@ def to_dict(limits: Limits, speeds: list[Speed]) -> dict[str, Any]:
 def measure(
     device: torch.device, sizes: Sizes | None = None, rounds: int = ROUNDS
 ) -> tuple[Limits, list[Speed]]:
-    """Time every kind of work on a device, in turns; medians.
+    """Time every kind of work on a device in interleaved rounds, by default at its sizes.
 
-    Args:
-        sizes: what is timed; None for those of the kind of device.
-        rounds: at most; fewer where they take longer than 30 s.
+    There are fewer than `rounds` if they take longer than 30 s.
     """
     problems: dict[str, str] = {}
     with _noted(problems, "speeds"):
@@ -144,42 +135,37 @@ def measure(
     for name, work in {**both, **edges}.items():
         with _noted(problems, name):
             flops[name] = _warmed(work)
-    # At least a gradient of as many images; what torch counts under vmap is not to be trusted.
+    # At least a gradient of as many images; torch does not count reliably under vmap.
     for name in {UPDATE, NORMS, GRAM} & set(flops):
         flops[name] += flops.get(GRADIENT, 0.0)
     works = {name: work for name, work in {**both, **edges}.items() if name not in problems}
     seconds = _take_turns(works, device, rounds, problems)
     limits = _limits(edges, flops, seconds)
-    taken = {name: statistics.median(found) for name, found in seconds.items()}
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
     rows = [
-        _speed(name, work, taken, len(seconds[name]), limits, flops[name], name in network)
+        Speed(
+            name,
+            median * work.share,
+            len(seconds[name]),
+            median * work.share / medians[GRADIENT]
+            if name in network and GRADIENT in medians
+            else None,
+            *_shares(work, median, flops[name], limits),
+        )
         for name, work in both.items()
-        if name in taken
+        if (median := medians.get(name)) is not None
     ]
     return limits, rows + [_not_measured(*problem) for problem in problems.items()]
 
 
-def _speed(
-    name: str,
-    work: _Work,
-    taken: dict[str, float],
-    rounds: int,
-    limits: Limits,
-    flops: float,
-    of_network: bool,
-) -> Speed:
-    seconds = taken[name] * work.share
+def _shares(
+    work: _Work, seconds: float, flops: float, limits: Limits
+) -> tuple[float | None, float | None]:
+    """The shares of the copy bandwidth and of the rate of matrix products."""
     rate = limits.float64 if work.double else limits.float32
-    bandwidth = None
-    if work.bytes and limits.bandwidth:
-        bandwidth = work.bytes / taken[name] / limits.bandwidth
-    return Speed(
-        name,
-        seconds,
-        rounds,
-        seconds / taken[GRADIENT] if of_network and GRADIENT in taken else None,
-        bandwidth,
-        flops / taken[name] / rate if flops and rate else None,
+    return (
+        work.bytes / seconds / limits.bandwidth if work.bytes and limits.bandwidth else None,
+        flops / seconds / rate if flops and rate else None,
     )
 
 
@@ -200,7 +186,7 @@ def _not_measured(name: str, problem: str) -> Speed:
 
 @contextlib.contextmanager
 def _noted(problems: dict[str, str], name: str) -> Iterator[None]:
-    """Note why a speed cannot be measured, and go on with the others."""
+    """Note why a speed cannot be measured, and continue with the others."""
     try:
         yield
     except Exception as error:  # whatever is raised is the reason
@@ -233,24 +219,18 @@ def _network(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
         return torch.autograd.grad(F.cross_entropy(network(x), y), weights)
 
     def update() -> float:
-        """Seconds of an update, in cycles that are warm and, on a GPU, graphs."""
+        """Seconds of an update in warm cycles, on a GPU with CUDA graphs."""
         clock: list[float] = []
 
         def record(_: Any) -> None:
             _synchronize(device)
             clock.append(time.perf_counter())
 
-        relax(
-            obj,
-            path,
-            0.5,
-            ProjectedSGD(1e-3, batch, project_every=CYCLE, steps=CYCLE * (WARM + TIMED)),
-            replicas=REPLICAS,
-            recording=Recording(callback=record),
-        )
+        sgd = ProjectedSGD(1e-3, batch, project_every=CYCLE, steps=CYCLE * (WARM + TIMED))
+        relax(obj, path, 0.5, sgd, replicas=REPLICAS, recording=Recording(callback=record))
         return (clock[-1] - clock[-1 - TIMED]) / (CYCLE * TIMED)
 
-    # TF32's rate is not that of the products which are the limit.
+    # The limit of products is not measured in TF32.
     in_tf32 = {AS_TORCH_IS_SET: _Work(gradient, flops=0.0)} if is_gpu(device) else {}
     return {
         GRADIENT: _Work(full_precision()(gradient)),
@@ -295,7 +275,7 @@ def _kernels(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
 
 
 def _edges(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
-    """What the machine does at most, timed in turns with the rest: its load meets all alike."""
+    """The machine's limits, timed in turns with the rest so that its load affects all alike."""
     source = torch.ones(sizes.copied // 4, device=device)
     target = torch.empty_like(source)
     a = torch.randn(sizes.matrix, sizes.matrix, device=device)
@@ -308,11 +288,10 @@ def _edges(device: torch.device, sizes: Sizes) -> dict[str, _Work]:
 
 
 def _warmed(work: _Work) -> float:
-    """Products and sums of one call like those that are timed, after the calls that come before.
+    """Operations in the convolutions and matrix products of one warm call.
 
-    Counted are those of a network's convolutions and matrix products. Of curvature's calls the
-    first computes values at the point, the second keeps them, and the third is counted: from the
-    fourth on a GPU replays CUDA graphs, in which nothing is seen.
+    The first Hessian product computes values at the point, the second caches them, and the third
+    is counted. From the fourth on a GPU replays CUDA graphs, whose operations are not counted.
     """
     work.call()
     if work.flops is not None or work.bytes is not None:
@@ -326,11 +305,7 @@ def _warmed(work: _Work) -> float:
 def _take_turns(
     works: dict[str, _Work], device: torch.device, rounds: int, problems: dict[str, str]
 ) -> dict[str, list[float]]:
-    """Seconds of each, one a round, or what it says itself; without those that fail.
-
-    Each is called once just before it is timed: captures of CUDA graphs in what ran before have
-    torch give its free memory back to the driver.
-    """
+    """Seconds of each in every round, or those that it returns; without those that fail."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     start = time.perf_counter()
     for number in range(rounds):
@@ -347,7 +322,7 @@ def _take_turns(
 def _timed(work: _Work, device: torch.device) -> float:
     if work.timed:
         return float(work.call())
-    work.call()
+    work.call()  # captures of CUDA graphs return torch's free memory to the driver
     _synchronize(device)
     before = time.perf_counter()
     work.call()
