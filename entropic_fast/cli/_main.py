@@ -25,17 +25,14 @@ from .._utils import checks
 from .._utils.atomic_io import DamagedFileError
 from .._utils.terminal import say
 from ..distributed import RankFailedError, RankLostError
+from ..experiments import Config, RunFolder, TaskError, load_preset, with_overrides
 from ..experiments import _pipeline as stages
 from ..experiments import _plan as planning
 from ..experiments import _report as reports
 from ..experiments import _runs as runs
 from ..experiments import claims as claim_tests
-from ..experiments._config import load_preset, with_overrides
-from ..experiments._executor import TaskError
-from ..experiments._run_folder import RunFolder, check_manifest
-from ..experiments._sections import Config
+from ..experiments._run_folder import check_manifest
 from ..ops.backend import BackendError
-from ..selfcheck._page import print_report
 from ..training.data import DataUnavailableError
 from . import _profile as cli_profile
 from ._info import render
@@ -302,7 +299,7 @@ def check_command(
     stages.choose_device(device)
     with _console.status("checking") as status:
         found = selfcheck.run(device, quick=quick, progress=status.update)
-    print_report(_console, found)
+    selfcheck.print_report(_console, found)
     if json_ is not None:
         store.write_json(json_, found.to_dict())
     if not found.ok:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -15,11 +16,16 @@ from rich.console import Console
 from torch import nn
 
 from .._utils import checks
-from ..experiments import _pipeline as stages
+from ..experiments import choose_device
 from ..objective.losses import NAMES
-from ..profile import ProfileSettings, plan_profile, profile_model
-from ..profile import _user_code as sources
-from ..profile._weight_files import load_weights
+from ..profile import (
+    ProfileSettings,
+    data_from,
+    load_weights,
+    model_from,
+    plan_profile,
+    profile_model,
+)
 from ._options import with_options
 
 MODEL = Annotated[
@@ -91,10 +97,10 @@ def profile(
     files = weights or []
     if len(files) > 2:
         raise checks.invalid("--weights", "one file, or two", str(len(files)))
-    place = stages.choose_device(device)
+    place = choose_device(device)
     with torch.random.fork_rng(devices=[]):  # a factory may draw weights: the same when resumed
         torch.manual_seed(settings.seed)
-        examples_of = sources.data_from(data, data_dir, "--data")
+        examples_of = data_from(data, data_dir, "--data")
         networks = [_network(model, file, settings.seed) for file in (*files,) or (None,)]
     common: dict[str, Any] = {
         "other": networks[1] if len(networks) > 1 else None,
@@ -119,7 +125,7 @@ def profile(
 
 def _network(reference: str, weights: Path | None, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    network = sources.model_from(reference, "MODULE:FACTORY")
+    network = model_from(reference, "MODULE:FACTORY")
     if weights is not None:
         load_weights(network, weights)
     return network
@@ -133,14 +139,18 @@ _OPTIONAL: dict[str, Any] = {
 
 
 def _settings() -> Iterator[inspect.Parameter]:
-    """One option per field of `ProfileSettings`."""
+    """One option per field of `ProfileSettings`, with its text in the docstring as help."""
+    entries = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", ProfileSettings.__doc__ or "", re.M)
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    texts["loss"] = f"one of {', '.join(NAMES)}."
     for field in dataclasses.fields(ProfileSettings):
         kind = _OPTIONAL.get(field.name, type(field.default))
+        help_ = (text := texts.get(field.name, ""))[:1].upper() + text[1:]
         yield inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=Annotated[kind, typer.Option(help=field.metadata["help"])],
+            annotation=Annotated[kind, typer.Option(help=help_)],
         )
 
 

@@ -5,4 +5,26 @@ configuration, `_task_store` and `_run_folder` the files of a run, `_executor` r
 Relies on `training`, `dynamics`, `paths` and `curvature` for all numbers.
 """
 
-from . import figures  # noqa: F401 - the configuration has the sections of all figures
+from . import claims, figures
+from ._config import changed_values, load_preset, with_overrides
+from ._executor import Task, TaskError, execute, limited_threads
+from ._pipeline import choose_device
+from ._run_folder import RunFolder
+from ._sections import Config
+from ._task_store import TaskStore
+
+__all__ = [
+    "Config",
+    "RunFolder",
+    "Task",
+    "TaskError",
+    "TaskStore",
+    "changed_values",
+    "choose_device",
+    "claims",
+    "execute",
+    "figures",
+    "limited_threads",
+    "load_preset",
+    "with_overrides",
+]

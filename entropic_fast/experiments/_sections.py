@@ -102,10 +102,7 @@ class Data(Section):
 
     def images_needed(self) -> dict[str, int]:
         """Those of curvature and of normalization statistics."""
-        return {
-            "curvature_examples": self.curvature_examples,
-            "norm_examples": self.norm_examples,
-        }
+        return {"curvature_examples": self.curvature_examples, "norm_examples": self.norm_examples}
 
 
 class Model(Section):

@@ -6,5 +6,15 @@ folders, scheduling and figures.
 
 from ._profile import ModelProfile, plan_profile, profile_model
 from ._subject import ProfileSettings
+from ._user_code import data_from, model_from
+from ._weight_files import load_weights
 
-__all__ = ["ModelProfile", "ProfileSettings", "plan_profile", "profile_model"]
+__all__ = [
+    "ModelProfile",
+    "ProfileSettings",
+    "data_from",
+    "load_weights",
+    "model_from",
+    "plan_profile",
+    "profile_model",
+]

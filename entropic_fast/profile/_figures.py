@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .._utils.table import Table
+from ..experiments import TaskStore
 from ..experiments import _plotly as interactive
 from ..experiments._report import FigureEntry
-from ..experiments._task_store import TaskStore
 from ..experiments.figures import _style as plots
 from ..experiments.figures import fig2, fig3
 from ._tasks import CYCLES

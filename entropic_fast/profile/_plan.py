@@ -13,8 +13,8 @@ from rich.table import Table as RichTable
 
 from .._utils.system_info import available_cores
 from ..curvature.estimators import EXTRA_COLUMNS
+from ..experiments import limited_threads
 from ..experiments._costs import Cost, Machine, Work, measure, path_work, relaxation_work, work_of
-from ..experiments._executor import limited_threads
 from ._subject import Subject
 from ._tasks import BAND, CYCLES, PROFILE, STARTS
 

@@ -24,11 +24,10 @@ from .._utils.table import Table
 from .._utils.terminal import say
 from ..distributed import Communicator, distribute
 from ..dynamics.projected_sgd import fingerprint
-from ..experiments._config import changed_values
+from ..experiments import Task, TaskStore, changed_values, execute
 from ..experiments._costs import timings
-from ..experiments._executor import Task, execute
 from ..experiments._run_folder import environment
-from ..experiments._task_store import TaskStore, require_same, require_unused
+from ..experiments._task_store import require_same, require_unused
 from ..objective import Objective, plain_name
 from ..objective.losses import LossFunction
 from . import _report as profile_report

@@ -16,8 +16,8 @@ from .._utils import atomic_io as store
 from .._utils.results import NOT_CONVERGED
 from .._utils.table import Table
 from .._utils.terminal import say
+from ..experiments import TaskStore
 from ..experiments import _report as report
-from ..experiments._task_store import TaskStore
 from ..experiments.claims._intervals import mean_interval, normal_interval
 from ..experiments.figures import _relaxation_runs as relaxation
 from ..experiments.figures import fig2

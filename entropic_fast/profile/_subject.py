@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from .._utils import checks, trees
 from ..objective import Objective
-from ..objective.losses import NAMES, LossFunction
+from ..objective.losses import LossFunction
 from ..paths import AutoNEBConfig, annealed
 
 EXAMPLES = 512  # for curvature, by default
@@ -16,32 +16,31 @@ BATCH_SIZE = 8  # of the relaxation, by default
 PATH_BATCH_SIZE = 256
 
 
-def _help(text: str) -> dict[str, str]:
-    """Metadata of a field: its help as an option of `entropic-fast profile`."""
-    return {"help": text}
-
-
 @dataclass(frozen=True)
 class ProfileSettings:
     """Settings of `profile_model`: the loss, what is measured, and how accurately.
 
     Args:
-        loss, norm, output: as for `Objective`. A callable loss is known by its name when resumed.
-        examples: the first so many examples for curvature; None for 512, or all if fewer.
-        points: along the path, evenly spaced, both ends counted.
-        probes: Rademacher probes for the Hessian trace.
+        loss: as for `Objective`. A callable is known by its name when resumed.
+        norm: normalization by running statistics ("running"), or each batch's ("batch").
+        output: output tensor that the loss reads, by name or index; default logits, or the only
+            one.
+        examples: examples for curvature, the first ones; default 512, or all if fewer.
+        points: points along the path, evenly spaced, both ends counted.
+        probes: Rademacher probes per trace.
         tol: relative residual of eigenvalues.
-        eigenvalues: how many of the largest at a point; the smallest is found too.
-        density_probes, density_steps: of the spectral density.
-        pivots: of the path at first; AutoNEB adds up to half as many.
+        eigenvalues: largest eigenvalues at a point; the smallest is computed too.
+        density_probes: probes of the spectral density, the most expensive stage.
+        density_steps: Lanczos steps per probe of the density.
+        pivots: pivots of the path at first; AutoNEB adds up to half as many.
         path_steps: updates of the path, in four cycles.
-        path_lr: learning rate of the first cycle; that of the last is a twentieth.
-        weight_decay: c of the term c |theta|^2 / 2 that the path descends besides the loss.
-        replicas: of the relaxation, at each of three starts.
+        path_lr: learning rate of the path's first cycle; that of the last is a twentieth.
+        weight_decay: weight decay c of the path, which descends the loss + c |theta|^2 / 2.
+        replicas: replicas of the relaxation at each of three starts.
         steps: updates per replica.
         lr: learning rate of the relaxation.
-        batch_size: of the relaxation; None for 8, or all examples if fewer.
-        seed: of everything random.
+        batch_size: minibatch size of the relaxation; default 8, or all examples if fewer.
+        seed: seed of everything random.
 
     Raises:
         ValueError: a value outside its range.
@@ -50,43 +49,25 @@ class ProfileSettings:
     5
     """
 
-    loss: str | LossFunction = field(
-        default="cross_entropy", metadata=_help(f"One of {', '.join(NAMES)}.")
-    )
-    norm: str = field(
-        default="running",
-        metadata=_help("Normalization by running statistics, or each batch's: batch."),
-    )
-    output: str | int | None = field(
-        default=None,
-        metadata=_help(
-            "Output tensor that the loss reads, by name or index; default logits, or the only one."
-        ),
-    )
-    examples: int | None = field(
-        default=None, metadata=_help("Examples for curvature; default 512, or all if fewer.")
-    )
-    points: int = field(default=9, metadata=_help("Points along the path."))
-    probes: int = field(default=32, metadata=_help("Rademacher probes per trace."))
-    tol: float = field(default=1e-2, metadata=_help("Relative residual of eigenvalues."))
-    eigenvalues: int = field(default=5, metadata=_help("Largest eigenvalues at a point."))
-    density_probes: int = field(
-        default=8, metadata=_help("Probes of the spectral density, the most expensive stage.")
-    )
-    density_steps: int = field(
-        default=60, metadata=_help("Lanczos steps per probe of the density.")
-    )
-    pivots: int = field(default=9, metadata=_help("Pivots of the path at first."))
-    path_steps: int = field(default=240, metadata=_help("Updates of the path."))
-    path_lr: float = field(default=0.05, metadata=_help("Learning rate of the path's first cycle."))
-    weight_decay: float = field(default=5e-4, metadata=_help("Weight decay of the path."))
-    replicas: int = field(default=8, metadata=_help("Replicas of the relaxation at each start."))
-    steps: int = field(default=600, metadata=_help("Updates per replica."))
-    lr: float = field(default=0.05, metadata=_help("Learning rate of the relaxation."))
-    batch_size: int | None = field(
-        default=None, metadata=_help("Minibatch size of the relaxation; default 8.")
-    )
-    seed: int = field(default=0, metadata=_help("Seed of everything random."))
+    loss: str | LossFunction = "cross_entropy"
+    norm: str = "running"
+    output: str | int | None = None
+    examples: int | None = None
+    points: int = 9
+    probes: int = 32
+    tol: float = 1e-2
+    eigenvalues: int = 5
+    density_probes: int = 8
+    density_steps: int = 60
+    pivots: int = 9
+    path_steps: int = 240
+    path_lr: float = 0.05
+    weight_decay: float = 5e-4
+    replicas: int = 8
+    steps: int = 600
+    lr: float = 0.05
+    batch_size: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         least = {"points": 3, "probes": 2, "pivots": 3, "path_steps": 4, "replicas": 2, "seed": 0}

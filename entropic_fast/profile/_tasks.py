@@ -22,9 +22,8 @@ from ..curvature import (
     score_spectrum_floor,
     top_eigenvalues,
 )
-from ..experiments import _inputs
-from ..experiments._executor import Progress, Task
-from ..experiments._task_store import TaskStore
+from ..experiments import Task, TaskStore, _inputs
+from ..experiments._executor import Progress
 from ..experiments.figures import _relaxation_runs as relaxation
 from ..objective import Objective
 from ..paths import Path

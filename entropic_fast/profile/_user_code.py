@@ -200,7 +200,5 @@ def _run(argument: str, what: str, code: Callable[[], T]) -> T:
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise checks.invalid(
-            argument,
-            what,
-            f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})",
+            argument, what, f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
         ) from error

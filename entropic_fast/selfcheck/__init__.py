@@ -8,6 +8,7 @@ defined here.
 
 from ._checking import Report, run
 from ._facts import collect
+from ._page import print_report
 from ._verdict import Check
 
-__all__ = ["Check", "Report", "collect", "run"]
+__all__ = ["Check", "Report", "collect", "print_report", "run"]

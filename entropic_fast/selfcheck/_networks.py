@@ -154,9 +154,7 @@ def _scores(obj: Objective) -> Tensor:
         return score_matrix(obj).double()
 
 
-def _by_autograd(
-    calculate: Callable[[Objective], Tensor],
-) -> Callable[[Objective], Calculated]:
+def _by_autograd(calculate: Callable[[Objective], Tensor]) -> Callable[[Objective], Calculated]:
     def calculated(obj: Objective) -> Tensor:
         with autograd_only():
             return calculate(obj)
@@ -178,8 +176,7 @@ OTHERS: dict[str, tuple[str, Callable[[Objective], Calculated]]] = {
 
 
 def check_networks(
-    devices: Sequence[torch.device],
-    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    devices: Sequence[torch.device], dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)
 ) -> Iterator[Check]:
     """Compare each calculation by two methods on each device, and on each GPU with the CPU."""
     for dtype in dtypes:

@@ -4,18 +4,7 @@ Every claim is computed from `RUN/data/*.csv` alone, so that anyone can recomput
 a figure are in its module.
 """
 
-from ._claim import (
-    FAILS,
-    HOLDS,
-    NOTES,
-    OURS,
-    PAPER,
-    UNDECIDED,
-    UNTESTED,
-    Claim,
-    to_json,
-    verdict,
-)
+from ._claim import FAILS, HOLDS, NOTES, OURS, PAPER, UNDECIDED, UNTESTED, Claim, to_json, verdict
 
 __all__ = [
     "FAILS",

@@ -29,8 +29,7 @@ FIGURE = Figure(
     notes=notes,
     expected={
         "relax": Expected(
-            (0.44, 0.88),
-            lambda c: 4 * c[Relax].replicas * max(len(c[Relax].lrs), c.path.pivots),
+            (0.44, 0.88), lambda c: 4 * c[Relax].replicas * max(len(c[Relax].lrs), c.path.pivots)
         )
     },
 )
