@@ -90,7 +90,7 @@ _TYPES = {"string_type": "str", "int_type": "int", "float_type": "float", "bool_
 
 
 def _readable(error: ErrorDetails, document: Mapping[str, Any]) -> ValueError:
-    """pydantic's first error in the form of all others: option, expected, got, what to do."""
+    """The first error of pydantic in the form of all others: option, expected, got, what to do."""
     kind, facts, place = error["type"], error.get("ctx", {}), error["loc"]
     keys = [str(key) for key in place if not isinstance(key, int)]
     name = ".".join(keys)

@@ -36,7 +36,7 @@ STAGES = _stages()
 
 
 def choose_device(name: str) -> str:
-    """ "cpu" or "cuda", from "auto" too.
+    """The device to use, "cpu" or "cuda"; "auto" is the GPU if there is one.
 
     Raises:
         ValueError: another name, or "cuda" where torch finds no GPU.

@@ -237,7 +237,7 @@ def _objective(
 
 
 def _other_end(full: Objective, other: nn.Module, loss: str | LossFunction, chosen: bool) -> Tensor:
-    """The point of the other model, which differs from the first in parameters alone.  # [P]"""
+    """The point [P] of the other model, which differs from the first in parameters alone."""
     few = next(full.batches(batch_size=8))
     there = Objective(
         *(other, loss, [(few.inputs, few.targets)]),

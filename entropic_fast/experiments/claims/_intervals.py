@@ -49,8 +49,10 @@ def geometric_mean(values: Array) -> tuple[float, float, float]:
 def bootstrap_rank_correlation(
     x: Array, y: Array, clusters: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """Percentile interval of Spearman's correlation over 2,000 resamples of the clusters; NaN of
-    fewer than two, which tell nothing of one another."""
+    """Percentile interval of Spearman's correlation over 2,000 resamples of the clusters.
+
+    NaN for fewer than two clusters.
+    """
     if len(set(clusters)) < 2:
         return np.nan, np.nan
 

@@ -172,10 +172,10 @@ def collect(run: RunFolder) -> dict[str, Table]:
 
 
 def fits(force_comparison: Table, force_bursts: Table) -> Table:
-    """Slopes on the prediction at the largest k: of the residual drift at every k, and of what
-    the bursts without noise do beyond the gradient (k = 0 in the table).
+    """Slopes on the prediction at the largest k.
 
-    Intervals are Student's t: over replicas, or for the bursts without noise over positions.
+    Of the residual drift at every k and, as k = 0, of the drift of short runs without noise beyond
+    the gradient. Intervals are Student's t: over replicas, without noise over positions.
     """
     largest = int(force_comparison["k"].max())
     base = force_comparison.where(k=largest)
@@ -210,12 +210,11 @@ def fits(force_comparison: Table, force_bursts: Table) -> Table:
 
 
 def shares(force_comparison: Table, force_bursts: Table) -> Table:
-    """Shares of the drift at the largest k: of its parts, which add up to 1 with what they leave
-    unexplained, and of the drift under each control (`kind`).
+    """Shares of the drift at the largest k: of its parts, and of the drift under each control.
 
-    Parts: "entropic", of that "norm growth" by itself, "no noise" (energetic), "exclusion" of an
-    epoch's minibatches. Controls: "shuffled", the entropic velocity predicted at other positions
-    (mean of all cyclic shifts), and the drift at other "k".
+    Parts, which add up to 1: "entropic", of that "norm growth" by itself, "no noise" (energetic),
+    "exclusion" of an epoch's minibatches, "unexplained". Controls: "shuffled", the entropic
+    velocity predicted at other positions (mean of all cyclic shifts), and the drift at other "k".
     """
     k = int(force_comparison["k"].max())
     base = force_comparison.where(k=k)
@@ -245,7 +244,7 @@ def shares(force_comparison: Table, force_bursts: Table) -> Table:
 
 
 def residuals(bursts: Table, positions: Sequence[float] | np.ndarray, k: int) -> np.ndarray:
-    """Residual velocities of the replicas at every position.  # [K, R]"""
+    """Residual velocities [K, R] of the replicas at every position."""
     return np.array([bursts.where(k=k, position=s)["residual"] for s in positions], dtype=float)
 
 
