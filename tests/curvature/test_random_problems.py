@@ -54,8 +54,8 @@ def _first(condition: Callable[[RandomProblem], bool]) -> RandomProblem:
         (ef.Objective, "example_losses", "losses of examples off by"),
         (ef, "score_matrix", "scores off by"),
         (ef, "gradient_norms", "norms off by"),
-        (ef.HessianOperator, "_multiply", "Hessian product"),
-        (ef.GGNOperator, "_multiply", "Gauss-Newton product off by"),
+        (ef.HessianOperator, "_product", "Hessian product"),
+        (ef.GGNOperator, "_product", "Gauss-Newton product off by"),
     ],
 )
 def test_a_number_that_is_off_is_found(

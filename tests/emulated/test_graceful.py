@@ -51,13 +51,13 @@ def test_a_model_that_cannot_be_captured_goes_on_without_graphs():
 
 def test_after_replicas_are_lost_a_graph_of_the_others_is_captured(monkeypatch):
     captured = []
-    capture = cycle_graph.Cycles._capture
+    capture = cycle_graph.GraphedCycles._capture
 
     def counting(self, table):
         captured.append(len(self._run.alive))
         capture(self, table)
 
-    monkeypatch.setattr(cycle_graph.Cycles, "_capture", counting)
+    monkeypatch.setattr(cycle_graph.GraphedCycles, "_capture", counting)
     obj, path = problem()
     rates = [0.01, 0.1, 0.12, 0.14, 0.16, 0.18]
     common = dict(lr=rates, batch_size=3, project_every=2, steps=40, max_distance=0.5)
