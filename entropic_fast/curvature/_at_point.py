@@ -187,11 +187,11 @@ def lost_row(
     With `loss_is_finite`, only products of the Hessian are not finite, and what needs them is NaN.
     """
     row: Row = {}
-    known: Row = {}
+    finite_row: Row = {}
     others = [name for name in quantities if name not in _OF_HESSIAN]
     if loss_is_finite and others:
         settings = CurvatureSettings(recalibrate=recalibrate)
-        known = curvature_at(obj, theta, others, settings=settings).row
+        finite_row = curvature_at(obj, theta, others, settings=settings).row
     for name in quantities:
         if name == "loss":
             row["loss"] = math.inf
@@ -204,7 +204,7 @@ def lost_row(
     row |= {name: 0 for name in row if name.endswith("_converged")}
     if any(name in _OF_HESSIAN for name in quantities):
         row |= {"products": 0, "forms": 0}
-    return row | {"norm_examples": _norm_examples(obj, recalibrate)} | known
+    return row | {"norm_examples": _norm_examples(obj, recalibrate)} | finite_row
 
 
 # Columns that are NaN at a point without a finite loss.
@@ -288,17 +288,17 @@ class _Hessian:
         """The largest pair and approximations of those that follow, without `orthogonal_to`."""
         if self._quadrature is None:
             return self._tracked(self._start, guarded=True) if self._with_pairs else None
-        known = self._quadrature[1]
+        approximate = self._quadrature[1]
         if not self._with_pairs:
-            return known
-        value, residual = abs(float(known.values[0])), float(known.residuals[0])
+            return approximate
+        value, residual = abs(float(approximate.values[0])), float(approximate.residuals[0])
         rounding = ROUNDING * torch.finfo(self.operator.dtype).eps * value
         # Residuals by the recurrence hold where the tolerance is well above rounding.
         tol = self._settings.tol
         exact = tol * value >= TRUSTED * rounding
         if self._orthogonal_to is None and exact and residual <= tol * value:
-            return dataclasses.replace(known, converged=True)
-        return self._tracked(known, guarded=False)
+            return dataclasses.replace(approximate, converged=True)
+        return self._tracked(approximate, guarded=False)
 
     @cached_property
     def _quadrature(self) -> tuple[Density, Eigenpairs] | None:
@@ -319,9 +319,9 @@ class _Hessian:
 
     def _trace(self) -> Estimate:
         # The estimate is unbiased for any directions that do not depend on the probes.
-        known = self.pairs if self._quadrature is None else self._quadrature[1]
+        directions = self.pairs if self._quadrature is None else self._quadrature[1]
         estimate = operator_trace(
-            self.operator, self._settings.probes, seed=self._seed, deflate=known
+            self.operator, self._settings.probes, seed=self._seed, deflate=directions
         )
         self.forms += estimate.matvecs
         return estimate
@@ -338,16 +338,12 @@ def _loss(obj: Objective, theta: Tensor) -> Row:
     return {"loss": loss, "accuracy": accuracy}
 
 
-def _fisher_trace(obj: Objective, theta: Tensor) -> Row:
-    return _with_error("fisher_trace", fisher_trace(obj, theta))
-
-
 def _norm(obj: Objective, theta: Tensor) -> Row:
     return {"norm": float(torch.linalg.vector_norm(theta, dtype=torch.float64))}
 
 
 _MEASURES: dict[str, Callable[[Objective, Tensor], Row]] = {
     "loss": _loss,
-    "fisher_trace": _fisher_trace,
+    "fisher_trace": lambda obj, theta: _with_error("fisher_trace", fisher_trace(obj, theta)),
     "norm": _norm,
 }

@@ -82,11 +82,10 @@ def check_overlap(names: Sequence[str], arguments: Sequence[Any], written: Conta
     for start, end, _, _ in spans:
         if start < reached:
             spans.sort(key=lambda entry: names.index(entry[2]))
-            return _check_pairs(spans, written)
+            break
         reached = end
-
-
-def _check_pairs(spans: list[tuple[int, int, str, Tensor]], written: Container[str]) -> None:
+    else:
+        return
     for a, b in combinations(spans, 2):
         (a_start, a_end, a_name, a_tensor), (b_start, b_end, b_name, b_tensor) = a, b
         meet = a_start < b_end and b_start < a_end and (a_name in written or b_name in written)

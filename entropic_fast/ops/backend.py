@@ -324,21 +324,21 @@ class _Guard(ModuleType):
             dtypes = tuple(a.dtype for a in arguments[:2] if isinstance(a, Tensor))
             function = proven.get(dtypes)
             if function is None:
-                found, function = self._watched(name, arguments)
+                result, function = self._watched(name, arguments)
                 if function is None:
-                    return found
+                    return result
                 proven[dtypes] = function
                 if several:
                     proven[_specialization(arguments)] = function
-                return found
+                return result
             if several:
                 key = _specialization(arguments)
                 if key in proven:
                     return function(arguments)
-                found, function = self._watched(name, arguments, only_compiler=True)
+                result, function = self._watched(name, arguments, only_compiler=True)
                 if function is not None:
                     proven[key] = function
-                return found
+                return result
             try:
                 return function(arguments)
             except Exception as error:

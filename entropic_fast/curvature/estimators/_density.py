@@ -20,6 +20,7 @@ from ..operators._linear_operator import LinearOperator, not_finite
 from ..operators._projection import orthonormal, without
 from ._block_lanczos import stride_of
 from ._krylov_basis import ROUNDING, require_symmetry
+from ._probes import unit_vectors
 from ._quadrature import Rule, other_rules, stacked, tridiagonal
 from ._settings import DensitySettings
 
@@ -253,12 +254,8 @@ def _default_grid(low: float, high: float, sigma: float, points: int) -> Tensor:
 def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[Tensor, Eigenpairs]:
     """All eigenvalues [P - r], ascending, and the largest pairs, from P products."""
     size, dtype, device = operator.order, operator.dtype, operator.device
-    blocks = []
-    for start in range(0, size, TOGETHER):
-        units = torch.zeros(size, min(TOGETHER, size - start), dtype=dtype, device=device)
-        units[start : start + TOGETHER].fill_diagonal_(1)
-        blocks.append(multiply(operator, units).double().cpu())
-    matrix = torch.cat(blocks, 1)
+    units = unit_vectors(size, dtype, device, TOGETHER)
+    matrix = torch.cat([(operator @ block).double().cpu() for block in units], 1)
     gap = matrix - matrix.T
     require_symmetry(operator, float(gap.abs().max()), float(matrix.norm(dim=0).max()))
     basis = torch.eye(size, dtype=torch.float64)

@@ -82,8 +82,8 @@ def operator_diagonal(
     checks.integer("probes", probes, 1)
     basis = deflation_basis(deflate, operator)
     with without_shift(operator) as (sampled, shift):
-        found = _sampled_diagonal(sampled, probes, seed, basis)
-    return Diagonal(found.value + shift, found.std_error, found.samples)
+        diagonal = _sampled_diagonal(sampled, probes, seed, basis)
+    return Diagonal(diagonal.value + shift, diagonal.std_error, diagonal.samples)
 
 
 def _sampled_diagonal(operator: OperatorBase, probes: int, seed: int, basis: Tensor) -> Diagonal:

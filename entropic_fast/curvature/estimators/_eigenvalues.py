@@ -208,29 +208,29 @@ def _by_group(
     operator.cache_primals()
     bases, searches = {}, {}
     for name, place in places.items():
-        own = settings._replace(k=min(settings.k, len(place)))
+        of_size = settings._replace(k=min(settings.k, len(place)))
         start = None if v0 is None else v0.get(name)
-        bases[name], searches[name] = _search(DiagonalBlock(operator, place), own, start, most)
+        bases[name], searches[name] = _search(DiagonalBlock(operator, place), of_size, start, most)
     pairs = run_blocks(operator, list(searches.values()), list(places.values()), WIDEST)
-    found = dict(zip(places, pairs, strict=True))
+    by_name = dict(zip(places, pairs, strict=True))
     with held() as missed:
-        for name, of_block in found.items():
+        for name, of_block in by_name.items():
             more = limited_by(bases[name], settings.max_matvecs)
             require_converged(of_block, f'block "{name}"', more)
     warn_once(missed, f'top_eigenvalues, group_by="{group_by}":')
-    return found
+    return by_name
 
 
 def _places(obj: Objective, theta: Tensor, key: Callable[[str], str]) -> dict[str, Tensor]:
     """The entries of theta that belong to each group, ascending; groups without any left out."""
-    found: dict[str, list[Tensor]] = {}
+    entries: dict[str, list[Tensor]] = {}
     start = 0
-    for name, part in obj.split(theta).items():
-        stop = start + part.numel()
+    for name, values in obj.split(theta).items():
+        stop = start + values.numel()
         if stop > start:
-            found.setdefault(key(name), []).append(torch.arange(start, stop, device=theta.device))
+            entries.setdefault(key(name), []).append(torch.arange(start, stop, device=theta.device))
         start = stop
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in entries.items()}
 
 
 class DiagonalBlock(OperatorExpression):

@@ -14,6 +14,7 @@ from ..._utils.workspace import scratch_of
 from ...ops.random_bits import streams as random
 from ..operators._algebra import OperatorBase, as_operator
 from ..operators._linear_operator import LinearOperator, not_finite
+from ._probes import column_norms
 from ._searches import Search
 
 # Asymmetry of the projected matrix, relative to its scale, that rounding does not explain.
@@ -133,7 +134,7 @@ class KrylovBasis:
         old, held = self.size, self.held
         block = self.columns[:, old : old + count]
         product = yield from self.multiplied(block, wait)
-        self.norm = torch.maximum(self.norm, _norms(product).max())
+        self.norm = torch.maximum(self.norm, column_norms(product).max())
         rest, rows = self._orthogonalize(product, held)
         del product
         self.size, self.block = old + count, held - old - count
@@ -192,14 +193,14 @@ class KrylovBasis:
 
     def _fetched(self) -> tuple[Tensor, float, list[tuple[Tensor, Tensor]]]:
         """H, the largest norm of a product, and the results of `_extend`, in one transfer."""
-        parts = [self.projected[: self.held, : self.size], self.norm]
-        parts += [part for rank in self._ranks for part in rank]
+        tensors = [self.projected[: self.held, : self.size], self.norm]
+        tensors += [tensor for rank in self._ranks for tensor in rank]
         # One transfer: each would wait for the device.
-        flat = torch.cat([part.double().flatten() for part in parts]).cpu()
-        sizes = [part.numel() for part in parts]
+        flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
+        sizes = [tensor.numel() for tensor in tensors]
         matrix, norm, *others = (
-            values.view(part.shape)
-            for values, part in zip(flat.split_with_sizes(sizes), parts, strict=True)
+            values.view(tensor.shape)
+            for values, tensor in zip(flat.split_with_sizes(sizes), tensors, strict=True)
         )
         return matrix.clone(), float(norm), list(zip(others[::2], others[1::2], strict=True))
 
@@ -331,7 +332,7 @@ class KrylovBasis:
         turned = torch.mm(q, left[:, kept].to(q), out=rest[:, : int(kept.sum())])
         del q
         directions, _ = self._orthogonalize(turned, self.held)
-        sound = (_norms(directions) > 0.5).cpu()
+        sound = (column_norms(directions) > 0.5).cpu()
         q, triangle = qr(directions[:, sound.to(self.device)])
         coordinates = (lengths[:, None] * right)[kept][sound]
         return q, triangle.double() @ coordinates.to(self.device)
@@ -359,10 +360,5 @@ class KrylovBasis:
 
 def _unit(vectors: Tensor) -> Tensor:
     """The columns other than zero, at length 1."""
-    lengths = _norms(vectors)
+    lengths = column_norms(vectors)
     return vectors[:, lengths > 0] / lengths[lengths > 0].to(vectors)
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
-    return norms

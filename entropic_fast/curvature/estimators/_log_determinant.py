@@ -99,8 +99,8 @@ def log_determinant(
             warn_once(messages, "log_determinant:")
             return total
         assert total.pairs is not None
-        known = total.pairs.vectors[:, : total.count]
-        left_out = torch.cat([left_out, known], 1)
+        largest = total.pairs.vectors[:, : total.count]
+        left_out = torch.cat([left_out, largest], 1)
     total = dataclasses.replace(total, count=count, floor=0.0)
     if left_out.shape[1] < size:
         total = _with_quadrature(operator, left_out, total, density, seed, messages)
@@ -196,7 +196,7 @@ def _trace_of_log(density: Density, delta: float) -> Estimate:
     return density.trace(lambda values: (values.clamp(min=0) + delta).log())
 
 
-def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0) -> list[str]:
+def _missed(density: Density, delta: float, estimate: Estimate, others: float = 0.0) -> list[str]:
     """At most one message that says what is not converged in `_trace_of_log`.
 
     `others` is the absolute sum of the logarithms besides those of the density.
@@ -205,13 +205,13 @@ def _missed(density: Density, delta: float, found: Estimate, others: float = 0.0
     logs = density.trace(lambda values: (values.clamp(min=0) + delta).log().abs())
     size = logs.value + others
     limits = (QUADRATURE_SHARE * size, PROBE_SHARE * size)
-    pairs = (("steps", found.quadrature, limits[0]), ("probes", found.std_error, limits[1]))
+    pairs = (("steps", estimate.quadrature, limits[0]), ("probes", estimate.std_error, limits[1]))
     more = [name for name, error, limit in pairs if error > limit]
     if not more:
         return []
     return [
-        f"errors of {found.quadrature:.3g} from {density.nodes.shape[1]} steps against "
-        f"{limits[0]:.3g} and of {found.std_error:.3g} from {found.samples} probes against "
+        f"errors of {estimate.quadrature:.3g} from {density.nodes.shape[1]} steps against "
+        f"{limits[0]:.3g} and of {estimate.std_error:.3g} from {estimate.samples} probes against "
         f"{limits[1]:.3g}, at logarithms of size {size:.4g} in all; raise {' and '.join(more)}, "
         f"or delta ({delta:.3g})"
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +32,22 @@ def block_width(size: int, dtype: torch.dtype, device: torch.device) -> int:
     """Vectors to multiply at once, such that four blocks of them fit the memory."""
     fits = resolve_budget(None, device) // (4 * size * torch.finfo(dtype).bits // 8)
     return max(1, min(BLOCK, fits))
+
+
+def unit_vectors(
+    size: int, dtype: torch.dtype, device: torch.device, width: int
+) -> Iterator[Tensor]:
+    """All unit vectors, in blocks [P, width]."""
+    for start in range(0, size, width):
+        units = torch.zeros(size, min(width, size - start), dtype=dtype, device=device)
+        units[start : start + width].fill_diagonal_(1)
+        yield units
+
+
+def column_norms(vectors: Tensor) -> Tensor:
+    """Norms [K] of the columns of vectors [P, K], in float64."""
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
+    return norms
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

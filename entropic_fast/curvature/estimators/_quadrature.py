@@ -31,15 +31,15 @@ def other_rules(diagonal: Tensor, off_diagonal: Tensor, rounding: float) -> list
     """
     m = len(diagonal)
     nodes, vectors = torch.linalg.eigh(tridiagonal(diagonal, off_diagonal))
-    whole, beta = (nodes, vectors[0].square()), float(off_diagonal[-1])
+    gauss, beta = (nodes, vectors[0].square()), float(off_diagonal[-1])
     if beta <= rounding:
-        return [whole] * 4
+        return [gauss] * 4
     fewer = [max(m // 2, 1), max(3 * m // 4, 1), max(m - 1, 1)]
     rules = [gauss_rule(diagonal[:k], off_diagonal) for k in fewer]
     size = max(float(nodes.abs().max()), beta)
     last = float((beta**2 * vectors[-1].square() / nodes).sum())
     if not abs(last) <= FAR * size:  # infinite or NaN with a node at 0 already
-        return [*rules, whole]
+        return [*rules, gauss]
     more, weights = gauss_rule(torch.cat([diagonal, diagonal.new_tensor([last])]), off_diagonal)
     # What the range of the operator may be; a node beyond has next to no weight, and f no limit.
     more = more.clamp(min(float(nodes[0]), 0.0) - beta, max(float(nodes[-1]), 0.0) + beta)

@@ -22,8 +22,8 @@ def run(operator: OperatorBase, search: Search[T]) -> T:
         while True:
             vectors, check = search.send(multiply(operator, vectors, check))
     except StopIteration as end:
-        found: T = end.value
-        return found
+        result: T = end.value
+        return result
 
 
 def run_blocks(
@@ -53,13 +53,13 @@ def run_blocks(
         products = {i: torch.empty_like(vectors) for i, (vectors, _) in asked.items()}
         check = any(check for _, check in asked.values())
         for start in range(0, len(columns), width):
-            part = columns[start : start + width]
-            first = asked[part[0][0]][0]
-            block = first.new_zeros(operator.order, len(part))
-            for column, (i, j) in enumerate(part):
+            chosen = columns[start : start + width]
+            first = asked[chosen[0][0]][0]
+            block = first.new_zeros(operator.order, len(chosen))
+            for column, (i, j) in enumerate(chosen):
                 block[places[i], column] = asked[i][0][:, j]
             product = multiply(operator, block, check)
-            for column, (i, j) in enumerate(part):
+            for column, (i, j) in enumerate(chosen):
                 products[i][:, j] = product[places[i], column]
         for i, product in products.items():
             advance(i, product)

@@ -66,7 +66,7 @@ def capture(obj: Objective, theta: Tensor, inputs: Tree) -> Graph:
         try:
             return _captured(obj, theta, inputs)
         except GraphCaptureError as why:
-            if not _reads_values(why):
+            if "_local_scalar_dense" not in str(why):  # other than a value read back to Python
                 raise
             # A model may avoid reading values back if it is told that torch.compile traces it.
             try:
@@ -89,10 +89,6 @@ def _captured(
         return _with_backward(forward, marked, parts, held, trees.leaves(inputs))
 
 
-def _reads_values(why: GraphCaptureError) -> bool:
-    return "_local_scalar_dense" in str(why)
-
-
 @contextmanager
 def _without_observers() -> Iterator[None]:
     """Suspend dispatch modes and module trackers, such as those of torch's FLOP counter.
@@ -100,25 +96,22 @@ def _without_observers() -> Iterator[None]:
     They are not part of the model, whose graph is kept for calls without them.
     """
     places: Any = (_modules._global_forward_pre_hooks, _modules._global_forward_hooks)
-    followed = [
-        (hooks, {key: hook for key, hook in hooks.items() if _follows_modules(hook)})
-        for hooks in places
-    ]
+    followed = []
+    for hooks in places:
+        owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
+        tracking = {key for key, owner in owners.items() if isinstance(owner, ModuleTracker)}
+        followed.append((hooks, {key: hook for key, hook in hooks.items() if key in tracking}))
     with _disable_current_modes():
-        for hooks, own in followed:
-            for key in own:
+        for hooks, trackers in followed:
+            for key in trackers:
                 hooks.pop(key, None)
         try:
             yield
         finally:
-            for hooks, own in followed:
-                hooks.update(own)
+            for hooks, trackers in followed:
+                hooks.update(trackers)
                 for key in sorted(hooks):  # in the order in which they were registered
                     hooks.move_to_end(key)
-
-
-def _follows_modules(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
 @contextmanager

@@ -61,25 +61,19 @@ class TraceGuard(TorchFunctionMode):
             raise GraphCaptureError(f"the model calls Tensor.{_READ[func]}")
         func = FUNCTIONS.get(func, func)
         # Harmless otherwise: a table of angles may be computed under `torch.no_grad`.
-        if not self._gradients or not _depends_on_parameters((args, kwargs)):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not self._gradients or not any(requires_grad(t) for t in given):
             return func(*args, **kwargs)
         if func in _HIDDEN:
             raise GraphCaptureError(f"the model calls Tensor.{_HIDDEN[func]}")
         result = func(*args, **kwargs)
         # Sizes and comparisons have no derivative with gradients either.
-        if not torch.is_grad_enabled() and (result is None or _has_floating(result)):
+        floating = (t.is_floating_point() for t in tree_leaves(result) if isinstance(t, Tensor))
+        if not torch.is_grad_enabled() and (result is None or any(floating)):
             raise GraphCaptureError(
                 "part of the model runs without gradient (no_grad or autograd.Function)"
             )
         return result
-
-
-def _depends_on_parameters(arguments: Any) -> bool:
-    return any(isinstance(t, Tensor) and requires_grad(t) for t in tree_leaves(arguments))
-
-
-def _has_floating(result: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tree_leaves(result))
 
 
 _READ: dict[Any, str] = {Tensor.tolist: "tolist", Tensor.numpy: "numpy"}

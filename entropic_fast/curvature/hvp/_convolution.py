@@ -96,23 +96,21 @@ def _with_weights(
         return DeferredSum(added, geometry.with_weights(x, weights))
     out = added
     for rows in blocks:
-        part = geometry.with_weights(x, weights[rows])
+        product = geometry.with_weights(x, weights[rows])
         if out is None:
-            out = _like_batches(part, len(weights))
+            out = _empty(product, len(weights) * product.shape[1], *product.shape[2:])
+            out = out.unflatten(0, (len(weights), -1))
         if added is None:
-            out[rows].copy_(part)
+            out[rows].copy_(product)
         else:
-            out[rows].add_(part)
+            out[rows].add_(product)
     return out
 
 
-def _like_batches(part: Tensor, k: int) -> Tensor:
-    """Memory for [k, n, O, ...], with channels last for images."""
-    shape = (k * part.shape[1], *part.shape[2:])
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Memory of a shape, with channels last for images."""
     memory = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=memory).unflatten(
-        0, (k, -1)
-    )
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory)
 
 
 def _blocks(weights: Tensor, channels: int) -> list[slice]:
@@ -249,24 +247,17 @@ def _stacked_weight_gradient(
         k, x = len(x), _stacked(x, groups)
     a, b = like.shape[:2]
     shape = (a, k * b) if in_second_axis else (k * a, b)
-    memory = torch.channels_last if dims == 4 else torch.contiguous_format
-    stacked = torch.empty(
-        (*shape, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=memory
-    )
-    found = _backward(ctx, g, x, stacked, (False, True, False))[1]
+    stacked = _empty(like, *shape, *like.shape[2:])
+    gradients = _backward(ctx, g, x, stacked, (False, True, False))[1]
     if in_second_axis:
-        return found.unflatten(1, (k, b)).movedim(1, 0)
-    return found.unflatten(0, (groups, k, -1)).movedim(1, 0).flatten(1, 2)
+        return gradients.unflatten(1, (k, b)).movedim(1, 0)
+    return gradients.unflatten(0, (groups, k, -1)).movedim(1, 0).flatten(1, 2)
 
 
 def _stacked(tangents: Tensor, groups: int) -> Tensor:
     """[K, n, C, ...] as [n, g K C/g, ...], images with channels last."""
     k, n, channels = tangents.shape[:3]
-    memory = torch.channels_last if tangents.ndim == 5 else torch.contiguous_format
-    out = torch.empty(
-        (n, k * channels, *tangents.shape[3:]),
-        dtype=tangents.dtype, device=tangents.device, memory_format=memory,
-    )  # fmt: skip
+    out = _empty(tangents, n, k * channels, *tangents.shape[3:])
     out.unflatten(1, (groups, k, -1)).copy_(tangents.unflatten(2, (groups, -1)).movedim(0, 2))
     return out
 

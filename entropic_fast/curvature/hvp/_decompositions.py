@@ -66,12 +66,6 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return normal
 
 
-def _batch_norm_no_stats(
-    x: Tensor, w: Tensor | None, b: Tensor | None, training: bool, momentum: float, eps: float
-) -> Any:
-    return batch_statistics(x, w, b, eps)
-
-
 def _batch_norm(
     x: Tensor,
     w: Tensor | None,
@@ -122,10 +116,6 @@ def _gru_cell(
     return n + z * (before - n), h
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    return weight_norm(v, g, dim), g  # norms, read by torch's backward pass alone
-
-
 def _trilinear(
     a: Tensor,
     b: Tensor,
@@ -145,20 +135,8 @@ def _trilinear(
     return (a * b * c).sum(list(summed))
 
 
-def _silu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-def _mish(x: Tensor) -> Tensor:
-    return x * functional.softplus(x).tanh()
-
-
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(target.dtype).expand(target.shape).clone()
-
-
-def _fill(target: Tensor, value: Tensor) -> Tensor:
-    return value.to(target.dtype).expand(target.shape).clone()
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -173,17 +151,21 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 # A pointwise activation belongs here only if torch lacks forward mode for it or for its backward.
 DECOMPOSITIONS: dict[Any, Any] = {
     aten.cat.default: _cat,
-    aten._weight_norm_interface.default: _weight_norm,
-    aten.silu.default: _silu,  # its backward pass has no forward mode
-    aten.mish.default: _mish,  # likewise
+    # The second result, norms, is read by torch's backward pass alone.
+    aten._weight_norm_interface.default: lambda v, g, dim=0: (weight_norm(v, g, dim), g),
+    # Their backward passes have no forward mode.
+    aten.silu.default: lambda x: x * torch.sigmoid(x),
+    aten.mish.default: lambda x: x * functional.softplus(x).tanh(),
     aten.hardsigmoid.default: hardsigmoid,
     aten.grid_sampler_2d.default: grid_sampler_2d,
     aten.copy.default: _copy,
-    aten.fill.Tensor: _fill,
+    aten.fill.Tensor: _copy,
     aten._trilinear.default: _trilinear,
     aten.native_layer_norm.default: layer_norm,
     aten.native_group_norm.default: group_norm,
-    aten._native_batch_norm_legit.no_stats: _batch_norm_no_stats,
+    aten._native_batch_norm_legit.no_stats: lambda x, w, b, _training, _momentum, eps: (
+        batch_statistics(x, w, b, eps)
+    ),
     aten.native_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm.default: _cudnn_batch_norm,
     aten._thnn_fused_lstm_cell.default: _lstm_cell,

@@ -44,6 +44,8 @@ class OutputLoss:
 
     def __init__(self, obj: Objective, outputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         self._closed_form = output_hessian(obj.loss_fn, outputs, targets, weights)
+        # Autograd would read values back, which no CUDA graph can hold.
+        self.launches_alone = self._closed_form is not None
         with torch.enable_grad():
             self._at = outputs.detach().requires_grad_()
             losses = obj.output_losses(self._at, targets)
@@ -57,11 +59,6 @@ class OutputLoss:
                 (self._gradient,) = torch.autograd.grad(total, self._at, create_graph=further)
 
     @property
-    def launches_alone(self) -> bool:
-        """Whether Hessian products can be captured in a CUDA graph."""
-        return self._closed_form is not None
-
-    @property
     def gradient(self) -> Tensor:
         """The gradient in the outputs, [n, ...]."""
         return torch.zeros_like(self._at) if self._gradient is None else self._gradient.detach()
@@ -71,9 +68,7 @@ class OutputLoss:
         """Products [K, n, ...] of the Hessian in the outputs with directions."""
         if self._closed_form is not None:
             return self._closed_form(directions)
-        if (
-            self._gradient is None or not self._gradient.requires_grad
-        ):  # a loss linear in the outputs
+        if self._gradient is None or not self._gradient.requires_grad:  # linear in the outputs
             return torch.zeros_like(directions)
         products = [
             torch.autograd.grad(
@@ -139,10 +134,10 @@ class HVPEngine:
         total = rows.new_zeros(len(rows), dtype=torch.float64)
 
         def add(values: PrimalValues, loss: OutputLoss, block: Tensor, sums: Tensor) -> None:
-            output_tangent, found = values.interpreter.second_order_terms(
+            output_tangent, network_terms = values.interpreter.second_order_terms(
                 values, self._directions(block)
             )
-            sums += found
+            sums += network_terms
             if output_tangent is not None and not network_alone:
                 # In float64, as are the network's terms, against which these may cancel.
                 weighted_tangent = output_tangent.double() * loss.hessian(output_tangent).double()
@@ -186,14 +181,14 @@ class HVPEngine:
         """The Jacobian of a tile's outputs times rows [K, P], of shape [K, n * outputs]."""
         values = self._outputs_at(tile)
         outputs = values.interpreter.graph.outputs
-        found = rows.new_zeros(len(rows), values[outputs].numel())
-        for block, part in self._blocks(rows, found):
+        products = rows.new_zeros(len(rows), values[outputs].numel())
+        for block, result in self._blocks(rows, products):
             output_tangent = values.interpreter.jvp(values, self._directions(block)).get(outputs)
             if isinstance(output_tangent, DeferredSum):
                 output_tangent = output_tangent.total()
             if output_tangent is not None:
-                part.copy_(output_tangent.flatten(1))
-        return found
+                result.copy_(output_tangent.flatten(1))
+        return products
 
     @full_precision()
     @torch.no_grad()
@@ -224,22 +219,22 @@ class HVPEngine:
         output_tangent = tangents.get(interpreter.graph.outputs)
         if output_tangent is None:  # outputs that do not depend on the parameters
             return
-        found = interpreter.vjp_tangent(
+        gradients = interpreter.vjp_tangent(
             values, tangents if kind == "hessian" else {}, loss.hessian(output_tangent)
         )
-        self._add_gradients(found, total)
+        self._add_gradients(gradients, total)
 
-    def _add_gradients(self, found: list[Tensor | None], total: Tensor) -> None:
+    def _add_gradients(self, gradients: list[Tensor | None], total: Tensor) -> None:
         if is_gpu(total.device):  # two launches, not one for each parameter
             rows = [
                 total.new_zeros(len(total), size) if g is None else g.reshape(len(total), -1)
-                for g, size in zip(found, self._sizes, strict=True)
+                for g, size in zip(gradients, self._sizes, strict=True)
             ]
             total += torch.cat(rows, 1)
             return
-        for part, gradient in zip(total.split(self._sizes, 1), found, strict=True):
+        for columns, gradient in zip(total.split(self._sizes, 1), gradients, strict=True):
             if gradient is not None:
-                part += gradient.reshape(len(total), -1)
+                columns += gradient.reshape(len(total), -1)
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self._sizes, 1)
@@ -270,9 +265,9 @@ class HVPEngine:
         tiles = 0
         for i, tile in enumerate(self.tiles(self.obj.local_batches)):
             tiles = i + 1
-            known = self._kept.get((kind, i))
-            if known is not None:
-                yield known
+            cached = self._kept.get((kind, i))
+            if cached is not None:
+                yield cached
                 continue
             point = self._at(tile, kind)
             yield point
@@ -310,28 +305,28 @@ def interpreter_for(obj: Objective, theta: Tensor, inputs: Tree) -> GraphInterpr
     """The interpreter of an objective's model for inputs like these."""
     key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
     with forward_lock, model_lock(obj.module):
-        known = _interpreters.setdefault(obj.module, OrderedDict())
-        if key in known:
-            known.move_to_end(key)
+        by_key = _interpreters.setdefault(obj.module, OrderedDict())
+        if key in by_key:
+            by_key.move_to_end(key)
         else:
-            known[key] = _interpreter_or_reason(obj, theta, inputs, key)
-            while len(known) > SHAPES:
-                known.popitem(last=False)
-        found = known[key]
-    if isinstance(found, str):
-        raise GraphCaptureError(found)
-    return found
+            by_key[key] = _interpreter_or_reason(obj, theta, inputs, key)
+            while len(by_key) > SHAPES:
+                by_key.popitem(last=False)
+        interpreter = by_key[key]
+    if isinstance(interpreter, str):
+        raise GraphCaptureError(interpreter)
+    return interpreter
 
 
 def _interpreter_or_reason(
     obj: Objective, theta: Tensor, inputs: Tree, key: Any
 ) -> GraphInterpreter | str:
     architecture = Architecture(obj, *key)
-    found: GraphInterpreter | str | None = find(obj, theta, inputs, architecture)
-    if found is None:
+    interpreter: GraphInterpreter | str | None = find(obj, theta, inputs, architecture)
+    if interpreter is None:
         try:
-            found = GraphInterpreter(capture(obj, theta, inputs))
+            interpreter = GraphInterpreter(capture(obj, theta, inputs))
         except GraphCaptureError as why:
-            found = str(why)
-        keep(found, architecture)
-    return found
+            interpreter = str(why)
+        keep(interpreter, architecture)
+    return interpreter

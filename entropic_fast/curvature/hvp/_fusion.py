@@ -48,15 +48,9 @@ class NormActForward(FusedRegion):
         y, weight, bias = ctx.value(0), ctx.value(1), ctx.value(2)
         mean, rstd = (t.flatten() for t in statistics(ctx, 3, 4, 7))
         residual = None if self.residual is None else values[self.residual]
-        z, normal, slope = norm_act(
-            _pixels(y),
-            mean,
-            rstd,
-            weight,
-            bias,
-            _mapped(_pixels, residual),
-            relu=self.relu is not None,
-        )
+        residual = _mapped(_pixels, residual)
+        relu = self.relu is not None
+        z, normal, slope = norm_act(_pixels(y), mean, rstd, weight, bias, residual, relu=relu)
         z = images(z[None], y.shape)[0]
         empty = y.new_empty(0)  # what aten returns as statistics, by stored ones
         values[self.norm] = (None, empty, empty)
@@ -205,10 +199,10 @@ def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
 
 def pixels(tangent: Tensor) -> Tensor:
     """[K, n, C, ...] as [K, pixels, C], dense; a view, for images with their channels last."""
-    found = spread_pixels(tangent)
-    k, m, channels = found.shape
-    dense = found.stride(1) == channels and (k <= 1 or found.stride(0) >= m * channels)
-    return found if dense else found.clone(memory_format=torch.contiguous_format)
+    rows = spread_pixels(tangent)
+    k, m, channels = rows.shape
+    dense = rows.stride(1) == channels and (k <= 1 or rows.stride(0) >= m * channels)
+    return rows if dense else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _pixels(value: Tensor) -> Tensor:
@@ -218,10 +212,10 @@ def _pixels(value: Tensor) -> Tensor:
 
 def spread_pixels(tangent: Tensor) -> Tensor:
     """[K, n, C, ...] as [K, pixels, C]: channels one element apart, other strides arbitrary."""
-    found = tangent.movedim(2, -1).reshape(len(tangent), -1, tangent.shape[2])
-    if found.stride(2) == 1:
-        return found
-    return found.clone(memory_format=torch.contiguous_format)
+    rows = tangent.movedim(2, -1).reshape(len(tangent), -1, tangent.shape[2])
+    if rows.stride(2) == 1:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def images(tangent: Tensor, shape: Sequence[int]) -> Tensor:

@@ -58,19 +58,19 @@ def find(
     """A cached interpreter that gives an objective's outputs, or why the architecture has none."""
     # Another model's outputs are compared first, at a point where no parameter is 0: an entry of 0
     # would hide what it multiplies.
-    known = interpreters.get(architecture.key)
-    if known is None or isinstance(known, str):
-        return known
-    interpreter = _with_constants(known, architecture)
+    cached = interpreters.get(architecture.key)
+    if cached is None or isinstance(cached, str):
+        return cached
+    interpreter = _with_constants(cached, architecture)
     if _gives_outputs(interpreter, obj, theta, inputs):
         return interpreter
     logger.info("a interpreter of the same architecture gives other outputs: captured again")
     return None
 
 
-def keep(found: GraphInterpreter | str, architecture: Architecture) -> None:
+def keep(interpreter: GraphInterpreter | str, architecture: Architecture) -> None:
     """Cache an interpreter, or why there is none, without keeping the model alive."""
-    kept = found if isinstance(found, str) else _bare(found, architecture)
+    kept = interpreter if isinstance(interpreter, str) else _bare(interpreter, architecture)
     if kept is not None:
         interpreters.put(architecture.key, kept)
 
@@ -89,19 +89,19 @@ def _bare(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInt
 
 
 def _with_constants(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInterpreter:
-    own = architecture.constants
+    tensors = architecture.constants
     constants = {
-        name: own[tensor] if isinstance(tensor, int) else tensor
+        name: tensors[tensor] if isinstance(tensor, int) else tensor
         for name, tensor in interpreter.graph.constants.items()
     }
     return _replaced(interpreter, constants)
 
 
 def _replaced(interpreter: GraphInterpreter, constants: dict[str, Any]) -> GraphInterpreter:
-    other = copy.copy(interpreter)
-    other.graph = dataclasses.replace(interpreter.graph, constants=constants)
-    other.checked = interpreter.checked.for_another_model()
-    return other
+    replaced = copy.copy(interpreter)
+    replaced.graph = dataclasses.replace(interpreter.graph, constants=constants)
+    replaced.checked = interpreter.checked.for_another_model()
+    return replaced
 
 
 def _place(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -132,11 +132,11 @@ def _gives_outputs(
     return gap <= _ROUNDINGS * torch.finfo(got.dtype).eps * scale
 
 
-def _shifted(part: Tensor) -> Tensor:
+def _shifted(parameter: Tensor) -> Tensor:
     """A parameter changed by 10 % of its size."""
-    size = float(torch.linalg.vector_norm(part)) / max(1, part.numel()) ** 0.5
+    size = float(torch.linalg.vector_norm(parameter)) / max(1, parameter.numel()) ** 0.5
     generator = torch.Generator().manual_seed(0)
-    pattern = torch.randn(_PERIOD, generator=generator, dtype=torch.float64).to(part)
-    count = part.numel()
-    shift = pattern.repeat(-(-count // _PERIOD))[:count].view(part.shape)
-    return part + _SHIFT * (size or 1.0) * shift
+    pattern = torch.randn(_PERIOD, generator=generator, dtype=torch.float64).to(parameter)
+    count = parameter.numel()
+    shift = pattern.repeat(-(-count // _PERIOD))[:count].view(parameter.shape)
+    return parameter + _SHIFT * (size or 1.0) * shift

@@ -49,7 +49,10 @@ def aligned(tangent: Tensor, dims: int) -> Tensor:
 # -- shapes ----------------------------------------------------------------------------------
 
 
-@jvp_rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+@jvp_rule(
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+)  # fmt: skip
 def _view(ctx: NodeContext) -> Any:
     t = ctx.tangent(0)
     return t.reshape(len(t), *ctx.shape)
@@ -84,12 +87,6 @@ def _unsqueeze(ctx: NodeContext) -> Any:
     return ctx.tangent(0).unsqueeze(ctx.argument(1) % len(ctx.shape) + 1)
 
 
-@jvp_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(ctx: NodeContext) -> Any:
-    t = ctx.tangent(0)
-    return t.reshape(len(t), *ctx.shape)
-
-
 @jvp_rule(aten.select.int)
 def _select(ctx: NodeContext) -> Any:
     rank = ctx.value(0).ndim
@@ -104,13 +101,13 @@ def _slice(ctx: NodeContext) -> Any:
 
 @jvp_rule(aten.slice_scatter.default, aten.select_scatter.default)
 def _scatter(ctx: NodeContext) -> Any:
-    base, part = ctx.tangent(0), ctx.tangent(1)
-    k = len(part if base is None else base)
+    base, source = ctx.tangent(0), ctx.tangent(1)
+    k = len(source if base is None else base)
     # Zeros for an inactive argument are one expanded element: no memory for K tensors.
     base = ctx.value(0).new_zeros(1).expand(k, *ctx.shape) if base is None else base
-    part = ctx.value(1).new_zeros(1).expand(k, *ctx.value(1).shape) if part is None else part
+    source = ctx.value(1).new_zeros(1).expand(k, *ctx.value(1).shape) if source is None else source
     dim = ctx.argument(2) % len(ctx.shape) + 1
-    return ctx.node.target(base, part, dim, *ctx.node.args[3:])
+    return ctx.node.target(base, source, dim, *ctx.node.args[3:])
 
 
 @jvp_rule(aten.cat.default)

@@ -120,9 +120,9 @@ def _second_derivative(ctx: NodeContext, a: Any, b: Any) -> Tensor:
     """The mixed second derivative of a pointwise operation."""
 
     def derivative(*values: Tensor) -> Tensor:
-        other = {b: values[1]} if len(values) > 1 else {}
+        fixed = {b: values[1]} if len(values) > 1 else {}
         return jvp(
-            lambda p: ctx.call({**other, a: p}), (values[0],), (torch.ones_like(values[0]),)
+            lambda p: ctx.call({**fixed, a: p}), (values[0],), (torch.ones_like(values[0]),)
         )[1]
 
     x, y = ctx.point(a), ctx.point(b)

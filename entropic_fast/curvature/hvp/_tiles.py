@@ -67,18 +67,18 @@ class Tiling:
         # the same again in the memory of CUDA graphs.
         gpu = is_gpu(self.obj.device)
         width, room = (GPU_WIDTH, self.budget // 4) if gpu else (WIDTH, self.budget // 2)
-        each = 2 * total
+        example_bytes = 2 * total
         if not self.separable:
             largest = max(batch.size for batch in self.obj.batches())
-            return max(1, min(width, room // (largest * each) - 1)), largest
+            return max(1, min(width, room // (largest * example_bytes) - 1)), largest
         if self.obj.device.type == "cpu":
             if CPU_TILE // max(1, width * widest) < ENOUGH_EXAMPLES:
                 width //= 2
             most = min(CPU_EXAMPLES, CPU_TILE // max(1, width * widest))
         else:
             most = GPU_EXAMPLES
-        most = max(1, min(most, room // ((width + 1) * each)))
-        width = max(1, min(width, room // (most * each) - 1))
+        most = max(1, min(most, room // ((width + 1) * example_bytes)))
+        width = max(1, min(width, room // (most * example_bytes) - 1))
         return width, ceil(count / ceil(count / most))
 
     def tiles(self, read: Batches | None = None) -> Iterator[Tile]:
@@ -125,9 +125,9 @@ class Tiling:
         return Tile(batch.start, inputs, targets, weights)
 
 
-def _alike(one: Batch, other: Batch) -> bool:
+def _alike(a: Batch, b: Batch) -> bool:
     """Whether batches can be concatenated."""
-    return trees.example_form(one[1:]) == trees.example_form(other[1:])
+    return trees.example_form(a[1:]) == trees.example_form(b[1:])
 
 
 def _longest_run(obj: Objective) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -262,11 +263,11 @@ class OperatorExpression(OperatorBase):
             return self.multiply(vectors)
         require_vectors(vectors, self.shape[1], self.dtype, self.device)
         self.products += vectors[0].numel()
-        return self._finite(self._combined(vectors, _checked))
+        return self._finite(self._combined(vectors, multiply))
 
     def unchecked(self, vectors: Tensor) -> Tensor:
         self.products += vectors[0].numel()
-        return self._combined(vectors, _unchecked)
+        return self._combined(vectors, partial(multiply, check=False))
 
     def quadratic_forms(self, vectors: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -286,14 +287,6 @@ class OperatorExpression(OperatorBase):
 
 
 Product = Callable[[OperatorBase, Tensor], Tensor]
-
-
-def _checked(operator: OperatorBase, vectors: Tensor) -> Tensor:
-    return operator @ vectors
-
-
-def _unchecked(operator: OperatorBase, vectors: Tensor) -> Tensor:
-    return operator.unchecked(vectors)
 
 
 class SumOperator(OperatorExpression):

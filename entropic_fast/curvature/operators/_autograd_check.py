@@ -87,7 +87,11 @@ def _once(obj: Objective, kind: str, test: Callable[[], None]) -> None:
 def _test_products(operator: FastPathOperator) -> None:
     try:
         small = _on_few_examples(operator)
-        u, v = _probes(small.theta, 2)
+        theta = small.theta
+        u, v = (
+            random.normal(theta.shape, 0, stream, dtype=theta.dtype, device=theta.device)
+            for stream in (4, 5)
+        )
         products = small._product_by_autograd(torch.stack([u, v])).T
         dtype = coarsest_dtype(small.obj, small.theta, next(small.obj.batches()).inputs)
     except torch.OutOfMemoryError:
@@ -208,13 +212,6 @@ def _gap(
         if gap > RESOLVED * max(float((near - far).norm()), float(curvature.norm())):
             return gap / size
     return 0.0
-
-
-def _probes(theta: Tensor, count: int) -> list[Tensor]:
-    return [
-        random.normal(theta.shape, 0, 4 + i, dtype=theta.dtype, device=theta.device)
-        for i in range(count)
-    ]
 
 
 def _limit(size: float, dtype: torch.dtype) -> float:

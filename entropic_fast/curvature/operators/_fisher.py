@@ -65,7 +65,7 @@ class FisherOperator(CurvatureOperator):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(obj, theta)
-        if not any(dtype is known for known in (None, torch.float32, torch.float64)):
+        if not any(dtype is supported for supported in (None, torch.float32, torch.float64)):
             raise checks.invalid("dtype", "torch.float32 or torch.float64", checks.shown(dtype))
         if dtype is not None or obj.dtype in checks.HALF:
             self.dtype = dtype or torch.float32
@@ -74,14 +74,16 @@ class FisherOperator(CurvatureOperator):
         self._gradients = ExampleGradients(obj, self.theta, memory_budget)
 
     def _product(self, columns: Tensor) -> Tensor:
-        def own() -> Tensor:
+        def local_sum() -> Tensor:
             total = torch.zeros(columns.shape, dtype=torch.float64, device=self.device)
             for _, scores in self._gradients.local_chunks(self.count) if columns.shape[1] else ():
                 _add_outer_products(scores, columns, total)
                 del scores  # before the next are made
             return total
 
-        total = self.obj.all_reduce(own, f"Fisher products of {self.count}", self.theta, columns)
+        total = self.obj.all_reduce(
+            local_sum, f"Fisher products of {self.count}", self.theta, columns
+        )
         self.passes += bool(columns.shape[1])
         return total.div_(self.count).to(self.dtype)
 
@@ -97,7 +99,7 @@ def _add_outer_products(scores: Tensor, columns: Tensor, total: Tensor) -> None:
         step = max(step, -(-len(columns) // SLICES))
     slices = [slice(i, i + step) for i in range(0, len(columns), step)]
     weights = torch.zeros(n, width, dtype=torch.float64, device=scores.device)
-    for part in slices:
-        weights.addmm_(scores[:, part].double(), columns[part].double())
-    for part in slices:
-        total[part].addmm_(scores[:, part].double().T, weights)
+    for chosen in slices:
+        weights.addmm_(scores[:, chosen].double(), columns[chosen].double())
+    for chosen in slices:
+        total[chosen].addmm_(scores[:, chosen].double().T, weights)

@@ -90,7 +90,10 @@ class JacobianOperator(FastPathOperator):
         rows = columns.T.contiguous()
         products = torch.zeros(len(rows), self.shape[0], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
-            products[:, begin:end] = self._jvp(tile, rows)[:, : end - begin]
+            jvp = self._jvp_by_autograd if self._engine is None else self._engine.jvp
+            if self._engine is None and not self._is_tested:
+                self._require_adjoint(tile)
+            products[:, begin:end] = jvp(tile, rows)[:, : end - begin]
         return products.T
 
     def transposed_product(self, columns: Tensor) -> Tensor:
@@ -98,7 +101,8 @@ class JacobianOperator(FastPathOperator):
         rows = columns.T
         total = torch.zeros(len(rows), self.shape[1], dtype=self.dtype, device=self.device)
         for tile, (begin, end) in self._tiles() if len(rows) else ():
-            total += self._vjp(tile, rows[:, begin:end])
+            vjp = self._vjp_by_autograd if self._engine is None else self._engine.vjp
+            total += vjp(tile, rows[:, begin:end])
         return total.T
 
     def _transposed(self) -> OperatorBase:
@@ -127,20 +131,6 @@ class JacobianOperator(FastPathOperator):
             yield tile, (begin, end)
             begin = end
 
-    def _jvp(self, tile: Tile, rows: Tensor) -> Tensor:
-        """J of a tile times rows [K, P].  # [K, n * outputs]"""
-        if self._engine is None:
-            if not self._is_tested:
-                self._require_adjoint(tile)
-            return self._jvp_by_autograd(tile, rows)
-        return self._engine.jvp(tile, rows)
-
-    def _vjp(self, tile: Tile, rows: Tensor) -> Tensor:
-        """Rows [K, m * outputs] of the m counted examples times J of a tile.  # [K, P]"""
-        if self._engine is None:
-            return self._vjp_by_autograd(tile, rows)
-        return self._engine.vjp(tile, rows)
-
     def _require_adjoint(self, tile: Tile) -> None:
         """Check <u, J v> = <J^T u, v> for products by autograd."""
         (row, jvp), (back, vjp) = self._by_autograd(tile)
@@ -152,22 +142,24 @@ class JacobianOperator(FastPathOperator):
 
     @full_precision()
     def _jvp_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+        """J of a tile times rows [K, P].  # [K, n * outputs]"""
         leaf, outputs = self._outputs(tile)
         require_twice_differentiable(outputs)
         # J^T u is linear in u: the derivative of <J^T u, v> in u is J v at any u.
         u = torch.zeros_like(outputs, requires_grad=True)
         (vjp,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
-        found = [torch.autograd.grad(vjp, u, row, retain_graph=True)[0] for row in rows]
-        return torch.stack(found).flatten(1)
+        products = [torch.autograd.grad(vjp, u, row, retain_graph=True)[0] for row in rows]
+        return torch.stack(products).flatten(1)
 
     @full_precision()
     def _vjp_by_autograd(self, tile: Tile, rows: Tensor) -> Tensor:
+        """Rows [K, m * outputs] of the m counted examples times J of a tile.  # [K, P]"""
         leaf, outputs = self._outputs(tile)
-        found = [
+        products = [
             torch.autograd.grad(outputs, leaf, row.reshape(outputs.shape), retain_graph=True)[0]
             for row in rows
         ]
-        return torch.stack(found)
+        return torch.stack(products)
 
     def _outputs(self, tile: Tile) -> tuple[Tensor, Tensor]:
         leaf = self.theta.detach().requires_grad_()

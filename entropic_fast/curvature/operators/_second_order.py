@@ -60,10 +60,10 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
             self._is_tested = True
 
         def by_autograd() -> Tensor:
-            own = torch.zeros_like(rows)
+            local_sum = torch.zeros_like(rows)
             for batch in self.obj.local_batches() if len(rows) else ():
-                self._add_products(batch, rows, own)
-            return own
+                self._add_products(batch, rows, local_sum)
+            return local_sum
 
         total = self.obj.all_reduce(by_autograd, f"{self.kind} by autograd", self.theta, rows)
         return self._mean(total, rows).T
@@ -82,11 +82,11 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         """This matrix without weight decay, sharing its values at the point."""
         with clean_dispatch_state():
             engine = self._engine
-        other = copy.copy(self)
+        unshifted = copy.copy(self)
         if engine is not None:
-            other._engine = engine
-        other.obj = self.obj.data_term()
-        return other
+            unshifted._engine = engine
+        unshifted.obj = self.obj.data_term()
+        return unshifted
 
     @property
     def graphs(self) -> str:
@@ -206,9 +206,10 @@ class HessianOperator(SecondOrderOperator):
 
     def __sub__(self, other: LinearOperator | Tensor) -> OperatorBase:
         """The difference; from a Gauss-Newton matrix at the same point, `NetworkCurvature`."""
-        if isinstance(other, GGNOperator) and _at_one_point(self, other):
-            return NetworkCurvature(self, other)
-        return super().__sub__(other)
+        if not isinstance(other, GGNOperator) or other.obj is not self.obj:
+            return super().__sub__(other)
+        same_point = torch.equal(self.theta, other.theta)
+        return NetworkCurvature(self, other) if same_point else super().__sub__(other)
 
     @full_precision()
     def _add_products(self, batch: Batch, rows: Tensor, total: Tensor) -> None:
@@ -275,10 +276,6 @@ class GGNOperator(SecondOrderOperator):
             )
             (product,) = torch.autograd.grad(outputs, leaf, weighted, retain_graph=more)
             total[i] += product
-
-
-def _at_one_point(a: CurvatureOperator, b: CurvatureOperator) -> bool:
-    return a.obj is b.obj and torch.equal(a.theta, b.theta)
 
 
 class NetworkCurvature(SumOperator):

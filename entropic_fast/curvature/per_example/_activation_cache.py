@@ -110,12 +110,12 @@ class ActivationCache:
         if expected != [t.shape[1:] for t in kept.tensors]:
             raise InconsistentShapesError(f"shapes at {name!r}")
         if self.folder is None:
-            for whole, part in zip(self._memory[name], kept.tensors, strict=True):
-                whole[where] = part
+            for stored, values in zip(self._memory[name], kept.tensors, strict=True):
+                stored[where] = values
             return
-        for i, part in enumerate(kept.tensors):
+        for i, values in enumerate(kept.tensors):
             mapped = self._map(name, i, start, kept.count, "r+")
-            mapped.copy_(part)  # unmapped with the last reference; the system writes the pages
+            mapped.copy_(values)  # unmapped with the last reference; the system writes the pages
 
     def factored_grads(self, name: str) -> Iterator[tuple[int, FactoredGrad]]:
         """(index of the first example, gradients) for each window of examples."""
@@ -128,10 +128,10 @@ class ActivationCache:
         if self.folder is None:
             missing = self._missing[name]
             if bool(missing.any()):
-                for whole in self._memory[name]:
-                    whole[missing.to(whole.device)] = 0
+                for stored in self._memory[name]:
+                    stored[missing.to(stored.device)] = 0
                 missing.fill_(False)
-            return sample.with_tensors(tuple(whole[begin:end] for whole in self._memory[name]))
+            return sample.with_tensors(tuple(stored[begin:end] for stored in self._memory[name]))
         tensors = (
             self._map(name, i, begin, end - begin, "r").to(t.device)
             for i, t in enumerate(sample.tensors)
@@ -149,16 +149,16 @@ class ActivationCache:
 
     def _map(self, name: str, i: int, start: int, n: int, mode: str) -> Tensor:
         sample = self.survey[name].tensors[i]
-        each = sample[:1].numel() * sample.element_size()
-        if n == 0 or each == 0:
+        example_bytes = sample[:1].numel() * sample.element_size()
+        if n == 0 or example_bytes == 0:
             return sample.new_zeros(n, *sample.shape[1:])
         # Copy-on-write for reading, as torch accepts no read-only arrays.
         mapped = np.memmap(
             self._path(self._index[name], i),
             dtype=np.uint8,
             mode="c" if mode == "r" else "r+",
-            offset=start * each,
-            shape=(n * each,),
+            offset=start * example_bytes,
+            shape=(n * example_bytes,),
         )
         return torch.from_numpy(mapped).view(sample.dtype).view(n, *sample.shape[1:])
 

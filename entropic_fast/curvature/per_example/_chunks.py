@@ -32,9 +32,9 @@ def probe_batch(
     engine: PerExampleGradEngine, form: Callable[[FactoredGrad], FactoredGrad] = lambda grad: grad
 ) -> dict[str, FactoredGrad]:
     """The first example's gradients, of every parameter that its loss depends on."""
-    found: dict[str, FactoredGrad] = {}
-    engine.run(next(engine.obj.batches(1)), lambda name, grad: found.__setitem__(name, form(grad)))
-    return {name: found[name] for name in engine.obj.parameter_names if name in found}
+    grads: dict[str, FactoredGrad] = {}
+    engine.run(next(engine.obj.batches(1)), lambda name, grad: grads.__setitem__(name, form(grad)))
+    return {name: grads[name] for name in engine.obj.parameter_names if name in grads}
 
 
 def rows_made(grads: Iterable[FactoredGrad]) -> int:
@@ -67,14 +67,14 @@ class PassCost:
 
     def chunk_within(self, budget: int, result: int, count: int) -> int:
         """Examples per chunk, as even as possible, if `result` bytes are kept per example."""
-        each = self.activations + self.rules + result
-        if budget < self.fixed + each:
+        example_bytes = self.activations + self.rules + result
+        if budget < self.fixed + example_bytes:
             what = "the gradient of one example"
-            raise too_small(self.fixed + each, budget, what, "give more memory")
+            raise too_small(self.fixed + example_bytes, budget, what, "give more memory")
         most = MAX_CHUNK
         if self.device.type == "cpu":
             most = min(most, max(CPU_CHUNK, CPU_ACTIVATIONS // max(1, self.activations)))
-        most = max(1, min(most, (budget - self.fixed) // each))
+        most = max(1, min(most, (budget - self.fixed) // example_bytes))
         return ceil(count / ceil(count / most))
 
 
@@ -157,7 +157,7 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
     leaf = theta.detach().requires_grad_()
     # Storages saved for backward, each once, without what all examples share.
     shared = [leaf, *trees.leaves(batch[1:]), *obj.buffers.values()]
-    own = {tensor.untyped_storage().data_ptr() for tensor in shared}
+    shared_storages = {tensor.untyped_storage().data_ptr() for tensor in shared}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Any:
@@ -169,7 +169,7 @@ def activation_bytes(obj: Objective, theta: Tensor) -> int:
         except RuntimeError:  # what a transform within the model leaves has none
             saved[storage._cdata] = tensor.nbytes
         else:
-            if address not in own:
+            if address not in shared_storages:
                 saved[address] = storage.nbytes()
         return tensor.detach()  # a node that held its own result would never be freed
 
@@ -193,12 +193,9 @@ def _saved_in_graph(root: Any) -> Iterator[Tensor]:
         node = stack.pop()
         names = [name for name in dir(node) if name.startswith("_saved_")]
         for value in [getattr(node, name) for name in names]:
-            yield from (t for t in _listed(value) if isinstance(t, Tensor))
+            several = value if isinstance(value, tuple | list) else (value,)
+            yield from (t for t in several if isinstance(t, Tensor))
         yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)
         following = {n for n, _ in node.next_functions} - seen
         seen |= following
         stack += following
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, tuple | list) else (value,)

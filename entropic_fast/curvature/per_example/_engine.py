@@ -75,9 +75,9 @@ class PerExampleGradEngine:
 
     def factored_grads(self, batch: Batch) -> dict[str, FactoredGrad]:
         """The gradients of a batch's examples, by parameter."""
-        found: dict[str, FactoredGrad] = {}
-        self.run(batch, found.__setitem__)
-        return found
+        grads: dict[str, FactoredGrad] = {}
+        self.run(batch, grads.__setitem__)
+        return grads
 
     def run(self, batch: Batch, sink: Sink) -> Tensor:
         """Pass each parameter's gradients for a batch to the sink; returns the losses [n].
@@ -174,11 +174,11 @@ class PerExampleGradEngine:
         copies: dict[str, Tensor],
         mode: LayerInterceptor,
     ) -> Tensor:
-        def loss(own: dict[str, Tensor], x: Tree, y: Tree, zero: Tensor) -> Tensor:
+        def loss(copied: dict[str, Tensor], x: Tree, y: Tree, zero: Tensor) -> Tensor:
             one, target = trees.chosen((x, y), None)
             mode.example = zero
             with mode:
-                return self.obj.losses_with({**tracked, **own}, one, target).sum()
+                return self.obj.losses_with({**tracked, **copied}, one, target).sum()
 
         told = told_of_tracing() if self._info.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:
@@ -210,13 +210,13 @@ class PerExampleGradEngine:
             self.run(batch, keep)
         dtype = coarsest_dtype(self.obj, self.theta, batch.inputs)
         relative, absolute = AGREEMENT[dtype]
-        whole = float(expected.double().norm())
+        scale = float(expected.double().norm())
         # Gradients that are rounding of numbers near 1, as at a minimum of loss 0, prove nothing:
         # the next objective of this model is compared again.
         slack = SMALL_GRADIENT.get(dtype, 0.0)
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
-            if gap > relative * float(part.double().norm()) + absolute * whole + slack:
+            if gap > relative * float(part.double().norm()) + absolute * scale + slack:
                 if self._info.told:  # the model computes something else when it is traced
                     self._info.traceable = False
                     break
@@ -227,7 +227,7 @@ class PerExampleGradEngine:
                     "this is a bug in entropic_fast: please report the model; meanwhile, call "
                     "within `with entropic_fast.curvature.autograd_only():`"
                 )
-        self._info.checked = whole > slack
+        self._info.checked = scale > slack
 
 
 class _Uses:

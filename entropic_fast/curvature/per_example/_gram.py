@@ -142,12 +142,12 @@ class GramComputation:
             for _, grad in cache.factored_grads(name):
                 self._update(gram, grad.tensors[0])
             return
-        each = sample.width // max(1, sample.groups)
+        channel_width = sample.width // max(1, sample.groups)
         step = channels_within(self.plan.slice, sample, self.count)
-        buffer = sample.tensors[-1].new_empty(self.count * step * each)
+        buffer = sample.tensors[-1].new_empty(self.count * step * channel_width)
         for begin in range(0, sample.groups, step):
             end = min(begin + step, sample.groups)
-            columns = buffer[: self.count * (end - begin) * each].view(self.count, -1)
+            columns = buffer[: self.count * (end - begin) * channel_width].view(self.count, -1)
             for start, grad in cache.factored_grads(name):
                 grad.write_columns(begin, end, columns[start : start + grad.count])
             self._update(gram, columns)
@@ -172,12 +172,14 @@ class GramComputation:
                 if low < high:
                     held[low - begin : high - begin] = chunk[low - start : high - start]
                 if start < end <= stop:  # the block is full
-                    self._each(grams, held, None, (begin, end), (begin, end))
+                    self._add_block(grams, held, None, (begin, end), (begin, end))
                 after = max(start, end)
                 if after < stop:
-                    self._each(grams, chunk[after - start :], held, (after, stop), (begin, end))
+                    self._add_block(
+                        grams, chunk[after - start :], held, (after, stop), (begin, end)
+                    )
 
-    def _each(
+    def _add_block(
         self,
         grams: dict[str, Tensor],
         a: Tensor,
@@ -219,7 +221,7 @@ class GramComputation:
         here, size = communicator.rank, communicator.size
         gradients = self._gradients
 
-        def own() -> Tensor:
+        def local_rows() -> Tensor:
             rows = self.theta.new_empty(sizes[here], self.obj.num_params, dtype=gradients.dtype)
             for start, chunk in gradients.local_chunks(self.count):
                 first = start - ranges[here][0]
@@ -228,14 +230,14 @@ class GramComputation:
 
         failure: Exception | None = None
         met = mine = communicator.synchronized(
-            own, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
+            local_rows, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
         )
         # After half a round every pair of blocks has met.
         for step in range(size // 2 + 1):
-            other = (here + step) % size
+            partner = (here + step) % size
             # Send the visiting rows to the previous process, and receive those of the next.
             last = step == size // 2
-            following = (other + 1) % size
+            following = (partner + 1) % size
             wait = (
                 None
                 if last
@@ -245,7 +247,7 @@ class GramComputation:
             )
             try:
                 if failure is None:
-                    self._ring_block(grams, ranges, mine, met, here, other)
+                    self._ring_block(grams, ranges, mine, met, here, partner)
             except Exception as error:  # the other processes still wait for rows
                 failure = error
             met = met if wait is None else wait()
@@ -263,16 +265,16 @@ class GramComputation:
         mine: Tensor,
         met: Tensor,
         here: int,
-        other: int,
+        partner: int,
     ) -> None:
         """The block of these rows and those of another process, which only one of both computes."""
         size = len(ranges)
-        if other == here:
-            self._each(grams, mine, None, ranges[here], ranges[here])
+        if partner == here:
+            self._add_block(grams, mine, None, ranges[here], ranges[here])
         # In a ring of even size both ranks of an opposite pair meet: the lower one computes it.
-        elif 2 * ((other - here) % size) < size or here < other:
-            pair = (mine, met) if here > other else (met, mine)
-            self._each(grams, *pair, ranges[max(here, other)], ranges[min(here, other)])
+        elif 2 * ((partner - here) % size) < size or here < partner:
+            pair = (mine, met) if here > partner else (met, mine)
+            self._add_block(grams, *pair, ranges[max(here, partner)], ranges[min(here, partner)])
 
     def _require_finite(self, grams: dict[str, Tensor]) -> None:
         total = sum(gram.diagonal() for gram in grams.values())

@@ -152,11 +152,11 @@ class GramPlanner:
         row = params * max(4, self.engine.theta.element_size())
         held, made = row + packed_bytes(1, params), 2 * row + packed_bytes(1, params)
         # A chunk's rows stay until the next chunk's are computed.
-        each = cost.activations + cost.rules + made
-        self._require(each + held)
+        example_bytes = cost.activations + cost.rules + made
+        self._require(example_bytes + held)
         # A quarter for the chunk is enough; every other row held saves recomputation.
-        size = cost.chunk_within(max(each, self.room // 4), made, count)
-        block = max(1, min(count, (self.room - size * each) // held))
+        size = cost.chunk_within(max(example_bytes, self.room // 4), made, count)
+        block = max(1, min(count, (self.room - size * example_bytes) // held))
         computed = sum(count - begin for begin in range(0, count, block))
         return self._plan("recompute", size, computed / count, held=block * row, block=block)
 

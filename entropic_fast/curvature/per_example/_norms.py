@@ -79,21 +79,21 @@ def gradient_norms(
     del grads
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
 
-    def own() -> Tensor:
+    def local_norms() -> Tensor:
         norms = torch.zeros(len(keys), count, dtype=torch.float64, device=obj.device)
         for batch in obj.local_batches(batch_size=chunk):
-            part = norms[:, batch.start : batch.start + batch.size]
-            sums = _Sums(dict(zip(keys, part, strict=True)))
+            of_batch = norms[:, batch.start : batch.start + batch.size]
+            sums = _Sums(dict(zip(keys, of_batch, strict=True)))
 
             def add(name: str, grad: FactoredGrad, sums: _Sums = sums) -> None:
                 sums.add(key(name), grad)
 
             engine.run(batch, add)
             sums.flush()
-            require_finite(part.sum(0), batch.start, engine.theta)
+            require_finite(of_batch.sum(0), batch.start, engine.theta)
         return norms
 
-    summed = obj.all_reduce(own, f"gradient norms by {group_by}", engine.theta)
+    summed = obj.all_reduce(local_norms, f"gradient norms by {group_by}", engine.theta)
     norms = dict(zip(keys, summed, strict=True))
     return norms[""] if group_by is None else norms
 

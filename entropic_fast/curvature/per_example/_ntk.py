@@ -93,14 +93,14 @@ def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
         with torch.no_grad(), full_precision():
             outputs = obj.outputs(theta, batch.inputs)
         require_finite_outputs(outputs, batch.start)
-        found = outputs[0].numel()
-        if size not in (None, found):
+        numbers = outputs[0].numel()
+        if size not in (None, numbers):
             raise checks.invalid(
                 "outputs",
                 f"{size} numbers for every example, as for the first",
-                f"{found} for example {batch.start}",
+                f"{numbers} for example {batch.start}",
                 "group examples by their number of outputs, with a kernel for each group",
             )
-        size = found
+        size = numbers
     assert size is not None
     return size

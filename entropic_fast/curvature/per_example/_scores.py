@@ -307,23 +307,23 @@ def _second_moment(
     size = 8 * obj.num_params**2
     gradients = ExampleGradients(obj, theta, memory_budget=2**62)
     # A chunk's rows and their transpose are held together.
-    each = gradients.example_bytes + gradients.row_bytes
-    if room < size + each:
+    needed = gradients.example_bytes + gradients.row_bytes
+    if room < size + needed:
         raise too_small(
-            size + each,
+            size + needed,
             room,
             f"the spectrum of {count} examples and {obj.num_params} parameters",
             "give more memory, or fewer max_examples",
         )
-    gradients.chunk = gradients.chunk_within((room - size) * gradients.example_bytes // each)
+    gradients.chunk = gradients.chunk_within((room - size) * gradients.example_bytes // needed)
 
-    def own() -> Tensor:
+    def local_moment() -> Tensor:
         moment = torch.zeros(obj.num_params, obj.num_params, dtype=torch.float64, device=obj.device)
         for _, chunk in gradients.local_chunks(count):
             symmetric_update_(moment, chunk.T.contiguous(), double_products=double_products)
         return moment
 
-    moment = obj.all_reduce(own, f"second moment of {count} scores", gradients.theta)
+    moment = obj.all_reduce(local_moment, f"second moment of {count} scores", gradients.theta)
     mirror_lower(moment)
     return moment
 
@@ -334,8 +334,8 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
     def one_takes() -> Tensor:
         if obj.communicator.rank:
             return matrix.new_zeros(len(matrix))
-        found: Tensor = torch.linalg.eigvalsh(matrix)
-        return found
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values
 
     eigenvalues = obj.all_reduce(one_takes, "eigenvalues")
     return (eigenvalues / count).clamp(min=0).flip(0)[:size]

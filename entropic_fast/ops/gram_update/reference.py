@@ -26,12 +26,12 @@ def symmetric_update_(args: SymmetricUpdate) -> None:
         step = min(step, max(GPU_ROWS, -(-count // 4)))
     for slices in _column_slices(double_products, rows):
         for start in range(0, count, step):
-            own = slices[0][start : start + step]  # [I, k]
+            block = slices[0][start : start + step]  # [I, k]
             here = gram[start : start + step]  # [I, E]
             if start:
-                _add_product(here[:, :start], own, slices[0][:start])
+                _add_product(here[:, :start], block, slices[0][:start])
             # [I, I], on the diagonal
-            here[:, start : start + step].add_(_product(own, own).tril_())
+            here[:, start : start + step].add_(_product(block, block).tril_())
 
 
 def cross_update_(args: CrossUpdate) -> None:
@@ -61,8 +61,8 @@ def _column_slices(double_products: bool, *matrices: Tensor) -> Iterator[list[Te
     for stop in stops:
         while start < stop:
             end = min(start + step, stop)
-            part = [m[:, start:end] for m in matrices]
-            yield part if single else [p.double() for p in part]
+            chosen = [m[:, start:end] for m in matrices]
+            yield chosen if single else [p.double() for p in chosen]
             start = end
 
 

@@ -137,15 +137,12 @@ def _module(a: LangevinSteps) -> ModuleType:
     return implementation(FAMILY, a.x.device, setting if usual else chosen)
 
 
-def _module_of_words(a: BoxMuller) -> ModuleType:
-    return implementation(FAMILY, a.words.device, a.backend or None)
-
-
 _langevin_steps = Op(
     FAMILY, "langevin_steps", LangevinSteps, check=checks.check_steps,
     results=no_results, writes=("x", "v"), module=_module,
 )  # fmt: skip
 _box_muller = Op(
     FAMILY, "box_muller", BoxMuller, name="langevin_box_muller", check=checks.check_box_muller,
-    prepare=checks.check_words, results=checks.new_normal, module=_module_of_words,
+    prepare=checks.check_words, results=checks.new_normal,
+    module=lambda a: implementation(FAMILY, a.words.device, a.backend or None),
 )  # fmt: skip

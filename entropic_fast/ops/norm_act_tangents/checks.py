@@ -117,19 +117,19 @@ def _check(name: str, first: Tensor, arguments: dict[str, Any]) -> None:
     _check_layout(name, first, dense=True)
     k, m, c = first.shape
     shapes = {"KmC": (k, m, c), "mC": (m, c), "KC": (k, c), "C": (c,)}
-    for other, tensor in arguments.items():
-        if other == name or not isinstance(tensor, Tensor):
+    for argument, tensor in arguments.items():
+        if argument == name or not isinstance(tensor, Tensor):
             continue
-        form, _, dense = FORMS[other].partition(" ")
+        form, _, dense = FORMS[argument].partition(" ")
         if tensor.shape != shapes[form]:
             letters = ", ".join(form)
             raise invalid(
-                other,
+                argument,
                 f"shape [{letters}] = {list(shapes[form])} beside {name}",
                 f"shape {list(tensor.shape)}",
             )
-        check_like(other, tensor, name, first)
-        _check_layout(other, tensor, dense=bool(dense))
+        check_like(argument, tensor, name, first)
+        _check_layout(argument, tensor, dense=bool(dense))
 
 
 def _check_layout(name: str, tensor: Tensor, *, dense: bool) -> None:
@@ -156,6 +156,6 @@ def _check_apart(name: str, tensor: Tensor) -> None:
         )
 
 
-def _needs(arguments: Jvp | VjpTangent, name: str, other: str) -> None:
-    if getattr(arguments, name) is not None and getattr(arguments, other) is None:
-        raise invalid(other, f"a tensor, as {name} is given", "None")
+def _needs(arguments: Jvp | VjpTangent, name: str, needed: str) -> None:
+    if getattr(arguments, name) is not None and getattr(arguments, needed) is None:
+        raise invalid(needed, f"a tensor, as {name} is given", "None")

@@ -164,6 +164,6 @@ def _orders(keys: Tensor) -> Tensor:
     )
     rows, results = keys.flatten(0, 1), orders.flatten(0, 1)
     for i in range(0, len(rows), some):
-        part = slice(i, i + some) if some > 1 else i  # a vector, not a row of a matrix
-        torch.argsort(rows[part], dim=-1, stable=True, out=results[part])
+        chosen = slice(i, i + some) if some > 1 else i  # a vector, not a row of a matrix
+        torch.argsort(rows[chosen], dim=-1, stable=True, out=results[chosen])
     return orders

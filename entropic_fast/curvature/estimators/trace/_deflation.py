@@ -11,6 +11,7 @@ from ...._utils import checks
 from ...._utils.results import Eigenpairs
 from ...operators._algebra import OperatorBase
 from ...operators._projection import project_out
+from .._probes import column_norms
 
 
 def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
@@ -18,14 +19,14 @@ def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
 
     Directions along which they are rounding are left out, so s may be under K, and 0.
     """
-    scale = float(_norms(vectors).max())
+    scale = float(column_norms(vectors).max())
     rest = project_out(basis, project_out(basis, vectors))
     q, triangle = qr(rest)
     left, lengths, _ = torch.linalg.svd(triangle.double().cpu())
     kept = lengths > 10 * torch.finfo(vectors.dtype).eps * scale
     # What little is left of a vector is mostly rounding: one pass more, which sound ones survive.
     fresh = project_out(basis, q @ left[:, kept].to(q))
-    return qr(fresh[:, _norms(fresh) > 0.5])[0]
+    return qr(fresh[:, column_norms(fresh) > 0.5])[0]
 
 
 def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: OperatorBase) -> Tensor:
@@ -63,8 +64,3 @@ def require_room(count: int, operator: OperatorBase) -> None:
             f"{readable(needed)} for {count} of them",
             'take fewer, or method="hutchinson", which keeps none',
         )
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=0, dtype=torch.float64)
-    return norms

@@ -35,11 +35,11 @@ def output_factors(obj: Objective, theta: Tensor, batch: Batch) -> tuple[Tensor,
         free = free.double()
         targets = trees.mapped(lambda t: t.double() if t.is_floating_point() else t, targets)
     by_class = closed if isinstance(closed, CrossEntropy) and closed.by_class else None
-    if by_class is not None and outputs.ndim == 2 and not _has_class_factors(outputs):
+    if outputs.ndim == 2 and (outputs.shape[1] <= SMALL or not is_gpu(outputs.device)):
         by_class = None
     diagonal = closed if isinstance(closed, DiagonalLoss) else None
-    known = by_class or diagonal
-    if known is not None and not checks.all_finite(obj.output_losses(free, targets)):
+    factored = by_class or diagonal
+    if factored is not None and not checks.all_finite(obj.output_losses(free, targets)):
         obj.finite_losses(theta, batch)  # raises, naming the example
     if diagonal is not None:
         directions, signs = _diagonal_factors(diagonal.curvatures(free, targets))
@@ -93,11 +93,6 @@ def _position_factors(
     directions.scatter_(2, place, columns[:, :, None])
     directions = directions.view(n, -1, *positions, classes).movedim(-1, axis + 1)
     return directions.flatten(2), values.sign()
-
-
-def _has_class_factors(outputs: Tensor) -> bool:
-    """Whether a GPU is spared the eigenvectors of every example, for more than SMALL classes."""
-    return outputs.shape[1] > SMALL and is_gpu(outputs.device)
 
 
 def _diagonal_factors(curvatures: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,23 +98,23 @@ def ggn_trace(
     piece = _examples_at_once(obj, theta, budget // 2)
     names = list(dict.fromkeys(map(key, obj.parameter_names)))
 
-    def own() -> Tensor:
-        found = torch.zeros(len(names), count, dtype=torch.float64, device=obj.device)
+    def local_traces() -> Tensor:
+        by_example = torch.zeros(len(names), count, dtype=torch.float64, device=obj.device)
         for batch in obj.local_batches(count, piece):
             directions, signs = output_factors(obj, theta, batch)
             norms = _norms(obj, theta, batch, directions, budget - budget // 2, group_by)
-            part = found[:, batch.start : batch.start + batch.size]
+            part = by_example[:, batch.start : batch.start + batch.size]
             for row, name in zip(part, names, strict=True):
                 row += (norms[name] * signs).sum(1) if norms else 0
-        return found
+        return by_example
 
-    found = obj.all_reduce(own, f"Gauss-Newton trace by {group_by} of {count}", theta)
+    by_example = obj.all_reduce(local_traces, f"Gauss-Newton trace by {group_by} of {count}", theta)
     decay = dict.fromkeys(names, 0.0)
     for name, part in obj.split(theta).items():
         decay[key(name)] += obj.weight_decay * part.numel()
     traces = {
         name: Estimate.from_samples(part, decay[name])
-        for name, part in zip(names, found, strict=True)
+        for name, part in zip(names, by_example, strict=True)
     }
     return traces[""] if group_by is None else traces
 
@@ -223,10 +223,10 @@ def _norms(
     repeated = RepeatedExamples(inputs, rank, directions.flatten(0, 1))
     single = obj.without_distribution()._replace(repeated, _along, theta)
     if group_by is None:
-        found = {"": gradient_norms(single, theta, memory_budget=budget)}
+        norms = {"": gradient_norms(single, theta, memory_budget=budget)}
     else:
-        found = gradient_norms(single, theta, memory_budget=budget, group_by=group_by)
-    return {name: squared.view(n, rank) for name, squared in found.items()}
+        norms = gradient_norms(single, theta, memory_budget=budget, group_by=group_by)
+    return {name: squared.view(n, rank) for name, squared in norms.items()}
 
 
 def _along(outputs: Tensor, directions: Tensor) -> Tensor:
@@ -238,13 +238,13 @@ def _examples_at_once(obj: Objective, theta: Tensor, room: int) -> int:
     """Examples whose Hessians in the outputs fit."""
     with torch.no_grad():
         size = obj.outputs(theta, next(obj.batches(1)).inputs)[0].numel()
-    each = 8 * _MATRICES * size**2
-    if room < each:
+    example_bytes = 8 * _MATRICES * size**2
+    if room < example_bytes:
         raise too_small(
-            2 * each,
+            2 * example_bytes,
             2 * room,
             f"the Hessian of a loss in {size} outputs",
             "give more memory, or estimate it: operator_trace(GGNOperator(obj, theta)), or "
             "hessian_trace by another method",
         )
-    return min(room // each, obj.examples.batch_size)
+    return min(room // example_bytes, obj.examples.batch_size)

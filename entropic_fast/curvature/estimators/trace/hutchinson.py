@@ -8,7 +8,7 @@ from torch import Tensor
 from ...._utils.results import Estimate
 from ...operators._algebra import OperatorBase
 from ...operators._projection import project_out
-from .._probes import BLOCK, MIN_SAMPLES, block_width, precise, sign_vectors
+from .._probes import BLOCK, MIN_SAMPLES, block_width, precise, sign_vectors, unit_vectors
 from ._integrands import TraceIntegrand
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator
 
@@ -99,9 +99,7 @@ def exact_trace(
     """The traces from all P unit vectors, without error."""
     size, dtype, device = operator.order, operator.dtype, operator.device
     traces = probes.known
-    for start in range(0, size, BLOCK):
-        units = torch.zeros(size, min(BLOCK, size - start), dtype=dtype, device=device)
-        units[start : start + BLOCK].fill_diagonal_(1)
+    for units in unit_vectors(size, dtype, device, BLOCK):
         traces = traces + integrand(units).sum(0)
     blocks = [Estimate(value, 0.0, size, matvecs=size) for value in traces.tolist()]
     return TraceEstimates(blocks, Estimate(float(traces.sum()), 0.0, size, matvecs=size))

@@ -174,7 +174,6 @@ class LayerRule(ABC):
         """The same function, from operations whose derivatives under vmap are right."""
         return self.reference(x, weight, bias)
 
-    @abstractmethod
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
@@ -183,6 +182,7 @@ class LayerRule(ABC):
         The output is a new tensor, as the model may overwrite it. If its first axis is not that of
         the examples, `shaped` gives the view that has it.
         """
+        return self.reference(x, weight, bias), ()
 
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:
         """The output as a view [n, ...]."""
@@ -242,14 +242,14 @@ def norms_by_columns(grad: FactoredGrad) -> Tensor:
     total = grad.tensors[-1].new_zeros(grad.count, dtype=torch.float64)
     if not grad.width or not grad.count:
         return total
-    each, scratch = grad.width // grad.groups, scratch_of(total.device).norms
+    channel_width, scratch = grad.width // grad.groups, scratch_of(total.device).norms
     examples = max(1, scratch // grad.row_bytes)
     channels = max(1, scratch * grad.groups // (examples * grad.row_bytes))
     for first in range(0, grad.count, examples):
         chunk = grad[first : first + examples]
         for begin in range(0, grad.groups, channels):
             end = min(begin + channels, grad.groups)
-            out = chunk.tensors[-1].new_empty(chunk.count, (end - begin) * each)
+            out = chunk.tensors[-1].new_empty(chunk.count, (end - begin) * channel_width)
             chunk.write_columns(begin, end, out)
             total[first : first + chunk.count] += squared_norms(out)
     return total

@@ -164,8 +164,8 @@ class _Batched(torch.autograd.Function):
         needed = [
             t for t, n in zip(leaves, ctx.needs_input_grad[:3], strict=True) if n and t is not None
         ]
-        found = iter(torch.autograd.grad(out, needed, gradients, allow_unused=True))
-        results = [next(found) if n else None for n in ctx.needs_input_grad[:3]]
+        of_needed = iter(torch.autograd.grad(out, needed, gradients, allow_unused=True))
+        results = [next(of_needed) if n else None for n in ctx.needs_input_grad[:3]]
         return (*results, None, None)
 
     @staticmethod
@@ -239,5 +239,5 @@ def count_layer_rule_uses(losses: Tensor, parameters: dict[str, Tensor]) -> dict
             elif following not in seen:
                 seen.add(following)
                 stack.append(following)
-    found = {name: edges[id(p)] for name, p in parameters.items()}
-    return {name: len(uses) if all(uses) else 0 for name, uses in found.items() if uses}
+    uses_of = {name: edges[id(p)] for name, p in parameters.items()}
+    return {name: len(uses) if all(uses) else 0 for name, uses in uses_of.items() if uses}

@@ -84,9 +84,9 @@ class ConvGrad(FactoredGrad):
         a, g = self.tensors
         geometry, groups = self.geometry, 1
         if geometry.groups > 1:
-            groups, each = end - begin, g.shape[-1] // geometry.groups
+            groups, group_outputs = end - begin, g.shape[-1] // geometry.groups
             a = a[..., begin * self._channels : end * self._channels]
-            begin, end = begin * each, end * each
+            begin, end = begin * group_outputs, end * group_outputs
         self._call(conv_weight_grads, a, g[..., begin:end], groups, out=out)
 
     def norms(self) -> Tensor:
@@ -208,7 +208,7 @@ class Convolution(LayerRule):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        images = self._images(x)
+        images = x if x.ndim == self.dims + 2 else x.flatten(0, 1)
         if images.device.type == "cpu" and images.ndim == 4:
             # oneDNN's float32 convolutions are up to twice as fast with channels last, and
             # ConvGrad needs that layout.
@@ -250,9 +250,6 @@ class Convolution(LayerRule):
         """(n,), or (n, images per example) if the model's call has a batch axis."""
         return tuple(x.shape[: x.ndim - 1 - self.dims])
 
-    def _images(self, x: Tensor) -> Tensor:
-        return x if x.ndim == self.dims + 2 else x.flatten(0, 1)
-
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
@@ -292,9 +289,6 @@ def _transposed(dims: int) -> Callable[..., LayerRule]:
     return make
 
 
-layer_rule(torch.conv1d)(_convolution(1))
-layer_rule(torch.conv2d)(_convolution(2))
-layer_rule(torch.conv3d)(_convolution(3))
-layer_rule(torch.conv_transpose1d)(_transposed(1))
-layer_rule(torch.conv_transpose2d)(_transposed(2))
-layer_rule(torch.conv_transpose3d)(_transposed(3))
+for _dims in (1, 2, 3):
+    layer_rule(getattr(torch, f"conv{_dims}d"))(_convolution(_dims))
+    layer_rule(getattr(torch, f"conv_transpose{_dims}d"))(_transposed(_dims))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -126,11 +124,6 @@ class Embedding(LayerRule):
         if self.padding is not None:
             out = torch.where(torch.eq(x, self.padding)[..., None], out.detach(), out)
         return out
-
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.reference(x, weight, bias), ()
 
     def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None

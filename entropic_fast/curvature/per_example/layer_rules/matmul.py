@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -21,11 +19,6 @@ class LeftProduct(LayerRule):
     def reference(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         assert weight is not None
         return torch.matmul(weight, x)
-
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.reference(x, weight, bias), ()
 
     def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         assert at.weight is not None

@@ -103,12 +103,12 @@ class GroupNorm(LayerRule):
                 (True, False, False),
             )[0]  # fmt: skip
             gradient = self.shaped(gradient, at.x)
-        each = images.shape[1] // self.groups
+        per_group = images.shape[1] // self.groups
         inputs, gradients, mean, rstd = at_least_float32((images, out, mean, rstd))
         rows = affine_grads(
             inputs.reshape(*inputs.shape[:2], -1).transpose(1, 2),
             gradients.reshape(*inputs.shape[:2], -1).transpose(1, 2),
-            *(t.repeat_interleave(each, 1)[:, None].to(inputs.dtype) for t in (mean, rstd)),
+            *(t.repeat_interleave(per_group, 1)[:, None].to(inputs.dtype) for t in (mean, rstd)),
         )
         return gradient, wanted_rows([apart(r, at.x.shape[:2]).sum(1) for r in rows], at.wanted)
 
@@ -138,11 +138,6 @@ class LayerNorm(LayerRule):
         assert self.eps is not None
         return functional.layer_norm(x, self.shape, weight, bias, self.eps)
 
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor]]:
-        return self.reference(x, weight, bias), ()
-
     def backward(self, at: Backward) -> tuple[Tensor | None, WeightBiasGrads]:
         n, width = len(at.x), math.prod(self.shape)
         inputs, gradients = (
@@ -162,10 +157,7 @@ class LayerNorm(LayerRule):
             if self.centered:
                 gradient -= scaled.mean(2, keepdim=True)
             gradient = (gradient * rstd).view(at.x.shape).to(at.x.dtype)
-        rows = affine_grads(inputs, gradients, mean, rstd)
-        return gradient, tuple(  # type: ignore[return-value]
-            DenseGrad(r) if w else None for r, w in zip(rows, at.wanted, strict=True)
-        )
+        return gradient, wanted_rows(affine_grads(inputs, gradients, mean, rstd), at.wanted)
 
 
 @lru_cache
