@@ -148,6 +148,7 @@ def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, in
 
 def _forward(obj: Objective, parts: list[Tensor], inputs: Tree) -> fx.GraphModule:
     """The graph (parameters, buffers, x) -> outputs."""
+    # Parameters, buffers and inputs are arguments, so that one graph serves any point and tile.
     names, buffers = obj.parameter_names, list(obj.buffers)
 
     def run(parts: Sequence[Tensor], held: Sequence[Tensor], x: Sequence[Tensor]) -> Tensor:
@@ -195,6 +196,7 @@ def _with_backward(
     outputs = next(leaves)
     gradients = [next(leaves) for _ in range(p)]
     cotangents = [next(leaves) for _ in marked]
+    # A cotangent belongs to the node without its shift, which is the one that stays.
     unshifted = [next(leaves) for _ in marked]
     joint.graph.eliminate_dead_code()
     constants = {n.name: getattr(joint, n.target) for n in joint.graph.nodes if n.op == "get_attr"}
@@ -224,6 +226,7 @@ def _joint_graph(
     likes = [node.meta["val"] for node in marked]  # which hold no data
     # In the dtype of the node: a model may compute parts of itself in another one.
     shifts = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for like in likes]
+    # Values do not matter to the trace: zeros stand for u and the shifts.
     outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
 
     def run(
@@ -254,6 +257,7 @@ def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.Gra
         for kind in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", kind)
         importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
+        # ResNet-20 takes 0.3 s on one CPU core: interpreters are cached by architecture.
         graph = graph_of(function, *arguments, decompositions=table)
         if any(_mutates(node) for node in graph.graph.nodes):
             # A second trace: only the first shows what composite functions change in place.
@@ -294,6 +298,7 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
             raise GraphCaptureError("the model detaches a tensor")
         active.add(node)
         source = node.args[0] if node.target is operator.getitem else node
+        # A linear node needs no cotangent: its second-order term is 0.
         if isinstance(value, Tensor) and not is_linear(source, active):
             marked.append(node)
     return marked

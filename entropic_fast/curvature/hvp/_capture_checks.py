@@ -28,6 +28,7 @@ class GraphCaptureError(RuntimeError):
 def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tensor:
     """The outputs at theta for inputs [n, ...], if a graph would miss no derivative."""
     for name, module in obj.module.named_modules():
+        # Backward hooks may change gradients, and leave no operation in a graph.
         if module._backward_hooks or module._backward_pre_hooks:
             raise GraphCaptureError(f"module {name!r} has backward hooks")
     # Parameters require gradients, as hooks and custom backward passes may depend on that.
@@ -38,6 +39,7 @@ def require_nothing_hidden(obj: Objective, theta: Tensor, inputs: Tree) -> Tenso
         with TraceGuard(gradients=True):
             outputs = obj.run_model(values, inputs)
     for node in backward_nodes(outputs):
+        # Its backward pass may be anything, and need not be differentiable.
         if isinstance(node, BackwardCFunction):
             name = type(node).__name__
             raise GraphCaptureError(f"the model has a backward pass of its own ({name})")
@@ -89,6 +91,7 @@ _HIDDEN: dict[Any, str] = {
 @contextmanager
 def _no_hooks_on_saved_tensors() -> Iterator[None]:
     try:
+        # `torch.utils.checkpoint` has such hooks: it computes values again in the backward pass.
         with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
             yield
     except RuntimeError as error:

@@ -52,6 +52,7 @@ def batch_statistics(
 
 def _normalized(x: Tensor, dims: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(dims, keepdim=True)
+    # From centered values: the mean square less the squared mean would cancel.
     centered = x - mean
     rstd = ((centered * centered).mean(dims, keepdim=True) + eps).rsqrt()
     return centered * rstd, mean, rstd
@@ -95,6 +96,7 @@ def _lstm_cell(
     x: Tensor, h: Tensor, c: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One time step, on a GPU a single operation without forward mode."""
+    # Products with the weights come before; this is the pointwise remainder.
     gates = x + h
     if x_bias is not None and h_bias is not None:
         gates = gates + x_bias + h_bias

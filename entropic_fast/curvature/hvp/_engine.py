@@ -160,8 +160,10 @@ class HVPEngine:
         if not blocks:
             return
         with self.graphs.session():
+            # Tiles outermost: values that are not cached are computed once for all blocks.
             for i, (values, loss) in enumerate(self._points(kind, sample)):
                 for block, sums in blocks:
+                    # Samples are evaluated once, to be compared with autograd: no graph pays off.
                     if sample is None and self._can_be_graphed(kind, i, loss):
                         work = partial(add, values, loss)
                         self.graphs.run((kind, variant), i, work, block, sums)
@@ -219,6 +221,7 @@ class HVPEngine:
         output_tangent = tangents.get(interpreter.graph.outputs)
         if output_tangent is None:  # outputs that do not depend on the parameters
             return
+        # For J^T u nothing but u is active in the backward pass: no other tangents.
         gradients = interpreter.vjp_tangent(
             values, tangents if kind == "hessian" else {}, loss.hessian(output_tangent)
         )
@@ -279,6 +282,7 @@ class HVPEngine:
     def _keep(self, key: tuple[str, int], point: tuple[PrimalValues, OutputLoss]) -> None:
         size = point[0].prune()  # keeps only what the first pass of tangents has read
         with self._keeping:
+            # What does not fit is computed again in every call.
             if key not in self._kept and self._kept_bytes + size <= KEPT * self.budget:
                 self._kept[key] = point
                 self._kept_bytes += size
@@ -289,6 +293,7 @@ class HVPEngine:
         loss = OutputLoss(self.obj, values[interpreter.graph.outputs], tile.targets, tile.weights)
         if not bool(torch.isfinite(loss.losses).all()):
             self.obj.finite_losses(self.theta, tile.batch)  # raises, naming the example
+        # J^T u is linear in u, so Gauss-Newton products differentiate the backward pass at u = 0.
         if kind != "ggn":
             interpreter.backward(values, loss.gradient)
         values.read.clear()  # from here on only tangents read values
@@ -304,6 +309,7 @@ _interpreters: WeakKeyDictionary[Any, OrderedDict[Any, GraphInterpreter | str]] 
 def interpreter_for(obj: Objective, theta: Tensor, inputs: Tree) -> GraphInterpreter:
     """The interpreter of an objective's model for inputs like these."""
     key = (trees.form(inputs), theta.dtype, tuple(obj.buffers), reading(obj))
+    # One thread at a time traces a model, and the others use its interpreter.
     with forward_lock, model_lock(obj.module):
         by_key = _interpreters.setdefault(obj.module, OrderedDict())
         if key in by_key:

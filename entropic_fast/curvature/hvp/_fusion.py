@@ -79,6 +79,7 @@ class NormActForward(FusedRegion):
             input_tangent = active[0].new_zeros(k, *shape)
         u, extra = _terms(input_tangent)
         normal, rstd, scale = values.derived[self.norm]
+        # The normalization is linear in y and in the weight: its term needs both tangents.
         needs_term = terms is not None and cotangent is not None and tscale is not None
         out, sums, _ = jvp(
             pixels(u),
@@ -191,6 +192,7 @@ def _terms(tangent: Any) -> tuple[Tensor, Tensor | None]:
     """The two terms of a sum where the kernel can add them in place; otherwise the sum."""
     if not isinstance(tangent, DeferredSum):
         return tangent, None
+    # Only a dense first term can hold the sum that the kernel writes.
     first, second = tangent.terms()
     if second is None or pixels(first).data_ptr() != first.data_ptr():
         return tangent.total(), None
@@ -254,6 +256,7 @@ def find_forward_regions(nodes: Sequence[fx.Node]) -> list[NormActForward]:
     inside = set(nodes)
     regions: list[NormActForward] = []
     for norm in nodes:
+        # Statistics of a batch depend on all its examples: they are decomposed instead.
         if norm.target is not PATTERN.norm or norm.args[PATTERN.norm_training]:
             continue
         result = next((user for user in norm.users if user.args[1] == 0), None)
@@ -300,6 +303,7 @@ def find_backward_regions(
         if forward is None or norm.args[2] is not forward.norm.args[1]:
             continue
         mask = norm.args[0]
+        # The mask has to be that of the region's own ReLU, with threshold 0.
         if mask in masked or not _masks(mask, forward):
             regions.append(NormActBackward(None, None, norm, forward))
             continue
@@ -338,5 +342,6 @@ def _adds(node: fx.Node, term: Any) -> bool:
     a, b = node.args[:2]
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or a is b or term not in (a, b):
         return False
+    # A broadcast term would need a sum of its own in the backward pass.
     shapes = [tuple(x.meta["val"].shape) for x in (a, b)]
     return shapes[0] == shapes[1]

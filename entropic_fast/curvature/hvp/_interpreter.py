@@ -82,6 +82,7 @@ class GraphInterpreter:
         self._backward_regions = scheduled(
             self.backward_nodes, find_backward_regions(self.backward_nodes, norms)
         )
+        # Whether the backward pass joins u with constants, and so is not 0 at u = 0.
         self._affine = any(has_constant_term(n, {graph.u, *backward}) for n in self.backward_nodes)
         self._last_forward = last_uses(self._forward_regions, {graph.outputs})
         self._last_backward = last_uses(self._backward_regions, set(graph.gradients))
@@ -137,6 +138,7 @@ class GraphInterpreter:
                 region.run(values, tangents, cotangent, terms)
             else:
                 self._differentiate(region.nodes[0], values, tangents, terms)
+            # Quadratic forms and Gauss-Newton products need the outputs' tangent alone.
             if not keep:
                 for dead in self._last_forward.get(region, ()):
                     tangents.pop(dead, None)
@@ -169,6 +171,7 @@ class GraphInterpreter:
         self, values: PrimalValues, directions: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, Tensor]:
         """The tangent of the outputs [K, n, ...], and the network's share of v^T H v [K]."""
+        # g of an operation has the effect of all later ones, so each term counts once.
         terms = SecondOrderSum()
         tangents = self.jvp(values, directions, terms=terms)
         some = next(d for d in directions if d is not None)
@@ -185,6 +188,7 @@ class GraphInterpreter:
             return
         ctx = NodeContext(node, values, tangents)
         like = node.meta.get("val")
+        # Integers, such as the places of maxima, have no tangent.
         if not ctx.active or (isinstance(like, Tensor) and not like.is_floating_point()):
             return
         if terms is not None:
@@ -200,6 +204,7 @@ class GraphInterpreter:
         by_node = self.graph.cotangents
         if node in by_node:
             return {0: by_node[node]}
+        # An operation with several results has a cotangent for each that is read.
         results = [user for user in node.users if user.target is operator.getitem]
         return {user.args[1]: by_node[user] for user in results if user in by_node}  # type: ignore[misc]
 

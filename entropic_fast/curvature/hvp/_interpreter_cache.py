@@ -77,6 +77,7 @@ def keep(interpreter: GraphInterpreter | str, architecture: Architecture) -> Non
 
 def _bare(interpreter: GraphInterpreter, architecture: Architecture) -> GraphInterpreter | None:
     """The interpreter with indices in place of the model's tensors; None if it is too large."""
+    # Tensors of the model become indices: a cached graph must not keep a model alive.
     places = {_place(tensor): i for i, tensor in enumerate(architecture.constants)}
     constants: dict[str, Any] = {
         name: places.get(_place(tensor), tensor)
@@ -116,6 +117,7 @@ def _gives_outputs(
     """Whether a interpreter gives the objective's outputs at a point near theta [P]."""
     try:
         point = torch.cat([_shifted(part).flatten() for part in obj.split(theta).values()])
+        # If examples do not interact, a few show whether the graph is the model's.
         few = trees.chosen(inputs, slice(_EXAMPLES)) if obj.separable else inputs
         expected = require_nothing_hidden(obj, point, few)
         values = interpreter.forward(list(obj.split(point).values()), obj.buffers.values(), inputs)

@@ -31,6 +31,7 @@ def jvp_rule(*targets: Any) -> Callable[[JVPRule], JVPRule]:
 def tangent(ctx: NodeContext) -> Any:
     """The tangent of an operation, by its JVP rule or by torch's forward mode."""
     target = ctx.node.target
+    # A rule is one call on stacked tensors; by torch it is vmap over forward mode.
     if target in JVP_RULES:
         return JVP_RULES[target](ctx)
     if torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -113,6 +114,7 @@ def _scatter(ctx: NodeContext) -> Any:
 @jvp_rule(aten.cat.default)
 def _cat(ctx: NodeContext) -> Any:
     nodes, dim = ctx.argument(0), ctx.argument(1)
+    # Inactive tensors are joined as zeros.
     active = next(t for t in (ctx.tangent(a) for a in nodes) if t is not None)
     parts = []
     for node in nodes:
@@ -150,6 +152,7 @@ def _mean_all(ctx: NodeContext) -> Any:
 @jvp_rule(aten.sum.dim_IntList, aten.mean.dim)
 def _sum(ctx: NodeContext) -> Any:
     t, rank = ctx.tangent(0), ctx.value(0).ndim
+    # No dimensions stand for all.
     dims = ctx.argument(1) or range(rank)
     shifted = [d % rank + 1 for d in dims]
     operation = torch.sum if ctx.node.target is aten.sum.dim_IntList else torch.mean

@@ -99,6 +99,7 @@ class NodeContext:
         """An argument as the graph has it, or its default."""
         if position < len(self.node.args):
             return self.node.args[position]
+        # Graphs leave out arguments that have their default.
         schema = self.node.target._schema.arguments[position]
         return self.node.kwargs.get(schema.name, schema.default_value)
 
@@ -106,6 +107,7 @@ class NodeContext:
         """The tangent of an argument (by position, or a node); None if it is not active."""
         if isinstance(argument, int):
             argument = self.argument(argument)
+        # A rule other than a fused region reads the sum of both terms.
         tangent = self._tangents.get(argument) if isinstance(argument, fx.Node) else None
         return tangent.total() if isinstance(tangent, DeferredSum) else tangent
 
@@ -162,6 +164,8 @@ def second_order_by_torch(ctx: NodeContext, cotangents: dict[int, Tensor]) -> Te
 
     def along(*directions: Tensor) -> Tensor:
         arguments = tuple(range(len(points)))
+        # The derivative along a' of grad <g, f> is <g, D^2 f[a', .]>; its product with a' is the
+        # term.
         weighted_tangents = jvp(grad(weighted, arguments), points, directions)[1]
         parts = [
             (d * b).sum(dtype=torch.float64)

@@ -87,6 +87,7 @@ def last_uses(
     last: dict[fx.Node, FusedRegion] = {}
     for region in regions:
         for node in (*region.inputs, *region.nodes):
+            # Later regions overwrite earlier ones: the last use is left.
             last[node] = region
     # Tangents of all nodes at once would take K times the memory of the values.
     by_region: dict[FusedRegion, list[fx.Node]] = {}

@@ -57,6 +57,7 @@ def _convolution(ctx: NodeContext, g: Tensor) -> Tensor | None:
     if tx is None or tw is None:
         return None
     geometry, x = Geometry.of(ctx, 3), ctx.value(0)
+    # <g, conv(x', W')> = <x', conv^T(g, W')>: one map to the input for K weights.
     back = InputGradient(geometry, g, x, tw.shape[3:])
     forms = [inner(tx[rows], back.with_weights(g, tw[rows])) for rows in _blocks(tw, x.shape[1])]
     return 2 * (forms[0] if len(forms) == 1 else torch.cat(forms))
@@ -96,6 +97,7 @@ def _batch_norm(ctx: NodeContext, g: Tensor) -> Tensor | None:
     if tx is None or tw is None:
         return None
     _, rstd = statistics(ctx, 3, 4, 7)
+    # y is linear in x and in the weight: 2 <g, x' rstd w'>, and nothing of the bias.
     sums = (tx * g).sum([1, *range(3, tx.ndim)], dtype=torch.float64)  # [K, C]
     return 2 * (sums * tw * rstd.flatten()).sum(1)
 
@@ -110,6 +112,7 @@ def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
             curvature = _second_derivative(ctx, first, active[j])
             if curvature is None:
                 continue
+            # Mixed derivatives count twice, as (a, b) and as (b, a).
             weight = 1 if i == j else 2
             term = inner((tangents[i] * tangents[j]).expand(-1, *g.shape), g * curvature)
             total = weight * term if total is None else total + weight * term

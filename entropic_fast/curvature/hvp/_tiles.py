@@ -69,6 +69,7 @@ class Tiling:
         width, room = (GPU_WIDTH, self.budget // 4) if gpu else (WIDTH, self.budget // 2)
         example_bytes = 2 * total
         if not self.separable:
+            # Examples that interact are one tile, however large.
             largest = max(batch.size for batch in self.obj.batches())
             return max(1, min(width, room // (largest * example_bytes) - 1)), largest
         if self.obj.device.type == "cpu":
@@ -147,6 +148,7 @@ def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
     """Examples in order, in batches of `size` wherever consecutive ones can be concatenated."""
     held = None
     for batch in read(batch_size=size):
+        # Tiles of one size share a graph and, on a GPU, its CUDA graphs.
         if held is not None and _alike(held, batch):
             inputs, targets = trees.joined([held[1:], batch[1:]])
             held = Batch(held.start, inputs, targets)

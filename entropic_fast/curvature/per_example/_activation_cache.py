@@ -79,6 +79,7 @@ class ActivationCache:
                 alike.setdefault((group(name), grad.tensors[0].dtype), []).append(name)
         for (key, _), together in alike.items():
             widths = [self.survey[name].width for name in together]
+            # One update of wide rows instead of one per parameter.
             rows = padded_rows(self.survey[together[0]].tensors[0], self.count, sum(widths))
             self._joint.append((key, together, rows))
             parts = rows.split_with_sizes(widths, 1)
@@ -105,6 +106,7 @@ class ActivationCache:
             if isinstance(self.survey[name], DenseGrad) and not isinstance(grad, DenseGrad):
                 grad.write_columns(0, grad.groups, self._memory[name][0][where])
                 return
+        # In the form of the survey, whichever takes less memory there.
         kept = compact_form(grad)
         expected = [t.shape[1:] for t in self.survey[name].tensors]
         if expected != [t.shape[1:] for t in kept.tensors]:
@@ -141,6 +143,7 @@ class ActivationCache:
     def drop(self, name: str) -> None:
         """Free the memory of one parameter; of adjacent ones, with the last of them."""
         self._memory.pop(name, None)
+        # Adjacent columns share one allocation.
         self._joint = [j for j in self._joint if any(n in self._memory for n in j[1])]
 
     def _path(self, index: int, i: int) -> Path:
@@ -170,6 +173,7 @@ def spill_folder(needed: int) -> Path | None:
             state = os.statvfs(place)
         except (OSError, AttributeError):
             continue
+        # A folder in tmpfs would fill the memory that is to be saved.
         if state.f_bavail * state.f_frsize > 1.1 * needed and not _is_memory(place):
             return Path(place)
     return None
@@ -181,5 +185,6 @@ def _is_memory(place: str) -> bool:
     except OSError:
         return False
     path = os.path.realpath(place)
+    # The longest mount point that contains the folder is its own.
     holding = [(len(m), kind) for m, kind in mounts if (path + "/").startswith(m.rstrip("/") + "/")]
     return bool(holding) and max(holding)[1] in _IN_MEMORY

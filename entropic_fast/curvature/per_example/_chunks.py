@@ -60,6 +60,7 @@ class PassCost:
         self.activations = int(ACTIVATION_COPIES * activation_bytes(obj, engine.theta))
         if engine.traceable:
             copies = 4 * sum(sizes[name] for name in engine.batched)
+            # A row as it is computed, and in the parameter's order.
             made = 2 * itemsize * max(sizes.values()) if made is None else made
             self.rules = itemsize * copies + made
         else:
@@ -75,6 +76,7 @@ class PassCost:
         if self.device.type == "cpu":
             most = min(most, max(CPU_CHUNK, CPU_ACTIVATIONS // max(1, self.activations)))
         most = max(1, min(most, (budget - self.fixed) // example_bytes))
+        # Even chunks, since small ones are slow: of 16 examples Python takes a third of the time.
         return ceil(count / ceil(count / most))
 
 
@@ -125,6 +127,7 @@ class ExampleGradients:
     def rows(self, batch: Batch) -> Tensor:
         """Gradients [n, P] of a batch's examples."""
         rows = padded_rows(self.theta, batch.size, self.obj.num_params, dtype=self.dtype)
+        # Parameters that no loss depends on are not passed on: their columns stay 0.
         rows.zero_()
         parts = self.engine.split(rows)
 

@@ -96,6 +96,8 @@ class PerExampleGradEngine:
             except UNTRACEABLE as why:
                 # A loss that is not finite says nothing against vmap.
                 self.obj.finite_losses(self.theta, batch)
+                # A model may skip code that reads values, such as checks of masks, if it is told
+                # that torch.compile traces it.
                 if not self._info.told:
                     self._tell(why)
                     return self.run(batch, sink)
@@ -107,6 +109,7 @@ class PerExampleGradEngine:
                     backward()
                     return losses
                 except RuntimeError as why:
+                    # Subclasses are errors of this library, or a lack of memory.
                     if type(why) is not RuntimeError:
                         raise
                     # From a torch layer whose backward pass vmap does not support.
@@ -116,6 +119,7 @@ class PerExampleGradEngine:
         self._require_finite(losses, batch)
         (rows,) = at_least_float32((rows,))
         for name, part in self.split(rows).items():
+            # Gradients that were passed on before the failure are not repeated.
             if name not in handed:
                 sink(name, DenseGrad(part))
         return losses
@@ -140,6 +144,7 @@ class PerExampleGradEngine:
             tracked, copies = {}, {}
             for name, value in self.obj.split(self.theta).items():
                 if name in self._info.batched:
+                    # Expanded: a copy per example costs no memory until its gradient exists.
                     copies[name] = value.detach().expand(n, *value.shape).requires_grad_()
                 else:
                     tracked[name] = value.detach().requires_grad_()
@@ -182,6 +187,7 @@ class PerExampleGradEngine:
 
         told = told_of_tracing() if self._info.told else nullcontext()
         with torch.enable_grad(), no_slow_loops(), told:
+            # Batched zeros make a tensor shared by all examples the example's own.
             zeros = _zero(self.theta.device).expand(batch.size)
             losses: Tensor = vmap(loss)(copies, batch.inputs, batch.targets, zeros)
         return losses
@@ -240,6 +246,7 @@ class _Uses:
     def add(self, name: str, grad: FactoredGrad) -> None:
         grads = self._waiting.setdefault(name, [])
         grads.append(grad)
+        # The sink gets the sum of all uses: Gram matrices are not additive.
         if len(grads) == self.counts[name]:
             self._sink(name, combined(self._waiting.pop(name)))
 
@@ -276,5 +283,6 @@ def _dispatch_info(obj: Objective) -> _DispatchInfo:
         info = _DispatchInfo(loss)
         info.traceable, info.checked = False, True
         return info
+    # By identity, as losses need not be hashable.
     by_loss = _dispatch_infos.setdefault(obj.module, {})
     return by_loss.setdefault(id(loss), _DispatchInfo(loss))

@@ -126,6 +126,7 @@ class GramComputation:
     def _multiply(self, cache: ActivationCache, name: str, gram: Tensor) -> None:
         """Add one parameter's inner products to the lower triangle of gram [E, E]."""
         sample = cache.survey[name]
+        # Inner products over positions if they take fewer operations than rows.
         pair = pairing(sample, cache.folder is not None)
         if pair is not None:
             room = min(self.plan.slice, scratch_of(gram.device).tile)
@@ -138,6 +139,7 @@ class GramComputation:
                     second = cache.grad(name, across.start, across.stop)
                     gram[down, across] += first.inner_products(second)
             return
+        # Rows in memory are multiplied where they are.
         if isinstance(sample, DenseGrad) and cache.folder is None:
             for _, grad in cache.factored_grads(name):
                 self._update(gram, grad.tensors[0])
@@ -170,6 +172,7 @@ class GramComputation:
                 stop = start + len(chunk)
                 low, high = max(start, begin), min(stop, end)
                 if low < high:
+                    # A chunk may start before the block, or end after it.
                     held[low - begin : high - begin] = chunk[low - start : high - start]
                 if start < end <= stop:  # the block is full
                     self._add_block(grams, held, None, (begin, end), (begin, end))
@@ -228,6 +231,7 @@ class GramComputation:
                 rows[first : first + len(chunk)] = chunk
             return rows
 
+        # Kept until all blocks have passed, so that no neighbor waits for rows that never come.
         failure: Exception | None = None
         met = mine = communicator.synchronized(
             local_rows, "rows of the Gram matrix", self.theta, form=lambda rows: str(rows.dtype)
@@ -253,6 +257,7 @@ class GramComputation:
             met = met if wait is None else wait()
         communicator.check_consistent(failure, "blocks of the Gram matrix")
         for key, gram in grams.items():
+            # Each block was added by one process, and is 0 elsewhere.
             grams[key] = communicator.all_reduce(lambda gram=gram: gram, f"Gram matrix {key}")  # type: ignore[misc]
             mirror_lower(grams[key])
         self._require_finite(grams)

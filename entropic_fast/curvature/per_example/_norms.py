@@ -80,6 +80,7 @@ def gradient_norms(
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
 
     def local_norms() -> Tensor:
+        # Zeros for the examples of other processes: the sum over processes gathers all.
         norms = torch.zeros(len(keys), count, dtype=torch.float64, device=obj.device)
         for batch in obj.local_batches(batch_size=chunk):
             of_batch = norms[:, batch.start : batch.start + batch.size]
@@ -115,6 +116,7 @@ class _Sums:
             return
         (rows,) = grad.tensors
         self._bytes += rows.nbytes
+        # Rows and their float64 copies must fit the scratch.
         if self._bytes > scratch_of(rows.device).norms:
             self.flush()
             self._bytes = rows.nbytes

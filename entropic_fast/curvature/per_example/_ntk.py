@@ -73,6 +73,7 @@ def ntk_gram(
     count, theta = obj.count(max_examples), obj.point(theta)
     outputs = _require_outputs(obj, theta, count)
     which = torch.arange(outputs, device=obj.device).repeat(obj.num_examples)
+    # The gradient of an output is the score of an example whose loss is that output.
     single = obj._replace(RepeatedExamples(obj.examples, outputs, which), _chosen, theta)
     shape = count, outputs, count, outputs
     if group_by is None:

@@ -157,5 +157,6 @@ def _noisy(loss: ReducedLoss, outputs: Tensor, first: int, key: int, draw: int) 
     """Outputs [n, ...] plus Gaussian noise of variance K / 2, or 1 / 2 over a term's weight."""
     count = outputs[0].numel()
     noise = random.normal((len(outputs), count), key, draw, start=first, device=outputs.device)
+    # |f - y|^2 / K is the negative log-likelihood of a Gaussian of variance K / 2.
     spread = math.sqrt(1 / (2 * loss.scale(count)))
     return (outputs.double() + spread * noise.reshape(outputs.shape)).to(outputs.dtype)

@@ -57,6 +57,7 @@ class VmapFallback:
 
     def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
         n = batch.size
+        # One row per example: a list of gradients would be copied once more.
         gradients = self.theta.new_empty(n, len(self.theta))
         losses = []
         for i in range(n):

@@ -218,6 +218,7 @@ def position_products(x: Tensor, y: Tensor) -> Tensor:
     """Inner products [n T, m T] of the positions of x [n, T, C] and y [m, T, C], in float64."""
     rows, others = x.flatten(0, 1), y.flatten(0, 1)
     products: Tensor = x.new_zeros(len(rows), len(others), dtype=torch.float64)
+    # In float64, since terms of both signs cancel in the sum over positions.
     cross_update_(products, rows, others, double_products=True)
     return products
 
@@ -245,6 +246,7 @@ def norms_by_columns(grad: FactoredGrad) -> Tensor:
     channel_width, scratch = grad.width // grad.groups, scratch_of(total.device).norms
     examples = max(1, scratch // grad.row_bytes)
     channels = max(1, scratch * grad.groups // (examples * grad.row_bytes))
+    # As many rows as the scratch holds; a single row that is larger, by slices of channels.
     for first in range(0, grad.count, examples):
         chunk = grad[first : first + examples]
         for begin in range(0, grad.groups, channels):

@@ -27,6 +27,7 @@ Sink = Callable[[str, FactoredGrad], None]
 # How a model puts hooks on gradients (a tensor's, a node's, a module's), and what it asks before.
 _prototype: Any = Tensor
 HOOKS = {Tensor.register_hook, _prototype.grad_fn.__get__}
+# Hugging Face's `Conv1D` and models that write W.t() use a tracked matrix by its transpose.
 TRANSPOSES = {
     torch.t, Tensor.t, torch.transpose, Tensor.transpose, torch.permute, Tensor.permute,
     _prototype.T.__get__, _prototype.mT.__get__,
@@ -91,6 +92,7 @@ class LayerInterceptor(TorchFunctionMode):
 
     def _run_layer_rule(self, layer: LayerRule) -> Tensor:
         x = layer.x
+        # A table of positions is not batched: it has no gradient per example of its own.
         shared = not torch._C._functorch.is_functorch_wrapped_tensor(x)
         if shared and self.example is not None and any(layer.names) and layer.is_small():
             # The same for all examples, such as positions: as if each had its own.
@@ -178,6 +180,7 @@ class _Batched(torch.autograd.Function):
         layer: LayerRule,
         sink: Sink,
     ) -> tuple[Tensor, int]:
+        # Rules need one weight for all examples, and examples in one axis.
         if in_dims[0] is None or in_dims[1] is not None or in_dims[2] is not None:
             raise NestedTransformError("parameters batched by a transform of the model's own")
         if torch._C._functorch.is_functorch_wrapped_tensor(x):

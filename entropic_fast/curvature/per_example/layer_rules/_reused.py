@@ -23,6 +23,7 @@ def combined(grads: Sequence[FactoredGrad]) -> FactoredGrad:
         return grads[0]
     linear = [p for p in grads if isinstance(p, OuterProductGrad)]
     embedded = [p for p in grads if isinstance(p, EmbeddingGrad)]
+    # Factored forms of other layers have no common one.
     if len(linear) + len(embedded) < len(grads):
         rows = grads[0].rows().clone()
         for grad in grads[1:]:

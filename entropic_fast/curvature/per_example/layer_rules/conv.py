@@ -98,6 +98,7 @@ class ConvGrad(FactoredGrad):
         outputs = self.tensors[1].shape[-1]
         if taps == 1 or self._channels == 1:
             return rows
+        # Columns are [O, taps, C / groups], the parameter's elements [O, C / groups, taps].
         return rows.view(-1, outputs, taps, self._channels).transpose(2, 3).flatten(1)
 
     @property
@@ -123,6 +124,7 @@ class ConvGrad(FactoredGrad):
         a, g = self.tensors
         geometry = self.geometry
         out = g.shape[1:-1]
+        # Only the padding that some output position reads.
         pads = [size for before, _, after in self._padding()[::-1] for size in (before, after)]
         padded = torch.nn.functional.pad(a, [0, 0, *pads])
         for i in range(len(out)):
@@ -227,6 +229,7 @@ class Convolution(LayerRule):
                 self.transposed, self.output_padding, self.groups, (True, False, False),
             )[0]  # fmt: skip
             gradient = apart(gradient, counts)
+        # ConvGrad reads channels last, also where the model does not have them.
         a, b = (
             apart(t.movedim(1, -1), counts) for t in at_least_float32((images, at.g))
         )  # [n, *m, *space, channels]
@@ -234,6 +237,7 @@ class Convolution(LayerRule):
         if not at.wanted[0]:
             return gradient, (None, bias)
         geometry = self.geometry
+        # In a transposed convolution input and output gradient change places.
         if self.transposed:
             a, b = b, a
         if len(counts) == 2:

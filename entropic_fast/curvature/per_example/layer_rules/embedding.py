@@ -60,6 +60,7 @@ class EmbeddingGrad(FactoredGrad):
         distinct, place = torch.unique(
             (example * self.vocabulary + tokens).flatten(), return_inverse=True
         )
+        # Gradients of a repeated token add up before they are squared.
         sums = g.new_zeros(len(distinct), g.shape[2], dtype=torch.float64)
         sums.index_add_(0, place, g.flatten(0, 1).double())
         norms: Tensor = g.new_zeros(n, dtype=torch.float64)
@@ -131,6 +132,7 @@ class Embedding(LayerRule):
         tokens = at.x.reshape(len(at.x), -1).long()
         gradients = gradients.reshape(*tokens.shape, -1)
         if self.by_frequency:
+            # scale_grad_by_freq divides by how often a token occurs in its example.
             times = torch.eq(tokens[:, :, None], tokens[:, None]).sum(2)
             gradients = gradients / times[..., None]
         if self.padding is not None:
@@ -148,6 +150,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> LayerRule | None:
+    # It changes the table during the forward pass.
     if max_norm is not None:
         return None
     return Embedding(input, weight, padding_idx, scale_grad_by_freq)

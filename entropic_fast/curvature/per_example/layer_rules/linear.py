@@ -55,6 +55,7 @@ class OuterProductGrad(FactoredGrad):
         a, g = self.tensors
         positions, inputs, outputs = a.shape[1], a.shape[2], g.shape[2]
         if positions == 1:
+            # |g a^T|^2 = |g|^2 |a|^2.
             return squared_norms(a[:, 0]) * squared_norms(g[:, 0])
         # Two small Gram matrices take T^2 (I + O) operations, the rows T I O.
         if positions * (inputs + outputs) < inputs * outputs:
@@ -112,6 +113,7 @@ class Linear(LayerRule):
 
     def is_small(self) -> bool:
         assert self.weight is not None
+        # Then rows for every example take less memory than copies of the weight under vmap.
         positions = self.x.numel() // max(1, self.x.shape[-1])
         return positions * sum(self.weight.shape) <= self.weight.numel()
 
@@ -130,6 +132,7 @@ class RightProduct(Linear):
         assert at.weight is not None
         gradient, (grad, bias) = super().backward(at._replace(weight=at.weight.t()))
         if isinstance(grad, OuterProductGrad):
+            # dW is the transpose of that of the linear layer.
             grad = OuterProductGrad(*reversed(grad.tensors))
         return gradient, (grad, bias)
 

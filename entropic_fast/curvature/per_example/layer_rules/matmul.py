@@ -39,6 +39,7 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> LayerR
     if _is_shared_matrix(other) and input.ndim >= 1:
         return RightProduct(input, other)
     if _is_shared_matrix(input) and other.ndim >= 1:
+        # W @ x of a vector is a linear layer without positions.
         return Linear(other, input) if other.ndim == 1 else LeftProduct(input, other)
     return None
 

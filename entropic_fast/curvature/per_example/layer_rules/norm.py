@@ -153,6 +153,7 @@ class LayerNorm(LayerRule):
             if at.weight is not None:
                 scaled = gradients * at.weight.reshape(-1).to(gradients.dtype)
             normal = (inputs - mean) * rstd
+            # What the mean and the variance of x remove is projected out of the gradient.
             gradient = scaled - normal * (scaled * normal).mean(2, keepdim=True)
             if self.centered:
                 gradient -= scaled.mean(2, keepdim=True)

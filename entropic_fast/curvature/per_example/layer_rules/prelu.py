@@ -33,6 +33,7 @@ class PReLU(LayerRule):
         if at.need_x:
             gradient = torch.where(at.x > 0, at.g, self._slopes(at.x, at.weight) * at.g)
         inputs, gradients = at_least_float32((at.x, at.g))
+        # The derivative in the slope is x where x is negative, and 0 elsewhere.
         products = torch.where(inputs > 0, 0, inputs * gradients)
         if at.weight.numel() > 1:
             products = products.movedim(2, 1)
