@@ -29,7 +29,7 @@ _ADVICE = (
 
 # Of Triton's classes, those raised before a launch; OutOfResources for shared memory and the like.
 _COMPILER_ERRORS = {"CompilationError", "OutOfResources", "PTXASError", "AutotunerError"}
-# What its C++ half and the compiler of its launchers raise has no class of its own.
+# Errors of its C++ part and of the compiler of its launchers have no class.
 _COMPILER_TEXT = r"PassManager::run failed|C compiler|[Pp]txas|LLVM ERROR|failed to translate"
 
 
@@ -44,7 +44,7 @@ def triton_problem() -> str | None:
     """Why Triton cannot compile and launch a trivial kernel on the current GPU, or None."""
     try:
         import_module("entropic_fast.ops._triton").probe(torch.device("cuda"))
-    # Triton, its compilers and the driver fail in any way at all; the reason is passed on.
+    # Triton, its compilers and the driver raise errors of many classes; the reason is passed on.
     except Exception as error:
         return f"a trivial kernel cannot be compiled and launched: {describe(error)}"
     return None

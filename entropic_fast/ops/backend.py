@@ -38,9 +38,10 @@ VARIABLE = "ENTROPIC_FAST_BACKEND"
 NAMES = ("auto", "reference", "cpp", "cuda", "triton")
 
 # Where a family has both, CUDA C++ before Triton until a timing on a GPU says otherwise. Both make
-# the same launches (`step`: two per update, three per projection). CUDA C++ makes all launches of
-# an op in one call; Triton binds 5 to 20 arguments in Python for each. Within a CUDA graph the
-# host's cost is none, and the two are as good as equal. docs/gpu.md has the rule in full.
+# the same launches (`projected_step`: two per update, three per projection). CUDA C++ makes all
+# launches of an op in one call; Triton binds 5 to 20 arguments in Python for each. Within a CUDA
+# graph the host's work costs nothing, and the two are about equal. docs/gpu.md has the rule in
+# full.
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 # Families whose implementations for GPUs have been timed on one; benchmarks/results has the record.
 TIMED_ON_GPU: frozenset[str] = frozenset()

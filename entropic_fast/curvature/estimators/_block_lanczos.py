@@ -71,15 +71,20 @@ def require_converged(pairs: Eigenpairs, caller: str, limit: str, cost: str = ""
     )
 
 
-class _Request(NamedTuple):
-    """Arguments of `block_lanczos`."""
+class Request(NamedTuple):
+    """What to search for, and at what cost.
+
+    `max_matvecs` bounds the vectors multiplied before the k that may verify the pairs, and
+    `max_products` all blocks. Without `narrow`, directions are multiplied even if no wanted pair
+    has a residual in them: for operators whose products cost the same for any number of vectors.
+    """
 
     k: int
     which: str
     tol: float
-    narrow: bool
-    max_matvecs: int
-    max_products: int
+    narrow: bool = True
+    max_matvecs: int = sys.maxsize
+    max_products: int = sys.maxsize
 
 
 class _Progress(NamedTuple):
@@ -112,30 +117,15 @@ class _Progress(NamedTuple):
         return at_floor or bool((self.ritz.skews[:k] > FAR * self.limits).any())
 
 
-def block_lanczos(
-    basis: KrylovBasis,
-    k: int,
-    which: str,
-    tol: float,
-    *,
-    narrow: bool = True,
-    max_matvecs: int = sys.maxsize,
-    max_products: int = sys.maxsize,
-) -> Search[Eigenpairs]:
-    """Expand a started basis, restarting it when it is full, until its k pairs are accepted.
-
-    `max_matvecs` bounds the vectors multiplied before the k that may verify the pairs, and
-    `max_products` all blocks. Without `narrow`, directions are multiplied even if no wanted pair
-    has a residual in them: for operators whose products cost the same for any number of vectors.
-    """
-    request = _Request(k, which, tol, narrow, max_matvecs, max_products)
-    goal = tol
+def block_lanczos(basis: KrylovBasis, request: Request) -> Search[Eigenpairs]:
+    """Expand a started basis, restarting it when it is full, until its k pairs are accepted."""
+    goal, k = request.tol, request.k
     while True:
         basis.synchronize()
         progress = _assess(basis, request, goal)
         if basis.size >= k:
             over = _is_over(basis, request, progress)
-            last = basis.products >= max_products
+            last = basis.products >= request.max_products
             if (progress.exact or last) and not basis.complete:
                 if progress.converged or over:
                     return _recurrence_pairs(basis, progress, request)
@@ -147,23 +137,23 @@ def block_lanczos(
         yield from _expand(basis, request, progress)
 
 
-def _assess(basis: KrylovBasis, request: _Request, goal: float) -> _Progress:
+def _assess(basis: KrylovBasis, request: Request, goal: float) -> _Progress:
     ritz = basis.ritz(request.which)
     floor = ROUNDING * torch.finfo(basis.dtype).eps * float(ritz.values.abs().max())
     limits = (goal * ritz.values[: request.k].abs()).clamp(min=floor)
     return _Progress(ritz, limits, floor, float(limits.min()) >= TRUSTED * basis.rounding)
 
 
-def _is_over(basis: KrylovBasis, request: _Request, progress: _Progress) -> bool:
+def _is_over(basis: KrylovBasis, request: Request, progress: _Progress) -> bool:
     """Whether more products are not allowed, or would not help."""
     reserved = 0 if progress.exact else 1  # for the product that verifies the pairs
-    spent = (
+    exhausted = (
         basis.matvecs >= request.max_matvecs or basis.products + reserved >= request.max_products
     )
-    return spent or progress.stagnated or basis.complete
+    return exhausted or progress.stagnated or basis.complete
 
 
-def _expand(basis: KrylovBasis, request: _Request, progress: _Progress) -> Search[None]:
+def _expand(basis: KrylovBasis, request: Request, progress: _Progress) -> Search[None]:
     """Choose the directions to multiply next, make room for them, and multiply."""
     k, missing, ritz = request.k, progress.missing, progress.ritz
     if request.narrow and basis.size >= k and bool(missing.any()):
@@ -213,7 +203,7 @@ def capacity(k: int, first: int, size: int, dtype: torch.dtype, device: torch.de
     return int(min(size, max(k, first) + max(EXTRA_COLUMNS, DEPTH * first), fits))
 
 
-def _recurrence_pairs(basis: KrylovBasis, progress: _Progress, request: _Request) -> Eigenpairs:
+def _recurrence_pairs(basis: KrylovBasis, progress: _Progress, request: Request) -> Eigenpairs:
     """Ritz pairs with the recurrence's residuals."""
     ritz, k = progress.ritz, request.k
     vectors, triangle = qr(ritz_vectors(basis, ritz, k))
@@ -223,7 +213,7 @@ def _recurrence_pairs(basis: KrylovBasis, progress: _Progress, request: _Request
     )
 
 
-def _verified(basis: KrylovBasis, progress: _Progress, request: _Request) -> Search[Eigenpairs]:
+def _verified(basis: KrylovBasis, progress: _Progress, request: Request) -> Search[Eigenpairs]:
     """Ritz pairs with Rayleigh quotients and residuals from products with their vectors."""
     vectors, _ = qr(ritz_vectors(basis, progress.ritz, request.k))
     if basis.complete:

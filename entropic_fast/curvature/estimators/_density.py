@@ -182,8 +182,8 @@ def _advance_probes(
         )
         if left_out is not None:
             starts = without(left_out, starts.T).T
-        spaces, taken = _lanczos(operator, starts, steps)
-        matvecs += taken * len(starts)
+        spaces, products = _lanczos(operator, starts, steps)
+        matvecs += products * len(starts)
         rules += [(t.nodes, t.coordinates[0].square()) for t in spaces]
         others += [other_rules(t.diagonal, t.off_diagonal, t.rounding) for t in spaces]
         best = _best_pairs(best, spaces, kept)

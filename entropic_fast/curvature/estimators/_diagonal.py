@@ -97,10 +97,10 @@ def _sampled_diagonal(operator: OperatorBase, probes: int, seed: int, basis: Ten
     # Mean and sum of squared deviations, sample by sample (Welford 1962).
     mean, squares = torch.zeros_like(exact), torch.zeros_like(exact)
     for done in range(0, probes, width):
-        taken = range(done, min(done + width, probes))
-        vectors = project_out(basis, sign_vectors(size, seed, taken, dtype, device))
+        indices = range(done, min(done + width, probes))
+        vectors = project_out(basis, sign_vectors(size, seed, indices, dtype, device))
         products = operator @ vectors
-        for i, v, product in zip(taken, vectors.T, products.T, strict=True):
+        for i, v, product in zip(indices, vectors.T, products.T, strict=True):
             sample = v.double() * product.double()
             gap = sample - mean
             mean.add_(gap, alpha=1 / (i + 1))

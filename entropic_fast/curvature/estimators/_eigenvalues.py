@@ -20,6 +20,7 @@ from ..operators._base import CurvatureOperator
 from ..operators._linear_operator import LinearOperator
 from ._block_lanczos import (
     COMPLETE,
+    Request,
     block_lanczos,
     capacity,
     forms_matrix,
@@ -176,7 +177,8 @@ def _search(
 
     def search() -> Search[Eigenpairs]:
         yield from basis.form() if formed else basis.start(start)
-        return (yield from block_lanczos(basis, k, which, tol, max_matvecs=max_matvecs))
+        request = Request(k, which, tol, max_matvecs=max_matvecs)
+        return (yield from block_lanczos(basis, request))
 
     return basis, search()
 

@@ -17,7 +17,7 @@ from ..._utils.results import Eigenpairs
 from ..._utils.workspace import scratch_of
 from ...objective import Objective, require_objective
 from ..operators._fisher import FisherOperator
-from ._block_lanczos import block_lanczos, require_converged
+from ._block_lanczos import Request, block_lanczos, require_converged
 from ._krylov_basis import KrylovBasis
 from ._searches import run
 from ._settings import LanczosSettings
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 OVERSAMPLING = 5
 # Blocks held before a restart; most spectra of networks need fewer.
 DEPTH = 10
-# Blocks beside the basis, as measured: a product, what is left of it, its factorization, and freed
-# ones that malloc still holds.
+# Blocks besides the basis, as measured: a product, its remainder, its factorization, and freed
+# blocks that malloc still holds.
 WORKSPACE = 6
 
 
@@ -61,10 +61,8 @@ def fisher_eigenvalues(
     the budget is smaller; 48 P b bytes of workspace; and a chunk of scores.
 
     Args:
-        obj: an objective whose examples do not interact.
+        obj, theta, max_examples: as for `score_matrix`.
         k: how many, at most P. Those beyond the rank of S are 0.
-        theta: the point [P]; None for the model's own.
-        max_examples: E, the number of examples from the first on; None for all N.
         lanczos: tolerance, and b, the columns per pass: at least k, None for k + 5. More columns
             converge in fewer passes. `max_matvecs` is not used.
         max_passes: most passes over the examples; at least 2.
@@ -118,8 +116,8 @@ def fisher_eigenvalues(
         raise ValueError(f"{error}; of the budget, the basis takes the rest") from error
     basis = KrylovBasis(operator, capacity, seed, width)
     run(operator, basis.start())
-    search = block_lanczos(basis, k, "LA", lanczos.tol, narrow=False, max_products=max_passes)
-    pairs = run(operator, search)
+    request = Request(k, "LA", lanczos.tol, narrow=False, max_products=max_passes)
+    pairs = run(operator, block_lanczos(basis, request))
     logger.info(
         "%d Fisher eigenvalues: %d passes with blocks of %d, a basis of at most %d vectors",
         *(k, operator.passes, width, capacity),

@@ -41,7 +41,8 @@ def other_rules(diagonal: Tensor, off_diagonal: Tensor, rounding: float) -> list
     if not abs(last) <= FAR * size:  # infinite or NaN with a node at 0 already
         return [*rules, gauss]
     more, weights = gauss_rule(torch.cat([diagonal, diagonal.new_tensor([last])]), off_diagonal)
-    # What the range of the operator may be; a node beyond has next to no weight, and f no limit.
+    # Within the possible range of the operator: a node beyond has almost no weight, but f may be
+    # arbitrarily large there.
     more = more.clamp(min(float(nodes[0]), 0.0) - beta, max(float(nodes[-1]), 0.0) + beta)
     more[more.abs().argmin()] = 0.0
     return [*rules, (more, weights)]

@@ -40,7 +40,7 @@ class DensitySettings:
 
     Attributes:
         probes: V, random vectors of length 1.
-        steps: m, Lanczos steps per probe; more than the order P are not taken.
+        steps: m, Lanczos steps per probe, at most the order P.
         sigma: width of the smoothing Gaussian, in units of the eigenvalues; None for 1 % of the
             range of the Ritz values.
         grid: eigenvalues [G] at which to give the density; None for `points` evenly spaced ones

@@ -11,11 +11,18 @@ from ..._utils.results import Eigenpairs
 from ...ops.random_bits import streams as random
 from ..operators._algebra import as_operator
 from ..operators._linear_operator import LinearOperator
-from ._block_lanczos import block_lanczos, capacity, limited_by, require_converged, ritz_vectors
+from ._block_lanczos import (
+    Request,
+    block_lanczos,
+    capacity,
+    limited_by,
+    require_converged,
+    ritz_vectors,
+)
 from ._krylov_basis import KrylovBasis
 from ._searches import run
 
-# Pairs returned at most: a block of them costs a trace that leaves them out one call.
+# Most pairs returned: as one block they cost a trace that deflates them a single call.
 KEPT = 8
 
 
@@ -65,7 +72,7 @@ def tracked_eigenpairs(
     basis = KrylovBasis(operator, capacity(1, 1, size, dtype, device), seed)
     v0 = None if start is None else _first_vector(start, basis, seed, guarded)
     run(operator, basis.start(v0))
-    first = run(operator, block_lanczos(basis, 1, "LA", tol, max_matvecs=max_matvecs))
+    first = run(operator, block_lanczos(basis, Request(1, "LA", tol, max_matvecs=max_matvecs)))
     ritz = basis.ritz("LA")
     kept = min(KEPT, basis.size)
     require_converged(first, "tracked_eigenpairs", limited_by(basis, max_matvecs))

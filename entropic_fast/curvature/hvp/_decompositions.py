@@ -95,7 +95,7 @@ def _cudnn_batch_norm(x: Tensor, *arguments: Any) -> Any:
 def _lstm_cell(
     x: Tensor, h: Tensor, c: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step, on a GPU a single operation without forward mode."""
+    """One time step of an LSTM, on a GPU a single operation without forward mode."""
     # Products with the weights come before; this is the pointwise remainder.
     gates = x + h
     if x_bias is not None and h_bias is not None:
@@ -109,7 +109,7 @@ def _lstm_cell(
 def _gru_cell(
     x: Tensor, h: Tensor, before: Tensor, x_bias: Tensor | None = None, h_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One time step, likewise."""
+    """One time step of a GRU, likewise."""
     if x_bias is not None and h_bias is not None:
         x, h = x + x_bias, h + h_bias
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), h.chunk(3, 1)

@@ -241,7 +241,7 @@ class HVPEngine:
 
     def _directions(self, rows: Tensor) -> list[Tensor]:
         parts = rows.split(self._sizes, 1)
-        if is_gpu(rows.device):  # parts of their own, by one launch
+        if is_gpu(rows.device):  # contiguous copies, by one launch
             parts = torch.ops.aten.split_with_sizes_copy(rows, self._sizes, 1)
         return [
             part.reshape(len(rows), *like.shape)
@@ -300,7 +300,7 @@ class HVPEngine:
         return values, loss
 
 
-# Programs of a model, by what they depend on; or why it has none (an error would hold the model).
+# Interpreters of a model by what they depend on, or why it has none (an error would keep it alive).
 _interpreters: WeakKeyDictionary[Any, OrderedDict[Any, GraphInterpreter | str]] = (
     WeakKeyDictionary()
 )

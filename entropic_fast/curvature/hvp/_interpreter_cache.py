@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _LARGE = 2**20  # most bytes of constants in a cached interpreter
 _ROUNDINGS = 1e3  # of the outputs' norm, by which outputs of the same graph may differ
-_EXAMPLES = 4  # to compare, of a interpreter's
+_EXAMPLES = 4  # to compare
 _SHIFT = 0.1  # relative, of parameters
 _PERIOD = 8191  # of the pattern that shifts them: prime, so that no rows of a matrix are alike
 
@@ -48,8 +48,8 @@ class Architecture:
 def reading(obj: Objective) -> Hashable:
     """The part of an objective's settings that changes how it runs its model."""
     loss = obj._reader.loss
-    taken = loss is not None and (key_of(loss) or id(loss))
-    return obj._reader.part, taken, obj.takes_derivatives, obj._written
+    loss_key = loss is not None and (key_of(loss) or id(loss))
+    return obj._reader.part, loss_key, obj.takes_derivatives, obj._written
 
 
 def find(
@@ -64,7 +64,7 @@ def find(
     interpreter = _with_constants(cached, architecture)
     if _gives_outputs(interpreter, obj, theta, inputs):
         return interpreter
-    logger.info("a interpreter of the same architecture gives other outputs: captured again")
+    logger.info("an interpreter of the same architecture gives other outputs: captured again")
     return None
 
 
@@ -114,7 +114,7 @@ def _place(tensor: Tensor) -> tuple[Hashable, ...]:
 def _gives_outputs(
     interpreter: GraphInterpreter, obj: Objective, theta: Tensor, inputs: Tree
 ) -> bool:
-    """Whether a interpreter gives the objective's outputs at a point near theta [P]."""
+    """Whether an interpreter gives the objective's outputs at a point near theta [P]."""
     try:
         point = torch.cat([_shifted(part).flatten() for part in obj.split(theta).values()])
         # If examples do not interact, a few show whether the graph is the model's.
@@ -125,7 +125,7 @@ def _gives_outputs(
     except torch.OutOfMemoryError:
         raise
     except Exception as why:  # a capture says what it is
-        logger.info("a interpreter of the same architecture fails: %s", why)
+        logger.info("an interpreter of the same architecture fails: %s", why)
         return False
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False

@@ -145,7 +145,7 @@ def _longest_run(obj: Objective) -> int:
 
 
 def _regrouped(read: Batches, size: int) -> Iterator[Batch]:
-    """Examples in order, in batches of `size` wherever consecutive ones can be concatenated."""
+    """Examples in order, in batches of `size` where consecutive ones can be concatenated."""
     held = None
     for batch in read(batch_size=size):
         # Tiles of one size share a graph and, on a GPU, its CUDA graphs.

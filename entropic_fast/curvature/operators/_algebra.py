@@ -341,7 +341,7 @@ class ProjectedOperator(OperatorExpression):
 
 
 class WrappedOperator(OperatorExpression):
-    """A dense matrix or somebody else's operator, with checked products."""
+    """A dense matrix or an operator of another library, with checked products."""
 
     def __init__(self, wrapped: LinearOperator | Tensor) -> None:
         self.wrapped = wrapped

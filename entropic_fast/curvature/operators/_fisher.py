@@ -16,7 +16,7 @@ from ._base import CurvatureOperator
 
 logger = logging.getLogger(__name__)
 
-# On a GPU a product takes at most so many slices of columns, and so as many launches whatever P.
+# Most slices of columns in a product on a GPU: the number of launches does not grow with P.
 SLICES = 8
 
 
@@ -28,9 +28,7 @@ class FisherOperator(CurvatureOperator):
     `with_sampled_labels(obj)` the matrix estimates the true Fisher matrix.
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-        max_examples: E, the first so many examples; None for all N.
+        obj, theta, max_examples: as for `score_matrix`.
         memory_budget: bytes for the scores of a chunk; None for a quarter of the free memory, half
             on a GPU. A product with K columns takes 8 P K bytes on top, and on a GPU a quarter of
             the scores' bytes (or 256 MiB) for float64 copies.

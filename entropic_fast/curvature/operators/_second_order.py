@@ -28,7 +28,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
     """A matrix of second derivatives of the mean loss; base class of Hessian and Gauss-Newton.
 
     A third of the memory budget may hold values that the next product needs again. The minimum is
-    one example and one direction at a time, whatever the budget.
+    one example and one direction at a time, independent of the budget.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
         raise TypeError("use HessianOperator or GGNOperator")
 
     def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
-        require_right_loss(self.obj, self.theta, self.name)  # which both ways leave to autograd
+        require_right_loss(self.obj, self.theta, self.name)  # which both methods leave to autograd
         return super()._agrees(engine, sample)
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
@@ -141,8 +141,8 @@ class HessianOperator(SecondOrderOperator):
         method: "graph", or "autograd: " and the reason.
 
     Raises:
-        ValueError: a model in half precision, a point that does not fit; in products, as
-            `CurvatureOperator.multiply`.
+        ValueError: a model in half precision, a point that does not fit; in products, vectors of
+            another shape, dtype or device, or not finite, and a product that is not finite.
         RuntimeError: from torch, a function of the model that has no second derivative.
 
     >>> import torch
@@ -235,8 +235,7 @@ class GGNOperator(SecondOrderOperator):
     the Fisher matrix with labels drawn from the model. Weight decay c of the objective adds c I.
 
     Args:
-        obj: the objective; any loss with second derivatives in the outputs.
-        theta: the point; None for the model's own.  # [P]
+        obj, theta, memory_budget: as for `HessianOperator`.
 
     Raises:
         ValueError, RuntimeError: as `HessianOperator`.

@@ -50,8 +50,7 @@ def gradient_norms(
     """Squared norms [N] of per-example gradients, in float64.
 
     Args:
-        obj: an objective whose examples do not interact.
-        theta: the point [P]; None for the model's own.
+        obj, theta: as for `score_matrix`.
         memory_budget: limit in bytes; None for a quarter of the free memory, half on a GPU.
         group_by: None for the total; "parameter" or "module" for the share of each, by name.
 

@@ -48,9 +48,7 @@ def ntk_gram(
     its loss.
 
     Args:
-        obj: an objective whose examples do not interact.
-        theta: the point [P]; None for the model's own.
-        max_examples: E, the first so many examples; None for all N.
+        obj, theta, max_examples: as for `score_matrix`.
         memory_budget: bytes to stay under, the 8 (E K)^2 of the result included; None for a
             quarter of the free memory, half on a GPU.
         group_by: None for the total; "parameter" or "module" for the share of each, by name. The

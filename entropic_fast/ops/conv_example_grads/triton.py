@@ -28,13 +28,13 @@ from entropic_fast.ops.conv_example_grads.checks import ConvWeightGrads, ConvWei
 
 # Positions summed in one run; such sums are then added up, so rounding does not grow with images.
 CHUNK = tl.constexpr(1024)
-# A coordinate that no image contains, wherever a kernel moves it.
+# A coordinate outside of every image, even after a kernel's offset is added.
 OUTSIDE = tl.constexpr(-(2**30))
 
 # Rows (output channels) and columns of a tile. A larger tile loads less for each product; a smaller
 # one is padded less.
 TILES = tuple((rows, columns) for rows in (64, 32, 16) for columns in (64, 32, 16))
-# What loading one number costs a tile beside one multiply-add: index arithmetic, the way to shared
+# Cost of loading one number relative to one multiply-add: index arithmetic, the copy to shared
 # memory and from there to registers. An estimate; it decides between tiles of nearly equal cost.
 LOAD_COST = 16
 
@@ -174,7 +174,7 @@ def column_kernel(
 
 
 def _tile(rows: int, columns: int) -> tuple[int, int]:
-    """The tile that covers a gradient of this size at the least cost a position."""
+    """The tile that covers a gradient of this size at the least cost per position."""
 
     def cost(tile: tuple[int, int]) -> int:
         count = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])

@@ -32,12 +32,12 @@ CHUNK = tl.constexpr(256)
 SUM = tl.constexpr(64)
 # Rows of a tile that one program of the second kernel adds up.
 SLICE = 16
-# Elements of all tiles that programs may hold for want of tiles in the result: 32 MB, 1024 programs
+# Elements of all tiles that programs may hold if the result has few tiles: 32 MB, 1024 programs
 # of 64 x 64 (two fit on each of a large GPU's 132 multiprocessors, so that the last, partly filled
-# round of four is a small loss). A constant, lest results depend on the GPU.
+# round of four is a small loss). A constant, so that results do not depend on the GPU.
 WORKSPACE = 2**22
-# A range of columns worth a program of its own: writing a tile of doubles and reading it again
-# is 16 bytes an element, the same traffic as 2 to 4 columns' worth of products.
+# Fewest columns that justify another program: writing a tile of doubles and reading it again is 16
+# bytes per element, the same traffic as 2 to 4 columns' worth of products.
 MIN_RANGE = 1024
 
 # What runs -> rows of a tile, columns loaded at once, warps, stages of the software pipeline. A

@@ -19,7 +19,7 @@ TILE = 512
 
 @triton.jit
 def force(x, column, numbers, D: tl.constexpr, POTENTIAL: tl.constexpr):
-    """-grad V of particles in rows; formulas in reference/langevin_forces.py."""
+    """-grad V of particles in rows; formulas in forces.py."""
     p = numbers + 3  # after drift, decay and noise
     p0 = tl.load(p).to(x.dtype)
     p1 = tl.load(p + 1).to(x.dtype)

@@ -58,7 +58,7 @@ def integrate(
     first_step: int,
     noise: Noise,
 ) -> None:
-    """Takes `steps` steps, of which `first_step` were taken before."""
+    """Compute `steps` steps, the first of them number `first_step`."""
     drift, decay, scale = coefficients.drift, coefficients.decay, coefficients.noise
     span = range(first_step, first_step + steps)
     if scheme == "euler-maruyama":

@@ -73,7 +73,7 @@ def force(x, y, numbers, POTENTIAL: tl.constexpr, MODES: tl.constexpr):
 
 @triton.jit
 def normals(pair, step, seed, DOUBLE: tl.constexpr):
-    """Four normal numbers a pair: x and y of the even particle, then of the odd."""
+    """Four normal numbers per pair: x and y of the even particle, then of the odd."""
     low = (pair & 0xFFFFFFFF).to(tl.uint32)
     high = (pair >> 32).to(tl.uint32)
     stream = tl.full(pair.shape, 0, tl.int64) + step

@@ -94,7 +94,7 @@ def philox(
     return _philox(Philox(counters, seeds, streams, backend or ""))
 
 
-def whole_seed(seed: int) -> int:
+def integer_seed(seed: int) -> int:
     """A seed, or a stream's number, if it is an integer."""
     try:
         return operator.index(seed)
@@ -104,5 +104,5 @@ def whole_seed(seed: int) -> int:
 
 def as_int64(number: int) -> int:
     """The number with the same low 64 bits in [-2^63, 2^63), which torch's integers can hold."""
-    low = whole_seed(number) & (2**64 - 1)
+    low = integer_seed(number) & (2**64 - 1)
     return low - 2**64 if low >= 2**63 else low

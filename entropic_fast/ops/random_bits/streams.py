@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._utils.workspace import scratch_of
 from .. import random_bits
-from . import as_int64, whole_seed
+from . import as_int64, integer_seed
 from .reference import KINDS
 
 # Numbers from which torch sorts a vector by radix, on a CPU: 33,000 in a seventh of the time that
@@ -30,7 +30,7 @@ def fold_in(seed: int, *names: str | int) -> int:
     >>> fold_in(0, "train") == fold_in(0, "train"), fold_in(0, "train") == fold_in(0, "path")
     (True, False)
     """
-    text = "\x1f".join([str(whole_seed(seed)), *map(str, names)])
+    text = "\x1f".join([str(integer_seed(seed)), *map(str, names)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

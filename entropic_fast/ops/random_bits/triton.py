@@ -49,11 +49,11 @@ def fill_kernel(
         seed = tl.load(keys + seed_number, mask=inside, other=0)
     else:
         seed = tl.cast(key, tl.int64) + tl.zeros([ROWS], tl.int64)
-    nought = tl.zeros([ROWS, COUNTERS], tl.int64)
+    zeros = tl.zeros([ROWS, COUNTERS], tl.int64)
     counter = tl.cast(first_counter, tl.int64) + c
     stream = tl.cast(first_stream, tl.int64) + stream_number
     w0, w1, w2, w3 = words_of(
-        counter[None, :] + nought, stream[:, None] + nought, seed[:, None] + nought
+        counter[None, :] + zeros, stream[:, None] + zeros, seed[:, None] + zeros
     )
     if KIND == 3:  # sort_keys
         first = (w0.to(tl.int64) << 31) ^ w1.to(tl.int64)

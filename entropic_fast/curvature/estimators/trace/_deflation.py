@@ -24,7 +24,8 @@ def new_directions(vectors: Tensor, basis: Tensor) -> Tensor:
     q, triangle = qr(rest)
     left, lengths, _ = torch.linalg.svd(triangle.double().cpu())
     kept = lengths > 10 * torch.finfo(vectors.dtype).eps * scale
-    # What little is left of a vector is mostly rounding: one pass more, which sound ones survive.
+    # A small remainder is mostly rounding: sound vectors keep half of their length in one more
+    # pass.
     fresh = project_out(basis, q @ left[:, kept].to(q))
     return qr(fresh[:, column_norms(fresh) > 0.5])[0]
 
@@ -49,7 +50,7 @@ def deflation_basis(deflate: Eigenpairs | Tensor | None, operator: OperatorBase)
             "convert it with deflate.to(operator.device, operator.dtype)",
         )
     checks.finite("deflate", vectors)
-    # Orthonormal also where the columns are not, and the estimates hold for any orthonormal basis.
+    # The columns need not be orthonormal: the estimates hold for any basis of their span.
     return qr(vectors.detach())[0]
 
 

@@ -112,7 +112,7 @@ def _class_factors(outputs: Tensor) -> Tensor:
     of the cross-entropy for any label, up to the target's weight.
     """
     p = outputs.softmax(1)
-    # 1 - p_k, for the most probable class as a sum: at a confident example it is all rounding.
+    # 1 - p_k; for the most probable class as a sum, as the difference is rounding if it is certain.
     top = p.argmax(1, keepdim=True)
     left = (1 - p).scatter_(1, top, p.scatter(1, top, 0.0).sum(1, keepdim=True))
     directions = (-p[:, None]).repeat(1, p.shape[1], 1)

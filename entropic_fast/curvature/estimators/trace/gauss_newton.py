@@ -27,14 +27,14 @@ from ._output_factors import output_factors
 from ._registry import Budget, Probes, TraceEstimates, trace_estimator
 from .hutchinson import HutchinsonSampler
 
-# Directions of an example that `quick_ggn_trace` takes by themselves. Twice it takes all others
-# together: two draws tell how far apart they are.
+# Directions of an example that `quick_ggn_trace` computes one by one, and random sums of all
+# others: two draws show their spread.
 LEADING, DRAWS = 2, 2
-# Of fewer examples all directions are taken: two draws an example are too few to tell the error.
+# With fewer examples all directions are computed: two draws per example do not determine the error.
 ENOUGH_EXAMPLES = 32
-# Share of all eigenvalues under which negative ones are those of a loss that bends upwards.
+# Negative eigenvalues below this share of the sum are rounding of a convex loss.
 ROUNDING = 1e-12
-# Matrices [K, K] of float64 an example: Hessian, eigenvectors, the solver's own, directions.
+# Float64 matrices [K, K] per example: Hessian, eigenvectors, the solver's copy, directions.
 _MATRICES = 4
 
 
@@ -72,11 +72,8 @@ def ggn_trace(
     that of a mean over E examples treated as a sample (NaN for one example).
 
     Args:
-        obj: an objective whose examples do not influence one another.
-        theta: the point; None for the model's own.  # [P]
-        max_examples: E, the first so many examples; None for all N.
-        memory_budget: bytes to stay under; None for a quarter of the free memory, half on a GPU.
-        group_by: None for the total; "parameter" or "module" for the share of each, by name.
+        obj, theta, max_examples: as for `score_matrix`.
+        memory_budget, group_by: as for `gradient_norms`.
 
     Raises:
         ValueError: as `gradient_norms`; outputs, or second derivatives of the loss in them, that
@@ -94,7 +91,7 @@ def ggn_trace(
     obj.require_outputs("the Gauss-Newton matrix")
     count, theta, key = obj.count(max_examples), obj.point(theta), grouping(group_by)
     budget = resolve_budget(memory_budget, obj.device)
-    # Half of the budget for the Hessians in the outputs, which stay while gradients are taken.
+    # Half of the budget for the Hessians in the outputs, which stay while gradients are computed.
     piece = _examples_at_once(obj, theta, budget // 2)
     names = list(dict.fromkeys(map(key, obj.parameter_names)))
 

@@ -154,17 +154,8 @@ class ConvGrad(FactoredGrad):
     def _call(
         self, op: Callable[..., Tensor], a: Tensor, g: Tensor, groups: int, **out: Tensor
     ) -> Tensor:
-        geometry = self.geometry
-        return op(
-            a,
-            g,
-            geometry.kernel,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-            groups=groups,
-            **out,
-        )
+        sizes = {name: getattr(self.geometry, name) for name in ("stride", "padding", "dilation")}
+        return op(a, g, self.geometry.kernel, groups=groups, **sizes, **out)
 
 
 class Convolution(LayerRule):
@@ -262,14 +253,9 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 def _convolution(dims: int) -> Callable[..., LayerRule]:
     def make(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> LayerRule:
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> LayerRule:  # fmt: skip
         return Convolution(dims, input, weight, bias, stride, padding, dilation, groups)
 
     return make
@@ -277,15 +263,9 @@ def _convolution(dims: int) -> Callable[..., LayerRule]:
 
 def _transposed(dims: int) -> Callable[..., LayerRule]:
     def make(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> LayerRule:
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+        padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> LayerRule:  # fmt: skip
         return Convolution(
             dims, input, weight, bias, stride, padding, dilation, groups, output_padding, True
         )

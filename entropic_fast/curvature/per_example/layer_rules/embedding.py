@@ -142,14 +142,9 @@ class Embedding(LayerRule):
 
 @layer_rule(functional.embedding)
 def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> LayerRule | None:
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
+    norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
+) -> LayerRule | None:  # fmt: skip
     # It changes the table during the forward pass.
     if max_norm is not None:
         return None

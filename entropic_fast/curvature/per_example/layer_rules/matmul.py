@@ -46,14 +46,9 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> LayerR
 
 @layer_rule(torch.addmm, Tensor.addmm)
 def addmm(
-    input: Tensor,
-    mat1: Tensor,
-    mat2: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1,
     out: Tensor | None = None,
-) -> LayerRule | None:
+) -> LayerRule | None:  # fmt: skip
     """`input + mat1 @ mat2`, with a vector as input and the same mat2 for all examples."""
     plain = beta == 1 and alpha == 1 and out is None
     if not plain or not _is_shared_matrix(mat2) or input.shape != mat2.shape[1:]:

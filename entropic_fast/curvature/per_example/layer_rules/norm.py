@@ -179,15 +179,10 @@ def wanted_rows(rows: Sequence[Tensor], wanted: tuple[bool, bool]) -> WeightBias
 
 @layer_rule(functional.batch_norm)
 def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> LayerRule | None:
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None = None, bias: Tensor | None = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> LayerRule | None:  # fmt: skip
     if training or running_mean is None or running_var is None or input.ndim < 2:
         return None
     return BatchNorm(input, running_mean, running_var, weight, bias, eps)
@@ -195,26 +190,18 @@ def _batch_norm(
 
 @layer_rule(functional.group_norm)
 def _group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> LayerRule | None:
+) -> LayerRule | None:  # fmt: skip
     return GroupNorm(input, num_groups, weight, bias, eps) if input.ndim >= 2 else None
 
 
 @layer_rule(functional.instance_norm)
 def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> LayerRule | None:
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> LayerRule | None:  # fmt: skip
     if input.ndim < 3:
         return None
     if not use_input_stats:
@@ -226,20 +213,15 @@ def _instance_norm(
 
 @layer_rule(functional.layer_norm)
 def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> LayerRule:
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5,
+) -> LayerRule:  # fmt: skip
     return LayerNorm(input, normalized_shape, weight, bias, eps)
 
 
 @layer_rule(functional.rms_norm)
 def _rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
     eps: float | None = None,
-) -> LayerRule:
+) -> LayerRule:  # fmt: skip
     return LayerNorm(input, normalized_shape, weight, None, eps, centered=False)
