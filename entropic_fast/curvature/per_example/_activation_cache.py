@@ -64,10 +64,12 @@ class ActivationCache:
                 for name, grad in survey.items()
                 if name not in self._memory
             }
+            # Which examples were not put, by parameter: their gradients are 0.
             self._missing = {name: torch.ones(count, dtype=torch.bool) for name in survey}
         else:
             for index, (_, grad) in enumerate(survey.items()):
                 for i, t in enumerate(grad.tensors):
+                    # Sparse files of their final size, to be mapped for writing.
                     with open(self._path(index, i), "wb") as file:
                         file.truncate(count * t[:1].numel() * t.element_size())
         self._index = {name: index for index, name in enumerate(survey)}

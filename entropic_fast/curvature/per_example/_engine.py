@@ -280,6 +280,7 @@ _dispatch_infos: WeakKeyDictionary[torch.nn.Module, dict[int, _DispatchInfo]] = 
 def _dispatch_info(obj: Objective) -> _DispatchInfo:
     loss = origin(obj.loss_fn)
     if fast_paths_are_off():
+        # Not kept: objectives built outside of `autograd_only` use layer rules.
         info = _DispatchInfo(loss)
         info.traceable, info.checked = False, True
         return info

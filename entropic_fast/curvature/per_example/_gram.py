@@ -53,6 +53,7 @@ class GramComputation:
         self.obj, self.theta, self.count = obj, self.engine.theta, count
         self.double_products, self.group = double_products, group
         self.keys = list(dict.fromkeys(group(name) for name in obj.parameter_names))
+        # The first example decides the form in which each parameter is kept.
         self.survey = probe_batch(self.engine, compact_form)
         self.methods = self.engine.traceable, self.engine.batched
         self._planner = GramPlanner(self.engine, self.survey, count, len(self.keys), budget)
@@ -97,6 +98,7 @@ class GramComputation:
             logger.info("examples that differ (%s): %s", why, self.plan)
         if self.plan.strategy == "recompute":
             self._by_blocks(grams)
+        # Updates write the lower triangle only.
         for gram in grams.values():
             mirror_lower(gram)
         self._require_finite(grams)
@@ -145,6 +147,7 @@ class GramComputation:
                 self._update(gram, grad.tensors[0])
             return
         channel_width = sample.width // max(1, sample.groups)
+        # Rows of all E examples, for as many output channels as the slice holds.
         step = channels_within(self.plan.slice, sample, self.count)
         buffer = sample.tensors[-1].new_empty(self.count * step * channel_width)
         for begin in range(0, sample.groups, step):
@@ -206,6 +209,7 @@ class GramComputation:
     def _gradients_for_ring(self, communicator: Communicator, budget: int) -> ExampleGradients:
         """Gradients in chunks that fit beside three blocks of rows: local, visiting, arriving."""
         gradients = ExampleGradients(self.obj, self.theta, memory_budget=2**62)
+        # Local rows, visiting ones, and those that are arriving.
         rows = 3 * -(-self.count // communicator.size) * gradients.row_bytes
         fixed = 8 * self.count**2 * len(self.keys)
         if fixed + rows + gradients.example_bytes > budget:

@@ -93,6 +93,7 @@ def _require_outputs(obj: Objective, theta: Tensor, count: int) -> int:
             outputs = obj.outputs(theta, batch.inputs)
         require_finite_outputs(outputs, batch.start)
         numbers = outputs[0].numel()
+        # One tensor holds all pairs of outputs: K must not depend on the example.
         if size not in (None, numbers):
             raise checks.invalid(
                 "outputs",

@@ -224,6 +224,7 @@ def score_spectrum(
     checks.one_of("products", products, PRODUCTS)
     checks.one_of("strategy", strategy, STRATEGIES)
     budget = resolve_budget(memory_budget, obj.device)
+    # If E > P, S^T S is the smaller matrix with the same eigenvalues other than 0.
     tall = group_by is None and count > obj.num_params
     size = obj.num_params if tall else count
     key = grouping(group_by)
@@ -338,4 +339,5 @@ def _eigenvalues(obj: Objective, matrix: Tensor, count: int, size: int) -> Tenso
         return values
 
     eigenvalues = obj.all_reduce(one_takes, "eigenvalues")
+    # Negative eigenvalues of a positive semi-definite matrix are rounding.
     return (eigenvalues / count).clamp(min=0).flip(0)[:size]

@@ -55,6 +55,7 @@ class FactoredGrad(ABC):
 
     def rows(self) -> Tensor:
         """The gradients [n, p] in the order of the parameter's elements."""
+        # The columns of all output channels are a row, up to their order.
         out = self.tensors[-1].new_empty(self.count, self.width)
         self.write_columns(0, self.groups, out)
         return self.to_parameter_order(out)

@@ -66,6 +66,7 @@ class LayerInterceptor(TorchFunctionMode):
             raise GradientHookError("the model puts hooks on gradients")
         if func == REQUIRES_GRAD:
             return requires_grad(args[0])
+        # Global means of images with channels last, in operations that vmap can trace.
         func = FUNCTIONS.get(func, func)
         make = LAYER_RULES.get(func)
         layer = None if make is None else self._of_parameter(make(*args, **kwargs))
@@ -80,6 +81,7 @@ class LayerInterceptor(TorchFunctionMode):
         if func in TRANSPOSES and args and id(args[0]) in self._names and args[0].ndim == 2:
             result = func(*args, **kwargs)
             if result.shape == args[0].shape[::-1] and result.stride() == args[0].stride()[::-1]:
+                # Kept alive here, so that no other tensor gets its id.
                 self._transposes[id(result)] = result, args[0]
             return result
         if func is torch._weight_norm:  # which has no rule for vmap

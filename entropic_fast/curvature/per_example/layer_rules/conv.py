@@ -147,6 +147,7 @@ class ConvGrad(FactoredGrad):
             )
         ]
         return [
+            # Inputs beyond the last window are not read: the padding behind may be 0.
             (before, size, max(0, need - size - before))
             for before, size, need in zip(geometry.padding, a.shape[1:-1], needed, strict=True)
         ]
@@ -215,6 +216,7 @@ class Convolution(LayerRule):
         images, counts = at.saved[0], self._counts(at.x)
         gradient = None
         if at.need_x:
+            # The gradient of the input alone: that of the weight stays factored.
             gradient = torch.ops.aten.convolution_backward(
                 at.g, images, at.weight, None, self.stride, self.padding, self.dilation,
                 self.transposed, self.output_padding, self.groups, (True, False, False),

@@ -51,6 +51,7 @@ class EmbeddingGrad(FactoredGrad):
     def norms(self) -> Tensor:
         tokens, g = self.tensors
         n = len(tokens)
+        # Float64 gradients and sums of as many examples as the scratch holds.
         most = max(1, scratch_of(g.device).norms // max(1, 16 * g[:1].numel()))
         if n > most:
             return torch.cat([self[i : i + most].norms() for i in range(0, n, most)])
@@ -121,8 +122,10 @@ class Embedding(LayerRule):
         if self.by_frequency:
             flat = x.reshape(-1)
             times = torch.eq(flat[:, None], flat).sum(1).view(x.shape)[..., None]
+            # The value of out, with its gradient divided by the frequency.
             out = out.detach() + (out - out.detach()) / times
         if self.padding is not None:
+            # The padding row has no gradient.
             out = torch.where(torch.eq(x, self.padding)[..., None], out.detach(), out)
         return out
 

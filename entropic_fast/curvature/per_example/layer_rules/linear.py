@@ -101,6 +101,7 @@ class Linear(LayerRule):
         gradient = at.g @ at.weight if at.need_x else None
         n = len(at.x)
         a, g = at_least_float32((at.x, at.g))
+        # All axes between example and features are positions.
         a, g = a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1])
         return gradient, (
             OuterProductGrad(a, g) if at.wanted[0] else None,

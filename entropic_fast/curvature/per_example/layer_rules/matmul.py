@@ -26,6 +26,7 @@ class LeftProduct(LayerRule):
         if not at.wanted[0]:
             return gradient, (None, None)
         n = len(at.x)
+        # Features come before positions here, and last in a linear layer.
         a, g = (t.transpose(-1, -2) for t in at_least_float32((at.x, at.g)))
         grad = OuterProductGrad(a.reshape(n, -1, a.shape[-1]), g.reshape(n, -1, g.shape[-1]))
         return gradient, (grad, None)
@@ -57,4 +58,5 @@ def addmm(
 
 
 def _is_shared_matrix(tensor: Tensor) -> bool:
+    # A matrix that vmap has batched is not the same for all examples.
     return tensor.ndim == 2 and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -51,6 +51,7 @@ class BatchNorm(LayerRule):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
+        # Stored statistics treat all images alike: examples and images are one axis.
         return self.reference(x.flatten(0, 1), weight, bias), ()
 
     def shaped(self, out: Tensor, x: Tensor) -> Tensor:
@@ -85,6 +86,7 @@ class GroupNorm(LayerRule):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
         images = x.flatten(0, 1).contiguous()
+        # It also returns the statistics that the backward pass needs.
         out, mean, rstd = torch.native_group_norm(
             images, weight, bias, *self._sizes(images), self.groups, self.eps
         )
