@@ -275,12 +275,12 @@ def _exact(operator: OperatorBase, left_out: Tensor | None, kept: int) -> tuple[
 class _Space(NamedTuple):
     """The Krylov space of one probe, and its Ritz pairs; all but `basis` on the CPU in float64."""
 
-    basis: Tensor
-    diagonal: Tensor
-    off_diagonal: Tensor
-    nodes: Tensor
-    coordinates: Tensor
-    rounding: float
+    basis: Tensor  # [m, P], orthonormal rows
+    diagonal: Tensor  # [m], of the tridiagonal matrix
+    off_diagonal: Tensor  # [m]; the last is the norm of the residual that follows the basis
+    nodes: Tensor  # [m], Ritz values, ascending
+    coordinates: Tensor  # [m, m], of the Ritz vectors, in columns
+    rounding: float  # of the products
 
 
 def _lanczos(operator: OperatorBase, starts: Tensor, steps: int) -> tuple[list[_Space], int]:

@@ -54,10 +54,10 @@ def require_symmetry(operator: OperatorBase, gap: float, scale: float) -> None:
 class Ritz(NamedTuple):
     """Ritz pairs, wanted first; on the CPU in float64."""
 
-    values: Tensor
-    vectors: Tensor
-    bounds: Tensor
-    skews: Tensor
+    values: Tensor  # [m]
+    vectors: Tensor  # [m, m], coordinates in the basis
+    bounds: Tensor  # [m], residual norms if the products were symmetric
+    skews: Tensor  # [m], norms of the products' asymmetric part
 
     @property
     def residuals(self) -> Tensor:
