@@ -129,12 +129,7 @@ class ExampleGradients:
         rows = padded_rows(self.theta, batch.size, self.obj.num_params, dtype=self.dtype)
         # Parameters that no loss depends on are not passed on: their columns stay 0.
         rows.zero_()
-        parts = self.engine.split(rows)
-
-        def keep(name: str, grad: FactoredGrad) -> None:
-            parts[name].copy_(grad.rows())
-
-        self.engine.run(batch, keep)
+        self.engine.write(batch, rows)
         # The largest entry of each row, without the copy that isfinite makes of its argument.
         require_finite(
             torch.linalg.vector_norm(rows, ord=float("inf"), dim=1), batch.start, self.theta

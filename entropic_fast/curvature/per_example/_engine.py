@@ -73,12 +73,6 @@ class PerExampleGradEngine:
     def covered_by_layer_rule(self) -> frozenset[str]:
         return frozenset(self.obj.parameter_names) - self.batched if self.traceable else frozenset()
 
-    def factored_grads(self, batch: Batch) -> dict[str, FactoredGrad]:
-        """The gradients of a batch's examples, by parameter."""
-        grads: dict[str, FactoredGrad] = {}
-        self.run(batch, grads.__setitem__)
-        return grads
-
     def run(self, batch: Batch, sink: Sink) -> Tensor:
         """Pass each parameter's gradients for a batch to the sink; returns the losses [n].
 
@@ -123,6 +117,15 @@ class PerExampleGradEngine:
             if name not in handed:
                 sink(name, DenseGrad(part))
         return losses
+
+    def write(self, batch: Batch, rows: Tensor) -> None:
+        """Write the gradients of a batch's examples to rows [n, P], which are zeros before."""
+        columns = self.split(rows)
+
+        def keep(name: str, grad: FactoredGrad) -> None:
+            columns[name].copy_(grad.rows())
+
+        self.run(batch, keep)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """Column slices [n, p] of rows [n, P], by parameter."""
@@ -201,25 +204,21 @@ class PerExampleGradEngine:
         batch = next(self.obj.batches(min(2, self.obj.num_examples)))
         expected, _ = self._fallback.rows(batch)
         got = torch.zeros_like(expected, dtype=at_least_float32((expected,))[0].dtype)
-        parts = self.split(got)
-
-        def keep(name: str, grad: FactoredGrad) -> None:
-            parts[name].copy_(grad.rows())
-
         try:
-            self.run(batch, keep)
+            self.write(batch, got)
         except NonFiniteLossError:
             raise
         except UNTRACEABLE as why:  # in the backward pass: recomputed activations, for one
             logger.info("per-example gradients without layer rules, which fail: %s", why)
             self._info.traceable = False
-            self.run(batch, keep)
+            self.write(batch, got)
         dtype = coarsest_dtype(self.obj, self.theta, batch.inputs)
         relative, absolute = AGREEMENT[dtype]
         scale = float(expected.double().norm())
         # Gradients that are rounding of numbers near 1, as at a minimum of loss 0, prove nothing:
         # the next objective of this model is compared again.
         slack = SMALL_GRADIENT.get(dtype, 0.0)
+        parts = self.split(got)
         for name, part in self.split(expected).items():
             gap = float((parts[name].double() - part.double()).norm())
             if gap > relative * float(part.double().norm()) + absolute * scale + slack:
