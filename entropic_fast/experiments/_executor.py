@@ -148,11 +148,9 @@ _ASK = "import torch; print(*(torch.cuda.mem_get_info(i)[0] for i in range({})))
 
 
 def _free_memory(gpus: int) -> list[int]:
-    """Bytes free on each of the first GPUs.
-
-    Asking opens a context of some 0.5 GiB on each, for as long as the process lives: a short-lived
-    one asks where there are several. On a single GPU this process may compute anyway.
-    """
+    """Free bytes on each of the first GPUs."""
+    # The query opens a context of some 0.5 GiB per GPU until its process ends, so a short-lived
+    # process makes it for several. A single GPU this process may use itself.
     if gpus > 1:
         command = [sys.executable, "-c", _ASK.format(gpus)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)

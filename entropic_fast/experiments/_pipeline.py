@@ -45,7 +45,7 @@ def choose_device(name: str) -> str:
     if name != "auto" and is_gpu(name) and not torch.cuda.is_available():
         raise checks.invalid("--device", "a GPU that torch can use", "none", "pass --device cpu")
     found = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if is_gpu(found):  # of torchrun's processes on a machine each takes a GPU
+    if is_gpu(found):  # the ranks that torchrun starts on a machine use its GPUs in turns
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return found
 
@@ -64,9 +64,7 @@ def tasks_until(run: RunFolder, stage: str) -> list[Task]:
 def execute_until(run: RunFolder, stage: str, workers: int | None, console: Console) -> None:
     """Compute every task of a stage and of the stages it needs that is not finished yet."""
     if stage in ("relax", "force", "report"):
-        backend_for(
-            "projected_step", run.device
-        )  # a forced backend that cannot run is an error now
+        backend_for("projected_step", run.device)  # fails if a forced backend cannot run
     if stage != "langevin":
         _inputs.prepare(run)
     tasks = tasks_until(run, stage)
@@ -115,8 +113,7 @@ def write_report(run: RunFolder, console: Console) -> None:
             f"one with {len(missing)} tasks missing or damaged, as {missing[0]}",
             "run `entropic-fast reproduce` with the same --out, preset and overrides",
         )
-    data, entries = run.path / "data", []
-    notes: list[str] = []
+    data, entries, notes = run.path / "data", [], list[str]()
     for figure in FIGURES.values():
         if not figure.enabled(run.config):
             continue
@@ -127,12 +124,8 @@ def write_report(run: RunFolder, console: Console) -> None:
             drawing = figure.draw(tables)
             _style.save(drawing, run.path / "figures", figure.name)
             charts = tuple(_plotly.charts(drawing))
-        caption = figure.caption_of(run.config)
-        entries.append(
-            report.FigureEntry(
-                figure.name, figure.title, caption, tuple(tables), charts, figure.source
-            )
-        )
+        about = (figure.name, figure.title, figure.caption_of(run.config))
+        entries.append(report.FigureEntry(*about, tuple(tables), charts, figure.source))
         notes += figure.notes(run)
     minima = _inputs.summary(run)
     minima.to_csv(data / "minima.csv")

@@ -1,7 +1,7 @@
-"""A drawn figure's panels as Plotly charts: what is plotted is written once, in Matplotlib.
+"""Convert a Matplotlib figure's panels to Plotly charts.
 
-Lines, error bars, bands, points and meshes are taken over with their colors and labels. What
-is neither (a schematic) stays in the SVG, which the report holds too.
+Lines, error bars, bands, points and meshes keep their colors and labels. Anything else, such as a
+schematic, is in the report's SVG alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def charts(figure: Figure) -> list[dict[str, Any]]:
 
 
 def as_json(value: Any) -> str:
-    """JSON that can stand within a script element: no `<` ends it early."""
+    """JSON for a script element, which a `<` could end."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -77,9 +77,9 @@ def _chart(ax: Axes) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """A label without the marks of Matplotlib's formulas.
+    r"""A label without the markup of Matplotlib's formulas.
 
-    >>> plain(r"velocity [$\\mathdefault{10^{-3}}$]")
+    >>> plain(r"velocity [$\mathdefault{10^{-3}}$]")
     'velocity [10^-3]'
     """
     return re.sub(r"\\mathdefault|[${}]", "", text)
@@ -125,7 +125,7 @@ def _is_level(ax: Axes, line: Line2D) -> bool:
 
 
 def _numbers(ax: Axes, values: Any, name: str) -> list[float | None]:
-    """Coordinates as the chart's axis has them; null where there is none."""
+    """Coordinates on the chart's axis; None for those that are not finite."""
     array: Any = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
     axis = ax.xaxis if name == "x" else ax.yaxis
     if axis.get_scale() not in ("linear", "log"):
@@ -141,7 +141,7 @@ def _named(label: Any) -> dict[str, Any]:
 
 
 def _color(value: Any) -> dict[str, Any]:
-    """Color and opacity; ink that follows the page's for black and gray."""
+    """Color and opacity; black and gray become "ink", the color of the page's text."""
     red, green, blue, alpha = to_rgba(value)
     gray = max(red, green, blue) - min(red, green, blue) < 0.02 and red < 0.7
     return {"color": "ink" if gray else to_hex((red, green, blue)), "opacity": round(alpha, 3)}
@@ -179,8 +179,7 @@ def _errorbar(ax: Axes, container: ErrorbarContainer) -> Trace:
         name for name, has in (("x", container.has_xerr), ("y", container.has_yerr)) if has
     ]
     for name, bars in zip(directions, errors, strict=True):
-        column = "xy".index(name)
-        segments = [np.asarray(segment) for segment in bars.get_segments()]
+        column, segments = "xy".index(name), [np.asarray(s) for s in bars.get_segments()]
         ends = np.array([s[:, column] if len(s) == 2 else [np.nan, np.nan] for s in segments])
         low, high = (np.array(_numbers(ax, e, name), dtype=float) for e in ends.reshape(-1, 2).T)
         middle = np.array(trace[name], dtype=float)

@@ -94,7 +94,7 @@ class RunFolder(TaskStore):
         return store.read_sealed(file) if file.exists() else None
 
     def record_images(self, facts: dict[str, Any]) -> None:
-        """Keep what identifies the images, or compare with what was kept.
+        """Record what identifies the images, or compare it with the record.
 
         Raises:
             ValueError: the run was begun with other images.
@@ -160,7 +160,7 @@ MANIFEST = "manifest.json"
 
 
 def processor() -> str:
-    """The processor's name where the system tells it, else its kind."""
+    """The processor's name, or its architecture if the system has no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

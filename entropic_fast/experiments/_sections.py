@@ -1,4 +1,4 @@
-"""The configuration: common sections, and what every section has.
+"""The configuration: its common sections, and the base class of all sections.
 
 A figure defines its section in its own module; `Config` has all of them once `figures` is imported.
 """
@@ -54,7 +54,7 @@ def in_unit_interval(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-# Every entry names a task or a curve.
+# For entries that name tasks or curves.
 DistinctOrNone = Annotated[tuple[T, ...], AfterValidator(_distinct)]
 Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct), AfterValidator(_some)]
 Position = Annotated[Number, AfterValidator(_position)]

@@ -1,11 +1,10 @@
-"""Finished tasks of work in a folder: each is stored whole or not at all.
+"""Finished tasks in a folder, each stored completely or not at all.
 
 FOLDER/tasks/<task>/...     what a task computed; done.json, written last, holds the hashes
-FOLDER/locks/               held by the process that computes a task, or writes what all share
+FOLDER/locks/               held by the process that computes a task or writes common files
 
-Any number of processes, on any number of machines that share the folder, may compute its tasks:
-each takes those that no other is at. A lock is the system's (flock), which ends with its process,
-however that ends.
+Any number of processes, on any machines that share the folder, may compute its tasks: each takes
+those that no other computes. Locks are the system's (flock), which end with their process.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class TaskStore:
 
     @contextlib.contextmanager
     def try_lock(self, task: str) -> Iterator[bool]:
-        """Whether a task is this process's to compute: no other is at it, until the block ends."""
+        """Reserve a task for this block; False if another process computes it."""
         lock = self._lock(task.replace("/", "_"))
         try:
             lock.acquire(timeout=0)
@@ -59,7 +58,7 @@ class TaskStore:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """A block that one process at a time is in: it changes files that all share."""
+        """Let one process at a time change the common files."""
         with self._lock("run"):
             yield
 
@@ -138,11 +137,7 @@ class TaskStore:
 
 
 def require_unused(path: Path) -> None:
-    """Refuse a folder to begin in that holds other files.
-
-    Raises:
-        ValueError: a file, or a folder with more than writes that were cut off.
-    """
+    """Reject a new folder that holds files, other than those of interrupted writes."""
     if path.exists() and not path.is_dir():
         raise checks.invalid("--out", "a folder", f"{path}, which is a file", "choose another")
     if path.is_dir() and any(
@@ -154,15 +149,7 @@ def require_unused(path: Path) -> None:
 
 
 def require_same(path: Path, changes: Sequence[str]) -> None:
-    """Refuse to go on in a folder that was begun otherwise.
-
-    Args:
-        path: the folder.
-        changes: what differs, a line each; none if nothing does.
-
-    Raises:
-        ValueError: something differs; the message lists it.
-    """
+    """Reject a folder that was begun with another configuration, if there are any changes."""
     if changes:
         raise checks.invalid(
             "--out",

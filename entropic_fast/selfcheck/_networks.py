@@ -88,10 +88,6 @@ def trace(obj: Objective) -> Tensor:
     return torch.tensor([estimate.value for estimate in found.values()], dtype=torch.float64)
 
 
-def gram(obj: Objective) -> Tensor:
-    return score_gram(obj)
-
-
 def norms(obj: Objective) -> Tensor:
     return gradient_norms(obj)
 
@@ -125,7 +121,7 @@ CALCULATIONS: dict[str, Callable[[Objective], Calculated]] = {
     "repeated quadratic forms": forms,
     "Hessian trace": trace,
     "gradient norms": norms,
-    "Gram matrix": gram,
+    "Gram matrix": score_gram,
     "AutoNEB": neb,
     "relaxation": relaxation,
 }

@@ -76,10 +76,7 @@ def train_trunk(
     config = _inputs.recipe(run, lmc.epochs, lmc.batch_size)
     last = max(lmc.branch_epochs)
     trunk = Trunk(
-        lambda: _inputs.network(run, lmc.model, lmc.data),
-        training,
-        config,
-        seed,
+        *(lambda: _inputs.network(run, lmc.model, lmc.data), training, config, seed),
         lambda _, done, __: progress(done / max(1, last)),
     )
     return {f"k{k}": _pack(trunk.at(k)) for k in sorted(lmc.branch_epochs)}
