@@ -9,13 +9,12 @@ import json
 import os
 import sys
 import warnings
-import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import emulated_gpu
 import pytest
+import tiers
 import torch
 from hidden_gpus import HIDDEN, asks_for_gpus
 
@@ -47,8 +46,6 @@ TINY = [
 ]
 
 
-# Of a test with more cases than this, the default tier runs so many, spread by a hash of names.
-CASES = 16
 TIER = "ENTROPIC_FAST_TIER"  # how workers of pytest-xdist learn what their controller was asked
 
 
@@ -63,20 +60,13 @@ def pytest_collection_modifyitems(config, items):
     `pytest` alone is the default tier; `pytest --full` runs everything, `pytest --full -m slow`
     what the default tier left out. Tests that are named on the command line run in full.
     """
-    listed = (Path(__file__).parent / "slow_tests.txt").read_text().splitlines()
-    slow = tuple(line for line in listed if not line.startswith("#"))
+    left_out = tiers.left_out(item.nodeid for item in items)
     for item in items:
-        if item.nodeid.startswith(slow):
-            item.add_marker(pytest.mark.slow)
-    cases = defaultdict(list)
-    for item in items:
-        cases[item.nodeid.partition("[")[0]].append(item)
-    for found in cases.values():
-        for item in sorted(found, key=lambda item: zlib.crc32(item.nodeid.encode()))[CASES:]:
+        if item.nodeid in left_out:
             item.add_marker(pytest.mark.slow)
     if os.environ.get(TIER) == "default":
-        left_out = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=left_out)
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 

@@ -1,0 +1,46 @@
+"""Which cases of a test the default tier runs."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+DURATIONS = Path(__file__).parents[1] / "durations.txt"
+CASES = 8  # of a test at most
+BUDGET = 1.0  # seconds of a test's cases together, of which one is run in any case
+MOST = 2.5  # seconds of a case
+LEAST = 0.1  # seconds of a case from which on its test is listed
+
+
+def test_of(node: str) -> str:
+    """The test of a case."""
+    return node.partition("[")[0]
+
+
+def read_durations() -> dict[str, tuple[float, bool]]:
+    """Seconds per case, and whether a case is run however long it takes, by test."""
+    found = {}
+    lines = DURATIONS.read_text().splitlines() if DURATIONS.exists() else []
+    for line in lines:
+        if not line.startswith("#"):
+            test, seconds, *keep = line.split(" ")
+            found[test] = (float(seconds), bool(keep))
+    return found
+
+
+def left_out(nodes: Iterable[str]) -> set[str]:
+    """The cases that the default tier leaves out, chosen by a hash of their names."""
+    durations = read_durations()
+    cases = defaultdict(list)
+    for node in nodes:
+        cases[test_of(node)].append(node)
+    found: set[str] = set()
+    for test, names in cases.items():
+        seconds, keep = durations.get(test, (0.0, False))
+        count = CASES if seconds == 0 else min(CASES, max(1, int(BUDGET / seconds)))
+        if seconds > MOST:
+            count = int(keep)
+        found.update(sorted(names, key=lambda name: zlib.crc32(name.encode()))[count:])
+    return found
