@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.graph_checks import NonFiniteLossError
 from .._utils import checks
 from .._utils.trees import Tree
 from ..distributed import Communicator, SingleProcess
@@ -22,8 +21,6 @@ from ._output_reader import OutputReader, reader_of
 from ._parameters import cached_copy, choose, model_lock
 from .data import Batch, BatchFormat, ExampleSet
 from .losses._functions import LossFunction, bound, computed_inside, loss_function
-
-__all__ = ["NonFiniteLossError", "Objective"]
 
 
 class Objective(MeanLoss):

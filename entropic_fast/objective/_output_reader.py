@@ -61,13 +61,18 @@ def part_of(output: Any, part: str | int) -> Any:
 
 def parts(output: Any) -> str:
     """Names or indices of the parts of an output, for a message."""
-    if isinstance(output, Mapping):
-        names = [repr(key) for key in output]
-    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
-        names = [str(i) for i in range(len(output))]
-    else:
-        names = [repr(key) for key in getattr(output, "_fields", getattr(output, "__dict__", ()))]
+    names = [repr(key) for key, _ in _named_parts(output)]
     return (", ".join(names[:12]) or checks.describe(output)) + (", ..." if len(names) > 12 else "")
+
+
+def _named_parts(output: Any) -> list[tuple[Any, Any]]:
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if hasattr(output, "_fields"):
+        return list(output._asdict().items())
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    return list(getattr(output, "__dict__", {}).items())
 
 
 def reader_of(
@@ -130,14 +135,7 @@ def _classes_last(scores: Tensor, loss: LossFunction, targets: Tree) -> bool:
 
 def _tensors(output: Any) -> list[str | int]:
     """Names or indices of the parts that are floating-point tensors."""
-    if isinstance(output, Mapping):
-        named = list(output.items())
-    elif isinstance(output, tuple | list) and not hasattr(output, "_fields"):
-        named = list(enumerate(output))
-    elif hasattr(output, "_fields"):
-        named = list(output._asdict().items())
-    else:
-        named = list(getattr(output, "__dict__", {}).items())
+    named = _named_parts(output)
     return [key for key, t in named if isinstance(t, Tensor) and t.is_floating_point()]
 
 

@@ -15,7 +15,6 @@ from ..._utils import checks
 from ._cross_entropy import CrossEntropy, NegativeLogLikelihood, NextToken
 from ._elementwise import (
     BinaryCrossEntropy,
-    DiagonalLoss,
     GaussianNLL,
     KLDivergence,
     MultiMargin,
@@ -235,20 +234,3 @@ _MODULES: dict[Any, type[_Loss]] = {
     functional.margin_ranking_loss: nn.MarginRankingLoss,
     functional.triplet_margin_loss: nn.TripletMarginLoss,
 }
-
-__all__ = [
-    "CrossEntropy",
-    "DiagonalLoss",
-    "LossFunction",
-    "NAMES",
-    "OutputHessian",
-    "bound",
-    "closed_form",
-    "cross_entropy",
-    "hits",
-    "loss_function",
-    "mean_squared_error",
-    "origin",
-    "output_hessian",
-    "widened",
-]
