@@ -104,7 +104,7 @@ class Objective(MeanLoss):
     (2.5, [-5.0])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, the public arguments are one per choice
         self,
         model: nn.Module,
         loss: str | LossFunction,

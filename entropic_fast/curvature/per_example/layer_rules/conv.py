@@ -162,7 +162,7 @@ class ConvGrad(FactoredGrad):
 class Convolution(LayerRule):
     """`torch.conv1d`, `conv2d`, `conv3d`, and `conv_transpose1d` to `3d`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, those of torch's functions
         self,
         dims: int,
         x: Tensor,
