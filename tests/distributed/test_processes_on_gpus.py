@@ -196,5 +196,5 @@ def test_a_worker_takes_the_gpu_it_is_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(schedule.signal, "signal", lambda *_: None)
     schedule._start_worker(None, torch.get_num_threads(), types.SimpleNamespace(get=lambda: 1))
-    schedule._start_worker(None, torch.get_num_threads())
+    schedule._start_worker(None, torch.get_num_threads(), None)
     assert taken == [1]
