@@ -50,32 +50,41 @@ TIER = "ENTROPIC_FAST_TIER"  # how workers of pytest-xdist learn what their cont
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run every case, slow tests too")
+    parser.addoption("--default", action="store_true", help="the default tier of named tests too")
+    parser.addoption("--full", action="store_true", help="run slow tests and more cases too")
+    parser.addoption("--nightly", action="store_true", help="run every case of every test")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark what the default tier leaves out as slow, and leave it out there.
+    """Leave out what the tier does, and mark as slow what the default tier leaves out.
 
-    `pytest` alone is the default tier; `pytest --full` runs everything, `pytest --full -m slow`
-    what the default tier left out. Tests that are named on the command line run in full.
+    `pytest` alone is the default tier, `pytest --full` the full one, of which `-m slow` are the
+    cases that the default tier leaves out. `pytest --nightly`, and tests that are named on the
+    command line, run with all cases; `--default` holds for those too.
     """
-    left_out = tiers.left_out(item.nodeid for item in items)
+    names = [item.nodeid for item in items]
+    slow, nightly = (tiers.left_out(names, tier) for tier in (tiers.DEFAULT, tiers.FULL))
     for item in items:
-        if item.nodeid in left_out:
+        if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
-    if os.environ.get(TIER) == "default":
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    tier = os.environ.get(TIER)
+    if tier == "default":
+        dropped = [item for item in items if item.get_closest_marker("slow")]
+    else:
+        dropped = [item for item in items if tier == "full" and item.nodeid in nightly]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 def pytest_configure(config):
     """Tests marked gpu are run by `-m gpu` alone; the others see no GPU (`hidden_gpus`)."""
     if not hasattr(config, "workerinput"):
         bare = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-        full = config.getoption("--full") or config.getoption("markexpr")
-        os.environ[TIER] = "default" if bare and not full else "full"
+        everything = config.getoption("--nightly") or config.getoption("markexpr") or not bare
+        everything = everything and not config.getoption("--default")
+        full = config.getoption("--full")
+        os.environ[TIER] = "full" if full else "all" if everything else "default"
     if not asks_for_gpus(config.getoption("markexpr")):
         os.environ.update(HIDDEN)
     # Beside a GPU in use torch would take the emulated one for the machine's accelerator.

@@ -1,4 +1,4 @@
-"""Which cases of a test the default tier runs."""
+"""Which cases of a test each tier runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 DURATIONS = Path(__file__).parents[1] / "durations.txt"
-CASES = 8  # of a test at most
-BUDGET = 1.0  # seconds of a test's cases together, of which one is run in any case
-MOST = 2.5  # seconds of a case
+
+
+class Tier(NamedTuple):
+    """Limits for the cases of one test."""
+
+    cases: int  # at most
+    budget: float  # seconds of all of them together; one is run in any case
+    most: float  # seconds of a case
+
+
+DEFAULT, FULL = Tier(8, 1.0, 2.5), Tier(20, 2.0, 12.0)
 LEAST = 0.1  # seconds of a case from which on its test is listed
 
 
@@ -30,8 +39,8 @@ def read_durations() -> dict[str, tuple[float, bool]]:
     return found
 
 
-def left_out(nodes: Iterable[str]) -> set[str]:
-    """The cases that the default tier leaves out, chosen by a hash of their names."""
+def left_out(nodes: Iterable[str], tier: Tier) -> set[str]:
+    """The cases that a tier leaves out, chosen by a hash of their names."""
     durations = read_durations()
     cases = defaultdict(list)
     for node in nodes:
@@ -39,8 +48,10 @@ def left_out(nodes: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for test, names in cases.items():
         seconds, keep = durations.get(test, (0.0, False))
-        count = CASES if seconds == 0 else min(CASES, max(1, int(BUDGET / seconds)))
-        if seconds > MOST:
+        count = tier.cases
+        if seconds > 0:
+            count = min(count, max(1, int(tier.budget / seconds)))
+        if seconds > tier.most:
             count = int(keep)
         found.update(sorted(names, key=lambda name: zlib.crc32(name.encode()))[count:])
     return found

@@ -2,7 +2,7 @@
 
 python tests/tools/durations.py LOG COLLECTED CPU_SECONDS
 
-LOG is that output, COLLECTED what `pytest --full --collect-only -q` printed. CPU_SECONDS is the
+LOG is that output, COLLECTED what `pytest --nightly --collect-only -q` printed. CPU_SECONDS is the
 user time of the run: on a busy machine tests seem longer than they are, and are scaled by it.
 """
 
@@ -23,7 +23,7 @@ HEADER = """\
 
 def main(log: str, collected: str, cpu_seconds: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-    from tiers import BUDGET, DURATIONS, LEAST, MOST, read_durations, test_of
+    from tiers import DEFAULT, DURATIONS, LEAST, read_durations, test_of
 
     seconds: Counter[str] = Counter()
     cases: dict[str, set[str]] = {}
@@ -39,7 +39,7 @@ def main(log: str, collected: str, cpu_seconds: str) -> None:
     for test, total in seconds.items():
         mean = total * scale / max(ran[test], len(cases[test]))
         lines[test] = (round(mean, 1), before.get(test, (0, False))[1])
-    text = HEADER.format(least=LEAST, budget=BUDGET, most=MOST)
+    text = HEADER.format(least=LEAST, budget=DEFAULT.budget, most=DEFAULT.most)
     for test, (mean, keep) in sorted(lines.items()):
         if mean > LEAST or keep:
             text += f"{test} {mean:.1f}{' keep' if keep else ''}\n"
