@@ -155,15 +155,13 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.cat.default: _cat,
     # The second result, norms, is read by torch's backward pass alone.
     aten._weight_norm_interface.default: lambda v, g, dim=0: (weight_norm(v, g, dim), g),
-    # Their backward passes have no forward mode.
-    aten.silu.default: lambda x: x * torch.sigmoid(x),
+    # Its backward pass has no forward mode.
     aten.mish.default: lambda x: x * functional.softplus(x).tanh(),
     aten.hardsigmoid.default: hardsigmoid,
     aten.grid_sampler_2d.default: grid_sampler_2d,
     aten.copy.default: _copy,
     aten.fill.Tensor: _copy,
     aten._trilinear.default: _trilinear,
-    aten.native_layer_norm.default: layer_norm,
     aten.native_group_norm.default: group_norm,
     aten._native_batch_norm_legit.no_stats: lambda x, w, b, _training, _momentum, eps: (
         batch_statistics(x, w, b, eps)

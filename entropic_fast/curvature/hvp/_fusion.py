@@ -251,6 +251,14 @@ PATTERN = Pattern(
 )
 
 
+def find_norm_acts(
+    forward: Sequence[fx.Node], backward: Sequence[fx.Node]
+) -> tuple[list[NormActForward], list[NormActBackward]]:
+    """Regions of both passes."""
+    regions = find_forward_regions(forward)
+    return regions, find_backward_regions(backward, regions)
+
+
 def find_forward_regions(nodes: Sequence[fx.Node]) -> list[NormActForward]:
     """Regions of the forward pass, each node in one of them at most."""
     inside = set(nodes)

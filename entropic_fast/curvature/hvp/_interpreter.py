@@ -16,20 +16,17 @@ from .._crosscheck import VerifiedLosses
 from . import _batch_norm as batch_norm
 from . import _convolution as convolution
 from ._capture import Graph
-from ._fusion import (
-    FusedRegion,
-    NormActBackward,
-    NormActForward,
-    find_backward_regions,
-    find_forward_regions,
-)
+from ._fusion import FusedRegion, find_norm_acts
 from ._jvp_rules import tangent
+from ._layer_norm import find_layer_norms
 from ._node import NodeContext, SecondOrderSum
-from ._schedule import depends_on, has_constant_term, last_uses, scheduled
+from ._schedule import SingleNode, depends_on, has_constant_term, last_uses, scheduled
 from ._second_order_terms import second_order_term
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]
+# Each finds regions of both passes; a node is in one region at most.
+FUSIONS: tuple[Any, ...] = (find_norm_acts, find_layer_norms)
 
 
 class PrimalValues(dict[fx.Node, Any]):
@@ -77,11 +74,9 @@ class GraphInterpreter:
         backward = depends_on(graph.nodes, {graph.u})
         self.forward_nodes = [n for n in graph.nodes if n not in backward]
         self.backward_nodes = [n for n in graph.nodes if n in backward]
-        norms = find_forward_regions(self.forward_nodes)
-        self._forward_regions = scheduled(self.forward_nodes, norms)
-        self._backward_regions = scheduled(
-            self.backward_nodes, find_backward_regions(self.backward_nodes, norms)
-        )
+        fused = [find(self.forward_nodes, self.backward_nodes) for find in FUSIONS]
+        self._forward_regions = scheduled(self.forward_nodes, [r for f, _ in fused for r in f])
+        self._backward_regions = scheduled(self.backward_nodes, [r for _, b in fused for r in b])
         # Whether the backward pass joins u with constants, and so is not 0 at u = 0.
         self._affine = any(has_constant_term(n, {graph.u, *backward}) for n in self.backward_nodes)
         self._last_forward = last_uses(self._forward_regions, {graph.outputs})
@@ -109,10 +104,10 @@ class GraphInterpreter:
 
     def _evaluate(self, regions: Sequence[FusedRegion], values: PrimalValues) -> None:
         for region in regions:
-            if isinstance(region, NormActForward | NormActBackward):
-                region.evaluate(values)
-            else:
+            if isinstance(region, SingleNode):
                 _run(region.nodes[0], values, self.graph.constants)
+            else:
+                region.evaluate(values)
 
     # -- tangents --------------------------------------------------------------------------
 
@@ -132,12 +127,12 @@ class GraphInterpreter:
         """
         tangents: Tangents = dict(zip(self.graph.parameters, directions, strict=True))
         for region in self._forward_regions:
-            if isinstance(region, NormActForward):
+            if isinstance(region, SingleNode):
+                self._differentiate(region.nodes[0], values, tangents, terms)
+            else:
                 source = None if terms is None else self.graph.cotangents.get(region.result)
                 cotangent = None if source is None else values[source]
                 region.run(values, tangents, cotangent, terms)
-            else:
-                self._differentiate(region.nodes[0], values, tangents, terms)
             # Quadratic forms and Gauss-Newton products need the outputs' tangent alone.
             if not keep:
                 for dead in self._last_forward.get(region, ()):
@@ -159,10 +154,10 @@ class GraphInterpreter:
         tangents[self.graph.u] = u
         held = values if self.graph.u in values else _ZeroCotangent(values)
         for region in self._backward_regions:
-            if isinstance(region, NormActBackward):
-                region.run(held, tangents)
-            else:
+            if isinstance(region, SingleNode):
                 self._differentiate(region.nodes[0], held, tangents)
+            else:
+                region.run(held, tangents)
             for dead in self._last_backward.get(region, ()):
                 tangents.pop(dead, None)
         return [tangents.get(node) for node in self.graph.gradients]

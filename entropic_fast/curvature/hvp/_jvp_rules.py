@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.forward_mode import jvp
+from ._activations import first_derivative
 from ._node import NodeContext, by_torch
 
 aten = torch.ops.aten
@@ -208,24 +209,26 @@ def _threshold_backward(ctx: NodeContext) -> Any:
 
 def pointwise(ctx: NodeContext) -> Any:
     """The sum over active arguments of derivative times tangent."""
-    out = None
+    out: Tensor | None = None
     for node, derivative in derivatives(ctx).items():
-        term = aligned(ctx.tangent(node), len(ctx.shape)) * derivative
-        out = term if out is None else out + term
+        t = aligned(ctx.tangent(node), len(ctx.shape))
+        out = t * derivative if out is None else torch.addcmul(out, t, derivative)
     assert out is not None
     return out.expand(len(out), *ctx.shape)
 
 
 def derivatives(ctx: NodeContext) -> dict[Any, Tensor]:
     """Derivatives of a pointwise operation in its active arguments, of the result's shape."""
-    by_argument = {}
-    for node in ctx.active:
-        point = ctx.point(node)
-        # Elementwise, so that the tangent of ones is the derivative itself: once for all K.
-        by_argument[node] = jvp(
-            lambda a, node=node: ctx.call({node: a}), (point,), (torch.ones_like(point),)
-        )[1]
-    return by_argument
+    return {node: ctx.cached(node, lambda node=node: _derivative(ctx, node)) for node in ctx.active}
+
+
+def _derivative(ctx: NodeContext, node: Any) -> Tensor:
+    closed = first_derivative(ctx, node)
+    if closed is not None:
+        return closed
+    point = ctx.point(node)
+    # Elementwise, so that the tangent of ones is the derivative itself: once for all K.
+    return jvp(lambda a: ctx.call({node: a}), (point,), (torch.ones_like(point),))[1]
 
 
 # -- products --------------------------------------------------------------------------------
@@ -233,12 +236,12 @@ def derivatives(ctx: NodeContext) -> dict[Any, Tensor]:
 
 @jvp_rule(aten.mm.default, aten.bmm.default)
 def _mm(ctx: NodeContext) -> Any:
-    return _bilinear(ctx, 0, 1, torch.matmul)
+    return _bilinear(ctx, 0, 1)
 
 
 @jvp_rule(aten.addmm.default, aten.baddbmm.default)
 def _addmm(ctx: NodeContext) -> Any:
-    out = _bilinear(ctx, 1, 2, torch.matmul)
+    out = _bilinear(ctx, 1, 2)
     beta, alpha = ctx.argument(3), ctx.argument(4)
     if out is not None and alpha != 1:
         out = out * alpha
@@ -250,14 +253,33 @@ def _addmm(ctx: NodeContext) -> Any:
     return out
 
 
-def _bilinear(ctx: NodeContext, i: int, j: int, product: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def _bilinear(ctx: NodeContext, i: int, j: int) -> Any:
     a, b = ctx.tangent(i), ctx.tangent(j)
-    out = None
-    if a is not None:
-        out = product(a, ctx.value(j))  # a new tensor, to which the second term may be added
-    if b is not None:
-        second = product(ctx.value(i), b)
-        out = second if out is None else out.add_(second)
+    out = None if a is None else matrix_products(a, ctx.value(j))
+    return out if b is None else matrix_products(ctx.value(i), b, out)
+
+
+def matrix_products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The products of K matrices, or batches of them, with one; added to `out` if given.
+
+    One of a and b has a leading axis K more than the other.
+    """
+    if a.device.type != "cpu":
+        product = torch.matmul(a, b)
+        return product if out is None else out.add_(product)
+    # `matmul` would copy the one that has no K, and transposed ones; on a CPU K calls cost nothing.
+    first = a.ndim > b.ndim
+    several = a if first else b
+    if first and b.ndim == 2 and out is None and a.is_contiguous():
+        return torch.mm(a.view(-1, a.shape[2]), b).view(*a.shape[:2], -1)
+    add = torch.Tensor.addmm_ if several.ndim == 3 else torch.Tensor.baddbmm_
+    fresh = out is None
+    if out is None:
+        lead = several.shape[:-2]
+        out = several.new_empty(*lead, a.shape[-2], b.shape[-1])
+    for k, one in enumerate(several):
+        pair = (one, b) if first else (a, one)
+        add(out[k], *pair, beta=0 if fresh else 1)
     return out
 
 

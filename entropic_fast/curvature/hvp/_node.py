@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -94,6 +94,19 @@ class NodeContext:
         # The elements of expanded values share memory, and those of tangents must not.
         expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
         return value.contiguous() if expanded else value
+
+    def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """What depends on the point alone, computed once for all directions and calls."""
+        derived = getattr(self._values, "derived", None)
+        # In memory of a CUDA graph it would not outlive the graph.
+        if derived is None or (
+            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        ):
+            return compute()
+        kept = derived.setdefault(self.node, {})
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
 
     def argument(self, position: int) -> Any:
         """An argument as the graph has it, or its default."""

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..._torch.forward_mode import jvp
 from ...ops.norm_act_tangents import inner_products
+from . import _softmax as softmax
+from ._activations import second_derivative
 from ._batch_norm import statistics
 from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
-from ._jvp_rules import aligned
+from ._jvp_rules import aligned, matrix_products
 from ._node import NodeContext, second_order_by_torch
 
 aten = torch.ops.aten
@@ -78,7 +80,12 @@ def _product(ctx: NodeContext, i: int, j: int, g: Tensor) -> Tensor | None:
     a, b = ctx.tangent(i), ctx.tangent(j)
     if a is None or b is None:
         return None
-    return 2 * inner(a, torch.matmul(g, b.transpose(-1, -2)))
+    return 2 * inner(a, matrix_products(g, b.transpose(-1, -2)))
+
+
+@second_order_rule(aten._softmax.default)
+def _softmax(ctx: NodeContext, g: Tensor) -> Tensor | None:
+    return softmax.second_order(ctx, g)
 
 
 @second_order_rule(aten.mul.Tensor)
@@ -109,7 +116,8 @@ def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
     total = None
     for i, first in enumerate(active):
         for j in range(i, len(active)):
-            curvature = _second_derivative(ctx, first, active[j])
+            pair = (first, active[j])
+            curvature = ctx.cached(pair, lambda pair=pair: _second_derivative(ctx, *pair))
             if curvature is None:
                 continue
             # Mixed derivatives count twice, as (a, b) and as (b, a).
@@ -121,6 +129,9 @@ def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
 
 def _second_derivative(ctx: NodeContext, a: Any, b: Any) -> Tensor:
     """The mixed second derivative of a pointwise operation."""
+    closed = second_derivative(ctx)
+    if closed is not None:
+        return closed
 
     def derivative(*values: Tensor) -> Tensor:
         fixed = {b: values[1]} if len(values) > 1 else {}

@@ -24,9 +24,7 @@ from entropic_fast.ops.row_norm_tangents.checks import Jvp, VjpTangent
 FAMILY = "row_norm_tangents"
 register_family(FAMILY)
 
-_jvp = Op(
-    FAMILY, "jvp", Jvp, name="row_norm_jvp", check=checks.check_jvp, results=checks.new_jvp
-)
+_jvp = Op(FAMILY, "jvp", Jvp, name="row_norm_jvp", check=checks.check_jvp, results=checks.new_jvp)
 _vjp_tangent = Op(
     FAMILY, "vjp_tangent", VjpTangent, name="row_norm_vjp_tangent",
     check=checks.check_vjp_tangent, results=checks.new_vjp_tangent,
@@ -60,7 +58,9 @@ def jvp(
         >>> jvp(torch.tensor([[[1.0, 1.0]]]), normal, rstd)[0]  # shifting x changes nothing
         tensor([[[0., 0.]]])
     """
-    arguments = Jvp(*map(_contiguous, (t, normal, rstd, weight, tweight, tbias, cotangent)), centered)
+    arguments = Jvp(
+        *map(_contiguous, (t, normal, rstd, weight, tweight, tbias, cotangent)), centered
+    )
     reject_autograd(**arguments._asdict())
     return _jvp(arguments)
 
