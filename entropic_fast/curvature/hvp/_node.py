@@ -99,9 +99,8 @@ class NodeContext:
         """What depends on the point alone, computed once for all directions and calls."""
         derived = getattr(self._values, "derived", None)
         # In memory of a CUDA graph it would not outlive the graph.
-        if derived is None or (
-            torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        ):
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if derived is None or capturing:
             return compute()
         kept = derived.setdefault(self.node, {})
         if key not in kept:

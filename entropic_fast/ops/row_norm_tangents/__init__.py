@@ -58,9 +58,8 @@ def jvp(
         >>> jvp(torch.tensor([[[1.0, 1.0]]]), normal, rstd)[0]  # shifting x changes nothing
         tensor([[[0., 0.]]])
     """
-    arguments = Jvp(
-        *map(_contiguous, (t, normal, rstd, weight, tweight, tbias, cotangent)), centered
-    )
+    tensors = map(_contiguous, (t, normal, rstd, weight, tweight, tbias, cotangent))
+    arguments = Jvp(*tensors, centered)
     reject_autograd(**arguments._asdict())
     return _jvp(arguments)
 
