@@ -37,14 +37,14 @@ struct Sums {
   typename Vector<T>::type lanes[2][COUNT] = {};
   T single[COUNT] = {};
   template <int CHAIN>
-  EF_FN void add(int which, typename Vector<T>::type value) {
+  __attribute__((always_inline)) inline void add(int which, typename Vector<T>::type value) {
     lanes[CHAIN][which] += value;
   }
   template <int CHAIN>
-  EF_FN void add(int which, T value) {
+  __attribute__((always_inline)) inline void add(int which, T value) {
     single[which] += value;
   }
-  EF_FN T total(int which) const {
+  __attribute__((always_inline)) inline T total(int which) const {
     T parts[LANES<T>];
     store(parts, lanes[0][which] + lanes[1][which]);
     double sum = double(single[which]);
@@ -53,23 +53,26 @@ struct Sums {
   }
 };
 
+template <int CHAIN_>
+struct Chain {
+  static constexpr int CHAIN = CHAIN_;
+};
+
 // Calls each(j, V(), chain) for the columns of a row.
 template <typename T, typename Each>
 EF_FN void columns(i64 width, Each each) {
   using V = typename Vector<T>::type;
   constexpr int L = LANES<T>;
-  struct First { static constexpr int CHAIN = 0; };
-  struct Second { static constexpr int CHAIN = 1; };
   i64 j = 0;
   for (; j + 2 * L <= width; j += 2 * L) {
-    each(j, V(), First());
-    each(j + L, V(), Second());
+    each(j, V(), Chain<0>());
+    each(j + L, V(), Chain<1>());
   }
   if (j + L <= width) {
-    each(j, V(), First());
+    each(j, V(), Chain<0>());
     j += L;
   }
-  for (; j < width; ++j) each(j, T(), First());
+  for (; j < width; ++j) each(j, T(), Chain<0>());
 }
 
 // The weight's column j, or 1.
