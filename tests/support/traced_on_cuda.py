@@ -22,7 +22,7 @@ from entropic_fast._torch.full_precision import NativeRecurrence, full_precision
 from entropic_fast.curvature.hvp._capture import _traced
 from entropic_fast.curvature.hvp._capture_checks import LINEAR, MULTILINEAR
 from entropic_fast.curvature.hvp._decompositions import DECOMPOSITIONS, FUNCTIONS
-from entropic_fast.curvature.hvp._fusion import find_forward_regions
+from entropic_fast.curvature.hvp._interpreter import FUSIONS
 from entropic_fast.curvature.hvp._jvp_rules import JVP_RULES
 from entropic_fast.training import models
 
@@ -64,6 +64,9 @@ MODELS |= {
 }
 
 
+NORMS = (nn.BatchNorm2d, nn.LayerNorm)
+
+
 class Replaced(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
@@ -92,7 +95,10 @@ def traced(name: str, device: str) -> fx.Graph:
 def seen(name: str, device: str) -> dict[str, Any]:
     graph = traced(name, device)
     calls = [n.target for n in graph.nodes if n.op == "call_function"]
-    known = {*JVP_RULES, *LINEAR, *MULTILINEAR}
+    nodes = list(graph.nodes)
+    regions = [region for find in FUSIONS for region in find(nodes, [])[0]]
+    fused = {node.target for region in regions for node in region.nodes}
+    known = {*JVP_RULES, *LINEAR, *MULTILINEAR, *fused}
     return {
         "operations": Counter(map(str, calls)),
         "without a rule": sorted(
@@ -102,8 +108,8 @@ def seen(name: str, device: str) -> dict[str, Any]:
                 if target not in known and torch.Tag.pointwise not in getattr(target, "tags", ())
             }
         ),
-        "fused": len(find_forward_regions(list(graph.nodes))),
-        "norms": sum(isinstance(m, nn.BatchNorm2d) for m in MODELS[name]().modules()),
+        "fused": len(regions),
+        "norms": sum(isinstance(m, NORMS) for m in MODELS[name]().modules()),
     }
 
 

@@ -272,14 +272,16 @@ def matrix_products(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     several = a if first else b
     if first and b.ndim == 2 and out is None and a.is_contiguous():
         return torch.mm(a.view(-1, a.shape[2]), b).view(*a.shape[:2], -1)
-    add = torch.Tensor.addmm_ if several.ndim == 3 else torch.Tensor.baddbmm_
+    multiply, add = (torch.mm, torch.addmm) if several.ndim == 3 else (torch.bmm, torch.baddbmm)
     fresh = out is None
     if out is None:
-        lead = several.shape[:-2]
-        out = several.new_empty(*lead, a.shape[-2], b.shape[-1])
+        out = several.new_empty(*several.shape[:-2], a.shape[-2], b.shape[-1])
     for k, one in enumerate(several):
         pair = (one, b) if first else (a, one)
-        add(out[k], *pair, beta=0 if fresh else 1)
+        if fresh:
+            multiply(*pair, out=out[k])
+        else:
+            add(out[k], *pair, out=out[k])
     return out
 
 

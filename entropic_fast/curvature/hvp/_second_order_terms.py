@@ -83,7 +83,7 @@ def _product(ctx: NodeContext, i: int, j: int, g: Tensor) -> Tensor | None:
     return 2 * inner(a, matrix_products(g, b.transpose(-1, -2)))
 
 
-@second_order_rule(aten._softmax.default)
+@second_order_rule(aten._softmax.default, aten._safe_softmax.default)
 def _softmax(ctx: NodeContext, g: Tensor) -> Tensor | None:
     return softmax.second_order(ctx, g)
 

@@ -17,7 +17,7 @@ from ._node import NodeContext
 aten = torch.ops.aten
 
 
-@jvp_rule(aten._softmax.default)
+@jvp_rule(aten._softmax.default, aten._safe_softmax.default)
 def _softmax(ctx: NodeContext) -> Any:
     return centered(ctx.value(ctx.node), ctx.tangent(0), _dim(ctx, 1))
 
