@@ -119,6 +119,26 @@ def _inner_products(draw: Draw) -> Arguments:
     return (draw(k, m, c), draw(k, m, c))
 
 
+def _rows(draw: Draw) -> tuple[Tensor, Tensor]:
+    """Normalized rows, and 1 / standard deviation of each."""
+    m, d = draw.size(7, 67), draw.size(5, 193)
+    return draw(m, d), draw.positive(m)
+
+
+def _row_jvp(draw: Draw) -> Arguments:
+    (normal, rstd), k = _rows(draw), draw.size(3, 5)
+    m, d = normal.shape
+    weights = (draw(d), draw(k, d), draw(k, d))
+    return (draw(k, m, d), normal, rstd, *weights, draw(m, d), True)
+
+
+def _row_vjp_tangent(draw: Draw) -> Arguments:
+    (normal, rstd), k = _rows(draw), draw.size(3, 5)
+    m, d = normal.shape
+    tangents = (draw(k, m, d), draw(k, m, d))
+    return (normal, rstd, *tangents, draw(d), draw(k, d), draw(m, d), True, True)
+
+
 def _path(draw: Draw) -> tuple[int, int, Tensor]:
     replicas, size = draw.size(3, 2), draw.size(37, 4099)
     return replicas, size, draw(draw.size(5, 3) + 1, size).cumsum(0)
@@ -183,6 +203,8 @@ SAMPLES: dict[str, Sample] = {
     "norm_act_vjp_tangent": Sample("norm_act_tangents", _vjp_tangent),
     "norm_act": Sample("norm_act_tangents", _norm_act),
     "norm_act_inner_products": Sample("norm_act_tangents", _inner_products),
+    "row_norm_jvp": Sample("row_norm_tangents", _row_jvp),
+    "row_norm_vjp_tangent": Sample("row_norm_tangents", _row_vjp_tangent),
     "sgd_step": Sample("projected_step", _sgd),
     "adam_step": Sample("projected_step", _adam),
     "project_step": Sample("projected_step", _project),

@@ -42,7 +42,14 @@ class Work:
 
 def triton_work() -> dict[str, Work]:
     """By name: a family and what is special about the call."""
-    from triton_launches import SCORES, langevin_steps, random_numbers, steps, tangents
+    from triton_launches import (
+        SCORES,
+        langevin_steps,
+        random_numbers,
+        row_tangents,
+        steps,
+        tangents,
+    )
 
     single, double = torch.float32, torch.float64
     work = {
@@ -51,6 +58,12 @@ def triton_work() -> dict[str, Work]:
         "step, float64, P = 272,474": Work(lambda: steps(double, 272_474)),
         "jet, float32, 4 tangents, 256 x 32": Work(lambda: tangents(single, (4, 256, 32))),
         "jet, float64, 8 tangents, 100 x 64": Work(lambda: tangents(double, (8, 100, 64))),
+        "row norm, float32, 4 tangents, 2048 x 192": Work(
+            lambda: row_tangents(single, (4, 2048, 192))
+        ),
+        "row norm, float64, 8 tangents, 512 x 1024": Work(
+            lambda: row_tangents(double, (8, 512, 1024))
+        ),
         "langevin, float32, ring, BAOAB": Work(lambda: langevin_steps("ring", "baoab", single)),
         "langevin, float64, channel, Euler": Work(
             lambda: langevin_steps("channel", "euler-maruyama", double)

@@ -227,6 +227,74 @@ def _normalised_terms(arguments: Arguments, results: Results) -> Results:
     return [*sizes, torch.where(near, math.inf, results[2])]
 
 
+# ---- tangents through layer normalization --------------------------------------------------------
+
+
+def _row_jvp(draw: Draw) -> Arguments:
+    k, m, d = draw.size(5), draw.size(100), draw.size(300)
+    return (
+        draw(k, m, d), draw(m, d), draw(m), draw.maybe(draw(d)), draw.maybe(draw(k, d)),
+        draw.maybe(draw(k, d)), draw.maybe(draw(m, d)), draw.flag(),
+    )  # fmt: skip
+
+
+def _row_vjp_tangent(draw: Draw) -> Arguments:
+    k, m, d = draw.size(5), draw.size(100), draw.size(300)
+    cotangent = draw.maybe(draw(m, d))
+    given = cotangent is not None
+    t, tweight = (draw.maybe(draw(k, *s)) if given else None for s in ((m, d), (d,)))
+    u = draw(k, m, d) if t is None and tweight is None else draw.maybe(draw(k, m, d))
+    return (
+        draw(m, d), draw(m), u, t, draw.maybe(draw(d)), tweight, cotangent, draw.flag(),
+        draw.flag(),
+    )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, value: float) -> Any:
+    return value if tensor is None else tensor
+
+
+def _row_jvp_terms(arguments: Arguments, results: Results) -> Results:
+    t, n, r, w, tw, tb, g, centered = absolute(arguments)
+    along = (n * t).mean(2, keepdim=True)
+    moved = t + t.mean(2, keepdim=True) if centered else t
+    tn = r[:, None] * (moved + n * along)
+    tw = 0.0 if tw is None else tw[:, None]
+    out = tn * _or(w, 1.0) + tw * n + (0.0 if tb is None else tb[:, None])
+    if g is None:
+        return [out, results[1]]
+    square = moved.square().mean(2, keepdim=True)
+    bend = (3 * along.square() + square) * n + 2 * along * moved
+    terms = g * (_or(w, 1.0) * r[:, None].square() * bend + 2 * tw * tn)
+    return [out, terms.sum((1, 2))]
+
+
+def _row_vjp_tangent_terms(arguments: Arguments, results: Results) -> Results:
+    n, r, u, t, w, tw, g, centered, weights = absolute(arguments)
+    r = r[:, None]
+    th = _or(u, 0.0) * _or(w, 1.0) + (0.0 if tw is None else tw[:, None] * g)
+    th, tn, h, along = th + torch.zeros_like(results[0]), torch.zeros_like(n), n * 0, n * 0
+    if t is not None:
+        along = (n * t).mean(2, keepdim=True)
+        tn = r * (t + (t.mean(2, keepdim=True) if centered else 0) + n * along)
+        h = g * _or(w, 1.0)
+    inner = th + n * (tn * h + n * th).mean(2, keepdim=True) + tn * (n * h).mean(-1, keepdim=True)
+    rest = h + n * (n * h).mean(-1, keepdim=True)
+    if centered:
+        inner, rest = inner + th.mean(2, keepdim=True), rest + h.mean(-1, keepdim=True)
+    out = r * inner + r.square() * along * rest
+    if not weights:
+        return [out, *results[1:]]
+    dweight = _or(u, 0.0) * n + (0.0 if t is None else g * tn) + torch.zeros_like(out)
+    return [out, dweight.sum(1), (_or(u, 0.0) + torch.zeros_like(out)).sum(1)]
+
+
+def _row(arguments: Arguments) -> int:
+    """Additions of a row and of the rows, each in several chains."""
+    m, d = next(a for a in arguments if isinstance(a, Tensor)).shape[-2:]
+    return 8 + d // 4 + m
+
+
 # ---- steps ---------------------------------------------------------------------------------------
 
 
@@ -417,6 +485,8 @@ OPS: dict[str, Op] = {
     ),
     "norm_act": Op(_norm_act, (), _normalised_terms, _few),
     "norm_act_inner_products": Op(_inner_products, (), of("norm_act_inner_products", ()), _pixels),
+    "row_norm_jvp": Op(_row_jvp, (), _row_jvp_terms, _row),
+    "row_norm_vjp_tangent": Op(_row_vjp_tangent, (), _row_vjp_tangent_terms, _row),
     "sgd_step": Op(_sgd, (0, 2), _sgd_terms, _few, (3,)),
     "adam_step": Op(_adam, (0, 2, 3, 4), _adam_terms, _few, (5,)),
     "project_step": Op(_project, (0, 1), _project_terms, _few, None),

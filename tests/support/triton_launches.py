@@ -127,6 +127,20 @@ def tangents(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     kernels.norm_act(checks.NormAct(y, *rows, None, None, None, False))
 
 
+def row_tangents(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Each kernel with all of its pieces and with none."""
+    from entropic_fast.ops.row_norm_tangents import checks
+    from entropic_fast.ops.row_norm_tangents import triton as kernels
+
+    k, m, d = shape
+    t, normal, weights = (torch.empty(s, dtype=dtype) for s in ((k, m, d), (m, d), (k, d)))
+    rstd, weight = torch.empty(m, dtype=dtype), torch.empty(d, dtype=dtype)
+    kernels.jvp(checks.Jvp(t, normal, rstd, weight, weights, weights, normal, True))
+    kernels.jvp(checks.Jvp(t, normal, rstd, None, None, None, None, False))
+    kernels.vjp_tangent(checks.VjpTangent(normal, rstd, t, t, weight, weights, normal, True, True))
+    kernels.vjp_tangent(checks.VjpTangent(normal, rstd, t, None, None, None, None, False, False))
+
+
 def convolve(dtype: torch.dtype, size: tuple[int, ...], c: int, o: int, groups: int = 1) -> None:
     """Both ends, as the layer of a network launches them (sizes of 1 become constants)."""
     from entropic_fast.ops.conv_example_grads import triton as kernels

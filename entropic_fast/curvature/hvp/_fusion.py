@@ -22,9 +22,17 @@ Tangents = dict[fx.Node, Any]
 
 
 class FusedRegion:
-    """Nodes whose tangents are computed together, in order; they run when the last would."""
+    """Nodes whose tangents are computed together, in order; they run when the last would.
+
+    `evaluate(values)` sets the values of the nodes. `run` sets their tangents: in the forward pass
+    it takes (values, tangents, cotangent of `result`, terms), in the backward pass (values,
+    tangents).
+    """
 
     nodes: tuple[fx.Node, ...]
+    result: fx.Node
+    evaluate: Callable[[Any], None]
+    run: Callable[..., None]
 
     @property
     def inputs(self) -> set[fx.Node]:

@@ -58,8 +58,11 @@ def jvp(
         >>> jvp(torch.tensor([[[1.0, 1.0]]]), normal, rstd)[0]  # shifting x changes nothing
         tensor([[[0., 0.]]])
     """
-    tensors = map(_contiguous, (t, normal, rstd, weight, tweight, tbias, cotangent))
-    arguments = Jvp(*tensors, centered)
+    c = _contiguous
+    arguments = Jvp(
+        t.contiguous(), normal.contiguous(), rstd.contiguous(), c(weight), c(tweight), c(tbias),
+        c(cotangent), centered,
+    )  # fmt: skip
     reject_autograd(**arguments._asdict())
     return _jvp(arguments)
 
@@ -94,8 +97,11 @@ def vjp_tangent(
         >>> vjp_tangent(normal, rstd, u=torch.tensor([[[3.0, 1.0]]]))[1:]
         (tensor([[ 3., -1.]]), tensor([[3., 1.]]))
     """
-    tensors = map(_contiguous, (normal, rstd, u, t, weight, tweight, cotangent))
-    arguments = VjpTangent(*tensors, centered, weights)
+    c = _contiguous
+    arguments = VjpTangent(
+        normal.contiguous(), rstd.contiguous(), c(u), c(t), c(weight), c(tweight), c(cotangent),
+        centered, weights,
+    )  # fmt: skip
     reject_autograd(**arguments._asdict())
     return _vjp_tangent(arguments)
 

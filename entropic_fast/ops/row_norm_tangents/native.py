@@ -15,10 +15,12 @@ from entropic_fast.ops.row_norm_tangents.checks import (
 
 
 def jvp(a: Jvp) -> tuple[Tensor, Tensor]:
-    results = new_jvp(a)
+    out, terms = new_jvp(a)
     *tensors, centered = a
-    native.call("row_norm_jvp", a.t, *a.t.shape, centered, *tensors, *results)
-    return results
+    if out.numel() == 0:  # an empty cotangent has no address, and would count as absent
+        return out, terms.zero_()
+    native.call("row_norm_jvp", a.t, *a.t.shape, centered, *tensors, out, terms)
+    return out, terms
 
 
 def vjp_tangent(a: VjpTangent) -> tuple[Tensor, Tensor, Tensor]:

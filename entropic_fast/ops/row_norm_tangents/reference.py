@@ -46,7 +46,7 @@ def vjp_tangent(a: VjpTangent) -> tuple[Tensor, Tensor, Tensor]:  # out, dweight
     out = rstd * inner - rstd.square() * along * (h - mean_h - normal * along_h)
     if not a.weights:
         return out, normal.new_empty(0, 0), normal.new_empty(0, 0)
-    dweight = dbias = normal.new_zeros(len(out), normal.shape[1])
+    dweight, dbias = (normal.new_zeros(len(out), normal.shape[1]) for _ in range(2))
     if a.u is not None:
         dweight = (a.u * normal).sum(1, dtype=torch.float64)
         dbias = a.u.sum(1, dtype=torch.float64)

@@ -46,8 +46,9 @@ def jvp_kernel(
     tw = tl.load(tweight + k * d + j, mask=inside, other=0.0) if TWEIGHT else 0.0
     tb = tl.load(tbias + k * d + j, mask=inside, other=0.0) if TBIAS else 0.0
     term = tl.zeros([1], dtype=tl.float64)
-    for row in count(group * rows, tl.minimum((group + 1) * rows, M)):
-        at = row.to(tl.int64) * d + j
+    for start in count(group * rows, tl.minimum((group + 1) * rows, M)):
+        row = start + tl.zeros([1], dtype=tl.int64)
+        at = row * d + j
         n = tl.load(normal + at, mask=inside, other=0.0)
         value = tl.load(t + k * M * d + at, mask=inside, other=0.0)
         r = tl.load(rstd + row)
@@ -83,8 +84,9 @@ def vjp_tangent_kernel(
     tw = tl.load(tweight + k * d + j, mask=inside, other=0.0) if TWEIGHT else 0.0
     scale_sum = tl.zeros([BLOCK], dtype=tl.float64)
     shift_sum = tl.zeros([BLOCK], dtype=tl.float64)
-    for row in count(group * rows, tl.minimum((group + 1) * rows, M)):
-        at = row.to(tl.int64) * d + j
+    for start in count(group * rows, tl.minimum((group + 1) * rows, M)):
+        row = start + tl.zeros([1], dtype=tl.int64)
+        at = row * d + j
         n = tl.load(normal + at, mask=inside, other=0.0)
         r = tl.load(rstd + row)
         g = tl.load(cotangent + at, mask=inside, other=0.0) if MOVES or TWEIGHT else n * 0.0
