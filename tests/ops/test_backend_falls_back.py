@@ -329,7 +329,7 @@ def test_classes_of_triton_are_known_by_their_names():
 def test_every_op_declares_what_it_writes():
     prefixes = {
         "gram_update": "gram_", "norm_example_grads": "norm_", "norm_act_tangents": "norm_act_",
-        "random_bits": "random_", "langevin": "langevin_",
+        "random_bits": "random_", "langevin": "langevin_", "row_norm_tangents": "row_norm_",
     }  # fmt: skip
     every = set()
     for family in backend.families():

@@ -18,10 +18,10 @@ from . import _convolution as convolution
 from ._capture import Graph
 from ._fusion import FusedRegion, find_norm_acts
 from ._jvp_rules import tangent
-from ._layer_norm import find_layer_norms
 from ._node import NodeContext, SecondOrderSum
 from ._schedule import SingleNode, depends_on, has_constant_term, last_uses, scheduled
 from ._second_order_terms import second_order_term
+from .transformer._layer_norm import find_layer_norms
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..._torch.forward_mode import jvp
-from ._activations import first_derivative
 from ._node import NodeContext, by_torch
+from .transformer._activations import first_derivative
 
 aten = torch.ops.aten
 JVPRule = Callable[[NodeContext], Any]

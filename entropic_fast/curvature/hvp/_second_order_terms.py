@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..._torch.forward_mode import jvp
 from ...ops.norm_act_tangents import inner_products
-from . import _softmax as softmax
-from ._activations import second_derivative
 from ._batch_norm import statistics
 from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
 from ._jvp_rules import aligned, matrix_products
 from ._node import NodeContext, second_order_by_torch
+from .transformer import _softmax as softmax
+from .transformer._activations import second_derivative
 
 aten = torch.ops.aten
 SecondOrderRule = Callable[[NodeContext, Tensor], Tensor | None]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...ops.row_norm_tangents import jvp, vjp_tangent
-from ._fusion import FusedRegion
-from ._node import NodeContext, SecondOrderSum
+from ....ops.row_norm_tangents import jvp, vjp_tangent
+from .._fusion import FusedRegion
+from .._node import NodeContext, SecondOrderSum
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]

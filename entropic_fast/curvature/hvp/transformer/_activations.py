@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._node import NodeContext
+from .._node import NodeContext
 
 aten = torch.ops.aten
 

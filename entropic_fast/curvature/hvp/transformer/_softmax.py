@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._jvp_rules import jvp_rule
-from ._node import NodeContext
+from .._jvp_rules import jvp_rule
+from .._node import NodeContext
 
 aten = torch.ops.aten
 
