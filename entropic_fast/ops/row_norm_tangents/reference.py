@@ -42,8 +42,9 @@ def vjp_tangent(a: VjpTangent) -> tuple[Tensor, Tensor, Tensor]:  # out, dweight
         h = a.cotangent * weight
     mean_h, along_h = _means(h, h * normal, a.centered)
     mean_th, along_th = _means(th, tn * h + normal * th, a.centered)
-    inner = th - mean_th - normal * along_th - tn * along_h
-    out = rstd * inner - rstd.square() * along * (h - mean_h - normal * along_h)
+    out = rstd * (th - mean_th - normal * along_th - tn * along_h)
+    if a.t is not None:
+        out = out - rstd.square() * along * (h - mean_h - normal * along_h)
     if not a.weights:
         return out, normal.new_empty(0, 0), normal.new_empty(0, 0)
     dweight, dbias = (normal.new_zeros(len(out), normal.shape[1]) for _ in range(2))
