@@ -112,9 +112,11 @@ class _Progress(NamedTuple):
     def stagnated(self) -> bool:
         """Whether a larger basis would not reduce the residuals: they are rounding."""
         k = len(self.limits)
-        at_floor = bool((self.ritz.bounds[:k] <= self.floor).all())
-        # What the products lack in symmetry does not depend on the size of the basis.
-        return at_floor or bool((self.ritz.skews[:k] > FAR * self.limits).any())
+        bounds, skews = self.ritz.bounds[:k], self.ritz.skews[:k]
+        # What the products lack in symmetry does not depend on the size of the basis. It decides
+        # only once it is most of a residual: a Ritz value on its way past 0 has a limit near 0.
+        hopeless = (skews > FAR * self.limits) & (bounds <= skews)
+        return bool((bounds <= self.floor).all()) or bool(hopeless.any())
 
 
 def block_lanczos(basis: KrylovBasis, request: Request) -> Search[Eigenpairs]:

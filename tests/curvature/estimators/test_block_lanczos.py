@@ -228,3 +228,19 @@ def test_operators_that_do_not_fit_are_refused():
     for block in (1, 2):
         with pytest.raises(ValueError, match="finite products"):
             top_eigenvalues(torch.full((3, 3), float("nan")), block=block)
+
+
+@pytest.mark.parametrize("seed", [1, 5])
+def test_a_ritz_value_that_passes_near_zero_does_not_end_the_search(seed: int):
+    """Its limit is relative to its value, and there smaller than the products' asymmetry."""
+    generator = torch.Generator().manual_seed(seed)
+    size = 300
+    draws = (torch.randn(size, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    vectors = torch.linalg.qr(next(draws))[0]
+    spectrum = torch.linspace(-1, 1, size, dtype=torch.float64)
+    spectrum[-5:] = torch.tensor([1.5, 1.7, 1.8, 1.9, 2.0])
+    noise = next(draws)
+    matrix = (vectors * spectrum) @ vectors.T + 3e-5 * (noise - noise.T)
+    pairs = top_eigenvalues(matrix, k=5, tol=1e-3, seed=seed)
+    assert pairs.converged
+    assert pairs.values.tolist() == pytest.approx([2.0, 1.9, 1.8, 1.7, 1.5], rel=2e-3)
