@@ -1,8 +1,8 @@
 """Stochastic trace estimation, one module per estimator.
 
 Start with `_trace` (`hessian_trace`, `operator_trace`). A module without an underscore holds an
-estimator, registered by `@trace_estimator`; `method=`, its errors, the table of the documentation
-and the tests of common properties read the registry.
+estimator, registered by `@trace_estimator`; `method=`, its errors and the tests of common
+properties read the registry.
 """
 
 from importlib import import_module

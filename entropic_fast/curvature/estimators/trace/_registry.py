@@ -55,11 +55,6 @@ class TraceMethod(NamedTuple):
     symmetric: bool
     hessian_only: bool
 
-    @property
-    def summary(self) -> str:
-        """The first line of the estimator's docstring."""
-        return (self.estimate.__doc__ or "").strip().split("\n")[0]
-
 
 METHODS: dict[str, TraceMethod] = {}
 
