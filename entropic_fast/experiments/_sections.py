@@ -1,6 +1,7 @@
 """The configuration: its common sections, and the base class of all sections.
 
-A figure defines its section in its own module; `Config` has all of them once `figures` is imported.
+A figure defines its section in its own module, unless another figure reads it too; `Config` has
+all of them once `figures` is imported.
 """
 
 from __future__ import annotations

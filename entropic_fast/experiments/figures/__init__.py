@@ -11,6 +11,7 @@ from .._figure import Figure
 
 __all__ = ["FIGURES"]
 
-_NAMES = sorted(module.name for module in iter_modules(__path__) if module.name[0] != "_")
+_FOUND = [module.name for module in iter_modules(__path__) if module.name[0] != "_"]
+_NAMES = sorted(_FOUND, key=lambda name: (len(name), name))  # fig10 after fig9, "force" after both
 _MODULES = [import_module(f"{__name__}.{name}") for name in _NAMES]
 FIGURES: dict[str, Figure] = {module.FIGURE.name: module.FIGURE for module in _MODULES}
