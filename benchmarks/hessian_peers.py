@@ -14,9 +14,8 @@ from peers import Problem, importable
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-import entropic_fast as ef
 from entropic_fast.curvature import HessianOperator
-from entropic_fast.ops.random_bits.streams import fold_in, rademacher
+from entropic_fast.ops.random_bits.streams import fold_in, normal, rademacher
 from entropic_fast.training import TrainConfig, train
 from entropic_fast.training.data import ImageData, load
 from entropic_fast.training.models import build
@@ -191,4 +190,4 @@ def operator(problem: Problem) -> HessianOperator:
 
 
 def random_vector(size: int) -> Tensor:
-    return ef.random.normal((size,), fold_in(0, "start"), 0, dtype=torch.float32)
+    return normal((size,), fold_in(0, "start"), 0, dtype=torch.float32)

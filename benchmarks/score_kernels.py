@@ -88,8 +88,14 @@ def convolutions() -> list[Kernel]:
 
         written = 4.0 * rows.numel()
         out += [
-            Kernel(f"weight gradients {label}", "score_conv", store, operations, read + written),
-            Kernel(f"weight norms {label}", "score_conv", square, operations, read),
+            Kernel(
+                f"weight gradients {label}",
+                "conv_example_grads",
+                store,
+                operations,
+                read + written,
+            ),
+            Kernel(f"weight norms {label}", "conv_example_grads", square, operations, read),
             Kernel(f"torch, whole batch {label}", "torch", whole_batch, operations, read),
         ]
     return out
@@ -124,7 +130,7 @@ def grams() -> list[Kernel]:
             out += [
                 Kernel(
                     f"symmetric update {GRAM} x {k}, {kind}",
-                    "score_gram",
+                    "gram_update",
                     update,
                     operations,
                     moved,
@@ -132,7 +138,7 @@ def grams() -> list[Kernel]:
                 ),
                 Kernel(
                     f"cross update {GRAM // 2} x {GRAM // 2} x {k}, {kind}",
-                    "score_gram",
+                    "gram_update",
                     cross,
                     2.0 * (GRAM // 2) ** 2 * k,
                     item * rows.numel() + 4.0 * GRAM**2,
@@ -173,14 +179,14 @@ def norms() -> list[Kernel]:
         out += [
             Kernel(
                 f"batch norm backward {c} at {size}x{size}",
-                "score_norm",
+                "norm_example_grads",
                 both,
                 6.0 * x.numel(),
                 3 * moved,
             ),
             Kernel(
                 f"scale and shift {c} at {size}x{size}",
-                "score_norm",
+                "norm_example_grads",
                 affine,
                 5.0 * x.numel(),
                 2 * moved,

@@ -228,7 +228,7 @@ def test_kernels(provenance: dict[str, Any], tmp_path: Path) -> None:
     rivals: dict[str, Any] = {}
     of: dict[str, tuple[Kernel, str]] = {}
     for kernel in kernels:
-        ours = kernel.family.startswith("score")
+        ours = kernel.family in backend.families()
         auto = backend.backend_for(kernel.family, DEVICE) if ours else "torch"
         for name in [auto] + ["reference"] * (ours and auto != "reference"):
             label = f"{kernel.name} [{name}]"
