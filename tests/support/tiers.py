@@ -19,7 +19,7 @@ class Tier(NamedTuple):
     most: float  # seconds of a case
 
 
-DEFAULT, FULL = Tier(8, 0.8, 2.0), Tier(20, 2.0, 12.0)
+DEFAULT, FULL = Tier(8, 0.8, 2.0), Tier(16, 1.5, 8.0)
 LEAST = 0.1  # seconds of a case from which on its test is listed
 
 
