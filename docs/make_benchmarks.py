@@ -30,6 +30,11 @@ Nothing has been timed on a GPU unless a record below says so.
 # What each kind of record is, by the beginning of its file's name; in the order of the page.
 KINDS: tuple[tuple[str, str, str], ...] = (
     (
+        "modern",
+        "Transformers and wide networks",
+        "Trace probes, products and norms, each in plain gradients of the same batch.",
+    ),
+    (
         "score-norms",
         "Squared norms of single examples' gradients",
         "Time for one batch. A plain gradient is one forward and backward pass of the same batch.",
