@@ -16,9 +16,12 @@ from ..._torch.full_precision import hardsigmoid, weight_norm
 aten = torch.ops.aten
 
 
-def layer_norm(
+def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if dtypes in ({torch.float32}, {torch.float64}):
+        return NotImplemented  # `transformer/_layer_norm.py` has kernels for these
     dims = list(range(x.ndim - len(shape), x.ndim))
     normal, mean, rstd = _normalized(x, dims, eps)
     if weight is not None:
@@ -162,6 +165,7 @@ DECOMPOSITIONS: dict[Any, Any] = {
     aten.copy.default: _copy,
     aten.fill.Tensor: _copy,
     aten._trilinear.default: _trilinear,
+    aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: group_norm,
     aten._native_batch_norm_legit.no_stats: lambda x, w, b, _training, _momentum, eps: (
         batch_statistics(x, w, b, eps)

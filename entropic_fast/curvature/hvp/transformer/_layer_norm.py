@@ -132,29 +132,22 @@ def _flat(tensor: Tensor | None, dims: int) -> Tensor | None:
 def find_layer_norms(
     forward: Sequence[fx.Node], backward: Sequence[fx.Node]
 ) -> tuple[list[LayerNormForward], list[LayerNormBackward]]:
-    """Layer normalizations of both passes whose statistics nothing else reads."""
-    found: dict[fx.Node, LayerNormForward] = {}
+    """Layer normalizations of both passes whose statistics only their backward passes read."""
+    ahead: list[LayerNormForward] = []
+    behind: list[LayerNormBackward] = []
+    inside = set(backward)
     for norm in forward:
         if norm.target is not aten.native_layer_norm.default or not all(norm.args[1]):  # type: ignore[arg-type]
             continue
         results = [user for user in norm.users if user.target is operator.getitem]
-        backs = {u for r in results if r.args[1] != 0 for u in r.users}
-        known = {aten.native_layer_norm_backward.default}
-        if not any(r.args[1] == 0 for r in results) or {u.target for u in backs} - known:
-            continue
-        found[norm] = LayerNormForward(norm, results)
-    behind = []
-    for norm in backward:
-        if norm.target is not aten.native_layer_norm_backward.default:
-            continue
-        source = norm.args[3].args[0] if isinstance(norm.args[3], fx.Node) else None
-        if source in found and source.args[0] is norm.args[1]:  # type: ignore[union-attr]
-            behind.append(LayerNormBackward(norm, found[source]))  # type: ignore[index]
-    covered = {region.forward.norm for region in behind}
-    readers = {
-        norm: [u for r in region.nodes[1:] if r.args[1] != 0 for u in r.users]
-        for norm, region in found.items()
-    }
-    # A backward pass that is not a region reads tangents of the statistics, which a region has not.
-    kept = [region for norm, region in found.items() if norm in covered or not readers[norm]]
-    return kept, behind
+        readers = {user: None for r in results if r.args[1] != 0 for user in r.users}
+        normal = any(r.args[1] == 0 for r in results)
+        if normal and all(u in inside and _is_backward_of(u, norm) for u in readers):
+            region = LayerNormForward(norm, results)
+            ahead.append(region)
+            behind += [LayerNormBackward(user, region) for user in readers]
+    return ahead, behind
+
+
+def _is_backward_of(node: fx.Node, norm: fx.Node) -> bool:
+    return node.target is aten.native_layer_norm_backward.default and node.args[1] is norm.args[0]

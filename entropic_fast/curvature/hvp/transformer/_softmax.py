@@ -25,9 +25,10 @@ def _softmax(ctx: NodeContext) -> Any:
 @jvp_rule(aten._softmax_backward_data.default)
 def _softmax_backward(ctx: NodeContext) -> Any:
     tg, tp = ctx.tangent(0), ctx.tangent(1)
-    g, p, dim = ctx.value(0), ctx.value(1), _dim(ctx, 2)
+    p, dim = ctx.value(1), _dim(ctx, 2)
     out = None if tg is None else centered(p, tg, dim)
     if tp is not None:
+        g = ctx.value(0)
         # p' (g - sum(p g)) - p sum(p' g)
         mean = (p * g).sum(dim, keepdim=True)
         weighted = tp * (g - mean)
@@ -53,5 +54,5 @@ def second_order(ctx: NodeContext, g: Tensor) -> Tensor:
 
 def _dim(ctx: NodeContext, position: int) -> int:
     """The dimension of softmax, from the end, as it counts with or without K."""
-    rank = ctx.value(ctx.node).ndim
+    rank = len(ctx.shape)
     return int(ctx.argument(position)) % rank - rank

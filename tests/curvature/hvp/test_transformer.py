@@ -1,0 +1,114 @@
+"""What transformers are made of: products and forms of the graph against double backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import entropic_fast as ef
+from entropic_fast.curvature import autograd_only
+
+WIDTH = 6
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with any mask."""
+
+    def __init__(self, heads: int = 2, mask: Tensor | None = None, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.mask, self.causal = heads, mask, causal
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:2], self.heads, WIDTH // self.heads)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=self.causal
+        )
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+class Rows(nn.Module):
+    """Softmax along any dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.linear = dim, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).softmax(self.dim)
+
+
+class LowPrecision(nn.Module):
+    """Layer normalization in a precision for which there are no kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x.bfloat16(), (WIDTH,)).to(x.dtype)
+
+
+HIDDEN = torch.tensor([[False] * 4, [True] * 4, [True, False, True, False], [True] * 4])
+LAYERS = {
+    "attention": Attention(),
+    "attention of one head": Attention(heads=1),
+    "causal attention": Attention(causal=True),
+    "a mask that hides all from a token": Attention(mask=HIDDEN),
+    "an additive mask": Attention(mask=torch.randn(4, 4, dtype=torch.float64)),
+    "softmax over tokens": Rows(1),
+    "softmax over features": Rows(-1),
+    "layer norm": nn.LayerNorm(WIDTH),
+    "layer norm without weights": nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "layer norm without bias": nn.LayerNorm(WIDTH, bias=False),
+    "layer norm of tokens": nn.LayerNorm((4, WIDTH)),
+    "RMS norm": nn.RMSNorm(WIDTH),
+    "GELU": nn.GELU(),
+    "GELU by tanh": nn.GELU("tanh"),
+    "SiLU": nn.SiLU(),
+    "a layer": nn.TransformerEncoderLayer(WIDTH, 2, 7, dropout=0.0, batch_first=True),
+}
+
+
+def objective(layer: nn.Module, tokens: int = 4) -> ef.Objective:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, WIDTH), layer, nn.Flatten(), nn.Linear(tokens * WIDTH, 3))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    x, y = torch.randn(5, tokens, 3, dtype=torch.float64), torch.randint(3, (5,))
+    return ef.Objective(model.double(), "cross_entropy", (x, y))
+
+
+def assert_those_of_double_backward(obj: ef.Objective, count: int) -> None:
+    vectors = torch.randn(obj.num_params, count, dtype=torch.float64)
+    for make in (ef.HessianOperator, ef.GGNOperator):
+        operator = make(obj)
+        first = operator @ vectors
+        assert operator.method == "graph"
+        with autograd_only():
+            expected = make(obj) @ vectors
+        torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(operator @ vectors, expected, rtol=1e-9, atol=1e-11)
+        forms = (vectors * expected).sum(0)
+        torch.testing.assert_close(operator.quadratic_forms(vectors), forms, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_and_forms_are_those_of_double_backward(name: str, count: int) -> None:
+    assert_those_of_double_backward(objective(LAYERS[name]), count)
+
+
+@pytest.mark.parametrize("layer", [Attention(causal=True), Rows(1), nn.LayerNorm(WIDTH)])
+def test_one_token_is_enough(layer: nn.Module) -> None:
+    assert_those_of_double_backward(objective(layer, tokens=1), 2)
+
+
+def test_low_precision_goes_by_the_graph_too() -> None:
+    obj = objective(LowPrecision())
+    vectors = torch.randn(obj.num_params, 2, dtype=torch.float64)
+    operator = ef.HessianOperator(obj)
+    product = operator @ vectors
+    assert operator.method == "graph"
+    with autograd_only():
+        expected = ef.HessianOperator(obj) @ vectors
+    assert float((product - expected).norm()) < 0.03 * float(expected.norm())
