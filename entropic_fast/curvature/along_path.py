@@ -103,7 +103,9 @@ def curvature_profile(
         try:
             with held():  # one warning for all points
                 here = curvature_at(
-                    *(obj, theta, quantities),
+                    obj,
+                    theta,
+                    quantities,
                     settings=settings,
                     seed=seed,
                     start=pairs,

@@ -219,7 +219,9 @@ def connected(
         obj, start, end, config, on_step=lambda done, total, _: progress(0.9 * done / total)
     )
     line = path_losses(
-        *(obj, linear_path(start, end), line_points),
+        obj,
+        linear_path(start, end),
+        line_points,
         recalibration_examples=config.recalibration_examples,
     )
     saddle = result.saddle
@@ -239,11 +241,15 @@ def connected(
 
 STAGES = (
     Stage(
-        *("train", "Train the minima.", train_tasks),
+        "train",
+        "Train the minima.",
+        train_tasks,
         expected={"train": Expected((1.1, 1.1), lambda c: 3)},
     ),
     Stage(
-        *("path", "Find the minimum energy paths (trains what is missing).", path_tasks),
+        "path",
+        "Find the minimum energy paths (trains what is missing).",
+        path_tasks,
         needs=("train",),
         expected={"path": Expected((0.56, 1.39), lambda c: 6 * c.path.max_pivots)},
     ),

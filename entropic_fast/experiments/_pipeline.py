@@ -113,7 +113,8 @@ def write_report(run: RunFolder, console: Console) -> None:
             f"one with {len(missing)} tasks missing or damaged, as {missing[0]}",
             "run `entropic-fast reproduce` with the same --out, preset and overrides",
         )
-    data, entries, notes = run.path / "data", [], list[str]()
+    data, entries = run.path / "data", []
+    notes: list[str] = []
     for figure in FIGURES.values():
         if not figure.enabled(run.config):
             continue
@@ -124,8 +125,12 @@ def write_report(run: RunFolder, console: Console) -> None:
             drawing = figure.draw(tables)
             _style.save(drawing, run.path / "figures", figure.name)
             charts = tuple(_plotly.charts(drawing))
-        about = (figure.name, figure.title, figure.caption_of(run.config))
-        entries.append(report.FigureEntry(*about, tuple(tables), charts, figure.source))
+        caption = figure.caption_of(run.config)
+        entries.append(
+            report.FigureEntry(
+                figure.name, figure.title, caption, tuple(tables), charts, figure.source
+            )
+        )
         notes += figure.notes(run)
     minima = _inputs.summary(run)
     minima.to_csv(data / "minima.csv")

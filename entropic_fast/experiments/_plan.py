@@ -108,7 +108,10 @@ def print_plan(console: Console, run: RunFolder, stage: str) -> None:
     shown = RichTable("stage", "tasks", "core time", "longest task", "gradients", "memory")
     for name, times in stages.items():
         shown.add_row(
-            *(name, str(len(times)), _minutes(sum(times)), _minutes(max(times))),
+            name,
+            str(len(times)),
+            _minutes(sum(times)),
+            _minutes(max(times)),
             f"{sum(times) / gradient:.2g}" if name != "langevin" else "",
             f"{(base + held(run, name)) / 2**20:,.0f} MiB",
         )

@@ -112,7 +112,13 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
     """The runs as a table on the terminal."""
     table = RichTable(
         Column("run", overflow="fold"),
-        *("preset", "network", "data", "tasks", "claims", "size", "changed, UTC"),
+        "preset",
+        "network",
+        "data",
+        "tasks",
+        "claims",
+        "size",
+        "changed, UTC",
     )
     for path in paths:
         found = summary(path)
@@ -123,8 +129,14 @@ def print_list(console: Console, paths: Sequence[Path]) -> None:
         changed = f"{found.changed:%Y-%m-%d %H:%M}" if found.changed else ""
         tasks = f"{found.finished}/{found.tasks}" if not found.problem else "damaged"
         table.add_row(
-            *(str(path), found.preset, found.model, found.data),
-            *(tasks, claims, decimal(found.size), changed),
+            str(path),
+            found.preset,
+            found.model,
+            found.data,
+            tasks,
+            claims,
+            decimal(found.size),
+            changed,
         )
     console.print(table)
 

@@ -97,7 +97,7 @@ def print_plan(console: Console, subject: Subject) -> None:
             f"{1e6 * ASSUMED_LATENCY:.0f} microseconds"
         )
     shown = RichTable(
-        *("processes", "time", "gradients", "operations", "bytes sent", "messages", "memory")
+        "processes", "time", "gradients", "operations", "bytes sent", "messages", "memory"
     )
     for processes, machine in found.items():
         cost = total(subject, machine, processes)

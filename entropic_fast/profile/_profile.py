@@ -222,7 +222,9 @@ def _objective(
 ) -> Objective:
     try:
         return Objective(
-            *(model, settings.loss, data),
+            model,
+            settings.loss,
+            data,
             norm=settings.norm,
             device=device,
             parameters=parameters,
@@ -240,7 +242,9 @@ def _other_end(full: Objective, other: nn.Module, loss: str | LossFunction, chos
     """The point [P] of the other model, which differs from the first in parameters alone."""
     few = next(full.batches(batch_size=8))
     there = Objective(
-        *(other, loss, [(few.inputs, few.targets)]),
+        other,
+        loss,
+        [(few.inputs, few.targets)],
         norm=full.norm,
         device=full.device,
         parameters=_same_names(full, other) if chosen else None,

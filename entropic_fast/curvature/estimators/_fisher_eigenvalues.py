@@ -120,7 +120,10 @@ def fisher_eigenvalues(
     pairs = run(operator, block_lanczos(basis, request))
     logger.info(
         "%d Fisher eigenvalues: %d passes with blocks of %d, a basis of at most %d vectors",
-        *(k, operator.passes, width, capacity),
+        k,
+        operator.passes,
+        width,
+        capacity,
     )
     more = "max_passes" if basis.products + 1 >= max_passes and not basis.complete else ""
     require_converged(pairs, "fisher_eigenvalues", more, f"{basis.products} passes")

@@ -143,7 +143,7 @@ def _sum_over_largest(
     kept = pairs.values > max(floor, rounding)
     value, bound = _sum_of_logs(pairs.values[kept], pairs.residuals[kept], delta or 0.0)
     return LogDeterminant(
-        *(value, 0.0, bound, int(kept.sum()), floor, delta or 0.0, pairs), converged=pairs.converged
+        value, 0.0, bound, int(kept.sum()), floor, delta or 0.0, pairs, converged=pairs.converged
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 from ..._torch.memory_budget import readable, too_small
 from ..._utils import checks
@@ -188,15 +187,33 @@ class GramPlanner:
             do = "give more memory, or fewer max_examples"
             raise too_small(self.result + needed, self.budget, what, do)
 
-    def _plan(self, strategy: str, chunk: int, passes: float, **sizes: Any) -> ScorePlan:
+    def _plan(
+        self,
+        strategy: str,
+        chunk: int,
+        passes: float,
+        *,
+        held: int = 0,
+        spilled: int = 0,
+        slice: int = 0,
+        folder: Path | None = None,
+        block: int = 0,
+    ) -> ScorePlan:
         obj, engine = self.engine.obj, self.engine
         numel = {name: values.numel() for name, values in obj.split(engine.theta).items()}
         covered = sum(numel[name] for name in engine.covered_by_layer_rule)
         copied = sum(numel[name] for name in engine.batched) if engine.traceable else 0
         return ScorePlan(
-            *(strategy, self.count, chunk, passes),
-            **{"held": 0, "spilled": 0, "slice": 0, **sizes},
-            budget=self.budget,
+            strategy,
+            self.count,
+            chunk,
+            passes,
+            held,
+            spilled,
+            slice,
+            self.budget,
+            folder,
+            block,
             covered_by_layer_rule=covered,
             copied=copied,
             by_torch=obj.num_params - covered - copied,

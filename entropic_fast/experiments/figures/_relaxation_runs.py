@@ -213,7 +213,9 @@ def trajectory_of(replicas: Sequence[Table], lr: float) -> Trajectory:
         torch.tensor(np.stack([r["position"] for r in replicas]), dtype=torch.float64),
         torch.as_tensor(replicas[0]["step"]),
         torch.full((len(replicas),), lr, dtype=torch.float64),
-        *(str(first["optimizer"]), int(first["batch_size"]), int(first["project_every"])),
+        str(first["optimizer"]),
+        int(first["batch_size"]),
+        int(first["project_every"]),
     )
 
 
@@ -273,7 +275,9 @@ def run_replicas(
     starts, rates = [s for s, _ in settings], [lr for _, lr in settings]
     go = partial(
         relax,
-        *(setup.objective, setup.path, starts),
+        setup.objective,
+        setup.path,
+        starts,
         ProjectedSGD(
             rates, batch_size, project_every=every, steps=setup.steps, optimizer=optimizer
         ),

@@ -34,8 +34,13 @@ def draw(tables: dict[str, Table]) -> Drawing:
     colors = [COLORS[name] for name in rate]
     for ax, time in zip(axes, ("step", "effective_time"), strict=True):
         curves(
-            *(ax, table, tables["fig4_bands"], "optimizer"),
-            *(lambda n: f"{n}, lr = {rate[n]:g}", time, colors),
+            ax,
+            table,
+            tables["fig4_bands"],
+            "optimizer",
+            lambda n: f"{n}, lr = {rate[n]:g}",
+            time,
+            colors,
         )
     _style.letter(axes[0], "A", f"against updates (B = {table['batch_size'][0]})")
     _style.letter(axes[1], "B", "against effective time")

@@ -155,8 +155,17 @@ class ConvGrad(FactoredGrad):
     def _call(
         self, op: Callable[..., Tensor], a: Tensor, g: Tensor, groups: int, **out: Tensor
     ) -> Tensor:
-        sizes = {name: getattr(self.geometry, name) for name in ("stride", "padding", "dilation")}
-        return op(a, g, self.geometry.kernel, groups=groups, **sizes, **out)
+        geometry = self.geometry
+        return op(
+            a,
+            g,
+            geometry.kernel,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=groups,
+            **out,
+        )
 
 
 class Convolution(LayerRule):
@@ -275,6 +284,9 @@ def _transposed(dims: int) -> Callable[..., LayerRule]:
     return make
 
 
-for _dims in (1, 2, 3):
-    layer_rule(getattr(torch, f"conv{_dims}d"))(_convolution(_dims))
-    layer_rule(getattr(torch, f"conv_transpose{_dims}d"))(_transposed(_dims))
+layer_rule(torch.conv1d)(_convolution(1))
+layer_rule(torch.conv2d)(_convolution(2))
+layer_rule(torch.conv3d)(_convolution(3))
+layer_rule(torch.conv_transpose1d)(_transposed(1))
+layer_rule(torch.conv_transpose2d)(_transposed(2))
+layer_rule(torch.conv_transpose3d)(_transposed(3))

@@ -111,7 +111,10 @@ def ridge(run: RunFolder, progress: Progress) -> dict[str, Any]:
     times, (means, errors) = result.times.tolist(), result.observed.T
     # The figure shows the particle that ends nearest to the mean, simulated again alone.
     track = simulate_langevin(
-        *(RIDGE, start[:1], integrator, section.steps),
+        RIDGE,
+        start[:1],
+        integrator,
+        section.steps,
         seed=seed,
         recording=LangevinRecording(every),
         first_particle=int((result.final[:, 1] - means[-1]).abs().argmin()),

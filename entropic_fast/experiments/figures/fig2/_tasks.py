@@ -90,14 +90,17 @@ def _along(
 
 def spectrum(run: RunFolder, progress: Progress, name: str) -> dict[str, Any]:
     """Eigenvalues of the score matrix's second moment at several positions of a path."""
-    section, (training, _) = run.config[Curvature], _inputs.images(run)
+    section = run.config[Curvature]
+    training, _ = _inputs.images(run)
     full = _inputs.objective(run, _inputs.minimum(run, _first_minimum(run, name)))
     inputs = training.tensors(min(section.spectrum_examples, len(training)))
-    path, positions = _inputs.load_path(run, name), np.linspace(0, 1, section.spectrum_points)
+    path = _inputs.load_path(run, name)
+    positions = np.linspace(0, 1, section.spectrum_points)
     rows: list[dict[str, object]] = []
     for s, theta, obj in _along(run, progress, path, positions.tolist(), full, inputs):
         values = score_spectrum(obj, theta)
-        floor, at = score_spectrum_floor(values, obj.dtype), {"path": name, "s": s}
+        floor = score_spectrum_floor(values, obj.dtype)
+        at = {"path": name, "s": s}
         rows += [
             {**at, "rank": rank, "eigenvalue": value, "above_floor": value > floor}
             for rank, value in enumerate(values.tolist(), 1)

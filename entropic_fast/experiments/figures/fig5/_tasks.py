@@ -76,7 +76,10 @@ def train_trunk(
     config = _inputs.recipe(run, lmc.epochs, lmc.batch_size)
     last = max(lmc.branch_epochs)
     trunk = Trunk(
-        *(lambda: _inputs.network(run, lmc.model, lmc.data), training, config, seed),
+        lambda: _inputs.network(run, lmc.model, lmc.data),
+        training,
+        config,
+        seed,
         lambda _, done, __: progress(done / max(1, last)),
     )
     return {f"k{k}": _pack(trunk.at(k)) for k in sorted(lmc.branch_epochs)}
@@ -106,9 +109,7 @@ def measure(
         tol=run.config[Curvature].tol,
     )
     with held():  # the table says what is not converged
-        line = measure_line(
-            *(a, b, training, settings), eval_data=test, seed=seed, progress=advance
-        )
+        line = measure_line(a, b, training, settings, eval_data=test, seed=seed, progress=advance)
     rows = line.num_rows
     found: dict[str, Any] = {"line": Table({"seed": [seed] * rows, "k": [k] * rows, **line})}
     if section is LMC and k == straight_line_epoch(run):
