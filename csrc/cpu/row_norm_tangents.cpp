@@ -17,7 +17,7 @@ namespace {
 constexpr i64 PARALLEL_FROM = 32768;
 // Rows whose weight gradients are summed in type T before the sums go to doubles.
 constexpr i64 BLOCK_ROWS = 32;
-// At most this many chunks, each with sums [K, d] of its own.
+// At most this many chunks: each holds separate sums [K, d].
 constexpr i64 MOST_CHUNKS = 64;
 
 template <typename T>

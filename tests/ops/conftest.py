@@ -36,7 +36,7 @@ def places(emulated: str | None) -> list[object]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests with a `place` run everywhere, unless their module has places of its own."""
+    """Run tests with a `place` everywhere, unless their module defines `PLACES`."""
     if "place" in metafunc.fixturenames and not hasattr(metafunc.module, "PLACES"):
         emulated = getattr(metafunc.module, "CUDA_FAMILY", None)
         metafunc.parametrize("place", places(emulated), indirect=True)

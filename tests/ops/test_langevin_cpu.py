@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,15 +15,6 @@ from entropic_fast.ops.langevin import FAMILY, LARGEST_DIM, backend_of, box_mull
 from entropic_fast.ops.langevin.reference import SCHEMES
 
 DIMS = (2, 3, 4, 5, 7, LARGEST_DIM["cpp"])
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,6 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # What takes the interpreter seconds.
 SLOW = ("opcheck", "diverges", "(without_noise and euler)", "(cut_anywhere and euler)")
 PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    yield
-    backend.set_backend(None)
 
 
 @needs_triton

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,16 +25,6 @@ from torch import Tensor
 from entropic_fast.ops import _native as native
 from entropic_fast.ops import backend
 from entropic_fast.ops.norm_act_tangents import FAMILY, inner_products, jvp, norm_act, vjp_tangent
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    backend.set_backend(None)
-    native.use_isa(None)
-    torch.set_num_threads(threads)
-
 
 # ---- instruction sets and threads ----------------------------------------------------------------
 

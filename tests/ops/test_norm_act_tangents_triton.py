@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,6 @@ SLOW = (
     "(many_pixels and (3 or 70))", "opcheck", "((331 or 300 or 130 or 257 or 1001) and dtype1)",
 )  # fmt: skip
 PLUGINS_OFF = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
-
-
-@pytest.fixture(autouse=True)
-def settings_are_restored() -> Iterator[None]:
-    yield
-    backend.set_backend(None)
 
 
 @needs_triton

@@ -3,7 +3,7 @@
 // cpu/simd/*.cpp only: internal linkage.
 #pragma once
 
-#include "kernels/common.h"
+#include "cpu/simd/vectors.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -11,17 +11,6 @@
 
 namespace entropic::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-
-template <typename T>
-constexpr int LANES = BYTES / int(sizeof(T));
 
 template <typename T>
 struct Register;

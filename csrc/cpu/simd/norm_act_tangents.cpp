@@ -2,36 +2,10 @@
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
 #include "cpu/norm_act_tangents.h"
 
+#include "cpu/simd/vectors.h"
+
 namespace entropic::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-
-template <typename T>
-constexpr int LANES = BYTES / int(sizeof(T));
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-using Lanes = typename Vector<T>::type;
-
-// V is a vector of T, or T itself for what is left of a row.
-template <typename V, typename T>
-EF_FN V load(const T* address) {
-  return *reinterpret_cast<const V*>(address);
-}
-template <typename V, typename T>
-EF_FN void store(T* address, V value) {
-  *reinterpret_cast<V*>(address) = value;
-}
 
 // Vectors side by side whose channels' coefficients and sums stay in registers down the rows.
 constexpr int GROUP = BYTES == 64 ? 4 : 2;

@@ -2,35 +2,10 @@
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
 #include "cpu/norm_example_grads.h"
 
+#include "cpu/simd/vectors.h"
+
 namespace entropic::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-
-template <typename T>
-constexpr int LANES = BYTES / int(sizeof(T));
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
-};
-template <typename T>
-using Lanes = typename Vector<T>::type;
-
-template <typename T>
-EF_FN Lanes<T> load(const T* address) {
-  return *reinterpret_cast<const Lanes<T>*>(address);
-}
-template <typename T>
-EF_FN void store(T* address, Lanes<T> value) {
-  *reinterpret_cast<Lanes<T>*>(address) = value;
-}
 
 // Terms that one lane adds in type T before its sum goes to a double.
 constexpr int TERMS = 16;
@@ -63,8 +38,8 @@ EF_FN void block(const NormExample<T>& e, i64 position, i64 rows, const i64* cha
 #pragma GCC unroll 4
   for (int v = 0; v < COUNT; ++v) {
     offset[v] = channel[v];
-    if constexpr (KIND == CHANNEL) mean[v] = load(e.mean + channel[v]);
-    if constexpr (GRAD) factor[v] = load(e.factor + channel[v]);
+    if constexpr (KIND == CHANNEL) mean[v] = load<Lanes<T>>(e.mean + channel[v]);
+    if constexpr (GRAD) factor[v] = load<Lanes<T>>(e.factor + channel[v]);
   }
   const i64 width = e.channels, stat_step = e.stat_position;
   const T* x = e.x + position * width;
@@ -79,15 +54,15 @@ EF_FN void block(const NormExample<T>& e, i64 position, i64 rows, const i64* cha
         __builtin_prefetch(x + offset[v] + COUNT * LANES<T>);
         __builtin_prefetch(g + offset[v] + COUNT * LANES<T>);
       }
-      const Lanes<T> value = load(x + offset[v]);
-      const Lanes<T> grad = load(g + offset[v]);
+      const Lanes<T> value = load<Lanes<T>>(x + offset[v]);
+      const Lanes<T> grad = load<Lanes<T>>(g + offset[v]);
       Lanes<T> centered;
       if constexpr (KIND == CHANNEL)
         centered = value - mean[v];
       else if constexpr (KIND == POSITION)
         centered = (value - *means) * *rstds;
       else
-        centered = (value - load(means + offset[v])) * load(rstds + offset[v]);
+        centered = (value - load<Lanes<T>>(means + offset[v])) * load<Lanes<T>>(rstds + offset[v]);
       scale[chain * COUNT + v] += grad * centered;
       shift[chain * COUNT + v] += grad;
       if constexpr (GRAD) store(grad_x + offset[v], grad * factor[v]);

@@ -2,42 +2,18 @@
 // fused multiply-adds. Only functions with internal linkage here, and no standard library.
 #include "cpu/row_norm_tangents.h"
 
+#include "cpu/simd/vectors.h"
+
 namespace entropic::cpu {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int BYTES = 64;
-#elif defined(__AVX2__)
-constexpr int BYTES = 32;
-#else
-constexpr int BYTES = 16;
-#endif
-
-template <typename T>
-constexpr int LANES = BYTES / int(sizeof(T));
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
-};
-
-// V is a vector of T, or T itself for what is left of a row.
-template <typename V, typename T>
-EF_FN V load(const T* address) {
-  return *reinterpret_cast<const V*>(address);
-}
-template <typename V, typename T>
-EF_FN void store(T* address, V value) {
-  *reinterpret_cast<V*>(address) = value;
-}
 
 // Sums of a row in lanes. Two chains hide the latency of addition.
 template <typename T, int COUNT>
 struct Sums {
-  typename Vector<T>::type lanes[2][COUNT] = {};
+  Lanes<T> lanes[2][COUNT] = {};
   T single[COUNT] = {};
   template <int CHAIN>
-  __attribute__((always_inline)) inline void add(int which, typename Vector<T>::type value) {
+  __attribute__((always_inline)) inline void add(int which, Lanes<T> value) {
     lanes[CHAIN][which] += value;
   }
   template <int CHAIN>
@@ -61,7 +37,7 @@ struct Chain {
 // Calls each(j, V(), chain) for the columns of a row.
 template <typename T, typename Each>
 EF_FN void columns(i64 width, Each each) {
-  using V = typename Vector<T>::type;
+  using V = Lanes<T>;
   constexpr int L = LANES<T>;
   i64 j = 0;
   for (; j + 2 * L <= width; j += 2 * L) {

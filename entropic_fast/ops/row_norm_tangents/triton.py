@@ -25,7 +25,7 @@ from entropic_fast.ops.row_norm_tangents.checks import (
 
 # Longest row: 16 numbers of each of six tensors for 512 threads.
 LONGEST = 8192
-# Programs per tangent at most, each with partial sums [d] of its own: a few for every
+# Programs per tangent at most, each with separate partial sums [d]: a few for every
 # multiprocessor of an H100 with four tangents.
 GROUPS = 128
 
