@@ -7,8 +7,8 @@ and rstd = (mean of (x - mean)^2 + eps)^(-1/2) are of the row; RMS normalization
 a quadratic form needs; `vjp_tangent` propagates tangents of the gradients backward. Both read and
 write each row of each tangent once, while it is in cache.
 
-Sums along a row are computed in the tensors' dtype, in as many chains as a vector has lanes; sums over
-rows are float64 from 32 to 32 rows. Results do not depend on the number of threads.
+Sums along a row are computed in the tensors' dtype, in as many chains as a vector has lanes; sums
+over rows are float64 between blocks of 32. Results do not depend on the number of threads.
 """
 
 from __future__ import annotations
