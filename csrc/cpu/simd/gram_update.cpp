@@ -11,29 +11,24 @@ namespace {
 // vectors and one broadcast: 24 + 3 + 1 of 32, 12 + 3 + 1 of 16; without fused multiply-adds the
 // product needs one more, 8 + 2 + 2 of 16.
 #if defined(__AVX512F__)
-constexpr int BYTES = 64, ROWS = 8, VECTORS = 3;
+constexpr int ROWS = 8, VECTORS = 3;
 #elif defined(__AVX2__)
-constexpr int BYTES = 32, ROWS = 4, VECTORS = 3;
+constexpr int ROWS = 4, VECTORS = 3;
 #else
-constexpr int BYTES = 16, ROWS = 4, VECTORS = 2;
+constexpr int ROWS = 4, VECTORS = 2;
 #endif
 
 // A panel of 48 kB does not stay in the level-1 cache: fetched this many rows before it is read.
 constexpr int AHEAD = 4;
 
 template <typename T>
-constexpr int LANES = BYTES / int(sizeof(T));
-template <typename T>
 constexpr int WIDTH = VECTORS * LANES<T>;  // of a panel: whole tiles of rows, whole vectors
-
-template <typename T>
-using Lanes = typename Vector<T, LANES<T>>::type;
 
 // ---- packing
 // -------------------------------------------------------------------------------------
 
 template <typename Source, typename T>
-EF_FN Lanes<T> load(const Source* address) {
+EF_FN Lanes<T> load_as(const Source* address) {
   return __builtin_convertvector(
       *reinterpret_cast<const typename Vector<Source, LANES<T>>::type*>(address), Lanes<T>);
 }
@@ -44,7 +39,7 @@ template <typename Source, typename T>
 EF_FN void pack_square(const Source* rows, i64 stride, i64 count, int columns, T* panel) {
   Lanes<T> block[LANES<T>];
   for (int r = 0; r < LANES<T>; ++r)
-    block[r] = r < count ? load<Source, T>(rows + r * stride) : Lanes<T>{};
+    block[r] = r < count ? load_as<Source, T>(rows + r * stride) : Lanes<T>{};
   transpose<T, LANES<T>>(block);
   for (int c = 0; c < LANES<T>; ++c)
     if (c < columns) *reinterpret_cast<Lanes<T>*>(panel + c * WIDTH<T>) = block[c];

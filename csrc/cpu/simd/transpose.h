@@ -2,16 +2,10 @@
 // cpu/simd/*.cpp only: internal linkage.
 #pragma once
 
-#include "kernels/common.h"
+#include "cpu/simd/vectors.h"
 
 namespace entropic::cpu {
 namespace {
-
-template <typename T, int WIDTH>
-struct Vector {
-  // May stand anywhere in memory.
-  typedef T type __attribute__((vector_size(WIDTH * sizeof(T)), aligned(alignof(T)), may_alias));
-};
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define EF_SHUFFLE(a, b, Mask, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

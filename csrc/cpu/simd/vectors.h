@@ -18,9 +18,10 @@ constexpr int BYTES = 16;
 template <typename T>
 constexpr int LANES = BYTES / int(sizeof(T));
 
-template <typename T>
+// May stand anywhere in memory.
+template <typename T, int WIDTH = LANES<T>>
 struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(WIDTH * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 template <typename T>
 using Lanes = typename Vector<T>::type;
