@@ -21,12 +21,13 @@ from ._jvp_rules import tangent
 from ._node import NodeContext, SecondOrderSum
 from ._schedule import SingleNode, depends_on, has_constant_term, last_uses, scheduled
 from ._second_order_terms import second_order_term
+from .transformer._attention import find_attention
 from .transformer._layer_norm import find_layer_norms
 
 aten = torch.ops.aten
 Tangents = dict[fx.Node, Any]
 # Each finds regions of both passes; a node is in one region at most.
-FUSIONS: tuple[Any, ...] = (find_norm_acts, find_layer_norms)
+FUSIONS: tuple[Any, ...] = (find_norm_acts, find_layer_norms, find_attention)
 
 
 class PrimalValues(dict[fx.Node, Any]):

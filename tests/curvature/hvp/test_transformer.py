@@ -9,6 +9,8 @@ from torch.nn import functional
 
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only
+from entropic_fast.curvature.hvp._engine import interpreter_for
+from entropic_fast.curvature.hvp.transformer import _attention as attention
 
 WIDTH = 6
 
@@ -28,6 +30,59 @@ class Attention(nn.Module):
             q, k, v, attn_mask=self.mask, is_causal=self.causal
         )
         return y.transpose(1, 2).reshape(x.shape)
+
+
+class EagerAttention(nn.Module):
+    """Attention written out, with scores scaled, masked or cut as `kind` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.qkv = kind, nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = (p.view(n, length, 2, 3).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        if self.kind == "fewer queries":
+            q = q[:, :, :2]
+        scores = q @ k.mT / 1.7
+        if self.kind == "padding":  # hides keys of each example, never the first
+            hidden = torch.where(x[:, :, 0] > 0, 0.0, -torch.inf)
+            hidden = torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, 1:]], 1)
+            scores = scores + hidden[:, None, None]
+        if self.kind == "bias of heads":
+            scores = 0.5 * (torch.linspace(0, 1, 2, dtype=x.dtype).view(2, 1, 1) + scores)
+        p = scores.softmax(-1)
+        y = p @ v
+        if self.kind == "probabilities read twice":
+            y = y + p @ v.square()
+        y = y.repeat(1, 1, length // y.shape[2], 1)
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+class GroupedAttention(nn.Module):
+    """Two heads of queries for one of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (2, 3)).transpose(1, 2)
+        k, v = (t.unsqueeze(1) for t in self.kv(x).chunk(2, -1))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+class SelfAttention(nn.Module):
+    """`nn.MultiheadAttention`, by torch's fused function or, for the weights, written out."""
+
+    def __init__(self, *, need_weights: bool) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=self.need_weights)[0]
 
 
 class Rows(nn.Module):
@@ -55,6 +110,14 @@ LAYERS = {
     "causal attention": Attention(causal=True),
     "a mask that hides all from a token": Attention(mask=HIDDEN),
     "an additive mask": Attention(mask=torch.randn(4, 4, dtype=torch.float64)),
+    **{
+        kind: EagerAttention(kind)
+        for kind in ("scaled scores", "padding", "bias of heads", "fewer queries")
+    },
+    "grouped heads": GroupedAttention(),
+    "multi-head attention": SelfAttention(need_weights=False),
+    "multi-head attention with weights": SelfAttention(need_weights=True),
+    "probabilities read twice": EagerAttention("probabilities read twice"),
     "softmax over tokens": Rows(1),
     "softmax over features": Rows(-1),
     "layer norm": nn.LayerNorm(WIDTH),
@@ -96,6 +159,35 @@ def assert_those_of_double_backward(obj: ef.Objective, count: int) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_products_and_forms_are_those_of_double_backward(name: str, count: int) -> None:
     assert_those_of_double_backward(objective(LAYERS[name]), count)
+
+
+FUSED = [name for name in LAYERS if "atten" in name or "mask" in name or "heads" in name]
+FUSED += ["scaled scores", "padding", "fewer queries", "a layer"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_attention_of_every_kind_is_a_region(name: str) -> None:
+    assert attention_regions(objective(LAYERS[name])) == 1
+
+
+def test_attention_whose_probabilities_others_read_is_none() -> None:
+    assert attention_regions(objective(LAYERS["probabilities read twice"])) == 0
+
+
+def attention_regions(obj: ef.Objective) -> int:
+    theta, inputs = obj.parameters_vector(), next(obj.batches()).inputs
+    regions = interpreter_for(obj, theta, inputs)._forward_regions
+    return sum(isinstance(region, attention.AttentionForward) for region in regions)
+
+
+# In bytes: blocks of one query, of three queries, and of the heads of two examples.
+@pytest.mark.parametrize("room", [1, 3 * 4 * 3 * 8, 3 * 4 * 4 * 4 * 8])
+@pytest.mark.parametrize("name", FUSED)
+def test_blocks_of_attention_of_any_size_add_up(
+    name: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CPU_BLOCK", room)
+    assert_those_of_double_backward(objective(LAYERS[name]), 3)
 
 
 @pytest.mark.parametrize("layer", [Attention(causal=True), Rows(1), nn.LayerNorm(WIDTH)])
