@@ -21,7 +21,7 @@ from ._jvp_rules import tangent
 from ._node import NodeContext, SecondOrderSum
 from ._schedule import SingleNode, depends_on, has_constant_term, last_uses, scheduled
 from ._second_order_terms import second_order_term
-from .transformer._attention import find_attention
+from .transformer._attention_pattern import find_attention
 from .transformer._layer_norm import find_layer_norms
 
 aten = torch.ops.aten
