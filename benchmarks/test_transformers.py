@@ -28,12 +28,12 @@ PLAIN = "plain gradient"
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy over the tokens of each text, [n]."""
-    return nn.functional.cross_entropy(outputs.mT, targets, reduction="none").mean(1)
+def next_token(outputs: Tensor, tokens: Tensor) -> Tensor:
+    """The mean cross-entropy of each next token, as "next_token" computes it."""
+    return nn.functional.cross_entropy(outputs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, Any]:
+def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, str]:
     """A network, its inputs and targets, and its loss as an objective takes it."""
     torch.manual_seed(0)
     n = 32 if FULL else 2
@@ -48,23 +48,23 @@ def problem(name: str) -> tuple[nn.Module, Tensor, Tensor, Any]:
     if name == "gpt":
         length, words = (64, 4096) if FULL else (5, 11)
         model = GPT() if FULL else GPT(12, 1, 3, 5, 11)
-        tokens = torch.randint(words, (n, length + 1))
-        return model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), token_loss
+        tokens = torch.randint(words, (n, length))
+        return model, tokens, tokens, "next_token"
     size = 64 if FULL else 32
     model = resnet18(num_classes=10).eval()
     return model, torch.randn(n, 3, size, size), torch.randint(10, (n,)), "cross_entropy"
 
 
-def plain_loss(kind: Any) -> Loss:
-    if kind == "cross_entropy":
-        return nn.functional.cross_entropy
-    return lambda outputs, targets: kind(outputs, targets).mean()
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": nn.functional.cross_entropy,
+    "next_token": next_token,
+}
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt", "resnet18"])
 def test_modern_networks(name: str, provenance: dict[str, Any], tmp_path: Path) -> None:
     model, x, y, kind = problem(name)
-    loss, parameters = plain_loss(kind), list(model.parameters())
+    loss, parameters = LOSSES[kind], list(model.parameters())
     values = {name: p.detach() for name, p in model.named_parameters()}
     size = sum(p.numel() for p in parameters)
     objective = ef.Objective(model, kind, (x, y))

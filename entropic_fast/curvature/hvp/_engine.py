@@ -28,6 +28,7 @@ from ._cuda_graphs import TileGraphs
 from ._interpreter import GraphInterpreter, PrimalValues
 from ._interpreter_cache import Architecture, find, keep, reading
 from ._node import DeferredSum
+from ._second_order_terms import inner
 from ._tiles import SHAPES, Tile, Tiling
 
 logger = logging.getLogger(__name__)
@@ -139,9 +140,7 @@ class HVPEngine:
             )
             sums += network_terms
             if output_tangent is not None and not network_alone:
-                # In float64, as are the network's terms, against which these may cancel.
-                weighted_tangent = output_tangent.double() * loss.hessian(output_tangent).double()
-                sums += weighted_tangent.flatten(1).sum(1)
+                sums += inner(output_tangent, loss.hessian(output_tangent))
 
         self._over_tiles("forms", sample, rows, total, add, network_alone)
         return total

@@ -19,7 +19,14 @@ from ._capture import Graph
 from ._fusion import FusedRegion, find_norm_acts
 from ._jvp_rules import tangent
 from ._node import NodeContext, SecondOrderSum
-from ._schedule import SingleNode, depends_on, has_constant_term, last_uses, scheduled
+from ._schedule import (
+    SingleNode,
+    depends_on,
+    has_constant_term,
+    last_uses,
+    scheduled,
+    unread,
+)
 from ._second_order_terms import second_order_term
 from .transformer._attention_pattern import find_attention
 from .transformer._layer_norm import find_layer_norms
@@ -78,6 +85,12 @@ class GraphInterpreter:
         fused = [find(self.forward_nodes, self.backward_nodes) for find in FUSIONS]
         self._forward_regions = scheduled(self.forward_nodes, [r for f, _ in fused for r in f])
         self._backward_regions = scheduled(self.backward_nodes, [r for _, b in fused for r in b])
+        # Weight gradients at the point, a third of its cost.
+        unneeded = unread(self.backward_nodes, {*graph.cotangents.values()})
+        self._evaluated = [
+            r for r in self._backward_regions
+            if not (isinstance(r, SingleNode) and r.nodes[0] in unneeded)
+        ]  # fmt: skip
         # Whether the backward pass joins u with constants, and so is not 0 at u = 0.
         self._affine = any(has_constant_term(n, {graph.u, *backward}) for n in self.backward_nodes)
         self._last_forward = last_uses(self._forward_regions, {graph.outputs})
@@ -99,9 +112,9 @@ class GraphInterpreter:
         return values
 
     def backward(self, values: PrimalValues, u: Tensor) -> None:
-        """Add the values of the backward pass at the cotangent u of the outputs."""
+        """Add the values of the backward pass at the cotangent u that tangents read."""
         values[self.graph.u] = u
-        self._evaluate(self._backward_regions, values)
+        self._evaluate(self._evaluated, values)
 
     def _evaluate(self, regions: Sequence[FusedRegion], values: PrimalValues) -> None:
         for region in regions:

@@ -80,7 +80,8 @@ def _t(ctx: NodeContext) -> Any:
 
 @jvp_rule(aten.transpose.int)
 def _transpose(ctx: NodeContext) -> Any:
-    t, rank = ctx.tangent(0), ctx.value(0).ndim
+    t = ctx.tangent(0)
+    rank = t.ndim - 1
     return t.transpose(ctx.argument(1) % rank + 1, ctx.argument(2) % rank + 1)
 
 
@@ -152,7 +153,8 @@ def _mean_all(ctx: NodeContext) -> Any:
 
 @jvp_rule(aten.sum.dim_IntList, aten.mean.dim)
 def _sum(ctx: NodeContext) -> Any:
-    t, rank = ctx.tangent(0), ctx.value(0).ndim
+    t = ctx.tangent(0)
+    rank = t.ndim - 1
     # No dimensions stand for all.
     dims = ctx.argument(1) or range(rank)
     shifted = [d % rank + 1 for d in dims]

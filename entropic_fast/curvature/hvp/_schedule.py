@@ -95,3 +95,26 @@ def last_uses(
         if node not in kept:
             by_region.setdefault(region, []).append(node)
     return by_region
+
+
+# Rules of these read no value of the operation's own, nor those of arguments.
+_STRUCTURAL = {
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default,
+    aten._unsafe_view.default, aten.reshape.default, aten.clone.default, aten.alias.default,
+    aten.expand.default, aten.sum.dim_IntList, aten.unsqueeze.default,
+}  # fmt: skip
+_PRODUCTS = {aten.mm.default, aten.bmm.default}
+
+
+def unread(nodes: Sequence[fx.Node], read: set[fx.Node]) -> set[fx.Node]:
+    """Nodes (in topological order) whose values no rule reads, except those in `read`.
+
+    They end in gradients: only their tangents count.
+    """
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        users = [user for user in node.users if user.op != "output"]
+        ends = all(user in found and user.target in _STRUCTURAL for user in users)
+        if node not in read and ends and node.target in _STRUCTURAL | _PRODUCTS:
+            found.add(node)
+    return found

@@ -49,8 +49,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner products, in float64 [K], of [K, *shape] with [K, *shape] or [*shape]."""
     if a.ndim == 5 and b.ndim == 5:  # images, of which a product would be a copy of K tangents
         return inner_products(pixels(a), spread_pixels(b))
-    products = a * b
-    return products.reshape(len(products), -1).sum(1, dtype=torch.float64)
+    k, columns = len(a), a.shape[-1] if a.ndim > 1 else 1
+    if a.numel() == 0 or a.dtype not in (torch.float32, torch.float64):
+        return (a * b).reshape(k, -1).sum(1, dtype=torch.float64)
+    rows = b.reshape(k if b.ndim == a.ndim else 1, -1, columns).expand(k, -1, -1)
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    return inner_products(a.reshape(k, -1, columns).contiguous(), rows)
 
 
 @second_order_rule(aten.convolution.default)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...._utils.workspace import scratch_of
 from ....ops.conv_example_grads import conv_weight_grads, conv_weight_norms
 from ._base import (
     Backward,
@@ -91,6 +92,13 @@ class ConvGrad(FactoredGrad):
 
     def norms(self) -> Tensor:
         a, g = self.tensors
+        positions, outputs = math.prod(g.shape[1:-1]), g.shape[-1]
+        inputs = math.prod(self.geometry.kernel) * self._channels
+        # As for a linear layer: T^2 (I + O) operations for inner products, T I O for rows.
+        if self.geometry.groups == 1 and positions * (inputs + outputs) < inputs * outputs:
+            step = max(1, scratch_of(a.device).norms // max(1, self._patch_bytes))
+            pairs = zip(torch.split(a, step), torch.split(g, step), strict=True)
+            return torch.cat([self.with_tensors(pair)._unfolded().norms() for pair in pairs])
         return self._call(conv_weight_norms, a, g, self.geometry.groups)
 
     def to_parameter_order(self, rows: Tensor) -> Tensor:
@@ -103,15 +111,22 @@ class ConvGrad(FactoredGrad):
 
     @property
     def inner_product_bytes(self) -> tuple[int, int] | None:
-        a, g = self.tensors
+        g = self.tensors[1]
         positions, outputs = math.prod(g.shape[1:-1]), g.shape[-1]
         inputs = math.prod(self.geometry.kernel) * self._channels
         # As for a linear layer with T output positions: T^2 (I + O) per pair, twice for float64.
         if self.geometry.groups > 1 or 2 * positions**2 * (inputs + outputs) >= inputs * outputs:
             return None
+        alone = self._patch_bytes + packed_bytes(positions, max(inputs, outputs))
+        return alone, 16 * positions**2 + 16
+
+    @property
+    def _patch_bytes(self) -> int:
+        """Bytes of an example's patches and of the padded images that they are cut from."""
+        a, g = self.tensors
         padded = math.prod(before + n + after for before, n, after in self._padding())
-        patches = a.element_size() * (padded * a.shape[-1] + positions * inputs)
-        return patches + packed_bytes(positions, max(inputs, outputs)), 16 * positions**2 + 16
+        patches = math.prod(g.shape[1:-1]) * math.prod(self.geometry.kernel)
+        return a.element_size() * (padded + patches) * a.shape[-1]
 
     def inner_products(self, other: FactoredGrad) -> Tensor:
         assert isinstance(other, ConvGrad)
