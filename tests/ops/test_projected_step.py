@@ -73,6 +73,21 @@ def test_sgd_steps_are_those_of_torch(
     assert_close(theta, torch.stack(expected))
 
 
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: "-".join(o) or "plain")
+def test_sgd_steps_of_the_reference_are_those_of_torch(options: dict[str, Any]) -> None:
+    theta = randn(1, 5, seed=1, dtype=torch.float64, device="cpu")
+    grads = [randn(1, 5, seed=s, dtype=torch.float64, device="cpu") for s in range(2, 5)]
+    expected = run_optimizer(torch.optim.SGD, theta[0], [g[0] for g in grads], lr=0.1, **options)
+    buffer = torch.full_like(theta, torch.nan)
+    backend.set_backend("reference")
+    try:
+        for i, grad in enumerate(grads):
+            sgd_step(theta, grad, buffer, lr=0.1, first=i == 0, **options)
+    finally:
+        backend.set_backend(None)
+    assert_close(theta[0], expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("decoupled", [False, True], ids=["adam", "adamw"])

@@ -13,6 +13,7 @@ from ..._torch.memory_format import overruns_channels_last
 from ..._utils.devices import is_gpu
 from ._jvp_rules import jvp_rule
 from ._node import DeferredSum, NodeContext, flat
+from ._patches import by_patches
 
 aten = torch.ops.aten
 # Most channels of one call on a CPU: wider ones gain nothing and fall out of the cache. On a GPU
@@ -69,7 +70,10 @@ def _each(values: Sequence[int], dims: int) -> tuple[int, ...]:
 def _convolution(ctx: NodeContext) -> Any:
     geometry = Geometry.of(ctx, 3)
     tx, tw, tb = (ctx.tangent(i) for i in range(3))
-    out = None
+    patches = by_patches(ctx, 0, 1, geometry)
+    out = None if patches is None else patches.jvp(tx, tw)
+    if patches is not None:
+        tx = tw = None
     if tx is not None:
         out = geometry(packed(flat(tx)), ctx.value(1)).unflatten(0, (len(tx), -1))
     if tw is not None:
@@ -198,6 +202,9 @@ def _convolution_backward(ctx: NodeContext) -> Any:
 def _to_input(ctx: NodeContext, geometry: Geometry, tg: Any, tw: Any) -> Any:
     out = None
     g, x, weight = (ctx.value(i) for i in range(3))
+    patches = by_patches(ctx, 1, 2, geometry)
+    if patches is not None:
+        return None if tg is None and tw is None else patches.input_gradient_tangent(g, tg, tw)
     back = InputGradient(geometry, g, x, weight.shape[2:])
     if tg is not None:
         out = back(flat(tg), weight).unflatten(0, (len(tg), -1))
@@ -210,6 +217,9 @@ def _to_weight(ctx: NodeContext, geometry: Geometry, tg: Any, tx: Any) -> Any:
     like = ctx.value(2)
     if is_gpu(like.device):
         return _to_weight_at_once(ctx, geometry, tg, tx)
+    patches = by_patches(ctx, 1, 2, geometry)
+    if patches is not None:
+        return patches.weight_gradient_tangent(ctx.value(0), tg, tx).unflatten(2, like.shape[1:])
     parts = []
     for i in range(len(tg if tg is not None else tx)):
         total = None
@@ -283,12 +293,26 @@ def _backward(
     return aten.convolution_backward(g, x, w, bias_sizes, *rest, wants)
 
 
+def forward(ctx: NodeContext) -> Any:
+    """The value of the convolution."""
+    geometry = Geometry.of(ctx, 3)
+    patches = by_patches(ctx, 0, 1, geometry)
+    if patches is not None:
+        return patches.value(ctx.value(2))
+    return geometry(ctx.value(0), ctx.value(1), ctx.value(2))
+
+
 def backward(ctx: NodeContext) -> Any:
     """The values of the backward pass that the graph reads."""
     g, x, weight = (ctx.value(i) for i in range(3))
     gx = None
     if ctx.wanted(0):
-        gx = InputGradient(Geometry.of(ctx, 4), g, x, weight.shape[2:])(packed(g), weight)
+        geometry = Geometry.of(ctx, 4)
+        patches = by_patches(ctx, 1, 2, geometry)
+        if patches is not None:
+            gx = patches.input_gradient(g)
+        else:
+            gx = InputGradient(geometry, g, x, weight.shape[2:])(packed(g), weight)
     gw = gb = None
     wants = (False, ctx.wanted(1), ctx.wanted(2))
     if any(wants):

@@ -254,5 +254,6 @@ def _run(node: fx.Node, values: PrimalValues, constants: dict[str, Tensor]) -> N
 _REPLACEMENTS: dict[Any, Any] = {
     aten.view.default: lambda ctx: ctx.value(0).reshape(ctx.argument(1)),
     aten.native_batch_norm_backward.default: batch_norm.backward,
+    aten.convolution.default: convolution.forward,
     aten.convolution_backward.default: convolution.backward,
 }

@@ -95,14 +95,17 @@ class NodeContext:
         expanded = any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True))
         return value.contiguous() if expanded else value
 
-    def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """What depends on the point alone, computed once for all directions and calls."""
+    def cached(self, key: Any, compute: Callable[[], Tensor], owner: Any = None) -> Tensor:
+        """What depends on the point alone, computed once for all directions and calls.
+
+        `owner` is another key than the node, for what several nodes share.
+        """
         derived = getattr(self._values, "derived", None)
         # In memory of a CUDA graph it would not outlive the graph.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if derived is None or capturing:
             return compute()
-        kept = derived.setdefault(self.node, {})
+        kept = derived.setdefault(owner or self.node, {})
         if key not in kept:
             kept[key] = compute()
         return kept[key]

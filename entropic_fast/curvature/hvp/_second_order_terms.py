@@ -19,6 +19,7 @@ from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
 from ._jvp_rules import aligned, matrix_products
 from ._node import NodeContext, second_order_by_torch
+from ._patches import by_patches
 from .transformer import _softmax as softmax
 from .transformer._activations import second_derivative
 
@@ -63,6 +64,9 @@ def _convolution(ctx: NodeContext, g: Tensor) -> Tensor | None:
     if tx is None or tw is None:
         return None
     geometry, x = Geometry.of(ctx, 3), ctx.value(0)
+    patches = by_patches(ctx, 0, 1, geometry)
+    if patches is not None:
+        return 2 * inner(patches.tangent_patches(tx), patches.mixed_products(g, tw))
     # <g, conv(x', W')> = <x', conv^T(g, W')>: one map to the input for K weights.
     back = InputGradient(geometry, g, x, tw.shape[3:])
     forms = [inner(tx[rows], back.with_weights(g, tw[rows])) for rows in _blocks(tw, x.shape[1])]

@@ -57,7 +57,8 @@ class PassCost:
         itemsize = max(4, engine.theta.element_size())  # half-precision gradients become float32
         self.fixed = fixed
         sizes = {name: part.numel() for name, part in obj.split(engine.theta).items()}
-        self.activations = int(ACTIVATION_COPIES * activation_bytes(obj, engine.theta))
+        saved = engine.surveyed("activations", lambda: activation_bytes(obj, engine.theta))
+        self.activations = int(ACTIVATION_COPIES * saved)
         if engine.traceable:
             copies = 4 * sum(sizes[name] for name in engine.batched)
             # A row as it is computed, and in the parameter's order.

@@ -8,9 +8,10 @@ cannot trace use `VmapFallback`. See docs/design/per_example.md.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from functools import cache
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,6 +44,7 @@ from .layer_rules import (
 )
 
 logger = logging.getLogger(__name__)
+Survey = TypeVar("Survey")
 
 
 class PerExampleGradEngine:
@@ -117,6 +119,19 @@ class PerExampleGradEngine:
             if name not in handed:
                 sink(name, DenseGrad(part))
         return losses
+
+    def surveyed(self, what: str, survey: Callable[[], Survey]) -> Survey:
+        """What a survey finds, once for the model, the loss and examples of this form.
+
+        It may depend on nothing else: not on the point, nor on the values of examples.
+        """
+        info, like = self._info, next(self.obj.batches(1))[1:]
+        key = what, trees.form(like), self.theta.dtype, self.theta.device, self.obj.num_params
+        if (key, info.traceable, len(info.batched)) not in info.surveys:
+            found = survey()  # which may change both, where no layer rule holds
+            info.surveys[key, info.traceable, len(info.batched)] = found
+        result: Survey = info.surveys[key, info.traceable, len(info.batched)]
+        return result
 
     def write(self, batch: Batch, rows: Tensor) -> None:
         """Write the gradients of a batch's examples to rows [n, P], which are zeros before."""
@@ -270,6 +285,7 @@ class _DispatchInfo:
         self.traceable, self.checked = True, False
         self.told = False  # whether the model runs as if traced by torch.compile
         self.batched: set[str] = set()
+        self.surveys: dict[Hashable, Any] = {}
 
 
 # Objectives at other points or on other data use the same model, and this information.

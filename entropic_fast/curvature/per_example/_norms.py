@@ -69,13 +69,10 @@ def gradient_norms(
     key = grouping(group_by)
     engine, count = PerExampleGradEngine(obj, theta), obj.num_examples
     keys = dict.fromkeys(map(key, obj.parameter_names))
-    grads = probe_batch(engine).values()
+    made, largest = engine.surveyed("rows", lambda: _row_bytes(engine))
     # Rows and their float64 copies fill the scratch at most.
-    together = sum(grad.row_bytes for grad in grads if _is_joined(grad))
-    largest = max((grad.row_bytes for grad in grads), default=0)
-    scratch = min(2 * scratch_of(obj.device).norms, 2 * count * max(largest, together))
-    cost = PassCost(engine, rows_made(grads), 8 * count * len(keys) + scratch)
-    del grads
+    scratch = min(2 * scratch_of(obj.device).norms, 2 * count * largest)
+    cost = PassCost(engine, made, 8 * count * len(keys) + scratch)
     chunk = cost.chunk_within(resolve_budget(memory_budget, obj.device), 0, count)
 
     def local_norms() -> Tensor:
@@ -96,6 +93,13 @@ def gradient_norms(
     summed = obj.all_reduce(local_norms, f"gradient norms by {group_by}", engine.theta)
     norms = dict(zip(keys, summed, strict=True))
     return norms[""] if group_by is None else norms
+
+
+def _row_bytes(engine: PerExampleGradEngine) -> tuple[int, int]:
+    """Bytes per example of the rows that layer rules make, and of those squared at once."""
+    grads = probe_batch(engine).values()
+    together = sum(grad.row_bytes for grad in grads if _is_joined(grad))
+    return rows_made(grads), max([together, *(grad.row_bytes for grad in grads)])
 
 
 def _is_joined(grad: FactoredGrad) -> bool:

@@ -8,8 +8,9 @@ import torch
 from cases import by_name, difference_hessian
 from torch import Tensor
 
-from entropic_fast import NotConvergedWarning
+from entropic_fast import Estimate, NotConvergedWarning
 from entropic_fast.curvature import HessianOperator, hessian_trace, operator_trace
+from entropic_fast.curvature.estimators._probes import precise
 from entropic_fast.ops.random_bits import streams as random
 
 
@@ -142,3 +143,9 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_operators_that_do_not_fit_are_refused(operator, message):
     with pytest.raises(ValueError, match=message):
         operator_trace(operator)
+
+
+def test_a_negative_trace_is_as_precise_as_a_positive_one():
+    for value in (-2.0, 2.0):
+        assert precise(Estimate(value, 0.19, 8), 0.1)
+        assert not precise(Estimate(value, 0.21, 8), 0.1)

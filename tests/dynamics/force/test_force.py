@@ -205,6 +205,7 @@ def test_the_energetic_part_is_what_all_examples_give():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
     steady = noiseless_drift(obj, path, PLACES, SGD)
     assert steady.tolist() == pytest.approx([-0.05] * 4)
+    assert point_force(obj, path, 0.4, exact(1)).energetic == pytest.approx(-0.05)
 
 
 def test_subtracting_the_noise_along_the_path_changes_no_mean_and_most_of_the_spread():

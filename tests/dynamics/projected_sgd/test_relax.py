@@ -215,6 +215,19 @@ def test_a_replica_that_diverges_is_marked_and_the_others_go_on():
         relax_with(obj, path, 0.5, lr=[1e12, 1e12], **common)
 
 
+def test_an_infinite_loss_is_as_bad_as_nan():
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+
+    def slope(outputs, targets):  # infinite from theta = 0.6 on, and never NaN
+        wall = torch.where(outputs[:, 0] > 0.6 * targets[:, 0], torch.inf, 0.0)
+        return -outputs[:, 0] / targets[:, 0] + wall.detach()
+
+    obj = Objective(torch.nn.Linear(1, 1, bias=False).double(), slope, (x, x))
+    path = linear_path(torch.zeros(1).double(), torch.ones(1).double())
+    run = relax_with(obj, path, 0.5, lr=[0.01, 0.05], batch_size=2, project_every=1, steps=4)
+    assert run.diverged.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam"])
 def test_those_that_go_on_keep_their_own_optimizer_state(optimizer):
     _, obj, path = mlp_problem()
