@@ -7,6 +7,6 @@ differentiate twice goes into `_decompositions`. Relies on `objective` and `ops`
 """
 
 from ._capture_checks import GraphCaptureError
-from ._engine import HVPEngine
+from ._engine import HVPEngine, OutputLoss
 
-__all__ = ["HVPEngine", "GraphCaptureError"]
+__all__ = ["HVPEngine", "GraphCaptureError", "OutputLoss"]

@@ -7,6 +7,7 @@ autograd. See "Capture" in docs/design/hvp.md.
 from __future__ import annotations
 
 import importlib
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,11 @@ from .._crosscheck import AGREEMENT, coarsest_dtype
 from ._capture_checks import GraphCaptureError, TraceGuard, is_linear, require_nothing_hidden
 from ._decompositions import DECOMPOSITIONS
 
+logger = logging.getLogger(__name__)
 aten = torch.ops.aten
+# Bytes of values that are not linear in the parameters, attention scores among them, from which on
+# the backward pass is traced by shapes alone: slower for small graphs, but no value is computed.
+LARGE = 2**27
 
 
 @dataclass(frozen=True)
@@ -227,7 +232,9 @@ def _joint_graph(
     # In the dtype of the node: a model may compute parts of itself in another one.
     shifts = [torch.zeros(like.shape, dtype=like.dtype, device=like.device) for like in likes]
     # Values do not matter to the trace: zeros stand for u and the shifts.
-    outputs = _Shifted(forward, marked).run(parts, buffers, inputs, shifts)[0]
+    (outputs,) = tree_leaves(next(n for n in forward.graph.nodes if n.op == "output").args)
+    like = outputs.meta["val"]
+    u = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
     def run(
         parts: list[Tensor], buffers: list[Tensor], x: list[Tensor], u: Tensor, shifts: list[Tensor]
@@ -239,7 +246,13 @@ def _joint_graph(
         gradients, cotangents = pullback(u)
         return outputs, gradients, cotangents, unshifted
 
-    return _traced(run, DECOMPOSITIONS, parts, buffers, inputs, torch.zeros_like(outputs), shifts)
+    arguments = parts, buffers, inputs, u, shifts
+    if sum(like.numel() * like.element_size() for like in likes) > LARGE:
+        try:
+            return _traced(run, DECOMPOSITIONS, *arguments, without_values=True)
+        except Exception as why:  # an operation without a meta kernel
+            logger.info("the backward pass is traced with values: %s", why)
+    return _traced(run, DECOMPOSITIONS, *arguments)
 
 
 def _remove_shifts(shifts: Sequence[fx.Node]) -> None:
@@ -252,16 +265,19 @@ def _remove_shifts(shifts: Sequence[fx.Node]) -> None:
             add.replace_all_uses_with(others[0])
 
 
-def _traced(function: Callable[..., Any], table: Any, *arguments: Any) -> fx.GraphModule:
+def _traced(
+    function: Callable[..., Any], table: Any, *arguments: Any, without_values: bool = False
+) -> fx.GraphModule:
     with warnings.catch_warnings():  # from torch's own tracing code
         for kind in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", kind)
         importlib.import_module("torch._decomp.decompositions_for_jvp")  # for forward mode
         # ResNet-20 takes 0.3 s on one CPU core: interpreters are cached by architecture.
-        graph = graph_of(function, *arguments, decompositions=table)
+        options = {"decompositions": table, "without_values": without_values}
+        graph = graph_of(function, *arguments, **options)
         if any(_mutates(node) for node in graph.graph.nodes):
             # A second trace: only the first shows what composite functions change in place.
-            graph = graph_of(functionalize(graph), *arguments, decompositions=table)
+            graph = graph_of(functionalize(graph), *arguments, **options)
     for node in graph.graph.nodes:
         if _mutates(node):
             raise GraphCaptureError(f"the graph changes a tensor in place ({node.target})")

@@ -28,6 +28,7 @@ from ._schedule import (
     unread,
 )
 from ._second_order_terms import second_order_term
+from .transformer._attention import AttentionForward
 from .transformer._attention_pattern import find_attention
 from .transformer._layer_norm import find_layer_norms
 
@@ -96,6 +97,17 @@ class GraphInterpreter:
         self._last_forward = last_uses(self._forward_regions, {graph.outputs})
         self._last_backward = last_uses(self._backward_regions, set(graph.gradients))
         self.checked = VerifiedLosses()
+
+    @property
+    def score_bytes(self) -> int:
+        """Bytes of all attention scores of two examples, which the graph never holds at once."""
+        scores = [
+            r.attention.scores.meta["val"]
+            for r in self._forward_regions
+            if isinstance(r, AttentionForward)
+        ]
+        examples = max(1, len(self.graph.outputs.meta["val"]))
+        return sum(2 * s.numel() * s.element_size() for s in scores) // examples
 
     # -- values ----------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from ..._torch.full_precision import double_backward_fixes, full_precision
 from ..._torch.graph_checks import backward_nodes, require_twice_differentiable
 from ..._utils import checks
 from ...objective import Objective
-from ...objective.data import ExampleSet
 from ...objective.losses import output_hessian
 from ...ops.random_bits import streams as random
 from .._crosscheck import (
@@ -32,6 +31,7 @@ from .._crosscheck import (
     fast_paths_are_off,
 )
 from ._base import FastPathOperator
+from ._difference_check import on_batch
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +111,8 @@ def _test_products(operator: FastPathOperator) -> None:
 
 def _on_few_examples(operator: FastPathOperator) -> Any:
     """The operator on a few examples, in float64 where that is not too large."""
-    obj = operator.obj.without_distribution()
-    batch = obj.examples.check_batch(FEW)
-    few = copy.copy(obj)
-    few.examples = ExampleSet.of(batch.inputs, batch.targets, obj.examples, None)
-    if obj.examples.with_targets:
-        few.examples = few.examples.including_targets()
+    obj = operator.obj
+    few = on_batch(obj, obj.without_distribution().examples.check_batch(FEW))
     small: Any = copy.copy(operator)
     small.obj, small._is_tested = few, True
     if 8 * _HELD * obj.num_params <= VECTORS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,12 +17,16 @@ from ..._utils import checks
 from ...objective import Objective
 from ...objective.data import Batch
 from ...ops.random_bits import streams as random
+from .._crosscheck import FastPathMismatchError
 from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
 from ._algebra import OperatorBase, SumOperator
 from ._autograd_check import require_right_loss, require_right_products
 from ._base import CurvatureOperator, FastPathOperator
+from ._difference_check import are_worthwhile, ggn_product, hessian_product
 from ._linear_operator import LinearOperator, finite_together
+
+logger = logging.getLogger(__name__)
 
 
 class SecondOrderOperator(FastPathOperator, CurvatureOperator):
@@ -30,6 +35,8 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
     A third of the memory budget may hold values that the next product needs again. The minimum is
     one example and one direction at a time, independent of the budget.
     """
+
+    _by_differences = False  # how the products of a sample are computed that the graph's should be
 
     def __init__(
         self, obj: Objective, theta: Tensor | None = None, *, memory_budget: int | None = None
@@ -108,10 +115,22 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
     def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
         require_right_loss(self.obj, self.theta, self.name)  # which both methods leave to autograd
+        if are_worthwhile(self.obj, engine.interpreter(sample).score_bytes):
+            try:
+                self._by_differences = True
+                return super()._agrees(engine, sample)
+            except FastPathMismatchError:  # or a kink between the points: autograd has none
+                logger.info("%s: not what differences give, compared with autograd", self.name)
+            finally:
+                self._by_differences = False
         return super()._agrees(engine, sample)
 
     def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
         row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
+        if self._by_differences:
+            multiply = ggn_product if self.kind == "ggn" else hessian_product
+            product = multiply(self.obj, self.theta, sample.batch, row[0])
+            return [(row, product.to(row.dtype)[None])]
         expected = torch.zeros_like(row)
         self._add_products(sample.batch, row, expected)
         return [(row, expected)]

@@ -9,8 +9,10 @@ from torch.nn import functional
 
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only
+from entropic_fast.curvature.hvp import _capture
 from entropic_fast.curvature.hvp._engine import interpreter_for
 from entropic_fast.curvature.hvp.transformer import _attention as attention
+from entropic_fast.curvature.operators import _difference_check, _second_order
 
 WIDTH = 6
 
@@ -204,3 +206,38 @@ def test_low_precision_goes_by_the_graph_too() -> None:
     with autograd_only():
         expected = ef.HessianOperator(obj) @ vectors
     assert float((product - expected).norm()) < 0.03 * float(expected.norm())
+
+
+@pytest.mark.parametrize("name", ["causal attention", "a layer", "grouped heads"])
+def test_many_scores_are_compared_by_differences_and_traced_by_shapes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_difference_check, "MANY_SCORES", -1)
+    monkeypatch.setattr(_capture, "LARGE", -1)
+    expected = []
+    for function in ("hessian_product", "ggn_product"):
+        take = getattr(_second_order, function)
+        monkeypatch.setattr(
+            _second_order,
+            function,
+            lambda *given, take=take: expected.append(given) or take(*given),
+        )
+    obj = objective(LAYERS[name])
+    assert_those_of_double_backward(obj, 2)
+    assert len(expected) == 2
+    for take, make in (
+        (_difference_check.hessian_product, ef.HessianOperator),
+        (_difference_check.ggn_product, ef.GGNOperator),
+    ):
+        v = torch.randn(obj.num_params, dtype=torch.float64)
+        found = take(obj, obj.parameters_vector(), next(obj.batches()), v) / obj.num_examples
+        torch.testing.assert_close(found, make(obj) @ v, rtol=1e-6, atol=1e-8)
+
+
+def test_a_product_that_differences_do_not_give_is_compared_with_autograd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_difference_check, "MANY_SCORES", -1)
+    monkeypatch.setattr(_second_order, "hessian_product", lambda *given: torch.ones_like(given[1]))
+    operator = ef.HessianOperator(objective(LAYERS["causal attention"]))
+    assert operator.method == "graph"
