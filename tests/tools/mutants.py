@@ -62,10 +62,10 @@ MUTANTS = [
         "curvature/hvp",
     ),
     Mutant(
-        "curvature/hvp/_batch_norm.py",
-        "gw = (tg * ((x - mean) * rstd)).sum(sums)",
-        "gw = (tg * (x * rstd)).sum(sums)",
-        "curvature/hvp",
+        "curvature/hvp/transformer/_attention.py",
+        "bends.add_(both, alpha=2 * self.attention.scale)",
+        "bends.add_(both, alpha=self.attention.scale)",
+        "curvature/hvp/test_transformer.py",
     ),
     Mutant("curvature/hvp/_tiles.py", "weights[:counted] = 1", "weights[:] = 1", "curvature/hvp"),
     Mutant(

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..._utils import trees
 from ..._utils.trees import Tree
 from .._crosscheck import VerifiedLosses
-from . import _batch_norm as batch_norm
 from . import _convolution as convolution
 from ._capture import Graph
 from ._fusion import FusedRegion, find_norm_acts
@@ -261,11 +260,10 @@ def _run(node: fx.Node, values: PrimalValues, constants: dict[str, Tensor]) -> N
         values[node] = node.target(*args, **kwargs)
 
 
-# Channels last: `view` fails on such strides, and aten's backward pass of batch normalization
-# (2.13 to 2.15, CPU) is wrong for a single image.
+# Channels last: `view` fails on such strides. Aten's backward pass of batch normalization, which is
+# wrong for a single image (2.13 to 2.15, CPU), is always part of a region.
 _REPLACEMENTS: dict[Any, Any] = {
     aten.view.default: lambda ctx: ctx.value(0).reshape(ctx.argument(1)),
-    aten.native_batch_norm_backward.default: batch_norm.backward,
     aten.convolution.default: convolution.forward,
     aten.convolution_backward.default: convolution.backward,
 }

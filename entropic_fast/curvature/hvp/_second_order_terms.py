@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..._torch.forward_mode import jvp
 from ...ops.norm_act_tangents import inner_products
-from ._batch_norm import statistics
 from ._convolution import Geometry, InputGradient, _blocks
 from ._fusion import pixels, spread_pixels
 from ._jvp_rules import aligned, matrix_products
@@ -104,17 +103,6 @@ def _mul(ctx: NodeContext, g: Tensor) -> Tensor | None:
     # D^2 (a b)[(a', b'), (a', b')] = 2 a' b', as for every bilinear operation here.
     dims = g.ndim
     return 2 * inner(aligned(a, dims) * aligned(b, dims), g)
-
-
-@second_order_rule(aten.native_batch_norm.default)
-def _batch_norm(ctx: NodeContext, g: Tensor) -> Tensor | None:
-    tx, tw = ctx.tangent(0), ctx.tangent(1)
-    if tx is None or tw is None:
-        return None
-    _, rstd = statistics(ctx, 3, 4, 7)
-    # y is linear in x and in the weight: 2 <g, x' rstd w'>, and nothing of the bias.
-    sums = (tx * g).sum([1, *range(3, tx.ndim)], dtype=torch.float64)  # [K, C]
-    return 2 * (sums * tw * rstd.flatten()).sum(1)
 
 
 def _pointwise(ctx: NodeContext, g: Tensor) -> Tensor | None:
