@@ -3,7 +3,8 @@
 Start with `_engine` (products of an objective, tile by tile), then `_interpreter` (values and
 tangents of a graph) and `_capture`. docs/design/hvp.md explains the method. JVP rules of single
 operations are in `_jvp_rules` and `_convolution`, fused regions in `_fusion` and `transformer`; an
-activation that torch cannot differentiate twice goes into `_decompositions`. Relies on `objective` and `ops`.
+activation that torch cannot differentiate twice goes into `_decompositions`. Relies on `objective`
+and `ops`.
 """
 
 from ._capture_checks import GraphCaptureError
