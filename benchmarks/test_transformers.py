@@ -91,11 +91,11 @@ def test_modern_networks(name: str, provenance: dict[str, Any], tmp_path: Path) 
             found = jvp(grad(at), (values,), (split(one),))[1]
         return torch.cat([part.flatten() for part in found.values()])
 
-    def vmap_norms() -> Tensor:
+    def vmap_norms(chunk: int | None = None) -> Tensor:
         def single(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return loss(functional_call(model, values, (x[None],)), y[None])
 
-        rows = vmap(grad(single), in_dims=(None, 0, 0))(values, x, y)
+        rows = vmap(grad(single), in_dims=(None, 0, 0), chunk_size=chunk)(values, x, y)
         return sum(g.flatten(1).square().sum(1) for g in rows.values())  # type: ignore[return-value]
 
     # name: (what to run, results it makes)
@@ -109,6 +109,7 @@ def test_modern_networks(name: str, provenance: dict[str, Any], tmp_path: Path) 
         "double backward": (double_backward, 1),
         "jvp(grad)": (jvp_grad, 1),
         "vmap(grad), norms": (vmap_norms, 1),
+        "vmap(grad) by fours, norms": (lambda: vmap_norms(4), 1),
     }
     rounds = take_turns(
         {name: rival for name, (rival, _) in rivals.items()}, 7 if FULL else 1, warm_up=FULL,
