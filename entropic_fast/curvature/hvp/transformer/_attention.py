@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -116,8 +117,11 @@ class Attention:
         rows = mask.expand(*lead, self.length, self.keys)[..., block.queries, block.keys]
         if lead == (1,):
             return rows
-        chosen = torch.arange(self.batch, device=mask.device)[block.heads]
-        return rows[torch.unravel_index(chosen, lead)]
+        # Views, as indices in a tensor would be copied to the device, which no CUDA graph can hold.
+        places = np.unravel_index(range(self.batch)[block.heads], lead)
+        return torch.stack(
+            [rows[place] for place in zip(*(p.tolist() for p in places), strict=True)]
+        )
 
     def probability_tangents(
         self, values: Any, block: Block, p: Tensor, tq: Tensor | None, tk: Tensor | None
