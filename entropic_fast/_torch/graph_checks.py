@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils import checks
+from .._utils import checks, trees
 from .derivative_checks import cdist_is_right
 
 
@@ -61,16 +61,28 @@ def require_twice_differentiable(tensor: Tensor) -> None:
             )
 
 
-def require_finite_losses(losses: Tensor, theta: Tensor, start: int) -> None:
-    """Reject NaN and infinite losses [n] of the examples from `start` on, at theta [P]."""
+def require_finite_losses(
+    losses: Tensor, theta: Tensor, start: int, inputs: Any = (), targets: Any = ()
+) -> None:
+    """Reject NaN and infinite losses [n] of the examples from `start` on, at theta [P].
+
+    `inputs` and `targets` are theirs, if known: those that are not finite are named.
+    """
     bad = ~torch.isfinite(losses)
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
         norm = float(torch.linalg.vector_norm(theta.detach(), dtype=torch.float64))
+        given = [
+            name
+            for name, tree in (("inputs", inputs), ("targets", targets))
+            if any(not bool(torch.isfinite(t[first]).all()) for t in trees.leaves(tree))
+        ]
+        advice = "check that example's values, or the learning rate that led here"
+        if given:
+            advice = f"its {' and '.join(given)} are not finite either: leave the example out"
         raise NonFiniteLossError(
             f"loss: expected finite losses, got {float(losses[first])} for example "
-            f"{start + first} at a point of norm {norm:.4g}; "
-            "check that example's values, or the learning rate that led here"
+            f"{start + first} at a point of norm {norm:.4g}; {advice}"
         )
 
 

@@ -101,7 +101,7 @@ class MeanLoss(FunctionalModel):
     def finite_losses(self, theta: Tensor, batch: Batch) -> Tensor:
         """`losses` of a batch, rejected if one is NaN or infinite.  # [n]"""
         losses = self.losses(theta, batch.inputs, batch.targets)
-        require_finite_losses(losses.detach(), theta, batch.start)
+        require_finite_losses(losses.detach(), theta, *batch)
         return losses
 
     def mean_losses(self, points: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class MeanLoss(FunctionalModel):
                 batch_losses = self.losses(leaf, batch.inputs, batch.targets)
                 losses.append(batch_losses.detach())
                 if not later:
-                    require_finite_losses(batch_losses.detach(), theta, batch.start)
+                    require_finite_losses(batch_losses.detach(), theta, *batch)
                 total += torch.autograd.grad(batch_losses.sum(), leaf)[0]
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
@@ -196,7 +196,7 @@ class MeanLoss(FunctionalModel):
                 outputs = self.outputs(theta, batch.inputs)
                 require_classifier(outputs, batch.targets)
                 losses = self.output_losses(outputs, batch.targets)
-                require_finite_losses(losses, theta, batch.start)
+                require_finite_losses(losses, theta, *batch)
                 sums[0] += losses.double().sum()
                 sums[1:] += hits(self.loss_fn, outputs, batch.targets)
             return sums
