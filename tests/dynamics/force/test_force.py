@@ -205,6 +205,10 @@ def test_the_energetic_part_is_what_all_examples_give():
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-12)
     steady = noiseless_drift(obj, path, PLACES, SGD)
     assert steady.tolist() == pytest.approx([-0.05] * 4)
+
+
+def test_a_point_on_a_slope_is_pushed_downhill():
+    obj, path = valley(tilt=0.05)
     assert point_force(obj, path, 0.4, exact(1)).energetic == pytest.approx(-0.05)
 
 
