@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from double_backward import assert_those_of_double_backward
 from torch import Tensor, nn
 
 import entropic_fast as ef
-from entropic_fast.curvature import autograd_only
 from entropic_fast.curvature.hvp import _patches
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -31,16 +31,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_right(model: nn.Module, x: Tensor, count: int = 3) -> None:
     obj = ef.Objective(model.double().eval(), "cross_entropy", (x, torch.arange(len(x)) % 2))
-    vectors = torch.randn(obj.num_params, count, dtype=torch.float64)
-    for make in (ef.HessianOperator, ef.GGNOperator):
-        operator = make(obj)
-        product = operator @ vectors
-        assert operator.method == "graph"
-        with autograd_only():
-            expected = make(obj) @ vectors
-        torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-11)
-        forms = (vectors * expected).sum(0)
-        torch.testing.assert_close(operator.quadratic_forms(vectors), forms, rtol=1e-9, atol=1e-11)
+    assert_those_of_double_backward(obj, count)
 
 
 @pytest.mark.parametrize("size", [(5, 5), (3, 6)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from double_backward import assert_those_of_double_backward
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -141,20 +142,6 @@ def objective(layer: nn.Module, tokens: int = 4) -> ef.Objective:
         nn.init.normal_(parameter, std=0.7)
     x, y = torch.randn(5, tokens, 3, dtype=torch.float64), torch.randint(3, (5,))
     return ef.Objective(model.double(), "cross_entropy", (x, y))
-
-
-def assert_those_of_double_backward(obj: ef.Objective, count: int) -> None:
-    vectors = torch.randn(obj.num_params, count, dtype=torch.float64)
-    for make in (ef.HessianOperator, ef.GGNOperator):
-        operator = make(obj)
-        first = operator @ vectors
-        assert operator.method == "graph"
-        with autograd_only():
-            expected = make(obj) @ vectors
-        torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(operator @ vectors, expected, rtol=1e-9, atol=1e-11)
-        forms = (vectors * expected).sum(0)
-        torch.testing.assert_close(operator.quadratic_forms(vectors), forms, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("count", [1, 3])

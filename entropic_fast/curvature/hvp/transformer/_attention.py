@@ -73,6 +73,8 @@ class Attention:
     def last_seen(self, values: Any) -> list[int]:
         """The number of keys up to the last that a mask does not hide, for each query."""
         last = [self.keys] * self.length
+        if any(not isinstance(step, Mask) and step <= 0 for step in self.steps):
+            return last  # a mask of -inf times such a number hides nothing
         for node, _ in self.masks:
             mask = values[node]
             if mask.ndim < 2 or mask.shape[-1] != self.keys:

@@ -53,9 +53,9 @@ def _match(softmax: fx.Node) -> tuple[Attention, set[fx.Node], fx.Node, Gradient
     scores, steps, inside = found
     # The probabilities, under all names, and who reads them.
     names, readers = _names(softmax)
-    results = [r for r in readers if r.target is aten.bmm.default and r.args[0] in names]
-    results = [r for r in results if r.args[0] in names and not names[r.args[0]]]
-    values = [r for r in readers if r.target is aten.bmm.default and names.get(r.args[0])]
+    products = [r for r in readers if r.target is aten.bmm.default]
+    results = [r for r in products if names.get(r.args[0]) is False]
+    values = [r for r in products if names.get(r.args[0]) is True]
     softmax_backwards = [r for r in readers if r.target is aten._softmax_backward_data.default]
     if len(results) != 1 or len(values) > 1 or len(softmax_backwards) != 1:
         return None
