@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -60,19 +61,29 @@ class _Coarsest(TorchFunctionMode):
 
 def coarsest_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> torch.dtype:
     """The least precise dtype in which the model computes; Llama always normalizes in float32."""
+    return outputs_and_dtype(obj, theta, inputs)[1]
+
+
+def outputs_and_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> tuple[Tensor, torch.dtype]:
+    """The model's outputs, and the least precise dtype in which it computes them."""
     mode = _Coarsest(theta.dtype)
     with torch.enable_grad(), mode:
-        obj.outputs(theta.detach().requires_grad_(), inputs)
-    return mode.dtype
+        outputs = obj.outputs(theta.detach().requires_grad_(), inputs)
+    return outputs.detach(), mode.dtype
 
 
 def require_agreement(
-    name: str, got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
+    name: str,
+    got: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> None:
-    """Raise FastPathMismatchError if products and autograd's differ by more than rounding."""
-    scale = float(expected.double().norm())
-    gap = float((got.double() - expected.double()).norm())
-    dtype = dtype or expected.dtype
+    """Raise FastPathMismatchError if products and autograd's differ by more than rounding.
+
+    Norms are of all tensors together.
+    """
+    scale = norm(expected)
+    gap = norm(got, expected)
     slack = ROUNDINGS * torch.finfo(dtype).eps
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise FastPathMismatchError(
@@ -82,6 +93,21 @@ def require_agreement(
             "meanwhile, build the operator within "
             "`with entropic_fast.curvature.autograd_only():`"
         )
+
+
+_NORM_AT_ONCE = 1 << 20
+
+
+def norm(tensors: Sequence[Tensor], minus: Sequence[Tensor] | None = None) -> float:
+    """The norm in float64 of tensors, or of their differences, without a float64 copy of them."""
+    total = 0.0
+    for i, tensor in enumerate(tensors):
+        pieces = torch.split(tensor.reshape(-1), _NORM_AT_ONCE)
+        others = None if minus is None else torch.split(minus[i].reshape(-1), _NORM_AT_ONCE)
+        for j, piece in enumerate(pieces):
+            piece = piece.double() if others is None else piece.double() - others[j].double()
+            total += float(piece.square().sum())
+    return math.sqrt(total)
 
 
 # Losses at most that the models of one architecture have in common.

@@ -142,19 +142,20 @@ class MeanLoss(FunctionalModel):
         theta = self._fitting(theta)
 
         def local_sum() -> Tensor:
-            total, losses = widened(torch.zeros_like(theta)), []
+            total, losses = None, []
             for batch in self.local_batches():
                 leaf = theta.detach().requires_grad_()
                 batch_losses = self.losses(leaf, batch.inputs, batch.targets)
                 losses.append(batch_losses.detach())
                 if not later:
                     require_finite_losses(batch_losses.detach(), theta, *batch)
-                total += torch.autograd.grad(batch_losses.sum(), leaf)[0]
+                gradient = widened(torch.autograd.grad(batch_losses.sum(), leaf)[0]).contiguous()
+                total = gradient if total is None else total.add_(gradient)
             if later and not checks.all_finite(theta, *losses):
                 self.point(theta)
                 for batch in self.local_batches():
                     self.finite_losses(theta, batch)
-            return total
+            return widened(torch.zeros_like(theta)) if total is None else total
 
         # On a GPU, a look at the point and at each batch's losses would wait as many times.
         later = is_gpu(self.device)
@@ -162,7 +163,7 @@ class MeanLoss(FunctionalModel):
             self.point(theta)
         total = self.all_reduce(local_sum, "gradient", theta)
         require_in_range(total, theta.dtype)
-        mean = total / self.num_examples
+        mean = total.div_(self.num_examples)
         if self.weight_decay:
             mean.add_(theta, alpha=self.weight_decay)
         return mean.to(theta.dtype)

@@ -116,7 +116,8 @@ def reader_of(
         raise checks.invalid(
             "loss",
             "a loss that takes the model's output",
-            f"an error for the parts {parts(output)}: {str(error)[:200]}",
+            f"an error for outputs {checks.describe(output)} and targets "
+            f"{checks.describe(targets)}: {str(error)[:200]}",
             "it is called with the entire output and the targets; output=... picks one part",
         ) from error
 

@@ -44,6 +44,9 @@ class ParameterVector:
         self.device = self._theta.device  # with its index, which "cuda" lacks: cuda:0
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
+        for parameter, part in zip(named.values(), self.split(self._theta).values(), strict=True):
+            if not parameter.is_complex():
+                parameter.data = part  # one copy of the model is enough
         self._tied = tied_names(self.module)
         # What a forward pass changes: buffers and attributes; once it is known.
         self._written: tuple[str, ...] = ()

@@ -29,14 +29,15 @@ from ..._utils import trees
 from ..._utils.trees import Tree
 from ...objective import Objective
 from ...ops.random_bits import streams as random
-from .._crosscheck import AGREEMENT, coarsest_dtype
+from .._crosscheck import AGREEMENT, outputs_and_dtype
 from ._capture_checks import GraphCaptureError, TraceGuard, is_linear, require_nothing_hidden
 from ._decompositions import DECOMPOSITIONS
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
-# Bytes of values that are not linear in the parameters, attention scores among them, from which on
-# the backward pass is traced by shapes alone: slower for small graphs, but no value is computed.
+# Bytes of parameters and of values that are not linear in them, attention scores among them, from
+# which on the backward pass is traced by shapes alone: slower for small graphs, but no value is
+# computed.
 LARGE = 2**27
 
 
@@ -135,13 +136,11 @@ def _as_capture_errors() -> Iterator[None]:
 def _require_faithful(forward: fx.GraphModule, obj: Objective, theta: Tensor, inputs: Tree) -> None:
     """Reject a graph that holds values of this point as constants."""
     # At another point, 10 % away, and on changed inputs: constants of this one would show.
-    theta = theta * (
-        1 + 0.1 * random.normal(theta.shape, 0, dtype=theta.dtype, device=theta.device)
-    )
+    signs = random.rademacher(theta.shape, 0, dtype=theta.dtype, device=theta.device)
+    theta = signs.mul_(0.1).add_(1).mul_(theta)
     inputs = trees.mapped(lambda t: (0.9 * t if t.is_floating_point() else t).flip(0), inputs)
     try:
-        expected = obj.outputs(theta, inputs)
-        dtype = coarsest_dtype(obj, theta, inputs)
+        expected, dtype = outputs_and_dtype(obj, theta, inputs)
     except Exception:  # the model need not be defined there
         return
     leaves = (*obj.split(theta).values(), *obj.buffers.values(), *trees.leaves(inputs))
@@ -192,6 +191,7 @@ def _with_backward(
     A cotangent is the gradient in a shift of 0 that is added to a marked node.
     """
     joint = _joint_graph(forward, marked, parts, buffers, inputs)
+    _join_constants(joint)
     placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
     # Placeholders come in the order of `run` in `_joint_graph`; shifts follow u.
     p, b, i = len(parts), len(buffers), len(inputs)
@@ -218,6 +218,14 @@ def _with_backward(
         cotangents=dict(zip(unshifted, cotangents, strict=True)),
         constants=constants,
     )
+
+
+def _join_constants(graph: fx.GraphModule) -> None:
+    """Have one node for each constant tensor, by which regions recognize their own."""
+    first: dict[Any, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and first.setdefault(node.target, node) is not node:
+            node.replace_all_uses_with(first[node.target])
 
 
 def _joint_graph(
@@ -247,7 +255,7 @@ def _joint_graph(
         return outputs, gradients, cotangents, unshifted
 
     arguments = parts, buffers, inputs, u, shifts
-    if sum(like.numel() * like.element_size() for like in likes) > LARGE:
+    if sum(like.numel() * like.element_size() for like in (*likes, *parts)) > LARGE:
         try:
             return _traced(run, DECOMPOSITIONS, *arguments, without_values=True)
         except Exception as why:  # an operation without a meta kernel

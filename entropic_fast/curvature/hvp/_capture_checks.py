@@ -105,8 +105,14 @@ _HOOKS = "hooks on saved tensors are not seen in a graph"
 
 # -- linear operations -------------------------------------------------------------------------
 
-# Linear in all tensor arguments together.
-LINEAR = {
+# Piecewise linear: the second derivative is 0 wherever it exists.
+PIECEWISE = {
+    aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.abs.default,
+    aten.max_pool2d_with_indices.default, aten.clamp.default, aten.clamp_min.default,
+    aten.maximum.default, aten.minimum.default, aten.max.dim, aten.amax.default,
+}  # fmt: skip
+# Linear in all tensor arguments together, where a mask does not change.
+LINEAR = PIECEWISE | {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default,
     aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
@@ -123,11 +129,7 @@ LINEAR = {
     aten.reflection_pad1d.default, aten.reflection_pad2d.default,
     aten.replication_pad1d.default, aten.replication_pad2d.default,
     aten.slice_backward.default, aten.select_backward.default, aten.masked_fill.Scalar,
-    # Piecewise linear: the second derivative is 0 wherever it exists.
-    aten.relu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.abs.default,
-    aten.where.self, aten.max_pool2d_with_indices.default, aten.clamp.default,
-    aten.clamp_min.default, aten.maximum.default, aten.minimum.default, aten.max.dim,
-    aten.amax.default, aten.threshold_backward.default,
+    aten.where.self, aten.threshold_backward.default,
 }  # fmt: skip
 
 # Linear in each of these arguments (by position) with the others fixed, and in no other argument.

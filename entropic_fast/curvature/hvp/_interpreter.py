@@ -15,6 +15,7 @@ from ..._utils.trees import Tree
 from .._crosscheck import VerifiedLosses
 from . import _convolution as convolution
 from ._capture import Graph
+from ._capture_checks import PIECEWISE
 from ._fusion import FusedRegion, find_norm_acts
 from ._jvp_rules import tangent
 from ._node import NodeContext, SecondOrderSum
@@ -107,6 +108,11 @@ class GraphInterpreter:
         ]
         examples = max(1, len(self.graph.outputs.meta["val"]))
         return sum(2 * s.numel() * s.element_size() for s in scores) // examples
+
+    @property
+    def has_kinks(self) -> bool:
+        """Whether an operation is not differentiable everywhere, such as a ReLU."""
+        return any(node.target in PIECEWISE for node in self.forward_nodes)
 
     # -- values ----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from ._algebra import OperatorBase
 from ._linear_operator import NonFiniteProductError
 
 logger = logging.getLogger(__name__)
+Results = tuple[Tensor, ...]  # of one block of vectors
 
 
 class CurvatureOperator(OperatorBase):
@@ -39,7 +40,8 @@ class CurvatureOperator(OperatorBase):
             obj.require_outputs(self.name)
         self.obj = obj
         with torch.inference_mode(False):
-            self.theta = obj.point(theta).clone()
+            point = obj.point(theta)
+            self.theta = point if theta is None else point.clone()  # the objective's never changes
         self.shape = (obj.num_params, obj.num_params)
         self.dtype, self.device = obj.dtype, obj.device
         super().__init__()
@@ -109,7 +111,7 @@ class FastPathOperator(OperatorBase):
     def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
         """Compare both methods; False if there is nothing finite to compare."""
         pairs = self._by_autograd(sample)
-        if not all(bool(torch.isfinite(expected).all()) for _, expected in pairs):
+        if not all(checks.all_finite(*expected) for _, expected in pairs):
             return False  # the product itself raises the error
         try:
             results = self._by_engine(engine, sample, [vectors for vectors, _ in pairs])
@@ -123,14 +125,14 @@ class FastPathOperator(OperatorBase):
             require_agreement(self.name, got, expected, dtype)
         return True
 
-    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of vectors and their products by autograd, for a sample."""
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Results]]:
+        """Pairs of vectors and what autograd gives for them and a sample."""
         raise TypeError(f"{type(self).__name__} has no products")
 
     def _by_engine(
         self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """The products of the same vectors by the engine."""
+    ) -> list[Results]:
+        """The same of each of the vectors by the engine."""
         raise TypeError(f"{type(self).__name__} has no products")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
 from ._algebra import OperatorBase
 from ._autograd_check import require_adjoint
-from ._base import FastPathOperator
+from ._base import FastPathOperator, Results
 
 
 class JacobianOperator(FastPathOperator):
@@ -133,7 +133,7 @@ class JacobianOperator(FastPathOperator):
 
     def _require_adjoint(self, tile: Tile) -> None:
         """Check <u, J v> = <J^T u, v> for products by autograd."""
-        (row, jvp), (back, vjp) = self._by_autograd(tile)
+        (row, (jvp,)), (back, (vjp,)) = self._by_autograd(tile)
         dtype = coarsest_dtype(self.obj, self.theta, tile.batch.inputs)
         require_adjoint(self.name, jvp, vjp, row, back, dtype)
         self._is_tested = True
@@ -170,19 +170,19 @@ class JacobianOperator(FastPathOperator):
     def _loss(self) -> Objective | None:
         return None  # the Jacobian does not depend on it
 
-    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Results]]:
         row = random.normal((1, self.shape[1]), 0, 0, dtype=self.dtype, device=self.device)
         jvp = self._jvp_by_autograd(sample, row)
         shape = tuple(jvp.shape)
         back = random.normal(shape, 0, 1, dtype=self.dtype, device=self.device)
-        return [(row, jvp), (back, self._vjp_by_autograd(sample, back))]
+        return [(row, (jvp,)), (back, (self._vjp_by_autograd(sample, back),))]
 
     def _by_engine(
         self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[Results]:
         row, back = vectors
         jvp = engine.jvp(sample, row)[:, : back.shape[1]]
-        return [jvp, engine.vjp(sample, back)]
+        return [(jvp,), (engine.vjp(sample, back),)]
 
     def __repr__(self) -> str:
         return f"{self.name}(M={self.shape[0]}, P={self.shape[1]})"

@@ -22,7 +22,7 @@ from ..hvp import HVPEngine
 from ..hvp._tiles import Tile
 from ._algebra import OperatorBase, SumOperator
 from ._autograd_check import require_right_loss, require_right_products
-from ._base import CurvatureOperator, FastPathOperator
+from ._base import CurvatureOperator, FastPathOperator, Results
 from ._difference_check import are_worthwhile, ggn_product, hessian_product
 from ._linear_operator import LinearOperator, finite_together
 
@@ -77,7 +77,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
     def _mean(self, total: Tensor, rows: Tensor) -> Tensor:
         """Products with rows [K, P] from their sum over examples, with weight decay.  # [K, P]"""
-        mean = total / self.obj.num_examples
+        mean = total.div_(self.obj.num_examples)
         return mean.add_(rows, alpha=self.obj.weight_decay) if self.obj.weight_decay else mean
 
     @property
@@ -115,7 +115,7 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
 
     def _agrees(self, engine: HVPEngine, sample: Tile) -> bool:
         require_right_loss(self.obj, self.theta, self.name)  # which both methods leave to autograd
-        if are_worthwhile(self.obj, engine.interpreter(sample).score_bytes):
+        if are_worthwhile(self.obj, engine.interpreter(sample)):
             try:
                 self._by_differences = True
                 return super()._agrees(engine, sample)
@@ -125,20 +125,20 @@ class SecondOrderOperator(FastPathOperator, CurvatureOperator):
                 self._by_differences = False
         return super()._agrees(engine, sample)
 
-    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
-        row = random.normal((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Results]]:
+        row = random.rademacher((1, len(self.theta)), 0, 0, dtype=self.dtype, device=self.device)
         if self._by_differences:
             multiply = ggn_product if self.kind == "ggn" else hessian_product
             product = multiply(self.obj, self.theta, sample.batch, row[0])
-            return [(row, product.to(row.dtype)[None])]
+            return [(row, (product.to(row.dtype)[None],))]
         expected = torch.zeros_like(row)
         self._add_products(sample.batch, row, expected)
-        return [(row, expected)]
+        return [(row, (expected,))]
 
     def _by_engine(
         self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        return [engine.products(vectors[0], self.kind, sample)]
+    ) -> list[Results]:
+        return [(engine.products(vectors[0], self.kind, sample),)]
 
 
 class HessianOperator(SecondOrderOperator):
@@ -173,20 +173,18 @@ class HessianOperator(SecondOrderOperator):
 
     name, kind = "HessianOperator", "hessian"
 
-    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Tensor]]:
-        ((row, expected),) = super()._by_autograd(sample)
-        # Divided by the norm of v, a form is at most as large as the product.
-        form = (row * expected).sum(1) / row.norm()
-        return [(row, torch.cat([expected[0], form]))]
+    def _by_autograd(self, sample: Tile) -> list[tuple[Tensor, Results]]:
+        ((row, (expected,)),) = super()._by_autograd(sample)
+        return [(row, (expected, _scaled_form(row, expected)))]
 
     def _by_engine(
         self, engine: HVPEngine, sample: Tile, vectors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        (product,) = super()._by_engine(engine, sample, vectors)
-        form = engine.quadratic_forms(vectors[0], sample)
+    ) -> list[Results]:
+        ((product,),) = super()._by_engine(engine, sample, vectors)
+        row, form = vectors[0], engine.quadratic_forms(vectors[0], sample)
         if not bool(torch.isfinite(form).all()):  # `_forms` then multiplies
-            form = (vectors[0] * product).sum(1)
-        return [torch.cat([product[0], (form / vectors[0].norm()).to(product.dtype)])]
+            return [(product, _scaled_form(row, product))]
+        return [(product, form / row.shape[1] ** 0.5)]
 
     def _forms(self, columns: Tensor) -> Tensor:
         if self._engine is None:
@@ -244,6 +242,11 @@ class HessianOperator(SecondOrderOperator):
                 gradient, leaf, row, retain_graph=i + 1 < len(rows), materialize_grads=True
             )
             total[i] += product
+
+
+def _scaled_form(signs: Tensor, product: Tensor) -> Tensor:
+    """v^T H v over the norm of v, which is at most as large as the product.  # [1]"""
+    return torch.dot(signs[0], product[0])[None].div(signs.shape[1] ** 0.5)
 
 
 class GGNOperator(SecondOrderOperator):

@@ -210,3 +210,18 @@ def test_a_compiled_module_is_taken_for_the_one_it_was_made_from(inside: bool):
         assert type(given.first).__name__ == "OptimizedModule"  # the model given is unchanged
     obj.load_into(given, plain.parameters_vector() + 1)
     assert torch.equal(objective(given, x).parameters_vector(), plain.parameters_vector() + 1)
+
+
+@pytest.mark.parametrize("chosen", ["*.bias", "1.bias", "1.weight", "0.*"])
+def test_a_normalization_with_frozen_parameters_goes_by_the_graph(chosen: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 2
+    obj = Objective(model, "cross_entropy", data, parameters=chosen)
+    eye = torch.eye(obj.num_params, dtype=torch.float64)
+    for make in (HessianOperator, GGNOperator):
+        with autograd_only():
+            expected = make(obj) @ eye
+        operator = make(obj)
+        assert relative_error(operator @ eye, expected) < 1e-10
+        assert operator.method == "graph"

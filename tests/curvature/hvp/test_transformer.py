@@ -228,3 +228,19 @@ def test_a_product_that_differences_do_not_give_is_compared_with_autograd(
     monkeypatch.setattr(_second_order, "hessian_product", lambda *given: torch.ones_like(given[1]))
     operator = ef.HessianOperator(objective(LAYERS["causal attention"]))
     assert operator.method == "graph"
+
+
+def test_a_large_model_is_compared_by_differences_in_its_own_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_difference_check, "MANY_PARAMETERS", 0)
+    monkeypatch.setattr(_capture, "LARGE", -1)
+    obj = objective(LAYERS["causal attention"]).cast(torch.float32)
+    monkeypatch.setattr(
+        _second_order.SecondOrderOperator,
+        "_add_products",
+        lambda *_: pytest.fail("compared by autograd"),
+    )
+    assert ef.HessianOperator(obj).method == ef.GGNOperator(obj).method == "graph"
+    graph = interpreter_for(obj, obj.point(None), next(obj.batches()).inputs)
+    assert not graph.has_kinks
