@@ -322,8 +322,10 @@ def _not_linear(forward: fx.GraphModule, count: int) -> list[fx.Node]:
             raise GraphCaptureError("the model detaches a tensor")
         active.add(node)
         source = node.args[0] if node.target is operator.getitem else node
-        # A linear node needs no cotangent: its second-order term is 0.
-        if isinstance(value, Tensor) and not is_linear(source, active):
+        # A linear node needs no cotangent: its second-order term is 0. A batched product may end
+        # attention, whose term is taken there even where V is constant.
+        ends = node.target is aten.bmm.default
+        if isinstance(value, Tensor) and (ends or not is_linear(source, active)):
             marked.append(node)
     return marked
 

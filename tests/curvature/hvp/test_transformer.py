@@ -244,3 +244,17 @@ def test_a_large_model_is_compared_by_differences_in_its_own_dtype(
     assert ef.HessianOperator(obj).method == ef.GGNOperator(obj).method == "graph"
     graph = interpreter_for(obj, obj.point(None), next(obj.batches()).inputs)
     assert not graph.has_kinks
+
+
+@pytest.mark.parametrize("chosen", ["*.q.*", "*.kv.*", "0.q.weight"])
+def test_attention_of_which_a_part_is_frozen(chosen: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(GroupedAttention(), nn.Linear(WIDTH, 2)).double()
+    x = torch.randn(3, 4, WIDTH, dtype=torch.float64)
+    obj = ef.Objective(model, "mse", (x, torch.randn(3, 4, 2).double()), parameters=chosen)
+    assert_those_of_double_backward(obj, 2)
+    v = torch.randn(obj.num_params, 2, dtype=torch.float64)
+    operator = ef.HessianOperator(obj)
+    assert operator.method == "graph"
+    forms = operator.quadratic_forms(v)
+    torch.testing.assert_close(forms, (v * (operator @ v)).sum(0), rtol=1e-9, atol=1e-10)
