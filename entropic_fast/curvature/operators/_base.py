@@ -120,6 +120,10 @@ class FastPathOperator(OperatorBase):
         except Exception as why:  # an operation for which a JVP rule fails
             said = (str(why) or "no message").splitlines()[0]
             raise GraphCaptureError(f"{type(why).__name__}: {said}") from why
+        if not all(checks.all_finite(*got) for got in results):
+            raise GraphCaptureError(
+                "the captured graph gives NaN or infinity where autograd does not"
+            )
         dtype = coarsest_dtype(self.obj, self.theta, sample.inputs)
         for got, (_, expected) in zip(results, pairs, strict=True):
             require_agreement(self.name, got, expected, dtype)

@@ -10,7 +10,14 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from entropic_fast._torch.full_precision import double_backward_fixes
-from entropic_fast.curvature import GGNOperator, HessianOperator, JacobianOperator, ggn_trace
+from entropic_fast.curvature import (
+    GGNOperator,
+    HessianOperator,
+    JacobianOperator,
+    autograd_only,
+    ggn_trace,
+)
+from entropic_fast.curvature.hvp._engine import HVPEngine
 from entropic_fast.objective import Objective
 
 
@@ -362,3 +369,20 @@ def test_reentrant_checkpoints_are_refused(depth: int):
     """At depth 0 they would give no gradient in the layer, with a warning; deeper, an error."""
     with pytest.raises(ValueError, match=r"got torch\.utils\.checkpoint"):
         objective(built(lambda: Checkpointed(depth)))
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
+def test_a_graph_that_gives_nan_where_autograd_does_not_is_not_used(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+):
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 7)).double()
+    obj = Objective(model, "mse", (x, torch.randn(4, 7, dtype=torch.float64)))
+    vector = torch.randn(obj.num_params, dtype=torch.float64)
+    with autograd_only():
+        expected = kind(obj) @ vector
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    monkeypatch.setattr(HVPEngine, "products", lambda self, rows, *_: nan.expand_as(rows))
+    operator = kind(obj)
+    assert "NaN" in operator.method
+    torch.testing.assert_close(operator @ vector, expected)
