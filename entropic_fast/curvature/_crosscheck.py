@@ -73,17 +73,13 @@ def outputs_and_dtype(obj: Objective, theta: Tensor, inputs: Tree) -> tuple[Tens
 
 
 def require_agreement(
-    name: str,
-    got: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    dtype: torch.dtype,
+    name: str, got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
     """Raise FastPathMismatchError if products and autograd's differ by more than rounding.
 
     Norms are of all tensors together.
     """
-    scale = norm(expected)
-    gap = norm(got, expected)
+    scale, gap = _norm(expected), _norm(got, expected)
     slack = ROUNDINGS * torch.finfo(dtype).eps
     if not gap <= AGREEMENT[dtype][0] * scale + slack:
         raise FastPathMismatchError(
@@ -98,16 +94,16 @@ def require_agreement(
 _NORM_AT_ONCE = 1 << 20
 
 
-def norm(tensors: Sequence[Tensor], minus: Sequence[Tensor] | None = None) -> float:
+def _norm(tensors: Sequence[Tensor], minus: Sequence[Tensor] | None = None) -> float:
     """The norm in float64 of tensors, or of their differences, without a float64 copy of them."""
-    total = 0.0
+    squares = []
     for i, tensor in enumerate(tensors):
         pieces = torch.split(tensor.reshape(-1), _NORM_AT_ONCE)
         others = None if minus is None else torch.split(minus[i].reshape(-1), _NORM_AT_ONCE)
         for j, piece in enumerate(pieces):
             piece = piece.double() if others is None else piece.double() - others[j].double()
-            total += float(piece.square().sum())
-    return math.sqrt(total)
+            squares.append(piece.square().sum())
+    return math.sqrt(float(torch.stack(squares).sum()))  # one synchronization on a GPU
 
 
 # Losses at most that the models of one architecture have in common.

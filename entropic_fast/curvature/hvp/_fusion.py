@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ...ops.norm_act_tangents import jvp, norm_act, vjp_tangent
 from ._batch_norm import along, statistics
+from ._capture_checks import GraphCaptureError
 from ._node import DeferredSum, NodeContext, SecondOrderSum
 
 aten = torch.ops.aten
@@ -307,16 +308,22 @@ def find_backward_regions(
     nodes: Sequence[fx.Node], forward_regions: Sequence[NormActForward]
 ) -> list[NormActBackward]:
     """Regions of the backward pass, each the counterpart of a region of the forward pass."""
-    # The normalized input and the mask are those that the forward region has computed.
-    by_input = {region.norm.args[0]: region for region in forward_regions}
+    # The normalized input and the mask are those that the forward region has computed. Several
+    # layers may normalize one tensor, each with weights and statistics of its own.
+    by_arguments = {_normalized(region.norm.args): region for region in forward_regions}
     inside = set(nodes)
     regions: list[NormActBackward] = []
     masked: set[fx.Node] = set()
     for norm in nodes:
         if norm.target is not PATTERN.norm_backward or norm.args[PATTERN.backward_training]:
             continue
-        forward = by_input.get(norm.args[1])
-        if forward is None or norm.args[2] is not forward.norm.args[1]:
+        forward = by_arguments.get(norm.args[1:5])
+        if forward is None:
+            if any(norm.args[9][1:]):  # type: ignore[index]
+                # Torch's forward mode (2.14) has zeros for the gradients of weight and bias.
+                raise GraphCaptureError(
+                    "a batch normalization's backward pass has no forward pass in the graph"
+                )
             continue
         mask = norm.args[0]
         # The mask has to be that of the region's own ReLU, with threshold 0.
@@ -326,6 +333,12 @@ def find_backward_regions(
         masked.add(mask)
         regions.append(NormActBackward(_sum_before(mask, inside), mask, norm, forward))
     return regions
+
+
+def _normalized(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """Input, weight, mean and variance, which the backward pass takes in this order."""
+    x, weight, _, mean, var = arguments[:5]
+    return x, weight, mean, var
 
 
 def _masks(node: Any, forward: NormActForward) -> bool:

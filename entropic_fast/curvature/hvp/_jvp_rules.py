@@ -48,12 +48,6 @@ def aligned(tangent: Tensor, dims: int) -> Tensor:
     return tangent.reshape(len(tangent), *[1] * missing, *tangent.shape[1:])
 
 
-@jvp_rule(aten.native_batch_norm_backward.default)
-def _batch_norm_backward(ctx: NodeContext) -> Any:
-    # Torch's forward mode (2.14) has zeros for the gradients of weight and bias.
-    raise NotImplementedError("the backward pass of a batch normalization of its own")
-
-
 # -- shapes ----------------------------------------------------------------------------------
 
 

@@ -41,7 +41,9 @@ class CurvatureOperator(OperatorBase):
         self.obj = obj
         with torch.inference_mode(False):
             point = obj.point(theta)
-            self.theta = point if theta is None else point.clone()  # the objective's never changes
+            # The objective's own point never changes; one made in inference mode has no gradient.
+            own = theta is None and not point.is_inference()
+            self.theta = point if own else point.clone()
         self.shape = (obj.num_params, obj.num_params)
         self.dtype, self.device = obj.dtype, obj.device
         super().__init__()

@@ -225,3 +225,36 @@ def test_a_normalization_with_frozen_parameters_goes_by_the_graph(chosen: str):
         operator = make(obj)
         assert relative_error(operator @ eye, expected) < 1e-10
         assert operator.method == "graph"
+
+
+class Parallel(nn.Module):
+    """Normalizations of one tensor, with statistics and weights of their own."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4, affine=affine) for _ in range(3))
+        for i, norm in enumerate(self.norms):
+            norm.running_mean += 0.3 * i
+            norm.running_var += i
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        one, two, three = (norm(x) for norm in self.norms)
+        return self.last(one.relu() * two.tanh() + three)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_normalizations_of_one_tensor_go_by_the_graph(affine: bool):
+    torch.manual_seed(0)
+    model = Parallel(affine).double()
+    data = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) % 2
+    obj = Objective(model, "cross_entropy", data)
+    eye = torch.eye(obj.num_params, dtype=torch.float64)
+    with autograd_only():
+        expected = HessianOperator(obj) @ eye
+    operator = HessianOperator(obj)
+    assert relative_error(operator @ eye, expected) < 1e-10
+    assert relative_error(operator.quadratic_forms(eye), expected.diagonal()) < 1e-10
+    assert operator.method == "graph"

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 import entropic_fast as ef
 from entropic_fast.curvature import autograd_only
+from entropic_fast.curvature._crosscheck import FastPathMismatchError
 from entropic_fast.curvature.hvp import _capture
-from entropic_fast.curvature.hvp._engine import interpreter_for
+from entropic_fast.curvature.hvp._engine import HVPEngine, interpreter_for
 from entropic_fast.curvature.hvp.transformer import _attention as attention
 from entropic_fast.curvature.operators import _difference_check, _second_order
 
@@ -236,14 +237,29 @@ def test_a_large_model_is_compared_by_differences_in_its_own_dtype(
     monkeypatch.setattr(_difference_check, "MANY_PARAMETERS", 0)
     monkeypatch.setattr(_capture, "LARGE", -1)
     obj = objective(LAYERS["causal attention"]).cast(torch.float32)
-    monkeypatch.setattr(
-        _second_order.SecondOrderOperator,
-        "_add_products",
-        lambda *_: pytest.fail("compared by autograd"),
-    )
+    for kind in (ef.HessianOperator, ef.GGNOperator):
+        monkeypatch.setattr(kind, "_add_products", lambda *_: pytest.fail("compared by autograd"))
     assert ef.HessianOperator(obj).method == ef.GGNOperator(obj).method == "graph"
     graph = interpreter_for(obj, obj.point(None), next(obj.batches()).inputs)
     assert not graph.has_kinks
+
+
+def test_a_large_model_with_kinks_is_compared_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_difference_check, "MANY_PARAMETERS", 0)
+    monkeypatch.setattr(
+        _second_order, "hessian_product", lambda *_: pytest.fail("compared by differences")
+    )
+    obj = objective(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()))
+    assert ef.HessianOperator(obj).method == "graph"
+
+
+def test_large_models_with_a_wrong_rule_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_difference_check, "MANY_PARAMETERS", 0)
+    right = HVPEngine.products
+    monkeypatch.setattr(HVPEngine, "products", lambda *given: 1.1 * right(*given))
+    for kind in (ef.HessianOperator, ef.GGNOperator):
+        with pytest.raises(FastPathMismatchError):
+            _ = kind(objective(LAYERS["causal attention"]).cast(torch.float32)).method
 
 
 @pytest.mark.parametrize("chosen", ["*.q.*", "*.kv.*", "0.q.weight"])
